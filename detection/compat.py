@@ -16,7 +16,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from detection import safe_pickle
 from detection.errors import UserError
@@ -78,16 +78,21 @@ def mend_pillow_linear() -> bool:
     return True
 
 
+def _import_quietly(name: str) -> ModuleType:
+    """Import without torch's remark on each function that fvcore and Detectron2 script."""
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", message="`torch.jit.script`", category=kind)
+        importlib.import_module("fvcore.nn")
+        return importlib.import_module(name)
+
+
 def mend_safe_pickle() -> bool:
     """Detectron2's checkpointer reads `.pkl` with `pickle.load`, which runs what the file says.
 
     The name `pickle` in that one module is pointed at the restricted reader instead.
     """
-    with warnings.catch_warnings():
-        # Said by torch at import, once for each function that Detectron2 and fvcore script.
-        warnings.filterwarnings("ignore", message="`torch.jit.script`", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="`torch.jit.script`", category=DeprecationWarning)
-        module = importlib.import_module("detectron2.checkpoint.detection_checkpoint")
+    module = _import_quietly("detectron2.checkpoint.detection_checkpoint")
     if not hasattr(module, "pickle"):
         raise UserError(
             "this Detectron2 reads .pkl weights in a way detection/compat.py does not know, so it cannot be "
