@@ -83,7 +83,7 @@ def _import_quietly(name: str) -> ModuleType:
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", message="`torch.jit.script`", category=kind)
-        importlib.import_module("fvcore.nn")
+        importlib.import_module("detectron2.engine")
         return importlib.import_module(name)
 
 
