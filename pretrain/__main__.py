@@ -1,0 +1,63 @@
+"""``python -m pretrain CONFIG [key=value ...]``: what tools/pretrain.sh calls."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+EXAMPLE = """\
+example:
+  tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards optim.epochs=20
+  tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards --resume
+
+Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
+Every key stands in pretrain/config.py; --print-config shows the values after all overrides."""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="tools/pretrain.sh",
+        description="Pretrain a ResNet on WebDataset shards with feature-augmented contrastive learning.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.epochs=20")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue out/checkpoint.pth if there is one"
+    )
+    parser.add_argument("--print-config", action="store_true", help="show the config and stop")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input."""
+    options = parse(arguments)
+    from pretrain.config import load_config, to_plain  # after --help, which should not wait
+    from pretrain.engine import dist
+    from pretrain.engine.checkpoint import DiskFullError
+    from pretrain.engine.train import NonFiniteLossError, Run
+    from pretrain.errors import UserError
+
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            import yaml
+
+            print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
+            return 0
+        Run(config, resume=options.resume).train()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DiskFullError, NonFiniteLossError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        dist.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

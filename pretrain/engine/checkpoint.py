@@ -1,0 +1,126 @@
+"""Checkpoints v1: plain types and tensors, written atomically, read with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.errors import UserError
+
+FORMAT = "fa-pretrain-1"
+FIELDS = (
+    "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
+    "random", "position", "config", "step", "versions",
+)  # fmt: skip
+
+
+class DiskFullError(RuntimeError):
+    """The checkpoint could not be written; the one before it is whole."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the figures of a run."""
+    names = ("torch", "torchvision", "numpy", "opencv-python", "simplejpeg", "webdataset")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write ``state`` so that ``path`` is always either the old checkpoint or the whole new one.
+
+    Raises:
+        DiskFullError: If the disk is full; the message says what to free and how to go on.
+    """
+    missing = set(FIELDS) - set(state)
+    assert not missing, f"checkpoint without {sorted(missing)}"
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
+            raise DiskFullError(
+                f"disk full while writing {path} ({free / 1e6:.0f} MB free); free some space and "
+                "run the same command with --resume: the previous checkpoint is whole"
+            ) from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this format.
+
+    Raises:
+        UserError: If the file is missing, damaged, or something else than our checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not a "
+            "checkpoint of this program. Take an older one from checkpoints/ or start again"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a checkpoint of format {FORMAT!r}; only a run of tools/pretrain.sh "
+            "can be resumed"
+        )
+    missing = sorted(set(FIELDS) - set(state))
+    if missing:
+        raise UserError(f"checkpoint {path} lacks {missing}; it is damaged: start again")
+    return state
+
+
+def keep(path: Path, step: int, num_kept: int) -> None:
+    """Keep the newest ``num_kept`` checkpoints as hard links (or copies) in ``checkpoints/``."""
+    if num_kept == 0:
+        return
+    folder = path.parent / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"step-{step:08d}.pth"
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, target)
+    for old in sorted(folder.glob("step-*.pth"))[:-num_kept]:
+        old.unlink()
+
+
+def different_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two configs differ, with both values."""
+    lines = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += different_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            lines.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return lines

@@ -1,0 +1,129 @@
+"""Optimisers, parameter groups and schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
+from torch import Tensor, nn
+
+from pretrain.config import ObjectiveConfig, OptimConfig
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with layer-wise trust ratios (You et al., arXiv 1708.03888; as SimCLR and BYOL use it).
+
+    g <- g + wd w;  g <- eta |w| / |g| g  (groups with ``adapt``);  m <- mu m + g;  w <- w - lr m.
+    A layer whose weight or gradient norm is 0 is not scaled.
+
+    Args:
+        params: Groups; ``adapt`` (bool) in each says whether trust ratios apply.
+        lr: Learning rate.
+        momentum: mu.
+        weight_decay: wd.
+        eta: Trust coefficient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        eta: float,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None:
+                    self._update(w, w.grad, group)
+        return loss
+
+    def _update(self, w: Tensor, gradient: Tensor, group: dict) -> None:
+        g = gradient.add(w, alpha=group["weight_decay"])
+        if group["adapt"]:
+            w_norm, g_norm = w.norm(), g.norm()
+            scaled = group["eta"] * w_norm / g_norm
+            g = g * torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled))
+        state = self.state[w]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(w)
+        momentum_buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+        w.add_(momentum_buffer, alpha=-group["lr"])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weights; biases and normalisation parameters (no decay, no trust ratio)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "weight_decay": weight_decay,
+            "adapt": True,
+        },
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "weight_decay": 0.0,
+            "adapt": False,
+        },
+    ]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser that ``config.name`` asks for."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "lars":
+        return LARS(
+            groups,
+            lr=lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            eta=config.lars_eta,
+        )
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def peak_lr(config: OptimConfig, batch_size: int) -> float:
+    """Linear scaling: base_lr x global batch / 256."""
+    return config.base_lr * batch_size / 256
+
+
+def lr_schedule(config: OptimConfig) -> ParamScheduler:
+    """Factor of the peak rate against the share of training done: linear warm-up, cosine to 0."""
+    cosine = CosineParamScheduler(1.0, 0.0)
+    if config.warmup_epochs == 0:
+        return cosine
+    warmup = config.warmup_epochs / config.epochs
+    return CompositeParamScheduler(
+        [LinearParamScheduler(0.0, 1.0), cosine],
+        lengths=[warmup, 1 - warmup],
+        interval_scaling=["rescaled", "rescaled"],
+    )
+
+
+def lr_factor(schedule: ParamScheduler, step: int, num_steps: int) -> float:
+    """The factor of step 0..num_steps-1, at the middle of the step so that none has rate 0."""
+    return float(schedule((step + 0.5) / num_steps))
+
+
+def ema_tau(config: ObjectiveConfig, step: int, num_steps: int) -> float:
+    """tau = 1 - (1 - tau_0) (cos(pi t / T) + 1) / 2 (BYOL, arXiv 2006.07733, section 3.2)."""
+    return 1 - (1 - config.ema_tau) * (math.cos(math.pi * step / num_steps) + 1) / 2

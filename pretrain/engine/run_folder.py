@@ -1,0 +1,90 @@
+"""What stands beside a run: the resolved config, the environment, the command, the summary."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pretrain.config import PretrainConfig, to_plain
+from pretrain.engine import checkpoint
+from pretrain.engine.metrics import read_rows, write_atomically
+from pretrain.engine.state import Position
+from pretrain.errors import UserError
+
+
+def prepare(config: PretrainConfig, *, resume: bool) -> Path:
+    """Make the run's folder, or refuse one that holds another run.
+
+    Raises:
+        UserError: ``out`` missing, or a run stands there and ``--resume`` was not given.
+    """
+    if config.out is None:
+        raise UserError("out is not set: name the folder of this run, e.g. out=runs/first")
+    folder = Path(config.out)
+    if (folder / "checkpoint.pth").exists() and not resume:
+        raise UserError(
+            f"{folder} holds a run already: continue it with --resume, or choose another out=DIR"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_description(folder: Path, config: PretrainConfig, device: torch.device) -> None:
+    """``config.yaml`` and ``environment.json``."""
+    write_atomically(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    environment = {
+        "versions": checkpoint.versions(),
+        "commit": _commit(),
+        "command": sys.argv,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_threads": torch.get_num_threads(),
+    }
+    write_json(folder / "environment.json", environment)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by rename."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process and of its largest child, added."""
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * scale
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def write_summary(
+    folder: Path, position: Position, config: PretrainConfig, num_samples: int
+) -> None:
+    """``summary.json``: its presence says that the run is complete."""
+    knn = [row["knn_top1"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "knn"]
+    num_images = position.step * config.data.batch_size
+    summary = {
+        "steps": position.step,
+        "epochs": config.optim.epochs,
+        "seconds": position.train_seconds,
+        "images_per_second": num_images / max(position.train_seconds, 1e-9),
+        "knn_top1": knn[-1] if knn else None,
+        "knn_top1_initial": knn[0] if knn else None,
+        "num_samples": num_samples,
+        "num_skipped_samples": position.num_bad_samples,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    write_json(folder / "summary.json", summary)

@@ -1,0 +1,315 @@
+"""The pretraining loop, whole and visible."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from pretrain.config import PretrainConfig
+from pretrain.data.augment import PRESETS, augment, draw_parameters
+from pretrain.data.order import num_steps_per_epoch
+from pretrain.data.shards import ShardIndex
+from pretrain.data.stream import Loader, TwoViewBatch, TwoViewDataset
+from pretrain.engine import checkpoint, dist, run_folder
+from pretrain.engine.metrics import MetricLog
+from pretrain.engine.optim import ema_tau, lr_factor, lr_schedule, make_optimizer, peak_lr
+from pretrain.engine.state import Position, restore, to_checkpoint
+from pretrain.errors import UserError
+from pretrain.eval.pictures import save_neighbours, save_views
+from pretrain.eval.probe import Probe
+from pretrain.eval.statistics import effective_rank, feature_std
+from pretrain.models.contrastive import FAContrastive, StepOutput, fa_generator, mean_cosine
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite: going on would only destroy the weights."""
+
+
+@dataclass
+class Meter:
+    """Time spent since the last log row: all of it, and waiting for data; seconds."""
+
+    num_steps: int = 0
+    num_images: int = 0
+    data_seconds: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "images_per_second": self.num_images / seconds,
+            "data_wait_share": self.data_seconds / seconds,
+        }
+
+
+class Run:
+    """One pretraining run: built from a config, advanced by ``train``.
+
+    Args:
+        config: The whole config; each part receives its own slice.
+        resume: Continue from ``out/checkpoint.pth`` if there is one.
+
+    Raises:
+        UserError: Anything in config, shards or checkpoint that cannot work, before any step.
+    """
+
+    def __init__(self, config: PretrainConfig, *, resume: bool) -> None:
+        self.config = config
+        self.device = choose_device(config.engine.device)
+        dist.start(self.device.type)
+        if config.engine.num_threads:
+            torch.set_num_threads(config.engine.num_threads)
+        self.folder = run_folder.prepare(config, resume=resume)
+        self.index = open_shards(config.data.shards)
+        self.steps_per_epoch = num_steps_per_epoch(self.index.num_samples, config.data.batch_size)
+        self.num_steps = self.steps_per_epoch * config.optim.epochs
+        torch.manual_seed(config.seed)
+        self.model = FAContrastive(config.arch, config.heads, config.objective, config.fa)
+        self.model.to(self.device)
+        if config.engine.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(
+            self.model.online, config.optim, peak_lr(config.optim, config.data.batch_size)
+        )
+        self.schedule = lr_schedule(config.optim)
+        self.position = Position()
+        path = self.folder / "checkpoint.pth"
+        if resume and path.exists():
+            self.position = restore(path, config, self.model, self.optimizer, self.num_steps)
+        self.forward = self._forward_through_ddp()
+        self.probe = Probe.open(config.eval, config.data, self.device)
+        self.views = PRESETS[config.data.augmentation]
+        self.loader = self._make_loader(config.data.num_workers)
+
+    def _forward_through_ddp(self) -> torch.nn.Module:
+        if not dist.is_on():
+            return self.model.online
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.model.online, device_ids=devices, broadcast_buffers=False
+        )
+
+    def _make_loader(self, num_workers: int) -> Loader:
+        data = self.config.data
+        dataset = TwoViewDataset(
+            self.index,
+            image_size=data.image_size,
+            crop_scales=(self.views[0].crop_scale, self.views[1].crop_scale),
+            seed=self.config.seed,
+        )
+        return Loader(
+            dataset,
+            batch_size=data.batch_size,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            num_workers=num_workers,
+            shuffle_window=data.shuffle_window,
+            max_bad_samples=data.max_bad_samples,
+        )
+
+    def train(self) -> None:
+        """Run to the end: epochs of steps, with logs, probes and checkpoints on their way."""
+        is_main = dist.rank() == 0
+        fresh = self.position.step == 0
+        log = self._open_log(fresh) if is_main else None
+        if is_main:
+            run_folder.write_description(self.folder, self.config, self.device)
+        if fresh and log is not None:
+            self._probe(log)
+            self._save_view_pictures()
+        bar = tqdm(
+            total=self.num_steps, initial=self.position.step, desc="pretrain", unit="step",
+            disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
+        )  # fmt: skip
+        while self.position.epoch < self.config.optim.epochs:
+            self._train_epoch(log, bar)
+            self.position.epoch += 1
+            self.position.step_in_epoch = 0
+            is_last = self.position.epoch == self.config.optim.epochs
+            if log and (is_last or self.position.epoch % self.config.eval.knn_every_epochs == 0):
+                self._probe(log)
+            if is_last:
+                self._save_checkpoint()
+        bar.close()
+        if log is not None:
+            self._finish(log)
+        dist.stop()
+
+    def _open_log(self, fresh: bool) -> MetricLog:
+        """The log without the rows that will be written again."""
+        step = -1 if fresh else self.position.step
+        probe_is_due = self.position.step_in_epoch == self.steps_per_epoch
+        return MetricLog(self.folder, step, step - 1 if probe_is_due else step)
+
+    def _train_epoch(self, log: MetricLog | None, bar: tqdm) -> None:
+        meter = Meter()
+        for batch, waited in timed(
+            self.loader.epoch(self.position.epoch, self.position.step_in_epoch)
+        ):
+            started = time.perf_counter()
+            output, lr = self._step(batch)
+            self.position.step += 1
+            self.position.step_in_epoch += 1
+            self.position.num_bad_samples += batch.num_bad
+            self.position.train_seconds += time.perf_counter() - started + waited
+            meter.num_steps += 1
+            meter.num_images += self.config.data.batch_size
+            meter.data_seconds += waited
+            bar.update()
+            if self.position.step % self.config.engine.log_every_steps == 0 or self._is_last_step():
+                self._log(output, lr, meter, log, bar)
+                meter = Meter()
+            if self.position.step % self.config.engine.checkpoint_every_steps == 0:
+                self._save_checkpoint()
+
+    def _step(self, batch: TwoViewBatch) -> tuple[StepOutput, float]:
+        """One optimiser step: augment, forward, loss, backward, update, EMA and queue."""
+        config, step = self.config, self.position.step
+        lr = peak_lr(config.optim, config.data.batch_size)
+        lr *= lr_factor(self.schedule, step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        views = self.augmented_views(batch, self.position.epoch)
+        bf16 = config.engine.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            generator = fa_generator(config.seed, step, self.device)
+            output = self.model.step(views, generator, self.forward)
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        self.optimizer.step()
+        self.model.after_optimizer_step(ema_tau(config.objective, step, self.num_steps))
+        return output, lr
+
+    @torch.no_grad()
+    def augmented_views(self, batch: TwoViewBatch, epoch: int) -> torch.Tensor:
+        """Photometric augmentation on the device: uint8 crops -> normalised [2, n, 3, s, s]."""
+        data = self.config.data
+        views = []
+        for number, view in enumerate(self.views):
+            parameters = draw_parameters(
+                view, batch.keys, seed=self.config.seed, epoch=epoch, view_index=number,
+                image_size=data.image_size,
+            )  # fmt: skip
+            crops = batch.views[number].to(self.device, non_blocking=True)
+            images = augment(crops, parameters, data.pixel_mean, data.pixel_std)
+            if self.config.engine.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            views.append(images)
+        return torch.stack(views) if not self.config.engine.channels_last else _stack_nhwc(views)
+
+    def _is_last_step(self) -> bool:
+        return self.position.step == self.num_steps
+
+    def _log(
+        self, output: StepOutput, lr: float, meter: Meter, log: MetricLog | None, bar: tqdm
+    ) -> None:
+        loss = float(output.loss.detach())
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {self.position.step}; {self.folder}/checkpoint.pth "
+                "holds an earlier state. Lower optim.base_lr or lengthen optim.warmup_epochs"
+            )
+        rates = meter.rates()
+        bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
+        if log is None:
+            return
+        log.write(
+            "train",
+            self.position.step,
+            epoch=self.position.step / self.steps_per_epoch,
+            loss=loss,
+            lr=lr,
+            feature_std=feature_std(output.target),
+            effective_rank=effective_rank(output.target),
+            fa_cosine=mean_cosine(output.target, output.augmented),
+            fa_active=int(output.is_augmented),
+            num_bad_samples=self.position.num_bad_samples,
+            **rates,
+        )
+
+    def _probe(self, log: MetricLog) -> None:
+        if self.probe is None:
+            return
+        top1 = self.probe.top1(self.model.online.backbone)
+        epoch = self.position.step / self.steps_per_epoch
+        log.write("knn", self.position.step, epoch=epoch, knn_top1=top1)
+        if self.position.step == 0:
+            log.write("event", 0, message="kNN before training", knn_top1_initial=top1)
+
+    def _save_checkpoint(self) -> None:
+        if dist.rank() != 0:
+            return
+        state = to_checkpoint(
+            self.config, self.model, self.optimizer, self.position, self.num_steps
+        )
+        path = self.folder / "checkpoint.pth"
+        checkpoint.save(state, path)
+        checkpoint.keep(path, self.position.step, self.config.engine.keep_checkpoints)
+
+    def _save_view_pictures(self) -> None:
+        num = min(self.config.eval.num_pictures, self.config.data.batch_size)
+        if num:
+            batch = next(iter(self._make_loader(num_workers=0).epoch(0, 0)))
+            save_views(self.folder, self.index, batch, self.augmented_views(batch, 0), num,
+                       self.config.data)  # fmt: skip
+
+    def _finish(self, log: MetricLog) -> None:
+        """Neighbour gallery and ``summary.json``, which says that the run is complete."""
+        num = self.config.eval.num_pictures
+        if num:
+            save_neighbours(
+                self.folder, self.model.online.backbone, self.index, self.probe, num, self.device,
+                self.config.data,
+            )
+        log.close()
+        run_folder.write_summary(self.folder, self.position, self.config, self.index.num_samples)
+
+
+def timed(batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float]]:
+    """Each batch with the seconds that the loop waited for it."""
+    iterator = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started
+
+
+def _stack_nhwc(views: list[torch.Tensor]) -> torch.Tensor:
+    """Stack so that each view keeps its channels-last memory."""
+    return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        UserError: If ``cuda`` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but torch sees no GPU; use engine.device=auto or cpu")
+    is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+
+
+def open_shards(path: str | None) -> ShardIndex:
+    """The training shards.
+
+    Raises:
+        UserError: If no path is set; and all that ``ShardIndex.open`` refuses.
+    """
+    if path is None:
+        raise UserError(
+            "data.shards is not set: name the folder that tools/make_shards.py wrote, "
+            "e.g. data.shards=data/shards"
+        )
+    return ShardIndex.open(Path(path))

@@ -1,0 +1,80 @@
+"""The kNN probe: two labelled shard sets that pretraining never sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pretrain.config import DataConfig, EvalConfig
+from pretrain.data.shards import ShardIndex
+from pretrain.errors import UserError
+from pretrain.eval.features import extract_features
+from pretrain.eval.knn import knn_top1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Bank (``train``) and queries (``val``) of the probe, and how it looks at them."""
+
+    train: ShardIndex
+    val: ShardIndex
+    config: EvalConfig
+    data: DataConfig
+    device: torch.device
+
+    @classmethod
+    def open(cls, config: EvalConfig, data: DataConfig, device: torch.device) -> Probe | None:
+        """The probe of the config, or None where none is set.
+
+        Raises:
+            UserError: Unlabelled shards, other classes in the two sets, fewer samples than k.
+        """
+        if config.probe_train is None or config.probe_val is None:
+            return None
+        train = ShardIndex.open(Path(config.probe_train))
+        val = ShardIndex.open(Path(config.probe_val))
+        for path, index in ((config.probe_train, train), (config.probe_val, val)):
+            if len(index.labels) == 0 or int(index.labels.min()) < 0:
+                raise UserError(
+                    f"probe shards {path} hold samples without labels; make them of class folders "
+                    "with tools/make_shards.py, or leave eval.probe_train and eval.probe_val out"
+                )
+        if train.classes != val.classes:
+            raise UserError(
+                f"probe shards differ in classes: {config.probe_train} has {train.classes}, "
+                f"{config.probe_val} has {val.classes}; make both of the same class folders"
+            )
+        if train.num_samples < config.knn_k:
+            raise UserError(
+                f"eval.knn_k={config.knn_k}, but {config.probe_train} holds {train.num_samples} "
+                "samples; lower knn_k"
+            )
+        return cls(train, val, config, data, device)
+
+    def features(self, backbone: nn.Module, index: ShardIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [n, d] and labels [n] of one of the two sets."""
+        features, labels, _ = extract_features(
+            backbone,
+            index,
+            image_size=self.config.image_size or self.data.image_size,
+            mean=self.data.pixel_mean,
+            std=self.data.pixel_std,
+            device=self.device,
+        )
+        return features, labels
+
+    def top1(self, backbone: nn.Module) -> float:
+        """kNN accuracy in [0, 1]."""
+        bank, bank_labels = self.features(backbone, self.train)
+        queries, labels = self.features(backbone, self.val)
+        return knn_top1(
+            bank,
+            bank_labels,
+            queries,
+            labels,
+            k=self.config.knn_k,
+            temperature=self.config.knn_temperature,
+        )

@@ -1,0 +1,79 @@
+"""ResNets in torchvision's weight layout, at any width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What the bridge to detection needs to build the same network again."""
+
+    depth: int
+    width_per_group: int
+    stem_channels: int
+    res2_channels: int
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier (He et al., 2016; stride in the 3x3, as torchvision).
+
+    Parameter names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...), so at full width
+    its ``state_dict`` is a torchvision one without ``fc``.
+
+    Args:
+        arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels and
+            ``width_per_group * 2**i`` in the 3x3 convolution, as in Detectron2.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        super().__init__()
+        self.arch = arch
+        block: type[BasicBlock | Bottleneck] = BasicBlock if arch.depth < 50 else Bottleneck
+        self.conv1 = nn.Conv2d(3, arch.stem_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(arch.stem_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        channels = arch.stem_channels
+        for stage, num_blocks in enumerate(NUM_BLOCKS[arch.depth]):
+            layer, channels = self._stage(block, channels, stage, num_blocks)
+            self.add_module(f"layer{stage + 1}", layer)
+        self.output_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _stage(
+        self, block: type[BasicBlock | Bottleneck], in_channels: int, stage: int, num_blocks: int
+    ) -> tuple[nn.Sequential, int]:
+        out_channels = self.arch.res2_channels * 2**stage
+        planes = out_channels // block.expansion
+        base_width = 64
+        if block is Bottleneck:  # torchvision: width = planes * base_width / 64
+            base_width = 64 * self.arch.width_per_group * 2**stage // planes
+        blocks = []
+        for i in range(num_blocks):
+            stride = 2 if i == 0 and stage > 0 else 1
+            downsample = None
+            if stride != 1 or in_channels != out_channels:
+                downsample = nn.Sequential(
+                    nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                    nn.BatchNorm2d(out_channels),
+                )
+            blocks.append(block(in_channels, planes, stride, downsample, base_width=base_width))
+            in_channels = out_channels
+        return nn.Sequential(*blocks), out_channels
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Globally average-pooled features of the last stage."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        for stage in range(4):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
