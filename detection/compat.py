@@ -1,12 +1,12 @@
 """The only door to Detectron2: import this module before any name of `detectron2`.
 
-Detectron2's last release is of 2021. What a current torch, numpy, Pillow or setuptools needs mended is
-mended here, at run time, and nowhere else. Each mend is named, looks first whether it is needed, and
-does nothing where it is not. The pure-Python build that tools/install_detectron2.py makes needs only
-`safe-pickle`; the others are for a user's own build of the v0.6 tag.
+Detectron2's last release is of 2021. What a current torch, numpy, Pillow or setuptools needs mended
+is mended here, at run time, and nowhere else. Each mend is named, looks first whether it is needed,
+and does nothing where it is not. The pure-Python build that tools/install_detectron2.py makes needs
+only `safe-pickle`; the others are for a user's own build of the v0.6 tag.
 
-Not mended, but avoided: `detectron2.model_zoo` imports `pkg_resources`, which setuptools 82 removed. The
-base YAMLs are kept in configs/detection/, and no module here may import `model_zoo`.
+Not mended, but avoided: `detectron2.model_zoo` imports `pkg_resources`, which setuptools 82 dropped.
+The base YAMLs are kept in configs/detection/, and no module here may import `model_zoo`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def require_detectron2() -> Path:
 
     Returns:
         Folder of the package.
+
     Raises:
         UserError: If there is none, naming the remedy.
     """
@@ -40,7 +41,7 @@ def require_detectron2() -> Path:
 
 
 def has_compiled_operators() -> bool:
-    """Whether Detectron2's own C++/CUDA library is there (Faster R-CNN on upright boxes needs none)."""
+    """Whether Detectron2's own C++/CUDA library is there; Faster R-CNN does without."""
     return any(require_detectron2().glob("_C.*"))
 
 
@@ -61,7 +62,9 @@ def mend_numpy_aliases() -> bool:
     }
     aliases = {"str": str, "int": int, "bool": bool}
     missing = [
-        name for name, (file, text) in needed.items() if _source_mentions(file, text) and not hasattr(np, name)
+        name
+        for name, (file, text) in needed.items()
+        if _source_mentions(file, text) and not hasattr(np, name)
     ]
     for name in missing:
         setattr(np, name, aliases[name])
@@ -72,7 +75,9 @@ def mend_pillow_linear() -> bool:
     """v0.6 says `Image.LINEAR`, which Pillow 10 removed; it was another name of `BILINEAR`."""
     from PIL import Image
 
-    if hasattr(Image, "LINEAR") or not _source_mentions("data/transforms/transform.py", "Image.LINEAR"):
+    if hasattr(Image, "LINEAR") or not _source_mentions(
+        "data/transforms/transform.py", "Image.LINEAR"
+    ):
         return False
     Image.LINEAR = Image.Resampling.BILINEAR  # pyright: ignore[reportAttributeAccessIssue]
     return True
@@ -95,8 +100,8 @@ def mend_safe_pickle() -> bool:
     module = _import_quietly("detectron2.checkpoint.detection_checkpoint")
     if not hasattr(module, "pickle"):
         raise UserError(
-            "this Detectron2 reads .pkl weights in a way detection/compat.py does not know, so it cannot be "
-            "kept from running code in them; install the tested build with "
+            "this Detectron2 reads .pkl weights in a way detection/compat.py does not know, so it "
+            "cannot be kept from running code in them; install the tested build with "
             "`.venv/bin/python tools/install_detectron2.py --force`"
         )
     if getattr(module.pickle, "load", None) is safe_pickle.load:
@@ -119,6 +124,7 @@ def install_mends() -> list[str]:
 
     Returns:
         Names of the mends in force, in order.
+
     Raises:
         UserError: If Detectron2 is missing.
     """

@@ -1,0 +1,61 @@
+"""Package description; `tools/setup.sh` is the supported way to install.
+
+Detectron2 is not listed: it has no release on PyPI under its own name. tools/install_detectron2.py
+installs it, tools/doctor.py checks for it. docs/dependencies.md says why each package is here.
+"""
+
+from setuptools import find_packages, setup
+
+DETECTRON2_NEEDS = [
+    "cloudpickle",
+    "fvcore>=0.1.5",
+    "iopath>=0.1.10",
+    "omegaconf>=2.4",
+    "tabulate",
+    "termcolor",
+    "yacs",
+]
+
+setup(
+    name="feature-augmented-pretraining",
+    version="0.1.0",
+    description="Feature-augmented contrastive pretraining of ResNets for Detectron2 Faster R-CNN",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # With an explicit root an editable install is a plain path entry: new modules are seen at once.
+    package_dir={"": "."},
+    packages=find_packages(
+        include=["pretrain", "pretrain.*", "detection", "detection.*", "tools", "tools.*"]
+    ),
+    package_data={"tools": ["*.sha256", "*.sh"], "tools.flow": ["*.html", "*.css", "*.js", "*.j2"]},
+    install_requires=[
+        "torch>=2.8",
+        "torchvision>=0.23",
+        "webdataset>=1.0",
+        "numpy>=2.0",
+        "opencv-python>=4.10",
+        "pillow>=11.0",
+        "simplejpeg>=1.8",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6.0",
+        "jaxtyping>=0.3",
+        "tqdm>=4.66",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "pycocotools>=2.0.8",
+        "zstandard>=0.23",
+        "setuptools>=77",
+        *DETECTRON2_NEEDS,
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.3",
+            "hypothesis>=6.110",
+            "ruff>=0.12",
+            "pyright>=1.1.400",
+            "pre-commit>=4.0",
+        ],
+        "bench": ["pandas>=2.2"],
+    },
+)
