@@ -1,0 +1,231 @@
+"""Generated scenes: ten classes told apart by structure, in random materials, light and clutter."""
+
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from tools.datasets import compose, materials, outlines, render, shapes
+from tools.datasets.compose import CLUTTER, Placed, Scene
+from tools.datasets.options import SetOptions
+from tools.datasets.randomness import ShapeDice, generator
+
+VERSION = 1  # raise it whenever the pictures of given options change
+_MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
+
+
+@dataclass(frozen=True)
+class ProceduralSource:
+    """Makes the pictures of a generated set; a picture is a function of (options, part, index).
+
+    Attributes:
+        options: Sizes and statistics.
+        class_names: Which classes occur, in label order.
+    """
+
+    options: SetOptions
+    class_names: tuple[str, ...] = field(default=tuple(shapes.CLASSES))
+
+    def scene(self, part: str, index: int) -> Scene:
+        """Make picture `index` of "train", "test", "pool", "probe/train" or "probe/val".
+
+        Every picture shows at least one object: one whose objects are all hidden is drawn anew.
+        """
+        for attempt in range(100):
+            scene = self._attempt(generator(self.options.seed, "procedural", part, index, attempt), part, index)
+            if scene.objects:
+                return scene
+        raise RuntimeError(f"{part} picture {index}: no object stays visible; lower --clutter")
+
+    def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
+        held_out = part in ("test", "probe/val")
+        shape = draw_shape(rng, self.options)
+        light = _draw_light(rng)
+        background = _background(rng, shape, held_out)
+        items = self._clutter(rng, shape, light, held_out, front=False)
+        items += self._objects(rng, shape, light, part, index)
+        items += self._clutter(rng, shape, light, held_out, front=True)
+        items, objects, masks = compose.settle(items, shape)
+        darkness = rng.uniform(0.15, 0.6) if rng.random() < 0.75 else 0.0
+        image = compose.paint(background, items, (-0.1 * light.x, -0.1 * light.y, darkness))
+        return Scene(finish(rng, image), objects, masks)
+
+    def probe_label(self, index: int) -> int:
+        """Return the class of a probe picture: all classes in turn."""
+        return index % len(self.class_names)
+
+    def _objects(
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, int],
+        light: render.Light,
+        part: str,
+        index: int,
+    ) -> list[Placed]:
+        options, held_out = self.options, part in ("test", "probe/val")
+        sizes, count = object_statistics(rng, options, part)
+        items: list[Placed] = []
+        taken: list[tuple[int, int, int, int]] = []
+        for _ in range(count):
+            probe = part.startswith("probe/")
+            label = self.probe_label(index) if probe else int(rng.integers(len(self.class_names)))
+            size = min(shape) * log_uniform(rng, *sizes)
+            parts = shapes.CLASSES[self.class_names[label]](ShapeDice(rng, held_out))
+            turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
+            sprite = render.draw(rng, render.pose(rng, parts, size, turn), light, held_out)
+            cut = 0.1 if probe else 0.25
+            x, y = compose.draw_place(rng, sprite.alpha.shape, shape, taken, cut)
+            items.append(Placed(sprite, x, y, label))
+        return items
+
+    def _clutter(
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, int],
+        light: render.Light,
+        held_out: bool,
+        front: bool,
+    ) -> list[Placed]:
+        mean = self.options.clutter * (0.7 if front else 3.5)
+        items = []
+        for _ in range(min(int(rng.poisson(mean)), 12)):
+            size = min(shape) * log_uniform(rng, 0.08, 0.3 if front else 0.55)
+            parts = shapes.distractor(ShapeDice(rng, held_out))
+            sprite = render.draw(rng, render.pose(rng, parts, size, 180), light, held_out)
+            x, y = compose.draw_place(rng, sprite.alpha.shape, shape, [], 0.5)
+            items.append(Placed(sprite, x, y, CLUTTER))
+        return items
+
+
+def draw_shape(rng: np.random.Generator, options: SetOptions) -> tuple[int, int]:
+    """Return rows and columns of a picture: lying or upright with equal chance."""
+    sides = (options.short_side, options.long_side)
+    return sides if rng.random() < 0.5 else sides[::-1]
+
+
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw a number whose logarithm is uniform between two bounds."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def object_statistics(
+    rng: np.random.Generator, options: SetOptions, part: str
+) -> tuple[tuple[float, float], int]:
+    """Return the range of object sizes (shares of the short side) and a number of objects."""
+    if part in ("train", "test"):
+        sizes = (options.min_object, options.max_object)
+        return sizes, int(rng.integers(options.min_objects, options.max_objects + 1))
+    sizes = (options.pool_min_object, options.pool_max_object)
+    if part == "pool":
+        return sizes, int(rng.integers(options.pool_min_objects, options.pool_max_objects + 1))
+    return sizes, 1
+
+
+def _draw_light(rng: np.random.Generator) -> render.Light:
+    angle = rng.uniform(np.pi * 1.05, np.pi * 1.95)  # from above
+    return render.Light(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.15, 0.8))
+
+
+def _background(rng: np.random.Generator, shape: tuple[int, int], held_out: bool) -> np.ndarray:
+    """Paint a cluttered backdrop, float32 (h, w, 3); test pictures have layouts of their own."""
+    height, width = shape
+    unit = 0.8 * max(shape)
+    canvas = materials.surface(rng, height, width, unit, held_out).copy()
+    layouts = (_shelves, _mosaic) if held_out else (_room, _cuttings, _bokeh)
+    pick = int(rng.integers(len(layouts) + 1))
+    if pick < len(layouts):
+        layouts[pick](rng, canvas, held_out)
+    shade = rng.uniform(0.75, 1.25, (2, 2)).astype(np.float32)
+    lit = cv2.resize(shade, (width, height), interpolation=cv2.INTER_LINEAR)
+    canvas *= lit[:, :, None]
+    return canvas
+
+
+def _fill(
+    rng: np.random.Generator, canvas: np.ndarray, corners: np.ndarray, held_out: bool
+) -> None:
+    """Fill a polygon (pixels) of the canvas with a new material, in place."""
+    height, width = canvas.shape[:2]
+    left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, (width - 1, height - 1))
+    right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 1, (width, height))
+    if right <= left or bottom <= top:
+        return
+    mask = np.zeros((bottom - top, right - left), dtype=np.uint8)
+    points = np.round((corners - (left, top)) * 16).astype(np.int32)
+    cv2.fillPoly(mask, [points], 255, lineType=cv2.LINE_AA, shift=4)
+    share = mask[:, :, None] * np.float32(1 / 255)
+    paint = materials.surface(rng, *mask.shape, 0.8 * max(canvas.shape[:2]), held_out)
+    target = canvas[top:bottom, left:right]
+    target += share * (paint - target)
+
+
+def _room(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+    """A floor below a tilted line, sometimes a second wall."""
+    height, width = canvas.shape[:2]
+    left, right = rng.uniform(0.35, 0.85, 2) * height
+    floor = outlines.polygon((0, left), (width, right), (width, height), (0, height))
+    _fill(rng, canvas, floor, held_out)
+    if rng.random() < 0.5:
+        edge = rng.uniform(0.2, 0.8) * width
+        wall = outlines.polygon((0, 0), (edge, 0), (edge, (left + right) / 2), (0, left))
+        _fill(rng, canvas, wall, held_out)
+
+
+def _cuttings(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+    """Large smooth patches over each other."""
+    height, width = canvas.shape[:2]
+    for _ in range(int(rng.integers(2, 6))):
+        size = rng.uniform(0.15, 0.6) * max(height, width)
+        patch = outlines.blob(rng, int(rng.integers(4, 9)), 0.6) * size
+        _fill(rng, canvas, patch + rng.random(2) * (width, height), held_out)
+
+
+def _bokeh(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+    """An out-of-focus backdrop."""
+    _cuttings(rng, canvas, held_out)
+    radius = round(rng.uniform(0.02, 0.08) * min(canvas.shape[:2]))
+    canvas[:] = cv2.blur(canvas, (2 * radius + 1, 2 * radius + 1))
+
+
+def _shelves(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+    """Horizontal or upright boards at random distances."""
+    height, width = canvas.shape[:2]
+    upright = rng.random() < 0.3
+    room, length = (width, height) if upright else (height, width)
+    for spot in rng.random(int(rng.integers(2, 5))) * room:
+        thick, tilt = rng.uniform(0.03, 0.2) * room, rng.uniform(-0.1, 0.1) * room
+        board = outlines.polygon(
+            (0, spot), (length, spot + tilt), (length, spot + tilt + thick), (0, spot + thick)
+        )
+        _fill(rng, canvas, board[:, ::-1] if upright else board, held_out)
+
+
+def _mosaic(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+    """A grid of cells, some in another material."""
+    height, width = canvas.shape[:2]
+    rows, columns = rng.integers(2, 4, 2)
+    for row in range(rows):
+        for column in range(columns):
+            if rng.random() < 0.5:
+                x0, x1 = np.array([column, column + 1]) * width / columns
+                y0, y1 = np.array([row, row + 1]) * height / rows
+                jitter = rng.uniform(-0.08, 0.08, (4, 2)) * (width, height)
+                cell = outlines.rectangle(x0, y0, x1, y1) + jitter
+                _fill(rng, canvas, cell, held_out)
+
+
+def finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Apply the camera: colour cast, exposure, a little blur and noise.
+
+    Args:
+        rng: Source of random numbers.
+        image: float32 (h, w, 3), about 0..255; changed in place.
+    Returns:
+        uint8 of the same shape.
+    """
+    image *= (rng.uniform(0.8, 1.15) * rng.uniform(0.9, 1.1, 3)).astype(np.float32)
+    if rng.random() < 0.4:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
+    sigma = np.float32(rng.uniform(0, 6))
+    image += sigma * rng.standard_normal(image.shape, dtype=np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8)

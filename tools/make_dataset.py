@@ -1,0 +1,130 @@
+"""Make a data set: a labelled VOC devkit, an unlabelled pool and a labelled probe."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.datasets import procedural, shapes  # noqa: E402
+from tools.datasets.build import Card, DiskError, build  # noqa: E402
+from tools.datasets.errors import UserError  # noqa: E402
+from tools.datasets.options import SetOptions  # noqa: E402
+
+_EXAMPLE = """example:
+  .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    main_parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = main_parser.add_subparsers(dest="kind", required=True, metavar="{procedural,photos}")
+    one = kinds.add_parser(
+        "procedural",
+        help="generated scenes, no downloads",
+        description="Generated scenes with ten classes that differ in structure only.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_common(one)
+    one.add_argument(
+        "--num-classes", type=int, default=len(shapes.CLASSES), metavar="N",
+        help="use the first N of %s (default: all)" % ", ".join(shapes.CLASSES),
+    )
+    return main_parser
+
+
+def _add_common(one: argparse.ArgumentParser) -> None:
+    """Add the options that all sets share; the defaults stand in SetOptions."""
+    default = SetOptions()
+    one.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+
+    def number(name: str, text: str, kind: type = int, metavar: str = "N") -> None:
+        field = name.removeprefix("--").replace("-", "_").replace("objects_per_image", "objects")
+        value = getattr(default, field)
+        one.add_argument(
+            name, dest=field, type=kind, default=value, metavar=metavar,
+            help=f"{text} (default: {value})",
+        )
+
+    number("--num-pool", "unlabelled pictures for pretraining")
+    number("--num-train", "labelled pictures for fine-tuning")
+    number("--num-test", "labelled pictures for the evaluation")
+    number("--num-probe-train", "single-object pictures, kNN reference")
+    number("--num-probe-val", "single-object pictures, kNN queries")
+    one.add_argument(
+        "--image-size", type=int, nargs="+", default=[default.short_side, default.long_side],
+        metavar="PX", help="short and long side in pixels; the long one defaults to 5/4 of the "
+        f"short one (default: {default.short_side} {default.long_side})",
+    )
+    number("--seed", "seed of everything random")
+    share = "share of the short side"
+    number("--min-object", f"smallest longer side of an object, {share}", float, "F")
+    number("--max-object", f"largest longer side of an object, {share}", float, "F")
+    number("--min-objects-per-image", "fewest objects in a labelled picture")
+    number("--max-objects-per-image", "most objects in a labelled picture")
+    number("--pool-min-object", "as --min-object, for pool and probe", float, "F")
+    number("--pool-max-object", "as --max-object, for pool and probe", float, "F")
+    number("--pool-min-objects-per-image", "fewest objects in a pool picture")
+    number("--pool-max-objects-per-image", "most objects in a pool picture")
+    number("--clutter", "amount of distractors, 0 is none", float, "F")
+    number("--quality", "JPEG quality, 1..100")
+    one.add_argument("--num-workers", type=int, default=2, metavar="N",
+                     help="processes (default: 2); the pictures do not depend on it")
+    one.add_argument("--overwrite", action="store_true",
+                     help="replace a set made with other options")
+
+
+def set_options(arguments: argparse.Namespace) -> SetOptions:
+    """Check the shared options.
+
+    Raises:
+        UserError: If one of them cannot be meant.
+    """
+    sides = arguments.image_size
+    if len(sides) > 2:
+        raise UserError(f"--image-size has {len(sides)} values: give the short and the long side")
+    if arguments.num_workers < 1:
+        raise UserError(f"--num-workers is {arguments.num_workers}: give 1 or more")
+    names = set(SetOptions.__dataclass_fields__) - {"short_side", "long_side"}
+    long_side = sides[1] if len(sides) > 1 else round(sides[0] * 1.25)
+    values = {name: getattr(arguments, name) for name in names}
+    return SetOptions(short_side=sides[0], long_side=long_side, **values)
+
+
+def make_procedural(arguments: argparse.Namespace) -> bool:
+    """Make a generated set; see `build` for what is returned and raised."""
+    options = set_options(arguments)
+    classes = tuple(shapes.CLASSES)
+    if not 2 <= arguments.num_classes <= len(classes):
+        raise UserError(f"--num-classes is {arguments.num_classes}: give 2 to {len(classes)}")
+    source = procedural.ProceduralSource(options, classes[: arguments.num_classes])
+    details = {**options.as_dict(), "num_classes": arguments.num_classes,
+               "generator_version": procedural.VERSION}
+    card = Card(arguments.out.name, "procedural", details, "CC0-1.0 (generated pictures)",
+                "Generated shapes; test and probe/val use shape parameters, materials and "
+                "backgrounds that train, pool and probe/train never use.")
+    return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 (it went wrong) or 2 (wrong arguments or input)."""
+    arguments = parser().parse_args(argv)
+    try:
+        made = make_procedural(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DiskError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: " + ("made" if made else "is there already with these options, kept"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
