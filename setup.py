@@ -53,7 +53,7 @@ setup(
             "pytest>=8.3",
             "hypothesis>=6.110",
             "ruff>=0.12",
-            "pyright>=1.1.400",
+            "pyright[nodejs]>=1.1.405",
             "pre-commit>=4.0",
         ],
         "bench": ["pandas>=2.2"],

@@ -5,7 +5,7 @@ is mended here, at run time, and nowhere else. Each mend is named, looks first w
 and does nothing where it is not. The pure-Python build that tools/install_detectron2.py makes needs
 only `safe-pickle`; the others are for a user's own build of the v0.6 tag.
 
-Not mended, but avoided: `detectron2.model_zoo` imports `pkg_resources`, which setuptools 82 dropped.
+Not mended, but avoided: `detectron2.model_zoo` imports `pkg_resources`, gone since setuptools 82.
 The base YAMLs are kept in configs/detection/, and no module here may import `model_zoo`.
 """
 
@@ -106,7 +106,7 @@ def mend_safe_pickle() -> bool:
         )
     if getattr(module.pickle, "load", None) is safe_pickle.load:
         return False
-    module.pickle = SimpleNamespace(load=safe_pickle.load)
+    module.__dict__["pickle"] = SimpleNamespace(load=safe_pickle.load)
     return True
 
 

@@ -8,6 +8,7 @@ checkpoint that also holds somebody's trainer or config object still gives up it
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import pickle
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
+from torch import _utils as torch_utils
 
 from detection.errors import UserError
 
@@ -124,7 +126,7 @@ def _plain_names() -> dict[tuple[str, str], Any]:
 def _torch_names() -> dict[tuple[str, str], Any]:
     """The names that `torch.save` writes for tensors."""
     rebuild = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
-    table = {("torch._utils", name): getattr(torch._utils, name) for name in rebuild}
+    table = {("torch._utils", name): getattr(torch_utils, name) for name in rebuild}
     table.update(
         {("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage") for kind in _STORAGES}
     )
@@ -173,6 +175,8 @@ def load(file: IO[bytes], *, encoding: str = "latin1") -> Any:
 
 def load_pkl(path: Path | str) -> Any:
     """Read a `.pkl` file of weights; see `load`."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give the path of a .pkl of weights")
     with open(path, "rb") as file:
         return load(file)
 
@@ -200,26 +204,19 @@ def load_torch(path: Path | str) -> Any:
     Returns:
         Plain data and tensors; anything else is a `Placeholder`.
     Raises:
-        UserError: If the file cannot be read.
+        UserError: If the file is missing or cannot be read.
     """
-    try:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give the path of a checkpoint")
+    with contextlib.suppress(*_READ_ERRORS):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        pass
-    except (RuntimeError, EOFError, OSError) as error:
-        raise _unreadable(path, error) from error
     try:
         return torch.load(
             path, map_location="cpu", weights_only=False, pickle_module=_pickle_module()
         )
     except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path | str, error: Exception) -> UserError:
-    """The message for a checkpoint that no reader takes."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"{path}: not a readable PyTorch checkpoint ({reason}); copy the file again, or save its "
-        "state_dict with torch.save"
-    )
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise UserError(
+            f"{path}: not a readable PyTorch checkpoint ({reason}); copy the file again, or save "
+            "its state_dict with torch.save"
+        ) from error
