@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Look at this machine and say what is there, what is missing, and what to do about it.
+
+Example:
+    .venv/bin/python tools/doctor.py
+    .venv/bin/python tools/doctor.py --json
+
+Exit status: 0 everything the pipeline needs is there (remarks are possible), 1 something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "opencv-python",
+    "pillow",
+    "simplejpeg",
+    "webdataset",
+    "jsonargparse",
+    "fvcore",
+    "pycocotools",
+)
+SETUP = "run `bash tools/setup.sh`"
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `remedy` is empty when nothing is to be done."""
+
+    name: str
+    status: Literal["ok", "remark", "missing"]
+    detail: str
+    remedy: str = ""
+
+
+def check_python() -> Finding:
+    """Interpreter and system."""
+    detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < (3, 11):  # noqa: UP036 (the doctor may be called with any interpreter)
+        return Finding("Python", "missing", detail, "Python 3.11 or newer is needed")
+    return Finding("Python", "ok", detail)
+
+
+def check_packages() -> Finding:
+    """Versions of the main packages."""
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    detail = ", ".join(f"{name} {version}" for name, version in versions.items())
+    absent = [name for name, version in versions.items() if version == "missing"]
+    if absent:
+        return Finding("packages", "missing", detail, f"{SETUP} (lacking: {', '.join(absent)})")
+    return Finding("packages", "ok", detail)
+
+
+def check_devices() -> Finding:
+    """Processors that torch sees."""
+    import torch
+
+    detail = f"{os.cpu_count()} CPU cores, torch uses {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return Finding("devices", "ok", f"{detail}; GPU: {', '.join(names)}")
+    if torch.backends.mps.is_available():
+        return Finding("devices", "ok", f"{detail}; Apple GPU (not used by the pipeline)")
+    return Finding(
+        "devices", "ok", f"{detail}; no CUDA GPU, the CPU-sized presets are meant for this"
+    )
+
+
+def check_torchvision_operators() -> Finding:
+    """Compiled NMS and ROIAlign, which Faster R-CNN here runs on."""
+    import torch
+    from torchvision.ops import nms, roi_align
+
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.9]])
+    kept = nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist()
+    pooled = roi_align(torch.ones(1, 1, 8, 8), [boxes], output_size=2)
+    if kept != [0] or tuple(pooled.shape) != (2, 1, 2, 2):
+        return Finding("torchvision operators", "missing", "wrong results", f"{SETUP} --force")
+    return Finding("torchvision operators", "ok", "NMS and ROIAlign work")
+
+
+def check_detectron2() -> Finding:
+    """Detectron2, its compiled operators, and the mends in force."""
+    from detection import compat
+
+    mends = ", ".join(compat.install_mends()) or "none"
+    try:
+        version = importlib.metadata.version("detectron2")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
+    compiled = "with" if compat.has_compiled_operators() else "without (none is needed)"
+    return Finding("Detectron2", "ok", f"{version}, {compiled} compiled operators; mends: {mends}")
+
+
+def check_opencv() -> Finding:
+    """OpenCV loads and knows JPEG."""
+    import cv2
+    import numpy as np
+
+    written, data = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))
+    if not written or cv2.imdecode(data, cv2.IMREAD_COLOR) is None:
+        return Finding("OpenCV", "missing", "cannot write JPEG", f"{SETUP} --force")
+    return Finding("OpenCV", "ok", f"{cv2.__version__}, JPEG works")
+
+
+def check_programs() -> Finding:
+    """Programs that only some uses need."""
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+    )
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    detail = f"C++ compiler: {'yes' if compiler else 'no'}, Chromium: {'yes' if chromium else 'no'}"
+    remedies = []
+    if not compiler:
+        remedies.append("a compiler is needed for torch.compile only: apt-get install g++")
+    if not chromium:
+        remedies.append("the report's browser test needs one: apt-get install chromium")
+    return Finding("programs", "remark" if remedies else "ok", detail, "; ".join(remedies))
+
+
+def check_disk() -> Finding:
+    """Free space where results go."""
+    free = shutil.disk_usage(".").free / GIB
+    remedy = "below 2 GiB a run may fail: free some space or give --out on another disk"
+    return Finding(
+        "disk", "ok" if free >= 2 else "remark", f"{free:.0f} GiB free", "" if free >= 2 else remedy
+    )
+
+
+def available_memory_gib() -> float | None:
+    """Memory that could be used now, in GiB; None where the system does not say (macOS)."""
+    try:
+        with open("/proc/meminfo") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        return int(rows["MemAvailable"].split()[0]) / (1 << 20)
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def check_memory() -> Finding:
+    """Memory for the presets."""
+    available = available_memory_gib()
+    if available is None:
+        return Finding("memory", "ok", "unknown")
+    few = available < 4
+    remedy = "the demo preset may need up to 6 GiB: close programs or use the smoke preset"
+    detail = f"{available:.1f} GiB available"
+    return Finding("memory", "remark" if few else "ok", detail, remedy if few else "")
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "Python": check_python,
+    "packages": check_packages,
+    "devices": check_devices,
+    "torchvision operators": check_torchvision_operators,
+    "Detectron2": check_detectron2,
+    "OpenCV": check_opencv,
+    "programs": check_programs,
+    "disk": check_disk,
+    "memory": check_memory,
+}
+
+
+def remedy_for(name: str, error: BaseException) -> str:
+    """What to do about a check that raised."""
+    text = str(error)
+    if "nms does not exist" in text or "has no attribute 'nms'" in text:
+        return f"torch and torchvision are of different builds: take both from one index, or {SETUP} --force"
+    if "libGL" in text or "libgthread" in text:
+        return "a system library is missing: apt-get install libgl1 libglib2.0-0"
+    if name == "Detectron2":
+        return "run `.venv/bin/python tools/install_detectron2.py --force`, or " + SETUP
+    return SETUP
+
+
+def examine() -> list[Finding]:
+    """Run every check; one that raises becomes a finding with a remedy."""
+    findings = []
+    for name, check in CHECKS.items():
+        try:
+            findings.append(check())
+        except Exception as error:  # a broken installation may raise anything when imported
+            first_line = (str(error).splitlines() or [""])[0]
+            detail = f"{type(error).__name__}: {first_line}"
+            findings.append(Finding(name, "missing", detail, remedy_for(name, error)))
+    return findings
+
+
+def show(findings: list[Finding]) -> None:
+    """Print the report for people."""
+    marks = {"ok": "ok     ", "remark": "remark ", "missing": "MISSING"}
+    for finding in findings:
+        print(f"{marks[finding.status]}  {finding.name}: {finding.detail}")
+        if finding.remedy:
+            print(f"         -> {finding.remedy}")
+    num_missing = sum(finding.status == "missing" for finding in findings)
+    print("ready" if num_missing == 0 else f"{num_missing} missing, see the remedies above")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    arguments = parser.parse_args(argv)
+    findings = examine()
+    ready = all(finding.status != "missing" for finding in findings)
+    if arguments.json:
+        print(
+            json.dumps({"ready": ready, "findings": [asdict(item) for item in findings]}, indent=1)
+        )
+    else:
+        show(findings)
+    return 0 if ready else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Run the tests; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case "${1:-}" in
+    --help | -h)
+        cat <<'HELP'
+usage: bash tools/test.sh [pytest arguments]
+
+Runs the tests, setting up .venv/ first if it is missing. Tests marked `slow` are left out unless asked for.
+
+example:
+  bash tools/test.sh                       # everything that is quick
+  bash tools/test.sh -m slow               # the rest
+  bash tools/test.sh tests/detection -k compat
+
+exit status: pytest's own (0 all passed, 1 some failed, 2 interrupted, 4 wrong arguments, 5 none found)
+HELP
+        exit 0
+        ;;
+esac
+
+bash tools/setup.sh --quiet
+exec .venv/bin/python -m pytest "$@"
