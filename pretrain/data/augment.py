@@ -47,7 +47,9 @@ class ViewAugment:
     solarize_probability: float = 0.0
 
 
-def _jittered(scale: tuple[float, float], jitter: tuple[float, float, float, float], **rest: float) -> ViewAugment:
+def _jittered(
+    scale: tuple[float, float], jitter: tuple[float, float, float, float], **rest: float
+) -> ViewAugment:
     brightness, contrast, saturation, hue = jitter
     return ViewAugment(
         crop_scale=scale,
@@ -74,7 +76,9 @@ PRESETS: dict[str, tuple[ViewAugment, ViewAugment]] = {
     ),
     "asymmetric_strong": (
         _WEAK,
-        _jittered((0.08, 1.0), (0.8, 0.8, 0.8, 0.2), blur_probability=0.5, solarize_probability=0.2),
+        _jittered(
+            (0.08, 1.0), (0.8, 0.8, 0.8, 0.2), blur_probability=0.5, solarize_probability=0.2
+        ),
     ),
 }
 
@@ -93,7 +97,13 @@ _DRAWS = (
 
 
 def draw_parameters(
-    view: ViewAugment, keys: Tensor | np.ndarray, *, seed: int, epoch: int, view_index: int, image_size: int
+    view: ViewAugment,
+    keys: Tensor | np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    view_index: int,
+    image_size: int,
 ) -> dict[str, Tensor]:
     """Parameters of each sample of a batch: a pure function of (seed, epoch, key, view).
 
@@ -126,7 +136,9 @@ def draw_parameters(
         "hue": np.where(jitter, (2.0 * u["hue"] - 1.0) * view.hue, 0.0),
         "jitter_order": np.floor(u["jitter_order"] * len(JITTER_ORDERS)),
         "gray": u["gray"] < view.gray_probability,
-        "blur_sigma": np.where(u["blur"] < view.blur_probability, low + u["blur_sigma"] * (high - low), 0.0),
+        "blur_sigma": np.where(
+            u["blur"] < view.blur_probability, low + u["blur_sigma"] * (high - low), 0.0
+        ),
         "solarize": u["solarize"] < view.solarize_probability,
     }
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
@@ -155,7 +167,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def augment(images: Tensor, params: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def augment(
+    images: Tensor, params: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     """Jitter, grey, blur, solarise and normalise a batch, each sample with its own parameters.
 
     Args:
@@ -265,9 +279,13 @@ def blur_matrix(sigma: Tensor, size: int, kernel_size: int) -> Tensor:
     kernel = kernel / kernel.sum(1, keepdim=True)
     source = torch.arange(size, device=sigma.device)[:, None] + steps
     source = source.abs()
-    source = torch.where(source >= size, 2 * (size - 1) - source, source)  # mirror without repeating the edge
+    source = torch.where(
+        source >= size, 2 * (size - 1) - source, source
+    )  # mirror without repeating the edge
     matrix = torch.zeros(len(sigma), size, size, device=sigma.device)
-    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None, :].expand(-1, size, -1).contiguous())
+    return matrix.scatter_add_(
+        2, source.expand(len(sigma), -1, -1), kernel[:, None, :].expand(-1, size, -1).contiguous()
+    )
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:

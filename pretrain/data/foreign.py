@@ -37,7 +37,9 @@ def index_foreign(folder: Path) -> Path:
     skipped = [item for result in results for item in result[2]]
     table = to_table([entries for entries, _, _ in results])
     if not len(table):
-        raise UserError(f"{folder}: {len(tars)} tars without a single picture; are they WebDataset shards?")
+        raise UserError(
+            f"{folder}: {len(tars)} tars without a single picture; are they WebDataset shards?"
+        )
     shards = [shard for _, shard, _ in results]
     write_index(target, table, shards, classes=None, options={"foreign": True}, skipped=skipped)
     return target
@@ -46,7 +48,11 @@ def index_foreign(folder: Path) -> Path:
 def _scan(path: Path) -> tuple[list[Entry], dict[str, Any], list[dict[str, str]]]:
     entries, skipped = scan_shard(path)
     size, digest = path.stat().st_size, file_sha256(path)
-    return entries, {"name": path.name, "num_samples": len(entries), "bytes": size, "sha256": digest}, skipped
+    return (
+        entries,
+        {"name": path.name, "num_samples": len(entries), "bytes": size, "sha256": digest},
+        skipped,
+    )
 
 
 def _is_writable(folder: Path) -> bool:

@@ -60,7 +60,9 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
         UserError: If `window` is below 1 or a shard size is negative.
     """
     if window < 1:
-        raise UserError(f"shuffle window {window}: must be at least 1 sample (1 shuffles shards only)")
+        raise UserError(
+            f"shuffle window {window}: must be at least 1 sample (1 shuffles shards only)"
+        )
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     if sizes.size and int(sizes.min()) < 0:
         raise UserError(f"shard size {int(sizes.min())}: must not be negative")

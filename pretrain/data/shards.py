@@ -1,6 +1,5 @@
 """Read samples of WebDataset shards by number: the index, its checks, and random access inside the tars."""
 
-import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -9,8 +8,20 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.foreign import index_foreign
-from pretrain.data.tar_index import FORMAT, NO_LABEL, SAMPLE_DTYPE, file_sha256, scan_shard
+from pretrain.data.shard_verify import VerifyReport, verify_shards
+from pretrain.data.shard_writer import ShardOptions, SourcePicture, WriteReport, write_shards
+from pretrain.data.tar_index import NO_LABEL, SAMPLE_DTYPE, file_sha256, read_index, scan_shard
 from pretrain.errors import UserError
+
+__all__ = [
+    "ShardIndex",
+    "ShardOptions",
+    "SourcePicture",
+    "VerifyReport",
+    "WriteReport",
+    "verify_shards",
+    "write_shards",
+]
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
 _TAR_BLOCK = 512
@@ -56,9 +67,11 @@ class ShardIndex:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder of shards; make one with tools/make_shards.py")
+            raise UserError(
+                f"{folder}: no such folder of shards; make one with tools/make_shards.py"
+            )
         index_folder = folder if (folder / "index.json").exists() else index_foreign(folder)
-        index = _read_index(index_folder / "index.json")
+        index = read_index(index_folder / "index.json")
         _check_table(index_folder, index)
         _check_shards(folder, index_folder, index)
         return cls(folder, index_folder, index)
@@ -84,7 +97,9 @@ class ShardIndex:
         try:
             data = os.pread(self._file(int(row["shard"])), _TAR_BLOCK + size, offset - _TAR_BLOCK)
         except OSError as error:
-            raise UserError(f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?") from error
+            raise UserError(
+                f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?"
+            ) from error
         if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
             raise UserError(
                 f"{self.describe(i)}: the shard does not hold what the index says; it was changed or cut short: "
@@ -142,16 +157,6 @@ def _header_fits(data: bytes, size: int) -> bool:
         return False
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an index ({error}); delete it and make the shards again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UserError(f"{path}: not an index of format {FORMAT!r}; delete it, or make the shards again")
-    return index
-
-
 def _check_table(folder: Path, index: dict[str, Any]) -> None:
     path = folder / index["samples"]
     remedy = "delete index.json and run again to index the tars, or make the shards again"
@@ -162,7 +167,9 @@ def _check_table(folder: Path, index: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
     if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
-        raise UserError(f"{path}: does not fit index.json ({index['num_samples']} samples); {remedy}")
+        raise UserError(
+            f"{path}: does not fit index.json ({index['num_samples']} samples); {remedy}"
+        )
     if file_sha256(path) != index["samples_sha256"]:
         raise UserError(f"{path}: its SHA-256 is not the one in index.json; {remedy}")
 
@@ -181,7 +188,9 @@ def _check_shards(folder: Path, index_folder: Path, index: dict[str, Any]) -> No
                 f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make it again"
             )
         if size > shard["bytes"]:
-            raise UserError(_stale(path, index_folder, f"{size:,} bytes instead of {shard['bytes']:,}"))
+            raise UserError(
+                _stale(path, index_folder, f"{size:,} bytes instead of {shard['bytes']:,}")
+            )
     known = {shard["name"] for shard in index["shards"]}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in known:

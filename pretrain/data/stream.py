@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.data.order import counter_rng, epoch_order, global_batch, num_steps_per_epoch, rank_slice
+from pretrain.data.order import (
+    counter_rng,
+    epoch_order,
+    global_batch,
+    num_steps_per_epoch,
+    rank_slice,
+)
 from pretrain.data.shards import ShardIndex
 from pretrain.data.views import RATIO, BadSample, center_crop, decode, random_resized_crop
 from pretrain.errors import UserError
@@ -144,7 +150,9 @@ class TwoViewDataset(Dataset):
                     bad[candidate] = str(error)
             draw = counter_rng("replacement", self.seed, epoch, sample_id, attempt)
             candidate = int(draw.integers(self.index.num_samples))
-        raise UserError(f"{bad[sample_id]}; {_MAX_REPLACEMENTS} samples drawn in its place were bad too")
+        raise UserError(
+            f"{bad[sample_id]}; {_MAX_REPLACEMENTS} samples drawn in its place were bad too"
+        )
 
     def write_views(self, sample_id: int, epoch: int, out: np.ndarray) -> None:
         """Decode a sample once and write its views into uint8 [2, s, s, 3].
@@ -156,7 +164,9 @@ class TwoViewDataset(Dataset):
         key = int(self.index.samples[sample_id]["key"])
         for view, scale in enumerate(self.crop_scales):
             rng = counter_rng("crop", self.seed, epoch, key, view)
-            random_resized_crop(image, rng, self.image_size, scale, RATIO, self.flip_probability, out=out[view])
+            random_resized_crop(
+                image, rng, self.image_size, scale, RATIO, self.flip_probability, out=out[view]
+            )
 
 
 def decode_sample(index: ShardIndex, sample_id: int) -> np.ndarray:
@@ -176,7 +186,14 @@ class RequestSampler(Sampler):
     """The requests of one rank from a step of an epoch on; set `epoch` and `start_step` before iterating."""
 
     def __init__(
-        self, index: ShardIndex, *, seed: int, batch_size: int, rank: int, world_size: int, window: int
+        self,
+        index: ShardIndex,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        window: int,
     ) -> None:
         self._sizes, self._seed, self._window = index.shard_sizes, seed, window
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
@@ -185,7 +202,9 @@ class RequestSampler(Sampler):
         self.start_step = 0
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}")
-        rank_slice(np.arange(batch_size), rank, world_size)  # a batch that does not divide is refused now
+        rank_slice(
+            np.arange(batch_size), rank, world_size
+        )  # a batch that does not divide is refused now
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
@@ -314,11 +333,17 @@ class EvalDataset(Dataset):
         images = np.empty((len(sample_ids), self.image_size, self.image_size, 3), np.uint8)
         try:
             for row, sample_id in enumerate(sample_ids):
-                images[row] = center_crop(decode_sample(self.index, int(sample_id)), self.image_size)
+                images[row] = center_crop(
+                    decode_sample(self.index, int(sample_id)), self.image_size
+                )
         except (BadSample, UserError) as error:
             return Reply(error=f"{error}; repair or remove it and make the shards again")
         labels = self.index.samples["label"][sample_ids].astype(np.int64)
-        tensors = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), torch.from_numpy(sample_ids)
+        tensors = (
+            torch.from_numpy(images).permute(0, 3, 1, 2),
+            torch.from_numpy(labels),
+            torch.from_numpy(sample_ids),
+        )
         return Reply(batch=tensors)
 
 

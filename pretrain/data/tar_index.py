@@ -20,7 +20,9 @@ SAMPLE_DTYPE = np.dtype(
 )
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 NO_LABEL = -1
-_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # WebDataset's rule: first dot of the name
+_KEY_AND_SUFFIX = re.compile(
+    r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL
+)  # WebDataset's rule: first dot of the name
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
                     raise UserError(_truncated(path, f"in the middle of {member.name!r}"))
                 parts = split_name(member.name)
                 if parts is None:
-                    skipped.append({"file": f"{path.name}/{member.name}", "reason": "a name without a suffix"})
+                    skipped.append(
+                        {"file": f"{path.name}/{member.name}", "reason": "a name without a suffix"}
+                    )
                     continue
                 if group and group["name"] != parts[0]:
                     _close_group(group, path, entries, skipped)
@@ -89,7 +93,9 @@ def _truncated(path: Path, where: str) -> str:
     return f"{path}: the tar ends {where}: it was cut short; copy or make this shard again"
 
 
-def _add_member(group: dict[str, Any], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+def _add_member(
+    group: dict[str, Any], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile
+) -> None:
     if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES and "offset" not in group:
         group["offset"], group["size"] = member.offset_data, member.size
     elif suffix == "cls":
@@ -97,7 +103,9 @@ def _add_member(group: dict[str, Any], suffix: str, member: tarfile.TarInfo, tar
         group["cls"] = stream.read(32) if stream is not None else b""
 
 
-def _close_group(group: dict[str, Any], path: Path, entries: list[Entry], skipped: list[dict[str, str]]) -> None:
+def _close_group(
+    group: dict[str, Any], path: Path, entries: list[Entry], skipped: list[dict[str, str]]
+) -> None:
     name = group["name"]
     if "offset" not in group:
         skipped.append({"file": f"{path.name}/{name}", "reason": "no picture"})
@@ -145,6 +153,25 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read index.json.
+
+    Raises:
+        UserError: If it cannot be read or is of another format.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as an index ({error}); delete it and make the shards again"
+        ) from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not an index of format {FORMAT!r}; delete it, or make the shards again"
+        )
+    return index
 
 
 def write_index(

@@ -55,7 +55,11 @@ def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
 
 def _decode_other(data: bytes, where: str) -> np.ndarray:
     _check_size(*_size(data, where), where)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if _cv2_reads(data) else None
+    image = (
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if _cv2_reads(data)
+        else None
+    )
     return _decode_pillow(data, where) if image is None else image
 
 
@@ -82,7 +86,9 @@ def _decode_pillow(data: bytes, where: str) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as picture:
                 if picture.mode.startswith("I;16"):
-                    return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+                    return np.repeat(
+                        (np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2
+                    )
                 return np.array(picture.convert("RGB"))
     except Exception as error:  # Pillow raises many kinds, OSError and SyntaxError among them
         raise BadSample(f"{where}: does not decode ({_short(error)})") from error
@@ -102,7 +108,11 @@ def _short(error: Exception) -> str:
 
 
 def draw_crop_box(
-    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """Box of a random resized crop, drawn as torchvision's RandomResizedCrop does.
 

@@ -1,0 +1,165 @@
+"""Find the pictures of somebody's own data: a folder, a tree of class folders, or a VOC devkit."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tools.datasets.errors import UserError
+from tools.datasets.voc_check import VocReport, check_voc, read_split, voc_years
+
+__all__ = ["Picture", "Source", "VocReport", "check_voc", "open_source"]
+
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+)
+SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "training", "testing"})
+
+Kind = Literal["folder", "classes", "voc"]
+Labels = Literal["auto", "none"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file of a source.
+
+    Attributes:
+        path: Where it is.
+        name: Path relative to the source, with slashes.
+        label: Class number, -1 for none.
+    """
+
+    path: str
+    name: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a folder turned out to be.
+
+    Attributes:
+        kind: "folder" (no labels), "classes" (one folder per class) or "voc" (no labels: many objects each).
+        pictures: The files, sorted by name.
+        classes: Class names in label order, or None.
+        ignored: Files that are no pictures, counted by suffix.
+    """
+
+    kind: Kind
+    pictures: tuple[Picture, ...]
+    classes: tuple[str, ...] | None
+    ignored: dict[str, int]
+
+
+def open_source(path: str | Path, *, split: str | None = None, labels: Labels = "auto") -> Source:
+    """Find out what a folder holds and list its pictures.
+
+    Args:
+        path: A VOC devkit (holds VOC2007 or the like, or is such a folder), a tree of class folders, or any
+            folder of pictures.
+        split: A list of a devkit's ImageSets/Main, or a sub-folder such as train.
+        labels: "none" ignores class folders.
+    Raises:
+        UserError: If there is no such folder or split, it holds no picture, or a split must be chosen.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder; give a folder of pictures, class folders or a VOC devkit"
+        )
+    if voc_years(root):
+        return _open_voc(root, split)
+    if split is not None:
+        if not (root / split).is_dir():
+            raise UserError(
+                f"{root}: has no folder {split!r} and is no VOC devkit; leave --split out, or name one of: "
+                + (", ".join(_subfolders(root)) or "(no sub-folders)")
+            )
+        root = root / split
+    return _open_folder(root, labels)
+
+
+def _open_voc(root: Path, split: str | None) -> Source:
+    years = voc_years(root)
+    if split is None:
+        names = sorted(
+            {file.stem for year in years for file in (year / "ImageSets/Main").glob("*.txt")}
+        )
+        names = [name for name in names if "_" not in name]
+        raise UserError(
+            f"{root}: is a VOC devkit; choose a part with --split, one of: {', '.join(names) or '(none)'}"
+        )
+    pictures = []
+    with_split = [year for year in years if (year / "ImageSets/Main" / f"{split}.txt").exists()]
+    if not with_split:
+        read_split(years[0], split)  # says what is missing
+    for year in with_split:
+        for image_id in read_split(year, split):
+            file = _voc_picture(year, image_id)
+            pictures.append(Picture(str(file), f"{year.name}/{file.name}", -1))
+    return Source("voc", tuple(sorted(pictures, key=lambda picture: picture.name)), None, {})
+
+
+def _voc_picture(year: Path, image_id: str) -> Path:
+    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG"):
+        file = year / "JPEGImages" / f"{image_id}{suffix}"
+        if file.exists():
+            return file
+    raise UserError(
+        f"{year / 'JPEGImages' / image_id}.jpg: missing, though ImageSets/Main lists it; "
+        "unpack the set again, or take the name off the list"
+    )
+
+
+def _open_folder(root: Path, labels: Labels) -> Source:
+    files, ignored = [], Counter()
+    for file in _walk(root):
+        if file.suffix.lower() in PICTURE_SUFFIXES:
+            files.append(file)
+        else:
+            ignored[file.suffix.lower() or "(no suffix)"] += 1
+    if not files:
+        found = (
+            ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common(3))
+            or "nothing at all"
+        )
+        raise UserError(
+            f"{root}: holds no pictures (found {found}); suffixes read: {' '.join(sorted(PICTURE_SUFFIXES))}"
+        )
+    names = sorted(file.relative_to(root).as_posix() for file in files)
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    if len(tops) > 1 and {top.lower() for top in tops} <= SPLIT_NAMES:
+        raise UserError(
+            f"{root}: its folders {', '.join(sorted(tops))} look like splits; choose one with --split"
+        )
+    classes = None
+    if labels == "auto" and len(tops) > 1 and all("/" in name for name in names):
+        classes = tuple(sorted(tops))
+    number = {name: i for i, name in enumerate(classes or ())}
+    pictures = [
+        Picture(str(root / name), name, number.get(name.split("/")[0], -1)) for name in names
+    ]
+    return Source("classes" if classes else "folder", tuple(pictures), classes, dict(ignored))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files below a folder through links, each real folder once; hidden names are left out."""
+    seen = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith((".", "__MACOSX"))
+        )
+        for name in files:
+            if not name.startswith("."):
+                yield Path(folder, name)
+
+
+def _subfolders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())[:10]

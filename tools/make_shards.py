@@ -1,0 +1,149 @@
+"""Pack pictures into WebDataset shards with an index, or verify shards against their index."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain.data.shards import (
+    ShardOptions,
+    SourcePicture,
+    WriteReport,
+    verify_shards,
+    write_shards,
+)
+from pretrain.errors import UserError
+from tools.datasets.errors import UserError as SourceError
+from tools.datasets.importers import Source, open_source
+
+EXAMPLE = """\
+SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a VOC devkit.
+
+examples:
+  .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet-train --split train --resize-short 256
+  .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
+  .venv/bin/python tools/make_shards.py data/shards --verify
+
+A killed run goes on where it stopped when the same command is given again.
+Exit status: 0 done; 1 it went wrong, or --verify found a fault; 2 wrong arguments or input.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    default = ShardOptions()
+    main_parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = main_parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="pictures; with --verify: the folder of shards")
+    add("out", type=Path, nargs="?", metavar="OUT", help="folder for the shards")
+    add("--split", metavar="NAME", help="list of a VOC devkit (train, trainval, ..) or sub-folder")
+    add("--labels", choices=("auto", "none"), default="auto",
+        help="auto: class folders become labels (default); none: no labels")  # fmt: skip
+    add("--max-samples-per-shard", type=int, default=default.max_samples_per_shard, metavar="N",
+        help=f"most samples in a shard (default: {default.max_samples_per_shard})")  # fmt: skip
+    add("--shard-size-mb", type=float, default=default.shard_size_mb, metavar="MB",
+        help=f"about the largest shard, 10^6 bytes (default: {default.shard_size_mb:g})")  # fmt: skip
+    add("--resize-short", type=int, metavar="S", help="shrink pictures to this short side, pixels")
+    add("--quality", type=int, default=default.quality, metavar="Q",
+        help=f"JPEG quality of shrunk pictures (default: {default.quality})")  # fmt: skip
+    add("--shuffle-seed", type=int, default=default.shuffle_seed, metavar="N",
+        help=f"seed of the order over all shards (default: {default.shuffle_seed})")  # fmt: skip
+    add("--no-shuffle", action="store_true", help="keep the order of names")
+    add("--num-workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes; the shards do not depend on it (default: all cores)")  # fmt: skip
+    add("--max-bad", type=int, default=0, metavar="N",
+        help="leave out at most N pictures that do not decode, and list them (default: 0)")  # fmt: skip
+    add("--overwrite", action="store_true", help="throw away other shards in OUT first")
+    add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
+    return main_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.out is not None:
+            pack(options)
+        elif not options.verify:
+            raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify (see --help)")
+        return verify(options.out or options.source, options.num_workers) if options.verify else 0
+    except (UserError, SourceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; give the same command again to go on", file=sys.stderr)
+        return 1
+
+
+def pack(options: argparse.Namespace) -> None:
+    """Write the shards and say what was done."""
+    if options.num_workers < 0 or options.max_bad < 0:
+        raise UserError("--num-workers and --max-bad must not be negative")
+    shard_options = ShardOptions(
+        max_samples_per_shard=options.max_samples_per_shard,
+        shard_size_mb=options.shard_size_mb,
+        resize_short=options.resize_short,
+        quality=options.quality,
+        shuffle_seed=None if options.no_shuffle else options.shuffle_seed,
+    )
+    source = open_source(options.source, split=options.split, labels=options.labels)
+    print(describe(source, options.source), flush=True)
+    report = write_shards(
+        [SourcePicture(picture.path, picture.name, picture.label) for picture in source.pictures],
+        options.out,
+        options=shard_options,
+        classes=None if source.classes is None else list(source.classes),
+        num_workers=options.num_workers,
+        max_bad=options.max_bad,
+        overwrite=options.overwrite,
+        progress=True,
+    )
+    print(summary(report, options.out))
+
+
+def describe(source: Source, path: Path) -> str:
+    """One line on what the source turned out to be."""
+    kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
+    labels = f"{len(source.classes)} classes" if source.classes else "no labels"
+    text = f"{path}: {kind}, {len(source.pictures)} pictures, {labels}"
+    if source.ignored:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(source.ignored.items()))
+        text += f"; other files ignored: {counts}"
+    return text
+
+
+def summary(report: WriteReport, out: Path) -> str:
+    """What was written, kept and left out."""
+    text = f"{out}: {report.num_samples} samples in {report.num_shards} shards, {report.num_bytes / 1e6:.1f} MB"
+    if report.num_shards_kept:
+        text += f" ({report.num_shards_kept} shards were finished before)"
+    if report.skipped:
+        listed = "\n".join(f"  {item['reason']}" for item in report.skipped)
+        text += f"\nleft out {len(report.skipped)} pictures (also listed in index.json):\n{listed}"
+    return text
+
+
+def verify(path: Path, num_workers: int) -> int:
+    """Check shards; returns the exit status."""
+    report = verify_shards(path, num_workers=num_workers, progress=True)
+    for problem in report.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    size = f"{report.num_samples} samples in {report.num_shards} shards, {report.num_bytes / 1e6:.1f} MB"
+    print(
+        f"{path}: {size}: "
+        + ("all as the index says" if report.ok else f"{len(report.problems)} faults")
+    )
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
