@@ -1,0 +1,158 @@
+"""Detectron2 configs: load a YAML, apply KEY VALUE pairs, refuse what would train wrongly.
+
+Our own keys stand beside Detectron2's (see `add_keys`). A schedule is kept whole: whoever shortens
+SOLVER.MAX_ITER gets STEPS and WARMUP_ITERS shortened in proportion, or says them too.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+import detection.compat  # noqa: F401  (before detectron2)
+from detection.errors import UserError
+
+_SCHEDULE_KEYS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A ResNet's shape, as the checkpoint's `arch` says it; channels are output channels.
+
+    A torchvision ResNet-50 is (50, 64, 64, 256), ResNet-18 (18, 64, 64, 64), the thin one
+    (50, 16, 16, 64).
+    """
+
+    depth: int
+    width_per_group: int
+    stem_channels: int
+    res2_channels: int
+
+    def __str__(self) -> str:
+        """One line for messages."""
+        return (f"ResNet-{self.depth} (width {self.width_per_group}, stem {self.stem_channels}, "
+                f"res2 {self.res2_channels})")
+
+
+def arch_of_config(cfg: CfgNode) -> Arch:
+    """The ResNet that a Detectron2 config builds."""
+    resnets = cfg.MODEL.RESNETS
+    return Arch(resnets.DEPTH, resnets.WIDTH_PER_GROUP, resnets.STEM_OUT_CHANNELS,
+                resnets.RES2_OUT_CHANNELS)
+
+
+def set_arch(cfg: CfgNode, arch: Arch) -> None:
+    """Make a config build that ResNet."""
+    values = asdict(arch)
+    cfg.MODEL.RESNETS.DEPTH = values["depth"]
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = values["width_per_group"]
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = values["stem_channels"]
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = values["res2_channels"]
+
+
+def add_keys(cfg: CfgNode) -> None:
+    """Add the keys that this project reads beside Detectron2's own.
+
+    - MODEL.BACKBONE.CALIBRATE_BN_BATCHES: before training, set the statistics of *frozen* batch
+      norms from this many batches of training pictures (0: leave them). The same for every arm.
+    - TEST.IMS_PER_BATCH: pictures per forward pass in evaluation.
+    - TEST.NUM_IMAGES: evaluate on the first so many pictures of the test list (0: all).
+    - TEST.NUM_SAVED_IMAGES: how many test pictures detections.json shows, evenly spread.
+    - TEST.SAVED_SCORE_THRESH: lowest score shown there.
+    """
+    cfg.MODEL.BACKBONE.CALIBRATE_BN_BATCHES = 0
+    cfg.TEST.IMS_PER_BATCH = 1
+    cfg.TEST.NUM_IMAGES = 0
+    cfg.TEST.NUM_SAVED_IMAGES = 24
+    cfg.TEST.SAVED_SCORE_THRESH = 0.05
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Load a config file and apply overrides.
+
+    Args:
+        path: YAML in Detectron2's format; `_BASE_` is followed.
+        overrides: KEY, VALUE, KEY, VALUE, ..
+
+    Returns:
+        A config that is not frozen.
+
+    Raises:
+        UserError: For a missing file, an unknown key, a value of the wrong kind, or a schedule
+            whose parts do not fit.
+    """
+    cfg = get_cfg()
+    add_keys(cfg)
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config; see configs/detection/")
+    try:
+        cfg.merge_from_file(str(path))
+    except (KeyError, ValueError, AssertionError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {_explain(cfg, error)}") from error
+    before = cfg.clone()
+    if len(overrides) % 2:
+        raise UserError(f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
+                        "key has no value")
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{' '.join(overrides)!r}: {_explain(cfg, error)}") from error
+    _keep_schedule_whole(cfg, before, set(overrides[::2]))
+    _check_schedule(cfg)
+    return cfg
+
+
+def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """{"SOLVER.BASE_LR": 0.02, ..}: dotted keys of a config, sorted."""
+    flat: dict[str, Any] = {}
+    for key in sorted(node):
+        value = node[key]
+        if isinstance(value, CfgNode):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _explain(cfg: CfgNode, error: Exception) -> str:
+    """A yacs message, with the nearest known key if the key is unknown."""
+    text = str(error.args[0] if error.args else error).splitlines()[0]
+    unknown = text.partition("key:")[2].strip()
+    if "on-existent" not in text or not unknown:
+        return text
+    known = list(flatten(cfg))
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see configs/detection/ for the keys in use"
+    return f"unknown key {unknown}; {hint}"
+
+
+def _keep_schedule_whole(cfg: CfgNode, before: CfgNode, overridden: set[str]) -> None:
+    """Scale STEPS and WARMUP_ITERS with an overridden MAX_ITER, unless they are overridden too."""
+    old, new = before.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER
+    if old == new or new <= 0:
+        return
+    if "SOLVER.STEPS" not in overridden:
+        cfg.SOLVER.STEPS = tuple(round(step * new / old) for step in before.SOLVER.STEPS)
+    if "SOLVER.WARMUP_ITERS" not in overridden:
+        cfg.SOLVER.WARMUP_ITERS = round(before.SOLVER.WARMUP_ITERS * new / old)
+
+
+def _check_schedule(cfg: CfgNode) -> None:
+    """Refuse a learning-rate schedule that the iterations do not hold."""
+    solver = cfg.SOLVER
+    steps, last = list(solver.STEPS), solver.MAX_ITER
+    if last < 1:
+        raise UserError(f"SOLVER.MAX_ITER {last}: give at least 1")
+    if any(step >= last for step in steps) and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        raise UserError(
+            f"SOLVER.STEPS {tuple(steps)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 would "
+            "leave those drops out; give steps below MAX_ITER, or MAX_ITER alone and they are "
+            "scaled")
+    if last <= solver.WARMUP_ITERS and last > 1:
+        raise UserError(f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of "
+                        f"SOLVER.MAX_ITER {last}; shorten it, or give MAX_ITER alone and it is "
+                        "scaled")

@@ -1,0 +1,187 @@
+"""VOC-layout sets: read and check every annotation once, then hand them to Detectron2.
+
+Checked before any work: the lists, the XML files, the boxes, the class names and the pictures. The
+first fault ends the run with one message that names the file and the remedy.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detection.errors import UserError
+from detection.voc_annotation import VocPicture, read_picture
+
+# The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
+VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+_OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
+
+
+@dataclass(frozen=True)
+class VocSplit:
+    """One list of pictures: FOLDER/ImageSets/Main/NAME.txt."""
+
+    folder: Path
+    name: str
+    pictures: tuple[VocPicture, ...]
+
+
+@dataclass(frozen=True)
+class VocSet:
+    """A checked set: its classes in order, which AP metric it uses, its training and test lists."""
+
+    root: Path
+    name: str
+    classes: tuple[str, ...]
+    metric_year: int
+    train: tuple[VocSplit, ...]
+    test: VocSplit
+
+    @property
+    def num_train(self) -> int:
+        """Number of training pictures."""
+        return sum(len(split.pictures) for split in self.train)
+
+    def digest(self) -> str:
+        """Hash of everything that training and evaluation read, but the pixels."""
+        digest = hashlib.sha256(repr((self.classes, self.metric_year)).encode())
+        for role, split in [*(("train", split) for split in self.train), ("test", self.test)]:
+            digest.update(f"{role} {split.name}\n".encode())
+            for picture in split.pictures:
+                digest.update(f"{picture.content_digest}\n".encode())
+        return digest.hexdigest()
+
+
+def read_set(
+    root: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    metric_year: int | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+) -> VocSet:
+    """Read and check a data set.
+
+    Args:
+        root: A folder with dataset.json and VOC2007/, or a VOC devkit (VOC2007/ and/or VOC2012/).
+        classes: Class names in order; default: dataset.json, else the 20 VOC names.
+        metric_year: 2007 for the 11-point AP, 2012 for the area; default: dataset.json, else 2007
+            for the 20 VOC names in VOC2007 and 2012 for any other set.
+        train_split: Lists joined by "+", such as "train" or
+            "voc_2007_trainval+voc_2012_trainval".
+        test_split: One list.
+
+    Returns:
+        The set, every annotation read.
+
+    Raises:
+        UserError: For the first fault found.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give a data set made by tools/make_dataset.py "
+                        "or a VOC devkit")
+    description = _read_description(root)
+    names = tuple(classes or description.get("classes") or VOC_CLASSES)
+    if len(set(names)) != len(names) or not all(names):
+        raise UserError(f"class list {', '.join(names)!r}: names must be different and not empty")
+    official = list(names) == VOC_CLASSES and not description
+    train_split = train_split or ("voc_2007_trainval" if official else "train")
+    test_split = test_split or ("voc_2007_test" if official else "test")
+    if "+" in test_split:
+        raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
+    year = metric_year or description.get("metric_year") or (
+        2007 if official and "2012" not in test_split else 2012)
+    if year not in (2007, 2012):
+        raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+    return VocSet(
+        root=root, name=str(description.get("name") or root.name), classes=names, metric_year=year,
+        train=tuple(_read_split(root, part, names, is_test=False, official=official)
+                    for part in train_split.split("+")),
+        test=_read_split(root, test_split, names, is_test=True, official=official),
+    )
+
+
+def _read_description(root: Path) -> dict[str, Any]:
+    """dataset.json, or an empty dictionary for a plain devkit."""
+    path = root / "dataset.json"
+    if not path.is_file():
+        return {}
+    try:
+        description = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); make the data set again") from error
+    if not isinstance(description, dict) or not description.get("classes"):
+        raise UserError(f"{path}: has no list 'classes'; make the data set again with "
+                        "tools/make_dataset.py")
+    return description
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, str]:
+    """Where a list lives: "train" -> (ROOT/VOC2007, "train"), "voc_2012_val" -> (.../VOC2012, ..).
+
+    Raises:
+        UserError: If no VOC folder is there, or several and the name does not say which.
+    """
+    match = _OFFICIAL_SPLIT.fullmatch(split)
+    years, name = ([match[1]], match[2]) if match else (["2007", "2012"], split)
+    bases = [base for base in (root, root / "VOCdevkit") if base.is_dir()]
+    found = [base / f"VOC{year}" for base in bases for year in years]
+    found = [folder for folder in found if (folder / "ImageSets" / "Main").is_dir()]
+    holders = [folder for folder in found if _list_file(folder, name).is_file()]
+    if not found:
+        wanted = " or ".join(f"VOC{year}/ImageSets/Main" for year in years)
+        raise UserError(f"{root}: holds no {wanted}; give the folder that holds VOC2007 "
+                        "(a VOC devkit), or a data set made by tools/make_dataset.py")
+    if not holders:
+        there = sorted(path.stem for folder in found for path in _list_file(folder, "x").parent.
+                       glob("*.txt"))[:20]
+        raise UserError(f"{_list_file(found[0], name)}: no such list; lists there: "
+                        f"{', '.join(there) or 'none'}; choose with --train-split / --test-split")
+    if len(holders) > 1:
+        raise UserError(f"list {split!r} is in {holders[0].name} and in {holders[1].name}; say "
+                        f"voc_2007_{name} or voc_2012_{name} with --train-split / --test-split")
+    return holders[0], name
+
+
+def _list_file(folder: Path, name: str) -> Path:
+    return folder / "ImageSets" / "Main" / f"{name}.txt"
+
+
+def _read_split(
+    root: Path, split: str, classes: tuple[str, ...], *, is_test: bool, official: bool
+) -> VocSplit:
+    """Read one list and every annotation it names."""
+    folder, name = _split_folder(root, split)
+    path = _list_file(folder, name)
+    image_ids = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not image_ids:
+        raise UserError(f"{path}: the split is empty; list one picture name a line, or choose "
+                        "another list with --train-split / --test-split")
+    seen: set[str] = set()
+    for image_id in image_ids:
+        if len(image_id.split()) != 1:
+            raise UserError(f"{path}: line {image_id!r} must hold one picture name and nothing "
+                            "else (class-wise lists such as aeroplane_train.txt do not serve)")
+        if image_id in seen:
+            raise UserError(f"{path}: {image_id!r} is listed twice; remove one of the lines")
+        seen.add(image_id)
+    pictures = tuple(
+        read_picture(folder, image_id, classes, integer_boxes=is_test,
+                     tolerance_px=1 if official else 0)
+        for image_id in image_ids
+    )
+    if not any(picture.objects for picture in pictures):
+        raise UserError(f"{path}: none of its {len(pictures)} pictures holds an object; annotate "
+                        "them or choose another list")
+    return VocSplit(folder, name, pictures)
+
+
+def classes_without_objects(split: VocSplit, classes: Sequence[str]) -> list[str]:
+    """Classes for which AP is undefined: no object in the split that is not 'difficult'."""
+    present = {item.class_name for picture in split.pictures for item in picture.objects
+               if not item.difficult}
+    return [name for name in classes if name not in present]
