@@ -64,7 +64,7 @@ def mend_numpy_aliases() -> bool:
     missing = [
         name
         for name, (file, text) in needed.items()
-        if _source_mentions(file, text) and not hasattr(np, name)
+        if _source_mentions(file, text) and name not in vars(np)
     ]
     for name in missing:
         setattr(np, name, aliases[name])

@@ -40,6 +40,10 @@ class Placeholder:
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Drop the arguments."""
 
+    def __call__(self, *_args: object, **_kwargs: object) -> Placeholder:
+        """Do nothing, for pickles that call what a function returned."""
+        return self
+
     def __setstate__(self, state: object) -> None:
         """Drop the state that the pickle would have restored."""
 
@@ -97,6 +101,11 @@ def _encode(text: str, _encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """What pickles of protocols 0 to 2 call for empty bytes."""
+    return b""
+
+
 _NUMPY = {
     "ndarray": np.ndarray,
     "dtype": np.dtype,
@@ -116,6 +125,7 @@ def _plain_names() -> dict[tuple[str, str], Any]:
         ("_codecs", "encode"): _encode,
     }
     for builtins in ("builtins", "__builtin__"):
+        table[builtins, "bytes"] = _no_bytes
         table.update({(builtins, kind.__name__): kind for kind in (set, frozenset, complex)})
         table.update({(builtins, kind.__name__): kind for kind in (bytearray, slice)})
     for home in _NUMPY_HOMES:

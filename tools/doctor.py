@@ -5,7 +5,7 @@ Example:
     .venv/bin/python tools/doctor.py
     .venv/bin/python tools/doctor.py --json
 
-Exit status: 0 everything the pipeline needs is there (remarks are possible), 1 something is missing.
+Exit status: 0 everything needed is there (remarks are possible), 1 something is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGES = (
     "fvcore",
     "pycocotools",
 )
-SETUP = "run `bash tools/setup.sh`"
+SETUP = "run `bash tools/setup.sh --force`"
 GIB = 1 << 30
 
 
@@ -75,7 +75,7 @@ def check_devices() -> Finding:
     """Processors that torch sees."""
     import torch
 
-    detail = f"{os.cpu_count()} CPU cores, torch uses {torch.get_num_threads()} threads"
+    detail = f"{os.cpu_count()} CPU cores, torch uses {torch.get_num_threads()}"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("devices", "ok", f"{detail}; GPU: {', '.join(names)}")
@@ -95,7 +95,7 @@ def check_torchvision_operators() -> Finding:
     kept = nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist()
     pooled = roi_align(torch.ones(1, 1, 8, 8), [boxes], output_size=2)
     if kept != [0] or tuple(pooled.shape) != (2, 1, 2, 2):
-        return Finding("torchvision operators", "missing", "wrong results", f"{SETUP} --force")
+        return Finding("torchvision operators", "missing", "wrong results", f"{SETUP}")
     return Finding("torchvision operators", "ok", "NMS and ROIAlign work")
 
 
@@ -108,8 +108,8 @@ def check_detectron2() -> Finding:
         version = importlib.metadata.version("detectron2")
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
-    compiled = "with" if compat.has_compiled_operators() else "without (none is needed)"
-    return Finding("Detectron2", "ok", f"{version}, {compiled} compiled operators; mends: {mends}")
+    compiled = "there" if compat.has_compiled_operators() else "absent, none is needed"
+    return Finding("Detectron2", "ok", f"{version}; compiled operators: {compiled}; mends: {mends}")
 
 
 def check_opencv() -> Finding:
@@ -119,7 +119,7 @@ def check_opencv() -> Finding:
 
     written, data = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))
     if not written or cv2.imdecode(data, cv2.IMREAD_COLOR) is None:
-        return Finding("OpenCV", "missing", "cannot write JPEG", f"{SETUP} --force")
+        return Finding("OpenCV", "missing", "cannot write JPEG", f"{SETUP}")
     return Finding("OpenCV", "ok", f"{cv2.__version__}, JPEG works")
 
 
@@ -185,7 +185,7 @@ def remedy_for(name: str, error: BaseException) -> str:
     """What to do about a check that raised."""
     text = str(error)
     if "nms does not exist" in text or "has no attribute 'nms'" in text:
-        return f"torch and torchvision are of different builds: take both from one index, or {SETUP} --force"
+        return f"torch and torchvision are not of one build: take both from one index, or {SETUP}"
     if "libGL" in text or "libgthread" in text:
         return "a system library is missing: apt-get install libgl1 libglib2.0-0"
     if name == "Detectron2":

@@ -34,7 +34,9 @@ fail() {
 # Prints the first interpreter that is new enough and can make environments.
 find_python() {
     local candidate seen="none" check='import sys; sys.exit(sys.version_info < (3, 11))'
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    local candidates=(python3.11 python3.12 python3.13 python3 python)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         command -v "$candidate" >/dev/null 2>&1 || continue
         if ! "$candidate" -c "$check" >/dev/null 2>&1; then
             seen="$candidate is $("$candidate" --version 2>&1)"

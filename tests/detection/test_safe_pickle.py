@@ -1,0 +1,134 @@
+"""Reading weights must never run what a file says."""
+
+import argparse
+import collections
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detection import safe_pickle
+from detection.errors import UserError
+
+
+class Attack:
+    """Creates a file when an ordinary unpickler reads it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+class Settings(dict):
+    """Some project's own class, as Lightning checkpoints hold them."""
+
+
+def weights() -> dict[str, object]:
+    return {
+        "model": {
+            "conv.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+            "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+            "count": np.int64(7),
+            "empty": np.zeros((0, 3), np.float16),
+        },
+        "__author__": "someone",
+        "order": collections.OrderedDict(a=1),
+        "bytes": b"ab\xff",
+        "set": {1, 2},
+    }
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_weights_survive_every_protocol(protocol: int) -> None:
+    loaded = safe_pickle.load(io.BytesIO(pickle.dumps(weights(), protocol=protocol)))
+    expected = weights()
+    model, reference = loaded.pop("model"), expected.pop("model")
+    assert loaded == expected
+    assert isinstance(reference, dict)
+    for name, value in reference.items():
+        np.testing.assert_array_equal(model[name], value, strict=True)
+
+
+def test_names_of_numpy_1_are_known() -> None:
+    data = pickle.dumps(np.arange(3), protocol=2).replace(b"numpy._core", b"numpy.core")
+    np.testing.assert_array_equal(safe_pickle.load(io.BytesIO(data)), np.arange(3))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_functions_in_a_pickle_are_not_called(protocol: int, tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    data = pickle.dumps({"model": {}, "trap": Attack(target)}, protocol=protocol)
+    loaded = safe_pickle.load(io.BytesIO(data))
+    assert isinstance(loaded["trap"], safe_pickle.Placeholder)
+    assert not target.exists()
+    pickle.loads(data)  # the trap is a real one
+    assert target.exists()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"cbuiltins\neval\n(S'1+1'\ntR.",
+        b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.",
+        b"c__builtin__\nexec\n(S'x=1'\ntR.",
+        b"ctorch.hub\nload\n(S'a'\ntR.",
+    ],
+)
+def test_builtin_doors_are_shut(source: bytes) -> None:
+    assert isinstance(safe_pickle.load(io.BytesIO(source)), safe_pickle.Placeholder)
+
+
+def test_placeholder_says_what_it_stands_for() -> None:
+    loaded = safe_pickle.load(io.BytesIO(pickle.dumps(argparse.Namespace(a=1))))
+    assert repr(loaded) == "<placeholder for argparse.Namespace>"
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps(weights())[:-40], b"\x80\x05K"])
+def test_damaged_pickle_names_file_and_remedy(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pkl: not a readable pickle.*convert_to_d2"):
+        safe_pickle.load_pkl(path)
+
+
+def test_arrays_of_objects_are_refused_in_buffers() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="not plain data"):
+        safe_pickle._array_over(b"", np.dtype(object), (0,), "C")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_foreign_checkpoint_gives_up_its_tensors(zipped: bool, tmp_path: Path) -> None:
+    path, target = tmp_path / "last.ckpt", tmp_path / "made"
+    state = collections.OrderedDict(
+        weight=torch.arange(6.0).reshape(2, 3).T,
+        half=torch.ones(2, dtype=torch.bfloat16),
+        parameter=torch.nn.Parameter(torch.ones(3)),
+    )
+    content = {"state_dict": state, "settings": Settings(a=1), "trap": Attack(target)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    loaded = safe_pickle.load_torch(path)
+    for name, value in state.items():
+        assert torch.equal(loaded["state_dict"][name], value)
+    assert isinstance(loaded["settings"], safe_pickle.Placeholder)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_damaged_checkpoint_names_file_and_remedy(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(UserError, match=r"model\.pth: not a readable PyTorch checkpoint"):
+        safe_pickle.load_torch(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    for read in (safe_pickle.load_torch, safe_pickle.load_pkl):
+        with pytest.raises(UserError, match=r"nowhere\.pth: no such file"):
+            read(tmp_path / "nowhere.pth")

@@ -1,0 +1,290 @@
+"""Repacking Detectron2, the lock file, set-up and the doctor; nothing here needs the network."""
+
+import base64
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools import doctor, install_detectron2, purepy_wheel
+
+ROOT = Path(__file__).parents[2]
+LICENCE = b"Apache License 2.0"
+
+
+@pytest.fixture
+def source_wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("detectron2/utils/env.py", "b = 2\n")
+        archive.writestr("detectron2/__init__.py", "a = 1\n")
+        archive.writestr("detectron2/model_zoo/configs/Base.yaml", "A: 1\n")
+        archive.writestr("detectron2/_C.cpython-310-x86_64-linux-gnu.so", b"\x7fELF")
+        archive.writestr("detectron2/projects/deeplab/__init__.py", "c = 3\n")
+        archive.writestr("tools/train_net.py", "d = 4\n")
+        archive.writestr("sal_detectron2-0.7.2.dist-info/LICENSE", LICENCE)
+        archive.writestr("sal_detectron2-0.7.2.dist-info/METADATA", "Requires-Dist: numpy<2\n")
+    return path
+
+
+def test_repacking_keeps_the_package_and_drops_the_rest(source_wheel: Path) -> None:
+    members = purepy_wheel.read_members(source_wheel)
+    package = {name for name in members if not name.startswith(purepy_wheel.DIST_INFO)}
+    assert package == {
+        "detectron2/__init__.py",
+        "detectron2/utils/env.py",
+        "detectron2/model_zoo/configs/Base.yaml",
+    }
+    assert members[f"{purepy_wheel.DIST_INFO}/LICENSE"] == LICENCE
+    assert b"a59f0563" in members[f"{purepy_wheel.DIST_INFO}/NOTICE"]
+    metadata = members[f"{purepy_wheel.DIST_INFO}/METADATA"].decode()
+    assert "Name: detectron2\nVersion: 0.6+a59f0563.purepy\n" in metadata
+    assert "numpy<2" not in metadata
+
+
+def test_repacked_wheel_is_the_same_bytes_in_any_order(source_wheel: Path, tmp_path: Path) -> None:
+    members = purepy_wheel.read_members(source_wheel)
+    first, second = tmp_path / "first.whl", tmp_path / "second.whl"
+    purepy_wheel.write_wheel(members, first)
+    purepy_wheel.write_wheel(dict(reversed(members.items())), second)
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_record_lists_every_file_with_its_hash(source_wheel: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "out.whl"
+    purepy_wheel.write_wheel(purepy_wheel.read_members(source_wheel), wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        record = archive.read(f"{purepy_wheel.DIST_INFO}/RECORD").decode()
+        rows = {name: (digest, size) for name, digest, size in csv.reader(io.StringIO(record))}
+        assert rows.pop(f"{purepy_wheel.DIST_INFO}/RECORD") == ("", "")
+        assert rows.keys() | {f"{purepy_wheel.DIST_INFO}/RECORD"} == set(archive.namelist())
+        for name, (digest, size) in rows.items():
+            data = archive.read(name)
+            expected = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+            assert (digest, size) == (f"sha256={expected}", str(len(data)))
+
+
+def test_changed_file_is_refused_by_name(source_wheel: Path) -> None:
+    members = purepy_wheel.read_members(source_wheel)
+    text = purepy_wheel.manifest_text(members)
+    manifest = {name: digest for digest, name in (row.split("  ") for row in text.splitlines())}
+    purepy_wheel.check_members(members, manifest)
+    members["detectron2/utils/env.py"] += b"import os\n"
+    with pytest.raises(
+        purepy_wheel.InstallError, match=r"1 files differ.*detectron2/utils/env\.py"
+    ):
+        purepy_wheel.check_members(members, manifest)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"not a zip", "is not a wheel"), (None, "holds no detectron2 package")],
+)
+def test_wrong_source_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    wheel = tmp_path / "source.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("other/__init__.py", "")
+    if content is not None:
+        wheel.write_bytes(content)
+    with pytest.raises(purepy_wheel.InstallError, match=message):
+        purepy_wheel.read_members(wheel)
+
+
+def test_manifest_names_only_files_that_are_kept() -> None:
+    manifest = purepy_wheel.read_manifest()
+    assert len(manifest) == 284
+    assert all(purepy_wheel.is_kept(name) for name in manifest)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest.values())
+
+
+def test_pinned_hash_follows_from_the_installed_files(tmp_path: Path) -> None:
+    """The constants agree: packing the installed files again gives the pinned wheel."""
+    if install_detectron2.installed_version() != purepy_wheel.VERSION:
+        pytest.skip("another Detectron2 is installed, which is the user's choice")
+    site_packages = Path(str(importlib.metadata.distribution("detectron2").locate_file("")))
+    licence = (site_packages / purepy_wheel.DIST_INFO / "LICENSE").read_bytes()
+    source = tmp_path / "source.whl"
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("sal_detectron2-0.7.2.dist-info/LICENSE", licence)
+        for name in purepy_wheel.read_manifest():
+            archive.write(site_packages / name, name)
+    members = purepy_wheel.read_members(source)
+    purepy_wheel.check_members(members, purepy_wheel.read_manifest())
+    purepy_wheel.write_wheel(members, tmp_path / "out.whl")
+    purepy_wheel.require_sha256(tmp_path / "out.whl", purepy_wheel.WHEEL_SHA256, "wheel")
+
+
+@pytest.mark.slow
+def test_download_gives_the_pinned_wheel(tmp_path: Path) -> None:
+    assert install_detectron2.main(["--wheel-only", str(tmp_path)]) == 0
+    wheel = tmp_path / purepy_wheel.WHEEL_NAME
+    assert purepy_wheel.sha256_of(wheel.read_bytes()) == purepy_wheel.WHEEL_SHA256
+
+
+def test_importable_detectron2_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert install_detectron2.main([]) == 0
+    assert "left as it is" in capsys.readouterr().out
+
+
+def test_wrong_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wheel = tmp_path / "detectron2.whl"
+    assert install_detectron2.main(["--force", "--wheel", str(wheel)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    wheel.write_bytes(b"something else")
+    assert install_detectron2.main(["--force", "--wheel", str(wheel)]) == 1
+    assert "expected " + purepy_wheel.WHEEL_SHA256 in capsys.readouterr().err
+
+
+def test_failed_download_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS"):
+        monkeypatch.delenv(f"PIP_{name}", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert install_detectron2.main(["--wheel-only", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "could not download sal-detectron2==0.7.2" in message
+    assert "--wheel FILE" in message
+
+
+# The lock file ------------------------------------------------------------------------------------
+
+
+def test_lock_pins_every_requirement_with_a_hash() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    stanzas = re.split(r"\n(?=[a-z0-9])", re.sub(r"(?m)^\s*#.*\n?", "", text).strip())
+    for stanza in stanzas:
+        assert re.match(r"[a-z0-9.-]+==\S+", stanza), stanza
+        assert "--hash=sha256:" in stanza
+    assert "://" not in text
+    assert "index-url" not in text
+    names = {stanza.split("==")[0] for stanza in stanzas}
+    wanted = set(re.findall(r'"([A-Za-z0-9-]+)(?:\[\w+\])?>=', (ROOT / "setup.py").read_text()))
+    bench = {"pandas"}
+    assert wanted - bench <= names
+
+
+# tools/setup.sh -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare_project(tmp_path: Path) -> Path:
+    project = tmp_path / "with space"
+    (project / "tools").mkdir(parents=True)
+    for name in ("requirements.lock", "tools/setup.sh", "tools/purepy_wheel.py"):
+        shutil.copy(ROOT / name, project / name)
+    return project
+
+
+def call_setup(
+    project: Path, *arguments: str, python: str = ""
+) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, PYTHON=python or "no-such-python")
+    command = ["bash", str(project / "tools/setup.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def add_finished_environment(project: Path) -> Path:
+    environment = project / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin/python").symlink_to(shutil.which("true") or "/bin/true")
+    inputs = [project / "requirements.lock", project / "tools/purepy_wheel.py"]
+    data = b"".join(path.read_bytes() for path in inputs)
+    stamp = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout
+    (environment / "setup.stamp").write_bytes(stamp)
+    return environment
+
+
+def test_setup_returns_at_once_when_nothing_changed(bare_project: Path) -> None:
+    add_finished_environment(bare_project)
+    done = call_setup(bare_project)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete" in done.stdout
+    assert call_setup(bare_project, "--quiet").stdout == ""
+
+
+def test_setup_starts_anew_after_it_was_cut_short(bare_project: Path) -> None:
+    environment = add_finished_environment(bare_project)
+    (environment / "setup.running").touch()
+    done = call_setup(bare_project)
+    assert "cut short" in done.stdout
+    assert not environment.exists()
+    assert done.returncode == 1  # this test offers no interpreter to go on with
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("echo Python 3.9.2; exit 1", "is Python 3.9.2"),
+        ('case "$2" in *ensurepip*) exit 1 ;; esac', "lacks the venv module"),
+    ],
+)
+def test_setup_says_what_is_wrong_with_python(bare_project: Path, body: str, found: str) -> None:
+    python = bare_project / "python3"
+    python.write_text(f"#!/bin/sh\n{body}\n")
+    python.chmod(0o755)
+    done = call_setup(bare_project, python=str(python))
+    assert done.returncode == 1
+    assert found in done.stderr
+    assert "apt-get install python3-venv" in done.stderr
+
+
+def test_setup_refuses_unknown_arguments(bare_project: Path) -> None:
+    assert call_setup(bare_project, "--fast").returncode == 2
+
+
+# tools/doctor.py ----------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ready"]
+    assert [item["name"] for item in report["findings"]] == list(doctor.CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "remedy"),
+    [
+        (
+            "OpenCV",
+            ImportError("libGL.so.1: cannot open shared object file"),
+            "apt-get install libgl1",
+        ),
+        ("devices", RuntimeError("operator torchvision::nms does not exist"), "from one index"),
+        (
+            "Detectron2",
+            ModuleNotFoundError("No module named 'detectron2'"),
+            "install_detectron2.py",
+        ),
+        ("packages", ModuleNotFoundError("No module named 'torch'"), "tools/setup.sh"),
+    ],
+)
+def test_doctor_names_the_remedy(
+    name: str,
+    error: Exception,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken() -> doctor.Finding:
+        raise error
+
+    monkeypatch.setattr(doctor, "CHECKS", {name: broken})
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert f"MISSING  {name}" in shown
+    assert remedy in shown
