@@ -1,0 +1,209 @@
+"""A made-up run folder in the formats that docs/architecture.md describes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("bird", "fish", "mammal", "plant", "tool")
+ARM_LEVELS = {"random": 30.0, "pretrained": 38.0, "random_frozen": 12.0, "pretrained_frozen": 25.0}
+
+
+def dump(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def dump_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def picture(path: Path, width: int, height: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((width, height)).save(path, quality=85)
+
+
+def make_run(out: Path, seeds: int = 3) -> Path:
+    """Write a finished run with `seeds` seeds of all four arms; returns its folder."""
+    plan = ["data", "shards", "probe_train", "probe_val", "pretrain", "convert"]
+    plan += [f"{arm}/seed-{seed}" for seed in range(seeds) for arm in ARM_LEVELS]
+    plan += ["report"]
+    _ledger(out, plan)
+    _data(out)
+    _pretrain(out)
+    _convert(out)
+    for arm, level in ARM_LEVELS.items():
+        for seed in range(seeds):
+            _detection(out, arm, seed, level + 2.5 * math.sin(7 * seed + level))
+    return out
+
+
+def _ledger(out: Path, plan: list[str]) -> None:
+    record = {"status": "finished", "current": True, "fingerprint": "0", "seconds": 61.25}
+    records = {name: record | {"peak_memory_bytes": 900 << 20} for name in plan}
+    records["report"] = record | {"status": "running"}
+    dump(
+        out / "stages.json",
+        {
+            "format": "fa-stages-1",
+            "name": "made-up",
+            "plan": plan,
+            "stages": records,
+            "called": "2026-01-02T03:04:05+00:00",
+            "commit": "0123456789abcdef0123456789abcdef01234567",
+            "command": ["bash", "tools/run_pipeline.sh", "demo", "x=<script>alert(1)</script>"],
+            "config": {"name": "made-up", "detection": {"seeds": 3}},
+            "dataset": "data",
+            "versions": {"python": "3.11.7", "torch": "2.15.0"},
+            "machine": {"system": "Linux", "processor": "A CPU", "num_cores": 2},
+        },
+    )
+
+
+def _data(out: Path) -> None:
+    dump(
+        out / "data/dataset.json",
+        {
+            "format": "fa-dataset-1",
+            "name": "made-up",
+            "kind": "procedural",
+            "classes": list(CLASSES),
+            "splits": {"train": 200, "test": 100},
+            "pool": 2000,
+            "notes": "",
+        },
+    )
+    for stage in ("shards", "probe_train", "probe_val"):
+        skipped = [{"file": "broken.jpg", "reason": "does not decode"}] if stage == "shards" else []
+        dump(out / stage / "index.json", {"format": "fa-shards-1", "skipped": skipped})
+    for index in range(10):
+        picture(out / f"data/VOC2007/JPEGImages/{index:06d}.jpg", 200, 160, index)
+
+
+def _pretrain(out: Path) -> None:
+    rows: list[dict[str, Any]] = [{"kind": "knn", "step": 0, "epoch": 0.0, "knn_top1": 0.31}]
+    for step in range(10, 1010, 10):
+        share = step / 1000
+        rows.append(
+            {
+                "kind": "train",
+                "step": step,
+                "epoch": 20 * share,
+                "loss": 4.8 - 2 * share + 0.1 * math.sin(step),
+                "lr": 0.001 * (1 + math.cos(math.pi * share)) / 2,
+                "images_per_second": 180 + 5 * math.sin(step / 50),
+                "data_wait_share": 0.02,
+                "feature_std": 0.05 + 0.02 * share,
+                "effective_rank": 12 + 30 * share,
+                "fa_cosine": "nan" if step < 50 else 0.8,
+            }
+        )
+        if step % 250 == 0:
+            knn = 0.31 + 0.4 * share
+            rows.append({"kind": "knn", "step": step, "epoch": 20 * share, "knn_top1": knn})
+    dump_lines(out / "pretrain/metrics.jsonl", rows)
+    with (out / "pretrain/metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "step": 10')  # A killed writer's last line.
+    dump(
+        out / "pretrain/summary.json",
+        {
+            "steps": 1000,
+            "epochs": 20,
+            "seconds": 700.0,
+            "images_per_second": 181.5,
+            "knn_top1": 0.71,
+            "knn_top1_initial": 0.31,
+            "num_samples": 2000,
+            "num_skipped_samples": 1,
+            "peak_memory_bytes": 1 << 30,
+        },
+    )
+    _grid(out / "pretrain/pictures/views", 3, [{"sample": f"{i:06d}"} for i in range(6)])
+    rows = []
+    for i in range(6):
+        labels = [CLASSES[i % 5]] * 4 + [CLASSES[(i + 1) % 5]] * 2
+        rows.append({"query": f"q{i}", "query_label": CLASSES[i % 5], "neighbour_labels": labels})
+    _grid(out / "pretrain/pictures/neighbours", 7, rows)
+
+
+def _grid(stem: Path, columns: int, rows: list[dict[str, Any]]) -> None:
+    picture(stem.with_suffix(".jpg"), columns * 100 - 4, len(rows) * 100 - 4, columns)
+    dump(stem.with_suffix(".json"), {"rows": rows})
+
+
+def _convert(out: Path) -> None:
+    dump(
+        out / "convert/backbone.json",
+        {
+            "format": "fa-d2-1",
+            "arch": {"depth": 50, "width_per_group": 16},
+            "preprocessing": {"pixel_mean": [123.675, 116.28, 103.53], "input_format": "RGB"},
+            "branch": "online",
+            "weights_sha256": "ab" * 32,
+            "num_tensors": 265,
+            "dropped": ["projector.0.weight"],
+            "stages": {"res2": 1e-7, "res3": 2e-7, "res4": 3e-7, "res5": 4.5e-7},
+            "max_relative_difference": 4.5e-7,
+            "seconds": 1.5,
+        },
+    )
+
+
+def _detection(out: Path, arm: str, seed: int, ap50: float) -> None:
+    folder = out / f"detection/{arm}/seed-{seed}"
+    per_class = {name: ap50 / 2 + 3 * index for index, name in enumerate(CLASSES)}
+    dump(
+        folder / "result.json",
+        {
+            "arm": arm,
+            "seed": seed,
+            "AP": ap50 / 2,
+            "AP50": ap50,
+            "AP75": ap50 / 3,
+            "per_class": per_class,
+            "per_class_AP50": {name: value * 2 for name, value in per_class.items()},
+            "iterations": 400,
+            "seconds": 120.0,
+            "frozen": arm.endswith("_frozen"),
+            "metric_year": 2012,
+            "peak_memory_bytes": 1 << 30,
+        },
+    )
+    shares = {100: 0.3, 200: 0.7, 300: 0.9, 400: 1.0}
+    dump_lines(
+        folder / "curve.jsonl",
+        [
+            {"iteration": i, "AP": ap50 * s / 2, "AP50": ap50 * s, "AP75": ap50 * s / 3}
+            for i, s in shares.items()
+        ],
+    )
+    dump(folder / "detections.json", [_detections(i, arm, seed) for i in range(10)])
+
+
+def _detections(index: int, arm: str, seed: int) -> dict[str, Any]:
+    name, other = CLASSES[index % 5], CLASSES[(index + 2) % 5]
+    shift = 4 if arm.startswith("pretrained") else 30
+    truth = [
+        {"class": name, "box": [20, 30, 100, 120], "difficult": False},
+        {"class": other, "box": [110, 50, 190, 150], "difficult": False},
+    ]
+    found = [
+        {"class": name, "score": 0.91, "box": [20 + shift, 30, 100 + shift, 122]},
+        {"class": name, "score": 0.42, "box": [112, 52, 188, 149]},
+        {"class": other, "score": 0.2, "box": [0, 0, 30, 30]},
+    ]
+    return {
+        "file_name": f"VOC2007/JPEGImages/{index:06d}.jpg",
+        "width": 200,
+        "height": 160,
+        "ground_truth": truth,
+        "detections": found,
+    }

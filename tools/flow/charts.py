@@ -1,0 +1,233 @@
+"""Small line, slope and dumbbell charts as inline SVG; colours come from the page's style sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 460, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 42
+_MAX_POINTS = 300
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        label: What it is called where a value is shown.
+        points: (x, y), ordered by x.
+        tone: `random`, `pretrained` or `plain`: the line's colour.
+        thin: One of several runs, drawn faintly behind their mean.
+    """
+
+    label: str
+    points: Sequence[Point]
+    tone: str = "plain"
+    thin: bool = False
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers that cover [low, high]."""
+    if not high > low:
+        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+    rough = (high - low) / max(count - 1, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]
+
+
+def short_number(value: float) -> str:
+    """Return a number for an axis or a tooltip: three or four digits that matter."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\u2009")
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.4g}"
+
+
+def thin_out(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
+    """Return at most `most` points: means of neighbouring ones; the last stays as it is."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(len(points) / (most - 1))
+    groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
+    means = [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
+        for group in groups
+    ]
+    return [*means, points[-1]]
+
+
+def line_chart(
+    title: str, series: Sequence[Series], x_label: str, *, from_zero: bool = False
+) -> Markup | None:
+    """Return a line chart, or None where there is nothing to draw.
+
+    Args:
+        title: For screen readers; the page prints its own heading.
+        series: The lines; points that are not finite are left out.
+        x_label: Name of the horizontal axis.
+        from_zero: Whether the vertical axis has to start at 0.
+    """
+    lines = [
+        Series(s.label, [p for p in thin_out(s.points) if all(map(math.isfinite, p))], s.tone, s.thin)
+        for s in series
+    ]
+    lines = [s for s in lines if s.points]
+    if not lines:
+        return None
+    xs = [x for s in lines for x, _ in s.points]
+    ys = [y for s in lines for _, y in s.points]
+    x_ticks = nice_ticks(min(xs), max(xs), 5)
+    y_ticks = nice_ticks(0.0 if from_zero else min(ys), max(*ys, 1e-9) if from_zero else max(ys), 5)
+    x_low, x_high = min(xs), max(xs)
+    if x_low == x_high:
+        x_low, x_high = x_ticks[0], x_ticks[-1]
+    frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1])
+    parts = [frame.grid([t for t in x_ticks if x_low <= t <= x_high], y_ticks, x_label)]
+    hover = []
+    for line in sorted(lines, key=lambda s: not s.thin):
+        places = [(frame.x(x), frame.y(y)) for x, y in line.points]
+        parts.append(_path(places, line))
+        if not line.thin:
+            hover += [
+                [round(px, 1), round(py, 1), f"{line.label}: {short_number(y)} at {short_number(x)}"]
+                for (px, py), (x, y) in zip(places, line.points, strict=True)
+            ]
+    description = "; ".join(
+        f"{s.label}: from {short_number(s.points[0][1])} to {short_number(s.points[-1][1])}"
+        for s in lines
+        if not s.thin
+    )
+    return _svg(title, description, "".join(parts), HEIGHT, hover)
+
+
+def slope_chart(title: str, pairs: Sequence[tuple[str, float, float]]) -> Markup | None:
+    """Return one line per seed from random (left) to pretrained (right), and their mean."""
+    if not pairs:
+        return None
+    ys = [value for _, *both in pairs for value in both]
+    ticks = nice_ticks(min(ys), max(ys), 5)
+    frame = _Frame(-0.35, 1.35, ticks[0], ticks[-1])
+    parts = [frame.grid([], ticks, "")]
+    ends = (frame.x(0), frame.x(1))
+    hover = []
+    for label, left, right in pairs:
+        places = [(ends[0], frame.y(left)), (ends[1], frame.y(right))]
+        parts.append(_path(places, Series(label, [], "plain", thin=len(pairs) > 1)))
+        for (px, py), tone, value in zip(
+            places, ("random", "pretrained"), (left, right), strict=True
+        ):
+            parts.append(f'<circle class="dot {tone}" cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>')
+            hover.append([round(px, 1), round(py, 1), f"{label}, {tone}: {value:.1f}"])
+    if len(pairs) > 1:
+        means = [math.fsum(p[i] for p in pairs) / len(pairs) for i in (1, 2)]
+        places = [(x, frame.y(mean)) for x, mean in zip(ends, means, strict=True)]
+        parts.append(_path(places, Series("mean", [], "pretrained")))
+    for x, word in zip(ends, ("random", "pretrained"), strict=True):
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" class="name">{word}</text>')
+    text = "; ".join(f"{label}: {left:.1f} to {right:.1f}" for label, left, right in pairs)
+    return _svg(title, text, "".join(parts), HEIGHT, hover)
+
+
+def dumbbell_chart(
+    title: str, rows: Sequence[tuple[str, float | None, float | None]]
+) -> Markup | None:
+    """Return one row per class with a dot for each arm.
+
+    Args:
+        title: For screen readers.
+        rows: (class, random, pretrained).
+    """
+    found = [value for _, *both in rows for value in both if value is not None]
+    if not found:
+        return None
+    left, step, top = 118, 24, 10
+    height = top + step * len(rows) + 34
+    ticks = nice_ticks(0.0, max(*found, 1e-9), 5)
+
+    def place(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - left - _RIGHT)
+
+    parts, hover = [], []
+    bottom = top + step * len(rows)
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" class="tick">{short_number(tick)}</text>')
+    for index, (name, random, pretrained) in enumerate(rows):
+        y = top + step * (index + 0.5)
+        shown = name if len(name) <= 15 else name[:14] + "\u2026"
+        parts.append(f'<text x="{left - 10}" y="{y + 4:.1f}" class="row">{escape(shown)}</text>')
+        if random is not None and pretrained is not None:
+            ends = f'x1="{place(random):.1f}" x2="{place(pretrained):.1f}"'
+            parts.append(f'<line class="bar" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
+        for value, tone in ((random, "random"), (pretrained, "pretrained")):
+            if value is not None:
+                x = place(value)
+                parts.append(f'<circle class="dot {tone}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+                hover.append([round(x, 1), round(y, 1), f"{name}, {tone}: {value:.1f}"])
+    return _svg(title, "Values stand in the table below.", "".join(parts), height, hover)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Places values in the drawing area."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_low) / (self.x_high - self.x_low)
+        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_low) / (self.y_high - self.y_low)
+        return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
+
+    def grid(self, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
+        bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+        parts = []
+        for tick in y_ticks:
+            y = self.y(tick)
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            text = escape(short_number(tick))
+            parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" class="row">{text}</text>')
+        for tick in x_ticks:
+            x, text = self.x(tick), escape(short_number(tick))
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" class="tick">{text}</text>')
+        if x_label:
+            middle = (_LEFT + right) / 2
+            parts.append(
+                f'<text x="{middle:.0f}" y="{HEIGHT - 6}" class="name">{escape(x_label)}</text>'
+            )
+        return "".join(parts)
+
+
+def _path(places: Sequence[Point], line: Series) -> str:
+    kind = f"line {line.tone}{' thin' if line.thin else ''}"
+    if len(places) == 1:
+        x, y = places[0]
+        return f'<circle class="dot {line.tone}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+    return f'<path class="{kind}" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>'
+
+
+def _svg(title: str, description: str, body: str, height: int, hover: list[list]) -> Markup:
+    points = escape(json.dumps(hover, separators=(",", ":")))
+    label = escape(f"{title}. {description}")
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}" '
+        f'data-points="{points}">{body}</svg>'
+    )

@@ -1,0 +1,229 @@
+"""The pipeline's settings: one strict schema, read from YAML and `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from tools.flow.errors import UserError
+
+Arm = Literal["random", "pretrained", "random_frozen", "pretrained_frozen"]
+ARMS: tuple[Arm, ...] = ("random", "pretrained", "random_frozen", "pretrained_frozen")
+SECTIONS = ("data", "shards", "probes", "pretrain", "convert", "detection")
+FREE_KEYS = (
+    "data.options",
+    "shards.options",
+    "probes.options",
+    "pretrain.overrides",
+    "detection.overrides",
+)
+"""Settings that are handed on: what stands below them belongs to the stage's own command line."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures come from.
+
+    Attributes:
+        kind: A generator of `tools/make_dataset.py`, or `existing` for one's own data.
+        options: Handed to the generator: `train: 300` becomes `--train 300`.
+        dataset: With `existing`: the VOC-layout folder for detection.
+        pool: With `existing`: pictures for pretraining (folder, ImageNet tree or VOC devkit).
+        pool_split: With `existing`: the split of a VOC devkit that is packed.
+        shards: With `existing`: ready shards instead of `pool`.
+        probe_train: With `existing`: labelled class folders for the kNN probe's bank.
+        probe_val: With `existing`: labelled class folders for the kNN probe's queries.
+    """
+
+    kind: Literal["procedural", "photos", "existing"] = "procedural"
+    options: dict[str, Any] = field(default_factory=dict)
+    dataset: str | None = None
+    pool: str | None = None
+    pool_split: str | None = None
+    shards: str | None = None
+    probe_train: str | None = None
+    probe_val: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """How pictures are packed: options of `tools/make_shards.py`."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretraining: its own YAML and what this pipeline changes in it."""
+
+    config: str = "configs/pretrain/thin_demo.yaml"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Conversion: which network of the checkpoint, and the file's format."""
+
+    branch: Literal["online", "ema"] = "online"
+    format: Literal["pkl", "pth"] = "pkl"
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """Detection: one config and one budget for all arms.
+
+    Attributes:
+        config: Detectron2's YAML.
+        overrides: Detectron2's KEY VALUE pairs, the same for every arm.
+        seeds: Seeds per arm: 0, 1, ..., seeds - 1.
+        arms: Initialisations; `_frozen` trains the heads on the backbone as it is.
+    """
+
+    config: str = "configs/detection/thin_r50_c4.yaml"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+    arms: tuple[Arm, ...] = ARMS
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything that one run of the pipeline is a function of."""
+
+    name: str
+    data: DataConfig = DataConfig()
+    shards: ShardsConfig = ShardsConfig()
+    probes: ShardsConfig = ShardsConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    convert: ConvertConfig = ConvertConfig()
+    detection: DetectionConfig = DetectionConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a pipeline's YAML, apply `key=value` overrides and check both.
+
+    Raises:
+        UserError: For an unreadable file, an unknown key or an impossible value; names it.
+    """
+    raw = _read_yaml(path)
+    _flatten_free(raw)
+    for override in overrides:
+        _apply(raw, override)
+    _flatten_free(raw)
+    raw.setdefault("name", path.stem)
+    for section, value in raw.items():
+        if section in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{path}: {section} is {value!r}; it holds settings of its own")
+    parser = ArgumentParser(exit_on_error=False, env_prefix=None)
+    parser.add_class_arguments(PipelineConfig, None, fail_untyped=True)
+    try:
+        settings: Namespace = parser.parse_object(raw)
+        config = parser.instantiate_classes(settings)
+    except Exception as error:  # jsonargparse raises several kinds, all about the settings.
+        raise UserError(f"{path}: {_first_lines(error)}") from None
+    result = PipelineConfig(**{f.name: config[f.name] for f in dataclasses.fields(PipelineConfig)})
+    _check(result, path)
+    return result
+
+
+def as_dict(config: PipelineConfig) -> dict[str, Any]:
+    """Return the settings as plain values."""
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {_first_lines(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no settings; see configs/pipeline/smoke.yaml for a pattern")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not key=value, such as detection.seeds=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not YAML; quote it") from None
+    free = next((name for name in FREE_KEYS if key.startswith(f"{name}.")), None)
+    parts = [*free.split("."), key[len(free) + 1 :]] if free else key.split(".")
+    node = raw
+    for part in parts[:-1]:
+        below = node.get(part)
+        if below is None:
+            below = node[part] = {}
+        if not isinstance(below, dict):
+            raise UserError(f"{override!r}: {part} holds a value, not settings")
+        node = below
+    node[parts[-1]] = value
+
+
+def _flatten_free(raw: dict[str, Any]) -> None:
+    """Spell what is handed on with dotted keys: `train: {epochs: 3}` becomes `train.epochs: 3`."""
+    for key in FREE_KEYS:
+        section, name = key.split(".")
+        node = raw.get(section)
+        if isinstance(node, dict) and isinstance(node.get(name), dict):
+            node[name] = _dotted(node[name])
+
+
+def _dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat |= _dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _check(config: PipelineConfig, path: Path) -> None:
+    def fail(message: str) -> None:
+        raise UserError(f"{path}: {message}")
+
+    if not config.name or not all(c.isalnum() or c in "-_." for c in config.name):
+        fail(f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'")
+    if config.detection.seeds < 1:
+        fail(f"detection.seeds is {config.detection.seeds}; at least 1 is needed")
+    if not config.detection.arms or len(set(config.detection.arms)) < len(config.detection.arms):
+        fail("detection.arms must name at least one arm, each once")
+    own = ("dataset", "pool", "pool_split", "shards", "probe_train", "probe_val")
+    if config.data.kind != "existing":
+        given = [name for name in own if getattr(config.data, name) is not None]
+        if given:
+            fail(f"data.{given[0]} needs data.kind: existing")
+        return
+    if config.data.options:
+        fail("data.options belong to the generators; data.kind is existing")
+    if not config.data.dataset:
+        fail("data.kind existing needs data.dataset, the VOC-layout folder for detection")
+    if (config.data.pool is None) == (config.data.shards is None):
+        fail("data.kind existing needs either data.pool (pictures) or data.shards (ready shards)")
+    if (config.data.probe_train is None) != (config.data.probe_val is None):
+        fail("give both data.probe_train and data.probe_val, or neither")
+    for name in own:
+        value = getattr(config.data, name)
+        if value is not None and name != "pool_split" and not Path(value).exists():
+            fail(f"data.{name}: {value} does not exist")
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text or type(error).__name__

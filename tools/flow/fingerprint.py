@@ -1,0 +1,178 @@
+"""What a stage is a function of, as hashes: settings, inputs, code and library versions."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of the pipeline and everything that its result depends on.
+
+    Attributes:
+        name: Name in `stages.json` and of the log; slashes make folders.
+        command: Argument list; never passed to a shell.
+        outputs: Paths relative to the run's folder that must exist when the stage is finished.
+        owns: Paths relative to the run's folder that are removed before a fresh start.
+        upstream: Names of the stages that this one reads.
+        files: Inputs from outside: files count by content, folders by their listing.
+        config: The settings that this stage sees.
+        sources: Globs relative to the repository, the code that the stage runs.
+        libraries: Distributions whose versions count.
+        resumable: Whether an interrupted run of the same fingerprint is continued in place.
+        resume_arguments: What is appended to `command` to continue.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    outputs: tuple[str, ...]
+    owns: tuple[str, ...]
+    upstream: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    resumable: bool = False
+    resume_arguments: tuple[str, ...] = ()
+
+
+def fingerprint_parts(
+    stage: Stage, root: Path, out: Path, upstream: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what the fingerprint hashes, part by part, so that a change can be named.
+
+    Args:
+        stage: The stage.
+        root: The repository; the command's mentions of it do not count.
+        out: The run's folder; the command's mentions of it do not count.
+        upstream: Fingerprints of the stages before this one, by name.
+    """
+    return {
+        "command": [_anonymous(word, root, out) for word in stage.command],
+        "config": json.loads(json.dumps(stage.config, sort_keys=True, default=str)),
+        "upstream": {name: upstream[name] for name in stage.upstream},
+        "files": {_anonymous(str(path), root, out): input_digest(path) for path in stage.files},
+        "sources": {
+            path.relative_to(root).as_posix(): source_digest(path)
+            for path in source_files(root, stage.sources)
+        },
+        "libraries": {name: library_version(name) for name in stage.libraries},
+    }
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the parts in one canonical spelling."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return in words what differs between two sets of parts."""
+    kinds = {
+        "config": "setting",
+        "upstream": "stage",
+        "files": "input",
+        "sources": "code",
+        "libraries": "library",
+    }
+    changes = []
+    for part, word in kinds.items():
+        before, after = _flat(old.get(part) or {}), _flat(new.get(part) or {})
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                values = f" {before.get(key)} -> {after.get(key)}"
+                shown = values if part in ("config", "libraries") else ""
+                changes.append(f"{word} {key}{shown}")
+    if not changes and old.get("command") != new.get("command"):
+        changes.append("command")
+    if not changes:
+        return "changed"
+    rest = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return "changed: " + ", ".join(changes[:3]) + rest
+
+
+def source_files(root: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files that the globs match, sorted, each once."""
+    return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+
+
+@functools.cache
+def source_digest(path: Path) -> str:
+    """Return a hash of what a source file does.
+
+    Python counts by its syntax tree without docstrings, so that a comment or a reformatting does
+    not cost hours of training; every other file counts by its bytes.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".py":
+        try:
+            data = _code_without_docstrings(data).encode()
+        except (SyntaxError, ValueError):
+            pass  # Not Python after all: its bytes stand for it.
+    return hashlib.sha256(data).hexdigest()
+
+
+@functools.cache
+def input_digest(path: Path) -> str | None:
+    """Return a hash of a file's bytes or of a folder's names, sizes and times; None if missing."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    total = hashlib.sha256()
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(folder, name)
+            status = file.stat() if file.exists() else file.lstat()
+            entry = (file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
+            total.update(repr(entry).encode())
+    return total.hexdigest()
+
+
+@functools.cache
+def library_version(name: str) -> str | None:
+    """Return the installed version of a distribution, None where it is missing."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def forget_digests() -> None:
+    """Drop what was remembered about files; called at the start of every run."""
+    for cached in (source_digest, input_digest, library_version):
+        cached.cache_clear()
+
+
+def _anonymous(word: str, root: Path, out: Path) -> str:
+    return word.replace(str(out), "{out}").replace(str(root), "{root}")
+
+
+def _code_without_docstrings(data: bytes) -> str:
+    tree = ast.parse(data)
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

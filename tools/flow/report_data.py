@@ -1,0 +1,197 @@
+"""Gathers what the report shows from the files of a run; whatever is missing stays empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tools.flow import gallery, results
+from tools.flow.charts import Point
+from tools.flow.config import ARMS
+from tools.flow.files import read_json, read_json_lines
+
+TILE_GAP = 4
+"""White pixels between the tiles of the pictures that pretraining leaves."""
+NUM_DETECTION_PICTURES = 8
+ARM_WORDS = {
+    "random": "Random initialisation",
+    "pretrained": "Pretrained",
+    "random_frozen": "Random, backbone frozen",
+    "pretrained_frozen": "Pretrained, backbone frozen",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The small files of a run's folder."""
+
+    out: Path
+    ledger: dict[str, Any]
+    results: dict[str, Any]
+
+    @classmethod
+    def load(cls, out: Path) -> Run:
+        """Read `stages.json` and assemble the results."""
+        return cls(out, read_json(out / "stages.json") or {}, results.assemble(out))
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage's files belong to this run."""
+        return stage in self.results["stages"]
+
+    def json(self, name: str) -> Any:
+        """Return a file's JSON, or an empty dictionary."""
+        return read_json(self.out / name) or {}
+
+    def dataset(self) -> Path:
+        """Return the folder of the VOC-layout set."""
+        return (self.out / (self.ledger.get("dataset") or "data")).resolve()
+
+
+def stage_rows(run: Run) -> list[dict[str, Any]]:
+    """Return one row per planned stage: status, seconds, memory."""
+    records = run.ledger.get("stages") or {}
+    rows = []
+    for name in run.ledger.get("plan") or []:
+        record = records.get(name) or {}
+        status = record.get("status", "not run")
+        if name == "report":
+            continue  # It is just being written.
+        if record and not record.get("current"):
+            status = "not run with these settings"
+        known = status == "finished"
+        rows.append(
+            {
+                "name": name,
+                "status": status,
+                "seconds": record.get("seconds") if known else None,
+                "memory": record.get("peak_memory_bytes") if known else None,
+                "resumed": bool(record.get("resumed")) and known,
+            }
+        )
+    return rows
+
+
+def ap_curves(run: Run, arm: str, metric: str) -> dict[int, list[Point]]:
+    """Return (iteration, AP) of every finished seed of an arm."""
+    curves = {}
+    for row in run.results["detection"][arm]:
+        path = run.out / f"detection/{arm}/seed-{row['seed']}/curve.jsonl"
+        points = [
+            (float(line["iteration"]), float(line[metric]))
+            for line in read_json_lines(path)
+            if is_number(line.get("iteration")) and is_number(line.get(metric))
+        ]
+        if points:
+            curves[row["seed"]] = sorted(dict(points).items())
+    return curves
+
+
+def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
+    """Return the mean at the iterations that all curves have."""
+    if not curves:
+        return []
+    tables = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(x, math.fsum(table[x] for table in tables) / len(tables)) for x in shared]
+
+
+def metric_curves(run: Run) -> dict[str, list[Point]]:
+    """Return every metric of pretraining over epochs (over steps where no epoch is given)."""
+    curves: dict[str, list[Point]] = {}
+    for row in read_json_lines(run.out / "pretrain/metrics.jsonl"):
+        x = row.get("epoch", row.get("step"))
+        if row.get("kind") not in ("train", "knn") or not is_number(x):
+            continue
+        for key, value in row.items():
+            if key not in ("kind", "step", "epoch") and is_number(value):
+                curves.setdefault(key, []).append((float(x), float(value)))
+    return curves
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number (NaN is written as text or null)."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
+def per_class_rows(run: Run, pair: str, key: str) -> list[tuple[str, float | None, float | None]]:
+    """Return (class, random, pretrained): means over the seeds, classes in alphabetical order."""
+    treated, control = results.PAIRS[pair]
+    tables = [_class_means(run.results["detection"][arm], key) for arm in (control, treated)]
+    names = sorted(set().union(*tables))
+    return [(name, tables[0].get(name), tables[1].get(name)) for name in names]
+
+
+def _class_means(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+    collected: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in (row.get(key) or {}).items():
+            if is_number(value):
+                collected.setdefault(name, []).append(float(value))
+    return {name: math.fsum(values) / len(values) for name, values in collected.items()}
+
+
+def detection_pictures(run: Run, pair: str) -> dict[str, Any]:
+    """Return the first test pictures with the detections of both arms, of the lowest seed."""
+    treated, control = results.PAIRS[pair]
+    arms: dict[str, list[dict[str, Any]]] = {}
+    seed = None
+    for arm in (control, treated):
+        for row in run.results["detection"][arm]:
+            found = read_json(run.out / f"detection/{arm}/seed-{row['seed']}/detections.json")
+            if isinstance(found, list) and (seed is None or row["seed"] == seed):
+                arms[arm], seed = found, row["seed"]
+                break
+    rows = gallery.rows(arms, run.dataset(), NUM_DETECTION_PICTURES)
+    return {"seed": seed, "arms": list(arms), "rows": rows}
+
+
+def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a picture that pretraining left, each as a picture with its description.
+
+    Where the rows cannot be told apart the whole picture is one row.
+    """
+    path = run.out / f"pretrain/pictures/{name}.jpg"
+    described = (read_json(path.with_suffix(".json")) or {}).get("rows") or []
+    try:
+        with Image.open(path) as opened:
+            whole = opened.convert("RGB")
+    except (OSError, ValueError):
+        return []
+    count = len(described)
+    if not count or (whole.height + TILE_GAP) % count:
+        picture = gallery.embed_image(whole, 1400)
+        return [{"picture": picture, "about": {}}]
+    step = (whole.height + TILE_GAP) // count
+    boxes = [(0, i * step, whole.width, (i + 1) * step - TILE_GAP) for i in range(count)]
+    return [
+        {"picture": gallery.embed_image(whole.crop(box), 1400), "about": about}
+        for box, about in zip(boxes, described, strict=True)
+    ]
+
+
+def skipped_inputs(run: Run) -> list[dict[str, Any]]:
+    """Return what was left out on the way: pictures by the packer, samples by pretraining."""
+    found = []
+    for stage in ("shards", "probe_train", "probe_val"):
+        for item in run.json(f"{stage}/index.json").get("skipped") or []:
+            found.append({"stage": stage, "what": item.get("file"), "why": item.get("reason")})
+    skipped = run.json("pretrain/summary.json").get("num_skipped_samples")
+    if skipped:
+        why = "did not decode during pretraining"
+        found.append({"stage": "pretrain", "what": f"{skipped} samples", "why": why})
+    return found
+
+
+def arm_rows(run: Run) -> list[dict[str, Any]]:
+    """Return one row per arm with mean and deviation of every metric."""
+    return [
+        {"arm": arm, "words": ARM_WORDS[arm], "metrics": run.results["summary"][arm]}
+        for arm in ARMS
+        if run.results["detection"][arm]
+    ]

@@ -1,0 +1,267 @@
+"""Runs stages in order: skips what is unchanged, continues what was interrupted, says why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from tools.flow import ledger as records
+from tools.flow.errors import StageError, Stopped, UserError
+from tools.flow.files import inside, remove
+from tools.flow.fingerprint import Stage, digest, explain, fingerprint_parts, forget_digests
+from tools.flow.ledger import Ledger
+from tools.flow.process import Child, Finished
+from tools.flow.progress import Progress, clock
+
+_HEARTBEAT_SECONDS = 5.0
+_LOG_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with a stage, and why."""
+
+    action: Literal["skip", "run", "resume"]
+    reason: str
+    fingerprint: str
+    parts: dict[str, Any]
+
+
+class Runner:
+    """Runs a list of stages in one folder.
+
+    Attributes:
+        root: The repository; the stages' working folder.
+        out: The run's folder.
+        go_on_command: What a person types to continue, for messages.
+    """
+
+    def __init__(self, root: Path, out: Path, go_on_command: Sequence[str]) -> None:
+        """Read the record in `out` if there is one; nothing is written yet."""
+        self.root = root
+        self.out = out
+        self.go_on_command = shlex.join(go_on_command)
+        self.ledger = Ledger(out)
+        self._child: Child | None = None
+        self._stop_signal: int | None = None
+
+    def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
+        """Decide for every stage; fingerprints need no stage to run.
+
+        Raises:
+            UserError: If a stage would have to remove something that this pipeline did not make.
+        """
+        forget_digests()
+        decisions: dict[str, Decision] = {}
+        for stage in stages:
+            known = {name: decision.fingerprint for name, decision in decisions.items()}
+            parts = fingerprint_parts(stage, self.root, self.out, known)
+            decisions[stage.name] = self._decide(stage, digest(parts), parts)
+        return decisions
+
+    def run(
+        self,
+        stages: Sequence[Stage],
+        progress: Progress,
+        *,
+        until: str | None = None,
+        before_first: Callable[[], None] = lambda: None,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run what has to run, in order.
+
+        Args:
+            stages: The stages, every one after those that it reads.
+            progress: What a person sees.
+            until: The last stage to run; None runs all.
+            before_first: Called once, when the folder is locked.
+            after_each: Called after every stage, skipped ones included, also after a failure.
+        Raises:
+            StageError: If a stage fails; what was finished before is kept.
+            Stopped: After SIGINT or SIGTERM.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with records.lock(self.out) as lock_descriptor, self._signals_passed_on():
+            self.ledger.load()  # Another run may have written before the lock was ours.
+            decisions = self.plan(stages)
+            before_first()
+            self._note_plan(decisions)
+            for number, stage in enumerate(stages, 1):
+                decision = decisions[stage.name]
+                if decision.action == "skip":
+                    self.ledger.skipped.add(stage.name)
+                    progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
+                else:
+                    progress.start(number, stage.name, decision.reason)
+                    try:
+                        self._run_stage(stage, decision, progress, lock_descriptor)
+                    except StageError:
+                        after_each()
+                        raise
+                after_each()
+                if stage.name == until:
+                    break
+
+    def _decide(self, stage: Stage, fingerprint: str, parts: dict[str, Any]) -> Decision:
+        record = self._record(stage)
+        action: Literal["skip", "run", "resume"] = "run"
+        missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
+        if not record:
+            self._refuse_foreign(stage)
+            reason = "not run yet"
+        elif record.get("fingerprint") != fingerprint:
+            reason = explain(record.get("parts") or {}, parts)
+        elif record.get("status") == "finished" and not missing:
+            action, reason = "skip", "unchanged"
+        elif record.get("status") == "finished":
+            reason = f"{missing[0]} is missing"
+        elif stage.resumable:
+            action, reason = "resume", "continues where it stopped"
+        else:
+            reason = "did not finish last time"
+        return Decision(action, reason, fingerprint, parts)
+
+    def _refuse_foreign(self, stage: Stage) -> None:
+        for name in (*stage.owns, *stage.outputs):
+            path = inside(self.out, name)
+            if path.exists() or path.is_symlink():
+                raise UserError(
+                    f"{path} exists already but was not made by this pipeline "
+                    f"(stage {stage.name}); move it away or choose another --out"
+                )
+
+    def _note_plan(self, decisions: dict[str, Decision]) -> None:
+        """Note which stages belong to this run, and which records speak of its settings."""
+        self.ledger.data["plan"] = list(decisions)
+        for name, record in self.ledger.stages.items():
+            decision = decisions.get(name)
+            record["current"] = (
+                decision is not None and decision.fingerprint == record["fingerprint"]
+            )
+        self.ledger.write()
+
+    def _record(self, stage: Stage) -> dict[str, Any]:
+        return self.ledger.stages.get(stage.name, {})
+
+    def _run_stage(
+        self, stage: Stage, decision: Decision, progress: Progress, lock_descriptor: int
+    ) -> None:
+        self._stop_if_asked()
+        resumed = decision.action == "resume"
+        before = self._record(stage).get("seconds") or 0.0 if resumed else 0.0
+        if not resumed:
+            for name in dict.fromkeys((*stage.owns, *stage.outputs)):
+                remove(self.out, name)
+        self.ledger.update(
+            stage.name,
+            fingerprint=decision.fingerprint,
+            parts=decision.parts,
+            status="running",
+            seconds=before,
+            started=records.now(),
+            resumed=resumed,
+            exit_status=None,
+            current=True,
+        )
+        ended = self._run_child(stage, resumed, before, progress, lock_descriptor)
+        missing = [name for name in stage.outputs if not (self.out / name).exists()]
+        good = ended.exit_status == 0 and not missing and ended.stopped_by is None
+        status = "finished" if good else "stopped" if ended.stopped_by else "failed"
+        self.ledger.update(
+            stage.name,
+            status=status,
+            seconds=round(before + ended.seconds, 2),
+            ended=records.now(),
+            exit_status=ended.exit_status,
+            peak_memory_bytes=ended.peak_memory_bytes,
+        )
+        if good:
+            progress.finish(f"finished in {clock(before + ended.seconds)}")
+            return
+        progress.finish(f"{status} after {clock(before + ended.seconds)}")
+        self._stop_if_asked()
+        raise StageError(self._failure(stage, ended, missing))
+
+    def _run_child(
+        self, stage: Stage, resumed: bool, before: float, progress: Progress, descriptor: int
+    ) -> Finished:
+        command = (*stage.command, *(stage.resume_arguments if resumed else ()))
+        path = self.log_path(stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beat = time.monotonic()
+        with path.open("a" if resumed else "w", encoding="utf-8") as log:
+            log.write(f"# {records.now()} {shlex.join(command)}\n")
+            child = Child(
+                command,
+                folder=self.root,
+                log=log,
+                environment=os.environ | {"PYTHONUNBUFFERED": "1"},
+                keep_open=[descriptor],
+            )
+            self._child = child
+            if self._stop_signal is not None:
+                child.stop(self._stop_signal)
+
+            def tick() -> None:
+                nonlocal beat
+                progress.tick(before + child.seconds, child.lines.last_line)
+                if time.monotonic() - beat > _HEARTBEAT_SECONDS:
+                    beat = time.monotonic()
+                    self.ledger.update(stage.name, seconds=round(before + child.seconds, 2))
+
+            try:
+                return child.wait(tick)
+            finally:
+                self._child = None
+
+    def log_path(self, stage: Stage) -> Path:
+        """Return where the stage's output goes."""
+        return self.out / "logs" / f"{stage.name}.log"
+
+    def _failure(self, stage: Stage, ended: Finished, missing: Sequence[str]) -> str:
+        log = self.log_path(stage)
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if ended.exit_status < 0:
+            name = signal.Signals(-ended.exit_status).name
+            what = f"was ended by {name}"
+            if name == "SIGKILL":
+                what += " (out of memory, perhaps)"
+        elif ended.exit_status:
+            what = f"failed with exit status {ended.exit_status}"
+        else:
+            what = f"ended without leaving {', '.join(missing)}"
+        tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
+        return (
+            f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
+            f"  whole log: {log}\n  to go on: {self.go_on_command}"
+        )
+
+    def _stop_if_asked(self) -> None:
+        if self._stop_signal is not None:
+            raise Stopped(
+                self._stop_signal,
+                f"stopped by {signal.Signals(self._stop_signal).name}\n"
+                f"  to go on: {self.go_on_command}",
+            )
+
+    @contextlib.contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        def pass_on(signum: int, _frame: FrameType | None) -> None:
+            self._stop_signal = signum
+            if self._child is not None:
+                self._child.stop(signum)
+
+        old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
