@@ -1,20 +1,23 @@
 """Make a data set: a labelled VOC devkit, an unlabelled pool and a labelled probe."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.datasets import procedural, shapes  # noqa: E402
-from tools.datasets.build import Card, DiskError, build  # noqa: E402
-from tools.datasets.errors import UserError  # noqa: E402
-from tools.datasets.options import SetOptions  # noqa: E402
+from tools.datasets import packages, photos, procedural, shapes
+from tools.datasets.build import Card, DiskError, build
+from tools.datasets.errors import UserError
+from tools.datasets.options import SetOptions
 
-_EXAMPLE = """example:
+_EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
+  .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
 """
+_PROJECT = Path(__file__).resolve().parents[1]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,19 +26,57 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = main_parser.add_subparsers(dest="kind", required=True, metavar="{procedural,photos}")
+    one = _add_kind(kinds, "procedural", "generated scenes of ten classes, no downloads")
+    one.add_argument(
+        "--num-classes",
+        type=int,
+        default=len(shapes.CLASSES),
+        metavar="N",
+        help=f"use the first N of {', '.join(shapes.CLASSES)} (default: all)",
+    )
+    two = _add_kind(kinds, "photos", "composites of photographs out of Debian packages")
+    two.set_defaults(clutter=0.3)
+    two.add_argument(
+        "--classes",
+        choices=("coarse", "fine"),
+        default="coarse",
+        help=f"coarse: {', '.join(photos.COARSE)}; fine: 11 classes (default: coarse)",
+    )
+    two.add_argument(
+        "--split-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="chooses which cut-outs and scenes are kept for the test (default: 0)",
+    )
+    two.add_argument(
+        "--packages-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the .deb files, if they shall not be fetched",
+    )
+    two.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder for packages and pictures (default: $FA_CACHE/photos, else .cache/photos)",
+    )
+    return main_parser
+
+
+def _add_kind(
+    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    """Add one kind of set with the options that all share."""
     one = kinds.add_parser(
-        "procedural",
-        help="generated scenes, no downloads",
-        description="Generated scenes with ten classes that differ in structure only.",
+        name,
+        help=text,
+        description=text,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_common(one)
-    one.add_argument(
-        "--num-classes", type=int, default=len(shapes.CLASSES), metavar="N",
-        help="use the first N of %s (default: all)" % ", ".join(shapes.CLASSES),
-    )
-    return main_parser
+    return one
 
 
 def _add_common(one: argparse.ArgumentParser) -> None:
@@ -47,8 +88,12 @@ def _add_common(one: argparse.ArgumentParser) -> None:
         field = name.removeprefix("--").replace("-", "_").replace("objects_per_image", "objects")
         value = getattr(default, field)
         one.add_argument(
-            name, dest=field, type=kind, default=value, metavar=metavar,
-            help=f"{text} (default: {value})",
+            name,
+            dest=field,
+            type=kind,
+            default=value,
+            metavar=metavar,
+            help=f"{text} (default: %(default)s)",
         )
 
     number("--num-pool", "unlabelled pictures for pretraining")
@@ -57,8 +102,12 @@ def _add_common(one: argparse.ArgumentParser) -> None:
     number("--num-probe-train", "single-object pictures, kNN reference")
     number("--num-probe-val", "single-object pictures, kNN queries")
     one.add_argument(
-        "--image-size", type=int, nargs="+", default=[default.short_side, default.long_side],
-        metavar="PX", help="short and long side in pixels; the long one defaults to 5/4 of the "
+        "--image-size",
+        type=int,
+        nargs="+",
+        default=[default.short_side, default.long_side],
+        metavar="PX",
+        help="short and long side in pixels; the long one defaults to 5/4 of the "
         f"short one (default: {default.short_side} {default.long_side})",
     )
     number("--seed", "seed of everything random")
@@ -73,10 +122,16 @@ def _add_common(one: argparse.ArgumentParser) -> None:
     number("--pool-max-objects-per-image", "most objects in a pool picture")
     number("--clutter", "amount of distractors, 0 is none", float, "F")
     number("--quality", "JPEG quality, 1..100")
-    one.add_argument("--num-workers", type=int, default=2, metavar="N",
-                     help="processes (default: 2); the pictures do not depend on it")
-    one.add_argument("--overwrite", action="store_true",
-                     help="replace a set made with other options")
+    one.add_argument(
+        "--num-workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes (default: 2); the pictures do not depend on it",
+    )
+    one.add_argument(
+        "--overwrite", action="store_true", help="replace a set made with other options"
+    )
 
 
 def set_options(arguments: argparse.Namespace) -> SetOptions:
@@ -103,19 +158,65 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
     if not 2 <= arguments.num_classes <= len(classes):
         raise UserError(f"--num-classes is {arguments.num_classes}: give 2 to {len(classes)}")
     source = procedural.ProceduralSource(options, classes[: arguments.num_classes])
-    details = {**options.as_dict(), "num_classes": arguments.num_classes,
-               "generator_version": procedural.VERSION}
-    card = Card(arguments.out.name, "procedural", details, "CC0-1.0 (generated pictures)",
-                "Generated shapes; test and probe/val use shape parameters, materials and "
-                "backgrounds that train, pool and probe/train never use.")
+    details = {
+        **options.as_dict(),
+        "num_classes": arguments.num_classes,
+        "generator_version": procedural.VERSION,
+    }
+    card = Card(
+        arguments.out.name,
+        "procedural",
+        details,
+        "CC0-1.0 (generated pictures)",
+        "Generated shapes; test and probe/val use shape parameters, materials and "
+        "backgrounds that train, pool and probe/train never use.",
+    )
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
+
+
+def make_photos(arguments: argparse.Namespace) -> bool:
+    """Make a set of photo composites; see `build` for what is returned and raised."""
+    options = set_options(arguments)
+    cache = arguments.cache or default_cache()
+    library = packages.open_library(arguments.packages_dir, cache)
+    names, seen, unseen = photos.split(library, arguments.classes, arguments.split_seed)
+    source = photos.PhotoSource(options, names, library.root, seen, unseen)
+    details = {
+        **options.as_dict(),
+        "classes": arguments.classes,
+        "split_seed": arguments.split_seed,
+        "packages": library.packages,
+        "num_missing_pictures": len(library.missing),
+        "generator_version": photos.VERSION,
+    }
+    if library.missing:
+        print(f"{len(library.missing)} listed pictures are not in the packages and left out")
+    notes = (
+        f"Composites of {seen.num_cutouts() + unseen.num_cutouts()} cut-outs "
+        f"({unseen.num_cutouts()} only in test and probe/val) on "
+        f"{len(seen.backgrounds) + len(unseen.backgrounds)} photographs "
+        f"({len(unseen.backgrounds)} only in test and probe/val); no claim about natural pictures."
+    )
+    licence = (
+        "Pictures out of tuxpaint-stamps-default (GPL-2), tuxpaint-data (GPL-2) and "
+        "gcompris-qt-data (GPL-3, Creative Commons, public domain, file by file); "
+        "the packages' copyright files apply. Not part of this project."
+    )
+    card = Card(arguments.out.name, "photos", details, licence, notes)
+    return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
+
+
+def default_cache() -> Path:
+    """Return the folder for what is fetched: $FA_CACHE/photos, else .cache/photos here."""
+    chosen = os.environ.get("FA_CACHE")
+    return (Path(chosen) if chosen else _PROJECT / ".cache") / "photos"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 (it went wrong) or 2 (wrong arguments or input)."""
     arguments = parser().parse_args(argv)
     try:
-        made = make_procedural(arguments)
+        made = {"procedural": make_procedural, "photos": make_photos}[arguments.kind](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Writes a generated set to disk: in parallel, to a partial folder that is renamed when complete."""
+"""Writes a generated set to disk: in parallel, to a partial folder, renamed when complete."""
 
 import fcntl
 import json
@@ -92,7 +92,9 @@ def build(source: Source, card: Card, out: Path, num_workers: int, overwrite: bo
             _write_lists(source, card, partial)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise DiskError(f"{out}: writing failed ({error}); free some space, run again") from error
+            raise DiskError(
+                f"{out}: writing failed ({error}); free some space, run again"
+            ) from error
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -113,7 +115,9 @@ def is_finished(card: Card, out: Path, overwrite: bool) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{out}: is there and is no data set made by this tool; give another folder")
+        raise UserError(
+            f"{out}: is there and is no data set made by this tool; give another folder"
+        )
     if found.get("kind") == card.kind and found.get("options") == card.options:
         return not overwrite
     if overwrite:
@@ -137,12 +141,16 @@ def _only_one(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(out.with_name(out.name + ".lock"), "w")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{out.parent}: cannot be written ({error}); give another folder") from error
+        raise UserError(
+            f"{out.parent}: cannot be written ({error}); give another folder"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{out}: another run is writing it; wait for it or give another folder") from None
+            raise UserError(
+                f"{out}: another run is writing it; wait for it or give another folder"
+            ) from None
         yield
         Path(lock.name).unlink(missing_ok=True)
 
@@ -230,12 +238,16 @@ def _render_all(source: Source, root: Path, num_workers: int) -> None:
                 bar.update(_render_chunk(source, root, *task))
             cv2.setNumThreads(threads)
             return
-        with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+        with ProcessPoolExecutor(
+            num_workers, initializer=_start_worker, initargs=(os.getpid(),)
+        ) as pool:
             try:
                 _feed(pool, source, root, 2 * num_workers, bar)
             except BrokenProcessPool as error:
-                raise RuntimeError("a worker process was killed (out of memory?): run again, "
-                                   "with a smaller --num-workers") from error
+                raise RuntimeError(
+                    "a worker process was killed (out of memory?): run again, "
+                    "with a smaller --num-workers"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -148,7 +148,8 @@ def paint(
     Args:
         background: float32 (h, w, 3).
         items: In painting order.
-        shadow: Drop shadow: shift right and down as a share of the sprite's size, and darkness 0..1.
+        shadow: Drop shadow: shift right and down, both as a share of the sprite's size, and
+            darkness 0..1.
     Returns:
         float32 (h, w, 3), not yet clipped.
     """

@@ -41,7 +41,8 @@ class Source:
     """What a folder turned out to be.
 
     Attributes:
-        kind: "folder" (no labels), "classes" (one folder per class) or "voc" (no labels: many objects each).
+        kind: "folder" (no labels), "classes" (one folder per class) or "voc" (no labels: many
+            objects each).
         pictures: The files, sorted by name.
         classes: Class names in label order, or None.
         ignored: Files that are no pictures, counted by suffix.
@@ -57,12 +58,13 @@ def open_source(path: str | Path, *, split: str | None = None, labels: Labels = 
     """Find out what a folder holds and list its pictures.
 
     Args:
-        path: A VOC devkit (holds VOC2007 or the like, or is such a folder), a tree of class folders, or any
-            folder of pictures.
+        path: A VOC devkit (holds VOC2007 or the like, or is such a folder), a tree of class
+            folders, or any folder of pictures.
         split: A list of a devkit's ImageSets/Main, or a sub-folder such as train.
         labels: "none" ignores class folders.
     Raises:
-        UserError: If there is no such folder or split, it holds no picture, or a split must be chosen.
+        UserError: If there is no such folder or split, it holds no picture, or a split must be
+            chosen.
     """
     root = Path(path)
     if not root.is_dir():
@@ -74,8 +76,8 @@ def open_source(path: str | Path, *, split: str | None = None, labels: Labels = 
     if split is not None:
         if not (root / split).is_dir():
             raise UserError(
-                f"{root}: has no folder {split!r} and is no VOC devkit; leave --split out, or name one of: "
-                + (", ".join(_subfolders(root)) or "(no sub-folders)")
+                f"{root}: has no folder {split!r} and is no VOC devkit; leave --split out, or "
+                "name one of: " + (", ".join(_subfolders(root)) or "(no sub-folders)")
             )
         root = root / split
     return _open_folder(root, labels)
@@ -89,7 +91,8 @@ def _open_voc(root: Path, split: str | None) -> Source:
         )
         names = [name for name in names if "_" not in name]
         raise UserError(
-            f"{root}: is a VOC devkit; choose a part with --split, one of: {', '.join(names) or '(none)'}"
+            f"{root}: is a VOC devkit; choose a part with --split, one of: "
+            f"{', '.join(names) or '(none)'}"
         )
     pictures = []
     with_split = [year for year in years if (year / "ImageSets/Main" / f"{split}.txt").exists()]
@@ -126,13 +129,15 @@ def _open_folder(root: Path, labels: Labels) -> Source:
             or "nothing at all"
         )
         raise UserError(
-            f"{root}: holds no pictures (found {found}); suffixes read: {' '.join(sorted(PICTURE_SUFFIXES))}"
+            f"{root}: holds no pictures (found {found}); suffixes read: "
+            f"{' '.join(sorted(PICTURE_SUFFIXES))}"
         )
     names = sorted(file.relative_to(root).as_posix() for file in files)
     tops = {name.split("/")[0] for name in names if "/" in name}
     if len(tops) > 1 and {top.lower() for top in tops} <= SPLIT_NAMES:
         raise UserError(
-            f"{root}: its folders {', '.join(sorted(tops))} look like splits; choose one with --split"
+            f"{root}: its folders {', '.join(sorted(tops))} look like splits; choose one with "
+            "--split"
         )
     classes = None
     if labels == "auto" and len(tops) > 1 and all("/" in name for name in names):

@@ -9,6 +9,13 @@ from tools.datasets import compose, materials, outlines, render, shapes
 from tools.datasets.compose import CLUTTER, Placed, Scene
 from tools.datasets.options import SetOptions
 from tools.datasets.randomness import ShapeDice, generator
+from tools.datasets.sampling import (
+    draw_shape,
+    finish,
+    is_held_out,
+    log_uniform,
+    object_statistics,
+)
 
 VERSION = 1  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
@@ -32,13 +39,15 @@ class ProceduralSource:
         Every picture shows at least one object: one whose objects are all hidden is drawn anew.
         """
         for attempt in range(100):
-            scene = self._attempt(generator(self.options.seed, "procedural", part, index, attempt), part, index)
+            scene = self._attempt(
+                generator(self.options.seed, "procedural", part, index, attempt), part, index
+            )
             if scene.objects:
                 return scene
         raise RuntimeError(f"{part} picture {index}: no object stays visible; lower --clutter")
 
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
-        held_out = part in ("test", "probe/val")
+        held_out = is_held_out(part)
         shape = draw_shape(rng, self.options)
         light = _draw_light(rng)
         background = _background(rng, shape, held_out)
@@ -62,7 +71,7 @@ class ProceduralSource:
         part: str,
         index: int,
     ) -> list[Placed]:
-        options, held_out = self.options, part in ("test", "probe/val")
+        options, held_out = self.options, is_held_out(part)
         sizes, count = object_statistics(rng, options, part)
         items: list[Placed] = []
         taken: list[tuple[int, int, int, int]] = []
@@ -95,30 +104,6 @@ class ProceduralSource:
             x, y = compose.draw_place(rng, sprite.alpha.shape, shape, [], 0.5)
             items.append(Placed(sprite, x, y, CLUTTER))
         return items
-
-
-def draw_shape(rng: np.random.Generator, options: SetOptions) -> tuple[int, int]:
-    """Return rows and columns of a picture: lying or upright with equal chance."""
-    sides = (options.short_side, options.long_side)
-    return sides if rng.random() < 0.5 else sides[::-1]
-
-
-def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Draw a number whose logarithm is uniform between two bounds."""
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
-
-
-def object_statistics(
-    rng: np.random.Generator, options: SetOptions, part: str
-) -> tuple[tuple[float, float], int]:
-    """Return the range of object sizes (shares of the short side) and a number of objects."""
-    if part in ("train", "test"):
-        sizes = (options.min_object, options.max_object)
-        return sizes, int(rng.integers(options.min_objects, options.max_objects + 1))
-    sizes = (options.pool_min_object, options.pool_max_object)
-    if part == "pool":
-        return sizes, int(rng.integers(options.pool_min_objects, options.pool_max_objects + 1))
-    return sizes, 1
 
 
 def _draw_light(rng: np.random.Generator) -> render.Light:
@@ -212,20 +197,3 @@ def _mosaic(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> Non
                 jitter = rng.uniform(-0.08, 0.08, (4, 2)) * (width, height)
                 cell = outlines.rectangle(x0, y0, x1, y1) + jitter
                 _fill(rng, canvas, cell, held_out)
-
-
-def finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Apply the camera: colour cast, exposure, a little blur and noise.
-
-    Args:
-        rng: Source of random numbers.
-        image: float32 (h, w, 3), about 0..255; changed in place.
-    Returns:
-        uint8 of the same shape.
-    """
-    image *= (rng.uniform(0.8, 1.15) * rng.uniform(0.9, 1.1, 3)).astype(np.float32)
-    if rng.random() < 0.4:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
-    sigma = np.float32(rng.uniform(0, 6))
-    image += sigma * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(image, 0, 255).astype(np.uint8)

@@ -119,9 +119,7 @@ def _relief(mask: np.ndarray, light: Light, amount: float) -> np.ndarray:
     return 1 + np.float32(amount * light.strength / 255) * slope
 
 
-def draw(
-    rng: np.random.Generator, parts: Sequence[Part], light: Light, held_out: bool
-) -> Sprite:
+def draw(rng: np.random.Generator, parts: Sequence[Part], light: Light, held_out: bool) -> Sprite:
     """Draw posed parts as a sprite.
 
     Args:

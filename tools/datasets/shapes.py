@@ -1,11 +1,13 @@
 """The ten object classes of the generated world, each defined by its structure and by nothing else.
 
 A shape is a list of parts, painted in order. Which material a part wears is drawn by the renderer;
-a shape only says which parts share one (its `slot`). y points downwards, an object spans about -1..1.
+a shape only says which parts share one (its `slot`). y points downwards, an object spans about
+-1..1.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,7 +44,12 @@ def cup(dice: ShapeDice) -> list[Part]:
     bulge = dice.uniform(-0.12, 0.2)
     top, bottom, half = -height / 2, height / 2, 0.55
     middle = half * (1 + foot) / 2 + bulge
-    sides = [(half, top), (middle + 0.03, 0), (half * foot, bottom - 0.06), (half * foot * 0.9, bottom)]
+    sides = [
+        (half, top),
+        (middle + 0.03, 0),
+        (half * foot, bottom - 0.06),
+        (half * foot * 0.9, bottom),
+    ]
     angle = dice.uniform(-12, 12)
     ring = o.arc(half * 0.95, -0.05, size * 0.8, size * height * 0.65, -100 + angle, 100 + angle)
     parts = []
@@ -140,7 +147,14 @@ def car(dice: ShapeDice) -> list[Part]:
         (front - rake, roof),
         (front + 0.05, bonnet),
     ]
-    body = [(-1, boot + 0.03), *cabin, (0.93, bonnet + 0.1), (1.0, 0.15), (0.98, sill), (-0.98, sill)]
+    body = [
+        (-1, boot + 0.03),
+        *cabin,
+        (0.93, bonnet + 0.1),
+        (1.0, 0.15),
+        (0.98, sill),
+        (-0.98, sill),
+    ]
     wheel = dice.uniform(0.17, 0.26)
     axles = (-dice.uniform(0.5, 0.68), dice.uniform(0.5, 0.68))
     parts = [part(o.smooth(o.polygon(*body), 1))]
@@ -164,7 +178,7 @@ def _car_windows(dice: ShapeDice, cabin: list, boot: float, bonnet: float) -> li
     count = dice.integer(1, 3)
     edges = np.linspace(0, 1, count + 1)
     windows = []
-    for left, right in zip(edges[:-1], edges[1:], strict=True):
+    for left, right in pairwise(edges):
         gap = 0.03 if count > 1 else 0.0
         low = [glass[0] + t * (glass[3] - glass[0]) for t in (left + gap, right - gap)]
         high = [glass[1] + t * (glass[2] - glass[1]) for t in (left + gap, right - gap)]
@@ -181,7 +195,9 @@ def fish(dice: ShapeDice) -> list[Part]:
     belly = [(-0.35, depth * 0.5), (hump, depth * 0.9), (nose * 0.8, depth * 0.6)]
     body = o.smooth([*back, (-0.62, -0.07), (-0.62, 0.07), *belly], 2)
     flick = dice.uniform(-0.1, 0.1)
-    fin = o.polygon((-0.5, 0.04), (-1, tail + flick), (-0.85 + fork, flick), (-1, -tail + flick), (-0.5, -0.04))
+    fin = o.polygon(
+        (-0.5, 0.04), (-1, tail + flick), (-0.85 + fork, flick), (-1, -tail + flick), (-0.5, -0.04)
+    )
     start, rise = dice.uniform(0.05, 0.45), dice.uniform(0.12, 0.4)
     dorsal = o.polygon((start, -depth * 0.7), (start - 0.25, -depth - rise), (-0.4, -depth * 0.4))
     ventral = o.polygon((0.25, depth * 0.7), (0.05, depth + rise * 0.7), (-0.1, depth * 0.7))
@@ -194,7 +210,9 @@ def fish(dice: ShapeDice) -> list[Part]:
     eye = dice.uniform(0.05, 0.09)
     gill = o.arc(0.35, 0, 0.14, depth * 0.6, -60, 60, 8)
     parts.append(part(o.stroke(gill, 0.04), slot=DARK, relief=0))
-    parts.append(part(o.stroke(o.curve((0.1, 0.08), (0, 0.2), (-0.15, 0.16), 6), (0.16, 0.04)), slot=slot))
+    parts.append(
+        part(o.stroke(o.curve((0.1, 0.08), (0, 0.2), (-0.15, 0.16), 6), (0.16, 0.04)), slot=slot)
+    )
     parts.append(part(o.ellipse(0.6, -depth * 0.2, eye, eye), slot=LIGHT, relief=0))
     parts.append(part(o.ellipse(0.6, -depth * 0.2, eye * 0.5, eye * 0.5), slot=DARK, relief=0))
     return parts
@@ -217,7 +235,7 @@ def tree(dice: ShapeDice) -> list[Part]:
     elif kind == 1:
         centre = (split - 1) / 2
         crown = o.blob(dice.rng, 9, 0.3) * (spread, (split + 1) / 2)
-        parts.append(part(crown + (lean, centre), relief=1.5))
+        parts.append(part(crown + np.array([lean, centre]), relief=1.5))
     else:
         for i, x in enumerate(np.linspace(-spread, spread, dice.integer(3, 4))):
             tip = (lean + x * 0.9, split - 0.35 - 0.35 * (1 - abs(x)) - 0.1 * (i % 2))
@@ -243,10 +261,10 @@ def lamp(dice: ShapeDice) -> list[Part]:
         knee = (-dice.uniform(0.2, 0.5), dice.uniform(-0.1, 0.2))
         head = (dice.uniform(0.0, 0.4), dice.uniform(-0.65, -0.4))
         arm = np.array([(0, 0.95), knee, head])
-        place, tilt = np.array(head) + (0.05, 0.1), dice.uniform(-60, -15)
+        place, tilt = np.array(head) + np.array([0.05, 0.1]), dice.uniform(-60, -15)
     turn = np.deg2rad(tilt)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    parts = [part(o.stroke(a, thin), slot=SECOND) for a in zip(arm[:-1], arm[1:], strict=True)]
+    parts = [part(o.stroke(a, thin), slot=SECOND) for a in pairwise(arm)]
     if dice.chance(0.5):
         parts.append(part(o.ellipse(0, 0.95, foot, foot * dice.uniform(0.2, 0.4)), slot=SECOND))
     else:
@@ -267,7 +285,9 @@ def key(dice: ShapeDice) -> list[Part]:
     elif kind == 1:
         bow = o.rounded(x - radius, -radius * aspect, x + radius, radius * aspect, radius * 0.4)
     elif kind == 2:
-        bow = o.polygon((x - radius, 0), (x, -radius * aspect), (x + radius, 0), (x, radius * aspect))
+        bow = o.polygon(
+            (x - radius, 0), (x, -radius * aspect), (x + radius, 0), (x, radius * aspect)
+        )
     else:
         angles = np.linspace(0, 2 * np.pi, 36, endpoint=False)
         wavy = radius * (0.85 + 0.2 * np.cos(3 * angles))
@@ -299,7 +319,11 @@ def house(dice: ShapeDice) -> list[Part]:
     parts.append(part(o.rectangle(-half, eaves, half, floor), relief=0.4))
     roof = [(-half - over, eaves + 0.04), (peak * half - flat, top), (peak * half + flat, top)]
     parts.append(part(o.polygon(*roof, (half + over, eaves + 0.04)), slot=SECOND, relief=0.6))
-    door, wide, high = dice.uniform(-0.6, 0.6) * half, dice.uniform(0.1, 0.17), dice.uniform(0.35, 0.55)
+    door, wide, high = (
+        dice.uniform(-0.6, 0.6) * half,
+        dice.uniform(0.1, 0.17),
+        dice.uniform(0.35, 0.55),
+    )
     high = min(high, (floor - eaves) * 0.8)
     frame = o.rectangle(door - wide, floor - high, door + wide, floor)
     parts.append(part(frame, slot=dice.integer(2, 3), relief=0.4))
@@ -328,7 +352,7 @@ def umbrella(dice: ShapeDice) -> list[Part]:
     ]
     spots = np.sin(np.linspace(-np.pi / 2, np.pi / 2, count + 1)) * wide
     two_tone = dice.chance(0.5)
-    for i, (left, right) in enumerate(zip(spots[:-1], spots[1:], strict=True)):
+    for i, (left, right) in enumerate(pairwise(spots)):
         up = o.curve((left, rim), (left * 0.95, rim - high * 0.75), (0, rim - high))
         down = o.curve((0, rim - high), (right * 0.95, rim - high * 0.75), (right, rim))
         edge = o.curve((right, rim), ((left + right) / 2, rim - sag * 2), (left, rim))

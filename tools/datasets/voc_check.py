@@ -1,5 +1,6 @@
 """Check a VOC devkit in detail before anything is trained on it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from tools.datasets.errors import UserError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
 )  # fmt: skip
 _MAX_SHOWN = 10
 _FLAGS = ("truncated", "difficult")  # Detectron2's evaluator reads them as integers
@@ -81,15 +83,12 @@ def read_split(year: Path, split: str) -> list[str]:
     names = [line[0] for line in lines if len(line) == 1 or line[1] != "-1"]
     if not names:
         raise UserError(
-            f"{file}: lists no picture; put one picture name per line, without .jpg, or choose another split"
+            f"{file}: lists no picture; put one picture name per line, without .jpg, or choose "
+            "another split"
         )
-    twice = (
-        next((name for i, name in enumerate(names) if name in set(names[:i])), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
-        raise UserError(f"{file}: lists {twice!r} twice; keep one of the lines")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{file}: lists {name!r} {count} times; keep one of the lines")
     return names
 
 
@@ -158,7 +157,8 @@ def _check_picture(year: Path, name: str, classes: frozenset[str], report: VocRe
         tree = ElementTree.parse(annotation).getroot()
     except (ElementTree.ParseError, OSError, UnicodeDecodeError) as error:
         report.problems.append(
-            f"{annotation}: is not well-formed XML ({error}); repair it or take {name!r} off the list"
+            f"{annotation}: is not well-formed XML ({error}); repair it or take {name!r} off the "
+            "list"
         )
         return
     written = _written_size(tree)
@@ -246,10 +246,12 @@ def _check_box(
         )
     elif bounds is not None and (xmin < 1 or ymin < 1 or xmax > bounds[0] or ymax > bounds[1]):
         report.problems.append(
-            f"{where}: {box} reaches outside the picture, {bounds[0]} x {bounds[1]}; corners count from 1 "
+            f"{where}: {box} reaches outside the picture, {bounds[0]} x {bounds[1]}; corners "
+            "count from 1 "
             "and are part of the box: clip or correct them"
         )
     elif not all(value == int(value) for value in (xmin, ymin, xmax, ymax)):
         report.notes.append(
-            f"{where}: {box} has decimals; the evaluator takes whole numbers, round it in a test list"
+            f"{where}: {box} has decimals; the evaluator takes whole numbers, round it in a test "
+            "list"
         )

@@ -38,7 +38,8 @@ def annotation_xml(
     _add(root, segmented=0)
     for item in objects:
         x0, y0, x1, y1 = item.box
-        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, (picture, item)
+        assert 0 <= x0 < x1 <= width, (picture, item)
+        assert 0 <= y0 < y1 <= height, (picture, item)
         node = ElementTree.SubElement(root, "object")
         _add(
             node,
@@ -58,9 +59,7 @@ def _add(parent: ElementTree.Element, **values: object) -> None:
         ElementTree.SubElement(parent, name).text = str(value)
 
 
-def write_scene(
-    root: Path, name: str, scene: Scene, classes: Sequence[str], quality: int
-) -> None:
+def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], quality: int) -> None:
     """Write one labelled picture below a devkit's root.
 
     Args:
