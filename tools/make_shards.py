@@ -4,11 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain.data.shards import (
+    DiskFullError,
     ShardOptions,
     SourcePicture,
     WriteReport,
@@ -24,8 +26,8 @@ SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a V
 
 examples:
   .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
-  .venv/bin/python tools/make_shards.py imagenet data/imagenet-train --split train --resize-short 256
-  .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet-train --split train --resize-short
+  256 .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
   .venv/bin/python tools/make_shards.py data/shards --verify
 
 A killed run goes on where it stopped when the same command is given again.
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-samples-per-shard", type=int, default=default.max_samples_per_shard, metavar="N",
         help=f"most samples in a shard (default: {default.max_samples_per_shard})")  # fmt: skip
     add("--shard-size-mb", type=float, default=default.shard_size_mb, metavar="MB",
-        help=f"about the largest shard, 10^6 bytes (default: {default.shard_size_mb:g})")  # fmt: skip
+        help=f"about the largest shard, MB (default: {default.shard_size_mb:g})")  # fmt: skip
     add("--resize-short", type=int, metavar="S", help="shrink pictures to this short side, pixels")
     add("--quality", type=int, default=default.quality, metavar="Q",
         help=f"JPEG quality of shrunk pictures (default: {default.quality})")  # fmt: skip
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--num-workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes; the shards do not depend on it (default: all cores)")  # fmt: skip
     add("--max-bad", type=int, default=0, metavar="N",
-        help="leave out at most N pictures that do not decode, and list them (default: 0)")  # fmt: skip
+        help="leave out and list up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="throw away other shards in OUT first")
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
     return main_parser
@@ -73,6 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif not options.verify:
             raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify (see --help)")
         return verify(options.out or options.source, options.num_workers) if options.verify else 0
+    except DiskFullError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print(
+            "error: a worker was killed, perhaps for want of memory; give the same command again "
+            "with a smaller --num-workers: it goes on",
+            file=sys.stderr,
+        )
+        return 1
     except (UserError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -123,7 +135,10 @@ def describe(source: Source, path: Path) -> str:
 
 def summary(report: WriteReport, out: Path) -> str:
     """What was written, kept and left out."""
-    text = f"{out}: {report.num_samples} samples in {report.num_shards} shards, {report.num_bytes / 1e6:.1f} MB"
+    text = (
+        f"{out}: {report.num_samples} samples in {report.num_shards} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB"
+    )
     if report.num_shards_kept:
         text += f" ({report.num_shards_kept} shards were finished before)"
     if report.skipped:
@@ -137,7 +152,10 @@ def verify(path: Path, num_workers: int) -> int:
     report = verify_shards(path, num_workers=num_workers, progress=True)
     for problem in report.problems:
         print(f"error: {problem}", file=sys.stderr)
-    size = f"{report.num_samples} samples in {report.num_shards} shards, {report.num_bytes / 1e6:.1f} MB"
+    size = (
+        f"{report.num_samples} samples in {report.num_shards} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB"
+    )
     print(
         f"{path}: {size}: "
         + ("all as the index says" if report.ok else f"{len(report.problems)} faults")

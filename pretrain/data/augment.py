@@ -1,12 +1,11 @@
-"""Photometric augmentation as batched tensor operations, with parameters of their own for each sample.
+"""Photometric augmentation in batches on the device, with parameters of their own for each sample.
 
-Drawing is a pure function of (seed, epoch, key, view); applying follows torchvision's functional operations
-on float pictures, each within rounding of single precision. Between the operations values are clamped to
-0..1 as there; they are not rounded to 256 levels in between, as a chain of uint8 operations would.
+Drawing is a pure function of (seed, epoch, key, view); what is drawn is applied by the operations
+of `photometric`, in the order jitter, grey, blur, solarise, normalise.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +13,16 @@ import torch
 from torch import Tensor
 
 from pretrain.data.order import stable_hash
+from pretrain.data.photometric import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    gaussian_blur,
+    solarize,
+    to_gray,
+)
 
-GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision
-SOLARIZE_THRESHOLD = 0.5  # between 127/255 and 128/255: uint8 values from 128 on are inverted
 JITTER_ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 
 
@@ -26,7 +32,8 @@ class ViewAugment:
 
     Attributes:
         crop_scale: Range of the crop's area as a share of the picture's (applied by the loader).
-        jitter_probability: Probability that brightness, contrast, saturation and hue are changed at all.
+        jitter_probability: Probability that brightness, contrast, saturation and hue are changed at
+            all.
         brightness: Factor from 1 - b to 1 + b, not below 0; contrast and saturation likewise.
         hue: Turn from -h to h of the colour circle, h at most 0.5.
         gray_probability: Probability of a grey picture.
@@ -48,7 +55,10 @@ class ViewAugment:
 
 
 def _jittered(
-    scale: tuple[float, float], jitter: tuple[float, float, float, float], **rest: float
+    scale: tuple[float, float],
+    jitter: tuple[float, float, float, float],
+    blur_probability: float = 0.0,
+    solarize_probability: float = 0.0,
 ) -> ViewAugment:
     brightness, contrast, saturation, hue = jitter
     return ViewAugment(
@@ -59,7 +69,8 @@ def _jittered(
         saturation=saturation,
         hue=hue,
         gray_probability=0.2,
-        **rest,
+        blur_probability=blur_probability,
+        solarize_probability=solarize_probability,
     )
 
 
@@ -115,13 +126,14 @@ def draw_parameters(
         view_index: 0 or 1.
         image_size: Side of the view in pixels; unused by the draws, sigma is in pixels.
     Returns:
-        float32 [n] on the CPU each: "brightness", "contrast", "saturation" (1: no change), "hue" (0: none),
-        "jitter_order" (number of a permutation in JITTER_ORDERS), "gray", "solarize" (0 or 1), "blur_sigma"
-        (pixels, 0: no blur).
+        float32 [n] on the CPU each: "brightness", "contrast", "saturation" (1: no change), "hue"
+        (0: none), "jitter_order" (number of a permutation in JITTER_ORDERS), "gray", "solarize" (0
+        or 1), "blur_sigma" (pixels, 0: no blur).
     """
     keys = keys.detach().cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
     base = int.from_bytes(stable_hash("augment", seed, epoch, view_index, num_bytes=8), "little")
-    u = dict(zip(_DRAWS, uniforms(keys, base, len(_DRAWS)), strict=True))
+    draws = uniforms(keys, base, len(_DRAWS))
+    u: dict[str, np.ndarray] = dict(zip(_DRAWS, draws, strict=True))
     jitter = u["jitter"] < view.jitter_probability
 
     def factor(name: str, spread: float) -> np.ndarray:
@@ -145,7 +157,7 @@ def draw_parameters(
 
 
 def uniforms(keys: np.ndarray, base: int, num_draws: int) -> np.ndarray:
-    """Counter-based uniform numbers in [0, 1): two rounds of SplitMix64's mixer over (base, key, draw).
+    """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, key, draw).
 
     Args:
         keys: int64 or uint64 [n].
@@ -174,8 +186,8 @@ def augment(
 
     Args:
         images: uint8 [n, 3, s, s], RGB, on any device.
-        params: From `draw_parameters`, on the CPU: which rows an operation touches is decided there, so that
-            the device is never waited for.
+        params: From `draw_parameters`, on the CPU: which rows an operation touches is decided
+            there, so that the device is never waited for.
         mean: Per channel, for values in 0..1.
         std: Per channel, for values in 0..1.
     Returns:
@@ -205,7 +217,9 @@ def _jitter(x: Tensor, params: dict[str, Tensor]) -> None:
             _on_rows(x, active & (orders[:, turn] == number), function, values)
 
 
-def _on_rows(x: Tensor, mask: Tensor, function, values: Tensor | None = None) -> None:
+def _on_rows(
+    x: Tensor, mask: Tensor, function: Callable[..., Tensor], values: Tensor | None = None
+) -> None:
     """Replace the rows where `mask` (on the CPU) holds by function(rows, their values)."""
     rows = mask.nonzero().squeeze(1)
     if len(rows) == 0:
@@ -216,93 +230,3 @@ def _on_rows(x: Tensor, mask: Tensor, function, values: Tensor | None = None) ->
         return
     rows = rows.to(x.device, non_blocking=True)
     x.index_copy_(0, rows, function(x.index_select(0, rows), own))
-
-
-def to_gray(x: Tensor) -> Tensor:
-    """Luma, [n, 1, h, w], of float [n, 3, h, w]."""
-    red, green, blue = x.unbind(1)
-    return (GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue).unsqueeze(1)
-
-
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by factor [n], clamped to 0..1."""
-    return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the picture's mean luma: factor * x + (1 - factor) * mean, clamped to 0..1."""
-    mean = to_gray(x).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the luma of each pixel: factor * x + (1 - factor) * luma, clamped to 0..1."""
-    return torch.lerp(to_gray(x), x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
-
-
-def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of HSV by `turn` [n] of the circle; value and saturation stay, exactly as in HSV.
-
-    The picture never goes to HSV and back: with the hue in sixths, each channel is value - chroma * w, where w
-    is a trapezoid of the hue, 0 near the channel's own sector and 1 far from it.
-    """
-    red, green, blue = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    inverse = 1 / chroma.clamp_min(1e-12)
-    hue = torch.where(
-        value == red,
-        (green - blue) * inverse,
-        torch.where(value == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
-    )
-    hue = hue + 6 * turn.view(-1, 1, 1)
-    result = torch.empty_like(x)
-    for channel, offset in enumerate((5, 3, 1)):
-        k = torch.remainder(hue + offset, 6)
-        weight = torch.minimum(k, 4 - k).clamp_(0, 1)
-        result[:, channel] = value - chroma * weight
-    return result
-
-
-def blur_matrix(sigma: Tensor, size: int, kernel_size: int) -> Tensor:
-    """One-dimensional Gaussian blur with mirrored borders as a matrix for each sample.
-
-    Args:
-        sigma: float [n], pixels.
-        size: Length of the blurred axis.
-        kernel_size: Odd; at most 2 * size - 1.
-    Returns:
-        float [n, size, size]; rows sum to 1.
-    """
-    half = kernel_size // 2
-    steps = torch.arange(-half, half + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (steps / sigma.view(-1, 1)) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    source = torch.arange(size, device=sigma.device)[:, None] + steps
-    source = source.abs()
-    source = torch.where(
-        source >= size, 2 * (size - 1) - source, source
-    )  # mirror without repeating the edge
-    matrix = torch.zeros(len(sigma), size, size, device=sigma.device)
-    return matrix.scatter_add_(
-        2, source.expand(len(sigma), -1, -1), kernel[:, None, :].expand(-1, size, -1).contiguous()
-    )
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with sigma [n] in pixels; the kernel is about a tenth of the side, odd, at least 3.
-
-    Two batched matrix products: at these sizes faster than grouped convolutions on the CPU and on a GPU.
-    """
-    size = x.shape[-1]
-    matrix = blur_matrix(sigma, size, blur_kernel_size(size)).unsqueeze(1)
-    return matrix @ x @ matrix.transpose(2, 3)
-
-
-def blur_kernel_size(image_size: int) -> int:
-    """About 10 % of the picture's side, odd, at least 3: 23 at 224 px, 7 at 64 px."""
-    return max(3, round((image_size * 0.1 - 1) / 2) * 2 + 1)
-
-
-def solarize(x: Tensor) -> Tensor:
-    """Invert the values from SOLARIZE_THRESHOLD on."""
-    return torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x)

@@ -19,14 +19,16 @@ def index_foreign(folder: Path) -> Path:
     Args:
         folder: Folder with .tar files and no index.json.
     Returns:
-        The folder that holds the index: `folder`, or one in the user's cache if `folder` is read-only.
+        The folder that holds the index: `folder`, or one in the user's cache if `folder` is
+        read-only.
     Raises:
         UserError: If there is no tar, or a tar is damaged or holds no picture at all.
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(
-            f"{folder}: holds neither index.json nor .tar files; make shards with tools/make_shards.py SOURCE {folder}"
+            f"{folder}: holds neither index.json nor .tar files; make shards with "
+            f"tools/make_shards.py SOURCE {folder}"
         )
     target = folder if _is_writable(folder) else _cache_folder(folder, tars)
     if target != folder and (target / "index.json").exists():

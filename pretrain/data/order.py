@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch) and the sizes of the shards.
 
-Nothing here keeps state. The k-th global batch of an epoch is a slice of one permutation; ranks and workers
-only take their parts of it. Exactly-once epochs and exact resume, also with another number of ranks or
-workers, follow from that.
+Nothing here keeps state. The k-th global batch of an epoch is a slice of one permutation; ranks and
+workers only take their parts of it. Exactly-once epochs and exact resume, also with another number
+of ranks or workers, follow from that.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from pretrain.errors import UserError
 def stable_hash(*parts: int | str, num_bytes: int = 16) -> bytes:
     """Hash of a tuple of integers and strings, the same in every process and on every machine.
 
-    Each part is written with its type and length, so that ("ab", "c") and ("a", "bc"), or 1 and "1", differ.
+    Each part is written with its type and length, so that ("ab", "c") and ("a", "bc"), or 1 and
+    "1", differ.
 
     Args:
         parts: Integers of any size and strings.
@@ -45,9 +46,9 @@ def counter_rng(*parts: int | str) -> np.random.Generator:
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int) -> np.ndarray:
     """Permutation of all samples for one epoch.
 
-    The shards are shuffled, then the samples within consecutive windows of that sequence, so that at any
-    moment only about `window` samples' worth of shards is being read. A window of at least the number of
-    samples is a full shuffle; a window of 1 shuffles the shards only.
+    The shards are shuffled, then the samples within consecutive windows of that sequence, so that
+    at any moment only about `window` samples' worth of shards is being read. A window of at least
+    the number of samples is a full shuffle; a window of 1 shuffles the shards only.
 
     Args:
         shard_sizes: Number of samples of each shard.

@@ -1,4 +1,4 @@
-"""Which picture goes into which shard, under which key: a pure function of the list of pictures and the options."""
+"""Which picture goes into which shard under which key: a function of pictures and options."""
 
 import hashlib
 import os
@@ -37,8 +37,10 @@ class ShardOptions:
 
     Attributes:
         max_samples_per_shard: Most samples in one shard.
-        shard_size_mb: A shard is closed at about this size (10^6 bytes), planned from the sources' sizes.
-        resize_short: Shrink pictures to this short side in pixels; None keeps the bytes as they are.
+        shard_size_mb: A shard is closed at about this size (10^6 bytes), planned from the sources'
+            sizes.
+        resize_short: Shrink pictures to this short side in pixels; None keeps the bytes as they
+            are.
         quality: JPEG quality of shrunk pictures.
         shuffle_seed: Seed of the order of samples over all shards; None keeps the order of names.
     """
@@ -137,8 +139,8 @@ def _plan_shard(
 def make_keys(names: Sequence[str]) -> list[str]:
     """WebDataset keys for relative paths: the path without its suffix, in safe characters.
 
-    A name that had to be changed or shortened, or whose key another one would share (a.jpg and a.png), gets
-    a hash of the whole name appended.
+    A name that had to be changed or shortened, or whose key another one would share (a.jpg and
+    a.png), gets a hash of the whole name appended.
 
     Raises:
         UserError: If a name occurs twice.

@@ -30,7 +30,7 @@ class VerifyReport:
 def verify_shards(
     path: str | Path, *, num_workers: int = 2, progress: bool = False
 ) -> VerifyReport:
-    """Check every shard of a set against its index: size, SHA-256, samples, and tars that nobody listed.
+    """Check every shard against the index: size, SHA-256, samples; and tars that nobody listed.
 
     Args:
         path: Folder with index.json.
@@ -42,7 +42,8 @@ def verify_shards(
     folder = Path(path)
     if not (folder / "index.json").exists():
         raise UserError(
-            f"{folder / 'index.json'}: missing, so there is nothing to verify against; make the shards first"
+            f"{folder / 'index.json'}: missing, so there is nothing to verify against; make the "
+            "shards first"
         )
     index = read_index(folder / "index.json")
     report = VerifyReport(
@@ -102,18 +103,30 @@ def _check_shard(
         return f"{path}: missing; copy it back or make the shards again"
     size = path.stat().st_size
     if size != shard["bytes"]:
-        return f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; copy it again or make the shards again"
+        return (
+            f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; copy it again or make "
+            "the shards again"
+        )
     if file_sha256(path) != shard["sha256"]:
-        return f"{path}: its SHA-256 is not the one in the index; copy it again or make the shards again"
+        return (
+            f"{path}: its SHA-256 is not the one in the index; copy it again or make the shards "
+            "again"
+        )
     try:
         entries, _ = scan_shard(path)
     except UserError as error:
         return str(error)
     if len(entries) != shard["num_samples"]:
-        return f"{path}: {len(entries)} samples, the index says {shard['num_samples']}; make the index again"
+        return (
+            f"{path}: {len(entries)} samples, the index says {shard['num_samples']}; make the "
+            "index again"
+        )
     if table is not None:
         found = to_table([entries])
         found["shard"] = number
         if not np.array_equal(found, table[table["shard"] == number]):
-            return f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index the tars again"
+            return (
+                f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index "
+                "the tars again"
+            )
     return None

@@ -1,37 +1,24 @@
-"""Write WebDataset shards: parallel over shards, restartable, the same bytes for any number of workers."""
+"""Write WebDataset shards: parallel, restartable, the same bytes for any number of workers."""
 
-import errno
+import fcntl
 import hashlib
-import io
 import json
-import os
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.picture_bytes import prepare
 from pretrain.data.process_pool import make_pool
+from pretrain.data.shard_job import PARTS, check_bad, disk_error, write_shard
 from pretrain.data.shard_plan import ShardOptions, ShardPlan, SourcePicture, make_plan
-from pretrain.data.tar_index import (
-    Entry,
-    read_index,
-    to_table,
-    write_bytes,
-    write_index,
-    write_json,
-)
-from pretrain.data.views import BadSample
+from pretrain.data.tar_index import read_index, write_index, write_json
 from pretrain.errors import UserError
-
-_PARTS = ".parts"  # what finished shards of an unfinished run left for the index
-_TAR_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,26 @@ class WriteReport:
     num_shards_kept: int  # found finished from an earlier run
     num_bytes: int
     skipped: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A set of shards to make in a folder."""
+
+    folder: Path
+    plans: list[ShardPlan]
+    options: ShardOptions
+    classes: list[str] | None
+    max_bad: int
+
+    @property
+    def parts(self) -> Path:
+        return self.folder / PARTS
+
+    @property
+    def fingerprint(self) -> str:
+        joined = "".join(plan.fingerprint for plan in self.plans) + repr(self.classes)
+        return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def write_shards(
@@ -58,8 +65,8 @@ def write_shards(
 ) -> WriteReport:
     """Pack pictures into OUT/shard-*.tar with OUT/index.json and OUT/samples.npy.
 
-    A killed run goes on where it stopped when it is called again: finished shards are kept, the one in work
-    is made anew. A set that is complete already is left alone.
+    A killed run goes on where it stopped when it is called again: finished shards are kept, the one
+    in work is made anew. A set that is complete already is left alone.
 
     Args:
         pictures: What to pack; names must be unique.
@@ -71,267 +78,178 @@ def write_shards(
         overwrite: Throw away other shards in `out` first.
         progress: Show a progress bar.
     Raises:
-        UserError: If more pictures than allowed are bad, `out` holds other shards, or the disk is full.
+        UserError: If more pictures than allowed are bad, `out` holds other shards or is being
+            written by another run, or the disk is full.
     """
-    folder, options = Path(out), options or ShardOptions()
-    plans = make_plan(pictures, options)
-    fingerprint = hashlib.sha256("".join(plan.fingerprint for plan in plans).encode()).hexdigest()
-    finished = _finished_report(folder, fingerprint, overwrite, max_bad)
-    if finished is not None:
-        return finished
+    options = options or ShardOptions()
+    task = _Task(Path(out), make_plan(pictures, options), options, classes, max_bad)
     try:
-        parts = _prepare_folder(folder, fingerprint, overwrite)
-        done = {plan.name: part for plan in plans if (part := _read_part(folder, plan)) is not None}
-        num_kept = len(done)
-        todo = [plan for plan in plans if plan.name not in done]
-        _check_space(folder, sum(plan.estimated_bytes for plan in todo))
-        with tqdm(total=len(pictures), desc="packing", unit="picture", disable=not progress) as bar:
-            bar.update(sum(len(plan.pictures) for plan in plans if plan.name in done))
-            _check_bad([item for part in done.values() for item in part["skipped"]], max_bad)
-            for plan, part in _run(todo, folder, options, num_workers, max_bad):
-                done[plan.name] = part
-                bar.update(len(plan.pictures))
-                _check_bad([item for part in done.values() for item in part["skipped"]], max_bad)
-        return _finish(folder, plans, done, fingerprint, options, classes, num_kept, parts)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        with _only_writer(task.folder):
+            finished = None if overwrite else _finished_report(task)
+            if finished is not None:
+                return finished
+            _prepare_folder(task, overwrite)
+            return _make_all(task, num_workers, progress)
     except OSError as error:
-        raise _disk_error(error, folder) from error
+        raise disk_error(error, task.folder) from error
 
 
-def _finished_report(
-    folder: Path, fingerprint: str, overwrite: bool, max_bad: int
-) -> WriteReport | None:
-    path = folder / "index.json"
-    if overwrite or not path.exists():
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder that the system frees when this process ends, however it ends."""
+    path = folder / ".lock"
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is writing here; wait for it, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _finished_report(task: _Task) -> WriteReport | None:
+    """The report of an earlier run that made exactly these shards; None if there is no index."""
+    path = task.folder / "index.json"
+    if not path.exists():
         return None
     index = read_index(path)
-    if index["options"].get("fingerprint") != fingerprint:
+    if index["options"].get("fingerprint") != task.fingerprint:
         raise UserError(
-            f"{folder}: holds shards of another source or of other options; choose another folder, or --overwrite"
+            f"{task.folder}: holds shards of another source or of other options; choose another "
+            "folder, or --overwrite"
         )
-    _check_bad(index["skipped"], max_bad)
+    check_bad(index["skipped"], task.max_bad)
     for shard in index["shards"]:
-        tar = folder / shard["name"]
+        tar = task.folder / shard["name"]
         if not tar.exists() or tar.stat().st_size != shard["bytes"]:
             raise UserError(
-                f"{tar}: missing or changed since the index was written; --overwrite makes all shards again"
+                f"{tar}: missing or changed since the index was written; --overwrite makes all "
+                "shards again"
             )
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    shutil.rmtree(task.parts, ignore_errors=True)
     num_bytes = sum(shard["bytes"] for shard in index["shards"])
     num_shards = len(index["shards"])
     return WriteReport(index["num_samples"], num_shards, num_shards, num_bytes, index["skipped"])
 
 
-def _prepare_folder(folder: Path, fingerprint: str, overwrite: bool) -> Path:
-    """Make or clear the folder; refuse to mix with shards that are not this run's."""
-    parts = folder / _PARTS
-    if overwrite and folder.exists():
-        for path in [
-            folder / "index.json",
-            folder / "samples.npy",
-            *sorted(folder.glob("shard-*.tar")),
-        ]:
-            path.unlink(missing_ok=True)
+def _prepare_folder(task: _Task, overwrite: bool) -> None:
+    """Clear the folder if asked, and refuse to mix with shards that are not this run's."""
+    folder, parts = task.folder, task.parts
+    if overwrite:
+        (folder / "index.json").unlink(missing_ok=True)
+        (folder / "samples.npy").unlink(missing_ok=True)
+        for path in sorted(folder.glob("shard-*.tar")):
+            path.unlink()
         shutil.rmtree(parts, ignore_errors=True)
     plan_file = parts / "plan.json"
-    if plan_file.exists() and json.loads(plan_file.read_text())["fingerprint"] != fingerprint:
+    if plan_file.exists():
+        if json.loads(plan_file.read_text())["fingerprint"] != task.fingerprint:
+            raise UserError(
+                f"{folder}: an unfinished run with another source or other options is here; repeat "
+                "that command, choose another folder, or --overwrite"
+            )
+    elif tars := sorted(folder.glob("*.tar")):
         raise UserError(
-            f"{folder}: an unfinished run with another source or other options is here; "
-            "repeat that command, choose another folder, or --overwrite"
-        )
-    if not plan_file.exists() and (tars := sorted(folder.glob("*.tar"))):
-        raise UserError(
-            f"{tars[0]}: a tar that this run did not make; choose an empty folder, or --overwrite"
+            f"{tars[0]}: a tar that this run did not make; choose an empty folder, or --overwrite "
+            "(which deletes shard-*.tar only)"
         )
     parts.mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".*.tmp"), *parts.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
-    write_json(plan_file, {"fingerprint": fingerprint})
-    return parts
+    write_json(plan_file, {"fingerprint": task.fingerprint})
+
+
+def _make_all(task: _Task, num_workers: int, progress: bool) -> WriteReport:
+    """Make the shards that are not there yet, then the index."""
+    done = {plan.name: part for plan in task.plans if (part := _read_part(task, plan)) is not None}
+    num_kept = len(done)
+    todo = [plan for plan in task.plans if plan.name not in done]
+    _check_space(task.folder, sum(plan.estimated_bytes for plan in todo))
+    total = sum(len(plan.pictures) for plan in task.plans)
+    with tqdm(total=total, desc="packing", unit="picture", disable=not progress) as bar:
+        bar.update(total - sum(len(plan.pictures) for plan in todo))
+        check_bad(_skipped(task, done), task.max_bad)
+        for plan, part in _run(task, todo, num_workers):
+            done[plan.name] = part
+            bar.update(len(plan.pictures))
+            check_bad(_skipped(task, done), task.max_bad)
+    return _finish(task, done, num_kept)
+
+
+def _skipped(task: _Task, done: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    names = [plan.name for plan in task.plans if plan.name in done]
+    return [item for name in names for item in done[name]["skipped"]]
 
 
 def _run(
-    plans: list[ShardPlan], folder: Path, options: ShardOptions, num_workers: int, max_bad: int
+    task: _Task, todo: list[ShardPlan], num_workers: int
 ) -> Iterator[tuple[ShardPlan, dict[str, Any]]]:
     """Make shards in this process or several; yields each as it is finished."""
-    if num_workers <= 1 or len(plans) <= 1:
-        for plan in plans:
-            yield plan, write_shard(plan, folder, options, max_bad)
+    if num_workers <= 1 or len(todo) <= 1:
+        for plan in todo:
+            yield plan, write_shard(plan, task.folder, task.options, task.max_bad)
         return
-    pool = make_pool(min(num_workers, len(plans)))
+    pool = make_pool(min(num_workers, len(todo)))
     try:
-        yield from _run_parallel(pool, plans, folder, options, num_workers, max_bad)
+        yield from _run_parallel(pool, task, todo, num_workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _run_parallel(
-    pool: ProcessPoolExecutor,
-    plans: list[ShardPlan],
-    folder: Path,
-    options: ShardOptions,
-    num_workers: int,
-    max_bad: int,
+    pool: ProcessPoolExecutor, task: _Task, todo: list[ShardPlan], num_workers: int
 ) -> Iterator[tuple[ShardPlan, dict[str, Any]]]:
+    """At most two shards per worker are on their way, so that memory stays bounded."""
     pending: dict[Future[dict[str, Any]], ShardPlan] = {}
-    waiting = iter(plans)
+    waiting = iter(todo)
     while True:
         while len(pending) < 2 * num_workers and (plan := next(waiting, None)) is not None:
-            pending[pool.submit(write_shard, plan, folder, options, max_bad)] = plan
+            future = pool.submit(write_shard, plan, task.folder, task.options, task.max_bad)
+            pending[future] = plan
         if not pending:
             return
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
             yield pending.pop(future), future.result()
 
 
-def write_shard(
-    plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: int
-) -> dict[str, Any]:
-    """Make one shard and leave its part of the index; both appear by rename.
-
-    Raises:
-        UserError: If more than `max_bad` of its pictures are bad, or the disk is full.
-    """
-    temporary = folder / f".{plan.name}.{os.getpid()}.tmp"
-    skipped: list[dict[str, str]] = []
-    try:
-        with open(temporary, "wb") as stream:
-            hashing = _HashingStream(stream)
-            entries = _write_tar(hashing, plan, options, max_bad, skipped)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part = {
-            "fingerprint": plan.fingerprint,
-            "name": plan.name,
-            "num_samples": len(entries),
-            "bytes": hashing.num_bytes,
-            "sha256": hashing.digest.hexdigest(),
-            "skipped": skipped,
-        }
-        buffer = io.BytesIO()
-        np.save(buffer, to_table([entries]))
-        write_bytes(folder / _PARTS / f"{plan.name}.npy", buffer.getvalue())
-        os.replace(temporary, folder / plan.name)
-        write_json(folder / _PARTS / f"{plan.name}.json", part)
-        return part
-    except OSError as error:
-        raise _disk_error(error, folder) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class _HashingStream:
-    """A file that only grows, with its SHA-256."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.num_bytes += len(data)
-        return self._stream.write(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-
-def _write_tar(
-    stream: _HashingStream,
-    plan: ShardPlan,
-    options: ShardOptions,
-    max_bad: int,
-    skipped: list[dict[str, str]],
-) -> list[Entry]:
-    entries = []
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-        for picture, key in zip(plan.pictures, plan.keys, strict=True):
-            try:
-                suffix, data = prepare(picture.path, options.resize_short, options.quality)
-            except BadSample as error:
-                skipped.append({"file": picture.name, "reason": str(error)})
-                _check_bad(skipped, max_bad)
-                continue
-            _add(tar.addfile, f"{key}.{suffix}", data)
-            padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
-            entries.append(Entry(key, stream.num_bytes - padded, len(data), picture.label))
-            if picture.label >= 0:
-                _add(tar.addfile, f"{key}.cls", str(picture.label).encode())
-    return entries
-
-
-def _add(addfile: Callable[[tarfile.TarInfo, BinaryIO], None], name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    addfile(member, io.BytesIO(data))
-
-
-def _read_part(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
+def _read_part(task: _Task, plan: ShardPlan) -> dict[str, Any] | None:
     """The part of a finished shard, if it is this plan's and its tar is whole."""
     try:
-        part = json.loads((folder / _PARTS / f"{plan.name}.json").read_text(encoding="utf-8"))
-        whole = (folder / plan.name).stat().st_size == part["bytes"]
+        part = json.loads((task.parts / f"{plan.name}.json").read_text(encoding="utf-8"))
+        is_whole = (task.folder / plan.name).stat().st_size == part["bytes"]
     except (OSError, ValueError):
         return None
-    return part if whole and part["fingerprint"] == plan.fingerprint else None
+    return part if is_whole and part["fingerprint"] == plan.fingerprint else None
 
 
-def _finish(
-    folder: Path,
-    plans: list[ShardPlan],
-    done: dict[str, dict[str, Any]],
-    fingerprint: str,
-    options: ShardOptions,
-    classes: list[str] | None,
-    num_kept: int,
-    parts: Path,
-) -> WriteReport:
+def _finish(task: _Task, done: dict[str, dict[str, Any]], num_kept: int) -> WriteReport:
+    """Join the parts into the index; the set counts as complete from the rename of index.json."""
     tables = []
-    for number, plan in enumerate(plans):
-        table = np.load(parts / f"{plan.name}.npy")
+    for number, plan in enumerate(task.plans):
+        table = np.load(task.parts / f"{plan.name}.npy")
         table["shard"] = number
         tables.append(table)
-    skipped = [item for plan in plans for item in done[plan.name]["skipped"]]
-    table = np.concatenate(tables)
+    table, skipped = np.concatenate(tables), _skipped(task, done)
     if not len(table):
-        raise UserError(
-            f"none of {len(skipped)} pictures decodes; the first: {skipped[0]['reason']}"
-        )
+        raise UserError(f"none of {len(skipped)} pictures decodes; {skipped[0]['reason']}")
     fields = ("name", "num_samples", "bytes", "sha256")
-    shards = [{name: done[plan.name][name] for name in fields} for plan in plans]
-    stored = {**asdict(options), "fingerprint": fingerprint}
-    write_index(folder, table, shards, classes=classes, options=stored, skipped=skipped)
-    shutil.rmtree(parts, ignore_errors=True)
-    return WriteReport(
-        len(table), len(plans), num_kept, sum(shard["bytes"] for shard in shards), skipped
-    )
-
-
-def _check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
-    if len(skipped) > max_bad:
-        shown = "\n".join(f"  {item['reason']}" for item in skipped[:10])
-        raise UserError(
-            f"{len(skipped)} pictures cannot be used, allowed are {max_bad}:\n{shown}\n"
-            f"repair or remove them, or allow more with --max-bad N to leave them out; then run the command again"
-        )
+    shards = [{name: done[plan.name][name] for name in fields} for plan in task.plans]
+    options = {**asdict(task.options), "fingerprint": task.fingerprint}
+    write_index(task.folder, table, shards, classes=task.classes, options=options, skipped=skipped)
+    shutil.rmtree(task.parts, ignore_errors=True)
+    num_bytes = sum(shard["bytes"] for shard in shards)
+    return WriteReport(len(table), len(shards), num_kept, num_bytes, skipped)
 
 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: the shards need about {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free; "
-            "free some space, choose another disk, or shrink the pictures with --resize-short"
+            f"{folder}: the shards need about {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are "
+            "free; free some space, choose another disk, or shrink pictures with --resize-short"
         )
-
-
-def _disk_error(error: OSError, folder: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"{folder}: the disk is full; free some space and run the same command again: it goes on"
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); choose another folder"
-        )
-    return error

@@ -1,4 +1,4 @@
-"""Read samples of WebDataset shards by number: the index, its checks, and random access inside the tars."""
+"""Samples of WebDataset shards by number: the index, its checks, random access inside tars."""
 
 import os
 from collections import OrderedDict
@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.foreign import index_foreign
+from pretrain.data.shard_job import DiskFullError
 from pretrain.data.shard_verify import VerifyReport, verify_shards
 from pretrain.data.shard_writer import ShardOptions, SourcePicture, WriteReport, write_shards
 from pretrain.data.tar_index import NO_LABEL, SAMPLE_DTYPE, file_sha256, read_index, scan_shard
 from pretrain.errors import UserError
 
 __all__ = [
+    "DiskFullError",
     "ShardIndex",
     "ShardOptions",
     "SourcePicture",
@@ -102,8 +104,10 @@ class ShardIndex:
             ) from error
         if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
             raise UserError(
-                f"{self.describe(i)}: the shard does not hold what the index says; it was changed or cut short: "
-                f"make the shard again, or delete {self._index_folder / 'index.json'} to index the tars again"
+                f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
+                "or cut short: "
+                f"make the shard again, or delete {self._index_folder / 'index.json'} to index "
+                "the tars again"
             )
         return data[_TAR_BLOCK:]
 
@@ -124,7 +128,10 @@ class ShardIndex:
             key = f" {self.key_name(i)!r}"
         except (UserError, OSError):
             key = ""
-        return f"sample {i}{key} in {self.folder / self.shard_names[int(row['shard'])]} at byte {int(row['offset'])}"
+        return (
+            f"sample {i}{key} in {self.folder / self.shard_names[int(row['shard'])]} at byte "
+            f"{int(row['offset'])}"
+        )
 
     def _file(self, shard: int) -> int:
         if self._files_owner != os.getpid():  # a forked worker leaves its parent's files alone
@@ -181,11 +188,13 @@ def _check_shards(folder: Path, index_folder: Path, index: dict[str, Any]) -> No
             size = path.stat().st_size
         except OSError:
             raise UserError(
-                f"{path}: shard is missing; copy it back, or make the shards again with tools/make_shards.py"
+                f"{path}: shard is missing; copy it back, or make the shards again with "
+                "tools/make_shards.py"
             ) from None
         if size < shard["bytes"]:
             raise UserError(
-                f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make it again"
+                f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make "
+                "it again"
             )
         if size > shard["bytes"]:
             raise UserError(
@@ -198,4 +207,7 @@ def _check_shards(folder: Path, index_folder: Path, index: dict[str, Any]) -> No
 
 
 def _stale(path: Path, index_folder: Path, what: str) -> str:
-    return f"{path}: {what}: the index is stale; delete {index_folder / 'index.json'} to index the tars again"
+    return (
+        f"{path}: {what}: the index is stale; delete {index_folder / 'index.json'} to index the "
+        "tars again"
+    )

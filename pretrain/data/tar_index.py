@@ -1,4 +1,4 @@
-"""Where each sample lies inside its tar: the table of samples and how it is made from any WebDataset shard."""
+"""Where each sample lies inside its tar: the table, and how it is made from any shard."""
 
 import hashlib
 import json
@@ -82,7 +82,8 @@ def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
         if "unexpected end of data" in str(error):
             raise UserError(_truncated(path, "in the middle of a member")) from error
         raise UserError(
-            f"{path}: not an uncompressed tar ({error}): unpack it first (gunzip, zstd -d) or take it away"
+            f"{path}: not an uncompressed tar ({error}): unpack it first (gunzip, zstd -d) or "
+            "take it away"
         ) from error
     if group:
         _close_group(group, path, entries, skipped)

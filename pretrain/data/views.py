@@ -24,8 +24,8 @@ class BadSample(ValueError):
 def decode(data: bytes, *, where: str) -> np.ndarray:
     """Decode JPEG, PNG, WebP and whatever else Pillow reads.
 
-    Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; transparency is dropped, not composed; an EXIF
-    orientation is not applied, as in torchvision's folders.
+    Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; transparency is dropped, not composed;
+    an EXIF orientation is not applied, as in torchvision's folders.
 
     Args:
         data: The encoded picture.
@@ -43,7 +43,7 @@ def decode(data: bytes, *, where: str) -> np.ndarray:
 def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height, where)
+        _check_size(int(width), int(height), where)
         if colorspace not in ("CMYK", "YCCK"):
             return simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
     except BadSample:
@@ -97,7 +97,8 @@ def _decode_pillow(data: bytes, where: str) -> np.ndarray:
 def _check_size(width: int, height: int, where: str) -> None:
     if width * height > MAX_PIXELS:
         raise BadSample(
-            f"{where}: {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded: shrink the picture"
+            f"{where}: {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded: "
+            "shrink the picture"
         )
     if width < 1 or height < 1:
         raise BadSample(f"{where}: {width} x {height} pixels")
@@ -198,8 +199,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize without much aliasing at nearly the cost of bilinear interpolation.
 
-    Each side is halved by averaging (exact, vectorised in OpenCV) until less than a factor of two is left;
-    the rest is bilinear. To halve exactly, up to one pixel per halving is cut off at the right and below.
+    Each side is halved by averaging (exact, vectorised in OpenCV) until less than a factor of two
+    is left; the rest is bilinear. To halve exactly, up to one pixel per halving is cut off at the
+    right and below.
 
     Args:
         image: uint8 [h, w, 3]; a slice is fine.
