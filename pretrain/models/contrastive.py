@@ -105,6 +105,11 @@ class FAContrastive(nn.Module):
         """
         z, p = (forward or self.online)(views)
         t = self._target(views, z)
+        with torch.autocast(views.device.type, enabled=False):  # bf16 cannot rank neighbours
+            return self._compare(p.float(), t.float(), generator)
+
+    def _compare(self, p: Features, t: Features, generator: torch.Generator) -> StepOutput:
+        """FA and the loss, in fp32: 1 -> 2 and its mirror image."""
         augmented = [self._augment(t[view], generator) for view in (0, 1)]
         one_to_two = self._pair_loss(p[0], augmented[1])
         two_to_one = self._pair_loss(p[1], augmented[0])

@@ -24,10 +24,12 @@ def byol_loss(p: Float[Tensor, "n d"], t: Float[Tensor, "n d"]) -> Float[Tensor,
         Dimensionless scalar in [0, 4]; 0 means aligned.
 
     Raises:
-        ValueError: If the batch is empty or not two-dimensional.
+        ValueError: If the batch is empty or not two-dimensional, or the two differ in rows.
     """
     _require_rows("p", p)
     _require_rows("t", t)
+    if p.shape[0] != t.shape[0]:  # cosine_similarity would broadcast
+        raise ValueError(f"p has {p.shape[0]} rows, t has {t.shape[0]}: one target per prediction")
     return (2 - 2 * functional.cosine_similarity(p, t, dim=1)).mean()
 
 
