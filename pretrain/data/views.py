@@ -10,10 +10,11 @@ import warnings
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # bad pictures are told here
 _CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
@@ -45,7 +46,7 @@ def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height), where)
         if colorspace not in ("CMYK", "YCCK"):
-            return simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
+            return simplejpeg.decode_jpeg(data, "RGB")  # accurate DCT, as Pillow's
     except BadSample:
         raise
     except ValueError:
@@ -55,12 +56,12 @@ def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
 
 def _decode_other(data: bytes, where: str) -> np.ndarray:
     _check_size(*_size(data, where), where)
-    image = (
-        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if _cv2_reads(data)
-        else None
-    )
-    return _decode_pillow(data, where) if image is None else image
+    if _cv2_reads(data):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if image is not None:
+            return image
+    return _decode_pillow(data, where)
 
 
 def _cv2_reads(data: bytes) -> bool:
@@ -105,6 +106,8 @@ def _check_size(width: int, height: int, where: str) -> None:
 
 
 def _short(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no known format"
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
