@@ -1,11 +1,14 @@
 """Statistics of frozen batch norms, measured on training pictures.
 
-A frozen random backbone keeps batch-norm statistics 0 and 1, under which its features may shrink or
-grow from stage to stage: it would lose to any pretrained one for that reason alone. So every arm
-with a frozen backbone gets the same treatment first: the statistics of all frozen norms are measured
-on the same training pictures (fvcore's precise BN), then frozen. Weights and biases stay.
+A frozen random backbone keeps batch-norm statistics 0 and 1, under which its features may shrink
+or grow from stage to stage: it would lose to any pretrained one for that reason alone. So every
+arm with a frozen backbone gets the same treatment first: the statistics of all frozen norms are
+measured on the same training pictures (fvcore's precise BN), then frozen. Weights and biases stay.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,8 +16,6 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
-
-import detection.compat  # noqa: F401  (before detectron2)
 
 
 class _ImagesToBackbone(nn.Module):
@@ -44,8 +45,11 @@ def calibrate_frozen_norms(
         Number of norms calibrated (0: nothing is frozen).
     """
     path = _ImagesToBackbone(detector)
-    frozen = {name: module for name, module in path.backbone.named_modules()
-              if isinstance(module, FrozenBatchNorm2d)}
+    frozen = {
+        name: module
+        for name, module in path.backbone.named_modules()
+        if isinstance(module, FrozenBatchNorm2d)
+    }
     if not frozen or num_batches < 1:
         return 0
     was_training = {module: module.training for module in path.modules()}

@@ -4,54 +4,38 @@ Our own keys stand beside Detectron2's (see `add_keys`). A schedule is kept whol
 SOLVER.MAX_ITER gets STEPS and WARMUP_ITERS shortened in proportion, or says them too.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-import detection.compat  # noqa: F401  (before detectron2)
+from detection.arch import Arch
 from detection.errors import UserError
 
 _SCHEDULE_KEYS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
 
 
-@dataclass(frozen=True)
-class Arch:
-    """A ResNet's shape, as the checkpoint's `arch` says it; channels are output channels.
-
-    A torchvision ResNet-50 is (50, 64, 64, 256), ResNet-18 (18, 64, 64, 64), the thin one
-    (50, 16, 16, 64).
-    """
-
-    depth: int
-    width_per_group: int
-    stem_channels: int
-    res2_channels: int
-
-    def __str__(self) -> str:
-        """One line for messages."""
-        return (f"ResNet-{self.depth} (width {self.width_per_group}, stem {self.stem_channels}, "
-                f"res2 {self.res2_channels})")
-
-
 def arch_of_config(cfg: CfgNode) -> Arch:
     """The ResNet that a Detectron2 config builds."""
     resnets = cfg.MODEL.RESNETS
-    return Arch(resnets.DEPTH, resnets.WIDTH_PER_GROUP, resnets.STEM_OUT_CHANNELS,
-                resnets.RES2_OUT_CHANNELS)
+    return Arch(
+        resnets.DEPTH, resnets.WIDTH_PER_GROUP, resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    )
 
 
 def set_arch(cfg: CfgNode, arch: Arch) -> None:
     """Make a config build that ResNet."""
-    values = asdict(arch)
-    cfg.MODEL.RESNETS.DEPTH = values["depth"]
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = values["width_per_group"]
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = values["stem_channels"]
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = values["res2_channels"]
+    resnets = cfg.MODEL.RESNETS
+    resnets.DEPTH = arch.depth
+    resnets.WIDTH_PER_GROUP = arch.width_per_group
+    resnets.STEM_OUT_CHANNELS = arch.stem_channels
+    resnets.RES2_OUT_CHANNELS = arch.res2_channels
 
 
 def add_keys(cfg: CfgNode) -> None:
@@ -95,8 +79,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
         raise UserError(f"{path}: {_explain(cfg, error)}") from error
     before = cfg.clone()
     if len(overrides) % 2:
-        raise UserError(f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
-                        "key has no value")
+        raise UserError(
+            f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
+            "key has no value"
+        )
     try:
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError, TypeError) as error:
@@ -151,8 +137,11 @@ def _check_schedule(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.STEPS {tuple(steps)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 would "
             "leave those drops out; give steps below MAX_ITER, or MAX_ITER alone and they are "
-            "scaled")
+            "scaled"
+        )
     if last <= solver.WARMUP_ITERS and last > 1:
-        raise UserError(f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of "
-                        f"SOLVER.MAX_ITER {last}; shorten it, or give MAX_ITER alone and it is "
-                        "scaled")
+        raise UserError(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of "
+            f"SOLVER.MAX_ITER {last}; shorten it, or give MAX_ITER alone and it is "
+            "scaled"
+        )

@@ -5,6 +5,9 @@ Position p is the p-th training picture of the run. Its index and its augmentati
 the uninterrupted run would have seen, with any number of loader workers.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +26,6 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import detection.compat  # noqa: F401  (before detectron2)
 from detection.seeding import derive_seed
 from detection.voc import VocSet, VocSplit
 
@@ -68,8 +70,11 @@ def register(voc: VocSet) -> tuple[tuple[str, ...], str]:
             MetadataCatalog.remove(name)
         DatasetCatalog.register(name, functools.partial(to_detectron2, split, voc.classes))
         MetadataCatalog.get(name).set(
-            thing_classes=list(voc.classes), dirname=str(split.folder), year=voc.metric_year,
-            split=split.name)
+            thing_classes=list(voc.classes),
+            dirname=str(split.folder),
+            year=voc.metric_year,
+            split=split.name,
+        )
         return name
 
     return tuple(add("train", split) for split in voc.train), add("test", voc.test)
@@ -96,8 +101,9 @@ class PositionedPictures(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The example at a position. Detectron2's augmentations draw from numpy's global generator."""
-        np.random.seed(derive_seed("augment", self.seed, position))
+        """The example at a position."""
+        # Detectron2's augmentations draw from numpy's global generator.
+        np.random.seed(derive_seed("augment", self.seed, position))  # noqa: NPY002
         return self.mapper(self.pictures[self.index_at(position)])
 
 
@@ -131,15 +137,20 @@ def build_train_loader(
         Endless iterable of lists of examples.
     """
     pictures = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
     seed = derive_seed(purpose, max(cfg.SEED, 0))
     dataset = PositionedPictures(pictures, DatasetMapper(cfg, is_train=True), seed)
     rank, world = (0, 1) if all_ranks_alike else (comm.get_rank(), comm.get_world_size())
     sampler = PositionSampler(start_iteration * cfg.SOLVER.IMS_PER_BATCH, rank, world)
     return build_detection_train_loader(
-        dataset, mapper=None, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        dataset,
+        mapper=None,
+        sampler=sampler,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        num_workers=cfg.DATALOADER.NUM_WORKERS)
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
@@ -148,5 +159,8 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     if cfg.TEST.NUM_IMAGES:
         pictures = pictures[: cfg.TEST.NUM_IMAGES]
     return build_detection_test_loader(
-        pictures, mapper=DatasetMapper(cfg, is_train=False), batch_size=cfg.TEST.IMS_PER_BATCH,
-        num_workers=cfg.DATALOADER.NUM_WORKERS)
+        pictures,
+        mapper=DatasetMapper(cfg, is_train=False),
+        batch_size=cfg.TEST.IMS_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )

@@ -1,5 +1,8 @@
 """VOC evaluation by Detectron2's evaluator, class by class, and the boxes for the report."""
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,6 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 
-import detection.compat  # noqa: F401  (before detectron2)
 from detection.files import write_text
 from detection.voc import VocSplit
 
@@ -54,8 +56,7 @@ class ClasswiseVOCEvaluator(PascalVOCDetectionEvaluator):
                 if name in self._absent:
                     continue
                 self._class_names = [name]
-                self._predictions = (
-                    {0: all_predictions[index]} if index in all_predictions else {})
+                self._predictions = {0: all_predictions[index]} if index in all_predictions else {}
                 result = super().evaluate()
                 if result is not None:
                     rows[name] = result["bbox"]
@@ -76,12 +77,17 @@ class DetectionRecorder(DatasetEvaluator):
     """Keeps the detections of a few test pictures."""
 
     def __init__(
-        self, split: VocSplit, image_ids: list[str], classes: tuple[str, ...], root: Path,
+        self,
+        split: VocSplit,
+        image_ids: list[str],
+        classes: tuple[str, ...],
+        root: Path,
         score_thresh: float,
     ) -> None:
         """Record what the detector says about `image_ids`; file names become relative to `root`."""
-        self._pictures = {item.image_id: item for item in split.pictures
-                          if item.image_id in set(image_ids)}
+        self._pictures = {
+            item.image_id: item for item in split.pictures if item.image_id in set(image_ids)
+        }
         self._image_ids, self._classes, self._root = image_ids, classes, root
         self._score_thresh = score_thresh
         self._found: dict[str, list[dict[str, Any]]] = {}
@@ -97,11 +103,18 @@ class DetectionRecorder(DatasetEvaluator):
                 self._found[given["image_id"]] = self._detections(output["instances"].to("cpu"))
 
     def _detections(self, instances: Any) -> list[dict[str, Any]]:
-        found = zip(instances.pred_classes.tolist(), instances.scores.tolist(),
-                    instances.pred_boxes.tensor.tolist(), strict=True)
+        found = zip(
+            instances.pred_classes.tolist(),
+            instances.scores.tolist(),
+            instances.pred_boxes.tensor.tolist(),
+            strict=True,
+        )
         return [
-            {"class": self._classes[label], "score": round(score, 4),
-             "box": [round(value, 1) for value in box]}
+            {
+                "class": self._classes[label],
+                "score": round(score, 4),
+                "box": [round(value, 1) for value in box],
+            }
             for label, score, box in sorted(found, key=lambda item: -item[1])
             if score >= self._score_thresh
         ]
@@ -112,8 +125,11 @@ class DetectionRecorder(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         found = {key: value for part in gathered for key, value in part.items()}
-        return {"detections": [self._row(image_id, found.get(image_id, []))
-                               for image_id in self._image_ids]}
+        return {
+            "detections": [
+                self._row(image_id, found.get(image_id, [])) for image_id in self._image_ids
+            ]
+        }
 
     def _row(self, image_id: str, detections: list[dict[str, Any]]) -> dict[str, Any]:
         picture = self._pictures[image_id]
@@ -122,8 +138,7 @@ class DetectionRecorder(DatasetEvaluator):
             "width": picture.width,
             "height": picture.height,
             "ground_truth": [
-                {"class": item.class_name, "box": item.box_from_zero(),
-                 "difficult": item.difficult}
+                {"class": item.class_name, "box": item.box_from_zero(), "difficult": item.difficult}
                 for item in picture.objects
             ],
             "detections": detections,

@@ -1,5 +1,8 @@
 """Hooks of the training loop: exact random state, clocks, the AP curve, a line for people."""
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import logging
 import time
 from pathlib import Path
@@ -10,7 +13,6 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-import detection.compat  # noqa: F401  (before detectron2)
 from detection.files import read_json_lines, write_json_lines
 from detection.seeding import derive_seed
 
@@ -80,9 +82,12 @@ class CurveHook(hooks.EvalHook):
         if comm.is_main_process():
             rows = [row for row in read_json_lines(self._file) if row["iteration"] <= start]
             write_json_lines(self._file, rows)
-            due = (self._eval_period > 0 and 0 < start < self.trainer.max_iter
-                   and start % self._eval_period == 0
-                   and all(row["iteration"] != start for row in rows))
+            due = (
+                self._eval_period > 0
+                and 0 < start < self.trainer.max_iter
+                and start % self._eval_period == 0
+                and all(row["iteration"] != start for row in rows)
+            )
         else:
             due = False
         if any(comm.all_gather(due)):
@@ -106,9 +111,15 @@ class CurveHook(hooks.EvalHook):
         point = {"iteration": iteration, **{key: box[key] for key in ("AP", "AP50", "AP75")}}
         rows = [row for row in read_json_lines(self._file) if row["iteration"] != iteration]
         write_json_lines(self._file, [*rows, point])
-        logger.info("iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %.1f s)",
-                    iteration, box["AP"], box["AP50"], box["AP75"], result["num_images"],
-                    result["seconds"])
+        logger.info(
+            "iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %.1f s)",
+            iteration,
+            box["AP"],
+            box["AP50"],
+            box["AP75"],
+            result["num_images"],
+            result["seconds"],
+        )
         return {"bbox": box}
 
 
@@ -125,11 +136,20 @@ class ProgressLine(EventWriter):
         if done > self._max_iter or "total_loss" not in storage.histories():
             return
         loss = storage.history("total_loss").median(20)
-        seconds = (storage.history("time").median(20) if "time" in storage.histories() else 0.0)
+        seconds = storage.history("time").median(20) if "time" in storage.histories() else 0.0
         data = storage.history("data_time").median(20)
         rate = f"{1 / seconds:5.2f} it/s {self._images / seconds:6.1f} images/s" if seconds else ""
         left = int(seconds * (self._max_iter - done))
         bar = ("#" * (20 * done // self._max_iter)).ljust(20, ".")
-        logger.info("[%s] %d/%d  loss %.3f  lr %.5f  %s  data %.0f %%  to go %d:%02d", bar, done,
-                    self._max_iter, loss, storage.history("lr").latest(), rate,
-                    100 * data / seconds if seconds else 0.0, left // 60, left % 60)
+        logger.info(
+            "[%s] %d/%d  loss %.3f  lr %.5f  %s  data %.0f %%  to go %d:%02d",
+            bar,
+            done,
+            self._max_iter,
+            loss,
+            storage.history("lr").latest(),
+            rate,
+            100 * data / seconds if seconds else 0.0,
+            left // 60,
+            left % 60,
+        )

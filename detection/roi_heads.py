@@ -5,6 +5,9 @@ with its own statistics and feeds the box layers directly. Detectron2's stock he
 blocks whatever the depth; with ResNet-18/34 weights it would load tensors into the wrong places.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from detectron2.modeling import ROI_HEADS_REGISTRY
@@ -12,7 +15,6 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, Res
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-import detection.compat  # noqa: F401  (before detectron2)
 from detection.errors import UserError
 
 _RES5_NUM_BLOCKS = {18: 2, 34: 3, 50: 3, 101: 3, 152: 3}
@@ -35,8 +37,10 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
         """
         resnets = cfg.MODEL.RESNETS
         if resnets.DEPTH not in _RES5_NUM_BLOCKS:
-            raise UserError(f"MODEL.RESNETS.DEPTH {resnets.DEPTH}: choose one of "
-                            f"{', '.join(map(str, _RES5_NUM_BLOCKS))}")
+            raise UserError(
+                f"MODEL.RESNETS.DEPTH {resnets.DEPTH}: choose one of "
+                f"{', '.join(map(str, _RES5_NUM_BLOCKS))}"
+            )
         num_blocks = _RES5_NUM_BLOCKS[resnets.DEPTH]
         out_channels = 8 * resnets.RES2_OUT_CHANNELS
         common = {

@@ -1,5 +1,8 @@
 """One arm: a config, weights and data, trained once per seed; what is finished is kept."""
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import argparse
 import json
 import logging
@@ -19,7 +22,6 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-import detection.compat  # noqa: F401  (before detectron2)
 from detection.config import flatten, load_config
 from detection.data import register
 from detection.errors import UserError
@@ -31,8 +33,16 @@ from detection.weights import check_card
 logger = logging.getLogger(__name__)
 _METRICS = ("AP", "AP50", "AP75")
 # Settings that change no result: where it runs, where it writes, names made from hashes.
-_NOT_COMPARED = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN",
-                 "DATASETS.TEST", "SEED", "SOLVER.CHECKPOINT_PERIOD", "VERSION")
+_NOT_COMPARED = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "SEED",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "VERSION",
+)
 
 
 def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -48,16 +58,20 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: For wrong input, before any training.
     """
     voc = read_set(
-        arguments.data, metric_year=arguments.metric_year, train_split=arguments.train_split,
+        arguments.data,
+        metric_year=arguments.metric_year,
+        train_split=arguments.train_split,
         test_split=arguments.test_split,
-        classes=arguments.classes.split(",") if arguments.classes else None)
+        classes=arguments.classes.split(",") if arguments.classes else None,
+    )
     cfg = arm_config(arguments, voc)
     weights = None if arguments.weights == "random" else Path(arguments.weights)
     if weights is not None and not arguments.no_card:
         check_card(weights, cfg)
     settings = _settings(cfg, voc, weights, arguments.num_gpus)
-    arm = arguments.arm or (("random" if weights is None else "pretrained")
-                            + ("_frozen" if arguments.freeze else ""))
+    arm = arguments.arm or (
+        ("random" if weights is None else "pretrained") + ("_frozen" if arguments.freeze else "")
+    )
     results = []
     for seed in arguments.seed_list:
         folder = arguments.out / f"seed-{seed}"
@@ -65,8 +79,12 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "run.json", {"settings": settings, "seed": seed})
             world = arguments.num_gpus
-            launch(_train_seed, world, dist_url="auto",
-                   args=(cfg, arguments, seed, folder, weights, arm, settings))
+            launch(
+                _train_seed,
+                world,
+                dist_url="auto",
+                args=(cfg, arguments, seed, folder, weights, arm, settings),
+            )
         results.append(json.loads((folder / "result.json").read_text()))
     summary = summarise(results, arguments.seed_list)
     write_json(arguments.out / "summary.json", summary)
@@ -87,21 +105,30 @@ def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if arguments.num_gpus > 1 and torch.cuda.device_count() < arguments.num_gpus:
-        raise UserError(f"--num-gpus {arguments.num_gpus}: this machine has "
-                        f"{torch.cuda.device_count()}")
+        raise UserError(
+            f"--num-gpus {arguments.num_gpus}: this machine has {torch.cuda.device_count()}"
+        )
     if cfg.SOLVER.IMS_PER_BATCH % arguments.num_gpus:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by "
-                        f"--num-gpus {arguments.num_gpus}; change one of them")
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by "
+            f"--num-gpus {arguments.num_gpus}; change one of them"
+        )
     return cfg
 
 
 def _settings(cfg: CfgNode, voc: VocSet, weights: Path | None, num_gpus: int) -> dict[str, Any]:
     """What decides a seed's result: flat, so that differences can be named."""
     flat = {key: value for key, value in flatten(cfg).items() if key not in _NOT_COMPARED}
-    return json.loads(json.dumps({
-        **flat, "weights_sha256": sha256_of(weights) if weights else "random",
-        "data_sha256": voc.digest(), "num_gpus": num_gpus,
-    }))
+    return json.loads(
+        json.dumps(
+            {
+                **flat,
+                "weights_sha256": sha256_of(weights) if weights else "random",
+                "data_sha256": voc.digest(),
+                "num_gpus": num_gpus,
+            }
+        )
+    )
 
 
 def _is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
@@ -119,25 +146,41 @@ def _is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> 
         return (folder / "result.json").is_file()
     if not overwrite:
         shown = "; ".join(f"{key}: {old.get(key)} -> {settings.get(key)}" for key in changed[:4])
-        raise UserError(f"{folder}: was made with other settings ({shown}"
-                        f"{'; ..' if len(changed) > 4 else ''}); choose another --out, or run it "
-                        "again with --overwrite")
-    for pattern in ("result.json", "curve.jsonl", "metrics.json", "last_checkpoint", "*.pth",
-                    "detections.json"):
+        raise UserError(
+            f"{folder}: was made with other settings ({shown}"
+            f"{'; ..' if len(changed) > 4 else ''}); choose another --out, or run it "
+            "again with --overwrite"
+        )
+    for pattern in (
+        "result.json",
+        "curve.jsonl",
+        "metrics.json",
+        "last_checkpoint",
+        "*.pth",
+        "detections.json",
+    ):
         for file in folder.glob(pattern):
             file.unlink()
     return False
 
 
 def _train_seed(
-    cfg: CfgNode, arguments: argparse.Namespace, seed: int, folder: Path, weights: Path | None,
-    arm: str, settings: dict[str, Any],
+    cfg: CfgNode,
+    arguments: argparse.Namespace,
+    seed: int,
+    folder: Path,
+    weights: Path | None,
+    arm: str,
+    settings: dict[str, Any],
 ) -> None:
     """Train and evaluate one seed; runs in every process of a distributed run."""
     voc = read_set(
-        arguments.data, metric_year=arguments.metric_year, train_split=arguments.train_split,
+        arguments.data,
+        metric_year=arguments.metric_year,
+        train_split=arguments.train_split,
         test_split=arguments.test_split,
-        classes=arguments.classes.split(",") if arguments.classes else None)
+        classes=arguments.classes.split(",") if arguments.classes else None,
+    )
     cfg = cfg.clone()
     cfg.SEED, cfg.OUTPUT_DIR = seed, str(folder)
     cfg.DATASETS.TRAIN, test = register(voc)
@@ -146,9 +189,16 @@ def _train_seed(
     _log_to(folder)
     if comm.is_main_process():
         (folder / "config.yaml").write_text(cfg.dump())
-    logger.info("%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
-                arm, seed, voc.num_train, len(voc.test.pictures), len(voc.classes),
-                cfg.SOLVER.MAX_ITER, cfg.MODEL.DEVICE)
+    logger.info(
+        "%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
+        arm,
+        seed,
+        voc.num_train,
+        len(voc.test.pictures),
+        len(voc.classes),
+        cfg.SOLVER.MAX_ITER,
+        cfg.MODEL.DEVICE,
+    )
     seed_all_rng(seed)
     trainer = Trainer(cfg, voc)
     trainer.start(weights)
@@ -158,29 +208,37 @@ def _train_seed(
 
 
 def _write_results(
-    trainer: Trainer, folder: Path, arm: str, seed: int, weights: Path | None,
+    trainer: Trainer,
+    folder: Path,
+    arm: str,
+    seed: int,
+    weights: Path | None,
     settings: dict[str, Any],
 ) -> None:
     """Write detections.json, then result.json: its presence says that the seed is finished."""
     last = trainer.curve.last
     write_json(folder / "detections.json", last["detections"])
-    write_json(folder / "result.json", {
-        "arm": arm, "seed": seed,
-        **{key: last["bbox"][key] for key in _METRICS},
-        **{key: last[key] for key in ("per_class", "per_class_AP50", "per_class_AP75")},
-        "classes_without_test_objects": trainer.absent,
-        "iterations": trainer.max_iter,
-        "seconds": trainer.clock.seconds(),
-        "weights": weights.name if weights else "random",
-        "weights_sha256": settings["weights_sha256"],
-        "frozen": trainer.cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
-        "metric_year": trainer.voc.metric_year,
-        "num_train_images": trainer.voc.num_train,
-        "num_test_images": last["num_images"],
-        "evaluation_seconds": last["seconds"],
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": versions(),
-    })
+    write_json(
+        folder / "result.json",
+        {
+            "arm": arm,
+            "seed": seed,
+            **{key: last["bbox"][key] for key in _METRICS},
+            **{key: last[key] for key in ("per_class", "per_class_AP50", "per_class_AP75")},
+            "classes_without_test_objects": trainer.absent,
+            "iterations": trainer.max_iter,
+            "seconds": trainer.clock.seconds(),
+            "weights": weights.name if weights else "random",
+            "weights_sha256": settings["weights_sha256"],
+            "frozen": trainer.cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
+            "metric_year": trainer.voc.metric_year,
+            "num_train_images": trainer.voc.num_train,
+            "num_test_images": last["num_images"],
+            "evaluation_seconds": last["seconds"],
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": versions(),
+        },
+    )
 
 
 def summarise(results: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
@@ -189,8 +247,10 @@ def summarise(results: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]
     return {
         "n": len(results),
         "mean": {key: statistics.fmean(values) for key, values in columns.items()},
-        "std": {key: statistics.stdev(values) if len(values) > 1 else None
-                for key, values in columns.items()},
+        "std": {
+            key: statistics.stdev(values) if len(values) > 1 else None
+            for key, values in columns.items()
+        },
         "seeds": list(seeds),
     }
 
@@ -203,9 +263,13 @@ def peak_memory_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Versions that decide the numbers."""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "detectron2": detectron2.__version__,
-            "numpy": np.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def _log_to(folder: Path) -> None:

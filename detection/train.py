@@ -21,8 +21,11 @@ checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="tools/train_voc.sh", epilog=_EXAMPLE, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="tools/train_voc.sh",
+        epilog=_EXAMPLE,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("weights", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, required=True, help="a YAML of configs/detection/")
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0,1,4" -> [0, 1, 4].
+    """Read the seeds: "0,1,4" is [0, 1, 4].
 
     Raises:
         UserError: If it is no list of different non-negative integers.

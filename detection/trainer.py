@@ -1,5 +1,8 @@
 """Detectron2's DefaultTrainer with exact resume, atomic checkpoints and class-wise VOC AP."""
 
+import detection.compat  # before detectron2
+
+# isort: split
 import logging
 import time
 import weakref
@@ -14,7 +17,6 @@ from detectron2.utils.events import JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
-import detection.compat
 import detection.roi_heads  # noqa: F401  (registers the C4 head)
 from detection.calibrate import calibrate_frozen_norms
 from detection.data import build_test_loader, build_train_loader
@@ -45,8 +47,10 @@ class Trainer(DefaultTrainer):
         self.split = _evaluated(voc.test, cfg.TEST.NUM_IMAGES)
         self.absent = classes_without_objects(self.split, voc.classes)
         if len(self.absent) == len(voc.classes):
-            raise UserError(f"list {voc.test.name!r}: no object in the pictures evaluated, so "
-                            "there is no AP; raise TEST.NUM_IMAGES or choose another list")
+            raise UserError(
+                f"list {voc.test.name!r}: no object in the pictures evaluated, so "
+                "there is no AP; raise TEST.NUM_IMAGES or choose another list"
+            )
         self.clock = RunClock()
         super().__init__(cfg)
 
@@ -63,8 +67,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Detectron2's default hooks in their order, with ours in their places."""
         cfg = self.cfg
-        self.checkpointer = RunCheckpointer(
-            self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RunCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.curve = CurveHook(cfg.TEST.EVAL_PERIOD, self.evaluate, self.folder / "curve.jsonl")
         precise = cfg.TEST.PRECISE_BN
         built: list[hooks.HookBase | None] = [
@@ -73,20 +76,31 @@ class Trainer(DefaultTrainer):
             SeedEachStep(cfg.SEED),
             hooks.LRScheduler(),
             FreshPreciseBN(
-                cfg.TEST.EVAL_PERIOD, self.model,
+                cfg.TEST.EVAL_PERIOD,
+                self.model,
                 build_train_loader(_without_workers(cfg), purpose="precise-bn"),
-                precise.NUM_ITER)
-            if precise.ENABLED and get_bn_modules(self.model) else None,
+                precise.NUM_ITER,
+            )
+            if precise.ENABLED and get_bn_modules(self.model)
+            else None,
         ]
         if comm.is_main_process():
-            built.append(hooks.PeriodicCheckpointer(
-                self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=_CHECKPOINTS_KEPT))
+            built.append(
+                hooks.PeriodicCheckpointer(
+                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=_CHECKPOINTS_KEPT
+                )
+            )
         built.append(self.curve)
         if comm.is_main_process():
-            built.append(hooks.PeriodicWriter(
-                [JSONWriter(str(self.folder / "metrics.json"), window_size=1),
-                 ProgressLine(self.max_iter, cfg.SOLVER.IMS_PER_BATCH)],
-                period=min(_PRINT_PERIOD, self.max_iter)))
+            built.append(
+                hooks.PeriodicWriter(
+                    [
+                        JSONWriter(str(self.folder / "metrics.json"), window_size=1),
+                        ProgressLine(self.max_iter, cfg.SOLVER.IMS_PER_BATCH),
+                    ],
+                    period=min(_PRINT_PERIOD, self.max_iter),
+                )
+            )
         return built
 
     def start(self, weights: Path | None) -> None:
@@ -107,11 +121,15 @@ class Trainer(DefaultTrainer):
             logger.info("%s: all %d backbone tensors loaded", weights.name, num_tensors)
         num_batches = self.cfg.MODEL.BACKBONE.CALIBRATE_BN_BATCHES
         batches = build_train_loader(
-            _without_workers(self.cfg), purpose="calibrate", all_ranks_alike=True)
+            _without_workers(self.cfg), purpose="calibrate", all_ranks_alike=True
+        )
         num_norms = calibrate_frozen_norms(self._bare_model(), batches, num_batches)
         if num_norms:
-            logger.info("%d frozen batch norms: statistics measured on %d batches of training "
-                        "pictures", num_norms, num_batches)
+            logger.info(
+                "%d frozen batch norms: statistics measured on %d batches of training pictures",
+                num_norms,
+                num_batches,
+            )
         if comm.is_main_process():
             _drop_metrics_from(self.folder / "metrics.json", 0)
 
@@ -119,7 +137,8 @@ class Trainer(DefaultTrainer):
         self.checkpointer.resume_or_load("", resume=True)
         self.start_iter = self.iter + 1
         self._trainer.reset_data_loader(
-            lambda: build_train_loader(self.cfg, start_iteration=self.start_iter))
+            lambda: build_train_loader(self.cfg, start_iteration=self.start_iter)
+        )
         if comm.is_main_process():
             _drop_metrics_from(self.folder / "metrics.json", self.start_iter)
         logger.info("resuming after iteration %d of %d", self.start_iter, self.max_iter)
@@ -139,11 +158,18 @@ class Trainer(DefaultTrainer):
         image_ids = [picture.image_id for picture in self.split.pictures]
         shown = spread_evenly(image_ids, self.cfg.TEST.NUM_SAVED_IMAGES)
         name = self.cfg.DATASETS.TEST[0]
-        evaluators = DatasetEvaluators([
-            ClasswiseVOCEvaluator(name, image_ids, self.folder / "evaluated.txt", self.absent),
-            DetectionRecorder(self.split, shown, self.voc.classes, self.voc.root,
-                              self.cfg.TEST.SAVED_SCORE_THRESH),
-        ])
+        evaluators = DatasetEvaluators(
+            [
+                ClasswiseVOCEvaluator(name, image_ids, self.folder / "evaluated.txt", self.absent),
+                DetectionRecorder(
+                    self.split,
+                    shown,
+                    self.voc.classes,
+                    self.voc.root,
+                    self.cfg.TEST.SAVED_SCORE_THRESH,
+                ),
+            ]
+        )
         loader = self.build_test_loader(self.cfg, name)
         result = inference_on_dataset(self.model, loader, evaluators)
         if not comm.is_main_process():

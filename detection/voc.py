@@ -16,7 +16,11 @@ from detection.errors import UserError
 from detection.voc_annotation import VocPicture, read_picture
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
-VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+VOC_CLASSES = [
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+]
 _OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
 
 
@@ -82,8 +86,9 @@ def read_set(
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give a data set made by tools/make_dataset.py "
-                        "or a VOC devkit")
+        raise UserError(
+            f"{root}: no such folder; give a data set made by tools/make_dataset.py or a VOC devkit"
+        )
     description = _read_description(root)
     names = tuple(classes or description.get("classes") or VOC_CLASSES)
     if len(set(names)) != len(names) or not all(names):
@@ -93,14 +98,22 @@ def read_set(
     test_split = test_split or ("voc_2007_test" if official else "test")
     if "+" in test_split:
         raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
-    year = metric_year or description.get("metric_year") or (
-        2007 if official and "2012" not in test_split else 2012)
+    year = (
+        metric_year
+        or description.get("metric_year")
+        or (2007 if official and "2012" not in test_split else 2012)
+    )
     if year not in (2007, 2012):
         raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
     return VocSet(
-        root=root, name=str(description.get("name") or root.name), classes=names, metric_year=year,
-        train=tuple(_read_split(root, part, names, is_test=False, official=official)
-                    for part in train_split.split("+")),
+        root=root,
+        name=str(description.get("name") or root.name),
+        classes=names,
+        metric_year=year,
+        train=tuple(
+            _read_split(root, part, names, is_test=False, official=official)
+            for part in train_split.split("+")
+        ),
         test=_read_split(root, test_split, names, is_test=True, official=official),
     )
 
@@ -115,8 +128,9 @@ def _read_description(root: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); make the data set again") from error
     if not isinstance(description, dict) or not description.get("classes"):
-        raise UserError(f"{path}: has no list 'classes'; make the data set again with "
-                        "tools/make_dataset.py")
+        raise UserError(
+            f"{path}: has no list 'classes'; make the data set again with tools/make_dataset.py"
+        )
     return description
 
 
@@ -134,16 +148,23 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
     holders = [folder for folder in found if _list_file(folder, name).is_file()]
     if not found:
         wanted = " or ".join(f"VOC{year}/ImageSets/Main" for year in years)
-        raise UserError(f"{root}: holds no {wanted}; give the folder that holds VOC2007 "
-                        "(a VOC devkit), or a data set made by tools/make_dataset.py")
+        raise UserError(
+            f"{root}: holds no {wanted}; give the folder that holds VOC2007 "
+            "(a VOC devkit), or a data set made by tools/make_dataset.py"
+        )
     if not holders:
-        there = sorted(path.stem for folder in found for path in _list_file(folder, "x").parent.
-                       glob("*.txt"))[:20]
-        raise UserError(f"{_list_file(found[0], name)}: no such list; lists there: "
-                        f"{', '.join(there) or 'none'}; choose with --train-split / --test-split")
+        there = sorted(
+            path.stem for folder in found for path in _list_file(folder, "x").parent.glob("*.txt")
+        )[:20]
+        raise UserError(
+            f"{_list_file(found[0], name)}: no such list; lists there: "
+            f"{', '.join(there) or 'none'}; choose with --train-split / --test-split"
+        )
     if len(holders) > 1:
-        raise UserError(f"list {split!r} is in {holders[0].name} and in {holders[1].name}; say "
-                        f"voc_2007_{name} or voc_2012_{name} with --train-split / --test-split")
+        raise UserError(
+            f"list {split!r} is in {holders[0].name} and in {holders[1].name}; say "
+            f"voc_2007_{name} or voc_2012_{name} with --train-split / --test-split"
+        )
     return holders[0], name
 
 
@@ -159,29 +180,40 @@ def _read_split(
     path = _list_file(folder, name)
     image_ids = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not image_ids:
-        raise UserError(f"{path}: the split is empty; list one picture name a line, or choose "
-                        "another list with --train-split / --test-split")
+        raise UserError(
+            f"{path}: the split is empty; list one picture name a line, or choose "
+            "another list with --train-split / --test-split"
+        )
     seen: set[str] = set()
     for image_id in image_ids:
         if len(image_id.split()) != 1:
-            raise UserError(f"{path}: line {image_id!r} must hold one picture name and nothing "
-                            "else (class-wise lists such as aeroplane_train.txt do not serve)")
+            raise UserError(
+                f"{path}: line {image_id!r} must hold one picture name and nothing "
+                "else (class-wise lists such as aeroplane_train.txt do not serve)"
+            )
         if image_id in seen:
             raise UserError(f"{path}: {image_id!r} is listed twice; remove one of the lines")
         seen.add(image_id)
     pictures = tuple(
-        read_picture(folder, image_id, classes, integer_boxes=is_test,
-                     tolerance_px=1 if official else 0)
+        read_picture(
+            folder, image_id, classes, integer_boxes=is_test, tolerance_px=1 if official else 0
+        )
         for image_id in image_ids
     )
     if not any(picture.objects for picture in pictures):
-        raise UserError(f"{path}: none of its {len(pictures)} pictures holds an object; annotate "
-                        "them or choose another list")
+        raise UserError(
+            f"{path}: none of its {len(pictures)} pictures holds an object; annotate "
+            "them or choose another list"
+        )
     return VocSplit(folder, name, pictures)
 
 
 def classes_without_objects(split: VocSplit, classes: Sequence[str]) -> list[str]:
     """Classes for which AP is undefined: no object in the split that is not 'difficult'."""
-    present = {item.class_name for picture in split.pictures for item in picture.objects
-               if not item.difficult}
+    present = {
+        item.class_name
+        for picture in split.pictures
+        for item in picture.objects
+        if not item.difficult
+    }
     return [name for name in classes if name not in present]

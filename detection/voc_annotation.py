@@ -65,14 +65,16 @@ def read_picture(
         content = path.read_bytes()
         tree = ElementTree.fromstring(content)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation, but a list names {image_id!r}; add it or "
-                        "remove the line") from None
+        raise UserError(
+            f"{path}: no such annotation, but a list names {image_id!r}; add it or remove the line"
+        ) from None
     except ElementTree.ParseError as error:
         raise UserError(f"{path}: not readable as XML ({error}); write it again") from error
     width, height = (int(_number(path, tree, f"size/{side}")) for side in ("width", "height"))
     _check_picture(image_file, path, width, height)
     objects = tuple(
-        _read_object(path, element, classes, integer_boxes) for element in tree.findall("object"))
+        _read_object(path, element, classes, integer_boxes) for element in tree.findall("object")
+    )
     for item in objects:
         _check_box(path, item, width, height, tolerance_px)
     digest = hashlib.sha256(content + f"{image_id}{image_file.stat().st_size}".encode())
@@ -82,8 +84,10 @@ def read_picture(
 def _text(path: Path, element: ElementTree.Element, field: str) -> str:
     found = element.find(field)
     if found is None or not (found.text or "").strip():
-        raise UserError(f"{path}: <{element.tag}> has no <{field}>; Detectron2's evaluator needs "
-                        "size, and name, pose, truncated, difficult, bndbox of every object")
+        raise UserError(
+            f"{path}: <{element.tag}> has no <{field}>; Detectron2's evaluator needs "
+            "size, and name, pose, truncated, difficult, bndbox of every object"
+        )
     return (found.text or "").strip()
 
 
@@ -100,9 +104,11 @@ def _read_object(
 ) -> VocObject:
     name = _text(path, element, "name")
     if name not in classes:
-        raise UserError(f"{path}: unknown class {name!r}; the set's classes are "
-                        f"{', '.join(classes)}; mend the annotation or give the list with "
-                        "--classes")
+        raise UserError(
+            f"{path}: unknown class {name!r}; the set's classes are "
+            f"{', '.join(classes)}; mend the annotation or give the list with "
+            "--classes"
+        )
     _text(path, element, "pose")
     flags = {field: _text(path, element, field) for field in ("truncated", "difficult")}
     for field, value in flags.items():
@@ -115,22 +121,32 @@ def _read_object(
     if integer_boxes:
         for field in _BOX_FIELDS:
             if not _text(path, box_element, field).lstrip("+-").isdigit():
-                raise UserError(f"{path}: <{field}> of a test box must be a whole number (VOC "
-                                "counts pixels from 1); round it")
+                raise UserError(
+                    f"{path}: <{field}> of a test box must be a whole number (VOC "
+                    "counts pixels from 1); round it"
+                )
     return VocObject(name, (xmin, ymin, xmax, ymax), flags["difficult"] == "1")
 
 
 def _check_box(path: Path, item: VocObject, width: int, height: int, tolerance_px: int) -> None:
     xmin, ymin, xmax, ymax = item.box
-    inside = (xmin >= 1 - tolerance_px and ymin >= 1 - tolerance_px
-              and xmax <= width + tolerance_px and ymax <= height + tolerance_px)
+    inside = (
+        xmin >= 1 - tolerance_px
+        and ymin >= 1 - tolerance_px
+        and xmax <= width + tolerance_px
+        and ymax <= height + tolerance_px
+    )
     if not inside:
-        raise UserError(f"{path}: box {_show(item)} of {item.class_name!r} lies outside the "
-                        f"picture of {width} x {height} pixels (counted from 1); mend the "
-                        "annotation")
+        raise UserError(
+            f"{path}: box {_show(item)} of {item.class_name!r} lies outside the "
+            f"picture of {width} x {height} pixels (counted from 1); mend the "
+            "annotation"
+        )
     if xmax < xmin or ymax < ymin:
-        raise UserError(f"{path}: box {_show(item)} of {item.class_name!r} is empty; "
-                        "xmin <= xmax and ymin <= ymax must hold")
+        raise UserError(
+            f"{path}: box {_show(item)} of {item.class_name!r} is empty; "
+            "xmin <= xmax and ymin <= ymax must hold"
+        )
 
 
 def _show(item: VocObject) -> str:
@@ -143,10 +159,14 @@ def _check_picture(file: Path, annotation: Path, width: int, height: int) -> Non
         with Image.open(file) as image:
             size = image.size
     except FileNotFoundError:
-        raise UserError(f"{file}: no such picture, but {annotation.name} describes it; add the "
-                        "picture or remove its line from the list") from None
+        raise UserError(
+            f"{file}: no such picture, but {annotation.name} describes it; add the "
+            "picture or remove its line from the list"
+        ) from None
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{file}: not a readable picture ({error}); replace it") from error
     if size != (width, height):
-        raise UserError(f"{annotation}: says {width} x {height} pixels, but {file.name} has "
-                        f"{size[0]} x {size[1]}; mend the annotation")
+        raise UserError(
+            f"{annotation}: says {width} x {height} pixels, but {file.name} has "
+            f"{size[0]} x {size[1]}; mend the annotation"
+        )

@@ -4,21 +4,25 @@ Detectron2's checkpointer warns and goes on when names or shapes do not match; a
 compare random with random. Here its own matching is used and its outcome is checked.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
-import detection.compat  # noqa: F401  (before detectron2)
 from detection import safe_pickle
-from detection.config import Arch, arch_of_config
+from detection.arch import read_arch
+from detection.config import arch_of_config
 from detection.errors import UserError
-from detection.files import sha256_of, write_atomically, write_text
+from detection.files import sha256_of, write_atomically, write_json, write_text
 
 CARD_FORMAT = "fa-d2-1"
 _CONVERT = "convert the checkpoint with tools/convert_to_d2.py"
@@ -66,7 +70,8 @@ class WeightsCheckpointer(RunCheckpointer):
                 f"{num_given} in the file{_listed('missing', missing)}"
                 f"{_listed('not in the detector', unexpected)}"
                 f"{_listed('wrong shape', wrong_shape)}; use the config of the backbone's depth "
-                f"and width, and {_CONVERT}")
+                f"and width, and {_CONVERT}"
+            )
         return incompatible
 
 
@@ -76,8 +81,10 @@ def backbone_tensor_names(model: nn.Module) -> set[str]:
     Left out: counters of batch norms, the FPN's own layers, and the extra norm after res5.
     """
     return {
-        name for name in model.state_dict()
-        if name.startswith(_BACKBONE_PREFIXES) and not name.endswith("num_batches_tracked")
+        name
+        for name in model.state_dict()
+        if name.startswith(_BACKBONE_PREFIXES)
+        and not name.endswith("num_batches_tracked")
         and not name.startswith("roi_heads.res5.norm.")
     }
 
@@ -126,10 +133,12 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
     """
     card = read_card(weights)
     if card["weights_sha256"] != sha256_of(weights):
-        raise UserError(f"{weights}: is not the file that {card_path(weights).name} describes "
-                        f"(sha256 differs); {_CONVERT} again")
+        raise UserError(
+            f"{weights}: is not the file that {card_path(weights).name} describes "
+            f"(sha256 differs); {_CONVERT} again"
+        )
     pixels = card["preprocessing"]
-    arch, own = Arch(**card["arch"]), arch_of_config(cfg)
+    arch, own = read_arch(card["arch"]), arch_of_config(cfg)
     faults = [] if arch == own else [f"the weights are a {arch}, the config builds a {own}"]
     if pixels["input_format"] != cfg.INPUT.FORMAT:
         faults.append(f"INPUT.FORMAT must be {pixels['input_format']!r}, not {cfg.INPUT.FORMAT!r}")
@@ -138,8 +147,10 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
         if max(abs(a - b) for a, b in zip(given, pixels[field], strict=True)) > 0.01:
             faults.append(f"MODEL.{key} must be {pixels[field]}, not {given}")
     if pixels["stride_in_1x1"] != cfg.MODEL.RESNETS.STRIDE_IN_1X1 and arch.depth >= 50:
-        faults.append(f"MODEL.RESNETS.STRIDE_IN_1X1 must be {pixels['stride_in_1x1']}: the "
-                      "shapes fit either way, the features do not")
+        faults.append(
+            f"MODEL.RESNETS.STRIDE_IN_1X1 must be {pixels['stride_in_1x1']}: the "
+            "shapes fit either way, the features do not"
+        )
     if faults:
         raise UserError(f"{weights}: does not fit the config: {'; '.join(faults)}")
     return card
@@ -156,15 +167,18 @@ def read_card(weights: Path) -> dict[str, Any]:
     if not Path(weights).is_file():
         raise UserError(f"{weights}: no such weights; {_CONVERT}, or say `random`")
     if not path.is_file():
-        raise UserError(f"{weights}: has no preprocessing card {path.name} beside it, so its "
-                        f"pixel statistics cannot be checked; {_CONVERT}, or trust the config "
-                        "with --no-card")
+        raise UserError(
+            f"{weights}: has no preprocessing card {path.name} beside it, so its "
+            f"pixel statistics cannot be checked; {_CONVERT}, or trust the config "
+            "with --no-card"
+        )
     try:
         card = json.loads(path.read_text())
         if card["format"] != CARD_FORMAT:
-            raise UserError(f"{path}: format {card['format']!r}, expected {CARD_FORMAT!r}; "
-                            f"{_CONVERT} again")
-        _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], Arch(**card["arch"])
+            raise UserError(
+                f"{path}: format {card['format']!r}, expected {CARD_FORMAT!r}; {_CONVERT} again"
+            )
+        _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], read_arch(card["arch"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a card ({error}); {_CONVERT} again") from error
     return card
@@ -178,8 +192,31 @@ def remove_stale_pointer(folder: Path) -> None:
 
 
 def _listed(title: str, names: list[str]) -> str:
-    """"; missing 3: a, b, c", at most four names."""
+    """Name at most four of them, as in "; missing 3: a, b, c"."""
     if not names:
         return ""
     more = ", .." if len(names) > 4 else ""
     return f"; {title} {len(names)}: {', '.join(names[:4])}{more}"
+
+
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write tensors under Detectron2's plain names, atomically; same tensors, same bytes.
+
+    A `.pkl` carries numpy arrays and asks for name matching; Detectron2 takes one without
+    `__author__` for a Caffe2 file, and without `matching_heuristics` loads none of its weights.
+    A `.pth` carries tensors only; the request goes behind its path (`?matching_heuristics=True`).
+    """
+    if path.suffix == ".pkl":
+        data = {
+            "model": {name: value.numpy() for name, value in state.items()},
+            "__author__": "feature-augmented pretraining",
+            "matching_heuristics": True,
+        }
+        write_atomically(path, lambda file: pickle.dump(data, file, protocol=4))
+    else:
+        write_atomically(path, lambda file: torch.save({"model": dict(state)}, file))
+
+
+def write_card(weights: Path, card: dict[str, Any]) -> None:
+    """Write the card beside a weight file."""
+    write_json(card_path(weights), card)

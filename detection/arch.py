@@ -1,0 +1,98 @@
+"""A ResNet's shape in four numbers, as the checkpoint's `arch` says it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detection.errors import UserError
+
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Depth and channels: a torchvision ResNet-50 is (50, 64, 64, 256), ResNet-18 (18, 64, 64, 64),
+    the thin one (50, 16, 16, 64).
+
+    `width_per_group` is the width inside the first stage's bottleneck, `stem_channels` and
+    `res2_channels` are output channels.
+    """
+
+    depth: int
+    width_per_group: int
+    stem_channels: int
+    res2_channels: int
+
+    @property
+    def is_bottleneck(self) -> bool:
+        """Whether its blocks have three convolutions."""
+        return self.depth >= 50
+
+    @property
+    def blocks_per_stage(self) -> tuple[int, int, int, int]:
+        """Blocks of res2 to res5."""
+        return BLOCKS_PER_STAGE[self.depth]
+
+    def __str__(self) -> str:
+        return (
+            f"ResNet-{self.depth} (width {self.width_per_group}, stem {self.stem_channels}, "
+            f"res2 {self.res2_channels})"
+        )
+
+
+def read_arch(value: Any) -> Arch:
+    """Check the `arch` of a checkpoint or a card.
+
+    Raises:
+        UserError: If it is not four whole numbers that Detectron2 can build.
+    """
+    fields = Arch.__dataclass_fields__
+    if not isinstance(value, Mapping) or set(value) != set(fields):
+        raise UserError(f"arch {value!r}: expected the keys {', '.join(fields)}")
+    if not all(type(number) is int and number > 0 for number in value.values()):
+        raise UserError(f"arch {dict(value)!r}: expected positive whole numbers")
+    arch = Arch(**value)
+    if arch.depth not in BLOCKS_PER_STAGE:
+        raise UserError(
+            f"depth {arch.depth}: Detectron2 builds {', '.join(map(str, BLOCKS_PER_STAGE))}"
+        )
+    if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
+        raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
+    return arch
+
+
+def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
+    """Tell the architecture from a torchvision-named backbone's shapes.
+
+    Args:
+        shapes: Tensor name -> shape; conv1.weight, layer1.0.conv1.weight ..
+
+    Raises:
+        UserError: If the names are no ResNet's or the number of blocks is none that is known.
+    """
+    stem = shapes.get("conv1.weight")
+    first = shapes.get("layer1.0.conv1.weight")
+    if stem is None or first is None:
+        raise UserError("no conv1.weight and layer1.0.conv1.weight: this is no ResNet's state_dict")
+    num_blocks = tuple(
+        len({name.split(".")[1] for name in shapes if name.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    third = shapes.get("layer1.0.conv3.weight")
+    for depth, blocks in BLOCKS_PER_STAGE.items():
+        if blocks == num_blocks and (depth >= 50) == (third is not None):
+            return read_arch(
+                {
+                    "depth": depth,
+                    "width_per_group": first[0] if third else 64,
+                    "stem_channels": stem[0],
+                    "res2_channels": third[0] if third else first[0],
+                }
+            )
+    raise UserError(f"{num_blocks} blocks per stage fit none of ResNet-18, 34, 50, 101, 152")
