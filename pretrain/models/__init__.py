@@ -1,0 +1,1 @@
+"""Backbone, heads, feature augmentation, losses and the assembly of them."""

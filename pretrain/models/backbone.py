@@ -25,8 +25,8 @@ class Arch:
 class ResNet(nn.Module):
     """A ResNet without its classifier (He et al., 2016; stride in the 3x3, as torchvision).
 
-    Parameter names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...), so at full width
-    its ``state_dict`` is a torchvision one without ``fc``.
+    Parameter names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...), so at full
+    width its ``state_dict`` is a torchvision one without ``fc``.
 
     Args:
         arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels and

@@ -48,7 +48,7 @@ class OnlineNetwork(nn.Module):
         )
 
     def project(self, view: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
-        """z = g(f(view))."""
+        """Projections z = g(f(view))."""
         return self.projector(self.backbone(view))
 
     def forward(self, views: Views) -> tuple[Features, Features]:

@@ -1,8 +1,8 @@
 """Feature augmentation: features in, N similar features out, with their input's norm.
 
 Each method is a pure function of features and a random generator. Random draws are made for the
-*global* batch and partners come from it, so the number of processes changes nothing. The definitions
-are ours (docs/method.md); the idea is that of arXiv 2410.12396.
+*global* batch and partners come from it, so the number of processes changes nothing. The
+definitions are ours (docs/method.md); the idea is that of arXiv 2410.12396.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def keep_norm(augmented: Float[Tensor, "... d"], original: Float[Tensor, "... d"
 
 
 def mask(z: Float[Tensor, "n d"], *, ratio: float, generator: torch.Generator) -> Tensor:
-    """z * m with m ~ Bernoulli(1 - ratio) per dimension; at least one dimension is kept."""
+    """Set dimensions to zero: z * m with m ~ Bernoulli(1 - ratio) per dimension; at least one dimension is kept."""
     draws = torch.rand(z.shape, generator=generator, device=z.device)
     kept = draws >= ratio
     kept |= draws == draws.amax(dim=1, keepdim=True)  # the row's largest draw is always kept
@@ -29,16 +29,16 @@ def mask(z: Float[Tensor, "n d"], *, ratio: float, generator: torch.Generator) -
 
 
 def noise(z: Float[Tensor, "n d"], *, sigma: float, generator: torch.Generator) -> Tensor:
-    """z + sigma |z| / sqrt(d) eps with eps ~ N(0, I), so that |noise| is about sigma |z|."""
+    """Gaussian noise of about sigma |z|: z + sigma |z| / sqrt(d) eps with eps ~ N(0, I)."""
     eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
     scale = sigma * z.norm(dim=1, keepdim=True) / z.shape[1] ** 0.5
     return keep_norm(z + scale * eps, z)
 
 
 def mixup(z: Float[Tensor, "n d"], *, alpha: float, generator: torch.Generator) -> Tensor:
-    """lambda z + (1 - lambda) z_j, lambda = max(l, 1 - l), l ~ Beta(alpha, alpha), j another row.
+    """Mix rows: lambda z + (1 - lambda) z_j, lambda = max(l, 1 - l), l ~ Beta(alpha, alpha).
 
-    The partner is another sample of the batch: j = i + shift (mod n) with one drawn shift in 1..n-1.
+    The partner is another sample of the batch: j = i + shift (mod n), one drawn shift in 1..n-1.
 
     Raises:
         ValueError: If the batch has a single row, which has no partner.
@@ -60,7 +60,7 @@ def nearest_neighbour(
     num_features: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "N n d"]:
-    """Neighbours of z in the queue, straight-through: the value is the neighbour's, the gradient z's.
+    """Neighbours of z in the queue, straight-through: values are the neighbours', gradients z's.
 
     top_k = 1: the nearest. top_k > 1 with one feature: a random one of the k nearest, per row.
     N > 1 features: the N nearest.
@@ -75,7 +75,7 @@ def nearest_neighbour(
 
 
 def _beta(alpha: float, n: int, generator: torch.Generator, like: Tensor) -> Float[Tensor, " n"]:
-    """n draws of Beta(alpha, alpha) from an explicit generator."""
+    """Draw n times from Beta(alpha, alpha) with an explicit generator."""
     if alpha == 1.0:
         return torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
     gammas = [_gamma(alpha, n, generator, like.device) for _ in range(2)]
@@ -85,7 +85,7 @@ def _beta(alpha: float, n: int, generator: torch.Generator, like: Tensor) -> Flo
 def _gamma(
     alpha: float, n: int, generator: torch.Generator, device: torch.device
 ) -> Float[Tensor, " n"]:
-    """Gamma(alpha, 1) draws; torch's own sampler takes its generator only through this private op."""
+    """Gamma(alpha, 1) draws; only this private op of torch's takes a generator."""
     shape = torch.full((n,), alpha, device=device, dtype=torch.float64)
     draws = torch._standard_gamma(shape, generator=generator)
     return draws.clamp_min(torch.finfo(torch.float64).tiny)

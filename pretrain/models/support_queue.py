@@ -11,8 +11,8 @@ from torch.nn import functional
 class SupportQueue(nn.Module):
     """A ring buffer of normalised features with a valid count.
 
-    It starts empty: nothing is searched that was not put in. Any batch fits any size. The buffers are
-    in ``state_dict`` and so in the checkpoint. Under several processes each puts the same global
+    It starts empty: nothing is searched that was not put in. Any batch fits any size. The buffers
+    are in ``state_dict`` and so in the checkpoint. Under several processes each puts the same global
     batch, so the queues stay equal; the queue lives outside the module that DDP wraps, so that no
     buffer broadcast touches it.
 
@@ -36,7 +36,7 @@ class SupportQueue(nn.Module):
 
     @torch.no_grad()
     def put(self, features: Float[Tensor, "n d"]) -> None:
-        """Append rows, normalised; the oldest fall out. Of more than ``size`` rows the last stay."""
+        """Append rows, normalised; the oldest fall out. Of more than ``size`` the last stay."""
         features = functional.normalize(features.detach().float(), dim=1)[-self.size :]
         n = features.shape[0]
         slots = (self.position + torch.arange(n, device=features.device)) % self.size

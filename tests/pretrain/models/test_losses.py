@@ -1,4 +1,4 @@
-"""BYOL and InfoNCE against loops in float64, by gradient check, and by what must not change them."""
+"""BYOL and InfoNCE against loops in float64, by gradient check, and by what must not matter."""
 
 import math
 
