@@ -21,7 +21,7 @@ def keep_norm(augmented: Float[Tensor, "... d"], original: Float[Tensor, "... d"
 
 
 def mask(z: Float[Tensor, "n d"], *, ratio: float, generator: torch.Generator) -> Tensor:
-    """Set dimensions to zero: z * m with m ~ Bernoulli(1 - ratio) per dimension; at least one dimension is kept."""
+    """Zero dimensions: z * m, m ~ Bernoulli(1 - ratio) each; at least one dimension is kept."""
     draws = torch.rand(z.shape, generator=generator, device=z.device)
     kept = draws >= ratio
     kept |= draws == draws.amax(dim=1, keepdim=True)  # the row's largest draw is always kept

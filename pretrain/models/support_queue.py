@@ -12,9 +12,9 @@ class SupportQueue(nn.Module):
     """A ring buffer of normalised features with a valid count.
 
     It starts empty: nothing is searched that was not put in. Any batch fits any size. The buffers
-    are in ``state_dict`` and so in the checkpoint. Under several processes each puts the same global
-    batch, so the queues stay equal; the queue lives outside the module that DDP wraps, so that no
-    buffer broadcast touches it.
+    are in ``state_dict`` and so in the checkpoint. Under several processes each puts the same
+    global batch, so the queues stay equal; the queue lives outside the module that DDP wraps, so
+    that no buffer broadcast touches it.
 
     Args:
         size: Entries.
