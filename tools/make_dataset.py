@@ -215,6 +215,7 @@ def default_cache() -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 (it went wrong) or 2 (wrong arguments or input)."""
     arguments = parser().parse_args(argv)
+    arguments.out = arguments.out.resolve()
     try:
         made = {"procedural": make_procedural, "photos": make_photos}[arguments.kind](arguments)
     except UserError as error:
@@ -222,6 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (DiskError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; run again to start anew", file=sys.stderr)
         return 1
     print(f"{arguments.out}: " + ("made" if made else "is there already with these options, kept"))
     return 0

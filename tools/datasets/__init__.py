@@ -1,0 +1,1 @@
+"""Data sets: generators, importers and the VOC devkit layout."""

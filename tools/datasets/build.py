@@ -86,12 +86,14 @@ def build(source: Source, card: Card, out: Path, num_workers: int, overwrite: bo
             return False
         shutil.rmtree(partial, ignore_errors=True)
         _check_space(source.options, out.parent)
-        _make_folders(source, partial)
         try:
+            _make_folders(source, partial)
             _render_all(source, partial, num_workers)
             _write_lists(source, card, partial)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise DiskError(
                 f"{out}: writing failed ({error}); free some space, run again"
             ) from error
@@ -147,12 +149,15 @@ def _only_one(out: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = Path(lock.name).stat().st_ino == os.fstat(lock.fileno()).st_ino
         except OSError:
-            raise UserError(
-                f"{out}: another run is writing it; wait for it or give another folder"
-            ) from None
-        yield
-        Path(lock.name).unlink(missing_ok=True)
+            current = False  # locked, or the run that held it has just removed it
+        if not current:
+            raise UserError(f"{out}: another run is writing it; wait for it or give another folder")
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def bytes_needed(options: SetOptions) -> int:

@@ -148,8 +148,8 @@ def _download(names: list[str], cache: Path) -> None:
         if done.returncode or not all(fetched.values()):
             said = [line for line in done.stderr.splitlines() if line.startswith("E:")][-1:]
             raise UserError(
-                f"apt-get download {' '.join(names)} failed "
-                f"({' '.join(said) or 'no reason given'}); `apt-get update` as root and try again, or {by_hand}"
+                f"apt-get download {' '.join(names)} failed ({' '.join(said) or 'no reason'}); "
+                f"run `apt-get update` as root and try again, or {by_hand}"
             )
         for path in fetched.values():
             assert path is not None

@@ -1,0 +1,248 @@
+"""The command line: layout, determinism, restarts, and one clear message per mistake."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.dom import minidom
+
+import cv2
+import pytest
+
+from tools import make_dataset
+from tools.datasets import build, voc_writer
+from tools.datasets.voc_check import check_voc
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = (
+    "--num-pool 12 --num-train 9 --num-test 7 --num-probe-train 11 --num-probe-val 10 "
+    "--image-size 48 --num-workers 1"
+).split()
+
+
+def run(*arguments: object) -> int:
+    """Run the command in this process; return its exit status."""
+    try:
+        return make_dataset.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return all files of a folder by relative path."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    assert run("procedural", out, *SIZES) == 0
+    return out
+
+
+def test_layout_and_card(made: Path):
+    card = json.loads((made / "dataset.json").read_text())
+    assert card["format"] == "fa-dataset-1"
+    assert card["kind"] == "procedural"
+    assert len(card["classes"]) == 10
+    assert card["metric_year"] == 2012
+    assert card["splits"] == {"train": 9, "test": 7}
+    assert (card["pool"], card["probe"]) == (12, {"train": 11, "val": 10})
+    assert card["options"]["short_side"] == 48
+    assert card["options"]["long_side"] == 60
+    assert str(made.parent) not in json.dumps(card)
+    assert len(list((made / "pool").iterdir())) == 12
+    for split, count in (("train", 11), ("val", 10)):
+        folders = sorted((made / "probe" / split).iterdir())
+        assert [f.name for f in folders] == sorted(card["classes"])
+        assert sum(len(list(f.glob("*.jpg"))) for f in folders) == count
+    assert sorted(p.name for p in made.parent.iterdir()) == ["scenes"]
+
+
+def test_pool_names_tell_nothing(made: Path):
+    assert all(p.stem.isdigit() for p in (made / "pool").iterdir())
+
+
+def test_devkit_reads_with_a_parser_of_its_own(made: Path):
+    voc = made / "VOC2007"
+    classes = json.loads((made / "dataset.json").read_text())["classes"]
+    names = {s: (voc / f"ImageSets/Main/{s}.txt").read_text().split() for s in ("train", "test")}
+    assert [len(names[s]) for s in ("train", "test")] == [9, 7]
+    assert not set(names["train"]) & set(names["test"])
+    for name in names["train"] + names["test"]:
+        image = cv2.imread(str(voc / "JPEGImages" / f"{name}.jpg"))
+        document = minidom.parse(str(voc / "Annotations" / f"{name}.xml"))
+
+        def text(node, tag: str) -> str:
+            return node.getElementsByTagName(tag)[0].firstChild.data
+
+        assert (int(text(document, "height")), int(text(document, "width"))) == image.shape[:2]
+        objects = document.getElementsByTagName("object")
+        assert objects
+        for item in objects:
+            assert text(item, "name") in classes
+            x0, y0, x1, y1 = (int(text(item, t)) for t in ("xmin", "ymin", "xmax", "ymax"))
+            assert 1 <= x0 <= x1 <= image.shape[1]
+            assert 1 <= y0 <= y1 <= image.shape[0]
+            assert {text(item, "truncated"), text(item, "difficult")} <= {"0", "1"}
+
+
+def test_the_devkit_check_finds_nothing(made: Path):
+    classes = json.loads((made / "dataset.json").read_text())["classes"]
+    check_voc(made / "VOC2007", classes=classes).require()
+
+
+def test_train_and_test_share_no_picture(made: Path):
+    folder = made / "VOC2007/JPEGImages"
+    pictures = [p.read_bytes() for p in folder.iterdir()]
+    pictures += [p.read_bytes() for p in made.glob("p*/**/*.jpg")]
+    assert len(pictures) == len(set(pictures)) == 9 + 7 + 12 + 11 + 10
+
+
+def test_every_byte_is_the_same_for_any_number_of_workers(made: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(build, "_CHUNK", 4)
+    assert run("procedural", tmp_path / "scenes", *SIZES, "--num-workers", 3) == 0
+    assert tree(tmp_path / "scenes") == tree(made)
+
+
+def test_the_same_options_keep_the_set(made: Path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
+    assert run("procedural", made, *SIZES) == 0
+    assert "kept" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before
+
+
+def test_other_options_are_refused_unless_told(made: Path, tmp_path: Path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    assert run("procedural", copy, *SIZES, "--seed", 5) == 2
+    message = capsys.readouterr().err
+    assert "seed: 0 there, 5 asked" in message
+    assert "--overwrite" in message
+    assert tree(copy) == tree(made)
+    assert run("procedural", copy, *SIZES, "--seed", 5, "--overwrite") == 0
+    assert json.loads((copy / "dataset.json").read_text())["options"]["seed"] == 5
+
+
+@pytest.mark.parametrize("extra", [[], ["--overwrite"]])
+def test_a_folder_with_other_things_is_never_touched(tmp_path: Path, capsys, extra):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert run("procedural", tmp_path, *SIZES, *extra) == 2
+    assert "is no data set made by this tool; give another folder" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("procedural", tmp_path / "file", *SIZES) == 2
+    assert run("procedural", tmp_path / "file" / "below", *SIZES) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-train", "0"], "--num-train is 0: give 1 or more"),
+        (["--num-pool", "-1"], "--num-pool is -1: give 0 or more"),
+        (["--min-object", "0.9", "--max-object", "0.5"], "--min-object is 0.9, more than"),
+        (["--min-object", "nan"], "--min-object is nan: give 0.05 or more"),
+        (["--max-object", "3"], "--max-object is 3.0: give 2.0 or less"),
+        (["--min-objects-per-image", "9"], "--min-objects-per-image is 9, more than --max-objects"),
+        (["--pool-min-object", "0.01"], "--pool-min-object is 0.01: give 0.05 or more"),
+        (["--image-size", "8"], "--image-size is 8: give 32 or more"),
+        (["--image-size", "1", "2", "3"], "--image-size has 3 values"),
+        (["--image-size", "100", "50"], "--image-size is 100, more than"),
+        (["--quality", "101"], "--quality is 101: give 100 or less"),
+        (["--num-workers", "0"], "--num-workers is 0: give 1 or more"),
+        (["--num-classes", "1"], "--num-classes is 1: give 2 to 10"),
+        (["--clutter", "-1"], "--clutter is -1.0: give 0 or more"),
+        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_options(tmp_path: Path, capsys, arguments, message):
+    assert run("procedural", tmp_path / "out", *SIZES, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_an_example(capsys):
+    for arguments in (["--help"], ["procedural", "--help"], ["photos", "--help"]):
+        assert run(*arguments) == 0
+        assert ".venv/bin/python tools/make_dataset.py procedural" in capsys.readouterr().out
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage)
+    assert run("procedural", tmp_path / "out", *SIZES) == 1
+    message = capsys.readouterr().err
+    assert "0 MB are free, the set may need" in message
+    assert "free some space" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(voc_writer, "write_jpeg", full)
+    assert run("procedural", tmp_path / "out", *SIZES) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "free some space, run again" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_of_the_size_is_not_too_low(made: Path):
+    options = json.loads((made / "dataset.json").read_text())["options"]
+    names = set(build.SetOptions.__dataclass_fields__)
+    estimate = build.bytes_needed(build.SetOptions(**{k: options[k] for k in names}))
+    blocks = sum(p.stat().st_blocks * 512 for p in made.rglob("*") if p.is_file())
+    assert blocks <= estimate
+
+
+def test_two_runs_never_write_the_same_set(tmp_path: Path, capsys):
+    with open(tmp_path / "out.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run("procedural", tmp_path / "out", *SIZES) == 2
+    assert "another run is writing it" in capsys.readouterr().err
+
+
+def test_a_killed_run_starts_again_cleanly(made: Path, tmp_path: Path):
+    out, partial = tmp_path / "scenes", tmp_path / "scenes.partial"
+    command = [sys.executable, str(ROOT / "tools/make_dataset.py"), "procedural", str(out)]
+    large = ["--num-pool", "5000", "--image-size", "48", "--num-workers", "2"]
+    process = subprocess.Popen([*command, *large], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not list(partial.glob("pool/*.jpg")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(partial.glob("pool/*.jpg"))
+    assert not out.exists()
+    time.sleep(1.2)  # the workers notice that their parent is gone
+    count = len(list(partial.glob("pool/*.jpg")))
+    time.sleep(0.3)
+    assert len(list(partial.glob("pool/*.jpg"))) == count
+    assert run("procedural", out, *SIZES) == 0
+    assert tree(out) == tree(made)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scenes"]
+
+
+def test_a_killed_worker_is_reported(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "_render_chunk", _die)
+    assert run("procedural", tmp_path / "out", *SIZES, "--num-workers", 2) == 1
+    assert "a worker process was killed" in capsys.readouterr().err
+
+
+def _die(*_: object) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
