@@ -80,7 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise UserError(f"--out {out} is not a folder")
     stages = build_stages(config, ROOT, out)
     until = last_stage(stages, parsed.until)
-    command = ["bash", "tools/run_pipeline.sh", *sys.argv[1:]]
+    command = ["bash", os.path.relpath(ROOT / "tools/run_pipeline.sh"), *sys.argv[1:]]
     runner = Runner(ROOT, out, command)
     runner.ledger.check_name(config.name)
     if parsed.dry_run:

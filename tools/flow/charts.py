@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
 _MAX_POINTS = 300
 
 Point = tuple[float, float]
@@ -50,8 +50,9 @@ def short_number(value: float) -> str:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace(",", "\u2009")
-    if abs(value) < 0.001:
-        return f"{value:.1e}"
+    if abs(value) < 0.01:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}"
 
 

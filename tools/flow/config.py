@@ -21,6 +21,7 @@ FREE_KEYS = (
     "shards.options",
     "probes.options",
     "pretrain.overrides",
+    "detection.options",
     "detection.overrides",
 )
 """Settings that are handed on: what stands below them belongs to the stage's own command line."""
@@ -62,7 +63,7 @@ class ShardsConfig:
 class PretrainConfig:
     """Pretraining: its own YAML and what this pipeline changes in it."""
 
-    config: str = "configs/pretrain/thin_demo.yaml"
+    config: str = "configs/pretrain/demo.yaml"
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,12 +81,14 @@ class DetectionConfig:
 
     Attributes:
         config: Detectron2's YAML.
+        options: Options of `tools/train_voc.sh`, the same for every arm.
         overrides: Detectron2's KEY VALUE pairs, the same for every arm.
         seeds: Seeds per arm: 0, 1, ..., seeds - 1.
         arms: Initialisations; `_frozen` trains the heads on the backbone as it is.
     """
 
-    config: str = "configs/detection/thin_r50_c4.yaml"
+    config: str = "configs/detection/thin_R50_C4.yaml"
+    options: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
     arms: tuple[Arm, ...] = ARMS

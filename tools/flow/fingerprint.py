@@ -101,8 +101,11 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def source_files(root: Path, patterns: Iterable[str]) -> list[Path]:
-    """Return the files that the globs match, sorted, each once."""
-    return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+    """Return the files that the globs match, sorted, each once; `!glob` leaves files out."""
+    found: dict[bool, set[Path]] = {True: set(), False: set()}
+    for pattern in patterns:
+        found[not pattern.startswith("!")].update(root.glob(pattern.removeprefix("!")))
+    return sorted(path for path in found[True] - found[False] if path.is_file())
 
 
 @functools.cache

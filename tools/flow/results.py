@@ -57,8 +57,16 @@ def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
 
 
 def write(out: Path, skipped: Collection[str] = ()) -> None:
-    """Write `out/results.json`."""
-    write_json(out / "results.json", assemble(out, skipped))
+    """Write `out/results.json`, and each arm's summary over all its finished seeds."""
+    results = assemble(out, skipped)
+    write_json(out / "results.json", results)
+    for arm, rows in results["detection"].items():
+        if rows:
+            table = results["summary"][arm]
+            summary: dict[str, Any] = {"n": len(rows), "seeds": [row["seed"] for row in rows]}
+            for key in ("mean", "std"):
+                summary[key] = {metric: table[metric][key] for metric in METRICS}
+            write_json(out / f"detection/{arm}/summary.json", summary)
 
 
 def is_good(record: Mapping[str, Any] | None) -> bool:

@@ -16,16 +16,17 @@ DETECTION_LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "detectron2")
 PICTURE_LIBRARIES = ("numpy", "opencv-python", "pillow")
 
 _DATASET_SOURCES = ("tools/make_dataset.py", "tools/datasets/**/*.py")
-_SHARD_SOURCES = ("tools/make_shards.py", "pretrain/data/shards.py", "pretrain/errors.py")
-_PRETRAIN_SOURCES = ("pretrain/**/*.py", "tools/pretrain.sh", "tools/pretrain.py")
-_CONVERT_SOURCES = (
-    "tools/convert_to_d2.py",
-    *(f"detection/{name}.py" for name in ("compat", "convert", "keymap", "reference_resnet")),
+_SHARD_SOURCES = (
+    "tools/make_shards.py",
+    "pretrain/data/*.py",
+    *(f"!pretrain/data/{name}.py" for name in ("augment", "order", "stream", "views")),
 )
+_PRETRAIN_SOURCES = ("pretrain/**/*.py", "tools/pretrain.sh")
+_CONVERT_SOURCES = ("tools/convert_to_d2.py", "detection/*.py")
 _DETECTION_SOURCES = (
     "tools/train_voc.sh",
-    "tools/train_voc.py",
-    *(f"detection/{name}.py" for name in ("compat", "config", "roi_heads", "train", "voc")),
+    "detection/*.py",
+    *(f"!detection/{name}.py" for name in ("convert", "keymap", "reference_resnet")),
 )
 _REPORT_SOURCES = ("tools/flow/*.py", "tools/flow/report.*")
 
@@ -114,7 +115,7 @@ def _data(config: PipelineConfig, root: Path, out: Path) -> Stage:
         name="data",
         command=_python(root, "tools/make_dataset.py", config.data.kind, out / "data", *options),
         outputs=("data/dataset.json",),
-        owns=("data",),
+        owns=("data", "data.partial"),
         config={"data": as_dict(config)["data"]},
         sources=_DATASET_SOURCES,
         libraries=PICTURE_LIBRARIES,
@@ -216,6 +217,7 @@ def _detection(config: PipelineConfig, root: Path, out: Path, arm: Arm, seed: in
         *(weights, "--config", str(own_yaml), "--data", str(dataset)),
         *("--out", str(out / "detection" / arm), "--seeds", str(seed)),
         *(["--freeze"] if arm.endswith("_frozen") else []),
+        *flags(config.detection.options),
         *pairs,
     ]
     folder = f"detection/{arm}/seed-{seed}"
@@ -227,7 +229,8 @@ def _detection(config: PipelineConfig, root: Path, out: Path, arm: Arm, seed: in
         owns=(folder,),
         upstream=(("data",) if made else ()) + reads_convert,
         files=(own_yaml, *config_bases(own_yaml), *(() if made else (dataset,))),
-        config={"arm": arm, "seed": seed, "overrides": config.detection.overrides},
+        config={"arm": arm, "seed": seed, "overrides": config.detection.overrides}
+        | {"options": config.detection.options},
         sources=_DETECTION_SOURCES,
         libraries=DETECTION_LIBRARIES,
         resumable=True,
