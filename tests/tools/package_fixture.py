@@ -61,8 +61,10 @@ def make_deb(path: Path, files: Files, packing: str = "xz") -> None:
             member = tarfile.TarInfo("./" + name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    packers = {"xz": lambda raw: lzma.compress(raw, preset=0)}
-    packers["zst"] = zstandard.ZstdCompressor().compress
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        "xz": lambda raw: lzma.compress(raw, preset=0),
+        "zst": lambda raw: zstandard.ZstdCompressor().compress(raw),
+    }
     parts = [("debian-binary", b"2.0\n"), ("control.tar.xz", lzma.compress(b"odd"))]
     parts.append((f"data.tar.{packing}", packers[packing](tar.getvalue())))
     raw = b"!<arch>\n"

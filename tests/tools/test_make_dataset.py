@@ -20,10 +20,9 @@ from tools.datasets import build, voc_writer
 from tools.datasets.voc_check import check_voc
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = (
-    "--num-pool 12 --num-train 9 --num-test 7 --num-probe-train 11 --num-probe-val 10 "
-    "--image-size 48 --num-workers 1"
-).split()
+COUNTS = {"pool": 12, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}
+SIZES = [word for name, count in COUNTS.items() for word in (f"--num-{name}", str(count))]
+SIZES += ["--image-size", "48", "--num-workers", "1"]
 
 
 def run(*arguments: object) -> int:
@@ -78,6 +77,7 @@ def test_devkit_reads_with_a_parser_of_its_own(made: Path):
     assert not set(names["train"]) & set(names["test"])
     for name in names["train"] + names["test"]:
         image = cv2.imread(str(voc / "JPEGImages" / f"{name}.jpg"))
+        assert image is not None
         document = minidom.parse(str(voc / "Annotations" / f"{name}.xml"))
 
         def text(node, tag: str) -> str:

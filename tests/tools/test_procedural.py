@@ -109,7 +109,7 @@ def test_sizes_and_counts_follow_the_options():
     whole = [o for s in scenes for o in s.objects if o.visible > 0.99]
     sides = [max(o.box[2] - o.box[0], o.box[3] - o.box[1]) for o in whole]
     assert len(whole) > 20
-    assert 27 <= min(sides)
+    assert min(sides) >= 27
     assert max(sides) <= 53
     assert np.mean([len(s.objects) for s in scenes]) > 1.8
 
@@ -124,7 +124,7 @@ def test_every_shape_draws_at_every_size(name, held_out):
         sprite = render.draw(rng, parts, light, held_out)
         assert np.isfinite(sprite.image).all()
         assert abs(max(sprite.alpha.shape) - size) <= 4
-        assert 0 <= sprite.alpha.min()
+        assert sprite.alpha.min() >= 0
         assert sprite.alpha.max() <= 1
 
 

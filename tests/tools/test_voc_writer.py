@@ -43,7 +43,9 @@ def test_boxes_are_one_based_and_include_both_edges(tmp_path: Path):
     assert first["pose"] == "Unspecified"
     assert re.search(r"<width>60</width>\s*<height>40</height>\s*<depth>3</depth>", text)
     assert re.search(r"<filename>a\.jpg</filename>", text)
-    assert cv2.imread(str(tmp_path / "VOC2007/JPEGImages/a.jpg")).shape == (40, 60, 3)
+    written = cv2.imread(str(tmp_path / "VOC2007/JPEGImages/a.jpg"))
+    assert written is not None
+    assert written.shape == (40, 60, 3)
 
 
 def test_image_sets_hold_one_name_a_line(tmp_path: Path):
@@ -53,8 +55,8 @@ def test_image_sets_hold_one_name_a_line(tmp_path: Path):
 
 
 def test_a_box_outside_the_picture_is_a_bug():
+    outside = Annotation(0, (0, 0, 61, 40), False, False, 1.0)
     with pytest.raises(AssertionError):
-        outside = Annotation(0, (0, 0, 61, 40), False, False, 1.0)
         voc_writer.annotation_xml("a.jpg", 60, 40, [outside], CLASSES)
 
 

@@ -31,14 +31,23 @@ _BLOCK = 4096  # bytes a small file takes at least
 class Source(Protocol):
     """Makes pictures: each is a function of the options, the part and the index alone."""
 
-    options: SetOptions
-    class_names: tuple[str, ...]
+    @property
+    def options(self) -> SetOptions:
+        """Sizes and statistics."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Classes in label order."""
+        ...
 
     def scene(self, part: str, index: int) -> Scene:
         """Make one picture."""
+        ...
 
     def probe_label(self, index: int) -> int:
         """Return the class of a probe picture."""
+        ...
 
 
 @dataclass(frozen=True)

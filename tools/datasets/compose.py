@@ -169,7 +169,7 @@ def _cast_shadow(canvas: np.ndarray, item: Placed, shadow: tuple[float, float, f
     """Darken the canvas beside an item, in place."""
     size = max(item.sprite.alpha.shape)
     radius = max(1, round(size * 0.05))
-    padded = cv2.copyMakeBorder(item.sprite.alpha, *(radius,) * 4, cv2.BORDER_CONSTANT, value=0)
+    padded = np.pad(item.sprite.alpha, radius)
     dark = cv2.blur(padded, (2 * radius + 1, 2 * radius + 1))
     x = item.x - radius + round(shadow[0] * size)
     y = item.y - radius + round(shadow[1] * size)

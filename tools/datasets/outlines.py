@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 Points = np.ndarray
+Place = Sequence[float] | Points
 
 
 def polygon(*corners: tuple[float, float]) -> Points:
@@ -75,11 +76,11 @@ def stroke(path: Points, width: float | tuple[float, float]) -> Points:
     return np.concatenate([path + half * normal, (path - half * normal)[::-1]])
 
 
-def curve(p0: Sequence[float], p1: Sequence[float], p2: Sequence[float], num: int = 12) -> Points:
+def curve(p0: Place, p1: Place, p2: Place, num: int = 12) -> Points:
     """Return a quadratic Bezier curve from p0 to p2 that bends towards p1."""
     t = np.linspace(0, 1, num)[:, None]
-    p0, p1, p2 = (np.asarray(p, dtype=np.float64) for p in (p0, p1, p2))
-    return (1 - t) ** 2 * p0 + 2 * t * (1 - t) * p1 + t**2 * p2
+    first, pull, last = (np.asarray(p, dtype=np.float64) for p in (p0, p1, p2))
+    return (1 - t) ** 2 * first + 2 * t * (1 - t) * pull + t**2 * last
 
 
 def blob(rng: np.random.Generator, num_corners: int = 7, roughness: float = 0.4) -> Points:

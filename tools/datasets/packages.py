@@ -248,7 +248,6 @@ def _data_archive(deb: io.BufferedReader) -> tarfile.TarFile:
             stream = zstandard.ZstdDecompressor().stream_reader(deb)
             return tarfile.open(fileobj=stream, mode="r|")
         if name.startswith("data.tar"):
-            kind = name.removeprefix("data.tar").lstrip(".")
-            return tarfile.open(fileobj=deb, mode=f"r|{kind}")
+            return tarfile.open(fileobj=deb, mode="r|*")
         deb.seek(size + size % 2, io.SEEK_CUR)
     raise ValueError("no data in it")

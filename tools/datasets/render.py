@@ -10,6 +10,7 @@ from tools.datasets import materials
 from tools.datasets.compose import Sprite
 from tools.datasets.shapes import DARK, LIGHT, Part
 
+_NEIGHBOURS = np.ones((3, 3), dtype=np.uint8)
 _SHIFT = 4  # fractional bits of the coordinates handed to cv2.fillPoly
 
 
@@ -105,7 +106,7 @@ def _part_mask(part: Part, canvas: tuple[int, int]) -> tuple[np.ndarray, int, in
 def _relief(mask: np.ndarray, light: Light, amount: float) -> np.ndarray:
     """Return the brightness factor (h, w) of a part that bulges towards the viewer."""
     radius = max(1, round(0.12 * min(mask.shape)))
-    padded = cv2.copyMakeBorder(mask, *(radius + 1,) * 4, cv2.BORDER_CONSTANT, value=0)
+    padded = np.pad(mask, radius + 1)
     soft = cv2.blur(padded, (2 * radius + 1, 2 * radius + 1)).astype(np.float32)
     dx, dy = round(light.x * radius), round(light.y * radius)
     height, width = mask.shape
@@ -144,7 +145,7 @@ def draw(rng: np.random.Generator, parts: Sequence[Part], light: Light, held_out
         cover = mask.astype(np.float32) * np.float32(1 / 255)
         target = image[rows, columns]
         if outline:
-            rim = cv2.dilate(cover, None)
+            rim = cv2.dilate(cover, _NEIGHBOURS)
             target *= (1 - outline * rim)[:, :, None]
         target += cover[:, :, None] * (paint - target)
         below = alpha[rows, columns]

@@ -8,8 +8,8 @@ from tools.datasets.options import SetOptions
 
 def draw_shape(rng: np.random.Generator, options: SetOptions) -> tuple[int, int]:
     """Return rows and columns of a picture: lying or upright with equal chance."""
-    sides = (options.short_side, options.long_side)
-    return sides if rng.random() < 0.5 else sides[::-1]
+    short, long = options.short_side, options.long_side
+    return (short, long) if rng.random() < 0.5 else (long, short)
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:

@@ -264,7 +264,7 @@ def lamp(dice: ShapeDice) -> list[Part]:
         place, tilt = np.array(head) + np.array([0.05, 0.1]), dice.uniform(-60, -15)
     turn = np.deg2rad(tilt)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    parts = [part(o.stroke(a, thin), slot=SECOND) for a in pairwise(arm)]
+    parts = [part(o.stroke(np.stack(a), thin), slot=SECOND) for a in pairwise(arm)]
     if dice.chance(0.5):
         parts.append(part(o.ellipse(0, 0.95, foot, foot * dice.uniform(0.2, 0.4)), slot=SECOND))
     else:
