@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 
 EXAMPLE = """\
 example:
-  tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards optim.epochs=20
+  tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards optim.epochs=9
   tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards --resume
 
 Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
@@ -18,7 +19,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="tools/pretrain.sh",
-        description="Pretrain a ResNet on WebDataset shards with feature-augmented contrastive learning.",
+        description="Pretrain a ResNet on WebDataset shards: contrastive learning with feature "
+        "augmentation.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -29,6 +31,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
     return parser.parse_intermixed_args(arguments)
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the operating system refused, at which file, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    remedy = "; the last checkpoint is whole: run the same command with --resume"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full{where}: free some space{remedy}"
+    return f"{error.strerror or error}{where}{remedy if error.errno == errno.EIO else ''}"
 
 
 def main(arguments: list[str]) -> int:
@@ -53,6 +64,9 @@ def main(arguments: list[str]) -> int:
         return 2
     except (DiskFullError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
         return 1
     finally:
         dist.stop()

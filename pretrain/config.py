@@ -50,7 +50,12 @@ class ArchConfig:
         else:
             _require(
                 self.res2_channels % 4 == 0,
-                f"arch.res2_channels must be a multiple of 4 for depth 50, got {self.res2_channels}",
+                f"arch.res2_channels must be a multiple of 4 at depth 50, got {self.res2_channels}",
+            )
+            _require(
+                256 * self.width_per_group % self.res2_channels == 0,
+                f"arch: 256 * width_per_group ({self.width_per_group}) must be a multiple of "
+                f"res2_channels ({self.res2_channels}) for depth 50, e.g. 64 and 256, 16 and 64",
             )
 
 
@@ -91,7 +96,12 @@ class HeadConfig:
     output_dim: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("projector_layers", "projector_hidden_dim", "predictor_hidden_dim", "output_dim"):
+        for name in (
+            "projector_layers",
+            "projector_hidden_dim",
+            "predictor_hidden_dim",
+            "output_dim",
+        ):
             value = getattr(self, name)
             _require(value >= 1, f"heads.{name} must be >= 1, got {value}")
 
@@ -105,9 +115,7 @@ class ObjectiveConfig:
     ema_tau: float = 0.99  # byol only: tau_0 of the schedule that ends at 1
 
     def __post_init__(self) -> None:
-        _require(
-            self.temperature > 0, f"objective.temperature must be > 0, got {self.temperature}"
-        )
+        _require(self.temperature > 0, f"objective.temperature must be > 0, got {self.temperature}")
         _require(0 <= self.ema_tau <= 1, f"objective.ema_tau must be in [0, 1], got {self.ema_tau}")
 
 
@@ -128,7 +136,9 @@ class FAConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_features >= 1, f"fa.num_features must be >= 1, got {self.num_features}")
-        _require(0 <= self.mask_ratio < 1, f"fa.mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        _require(
+            0 <= self.mask_ratio < 1, f"fa.mask_ratio must be in [0, 1), got {self.mask_ratio}"
+        )
         _require(self.noise_sigma >= 0, f"fa.noise_sigma must be >= 0, got {self.noise_sigma}")
         _require(self.mixup_alpha > 0, f"fa.mixup_alpha must be > 0, got {self.mixup_alpha}")
         if self.method in ("none", "identity"):
@@ -164,6 +174,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs must be >= 1, got {self.epochs}")
+        _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
+        _require(self.lars_eta > 0, f"optim.lars_eta must be > 0, got {self.lars_eta}")
         _require(self.base_lr > 0, f"optim.base_lr must be > 0, got {self.base_lr}")
         _require(self.weight_decay >= 0, f"optim.weight_decay: {self.weight_decay} is < 0")
         _require(
@@ -178,7 +190,7 @@ class EngineConfig:
     """How the loop runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
     channels_last: bool = True
     num_threads: int = 0  # of the CPU; 0 leaves torch's own choice
     log_every_steps: int = 10
@@ -190,7 +202,9 @@ class EngineConfig:
             value = getattr(self, name)
             _require(value >= 1, f"engine.{name} must be >= 1, got {value}")
         _require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
-        _require(self.keep_checkpoints >= 0, f"engine.keep_checkpoints: {self.keep_checkpoints} < 0")
+        _require(
+            self.keep_checkpoints >= 0, f"engine.keep_checkpoints: {self.keep_checkpoints} < 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,6 +223,10 @@ class EvalConfig:
         _require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")
         _require(self.knn_k >= 1, f"eval.knn_k must be >= 1, got {self.knn_k}")
         _require(self.knn_temperature > 0, f"eval.knn_temperature: {self.knn_temperature} <= 0")
+        _require(
+            self.image_size == 0 or self.image_size >= 16,
+            f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
+        )
         _require(self.num_pictures >= 0, f"eval.num_pictures: {self.num_pictures} is < 0")
         _require(
             (self.probe_train is None) == (self.probe_val is None),

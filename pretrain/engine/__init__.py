@@ -1,0 +1,1 @@
+"""Optimisers, checkpoints, processes, metrics and the visible loop."""

@@ -22,7 +22,7 @@ FIELDS = (
 
 
 class DiskFullError(RuntimeError):
-    """The checkpoint could not be written; the one before it is whole."""
+    """A checkpoint could not be written; the one before it is whole."""
 
 
 def versions() -> dict[str, str]:
@@ -53,15 +53,26 @@ def save(state: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        is_full = _is_disk_full(error, path.parent)  # before the partial file makes room again
         temporary.unlink(missing_ok=True)
+        if not is_full:
+            raise
         free = shutil.disk_usage(path.parent).free
-        if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
-            raise DiskFullError(
-                f"disk full while writing {path} ({free / 1e6:.0f} MB free); free some space and "
-                "run the same command with --resume: the previous checkpoint is whole"
-            ) from error
-        raise
+        raise DiskFullError(
+            f"disk full while writing {path} ({free / 1e6:.0f} MB free without it); free some "
+            "space and run the same command with --resume: the checkpoint before is whole"
+        ) from error
     _sync_folder(path.parent)
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether a write failed for want of space; torch's writer hides the OSError that said so."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def _sync_folder(folder: Path) -> None:

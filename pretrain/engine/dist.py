@@ -51,7 +51,11 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(dist_functional.all_gather(x.contiguous()))
 
 
-def barrier() -> None:
-    """Wait for every process."""
+def mean(x: Tensor) -> Tensor:
+    """Mean over the processes, without gradient."""
+    x = x.detach()
     if is_on():
-        torch_dist.barrier()
+        x = x.clone()
+        torch_dist.all_reduce(x)
+        x /= world_size()
+    return x

@@ -16,8 +16,8 @@ class MetricLog:
 
     Args:
         folder: The run's folder.
-        last_step: Training rows after this step are dropped first: a killed run may have logged steps
-            that its last checkpoint does not know, and they will be run again. -1 drops all.
+        last_step: Training rows after this step are dropped first: a killed run may have logged
+            steps that its last checkpoint does not know, and they will be run again. -1 drops all.
         last_probe_step: The same for all other rows.
     """
 

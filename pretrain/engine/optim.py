@@ -40,9 +40,8 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float,
         eta: float,
     ) -> None:
-        defaults = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        defaults["adapt"] = True
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -125,5 +124,5 @@ def lr_factor(schedule: ParamScheduler, step: int, num_steps: int) -> float:
 
 
 def ema_tau(config: ObjectiveConfig, step: int, num_steps: int) -> float:
-    """tau = 1 - (1 - tau_0) (cos(pi t / T) + 1) / 2 (BYOL, arXiv 2006.07733, section 3.2)."""
+    """BYOL's tau = 1 - (1 - tau_0) (cos(pi t / T) + 1) / 2 (arXiv 2006.07733, section 3.2)."""
     return 1 - (1 - config.ema_tau) * (math.cos(math.pi * step / num_steps) + 1) / 2

@@ -74,15 +74,16 @@ def write_summary(
     folder: Path, position: Position, config: PretrainConfig, num_samples: int
 ) -> None:
     """``summary.json``: its presence says that the run is complete."""
-    knn = [row["knn_top1"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "knn"]
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "knn"]
+    knn = {row["step"]: row["knn_top1"] for row in rows}
     num_images = position.step * config.data.batch_size
     summary = {
         "steps": position.step,
         "epochs": config.optim.epochs,
         "seconds": position.train_seconds,
         "images_per_second": num_images / max(position.train_seconds, 1e-9),
-        "knn_top1": knn[-1] if knn else None,
-        "knn_top1_initial": knn[0] if knn else None,
+        "knn_top1": knn.get(position.step),
+        "knn_top1_initial": knn.get(0),
         "num_samples": num_samples,
         "num_skipped_samples": position.num_bad_samples,
         "peak_memory_bytes": peak_memory_bytes(),

@@ -103,6 +103,7 @@ def restore(
         model.queue.load_state_dict(state["queue"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"]["torch"])
-    if state["random"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    if torch.cuda.is_available():  # perhaps with fewer devices than before
+        for device, cuda_state in enumerate(state["random"]["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, device)
     return Position(**state["position"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ class Meter:
     start: float = field(default_factory=time.perf_counter)
 
     def rates(self) -> dict[str, float]:
+        """Images per second, and the share of the time that was spent waiting for data."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
             "images_per_second": self.num_images / seconds,
@@ -64,6 +66,7 @@ class Run:
     def __init__(self, config: PretrainConfig, *, resume: bool) -> None:
         self.config = config
         self.device = choose_device(config.engine.device)
+        self.is_bf16 = uses_bf16(config.engine.precision, self.device)
         dist.start(self.device.type)
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
@@ -178,8 +181,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         views = self.augmented_views(batch, self.position.epoch)
-        bf16 = config.engine.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16):
             generator = fa_generator(config.seed, step, self.device)
             output = self.model.step(views, generator, self.forward)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,12 +213,9 @@ class Run:
     def _log(
         self, output: StepOutput, lr: float, meter: Meter, log: MetricLog | None, bar: tqdm
     ) -> None:
-        loss = float(output.loss.detach())
+        loss = float(dist.mean(output.loss.detach()))
         if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss} at step {self.position.step}; {self.folder}/checkpoint.pth "
-                "holds an earlier state. Lower optim.base_lr or lengthen optim.warmup_epochs"
-            )
+            raise self._diverged(f"the loss is {loss}")
         rates = meter.rates()
         bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
         if log is None:
@@ -235,6 +234,14 @@ class Run:
             **rates,
         )
 
+    def _diverged(self, what: str) -> NonFiniteLossError:
+        path = self.folder / "checkpoint.pth"
+        saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
+        return NonFiniteLossError(
+            f"{what} at step {self.position.step}; {saved}. Lower optim.base_lr or lengthen "
+            "optim.warmup_epochs"
+        )
+
     def _probe(self, log: MetricLog) -> None:
         if self.probe is None:
             return
@@ -247,6 +254,8 @@ class Run:
     def _save_checkpoint(self) -> None:
         if dist.rank() != 0:
             return
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):
+            raise self._diverged("weights are no longer finite")
         state = to_checkpoint(
             self.config, self.model, self.optimizer, self.position, self.num_steps
         )
@@ -266,7 +275,12 @@ class Run:
         num = self.config.eval.num_pictures
         if num:
             save_neighbours(
-                self.folder, self.model.online.backbone, self.index, self.probe, num, self.device,
+                self.folder,
+                self.model.online.backbone,
+                self.index,
+                self.probe,
+                num,
+                self.device,
                 self.config.data,
             )
         log.close()
@@ -292,13 +306,28 @@ def _stack_nhwc(views: list[torch.Tensor]) -> torch.Tensor:
 def choose_device(name: str) -> torch.device:
     """``auto`` takes a GPU where there is one.
 
+    Under torchrun each process of a machine takes the GPU of its own number.
+
     Raises:
         UserError: If ``cuda`` was asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device=cuda, but torch sees no GPU; use engine.device=auto or cpu")
     is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", number) if is_cuda else torch.device("cpu")
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether steps run under bf16 autocast; ``auto`` does so where the hardware computes in bf16.
+
+    On a CPU without AVX512-BF16 or AMX bf16 is emulated and slower than fp32.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def open_shards(path: str | None) -> ShardIndex:

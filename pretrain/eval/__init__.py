@@ -1,0 +1,1 @@
+"""Frozen features, the kNN probe, collapse figures and pictures to look at."""

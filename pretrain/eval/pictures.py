@@ -59,8 +59,8 @@ def save_neighbours(
 ) -> None:
     """``neighbours.jpg``: a query per row, then its nearest pictures in feature space.
 
-    With a probe the queries are validation pictures and the bank is the probe's training set, and the
-    labels stand in the JSON; without one both are training pictures.
+    With a probe the queries are validation pictures and the bank is the probe's training set, and
+    the labels stand in the JSON; without one both are training pictures.
     """
     if probe is not None:
         bank_index, query_index = probe.train, probe.val

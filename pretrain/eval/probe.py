@@ -67,7 +67,7 @@ class Probe:
         return features, labels
 
     def top1(self, backbone: nn.Module) -> float:
-        """kNN accuracy in [0, 1]."""
+        """Accuracy of the kNN classifier, in [0, 1]."""
         bank, bank_labels = self.features(backbone, self.train)
         queries, labels = self.features(backbone, self.val)
         return knn_top1(

@@ -20,7 +20,7 @@ def feature_std(z: Float[Tensor, "n d"]) -> float:
 
 @torch.no_grad()
 def effective_rank(z: Float[Tensor, "n d"]) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007).
+    """Exponential of the entropy of the normalised singular values (Roy & Vetterli, 2007).
 
     Of the centred, normalised features: between 1 and min(n, d); 0 if all rows are the same.
     """
