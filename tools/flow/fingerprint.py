@@ -23,6 +23,8 @@ class Stage:
         command: Argument list; never passed to a shell.
         outputs: Paths relative to the run's folder that must exist when the stage is finished.
         owns: Paths relative to the run's folder that are removed before a fresh start.
+        products: Paths relative to the run's folder whose bytes count for the stages that read this
+            one; `outputs` if empty. A stage that runs again and makes the same changes nothing.
         upstream: Names of the stages that this one reads.
         files: Inputs from outside: files count by content, folders by their listing.
         config: The settings that this stage sees.
@@ -36,6 +38,7 @@ class Stage:
     command: tuple[str, ...]
     outputs: tuple[str, ...]
     owns: tuple[str, ...]
+    products: tuple[str, ...] = ()
     upstream: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -54,7 +57,7 @@ def fingerprint_parts(
         stage: The stage.
         root: The repository; the command's mentions of it do not count.
         out: The run's folder; the command's mentions of it do not count.
-        upstream: Fingerprints of the stages before this one, by name.
+        upstream: What the stages before this one made, by name: digests of their products.
     """
     return {
         "command": [_anonymous(word, root, out) for word in stage.command],
@@ -69,6 +72,24 @@ def fingerprint_parts(
     }
 
 
+def product_digest(stage: Stage, out: Path) -> str:
+    """Return a hash of the bytes that a finished stage made."""
+    total = hashlib.sha256()
+    for name in stage.products or stage.outputs:
+        path = out / name
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        for file in files:
+            total.update(file.relative_to(out).as_posix().encode() + b"\0")
+            total.update(bytes_digest(file).encode())
+    return total.hexdigest()
+
+
+def bytes_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def digest(parts: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the parts in one canonical spelling."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
@@ -79,7 +100,7 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return in words what differs between two sets of parts."""
     kinds = {
         "config": "setting",
-        "upstream": "stage",
+        "upstream": "what was made by",
         "files": "input",
         "sources": "code",
         "libraries": "library",
@@ -128,8 +149,7 @@ def source_digest(path: Path) -> str:
 def input_digest(path: Path) -> str | None:
     """Return a hash of a file's bytes or of a folder's names, sizes and times; None if missing."""
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return bytes_digest(path)
     if not path.is_dir():
         return None
     total = hashlib.sha256()

@@ -152,9 +152,9 @@ def detection_pictures(run: Run, pair: str) -> dict[str, Any]:
 
 
 def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a picture that pretraining left, each as a picture with its description.
+    """Return the rows of a picture that pretraining left: tiles with what is known about them.
 
-    Where the rows cannot be told apart the whole picture is one row.
+    Where rows and tiles cannot be told apart the whole picture is one tile.
     """
     path = run.out / f"pretrain/pictures/{name}.jpg"
     described = (read_json(path.with_suffix(".json")) or {}).get("rows") or []
@@ -163,15 +163,20 @@ def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
             whole = opened.convert("RGB")
     except (OSError, ValueError):
         return []
-    count = len(described)
-    if not count or (whole.height + TILE_GAP) % count:
-        picture = gallery.embed_image(whole, 1400)
-        return [{"picture": picture, "about": {}}]
-    step = (whole.height + TILE_GAP) // count
-    boxes = [(0, i * step, whole.width, (i + 1) * step - TILE_GAP) for i in range(count)]
+    step, rest = divmod(whole.height + TILE_GAP, max(len(described), 1))
+    columns, rest_across = divmod(whole.width + TILE_GAP, step)
+    if not described or rest or rest_across:
+        return [{"tiles": [gallery.embed_image(whole, 1400)], "about": {}}]
+    side = step - TILE_GAP
     return [
-        {"picture": gallery.embed_image(whole.crop(box), 1400), "about": about}
-        for box, about in zip(boxes, described, strict=True)
+        {
+            "tiles": [
+                gallery.embed_image(whole.crop((x, y, x + side, y + side)), 400)
+                for x in range(0, columns * step, step)
+            ],
+            "about": about,
+        }
+        for y, about in zip(range(0, len(described) * step, step), described, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -16,7 +16,14 @@ from typing import Any, Literal
 from tools.flow import ledger as records
 from tools.flow.errors import StageError, Stopped, UserError
 from tools.flow.files import inside, remove
-from tools.flow.fingerprint import Stage, digest, explain, fingerprint_parts, forget_digests
+from tools.flow.fingerprint import (
+    Stage,
+    digest,
+    explain,
+    fingerprint_parts,
+    forget_digests,
+    product_digest,
+)
 from tools.flow.ledger import Ledger
 from tools.flow.process import Child, Finished
 from tools.flow.progress import Progress, clock
@@ -29,10 +36,10 @@ _LOG_LINES_SHOWN = 15
 class Decision:
     """What is done with a stage, and why."""
 
-    action: Literal["skip", "run", "resume"]
+    action: Literal["skip", "run", "resume", "maybe"]
     reason: str
-    fingerprint: str
-    parts: dict[str, Any]
+    fingerprint: str = ""
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 class Runner:
@@ -54,7 +61,7 @@ class Runner:
         self._stop_signal: int | None = None
 
     def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
-        """Decide for every stage; fingerprints need no stage to run.
+        """Foretell what a run would do; `maybe` is decided by what an earlier stage will make.
 
         Raises:
             UserError: If a stage would have to remove something that this pipeline did not make.
@@ -62,9 +69,12 @@ class Runner:
         forget_digests()
         decisions: dict[str, Decision] = {}
         for stage in stages:
-            known = {name: decision.fingerprint for name, decision in decisions.items()}
-            parts = fingerprint_parts(stage, self.root, self.out, known)
-            decisions[stage.name] = self._decide(stage, digest(parts), parts)
+            open_ones = [name for name in stage.upstream if decisions[name].action != "skip"]
+            if self._record(stage) and open_ones:
+                reason = f"only if {open_ones[0]} makes something else than before"
+                decisions[stage.name] = Decision("maybe", reason)
+            else:
+                decisions[stage.name] = self._decide(stage)
         return decisions
 
     def run(
@@ -91,13 +101,13 @@ class Runner:
         self.out.mkdir(parents=True, exist_ok=True)
         with records.lock(self.out) as lock_descriptor, self._signals_passed_on():
             self.ledger.load()  # Another run may have written before the lock was ours.
-            decisions = self.plan(stages)
+            self._note_plan(self.plan(stages))
             before_first()
-            self._note_plan(decisions)
             for number, stage in enumerate(stages, 1):
-                decision = decisions[stage.name]
+                decision = self._decide(stage)
                 if decision.action == "skip":
                     self.ledger.skipped.add(stage.name)
+                    self.ledger.update(stage.name, current=True)
                     progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
                 else:
                     progress.start(number, stage.name, decision.reason)
@@ -110,7 +120,10 @@ class Runner:
                 if stage.name == until:
                     break
 
-    def _decide(self, stage: Stage, fingerprint: str, parts: dict[str, Any]) -> Decision:
+    def _decide(self, stage: Stage) -> Decision:
+        made = {name: self.ledger.stages.get(name, {}).get("product") for name in stage.upstream}
+        parts = fingerprint_parts(stage, self.root, self.out, made)
+        fingerprint = digest(parts)
         record = self._record(stage)
         action: Literal["skip", "run", "resume"] = "run"
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
@@ -142,10 +155,7 @@ class Runner:
         """Note which stages belong to this run, and which records speak of its settings."""
         self.ledger.data["plan"] = list(decisions)
         for name, record in self.ledger.stages.items():
-            decision = decisions.get(name)
-            record["current"] = (
-                decision is not None and decision.fingerprint == record["fingerprint"]
-            )
+            record["current"] = name in decisions and decisions[name].action == "skip"
         self.ledger.write()
 
     def _record(self, stage: Stage) -> dict[str, Any]:
@@ -182,6 +192,7 @@ class Runner:
             ended=records.now(),
             exit_status=ended.exit_status,
             peak_memory_bytes=ended.peak_memory_bytes,
+            product=product_digest(stage, self.out) if good else None,
         )
         if good:
             progress.finish(f"finished in {clock(before + ended.seconds)}")
