@@ -186,6 +186,8 @@ def _train_seed(
     cfg.DATASETS.TRAIN, test = register(voc)
     cfg.DATASETS.TEST = (test,)
     cfg.freeze()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     _log_to(folder)
     if comm.is_main_process():
         (folder / "config.yaml").write_text(cfg.dump())
@@ -236,6 +238,7 @@ def _write_results(
             "num_test_images": last["num_images"],
             "evaluation_seconds": last["seconds"],
             "peak_memory_bytes": peak_memory_bytes(),
+        "num_threads": torch.get_num_threads(),
             "versions": versions(),
         },
     )
