@@ -78,6 +78,7 @@ def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
                     group = {}
                 group = group or {"name": parts[0]}
                 _add_member(group, parts[1], member, tar)
+            _require_end_mark(path, tar)
     except tarfile.ReadError as error:
         if "unexpected end of data" in str(error):
             raise UserError(_truncated(path, "in the middle of a member")) from error
@@ -88,6 +89,15 @@ def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
     if group:
         _close_group(group, path, entries, skipped)
     return entries, skipped
+
+
+def _require_end_mark(path: Path, tar: tarfile.TarFile) -> None:
+    """A whole tar ends with blocks of zeros; one that was cut between two members does not."""
+    with open(path, "rb") as stream:
+        stream.seek(tar.offset)
+        block = stream.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise UserError(_truncated(path, "without its end mark"))
 
 
 def _truncated(path: Path, where: str) -> str:

@@ -1,0 +1,44 @@
+"""Small pictures and shard sets for the tests of the data side."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from pretrain.data.shards import SourcePicture
+
+NUM_PICTURES = 40
+
+
+def smooth_picture(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 [height, width, 3] with soft structure, as photographs have."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def encode(image: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, num: int = NUM_PICTURES, num_classes: int = 2) -> list[Path]:
+    """Class folders with JPEG pictures of several sizes."""
+    files = []
+    for i in range(num):
+        file = folder / f"class-{i % num_classes}" / f"picture-{i:03d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(smooth_picture(i, 40 + i % 40, 90 - i % 40), quality=90))
+        files.append(file)
+    return files
+
+
+def sources(folder: Path) -> list[SourcePicture]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    classes = sorted({path.parent.name for path in files})
+    return [
+        SourcePicture(str(p), p.relative_to(folder).as_posix(), classes.index(p.parent.name))
+        for p in files
+    ]

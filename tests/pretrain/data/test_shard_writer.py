@@ -1,0 +1,324 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data import shard_job, shard_writer
+from pretrain.data.shard_plan import ShardOptions, SourcePicture, make_keys, make_plan
+from pretrain.data.shards import ShardIndex, verify_shards, write_shards
+from pretrain.data.tar_index import split_name
+from pretrain.data.views import decode
+from pretrain.errors import UserError
+from tests.pretrain.data.picture_helpers import encode, smooth_picture, sources, write_pictures
+
+TEN = ShardOptions(max_samples_per_shard=10)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_bytes_do_not_depend_on_workers_or_list_order(picture_folder: Path, tmp_path: Path) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path / "one", options=TEN)
+    report = write_shards(pictures[::-1], tmp_path / "two", options=TEN, num_workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (report.num_samples, report.num_shards, report.num_shards_kept) == (40, 4, 0)
+
+
+def test_shards_mix_classes_unless_told_otherwise(picture_folder: Path, tmp_path: Path) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path / "mixed", options=TEN)
+    plain = ShardOptions(max_samples_per_shard=10, shuffle_seed=None)
+    write_shards(pictures, tmp_path / "plain", options=plain)
+    assert 0 < ShardIndex.open(tmp_path / "mixed").labels[:10].sum() < 10
+    assert ShardIndex.open(tmp_path / "plain").labels.tolist() == [0] * 20 + [1] * 20
+
+
+def test_shards_close_at_their_size(picture_folder: Path) -> None:
+    plans = make_plan(sources(picture_folder), ShardOptions(shard_size_mb=0.02))
+    assert len(plans) > 2
+    assert max(plan.estimated_bytes for plan in plans) <= 20_000
+    assert sum(len(plan.pictures) for plan in plans) == 40
+    (only,) = make_plan(sources(picture_folder)[:1], ShardOptions(shard_size_mb=1e-6))
+    assert len(only.pictures) == 1
+
+
+def test_finished_set_is_left_alone(picture_folder: Path, tmp_path: Path) -> None:
+    write_shards(sources(picture_folder), tmp_path, options=TEN)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    report = write_shards(sources(picture_folder), tmp_path, options=TEN)
+    assert report.num_shards_kept == 4
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_stopped_run_goes_on(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path / "whole", options=TEN)
+    made = []
+
+    def stop_at_third(plan, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(plan.name)
+        return shard_job.write_shard(plan, *rest)
+
+    monkeypatch.setattr(shard_writer, "write_shard", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(pictures, tmp_path / "parts", options=TEN)
+    assert not (tmp_path / "parts" / "index.json").exists()
+    monkeypatch.undo()
+    report = write_shards(pictures, tmp_path / "parts", options=TEN)
+    assert report.num_shards_kept == 2
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+def wait_until_gone(group: int) -> None:
+    """Workers end by themselves when their parent was killed."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("a worker outlived its parent")
+
+
+def test_killed_run_goes_on_without_loss(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", 400)
+    root = Path(__file__).parents[3]
+    command = [
+        sys.executable, root / "tools/make_shards.py", tmp_path / "in", tmp_path / "out",
+        "--max-samples-per-shard", "20", "--num-workers", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while len(list((tmp_path / "out").glob("shard-*.tar"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    wait_until_gone(process.pid)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "were finished before" in done.stdout
+    write_shards(
+        sources(tmp_path / "in"), tmp_path / "whole",
+        options=ShardOptions(max_samples_per_shard=20), classes=["class-0", "class-1"],
+    )  # fmt: skip
+    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    assert len({index.key_name(i) for i in range(400)}) == 400
+
+
+def test_bad_pictures_are_named_and_bounded(tmp_path: Path) -> None:
+    files = write_pictures(tmp_path / "in", 12)
+    files[3].write_bytes(files[3].read_bytes()[:300])
+    files[7].write_bytes(b"no picture")
+    pictures = sources(tmp_path / "in")
+    with pytest.raises(UserError, match=r"(?s)1 pictures cannot be used, allowed are 0:.*--max-bad"):
+        write_shards(pictures, tmp_path / "out")
+    with pytest.raises(UserError, match=r"2 pictures cannot be used, allowed are 1"):
+        write_shards(pictures, tmp_path / "out", max_bad=1)
+    report = write_shards(pictures, tmp_path / "out", max_bad=2)
+    assert report.num_samples == 10
+    assert {item["file"] for item in report.skipped} == {
+        "class-1/picture-003.jpg",
+        "class-1/picture-007.jpg",
+    }
+    index = ShardIndex.open(tmp_path / "out")
+    assert index.skipped == report.skipped
+    with pytest.raises(UserError, match="allowed are 0"):
+        write_shards(pictures, tmp_path / "out")
+
+
+def test_bad_pictures_are_counted_over_all_shards(tmp_path: Path) -> None:
+    files = write_pictures(tmp_path / "in", 20)
+    for file in files[::2]:
+        file.write_bytes(b"no picture")
+    options = ShardOptions(max_samples_per_shard=2)
+    with pytest.raises(UserError, match=r"pictures cannot be used, allowed are 4"):
+        write_shards(sources(tmp_path / "in"), tmp_path / "out", options=options, max_bad=4)
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"none of 20 pictures decodes"):
+        write_shards(sources(tmp_path / "in"), tmp_path / "none", options=options, max_bad=20)
+
+
+def test_vanished_picture(tmp_path: Path) -> None:
+    pictures = [SourcePicture(str(tmp_path / "gone.jpg"), "gone.jpg")]
+    with pytest.raises(UserError, match=r"gone.jpg: cannot be read \(No such file"):
+        write_shards(pictures, tmp_path / "out")
+
+
+def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path, options=TEN)
+    with pytest.raises(UserError, match="holds shards of another source or of other options"):
+        write_shards(pictures[:30], tmp_path, options=TEN)
+    with pytest.raises(UserError, match="another source or of other options; choose another folder"):
+        write_shards(pictures, tmp_path, options=ShardOptions(max_samples_per_shard=9))
+    report = write_shards(pictures[:30], tmp_path, options=TEN, overwrite=True)
+    assert report.num_shards == 3
+    assert verify_shards(tmp_path).ok
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match=r"shard-000000.tar: a tar that this run did not make"):
+        write_shards(pictures, tmp_path, options=TEN)
+
+
+def test_unfinished_run_with_other_options(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="an unfinished run with another source or other options"):
+        write_shards(sources(picture_folder)[:5], tmp_path, options=TEN)
+
+
+def test_two_writers(picture_folder: Path, tmp_path: Path) -> None:
+    with (
+        shard_writer._only_writer(tmp_path),
+        pytest.raises(UserError, match="another run is writing here"),
+    ):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+
+
+def test_changed_shard_of_a_finished_set(picture_folder: Path, tmp_path: Path) -> None:
+    write_shards(sources(picture_folder), tmp_path, options=TEN)
+    (tmp_path / "shard-000003.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000003.tar: missing or changed .*--overwrite"):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+
+
+# -- disk -----------------------------------------------------------------------------------------
+
+
+def test_full_disk_while_writing(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_job._HashingStream, "write", full)
+    with pytest.raises(shard_job.DiskFullError, match=r"the disk is full; free some space and run"):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+    assert not list(tmp_path.glob("*.tar"))
+    assert not list(tmp_path.glob(".*.tmp"))
+    monkeypatch.undo()
+    assert write_shards(sources(picture_folder), tmp_path, options=TEN).num_samples == 40
+
+
+def test_space_is_checked_first(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shard_writer.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the shards need about 0.00 GB.*--resize-short"):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+
+
+def test_folder_that_is_a_file(picture_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file: cannot be written .*choose another folder"):
+        write_shards(sources(picture_folder), tmp_path / "file")
+
+
+# -- what is stored -------------------------------------------------------------------------------
+
+
+def test_formats_are_kept_or_made_png(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for kind, suffix in [("JPEG", "jpeg"), ("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp")]:
+        (tmp_path / "in" / f"{kind}.{suffix}").write_bytes(encode(smooth_picture(1), kind))
+    (tmp_path / "in" / "misnamed.png").write_bytes(encode(smooth_picture(1), "JPEG"))
+    write_shards(sources(tmp_path / "in"), tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    stored = {index.key_name(i): index.read_bytes(i) for i in range(5)}
+    for name in ("JPEG.jpeg", "PNG.png", "WEBP.webp", "misnamed.png"):
+        assert stored[name.split(".")[0]] == (tmp_path / "in" / name).read_bytes()
+    assert stored["BMP"].startswith(b"\x89PNG")
+    np.testing.assert_array_equal(decode(stored["BMP"], where=""), smooth_picture(1))
+
+
+def test_shrunk_pictures(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    large, small = smooth_picture(1, 120, 200), smooth_picture(2, 30, 50)
+    (tmp_path / "in" / "large.png").write_bytes(encode(large, "PNG"))
+    (tmp_path / "in" / "small.png").write_bytes(encode(small, "PNG"))
+    options = ShardOptions(resize_short=60, quality=95)
+    write_shards(sources(tmp_path / "in"), tmp_path / "out", options=options)
+    index = ShardIndex.open(tmp_path / "out")
+    stored = {index.key_name(i): index.read_bytes(i) for i in range(2)}
+    assert stored["small"] == (tmp_path / "in" / "small.png").read_bytes()
+    assert stored["large"][:2] == b"\xff\xd8"
+    shrunk = decode(stored["large"], where="")
+    assert shrunk.shape == (60, 100, 3)
+    expected = cv2.resize(large, (100, 60), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(shrunk - expected).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_samples_per_shard": 0}, "0 samples per shard"),
+        ({"shard_size_mb": 0}, "shard size 0 MB"),
+        ({"resize_short": 0}, "short side 0"),
+        ({"quality": 101}, "JPEG quality 101"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ShardOptions(**options)
+
+
+# -- keys -----------------------------------------------------------------------------------------
+
+path_parts = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40)
+file_names = st.lists(path_parts, min_size=1, max_size=4).map("/".join)
+
+
+@settings(max_examples=200)
+@given(st.lists(file_names, unique=True, max_size=20))
+def test_keys_are_unique_safe_and_short(names: list[str]) -> None:
+    keys = make_keys(names)
+    assert len(set(keys)) == len(names)
+    for key in keys:
+        assert split_name(f"{key}.jpg") == (key, "jpg")
+        assert f"{key}.jpg".isascii()
+        assert len(key) <= 92
+        assert not key.startswith("/")
+        assert ".." not in key
+
+
+def test_plain_names_stay_readable() -> None:
+    assert make_keys(["n01/a_1.JPEG", "n01/a-2.jpg"]) == ["n01/a_1", "n01/a-2"]
+    both = make_keys(["a.jpg", "a.png"])
+    assert all(key.startswith("a-") for key in both)
+    with pytest.raises(UserError, match=r"a.jpg: listed twice"):
+        make_keys(["a.jpg", "a.jpg"])
+
+
+def test_index_json_is_what_the_architecture_says(picture_folder: Path, tmp_path: Path) -> None:
+    write_shards(sources(picture_folder), tmp_path, options=TEN, classes=["a", "b"])
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["format"] == "fa-shards-1"
+    assert (index["num_samples"], index["classes"], index["skipped"]) == (40, ["a", "b"], [])
+    assert set(index["shards"][0]) == {"name", "num_samples", "bytes", "sha256"}
+    assert index["samples"] == "samples.npy"
+    table = np.load(tmp_path / "samples.npy")
+    assert table.dtype.names == ("shard", "offset", "size", "label", "key")

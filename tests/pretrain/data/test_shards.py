@@ -1,0 +1,317 @@
+import gc
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
+
+from pretrain.data import foreign
+from pretrain.data.shards import ShardIndex, verify_shards
+from pretrain.data.tar_index import key_hash
+from pretrain.data.views import decode
+from pretrain.errors import UserError
+
+
+def test_index_gives_every_picture(index: ShardIndex, picture_folder: Path) -> None:
+    assert index.num_samples == NUM_PICTURES
+    assert index.shard_sizes == [10] * 4
+    assert index.classes == ["class-0", "class-1"]
+    assert index.has_labels
+    for i in range(index.num_samples):
+        name = index.key_name(i)
+        assert index.read_bytes(i) == (picture_folder / f"{name}.jpg").read_bytes()
+        assert index.labels[i] == int(name[6])
+        assert int(index.samples["key"][i]) == key_hash(name)
+
+
+def test_describe_names_sample_key_shard_and_place(index: ShardIndex) -> None:
+    text = index.describe(13)
+    assert text.startswith(f"sample 13 {index.key_name(13)!r} in ")
+    assert f"shard-000001.tar at byte {index.samples['offset'][13]}" in text
+
+
+def test_index_travels_to_workers(index: ShardIndex) -> None:
+    other = pickle.loads(pickle.dumps(index))
+    assert other.read_bytes(7) == index.read_bytes(7)
+
+
+def test_more_shards_than_open_files(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.data.shards._MAX_OPEN_FILES", 2)
+    for i in [0, 10, 20, 30, 5, 15]:
+        assert index.read_bytes(i)[:2] == b"\xff\xd8"
+    assert len(index._files) == 2
+    index.close()
+    assert index.read_bytes(0)[:2] == b"\xff\xd8"
+
+
+# -- other people's tools read our shards ---------------------------------------------------------
+
+
+def test_tar_reads_our_shards(shard_folder: Path, picture_folder: Path, tmp_path: Path) -> None:
+    for shard in sorted(shard_folder.glob("*.tar")):
+        subprocess.run(["tar", "xf", shard, "-C", tmp_path], check=True)
+    for file in picture_folder.rglob("*.jpg"):
+        copy = tmp_path / file.relative_to(picture_folder)
+        assert copy.read_bytes() == file.read_bytes()
+        assert copy.with_suffix(".cls").read_text() == file.parent.name[-1]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files to the collector
+def test_webdataset_reads_our_shards(shard_folder: Path, index: ShardIndex) -> None:
+    urls = sorted(str(path) for path in shard_folder.glob("*.tar"))
+    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [index.key_name(i) for i in range(40)]
+    assert [int(sample["cls"]) for sample in samples] == index.labels.tolist()
+    assert samples[3]["jpg"] == index.read_bytes(3)
+    gc.collect()
+
+
+# -- we read other people's shards ----------------------------------------------------------------
+
+
+def write_foreign(folder: Path, num: int = 12) -> None:
+    folder.mkdir(exist_ok=True)
+    pattern = str(folder / "part-%03d.tar")
+    with wds.ShardWriter(pattern, maxcount=5, verbose=0) as writer:
+        for i in range(num):
+            picture = encode(smooth_picture(i))
+            sample = {"__key__": f"n{i % 3}/x{i}", "jpg": picture, "cls": i % 3, "json": {"i": i}}
+            writer.write(sample)
+
+
+def test_shards_of_webdataset_are_indexed_on_first_use(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    write_foreign(tmp_path / "set")
+    index = ShardIndex.open(tmp_path / "set")
+    assert "indexing set" in capfd.readouterr().err
+    assert index.shard_sizes == [5, 5, 2]
+    assert index.labels.tolist() == [i % 3 for i in range(12)]
+    assert index.read_bytes(11) == encode(smooth_picture(11))
+    assert index.key_name(11) == "n2/x11"
+    assert ShardIndex.open(tmp_path / "set").num_samples == 12
+    assert "indexing" not in capfd.readouterr().err
+    assert verify_shards(tmp_path / "set").ok
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_tar_formats_and_long_names(tmp_path: Path, tar_format: int) -> None:
+    length = 90 if tar_format == tarfile.USTAR_FORMAT else 300
+    names = [f"{'d' * 60}/{'k' * length}{i}" for i in range(4)] + ["ünï/cödé"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as tar:
+        tar.addfile(_directory("folder"))
+        for i, name in enumerate(names):
+            _add(tar, f"{name}.PNG", encode(smooth_picture(i), "PNG"))
+            _add(tar, f"{name}.cls", b" 5\n")
+    index = ShardIndex.open(tmp_path)
+    assert [index.key_name(i) for i in range(5)] == names
+    assert index.labels.tolist() == [5] * 5
+    for i in range(5):
+        np.testing.assert_array_equal(decode(index.read_bytes(i), where=""), smooth_picture(i))
+
+
+def test_shards_of_the_tar_command(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.webp").write_bytes(encode(smooth_picture(i), "WEBP"))
+        (tmp_path / "in" / f"{i}.txt").write_text("a caption")
+    command = ["tar", "--sort=name", "-cf", tmp_path / "s.tar", "-C", tmp_path / "in", "."]
+    subprocess.run(command, check=True)
+    index = ShardIndex.open(tmp_path)
+    assert [index.key_name(i) for i in range(3)] == ["./0", "./1", "./2"]
+    assert not index.has_labels
+    assert decode(index.read_bytes(2), where="").shape == (48, 64, 3)
+
+
+def test_what_is_no_sample_is_listed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        _add(tar, "README", b"hello")
+        _add(tar, "only.cls", b"1")
+        _add(tar, "good.jpg", encode(smooth_picture(0)))
+        _add(tar, "good.cls", b"cat")
+    index = ShardIndex.open(tmp_path)
+    assert index.num_samples == 1
+    assert index.labels.tolist() == [-1]
+    reasons = {item["file"]: item["reason"] for item in index.skipped}
+    assert reasons["a.tar/README"] == "a name without a suffix"
+    assert reasons["a.tar/only"] == "no picture"
+    assert "b'cat' is not an integer" in reasons["a.tar/good.cls"]
+
+
+def test_read_only_folder_gets_its_index_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    write_foreign(tmp_path / "set")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(foreign, "_is_writable", lambda folder: False)
+    for expected in (True, False):
+        assert ShardIndex.open(tmp_path / "set").num_samples == 12
+        assert ("indexing" in capfd.readouterr().err) is expected
+    assert not (tmp_path / "set" / "index.json").exists()
+    write_foreign(tmp_path / "set", num=14)  # other tars get another index
+    assert ShardIndex.open(tmp_path / "set").num_samples == 14
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such folder of shards.*make_shards"):
+        ShardIndex.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"neither index.json nor .tar files.*make_shards"):
+        ShardIndex.open(tmp_path)
+
+
+def test_missing_shard(shard_folder: Path) -> None:
+    (shard_folder / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000002.tar: shard is missing; copy it back"):
+        ShardIndex.open(shard_folder)
+
+
+def test_truncated_shard(shard_folder: Path) -> None:
+    _truncate(shard_folder / "shard-000001.tar")
+    with pytest.raises(UserError, match=r"shard-000001.tar: shard is cut short.*make it again"):
+        ShardIndex.open(shard_folder)
+
+
+def test_truncated_shard_without_index(shard_folder: Path, index: ShardIndex) -> None:
+    end = int(index.samples["offset"][19] + index.samples["size"][19])
+    (shard_folder / "index.json").unlink()
+    path = shard_folder / "shard-000001.tar"
+    data = path.read_bytes()
+    for size in range(0, end, 1536):
+        path.write_bytes(data[: max(size, 100)])
+        with pytest.raises(UserError, match=r"shard-000001.tar: (the tar ends|not an uncompr)"):
+            ShardIndex.open(shard_folder)
+
+
+def test_compressed_or_no_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        _add(tar, "a.jpg", b"x")
+    with pytest.raises(UserError, match=r"a.tar: not an uncompressed tar .*unpack it first"):
+        ShardIndex.open(tmp_path)
+
+
+def test_stale_index(shard_folder: Path) -> None:
+    shutil.copy(shard_folder / "shard-000001.tar", shard_folder / "shard-000009.tar")
+    with pytest.raises(UserError, match=r"000009.tar: a shard that the index does not know.*stale"):
+        ShardIndex.open(shard_folder)
+    (shard_folder / "shard-000009.tar").rename(shard_folder / "shard-000001.tar")
+    with open(shard_folder / "shard-000001.tar", "ab") as stream:
+        stream.write(b"\0" * 1024)
+    with pytest.raises(UserError, match=r"000001.tar: .* bytes instead of .*stale; delete .*index"):
+        ShardIndex.open(shard_folder)
+
+
+def test_shard_of_the_same_size_but_other_content(shard_folder: Path, index: ShardIndex) -> None:
+    path = shard_folder / index.shard_names[0]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(UserError, match=r"shard-000000.tar .*does not hold what the index says"):
+        index.read_bytes(0)
+
+
+def test_shard_cut_short_or_gone_while_running(shard_folder: Path, index: ShardIndex) -> None:
+    _truncate(shard_folder / "shard-000001.tar")
+    with pytest.raises(UserError, match=r"shard-000001.tar .*changed or cut short"):
+        index.read_bytes(19)
+    (shard_folder / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000002.tar .*cannot be read"):
+        index.read_bytes(25)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read as an index"), ('{"format": "other"}', "not an index of format")],
+)
+def test_index_that_is_none(shard_folder: Path, content: str, message: str) -> None:
+    (shard_folder / "index.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        ShardIndex.open(shard_folder)
+
+
+def test_damaged_table(shard_folder: Path) -> None:
+    path = shard_folder / "samples.npy"
+    table = np.load(path)
+    table["offset"][3] += 512
+    np.save(path, table)
+    with pytest.raises(UserError, match=r"samples.npy: its SHA-256 is not the one in index.json"):
+        ShardIndex.open(shard_folder)
+    np.save(path, table[:5])
+    with pytest.raises(UserError, match=r"samples.npy: does not fit index.json \(40 samples\)"):
+        ShardIndex.open(shard_folder)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"samples.npy: cannot be read"):
+        ShardIndex.open(shard_folder)
+    path.unlink()
+    with pytest.raises(UserError, match=r"samples.npy: missing; delete index.json"):
+        ShardIndex.open(shard_folder)
+
+
+# -- verify ---------------------------------------------------------------------------------------
+
+
+def test_verify_finds_nothing_in_a_good_set(shard_folder: Path) -> None:
+    report = verify_shards(shard_folder)
+    assert report.ok
+    assert (report.num_shards, report.num_samples) == (4, 40)
+
+
+def test_verify_finds_each_fault(shard_folder: Path) -> None:
+    shards = [shard_folder / f"shard-00000{i}.tar" for i in range(4)]
+    flipped = bytearray(shards[0].read_bytes())
+    flipped[2000] ^= 1
+    shards[0].write_bytes(flipped)
+    _truncate(shards[1])
+    shards[2].unlink()
+    (shard_folder / "more.tar").write_bytes(b"")
+    problems = "\n".join(verify_shards(shard_folder).problems)
+    assert "shard-000000.tar: its SHA-256 is not the one in the index" in problems
+    assert "shard-000001.tar" in problems
+    assert "bytes, the index says" in problems
+    assert "shard-000002.tar: missing" in problems
+    assert "more.tar: not in the index" in problems
+    assert "shard-000003" not in problems
+
+
+def test_verify_finds_a_wrong_table(shard_folder: Path) -> None:
+    index = json.loads((shard_folder / "index.json").read_text())
+    table = np.load(shard_folder / "samples.npy")
+    table["size"][12] += 1
+    np.save(shard_folder / "samples.npy", table)
+    assert "samples.npy: differs" in verify_shards(shard_folder).problems[0]
+    from pretrain.data.tar_index import file_sha256
+
+    index["samples_sha256"] = file_sha256(shard_folder / "samples.npy")
+    index["num_samples"] = 40
+    (shard_folder / "index.json").write_text(json.dumps(index))
+    (problem,) = verify_shards(shard_folder).problems
+    assert "shard-000001.tar: samples lie elsewhere" in problem
+
+
+def test_verify_without_index(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"index.json: missing, so there is nothing to verify"):
+        verify_shards(tmp_path)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _directory(name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.DIRTYPE
+    return member
+
+
+def _truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
