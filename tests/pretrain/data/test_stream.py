@@ -1,0 +1,253 @@
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.order import epoch_order
+from pretrain.data.shards import ShardIndex
+from pretrain.data.stream import (
+    Loader,
+    RequestSampler,
+    TwoViewBatch,
+    TwoViewDataset,
+    eval_loader,
+    make_loader,
+)
+from pretrain.data.tar_index import key_hash
+from pretrain.data.views import center_crop, decode
+from pretrain.errors import UserError
+from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
+
+SIZE = 16
+
+
+def dataset(index: ShardIndex, seed: int = 3) -> TwoViewDataset:
+    return TwoViewDataset(index, image_size=SIZE, crop_scales=((0.2, 1.0), (0.08, 1.0)), seed=seed)
+
+
+def load(index: ShardIndex, **options: int) -> list[TwoViewBatch]:
+    arguments = {"batch_size": 8, "epoch": 0, "shuffle_window": 20} | options
+    return list(make_loader(dataset(index), **arguments))
+
+
+def same(one: list[TwoViewBatch], other: list[TwoViewBatch]) -> bool:
+    fields = ("views", "keys", "sample_ids", "labels")
+    return len(one) == len(other) and all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(one, other, strict=True)
+        for name in fields
+    )
+
+
+def test_batch_holds_what_it_says(index: ShardIndex) -> None:
+    batches = load(index)
+    assert len(batches) == NUM_PICTURES // 8
+    batch = batches[0]
+    assert batch.views.shape == (2, 8, 3, SIZE, SIZE)
+    assert batch.views.dtype == torch.uint8
+    assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
+    for row, sample_id in enumerate(batch.sample_ids.tolist()):
+        name = index.key_name(sample_id)
+        assert batch.keys[row].item() % 2**64 == key_hash(name)
+        assert batch.labels[row].item() == int(name[6])
+    assert batch.keys.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.num_bad == 0
+    assert not torch.equal(batch.views[0], batch.views[1])
+
+
+def test_epoch_gives_each_sample_once_in_the_order_of_the_epoch(index: ShardIndex) -> None:
+    for epoch in range(2):
+        ids = torch.cat([batch.sample_ids for batch in load(index, epoch=epoch)])
+        order = epoch_order(index.shard_sizes, seed=3, epoch=epoch, window=20)
+        np.testing.assert_array_equal(ids.numpy(), order)
+
+
+def test_workers_change_nothing_over_epochs_and_resume(index: ShardIndex) -> None:
+    plain = Loader(dataset(index), batch_size=8, shuffle_window=20)
+    parallel = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=2)
+    for epoch, start_step in [(0, 0), (1, 0), (2, 3), (0, 5)]:
+        expected = list(plain.epoch(epoch, start_step))
+        assert len(expected) == 5 - start_step
+        assert same(expected, list(parallel.epoch(epoch, start_step)))
+    next(iter(parallel.epoch(3)))  # an epoch that is left early
+    assert same(list(plain.epoch(4, 2)), list(parallel.epoch(4, 2)))
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_the_global_batches(index: ShardIndex, world_size: int) -> None:
+    whole = load(index, epoch=1)
+    ranks = [load(index, epoch=1, rank=r, world_size=world_size) for r in range(world_size)]
+    for step, batch in enumerate(whole):
+        views = torch.cat([rank[step].views for rank in ranks], dim=1)
+        assert torch.equal(views, batch.views)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    st.integers(1, 6),
+    st.sampled_from([(1, 1), (2, 1), (1, 3), (4, 2), (3, 6)]),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_requests_are_the_same_for_any_ranks_and_resume_points(
+    sizes: list[int], per_rank: int, worlds: tuple[int, int], epoch: int, data: st.DataObject
+) -> None:
+    batch_size = 12 * per_rank
+    if sum(sizes) < batch_size:
+        sizes = [*sizes, batch_size]
+    shards = FakeIndex(sizes)
+
+    def ids(world_size: int, start_step: int) -> np.ndarray:
+        ranks = []
+        for rank in range(world_size):
+            sampler = RequestSampler(
+                shards, seed=5, batch_size=batch_size, rank=rank, world_size=world_size, window=25
+            )
+            sampler.epoch, sampler.start_step = epoch, start_step
+            ranks.append([request.sample_ids for request in sampler])
+        steps = [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
+        return np.concatenate([*steps, np.empty(0, np.int64)])
+
+    whole = ids(1, 0)
+    assert len(whole) == sum(sizes) // batch_size * batch_size
+    assert len(set(whole.tolist())) == len(whole)
+    stop = data.draw(st.integers(0, sum(sizes) // batch_size))
+    before = ids(worlds[0], 0)[: stop * batch_size]
+    np.testing.assert_array_equal(np.concatenate([before, ids(worlds[1], stop)]), whole)
+
+
+class FakeIndex(ShardIndex):
+    """An index without files."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.shard_sizes = sizes
+        self.num_samples = sum(sizes)
+
+
+def test_crops_change_with_epoch_seed_and_view_but_not_with_place(index: ShardIndex) -> None:
+    def crops(seed: int, epoch: int) -> np.ndarray:
+        out = np.empty((2, SIZE, SIZE, 3), np.uint8)
+        dataset(index, seed).write_views(7, epoch, out)
+        return out
+
+    np.testing.assert_array_equal(crops(1, 4), crops(1, 4))
+    assert not np.array_equal(crops(1, 4), crops(1, 5))
+    assert not np.array_equal(crops(1, 4), crops(2, 4))
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards_with_bad(tmp_path: Path) -> ShardIndex:
+    """24 samples of which 5 and 11 do not decode."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(24):
+            data = encode(smooth_picture(i))
+            member = tarfile.TarInfo(f"sample{i:02d}.jpg")
+            data = data[: len(data) // 2] if i in (5, 11) else data
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return ShardIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_first_bad_sample_stops_the_run(shards_with_bad: ShardIndex, num_workers: int) -> None:
+    with pytest.raises(UserError) as error:
+        load(shards_with_bad, num_workers=num_workers)
+    text = str(error.value)
+    assert "Traceback" not in text
+    assert "'sample05'" in text or "'sample11'" in text
+    assert "a.tar at byte" in text
+    assert "does not decode" in text
+    assert "raise data.max_bad_samples" in text
+
+
+def test_bad_samples_are_replaced_and_counted(shards_with_bad: ShardIndex) -> None:
+    plain = load(shards_with_bad, max_bad_samples=2)
+    assert sum(batch.num_bad for batch in plain) == 2
+    order = epoch_order([24], seed=3, epoch=0, window=20)
+    ids = torch.cat([batch.sample_ids for batch in plain]).numpy()
+    assert set(order[ids != order]) == {5, 11}
+    assert not {5, 11} & set(ids.tolist())
+    assert same(plain, load(shards_with_bad, max_bad_samples=2, num_workers=2))
+    ranks = [load(shards_with_bad, max_bad_samples=2, rank=r, world_size=4) for r in range(4)]
+    for step, batch in enumerate(plain):
+        assert torch.equal(torch.cat([rank[step].views for rank in ranks], 1), batch.views)
+    assert same(plain[2:], load(shards_with_bad, max_bad_samples=2, start_step=2))
+
+
+def test_bad_samples_count_once_over_epochs(shards_with_bad: ShardIndex) -> None:
+    loader = Loader(dataset(shards_with_bad), batch_size=8, max_bad_samples=2)
+    for epoch in range(4):
+        list(loader.epoch(epoch))
+    assert set(loader.bad_samples) == {5, 11}
+    strict = Loader(dataset(shards_with_bad), batch_size=8, max_bad_samples=1)
+    with pytest.raises(UserError, match=r"2 bad samples, allowed are 1"):
+        list(strict.epoch(0))
+
+
+def test_nothing_but_bad_samples(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(4):
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size = 100
+            tar.addfile(member, io.BytesIO(b"x" * 100))
+    with pytest.raises(UserError, match="samples drawn in its place were bad too"):
+        load(ShardIndex.open(tmp_path), batch_size=2, max_bad_samples=9)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shard_lost_while_running(
+    shard_folder: Path, index: ShardIndex, num_workers: int
+) -> None:
+    (shard_folder / "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000000.tar .*cannot be read \(No such file"):
+        load(index, num_workers=num_workers, max_bad_samples=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 41}, "40 samples do not fill one batch of 41"),
+        ({"world_size": 3}, "multiple of 3"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"shuffle_window": 0}, "shuffle window 0"),
+    ],
+)
+def test_mistakes_are_named(index: ShardIndex, options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(index, **options)
+
+
+def test_dataset_refuses_impossible_views(index: ShardIndex) -> None:
+    for scale in ((0.0, 1.0), (0.5, 0.2), (0.5, 1.5)):
+        with pytest.raises(UserError, match="crop scale"):
+            TwoViewDataset(index, image_size=8, crop_scales=(scale, (0.1, 1.0)), seed=0)
+    with pytest.raises(UserError, match="image size 0"):
+        TwoViewDataset(index, image_size=0, crop_scales=((0.1, 1.0), (0.1, 1.0)), seed=0)
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_eval_gives_all_in_order(index: ShardIndex, num_workers: int) -> None:
+    batches = list(eval_loader(index, 24, 16, num_workers))
+    assert [len(images) for images, _, _ in batches] == [16, 16, 8]
+    ids = torch.cat([batch[2] for batch in batches])
+    assert ids.tolist() == list(range(40))
+    assert torch.cat([batch[1] for batch in batches]).tolist() == index.labels.tolist()
+    expected = center_crop(decode(index.read_bytes(20), where=""), 24)
+    np.testing.assert_array_equal(batches[1][0][4].permute(1, 2, 0).numpy(), expected)
+
+
+def test_eval_stops_at_a_bad_sample(shards_with_bad: ShardIndex) -> None:
+    with pytest.raises(UserError, match=r"sample 5 'sample05' in .*a.tar .*does not decode"):
+        list(eval_loader(shards_with_bad, 24, 8))
