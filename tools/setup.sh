@@ -68,15 +68,30 @@ pip_install() {
     }
 }
 
+# .venv/setup.running holds the process that installs; it stays behind when that process is killed.
+refuse_second_setup() {
+    local other
+    other=$(cat .venv/setup.running 2>/dev/null || true)
+    if [ -n "$other" ] && kill -0 "$other" 2>/dev/null; then
+        fail "process $other is setting up .venv/ already; wait for it (or delete .venv/setup.running if that
+       process is something else)"
+    fi
+}
+
 make_environment() {
+    local python
     if [ -e .venv ] && { [ "$force" = 1 ] || [ -e .venv/setup.running ] ||
         ! .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
         printf '.venv/ is from a set-up that was cut short, or --force was given: starting anew\n'
         rm -rf .venv
     fi
-    [ -e .venv ] && return
-    local python
+    if [ -e .venv ]; then
+        printf '%s\n' "$$" >.venv/setup.running
+        return
+    fi
     python=$(find_python)
+    mkdir .venv
+    printf '%s\n' "$$" >.venv/setup.running
     printf 'making .venv/ with %s\n' "$("$python" --version)"
     "$python" -m venv .venv || {
         rm -rf .venv
@@ -90,7 +105,6 @@ locked() {
 }
 
 install_packages() {
-    touch .venv/setup.running
     printf 'installing the packages of requirements.lock (minutes, and about 5 GB with the CUDA libraries)\n'
     # A few packages come as sources; they are built with the locked setuptools instead of a fetched one.
     locked setuptools >.venv/setuptools.lock
@@ -120,6 +134,7 @@ if [ "$force" = 0 ] && [ ! -e .venv/setup.running ] && [ -x .venv/bin/python ] &
     [ "$quiet" = 1 ] || printf 'set-up is complete; .venv/bin/python tools/doctor.py shows details\n'
     exit 0
 fi
+refuse_second_setup
 make_environment
 install_packages
 .venv/bin/python tools/doctor.py

@@ -242,6 +242,15 @@ def test_setup_says_what_is_wrong_with_python(bare_project: Path, body: str, fou
     assert "apt-get install python3-venv" in done.stderr
 
 
+def test_two_setups_do_not_meet(bare_project: Path) -> None:
+    environment = add_finished_environment(bare_project)
+    (environment / "setup.running").write_text(f"{os.getpid()}\n")
+    done = call_setup(bare_project)
+    assert done.returncode == 1
+    assert f"process {os.getpid()} is setting up" in done.stderr
+    assert environment.exists()
+
+
 def test_setup_refuses_unknown_arguments(bare_project: Path) -> None:
     assert call_setup(bare_project, "--fast").returncode == 2
 
