@@ -1,0 +1,176 @@
+"""The state of a run: complete, plain, and refused where it does not belong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pretrain.config import PretrainConfig, to_plain
+from pretrain.engine import checkpoint
+from pretrain.engine.optim import make_optimizer
+from pretrain.engine.state import Position, restore, to_checkpoint
+from pretrain.errors import UserError
+from pretrain.models.contrastive import fa_generator
+
+PLAIN = (str, int, float, bool, type(None), torch.Tensor)
+
+
+def build(make_model, objective="byol", method="nn", optimizer="lars"):
+    model = make_model(objective, method=method)
+    config = PretrainConfig()
+    config = replace(
+        config,
+        fa=model.fa,
+        objective=model.objective,
+        optim=replace(config.optim, name=optimizer),
+    )
+    return config, model, make_optimizer(model.online, config.optim, 0.1)
+
+
+def train(model, optimizer, make_views, steps):
+    losses = []
+    for number in steps:
+        output = model.step(make_views(seed=number), fa_generator(0, number, torch.device("cpu")))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        model.after_optimizer_step(0.9)
+        losses.append(output.loss.item())
+    return losses
+
+
+def assert_plain(value, where="state"):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert type(key) in (str, int), where
+            assert_plain(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            assert_plain(item, f"{where}[{number}]")
+    else:
+        assert isinstance(value, PLAIN), f"{where}: {type(value)}"
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "optimizer"),
+    [
+        ("byol", "nn", "lars"),
+        ("byol", "mask", "adamw"),
+        ("infonce", "nn", "adamw"),
+        ("infonce", "mixup", "sgd"),
+    ],
+)
+def test_round_trip_goes_on_bit_equal(
+    make_model, make_views, tmp_path, objective, method, optimizer
+):
+    path = tmp_path / "checkpoint.pth"
+    config, model, optim = build(make_model, objective, method, optimizer)
+    train(model, optim, make_views, range(2))
+    position = Position(step=2, epoch=1, step_in_epoch=0, num_bad_samples=3, train_seconds=1.5)
+    checkpoint.save(to_checkpoint(config, model, optim, position, 100), path)
+    expected = train(model, optim, make_views, range(2, 4))
+
+    _, fresh, fresh_optim = build(make_model, objective, method, optimizer)
+    assert restore(path, config, fresh, fresh_optim, 100) == position
+    assert train(fresh, fresh_optim, make_views, range(2, 4)) == expected
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), fresh.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    config, model, optim = build(make_model)
+    train(model, optim, make_views, range(1))
+    state = to_checkpoint(config, model, optim, Position(step=1), 10)
+    checkpoint.save(state, path)
+    loaded = torch.load(path, weights_only=True)
+    assert_plain(loaded)
+    assert set(loaded) == set(checkpoint.FIELDS)
+    assert loaded["step"] == loaded["position"]["step"] == 1
+    assert loaded["arch"] == {
+        "depth": 50, "width_per_group": 64, "stem_channels": 64, "res2_channels": 256,
+    }  # fmt: skip
+    assert loaded["preprocessing"]["order"] == "RGB"
+    assert loaded["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert loaded["preprocessing"]["std"] == [0.229, 0.224, 0.225]
+    assert loaded["config"] == to_plain(config)
+    assert {"backbone.conv1.weight", "backbone.layer1.0.conv1.weight"} <= set(loaded["model"])
+    assert {"backbone.conv1.weight", "projector.0.weight"} <= set(loaded["ema"])
+    assert int(loaded["queue"]["count"]) == 8
+
+
+def test_parts_that_a_method_lacks_are_none(make_model, tmp_path):
+    config, model, optim = build(make_model, "infonce", "mask")
+    state = to_checkpoint(config, model, optim, Position(), 10)
+    assert state["ema"] is None
+    assert state["queue"] is None
+    assert state["scaler"] is None
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    config, model, optim = build(make_model)
+    checkpoint.save(to_checkpoint(config, model, optim, Position(), 100), path)
+    return path, config, model, optim
+
+
+def test_another_config_is_refused_and_the_difference_shown(saved):
+    path, config, model, optim = saved
+    other = replace(
+        config, seed=5, objective=replace(config.objective, ema_tau=0.5),
+        data=replace(config.data, batch_size=64),
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        restore(path, other, model, optim, 100)
+    message = str(caught.value)
+    assert "was made with another config" in message
+    for line in ("seed: 0 -> 5", "objective.ema_tau: 0.99 -> 0.5", "data.batch_size: 256 -> 64"):
+        assert line in message
+    assert "start a new run with another out=DIR" in message
+
+
+def test_what_decides_no_gradient_may_change(saved):
+    path, config, model, optim = saved
+    other = replace(
+        config, out="elsewhere",
+        engine=replace(config.engine, log_every_steps=1, num_threads=1),
+        eval=replace(config.eval, knn_k=3),
+        data=replace(config.data, shards="moved", num_workers=7),
+    )  # fmt: skip
+    assert restore(path, other, model, optim, 100) == Position()
+
+
+def test_every_other_key_is_compared(saved, monkeypatch):
+    """A new key is compared unless someone says otherwise."""
+    path, config, model, optim = saved
+    changed = torch.load(path, weights_only=True)
+    monkeypatch.setattr(checkpoint, "load", lambda _: changed)
+    num_compared = 0
+    for section in ("arch", "data", "heads", "objective", "fa", "optim"):
+        for key in to_plain(config)[section]:
+            if (section, key) in (("data", "shards"), ("data", "num_workers")):
+                continue
+            saved_value = changed["config"][section][key]
+            changed["config"][section][key] = "other"
+            with pytest.raises(UserError, match=rf"{section}\.{key}: 'other' -> "):
+                restore(path, config, model, optim, 100)
+            changed["config"][section][key] = saved_value
+            num_compared += 1
+    assert num_compared > 30
+
+
+def test_other_shards_are_refused(saved):
+    path, config, model, optim = saved
+    with pytest.raises(UserError, match=r"was made for 100 steps, the shards now give 90"):
+        restore(path, config, model, optim, 90)
+
+
+def test_random_state_is_restored(saved):
+    path, config, model, optim = saved
+    expected = torch.load(path, weights_only=True)["random"]["torch"]
+    torch.manual_seed(12345)
+    restore(path, config, model, optim, 100)
+    assert torch.equal(torch.get_rng_state(), expected)
