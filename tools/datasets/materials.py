@@ -15,8 +15,8 @@ TEST_FAMILIES = ("dots", "zigzag", "bricks", "patches", "weave")
 def colour(rng: np.random.Generator) -> np.ndarray:
     """Draw a colour (BGR, 0..255, float32) whose hue, saturation and value are independent."""
     hue = rng.integers(0, 180)
-    saturation = rng.integers(20, 235)
-    value = rng.integers(50, 250)
+    saturation = round(15 + 215 * rng.random() ** 1.6)  # more muted than loud ones
+    value = rng.integers(70, 255)
     pixel = np.array([[[hue, saturation, value]]], dtype=np.uint8)
     return cv2.cvtColor(pixel, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
 

@@ -7,6 +7,7 @@ any system. Fetching them is left to `apt-get download`.
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -171,6 +172,7 @@ def _wanted() -> dict[str, list[str]]:
 
 def _make_library(sources: list[Path], root: Path) -> None:
     """Copy the listed pictures out of the packages; the folder appears when complete."""
+    print("unpacking the pictures (once, about 20 s)", flush=True)
     wanted = _wanted()
     partial = root.with_name(root.name + f".partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -232,7 +234,7 @@ def _members(source: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
                     content = archive.extractfile(member)
                     assert content is not None
                     yield name, content.read()
-    except (tarfile.TarError, EOFError, ValueError, zstandard.ZstdError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, zstandard.ZstdError) as error:
         raise UserError(
             f"{source}: damaged package ({error}); delete it and fetch it again"
         ) from error

@@ -17,7 +17,7 @@ from tools.datasets.sampling import (
     object_statistics,
 )
 
-VERSION = 1  # raise it whenever the pictures of given options change
+VERSION = 2  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
 
 
@@ -95,7 +95,7 @@ class ProceduralSource:
         held_out: bool,
         front: bool,
     ) -> list[Placed]:
-        mean = self.options.clutter * (0.7 if front else 3.5)
+        mean = self.options.clutter * (0.4 if front else 3.0)
         items = []
         for _ in range(min(int(rng.poisson(mean)), 12)):
             size = min(shape) * log_uniform(rng, 0.08, 0.3 if front else 0.55)

@@ -45,7 +45,7 @@ def finish(rng: np.random.Generator, image: np.ndarray, cast: float = 0.1) -> np
     Returns:
         uint8 of the same shape.
     """
-    image *= (rng.uniform(0.8, 1.15) * rng.uniform(1 - cast, 1 + cast, 3)).astype(np.float32)
+    image *= (rng.uniform(0.85, 1.2) * rng.uniform(1 - cast, 1 + cast, 3)).astype(np.float32)
     if rng.random() < 0.4:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
     sigma = np.float32(rng.uniform(0, 6))

@@ -1,0 +1,142 @@
+"""Show pictures of a data set side by side, with their labelled boxes."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.datasets.errors import UserError
+
+_EXAMPLE = """example:
+  .venv/bin/python tools/contact_sheet.py data/scenes docs/images/procedural.jpg --count 24
+"""
+_GAP = 4  # pixels between pictures
+_HUE_STEP = 0.618  # of the colour circle between two classes: the golden section keeps them apart
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 for wrong arguments or input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("out", type=Path, metavar="OUT", help="picture to write (.jpg or .png)")
+    parser.add_argument(
+        "--part",
+        default="train",
+        choices=("train", "test", "pool", "probe/train", "probe/val"),
+        help="which pictures (default: train)",
+    )
+    parser.add_argument("--count", type=int, default=24, help="at most so many (default: 24)")
+    parser.add_argument("--width", type=int, default=960, help="of the sheet, px (default: 960)")
+    parser.add_argument("--height", type=int, default=150, help="of a row, px (default: 150)")
+    parser.add_argument("--quality", type=int, default=82, help="of a JPEG (default: 82)")
+    arguments = parser.parse_args(argv)
+    try:
+        tiles = list(_tiles(arguments.data, arguments.part, arguments.count, arguments.height))
+        if not tiles:
+            raise UserError(f"{arguments.data}: no {arguments.part} pictures there; make the set")
+        _write(arguments.out, arrange(tiles, arguments.width), arguments.quality)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(path: Path, sheet: np.ndarray, quality: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix not in (".jpg", ".png"):
+        raise UserError(f"{path}: give a name that ends in .jpg or .png")
+    done, data = cv2.imencode(path.suffix, sheet, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done
+    path.write_bytes(data.tobytes())
+
+
+def _tiles(data: Path, part: str, count: int, height: int) -> Iterator[np.ndarray]:
+    """Yield up to `count` pictures scaled to `height` pixels, with boxes where they are known."""
+    voc = data / "VOC2007"
+    if part in ("train", "test"):
+        listing = voc / "ImageSets" / "Main" / f"{part}.txt"
+        names = listing.read_text().split()[:count] if listing.exists() else []
+        pairs = [(voc / "JPEGImages" / f"{n}.jpg", voc / "Annotations" / f"{n}.xml") for n in names]
+    else:
+        pictures = sorted((data / part).rglob("*.jpg"), key=lambda p: p.name)[:count]
+        pairs = [(path, None) for path in pictures]
+    card = data / "dataset.json"
+    classes = json.loads(card.read_text())["classes"] if card.exists() else []
+    for path, annotation in pairs:
+        image = cv2.imread(str(path))
+        if image is None:
+            raise UserError(f"{path}: does not decode; make the set again")
+        scale = height / image.shape[0]
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        tile = cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=how)
+        if annotation is not None:
+            _draw_boxes(tile, annotation, scale, classes)
+        yield tile
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """Return a bright BGR colour for a class number."""
+    hue = int(180 * (number * _HUE_STEP % 1))
+    pixel = cv2.cvtColor(np.array([[[hue, 190, 255]]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0]
+    return int(pixel[0]), int(pixel[1]), int(pixel[2])
+
+
+def _draw_boxes(tile: np.ndarray, annotation: Path, scale: float, classes: Sequence[str]) -> None:
+    """Draw the objects of an annotation on a tile, in place; difficult ones in thin lines."""
+    for item in ElementTree.parse(annotation).iter("object"):
+        name = item.findtext("name", "")
+        colour = _colour(classes.index(name) if name in classes else len(name))
+        corners = [int(item.findtext(f"bndbox/{c}", "1")) for c in ("xmin", "ymin", "xmax", "ymax")]
+        x0, y0, x1, y1 = (round(scale * v) for v in corners)
+        x1, y1 = min(x1, tile.shape[1] - 1), min(y1, tile.shape[0] - 1)
+        thickness = 1 if item.findtext("difficult") == "1" else 2
+        cv2.rectangle(tile, (x0, y0), (x1, y1), colour, thickness)
+        (width, height), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.36, 1)
+        top = y0 - height - 5 if y0 > height + 5 else y0
+        cv2.rectangle(tile, (x0, top), (x0 + width + 3, top + height + 5), colour, -1)
+        spot = (x0 + 2, top + height + 2)
+        cv2.putText(tile, name, spot, cv2.FONT_HERSHEY_SIMPLEX, 0.36, 0, 1, cv2.LINE_AA)
+
+
+def arrange(tiles: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Lay tiles of one height in rows on white, each row stretched to the full width.
+
+    Args:
+        tiles: uint8 pictures of the same height.
+        width: Pixels of a row.
+    Returns:
+        uint8 (height, width, 3); a last row that is less than full is left out unless it is alone.
+    """
+    rows: list[list[np.ndarray]] = [[]]
+    for tile in tiles:
+        if sum(t.shape[1] + _GAP for t in rows[-1]) + tile.shape[1] / 2 > width:
+            rows.append([])
+        rows[-1].append(tile)
+    filled = sum(t.shape[1] + _GAP for t in rows[-1])
+    if len(rows) > 1 and filled < 0.8 * width:
+        rows.pop()
+    return np.concatenate([_row(row, width) for row in rows])
+
+
+def _row(row: Sequence[np.ndarray], width: int) -> np.ndarray:
+    gap = np.full((row[0].shape[0], _GAP, 3), 255, np.uint8)
+    strip = np.concatenate([piece for tile in row for piece in (tile, gap)][:-1], axis=1)
+    height = round(strip.shape[0] * width / strip.shape[1])
+    if height < 2 * strip.shape[0]:  # a single narrow picture is not blown up
+        strip = cv2.resize(strip, (width, height), interpolation=cv2.INTER_AREA)
+    else:
+        strip = np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255)
+    return np.pad(strip, ((0, _GAP), (0, 0), (0, 0)), constant_values=255)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
