@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -69,6 +70,17 @@ def thin_out(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
     return [*means, points[-1]]
 
 
+def drawable(line: Series) -> Series:
+    """Return the line without what is not finite, thinned out to what a chart can show."""
+    points = [point for point in line.points if all(map(math.isfinite, point))]
+    return Series(line.label, thin_out(points), line.tone, line.thin)
+
+
+def spot(x: float, y: float, text: str) -> list[Any]:
+    """Return a place in the drawing and what is shown when it is pointed at."""
+    return [round(x, 1), round(y, 1), text]
+
+
 def line_chart(
     title: str, series: Sequence[Series], x_label: str, *, from_zero: bool = False
 ) -> Markup | None:
@@ -80,11 +92,7 @@ def line_chart(
         x_label: Name of the horizontal axis.
         from_zero: Whether the vertical axis has to start at 0.
     """
-    lines = [
-        Series(s.label, [p for p in thin_out(s.points) if all(map(math.isfinite, p))], s.tone, s.thin)
-        for s in series
-    ]
-    lines = [s for s in lines if s.points]
+    lines = [line for line in map(drawable, series) if line.points]
     if not lines:
         return None
     xs = [x for s in lines for x, _ in s.points]
@@ -102,7 +110,7 @@ def line_chart(
         parts.append(_path(places, line))
         if not line.thin:
             hover += [
-                [round(px, 1), round(py, 1), f"{line.label}: {short_number(y)} at {short_number(x)}"]
+                spot(px, py, f"{line.label}: {short_number(y)} at {short_number(x)}")
                 for (px, py), (x, y) in zip(places, line.points, strict=True)
             ]
     description = "; ".join(
@@ -130,9 +138,10 @@ def slope_chart(title: str, pairs: Sequence[tuple[str, float, float]]) -> Markup
             places, ("random", "pretrained"), (left, right), strict=True
         ):
             parts.append(f'<circle class="dot {tone}" cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>')
-            hover.append([round(px, 1), round(py, 1), f"{label}, {tone}: {value:.1f}"])
+            hover.append(spot(px, py, f"{label}, {tone}: {value:.1f}"))
     if len(pairs) > 1:
-        means = [math.fsum(p[i] for p in pairs) / len(pairs) for i in (1, 2)]
+        columns = ([left for _, left, _ in pairs], [right for _, _, right in pairs])
+        means = [math.fsum(column) / len(pairs) for column in columns]
         places = [(x, frame.y(mean)) for x, mean in zip(ends, means, strict=True)]
         parts.append(_path(places, Series("mean", [], "pretrained")))
     for x, word in zip(ends, ("random", "pretrained"), strict=True):
@@ -165,7 +174,8 @@ def dumbbell_chart(
     for tick in ticks:
         x = place(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" class="tick">{short_number(tick)}</text>')
+        text = escape(short_number(tick))
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" class="tick">{text}</text>')
     for index, (name, random, pretrained) in enumerate(rows):
         y = top + step * (index + 0.5)
         shown = name if len(name) <= 15 else name[:14] + "\u2026"
@@ -177,7 +187,7 @@ def dumbbell_chart(
             if value is not None:
                 x = place(value)
                 parts.append(f'<circle class="dot {tone}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-                hover.append([round(x, 1), round(y, 1), f"{name}, {tone}: {value:.1f}"])
+                hover.append(spot(x, y, f"{name}, {tone}: {value:.1f}"))
     return _svg(title, "Values stand in the table below.", "".join(parts), height, hover)
 
 
@@ -202,9 +212,9 @@ class _Frame:
         bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
         parts = []
         for tick in y_ticks:
-            y = self.y(tick)
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            text = escape(short_number(tick))
+            y, text = self.y(tick), escape(short_number(tick))
+            ends = f'x1="{_LEFT}" x2="{right}"'
+            parts.append(f'<line class="grid" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" class="row">{text}</text>')
         for tick in x_ticks:
             x, text = self.x(tick), escape(short_number(tick))

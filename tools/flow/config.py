@@ -122,11 +122,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     for section, value in raw.items():
         if section in SECTIONS and not isinstance(value, dict):
             raise UserError(f"{path}: {section} is {value!r}; it holds settings of its own")
-    parser = ArgumentParser(exit_on_error=False, env_prefix=None)
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PipelineConfig, None, fail_untyped=True)
     try:
         settings: Namespace = parser.parse_object(raw)
-        config = parser.instantiate_classes(settings)
+        # The method was renamed in jsonargparse 4.49; older ones know only the second name.
+        make = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        config = make(settings)
     except Exception as error:  # jsonargparse raises several kinds, all about the settings.
         raise UserError(f"{path}: {_first_lines(error)}") from None
     result = PipelineConfig(**{f.name: config[f.name] for f in dataclasses.fields(PipelineConfig)})

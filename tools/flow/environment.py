@@ -42,7 +42,7 @@ def describe(root: Path) -> dict[str, Any]:
 
 
 def commit(root: Path) -> str | None:
-    """Return the repository's commit, `+changes` behind it if the tree differs; None outside git."""
+    """Return the repository's commit, with `+changes` if the tree differs; None outside git."""
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -49,7 +50,7 @@ class Stage:
 
 
 def fingerprint_parts(
-    stage: Stage, root: Path, out: Path, upstream: Mapping[str, str]
+    stage: Stage, root: Path, out: Path, upstream: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """Return what the fingerprint hashes, part by part, so that a change can be named.
 
@@ -138,10 +139,8 @@ def source_digest(path: Path) -> str:
     """
     data = path.read_bytes()
     if path.suffix == ".py":
-        try:
+        with contextlib.suppress(SyntaxError, ValueError):  # Not Python after all: bytes count.
             data = _code_without_docstrings(data).encode()
-        except (SyntaxError, ValueError):
-            pass  # Not Python after all: its bytes stand for it.
     return hashlib.sha256(data).hexdigest()
 
 

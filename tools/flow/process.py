@@ -1,4 +1,4 @@
-"""Run one child process: log, progress lines, peak memory, signals; it never outlives its parent."""
+"""Run one child process: log, progress lines, peak memory, signals; it dies with its parent."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -81,13 +81,13 @@ def ap_curves(run: Run, arm: str, metric: str) -> dict[int, list[Point]]:
     curves = {}
     for row in run.results["detection"][arm]:
         path = run.out / f"detection/{arm}/seed-{row['seed']}/curve.jsonl"
-        points = [
-            (float(line["iteration"]), float(line[metric]))
-            for line in read_json_lines(path)
-            if is_number(line.get("iteration")) and is_number(line.get(metric))
-        ]
+        points: dict[float, float] = {}
+        for line in read_json_lines(path):
+            x, y = line.get("iteration"), line.get(metric)
+            if is_number(x) and is_number(y):
+                points[float(x)] = float(y)
         if points:
-            curves[row["seed"]] = sorted(dict(points).items())
+            curves[row["seed"]] = sorted(points.items())
     return curves
 
 
@@ -113,7 +113,7 @@ def metric_curves(run: Run) -> dict[str, list[Point]]:
     return curves
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number (NaN is written as text or null)."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
     return is_real and math.isfinite(value)

@@ -104,21 +104,22 @@ class Runner:
             self._note_plan(self.plan(stages))
             before_first()
             for number, stage in enumerate(stages, 1):
-                decision = self._decide(stage)
-                if decision.action == "skip":
-                    self.ledger.skipped.add(stage.name)
-                    self.ledger.update(stage.name, current=True)
-                    progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
-                else:
-                    progress.start(number, stage.name, decision.reason)
-                    try:
-                        self._run_stage(stage, decision, progress, lock_descriptor)
-                    except StageError:
-                        after_each()
-                        raise
-                after_each()
+                try:
+                    self._do(stage, number, progress, lock_descriptor)
+                finally:
+                    after_each()
                 if stage.name == until:
                     break
+
+    def _do(self, stage: Stage, number: int, progress: Progress, lock_descriptor: int) -> None:
+        decision = self._decide(stage)
+        if decision.action == "skip":
+            self.ledger.skipped.add(stage.name)
+            self.ledger.update(stage.name, current=True)
+            progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
+        else:
+            progress.start(number, stage.name, decision.reason)
+            self._run_stage(stage, decision, progress, lock_descriptor)
 
     def _decide(self, stage: Stage) -> Decision:
         made = {name: self.ledger.stages.get(name, {}).get("product") for name in stage.upstream}
