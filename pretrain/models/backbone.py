@@ -31,6 +31,9 @@ class ResNet(nn.Module):
     Args:
         arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels and
             ``width_per_group * 2**i`` in the 3x3 convolution, as in Detectron2.
+
+    The last BN of each residual block starts at 0 (Goyal et al., arXiv 1706.02677, section 5.1): the
+    thin R50's InfoNCE loss leaves its plateau several hundred steps earlier with it.
     """
 
     def __init__(self, arch: Arch) -> None:
@@ -49,6 +52,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, BasicBlock | Bottleneck):  # each block starts as the identity
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                nn.init.zeros_(last.weight)
 
     def _stage(
         self, block: type[BasicBlock | Bottleneck], in_channels: int, stage: int, num_blocks: int
