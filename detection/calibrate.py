@@ -9,7 +9,7 @@ measured on the same training pictures (fvcore's precise BN), then frozen. Weigh
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class _ImagesToBackbone(nn.Module):
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        self.backbone: nn.Module = detector.backbone  # pyright: ignore[reportAttributeAccessIssue]
-        self._preprocess = detector.preprocess_image
+        self.backbone = detector.get_submodule("backbone")
+        self._preprocess: Callable[[Any], Any] = getattr(detector, "preprocess_image")  # noqa: B009
 
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Normalise and pad the pictures, then run the backbone."""
@@ -60,8 +60,8 @@ def calibrate_frozen_norms(
     with torch.no_grad():
         update_bn_stats(path, batches, num_batches)
     for name, module in frozen.items():
-        module.running_mean.copy_(measured[name].running_mean)
-        module.running_var.copy_(measured[name].running_var)
+        for field in ("running_mean", "running_var"):
+            module.get_buffer(field).copy_(measured[name].get_buffer(field))
         _replace(path.backbone, name, module)
     for module, training in was_training.items():
         module.training = training
@@ -69,10 +69,11 @@ def calibrate_frozen_norms(
 
 
 def _as_batch_norm(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
-    """A batch norm in training mode with a frozen one's scale and shift."""
-    norm = nn.BatchNorm2d(frozen.num_features, eps=frozen.eps).to(frozen.weight.device)
-    norm.weight.data.copy_(frozen.weight)
-    norm.bias.data.copy_(frozen.bias)
+    """A batch norm in training mode with a frozen one's scale and shift, on its device."""
+    scale = frozen.get_buffer("weight")
+    norm = nn.BatchNorm2d(frozen.num_features, eps=frozen.eps, device=scale.device)
+    norm.weight.data.copy_(scale)
+    norm.bias.data.copy_(frozen.get_buffer("bias"))
     return norm.train()
 
 

@@ -18,7 +18,15 @@ from detectron2.config import CfgNode, get_cfg
 from detection.arch import Arch
 from detection.errors import UserError
 
-_SCHEDULE_KEYS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
+# Keys that the command line decides otherwise -> how.
+_NOT_HERE = {
+    "MODEL.WEIGHTS": "give the weights as the first argument",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "it follows from the data set's class list",
+    "DATASETS.TRAIN": "use --data and --train-split",
+    "DATASETS.TEST": "use --data and --test-split",
+    "OUTPUT_DIR": "use --out",
+    "SEED": "use --seeds",
+}
 
 
 def arch_of_config(cfg: CfgNode) -> Arch:
@@ -83,6 +91,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
             f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
             "key has no value"
         )
+    for key in overrides[::2]:
+        if key in _NOT_HERE:
+            raise UserError(f"{key}: {_NOT_HERE[key]}")
     try:
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError, TypeError) as error:
@@ -122,9 +133,11 @@ def _keep_schedule_whole(cfg: CfgNode, before: CfgNode, overridden: set[str]) ->
     if old == new or new <= 0:
         return
     if "SOLVER.STEPS" not in overridden:
-        cfg.SOLVER.STEPS = tuple(round(step * new / old) for step in before.SOLVER.STEPS)
+        steps = {int(step * new / old) for step in before.SOLVER.STEPS}
+        # A few iterations hold no schedule: drops that would fall together or on 0 become one.
+        cfg.SOLVER.STEPS = tuple(sorted(step for step in steps if 0 < step < new))
     if "SOLVER.WARMUP_ITERS" not in overridden:
-        cfg.SOLVER.WARMUP_ITERS = round(before.SOLVER.WARMUP_ITERS * new / old)
+        cfg.SOLVER.WARMUP_ITERS = int(before.SOLVER.WARMUP_ITERS * new / old)
 
 
 def _check_schedule(cfg: CfgNode) -> None:

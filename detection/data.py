@@ -5,6 +5,8 @@ Position p is the p-th training picture of the run. Its index and its augmentati
 the uninterrupted run would have seen, with any number of loader workers.
 """
 
+# Detectron2 makes these at run time.
+# pyright: reportCallIssue=false, reportOptionalCall=false, reportReturnType=false
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
@@ -26,8 +28,23 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from detection.errors import UserError
 from detection.seeding import derive_seed
 from detection.voc import VocSet, VocSplit
+
+
+class CheckedMapper(DatasetMapper):
+    """Detectron2's mapper, which names the file when a picture does not decode."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Decode and augment one picture."""
+        try:
+            return super().__call__(dataset_dict)
+        except (OSError, SyntaxError) as error:
+            raise UserError(
+                f"{dataset_dict['file_name']}: does not decode ({error}); replace the picture or "
+                "remove its line from the list"
+            ) from error
 
 
 def to_detectron2(split: VocSplit, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -139,8 +156,9 @@ def build_train_loader(
     pictures = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
+    assert isinstance(pictures, list)
     seed = derive_seed(purpose, max(cfg.SEED, 0))
-    dataset = PositionedPictures(pictures, DatasetMapper(cfg, is_train=True), seed)
+    dataset = PositionedPictures(pictures, CheckedMapper(cfg, is_train=True), seed)
     rank, world = (0, 1) if all_ranks_alike else (comm.get_rank(), comm.get_world_size())
     sampler = PositionSampler(start_iteration * cfg.SOLVER.IMS_PER_BATCH, rank, world)
     return build_detection_train_loader(
@@ -160,7 +178,7 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
         pictures = pictures[: cfg.TEST.NUM_IMAGES]
     return build_detection_test_loader(
         pictures,
-        mapper=DatasetMapper(cfg, is_train=False),
+        mapper=CheckedMapper(cfg, is_train=False),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

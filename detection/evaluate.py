@@ -1,5 +1,7 @@
 """VOC evaluation by Detectron2's evaluator, class by class, and the boxes for the report."""
 
+# Detectron2 makes these at run time.
+# pyright: reportOptionalMemberAccess=false
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split

@@ -35,7 +35,7 @@ class Preprocessing:
 
 # Statistics of ImageNet, used by torchvision and nearly every self-supervised code.
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NAMED = {"imagenet": IMAGENET, "half": Preprocessing((0.5,) * 3, (0.5,) * 3)}
+NAMED = {"imagenet": IMAGENET, "half": Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
 
 def parse_preprocessing(text: str) -> Preprocessing:

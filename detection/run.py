@@ -10,6 +10,7 @@ import platform
 import resource
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from detectron2.utils.env import seed_all_rng
 from detection.config import flatten, load_config
 from detection.data import register
 from detection.errors import UserError
-from detection.files import sha256_of, write_json
+from detection.files import sha256_of, write_json, write_text
 from detection.trainer import Trainer
 from detection.voc import VocSet, read_set
 from detection.weights import check_card
@@ -43,6 +44,18 @@ _NOT_COMPARED = (
     "SOLVER.CHECKPOINT_PERIOD",
     "VERSION",
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One seed of an arm; `settings` is what decides its result."""
+
+    arm: str
+    seed: int
+    folder: Path
+    weights: Path | None
+    num_threads: int | None
+    settings: dict[str, Any]
 
 
 def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
                 _train_seed,
                 world,
                 dist_url="auto",
-                args=(cfg, arguments, seed, folder, weights, arm, settings),
+                args=(cfg, voc, Job(arm, seed, folder, weights, arguments.threads, settings)),
             )
         results.append(json.loads((folder / "result.json").read_text()))
     summary = summarise(results, arguments.seed_list)
@@ -164,84 +177,57 @@ def _is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> 
     return False
 
 
-def _train_seed(
-    cfg: CfgNode,
-    arguments: argparse.Namespace,
-    seed: int,
-    folder: Path,
-    weights: Path | None,
-    arm: str,
-    settings: dict[str, Any],
-) -> None:
+def _train_seed(cfg: CfgNode, voc: VocSet, job: Job) -> None:
     """Train and evaluate one seed; runs in every process of a distributed run."""
-    voc = read_set(
-        arguments.data,
-        metric_year=arguments.metric_year,
-        train_split=arguments.train_split,
-        test_split=arguments.test_split,
-        classes=arguments.classes.split(",") if arguments.classes else None,
-    )
     cfg = cfg.clone()
-    cfg.SEED, cfg.OUTPUT_DIR = seed, str(folder)
+    cfg.SEED, cfg.OUTPUT_DIR = job.seed, str(job.folder)
     cfg.DATASETS.TRAIN, test = register(voc)
     cfg.DATASETS.TEST = (test,)
     cfg.freeze()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    _log_to(folder)
+    if job.num_threads:
+        torch.set_num_threads(job.num_threads)
+    _log_to(job.folder)
     if comm.is_main_process():
-        (folder / "config.yaml").write_text(cfg.dump())
+        write_text(job.folder / "config.yaml", cfg.dump())
     logger.info(
         "%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
-        arm,
-        seed,
-        voc.num_train,
-        len(voc.test.pictures),
-        len(voc.classes),
-        cfg.SOLVER.MAX_ITER,
-        cfg.MODEL.DEVICE,
+        *(job.arm, job.seed, voc.num_train, len(voc.test.pictures), len(voc.classes)),
+        *(cfg.SOLVER.MAX_ITER, cfg.MODEL.DEVICE),
     )
-    seed_all_rng(seed)
+    seed_all_rng(job.seed)
     trainer = Trainer(cfg, voc)
-    trainer.start(weights)
+    trainer.start(job.weights)
     trainer.train()
     if comm.is_main_process():
-        _write_results(trainer, folder, arm, seed, weights, settings)
+        _write_results(trainer, job)
 
 
-def _write_results(
-    trainer: Trainer,
-    folder: Path,
-    arm: str,
-    seed: int,
-    weights: Path | None,
-    settings: dict[str, Any],
-) -> None:
+def _write_results(trainer: Trainer, job: Job) -> None:
     """Write detections.json, then result.json: its presence says that the seed is finished."""
     last = trainer.curve.last
-    write_json(folder / "detections.json", last["detections"])
-    write_json(
-        folder / "result.json",
-        {
-            "arm": arm,
-            "seed": seed,
-            **{key: last["bbox"][key] for key in _METRICS},
-            **{key: last[key] for key in ("per_class", "per_class_AP50", "per_class_AP75")},
-            "classes_without_test_objects": trainer.absent,
-            "iterations": trainer.max_iter,
-            "seconds": trainer.clock.seconds(),
-            "weights": weights.name if weights else "random",
-            "weights_sha256": settings["weights_sha256"],
-            "frozen": trainer.cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
-            "metric_year": trainer.voc.metric_year,
-            "num_train_images": trainer.voc.num_train,
-            "num_test_images": last["num_images"],
-            "evaluation_seconds": last["seconds"],
-            "peak_memory_bytes": peak_memory_bytes(),
+    write_json(job.folder / "detections.json", last["detections"])
+    result = {
+        "arm": job.arm,
+        "seed": job.seed,
+        **{key: last["bbox"][key] for key in _METRICS},
+        **{key: last[key] for key in ("per_class", "per_class_AP50", "per_class_AP75")},
+        "classes_without_test_objects": trainer.absent,
+        "iterations": trainer.max_iter,
+        "seconds": trainer.clock.seconds(),
+        "weights": job.weights.name if job.weights else "random",
+        "weights_sha256": job.settings["weights_sha256"],
+        "frozen": trainer.cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
+        "metric_year": trainer.voc.metric_year,
+        "num_train_images": trainer.voc.num_train,
+        "num_test_images": last["num_images"],
+        "evaluation_seconds": last["seconds"],
+        "peak_memory_bytes": peak_memory_bytes(),
         "num_threads": torch.get_num_threads(),
-            "versions": versions(),
-        },
-    )
+        "versions": versions(),
+    }
+    write_json(job.folder / "result.json", result)
+    for checkpoint in job.folder.glob("model_0*.pth"):  # model_final.pth stays
+        checkpoint.unlink()
 
 
 def summarise(results: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
@@ -291,5 +277,5 @@ def _log_to(folder: Path) -> None:
         if rank == 0:
             console = logging.StreamHandler(sys.stdout)
             console.setFormatter(logging.Formatter("%(message)s"))
-            console.setLevel(logging.INFO if name == "detection" else logging.ERROR)
+            console.setLevel(logging.INFO if name == "detection" else logging.CRITICAL)
             source.addHandler(console)

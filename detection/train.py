@@ -55,22 +55,32 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
     arguments = build_parser().parse_intermixed_args(argv)
+    from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
+
     try:
         arguments.seed_list = parse_seeds(arguments.seeds)
-        from detection.run import run_arm  # imports Detectron2: seconds that --help need not wait
+        from detection.run import run_arm
 
         summary = run_arm(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {last_words(error)}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:
-        print(f"error: it went wrong: {error}", file=sys.stderr)
+    except (OSError, FloatingPointError, ProcessException) as error:
+        print(f"error: it went wrong: {last_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
     print(json.dumps(summary["mean"]))
     return 0
+
+
+def last_words(error: Exception) -> str:
+    """An error's message; of one that came through a loader or another process, the end of it."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return text.splitlines()[-1].removeprefix("detection.errors.UserError: ")
 
 
 def parse_seeds(text: str) -> list[int]:

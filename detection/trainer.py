@@ -1,5 +1,7 @@
 """Detectron2's DefaultTrainer with exact resume, atomic checkpoints and class-wise VOC AP."""
 
+# Detectron2 makes these at run time.
+# pyright: reportAttributeAccessIssue=false
 import detection.compat  # before detectron2
 
 # isort: split
