@@ -1,0 +1,275 @@
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.tools.run_fixture import ARM_LEVELS, CLASSES, dump, make_run
+from tools.flow import charts, gallery, report
+from tools.flow.charts import Series
+from tools.flow.report_data import Run, detection_pictures, mean_curve, picture_rows
+
+
+class Page(HTMLParser):
+    """Collects what the tests look at."""
+
+    VOID = ("meta", "link", "img", "br", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(out: Path) -> Page:
+    return Page(report.render(out))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def page(run_folder) -> Page:
+    return page_of(run_folder)
+
+
+def test_report_is_written_small_and_self_contained(run_folder, capsys):
+    assert report.main([str(run_folder)]) == 0
+    text = (run_folder / "report.html").read_text()
+    assert len(text) < 6e6
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text)
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_report_says_what_happened(page):
+    for words in (
+        "Pretraining helps (fine-tuned): AP50",
+        "3 paired seeds",
+        "Random, backbone frozen",
+        "Effective rank",
+        "Nearest neighbours in feature space",
+        "Detections against ground truth",
+        "4.5e-07",
+        "265 kept, 1 dropped",
+        "broken.jpg",
+        "Samples that did not decode: 1.",
+        "commit 0123456789",
+        "torch 2.15.0",
+        "pretrained_frozen/seed-2",
+    ):
+        assert words in page.text
+
+
+def test_tables_hold_the_figures(page):
+    rows = json.loads(json.dumps(page.text))
+    levels = {"random": "28.7", "pretrained": "39.8"}
+    assert all(value in rows for value in levels.values())
+    for name in CLASSES:
+        assert name in page.text
+
+
+def test_page_is_accessible(page):
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(picture.get("alt") for picture in page.all("img"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(head.get("scope") in ("col", "row") for head in page.all("th"))
+    charts_drawn = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
+    assert len(charts_drawn) >= 12
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in charts_drawn)
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
+    targets = {attributes.get("id") for _, attributes in page.tags}
+    assert {link["href"][1:] for link in page.all("a") if link["href"]} <= targets
+
+
+def test_text_from_files_is_escaped(page, run_folder):
+    assert "x=<script>alert(1)</script>" in page.text
+    assert len(page.all("script")) == 1
+
+
+def test_one_seed_says_that_there_is_no_interval(tmp_path):
+    page = page_of(make_run(tmp_path, seeds=1))
+    assert "One seed: no interval, so it may be chance." in page.text
+    assert "one seed: no interval" in page.text
+
+
+def test_nothing_ran(tmp_path):
+    dump(tmp_path / "stages.json", {"format": "fa-stages-1", "plan": ["data", "pretrain"]})
+    page = page_of(tmp_path)
+    assert page.text.count("has not run") >= 4
+    assert "Not compared (fine-tuned): no seed ran in both arms." in page.text
+    assert "not run" in page.text
+
+
+def test_a_folder_without_a_run_exits_2(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def remove(out: Path, pattern: str) -> None:
+    found = list(out.glob(pattern))
+    assert found
+    for path in found:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "pretrain/metrics.jsonl",
+        "pretrain/summary.json",
+        "pretrain/pictures/*",
+        "pretrain/pictures/*.json",
+        "convert/backbone.json",
+        "data/dataset.json",
+        "data/VOC2007/JPEGImages/*",
+        "detection/*/*/curve.jsonl",
+        "detection/*/*/detections.json",
+        "detection/random/*/result.json",
+        "detection/pretrained*/*/*.json",
+    ],
+)
+def test_any_missing_file_leaves_a_page(tmp_path, pattern):
+    out = make_run(tmp_path, seeds=2)
+    remove(out, pattern)
+    assert "Average precision" in page_of(out).text
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrain/pictures/views.jpg", "data/VOC2007/JPEGImages/000000.jpg"]
+)
+def test_damaged_pictures_are_left_out(tmp_path, name):
+    out = make_run(tmp_path, seeds=1)
+    (out / name).write_bytes(b"not a picture")
+    assert "Average precision" in page_of(out).text
+
+
+def test_first_test_pictures_are_shown_for_both_arms(run_folder):
+    shots = detection_pictures(Run.load(run_folder), "fine_tuned")
+    assert shots["arms"] == ["random", "pretrained"]
+    assert shots["seed"] == 0
+    assert [row["name"] for row in shots["rows"]] == [f"{i:06d}.jpg" for i in range(8)]
+
+
+def test_pictures_outside_the_data_set_are_never_read(tmp_path):
+    out = make_run(tmp_path / "run", seeds=1)
+    (tmp_path / "secret.jpg").write_bytes((out / "data/VOC2007/JPEGImages/000000.jpg").read_bytes())
+    for arm in ARM_LEVELS:
+        path = out / f"detection/{arm}/seed-0/detections.json"
+        found = json.loads(path.read_text())
+        found[0]["file_name"] = "../../secret.jpg"
+        dump(path, found)
+    names = [r["name"] for r in detection_pictures(Run.load(out), "fine_tuned")["rows"]]
+    assert "secret.jpg" not in names
+    assert len(names) == 8
+
+
+def test_detections_are_judged_by_class_and_overlap():
+    truth = [
+        {"class": "cat", "box": [0, 0, 10, 10]},
+        {"class": "dog", "box": [20, 0, 30, 10]},
+        {"class": "dog", "box": [50, 0, 60, 10], "difficult": True},
+    ]
+    found = [
+        {"class": "cat", "score": 0.5, "box": [0, 0, 10, 10]},
+        {"class": "cat", "score": 0.9, "box": [0, 0, 10, 9]},
+        {"class": "dog", "score": 0.1, "box": [20, 0, 30, 10]},
+    ]
+    shown = gallery.judged({"ground_truth": truth, "detections": found})
+    assert [(d["score"], d["correct"]) for d in shown] == [(0.9, True), (0.5, False)]
+    assert gallery.judged({}) == []
+
+
+def test_iou():
+    assert gallery.iou([0, 0, 10, 10], [5, 0, 15, 10]) == pytest.approx(1 / 3)
+    assert gallery.iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0.0
+
+
+def test_rows_of_pictures_are_cut_into_tiles(run_folder):
+    views = picture_rows(Run.load(run_folder), "views")
+    assert [len(row["tiles"]) for row in views] == [3] * 6
+    assert {(tile.width, tile.height) for row in views for tile in row["tiles"]} == {(96, 96)}
+    assert [len(row["tiles"]) for row in picture_rows(Run.load(run_folder), "neighbours")] == [
+        7
+    ] * 6
+
+
+def test_large_pictures_are_made_smaller(tmp_path):
+    from PIL import Image
+
+    Image.effect_noise((3000, 2000), 100).save(tmp_path / "big.png")
+    picture = gallery.embed(tmp_path / "big.png", 1600, max_bytes=100_000)
+    assert picture is not None
+    assert len(picture.uri) < 140_000
+    assert picture.width > picture.height
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 60, [0, 20, 40, 60]),
+        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
+        (3.5, 3.8, [3.5, 3.6, 3.7, 3.8]),
+        (5, 5, [2, 4, 6, 8]),
+    ],
+)
+def test_ticks_are_round_and_cover_the_range(low, high, expected):
+    ticks = charts.nice_ticks(low, high)
+    assert ticks == pytest.approx(expected)
+
+
+def test_charts_leave_out_what_is_not_finite_and_draw_nothing_from_nothing():
+    assert charts.line_chart("t", [Series("a", [(0.0, float("nan"))])], "x") is None
+    assert charts.slope_chart("t", []) is None
+    assert charts.dumbbell_chart("t", [("cat", None, None)]) is None
+    drawn = charts.line_chart(
+        "t", [Series("<a>", [(0.0, 1.0), (1.0, float("inf")), (2.0, 3.0)])], "x"
+    )
+    assert drawn is not None
+    assert "inf" not in drawn
+    assert "<a>" not in drawn
+
+
+def test_long_curves_are_thinned_out_but_keep_their_end():
+    points = [(float(i), float(i % 7)) for i in range(10_001)]
+    thin = charts.thin_out(points, 300)
+    assert len(thin) <= 300
+    assert thin[-1] == points[-1]
+
+
+def test_mean_curve_takes_shared_iterations_only():
+    assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
+    assert mean_curve([]) == []

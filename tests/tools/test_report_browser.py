@@ -1,0 +1,98 @@
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tools import chromium
+from tests.tools.run_fixture import make_run
+from tools.flow import report
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[chromium.Browser]:
+    if chromium.find() is None:
+        if os.environ.get("REQUIRE_BROWSER") == "1":
+            pytest.fail("REQUIRE_BROWSER=1, but there is no Chromium; apt-get install chromium")
+        pytest.skip("no Chromium here; apt-get install chromium")
+    with chromium.start(tmp_path_factory.mktemp("browser") / "profile") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """The report alone in a folder: it must need nothing else."""
+    out = make_run(tmp_path_factory.mktemp("run"))
+    assert report.main([str(out)]) == 0
+    alone = tmp_path_factory.mktemp("alone") / "report.html"
+    shutil.copy(out / "report.html", alone)
+    return alone
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_loads_without_complaint(browser, page, dark, width):
+    browser.open(page.as_uri(), dark=dark, width=width)
+    pictures = browser.value(
+        "Promise.all([...document.images].map(i => i.decode().catch(() => 0)"
+        ".then(() => [i.naturalWidth, i.alt.length])))"
+    )
+    assert len(pictures) > 50
+    assert all(natural_width > 0 and alt > 0 for natural_width, alt in pictures)
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+    assert browser.value("document.documentElement.scrollWidth <= innerWidth"), "scrolls sideways"
+    assert browser.value("matchMedia('(prefers-color-scheme: dark)').matches") == dark
+
+
+def test_text_has_contrast_in_both_schemes(browser, page):
+    """Text, muted text, and verdict colours against card and page: at least 4.5 to 1 (WCAG AA)."""
+    program = """
+    (() => {
+      const style = getComputedStyle(document.documentElement);
+      const light = name => {
+        const hex = style.getPropertyValue(name).trim().slice(1);
+        const [r, g, b] = [0, 2, 4].map(i => parseInt(hex.substr(i, 2), 16) / 255)
+          .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+      };
+      const ratio = (a, b) => Math.max(light(a), light(b)) / Math.min(light(a), light(b));
+      const texts = ["--ink", "--muted", "--good", "--pretrained"];
+      return Math.min(...texts.flatMap(t => [ratio(t, "--card"), ratio(t, "--page")]));
+    })()
+    """
+    for dark in (False, True):
+        browser.open(page.as_uri(), dark=dark, width=1280)
+        assert browser.value(program) >= 4.5
+
+
+def test_charts_answer_to_pointer_and_keyboard(browser, page):
+    browser.open(page.as_uri(), dark=False, width=1280)
+    browser.value("document.querySelector('.chartbox').scrollIntoView({behavior: 'instant'}), 0")
+    box = browser.value(
+        "(r => [r.x, r.y, r.width, r.height])"
+        "(document.querySelector('.chartbox').getBoundingClientRect())"
+    )
+    at = {"x": box[0] + box[2] * 0.9, "y": box[1] + box[3] / 2}
+    browser.send("Input.dispatchMouseEvent", type="mouseMoved", **at)
+    tip = "document.querySelector('.chartbox .tip')"
+    assert browser.value(f"{tip}.hidden") is False
+    assert "at 400" in browser.value(f"{tip}.textContent")
+    browser.value("document.querySelectorAll('.chartbox')[1].focus(), 0")
+    key = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
+    browser.send("Input.dispatchKeyEvent", type="keyDown", **key)
+    second = "document.querySelectorAll('.chartbox')[1].querySelector('.tip')"
+    assert "seed 0" in browser.value(f"{second}.textContent")
+
+
+def test_page_of_an_empty_run_loads_too(browser, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "stages.json").write_text('{"format": "fa-stages-1", "plan": ["data"], "stages": {}}')
+    assert report.main([str(out)]) == 0
+    browser.open((out / "report.html").as_uri(), dark=False, width=1280)
+    assert browser.complaints() == []
+    assert browser.value("document.querySelectorAll('.missing-note').length") >= 5
