@@ -270,7 +270,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             namespace = parser.parse_args(arguments)
-            values = parser.instantiate_classes(namespace)
+            # The method was renamed in jsonargparse 4.49; older ones know only the second name.
+            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+            values = instantiate(namespace)
     except UserError:
         raise
     except Exception as error:  # jsonargparse raises its own kinds for what a user wrote

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -55,10 +56,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process and of its largest child, added."""
+    """Peak resident memory of this process, and what its live workers hold for themselves now.
+
+    ``RUSAGE_CHILDREN`` would not do: it knows ended children only, and those with the memory of the
+    process that they were forked from.
+    """
     scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * scale
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return own + sum(_private_bytes(worker.pid) for worker in multiprocessing.active_children())
+
+
+def _private_bytes(pid: int | None) -> int:
+    """Memory that a process shares with no other; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def _commit() -> str:
