@@ -100,14 +100,14 @@ def test_overrides_reach_the_stages(tmp_path):
         "detection.overrides.SOLVER.MAX_ITER=11",
         "detection.options.eval_every=3",
         "detection.arms=[random]",
-        "shards.options.short_side=64",
+        "shards.options.resize_short=64",
         "convert.format=pth",
     )
     assert "--num-pool 7" in " ".join(stages["data"].command)
     assert "optim.epochs=9" in stages["pretrain"].command
     assert "SOLVER.MAX_ITER 11" in " ".join(stages["random/seed-0"].command)
     assert "--eval-every 3" in " ".join(stages["random/seed-0"].command)
-    assert "--short-side 64" in " ".join(stages["shards"].command)
+    assert "--resize-short 64" in " ".join(stages["shards"].command)
     assert stages["convert"].outputs[0] == "convert/backbone.pth"
     assert "pretrained/seed-0" not in stages
 
