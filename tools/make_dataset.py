@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"use the first N of {', '.join(shapes.CLASSES)} (default: all)",
     )
+    one.add_argument(
+        "--shifted-test",
+        action="store_true",
+        help="test and probe/val have materials and backgrounds of their own, not only shapes",
+    )
     two = _add_kind(kinds, "photos", "composites of photographs out of Debian packages")
     two.set_defaults(clutter=0.3)
     two.add_argument(
@@ -157,10 +162,14 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
     classes = tuple(shapes.CLASSES)
     if not 2 <= arguments.num_classes <= len(classes):
         raise UserError(f"--num-classes is {arguments.num_classes}: give 2 to {len(classes)}")
-    source = procedural.ProceduralSource(options, classes[: arguments.num_classes])
+    source = procedural.ProceduralSource(
+        options, classes[: arguments.num_classes], arguments.shifted_test
+    )
+    own = "shape parameters" + (", materials and backgrounds" if arguments.shifted_test else "")
     details = {
         **options.as_dict(),
         "num_classes": arguments.num_classes,
+        "shifted_test": arguments.shifted_test,
         "generator_version": procedural.VERSION,
     }
     card = Card(
@@ -168,8 +177,8 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
         "procedural",
         details,
         "CC0-1.0 (generated pictures)",
-        "Generated shapes; test and probe/val use shape parameters, materials and "
-        "backgrounds that train, pool and probe/train never use.",
+        f"Generated shapes; test and probe/val use {own} that train, pool and probe/train "
+        "never use.",
     )
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
 

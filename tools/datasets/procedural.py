@@ -17,7 +17,7 @@ from tools.datasets.sampling import (
     object_statistics,
 )
 
-VERSION = 2  # raise it whenever the pictures of given options change
+VERSION = 3  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
 
 
@@ -28,10 +28,13 @@ class ProceduralSource:
     Attributes:
         options: Sizes and statistics.
         class_names: Which classes occur, in label order.
+        shifted_test: Whether test and probe/val also have patterned materials and backdrops of their
+            own; their objects' shapes are unseen in any case.
     """
 
     options: SetOptions
     class_names: tuple[str, ...] = field(default=tuple(shapes.CLASSES))
+    shifted_test: bool = False
 
     def scene(self, part: str, index: int) -> Scene:
         """Make picture `index` of "train", "test", "pool", "probe/train" or "probe/val".
@@ -47,17 +50,20 @@ class ProceduralSource:
         raise RuntimeError(f"{part} picture {index}: no object stays visible; lower --clutter")
 
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
-        held_out = is_held_out(part)
+        shifted = self._is_shifted(part)
         shape = draw_shape(rng, self.options)
         light = _draw_light(rng)
-        background = _background(rng, shape, held_out)
-        items = self._clutter(rng, shape, light, held_out, front=False)
+        background = _background(rng, shape, shifted)
+        items = self._clutter(rng, shape, light, shifted, front=False)
         items += self._objects(rng, shape, light, part, index)
-        items += self._clutter(rng, shape, light, held_out, front=True)
+        items += self._clutter(rng, shape, light, shifted, front=True)
         items, objects, masks = compose.settle(items, shape)
         darkness = rng.uniform(0.15, 0.6) if rng.random() < 0.75 else 0.0
         image = compose.paint(background, items, (-0.1 * light.x, -0.1 * light.y, darkness))
         return Scene(finish(rng, image), objects, masks)
+
+    def _is_shifted(self, part: str) -> bool:
+        return self.shifted_test and is_held_out(part)
 
     def probe_label(self, index: int) -> int:
         """Return the class of a probe picture: all classes in turn."""
@@ -81,7 +87,9 @@ class ProceduralSource:
             size = min(shape) * log_uniform(rng, *sizes)
             parts = shapes.CLASSES[self.class_names[label]](ShapeDice(rng, held_out))
             turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
-            sprite = render.draw(rng, render.pose(rng, parts, size, turn), light, held_out)
+            sprite = render.draw(
+                rng, render.pose(rng, parts, size, turn), light, self._is_shifted(part)
+            )
             cut = 0.1 if probe else 0.25
             x, y = compose.draw_place(rng, sprite.alpha.shape, shape, taken, cut)
             items.append(Placed(sprite, x, y, label))
