@@ -264,7 +264,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
         if not separator or key.startswith("-") or not key:
             raise UserError(f"override {item!r} is not of the form key=value, e.g. optim.epochs=20")
         arguments.append(f"--{key}={value}")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(PretrainConfig, as_group=False, fail_untyped=True)
     try:

@@ -1,10 +1,12 @@
 """Small networks, batches and shards for the tests of pretraining."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
+from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.models.contrastive import FAContrastive
 
 THIN = ArchConfig(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
@@ -16,7 +18,6 @@ def _seeded():
     """Every test starts from the same global random state, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    np.random.default_rng(0)
 
 
 @pytest.fixture
@@ -45,3 +46,46 @@ def make_views():
         return base + 0.3 * torch.randn(2, n, 3, size, size, generator=generator)
 
     return make
+
+
+def smooth_picture(seed, height=48, width=64):
+    """uint8 [height, width, 3] RGB with soft structure."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.fixture(scope="session")
+def make_shards(tmp_path_factory):
+    """A factory of shard sets: make_shards("name", num=40, classes=["class-0", "class-1"])."""
+
+    def make(name, *, num=40, classes=("class-0", "class-1"), per_shard=10, broken=()):
+        folder = tmp_path_factory.mktemp(name)
+        pictures = []
+        for i in range(num):
+            path = folder / f"picture-{i:03d}.jpg"
+            cv2.imwrite(str(path), smooth_picture(i, 40 + i % 20, 60 - i % 20))
+            if i in broken:
+                path.write_bytes(path.read_bytes()[:200])
+            label = i % len(classes) if classes else -1
+            pictures.append(SourcePicture(str(path), path.name, label))
+        out = folder / "shards"
+        options = ShardOptions(max_samples_per_shard=per_shard)
+        write_shards(
+            pictures, out, options=options, classes=list(classes) if classes else None,
+            max_bad=len(broken),
+        )  # fmt: skip
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shards(make_shards):
+    """40 labelled pictures of 2 classes in 4 shards; not to be changed."""
+    return make_shards("shards")
+
+
+@pytest.fixture(scope="session")
+def unlabelled_shards(make_shards):
+    """24 pictures without labels; not to be changed."""
+    return make_shards("unlabelled", num=24, classes=None)

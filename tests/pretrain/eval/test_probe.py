@@ -1,0 +1,139 @@
+"""The probe: what it refuses, and which options reach the classifier."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pretrain.config import DataConfig, EvalConfig
+from pretrain.data.shards import ShardIndex
+from pretrain.errors import UserError
+from pretrain.eval import probe as probe_module
+from pretrain.eval.features import extract_features, normalise
+from pretrain.eval.probe import Probe
+
+CPU = torch.device("cpu")
+DATA = DataConfig(image_size=32)
+
+
+class MeanColour(nn.Module):
+    """A backbone whose features can be computed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape))
+        return images.mean(dim=(2, 3))
+
+
+@pytest.fixture
+def config(shards):
+    return EvalConfig(probe_train=str(shards), probe_val=str(shards), knn_k=3)
+
+
+def test_no_probe_where_none_is_set():
+    assert Probe.open(EvalConfig(), DATA, CPU) is None
+
+
+def test_top1_of_a_set_in_itself_is_perfect_with_k_1(config):
+    probe = Probe.open(replace(config, knn_k=1), DATA, CPU)
+    assert probe.top1(MeanColour()) == 1.0
+
+
+def test_k_and_temperature_reach_the_classifier(config, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(probe_module, "knn_top1", lambda *_, **options: seen.update(options) or 0.5)
+    changed = replace(config, knn_k=7, knn_temperature=0.3)
+    assert Probe.open(changed, DATA, CPU).top1(MeanColour()) == 0.5
+    assert seen == {"k": 7, "temperature": 0.3}
+
+
+def test_image_size_is_the_probe_s_own_or_the_training_s(config):
+    for own, expected in ((0, 32), (48, 48)):
+        backbone = MeanColour()
+        Probe.open(replace(config, image_size=own), DATA, CPU).top1(backbone)
+        assert {shape[2:] for shape in backbone.seen} == {(expected, expected)}
+
+
+def test_samples_without_labels_are_refused(config, unlabelled_shards):
+    changed = replace(config, probe_val=str(unlabelled_shards))
+    with pytest.raises(
+        UserError,
+        match=r"probe shards .*unlabelled.* hold samples without labels; make them of class",
+    ):
+        Probe.open(changed, DATA, CPU)
+
+
+def test_other_classes_are_refused(config, make_shards):
+    other = make_shards("others", num=12, classes=["class-0", "class-9"])
+    with pytest.raises(UserError, match=r"probe shards differ in classes: .*class-1.*class-9"):
+        Probe.open(replace(config, probe_val=str(other)), DATA, CPU)
+
+
+def test_fewer_samples_than_k_are_refused(config):
+    with pytest.raises(UserError, match=r"eval\.knn_k=41, but .* holds 40 samples; lower knn_k"):
+        Probe.open(replace(config, knn_k=41), DATA, CPU)
+
+
+def test_missing_folder_is_named(config):
+    with pytest.raises(UserError, match="no-such-shards"):
+        Probe.open(replace(config, probe_train="no-such-shards"), DATA, CPU)
+
+
+# --- features
+
+
+def features(index, backbone, **options):
+    return extract_features(
+        backbone, index, image_size=32, mean=DATA.pixel_mean, std=DATA.pixel_std, device=CPU,
+        **options,
+    )  # fmt: skip
+
+
+def test_normalise_equals_numpy():
+    images = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    expected = (images.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    np.testing.assert_allclose(normalise(images, mean, std).numpy(), expected, atol=1e-6)
+    assert images.dtype == torch.uint8
+
+
+def test_features_come_in_index_order_whatever_the_batch(shards):
+    index = ShardIndex.open(shards)
+    whole = features(index, MeanColour())
+    parts = features(index, MeanColour(), batch_size=7)
+    torch.testing.assert_close(whole[0], parts[0])
+    assert whole[2].tolist() == parts[2].tolist() == list(range(40))
+    assert whole[1].tolist() == index.labels.tolist()
+
+
+def test_max_samples_stops_after_the_batch_that_reaches_it(shards):
+    found, labels, ids = features(
+        ShardIndex.open(shards), MeanColour(), batch_size=7, max_samples=10
+    )
+    assert len(found) == len(labels) == len(ids) == 14
+
+
+def test_batch_norm_is_in_eval_mode_and_the_mode_comes_back(shards):
+    class Net(MeanColour):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+            self.modes = []
+
+        def forward(self, images):
+            self.modes.append(self.bn.training)
+            return super().forward(self.bn(images))
+
+    net = Net().train()
+    before = net.bn.running_mean.clone()
+    found, _, _ = features(ShardIndex.open(shards), net)
+    assert set(net.modes) == {False}
+    assert net.training
+    assert net.bn.training
+    assert torch.equal(net.bn.running_mean, before)
+    assert not found.requires_grad

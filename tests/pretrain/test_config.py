@@ -1,0 +1,272 @@
+"""The schema: every YAML loads, typos are named, impossible values refused, every key covered."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import PretrainConfig, load_config, to_plain
+from pretrain.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+YAMLS = sorted((ROOT / "configs" / "pretrain").rglob("*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optim: {epochs: 20}\nfa: {method: mask}\n")
+    return path
+
+
+def test_there_are_configs():
+    assert YAMLS
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+def test_every_yaml_loads_and_says_what_it_is(path):
+    config = load_config(path)
+    written = yaml.safe_load(path.read_text())
+    for section, values in written.items():
+        if not isinstance(values, dict):
+            continue
+        for key, value in values.items():
+            loaded = getattr(getattr(config, section), key)
+            assert loaded == (tuple(value) if isinstance(value, list) else value), (
+                f"{section}.{key}"
+            )
+    assert path.read_text().startswith("#"), "a config opens with what it is for"
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+def test_the_resolved_config_loads_to_the_same(path, tmp_path):
+    config = load_config(path, ["seed=3", "out=somewhere"])
+    again = tmp_path / "config.yaml"
+    again.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    assert load_config(again) == config
+
+
+def test_overrides_win_over_the_file(config_file):
+    config = load_config(
+        config_file,
+        ["optim.epochs=12", "fa.mask_ratio=0.5", "out=a=b", "data.pixel_std=[0.5,0.5,0.5]"],
+    )
+    assert config.optim.epochs == 12
+    assert config.fa.method == "mask"
+    assert config.fa.mask_ratio == 0.5
+    assert config.out == "a=b"
+    assert config.data.pixel_std == (0.5, 0.5, 0.5)
+
+
+def test_the_last_of_two_overrides_wins(config_file):
+    assert load_config(config_file, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_null_unsets(config_file):
+    assert load_config(config_file, ["out=x", "out=null"]).out is None
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("optim: {epoch: 3}\n", r"optim\.epoch\b|epoch"),
+        ("sead: 3\n", "sead"),
+        ("fa: {methods: nn}\n", "methods"),
+        ("data:\n  nested: {deep: 1}\n", "nested"),
+    ],
+)
+def test_unknown_key_in_the_file_is_named(tmp_path, text, named):
+    path = tmp_path / "typo.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"typo\.yaml: .*({named})"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("override", ["optim.epoch=3", "sead=1", "fa.nn.k=2"])
+def test_unknown_key_on_the_command_line_is_named(config_file, override):
+    with pytest.raises(UserError, match=re.escape(override.partition("=")[0])):
+        load_config(config_file, [override])
+
+
+@pytest.mark.parametrize("override", ["optim.epochs", "--seed=3", "=3", "-x", ""])
+def test_overrides_that_are_none(config_file, override):
+    with pytest.raises(UserError, match=r"override .* is not of the form key=value"):
+        load_config(config_file, [override])
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"config file no/such\.yaml does not exist; see configs/"):
+        load_config("no/such.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2\n", "- just\n- a list\n", "optim: 3\n"])
+def test_broken_yaml_is_named(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config(path)
+
+
+WRONG_VALUES = {
+    "arch.depth=101": "depth",
+    "arch.width_per_group=0": r"arch\.width_per_group must be positive, got 0",
+    "arch.stem_channels=-1": r"arch\.stem_channels must be positive, got -1",
+    "arch.res2_channels=250": r"multiple of 4 at depth 50, got 250",
+    "arch.res2_channels=240": r"256 \* width_per_group \(64\) must be a multiple of res2_channels",
+    "arch.depth=18": r"depth 18 has basic blocks, so res2_channels must equal width_per_group",
+    "data.batch_size=1": r"data\.batch_size must be >= 2, got 1",
+    "data.batch_size=many": "batch_size",
+    "data.image_size=8": r"data\.image_size must be >= 16, got 8",
+    "data.shuffle_window=0": r"data\.shuffle_window: 0 is < 1",
+    "data.num_workers=-1": r"data\.num_workers: -1 is < 0",
+    "data.max_bad_samples=-1": r"data\.max_bad_samples: -1 is < 0",
+    "data.pixel_std=[0,1,1]": r"data\.pixel_std must be positive",
+    "data.pixel_mean=[0.5,0.5]": "pixel_mean",
+    "data.augmentation=heavy": "augmentation",
+    "heads.projector_layers=0": r"heads\.projector_layers must be >= 1, got 0",
+    "heads.output_dim=0": r"heads\.output_dim must be >= 1, got 0",
+    "objective.name=simclr": "name",
+    "objective.temperature=0": r"objective\.temperature must be > 0, got 0",
+    "objective.temperature=.nan": r"objective\.temperature must be > 0, got nan",
+    "objective.ema_tau=1.5": r"objective\.ema_tau must be in \[0, 1\], got 1\.5",
+    "fa.method=rotate": "method",
+    "fa.num_features=0": r"fa\.num_features must be >= 1, got 0",
+    "fa.mask_ratio=1": r"fa\.mask_ratio must be in \[0, 1\), got 1",
+    "fa.noise_sigma=-1": r"fa\.noise_sigma must be >= 0, got -1",
+    "fa.mixup_alpha=0": r"fa\.mixup_alpha must be > 0, got 0",
+    "fa.top_k=5000": r"top_k \(5000\) <= min_fill \(1024\) <= queue_size",
+    "fa.queue_size=100": r"min_fill \(1024\) <= queue_size \(100\)",
+    "fa.num_features=2": r"nn with num_features=2 takes the N nearest and needs top_k >= N",
+    "optim.name=adam": "name",
+    "optim.epochs=0": r"optim\.epochs must be >= 1, got 0",
+    "optim.base_lr=0": r"optim\.base_lr must be > 0, got 0",
+    "optim.momentum=1": r"optim\.momentum must be in \[0, 1\), got 1",
+    "optim.lars_eta=0": r"optim\.lars_eta must be > 0, got 0",
+    "optim.weight_decay=-1": r"optim\.weight_decay: -1.* is < 0",
+    "optim.warmup_epochs=100": r"warmup_epochs \(100.*\) must be >= 0 and below optim\.epochs",
+    "engine.device=tpu": "device",
+    "engine.log_every_steps=0": r"engine\.log_every_steps must be >= 1, got 0",
+    "engine.checkpoint_every_steps=0": r"engine\.checkpoint_every_steps must be >= 1, got 0",
+    "engine.num_threads=-1": r"engine\.num_threads: -1 is < 0",
+    "engine.keep_checkpoints=-1": r"engine\.keep_checkpoints: -1 < 0",
+    "eval.knn_k=0": r"eval\.knn_k must be >= 1, got 0",
+    "eval.knn_every_epochs=0": r"eval\.knn_every_epochs: 0 < 1",
+    "eval.knn_temperature=0": r"eval\.knn_temperature: 0.* <= 0",
+    "eval.num_pictures=-1": r"eval\.num_pictures: -1 is < 0",
+    "eval.image_size=-5": r"eval\.image_size must be 0 \(data\.image_size\) or >= 16, got -5",
+    "eval.probe_train=x": r"eval\.probe_train and eval\.probe_val go together",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_VALUES)
+def test_wrong_values_are_refused_by_name(tmp_path, override):
+    path = tmp_path / "empty.yaml"
+    path.write_text("seed: 0\n")
+    with pytest.raises(UserError, match=WRONG_VALUES[override]):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize("method", ["none", "identity"])
+def test_methods_that_do_not_draw_give_one_feature(config_file, method):
+    with pytest.raises(UserError, match=rf"num_features=3 needs a method that draws; '{method}'"):
+        load_config(config_file, [f"fa.method={method}", "fa.num_features=3"])
+
+
+def test_errors_are_one_line(config_file):
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, ["fa.method=rotate"])
+    assert "\n" not in str(caught.value)
+
+
+# --- every key is covered: which test shows what it does
+
+
+def dotted_keys(cls=PretrainConfig, prefix=""):
+    for field in dataclasses.fields(cls):
+        default = getattr(cls(), field.name)
+        if dataclasses.is_dataclass(default):
+            yield from dotted_keys(type(default), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+CONTRASTIVE = "models/test_contrastive.py::"
+TRAIN = "engine/test_train.py::"
+OPTIM = "engine/test_optim.py::"
+COVERED_BY = {
+    "out": TRAIN + "test_files_of_a_run",
+    "seed": TRAIN + "test_seed_decides_the_curve",
+    "arch.depth": TRAIN + "test_arch_of_the_config_is_built",
+    "arch.width_per_group": TRAIN + "test_arch_of_the_config_is_built",
+    "arch.stem_channels": TRAIN + "test_arch_of_the_config_is_built",
+    "arch.res2_channels": TRAIN + "test_arch_of_the_config_is_built",
+    "data.shards": TRAIN + "test_missing_shards",
+    "data.image_size": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
+    "data.batch_size": TRAIN + "test_golden_curve_equals_a_loop_written_again",
+    "data.augmentation": TRAIN + "test_augmentation_preset_reaches_crops_and_colours",
+    "data.shuffle_window": TRAIN + "test_shuffle_window_decides_the_order",
+    "data.num_workers": TRAIN + "test_killed_and_resumed_equals_uninterrupted",
+    "data.max_bad_samples": TRAIN + "test_bad_pictures_stop_the_run_or_are_counted",
+    "data.pixel_mean": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
+    "data.pixel_std": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
+    "heads.projector_layers": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.projector_hidden_dim": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.projector_last_bn": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.predictor_hidden_dim": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.output_dim": TRAIN + "test_heads_of_the_config_are_built",
+    "objective.name": CONTRASTIVE + "test_byol_equals_its_definition",
+    "objective.temperature": CONTRASTIVE + "test_temperature_divides_the_similarities",
+    "objective.ema_tau": TRAIN + "test_golden_curve_equals_a_loop_written_again",
+    "fa.method": CONTRASTIVE + "test_drawn_augmentations_equal_their_definition",
+    "fa.stop_gradient": CONTRASTIVE + "test_where_the_target_branch_carries_gradient",
+    "fa.num_features": CONTRASTIVE + "test_n_neighbours_equal_n_terms_of_the_n_nearest",
+    "fa.feature_loss": CONTRASTIVE + "test_free_loss_is_n_times_the_mean",
+    "fa.queue_size": CONTRASTIVE + "test_queue_is_fed_once_per_step",
+    "fa.min_fill": CONTRASTIVE + "test_identity_until_min_fill_entries_are_there",
+    "fa.top_k": CONTRASTIVE + "test_n_neighbours_equal_n_terms_of_the_n_nearest",
+    "fa.mask_ratio": CONTRASTIVE + "test_drawn_augmentations_equal_their_definition",
+    "fa.noise_sigma": CONTRASTIVE + "test_drawn_augmentations_equal_their_definition",
+    "fa.mixup_alpha": CONTRASTIVE + "test_mixup_alpha_reaches_the_draws",
+    "optim.name": OPTIM + "test_adamw_equals_the_textbook",
+    "optim.epochs": OPTIM + "test_rate_equals_the_closed_form",
+    "optim.base_lr": OPTIM + "test_peak_rate_scales_with_the_global_batch",
+    "optim.momentum": OPTIM + "test_lars_equals_numpy_over_several_steps",
+    "optim.weight_decay": OPTIM + "test_lars_equals_numpy_over_several_steps",
+    "optim.warmup_epochs": OPTIM + "test_rate_equals_the_closed_form",
+    "optim.lars_eta": OPTIM + "test_lars_equals_numpy_over_several_steps",
+    "engine.device": TRAIN + "test_gpu_asked_for_without_one",
+    "engine.precision": TRAIN + "test_precision_decides_autocast",
+    "engine.channels_last": TRAIN + "test_channels_last_changes_memory_not_meaning",
+    "engine.num_threads": TRAIN + "test_num_threads",
+    "engine.log_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
+    "engine.checkpoint_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
+    "engine.keep_checkpoints": TRAIN + "test_log_and_checkpoint_intervals",
+    "eval.probe_train": TRAIN + "test_probe_runs_at_its_interval",
+    "eval.probe_val": TRAIN + "test_probe_runs_at_its_interval",
+    "eval.knn_every_epochs": TRAIN + "test_probe_runs_at_its_interval",
+    "eval.knn_k": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
+    "eval.knn_temperature": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
+    "eval.image_size": "eval/test_probe.py::test_image_size_is_the_probe_s_own_or_the_training_s",
+    "eval.num_pictures": TRAIN + "test_num_pictures_decides_the_rows",
+}
+
+
+def test_every_key_has_a_test_that_exists():
+    keys = set(dotted_keys())
+    assert keys - set(COVERED_BY) == set(), "keys without a test that shows what they do"
+    assert set(COVERED_BY) - keys == set(), "tests of keys that are gone"
+    for key, place in COVERED_BY.items():
+        file, _, name = place.partition("::")
+        source = (Path(__file__).parent / file).read_text()
+        assert f"def {name}(" in source, f"{key}: {place} does not exist"
+
+
+def test_every_key_is_read_by_code():
+    """A key that no code reads is a promise without effect."""
+    files = [p for p in (ROOT / "pretrain").rglob("*.py") if p.name != "config.py"]
+    source = "\n".join(p.read_text() for p in files)
+    for key in dotted_keys():
+        name = key.rpartition(".")[2]
+        assert re.search(rf"\.{name}\b", source), f"{key} is never read"
