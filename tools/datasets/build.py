@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import cv2
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from tools.datasets.options import SetOptions
 
 FORMAT = "fa-dataset-1"
 METRIC_YEAR = 2012  # area under the precision-recall curve, not VOC2007's 11 points
+LOCK_WAIT_SECONDS = 5.0  # the workers of a killed run hold its lock until they notice
 _CHUNK = 32  # pictures per task
 _BLOCK = 4096  # bytes a small file takes at least
 
@@ -156,17 +157,26 @@ def _only_one(out: Path) -> Iterator[None]:
             f"{out.parent}: cannot be written ({error}); give another folder"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = Path(lock.name).stat().st_ino == os.fstat(lock.fileno()).st_ino
-        except OSError:
-            current = False  # locked, or the run that held it has just removed it
-        if not current:
-            raise UserError(f"{out}: another run is writing it; wait for it or give another folder")
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{out}: another run is writing it; wait for it or give another folder"
+                )
+            time.sleep(0.1)
         try:
             yield
         finally:
             Path(lock.name).unlink(missing_ok=True)
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Try to lock; False if another run has the lock, or has just removed the file."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Path(lock.name).stat().st_ino == os.fstat(lock.fileno()).st_ino
+    except OSError:
+        return False
 
 
 def bytes_needed(options: SetOptions) -> int:
