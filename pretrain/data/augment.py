@@ -193,7 +193,7 @@ def augment(
     Returns:
         float32 [n, 3, s, s].
     """
-    x = images.float().mul_(1 / 255).contiguous()
+    x = images.contiguous().float().mul_(1 / 255)  # in this order: a quarter of the time
     _jitter(x, params)
     _on_rows(x, params["gray"] > 0, lambda rows, _: to_gray(rows).expand(-1, 3, -1, -1))
     _on_rows(x, params["blur_sigma"] > 0, gaussian_blur, params["blur_sigma"])

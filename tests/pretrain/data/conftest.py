@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tests.pretrain.data.picture_helpers import sources, write_pictures
 
 from pretrain.data.shards import ShardIndex, ShardOptions, write_shards
+from tests.pretrain.data.picture_helpers import sources, write_pictures
 
 
 @pytest.fixture(scope="session")

@@ -68,11 +68,15 @@ def test_jitter_equals_torchvision(ours, theirs, values: list[float]) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (9, 9, 9), (255, 0, 0), (0, 255, 255)])
+@pytest.mark.parametrize(
+    "colour", [(0, 0, 0), (255, 255, 255), (9, 9, 9), (255, 0, 0), (0, 255, 255)]
+)
 def test_hue_of_pure_and_grey_colours(colour: tuple[int, int, int]) -> None:
     image = (torch.tensor(colour).float() / 255).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     for turn in (-0.5, -0.1, 0.2, 1 / 3):
-        close(ops.adjust_hue(image, torch.tensor([turn])), reference.adjust_hue(image, min(turn, 0.5)))
+        close(
+            ops.adjust_hue(image, torch.tensor([turn])), reference.adjust_hue(image, min(turn, 0.5))
+        )
 
 
 @given(st.integers(0, 2**24 - 1), st.floats(-0.5, 0.5, width=32))
@@ -105,7 +109,8 @@ def test_blur_equals_torchvision(size: int) -> None:
         reference.gaussian_blur(x, [kernel, kernel], [s, s])
         for x, s in zip(images, sigmas, strict=True)
     ]
-    close(ops.gaussian_blur(images, torch.tensor(sigmas)), torch.stack(expected))
+    close(ops.blur_by_taps(images, torch.tensor(sigmas), kernel), torch.stack(expected))
+    close(ops.blur_by_matrix(images, torch.tensor(sigmas), kernel), torch.stack(expected))
 
 
 def test_kernel_is_a_tenth_of_the_side_and_odd() -> None:
@@ -133,7 +138,7 @@ def reference_chain(image: Tensor, params: dict[str, Tensor], row: int) -> Tenso
         kernel = ops.blur_kernel_size(x.shape[-1])
         x = reference.gaussian_blur(x, [kernel, kernel], [value["blur_sigma"]] * 2)
     if value["solarize"]:
-        x = reference.solarize(x, ops.SOLARIZE_THRESHOLD)
+        x = reference.solarize(x, 0.5)
     return reference.normalize(x, list(MEAN), list(STD))
 
 
@@ -193,7 +198,15 @@ def test_draws_depend_on_seed_epoch_key_and_view_alone() -> None:
 
 def test_draws_keep_their_values_from_version_to_version() -> None:
     values = uniforms(np.array([0, -1, 2**62]), 12345, 2)
-    np.testing.assert_allclose(values, [[0.4988858903732927, 0.8667438760137676, 0.2750324310396237], [0.4581311898914051, 0.241001349737475, 0.5160745385112253]], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        values,
+        [
+            [0.4988858903732927, 0.8667438760137676, 0.2750324310396237],
+            [0.4581311898914051, 0.241001349737475, 0.5160745385112253],
+        ],
+        rtol=0,
+        atol=1e-15,
+    )
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:

@@ -20,7 +20,11 @@ def test_generator_depends_on_its_parts_alone() -> None:
     first = counter_rng("crop", 0, 3, 2**64 - 1, 1).random(5)
     np.random.default_rng().random(7)
     np.testing.assert_array_equal(first, counter_rng("crop", 0, 3, 2**64 - 1, 1).random(5))
-    for other in [("crop", 0, 3, 2**64 - 1, 0), ("crop", 1, 3, 2**64 - 1, 1), ("order", 0, 3, 7, 1)]:
+    for other in [
+        ("crop", 0, 3, 2**64 - 1, 0),
+        ("crop", 1, 3, 2**64 - 1, 1),
+        ("order", 0, 3, 7, 1),
+    ]:
         assert not np.array_equal(first, counter_rng(*other).random(5))
 
 
@@ -95,7 +99,8 @@ def test_window_of_one_shuffles_shards_only() -> None:
     pieces = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
     assert sorted(len(piece) for piece in pieces) in ([5, 7, 9], [5, 16], [9, 12], [21])
     assert any(
-        epoch_order([5, 7, 9], seed=3, epoch=epoch, window=1)[0] != order[0] for epoch in range(1, 9)
+        epoch_order([5, 7, 9], seed=3, epoch=epoch, window=1)[0] != order[0]
+        for epoch in range(1, 9)
     )
 
 
@@ -105,7 +110,9 @@ def test_every_sample_takes_every_place_equally_often() -> None:
     for epoch in range(num_epochs):
         counts[np.arange(8), epoch_order([4, 4], seed=0, epoch=epoch, window=8)] += 1
     chi_square = ((counts - num_epochs / 8) ** 2 / (num_epochs / 8)).sum()
-    assert chi_square < 94  # 99.9 % quantile of chi-square with 49 degrees of freedom: 85.4; some room
+    assert (
+        chi_square < 94
+    )  # 99.9 % quantile of chi-square with 49 degrees of freedom: 85.4; some room
 
 
 def test_remainder_is_dropped() -> None:

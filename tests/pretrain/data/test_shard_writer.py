@@ -129,7 +129,9 @@ def test_bad_pictures_are_named_and_bounded(tmp_path: Path) -> None:
     files[3].write_bytes(files[3].read_bytes()[:300])
     files[7].write_bytes(b"no picture")
     pictures = sources(tmp_path / "in")
-    with pytest.raises(UserError, match=r"(?s)1 pictures cannot be used, allowed are 0:.*--max-bad"):
+    with pytest.raises(
+        UserError, match=r"(?s)1 pictures cannot be used, allowed are 0:.*--max-bad"
+    ):
         write_shards(pictures, tmp_path / "out")
     with pytest.raises(UserError, match=r"2 pictures cannot be used, allowed are 1"):
         write_shards(pictures, tmp_path / "out", max_bad=1)
@@ -169,7 +171,9 @@ def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> 
     write_shards(pictures, tmp_path, options=TEN)
     with pytest.raises(UserError, match="holds shards of another source or of other options"):
         write_shards(pictures[:30], tmp_path, options=TEN)
-    with pytest.raises(UserError, match="another source or of other options; choose another folder"):
+    with pytest.raises(
+        UserError, match="another source or of other options; choose another folder"
+    ):
         write_shards(pictures, tmp_path, options=ShardOptions(max_samples_per_shard=9))
     report = write_shards(pictures[:30], tmp_path, options=TEN, overwrite=True)
     assert report.num_shards == 3
@@ -182,7 +186,9 @@ def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> 
 def test_unfinished_run_with_other_options(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        shard_writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     monkeypatch.undo()
@@ -288,7 +294,9 @@ def test_bad_options(options: dict, message: str) -> None:
 
 # -- keys -----------------------------------------------------------------------------------------
 
-path_parts = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40)
+path_parts = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40
+)
 file_names = st.lists(path_parts, min_size=1, max_size=4).map("/".join)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
 
 from pretrain.data import foreign
 from pretrain.data.shards import ShardIndex, verify_shards
 from pretrain.data.tar_index import key_hash
 from pretrain.data.views import decode
 from pretrain.errors import UserError
+from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
 
 
 def test_index_gives_every_picture(index: ShardIndex, picture_folder: Path) -> None:
@@ -101,7 +101,9 @@ def test_shards_of_webdataset_are_indexed_on_first_use(
     assert verify_shards(tmp_path / "set").ok
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]
+)
 def test_tar_formats_and_long_names(tmp_path: Path, tar_format: int) -> None:
     length = 90 if tar_format == tarfile.USTAR_FORMAT else 300
     names = [f"{'d' * 60}/{'k' * length}{i}" for i in range(4)] + ["ünï/cödé"]

@@ -204,9 +204,7 @@ def test_nothing_but_bad_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_shard_lost_while_running(
-    shard_folder: Path, index: ShardIndex, num_workers: int
-) -> None:
+def test_shard_lost_while_running(shard_folder: Path, index: ShardIndex, num_workers: int) -> None:
     (shard_folder / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match=r"shard-000000.tar .*cannot be read \(No such file"):
         load(index, num_workers=num_workers, max_bad_samples=100)

@@ -209,7 +209,9 @@ def test_shrinking_aliases_little(side: int) -> None:
     assert side < 2 * 64 + 2 or ours > aliased + 5
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 129), (257, 127), (30, 20), (64, 700)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(64, 64), (65, 129), (257, 127), (30, 20), (64, 700)]
+)
 def test_resize_gives_the_size_and_keeps_constants(height: int, width: int) -> None:
     image = np.full((height, width, 3), 77, np.uint8)[:, ::-1]
     out = views.resize(image, 32, 32)
