@@ -5,6 +5,7 @@
 import detection.compat  # before detectron2
 
 # isort: split
+import json
 import logging
 import time
 import weakref
@@ -24,7 +25,7 @@ from detection.calibrate import calibrate_frozen_norms
 from detection.data import build_test_loader, build_train_loader
 from detection.errors import UserError
 from detection.evaluate import ClasswiseVOCEvaluator, DetectionRecorder, spread_evenly
-from detection.files import read_json_lines, remove_partial_files, write_json_lines
+from detection.files import read_json_lines, remove_partial_files
 from detection.hooks import CurveHook, FreshPreciseBN, ProgressLine, RunClock, SeedEachStep
 from detection.voc import VocSet, VocSplit, classes_without_objects
 from detection.weights import RunCheckpointer, load_backbone, remove_stale_pointer
@@ -198,4 +199,5 @@ def _drop_metrics_from(path: Path, iteration: int) -> None:
     """Cut metrics.json back to what came before an iteration."""
     if path.is_file():
         rows = [row for row in read_json_lines(path) if row.get("iteration", 0) < iteration]
-        write_json_lines(path, rows)
+        # In place: the JSONWriter holds this file open, and a renamed one would not receive its rows.
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
