@@ -94,9 +94,10 @@ def run(parsed: argparse.Namespace) -> int:
             before_first=lambda: describe(runner, config, path, command),
             after_each=lambda: results.write(out, runner.ledger.skipped),
         )
-    finally:
-        if (out / "stages.json").exists():
-            print(closing_lines(runner, out))
+    except StageError:
+        print(closing_lines(runner, out))
+        raise
+    print(closing_lines(runner, out))
     return 0
 
 

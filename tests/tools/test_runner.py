@@ -7,10 +7,11 @@ import pytest
 
 from tools.flow.errors import StageError, UserError
 from tools.flow.files import inside, remove
-from tools.flow.fingerprint import Stage, source_digest
+from tools.flow.fingerprint import Stage
 from tools.flow.ledger import lock
 from tools.flow.progress import Progress
 from tools.flow.runner import Runner
+from tools.flow.sources import source_digest, source_files
 
 COPY = """
 import pathlib, sys
@@ -148,6 +149,23 @@ def test_comments_docstrings_and_format_of_python_sources_do_not_count(tmp_path)
     odd = tmp_path / "odd.py"
     odd.write_text("this is not python (")
     assert source_digest(odd) != source_digest(a)
+
+
+def test_sources_follow_imports_of_the_repository(tmp_path):
+    (tmp_path / "house/room").mkdir(parents=True)
+    files = {
+        "run.py": "def f():\n    from house import door\nimport numpy, house.room.bed\n",
+        "house/__init__.py": "",
+        "house/door.py": "from house.window import Glass\n",
+        "house/window.py": "import run\n",
+        "house/unused.py": "",
+        "house/room/__init__.py": "",
+        "house/room/bed.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = [path.relative_to(tmp_path).as_posix() for path in source_files(tmp_path, ["run.py"])]
+    assert found == sorted(set(files) - {"house/unused.py"})
 
 
 def test_missing_output_runs_again(world):

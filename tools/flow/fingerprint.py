@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tools.flow.sources import imported_files, source_digest, source_files
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Stage:
         upstream: Names of the stages that this one reads.
         files: Inputs from outside: files count by content, folders by their listing.
         config: The settings that this stage sees.
-        sources: Globs relative to the repository, the code that the stage runs.
+        sources: Globs relative to the repository: the programs that the stage runs (what they
+            import follows) and files that these read.
         libraries: Distributions whose versions count.
         resumable: Whether an interrupted run of the same fingerprint is continued in place.
         resume_arguments: What is appended to `command` to continue.
@@ -122,28 +123,6 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "changed: " + ", ".join(changes[:3]) + rest
 
 
-def source_files(root: Path, patterns: Iterable[str]) -> list[Path]:
-    """Return the files that the globs match, sorted, each once; `!glob` leaves files out."""
-    found: dict[bool, set[Path]] = {True: set(), False: set()}
-    for pattern in patterns:
-        found[not pattern.startswith("!")].update(root.glob(pattern.removeprefix("!")))
-    return sorted(path for path in found[True] - found[False] if path.is_file())
-
-
-@functools.cache
-def source_digest(path: Path) -> str:
-    """Return a hash of what a source file does.
-
-    Python counts by its syntax tree without docstrings, so that a comment or a reformatting does
-    not cost hours of training; every other file counts by its bytes.
-    """
-    data = path.read_bytes()
-    if path.suffix == ".py":
-        with contextlib.suppress(SyntaxError, ValueError):  # Not Python after all: bytes count.
-            data = _code_without_docstrings(data).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
 @functools.cache
 def input_digest(path: Path) -> str | None:
     """Return a hash of a file's bytes or of a folder's names, sizes and times; None if missing."""
@@ -173,21 +152,19 @@ def library_version(name: str) -> str | None:
 
 def forget_digests() -> None:
     """Drop what was remembered about files; called at the start of every run."""
-    for cached in (source_digest, input_digest, library_version):
+    forget_sources()
+    for cached in (input_digest, library_version):
+        cached.cache_clear()
+
+
+def forget_sources() -> None:
+    """Drop what was remembered about code, which may change while a run goes on."""
+    for cached in (source_digest, imported_files):
         cached.cache_clear()
 
 
 def _anonymous(word: str, root: Path, out: Path) -> str:
     return word.replace(str(out), "{out}").replace(str(root), "{root}")
-
-
-def _code_without_docstrings(data: bytes) -> str:
-    tree = ast.parse(data)
-    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

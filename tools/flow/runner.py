@@ -22,6 +22,7 @@ from tools.flow.fingerprint import (
     explain,
     fingerprint_parts,
     forget_digests,
+    forget_sources,
     product_digest,
 )
 from tools.flow.ledger import Ledger
@@ -112,6 +113,8 @@ class Runner:
                     break
 
     def _do(self, stage: Stage, number: int, progress: Progress, lock_descriptor: int) -> None:
+        self._stop_if_asked()
+        forget_sources()
         decision = self._decide(stage)
         if decision.action == "skip":
             self.ledger.skipped.add(stage.name)
@@ -165,7 +168,6 @@ class Runner:
     def _run_stage(
         self, stage: Stage, decision: Decision, progress: Progress, lock_descriptor: int
     ) -> None:
-        self._stop_if_asked()
         resumed = decision.action == "resume"
         before = self._record(stage).get("seconds") or 0.0 if resumed else 0.0
         if not resumed:
@@ -231,6 +233,9 @@ class Runner:
 
             try:
                 return child.wait(tick)
+            except BaseException:
+                child.stop(signal.SIGKILL)
+                raise
             finally:
                 self._child = None
 

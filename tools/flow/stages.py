@@ -11,24 +11,17 @@ from tools.flow.config import Arm, PipelineConfig, as_dict
 from tools.flow.errors import UserError
 from tools.flow.fingerprint import Stage
 
-PRETRAIN_LIBRARIES = ("torch", "torchvision", "numpy", "opencv-python", "simplejpeg")
+_OPENCV = ("opencv-python", "opencv-python-headless")
+PRETRAIN_LIBRARIES = ("torch", "torchvision", "numpy", *_OPENCV, "simplejpeg")
 DETECTION_LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "detectron2")
-PICTURE_LIBRARIES = ("numpy", "opencv-python", "pillow")
+PICTURE_LIBRARIES = ("numpy", *_OPENCV, "pillow")
 
-_DATASET_SOURCES = ("tools/make_dataset.py", "tools/datasets/**/*.py")
-_SHARD_SOURCES = (
-    "tools/make_shards.py",
-    "pretrain/data/*.py",
-    *(f"!pretrain/data/{name}.py" for name in ("augment", "order", "stream", "views")),
-)
-_PRETRAIN_SOURCES = ("pretrain/**/*.py", "tools/pretrain.sh")
-_CONVERT_SOURCES = ("tools/convert_to_d2.py", "detection/*.py")
-_DETECTION_SOURCES = (
-    "tools/train_voc.sh",
-    "detection/*.py",
-    *(f"!detection/{name}.py" for name in ("convert", "keymap", "reference_resnet")),
-)
-_REPORT_SOURCES = ("tools/flow/*.py", "tools/flow/report.*")
+_DATASET_SOURCES = ("tools/make_dataset.py", "tools/datasets/*.json")
+_SHARD_SOURCES = ("tools/make_shards.py",)
+_PRETRAIN_SOURCES = ("tools/pretrain.sh", "pretrain/__main__.py")
+_CONVERT_SOURCES = ("tools/convert_to_d2.py",)
+_DETECTION_SOURCES = ("tools/train_voc.sh", "detection/train.py")
+_REPORT_SOURCES = ("tools/flow/report.*",)
 
 
 def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
