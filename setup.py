@@ -10,7 +10,9 @@ DETECTRON2_NEEDS = [
     "cloudpickle",
     "fvcore>=0.1.5",
     "iopath>=0.1.10",
-    "omegaconf>=2.4",
+    "matplotlib>=3.9",
+    "omegaconf>=2.4",  # the first that needs no package without a wheel
+    "pycocotools>=2.0.8",
     "tabulate",
     "termcolor",
     "yacs",
@@ -31,7 +33,6 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
-        "webdataset>=1.0",
         "numpy>=2.0",
         "opencv-python>=4.10",
         "pillow>=11.0",
@@ -41,9 +42,7 @@ setup(
         "jaxtyping>=0.3",
         "tqdm>=4.66",
         "tensorboard>=2.18",
-        "matplotlib>=3.9",
         "jinja2>=3.1",
-        "pycocotools>=2.0.8",
         "zstandard>=0.23",
         "setuptools>=77",
         *DETECTRON2_NEEDS,
@@ -51,11 +50,12 @@ setup(
     extras_require={
         "dev": [
             "pytest>=8.3",
+            "webdataset>=1.0",
             "hypothesis>=6.110",
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.405",
             "pre-commit>=4.0",
         ],
-        "bench": ["pandas>=2.2"],
+        "bench": [],  # rivals that benchmarks/ compares with; so far it needs nothing more
     },
 )

@@ -29,7 +29,6 @@ PACKAGES = (
     "opencv-python",
     "pillow",
     "simplejpeg",
-    "webdataset",
     "jsonargparse",
     "fvcore",
     "pycocotools",
