@@ -112,7 +112,9 @@ def _checked(backbone: Mapping[str, Any], arch: Arch) -> dict[str, Tensor]:
     if missing or unknown:
         faults = [f"lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
         faults += [f"has {unknown[0]} and {len(unknown) - 1} more beside"] if unknown else []
-        raise UserError(f"is no {arch}: {'; '.join(faults)}; {_COPY_AGAIN}")
+        raise UserError(
+            f"is no {arch}: {'; '.join(faults)}{_what_it_looks_like(backbone, arch)}; {_COPY_AGAIN}"
+        )
     tensors = {}
     for name, shape in wanted.items():
         value = torch.as_tensor(backbone[name])
@@ -124,6 +126,15 @@ def _checked(backbone: Mapping[str, Any], arch: Arch) -> dict[str, Tensor]:
             raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
         tensors[name] = value.detach().to(torch.float32).contiguous().clone()
     return tensors
+
+
+def _what_it_looks_like(backbone: Mapping[str, Any], arch: Arch) -> str:
+    """A remark when the tensors are another architecture's."""
+    try:
+        found = infer_arch({name: tuple(np.shape(value)) for name, value in backbone.items()})
+    except UserError:
+        return ""
+    return "" if found == arch else f" (its tensors look like a {found})"
 
 
 def to_detectron2(source: Source) -> dict[str, Tensor]:

@@ -168,6 +168,7 @@ def build_train_loader(
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,  # or starting the loader would draw from the generator that seeds a step
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage
 
 from detection.files import read_json_lines, write_json_lines
 from detection.seeding import derive_seed
@@ -121,6 +121,28 @@ class CurveHook(hooks.EvalHook):
             result["seconds"],
         )
         return {"bbox": box}
+
+
+class MetricsFile(EventWriter):
+    """Detectron2's JSONWriter, its file opened when there is something to write.
+
+    A resumed run cuts the file back first (by rename), which a file opened earlier would not see.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: JSONWriter | None = None
+
+    def write(self) -> None:
+        """Append a line: the newest value of everything that is measured, not smoothed."""
+        if self._writer is None:
+            self._writer = JSONWriter(str(self._path), window_size=1)
+        self._writer.write()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class ProgressLine(EventWriter):

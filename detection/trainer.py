@@ -5,7 +5,6 @@
 import detection.compat  # before detectron2
 
 # isort: split
-import json
 import logging
 import time
 import weakref
@@ -16,7 +15,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
@@ -25,8 +23,15 @@ from detection.calibrate import calibrate_frozen_norms
 from detection.data import build_test_loader, build_train_loader
 from detection.errors import UserError
 from detection.evaluate import ClasswiseVOCEvaluator, DetectionRecorder, spread_evenly
-from detection.files import read_json_lines, remove_partial_files
-from detection.hooks import CurveHook, FreshPreciseBN, ProgressLine, RunClock, SeedEachStep
+from detection.files import read_json_lines, remove_partial_files, write_json_lines
+from detection.hooks import (
+    CurveHook,
+    FreshPreciseBN,
+    MetricsFile,
+    ProgressLine,
+    RunClock,
+    SeedEachStep,
+)
 from detection.voc import VocSet, VocSplit, classes_without_objects
 from detection.weights import RunCheckpointer, load_backbone, remove_stale_pointer
 
@@ -98,7 +103,7 @@ class Trainer(DefaultTrainer):
             built.append(
                 hooks.PeriodicWriter(
                     [
-                        JSONWriter(str(self.folder / "metrics.json"), window_size=1),
+                        MetricsFile(self.folder / "metrics.json"),
                         ProgressLine(self.max_iter, cfg.SOLVER.IMS_PER_BATCH),
                     ],
                     period=min(_PRINT_PERIOD, self.max_iter),
@@ -199,5 +204,4 @@ def _drop_metrics_from(path: Path, iteration: int) -> None:
     """Cut metrics.json back to what came before an iteration."""
     if path.is_file():
         rows = [row for row in read_json_lines(path) if row.get("iteration", 0) < iteration]
-        # In place: the JSONWriter holds this file open, and a renamed one would not receive its rows.
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(path, rows)

@@ -188,8 +188,8 @@ def _read_split(
     for image_id in image_ids:
         if len(image_id.split()) != 1:
             raise UserError(
-                f"{path}: line {image_id!r} must hold one picture name and nothing "
-                "else (class-wise lists such as aeroplane_train.txt do not serve)"
+                f"{path}: line {image_id!r} must hold one picture name and nothing else; "
+                "class-wise lists such as aeroplane_train.txt do not serve"
             )
         if image_id in seen:
             raise UserError(f"{path}: {image_id!r} is listed twice; remove one of the lines")

@@ -1,0 +1,71 @@
+"""Fixtures of the detection tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.detection.tiny_detection import CONFIGS, make_voc, write_our_checkpoint
+
+_ROOT_KEYS = ("SOLVER", "MODEL", "TEST", "INPUT", "DATALOADER")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def voc_root(tmp_path: Path) -> Path:
+    """A fresh tiny set (Detectron2 caches annotations by file name, so never a shared one)."""
+    return make_voc(tmp_path / "data")
+
+
+@pytest.fixture
+def tiny_overrides() -> list[str]:
+    """KEY VALUE pairs that make three iterations of the thin detector cheap."""
+    text = (
+        "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 "
+        "SOLVER.MAX_ITER 3 "
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 4 MODEL.RPN.POST_NMS_TOPK_TRAIN 8 "
+        "MODEL.RPN.POST_NMS_TOPK_TEST 8 TEST.PRECISE_BN.NUM_ITER 1 "
+        "MODEL.BACKBONE.CALIBRATE_BN_BATCHES 2 TEST.EVAL_PERIOD 0 SOLVER.CHECKPOINT_PERIOD 1"
+    )
+    return text.split()
+
+
+@pytest.fixture
+def thin_checkpoint(tmp_path: Path) -> Path:
+    """One of our checkpoints: a thin ResNet-50 with a projector and a moving average."""
+    return write_our_checkpoint(tmp_path / "checkpoint.pth")
+
+
+@pytest.fixture(scope="session")
+def thin_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted weights of a thin ResNet-50, with their card."""
+    from detection.convert import convert, read_source
+
+    folder = tmp_path_factory.mktemp("thin")
+    source = read_source(write_our_checkpoint(folder / "checkpoint.pth"))
+    convert(source, folder / "backbone.pkl", size=96)
+    return folder / "backbone.pkl"
+
+
+@pytest.fixture
+def train(voc_root: Path, tmp_path: Path, tiny_overrides: list[str]) -> Callable[..., int]:
+    """Run the training command in this process: train("random", "--freeze", ..) -> exit status."""
+    from detection.train import main
+
+    def run(weights: str, *more: str, config: str = "thin_R50_C4.yaml", out: str = "out") -> int:
+        keys = [i for i, item in enumerate(more) if item.split(".")[0] in _ROOT_KEYS]
+        first_key = keys[0] if keys else len(more)
+        return main([
+            weights, "--config", str(CONFIGS / config), "--data", str(voc_root),
+            "--out", str(tmp_path / out), *more[:first_key], *tiny_overrides, *more[first_key:],
+        ])  # fmt: skip
+
+    return run

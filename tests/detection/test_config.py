@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+
+from detection.config import flatten, load_config
+from detection.errors import UserError
+from detection.roi_heads import Res5ROIHeadsExtraNorm
+from tests.detection.tiny_detection import CONFIGS
+
+THIN = CONFIGS / "thin_R50_C4.yaml"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+COMPLETE = [path for path in ALL if not path.name.startswith("base_")]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_config_loads(path: Path) -> None:
+    cfg = load_config(path)
+    assert cfg.INPUT.FORMAT == "RGB"
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
+def test_every_complete_config_has_its_heading(path: Path) -> None:
+    head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    for word in ("Source:", "Command", "Time:", "Expected"):
+        assert word in head
+    assert str(path.relative_to(CONFIGS.parents[1])) in head
+
+
+def test_the_published_protocol_value_by_value() -> None:
+    cfg = load_config(CONFIGS / "voc0712_R50_C4_24k.yaml")
+    expected = {
+        "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+        "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.DEPTH": 50,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.RESNETS.NORM": "naiveSyncBN",
+        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": 6000,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+        "MODEL.ROI_HEADS.NAME": "Res5ROIHeadsExtraNorm",
+        "MODEL.ROI_HEADS.NUM_CLASSES": 20,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 14,
+        "INPUT.FORMAT": "RGB",
+        "INPUT.MIN_SIZE_TRAIN": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        "INPUT.MIN_SIZE_TEST": 800,
+        "DATASETS.TRAIN": ["voc_2007_trainval", "voc_2012_trainval"],
+        "DATASETS.TEST": ["voc_2007_test"],
+        "SOLVER.IMS_PER_BATCH": 16,
+        "SOLVER.BASE_LR": 0.02,
+        "SOLVER.MAX_ITER": 24000,
+        "SOLVER.STEPS": [18000, 22000],
+        "SOLVER.WARMUP_ITERS": 100,
+        "TEST.PRECISE_BN.ENABLED": True,
+    }
+    flat = flatten(cfg)
+    assert {key: flat[key] for key in expected} == expected
+
+
+def test_the_published_protocols_model_builds_and_its_schedule_drops_twice() -> None:
+    cfg = load_config(CONFIGS / "voc0712_R50_C4_24k.yaml", ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    assert isinstance(model.roi_heads, Res5ROIHeadsExtraNorm)
+    norms = [module for name, module in model.named_modules() if name.endswith("norm")]
+    assert len(norms) == 54  # 53 of the ResNet and the one behind res5
+    assert {type(module).__name__ for module in norms} == {"NaiveSyncBatchNorm"}
+    assert all(value.requires_grad for value in model.backbone.parameters())
+    optimizer = build_optimizer(cfg, model)
+    schedule = build_lr_scheduler(cfg, optimizer)
+    factors = [schedule._multiplier(step / 24000) for step in (0, 100, 17999, 18001, 22001)]
+    assert factors == pytest.approx([0.001, 1, 1, 0.1, 0.01])
+
+
+def test_schedule_is_scaled_with_max_iter() -> None:
+    cfg = load_config(THIN, ["SOLVER.MAX_ITER", "600"])
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == ((450, 550), 60)
+    cfg = load_config(THIN, ["SOLVER.MAX_ITER", "600", "SOLVER.WARMUP_ITERS", "7"])
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == ((450, 550), 7)
+    for last in (1, 2, 3, 5):  # runs of a few iterations, for tests
+        assert all(
+            0 < s < last for s in load_config(THIN, ["SOLVER.MAX_ITER", str(last)]).SOLVER.STEPS
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("SOLVER.MAX_ITER 100 SOLVER.STEPS (75,225)", r"STEPS \(75, 225\) reaches beyond .*100"),
+        ("SOLVER.MAX_ITER 0", r"MAX_ITER 0: give at least 1"),
+        ("SOLVER.WARMUP_ITERS 300", r"WARMUP_ITERS 300 leaves nothing"),
+        ("SOLVER.BSAE_LR 0.1", r"unknown key SOLVER.BSAE_LR; did you mean SOLVER.BASE_LR\?"),
+        ("SOLVER.BASE_LR fast", r"SOLVER.BASE_LR"),
+        ("SOLVER.BASE_LR", r"give pairs"),
+        ("MODEL.WEIGHTS x.pkl", r"MODEL.WEIGHTS: give the weights as the first argument"),
+        ("SEED 3", r"SEED: use --seeds"),
+    ],
+)
+def test_override_that_cannot_train_is_refused(overrides: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(THIN, overrides.split())
+
+
+def test_unreadable_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config"):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "x.yaml"
+    for text, message in {
+        "VERSION: 2\nSOLVER: {BASE_LRR: 1}": "did you mean SOLVER.BASE_LR",
+        "VERSION: 2\nSOLVER: [": "x.yaml: ",
+        "VERSION: 2\nSOLVER: {MAX_ITER: 10, STEPS: [20], WARMUP_ITERS: 1}": "reaches beyond",
+        "VERSION: 2\n_BASE_: none.yaml": "x.yaml: ",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(path)

@@ -1,0 +1,171 @@
+"""AP: Detectron2's evaluator against a computation written from the definition."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.structures import Boxes, Instances
+
+from detection.data import register
+from detection.evaluate import ClasswiseVOCEvaluator, DetectionRecorder, spread_evenly
+from detection.voc import VocSet, classes_without_objects, read_set
+from tests.detection.tiny_detection import CLASSES, make_voc
+
+Detection = tuple[str, int, float, list[float]]  # picture, class, score, [x0, y0, x1, y1]
+
+
+def make_detections(voc: VocSet, seed: int = 0) -> list[Detection]:
+    """Ground truth moved about, doubles, wrong classes and boxes at random."""
+    generator = np.random.default_rng(seed)
+    found: list[Detection] = []
+    for picture in voc.test.pictures:
+        for item in picture.objects:
+            label = voc.classes.index(item.class_name)
+            for _ in range(3):
+                shift = generator.normal(0, 4, 4).round(1)
+                box = (np.array(item.box_from_zero()) + shift).clip(0, 95).tolist()
+                wrong = generator.random() < 0.3
+                score = round(float(generator.random()), 3)
+                found.append((picture.image_id, (label + wrong) % 3, score, box))
+    return found
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    """Of boxes in whole pixels, both ends inclusive, as the VOC devkit counts."""
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def average_precision(
+    voc: VocSet, detections: list[Detection], label: int, threshold: float, year: int
+) -> float:
+    """AP of one class in percent: greedy matching by score, then the area or 11 points."""
+    truth = {picture.image_id: [[*item.box] for item in picture.objects
+                                if item.class_name == voc.classes[label]]
+             for picture in voc.test.pictures}  # fmt: skip
+    num_truth = sum(map(len, truth.values()))
+    used: set[tuple[str, int]] = set()
+    hits = []
+    for image_id, _, _, box in sorted(
+        (row for row in detections if row[1] == label), key=lambda row: -row[2]
+    ):
+        one_based = [round(box[0] + 1, 1), round(box[1] + 1, 1), round(box[2], 1), round(box[3], 1)]
+        overlaps = [iou(one_based, other) for other in truth[image_id]]
+        best = int(np.argmax(overlaps)) if overlaps else -1
+        hit = best >= 0 and overlaps[best] > threshold and (image_id, best) not in used
+        if hit:
+            used.add((image_id, best))
+        hits.append(hit)
+    recall = np.cumsum(hits) / num_truth
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    if year == 2007:
+        points = [max(precision[recall >= t - 1e-12], default=0.0) for t in np.arange(11) / 10]
+        return 100 * float(np.mean(points))
+    area, before = 0.0, 0.0
+    for place, value in enumerate(recall):
+        area += (value - before) * max(precision[place:])
+        before = value
+    return 100 * float(area)
+
+
+def feed(evaluator: Any, voc: VocSet, detections: list[Detection]) -> Any:
+    evaluator.reset()
+    for picture in voc.test.pictures:
+        rows = [row for row in detections if row[0] == picture.image_id]
+        instances = Instances((picture.height, picture.width))
+        instances.pred_boxes = Boxes(torch.tensor([row[3] for row in rows]).reshape(-1, 4))
+        instances.scores = torch.tensor([row[2] for row in rows])
+        instances.pred_classes = torch.tensor([row[1] for row in rows], dtype=torch.int64)
+        evaluator.process([{"image_id": picture.image_id}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> VocSet:
+    return read_set(make_voc(tmp_path / "data", num_train=2, num_test=12))
+
+
+@pytest.fixture
+def classwise(tmp_path: Path) -> Callable[[VocSet], ClasswiseVOCEvaluator]:
+    def build(voc: VocSet) -> ClasswiseVOCEvaluator:
+        image_ids = [picture.image_id for picture in voc.test.pictures]
+        absent = classes_without_objects(voc.test, voc.classes)
+        return ClasswiseVOCEvaluator(register(voc)[1], image_ids, tmp_path / "list.txt", absent)
+
+    return build
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_ap_equals_an_independent_computation(tmp_path: Path, year: int, classwise) -> None:
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
+    detections = make_detections(voc)
+    result = feed(classwise(voc), voc, detections)
+    thresholds = [value / 100 for value in range(50, 100, 5)]
+    for label, name in enumerate(voc.classes):
+        aps = [average_precision(voc, detections, label, value, year) for value in thresholds]
+        assert result["per_class_AP50"][name] == pytest.approx(aps[0])
+        assert result["per_class_AP75"][name] == pytest.approx(aps[5])
+        assert result["per_class"][name] == pytest.approx(np.mean(aps))
+    assert 0 < result["bbox"]["AP75"] < result["bbox"]["AP50"] < 100
+
+
+@pytest.mark.parity
+def test_means_equal_detectron2s_own_evaluator(tiny: VocSet, classwise) -> None:
+    detections = make_detections(tiny, seed=1)
+    stock = feed(PascalVOCDetectionEvaluator(register(tiny)[1]), tiny, detections)
+    ours = feed(classwise(tiny), tiny, detections)
+    assert ours["bbox"] == pytest.approx(dict(stock["bbox"]))
+
+
+def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(
+    tmp_path: Path, classwise
+) -> None:
+    """The trap: AP over names that do not occur is a mean with zeros (or NaN)."""
+    root = make_voc(tmp_path / "set", num_train=2, num_test=12)
+    voc = read_set(root, classes=[*CLASSES, "unicorn"])
+    detections = [
+        (picture.image_id, voc.classes.index(item.class_name), 0.9, item.box_from_zero())
+        for picture in voc.test.pictures
+        for item in picture.objects
+    ]
+    result = feed(classwise(voc), voc, detections)
+    assert result["bbox"]["AP"] == pytest.approx(100)
+    assert set(result["per_class"]) == set(CLASSES)
+
+
+def test_no_detections_at_all(tiny: VocSet, classwise) -> None:
+    result = feed(classwise(tiny), tiny, [])
+    assert result["bbox"] == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+
+
+def test_recorder_keeps_what_the_report_shows(tiny: VocSet) -> None:
+    image_ids = spread_evenly([picture.image_id for picture in tiny.test.pictures], 4)
+    recorder = DetectionRecorder(tiny.test, image_ids, tiny.classes, tiny.root, 0.3)
+    detections = make_detections(tiny)
+    rows = feed(recorder, tiny, detections)["detections"]
+    assert [Path(row["file_name"]).stem for row in rows] == image_ids
+    for row in rows:
+        assert (tiny.root / row["file_name"]).is_file()
+        assert (row["width"], row["height"]) == (96, 96)
+        assert set(row["ground_truth"][0]) == {"class", "box", "difficult"}
+        scores = [found["score"] for found in row["detections"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(score >= 0.3 for score in scores)
+    wanted = [row for row in detections if row[0] == image_ids[0] and row[2] >= 0.3]
+    assert len(rows[0]["detections"]) == len(wanted)
+
+
+def test_spread_evenly() -> None:
+    letters = list("abcdefghij")
+    assert spread_evenly(letters, 3) == ["a", "d", "g"]
+    assert spread_evenly(letters, 20) == letters
+    assert spread_evenly(letters, 0) == []

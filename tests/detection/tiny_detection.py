@@ -1,0 +1,95 @@
+"""Made for the detection tests: a tiny VOC set, random backbones with lively norms."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from detection.arch import Arch
+from detection.reference_resnet import ReferenceResNet
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "detection"
+CLASSES = ("disc", "box", "bar")
+
+
+def annotation(size: int, objects: Sequence[tuple[str, int, int, int, int]]) -> str:
+    """A VOC annotation with boxes (name, xmin, ymin, xmax, ymax), 1-based."""
+    items = "".join(
+        f"<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated>"
+        f"<difficult>0</difficult><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
+        f"<ymax>{y1}</ymax></bndbox></object>"
+        for name, x0, y0, x1, y1 in objects
+    )
+    return (
+        f"<annotation><size><width>{size}</width><height>{size}</height><depth>3</depth></size>"
+        f"{items}</annotation>"
+    )
+
+
+def make_voc(root: Path, num_train: int = 8, num_test: int = 4, size: int = 96) -> Path:
+    """Write a set of coloured rectangles on noise: VOC2007/ and dataset.json."""
+    generator = np.random.default_rng(0)
+    voc = root / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (voc / folder).mkdir(parents=True)
+    names = [f"{index:06d}" for index in range(num_train + num_test)]
+    for index, name in enumerate(names):
+        pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        label = index % len(CLASSES)
+        x, y = (int(value) for value in generator.integers(0, size // 2, 2))
+        width, height = ((40, 40), (30, 44), (48, 16))[label]
+        pixels[y : y + height, x : x + width] = 40 + 80 * label
+        Image.fromarray(pixels).save(voc / "JPEGImages" / f"{name}.jpg")
+        box = (CLASSES[label], x + 1, y + 1, min(x + width, size), min(y + height, size))
+        (voc / "Annotations" / f"{name}.xml").write_text(annotation(size, [box]))
+    for split, part in (("train", names[:num_train]), ("test", names[num_train:])):
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(part) + "\n")
+    (root / "dataset.json").write_text(
+        '{"format": "fa-dataset-1", "name": "tiny", "classes": ["disc", "box", "bar"], '
+        '"metric_year": 2012}'
+    )
+    return root
+
+
+def liven_norms(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every batch norm random weights and statistics, so that a mix-up shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            shape = module.weight.shape
+            module.weight.data = 0.5 + torch.rand(shape, generator=generator)
+            module.bias.data = 0.2 * torch.randn(shape, generator=generator)
+            module.running_mean = 0.2 * torch.randn(shape, generator=generator)
+            module.running_var = 0.5 + torch.rand(shape, generator=generator)
+    return network
+
+
+def write_our_checkpoint(path: Path, **changes: object) -> Path:
+    """Write a checkpoint of our format, some fields changed."""
+    arch = Arch(50, 16, 16, 64)
+    torch.manual_seed(0)
+    networks = [liven_norms(ReferenceResNet(arch), seed) for seed in (1, 2)]
+    states = [
+        {f"backbone.{name}": value for name, value in network.state_dict().items()}
+        | {"projector.0.weight": torch.ones(4, 4)}
+        for network in networks
+    ]
+    checkpoint = {
+        "format": "fa-pretrain-1",
+        "arch": asdict(arch),
+        "preprocessing": {
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "order": "RGB",
+        },
+        "model": states[0],
+        "ema": states[1],
+        **changes,
+    }
+    torch.save(checkpoint, path)
+    return path
