@@ -249,7 +249,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
     names = ["data", "shards", "probe_train", "probe_val", "pretrain"]
-    assert lines == [["run", name, "not run yet"] for name in names]
+    assert lines == [["run", name, "first run"] for name in names]
     assert not list(tmp_path.iterdir())
 
 

@@ -133,7 +133,7 @@ class Runner:
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
         if not record:
             self._refuse_foreign(stage)
-            reason = "not run yet"
+            reason = "first run"
         elif record.get("fingerprint") != fingerprint:
             reason = explain(record.get("parts") or {}, parts)
         elif record.get("status") == "finished" and not missing:
