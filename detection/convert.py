@@ -143,6 +143,21 @@ def to_detectron2(source: Source) -> dict[str, Tensor]:
     return {new: source.tensors[old] for old, new in sorted(table.items(), key=lambda x: x[1])}
 
 
+def _description(source: Source) -> dict[str, Any]:
+    """The card's entries about where the weights come from."""
+    return {
+        "arch": asdict(source.arch),
+        "preprocessing": source.preprocessing.for_detectron2(),
+        "branch": source.branch,
+        "source": {
+            "file": source.path.name,
+            "sha256": sha256_of(source.path),
+            "layout": source.layout,
+        },
+        "dropped": sorted(source.dropped),
+    }
+
+
 def convert(
     source: Source, out: Path, *, picture: Path | None = None, size: int = 224
 ) -> dict[str, Any]:
@@ -181,17 +196,9 @@ def convert(
     parity.check_written(source.arch, out, state)
     card = {
         "format": weights.CARD_FORMAT,
-        "arch": asdict(source.arch),
-        "preprocessing": source.preprocessing.for_detectron2(),
-        "branch": source.branch,
-        "source": {
-            "file": source.path.name,
-            "sha256": sha256_of(source.path),
-            "layout": source.layout,
-        },
+        **_description(source),
         "weights_sha256": sha256_of(out),
         "num_tensors": len(state),
-        "dropped": sorted(source.dropped),
         "stages": stages,
         "max_relative_difference": worst,
         "seconds": time.perf_counter() - began,

@@ -98,11 +98,7 @@ def read_set(
     test_split = test_split or ("voc_2007_test" if official else "test")
     if "+" in test_split:
         raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
-    year = (
-        metric_year
-        or description.get("metric_year")
-        or (2007 if official and "2012" not in test_split else 2012)
-    )
+    year = metric_year or description.get("metric_year") or _usual_year(official, test_split)
     if year not in (2007, 2012):
         raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
     return VocSet(
@@ -116,6 +112,11 @@ def read_set(
         ),
         test=_read_split(root, test_split, names, is_test=True, official=official),
     )
+
+
+def _usual_year(official: bool, test_split: str) -> int:
+    """11 points for the official VOC2007, the area for everything else."""
+    return 2007 if official and "2012" not in test_split else 2012
 
 
 def _read_description(root: Path) -> dict[str, Any]:

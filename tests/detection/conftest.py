@@ -35,7 +35,7 @@ def tiny_overrides() -> list[str]:
         "MODEL.RPN.POST_NMS_TOPK_TEST 8 TEST.PRECISE_BN.NUM_ITER 1 "
         "MODEL.BACKBONE.CALIBRATE_BN_BATCHES 2 TEST.EVAL_PERIOD 0 SOLVER.CHECKPOINT_PERIOD 1"
     )
-    return text.split()
+    return [str(word) for word in text.split()]
 
 
 @pytest.fixture

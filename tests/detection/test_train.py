@@ -114,6 +114,20 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     assert "resuming after iteration 2" in (folder / "log.txt").read_text()
 
 
+def test_kill_during_the_last_evaluation_costs_only_the_evaluation(
+    train: Callable[..., int], tmp_path: Path
+) -> None:
+    assert train("random") == 0
+    folder = tmp_path / "out" / "seed-0"
+    before, state = read(folder / "result.json"), final_model(folder)
+    (folder / "result.json").unlink()
+    (folder / "curve.jsonl").unlink()
+    assert train("random") == 0
+    assert read(folder / "result.json")["per_class"] == before["per_class"]
+    assert json.loads((folder / "curve.jsonl").read_text())["iteration"] == 3
+    assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
+
+
 def test_finished_seed_is_kept_and_changed_settings_are_refused(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

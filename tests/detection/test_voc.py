@@ -91,8 +91,8 @@ def break_xml(old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
-def write(path: str, text: str) -> Callable[[Path], None]:
-    return lambda root: (root / path).write_text(text) and None
+def write(path: str, text: str) -> Callable[[Path], object]:
+    return lambda root: (root / path).write_text(text)
 
 
 TEST_LIST = "VOC2007/ImageSets/Main/test.txt"
