@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -123,28 +124,31 @@ class Run:
         is_main = dist.rank() == 0
         fresh = self.position.step == 0
         log = self._open_log(fresh) if is_main else None
-        if is_main:
-            run_folder.write_description(self.folder, self.config, self.device)
-        if fresh and log is not None:
-            self._probe(log)
-            self._save_view_pictures()
         bar = tqdm(
             total=self.num_steps, initial=self.position.step, desc="pretrain", unit="step",
             disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
         )  # fmt: skip
-        while self.position.epoch < self.config.optim.epochs:
-            self._train_epoch(log, bar)
-            self.position.epoch += 1
-            self.position.step_in_epoch = 0
-            is_last = self.position.epoch == self.config.optim.epochs
-            if log and (is_last or self.position.epoch % self.config.eval.knn_every_epochs == 0):
+        with bar, contextlib.closing(log) if log else contextlib.nullcontext():
+            if is_main:
+                run_folder.write_description(self.folder, self.config, self.device)
+            if fresh and log is not None:
                 self._probe(log)
-            if is_last:
-                self._save_checkpoint()
-        bar.close()
-        if log is not None:
-            self._finish(log)
+                self._save_view_pictures()
+            while self.position.epoch < self.config.optim.epochs:
+                self._train_epoch(log, bar)
+                self._end_epoch(log)
+        if is_main:
+            self._finish()
         dist.stop()
+
+    def _end_epoch(self, log: MetricLog | None) -> None:
+        self.position.epoch += 1
+        self.position.step_in_epoch = 0
+        is_last = self.position.epoch == self.config.optim.epochs
+        if log and (is_last or self.position.epoch % self.config.eval.knn_every_epochs == 0):
+            self._probe(log)
+        if is_last:
+            self._save_checkpoint()
 
     def _open_log(self, fresh: bool) -> MetricLog:
         """The log without the rows that will be written again."""
@@ -270,7 +274,7 @@ class Run:
             save_views(self.folder, self.index, batch, self.augmented_views(batch, 0), num,
                        self.config.data)  # fmt: skip
 
-    def _finish(self, log: MetricLog) -> None:
+    def _finish(self) -> None:
         """Neighbour gallery and ``summary.json``, which says that the run is complete."""
         num = self.config.eval.num_pictures
         if num:
@@ -283,7 +287,6 @@ class Run:
                 self.device,
                 self.config.data,
             )
-        log.close()
         run_folder.write_summary(self.folder, self.position, self.config, self.index.num_samples)
 
 

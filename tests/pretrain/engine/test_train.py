@@ -1,0 +1,781 @@
+"""The command line on the CPU: files, loss curve, kill and resume, every option of a run."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.config import load_config
+from pretrain.data.augment import PRESETS, augment, draw_parameters
+from pretrain.data.shards import ShardIndex
+from pretrain.engine import checkpoint, metrics, train
+from pretrain.engine.metrics import read_rows
+from pretrain.engine.train import Run, choose_device, uses_bf16
+from pretrain.errors import UserError
+from pretrain.models.contrastive import FAContrastive, fa_generator
+
+ROOT = Path(__file__).parents[3]
+BASE = {
+    "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"name": "infonce"},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "adamw", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
+    "engine": {
+        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
+        "num_threads": 1,
+    },
+    "eval": {"num_pictures": 0, "knn_k": 5},
+}  # fmt: skip
+STEPS_PER_EPOCH = 5  # 40 pictures, batch 8
+BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2", "fa.queue_size=20"]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+@pytest.fixture
+def start(config_file, shards, tmp_path, capsys):
+    """Run the command line in this process: start("name", "key=value", ..).
+
+    Returns exit status, the run's folder and what was printed to stderr.
+    """
+
+    def run(name, *arguments):
+        folder = tmp_path / name
+        options = [f"out={folder}", *arguments]
+        if not any(a.startswith("data.shards=") for a in arguments):
+            options.append(f"data.shards={shards}")
+        capsys.readouterr()
+        status = main([str(config_file), *options])
+        return status, folder, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def make_run(config_file, shards, tmp_path):
+    """Build a `Run` without training: make_run("key=value", ..)."""
+
+    def make(*overrides):
+        options = [f"out={tmp_path / 'run'}", f"data.shards={shards}", *overrides]
+        return Run(load_config(config_file, options), resume=False)
+
+    return make
+
+
+def train_rows(folder):
+    return [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def losses(folder):
+    return [row["loss"] for row in train_rows(folder)]
+
+
+def error_of(result, status):
+    """The one line that a refused command prints."""
+    assert result[0] == status
+    lines = [line for line in result[2].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result[2]
+    return lines[0]
+
+
+def weights(folder):
+    return checkpoint.load(folder / "checkpoint.pth")
+
+
+def assert_same_state(a, b, where=""):
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{number}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_training(a, b):
+    """Bit for bit: losses of every step, and everything that the next step would depend on."""
+    assert [r["step"] for r in train_rows(a)] == [r["step"] for r in train_rows(b)]
+    for key in ("loss", "lr", "feature_std", "effective_rank", "fa_cosine", "fa_active", "epoch"):
+        assert [r[key] for r in train_rows(a)] == [r[key] for r in train_rows(b)], key
+    one, two = weights(a), weights(b)
+    for part in ("model", "ema", "optimizer", "queue", "schedule"):
+        assert_same_state(one[part], two[part], part)
+
+
+# --- what a run leaves
+
+
+def test_files_of_a_run(start, shards):
+    status, folder, err = start(
+        "files", f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.num_pictures=3",
+        "engine.keep_checkpoints=1", "engine.checkpoint_every_steps=4", "eval.knn_every_epochs=1",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    board = {p for p in found if p.startswith("tensorboard/")}
+    assert len(board) == 1
+    assert found - board == {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoint.pth", "summary.json",
+        "checkpoints/step-00000010.pth",
+        "pictures/views.jpg", "pictures/views.json",
+        "pictures/neighbours.jpg", "pictures/neighbours.json",
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {
+        "steps", "epochs", "seconds", "images_per_second", "knn_top1", "knn_top1_initial",
+        "num_samples", "num_skipped_samples", "peak_memory_bytes",
+    }  # fmt: skip
+    assert (summary["steps"], summary["epochs"], summary["num_samples"]) == (10, 2, 40)
+    assert summary["num_skipped_samples"] == 0
+    assert summary["images_per_second"] == pytest.approx(80 / summary["seconds"])
+    assert 100e6 < summary["peak_memory_bytes"] < 20e9
+    rows = read_rows(folder / "metrics.jsonl")
+    knn = [r["knn_top1"] for r in rows if r["kind"] == "knn"]
+    assert len(knn) == 3
+    assert (summary["knn_top1_initial"], summary["knn_top1"]) == (knn[0], knn[-1])
+    assert {r["kind"] for r in rows} == {"train", "knn", "event"}
+    row = train_rows(folder)[4]
+    assert {
+        "step", "epoch", "loss", "lr", "images_per_second", "data_wait_share", "feature_std",
+        "effective_rank", "fa_cosine", "fa_active",
+    } <= set(row)  # fmt: skip
+    assert (row["step"], row["epoch"]) == (5, 1.0)
+    assert 0 <= row["data_wait_share"] <= 1
+    assert [r["fa_active"] for r in train_rows(folder)] == [0, 0] + [1] * 8  # 16 of batch 8
+    environment = json.loads((folder / "environment.json").read_text())
+    assert set(environment) == {"versions", "commit", "command", "device", "num_threads"}
+    assert environment["device"] == "cpu"
+    assert environment["num_threads"] == 1
+    again = load_config(folder / "config.yaml")
+    assert again.out == str(folder)
+    assert again.optim.epochs == 2
+    state = weights(folder)
+    assert state["step"] == 10
+    assert state["arch"] == BASE["arch"]
+    assert "pretrain: 100%" in err
+    assert "loss=" in err
+
+
+def test_seed_decides_the_curve(start):
+    _, one, _ = start("one", "optim.epochs=1")
+    _, same, _ = start("same", "optim.epochs=1")
+    _, other, _ = start("other", "optim.epochs=1", "seed=1")
+    assert_same_training(one, same)
+    assert not set(losses(one)) & set(losses(other))
+
+
+# --- the curve against a loop written again
+
+
+def closed_form_lr(epoch, base_lr, epochs, warmup):
+    if epoch < warmup:
+        return base_lr * 8 / 256 * epoch / warmup
+    return base_lr * 8 / 256 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+
+
+def views_again(run, batch, epoch):
+    views = []
+    for number, view in enumerate(PRESETS["asymmetric"]):
+        parameters = draw_parameters(
+            view, batch.keys, seed=0, epoch=epoch, view_index=number, image_size=32
+        )
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        views.append(augment(batch.views[number], parameters, mean, std))
+    return views
+
+
+def unit(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def loss_again(objective, z, p, t, bank):
+    """NNCLR's InfoNCE at temperature 0.2, or NNBYOL; plain targets until 16 entries are there."""
+    total = 0
+    for v in (0, 1):
+        target = t[1 - v].detach()
+        if len(bank) >= 16:
+            target = bank[(unit(target) @ unit(bank).T).argmax(dim=1)]
+        if objective == "infonce":
+            logits = unit(target) @ unit(p[v]).T / 0.2
+            total = total + (logits.logsumexp(1) - logits.diagonal()).mean() / 2
+        else:
+            total = total + ((unit(p[v]) - unit(target)) ** 2).sum(1).mean()
+    return total
+
+
+def update_again(name, parameters, momenta, lr):
+    for w, m in zip(parameters, momenta, strict=True):
+        g = w.grad
+        if w.ndim > 1:
+            g = g + 1e-6 * w
+            g = g * 1e-3 * w.norm() / g.norm() if name == "lars" else g
+        m.mul_(0.9).add_(g)
+        w.sub_(lr * m)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
+    """Data and modules are the package's; loss, queue, optimiser, schedules and EMA are not."""
+    overrides = BYOL if objective == "byol" else ["optim.name=sgd", "optim.base_lr=0.5"]
+    # the same convolutions, so that no rounding makes another neighbour the nearest
+    overrides = [*overrides, "objective.ema_tau=0.9", "engine.channels_last=false"]
+    status, folder, err = start("golden", *overrides)
+    assert status == 0, err
+    run = make_run(*overrides)
+    config = run.config
+    torch.manual_seed(0)
+    model = FAContrastive(config.arch, config.heads, config.objective, config.fa)
+    net, ema = model.online, model.ema
+    parameters = list(net.parameters())
+    momenta = [torch.zeros_like(w) for w in parameters]
+    bank, curve, step = torch.zeros(0, 12), [], 0
+    for epoch in range(2):
+        for batch in run.loader.epoch(epoch):
+            views = views_again(run, batch, epoch)
+            z = [net.projector(net.backbone(v)) for v in views]
+            p = [net.predictor(x) for x in z]
+            t = z
+            if objective == "byol":
+                with torch.no_grad():
+                    t = [ema.projector(ema.backbone(v)) for v in views]
+            loss = loss_again(objective, z, p, t, bank)
+            for w in parameters:
+                w.grad = None
+            loss.backward()
+            lr = closed_form_lr((step + 0.5) / 5, config.optim.base_lr, 2, 0.5)
+            with torch.no_grad():
+                update_again(config.optim.name, parameters, momenta, lr)
+                if objective == "byol":
+                    tau = 1 - 0.1 * (math.cos(math.pi * step / 10) + 1) / 2
+                    for key, slow in ema.named_parameters():
+                        slow.copy_(tau * slow + (1 - tau) * net.get_parameter(key))
+                size = config.fa.queue_size
+                bank = torch.cat([bank, unit(t[0]).detach()])[-size:]
+            curve.append(loss.item())
+            step += 1
+    np.testing.assert_allclose(losses(folder), curve, rtol=5e-4)
+    assert len(set(curve)) == 10
+
+
+# --- kill -9 and resume
+
+KILLED = """
+import os, signal, sys
+import torch
+from pretrain import __main__
+from pretrain.engine import train
+
+where, number = sys.argv[1], int(sys.argv[2])
+step, save = train.Run._step, torch.save
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killing_step(self, batch):
+    if where == "step" and self.position.step == number:
+        kill()
+    return step(self, batch)
+
+def killing_save(state, file):
+    if where == "save" and state["step"] == number:
+        file.write(b"half a checkpoint")
+        file.flush()
+        kill()
+    save(state, file)
+
+train.Run._step, torch.save = killing_step, killing_save
+sys.exit(__main__.main(sys.argv[3:]))
+"""
+
+
+def kill_at(where, number, arguments):
+    """Run the command line in a process that dies of SIGKILL in the middle of its work."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KILLED, where, str(number), *arguments],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+KILLS = [
+    pytest.param([], 0, "step", 7, id="infonce-in_process"),
+    pytest.param(BYOL, 1, "save", 8, id="byol-worker-while_saving"),
+    pytest.param([], 1, "step", 9, id="infonce-worker", marks=pytest.mark.slow),
+    pytest.param(BYOL, 0, "step", 6, id="byol-in_process", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("overrides", "num_workers", "where", "number"), KILLS)
+def test_killed_and_resumed_equals_uninterrupted(
+    start, config_file, shards, tmp_path, overrides, num_workers, where, number
+):
+    options = [*overrides, "engine.checkpoint_every_steps=4", "fa.top_k=3"]
+    options += [f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
+    _, whole, _ = start("whole", *options)
+    killed = tmp_path / "killed"
+    arguments = [str(config_file), f"out={killed}", f"data.shards={shards}", *options]
+    kill_at(where, number, [*arguments, f"data.num_workers={num_workers}"])
+    assert not (killed / "summary.json").exists()
+    assert weights(killed)["step"] == 4
+    assert len(train_rows(killed)) >= 5  # rows that the resumed run writes again
+    status, _, err = start("killed", *options, f"data.num_workers={num_workers}", "--resume")
+    assert status == 0, err
+    assert_same_training(whole, killed)
+    for kind in ("knn", "event"):
+        pair = [
+            [r for r in read_rows(f / "metrics.jsonl") if r["kind"] == kind]
+            for f in (whole, killed)
+        ]
+        assert pair[0] == pair[1], kind
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, killed)]
+    for key in ("steps", "knn_top1", "knn_top1_initial", "num_skipped_samples"):
+        assert summaries[0][key] == summaries[1][key], key
+    assert not list(killed.glob("*.partial"))
+
+
+def test_interrupted_at_an_epoch_s_end_probes_once(start, shards, monkeypatch):
+    """A checkpoint at the end of an epoch is made before the probe that is due there."""
+    options = ["engine.checkpoint_every_steps=5", f"eval.probe_train={shards}"]
+    options += [f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
+    probe = Run._probe
+
+    def dying_probe(self, log):
+        probe(self, log)
+        if self.position.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_probe", dying_probe)
+    with pytest.raises(KeyboardInterrupt):
+        start("cut", *options)
+    monkeypatch.undo()
+    status, folder, err = start("cut", *options, "--resume")
+    assert status == 0, err
+    knn = [r["step"] for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    assert knn == [0, 5, 10]
+    assert [r["step"] for r in train_rows(folder)] == list(range(1, 11))
+
+
+def test_a_run_is_not_overwritten_without_resume(start):
+    _, folder, _ = start("run", "optim.epochs=1")
+    before = (folder / "metrics.jsonl").read_text()
+    result = start("run", "optim.epochs=1")
+    assert "holds a run already: continue it with --resume, or choose another out=" in error_of(
+        result, 2
+    )
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(start):
+    _, folder, _ = start("run", "optim.epochs=1")
+    before, curve = weights(folder), losses(folder)
+    status, _, _ = start("run", "optim.epochs=1", "--resume")
+    assert status == 0
+    assert_same_state(weights(folder)["model"], before["model"])
+    assert losses(folder) == curve
+
+
+def test_resume_without_a_checkpoint_starts(start):
+    status, folder, _ = start("new", "optim.epochs=1", "--resume")
+    assert status == 0
+    assert len(losses(folder)) == 5
+
+
+def test_resume_with_another_config_shows_the_difference(start):
+    start("run", "optim.epochs=1")
+    result = start("run", "optim.epochs=1", "fa.top_k=2", "--resume")
+    assert "fa.top_k: 1 -> 2" in error_of(result, 2)
+
+
+def test_resume_with_more_shards_is_refused(start, make_shards):
+    start("run", "optim.epochs=1")
+    larger = make_shards("larger", num=56)
+    result = start("run", "optim.epochs=1", f"data.shards={larger}", "--resume")
+    assert "made for 5 steps, the shards now give 7" in error_of(result, 2)
+
+
+def test_resume_from_a_damaged_checkpoint(start):
+    _, folder, _ = start("run", "optim.epochs=1")
+    path = folder / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    result = start("run", "optim.epochs=1", "--resume")
+    assert "checkpoint.pth cannot be read" in error_of(result, 2)
+
+
+# --- bad input
+
+
+def test_no_shards_named(config_file, tmp_path, capsys):
+    assert main([str(config_file), f"out={tmp_path / 'x'}"]) == 2
+    assert "data.shards is not set: name the folder" in capsys.readouterr().err
+
+
+def test_missing_shards(start, make_shards, tmp_path):
+    message = error_of(start("a", f"data.shards={tmp_path / 'nothing'}"), 2)
+    assert "nothing" in message
+    assert "make_shards" in message
+    shards = make_shards("one-missing")
+    next(iter(sorted(shards.glob("*.tar")))).unlink()
+    message = error_of(start("b", f"data.shards={shards}"), 2)
+    assert "shard-000000.tar" in message
+    assert "missing" in message
+
+
+def test_truncated_shard(start, make_shards):
+    shards = make_shards("cut-short")
+    path = sorted(shards.glob("*.tar"))[1]
+    path.write_bytes(path.read_bytes()[:5000])
+    message = error_of(start("a", f"data.shards={shards}"), 2)
+    assert "shard-000001.tar" in message
+    assert "cut short" in message
+
+
+def test_bad_pictures_stop_the_run_or_are_counted(start, make_shards):
+    shards = make_shards("bad-picture")
+    index = ShardIndex.open(shards)
+    row = index.samples[13]
+    path = shards / index.shard_names[int(row["shard"])]
+    data = bytearray(path.read_bytes())
+    data[int(row["offset"]) : int(row["offset"]) + int(row["size"])] = bytes(int(row["size"]))
+    path.write_bytes(data)
+    where = f"data.shards={shards}"
+    message = error_of(start("stop", where), 2)
+    assert "sample 13" in message
+    assert path.name in message
+    assert "data.max_bad_samples" in message
+    status, folder, err = start("count", where, "data.max_bad_samples=1")
+    assert status == 0, err
+    assert train_rows(folder)[-1]["num_bad_samples"] == 2  # once in each epoch
+    assert json.loads((folder / "summary.json").read_text())["num_skipped_samples"] == 2
+
+
+def test_batch_larger_than_the_data(start):
+    assert "40 samples do not fill one batch of 64" in error_of(start("a", "data.batch_size=64"), 2)
+
+
+def test_no_folder_named(config_file, shards, capsys):
+    assert main([str(config_file), f"data.shards={shards}"]) == 2
+    assert "out is not set: name the folder of this run" in capsys.readouterr().err
+
+
+def test_out_below_a_file(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(start("file/run"), 1)
+    assert str(tmp_path / "file") in message
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_diverged_training_stops_and_saves_nothing_broken(start, log_every):
+    result = start(
+        "nan", "optim.name=sgd", "optim.base_lr=1e30", "optim.warmup_epochs=0",
+        f"engine.log_every_steps={log_every}", "engine.checkpoint_every_steps=2",
+    )  # fmt: skip
+    message = error_of(result, 1)
+    what = r"the loss is (nan|inf)" if log_every == 1 else "weights are no longer finite"
+    saved = "(no checkpoint was written|holds an earlier state)"
+    assert re.search(rf"{what} at step \d+; .*{saved}", message)
+    assert "Lower optim.base_lr or lengthen optim.warmup_epochs" in message
+    saved = result[1] / "checkpoint.pth"
+    if saved.exists():
+        assert all(torch.isfinite(w).all() for w in weights(result[1])["model"].values())
+    assert not (result[1] / "summary.json").exists()
+
+
+def test_full_disk_under_a_checkpoint(start, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = error_of(start("full", "optim.epochs=1"), 1)
+    assert "disk full while writing" in message
+    assert "checkpoint.pth" in message
+    assert "--resume" in message
+
+
+def test_full_disk_under_the_metrics(start, monkeypatch):
+    write = metrics.MetricLog.write
+
+    def full(self, kind, step, **values):
+        if step == 3:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(self, kind, step, **values)
+
+    monkeypatch.setattr(metrics.MetricLog, "write", full)
+    message = error_of(start("full", "optim.epochs=1"), 1)
+    assert "disk full (metrics.jsonl): free some space" in message
+
+
+def test_gpu_asked_for_without_one(start, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = error_of(start("gpu", "engine.device=cuda"), 2)
+    assert "engine.device=cuda, but torch sees no GPU; use engine.device=auto or cpu" in message
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for rank in (0, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", rank)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_probe_without_labels(start, unlabelled_shards, shards):
+    result = start(
+        "probe", f"eval.probe_train={unlabelled_shards}", f"eval.probe_val={shards}"
+    )  # fmt: skip
+    assert "hold samples without labels" in error_of(result, 2)
+
+
+# --- options of a run
+
+
+def test_log_and_checkpoint_intervals(start):
+    status, folder, err = start(
+        "intervals", "engine.log_every_steps=4", "engine.checkpoint_every_steps=3",
+        "engine.keep_checkpoints=2",
+    )  # fmt: skip
+    assert status == 0, err
+    assert [r["step"] for r in train_rows(folder)] == [4, 8, 10]
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000009.pth", "step-00000010.pth"]
+
+
+def test_probe_runs_at_its_interval(start, shards):
+    status, folder, err = start(
+        "probe", f"eval.probe_train={shards}", f"eval.probe_val={shards}", "optim.epochs=3",
+        "eval.knn_every_epochs=2",
+    )  # fmt: skip
+    assert status == 0, err
+    knn = [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    assert [r["step"] for r in knn] == [0, 10, 15]
+    assert [r["epoch"] for r in knn] == [0, 2, 3]
+    assert all(0 <= r["knn_top1"] <= 1 for r in knn)
+
+
+def test_without_a_probe_there_is_no_accuracy(start):
+    _, folder, _ = start("no-probe", "optim.epochs=1")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["knn_top1"] is None
+    assert summary["knn_top1_initial"] is None
+    assert not (folder / "pictures").exists()
+
+
+@pytest.mark.parametrize("num", [2, 100])
+def test_num_pictures_decides_the_rows(start, num):
+    status, folder, err = start("pictures", "optim.epochs=1", f"eval.num_pictures={num}")
+    assert status == 0, err
+    for name, most in (("views", 8), ("neighbours", 40)):  # a batch; all pictures
+        rows = json.loads((folder / "pictures" / f"{name}.json").read_text())["rows"]
+        assert len(rows) == min(num, most)
+        picture = cv2.imread(str(folder / "pictures" / f"{name}.jpg"))
+        assert picture.shape[0] == 100 * min(num, most) - 4
+
+
+def test_augmentation_preset_reaches_crops_and_colours(make_run):
+    seen = {}
+    for name, preset in PRESETS.items():
+        run = make_run(f"data.augmentation={name}")
+        batch = next(iter(run.loader.epoch(0)))
+        views = run.augmented_views(batch, 0)
+        again = []
+        for number, view in enumerate(preset):
+            parameters = draw_parameters(
+                view, batch.keys, seed=0, epoch=0, view_index=number, image_size=32
+            )
+            data = run.config.data
+            again.append(augment(batch.views[number], parameters, data.pixel_mean, data.pixel_std))
+        torch.testing.assert_close(views, torch.stack(again))
+        seen[name] = (batch.views.float().sum().item(), views.sum().item())
+    assert len({crops for crops, _ in seen.values()}) >= 3
+    assert len({colours for _, colours in seen.values()}) == len(PRESETS)
+
+
+def test_views_have_the_size_and_normalisation_of_the_config(make_run):
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    run = make_run(
+        "data.augmentation=none", "data.image_size=48",
+        "data.pixel_mean=[0.1,0.2,0.3]", "data.pixel_std=[0.4,0.5,0.6]",
+    )  # fmt: skip
+    batch = next(iter(run.loader.epoch(0)))
+    views = run.augmented_views(batch, 0)
+    assert views.shape == (2, 8, 3, 48, 48)
+    raw = batch.views.double() / 255
+    expected = (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(views.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
+    run = make_run()
+    batch = next(iter(run.loader.epoch(0)))
+    first = run.augmented_views(batch, 0)
+    assert torch.equal(first, run.augmented_views(batch, 0))
+    assert not torch.equal(first, run.augmented_views(batch, 1))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_shuffle_window_decides_the_order(make_run):
+    def order(window):
+        run = make_run(f"data.shuffle_window={window}")
+        return torch.cat([b.sample_ids for b in run.loader.epoch(0)]).tolist()
+
+    by_shard, shuffled = order(1), order(16384)
+    assert sorted(by_shard) == sorted(shuffled) == list(range(40))
+    neighbours = sum(b - a == 1 for a, b in pairwise(by_shard))
+    assert neighbours >= 36  # 4 shards of 10 in sequence
+    assert sum(b - a == 1 for a, b in pairwise(shuffled)) < 8
+
+
+def test_arch_of_the_config_is_built(make_run):
+    run = make_run(
+        "arch.depth=18", "arch.width_per_group=12", "arch.res2_channels=12",
+        "arch.stem_channels=10",
+    )  # fmt: skip
+    state = run.model.online.backbone.state_dict()
+    assert state["conv1.weight"].shape[0] == 10
+    assert state["layer1.0.conv1.weight"].shape == (12, 10, 3, 3)
+    assert "layer1.0.conv3.weight" not in state
+    assert "layer1.2.conv1.weight" not in state
+    assert run.model.online.backbone.output_dim == 96
+
+
+def test_heads_of_the_config_are_built(make_run):
+    run = make_run(
+        "heads.projector_layers=3", "heads.projector_hidden_dim=20", "heads.output_dim=6",
+        "heads.projector_last_bn=true", "heads.predictor_hidden_dim=10",
+    )  # fmt: skip
+    linear = [m for m in run.model.online.projector if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(256, 20), (20, 20), (20, 6)]
+    assert isinstance(run.model.online.projector[-1], torch.nn.BatchNorm1d)
+    linear = [m for m in run.model.online.predictor if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(6, 10), (10, 6)]
+    assert run.model.queue.features.shape == (32, 6)
+
+
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+def test_precision_decides_autocast(make_run, objective):
+    seen, results = [], {}
+    for precision in ("fp32", "bf16"):
+        run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
+        run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+        output, _ = run._step(next(iter(run.loader.epoch(0))))
+        results[precision] = output.loss.item()
+        assert output.loss.dtype == torch.float32
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert results["fp32"] != results["bf16"]
+    assert results["fp32"] == pytest.approx(results["bf16"], abs=0.2)
+
+
+def test_precision_auto_asks_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=has_it: value)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert uses_bf16("auto", cpu) == has_it
+        assert uses_bf16("bf16", cpu)
+        assert not uses_bf16("fp32", cpu)
+
+
+def test_channels_last_changes_memory_not_meaning(make_run):
+    results = {}
+    for flag in (True, False):
+        run = make_run(f"engine.channels_last={str(flag).lower()}")
+        views = run.augmented_views(next(iter(run.loader.epoch(0))), 0)
+        weight = run.model.online.backbone.get_submodule("layer1.0").conv2.weight
+        for tensor in (views[0], views[1], weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) == flag
+        assert views.shape == (2, 8, 3, 32, 32)
+        results[flag] = (views, run.model.step(views, fa_generator(0, 0, run.device)).loss)
+    assert torch.equal(results[True][0], results[False][0])
+    torch.testing.assert_close(results[True][1], results[False][1], rtol=1e-4, atol=1e-5)
+
+
+def test_num_threads(make_run):
+    make_run("engine.num_threads=2")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    make_run("engine.num_threads=0")
+    assert torch.get_num_threads() == 1
+
+
+def test_loss_falls_on_a_fixed_task(start):
+    """Not a golden figure, only a sign of life: InfoNCE well below chance, log(8)."""
+    _, folder, _ = start("learn", "optim.epochs=12", "fa.method=none", "data.augmentation=none")
+    curve = losses(folder)
+    assert np.mean(curve[-5:]) < 0.85 * math.log(8)
+    assert np.mean(curve[-5:]) < 0.85 * np.mean(curve[:5])
+
+
+# --- the command itself
+
+
+def shell(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "pretrain.sh"), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def test_help_shows_an_example():
+    done = shell("--help")
+    assert done.returncode == 0
+    assert "tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first" in done.stdout
+
+
+def test_no_arguments_exit_2():
+    done = shell()
+    assert done.returncode == 2
+    assert "the following arguments are required: config" in done.stderr
+
+
+def test_the_shell_command_trains_from_any_folder(config_file, shards, tmp_path, start):
+    _, expected, _ = start("here", "optim.epochs=1")
+    folder = tmp_path / "there"
+    done = shell(config_file, f"out={folder}", f"data.shards={shards}", "optim.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert_same_training(expected, folder)
+    again = shell(config_file, f"out={folder}", "optim.epoch=1")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert "optim.epoch" in again.stderr
+
+
+def test_print_config_shows_values_after_overrides(config_file, capsys):
+    assert main([str(config_file), "seed=7", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["seed"] == 7
+    assert shown["arch"] == BASE["arch"]
+
+
+def test_every_engine_error_is_a_user_error_or_stops_with_1(start, monkeypatch):
+    def broken(*args, **kwargs):
+        raise UserError("made up: do this")
+
+    monkeypatch.setattr(train.ShardIndex, "open", broken)
+    assert error_of(start("a"), 2) == "error: made up: do this"
