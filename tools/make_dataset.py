@@ -39,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="test and probe/val have materials and backgrounds of their own, not only shapes",
     )
+    one.add_argument(
+        "--material-habit",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="probability that a texture is one typical of the class (default: 0.0)",
+    )
     two = _add_kind(kinds, "photos", "composites of photographs out of Debian packages")
     two.set_defaults(clutter=0.3)
     two.add_argument(
@@ -162,14 +169,20 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
     classes = tuple(shapes.CLASSES)
     if not 2 <= arguments.num_classes <= len(classes):
         raise UserError(f"--num-classes is {arguments.num_classes}: give 2 to {len(classes)}")
+    if not 0 <= arguments.material_habit <= 1:
+        raise UserError(f"--material-habit is {arguments.material_habit}: give 0 to 1")
     source = procedural.ProceduralSource(
-        options, classes[: arguments.num_classes], arguments.shifted_test
+        options,
+        classes[: arguments.num_classes],
+        arguments.shifted_test,
+        arguments.material_habit,
     )
     own = "shape parameters" + (", materials and backgrounds" if arguments.shifted_test else "")
     details = {
         **options.as_dict(),
         "num_classes": arguments.num_classes,
         "shifted_test": arguments.shifted_test,
+        "material_habit": arguments.material_habit,
         "generator_version": procedural.VERSION,
     }
     card = Card(

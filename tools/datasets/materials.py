@@ -1,6 +1,7 @@
-"""Surfaces: colours and textures, drawn without any knowledge of the object that wears them."""
+"""Surfaces: colours know nothing of the object that wears them, textures what it tends to be made of."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -131,14 +132,46 @@ _PATTERNS: dict[str, Callable[[np.random.Generator, int, int, float], Image]] = 
 }
 
 
-def pick_family(rng: np.random.Generator, held_out: bool) -> str:
-    """Draw a texture family: a third plain or shaded, the others from the families of the part."""
+@dataclass(frozen=True)
+class Habit:
+    """What a class of things tends to be made of, as wood is typical of chairs.
+
+    Attributes:
+        families: Its typical texture families.
+        strength: Probability that a material comes from them, 0..1.
+    """
+
+    families: tuple[str, ...] = ()
+    strength: float = 0.0
+
+
+def habit_of(label: int, strength: float) -> Habit:
+    """Return the habit of a class: two neighbouring families of all; classes share families."""
+    families = tuple(_PATTERNS)
+    first = 2 * label + label // (len(families) // 2)  # the sixth class overlaps two others
+    return Habit(tuple(families[(first + i) % len(families)] for i in range(2)), strength)
+
+
+NO_HABIT = Habit()
+
+
+def pick_family(rng: np.random.Generator, held_out: bool, habit: Habit = NO_HABIT) -> str:
+    """Draw a texture family: a typical one, or else 40 % plain or shaded and 60 % the part's own."""
+    if habit.strength and rng.random() < habit.strength:
+        return habit.families[int(rng.integers(len(habit.families)))]
     own = TEST_FAMILIES if held_out else TRAIN_FAMILIES
     families = SHARED_FAMILIES if rng.random() < 0.4 else own
     return families[int(rng.integers(len(families)))]
 
 
-def surface(rng: np.random.Generator, h: int, w: int, unit: float, held_out: bool) -> Image:
+def surface(
+    rng: np.random.Generator,
+    h: int,
+    w: int,
+    unit: float,
+    held_out: bool,
+    habit: Habit = NO_HABIT,
+) -> Image:
     """Paint a rectangle with a random material.
 
     Args:
@@ -147,10 +180,11 @@ def surface(rng: np.random.Generator, h: int, w: int, unit: float, held_out: boo
         w: Columns.
         unit: Size in pixels of what wears the material; patterns scale with it.
         held_out: Whether to use the families kept for the test.
+        habit: What the wearer is typically made of.
     Returns:
         float32 (h, w, 3), BGR in 0..255.
     """
-    family = pick_family(rng, held_out)
+    family = pick_family(rng, held_out, habit)
     first, second = colour(rng), colour(rng)
     if family == "plain":
         return np.broadcast_to(first, (h, w, 3)).astype(np.float32)

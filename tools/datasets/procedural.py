@@ -17,7 +17,7 @@ from tools.datasets.sampling import (
     object_statistics,
 )
 
-VERSION = 3  # raise it whenever the pictures of given options change
+VERSION = 4  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
 
 
@@ -30,11 +30,14 @@ class ProceduralSource:
         class_names: Which classes occur, in label order.
         shifted_test: Whether test and probe/val also have patterned materials and backdrops of their
             own; their objects' shapes are unseen in any case.
+        material_habit: How strongly textures follow the class, 0 (not at all) to 1; a shifted test
+            world has no habits.
     """
 
     options: SetOptions
     class_names: tuple[str, ...] = field(default=tuple(shapes.CLASSES))
     shifted_test: bool = False
+    material_habit: float = 0.0
 
     def scene(self, part: str, index: int) -> Scene:
         """Make picture `index` of "train", "test", "pool", "probe/train" or "probe/val".
@@ -87,9 +90,10 @@ class ProceduralSource:
             size = min(shape) * log_uniform(rng, *sizes)
             parts = shapes.CLASSES[self.class_names[label]](ShapeDice(rng, held_out))
             turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
-            sprite = render.draw(
-                rng, render.pose(rng, parts, size, turn), light, self._is_shifted(part)
-            )
+            shifted = self._is_shifted(part)
+            habit = materials.habit_of(label, 0.0 if shifted else self.material_habit)
+            posed = render.pose(rng, parts, size, turn)
+            sprite = render.draw(rng, posed, light, shifted, habit)
             cut = 0.1 if probe else 0.25
             x, y = compose.draw_place(rng, sprite.alpha.shape, shape, taken, cut)
             items.append(Placed(sprite, x, y, label))

@@ -67,9 +67,15 @@ def pose(
 class Wardrobe:
     """The materials of one object, made when a part first asks for its slot."""
 
-    def __init__(self, rng: np.random.Generator, shape: tuple[int, int], held_out: bool) -> None:
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, int],
+        held_out: bool,
+        habit: materials.Habit,
+    ) -> None:
         """Remember what to draw from; `shape` is the sprite's rows and columns."""
-        self._rng, self._shape, self._held_out = rng, shape, held_out
+        self._rng, self._shape, self._held_out, self._habit = rng, shape, held_out, habit
         self._made: dict[int, np.ndarray] = {}
 
     def __getitem__(self, slot: int) -> np.ndarray:
@@ -83,7 +89,9 @@ class Wardrobe:
                 self._made[slot] = np.broadcast_to(plain, (height, width, 3))
             else:
                 unit = max(height, width)
-                made = materials.surface(self._rng, height, width, unit, self._held_out)
+                made = materials.surface(
+                    self._rng, height, width, unit, self._held_out, self._habit
+                )
                 self._made[slot] = made
         return self._made[slot]
 
@@ -120,7 +128,13 @@ def _relief(mask: np.ndarray, light: Light, amount: float) -> np.ndarray:
     return 1 + np.float32(amount * light.strength / 255) * slope
 
 
-def draw(rng: np.random.Generator, parts: Sequence[Part], light: Light, held_out: bool) -> Sprite:
+def draw(
+    rng: np.random.Generator,
+    parts: Sequence[Part],
+    light: Light,
+    held_out: bool,
+    habit: materials.Habit = materials.NO_HABIT,
+) -> Sprite:
     """Draw posed parts as a sprite.
 
     Args:
@@ -128,12 +142,13 @@ def draw(rng: np.random.Generator, parts: Sequence[Part], light: Light, held_out
         parts: The shape in pixels, as `pose` returns it.
         light: The light of the picture.
         held_out: Whether to use the materials kept for the test.
+        habit: What such things are typically made of.
     """
     far = np.concatenate([c for part in parts for c in part.contours]).max(axis=0)
     shape = (int(np.ceil(far[1])) + 3, int(np.ceil(far[0])) + 3)
     image = np.zeros((*shape, 3), dtype=np.float32)
     alpha = np.zeros(shape, dtype=np.float32)
-    wardrobe = Wardrobe(rng, shape, held_out)
+    wardrobe = Wardrobe(rng, shape, held_out, habit)
     outline = rng.uniform(0.0, 0.35) if rng.random() < 0.6 else 0.0
     for part in parts:
         shifted = Part([points + 1 for points in part.contours], part.slot, part.relief)
