@@ -256,10 +256,11 @@ class Runner:
         else:
             what = f"ended without leaving {', '.join(missing)}"
         tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
-        return (
-            f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
-            f"  whole log: {log}\n  to go on: {self.go_on_command}"
-        )
+        message = f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
+        message += f"  whole log: {log}\n  to go on: {self.go_on_command}"
+        if stage.resumable:
+            message += f"\n  to start this stage anew, first remove {self.out / stage.owns[0]}"
+        return message
 
     def _stop_if_asked(self) -> None:
         if self._stop_signal is not None:
