@@ -103,6 +103,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
+def check_device(cfg: CfgNode) -> None:
+    """Refuse what Detectron2 cannot do on a CPU.
+
+    Raises:
+        UserError: For SyncBN or mixed precision without a GPU.
+    """
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    norms = {
+        "MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM,
+        "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM,
+        "MODEL.ROI_BOX_HEAD.NORM": cfg.MODEL.ROI_BOX_HEAD.NORM,
+    }
+    for key, norm in norms.items():
+        if norm in ("SyncBN", "nnSyncBN"):
+            raise UserError(f"{key} {norm}: runs on GPUs only; use naiveSyncBN or BN")
+    if cfg.SOLVER.AMP.ENABLED:
+        raise UserError("SOLVER.AMP.ENABLED: Detectron2's mixed precision needs a GPU; set False")
+
+
 def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
     """{"SOLVER.BASE_LR": 0.02, ..}: dotted keys of a config, sorted."""
     flat: dict[str, Any] = {}
@@ -144,8 +164,9 @@ def _check_schedule(cfg: CfgNode) -> None:
     """Refuse a learning-rate schedule that the iterations do not hold."""
     solver = cfg.SOLVER
     steps, last = list(solver.STEPS), solver.MAX_ITER
-    if last < 1:
-        raise UserError(f"SOLVER.MAX_ITER {last}: give at least 1")
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if solver[key] < 1:
+            raise UserError(f"SOLVER.{key} {solver[key]}: give at least 1")
     if any(step >= last for step in steps) and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         raise UserError(
             f"SOLVER.STEPS {tuple(steps)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 would "

@@ -23,7 +23,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from detection.config import flatten, load_config
+from detection.config import check_device, flatten, load_config
 from detection.data import register
 from detection.errors import UserError
 from detection.files import sha256_of, write_json, write_text
@@ -117,6 +117,7 @@ def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
         cfg.TEST.NUM_IMAGES = arguments.num_eval_images
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_device(cfg)
     if arguments.num_gpus > 1 and torch.cuda.device_count() < arguments.num_gpus:
         raise UserError(
             f"--num-gpus {arguments.num_gpus}: this machine has {torch.cuda.device_count()}"

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
     arguments = build_parser().parse_intermixed_args(argv)
+    from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
 
     try:
@@ -67,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, FloatingPointError, ProcessException) as error:
         print(f"error: it went wrong: {last_words(error)}", file=sys.stderr)
+        return 1
+    except OutOfMemoryError as error:
+        reason = last_words(error).splitlines()[0]
+        print(f"error: {reason}; lower SOLVER.IMS_PER_BATCH", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -4,7 +4,7 @@ import pytest
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 
-from detection.config import flatten, load_config
+from detection.config import check_device, flatten, load_config
 from detection.errors import UserError
 from detection.roi_heads import Res5ROIHeadsExtraNorm
 from tests.detection.tiny_detection import CONFIGS
@@ -94,6 +94,7 @@ def test_schedule_is_scaled_with_max_iter() -> None:
     [
         ("SOLVER.MAX_ITER 100 SOLVER.STEPS (75,225)", r"STEPS \(75, 225\) reaches beyond .*100"),
         ("SOLVER.MAX_ITER 0", r"MAX_ITER 0: give at least 1"),
+        ("SOLVER.CHECKPOINT_PERIOD 0", r"CHECKPOINT_PERIOD 0: give at least 1"),
         ("SOLVER.WARMUP_ITERS 300", r"WARMUP_ITERS 300 leaves nothing"),
         ("SOLVER.BSAE_LR 0.1", r"unknown key SOLVER.BSAE_LR; did you mean SOLVER.BASE_LR\?"),
         ("SOLVER.BASE_LR fast", r"SOLVER.BASE_LR"),
@@ -105,6 +106,19 @@ def test_schedule_is_scaled_with_max_iter() -> None:
 def test_override_that_cannot_train_is_refused(overrides: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(THIN, overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("MODEL.RESNETS.NORM SyncBN", r"MODEL.RESNETS.NORM SyncBN: runs on GPUs only.*naiveSyncBN"),
+        ("SOLVER.AMP.ENABLED True", r"mixed precision needs a GPU"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(overrides: str, message: str) -> None:
+    cfg = load_config(THIN, ["MODEL.DEVICE", "cpu", *overrides.split()])
+    with pytest.raises(UserError, match=message):
+        check_device(cfg)
 
 
 def test_unreadable_config_is_refused(tmp_path: Path) -> None:
