@@ -63,7 +63,8 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur with sigma [n] in pixels and a kernel of about a tenth of the side.
 
-    On the CPU a sum of shifted pictures, elsewhere two batched matrix products: the faster one each.
+    On the CPU a sum of shifted pictures, elsewhere two batched matrix products: the faster one
+    each.
     """
     kernel_size = blur_kernel_size(x.shape[-1])
     if x.device.type == "cpu":

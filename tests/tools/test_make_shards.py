@@ -92,9 +92,7 @@ def test_pack_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "1 faults" in captured.out
 
 
-def test_bad_picture_is_status_2_or_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_bad_picture_is_status_2_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for i in range(4):
         jpeg(tmp_path / "in" / f"{i}.jpg", i)
     (tmp_path / "in" / "2.jpg").write_bytes(b"nothing")
@@ -113,7 +111,9 @@ def test_options_reach_the_shards(tmp_path: Path) -> None:
     for i in range(3):
         jpeg(tmp_path / "in" / f"{i}.jpg", i, 100, 200)
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--resize-short", "50"]
-    assert make_shards.main([*arguments, "--quality", "70", "--no-shuffle", "--labels", "none"]) == 0
+    assert (
+        make_shards.main([*arguments, "--quality", "70", "--no-shuffle", "--labels", "none"]) == 0
+    )
     options = json.loads((tmp_path / "out" / "index.json").read_text())["options"]
     assert (options["resize_short"], options["quality"], options["shuffle_seed"]) == (50, 70, None)
     index = ShardIndex.open(tmp_path / "out")
@@ -193,7 +193,7 @@ def test_hidden_files_and_loops_of_links(tmp_path: Path) -> None:
 
 
 def test_sources_that_cannot_be_used(devkit: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose a part with --split, one of: test, train$"):
+    with pytest.raises(UserError, match=r"choose a part with --split, one of: test, train$"):
         open_source(devkit)
     with pytest.raises(UserError, match=r"val.txt: missing; lists that are there: .*test, train"):
         open_source(devkit, split="val")

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
 KEYS = torch.arange(1000)
 
 
-def drawn(view: ViewAugment, keys: Tensor = KEYS, **changes: int) -> dict[str, Tensor]:
+def drawn(view: ViewAugment, keys: Tensor = KEYS, **changes: Any) -> dict[str, Tensor]:
     arguments = {"seed": 0, "epoch": 0, "view_index": 0, "image_size": 64} | changes
     return draw_parameters(view, keys, **arguments)
 
@@ -191,7 +192,7 @@ def test_draws_depend_on_seed_epoch_key_and_view_alone() -> None:
         assert values.dtype == torch.float32
         assert values.shape == (1000,)
     for change in ({"seed": 1}, {"epoch": 1}, {"view_index": 1}):
-        other = drawn(view, **change)
+        other = drawn(view, KEYS, **change)
         assert (other["brightness"] == one["brightness"]).float().mean() < 0.2
     assert (drawn(view, KEYS + 10**6)["hue"] == one["hue"]).float().mean() < 0.2
 

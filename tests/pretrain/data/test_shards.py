@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset as wds
+from webdataset.compat import WebDataset
+from webdataset.writer import ShardWriter
 
 from pretrain.data import foreign
 from pretrain.data.shards import ShardIndex, verify_shards
@@ -66,7 +67,7 @@ def test_tar_reads_our_shards(shard_folder: Path, picture_folder: Path, tmp_path
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files to the collector
 def test_webdataset_reads_our_shards(shard_folder: Path, index: ShardIndex) -> None:
     urls = sorted(str(path) for path in shard_folder.glob("*.tar"))
-    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    samples = list(WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [index.key_name(i) for i in range(40)]
     assert [int(sample["cls"]) for sample in samples] == index.labels.tolist()
     assert samples[3]["jpg"] == index.read_bytes(3)
@@ -79,7 +80,7 @@ def test_webdataset_reads_our_shards(shard_folder: Path, index: ShardIndex) -> N
 def write_foreign(folder: Path, num: int = 12) -> None:
     folder.mkdir(exist_ok=True)
     pattern = str(folder / "part-%03d.tar")
-    with wds.ShardWriter(pattern, maxcount=5, verbose=0) as writer:
+    with ShardWriter(pattern, maxcount=5, verbose=0) as writer:
         for i in range(num):
             picture = encode(smooth_picture(i))
             sample = {"__key__": f"n{i % 3}/x{i}", "jpg": picture, "cls": i % 3, "json": {"i": i}}
