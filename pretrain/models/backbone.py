@@ -31,12 +31,13 @@ class ResNet(nn.Module):
     Args:
         arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels and
             ``width_per_group * 2**i`` in the 3x3 convolution, as in Detectron2.
-
-    The last BN of each residual block starts at 0 (Goyal et al., arXiv 1706.02677, section 5.1): the
-    thin R50's InfoNCE loss leaves its plateau several hundred steps earlier with it.
+        residual_gamma: Initial weight of the last BN of each residual block. 1 is torchvision's;
+            0 starts each block as the identity (Goyal et al., arXiv 1706.02677, section 5.1). Below 1 a
+            deep, narrow net leaves the plateau of InfoNCE earlier; at 0 a short run leaves the branches
+            almost closed, and fine-tuning by SGD then hardly trains them (docs/results.md).
     """
 
-    def __init__(self, arch: Arch) -> None:
+    def __init__(self, arch: Arch, residual_gamma: float = 1.0) -> None:
         super().__init__()
         self.arch = arch
         block: type[BasicBlock | Bottleneck] = BasicBlock if arch.depth < 50 else Bottleneck
@@ -52,9 +53,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, BasicBlock | Bottleneck):  # each block starts as the identity
+            if isinstance(module, BasicBlock | Bottleneck):
                 last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                nn.init.zeros_(last.weight)
+                nn.init.constant_(last.weight, residual_gamma)
 
     def _stage(
         self, block: type[BasicBlock | Bottleneck], in_channels: int, stage: int, num_blocks: int

@@ -31,10 +31,11 @@ Features = Float[Tensor, "2 n d"]
 class OnlineNetwork(nn.Module):
     """Backbone f, projector g and predictor q: what gradients train and what DDP wraps."""
 
-    def __init__(self, arch: ArchConfig, heads: HeadConfig) -> None:
+    def __init__(self, arch: ArchConfig, heads: HeadConfig, residual_gamma: float) -> None:
         super().__init__()
         self.backbone = ResNet(
-            Arch(arch.depth, arch.width_per_group, arch.stem_channels, arch.res2_channels)
+            Arch(arch.depth, arch.width_per_group, arch.stem_channels, arch.res2_channels),
+            residual_gamma,
         )
         self.projector = mlp(
             self.backbone.output_dim,
@@ -80,7 +81,7 @@ class FAContrastive(nn.Module):
     ) -> None:
         super().__init__()
         self.objective, self.fa = objective, fa
-        self.online = OnlineNetwork(arch, heads)
+        self.online = OnlineNetwork(arch, heads, residual_gamma)
         self.ema = self._make_ema() if objective.name == "byol" else None
         self.queue = SupportQueue(fa.queue_size, heads.output_dim) if fa.method == "nn" else None
         self._seen: Tensor | None = None  # what the queue takes after the optimiser step

@@ -78,14 +78,18 @@ def _beta(alpha: float, n: int, generator: torch.Generator, like: Tensor) -> Flo
     """Draw n times from Beta(alpha, alpha) with an explicit generator."""
     if alpha == 1.0:
         return torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
-    gammas = [_gamma(alpha, n, generator, like.device) for _ in range(2)]
-    return (gammas[0] / (gammas[0] + gammas[1])).to(like.dtype)
+    first, second = (_log_gamma(alpha, n, generator, like.device) for _ in range(2))
+    return torch.sigmoid(first - second).to(like.dtype)  # g1 / (g1 + g2)
 
 
-def _gamma(
+def _log_gamma(
     alpha: float, n: int, generator: torch.Generator, device: torch.device
 ) -> Float[Tensor, " n"]:
-    """Gamma(alpha, 1) draws; only this private op of torch's takes a generator."""
-    shape = torch.full((n,), alpha, device=device, dtype=torch.float64)
-    draws = torch._standard_gamma(shape, generator=generator)
-    return draws.clamp_min(torch.finfo(torch.float64).tiny)
+    """Logarithms of Gamma(alpha, 1) draws, as Gamma(alpha + 1) U^(1 / alpha): no underflow.
+
+    Only this private op of torch's takes a generator.
+    """
+    shape = torch.full((n,), alpha + 1, device=device, dtype=torch.float64)
+    uniform = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    logarithm = uniform.clamp_min(torch.finfo(torch.float64).tiny).log()
+    return torch._standard_gamma(shape, generator=generator).log() + logarithm / alpha

@@ -183,6 +183,18 @@ def test_drawn_augmentations_equal_their_definition(
     assert_same_gradients(gradients(model, loss), gradients(twin, expected))
 
 
+def test_mixup_alpha_reaches_the_draws(make_model, make_views):
+    """Beta(a, a) of a large a gives halves; of a small a, zeros and ones: nothing is mixed in."""
+    halves = make_model(method="mixup", mixup_alpha=1e6)
+    nothing = make_model(method="mixup", mixup_alpha=1e-3)
+    outputs = [step(model, make_views()) for model in (halves, nothing)]
+    assert mean_cosine(outputs[1].target, outputs[1].augmented) > 0.999
+    target = outputs[0].target
+    sums = [target + target.roll(-shift, dims=0) for shift in range(1, 8)]
+    found = [mean_cosine(total, outputs[0].augmented) for total in sums]
+    assert max(found) > 0.9999
+
+
 # --- gradient flow
 
 

@@ -216,7 +216,7 @@ def test_mixup_of_one_row_is_refused():
         feature_aug.mixup(features(1, 4), alpha=1.0, generator=rng())
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.5, 2.0, 50.0])
+@pytest.mark.parametrize("alpha", [1e-4, 0.05, 0.5, 2.0, 50.0, 1e5])
 def test_beta_draws_are_finite_and_inside(alpha):
     lam = feature_aug._beta(alpha, 5000, rng(2), torch.zeros((), dtype=torch.float64))
     assert bool(torch.isfinite(lam).all())

@@ -1,0 +1,64 @@
+"""One process of the two-process tests; called by test_ddp.py, also with a world of one.
+
+usage: ddp_worker.py OUT CELLS_JSON   (torchrun's variables in the environment)
+"""
+
+import json
+import sys
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
+from pretrain.engine import dist
+from pretrain.models.contrastive import FAContrastive, fa_generator
+
+NUM_STEPS, BATCH = 3, 8
+
+
+def run_cell(objective, fa):
+    """Three SGD steps with BN in eval mode; the loss of each, the last gradients, the queue."""
+    torch.manual_seed(0)
+    model = FAContrastive(
+        ArchConfig(depth=50, width_per_group=4, stem_channels=4, res2_channels=16),
+        HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
+        ObjectiveConfig(name=objective),
+        FAConfig(**({"queue_size": 20, "min_fill": 8} | fa)),
+    )
+    model.eval()
+    forward = model.online
+    if dist.is_on():
+        forward = DistributedDataParallel(model.online, broadcast_buffers=False)
+    losses, active = [], []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(NUM_STEPS):
+        views = torch.randn(2, BATCH, 3, 32, 32, generator=generator)
+        part = views[:, dist.local_rows(BATCH // dist.world_size())]
+        output = model.step(part, fa_generator(5, step, torch.device("cpu")), forward)
+        model.online.zero_grad(set_to_none=True)
+        output.loss.backward()
+        with torch.no_grad():
+            for parameter in model.online.parameters():
+                parameter.sub_(0.05 * parameter.grad)
+        model.after_optimizer_step(0.9)
+        losses.append(float(dist.mean(output.loss)))
+        active.append(output.is_augmented)
+    return {
+        "losses": losses,
+        "active": active,
+        "gradients": {k: v.grad for k, v in model.online.named_parameters()},
+        "ema": None if model.ema is None else model.ema.state_dict(),
+        "queue": None if model.queue is None else model.queue.state_dict(),
+    }
+
+
+def main(out, cells):
+    torch.set_num_threads(1)
+    dist.start("cpu")
+    results = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
+    torch.save(results, f"{out}-{dist.world_size()}-{dist.rank()}.pth")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
