@@ -60,6 +60,18 @@ class ArchConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """How weights start."""
+
+    residual_gamma: float = 1.0  # last BN weight of each residual block; see models/backbone.py
+
+    def __post_init__(self) -> None:
+        _require(
+            self.residual_gamma >= 0, f"init.residual_gamma: {self.residual_gamma} is < 0"
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how two views are made of each."""
 
@@ -241,6 +253,7 @@ class PretrainConfig:
     out: str | None = None
     seed: int = 0
     arch: ArchConfig = field(default_factory=ArchConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -76,7 +76,9 @@ class Run:
         self.steps_per_epoch = num_steps_per_epoch(self.index.num_samples, config.data.batch_size)
         self.num_steps = self.steps_per_epoch * config.optim.epochs
         torch.manual_seed(config.seed)
-        self.model = FAContrastive(config.arch, config.heads, config.objective, config.fa)
+        self.model = FAContrastive(
+            config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
+        )
         self.model.to(self.device)
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -74,10 +74,16 @@ class FAContrastive(nn.Module):
 
     Args:
         arch, heads, objective, fa: Their slices of the config.
+        residual_gamma: See ``ResNet``.
     """
 
     def __init__(
-        self, arch: ArchConfig, heads: HeadConfig, objective: ObjectiveConfig, fa: FAConfig
+        self,
+        arch: ArchConfig,
+        heads: HeadConfig,
+        objective: ObjectiveConfig,
+        fa: FAConfig,
+        residual_gamma: float = 1.0,
     ) -> None:
         super().__init__()
         self.objective, self.fa = objective, fa
