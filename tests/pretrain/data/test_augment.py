@@ -18,7 +18,7 @@ from pretrain.data.augment import (
     draw_parameters,
     uniforms,
 )
-from tests.pretrain.data.picture_helpers import smooth_picture
+from tests.pretrain.data.picture_helpers import seeded, smooth_picture
 
 NUM = 6
 TOLERANCE = 1e-5  # of values in 0..1: rounding of single precision
@@ -80,6 +80,7 @@ def test_hue_of_pure_and_grey_colours(colour: tuple[int, int, int]) -> None:
         )
 
 
+@seeded
 @given(st.integers(0, 2**24 - 1), st.floats(-0.5, 0.5, width=32))
 def test_hue_keeps_value_and_saturation(colour: int, turn: float) -> None:
     channels = [(colour >> shift) & 255 for shift in (0, 8, 16)]

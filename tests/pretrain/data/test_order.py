@@ -12,6 +12,7 @@ from pretrain.data.order import (
     stable_hash,
 )
 from pretrain.errors import UserError
+from tests.pretrain.data.picture_helpers import seeded
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
@@ -47,6 +48,7 @@ def test_other_kinds_of_parts_are_refused() -> None:
         stable_hash(True)
 
 
+@seeded
 @given(shard_sizes, st.integers(0, 5), st.integers(0, 5), st.integers(1, 200))
 def test_each_sample_once_and_repeatable(
     sizes: list[int], seed: int, epoch: int, window: int
@@ -58,6 +60,7 @@ def test_each_sample_once_and_repeatable(
     np.testing.assert_array_equal(order, again)
 
 
+@seeded
 @given(
     shard_sizes.filter(lambda sizes: sum(sizes) >= 12),
     st.sampled_from([1, 2, 3, 4, 6, 12]),
@@ -86,7 +89,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert len({tuple(order) for order in orders}) == 3
 
 
-@settings(max_examples=20)
+@settings(seeded, max_examples=20)
 @given(st.integers(0, 1000))
 def test_window_keeps_reads_local(seed: int) -> None:
     order = epoch_order([10] * 30, seed=seed, epoch=0, window=20)

@@ -19,7 +19,13 @@ from pretrain.data.shards import ShardIndex, verify_shards, write_shards
 from pretrain.data.tar_index import split_name
 from pretrain.data.views import decode
 from pretrain.errors import UserError
-from tests.pretrain.data.picture_helpers import encode, smooth_picture, sources, write_pictures
+from tests.pretrain.data.picture_helpers import (
+    encode,
+    seeded,
+    smooth_picture,
+    sources,
+    write_pictures,
+)
 
 TEN = ShardOptions(max_samples_per_shard=10)
 
@@ -300,7 +306,7 @@ path_parts = st.text(
 file_names = st.lists(path_parts, min_size=1, max_size=4).map("/".join)
 
 
-@settings(max_examples=200)
+@settings(seeded, max_examples=200)
 @given(st.lists(file_names, unique=True, max_size=20))
 def test_keys_are_unique_safe_and_short(names: list[str]) -> None:
     keys = make_keys(names)

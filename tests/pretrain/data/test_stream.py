@@ -21,7 +21,7 @@ from pretrain.data.stream import (
 from pretrain.data.tar_index import key_hash
 from pretrain.data.views import center_crop, decode
 from pretrain.errors import UserError
-from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
+from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 
 SIZE = 16
 
@@ -87,7 +87,7 @@ def test_ranks_share_the_global_batches(index: ShardIndex, world_size: int) -> N
         assert torch.equal(views, batch.views)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(seeded, max_examples=60)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=9),
     st.integers(1, 6),
