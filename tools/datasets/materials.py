@@ -1,4 +1,4 @@
-"""Surfaces: colours know nothing of the object that wears them, textures what it tends to be made of."""
+"""Surfaces: colours know nothing of their wearer, textures what it tends to be made of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ NO_HABIT = Habit()
 
 
 def pick_family(rng: np.random.Generator, held_out: bool, habit: Habit = NO_HABIT) -> str:
-    """Draw a texture family: a typical one, or else 40 % plain or shaded and 60 % the part's own."""
+    """Draw a texture family: a typical one, else 40 % plain or shaded and 60 % the part's own."""
     if habit.strength and rng.random() < habit.strength:
         return habit.families[int(rng.integers(len(habit.families)))]
     own = TEST_FAMILIES if held_out else TRAIN_FAMILIES

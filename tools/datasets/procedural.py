@@ -28,7 +28,7 @@ class ProceduralSource:
     Attributes:
         options: Sizes and statistics.
         class_names: Which classes occur, in label order.
-        shifted_test: Whether test and probe/val also have patterned materials and backdrops of their
+        shifted_test: Whether test and probe/val also have materials and backdrops of their
             own; their objects' shapes are unseen in any case.
         material_habit: How strongly textures follow the class, 0 (not at all) to 1; a shifted test
             world has no habits.
