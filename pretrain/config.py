@@ -66,9 +66,7 @@ class InitConfig:
     residual_gamma: float = 1.0  # last BN weight of each residual block; see models/backbone.py
 
     def __post_init__(self) -> None:
-        _require(
-            self.residual_gamma >= 0, f"init.residual_gamma: {self.residual_gamma} is < 0"
-        )
+        _require(self.residual_gamma >= 0, f"init.residual_gamma: {self.residual_gamma} is < 0")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ class ResNet(nn.Module):
         arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels and
             ``width_per_group * 2**i`` in the 3x3 convolution, as in Detectron2.
         residual_gamma: Initial weight of the last BN of each residual block. 1 is torchvision's;
-            0 starts each block as the identity (Goyal et al., arXiv 1706.02677, section 5.1). Below 1 a
-            deep, narrow net leaves the plateau of InfoNCE earlier; at 0 a short run leaves the branches
-            almost closed, and fine-tuning by SGD then hardly trains them (docs/results.md).
+            0 starts each block as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
+            Below 1 a deep, narrow net leaves the plateau of InfoNCE earlier; at 0 a short run
+            leaves the branches almost closed, and fine-tuning by SGD then hardly trains them
+            (docs/results.md).
     """
 
     def __init__(self, arch: Arch, residual_gamma: float = 1.0) -> None:

@@ -17,7 +17,10 @@ NUM_STEPS, BATCH = 3, 8
 
 
 def run_cell(objective, fa):
-    """Three SGD steps with BN in eval mode; the loss of each, the last gradients, the queue."""
+    """Three steps of the same weights, BN in eval mode: losses, the last gradients, the queue.
+
+    Weights stand still, so that rounding does not add up; only EMA and queue move.
+    """
     torch.manual_seed(0)
     model = FAContrastive(
         ArchConfig(depth=50, width_per_group=4, stem_channels=4, res2_channels=16),
@@ -26,6 +29,10 @@ def run_cell(objective, fa):
         FAConfig(**({"queue_size": 20, "min_fill": 8} | fa)),
     )
     model.eval()
+    if model.ema is not None:  # something for the EMA to do
+        with torch.no_grad():
+            for parameter in model.ema.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
     forward = model.online
     if dist.is_on():
         forward = DistributedDataParallel(model.online, broadcast_buffers=False)
@@ -37,9 +44,6 @@ def run_cell(objective, fa):
         output = model.step(part, fa_generator(5, step, torch.device("cpu")), forward)
         model.online.zero_grad(set_to_none=True)
         output.loss.backward()
-        with torch.no_grad():
-            for parameter in model.online.parameters():
-                parameter.sub_(0.05 * parameter.grad)
         model.after_optimizer_step(0.9)
         losses.append(float(dist.mean(output.loss)))
         active.append(output.is_augmented)

@@ -149,7 +149,7 @@ def test_every_other_key_is_compared(saved, monkeypatch):
     changed = torch.load(path, weights_only=True)
     monkeypatch.setattr(checkpoint, "load", lambda _: changed)
     num_compared = 0
-    for section in ("arch", "data", "heads", "objective", "fa", "optim"):
+    for section in ("arch", "init", "data", "heads", "objective", "fa", "optim"):
         for key in to_plain(config)[section]:
             if (section, key) in (("data", "shards"), ("data", "num_workers")):
                 continue

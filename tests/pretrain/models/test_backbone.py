@@ -95,6 +95,23 @@ def test_initialisation_is_kaiming_fan_out_and_unit_batch_norm():
             assert torch.equal(module.bias, torch.zeros_like(module.bias)), name
 
 
+@pytest.mark.parametrize(("arch", "last"), [(FULL_WIDTH[18], "bn2"), (THIN, "bn3")], ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 0.2, 1.0])
+def test_residual_gamma_sets_the_last_bn_of_each_block_only(arch, last, gamma):
+    torch.manual_seed(0)
+    backbone = ResNet(arch, gamma)
+    torch.manual_seed(0)
+    plain = ResNet(arch).state_dict()
+    num_blocks = 0
+    for key, value in backbone.state_dict().items():
+        if key.endswith(f"{last}.weight") and key.startswith("layer"):
+            assert torch.equal(value, torch.full_like(value, gamma)), key
+            num_blocks += 1
+        else:
+            assert torch.equal(value, plain[key]), key
+    assert num_blocks == (8 if arch.depth == 18 else 16)
+
+
 def test_features_are_the_mean_over_the_last_map():
     backbone = ResNet(THIN).eval()
     images = torch.randn(2, 3, 96, 64)
