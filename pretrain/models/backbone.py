@@ -56,7 +56,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(module, BasicBlock | Bottleneck):
                 last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                nn.init.constant_(last.weight, residual_gamma)
+                nn.init.constant_(last.get_parameter("weight"), residual_gamma)
 
     def _stage(
         self, block: type[BasicBlock | Bottleneck], in_channels: int, stage: int, num_blocks: int

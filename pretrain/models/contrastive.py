@@ -192,7 +192,7 @@ class FAContrastive(nn.Module):
         if self.ema is not None:
             ema = list(self.ema.parameters())
             online = [*self.online.backbone.parameters(), *self.online.projector.parameters()]
-            torch._foreach_lerp_(ema, online, 1 - tau)
+            torch._foreach_lerp_(ema, online, 1 - tau)  # type: ignore
         if self.queue is not None:
             assert self._seen is not None, "after_optimizer_step without a step before it"
             self.queue.put(self._seen)

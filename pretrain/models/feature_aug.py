@@ -92,4 +92,5 @@ def _log_gamma(
     shape = torch.full((n,), alpha + 1, device=device, dtype=torch.float64)
     uniform = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
     logarithm = uniform.clamp_min(torch.finfo(torch.float64).tiny).log()
-    return torch._standard_gamma(shape, generator=generator).log() + logarithm / alpha
+    gamma = torch._standard_gamma(shape, generator=generator)  # type: ignore
+    return gamma.log() + logarithm / alpha

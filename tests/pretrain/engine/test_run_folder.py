@@ -1,0 +1,95 @@
+"""What stands beside a run."""
+
+import json
+import multiprocessing
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.config import PretrainConfig
+from pretrain.engine import run_folder
+from pretrain.engine.state import Position
+from pretrain.errors import UserError
+
+
+def write_rows(folder, *rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def summary(folder, step=10, seconds=4.0):
+    position = Position(step=step, epoch=2, num_bad_samples=3, train_seconds=seconds)
+    run_folder.write_summary(folder, position, PretrainConfig(), 2560)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_summary_takes_the_first_and_the_last_probe(tmp_path):
+    probes = [{"kind": "knn", "step": s, "knn_top1": s / 20} for s in (0, 5, 10)]
+    write_rows(tmp_path, *probes, {"kind": "train", "step": 10, "loss": 1.0})
+    found = summary(tmp_path)
+    assert (found["knn_top1_initial"], found["knn_top1"]) == (0.0, 0.5)
+    assert found["images_per_second"] == 10 * 256 / 4.0
+    assert found["num_skipped_samples"] == 3
+
+
+def test_a_probe_that_was_added_later_has_no_initial_accuracy(tmp_path):
+    write_rows(tmp_path, {"kind": "knn", "step": 10, "knn_top1": 0.5})
+    found = summary(tmp_path)
+    assert found["knn_top1_initial"] is None
+    assert found["knn_top1"] == 0.5
+
+
+def test_folder_is_made_with_its_parents_and_an_empty_one_is_taken(tmp_path):
+    config = replace(PretrainConfig(), out=str(tmp_path / "a" / "b"))
+    assert run_folder.prepare(config, resume=False) == tmp_path / "a" / "b"
+    assert run_folder.prepare(config, resume=False).is_dir()
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
+    (tmp_path / "checkpoint.pth").write_bytes(b"")
+    config = replace(PretrainConfig(), out=str(tmp_path))
+    with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
+        run_folder.prepare(config, resume=False)
+    assert run_folder.prepare(config, resume=True) == tmp_path
+
+
+def test_no_out_is_refused():
+    with pytest.raises(UserError, match="out is not set: name the folder of this run"):
+        run_folder.prepare(PretrainConfig(), resume=False)
+
+
+def test_outside_a_git_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    run_folder.write_description(tmp_path, PretrainConfig(), torch.device("cpu"))
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["commit"] == "unknown"
+    assert environment["num_threads"] == torch.get_num_threads()
+
+
+def hold(megabytes, ready, done):
+    block = np.ones(megabytes << 20, np.uint8)
+    ready.set()
+    done.wait(60)
+    assert block[0] == 1
+
+
+def test_peak_memory_counts_live_workers_only():
+    subprocess.run(["true"], check=True)  # an ended child counts for nothing
+    before = run_folder.peak_memory_bytes()
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    worker = context.Process(target=hold, args=(64, ready, done))
+    worker.start()
+    try:
+        assert ready.wait(60)
+        grown = run_folder.peak_memory_bytes() - before
+    finally:
+        done.set()
+        worker.join()
+    assert 60 << 20 < grown < 160 << 20
+    assert run_folder.peak_memory_bytes() - before < 32 << 20
