@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 CODE = ("pretrain", "detection", "tools", "benchmarks", "tests")
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".js", ".j2", ""}
 MAX_LINES = 400
+# A test module mirrors one module: it grows with the cases of that module, and splitting it would
+# hide which cases are covered. It is read case by case, not as a whole.
+MAX_TEST_LINES = 800
 
 
 def sources(*folders: str, suffix: str = ".py") -> list[Path]:
@@ -118,8 +121,9 @@ def test_shell_script_is_sound(script: Path) -> None:
 
 def test_no_file_is_too_long() -> None:
     files = [*sources(*CODE), *sources("tools", "benchmarks", suffix=".sh")]
-    long = {str(path): len((ROOT / path).read_text().splitlines()) for path in files}
-    assert {path: lines for path, lines in long.items() if lines > MAX_LINES} == {}
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in files}
+    limits = {path: MAX_TEST_LINES if path.parts[0] == "tests" else MAX_LINES for path in files}
+    assert {str(path): n for path, n in lengths.items() if n > limits[path]} == {}
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:

@@ -26,8 +26,8 @@ SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a V
 
 examples:
   .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
-  .venv/bin/python tools/make_shards.py imagenet data/imagenet-train --split train --resize-short
-  256 .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --resize-short 256
+  .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
   .venv/bin/python tools/make_shards.py data/shards --verify
 
 A killed run goes on where it stopped when the same command is given again.

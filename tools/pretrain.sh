@@ -6,6 +6,11 @@ python="$root/.venv/bin/python"
 [ -x "$python" ] || python=python3
 # Waiting OpenMP threads sleep: spinning ones starve the loader and any neighbour on few cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# glibc keeps large temporaries instead of giving them back and faulting them in again: measured 0.58
+# instead of 0.72 s of processor time a step (ResNet-50 of width 16, 64 px).
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
+export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if [ "${NPROC:-1}" -gt 1 ]; then
   exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" -m pretrain "$@"

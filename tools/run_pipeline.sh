@@ -2,7 +2,5 @@
 # Data -> shards -> pretraining -> conversion -> detection -> report, with one command; see --help.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [ ! -x "$root/.venv/bin/python" ] || [ -e "$root/.venv/setup.running" ]; then
-    bash "$root/tools/setup.sh"
-fi
+bash "$root/tools/setup.sh" --quiet # a glance at a stamp, unless the lock file changed
 exec "$root/.venv/bin/python" "$root/tools/run_pipeline.py" "$@"
