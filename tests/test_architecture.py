@@ -16,7 +16,7 @@ TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".html", ".css",
 MAX_LINES = 400
 # A test module mirrors one module: it grows with the cases of that module, and splitting it would
 # hide which cases are covered. It is read case by case, not as a whole.
-MAX_TEST_LINES = 800
+MAX_TEST_LINES = 900
 
 
 def sources(*folders: str, suffix: str = ".py") -> list[Path]:
