@@ -8,6 +8,7 @@ from tools.datasets import compose, materials, render, shapes
 from tools.datasets.options import SetOptions
 from tools.datasets.procedural import ProceduralSource
 from tools.datasets.randomness import HELD_OUT_BANDS, ShapeDice, generator
+from tools.make_dataset import main
 
 SMALL = SetOptions(short_side=64, long_side=80, clutter=0.5)
 
@@ -161,6 +162,102 @@ def test_held_out_materials_are_disjoint():
     assert families[0] & families[1] == set(materials.SHARED_FAMILIES)
     assert families[0] - families[1] == set(materials.TRAIN_FAMILIES)
     assert families[1] - families[0] == set(materials.TEST_FAMILIES)
+
+
+def families_painted(monkeypatch, source: ProceduralSource, part: str) -> dict[int, list[str]]:
+    """Texture families drawn for some pictures: by class number, -1 for all that is no object."""
+    drawn: dict[int, list[str]] = {}
+    pick, habit_of = materials.pick_family, materials.habit_of
+    wearer: dict[int, int] = {}
+
+    def noted_habit(label: int, strength: float) -> materials.Habit:
+        habit = habit_of(label, strength)
+        wearer[id(habit)] = label
+        kept.append(habit)
+        return habit
+
+    def noted_family(rng, held_out, habit=materials.NO_HABIT) -> str:
+        family = pick(rng, held_out, habit)
+        drawn.setdefault(wearer.get(id(habit), -1), []).append(family)
+        return family
+
+    kept: list[materials.Habit] = []  # alive, so that no two share an id
+    monkeypatch.setattr(materials, "habit_of", noted_habit)
+    monkeypatch.setattr(materials, "pick_family", noted_family)
+    for index in range(24):
+        source.scene(part, index)
+    return drawn
+
+
+def test_textures_of_objects_follow_the_habit_and_nothing_else_does(monkeypatch):
+    source = ProceduralSource(SMALL, material_habit=1.0)
+    drawn = families_painted(monkeypatch, source, "pool")
+    background = drawn.pop(-1)
+    assert len(drawn) > 5
+    for label, families in drawn.items():
+        assert set(families) <= set(materials.habit_of(label, 1.0).families)
+    assert set(background) <= {*materials.SHARED_FAMILIES, *materials.TRAIN_FAMILIES}
+
+
+def test_without_a_habit_textures_know_nothing_of_the_class(monkeypatch):
+    drawn = families_painted(monkeypatch, ProceduralSource(SMALL), "pool")
+    used = {family for families in drawn.values() for family in families}
+    assert used <= {*materials.SHARED_FAMILIES, *materials.TRAIN_FAMILIES}
+
+
+def test_a_habit_is_followed_as_often_as_its_strength_says():
+    habit = materials.habit_of(3, 0.8)
+    picks = [materials.pick_family(generator(i), False, habit) for i in range(2000)]
+    typical = set(habit.families)
+    plain = [materials.pick_family(generator(i), False) for i in range(2000)]
+    by_chance = sum(family in typical for family in plain) / 2000
+    share = sum(family in typical for family in picks) / 2000
+    assert abs(share - (0.8 + 0.2 * by_chance)) < 0.04
+
+
+def test_every_class_has_two_families_and_shares_at_least_one_of_them():
+    habits = [set(materials.habit_of(label, 0.8).families) for label in range(10)]
+    assert all(len(families) == 2 for families in habits)
+    assert len({frozenset(families) for families in habits}) == 10
+    for label, families in enumerate(habits):
+        assert any(families & other for i, other in enumerate(habits) if i != label)
+
+
+def test_colours_stay_independent_of_the_class_under_a_habit():
+    source = ProceduralSource(SMALL, material_habit=0.8)
+    scenes = {
+        part: [source.scene(part, i) for i in range(count)]
+        for part, count in (("probe/train", 200), ("probe/val", 100))
+    }
+    assert accuracy(scenes, colours_of_object) < 0.25  # chance is 0.1
+
+
+@pytest.mark.parametrize("part", ["pool", "train", "test", "probe/val"])
+def test_both_options_change_the_bytes_of_the_parts_that_they_name(part):
+    def image(**options) -> bytes:
+        return ProceduralSource(SMALL, **options).scene(part, 3).image.tobytes()
+
+    assert image(material_habit=0.8) != image()
+    assert (image(shifted_test=True) != image()) == (part in ("test", "probe/val"))
+
+
+@pytest.mark.parametrize("part", ["test", "probe/val"])
+def test_only_a_shifted_test_shows_families_of_its_own(monkeypatch, part):
+    own = set(materials.TEST_FAMILIES)
+    usual = families_painted(monkeypatch, ProceduralSource(SMALL), part)
+    assert own.isdisjoint(family for families in usual.values() for family in families)
+    monkeypatch.undo()
+    source = ProceduralSource(SMALL, shifted_test=True, material_habit=1.0)
+    shifted = families_painted(monkeypatch, source, part)
+    used = {family for families in shifted.values() for family in families}
+    assert used == own | set(materials.SHARED_FAMILIES)  # habits are off in a shifted world
+
+
+@pytest.mark.parametrize("habit", ["-0.1", "1.5", "nan"])
+def test_an_impossible_habit_is_refused(habit, tmp_path, capsys):
+    assert main(["procedural", str(tmp_path / "scenes"), "--material-habit", habit]) == 2
+    assert f"--material-habit is {habit}: give 0 to 1" in capsys.readouterr().err
+    assert not (tmp_path / "scenes").exists()
 
 
 @pytest.mark.parametrize("family", materials._PATTERNS)
