@@ -1,9 +1,9 @@
 """The training command: results, exact repetition, resume, refusals."""
 
 import json
-import re
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
