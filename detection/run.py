@@ -118,6 +118,8 @@ def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_device(cfg)
+    if arguments.num_gpus < 1:
+        raise UserError(f"--num-gpus {arguments.num_gpus}: give 1 or more; 1 is right for the CPU")
     if arguments.num_gpus > 1 and torch.cuda.device_count() < arguments.num_gpus:
         raise UserError(
             f"--num-gpus {arguments.num_gpus}: this machine has {torch.cuda.device_count()}"

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-split", help="one list, as voc_2007_test")
     add("--classes", help="class names in order, comma-separated (default: dataset.json or VOC)")
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
-    add("--num-gpus", type=int, default=1, help="processes, one GPU each (default: 1; CPU: 1)")
+    add("--num-gpus", type=int, default=1, help="processes, one GPU each (default: 1)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")

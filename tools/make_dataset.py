@@ -171,6 +171,11 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
         raise UserError(f"--num-classes is {arguments.num_classes}: give 2 to {len(classes)}")
     if not 0 <= arguments.material_habit <= 1:
         raise UserError(f"--material-habit is {arguments.material_habit}: give 0 to 1")
+    if arguments.shifted_test and arguments.material_habit:
+        raise UserError(
+            f"--material-habit is {arguments.material_habit} together with --shifted-test: habits "
+            "draw on all materials, so none would be kept for the test; give one of the two"
+        )
     source = procedural.ProceduralSource(
         options,
         classes[: arguments.num_classes],

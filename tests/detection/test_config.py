@@ -83,10 +83,10 @@ def test_schedule_is_scaled_with_max_iter() -> None:
     twice = str(2 * solver.MAX_ITER)
     steps = tuple(2 * step for step in solver.STEPS)
     cfg = load_config(THIN, ["SOLVER.MAX_ITER", twice])
-    assert cfg.SOLVER.STEPS == steps
+    assert steps == cfg.SOLVER.STEPS
     assert cfg.SOLVER.WARMUP_ITERS == 2 * solver.WARMUP_ITERS
     cfg = load_config(THIN, ["SOLVER.MAX_ITER", twice, "SOLVER.WARMUP_ITERS", "7"])
-    assert cfg.SOLVER.STEPS == steps
+    assert steps == cfg.SOLVER.STEPS
     assert cfg.SOLVER.WARMUP_ITERS == 7
     for last in (1, 2, 3, 5):  # runs of a few iterations, for tests
         assert all(

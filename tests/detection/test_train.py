@@ -205,6 +205,7 @@ REFUSALS = {
     "seeds": (["random", "--seeds", "0,0"], "different integers"),
     "seed words": (["random", "--seeds", "all"], "give integers"),
     "gpus": (["random", "--num-gpus", "64"], "this machine has"),
+    "no gpus": (["random", "--num-gpus", "0"], "give 1 or more"),
     "key": (["random", "SOLVER.LR", "1"], "unknown key SOLVER.LR"),
 }
 

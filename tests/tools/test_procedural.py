@@ -260,6 +260,13 @@ def test_an_impossible_habit_is_refused(habit, tmp_path, capsys):
     assert not (tmp_path / "scenes").exists()
 
 
+def test_habits_and_a_shifted_test_exclude_each_other(tmp_path, capsys):
+    options = ["--material-habit", "0.5", "--shifted-test"]
+    assert main(["procedural", str(tmp_path / "scenes"), *options]) == 2
+    assert "--material-habit is 0.5 together with --shifted-test" in capsys.readouterr().err
+    assert not (tmp_path / "scenes").exists()
+
+
 @pytest.mark.parametrize("family", materials._PATTERNS)
 def test_patterns_stay_between_their_two_colours(family):
     for index in range(5):
