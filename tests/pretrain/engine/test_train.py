@@ -385,8 +385,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     arguments = [str(config_file), f"out={killed}", f"data.shards={shards}", *options]
     kill_at(where, number, [*arguments, f"data.num_workers={num_workers}"])
     assert not (killed / "summary.json").exists()
-    assert weights(killed)["step"] == 4
-    assert len(train_rows(killed)) >= 5  # rows that the resumed run writes again
+    last_saved = (number - (where == "save")) // 4 * 4
+    assert weights(killed)["step"] == last_saved
+    assert len(train_rows(killed)) > last_saved  # rows that the resumed run writes again
     status, _, err = start("killed", *options, f"data.num_workers={num_workers}", "--resume")
     assert status == 0, err
     assert_same_training(whole, killed)
