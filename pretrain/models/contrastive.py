@@ -56,7 +56,7 @@ class OnlineNetwork(nn.Module):
         """Projections z and predictions p; each view passes on its own, so BN is per view."""
         z = torch.stack([self.project(view) for view in views])
         p = torch.stack([self.predictor(z_view) for z_view in z])
-        return z.float(), p.float()  # similarities and losses are taken in fp32
+        return z, p
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class FAContrastive(nn.Module):
         if self.ema is None:
             return z
         with torch.no_grad():
-            return torch.stack([self.ema.project(view) for view in views]).float()
+            return torch.stack([self.ema.project(view) for view in views])
 
     def _augment(
         self, t: Float[Tensor, "n d"], generator: torch.Generator

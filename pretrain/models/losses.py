@@ -61,7 +61,6 @@ def infonce_loss(
             f"rows {first_positive}..{first_positive + rows.shape[0] - 1} have no positive among "
             f"{columns.shape[0]} columns"
         )
-    with torch.autocast(rows.device.type, enabled=False):  # bf16 is too coarse for similarities
-        logits = functional.normalize(rows, dim=1) @ functional.normalize(columns, dim=1).T
+    logits = functional.normalize(rows, dim=1) @ functional.normalize(columns, dim=1).T
     positives = torch.arange(rows.shape[0], device=rows.device) + first_positive
     return functional.cross_entropy(logits / temperature, positives)

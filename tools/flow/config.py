@@ -186,14 +186,15 @@ def _flatten_free(raw: dict[str, Any]) -> None:
         section, name = key.split(".")
         node = raw.get(section)
         if isinstance(node, dict) and isinstance(node.get(name), dict):
-            node[name] = _dotted(node[name])
+            node[name] = dotted(node[name])
 
 
-def _dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
-            flat |= _dotted(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools.flow.config import dotted
 from tools.flow.sources import imported_files, source_digest, source_files
 
 
@@ -109,7 +110,7 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     }
     changes = []
     for part, word in kinds.items():
-        before, after = _flat(old.get(part) or {}), _flat(new.get(part) or {})
+        before, after = dotted(old.get(part) or {}), dotted(new.get(part) or {})
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 values = f" {before.get(key)} -> {after.get(key)}"
@@ -165,13 +166,3 @@ def forget_sources() -> None:
 
 def _anonymous(word: str, root: Path, out: Path) -> str:
     return word.replace(str(out), "{out}").replace(str(root), "{root}")
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            flat |= _flat(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
