@@ -51,11 +51,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(dist_functional.all_gather(x.contiguous()))
 
 
-def mean(x: Tensor) -> Tensor:
-    """Mean over the processes, without gradient."""
+def total(x: Tensor) -> Tensor:
+    """Sum over the processes, without gradient."""
     x = x.detach()
     if is_on():
         x = x.clone()
         torch_dist.all_reduce(x)
-        x /= world_size()
     return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean over the processes, without gradient."""
+    return total(x) / world_size() if is_on() else x.detach()
