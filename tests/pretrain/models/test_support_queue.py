@@ -105,7 +105,8 @@ def test_state_dict_round_trip_goes_on_where_it_stopped():
         queue.put(unit_rows(5, 3, 9))
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    assert set(straight.state_dict()) == {"features", "position", "count"}
+    columns = {"features", "sample_ids", "labels", "born"}
+    assert set(straight.state_dict()) == columns | {"position", "count", "puts"}
 
 
 def test_another_size_does_not_load():
