@@ -52,7 +52,8 @@ def top_k(
         truncation: In units of 1 / sqrt(d), the typical size of a component.
         shortlist: Entries that ``truncated`` ranks; 4 k, and 64 at least, unless given.
         chunk_rows: Queries that are compared at once, at most; unless given, as many as keep the
-            similarities within ``SEARCH_BYTES``.
+            similarities within ``SEARCH_BYTES``. The result does not depend on it, but for the
+            rounding of a matrix product of a few rows.
     Returns:
         Similarities in fp32, in [-1, 1] but for rounding, and positions in the bank.
     Raises:
