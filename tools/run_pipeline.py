@@ -15,6 +15,7 @@ from tools.flow import environment, results  # noqa: E402
 from tools.flow.config import PipelineConfig, as_dict, load_config  # noqa: E402
 from tools.flow.errors import StageError, Stopped, UserError  # noqa: E402
 from tools.flow.fingerprint import Stage  # noqa: E402
+from tools.flow.parallel import side_by_side  # noqa: E402
 from tools.flow.progress import Progress, clock  # noqa: E402
 from tools.flow.runner import Runner  # noqa: E402
 from tools.flow.stages import build_stages, dataset_folder  # noqa: E402
@@ -81,7 +82,8 @@ def run(parsed: argparse.Namespace) -> int:
     stages = build_stages(config, ROOT, out)
     until = last_stage(stages, parsed.until)
     command = ["bash", os.path.relpath(ROOT / "tools/run_pipeline.sh"), *sys.argv[1:]]
-    runner = Runner(ROOT, out, command)
+    parallel = side_by_side(config.detection.parallel, len(config.detection.arms))
+    runner = Runner(ROOT, out, command, parallel)
     runner.ledger.check_name(config.name)
     if parsed.dry_run:
         return show_plan(runner, stages, until)
@@ -146,6 +148,7 @@ def describe(runner: Runner, config: PipelineConfig, path: Path, command: list[s
         config=as_dict(config),
         config_file=path.name,
         command=command,
+        parallel=runner.parallel,
         dataset=os.path.relpath(dataset_folder(config, runner.out), runner.out),
         **environment.describe(ROOT),
     )
@@ -156,7 +159,7 @@ def closing_lines(runner: Runner, out: Path) -> str:
     records = runner.ledger.stages.values()
     seconds = sum(record.get("seconds") or 0.0 for record in records if record.get("current"))
     peak = max((record.get("peak_memory_bytes") or 0 for record in records), default=0)
-    lines = [f"\nstages: {clock(seconds)} in all, peak memory {peak / 2**30:.2f} GiB"]
+    lines = [f"\nstages: {clock(seconds)} added up, peak memory of one {peak / 2**30:.2f} GiB"]
     lines += results.verdicts(results.assemble(out, runner.ledger.skipped))
     for name in ("results.json", "report.html"):
         if (out / name).exists():

@@ -4,9 +4,6 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
-# Threads that wait must sleep: two spinning OpenMP threads beside other work made a step 8 times
-# slower (measured on two cores); idle machines hardly notice.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # glibc keeps large temporaries instead of giving them back and faulting them in again: measured 0.58
 # instead of 0.72 s of processor time a pretraining step (ResNet-50 of width 16, 64 px).
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"

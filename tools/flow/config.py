@@ -85,6 +85,7 @@ class DetectionConfig:
         overrides: Detectron2's KEY VALUE pairs, the same for every arm.
         seeds: Seeds per arm: 0, 1, ..., seeds - 1.
         arms: Initialisations; `_frozen` trains the heads on the backbone as it is.
+        parallel: How many stages run side by side; `auto` is explained in docs/pipeline.md.
     """
 
     config: str = "configs/detection/thin_R50_C4.yaml"
@@ -92,6 +93,7 @@ class DetectionConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
     arms: tuple[Arm, ...] = ARMS
+    parallel: int | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,9 @@ def _check(config: PipelineConfig, path: Path) -> None:
         fail(f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'")
     if config.detection.seeds < 1:
         fail(f"detection.seeds is {config.detection.seeds}; at least 1 is needed")
+    parallel = config.detection.parallel
+    if parallel != "auto" and (parallel is None or parallel < 1):  # None: jsonargparse lets it by.
+        fail(f"detection.parallel is {parallel}; give auto or a number from 1 on")
     if not config.detection.arms or len(set(config.detection.arms)) < len(config.detection.arms):
         fail("detection.arms must name at least one arm, each once")
     own = ("dataset", "pool", "pool_split", "shards", "probe_train", "probe_val")

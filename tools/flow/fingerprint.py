@@ -35,6 +35,8 @@ class Stage:
         libraries: Distributions whose versions count.
         resumable: Whether an interrupted run of the same fingerprint is continued in place.
         resume_arguments: What is appended to `command` to continue.
+        group: Neighbours in the list with the same group may run side by side; they do not read
+            each other. Empty: runs alone.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Stage:
     libraries: tuple[str, ...] = ()
     resumable: bool = False
     resume_arguments: tuple[str, ...] = ()
+    group: str = ""
 
 
 def fingerprint_parts(

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,10 @@ _LOCK_WAIT_SECONDS = 10.0
 
 
 class Ledger:
-    """The record of every stage of one run's folder; each change is written at once."""
+    """The record of every stage of one run's folder; each change is written at once.
+
+    `update` may be called from several threads.
+    """
 
     def __init__(self, out: Path) -> None:
         """Read `out/stages.json`, or start an empty record.
@@ -30,6 +34,7 @@ class Ledger:
         self.path = out / "stages.json"
         self.skipped: set[str] = set()
         self.data: dict[str, Any] = {}
+        self._lock = threading.Lock()
         self.load()
 
     def load(self) -> None:
@@ -70,8 +75,9 @@ class Ledger:
 
     def update(self, stage: str, **facts: Any) -> None:
         """Set facts of a stage and write the file."""
-        self.stages.setdefault(stage, {}).update(facts)
-        self.write()
+        with self._lock:
+            self.stages.setdefault(stage, {}).update(facts)
+            self.write()
 
     def write(self) -> None:
         """Write the file atomically."""

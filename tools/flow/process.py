@@ -1,9 +1,11 @@
-"""Run one child process: log, progress lines, peak memory, signals; it dies with its parent."""
+"""Run one child process: log, progress lines, peak memory, signals; it dies with its parent.
+
+As many threads as one likes may each run a child; the thread that starts one must wait for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import selectors
@@ -21,8 +23,7 @@ GRACE_SECONDS = 30.0
 _MEMORY_EVERY_SECONDS = 2.0
 _PROGRESS_EVERY_SECONDS = 10.0
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_LEASH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("leash.py")))
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Finished:
     seconds: float
     peak_memory_bytes: int
     stopped_by: int | None
+
+    @property
+    def words(self) -> str:
+        """How it ended, as the predicate of a sentence; empty for exit status 0."""
+        if self.exit_status > 0:
+            return f"failed with exit status {self.exit_status}"
+        if self.exit_status == 0:
+            return ""
+        name = signal.Signals(-self.exit_status).name
+        return f"was ended by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
 
 
 class LineLog:
@@ -102,7 +113,7 @@ class Child:
         self._peak_memory_bytes = 0
         self._memory_at = 0.0
         self._process = subprocess.Popen(
-            list(command),
+            [*_LEASH, str(os.getpid()), *command],
             cwd=folder,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
@@ -110,7 +121,6 @@ class Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=tuple(keep_open),
-            preexec_fn=_prepare_child,
         )
 
     @property
@@ -197,13 +207,6 @@ def memory_bytes(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def _prepare_child() -> None:
-    """In the child, before its program starts: die with the parent; Ctrl-C has its usual effect."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _rss_unit() -> int:

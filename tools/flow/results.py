@@ -83,7 +83,8 @@ def detection_results(out: Path, finished: Collection[str]) -> dict[str, list[di
             result = read_json(out / f"detection/{arm}/seed-{seed}/result.json")
             if not isinstance(result, dict):
                 continue
-            kept = ("per_class", "per_class_AP50", "iterations", "seconds", "peak_memory_bytes")
+            kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
+            kept += ("peak_memory_bytes",)
             row = {"seed": seed} | {metric: result.get(metric) for metric in METRICS}
             rows.append(row | {key: result.get(key) for key in kept})
     return found

@@ -1,11 +1,17 @@
-"""Runs stages in order: skips what is unchanged, continues what was interrupted, says why."""
+"""Runs stages in order: skips what is unchanged, continues what was interrupted, says why.
+
+Neighbours of one group run side by side, each in a thread that waits for its process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +32,7 @@ from tools.flow.fingerprint import (
     product_digest,
 )
 from tools.flow.ledger import Ledger
+from tools.flow.parallel import run_in_order, thread_environment
 from tools.flow.process import Child, Finished
 from tools.flow.progress import Progress, clock
 
@@ -50,16 +57,20 @@ class Runner:
         root: The repository; the stages' working folder.
         out: The run's folder.
         go_on_command: What a person types to continue, for messages.
+        parallel: How many stages of one group run side by side.
     """
 
-    def __init__(self, root: Path, out: Path, go_on_command: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, out: Path, go_on_command: Sequence[str], parallel: int = 1
+    ) -> None:
         """Read the record in `out` if there is one; nothing is written yet."""
         self.root = root
         self.out = out
         self.go_on_command = shlex.join(go_on_command)
         self.ledger = Ledger(out)
-        self._child: Child | None = None
-        self._stop_signal: int | None = None
+        self.parallel = parallel
+        self._signals: list[int] = []
+        self._between = threading.Lock()
 
     def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
         """Foretell what a run would do; `maybe` is decided by what an earlier stage will make.
@@ -94,23 +105,31 @@ class Runner:
             progress: What a person sees.
             until: The last stage to run; None runs all.
             before_first: Called once, when the folder is locked.
-            after_each: Called after every stage, skipped ones included, also after a failure.
+            after_each: Called after every stage, skipped ones included, also after a failure;
+                never twice at once.
         Raises:
-            StageError: If a stage fails; what was finished before is kept.
+            StageError: If a stage fails; no further one begins, those beside it are let finish.
             Stopped: After SIGINT or SIGTERM.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with records.lock(self.out) as lock_descriptor, self._signals_passed_on():
+        names = [stage.name for stage in stages]
+        todo = stages if until is None else stages[: names.index(until) + 1]
+        with records.lock(self.out) as descriptor, self._signals_noted():
             self.ledger.load()  # Another run may have written before the lock was ours.
             self._note_plan(self.plan(stages))
             before_first()
-            for number, stage in enumerate(stages, 1):
+
+            def job(number: int, stage: Stage) -> None:
                 try:
-                    self._do(stage, number, progress, lock_descriptor)
+                    self._do(stage, number, progress, descriptor)
                 finally:
-                    after_each()
-                if stage.name == until:
-                    break
+                    with self._between:
+                        after_each()
+
+            numbered = enumerate(todo, 1)
+            for _, neighbours in itertools.groupby(numbered, lambda n: n[1].group or n[1].name):
+                jobs = [functools.partial(job, number, stage) for number, stage in neighbours]
+                run_in_order(jobs, self.parallel)
 
     def _do(self, stage: Stage, number: int, progress: Progress, lock_descriptor: int) -> None:
         self._stop_if_asked()
@@ -122,7 +141,10 @@ class Runner:
             progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
         else:
             progress.start(number, stage.name, decision.reason)
-            self._run_stage(stage, decision, progress, lock_descriptor)
+            try:
+                self._run_stage(stage, decision, progress, lock_descriptor)
+            finally:
+                progress.forget(stage.name)
 
     def _decide(self, stage: Stage) -> Decision:
         made = {name: self.ledger.stages.get(name, {}).get("product") for name in stage.upstream}
@@ -198,9 +220,11 @@ class Runner:
             product=product_digest(stage, self.out) if good else None,
         )
         if good:
-            progress.finish(f"finished in {clock(before + ended.seconds)}")
+            progress.finish(stage.name, f"finished in {clock(before + ended.seconds)}")
             return
-        progress.finish(f"{status} after {clock(before + ended.seconds)}")
+        others = "" if self._signals else ", ".join(progress.others(stage.name))
+        hint = f"; no further stage begins, these are let finish: {others}" if others else ""
+        progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
         self._stop_if_asked()
         raise StageError(self._failure(stage, ended, missing))
 
@@ -210,23 +234,25 @@ class Runner:
         command = (*stage.command, *(stage.resume_arguments if resumed else ()))
         path = self.log_path(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beat = time.monotonic()
+        own = thread_environment(self.parallel) if stage.group else {}
+        shown = shlex.join([*(f"{name}={value}" for name, value in own.items()), *command])
+        beat, passed_on = time.monotonic(), 0
         with path.open("a" if resumed else "w", encoding="utf-8") as log:
-            log.write(f"# {records.now()} {shlex.join(command)}\n")
+            log.write(f"# {records.now()} {shown}\n")
             child = Child(
                 command,
                 folder=self.root,
                 log=log,
-                environment=os.environ | {"PYTHONUNBUFFERED": "1"},
+                environment=os.environ | {"PYTHONUNBUFFERED": "1"} | own,
                 keep_open=[descriptor],
             )
-            self._child = child
-            if self._stop_signal is not None:
-                child.stop(self._stop_signal)
 
             def tick() -> None:
-                nonlocal beat
-                progress.tick(before + child.seconds, child.lines.last_line)
+                nonlocal beat, passed_on
+                for signum in self._signals[passed_on:]:
+                    passed_on += 1
+                    child.stop(signum)
+                progress.tick(stage.name, before + child.seconds, child.lines.last_line)
                 if time.monotonic() - beat > _HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self.ledger.update(stage.name, seconds=round(before + child.seconds, 2))
@@ -236,8 +262,6 @@ class Runner:
             except BaseException:
                 child.stop(signal.SIGKILL)
                 raise
-            finally:
-                self._child = None
 
     def log_path(self, stage: Stage) -> Path:
         """Return where the stage's output goes."""
@@ -246,15 +270,7 @@ class Runner:
     def _failure(self, stage: Stage, ended: Finished, missing: Sequence[str]) -> str:
         log = self.log_path(stage)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if ended.exit_status < 0:
-            name = signal.Signals(-ended.exit_status).name
-            what = f"was ended by {name}"
-            if name == "SIGKILL":
-                what += " (out of memory, perhaps)"
-        elif ended.exit_status:
-            what = f"failed with exit status {ended.exit_status}"
-        else:
-            what = f"ended without leaving {', '.join(missing)}"
+        what = ended.words or f"ended without leaving {', '.join(missing)}"
         tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
         message = f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
         message += f"  whole log: {log}\n  to go on: {self.go_on_command}"
@@ -263,21 +279,19 @@ class Runner:
         return message
 
     def _stop_if_asked(self) -> None:
-        if self._stop_signal is not None:
-            raise Stopped(
-                self._stop_signal,
-                f"stopped by {signal.Signals(self._stop_signal).name}\n"
-                f"  to go on: {self.go_on_command}",
-            )
+        if self._signals:
+            name = signal.Signals(self._signals[0]).name
+            message = f"stopped by {name}\n  to go on: {self.go_on_command}"
+            raise Stopped(self._signals[0], message)
 
     @contextlib.contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        def pass_on(signum: int, _frame: FrameType | None) -> None:
-            self._stop_signal = signum
-            if self._child is not None:
-                self._child.stop(signum)
+    def _signals_noted(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM; every thread passes them on to its own child."""
 
-        old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        def note(signum: int, _frame: FrameType | None) -> None:
+            self._signals.append(signum)
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

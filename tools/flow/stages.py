@@ -230,6 +230,7 @@ def _detection(config: PipelineConfig, root: Path, out: Path, arm: Arm, seed: in
         sources=_DETECTION_SOURCES,
         libraries=DETECTION_LIBRARIES,
         resumable=True,
+        group="detection",
     )
 
 
