@@ -15,17 +15,19 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from pretrain.errors import UserError
+from pretrain.config_method import (
+    FA_PARTNER_LINKS,
+    FAConfig,
+    HeadConfig,
+    ObjectiveConfig,
+)
+from pretrain.errors import UserError, require
+
+__all__ = ["FAConfig", "HeadConfig", "ObjectiveConfig", "PretrainConfig", "load_config", "to_plain"]
 
 AugmentationName = Literal[
     "none", "symmetric_weak", "symmetric_strong", "asymmetric", "asymmetric_strong"
 ]
-FAMethod = Literal["none", "identity", "nn", "mask", "noise", "mixup"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,19 @@ class ArchConfig:
     def __post_init__(self) -> None:
         for name in ("width_per_group", "stem_channels", "res2_channels"):
             value = getattr(self, name)
-            _require(value > 0, f"arch.{name} must be positive, got {value}")
+            require(value > 0, f"arch.{name} must be positive, got {value}")
         if self.depth in (18, 34):
-            _require(
+            require(
                 self.res2_channels == self.width_per_group,
                 f"arch: depth {self.depth} has basic blocks, so res2_channels must equal "
                 f"width_per_group ({self.width_per_group}), got {self.res2_channels}",
             )
         else:
-            _require(
+            require(
                 self.res2_channels % 4 == 0,
                 f"arch.res2_channels must be a multiple of 4 at depth 50, got {self.res2_channels}",
             )
-            _require(
+            require(
                 256 * self.width_per_group % self.res2_channels == 0,
                 f"arch: 256 * width_per_group ({self.width_per_group}) must be a multiple of "
                 f"res2_channels ({self.res2_channels}) for depth 50, e.g. 64 and 256, 16 and 64",
@@ -66,7 +68,7 @@ class InitConfig:
     residual_gamma: float = 1.0  # last BN weight of each residual block; see models/backbone.py
 
     def __post_init__(self) -> None:
-        _require(self.residual_gamma >= 0, f"init.residual_gamma: {self.residual_gamma} is < 0")
+        require(self.residual_gamma >= 0, f"init.residual_gamma: {self.residual_gamma} is < 0")
 
 
 @dataclass(frozen=True)
@@ -84,90 +86,15 @@ class DataConfig:
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, f"data.batch_size must be >= 2, got {self.batch_size}")
-        _require(self.image_size >= 16, f"data.image_size must be >= 16, got {self.image_size}")
-        _require(self.shuffle_window >= 1, f"data.shuffle_window: {self.shuffle_window} is < 1")
-        _require(self.num_workers >= 0, f"data.num_workers: {self.num_workers} is < 0")
-        _require(self.max_bad_samples >= 0, f"data.max_bad_samples: {self.max_bad_samples} is < 0")
-        _require(
+        require(self.batch_size >= 2, f"data.batch_size must be >= 2, got {self.batch_size}")
+        require(self.image_size >= 16, f"data.image_size must be >= 16, got {self.image_size}")
+        require(self.shuffle_window >= 1, f"data.shuffle_window: {self.shuffle_window} is < 1")
+        require(self.num_workers >= 0, f"data.num_workers: {self.num_workers} is < 0")
+        require(self.max_bad_samples >= 0, f"data.max_bad_samples: {self.max_bad_samples} is < 0")
+        require(
             all(s > 0 for s in self.pixel_std),
             f"data.pixel_std must be positive, got {self.pixel_std}",
         )
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Projector g and predictor q: MLPs with BN and ReLU between the layers."""
-
-    projector_layers: int = 2
-    projector_hidden_dim: int = 4096
-    projector_last_bn: bool = False
-    predictor_hidden_dim: int = 4096
-    output_dim: int = 256
-
-    def __post_init__(self) -> None:
-        for name in (
-            "projector_layers",
-            "projector_hidden_dim",
-            "predictor_hidden_dim",
-            "output_dim",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, f"heads.{name} must be >= 1, got {value}")
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The base objective: a loss and what the target branch is."""
-
-    name: Literal["infonce", "byol"] = "byol"
-    temperature: float = 0.2  # infonce only
-    ema_tau: float = 0.99  # byol only: tau_0 of the schedule that ends at 1
-
-    def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"objective.temperature must be > 0, got {self.temperature}")
-        _require(0 <= self.ema_tau <= 1, f"objective.ema_tau must be in [0, 1], got {self.ema_tau}")
-
-
-@dataclass(frozen=True)
-class FAConfig:
-    """Feature augmentation A of the target features, in the parallel-predictor architecture."""
-
-    method: FAMethod = "nn"
-    stop_gradient: bool = True  # on the projected features that A takes; 'none' applies neither
-    num_features: int = 1  # N augmented features per sample
-    feature_loss: Literal["mean", "free"] = "mean"  # free: the sum over the N terms
-    queue_size: int = 65536  # entries of the support queue (nn)
-    min_fill: int = 1024  # nn is the identity until the queue holds so many
-    top_k: int = 1  # nn: one of the k nearest at random; N > 1 takes the N nearest
-    mask_ratio: float = 0.2  # mask: share of dimensions set to zero
-    noise_sigma: float = 0.2  # noise: relative to the norm of the feature
-    mixup_alpha: float = 1.0  # mixup: l ~ Beta(alpha, alpha), lambda = max(l, 1 - l)
-
-    def __post_init__(self) -> None:
-        _require(self.num_features >= 1, f"fa.num_features must be >= 1, got {self.num_features}")
-        _require(
-            0 <= self.mask_ratio < 1, f"fa.mask_ratio must be in [0, 1), got {self.mask_ratio}"
-        )
-        _require(self.noise_sigma >= 0, f"fa.noise_sigma must be >= 0, got {self.noise_sigma}")
-        _require(self.mixup_alpha > 0, f"fa.mixup_alpha must be > 0, got {self.mixup_alpha}")
-        if self.method in ("none", "identity"):
-            _require(
-                self.num_features == 1,
-                f"fa.num_features={self.num_features} needs a method that draws; {self.method!r} "
-                "gives the same feature each time",
-            )
-        if self.method == "nn":
-            _require(
-                1 <= self.top_k <= self.min_fill <= self.queue_size,
-                f"fa: 1 <= top_k ({self.top_k}) <= min_fill ({self.min_fill}) <= queue_size "
-                f"({self.queue_size}) must hold",
-            )
-            _require(
-                self.num_features == 1 or self.top_k >= self.num_features,
-                f"fa: nn with num_features={self.num_features} takes the N nearest and needs "
-                f"top_k >= N, got top_k={self.top_k}",
-            )
 
 
 @dataclass(frozen=True)
@@ -178,20 +105,32 @@ class OptimConfig:
     epochs: int = 100
     base_lr: float = 0.45
     momentum: float = 0.9  # lars, sgd
-    weight_decay: float = 1e-6  # not applied to biases and normalisation layers
+    weight_decay: float = 1e-6
+    head_weight_decay: float | None = None  # of projector and predictor; null: weight_decay
+    exclude_bias_and_norm: bool = True  # no decay, no trust ratio there; SimSiam, MoCo: false
     warmup_epochs: float = 10.0
+    predictor_constant_lr: bool = False  # SimSiam: the predictor's rate does not follow the cosine
     lars_eta: float = 1e-3  # trust coefficient
+    lars_clip: bool = False  # the trust ratio raises no layer's rate above the scheduled one
+    micro_batch_size: int = 0  # global; 0: the whole batch in one pass
+    accumulation: Literal["plain", "cached"] = "plain"  # how micro-batches make one batch
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"optim.epochs must be >= 1, got {self.epochs}")
-        _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
-        _require(self.lars_eta > 0, f"optim.lars_eta must be > 0, got {self.lars_eta}")
-        _require(self.base_lr > 0, f"optim.base_lr must be > 0, got {self.base_lr}")
-        _require(self.weight_decay >= 0, f"optim.weight_decay: {self.weight_decay} is < 0")
-        _require(
+        require(self.epochs >= 1, f"optim.epochs must be >= 1, got {self.epochs}")
+        require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
+        require(self.lars_eta > 0, f"optim.lars_eta must be > 0, got {self.lars_eta}")
+        require(self.base_lr > 0, f"optim.base_lr must be > 0, got {self.base_lr}")
+        for name in ("weight_decay", "head_weight_decay"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"optim.{name}: {value} is < 0")
+        require(
             0 <= self.warmup_epochs < self.epochs,
             f"optim.warmup_epochs ({self.warmup_epochs}) must be >= 0 and below optim.epochs "
             f"({self.epochs})",
+        )
+        require(
+            self.micro_batch_size == 0 or self.micro_batch_size >= 2,
+            f"optim.micro_batch_size must be 0 (off) or >= 2, got {self.micro_batch_size}",
         )
 
 
@@ -210,11 +149,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("log_every_steps", "checkpoint_every_steps"):
             value = getattr(self, name)
-            _require(value >= 1, f"engine.{name} must be >= 1, got {value}")
-        _require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
-        _require(
-            self.keep_checkpoints >= 0, f"engine.keep_checkpoints: {self.keep_checkpoints} < 0"
-        )
+            require(value >= 1, f"engine.{name} must be >= 1, got {value}")
+        require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
+        require(self.keep_checkpoints >= 0, f"engine.keep_checkpoints: {self.keep_checkpoints} < 0")
 
 
 @dataclass(frozen=True)
@@ -230,15 +167,15 @@ class EvalConfig:
     num_pictures: int = 8  # rows in the views and neighbours pictures; 0: none
 
     def __post_init__(self) -> None:
-        _require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")
-        _require(self.knn_k >= 1, f"eval.knn_k must be >= 1, got {self.knn_k}")
-        _require(self.knn_temperature > 0, f"eval.knn_temperature: {self.knn_temperature} <= 0")
-        _require(
+        require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")
+        require(self.knn_k >= 1, f"eval.knn_k must be >= 1, got {self.knn_k}")
+        require(self.knn_temperature > 0, f"eval.knn_temperature: {self.knn_temperature} <= 0")
+        require(
             self.image_size == 0 or self.image_size >= 16,
             f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
         )
-        _require(self.num_pictures >= 0, f"eval.num_pictures: {self.num_pictures} is < 0")
-        _require(
+        require(self.num_pictures >= 0, f"eval.num_pictures: {self.num_pictures} is < 0")
+        require(
             (self.probe_train is None) == (self.probe_val is None),
             "eval.probe_train and eval.probe_val go together: give both or neither",
         )
@@ -259,6 +196,32 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        self._check_micro_batches()
+
+    def _check_micro_batches(self) -> None:
+        micro, batch = self.optim.micro_batch_size, self.data.batch_size
+        if micro == 0:
+            return
+        require(
+            batch % micro == 0,
+            f"optim.micro_batch_size ({micro}) must divide data.batch_size ({batch})",
+        )
+        if self.optim.accumulation == "cached":
+            return
+        cached = "use optim.accumulation=cached"
+        require(
+            self.objective.name in ("byol", "simsiam", "moco"),
+            f"optim.accumulation=plain: the loss of {self.objective.name} compares all samples of "
+            f"the batch, so it is not the sum over micro-batches; {cached}",
+        )
+        links = {name for chain in self.fa.chains() for name in chain}
+        require(
+            self.fa.partner != "batch" or not links & set(FA_PARTNER_LINKS),
+            f"optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
+            f"{cached}, or fa.partner=view or queue",
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:

@@ -3,3 +3,13 @@
 
 class UserError(ValueError):
     """A user's mistake: the message names the value, the place and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse what a user wrote.
+
+    Raises:
+        UserError: With the message, unless the condition holds.
+    """
+    if not condition:
+        raise UserError(message)

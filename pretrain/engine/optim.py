@@ -21,7 +21,8 @@ class LARS(torch.optim.Optimizer):
     """SGD with layer-wise trust ratios (You et al., arXiv 1708.03888; as SimCLR and BYOL use it).
 
     g <- g + wd w;  g <- eta |w| / |g| g  (groups with ``adapt``);  m <- mu m + g;  w <- w - lr m.
-    A layer whose weight or gradient norm is 0 is not scaled.
+    A layer whose weight or gradient norm is 0 is not scaled. With ``clip`` the scale is at most lr
+    over the rate, min(eta |w| / |g| / lr, 1): LARC's clipping, as solo-learn's recipes use it.
 
     Args:
         params: Groups; ``adapt`` (bool) in each says whether trust ratios apply.
@@ -29,6 +30,7 @@ class LARS(torch.optim.Optimizer):
         momentum: mu.
         weight_decay: wd.
         eta: Trust coefficient.
+        clip: Whether the trust ratio is clipped.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class LARS(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         eta: float,
+        clip: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        defaults["adapt"] = True
+        defaults |= {"adapt": True, "clip": clip}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -59,6 +62,8 @@ class LARS(torch.optim.Optimizer):
         if group["adapt"]:
             w_norm, g_norm = w.norm(), g.norm()
             scaled = group["eta"] * w_norm / g_norm
+            if group["clip"]:
+                scaled = torch.clamp(scaled / group["lr"], max=1)
             g = g * torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled))
         state = self.state[w]
         if "momentum_buffer" not in state:
@@ -67,26 +72,38 @@ class LARS(torch.optim.Optimizer):
         w.add_(momentum_buffer, alpha=-group["lr"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weights; biases and normalisation parameters (no decay, no trust ratio)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": weight_decay,
-            "adapt": True,
-        },
-        {
-            "params": [p for p in parameters if p.ndim <= 1],
-            "weight_decay": 0.0,
-            "adapt": False,
-        },
-    ]
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Weights, and biases and normalisation parameters; of the backbone, the heads, the predictor.
+
+    ``follows_schedule`` in each group says whether its rate does. Groups without parameters are
+    left out.
+    """
+    parts = {name: list(part.parameters()) for name, part in model.named_children()}
+    head_decay = (
+        config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
+    )
+    groups = []
+    for is_weight in (True, False):
+        for names, decay, follows in (
+            (("backbone",), config.weight_decay, True),
+            (("projector", "prototypes"), head_decay, True),
+            (("predictor",), head_decay, not config.predictor_constant_lr),
+        ):
+            chosen = [p for name in names for p in parts.get(name, []) if (p.ndim > 1) == is_weight]
+            is_treated = is_weight or not config.exclude_bias_and_norm
+            group = {
+                "params": [p for p in chosen if p.requires_grad],
+                "weight_decay": decay if is_treated else 0.0,
+                "adapt": is_treated,
+                "follows_schedule": follows,
+            }
+            groups += [group] if group["params"] else []
+    return groups
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The optimiser that ``config.name`` asks for."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config)
     if config.name == "lars":
         return LARS(
             groups,
@@ -94,10 +111,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.op
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             eta=config.lars_eta,
+            clip=config.lars_clip,
         )
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=lr)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, peak: float, factor: float) -> float:
+    """Give every group its rate; the scheduled one is returned."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak * factor if group["follows_schedule"] else peak
+    return peak * factor
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
@@ -124,5 +149,6 @@ def lr_factor(schedule: ParamScheduler, step: int, num_steps: int) -> float:
 
 
 def ema_tau(config: ObjectiveConfig, step: int, num_steps: int) -> float:
-    """BYOL's tau = 1 - (1 - tau_0) (cos(pi t / T) + 1) / 2 (arXiv 2006.07733, section 3.2)."""
-    return 1 - (1 - config.ema_tau) * (math.cos(math.pi * step / num_steps) + 1) / 2
+    """tau_1 - (tau_1 - tau_0) (cos(pi t / T) + 1) / 2; tau_1 = 1 in BYOL (arXiv 2006.07733)."""
+    end = config.ema_tau_end
+    return end - (end - config.ema_tau) * (math.cos(math.pi * step / num_steps) + 1) / 2

@@ -35,7 +35,7 @@ def to_checkpoint(
     num_steps: int,
 ) -> dict[str, Any]:
     """Everything, as plain types and tensors (schema in docs/architecture.md)."""
-    arch = config.arch
+    arch, negatives = config.arch, model.objective.negatives
     return {
         "format": checkpoint.FORMAT,
         "arch": {
@@ -55,6 +55,7 @@ def to_checkpoint(
         "scaler": None,  # bf16 needs no loss scaling
         "schedule": {"num_steps": num_steps},
         "queue": None if model.queue is None else model.queue.state_dict(),
+        "negatives": None if negatives is None else negatives.state_dict(),
         "random": {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -101,6 +102,8 @@ def restore(
         model.ema.load_state_dict(state["ema"])
     if model.queue is not None:
         model.queue.load_state_dict(state["queue"])
+    if model.objective.negatives is not None:
+        model.objective.negatives.load_state_dict(state["negatives"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"]["torch"])
     if torch.cuda.is_available():  # perhaps with fewer devices than before

@@ -22,13 +22,23 @@ from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader, TwoViewBatch, TwoViewDataset
 from pretrain.engine import checkpoint, dist, run_folder
 from pretrain.engine.metrics import MetricLog
-from pretrain.engine.optim import ema_tau, lr_factor, lr_schedule, make_optimizer, peak_lr
+from pretrain.engine.optim import (
+    ema_tau,
+    lr_factor,
+    lr_schedule,
+    make_optimizer,
+    peak_lr,
+    set_lr,
+)
 from pretrain.engine.state import Position, restore, to_checkpoint
+from pretrain.engine.step import Gradients
 from pretrain.errors import UserError
 from pretrain.eval.pictures import save_neighbours, save_views
 from pretrain.eval.probe import Probe
 from pretrain.eval.statistics import effective_rank, feature_std
-from pretrain.models.contrastive import FAContrastive, StepOutput, fa_generator, mean_cosine
+from pretrain.models.cell_check import refuse_without_gradient
+from pretrain.models.contrastive import FAContrastive, StepOutput, mean_cosine
+from pretrain.models.row_random import fa_generator
 
 
 class NonFiniteLossError(RuntimeError):
@@ -53,6 +63,15 @@ class Meter:
         }
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step leaves to look at."""
+
+    output: StepOutput
+    lr: float
+    queue: dict[str, float]
+
+
 class Run:
     """One pretraining run: built from a config, advanced by ``train``.
 
@@ -75,6 +94,7 @@ class Run:
         self.index = open_shards(config.data.shards)
         self.steps_per_epoch = num_steps_per_epoch(self.index.num_samples, config.data.batch_size)
         self.num_steps = self.steps_per_epoch * config.optim.epochs
+        refuse_without_gradient(config.objective, config.fa, config.heads)
         torch.manual_seed(config.seed)
         self.model = FAContrastive(
             config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
@@ -90,7 +110,9 @@ class Run:
         path = self.folder / "checkpoint.pth"
         if resume and path.exists():
             self.position = restore(path, config, self.model, self.optimizer, self.num_steps)
-        self.forward = self._forward_through_ddp()
+        self.gradients = Gradients(
+            self.model, self._forward_through_ddp(), config.optim, self._autocast
+        )
         self.probe = Probe.open(config.eval, config.data, self.device)
         self.views = PRESETS[config.data.augmentation]
         self.loader = self._make_loader(config.data.num_workers)
@@ -164,7 +186,8 @@ class Run:
             self.loader.epoch(self.position.epoch, self.position.step_in_epoch)
         ):
             started = time.perf_counter()
-            output, lr = self._step(batch)
+            is_logged = self._is_logged(self.position.step + 1)
+            done = self._step(batch, is_logged=is_logged)
             self.position.step += 1
             self.position.step_in_epoch += 1
             self.position.num_bad_samples += batch.num_bad
@@ -173,28 +196,34 @@ class Run:
             meter.num_images += self.config.data.batch_size
             meter.data_seconds += waited
             bar.update()
-            if self.position.step % self.config.engine.log_every_steps == 0 or self._is_last_step():
-                self._log(output, lr, meter, log, bar)
+            if is_logged:
+                self._log(done, meter, log, bar)
                 meter = Meter()
             if self.position.step % self.config.engine.checkpoint_every_steps == 0:
                 self._save_checkpoint()
 
-    def _step(self, batch: TwoViewBatch) -> tuple[StepOutput, float]:
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16)
+
+    def _step(self, batch: TwoViewBatch, *, is_logged: bool) -> Step:
         """One optimiser step: augment, forward, loss, backward, update, EMA and queue."""
         config, step = self.config, self.position.step
-        lr = peak_lr(config.optim, config.data.batch_size)
-        lr *= lr_factor(self.schedule, step, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        factor = lr_factor(self.schedule, step, self.num_steps)
+        lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
         views = self.augmented_views(batch, self.position.epoch)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16):
-            generator = fa_generator(config.seed, step, self.device)
-            output = self.model.step(views, generator, self.forward)
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
+        outputs = self.gradients.compute(
+            views, lambda: fa_generator(config.seed, step, self.device), step / self.num_steps
+        )
+        if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
+            self.model.online.prototypes.weight.grad = None
         self.optimizer.step()
-        self.model.after_optimizer_step(ema_tau(config.objective, step, self.num_steps))
-        return output, lr
+        ids, labels = (x.to(self.device) for x in (batch.sample_ids, batch.labels))
+        first = slice(0, outputs[0].projection.shape[0])
+        queue = self.model.queue_report(outputs[0], ids[first], labels[first]) if is_logged else {}
+        tau = ema_tau(config.objective, step, self.num_steps)
+        self.model.after_optimizer_step(tau, outputs, ids, labels)
+        return Step(outputs[0], lr, queue)
 
     @torch.no_grad()
     def augmented_views(self, batch: TwoViewBatch, epoch: int) -> torch.Tensor:
@@ -213,12 +242,11 @@ class Run:
             views.append(images)
         return torch.stack(views) if not self.config.engine.channels_last else _stack_nhwc(views)
 
-    def _is_last_step(self) -> bool:
-        return self.position.step == self.num_steps
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
 
-    def _log(
-        self, output: StepOutput, lr: float, meter: Meter, log: MetricLog | None, bar: tqdm
-    ) -> None:
+    def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
+        output = done.output
         loss = float(dist.mean(output.loss.detach()))
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
@@ -231,11 +259,12 @@ class Run:
             self.position.step,
             epoch=self.position.step / self.steps_per_epoch,
             loss=loss,
-            lr=lr,
-            feature_std=feature_std(output.target),
-            effective_rank=effective_rank(output.target),
-            fa_cosine=mean_cosine(output.target, output.augmented),
+            lr=done.lr,
+            feature_std=feature_std(output.projection),
+            effective_rank=effective_rank(output.projection),
+            fa_cosine=mean_cosine(output.original, output.augmented),
             fa_active=int(output.is_augmented),
+            **done.queue,
             num_bad_samples=self.position.num_bad_samples,
             **rates,
         )

@@ -1,18 +1,22 @@
-"""Feature augmentation: features in, N similar features out, with their input's norm.
+"""Feature augmentation: features in, similar features out, with their input's norm.
 
-Each method is a pure function of features and a random generator. Random draws are made for the
-*global* batch and partners come from it, so the number of processes changes nothing. The
-definitions are ours (docs/method.md); the idea is that of arXiv 2410.12396.
+Each method is a pure function of features and random numbers. ``random`` draws for the global
+batch and hands out these rows, so the number of processes changes nothing. ``strength`` in [0, 1]
+scales a method: 0 is the identity. The definitions are ours (docs/method.md); the idea is that of
+arXiv 2410.12396.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.models.support_queue import SupportQueue
+from pretrain.models.neighbour_search import consensus
+from pretrain.models.row_random import RowRandom
+
+Features = Float[Tensor, "n d"]
 
 
 def keep_norm(augmented: Float[Tensor, "... d"], original: Float[Tensor, "... d"]) -> Tensor:
@@ -20,77 +24,94 @@ def keep_norm(augmented: Float[Tensor, "... d"], original: Float[Tensor, "... d"
     return functional.normalize(augmented, dim=-1) * original.norm(dim=-1, keepdim=True)
 
 
-def mask(z: Float[Tensor, "n d"], *, ratio: float, generator: torch.Generator) -> Tensor:
+def mask(z: Features, random: RowRandom, *, ratio: float, strength: float = 1.0) -> Tensor:
     """Zero dimensions: z * m, m ~ Bernoulli(1 - ratio) each; at least one dimension is kept."""
-    draws = torch.rand(z.shape, generator=generator, device=z.device)
-    kept = draws >= ratio
-    kept |= draws == draws.amax(dim=1, keepdim=True)  # the row's largest draw is always kept
-    return keep_norm(z * kept.to(z.dtype), z)
+    return keep_norm(z * _kept(z, random, strength * ratio).to(z.dtype), z)
 
 
-def noise(z: Float[Tensor, "n d"], *, sigma: float, generator: torch.Generator) -> Tensor:
+def noise(z: Features, random: RowRandom, *, sigma: float, strength: float = 1.0) -> Tensor:
     """Gaussian noise of about sigma |z|: z + sigma |z| / sqrt(d) eps with eps ~ N(0, I)."""
-    eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-    scale = sigma * z.norm(dim=1, keepdim=True) / z.shape[1] ** 0.5
+    eps = random.normal(z.shape[1], dtype=z.dtype)
+    scale = strength * sigma * z.norm(dim=1, keepdim=True) / z.shape[1] ** 0.5
     return keep_norm(z + scale * eps, z)
 
 
-def mixup(z: Float[Tensor, "n d"], *, alpha: float, generator: torch.Generator) -> Tensor:
-    """Mix rows: lambda z + (1 - lambda) z_j, lambda = max(l, 1 - l), l ~ Beta(alpha, alpha).
+def mixup(
+    z: Features, partner: Features, random: RowRandom, *, alpha: float, strength: float = 1.0
+) -> Tensor:
+    """Mix with another feature: lambda z + (1 - lambda) z_j, l ~ Beta(alpha, alpha) for each row.
 
-    The partner is another sample of the batch: j = i + shift (mod n), one drawn shift in 1..n-1.
-
-    Raises:
-        ValueError: If the batch has a single row, which has no partner.
+    lambda = max(l, 1 - l), so that the row itself weighs most; (1 - lambda) is scaled by strength.
     """
-    n = z.shape[0]
-    if n < 2:
-        raise ValueError("mixup needs a batch of at least 2 samples: a single row has no partner")
-    shift = int(torch.randint(1, n, (), generator=generator, device=z.device))
-    lam = _beta(alpha, n, generator, z).unsqueeze(1)
-    lam = torch.maximum(lam, 1 - lam)
-    return keep_norm(lam * z + (1 - lam) * z.roll(-shift, dims=0), z)
+    lam = random.beta(alpha, 1, dtype=z.dtype)
+    share = strength * torch.minimum(lam, 1 - lam)
+    return keep_norm((1 - share) * z + share * partner, z)
 
 
-def nearest_neighbour(
-    z: Float[Tensor, "n d"],
-    queue: SupportQueue,
+def cutmix(
+    z: Features, partner: Features, random: RowRandom, *, ratio: float, strength: float = 1.0
+) -> Tensor:
+    """Take a random subset of dimensions from another feature: z_j where not m, m as in `mask`."""
+    return keep_norm(torch.where(_kept(z, random, strength * ratio), z, partner), z)
+
+
+def extrapolate(
+    z: Features,
+    partner: Features,
+    random: RowRandom,
     *,
-    top_k: int,
-    num_features: int,
-    generator: torch.Generator,
-) -> Float[Tensor, "N n d"]:
-    """Neighbours of z in the queue, straight-through: values are the neighbours', gradients z's.
+    scale: float,
+    per_dimension: bool,
+    strength: float = 1.0,
+) -> Tensor:
+    """Move away from another feature: z + lambda (z - z_j), lambda = scale Beta(2, 2).
 
-    top_k = 1: the nearest. top_k > 1 with one feature: a random one of the k nearest, per row.
-    N > 1 features: the N nearest.
+    One lambda for each row, or one for each of its dimensions (as arXiv 2108.02982 draws them).
     """
-    indices = queue.nearest_indices(z, top_k)
-    if num_features == 1 and top_k > 1:
-        choice = torch.randint(top_k, (z.shape[0], 1), generator=generator, device=z.device)
-        indices = indices.gather(1, choice)
-    neighbours = queue.features[indices[:, :num_features]].transpose(0, 1).to(z.dtype)
-    neighbours = keep_norm(neighbours, z.detach().unsqueeze(0))
-    return z + (neighbours - z).detach()
+    lam = strength * scale * random.beta(2.0, z.shape[1] if per_dimension else 1, dtype=z.dtype)
+    return keep_norm(z + lam * (z - partner), z)
 
 
-def _beta(alpha: float, n: int, generator: torch.Generator, like: Tensor) -> Float[Tensor, " n"]:
-    """Draw n times from Beta(alpha, alpha) with an explicit generator."""
-    if alpha == 1.0:
-        return torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
-    first, second = (_log_gamma(alpha, n, generator, like.device) for _ in range(2))
-    return torch.sigmoid(first - second).to(like.dtype)  # g1 / (g1 + g2)
+def neighbour(
+    z: Features,
+    nearest: Float[Tensor, "n k d"],
+    random: RowRandom,
+    *,
+    choice: str,
+    number: int | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """Replace z by a neighbour, straight-through: the neighbour's value, z's gradient.
 
-
-def _log_gamma(
-    alpha: float, n: int, generator: torch.Generator, device: torch.device
-) -> Float[Tensor, " n"]:
-    """Logarithms of Gamma(alpha, 1) draws, as Gamma(alpha + 1) U^(1 / alpha): no underflow.
-
-    Only this private op of torch's takes a generator.
+    Args:
+        z: Features.
+        nearest: Their k nearest entries of the support queue, nearest first.
+        random: Chooses among the k.
+        choice: ``random``: one of the k for each row; ``consensus``: their robust centre.
+        number: The neighbour of this rank instead, where several features are made.
+        strength: Below 1 a mixture of directions: (1 - strength) z + strength NN(z).
     """
-    shape = torch.full((n,), alpha + 1, device=device, dtype=torch.float64)
-    uniform = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
-    logarithm = uniform.clamp_min(torch.finfo(torch.float64).tiny).log()
-    gamma = torch._standard_gamma(shape, generator=generator)  # type: ignore
-    return gamma.log() + logarithm / alpha
+    if number is not None:
+        found = nearest[:, number]
+    elif choice == "consensus":
+        found = consensus(nearest, z.detach())
+    elif nearest.shape[1] == 1:
+        found = nearest[:, 0]
+    else:
+        found = _take(nearest, random.integers(nearest.shape[1], 1))
+    original = z.detach()
+    found = keep_norm(found.to(z.dtype), original)
+    if strength < 1:
+        found = keep_norm((1 - strength) * original + strength * found, original)
+    return z + (found - z).detach()
+
+
+def _take(nearest: Float[Tensor, "n k d"], which: Int[Tensor, "n 1"]) -> Features:
+    """Entry ``which[i]`` of row i."""
+    return nearest.gather(1, which.unsqueeze(2).expand(-1, 1, nearest.shape[2])).squeeze(1)
+
+
+def _kept(z: Features, random: RowRandom, ratio: float) -> Tensor:
+    """Dimensions that stay: each with probability 1 - ratio, and that of the row's largest draw."""
+    draws = random.uniform(z.shape[1])
+    return (draws >= ratio) | (draws == draws.amax(dim=1, keepdim=True))
