@@ -40,8 +40,8 @@ def refuse_without_gradient(objective: ObjectiveConfig, fa: FAConfig, heads: Hea
         raise UserError(
             f"objective.name={objective.name}, fa.method={fa.method}, fa.architecture="
             f"{cell.architecture}, fa.side={cell.side}, "
-            f"fa.stop_gradient={str(fa.stop_gradient).lower()} cannot train: no gradient reaches the "
-            f"{parts}. " + _remedy(model, fa)
+            f"fa.stop_gradient={str(fa.stop_gradient).lower()} cannot train: no gradient reaches "
+            f"the {parts}. {_remedy(model, fa)}"
         )
 
 
