@@ -50,9 +50,10 @@ def parser() -> argparse.ArgumentParser:
     two.set_defaults(clutter=0.3)
     two.add_argument(
         "--classes",
-        choices=("coarse", "fine"),
+        choices=(*photos.CLASS_SETS, "fine"),
         default="coarse",
-        help=f"coarse: {', '.join(photos.COARSE)}; fine: 11 classes (default: coarse)",
+        help=f"coarse: {', '.join(photos.CLASS_SETS['coarse'])}; medium: 5 classes; fine: 11 classes "
+        "(default: coarse)",
     )
     two.add_argument(
         "--split-seed",

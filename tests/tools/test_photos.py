@@ -54,7 +54,8 @@ def test_the_committed_lists_are_sound():
     cutouts = packages.listed_cutouts()
     files = [f for groups in cutouts.values() for group in groups for f in group]
     assert len(files) == len(set(files)) == 206
-    assert sorted(k for kinds in photos.COARSE.values() for k in kinds) == sorted(cutouts)
+    for table in photos.CLASS_SETS.values():
+        assert sorted(k for kinds in table.values() for k in kinds) == sorted(cutouts)
     scenes = packages.listed_backgrounds()
     grounds = [f for group in scenes.values() for f in group]
     assert len(grounds) == len(set(grounds)) > 100
@@ -70,11 +71,11 @@ def test_the_library_holds_every_listed_picture(library: packages.Library):
     assert len(list((library.root / "licences").iterdir())) == 3
 
 
-@pytest.mark.parametrize("classes", ["coarse", "fine"])
+@pytest.mark.parametrize(("classes", "num"), [("coarse", 3), ("medium", 5), ("fine", 11)])
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes, seed):
+def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes, num, seed):
     names, seen, unseen = photos.split(library, classes, seed)
-    assert len(names) == (5 if classes == "coarse" else 11)
+    assert len(names) == num
 
     def files(part: photos.Part) -> set[str]:
         return {f for kinds in part.cutouts for kind in kinds for f in kind}

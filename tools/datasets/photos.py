@@ -21,14 +21,21 @@ from tools.datasets.sampling import (
     object_statistics,
 )
 
-VERSION = 2  # raise it whenever the pictures of given options change
-COARSE = {
-    "bird": ("bird",),
-    "mammal": ("hoofed", "carnivore", "smallmammal"),
-    "fish": ("fish",),
-    "plant": ("flower", "fruit", "vegetable"),
-    "artefact": ("vehicle", "instrument", "tool"),
-}
+VERSION = 3  # raise it whenever the pictures of given options change
+CLASS_SETS = {
+    "coarse": {
+        "animal": ("bird", "fish", "hoofed", "carnivore", "smallmammal"),
+        "plant": ("flower", "fruit", "vegetable"),
+        "artefact": ("vehicle", "instrument", "tool"),
+    },
+    "medium": {
+        "bird": ("bird",),
+        "mammal": ("hoofed", "carnivore", "smallmammal"),
+        "fish": ("fish",),
+        "plant": ("flower", "fruit", "vegetable"),
+        "artefact": ("vehicle", "instrument", "tool"),
+    },
+}  # and "fine", the classes of the list themselves
 _MAX_TURN = 15.0  # degrees
 _MAX_ENLARGE = 2.5  # small cut-outs are not blown up beyond this
 _MIN_CROP = 0.6  # of a background, as a share of its largest crop
@@ -61,14 +68,14 @@ def split(library: Library, classes: str, split_seed: int) -> tuple[tuple[str, .
 
     Args:
         library: The pictures.
-        classes: "coarse" or "fine".
+        classes: "coarse", "medium" or "fine".
         split_seed: Chooses the split.
     Returns:
         Class names in label order, the training part, the test part.
     Raises:
         UserError: If a class is left without pictures on one side.
     """
-    table = COARSE if classes == "coarse" else {name: (name,) for name in library.cutouts}
+    table = CLASS_SETS.get(classes) or {name: (name,) for name in library.cutouts}
     divided = {
         name: _divide(groups, 1 / 3, generator("photos", split_seed, name))
         for name, groups in library.cutouts.items()
