@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--classes",
         choices=(*photos.CLASS_SETS, "fine"),
         default="coarse",
-        help=f"coarse: {', '.join(photos.CLASS_SETS['coarse'])}; medium: 5 classes; fine: 11 classes "
+        help=f"coarse: {', '.join(photos.CLASS_SETS['coarse'])}; medium: 5; fine: 11 classes "
         "(default: coarse)",
     )
     two.add_argument(
