@@ -44,7 +44,7 @@ class FeatureAugmenter(nn.Module):
     @property
     def is_none(self) -> bool:
         """Whether there is no FA at all: the base method."""
-        return self.fa.method == "none"
+        return self.chains == (("none",),)
 
     def is_ready(self) -> bool:
         """Whether every link acts: those that read the queue wait until it is filled."""
@@ -156,6 +156,7 @@ class FeatureAugmenter(nn.Module):
             entries = self.queue.features[random.integers(int(self.queue.count))]
             return feature_aug.keep_norm(entries.to(x.dtype), x.detach())
         batch, first = dist.gather(x), random.rows.start
+        assert batch.shape[0] == random.num_rows, "partners come from the whole batch"
         rows = torch.arange(first, first + x.shape[0], device=x.device)
         return batch[(rows + random.shift()) % batch.shape[0]]
 

@@ -43,7 +43,15 @@ class RowRandom:
         return self._here(torch.randint(high, self._shape(tail), **self._source(torch.int64)))
 
     def shift(self) -> int:
-        """One number in 1..num_rows-1, for all rows."""
+        """One number in 1..num_rows-1, for all rows.
+
+        Raises:
+            ValueError: In a batch of one.
+        """
+        if self.num_rows < 2:
+            raise ValueError(
+                f"another sample of the batch needs a batch of at least 2, got {self.num_rows}"
+            )
         draw = torch.randint(1, self.num_rows, (), **self._source(torch.int64))
         return int(draw)
 
