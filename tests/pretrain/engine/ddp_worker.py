@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
 from pretrain.engine import dist
-from pretrain.models.contrastive import FAContrastive, fa_generator
+from pretrain.models.contrastive import FAContrastive
+from pretrain.models.row_random import fa_generator
 
 NUM_STEPS, BATCH = 3, 8
 
@@ -44,7 +45,7 @@ def run_cell(objective, fa):
         output = model.step(part, fa_generator(5, step, torch.device("cpu")), forward)
         model.online.zero_grad(set_to_none=True)
         output.loss.backward()
-        model.after_optimizer_step(0.9)
+        model.after_optimizer_step(0.9, [output])
         losses.append(float(dist.mean(output.loss)))
         active.append(output.is_augmented)
     return {

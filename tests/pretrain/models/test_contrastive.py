@@ -1,7 +1,6 @@
 """The assembly against base methods and FA written again from their definitions.
 
-The references know nothing of the package but the weights: they compute each view's projections
-and predictions with the same modules, then the loss with plain tensor operations.
+BYOL and InfoNCE in their own architecture, the parallel predictor; test_cells.py has the others.
 """
 
 import copy
@@ -9,55 +8,21 @@ import copy
 import pytest
 import torch
 
-from pretrain.models.contrastive import fa_generator, mean_cosine
-
-
-def unit(x):
-    return x / x.norm(dim=-1, keepdim=True)
-
-
-def reference_infonce(rows, columns, tau):
-    """Mean over i of -log softmax_j(rows_i . columns_j / tau)[i]."""
-    logits = unit(rows) @ unit(columns).T / tau
-    return -(logits.diagonal() - logits.logsumexp(dim=1)).mean()
-
-
-def reference_byol(p, t):
-    return ((unit(p) - unit(t)) ** 2).sum(dim=1).mean()
-
-
-def online(model, views):
-    net = model.online
-    z = [net.projector(net.backbone(v)) for v in views]
-    return z, [net.predictor(x) for x in z]
-
-
-def ema_projections(model, views):
-    with torch.no_grad():
-        return [model.ema.projector(model.ema.backbone(v)) for v in views]
-
-
-def reference_nn(t, bank):
-    """Each row's nearest entry of the bank, as long as the row: NNCLR's NN(z, Q)."""
-    nearest = bank[(unit(t) @ unit(bank).T).argmax(dim=1)]
-    return unit(nearest) * t.norm(dim=1, keepdim=True)
-
-
-def gradients(model, loss):
-    parameters = list(model.online.parameters())
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def assert_same_gradients(ours, expected):
-    largest = max(float(g.abs().max()) for g in expected if g is not None)
-    for a, b in zip(ours, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * largest)
-
-
-def step(model, views, seed=0, number=0):
-    return model.step(views, fa_generator(seed, number, views.device))
+from pretrain.models.augmenter import Draw
+from pretrain.models.contrastive import mean_cosine
+from pretrain.models.row_random import RowRandom, fa_generator
+from tests.pretrain.models.references import (
+    assert_same_gradients,
+    ema_projections,
+    gradients,
+    move_ema,
+    online,
+    step,
+    unit,
+)
+from tests.pretrain.models.references import byol as reference_byol
+from tests.pretrain.models.references import infonce as reference_infonce
+from tests.pretrain.models.references import nn as reference_nn
 
 
 @pytest.fixture
@@ -100,9 +65,7 @@ def test_nnclr_equals_its_definition(make_model, make_views, bank, training):
 def test_byol_equals_its_definition(make_model, make_views):
     """|q(z_u) - z'_v|^2 of unit vectors, summed over both pairs; z' from the EMA network."""
     model, views = make_model("byol", method="none"), make_views()
-    with torch.no_grad():
-        for parameter in model.ema.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move_ema(model)
     twin = copy.deepcopy(model)
     loss = step(model, views).loss
     _, p = online(twin, views)
@@ -116,18 +79,17 @@ def test_byol_equals_its_definition(make_model, make_views):
 def test_nnbyol_equals_its_definition(make_model, make_views, bank):
     """The target is the neighbour of the EMA projection in a queue of EMA projections."""
     model, views = make_model("byol", method="nn"), make_views()
-    with torch.no_grad():
-        for parameter in model.ema.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move_ema(model)
     model.queue.put(bank)
     twin = copy.deepcopy(model)
-    loss = step(model, views).loss
+    output = step(model, views)
+    loss = output.loss
     _, p = online(twin, views)
     t = [reference_nn(x, bank) for x in ema_projections(twin, views)]
     expected = reference_byol(p[0], t[1]) + reference_byol(p[1], t[0])
     torch.testing.assert_close(loss, expected)
     assert_same_gradients(gradients(model, loss), gradients(twin, expected))
-    model.after_optimizer_step(0.99)
+    model.after_optimizer_step(0.99, [output])
     entered = unit(ema_projections(twin, views)[0])
     torch.testing.assert_close(model.queue.features[40:48], entered)
 
@@ -188,8 +150,8 @@ def test_mixup_alpha_reaches_the_draws(make_model, make_views):
     halves = make_model(method="mixup", mixup_alpha=1e6)
     nothing = make_model(method="mixup", mixup_alpha=1e-3)
     outputs = [step(model, make_views()) for model in (halves, nothing)]
-    assert mean_cosine(outputs[1].target, outputs[1].augmented) > 0.999
-    target = outputs[0].target
+    assert mean_cosine(outputs[1].original, outputs[1].augmented) > 0.999
+    target = outputs[0].original
     sums = [target + target.roll(-shift, dims=0) for shift in range(1, 8)]
     found = [mean_cosine(total, outputs[0].augmented) for total in sums]
     assert max(found) > 0.9999
@@ -225,8 +187,11 @@ def test_where_the_target_branch_carries_gradient(make_model, make_views, method
     model, views = make_model(method=method, stop_gradient=stop), make_views()
     if method == "nn":
         model.queue.put(torch.randn(20, 12))
-    z, p = model.online(views)
-    loss = model.step(views, fa_generator(0, 0, views.device), lambda _: (z, p.detach())).loss
+    z = model.online(views, lambda z: z)
+    predict = model.online.predict
+    model.online.predict = lambda z: predict(z).detach()
+    output = model.step(views, fa_generator(0, 0, views.device), lambda _, compare: compare(z))
+    loss = output.loss
     assert loss.requires_grad == expected
     if expected:
         (flow,) = torch.autograd.grad(loss, z)
@@ -304,9 +269,9 @@ def test_n_neighbours_equal_n_terms_of_the_n_nearest(make_model, make_views, ban
 @pytest.mark.parametrize("method", ["mask", "noise", "mixup"])
 def test_n_features_are_drawn_apart(make_model, make_views, method):
     model = make_model(method=method, num_features=4, mixup_alpha=0.5)
-    z, _ = model.online(make_views())
+    z = model.online(make_views(), lambda z: z)
     generator = fa_generator(0, 0, torch.device("cpu"))
-    augmented = model._augment(z[0], generator)
+    augmented = model.augmenter(z[0], z[1], Draw(RowRandom.whole(generator, 8), 1.0))
     assert augmented.shape == (4, 8, 12)
     for a in range(4):
         for b in range(a):
@@ -328,7 +293,7 @@ def test_queue_takes_view_1_after_the_optimiser_step_only(make_model, make_views
         for parameter in model.online.parameters():
             parameter.sub_(0.1 * parameter.grad)
     assert int(model.queue.count) == 0
-    model.after_optimizer_step(1.0)
+    model.after_optimizer_step(1.0, [output])
     assert int(model.queue.count) == 8
     torch.testing.assert_close(model.queue.features[:8], expected)  # of the weights of the step
 
@@ -336,27 +301,25 @@ def test_queue_takes_view_1_after_the_optimiser_step_only(make_model, make_views
 def test_queue_is_fed_once_per_step(make_model, make_views):
     model = make_model(method="nn", min_fill=8, queue_size=20)
     for number in range(4):
-        step(model, make_views(seed=number), number=number)
-        model.after_optimizer_step(1.0)
+        output = step(model, make_views(seed=number), number=number)
+        model.after_optimizer_step(1.0, [output])
         assert int(model.queue.count) == min(20, 8 * (number + 1))
 
 
-def test_queue_after_no_step_is_a_bug(make_model, make_views):
-    model = make_model(method="nn")
-    with pytest.raises(AssertionError, match="after_optimizer_step without a step before it"):
-        model.after_optimizer_step(1.0)
-    step(model, make_views())
-    model.after_optimizer_step(1.0)
-    with pytest.raises(AssertionError, match="after_optimizer_step without a step before it"):
-        model.after_optimizer_step(1.0)
+def test_micro_batches_enter_the_queue_once_and_in_their_order(make_model, make_views):
+    model = make_model(method="nn", min_fill=8)
+    parts = [step(model, make_views(n=4, seed=seed)) for seed in (0, 1)]
+    model.after_optimizer_step(1.0, parts)
+    assert int(model.queue.puts) == 1
+    expected = unit(torch.cat([part.entering for part in parts]))
+    torch.testing.assert_close(model.queue.features[:8], expected)
 
 
 @pytest.mark.parametrize("method", ["none", "identity", "mask", "noise", "mixup"])
 def test_only_neighbours_need_a_queue(make_model, make_views, method):
     model = make_model(method=method)
     assert model.queue is None
-    step(model, make_views())
-    model.after_optimizer_step(1.0)
+    model.after_optimizer_step(1.0, [step(model, make_views())])
 
 
 def test_identity_until_min_fill_entries_are_there(make_model, make_views):
@@ -371,10 +334,10 @@ def test_identity_until_min_fill_entries_are_there(make_model, make_views):
         active.append(output.is_augmented)
         if not output.is_augmented:
             assert torch.equal(output.loss, expected.loss)
-            assert torch.equal(output.augmented, output.target)
+            assert torch.equal(output.augmented, output.original)
         else:
             assert not torch.equal(output.loss, expected.loss)
-        model.after_optimizer_step(1.0)
+        model.after_optimizer_step(1.0, [output])
     assert active == [False, False, True, True]
 
 
@@ -399,7 +362,7 @@ def test_ema_update_formula(make_model):
     with torch.no_grad():
         for parameter in model.online.parameters():
             parameter.normal_()
-    model.after_optimizer_step(0.9)
+    model.after_optimizer_step(0.9, [])
     source = dict(model.online.named_parameters())
     for name, value in names.items():
         expected = 0.9 * before[name] + 0.1 * source[name]
@@ -422,9 +385,9 @@ def test_ema_of_tau_1_stands_still_and_of_tau_0_copies(make_model):
     with torch.no_grad():
         for parameter in model.online.parameters():
             parameter.normal_()
-    model.after_optimizer_step(1.0)
+    model.after_optimizer_step(1.0, [])
     assert all(torch.equal(a, b) for a, b in zip(model.ema.parameters(), before, strict=True))
-    model.after_optimizer_step(0.0)
+    model.after_optimizer_step(0.0, [])
     source = dict(model.online.named_parameters())
     for name, value in model.ema.named_parameters():
         torch.testing.assert_close(value, source[name])
@@ -434,7 +397,7 @@ def test_ema_batch_norm_keeps_statistics_of_its_own(make_model, make_views):
     """EMA covers parameters; the running statistics are those of the EMA network's own batches."""
     model = make_model("byol", method="none")
     before = {k: v.clone() for k, v in model.ema.named_buffers()}
-    model.after_optimizer_step(0.5)
+    model.after_optimizer_step(0.5, [])
     assert all(torch.equal(v, before[k]) for k, v in model.ema.named_buffers())
     step(model, make_views())
     assert not torch.equal(model.ema.backbone.bn1.running_mean, before["backbone.bn1.running_mean"])
@@ -478,15 +441,21 @@ def test_fa_generator_depends_on_seed_and_step_and_nothing_else():
 
 
 def test_output_shows_view_2_detached(make_model, make_views):
+    """Of view 1 predicting view 2: t_2, what A took and made of it, q(z_1)."""
     model, views = make_model(method="noise", noise_sigma=0.5), make_views()
     with torch.no_grad():
-        z, _ = online(copy.deepcopy(model), views)
+        z, p = online(copy.deepcopy(model), views)
     output = step(model, views)
-    torch.testing.assert_close(output.target, z[1])
-    assert not output.target.requires_grad
+    for name, expected in (
+        ("projection", z[1]), ("original", z[1]), ("entering", z[0]), ("online", p[0]),
+        ("keys", torch.stack(z)), ("target", output.augmented),
+    ):  # fmt: skip
+        value = getattr(output, name)
+        torch.testing.assert_close(value, expected, msg=name)
+        assert not value.requires_grad
     assert not output.augmented.requires_grad
-    cosine = mean_cosine(output.target, output.augmented)
-    expected = (unit(output.target) * unit(output.augmented)).sum(dim=1).mean()
+    cosine = mean_cosine(output.original, output.augmented)
+    expected = (unit(output.original) * unit(output.augmented)).sum(dim=1).mean()
     assert cosine == pytest.approx(float(expected), abs=1e-6)
     assert 0.7 < cosine < 0.99
 
@@ -495,9 +464,9 @@ def test_forward_can_be_replaced_by_a_wrapper(make_model, make_views):
     calls = []
     model, views = make_model(method="none"), make_views()
 
-    def wrapped(batch):
+    def wrapped(batch, compare):
         calls.append(batch.shape)
-        return model.online(batch)
+        return model.online(batch, compare)
 
     step_loss = model.step(views, fa_generator(0, 0, views.device), wrapped).loss
     assert calls == [views.shape]
@@ -514,13 +483,13 @@ def test_neighbours_and_losses_are_computed_in_single_precision_under_autocast(
     model, views = make_model(method="nn", queue_size=256), make_views(n=16)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        z, p = model.online(views)
-    z, p = z.float(), p.float()
+        z = model.online(views, lambda z: z).float()
+        p = model.online.predict(z).float()
     centre = z[1].mean(dim=0, keepdim=True)
     bank = centre + 0.02 * centre.norm() * torch.randn(256, 12, generator=generator)
     model.queue.put(bank)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model.step(views, generator, lambda _: (z, p))
+        output = model.step(views, generator, lambda _, compare: compare(z))
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.augmented, reference_nn(z[1], bank))
     near = [reference_nn(x, bank) for x in z]
