@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 FORMAT = "fa-pretrain-1"
 FIELDS = (
     "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
-    "random", "position", "config", "step", "versions",
+    "negatives", "random", "position", "config", "step", "versions",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pretrain.engine import checkpoint
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.errors import UserError
-from pretrain.models.contrastive import fa_generator
+from pretrain.models.row_random import fa_generator
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 
@@ -21,7 +21,7 @@ def build(make_model, objective="byol", method="nn", optimizer="lars"):
     config = replace(
         config,
         fa=model.fa,
-        objective=model.objective,
+        objective=model.objective.config,
         optim=replace(config.optim, name=optimizer),
     )
     return config, model, make_optimizer(model.online, config.optim, 0.1)
@@ -34,7 +34,7 @@ def train(model, optimizer, make_views, steps):
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        model.after_optimizer_step(0.9)
+        model.after_optimizer_step(0.9, [output])
         losses.append(output.loss.item())
     return losses
 

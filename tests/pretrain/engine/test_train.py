@@ -24,7 +24,8 @@ from pretrain.engine import checkpoint, metrics, train
 from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run, choose_device, uses_bf16
 from pretrain.errors import UserError
-from pretrain.models.contrastive import FAContrastive, fa_generator
+from pretrain.models.contrastive import FAContrastive
+from pretrain.models.row_random import fa_generator
 
 ROOT = Path(__file__).parents[3]
 BASE = {
@@ -122,7 +123,7 @@ def assert_same_training(a, b):
     for key in ("loss", "lr", "feature_std", "effective_rank", "fa_cosine", "fa_active", "epoch"):
         assert [r[key] for r in train_rows(a)] == [r[key] for r in train_rows(b)], key
     one, two = weights(a), weights(b)
-    for part in ("model", "ema", "optimizer", "queue", "schedule"):
+    for part in ("model", "ema", "optimizer", "queue", "negatives", "schedule"):
         assert_same_state(one[part], two[part], part)
 
 
@@ -339,10 +340,10 @@ step, save = train.Run._step, torch.save
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def killing_step(self, batch):
+def killing_step(self, batch, **options):
     if where == "step" and self.position.step == number:
         kill()
-    return step(self, batch)
+    return step(self, batch, **options)
 
 def killing_save(state, file):
     if where == "save" and state["step"] == number:
@@ -728,7 +729,7 @@ def test_precision_decides_autocast(make_run, objective):
     for precision in ("fp32", "bf16"):
         run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
         run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-        output, _ = run._step(next(iter(run.loader.epoch(0))))
+        output = run._step(next(iter(run.loader.epoch(0))), is_logged=False).output
         results[precision] = output.loss.item()
         assert output.loss.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
