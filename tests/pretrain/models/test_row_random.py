@@ -1,5 +1,6 @@
-"""Random numbers by row: a part of the batch gets what the whole would, in the right distribution."""
+"""Random numbers by row: a part of the batch gets what the whole would; distributions."""
 
+import itertools
 import math
 
 import numpy as np
@@ -36,7 +37,7 @@ def parts_of(kinds, cuts, num_rows, seed):
     """Every kind drawn in sequence by each part on its own, and the parts put together."""
     edges = [0, *sorted(cuts), num_rows]
     drawn = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         random = RowRandom(rng(seed), slice(start, stop), num_rows)
         drawn.append([DRAWS[kind](random) for kind in kinds])
     return [torch.cat(same) for same in zip(*drawn, strict=True)]
