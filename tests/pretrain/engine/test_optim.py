@@ -1,6 +1,7 @@
 """LARS against numpy, parameter groups, and schedules against their closed forms."""
 
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ from pretrain.engine.optim import (
     make_optimizer,
     parameter_groups,
     peak_lr,
+    set_lr,
 )
 
 
 def network():
+    """The three parts by their names, [4, 3, 3, 3] + BN, [2, 4] and [2, 2]."""
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    return net.double()
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    parts = {"backbone": backbone, "projector": nn.Linear(4, 2), "predictor": nn.Linear(2, 2)}
+    return nn.Sequential(OrderedDict(parts)).double()
 
 
 def config(**values):
@@ -36,12 +40,16 @@ def set_gradients(net, step):
 
 
 class NumpyLARS:
-    """You et al. (2017), as BYOL's appendix describes it: 1-d parameters are plain SGD."""
+    """You et al. (2017), as BYOL's appendix describes it: 1-d parameters are plain SGD.
 
-    def __init__(self, net, lr, momentum, weight_decay, eta):
+    With ``clip`` (LARC) the layer's rate eta |w| / |g| is at most the scheduled one.
+    """
+
+    def __init__(self, net, lr, momentum, weight_decay, eta, clip=False):
         self.w = [p.detach().numpy().copy() for p in net.parameters()]
         self.m = [np.zeros_like(w) for w in self.w]
         self.lr, self.momentum, self.weight_decay, self.eta = lr, momentum, weight_decay, eta
+        self.clip, self.num_clipped, self.num_free = clip, 0, 0
 
     def step(self, gradients):
         for i, g in enumerate(gradients):
@@ -49,7 +57,12 @@ class NumpyLARS:
                 g = g + self.weight_decay * self.w[i]
                 w_norm, g_norm = np.linalg.norm(self.w[i]), np.linalg.norm(g)
                 if w_norm > 0 and g_norm > 0:
-                    g = self.eta * w_norm / g_norm * g
+                    ratio = self.eta * w_norm / g_norm
+                    if self.clip:
+                        self.num_clipped += ratio > self.lr
+                        self.num_free += ratio < self.lr
+                        ratio = min(ratio, self.lr) / self.lr
+                    g = ratio * g
             self.m[i] = self.momentum * self.m[i] + g
             self.w[i] = self.w[i] - self.lr * self.m[i]
 
@@ -75,16 +88,37 @@ def test_lars_equals_numpy_over_several_steps(weight_decay, momentum, eta):
             np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_clip_equals_numpy(weight_decay):
+    """The rate falls from above to below the layers' own rates, so that both cases occur."""
+    net = network()
+    options = {"momentum": 0.9, "weight_decay": weight_decay}
+    reference = NumpyLARS(net, 0.5, eta=0.02, clip=True, **options)
+    optimizer = make_optimizer(net, config(lars_eta=0.02, lars_clip=True, **options), lr=0.5)
+    for step, lr in enumerate((0.5, 0.05, 0.01, 0.005, 1e-4)):
+        reference.lr = lr
+        set_lr(optimizer, peak=lr, factor=1.0)
+        set_gradients(net, step)
+        reference.step([p.grad.numpy() for p in net.parameters()])
+        optimizer.step()
+        for ours, theirs in zip(net.parameters(), reference.w, strict=True):
+            np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-14)
+    assert reference.num_clipped > 0
+    assert reference.num_free > 0
+
+
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("zero", ["weight", "gradient", "both"])
-def test_lars_does_not_scale_where_a_norm_is_zero(zero):
+def test_lars_does_not_scale_where_a_norm_is_zero(zero, clip):
     net = nn.Linear(3, 2, bias=False).double()
     if zero != "gradient":
         net.weight.data.zero_()
     before = net.weight.detach().clone()
     gradient = torch.zeros(2, 3) if zero != "weight" else torch.ones(2, 3)
     net.weight.grad = gradient.double()
-    optimizer = LARS(parameter_groups(net, 0.0), lr=0.1, momentum=0.9, weight_decay=0.0, eta=1e-3)
-    optimizer.step()
+    groups = [{"params": [net.weight]}]
+    LARS(groups, lr=0.1, momentum=0.9, weight_decay=0.0, eta=1e-3, clip=clip).step()
     torch.testing.assert_close(net.weight.detach(), before - 0.1 * gradient)
     assert bool(torch.isfinite(net.weight).all())
 
@@ -134,16 +168,90 @@ def test_biases_and_normalisation_layers_are_excluded_from_decay(name):
             assert bool(value.norm() < before[key].norm())
 
 
+def names_of(net, group):
+    """Which parameters a group holds."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {names[id(p)] for p in group["params"]}
+
+
 def test_groups_hold_every_trained_parameter_once():
     net = network()
-    net[0].weight.requires_grad_(False)
-    groups = parameter_groups(net, 0.3)
+    net.backbone[0].weight.requires_grad_(False)
+    groups = parameter_groups(net, config(weight_decay=0.3))
     listed = [p for group in groups for p in group["params"]]
     expected = [p for p in net.parameters() if p.requires_grad]
     assert {id(p) for p in listed} == {id(p) for p in expected}
     assert len(listed) == len(expected)
-    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
-    assert [g["adapt"] for g in groups] == [True, False]
+    assert [names_of(net, g) for g in groups] == [
+        {"projector.weight"}, {"predictor.weight"},
+        {"backbone.0.bias", "backbone.1.weight", "backbone.1.bias"},
+        {"projector.bias"}, {"predictor.bias"},
+    ]  # fmt: skip
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.3, 0.0, 0.0, 0.0]
+    assert [g["adapt"] for g in groups] == [True, True, False, False, False]
+    assert all(g["follows_schedule"] for g in groups)
+
+
+@pytest.mark.parametrize("objective", ["simclr", "infonce", "moco", "byol", "simsiam", "swav"])
+def test_groups_hold_every_parameter_of_every_base_method(make_model, objective):
+    net = make_model(objective, method="none").online
+    groups = parameter_groups(net, config(head_weight_decay=0.5, weight_decay=0.25))
+    listed = [name for group in groups for name in names_of(net, group)]
+    assert sorted(listed) == sorted(name for name, _ in net.named_parameters())
+    for group in groups:
+        (part,) = {
+            "backbone" if n.startswith("backbone.") else "head" for n in names_of(net, group)
+        }
+        decay = {"backbone": 0.25, "head": 0.5}[part]
+        assert group["weight_decay"] == (decay if group["adapt"] else 0.0)
+
+
+def test_prototypes_go_with_the_projector(make_model):
+    net = make_model("swav", method="none").online
+    groups = parameter_groups(net, config(predictor_constant_lr=True))
+    (weights,) = [g for g in groups if "prototypes.weight" in names_of(net, g)]
+    assert {n.partition(".")[0] for n in names_of(net, weights)} == {"projector", "prototypes"}
+    assert weights["follows_schedule"]
+
+
+def test_head_weight_decay_reaches_the_heads_only():
+    decays = {}
+    for value in (None, 0.5, 0.0):
+        net = network()
+        groups = parameter_groups(net, config(weight_decay=0.3, head_weight_decay=value))
+        decays[value] = {n: g["weight_decay"] for g in groups for n in names_of(net, g)}
+    names = ("backbone.0.weight", "projector.weight", "predictor.weight")
+    assert [decays[None][n] for n in names] == [0.3, 0.3, 0.3]
+    assert [decays[0.5][n] for n in names] == [0.3, 0.5, 0.5]
+    assert [decays[0.0][n] for n in names] == [0.3, 0.0, 0.0]
+    assert decays[0.5]["projector.bias"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_biases_and_normalisation_layers_may_be_treated_like_weights(name):
+    net = network()
+    for parameter in net.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    options = {"exclude_bias_and_norm": False, "weight_decay": 0.5, "lars_eta": 1.0}
+    make_optimizer(net, config(name=name, **options), lr=0.1).step()
+    assert all(bool((p < 1).all()) for p in net.parameters())
+    assert all(g["adapt"] for g in parameter_groups(net, config(**options)))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_predictor_constant_lr_over_a_schedule(name, constant):
+    net = network()
+    settings = config(name=name, warmup_epochs=2.0, predictor_constant_lr=constant)
+    optimizer, schedule = make_optimizer(net, settings, lr=0.4), lr_schedule(settings)
+    for step in range(20):
+        factor = lr_factor(schedule, step, 20)
+        assert set_lr(optimizer, 0.4, factor) == 0.4 * factor
+        rates = {n: g["lr"] for g in optimizer.param_groups for n in names_of(net, g)}
+        for key, rate in rates.items():
+            is_constant = constant and key.startswith("predictor.")
+            assert rate == (0.4 if is_constant else 0.4 * factor), key
 
 
 @pytest.mark.parity
@@ -221,13 +329,14 @@ def test_rate_rises_through_warm_up_and_falls_after_it():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("tau_0", [0.0, 0.99, 0.996, 1.0])
-def test_ema_tau_equals_the_closed_form(tau_0):
-    objective = ObjectiveConfig(ema_tau=tau_0)
+@pytest.mark.parametrize("tau_1", [1.0, 0.999])
+@pytest.mark.parametrize("tau_0", [0.0, 0.99, 0.996])
+def test_ema_tau_equals_the_closed_form(tau_0, tau_1):
+    objective = ObjectiveConfig(ema_tau=tau_0, ema_tau_end=tau_1)
     for step in range(0, 1001, 10):
-        expected = 1 - (1 - tau_0) * (math.cos(math.pi * step / 1000) + 1) / 2
+        expected = tau_0 + (tau_1 - tau_0) * (1 - math.cos(math.pi * step / 1000)) / 2
         assert ema_tau(objective, step, 1000) == pytest.approx(expected, abs=1e-12)
     assert ema_tau(objective, 0, 1000) == pytest.approx(tau_0)
-    assert ema_tau(objective, 1000, 1000) == 1.0
+    assert ema_tau(objective, 1000, 1000) == tau_1
     values = [ema_tau(objective, step, 50) for step in range(51)]
     assert values == sorted(values)
