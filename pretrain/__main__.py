@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     from pretrain.config import load_config, to_plain  # after --help, which should not wait
     from pretrain.engine import dist
     from pretrain.engine.checkpoint import DiskFullError
+    from pretrain.engine.diagnostics import CollapseError
     from pretrain.engine.train import NonFiniteLossError, Run
     from pretrain.errors import UserError
 
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (DiskFullError, NonFiniteLossError) as error:
+    except (CollapseError, DiskFullError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

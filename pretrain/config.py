@@ -145,13 +145,41 @@ class EngineConfig:
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 0  # older ones kept in checkpoints/, newest first
+    on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/engine/diagnostics.py
+    collapse_std: float = 0.05  # alarm below this feature_std; 1: features spread evenly
+    collapse_rank: float = 2.0  # alarm below this effective rank
+    collapse_patience: int = 5  # logged rows in a row until the alarm
 
     def __post_init__(self) -> None:
-        for name in ("log_every_steps", "checkpoint_every_steps"):
+        for name in ("log_every_steps", "checkpoint_every_steps", "collapse_patience"):
             value = getattr(self, name)
             require(value >= 1, f"engine.{name} must be >= 1, got {value}")
         require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
         require(self.keep_checkpoints >= 0, f"engine.keep_checkpoints: {self.keep_checkpoints} < 0")
+        for name in ("collapse_std", "collapse_rank"):
+            value = getattr(self, name)
+            require(value >= 0, f"engine.{name} must be >= 0 (0: never), got {value}")
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Adversarial training: view 1 is changed to raise the loss before each step. A study tool."""
+
+    epsilon: float = 0.0  # largest change of a pixel value, in 1/255; 0: off
+    num_steps: int = 1  # 1: FGSM; more: PGD
+    step_size: float | None = None  # in 1/255; null: 1.25 epsilon; of PGD 2.5 epsilon / num_steps
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.epsilon <= 255,
+            f"adversarial.epsilon must be in [0, 255] (1/255 of a pixel's range), "
+            f"got {self.epsilon}",
+        )
+        require(self.num_steps >= 1, f"adversarial.num_steps must be >= 1, got {self.num_steps}")
+        require(
+            self.step_size is None or self.step_size > 0,
+            f"adversarial.step_size must be > 0 or null, got {self.step_size}",
+        )
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,7 @@ class PretrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     fa: FAConfig = field(default_factory=FAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

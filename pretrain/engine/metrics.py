@@ -16,15 +16,15 @@ class MetricLog:
 
     Args:
         folder: The run's folder.
-        last_step: Training rows after this step are dropped first: a killed run may have logged
-            steps that its last checkpoint does not know, and they will be run again. -1 drops all.
-        last_probe_step: The same for all other rows.
+        last_step: Rows after this step are dropped first: a killed run may have logged steps that
+            its last checkpoint does not know, and they will be run again. -1 drops all.
+        last_probe_step: The same for rows of kind ``knn``.
     """
 
     def __init__(self, folder: Path, last_step: int, last_probe_step: int) -> None:
         path = folder / "metrics.jsonl"
-        last = {"train": last_step}
-        rows = [r for r in read_rows(path) if r["step"] <= last.get(r["kind"], last_probe_step)]
+        last = {"knn": last_probe_step}
+        rows = [r for r in read_rows(path) if r["step"] <= last.get(r["kind"], last_step)]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +22,8 @@ from pretrain.data.augment import PRESETS, augment, draw_parameters
 from pretrain.data.order import num_steps_per_epoch
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader, TwoViewBatch, TwoViewDataset
-from pretrain.engine import checkpoint, dist, run_folder
+from pretrain.engine import checkpoint, diagnostics, dist, run_folder
+from pretrain.engine.diagnostics import CollapseAlarm, CollapseError
 from pretrain.engine.metrics import MetricLog
 from pretrain.engine.optim import (
     ema_tau,
@@ -35,9 +38,8 @@ from pretrain.engine.step import Gradients
 from pretrain.errors import UserError
 from pretrain.eval.pictures import save_neighbours, save_views
 from pretrain.eval.probe import Probe
-from pretrain.eval.statistics import effective_rank, feature_std
 from pretrain.models.cell_check import refuse_without_gradient
-from pretrain.models.contrastive import FAContrastive, StepOutput, mean_cosine
+from pretrain.models.contrastive import FAContrastive, StepOutput
 from pretrain.models.row_random import fa_generator
 
 
@@ -114,6 +116,7 @@ class Run:
             self.model, self._forward_through_ddp(), config.optim, self._autocast
         )
         self.probe = Probe.open(config.eval, config.data, self.device)
+        self.alarm = CollapseAlarm(config.engine)
         self.views = PRESETS[config.data.augmentation]
         self.loader = self._make_loader(config.data.num_workers)
 
@@ -212,9 +215,10 @@ class Run:
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
         views = self.augmented_views(batch, self.position.epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.gradients.compute(
-            views, lambda: fa_generator(config.seed, step, self.device), step / self.num_steps
-        )
+        generator = partial(fa_generator, config.seed, step, self.device)
+        progress = step / self.num_steps
+        views = self.gradients.attacked(views, generator, progress, config.adversarial, config.data)
+        outputs = self.gradients.compute(views, generator, progress)
         if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
             self.model.online.prototypes.weight.grad = None
         self.optimizer.step()
@@ -252,22 +256,38 @@ class Run:
             raise self._diverged(f"the loss is {loss}")
         rates = meter.rates()
         bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
-        if log is None:
-            return
-        log.write(
-            "train",
-            self.position.step,
-            epoch=self.position.step / self.steps_per_epoch,
-            loss=loss,
-            lr=done.lr,
-            feature_std=feature_std(output.projection),
-            effective_rank=effective_rank(output.projection),
-            fa_cosine=mean_cosine(output.original, output.augmented),
-            fa_active=int(output.is_augmented),
-            **done.queue,
-            num_bad_samples=self.position.num_bad_samples,
-            **rates,
-        )
+        collapse = None
+        if log is not None:
+            figures = diagnostics.diagnose(output)
+            row = {"loss": loss, "lr": done.lr, **figures, "fa_active": int(output.is_augmented)}
+            bad = {"num_bad_samples": self.position.num_bad_samples}
+            self._write(log, "train", **row, **done.queue, **bad, **rates)
+            if self._is_histogram_due():
+                self._write(log, "similarity", **diagnostics.similarity_histograms(output))
+            collapse = self.alarm.look(figures, output.projection, self.position.step)
+            if collapse is not None:
+                self._write(log, "event", **self.alarm.event(figures, collapse))
+                bar.write(f"warning: {collapse}", file=sys.stderr)
+        if self.config.engine.on_collapse == "stop":
+            self._stop_together(collapse)
+
+    def _write(self, log: MetricLog, kind: str, **values: Any) -> None:
+        epoch = self.position.step / self.steps_per_epoch
+        log.write(kind, self.position.step, epoch=epoch, **values)
+
+    def _is_histogram_due(self) -> bool:
+        every = diagnostics.ROWS_PER_HISTOGRAM * self.config.engine.log_every_steps
+        return self.position.step % every == 0 or self.position.step == self.num_steps
+
+    def _stop_together(self, collapse: str | None) -> None:
+        """The first process saves before the others hear of it: their end may end it too."""
+        if collapse is not None:
+            self._save_checkpoint()
+        if dist.total(torch.tensor(float(collapse is not None), device=self.device)):
+            raise CollapseError(
+                f"{collapse or 'the first process saw the features collapse'}; the checkpoint is "
+                "saved: --resume with engine.on_collapse=warn goes on"
+            )
 
     def _diverged(self, what: str) -> NonFiniteLossError:
         path = self.folder / "checkpoint.pth"
@@ -281,8 +301,7 @@ class Run:
         if self.probe is None:
             return
         top1 = self.probe.top1(self.model.online.backbone)
-        epoch = self.position.step / self.steps_per_epoch
-        log.write("knn", self.position.step, epoch=epoch, knn_top1=top1)
+        self._write(log, "knn", knn_top1=top1)
         if self.position.step == 0:
             log.write("event", 0, message="kNN before training", knn_top1_initial=top1)
 

@@ -104,8 +104,17 @@ def _pretrain(out: Path) -> None:
                 "feature_std": 0.05 + 0.02 * share,
                 "effective_rank": 12 + 30 * share,
                 "fa_cosine": "nan" if step < 50 else 0.8,
+                "positive_cosine": 0.5 + 0.4 * share,
+                "positive_cosine_std": 0.2 - 0.05 * share,
+                "negative_cosine": 0.4 * (1 - share),
+                "negative_cosine_std": 0.1,
+                "neighbour_age": 3.5,
+                "self_hit_rate": 0.25,
+                "neighbour_label_agreement": 0.3 + 0.4 * share,
             }
         )
+        if step % 100 == 0:
+            rows.append(_histograms(step, 20 * share))
         if step % 250 == 0:
             knn = 0.31 + 0.4 * share
             rows.append({"kind": "knn", "step": step, "epoch": 20 * share, "knn_top1": knn})
@@ -132,6 +141,13 @@ def _pretrain(out: Path) -> None:
         labels = [CLASSES[i % 5]] * 4 + [CLASSES[(i + 1) % 5]] * 2
         rows.append({"query": f"q{i}", "query_label": CLASSES[i % 5], "neighbour_labels": labels})
     _grid(out / "pretrain/pictures/neighbours", 7, rows)
+
+
+def _histograms(step: int, epoch: float) -> dict[str, Any]:
+    """Positives between 0.8 and 1, negatives half each side of 0."""
+    shares = {"positives": [0.0] * 18 + [0.25, 0.75]}
+    shares["negatives"] = [0.0] * 9 + [0.5, 0.5] + [0.0] * 9
+    return {"kind": "similarity", "step": step, "epoch": epoch, **shares}
 
 
 def _grid(stem: Path, columns: int, rows: list[dict[str, Any]]) -> None:

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.run_fixture import ARM_LEVELS, CLASSES, dump, make_run
+from tests.tools.run_fixture import ARM_LEVELS, CLASSES, dump, dump_lines, make_run
 from tools.flow import charts, gallery, report
 from tools.flow.charts import Series
-from tools.flow.report_data import Run, detection_pictures, mean_curve, picture_rows
+from tools.flow.report_data import (
+    Run,
+    detection_pictures,
+    last_histogram,
+    mean_curve,
+    picture_rows,
+)
 
 
 class Page(HTMLParser):
@@ -118,6 +124,101 @@ def test_page_is_accessible(page):
 def test_text_from_files_is_escaped(page, run_folder):
     assert "x=<script>alert(1)</script>" in page.text
     assert len(page.all("script")) == 1
+
+
+NEW_KEYS = ("positive_cosine", "negative_cosine", "neighbour_", "self_hit_rate")
+
+
+def rewrite_metrics(out: Path, change) -> None:
+    path = out / "pretrain/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    dump_lines(path, change(rows))
+
+
+def test_figures_of_the_features_are_drawn(page):
+    labels = {svg["aria-label"] for svg in page.all("svg") if svg.get("class") == "chart"}
+    for start in ("Age of neighbours. ", "Self-hits. ", "Labels of neighbours. ", "FA cosine. "):
+        assert [label for label in labels if label.startswith(start)], start
+    over_time = next(label for label in labels if label.startswith("Cosine of pairs of views."))
+    assert "positives: from 0.504 to 0.9; negatives: from 0.396 to 0" in over_time
+    assert [label for label in labels if label.startswith("Cosines at the end.")]
+    bands = [path for path in page.all("path") if (path["class"] or "").startswith("band")]
+    assert {path["class"] for path in bands} == {"band plain", "band negative"}
+    assert "Alarm:" not in page.text
+
+
+def test_metrics_of_older_runs_leave_their_charts_out(tmp_path):
+    out = make_run(tmp_path, seeds=1)
+    rewrite_metrics(out, lambda rows: [
+        {k: v for k, v in row.items() if not k.startswith(NEW_KEYS)}
+        for row in rows if row["kind"] != "similarity"
+    ])  # fmt: skip
+    page = page_of(out)
+    assert "Effective rank" in page.text
+    for words in ("What the loss compares", "Cosines at the end", "Self-hits", "Alarm:"):
+        assert words not in page.text
+
+
+@pytest.mark.parametrize("shares", [None, [], ["nan", 0.5], 3, [True]])
+def test_histograms_that_are_none_are_left_out(tmp_path, shares):
+    out = make_run(tmp_path, seeds=1)
+    rewrite_metrics(out, lambda rows: [
+        row | {"positives": shares, "negatives": shares} if row["kind"] == "similarity" else row
+        for row in rows
+    ])  # fmt: skip
+    assert last_histogram(Run.load(out)) == {}
+    assert "Cosine of pairs of views" in page_of(out).text
+
+
+def test_the_last_histogram_is_drawn_as_its_outline(run_folder):
+    outlines = last_histogram(Run.load(run_folder))
+    assert set(outlines) == {"positives", "negatives"}
+    corners = outlines["positives"]
+    assert (corners[0], corners[-1]) == ((-1.0, 0.0), (1.0, 0.0))
+    raised = [(round(x, 9), y) for x, y in corners if y > 0]
+    assert raised == [(0.8, 0.25), (0.9, 0.25), (0.9, 0.75), (1.0, 0.75)]
+    assert [x for x, _ in corners] == sorted(x for x, _ in corners)
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_a_collapse_is_shown_where_it_cannot_be_missed(tmp_path, number):
+    out = make_run(tmp_path, seeds=1)
+    message = "features have collapsed: std <0.0004>"
+    event = {"kind": "event", "message": message, "collapse": {"feature_std": 0.004}}
+    other = {"kind": "event", "step": 0, "message": "kNN before training"}
+    alarms = [event | {"step": 100 * i} for i in range(number)]
+    rewrite_metrics(out, lambda rows: [other, *rows, *alarms])
+    page = page_of(out)
+    boxes = [p for p in page.all("p") if p.get("class") == "verdict worse"]
+    assert len(boxes) == 1 + min(number, 5)
+    assert "Pretraining raised an alarm" in page.text
+    assert page.text.count(f"Alarm: {message}.") == min(number, 5)
+    assert ("2 more alarms" in page.text) == (number == 7)
+    assert "kNN before training" not in page.text
+
+
+def test_a_band_spreads_around_its_line():
+    line = Series("a", [(0.0, 0.5), (1.0, 0.5)], band=[(0.0, 0.0, 1.0), (1.0, 0.4, 0.6)])
+    drawn = charts.line_chart("t", [line], "x")
+    assert drawn is not None
+    outline = re.search(r'class="band plain" d="M([^"]*)Z"', drawn)
+    line_path = re.search(r'class="line plain" d="M([^"]*)"', drawn)
+    assert outline is not None
+    assert line_path is not None
+    corners = [tuple(map(float, c.split())) for c in outline[1].split(" L")]
+    left, right = (tuple(map(float, c.split())) for c in line_path[1].split(" L"))
+    assert [x for x, _ in corners] == [left[0], right[0], right[0], left[0]]
+    offsets = [y - left[1] for _, y in corners]  # downwards; the axis is linear
+    assert offsets[0] == pytest.approx(-offsets[3], abs=0.2)
+    assert offsets[1] == pytest.approx(-offsets[2], abs=0.2)
+    assert offsets[0] == pytest.approx(5 * offsets[1], rel=0.03)
+
+
+def test_long_bands_are_thinned_out_with_their_line():
+    spans = [(float(i), -1.0, 1.0) for i in range(10_001)]
+    drawn = charts.drawable(Series("a", [(x, 0.0) for x, *_ in spans], band=spans))
+    assert [x for x, *_ in drawn.band] == [x for x, _ in drawn.points]
+    assert {(low, high) for _, low, high in drawn.band} == {(-1.0, 1.0)}
 
 
 def test_one_seed_says_that_there_is_no_interval(tmp_path):

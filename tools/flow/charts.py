@@ -15,6 +15,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
 _MAX_POINTS = 300
 
 Point = tuple[float, float]
+Span = tuple[float, float, float]
+"""x, low, high."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,16 @@ class Series:
     Attributes:
         label: What it is called where a value is shown.
         points: (x, y), ordered by x.
-        tone: `random`, `pretrained` or `plain`: the line's colour.
+        tone: `random`, `pretrained`, `negative` or `plain`: the line's colour.
         thin: One of several runs, drawn faintly behind their mean.
+        band: How far values spread around the line, ordered by x; drawn behind it.
     """
 
     label: str
     points: Sequence[Point]
     tone: str = "plain"
     thin: bool = False
+    band: Sequence[Span] = ()
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -73,7 +77,10 @@ def thin_out(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
 def drawable(line: Series) -> Series:
     """Return the line without what is not finite, thinned out to what a chart can show."""
     points = [point for point in line.points if all(map(math.isfinite, point))]
-    return Series(line.label, thin_out(points), line.tone, line.thin)
+    spans = [span for span in line.band if all(map(math.isfinite, span))]
+    lows, highs = (thin_out([(span[0], span[i]) for span in spans]) for i in (1, 2))
+    band = [(x, low, high) for (x, low), (_, high) in zip(lows, highs, strict=True)]
+    return Series(line.label, thin_out(points), line.tone, line.thin, band)
 
 
 def spot(x: float, y: float, text: str) -> list[Any]:
@@ -97,6 +104,7 @@ def line_chart(
         return None
     xs = [x for s in lines for x, _ in s.points]
     ys = [y for s in lines for _, y in s.points]
+    ys += [y for s in lines for _, *ends in s.band for y in ends]
     x_ticks = nice_ticks(min(xs), max(xs), 5)
     y_ticks = nice_ticks(0.0 if from_zero else min(ys), max(*ys, 1e-9) if from_zero else max(ys), 5)
     x_low, x_high = min(xs), max(xs)
@@ -105,6 +113,7 @@ def line_chart(
     frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1])
     parts = [frame.grid([t for t in x_ticks if x_low <= t <= x_high], y_ticks, x_label)]
     hover = []
+    parts += [_band(frame, line) for line in lines if len(line.band) > 1]
     for line in sorted(lines, key=lambda s: not s.thin):
         places = [(frame.x(x), frame.y(y)) for x, y in line.points]
         parts.append(_path(places, line))
@@ -233,6 +242,13 @@ def _path(places: Sequence[Point], line: Series) -> str:
         x, y = places[0]
         return f'<circle class="dot {line.tone}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
     return f'<path class="{kind}" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>'
+
+
+def _band(frame: _Frame, line: Series) -> str:
+    upper = [(frame.x(x), frame.y(high)) for x, _, high in line.band]
+    lower = [(frame.x(x), frame.y(low)) for x, low, _ in reversed(line.band)]
+    outline = " L".join(f"{x:.1f} {y:.1f}" for x, y in [*upper, *lower])
+    return f'<path class="band {line.tone}" d="M{outline}Z"/>'
 
 
 def _svg(title: str, description: str, body: str, height: int, hover: list[list]) -> Markup:

@@ -28,10 +28,19 @@ CURVES = {
     "feature_std": ("Feature deviation", "near 0 would mean that all features have collapsed"),
     "effective_rank": ("Effective rank", "number of directions that the features use"),
     "fa_cosine": ("FA cosine", "how near the augmented features stay to their originals"),
+    "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in"),
+    "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture"),
+    "neighbour_label_agreement": ("Labels of neighbours", "share of nearest entries of its class"),
     "lr": ("Learning rate", "warm-up, then cosine decay"),
     "images_per_second": ("Images per second", "throughput of the loop"),
     "data_wait_share": ("Wait for data", "share of the time in which the loop waits for pictures"),
 }
+FROM_ZERO = (
+    "knn_top1", "images_per_second", "data_wait_share", "feature_std", "neighbour_age",
+    "self_hit_rate", "neighbour_label_agreement",
+)  # fmt: skip
+PAIRS_OF_VIEWS = (("positives", "positive_cosine", "plain"),
+                  ("negatives", "negative_cosine", "negative"))  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,6 +102,8 @@ def context(run: data.Run) -> dict[str, Any]:
         "results": run.results,
         "pretrain": run.json("pretrain/summary.json") if pretrained else {},
         "curves": pretraining_charts(run) if pretrained else [],
+        "similarities": similarity_charts(run) if pretrained else [],
+        "alarms": data.collapse_alarms(run) if (run.out / "pretrain").is_dir() else [],
         "views": data.picture_rows(run, "views") if pretrained else [],
         "neighbours": data.picture_rows(run, "neighbours") if pretrained else [],
         "shots": data.detection_pictures(run, shown_pair(run)),
@@ -164,7 +175,7 @@ def pretraining_charts(run: data.Run) -> list[dict[str, Any]]:
     found = []
     for key, (title, about) in CURVES.items():
         points = curves.get(key) or []
-        zero = key in ("knn_top1", "images_per_second", "data_wait_share", "feature_std")
+        zero = key in FROM_ZERO
         chart = charts.line_chart(title, [Series(title, points)], "epoch", from_zero=zero)
         if chart is not None:
             first, last = (charts.short_number(points[i][1]) for i in (0, -1))
@@ -172,6 +183,27 @@ def pretraining_charts(run: data.Run) -> list[dict[str, Any]]:
                 {"title": title, "about": about, "chart": chart, "first": first, "last": last}
             )
     return found
+
+
+def similarity_charts(run: data.Run) -> list[dict[str, Any]]:
+    """Return how similar two views of one picture, and of two pictures, are to the loss."""
+    curves, outlines = data.metric_curves(run), data.last_histogram(run)
+    over_time, at_the_end = [], []
+    for name, key, tone in PAIRS_OF_VIEWS:
+        means, stds = curves.get(key) or [], dict(curves.get(f"{key}_std") or [])
+        band = [(x, max(y - stds[x], -1), min(y + stds[x], 1)) for x, y in means if x in stds]
+        over_time.append(Series(name, means, tone, band=band))
+        at_the_end.append(Series(name, outlines.get(name) or [], tone))
+    time_title, end_title = "Cosine of pairs of views", "Cosines at the end"
+    drawn = (
+        (time_title, "mean, and standard deviation over the pairs",
+         charts.line_chart(time_title, over_time, "epoch")),
+        (end_title, "share of the pairs in each bin, last batch that was looked at",
+         charts.line_chart(end_title, at_the_end, "cosine", from_zero=True)),
+    )  # fmt: skip
+    return [
+        {"title": title, "about": about, "chart": chart} for title, about, chart in drawn if chart
+    ]
 
 
 def number(value: Any, digits: int = 1) -> str:

@@ -113,6 +113,31 @@ def metric_curves(run: Run) -> dict[str, list[Point]]:
     return curves
 
 
+def collapse_alarms(run: Run) -> list[str]:
+    """Return what the alarm of pretraining said, first alarm first."""
+    rows = read_json_lines(run.out / "pretrain/metrics.jsonl")
+    return [str(row.get("message")) for row in rows if row.get("collapse")]
+
+
+def last_histogram(run: Run) -> dict[str, list[Point]]:
+    """Return the outlines of pretraining's last histograms of cosines: (cosine, share of pairs)."""
+    outlines: dict[str, list[Point]] = {}
+    for row in read_json_lines(run.out / "pretrain/metrics.jsonl"):
+        if row.get("kind") != "similarity":
+            continue
+        for name in ("positives", "negatives"):
+            shares = row.get(name)
+            if isinstance(shares, list) and shares and all(map(is_number, shares)):
+                width = 2 / len(shares)  # the bins cover [-1, 1]
+                corners = [
+                    (-1 + width * (i + side), share)
+                    for i, share in enumerate(shares)
+                    for side in (0, 1)
+                ]
+                outlines[name] = [(-1.0, 0.0), *corners, (1.0, 0.0)]
+    return outlines
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number (NaN is written as text or null)."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
