@@ -146,7 +146,7 @@ class EngineConfig:
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 0  # older ones kept in checkpoints/, newest first
     on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/engine/diagnostics.py
-    collapse_std: float = 0.05  # alarm below this feature_std; 1: features spread evenly
+    collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine of samples 0.99
     collapse_rank: float = 2.0  # alarm below this effective rank
     collapse_patience: int = 5  # logged rows in a row until the alarm
 
