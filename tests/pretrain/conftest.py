@@ -24,13 +24,15 @@ def _seeded():
 def make_model():
     """A factory of small assemblies: make_model("byol", method="nn", ..)."""
 
-    def make(objective="infonce", *, seed=0, objective_options=None, heads=TINY_HEADS, **fa):
+    def make(
+        objective="infonce", *, seed=0, objective_options=None, heads=TINY_HEADS, arch=THIN, **fa
+    ):
         fa.setdefault("queue_size", 64)
         fa.setdefault("min_fill", fa.get("top_k", 1))
         torch.manual_seed(seed)
         options = {"temperature": 0.2} | (objective_options or {})
         return FAContrastive(
-            THIN, heads, ObjectiveConfig(name=objective, **options), FAConfig(**fa)
+            arch, heads, ObjectiveConfig(name=objective, **options), FAConfig(**fa)
         )
 
     return make

@@ -3,57 +3,69 @@
 usage: ddp_worker.py OUT CELLS_JSON   (torchrun's variables in the environment)
 """
 
+import contextlib
 import json
 import sys
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
+from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
 from pretrain.engine import dist
+from pretrain.engine.step import Gradients
 from pretrain.models.contrastive import FAContrastive
 from pretrain.models.row_random import fa_generator
 
 NUM_STEPS, BATCH = 3, 8
 
 
-def run_cell(objective, fa):
-    """Three steps of the same weights, BN in eval mode: losses, the last gradients, the queue.
-
-    Weights stand still, so that rounding does not add up; only EMA and queue move.
-    """
+def make_model(objective, fa):
     torch.manual_seed(0)
     model = FAContrastive(
-        ArchConfig(depth=50, width_per_group=4, stem_channels=4, res2_channels=16),
+        ArchConfig(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
-        ObjectiveConfig(name=objective),
+        ObjectiveConfig(name=objective, num_negatives=20, num_prototypes=6),
         FAConfig(**({"queue_size": 20, "min_fill": 8} | fa)),
-    )
-    model.eval()
+    ).eval()
     if model.ema is not None:  # something for the EMA to do
         with torch.no_grad():
             for parameter in model.ema.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def run_cell(objective, fa, optim):
+    """Three steps of the same weights, BN in eval mode: losses, the last gradients, the queues.
+
+    Weights stand still, so that rounding does not add up; only EMA and queues move. Micro-batches
+    are for the group: one process takes the joined batch in one pass.
+    """
+    model = make_model(objective, fa)
     forward = model.online
     if dist.is_on():
         forward = DistributedDataParallel(model.online, broadcast_buffers=False)
+    config = OptimConfig(**optim) if dist.is_on() else OptimConfig()
+    gradients = Gradients(model, forward, config, contextlib.nullcontext)
     losses, active = [], []
     generator = torch.Generator().manual_seed(1)
     for step in range(NUM_STEPS):
         views = torch.randn(2, BATCH, 3, 32, 32, generator=generator)
         part = views[:, dist.local_rows(BATCH // dist.world_size())]
-        output = model.step(part, fa_generator(5, step, torch.device("cpu")), forward)
         model.online.zero_grad(set_to_none=True)
-        output.loss.backward()
-        model.after_optimizer_step(0.9, [output])
-        losses.append(float(dist.mean(output.loss)))
-        active.append(output.is_augmented)
+        outputs = gradients.compute(
+            part, lambda step=step: fa_generator(5, step, torch.device("cpu")), 1.0
+        )
+        model.after_optimizer_step(0.9, outputs)
+        losses.append(float(dist.mean(outputs[0].loss)))
+        active.append(outputs[0].is_augmented)
     return {
         "losses": losses,
         "active": active,
+        "num_outputs": len(outputs),
         "gradients": {k: v.grad for k, v in model.online.named_parameters()},
-        "ema": None if model.ema is None else model.ema.state_dict(),
-        "queue": None if model.queue is None else model.queue.state_dict(),
+        "ema": {} if model.ema is None else model.ema.state_dict(),
+        "queue": {} if model.queue is None else model.queue.state_dict(),
+        "negatives": model.objective.state_dict(),
     }
 
 

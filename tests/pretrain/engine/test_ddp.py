@@ -1,4 +1,7 @@
-"""Two Gloo processes against one process on the joined batch, BN in eval mode."""
+"""Two Gloo processes, with micro-batches too, against one process on the joined batch.
+
+BN is in eval mode: its batch statistics are per process and micro-batch.
+"""
 
 import json
 import os
@@ -27,12 +30,38 @@ METHODS = {
     "nn-pass": {"method": "nn", "stop_gradient": False},
     "mixup-pass": {"method": "mixup", "stop_gradient": False},
 }
-CELLS = {
-    f"{objective}-{name}": (objective, fa)
-    for objective in ("infonce", "byol")
-    for name, fa in METHODS.items()
-    if objective == "infonce" or not name.endswith("pass")
+OTHERS = ("simclr", "moco", "simsiam", "swav")  # fewer methods of each
+PLAIN = {"micro_batch_size": 4, "accumulation": "plain"}  # 2 of 2 rows on each rank
+CACHED = PLAIN | {"accumulation": "cached"}
+MICRO_BATCHES = {
+    "byol-plain": ("byol", METHODS["nn-any_of_3"], PLAIN),
+    "simsiam-plain": ("simsiam", METHODS["mask"], PLAIN),
+    "moco-plain": ("moco", METHODS["noise"], PLAIN),
+    "infonce-cached": ("infonce", METHODS["nn"], CACHED),
+    "simclr-cached": ("simclr", METHODS["mixup-pass"], CACHED),
+    "swav-cached": ("swav", METHODS["none"], CACHED),
+    "byol-cached": ("byol", METHODS["mixup"], CACHED),
 }
+CELLS = (
+    {
+        f"{objective}-{name}": (objective, fa, {})
+        for objective in ("infonce", "byol")
+        for name, fa in METHODS.items()
+        if objective == "infonce" or not name.endswith("pass")
+    }
+    | {
+        f"{objective}-{name}": (objective, METHODS[name], {})
+        for objective in OTHERS
+        for name in ("none", "nn", "mixup")
+    }
+    | {
+        f"byol-{architecture}": (
+            "byol", {"method": "nn", "architecture": architecture, "stop_gradient": False}, {}
+        )
+        for architecture in ("basic", "pre", "post")
+    }
+    | MICRO_BATCHES
+)  # fmt: skip
 
 
 def free_port():
@@ -92,7 +121,14 @@ def test_gradient_equals_one_process(results, cell):
         assert difference < 1e-3, f"{name}: relative difference {difference}"
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if "-nn" in c])
+def test_micro_batches_were_taken(results):
+    """One output each where gradients add up; one in all where the loss sees the whole batch."""
+    for name in CELLS:
+        counts = [r[name]["num_outputs"] for r in results]
+        assert counts == ([1, 2, 2] if name.endswith("-plain") else [1, 1, 1]), name
+
+
+@pytest.mark.parametrize("cell", [c for c, (_, fa, _) in CELLS.items() if fa["method"] == "nn"])
 def test_queue_is_that_of_one_process_on_both_ranks(results, cell):
     single, rank_0, rank_1 = (r[cell]["queue"] for r in results)
     for name, value in single.items():
@@ -102,9 +138,11 @@ def test_queue_is_that_of_one_process_on_both_ranks(results, cell):
     assert int(single["position"]) == 4
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.startswith("byol")])
-def test_ema_is_that_of_one_process_on_both_ranks(results, cell):
-    single, rank_0, rank_1 = (r[cell]["ema"] for r in results)
+@pytest.mark.parametrize("part", ["ema", "negatives"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.startswith(("byol", "moco"))])
+def test_ema_and_keys_are_those_of_one_process_on_both_ranks(results, cell, part):
+    single, rank_0, rank_1 = (r[cell][part] for r in results)
+    assert bool(single) == (part == "ema" or cell.startswith("moco"))
     for name, value in single.items():
         assert torch.equal(rank_0[name], rank_1[name]), name
         torch.testing.assert_close(
@@ -114,7 +152,7 @@ def test_ema_is_that_of_one_process_on_both_ranks(results, cell):
 
 def test_cells_differ(results):
     """Equal figures in all cells would prove nothing."""
-    last = [cell["losses"][-1] for cell in results[0].values()]
+    last = [c["losses"][-1] for name, c in results[0].items() if name not in MICRO_BATCHES]
     assert len({round(x, 9) for x in last}) >= len(last) - 4
 
 
