@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.config import OptimConfig
+from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine import dist
+from pretrain.models.adversarial import perturb
 from pretrain.models.contrastive import FAContrastive, StepOutput, Views
 from pretrain.models.row_random import RowRandom
 
@@ -52,6 +53,59 @@ class Gradients:
         if self.optim.accumulation == "plain":
             return self._plain(views, parts, generator, progress)
         return [self._cached(views, parts, generator, progress)]
+
+    def attacked(
+        self,
+        views: Views,
+        generator: Callable[[], torch.Generator],
+        progress: float,
+        adversarial: AdversarialConfig,
+        data: DataConfig,
+    ) -> Views:
+        """The views with view 1 changed to raise the loss (``adversarial.epsilon``; 0: as it is).
+
+        The loss as gradients see it: a target without gradient counts as fixed, so it is view 1's
+        prediction of view 2 that gets worse. Each micro-batch is attacked by its own loss. The
+        search leaves BN statistics, global random state and parameters' gradients as they were;
+        queues are only read.
+        """
+        if adversarial.epsilon == 0:
+            return views
+        views, state = views.clone(), _random_state(views.device)
+        ema = self.model.ema or nn.Module()
+        for part in self._parts(views):
+            _set_random_state(state, views.device)
+            with _kept_buffers(self.model.online), _kept_buffers(ema):
+                loss_of = self._loss_of_view_1(views, part, generator, progress)
+                views[0, part] = perturb(
+                    loss_of, views[0, part],
+                    epsilon=adversarial.epsilon, num_steps=adversarial.num_steps,
+                    step_size=adversarial.step_size,
+                    pixel_mean=data.pixel_mean, pixel_std=data.pixel_std,
+                )  # fmt: skip
+        _set_random_state(state, views.device)
+        return views
+
+    def _loss_of_view_1(
+        self,
+        views: Views,
+        part: slice,
+        generator: Callable[[], torch.Generator],
+        progress: float,
+    ) -> Callable[[Tensor], Tensor]:
+        """The loss of a micro-batch as a function of view 1, with the same draws at every look."""
+        with self.autocast():
+            t = self.model.ema_projections(views[:, part])
+        state, second = _random_state(views.device), views[1, part]
+
+        def loss_of(first: Tensor) -> Tensor:
+            _set_random_state(state, first.device)
+            random = self._random(generator(), part, views.shape[1])
+            compare = self.model.comparison(t, random, progress)
+            with self.autocast():
+                return self.model.online(torch.stack([first, second]), compare).loss
+
+        return loss_of
 
     def _parts(self, views: Views) -> list[slice]:
         """The local rows of each micro-batch."""
