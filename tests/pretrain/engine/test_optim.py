@@ -176,7 +176,7 @@ def names_of(net, group):
 
 def test_groups_hold_every_trained_parameter_once():
     net = network()
-    net.backbone[0].weight.requires_grad_(False)
+    net.get_parameter("backbone.0.weight").requires_grad_(False)
     groups = parameter_groups(net, config(weight_decay=0.3))
     listed = [p for group in groups for p in group["params"]]
     expected = [p for p in net.parameters() if p.requires_grad]
