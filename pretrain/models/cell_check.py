@@ -69,8 +69,8 @@ def _has_gradient(part: nn.Module) -> bool:
 def _remedy(model: FAContrastive, fa: FAConfig) -> str:
     if fa.stop_gradient and model.cell.side == "online":
         return (
-            "FA stops the gradient of the features it takes, and they are the only ones that have "
-            "one: use fa.stop_gradient=false, or fa.architecture=parallel"
+            "FA stops the gradient of the features it takes, and no other reaches what computes "
+            "them: use fa.stop_gradient=false, or fa.architecture=parallel"
         )
     return (
         "Use fa.architecture=parallel, or let gradient through (fa.stop_gradient, "

@@ -6,6 +6,8 @@ is the predictor, whatever the objective. Backbone and projector lie before A in
 network's. With FA on the target side, or its gradient let through, everything learns.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,8 @@ def assert_refused_only(parts, objective, fa):
         assert words in message
     assert f"fa.architecture={fa.architecture}" in message
     assert "use fa.stop_gradient=false, or fa.architecture=parallel" in message
+    for remedy in ({"stop_gradient": False}, {"architecture": "parallel", "side": "auto"}):
+        check(objective, replace(fa, **remedy))
 
 
 @pytest.mark.parametrize(("architecture", "side"), PLACES)
