@@ -133,6 +133,7 @@ def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataL
         sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # its own: an epoch's start must not move dropout's draws
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_quiet_worker,
     )

@@ -128,7 +128,7 @@ WRONG_VALUES = {
     "data.augmentation=heavy": "augmentation",
     "heads.projector_layers=0": r"heads\.projector_layers must be >= 1, got 0",
     "heads.output_dim=0": r"heads\.output_dim must be >= 1, got 0",
-    "objective.name=simclr": "name",
+    "objective.name=dino": "name",
     "objective.temperature=0": r"objective\.temperature must be > 0, got 0",
     "objective.temperature=.nan": r"objective\.temperature must be > 0, got nan",
     "objective.ema_tau=1.5": r"objective\.ema_tau must be in \[0, 1\], got 1\.5",
@@ -137,7 +137,36 @@ WRONG_VALUES = {
     "fa.mask_ratio=1": r"fa\.mask_ratio must be in \[0, 1\), got 1",
     "fa.noise_sigma=-1": r"fa\.noise_sigma must be >= 0, got -1",
     "fa.mixup_alpha=0": r"fa\.mixup_alpha must be > 0, got 0",
-    "fa.top_k=5000": r"top_k \(5000\) <= min_fill \(1024\) <= queue_size",
+    "fa.top_k=5000": r"1 <= top_k \(5000\) <= min_fill \(1024\) must hold",
+    "fa.min_fill=0": r"1 <= top_k \(1\) <= min_fill \(0\) must hold",
+    "fa.strength=1.5": r"fa\.strength must be in \[0, 1\], got 1\.5",
+    "fa.strength_start=-1": r"fa\.strength_start must be in \[0, 1\], got -1",
+    "fa.strength_curve=steps": "strength_curve",
+    "fa.architecture=twin": "architecture",
+    "fa.side=both": "side",
+    "fa.views=third": "views",
+    "fa.partner=self": "partner",
+    "fa.queue_dtype=int8": "queue_dtype",
+    "fa.nn_choice=last": "nn_choice",
+    "fa.nn_distance=l1": "nn_distance",
+    "fa.cutmix_ratio=1": r"fa\.cutmix_ratio must be in \[0, 1\), got 1",
+    "fa.extrapolate_scale=-1": r"fa\.extrapolate_scale must be >= 0, got -1",
+    "fa.extrapolate_per_dimension=perhaps": "extrapolate_per_dimension",
+    "fa.method=nn+": r"fa\.method='nn\+': '' is none of none, identity, nn, mask",
+    "fa.method=mask|none": r"fa\.method='mask\|none': 'none' stands alone",
+    "fa.method=identity+nn": r"'identity' stands alone",
+    "heads.dropout=1": r"heads\.dropout must be in \[0, 1\), got 1",
+    "objective.ema_tau_end=-0.1": r"objective\.ema_tau_end must be in \[0, 1\], got -0\.1",
+    "objective.stop_gradient=false": r"stop_gradient=false: the target of byol has no gradient",
+    "objective.num_negatives=0": r"objective\.num_negatives must be >= 1, got 0",
+    "objective.num_prototypes=0": r"objective\.num_prototypes must be >= 1, got 0",
+    "objective.sinkhorn_epsilon=0": r"objective\.sinkhorn_epsilon must be > 0, got 0",
+    "objective.sinkhorn_iterations=0": r"objective\.sinkhorn_iterations must be >= 1, got 0",
+    "objective.frozen_prototype_steps=-1": r"frozen_prototype_steps: -1 is < 0",
+    "optim.head_weight_decay=-1": r"optim\.head_weight_decay: -1.* is < 0",
+    "optim.micro_batch_size=1": r"optim\.micro_batch_size must be 0 \(off\) or >= 2, got 1",
+    "optim.micro_batch_size=100": r"micro_batch_size \(100\) must divide data\.batch_size \(256\)",
+    "optim.accumulation=none": "accumulation",
     "fa.queue_size=100": r"min_fill \(1024\) <= queue_size \(100\)",
     "fa.num_features=2": r"nn with num_features=2 takes the N nearest and needs top_k >= N",
     "optim.name=adam": "name",
@@ -169,6 +198,62 @@ def test_wrong_values_are_refused_by_name(tmp_path, override):
         load_config(path, [override])
 
 
+def load_with(config_file, *overrides):
+    return load_config(config_file, ["optim.micro_batch_size=64", *overrides])
+
+
+@pytest.mark.parametrize("objective", ["infonce", "simclr", "swav"])
+def test_plain_accumulation_needs_a_loss_of_single_samples(config_file, objective):
+    with pytest.raises(
+        UserError, match=rf"the loss of {objective} compares .* accumulation=cached"
+    ):
+        load_with(config_file, f"objective.name={objective}")
+    cached = load_with(config_file, f"objective.name={objective}", "optim.accumulation=cached")
+    assert cached.optim.micro_batch_size == 64
+    whole = load_with(config_file, f"objective.name={objective}", "optim.micro_batch_size=0")
+    assert whole.optim.accumulation == "plain"
+
+
+@pytest.mark.parametrize("method", ["mixup", "mask+cutmix", "noise|extrapolate"])
+def test_plain_accumulation_has_no_partners_in_the_batch(config_file, method):
+    options = [f"fa.method={method}", "objective.name=byol"]
+    with pytest.raises(UserError, match=r"fa\.partner=batch takes partners from the whole batch"):
+        load_with(config_file, *options)
+    for fine in ("fa.partner=view", "fa.partner=queue", "optim.accumulation=cached"):
+        assert load_with(config_file, *options, fine).fa.method == method
+
+
+@pytest.mark.parametrize("objective", ["byol", "simsiam", "moco"])
+def test_plain_accumulation_of_losses_of_single_samples(config_file, objective):
+    assert load_with(config_file, f"objective.name={objective}").objective.name == objective
+
+
+@pytest.mark.parametrize("objective", ["simclr", "infonce", "simsiam"])
+def test_stop_gradient_may_be_lifted_where_the_target_has_a_gradient(config_file, objective):
+    options = [f"objective.name={objective}", "objective.stop_gradient=false"]
+    assert load_config(config_file, options).objective.stop_gradient is False
+
+
+@pytest.mark.parametrize("objective", ["byol", "moco", "swav"])
+def test_stop_gradient_may_not_be_lifted_elsewhere(config_file, objective):
+    with pytest.raises(UserError, match=f"the target of {objective} has no gradient"):
+        load_config(config_file, [f"objective.name={objective}", "objective.stop_gradient=false"])
+
+
+def test_consensus_makes_one_feature(config_file):
+    options = ["fa.method=nn", "fa.top_k=4", "fa.num_features=2", "fa.nn_choice=consensus"]
+    with pytest.raises(UserError, match=r"consensus makes one feature of the top_k, .* got 2"):
+        load_config(config_file, options)
+
+
+def test_methods_are_read_as_alternatives_of_chains(config_file):
+    fa = load_config(config_file, ["fa.method=nn + noise|mask"]).fa
+    assert fa.chains() == (("nn", "noise"), ("mask",))
+    assert fa.uses_queue()
+    assert not load_config(config_file, ["fa.method=mask|mixup"]).fa.uses_queue()
+    assert load_config(config_file, ["fa.method=mask|mixup", "fa.partner=queue"]).fa.uses_queue()
+
+
 @pytest.mark.parametrize("method", ["none", "identity"])
 def test_methods_that_do_not_draw_give_one_feature(config_file, method):
     with pytest.raises(UserError, match=rf"num_features=3 needs a method that draws; '{method}'"):
@@ -196,6 +281,11 @@ def dotted_keys(cls=PretrainConfig, prefix=""):
 CONTRASTIVE = "models/test_contrastive.py::"
 TRAIN = "engine/test_train.py::"
 OPTIM = "engine/test_optim.py::"
+METHODS = "engine/test_run_methods.py::"
+AUGMENTER = "models/test_augmenter.py::"
+CELLS = "models/test_cells.py::"
+STEP = "engine/test_step.py::"
+DIAGNOSTICS = "engine/test_diagnostics.py::"
 COVERED_BY = {
     "out": TRAIN + "test_files_of_a_run",
     "seed": TRAIN + "test_seed_decides_the_curve",
@@ -215,29 +305,59 @@ COVERED_BY = {
     "data.pixel_std": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
     "heads.projector_layers": TRAIN + "test_heads_of_the_config_are_built",
     "heads.projector_hidden_dim": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.projector_hidden_bn": METHODS + "test_options_of_the_heads_reach_the_network",
     "heads.projector_last_bn": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.projector_last_bn_affine": METHODS + "test_options_of_the_heads_reach_the_network",
     "heads.predictor_hidden_dim": TRAIN + "test_heads_of_the_config_are_built",
     "heads.output_dim": TRAIN + "test_heads_of_the_config_are_built",
+    "heads.dropout": METHODS + "test_options_of_the_heads_reach_the_network",
     "objective.name": CONTRASTIVE + "test_byol_equals_its_definition",
     "objective.temperature": CONTRASTIVE + "test_temperature_divides_the_similarities",
     "objective.ema_tau": TRAIN + "test_golden_curve_equals_a_loop_written_again",
+    "objective.ema_tau_end": OPTIM + "test_ema_tau_equals_the_closed_form",
+    "objective.stop_gradient": CELLS + "test_the_targets_gradient_can_be_stopped_or_let_through",
+    "objective.num_negatives": METHODS + "test_sizes_of_the_objective_reach_the_model",
+    "objective.num_prototypes": METHODS + "test_sizes_of_the_objective_reach_the_model",
+    "objective.sinkhorn_epsilon": METHODS + "test_sinkhorn_options_reach_the_codes",
+    "objective.sinkhorn_iterations": METHODS + "test_sinkhorn_options_reach_the_codes",
+    "objective.frozen_prototype_steps": METHODS + "test_prototypes_stand_still_for_so_many_steps",
     "fa.method": CONTRASTIVE + "test_drawn_augmentations_equal_their_definition",
+    "fa.architecture": CELLS + "test_every_cell_equals_its_formula",
+    "fa.side": CELLS + "test_every_cell_equals_its_formula",
+    "fa.views": CELLS + "test_views_leaves_the_other_view_as_it_is",
     "fa.stop_gradient": CONTRASTIVE + "test_where_the_target_branch_carries_gradient",
     "fa.num_features": CONTRASTIVE + "test_n_neighbours_equal_n_terms_of_the_n_nearest",
     "fa.feature_loss": CONTRASTIVE + "test_free_loss_is_n_times_the_mean",
+    "fa.partner": AUGMENTER + "test_partner_batch_is_another_sample",
+    "fa.strength": AUGMENTER + "test_strength_reaches_every_link",
+    "fa.strength_start": METHODS + "test_strength_rises_within_a_run",
+    "fa.strength_curve": AUGMENTER + "test_strength_moves_from_its_start_to_its_end",
     "fa.queue_size": CONTRASTIVE + "test_queue_is_fed_once_per_step",
+    "fa.queue_dtype": AUGMENTER + "test_queue_dtype_is_what_entries_are_stored_in",
     "fa.min_fill": CONTRASTIVE + "test_identity_until_min_fill_entries_are_there",
     "fa.top_k": CONTRASTIVE + "test_n_neighbours_equal_n_terms_of_the_n_nearest",
+    "fa.nn_choice": AUGMENTER + "test_options_reach_their_method",
+    "fa.nn_distance": AUGMENTER + "test_nn_distance_is_handed_on",
     "fa.mask_ratio": CONTRASTIVE + "test_drawn_augmentations_equal_their_definition",
     "fa.noise_sigma": CONTRASTIVE + "test_drawn_augmentations_equal_their_definition",
     "fa.mixup_alpha": CONTRASTIVE + "test_mixup_alpha_reaches_the_draws",
+    "fa.cutmix_ratio": AUGMENTER + "test_options_reach_their_method",
+    "fa.extrapolate_scale": AUGMENTER + "test_options_reach_their_method",
+    "fa.extrapolate_per_dimension": AUGMENTER + "test_options_reach_their_method",
     "optim.name": OPTIM + "test_adamw_equals_the_textbook",
     "optim.epochs": OPTIM + "test_rate_equals_the_closed_form",
     "optim.base_lr": OPTIM + "test_peak_rate_scales_with_the_global_batch",
     "optim.momentum": OPTIM + "test_lars_equals_numpy_over_several_steps",
     "optim.weight_decay": OPTIM + "test_lars_equals_numpy_over_several_steps",
+    "optim.head_weight_decay": OPTIM + "test_head_weight_decay_reaches_the_heads_only",
+    "optim.exclude_bias_and_norm": OPTIM
+    + "test_biases_and_normalisation_layers_may_be_treated_like_weights",
     "optim.warmup_epochs": OPTIM + "test_rate_equals_the_closed_form",
+    "optim.predictor_constant_lr": OPTIM + "test_predictor_constant_lr_over_a_schedule",
     "optim.lars_eta": OPTIM + "test_lars_equals_numpy_over_several_steps",
+    "optim.lars_clip": OPTIM + "test_lars_clip_equals_numpy",
+    "optim.micro_batch_size": STEP + "test_plain_accumulation_equals_the_large_batch",
+    "optim.accumulation": STEP + "test_cached_accumulation_equals_the_large_batch",
     "engine.device": TRAIN + "test_gpu_asked_for_without_one",
     "engine.precision": TRAIN + "test_precision_decides_autocast",
     "engine.channels_last": TRAIN + "test_channels_last_changes_memory_not_meaning",
@@ -245,6 +365,10 @@ COVERED_BY = {
     "engine.log_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
     "engine.checkpoint_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
     "engine.keep_checkpoints": TRAIN + "test_log_and_checkpoint_intervals",
+    "engine.on_collapse": DIAGNOSTICS + "test_stop_ends_the_run_with_a_checkpoint_and_warn_goes_on",
+    "engine.collapse_std": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
+    "engine.collapse_rank": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
+    "engine.collapse_patience": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
     "eval.probe_train": TRAIN + "test_probe_runs_at_its_interval",
     "eval.probe_val": TRAIN + "test_probe_runs_at_its_interval",
     "eval.knn_every_epochs": TRAIN + "test_probe_runs_at_its_interval",

@@ -1,0 +1,270 @@
+"""Whole runs of every base method: exact resume, schedules, refusals, figures of the queue."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.config import load_config
+from pretrain.engine import checkpoint
+from pretrain.engine.metrics import read_rows
+from pretrain.engine.train import Run
+
+BASE = {
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"num_negatives": 20, "num_prototypes": 6},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.5, "warmup_epochs": 0.5},
+    "engine": {
+        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
+        "num_threads": 1,
+    },
+    "eval": {"num_pictures": 0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path, shards):
+    """options("name", "key=value", ..): arguments of the command line."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+
+    def make(name, *overrides):
+        return [str(path), f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
+
+    return make
+
+
+@pytest.fixture
+def build(options):
+    """A `Run` from the same: build("name", "key=value", .., resume=False)."""
+
+    def make(name, *overrides, resume=False):
+        config_file, *rest = options(name, *overrides)
+        return Run(load_config(config_file, rest), resume=resume)
+
+    return make
+
+
+def rows_of(run):
+    rows = read_rows(run.folder / "metrics.jsonl")
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{number}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+RESUMED = {
+    "moco": ["objective.name=moco", "objective.ema_tau_end=0.9", "fa.method=nn+noise"],
+    "simsiam": ["objective.name=simsiam", "optim.predictor_constant_lr=true", "heads.dropout=0.3"],
+    "swav": ["objective.name=swav", "objective.frozen_prototype_steps=7", "fa.strength_start=0"],
+    "simclr-cached": [
+        "objective.name=simclr", "optim.micro_batch_size=4", "optim.accumulation=cached",
+        "heads.dropout=0.3", "fa.queue_dtype=fp16",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
+    overrides = [*RESUMED[name], "engine.checkpoint_every_steps=6"]
+    whole = build("whole", *overrides)
+    whole.train()
+    cut = build("cut", *overrides)
+    step = Run._step
+
+    def dying_step(self, batch, **how):
+        if self.position.step == 8:
+            raise KeyboardInterrupt
+        return step(self, batch, **how)
+
+    monkeypatch.setattr(Run, "_step", dying_step)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    monkeypatch.undo()
+    torch.manual_seed(999)  # a new process would not know the old one's random state
+    resumed = build("cut", *overrides, resume=True)
+    assert resumed.position.step == 6
+    resumed.train()
+    unlike = ("images_per_second", "data_wait_share")
+    first, second = (
+        [{k: v for k, v in row.items() if k not in unlike} for row in rows_of(run)]
+        for run in (whole, resumed)
+    )
+    assert first == second
+    one, two = (checkpoint.load(run.folder / "checkpoint.pth") for run in (whole, resumed))
+    for part in ("model", "ema", "optimizer", "queue", "negatives", "random", "schedule"):
+        assert_same(one[part], two[part], part)
+    assert (one["negatives"] is None) == (name != "moco")
+
+
+# --- schedules within a run
+
+
+def one_step(run):
+    """The next step, and which of the weights it moved."""
+    before = {k: v.clone() for k, v in run.model.online.named_parameters()}
+    done = run._step(next(iter(run.loader.epoch(0))), is_logged=True)
+    run.position.step += 1
+    return done, {
+        k for k, v in run.model.online.named_parameters() if not torch.equal(v, before[k])
+    }
+
+
+@pytest.mark.parametrize("num_frozen", [0, 2])
+def test_prototypes_stand_still_for_so_many_steps(build, num_frozen):
+    run = build("r", "objective.name=swav", f"objective.frozen_prototype_steps={num_frozen}",
+                "fa.method=none", "optim.weight_decay=0.1")  # fmt: skip
+    for step in range(4):
+        _, moved = one_step(run)
+        assert ("prototypes.weight" in moved) == (step >= num_frozen), step
+        assert "projector.0.weight" in moved
+
+
+def test_the_predictor_s_rate_is_constant_within_a_run(build):
+    rates = {}
+    for constant in ("true", "false"):
+        run = build("r", "objective.name=simsiam", f"optim.predictor_constant_lr={constant}")
+        named = {id(p): name for name, p in run.model.online.named_parameters()}
+        seen = []
+        for _ in range(3):
+            done, _ = one_step(run)
+            groups = run.optimizer.param_groups
+            (rate,) = {g["lr"] for g in groups for p in g["params"]
+                       if named[id(p)].startswith("predictor.")}  # fmt: skip
+            (other,) = {g["lr"] for g in groups for p in g["params"]
+                        if not named[id(p)].startswith("predictor.")}  # fmt: skip
+            assert other == done.lr
+            seen.append((rate, other))
+        rates[constant] = seen
+    assert [rate for rate, _ in rates["true"]] == [0.5 * 8 / 256] * 3
+    assert [rate for rate, _ in rates["false"]] == [other for _, other in rates["true"]]
+
+
+@pytest.mark.parametrize("curve", ["linear", "cosine"])
+def test_strength_rises_within_a_run(build, curve):
+    """More noise with every step: the cosine between feature and augmented feature falls."""
+    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise_sigma=1",
+                "fa.strength_start=0", f"fa.strength_curve={curve}",
+                "optim.base_lr=1e-6")  # fmt: skip
+    run.train()
+    cosines = [row["fa_cosine"] for row in rows_of(run)]
+    assert cosines[0] == pytest.approx(1.0, abs=1e-5)
+    assert all(a > b for a, b in zip(cosines[::3], cosines[3::3], strict=False))
+    assert cosines[-1] < 0.85
+
+
+def test_strength_falls_within_a_run(build):
+    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise_sigma=1",
+                "fa.strength_start=1", "fa.strength=0", "optim.base_lr=1e-6")  # fmt: skip
+    run.train()
+    cosines = [row["fa_cosine"] for row in rows_of(run)]
+    assert cosines[0] < 0.85 < 0.98 < cosines[-1]
+
+
+# --- what the config says reaches the model
+
+
+def test_options_of_the_heads_reach_the_network(build):
+    run = build("r", "heads.projector_layers=3", "heads.projector_hidden_bn=false",
+                "heads.projector_last_bn=true", "heads.projector_last_bn_affine=false",
+                "heads.dropout=0.25")  # fmt: skip
+    projector, predictor = run.model.online.projector, run.model.online.predictor
+    (norm,) = [m for m in projector if isinstance(m, torch.nn.BatchNorm1d)]
+    assert norm is projector[-1]
+    assert not norm.affine
+    for head, number in ((projector, 2), (predictor, 1)):
+        rates = [m.p for m in head if isinstance(m, torch.nn.Dropout)]
+        assert rates == [0.25] * number
+
+
+def test_sizes_of_the_objective_reach_the_model(build):
+    run = build("a", "objective.name=moco", "objective.num_negatives=21")
+    assert [queue.features.shape for queue in run.model.objective.negatives] == [(21, 12)] * 2
+    for step in range(3):
+        assert int(run.model.objective.negatives[0].count) == min(8 * step, 21)
+        one_step(run)
+    run = build("b", "objective.name=swav", "objective.num_prototypes=5")
+    assert run.model.online.prototypes.weight.shape == (5, 12)
+
+
+@pytest.mark.parametrize("option", ["sinkhorn_epsilon=0.5", "sinkhorn_iterations=1"])
+def test_sinkhorn_options_reach_the_codes(build, option):
+    losses = []
+    for overrides in ([], [f"objective.{option}"]):
+        run = build("r", "objective.name=swav", "fa.method=none", *overrides)
+        done, _ = one_step(run)
+        losses.append(float(done.output.loss.detach()))
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("accumulation", ["plain", "cached"])
+def test_micro_batches_of_a_run_pass_through_the_network_alone(build, accumulation):
+    run = build("r", "objective.name=byol", "fa.method=mask", "optim.micro_batch_size=4",
+                f"optim.accumulation={accumulation}")  # fmt: skip
+    sizes = []
+    run.model.online.backbone.register_forward_hook(lambda *a: sizes.append(len(a[2])))
+    done, _ = one_step(run)
+    passes = 1 if accumulation == "plain" else 2
+    assert sizes == [4] * (4 * passes)
+    assert bool(torch.isfinite(done.output.loss.detach()))
+
+
+# --- refusals and figures
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["objective.name=byol", "fa.architecture=pre"], "backbone and the projector"),
+        (
+            ["objective.name=simsiam", "fa.architecture=post"],
+            "backbone and the projector and the predictor",
+        ),
+    ],
+)
+def test_a_cell_without_gradient_is_refused_at_start(options, tmp_path, capsys, overrides, parts):
+    assert main(options("refused", *overrides)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.match(
+        rf"error: {overrides[0]}, .* cannot train: no gradient reaches the {parts}\.", err
+    )
+    assert "use fa.stop_gradient=false, or fa.architecture=parallel" in err
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+
+
+def test_figures_of_the_queue_stand_in_the_rows(build):
+    run = build("r", "objective.name=infonce", "optim.base_lr=1e-6")
+    run.train()
+    rows = rows_of(run)
+    figures = ("neighbour_age", "self_hit_rate", "neighbour_label_agreement")
+    for row in rows[:2]:  # 16 entries are there after two steps
+        assert not set(figures) & set(row)
+    for number, row in enumerate(rows[2:], start=3):
+        assert set(figures) <= set(row)
+        assert 1 <= row["neighbour_age"] <= min(number - 1, 4)  # 32 entries of batch 8
+        assert 0 <= row["neighbour_label_agreement"] <= 1
+    assert all(row["self_hit_rate"] == 0 for row in rows[2:5])  # each picture once in an epoch
+    assert any(row["self_hit_rate"] > 0 for row in rows[5:])
+
+
+def test_without_a_queue_there_are_no_figures_of_it(build):
+    run = build("r", "objective.name=byol", "fa.method=mask", "optim.epochs=1")
+    run.train()
+    assert not [key for row in rows_of(run) for key in row if "neighbour" in key or "hit" in key]
