@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine import dist
+from pretrain.errors import require
 from pretrain.models.adversarial import perturb
 from pretrain.models.contrastive import FAContrastive, StepOutput, Views
 from pretrain.models.row_random import RowRandom
@@ -27,12 +28,23 @@ class Gradients:
         optim: ``micro_batch_size`` (of all processes together; 0: no micro-batches) and
             ``accumulation``.
         autocast: A fresh context for every forward pass.
+
+    Raises:
+        UserError: If the micro-batches cannot be shared out among the processes.
     """
 
     model: FAContrastive
     forward: nn.Module
     optim: OptimConfig
     autocast: Callable[[], contextlib.AbstractContextManager]
+
+    def __post_init__(self) -> None:
+        size, world_size = self.optim.micro_batch_size, dist.world_size()
+        require(
+            size % world_size == 0,
+            f"optim.micro_batch_size ({size}) counts the rows of all processes together and must be "
+            f"a multiple of their number, {world_size}",
+        )
 
     def compute(
         self, views: Views, generator: Callable[[], torch.Generator], progress: float

@@ -9,6 +9,7 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.engine.step import Gradients
+from pretrain.errors import UserError
 from pretrain.models.row_random import RowRandom, fa_generator
 from tests.pretrain.conftest import TINY_HEADS
 
@@ -288,3 +289,10 @@ def test_first_output_holds_a_loss_that_can_be_logged(make, make_views, accumula
     outputs, _ = compute(make("byol", method="none"), make_views(BATCH), 4, accumulation)
     assert torch.isfinite(outputs[0].loss)
     assert outputs[0].loss.ndim == 0
+
+
+def test_micro_batches_that_cannot_be_shared_out_are_refused(make, monkeypatch):
+    monkeypatch.setattr("pretrain.engine.dist.world_size", lambda: 4)
+    model = make("byol", method="none")
+    with pytest.raises(UserError, match=r"micro_batch_size \(2\).* multiple of their number, 4"):
+        Gradients(model, model.online, OptimConfig(micro_batch_size=2), contextlib.nullcontext)
