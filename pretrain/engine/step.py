@@ -42,7 +42,7 @@ class Gradients:
         size, world_size = self.optim.micro_batch_size, dist.world_size()
         require(
             size % world_size == 0,
-            f"optim.micro_batch_size ({size}) counts the rows of all processes together: it must be a "
+            f"optim.micro_batch_size ({size}) counts the rows of all processes: it must be a "
             f"multiple of their number, {world_size}",
         )
 
