@@ -109,17 +109,17 @@ def print_table(rows: list[dict[str, Any]], study: Study, steps: int) -> None:
     attack = "FGSM" if steps == 1 else f"PGD, {steps} steps"
     print(f"{len(study.images)} queries, {int(study.queue.count)} entries in the queue, {attack}; "
           "in brackets: random signs instead\n")  # fmt: skip
-    print(f"{'epsilon, 1/255':36}" + "".join(f"{row['epsilon']:>18g}" for row in rows))
+    print(f"{'epsilon, 1/255':42}" + "".join(f"{row['epsilon']:>18g}" for row in rows))
     for title, key in (("neighbour flips", "neighbour_flip"), ("its label flips", "label_flip"),
                        ("cos(clean, attacked neighbour)", "neighbour_cosine")):  # fmt: skip
         for distance in robustness.DISTANCES:
             cells = [(row["attack"][key][distance], row["control"][key][distance]) for row in rows]
             is_share = key != "neighbour_cosine"
-            print(f"{title + ', ' + distance:36}" + "".join(_cell(*c, is_share) for c in cells))
+            print(f"{title + ', ' + distance:42}" + "".join(_cell(*c, is_share) for c in cells))
     print("\ncos( A(clean), A(attacked) ) of the same draws")
     for name in robustness.MITIGATIONS:
         cells = [(row["attack"]["cosine"][name], row["control"]["cosine"][name]) for row in rows]
-        print(f"{name:36}" + "".join(_cell(*cell, False) for cell in cells))
+        print(f"{name:42}" + "".join(_cell(*cell, False) for cell in cells))
 
 
 def _cell(attack: float | None, control: float | None, is_share: bool) -> str:
