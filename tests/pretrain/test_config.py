@@ -284,6 +284,7 @@ AUGMENTER = "models/test_augmenter.py::"
 CELLS = "models/test_cells.py::"
 STEP = "engine/test_step.py::"
 DIAGNOSTICS = "engine/test_diagnostics.py::"
+ADVERSARIAL = "models/test_adversarial.py::"
 COVERED_BY = {
     "out": TRAIN + "test_files_of_a_run",
     "seed": TRAIN + "test_seed_decides_the_curve",
@@ -374,6 +375,9 @@ COVERED_BY = {
     "eval.knn_temperature": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
     "eval.image_size": "eval/test_probe.py::test_image_size_is_the_probe_s_own_or_the_training_s",
     "eval.num_pictures": TRAIN + "test_num_pictures_decides_the_rows",
+    "adversarial.epsilon": ADVERSARIAL + "test_option_of_a_run_changes_what_is_learnt",
+    "adversarial.num_steps": ADVERSARIAL + "test_more_steps_raise_it_further",
+    "adversarial.step_size": ADVERSARIAL + "test_step_size_reaches_the_search",
 }
 
 
