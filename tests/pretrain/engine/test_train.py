@@ -158,7 +158,7 @@ def test_files_of_a_run(start, shards):
     knn = [r["knn_top1"] for r in rows if r["kind"] == "knn"]
     assert len(knn) == 3
     assert (summary["knn_top1_initial"], summary["knn_top1"]) == (knn[0], knn[-1])
-    assert {r["kind"] for r in rows} == {"train", "knn", "event"}
+    assert {r["kind"] for r in rows} == {"train", "knn", "event", "similarity"}
     row = train_rows(folder)[4]
     assert {
         "step", "epoch", "loss", "lr", "images_per_second", "data_wait_share", "feature_std",
