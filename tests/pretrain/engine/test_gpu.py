@@ -1,6 +1,7 @@
 """What only a GPU can show: the same numbers as on the CPU, and synchronised BN."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_micro_batches_equal_the_large_batch_under_autocast(make_filled, make_vi
             model, model.online, optim, lambda: torch.autocast("cuda", dtype=torch.bfloat16)
         )
         views = make_views().cuda()
-        outputs = gradients.compute(views, lambda: fa_generator(0, 0, views.device), 0.0)
+        outputs = gradients.compute(views, partial(fa_generator, 0, 0, views.device), 0.0)
         losses.append(float(outputs[0].loss))
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
