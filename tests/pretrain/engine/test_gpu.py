@@ -92,8 +92,8 @@ def test_synchronised_bn_of_one_process_is_bn(make_filled, make_views, objective
     """It refuses CPU tensors, so this is where it can be tried at all."""
     plain = make_filled(objective, method="nn").cuda().train()
     synchronised = copy.deepcopy(plain)
-    store = torch_dist.FileStore(str(tmp_path / "store"), 1)
-    torch_dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    meeting_place = (tmp_path / "store").as_uri()
+    torch_dist.init_process_group("nccl", init_method=meeting_place, rank=0, world_size=1)
     try:
         synchronised.online = nn.SyncBatchNorm.convert_sync_batchnorm(synchronised.online)
         views = make_views().cuda()

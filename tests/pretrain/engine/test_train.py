@@ -262,6 +262,7 @@ class Again:
     def step(self, views, epoch):
         objective, step = self.config.objective, epoch * STEPS_PER_EPOCH
         z = [self.net.projector(self.net.backbone(v)) for v in views]
+        assert self.net.predictor is not None
         p = [self.net.predictor(x) for x in z]
         t = z
         if objective.name == "byol":
