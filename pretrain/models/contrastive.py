@@ -225,19 +225,18 @@ class FAContrastive(nn.Module):
     ) -> Direction:
         """View a predicts view b: the figure of the paper, one line for each architecture."""
         with torch.autocast(z.device.type, enabled=False):
-            if self.cell.side == "target":  # basic, parallel
-                original = t[b]
-                augmented = self._augment(t, b, draw)
+            taken, is_target = self._taken(z, p, t), self.cell.side == "target"
+            view = b if is_target else a
+            augmented = self._augment(taken, view, draw)
+            if is_target:  # basic, parallel
                 online, target = p[a].unsqueeze(0), augmented
             else:  # basic with FA online, pre, post
-                original = self._taken(z, p, t)[a]
-                augmented = self._augment(self._taken(z, p, t), a, draw)
                 online, target = augmented, t[b].unsqueeze(0)
         if self.cell.architecture == "pre":
             online = self.online.predict(online)
         with torch.autocast(z.device.type, enabled=False):
             loss = self._loss(online.float(), target, t[b], b)
-        return Direction(loss, online, target, original, augmented[0])
+        return Direction(loss, online, target, taken[view], augmented[0])
 
     def _taken(self, z: Features, p: Features, t: Features) -> Features:
         """The features that A takes in this cell."""

@@ -15,6 +15,7 @@ import torch
 
 from pretrain.engine import dist
 from pretrain.engine.metrics import read_rows
+from tests.pretrain.engine.run_helpers import wait_for_workers
 
 pytestmark = pytest.mark.ddp
 ROOT = Path(__file__).parents[3]
@@ -89,15 +90,7 @@ def results(tmp_path_factory):
     out, port = tmp_path_factory.mktemp("ddp") / "run", free_port()
     workers = [start_worker(out, 0, 1, port)]
     workers += [start_worker(out, rank, 2, port) for rank in (0, 1)]
-    try:
-        for worker in workers:
-            printed, _ = worker.communicate(timeout=600)
-            assert worker.returncode == 0, printed
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.communicate()
+    wait_for_workers(workers, timeout=600)
     names = ("1-0", "2-0", "2-1")
     return [torch.load(f"{out}-{name}.pth", weights_only=True) for name in names]
 

@@ -11,6 +11,7 @@ from pretrain.config import load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
+from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
@@ -55,20 +56,6 @@ def rows_of(run):
     return [row for row in rows if row["kind"] == "train"]
 
 
-def assert_same(a, b, where=""):
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{number}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
 RESUMED = {
     "moco": ["objective.name=moco", "objective.ema_tau_end=0.9", "fa.method=nn+noise"],
     "simsiam": ["objective.name=simsiam", "optim.predictor_constant_lr=true", "heads.dropout=0.3"],
@@ -109,7 +96,7 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
     assert first == second
     one, two = (checkpoint.load(run.folder / "checkpoint.pth") for run in (whole, resumed))
     for part in ("model", "ema", "optimizer", "queue", "negatives", "random", "schedule"):
-        assert_same(one[part], two[part], part)
+        assert_same_state(one[part], two[part], part)
     assert (one["negatives"] is None) == (name != "moco")
 
 

@@ -26,6 +26,7 @@ from pretrain.engine.train import Run, choose_device, uses_bf16
 from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 from pretrain.models.row_random import fa_generator
+from tests.pretrain.engine.run_helpers import assert_same_state
 
 ROOT = Path(__file__).parents[3]
 BASE = {
@@ -101,20 +102,6 @@ def error_of(result, status):
 
 def weights(folder):
     return checkpoint.load(folder / "checkpoint.pth")
-
-
-def assert_same_state(a, b, where=""):
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{where}[{number}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 def assert_same_training(a, b):

@@ -13,6 +13,7 @@ import torch
 
 from pretrain.engine import dist
 from pretrain.models.losses import nt_xent_loss, sinkhorn
+from tests.pretrain.engine.run_helpers import wait_for_workers
 
 pytestmark = pytest.mark.ddp
 ROOT = Path(__file__).parents[3]
@@ -63,15 +64,7 @@ def halves(tmp_path_factory):
     """What rank 0 and rank 1 of two processes computed."""
     folder = tmp_path_factory.mktemp("losses")
     workers = [start_worker(folder, rank) for rank in (0, 1)]
-    try:
-        for worker in workers:
-            printed, _ = worker.communicate(timeout=300)
-            assert worker.returncode == 0, printed
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.communicate()
+    wait_for_workers(workers, timeout=300)
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
