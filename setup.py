@@ -37,6 +37,9 @@ setup(
         "opencv-python>=4.10",
         "pillow>=11.0",
         "simplejpeg>=1.8",
+        "webdataset>=1.0",
+        "fsspec[http]>=2025.3",
+        "submitit>=1.5",
         "jsonargparse[signatures]>=4.40",
         "pyyaml>=6.0",
         "jaxtyping>=0.3",
@@ -48,9 +51,12 @@ setup(
         *DETECTRON2_NEEDS,
     ],
     extras_require={
+        "s3": ["s3fs>=2025.3"],  # shards behind s3://
+        "gs": ["gcsfs>=2025.3"],  # shards behind gs://
         "dev": [
             "pytest>=8.3",
-            "webdataset>=1.0",
+            "s3fs>=2025.3",
+            "moto[server]>=5.1",
             "hypothesis>=6.110",
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.405",
