@@ -5,7 +5,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from pretrain.data.order import stable_hash
 from pretrain.data.picture_bytes import shrink_ratio
@@ -14,9 +18,12 @@ from pretrain.errors import UserError
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")
 _MAX_KEY_LENGTH = 90  # with a suffix, a plain tar header holds 100 characters
 _OVERHEAD = 2048  # bytes of tar headers and padding per sample, at most
+_STAT_THREADS = 16  # a network file system answers many at once
+_STAT_CHUNK = 4096  # files per thread and turn
+_MORE_SHARDS = 12  # attempts, each with a percent more shards, to keep all below their limits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourcePicture:
     """A picture to pack.
 
@@ -37,8 +44,8 @@ class ShardOptions:
 
     Attributes:
         max_samples_per_shard: Most samples in one shard.
-        shard_size_mb: A shard is closed at about this size (10^6 bytes), planned from the sources'
-            sizes.
+        shard_size_mb: Most bytes in one shard (10^6), as far as the sources' sizes tell; a single
+            larger picture gets a shard of its own.
         resize_short: Shrink pictures to this short side in pixels; None keeps the bytes as they
             are.
         quality: JPEG quality of shrunk pictures.
@@ -62,7 +69,7 @@ class ShardOptions:
             raise UserError(f"JPEG quality {self.quality}: must be from 1 to 100")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
     """One shard to make.
 
@@ -82,7 +89,7 @@ class ShardPlan:
 
 
 def make_plan(pictures: Sequence[SourcePicture], options: ShardOptions) -> list[ShardPlan]:
-    """Divide pictures into shards.
+    """Divide pictures into shards of nearly equal size.
 
     Args:
         pictures: With unique names; their order does not matter.
@@ -93,47 +100,95 @@ def make_plan(pictures: Sequence[SourcePicture], options: ShardOptions) -> list[
     if not pictures:
         raise UserError("no pictures to pack")
     ordered = sorted(pictures, key=lambda picture: picture.name)
-    keys = dict(zip((p.name for p in ordered), make_keys([p.name for p in ordered]), strict=True))
-    if options.shuffle_seed is not None:
-        seed = options.shuffle_seed
-        ordered.sort(key=lambda picture: stable_hash("shard order", seed, picture.name))
-    sizes = [_file_size(picture.path) for picture in ordered]
+    keys = make_keys([picture.name for picture in ordered])
+    order = _order([picture.name for picture in ordered], options.shuffle_seed)
+    ordered, keys = [ordered[i] for i in order], [keys[i] for i in order]
+    sizes = _file_sizes([picture.path for picture in ordered])
     ratio = shrink_ratio([p.path for p in ordered], options.resize_short, options.quality)
-    plans, start, total = [], 0, 0
-    for end in range(len(ordered) + 1):
-        size = int(sizes[end] * ratio) + _OVERHEAD if end < len(ordered) else 0
-        full = end - start >= options.max_samples_per_shard or (
-            end > start and total + size > options.shard_size_mb * 1e6
+    stored = (sizes * ratio).astype(np.int64) + _OVERHEAD
+    bounds = split_evenly(stored, options)
+    totals = np.add.reduceat(stored, bounds[:-1])
+    return [
+        ShardPlan(
+            name=f"shard-{number:06d}.tar",
+            pictures=tuple(ordered[start:end]),
+            keys=tuple(keys[start:end]),
+            fingerprint=_fingerprint(ordered[start:end], sizes[start:end], options),
+            estimated_bytes=int(totals[number]),
         )
-        if full or (end == len(ordered) and end > start):
-            number = len(plans)
-            plans.append(
-                _plan_shard(number, ordered[start:end], sizes[start:end], keys, options, total)
-            )
-            start, total = end, 0
-        total += size
-    return plans
+        for number, (start, end) in enumerate(pairwise(bounds))
+    ]
 
 
-def _plan_shard(
-    number: int,
-    pictures: list[SourcePicture],
-    sizes: list[int],
-    keys: dict[str, str],
-    options: ShardOptions,
-    estimated_bytes: int,
-) -> ShardPlan:
+def _order(names: list[str], seed: int | None) -> Sequence[int]:
+    """Order of the samples over all shards, as positions in `names`, which is sorted."""
+    if seed is None:
+        return range(len(names))
+    hashes = b"".join(stable_hash("shard order", seed, name) for name in names)
+    first, second = np.frombuffer(hashes, dtype=">u8").reshape(-1, 2).T
+    return np.lexsort((second, first)).tolist()
+
+
+def split_evenly(stored_bytes: np.ndarray, options: ShardOptions) -> list[int]:
+    """Where shards begin and end, so that all are about equally full and none is over a limit.
+
+    A sample fills a shard by the larger of its share of the bytes and of the number allowed. That
+    many shards as all samples together fill are taken, and their bounds are put at equal steps of
+    the filling. Where chance still lifts a shard over a limit a few more shards are taken; where
+    that does not help (pictures that are not much smaller than a shard) such a shard is halved.
+
+    Args:
+        stored_bytes: int64 [n] bytes that each sample takes, in order; n > 0.
+        options: The two limits.
+    Returns:
+        Bounds 0 = b_0 < b_1 < .. < n; shard k holds samples b_k to b_(k+1) - 1.
+    """
+    limit = options.shard_size_mb * 1e6
+    filling = np.maximum(stored_bytes / limit, 1 / options.max_samples_per_shard)
+    filled = np.cumsum(filling)  # one after the other, so the same on every machine; sum() is not
+    middle, total = filled - filling / 2, float(filled[-1])
+    num_shards, bounds = max(1, int(np.ceil(total - 1e-6))), [0]
+    for _ in range(_MORE_SHARDS):
+        number = np.floor(middle * (num_shards / total))
+        bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(filling)]
+        if not _too_full(bounds, stored_bytes, limit, options.max_samples_per_shard):
+            return bounds
+        num_shards += max(1, num_shards // 100)
+    while full := _too_full(bounds, stored_bytes, limit, options.max_samples_per_shard):
+        halves = [(bounds[k] + bounds[k + 1]) // 2 for k in full]
+        bounds = sorted([*bounds, *halves])
+    return bounds
+
+
+def _too_full(bounds: list[int], stored_bytes: np.ndarray, limit: float, most: int) -> list[int]:
+    """Numbers of the shards above a limit that could be made smaller."""
+    counts = np.diff(bounds)
+    totals = np.add.reduceat(stored_bytes, bounds[:-1])
+    return np.flatnonzero((counts > most) | ((totals > limit) & (counts > 1))).tolist()
+
+
+def _fingerprint(pictures: list[SourcePicture], sizes: np.ndarray, options: ShardOptions) -> str:
     digest = hashlib.sha256(repr(sorted(asdict(options).items())).encode())
-    for picture, size in zip(pictures, sizes, strict=True):
-        parts = stable_hash(picture.name, picture.label, size)
-        digest.update(parts)
-    return ShardPlan(
-        name=f"shard-{number:06d}.tar",
-        pictures=tuple(pictures),
-        keys=tuple(keys[picture.name] for picture in pictures),
-        fingerprint=digest.hexdigest(),
-        estimated_bytes=estimated_bytes,
-    )
+    for picture, size in zip(pictures, sizes.tolist(), strict=True):
+        digest.update(stable_hash(picture.name, picture.label, size))
+    return digest.hexdigest()
+
+
+def _file_sizes(paths: list[str]) -> np.ndarray:
+    """Bytes of each file, int64; 0 for one that is not there: told when its turn comes."""
+    chunks = [paths[i : i + _STAT_CHUNK] for i in range(0, len(paths), _STAT_CHUNK)]
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return np.concatenate(list(pool.map(_sizes_of, chunks)))
+
+
+def _sizes_of(paths: list[str]) -> np.ndarray:
+    sizes = np.zeros(len(paths), dtype=np.int64)
+    for i, path in enumerate(paths):
+        try:
+            sizes[i] = os.stat(path).st_size
+        except OSError:
+            continue
+    return sizes
 
 
 def make_keys(names: Sequence[str]) -> list[str]:
@@ -165,10 +220,3 @@ def make_keys(names: Sequence[str]) -> list[str]:
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{twice}: listed twice; each picture may occur once")
     return keys
-
-
-def _file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0  # told as unreadable when its turn comes
