@@ -1,0 +1,267 @@
+"""Files on servers, through fsspec: what is there, and trying again."""
+
+import importlib.util
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+import fsspec.asyn
+
+from pretrain.errors import UserError, require
+
+PACKAGES = {  # scheme: module that fsspec needs, requirement for pip
+    "http": ("aiohttp", "fsspec[http]>=2025.3"),
+    "https": ("aiohttp", "fsspec[http]>=2025.3"),
+    "s3": ("s3fs", "s3fs>=2025.3"),
+    "gs": ("gcsfs", "gcsfs>=2025.3"),
+}
+_FIRST_DELAY_SECONDS = 0.5  # doubled from try to try, up to
+_LONGEST_DELAY_SECONDS = 30.0
+_NUM_LOOKERS = 16  # files looked at side by side
+_RETRIED_STATUS = {408, 425, 429}  # the other 4xx will not change
+_JITTER = random.SystemRandom()  # never the seeded generator of the run
+_T = TypeVar("_T")
+_filesystems: dict[tuple[int, str, float], Any] = {}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to keep trying.
+
+    Attributes:
+        retries: Further tries after the first one.
+        timeout_seconds: A connection that brings no byte for so long counts as failed.
+    """
+
+    retries: int = 5
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.retries >= 0, f"data.read_retries: {self.retries}: must be 0 or more")
+        require(
+            self.timeout_seconds > 0,
+            f"data.read_timeout_seconds: {self.timeout_seconds}: must be above 0",
+        )
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a server says about a file without sending it.
+
+    Attributes:
+        url: Its URL.
+        size: Bytes; None if the server does not say.
+        version: ETag or time of the last change; "" if the server gives neither.
+        has_ranges: False if the server says that it cannot send parts.
+    """
+
+    url: str
+    size: int | None
+    version: str
+    has_ranges: bool = True
+
+
+class NotThereError(UserError):
+    """The server says that there is no such file."""
+
+
+def shown(url: str) -> str:
+    """The URL for messages: without password and query, which may hold secrets."""
+    if not url.startswith(("http://", "https://")):
+        return url
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "..." if parts.query else "", ""))
+
+
+def filesystem(url: str, patience: Patience) -> Any:
+    """The fsspec file system for a URL, one per process: its event loop does not survive a fork.
+
+    Raises:
+        UserError: If the package for the scheme is not installed.
+    """
+    scheme = urlsplit(url).scheme
+    module, requirement = PACKAGES[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"{shown(url)}: {scheme}:// needs a package that is not installed; "
+            f"run: pip install '{requirement}'"
+        )
+    key = (os.getpid(), scheme.removesuffix("s"), patience.timeout_seconds)
+    if key not in _filesystems:
+        if all(pid != os.getpid() for pid, _, _ in _filesystems):
+            fsspec.asyn.reset_lock()  # another thread of the parent may have held it at the fork
+        # Those of the parent stay in the dictionary: collecting them would close its connections.
+        _filesystems[key] = _make_filesystem(scheme, patience.timeout_seconds)
+    return _filesystems[key]
+
+
+def _make_filesystem(scheme: str, timeout: float) -> Any:
+    common: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        # Bytes as stored: a compressed answer would have another size and no ranges.
+        client = {
+            "timeout": limits,
+            "trust_env": True,
+            "headers": {"Accept-Encoding": "identity"},
+        }
+        return fsspec.filesystem(scheme, client_kwargs=client, **common)
+    if scheme == "s3":
+        limits = {"connect_timeout": timeout, "read_timeout": timeout}
+        once = {"max_attempts": 0}  # tries are counted here, not in three places
+        made = fsspec.filesystem("s3", config_kwargs={**limits, "retries": once}, **common)
+        made.retries = 1
+        return made
+    return fsspec.filesystem(scheme, requests_timeout=timeout, **common)
+
+
+# -- trying again ---------------------------------------------------------------------------------
+
+
+def retried(action: Callable[[], _T], url: str, patience: Patience) -> _T:
+    """Do what may fail now and then; wait longer from try to try, with jitter.
+
+    Raises:
+        UserError: At once if the file is not there or not allowed; after the last try otherwise.
+    """
+    num_tries = patience.retries + 1
+    for attempt in range(num_tries):
+        try:
+            return action()
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, UserError) or not _is_of_transport(cause):
+                raise
+            if _is_absent(cause):
+                raise NotThereError(
+                    f"{shown(url)}: there is no such file (HTTP 404); check the address"
+                ) from error
+            if final := _why_final(cause):
+                raise UserError(f"{shown(url)}: {final}") from error
+            if attempt + 1 == num_tries:
+                raise UserError(
+                    f"{shown(url)}: could not be fetched in {num_tries} tries, the last one: "
+                    f"{_reason(cause, patience)}; look after the server or the network and run "
+                    "again (data.read_retries and data.read_timeout_seconds say how long to try)"
+                ) from error
+        delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**attempt)
+        time.sleep(delay * _JITTER.uniform(0.5, 1.0))
+    raise AssertionError("unreachable")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened: fsspec's HTTP reports every failed look as FileNotFoundError."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_of_transport(error: BaseException) -> bool:
+    """True for errors of the network, the server or the client's library, false for bugs."""
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, (OSError, EOFError)) or package in {
+        "aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "urllib3", "requests",
+    }  # fmt: skip
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status behind an error, if there is one."""
+    for holder in (error, error.__cause__):
+        response = getattr(holder, "response", None)
+        if isinstance(response, dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            status = getattr(holder, "status", None) or getattr(holder, "code", None)
+        if str(status).isdigit():
+            return int(str(status))
+    return None
+
+
+def _is_absent(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or _status(error) in (404, 410)
+
+
+def _why_final(error: BaseException) -> str | None:
+    """Why another try is useless; None if it may help."""
+    status = _status(error)
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return (
+            "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile), or "
+            "FSSPEC_S3_ANON=true for a public bucket"
+        )
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"not allowed (HTTP {status or 403}); check the credentials and who may read it"
+    if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
+        return f"the server refuses (HTTP {status}: {error})"
+    return None
+
+
+def _reason(error: BaseException, patience: Patience) -> str:
+    status = _status(error)
+    if status is not None:
+        return f"HTTP {status}"
+    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+        return f"no byte for {patience.timeout_seconds:g} s (timeout)"
+    return f"{type(error).__name__}: {error}"
+
+
+# -- what is there --------------------------------------------------------------------------------
+
+
+def look(url: str, patience: Patience) -> RemoteFile:
+    """Ask for size and version of a file.
+
+    Raises:
+        UserError: If it is not there, not allowed, or the server does not answer.
+    """
+    return retried(lambda: _remote_file(url, filesystem(url, patience).info(url)), url, patience)
+
+
+def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
+    size = info.get("size", info.get("Size"))
+    version = next(
+        (str(info[name]) for name in ("ETag", "etag", "generation", "LastModified",
+                                      "Last-Modified", "mtime", "updated") if info.get(name)),
+        "",
+    )  # fmt: skip
+    return RemoteFile(url, size, version, info.get("partial", True))
+
+
+def look_at_all(urls: list[str], patience: Patience) -> list[RemoteFile]:
+    """Sizes and versions of many files: by listing their folders in object stores, else one by one.
+
+    Raises:
+        UserError: As `look`, for the first file that fails.
+    """
+    known: dict[str, RemoteFile] = {}
+    if urls and urlsplit(urls[0]).scheme in ("s3", "gs"):
+        for folder in sorted({url.rpartition("/")[0] for url in urls}):
+            try:
+                known.update(_listing(folder + "/", patience))
+            except UserError:  # perhaps reading is allowed, listing is not
+                continue
+    with ThreadPoolExecutor(min(_NUM_LOOKERS, len(urls) or 1)) as pool:
+        return list(pool.map(lambda url: known.get(url) or look(url, patience), urls))
+
+
+def _listing(folder: str, patience: Patience) -> dict[str, RemoteFile]:
+    scheme = urlsplit(folder).scheme
+    items = retried(lambda: filesystem(folder, patience).ls(folder, detail=True), folder, patience)
+    urls = {f"{scheme}://{item['name']}": item for item in items if item["type"] == "file"}
+    return {url: _remote_file(url, item) for url, item in urls.items()}
+
+
+def find_tars(pattern: str, patience: Patience) -> list[str]:
+    """URLs in an object store that fit a pattern with ``*``, ``?`` or ``[]``, sorted."""
+    scheme = urlsplit(pattern).scheme
+    found = retried(lambda: filesystem(pattern, patience).glob(pattern), pattern, patience)
+    return sorted(f"{scheme}://{name}" for name in found)

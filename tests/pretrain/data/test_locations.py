@@ -1,0 +1,196 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.data import locations, remote
+from pretrain.data.locations import Location, check_name, expand, join, parse
+from pretrain.data.remote import Patience, shown
+from pretrain.errors import UserError
+from tests.pretrain.data.servers import faulty
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"tar")
+
+
+# -- what is named --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "is_folder"),
+    [
+        ("/nowhere/shards", "file", True),
+        ("/data/train-{000..099}.tar", "file", False),
+        ("/data/*.tar", "file", False),
+        ("one.tar", "file", False),
+        ("http://host/dir/", "http", True),
+        ("http://host/dir?token=a.tar", "http", True),
+        ("https://host:81/a-{0..3}.tar?token=x", "https", False),
+        ("http://[::1]:8080/a.tar", "http", False),
+        ("s3://bucket", "s3", True),
+        ("s3://bucket/prefix/", "s3", True),
+        ("S3://bucket/train-*.tar", "s3", False),
+        ("gs://bucket/a.tar", "gs", False),
+        ("pipe:curl -s http://host/{0..3}.tar", "pipe", False),
+    ],
+)
+def test_forms(text: str, scheme: str, is_folder: bool) -> None:
+    found = parse(text)
+    assert (found.scheme, found.is_folder) == (scheme, is_folder)
+    assert found.is_remote is (scheme != "file")
+
+
+def test_file_urls_are_local_paths(tmp_path: Path) -> None:
+    folder = tmp_path / "my set"
+    touch(folder, "a-0.tar", "a-1.tar")
+    url = f"file://{tmp_path}/my%20set"
+    assert parse(url) == Location("file", True, str(folder))
+    both = [str(folder / "a-0.tar"), str(folder / "a-1.tar")]
+    assert expand(url) == both
+    assert expand(f"file://localhost{tmp_path}/my%20set/a-{{0,1}}.tar") == both
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ftp://host/a.tar", r"ftp:// cannot be read; possible are a local path, file://, http"),
+        ("file://data/a.tar", "file:///PATH, with three slashes"),
+        ("pipe: ", "needs a command"),
+        ("s3:///a.tar", "names no bucket"),
+        ("http:///a.tar", "names no server"),
+        ("http://host/*.tar", r"a web server cannot be searched; .*train-\{000000..000099\}.tar"),
+        ("s3://bucket/part-{0..3}/", "braces and globs name tars, not folders"),
+        ("/data/{a,b}", r"/data/\{a,b\}: a pattern must name .tar files"),
+        ("/data/*.tar.gz", "compressed tars have no random access; unpack"),
+        ("http://host/a.tgz", "compressed tars have no random access; unpack"),
+    ],
+)
+def test_impossible_forms_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(text)
+
+
+# -- which tars -----------------------------------------------------------------------------------
+
+
+def test_braces_as_in_a_shell() -> None:
+    assert expand("http://h/t-{08..11}.tar") == [f"http://h/t-{i:02d}.tar" for i in range(8, 12)]
+    assert expand("s3://b/{x,y}/{0..1}.tar") == [
+        f"s3://b/{f}/{i}.tar" for f in "xy" for i in (0, 1)
+    ]
+    assert expand("/nowhere/{a,b}.tar") == ["/nowhere/a.tar", "/nowhere/b.tar"]
+
+
+def test_pipes_keep_braces_and_backslashes_of_the_shell() -> None:
+    command = r"pipe:awk '{print}' | sed 's/\./x/' ${A}"
+    assert expand(command) == [command]
+    assert expand("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+
+
+def test_local_globs_and_folders_are_sorted(tmp_path: Path) -> None:
+    touch(tmp_path, "b.tar", "a.tar", "a.txt", "c/a.tar")
+    assert expand(tmp_path) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    assert expand(f"{tmp_path}/[ab].tar") == expand(tmp_path)
+    assert expand(f"{tmp_path}/{{b,c/*}}.tar") == [f"{tmp_path}/b.tar", f"{tmp_path}/c/a.tar"]
+
+
+def test_folder_with_index_gives_its_order(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar", "b.tar")
+    (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "b.tar"}]}))
+    assert expand(tmp_path) == [str(tmp_path / "b.tar")]
+
+
+def test_names_with_braces_that_exist_stand_for_themselves(tmp_path: Path) -> None:
+    touch(tmp_path, "a-{0..1}.tar", "[x].tar", "x.tar")
+    assert expand(f"{tmp_path}/a-{{0..1}}.tar") == [f"{tmp_path}/a-{{0..1}}.tar"]
+    assert expand(f"{tmp_path}/[x].tar") == [f"{tmp_path}/[x].tar"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/nowhere/*.tar", "no file fits this pattern"),
+        ("/nowhere", "no such folder of shards"),
+        ("/nowhere/{a,a}.tar", r"names /nowhere/a.tar more than once"),
+        ("/nowhere/{0..9}{.tar", "a brace is not closed"),
+        ("http://h/{0..9999999}.tar", "more than 1,000,000 shards"),
+    ],
+)
+def test_nothing_or_too_much(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand(text)
+
+
+def test_web_folder_needs_an_index(tmp_path: Path) -> None:
+    touch(tmp_path, "a b.tar")
+    with faulty(tmp_path) as server:
+        with pytest.raises(UserError, match=r"no index.json, and a web server cannot be searched"):
+            expand(server.url)
+        (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "a b.tar"}]}))
+        assert expand(server.url + "/") == [f"{server.url}/a%20b.tar"]
+        (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "../a.tar"}]}))
+        with pytest.raises(UserError, match=r"index.json: names the file '../a.tar'.*not trusted"):
+            expand(server.url)
+        (tmp_path / "index.json").write_text("{")
+        with pytest.raises(UserError, match=r"index.json: cannot be read as an index"):
+            expand(server.url)
+
+
+# -- names out of an index, names in messages -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/etc/a.tar", "../a.tar", "x/../../a.tar", "x//a.tar", "./a.tar", "http://evil/a.tar",
+     "pipe:touch x", "file:a.tar", "C:a.tar", "a\\..\\b.tar", "a\n.tar", "\0", None, 3, ["a"]],
+)  # fmt: skip
+def test_names_that_leave_the_folder_are_refused(name: object) -> None:
+    with pytest.raises(UserError, match=r"does not lie below the folder; .* not trusted"):
+        check_name(name, "index.json")
+
+
+def test_names_below_the_folder_are_taken() -> None:
+    for name in ("a.tar", "x/y..z.tar", "ü {0..1}.tar", "%2e%2e%2fa.tar"):
+        assert check_name(name, "") == name
+
+
+def test_join_quotes_names_and_keeps_the_query() -> None:
+    assert join("http://h/d/?token=1", "a b?.tar") == "http://h/d/a%20b%3F.tar?token=1"
+    assert join("http://h/d", "%2e%2e%2fa.tar") == "http://h/d/%252e%252e%252fa.tar"
+    assert join("s3://b/p/", "a b.tar") == "s3://b/p/a b.tar"
+
+
+def test_messages_hide_passwords_and_tokens() -> None:
+    assert shown("https://me:secret@host:81/a.tar?token=secret") == "https://host:81/a.tar?..."
+    assert shown("/local/a.tar") == "/local/a.tar"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "module", "pip"),
+    [("gs", "gcsfs", "gcsfs"), ("s3", "s3fs", "s3fs"), ("http", "aiohttp", r"fsspec\[http\]")],
+)
+def test_missing_package_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, pip: str
+) -> None:
+    real = remote.importlib.util.find_spec
+    monkeypatch.setattr(
+        remote.importlib.util, "find_spec", lambda name: None if name == module else real(name)
+    )
+    with pytest.raises(UserError, match=rf"{scheme}:// needs a package .* pip install '{pip}"):
+        remote.look(f"{scheme}://bucket/a.tar", Patience())
+
+
+def test_every_scheme_has_a_reader() -> None:
+    assert set(locations.SCHEMES) == {"file", "pipe", *remote.PACKAGES}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"retries": -1}, "data.read_retries: -1"), ({"timeout_seconds": 0}, "timeout_seconds: 0")],
+)
+def test_impatience_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Patience(**options)
