@@ -94,8 +94,7 @@ class OurLoader:
         for batch in self.loader.epoch(self.epoch):
             for number, view in enumerate(self.views if self.is_whole else ()):
                 params = draw_parameters(
-                    view, batch.keys, seed=0, epoch=self.epoch, view_index=number,
-                    image_size=self.size,
+                    view, batch.keys, batch.visits, seed=0, view_index=number
                 )  # fmt: skip
                 augment(batch.views[number], params, MEAN, STD)
         self.epoch += 1

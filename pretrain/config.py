@@ -21,6 +21,7 @@ from pretrain.config_method import (
     HeadConfig,
     ObjectiveConfig,
 )
+from pretrain.data.order import LastBatch
 from pretrain.errors import UserError, require
 
 __all__ = ["FAConfig", "HeadConfig", "ObjectiveConfig", "PretrainConfig", "load_config", "to_plain"]
@@ -75,13 +76,14 @@ class InitConfig:
 class DataConfig:
     """Where samples come from and how two views are made of each."""
 
-    shards: str | None = None  # folder that tools/make_shards.py wrote, or of foreign tars
+    shards: dict[str, float] | list[str] | str | None = None  # one set; several; {set: weight}
     image_size: int = 224  # side of a view, pixels
     batch_size: int = 256  # global: over all processes
     augmentation: AugmentationName = "asymmetric"
     shuffle_window: int = 16384  # samples
+    last_batch: LastBatch = "drop"  # the remainder of an epoch below one batch: drop, or pad
     num_workers: int = 2  # per process
-    max_bad_samples: int = 0  # undecodable pictures tolerated in the whole run
+    max_bad_samples: int = 0  # undecodable pictures that each process replaces before it stops
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB, 0..1
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 

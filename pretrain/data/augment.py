@@ -110,29 +110,25 @@ _DRAWS = (
 def draw_parameters(
     view: ViewAugment,
     keys: Tensor | np.ndarray,
+    visits: Tensor | np.ndarray | int,
     *,
     seed: int,
-    epoch: int,
     view_index: int,
-    image_size: int,
 ) -> dict[str, Tensor]:
-    """Parameters of each sample of a batch: a pure function of (seed, epoch, key, view).
+    """Parameters of each sample of a batch: a pure function of (seed, visit, key, view).
 
     Args:
         view: The distribution.
         keys: int64 [n], the samples' hashed names.
+        visits: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
-        epoch: Epoch, counted from 0.
         view_index: 0 or 1.
-        image_size: Side of the view in pixels; unused by the draws, sigma is in pixels.
     Returns:
         float32 [n] on the CPU each: "brightness", "contrast", "saturation" (1: no change), "hue"
         (0: none), "jitter_order" (number of a permutation in JITTER_ORDERS), "gray", "solarize" (0
         or 1), "blur_sigma" (pixels, 0: no blur).
     """
-    keys = keys.detach().cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
-    base = int.from_bytes(stable_hash("augment", seed, epoch, view_index, num_bytes=8), "little")
-    draws = uniforms(keys, base, len(_DRAWS))
+    draws = draw_uniforms("augment", keys, visits, len(_DRAWS), seed=seed, view_index=view_index)
     u: dict[str, np.ndarray] = dict(zip(_DRAWS, draws, strict=True))
     jitter = u["jitter"] < view.jitter_probability
 
@@ -156,19 +152,48 @@ def draw_parameters(
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
 
 
-def uniforms(keys: np.ndarray, base: int, num_draws: int) -> np.ndarray:
+def draw_uniforms(
+    purpose: str,
+    keys: Tensor | np.ndarray,
+    visits: Tensor | np.ndarray | int,
+    num_draws: int,
+    *,
+    seed: int,
+    view_index: int,
+) -> np.ndarray:
+    """Uniform numbers for each sample: a function of (purpose, seed, visit, key, view, draw) alone.
+
+    Args:
+        purpose: What the numbers are for; two purposes draw independently.
+        keys: int64 [n], the samples' hashed names.
+        visits: int64 [n], or one number for all samples.
+        num_draws: Draws per sample.
+        seed: Seed of the run.
+        view_index: 0 or 1.
+    Returns:
+        float64 [num_draws, n] in [0, 1).
+    """
+    keys = keys.detach().cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
+    visits = visits.detach().cpu().numpy() if isinstance(visits, Tensor) else np.asarray(visits)
+    kinds, which = np.unique(visits, return_inverse=True)
+    bases = [stable_hash(purpose, seed, int(kind), view_index, num_bytes=8) for kind in kinds]
+    base = np.array([int.from_bytes(b, "little") for b in bases], np.uint64)
+    return uniforms(keys, base[which.reshape(visits.shape)], num_draws)
+
+
+def uniforms(keys: np.ndarray, base: np.ndarray | int, num_draws: int) -> np.ndarray:
     """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, key, draw).
 
     Args:
         keys: int64 or uint64 [n].
-        base: 64-bit number of the stream.
+        base: 64-bit number of the stream; or uint64 [n], one for each key.
         num_draws: Draws per key.
     Returns:
         float64 [num_draws, n], multiples of 2**-53.
     """
     keys = np.ascontiguousarray(keys).view(np.uint64)
     counters = np.arange(1, num_draws + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
-    state = _mix(_mix(keys ^ np.uint64(base))[None, :] + counters)
+    state = _mix(_mix(keys ^ np.asarray(base, np.uint64))[None, :] + counters)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -7,6 +7,8 @@ of ranks or workers, follow from that.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -86,11 +88,107 @@ def _concatenate_ranges(starts: np.ndarray, sizes: np.ndarray, picked: np.ndarra
     return np.arange(total, dtype=np.int64) + np.repeat(starts[picked] - (ends - sizes), sizes)
 
 
-def num_steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    """Number of global batches in an epoch; the remainder below one batch is dropped.
+@dataclass(frozen=True)
+class Epoch:
+    """The row of samples of one epoch.
 
-    Which samples are dropped changes with the epoch, since each epoch has its own order.
+    Attributes:
+        sample_ids: int64 [n], numbers in the sources joined end to end.
+        visits: int64 [n], how often each was due before; it decides the augmentation, so that a
+            sample that comes again is cropped in another way.
+    """
 
+    sample_ids: np.ndarray
+    visits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+@dataclass(frozen=True)
+class SourceSizes:
+    """What the order needs to know of one source: its shards' sizes, and its weight.
+
+    A weight of w lets each sample of the source come w times per epoch.
+    """
+
+    shard_sizes: Sequence[int]
+    weight: float = 1.0
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the source."""
+        return int(sum(self.shard_sizes))
+
+    @property
+    def num_due(self) -> int:
+        """Samples that the source gives to each epoch."""
+        return round(self.weight * self.num_samples)
+
+
+def epoch_samples(sources: Sequence[SourceSizes], *, seed: int, epoch: int, window: int) -> Epoch:
+    """Samples and visits of one epoch of one or several sources.
+
+    The samples of a source form an endless row of cycles, each cycle one `epoch_order`. With
+    m = round(weight * size), epoch e takes the m samples from number e * m on. A weight of 1 is
+    therefore cycle e: each sample once. The rows of several sources are interleaved in proportion
+    to their lengths, so that every batch has about the same mixture, and each source is shuffled in
+    its share of the window.
+
+    Args:
+        sources: Sizes and weights; sample numbers count through all of them.
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        window: Shuffle window over all sources, in samples.
+    Raises:
+        UserError: If `window` is below 1.
+    """
+    if len(sources) == 1 and sources[0].weight == 1:
+        order = epoch_order(sources[0].shard_sizes, seed=seed, epoch=epoch, window=window)
+        return Epoch(order, np.broadcast_to(np.int64(epoch), len(order)))
+    total = max(1, sum(source.num_due for source in sources))
+    rows, first = [], 0
+    for number, source in enumerate(sources):
+        own = window if window < 1 else max(1, round(window * source.num_due / total))
+        row = _source_row(source, number, seed=seed, epoch=epoch, window=own)
+        rows.append(Epoch(row.sample_ids + first, row.visits))
+        first += source.num_samples
+    places = np.concatenate([(np.arange(len(row)) + 0.5) / max(1, len(row)) for row in rows])
+    merged = np.argsort(places, kind="stable")
+    return Epoch(
+        np.concatenate([row.sample_ids for row in rows])[merged],
+        np.concatenate([row.visits for row in rows])[merged],
+    )
+
+
+def _source_row(source: SourceSizes, number: int, *, seed: int, epoch: int, window: int) -> Epoch:
+    """What one source of a mixture gives to an epoch, in the source's own sample numbers."""
+    size, due = source.num_samples, source.num_due
+    if due == 0:
+        return Epoch(np.empty(0, np.int64), np.empty(0, np.int64))
+    start, stop = epoch * due, (epoch + 1) * due
+    ids, visits = [], []
+    for cycle in range(start // size, (stop - 1) // size + 1):
+        own_seed = int.from_bytes(stable_hash("source", seed, number, num_bytes=7), "little")
+        order = epoch_order(source.shard_sizes, seed=own_seed, epoch=cycle, window=window)
+        piece = order[max(0, start - cycle * size) : stop - cycle * size]
+        ids.append(piece)
+        visits.append(np.full(len(piece), cycle, np.int64))
+    return Epoch(np.concatenate(ids), np.concatenate(visits))
+
+
+LastBatch = Literal["drop", "pad"]
+
+
+def num_steps_per_epoch(num_samples: int, batch_size: int, last_batch: LastBatch = "drop") -> int:
+    """Number of global batches in an epoch.
+
+    Args:
+        num_samples: Samples of an epoch.
+        batch_size: Global batch size.
+        last_batch: What becomes of the remainder below one batch. "drop": left out; which samples
+            these are changes with the epoch, since each has its own order. "pad": filled up with
+            samples from the epoch's beginning.
     Raises:
         UserError: If the batch is empty or larger than the data set.
     """
@@ -101,21 +199,30 @@ def num_steps_per_epoch(num_samples: int, batch_size: int) -> int:
             f"{num_samples} samples do not fill one batch of {batch_size}: "
             f"set a batch size of at most {num_samples}, or add pictures"
         )
-    return num_samples // batch_size
+    return -(-num_samples // batch_size) if last_batch == "pad" else num_samples // batch_size
 
 
-def global_batch(order: np.ndarray, k: int, batch_size: int) -> np.ndarray:
-    """Sample numbers of the k-th global batch, int64 [batch_size].
+def global_batch(epoch: Epoch, k: int, batch_size: int, last_batch: LastBatch = "drop") -> Epoch:
+    """The k-th global batch: `batch_size` samples with their visits.
+
+    The visits of samples that pad the last batch are negative, so that their views differ from
+    those at the epoch's beginning.
 
     Raises:
-        IndexError: If the epoch has no k-th whole batch.
+        IndexError: If the epoch has no k-th batch.
     """
-    if not 0 <= k < len(order) // batch_size:
-        raise IndexError(f"batch {k} of an epoch with {len(order) // batch_size} batches")
-    return order[k * batch_size : (k + 1) * batch_size]
+    num_steps = num_steps_per_epoch(len(epoch), batch_size, last_batch)
+    if not 0 <= k < num_steps:
+        raise IndexError(f"batch {k} of an epoch with {num_steps} batches")
+    piece = slice(k * batch_size, (k + 1) * batch_size)
+    ids, visits = epoch.sample_ids[piece], epoch.visits[piece]
+    if missing := batch_size - len(ids):
+        ids = np.concatenate([ids, epoch.sample_ids[:missing]])
+        visits = np.concatenate([visits, -1 - epoch.visits[:missing]])
+    return Epoch(ids, visits)
 
 
-def rank_slice(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+def rank_slice(batch: Epoch, rank: int, world_size: int) -> Epoch:
     """The contiguous part of a global batch that one rank takes.
 
     Raises:
@@ -127,4 +234,5 @@ def rank_slice(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
             f"choose a batch size that is a multiple of {world_size}"
         )
     share = len(batch) // world_size
-    return batch[rank * share : (rank + 1) * share]
+    piece = slice(rank * share, (rank + 1) * share)
+    return Epoch(batch.sample_ids[piece], batch.visits[piece])

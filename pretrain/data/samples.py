@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from pretrain.data.mixture import Samples
 from pretrain.data.order import counter_rng
-from pretrain.data.shards import ShardIndex
 from pretrain.data.views import RATIO, BadSample, center_crop, decode, random_resized_crop
 from pretrain.errors import UserError
 
@@ -24,6 +24,7 @@ class TwoViewBatch:
         views: uint8 [2, n, 3, s, s], RGB; each view lies channels-last in memory.
         keys: int64 [n], 64-bit hashes of the samples' names (the bits of an unsigned number).
         sample_ids: int64 [n], numbers in the shard index.
+        visits: int64 [n], how often each sample was due before (docs/architecture.md).
         labels: int64 [n], -1 where there is none.
         num_bad: How many samples of this batch stand in for bad ones.
     """
@@ -31,6 +32,7 @@ class TwoViewBatch:
     views: torch.Tensor
     keys: torch.Tensor
     sample_ids: torch.Tensor
+    visits: torch.Tensor
     labels: torch.Tensor
     num_bad: int
 
@@ -43,17 +45,23 @@ class TwoViewBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Any) -> "TwoViewBatch":
-        names = ("views", "keys", "sample_ids", "labels")
+        names = ("views", "keys", "sample_ids", "visits", "labels")
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is asked for: these samples, in this order, of this epoch."""
+    """What a worker is asked for: these samples, in this order.
 
-    epoch: int
+    Attributes:
+        step: Global batch of the epoch.
+        sample_ids: int64 [n].
+        visits: int64 [n], how often each sample was due before.
+    """
+
     step: int
     sample_ids: np.ndarray
+    visits: np.ndarray
 
 
 @dataclass
@@ -84,7 +92,7 @@ class TwoViewDataset(Dataset):
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: Samples,
         *,
         image_size: int,
         crop_scales: tuple[tuple[float, float], tuple[float, float]],
@@ -116,33 +124,34 @@ class TwoViewDataset(Dataset):
         views = np.empty((NUM_VIEWS, num, size, size, 3), np.uint8)
         used = np.empty(num, np.int64)
         for row, sample_id in enumerate(request.sample_ids):
-            used[row] = self._fill(int(sample_id), request.epoch, views[:, row], bad)
+            used[row] = self._fill(int(sample_id), int(request.visits[row]), views[:, row], bad)
         rows = self.index.samples[used]
         return TwoViewBatch(
             views=torch.from_numpy(views).permute(0, 1, 4, 2, 3),
             keys=torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
             sample_ids=torch.from_numpy(used),
+            visits=torch.from_numpy(np.array(request.visits, np.int64)),
             labels=torch.from_numpy(rows["label"].astype(np.int64)),
             num_bad=int((used != request.sample_ids).sum()),
         )
 
-    def _fill(self, sample_id: int, epoch: int, out: np.ndarray, bad: dict[int, str]) -> int:
+    def _fill(self, sample_id: int, visit: int, out: np.ndarray, bad: dict[int, str]) -> int:
         """Write the views of a sample, or of a stand-in if it is bad; returns whose they are."""
         candidate = sample_id
         for attempt in range(_MAX_REPLACEMENTS):
             if candidate not in bad:
                 try:
-                    self.write_views(candidate, epoch, out)
+                    self.write_views(candidate, visit, out)
                     return candidate
                 except BadSample as error:
                     bad[candidate] = str(error)
-            draw = counter_rng("replacement", self.seed, epoch, sample_id, attempt)
+            draw = counter_rng("replacement", self.seed, visit, sample_id, attempt)
             candidate = int(draw.integers(self.index.num_samples))
         raise UserError(
             f"{bad[sample_id]}; {_MAX_REPLACEMENTS} samples drawn in its place were bad too"
         )
 
-    def write_views(self, sample_id: int, epoch: int, out: np.ndarray) -> None:
+    def write_views(self, sample_id: int, visit: int, out: np.ndarray) -> None:
         """Decode a sample once and write its views into uint8 [2, s, s, 3].
 
         Raises:
@@ -151,13 +160,13 @@ class TwoViewDataset(Dataset):
         image = decode_sample(self.index, sample_id)
         key = int(self.index.samples[sample_id]["key"])
         for view, scale in enumerate(self.crop_scales):
-            rng = counter_rng("crop", self.seed, epoch, key, view)
+            rng = counter_rng("crop", self.seed, visit, key, view)
             random_resized_crop(
                 image, rng, self.image_size, scale, RATIO, self.flip_probability, out=out[view]
             )
 
 
-def decode_sample(index: ShardIndex, sample_id: int) -> np.ndarray:
+def decode_sample(index: Samples, sample_id: int) -> np.ndarray:
     """Decode sample `sample_id`, uint8 [height, width, 3].
 
     Raises:
@@ -173,7 +182,7 @@ def decode_sample(index: ShardIndex, sample_id: int) -> np.ndarray:
 class EvalDataset(Dataset):
     """Central crops in index order, for features and the kNN probe."""
 
-    def __init__(self, index: ShardIndex, image_size: int) -> None:
+    def __init__(self, index: Samples, image_size: int) -> None:
         self.index = index
         self.image_size = image_size
 

@@ -1,5 +1,6 @@
 """Samples of WebDataset shards by number: the index, its checks, random access inside tars."""
 
+import hashlib
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -41,6 +42,8 @@ class ShardIndex:
         labels: int64 [num_samples]; -1 where there is none.
         skipped: What was left out when the index was made: [{"file", "reason"}].
     """
+
+    is_remote = False
 
     def __init__(self, folder: Path, index_folder: Path, index: dict[str, Any]) -> None:
         self.folder = folder
@@ -110,6 +113,21 @@ class ShardIndex:
                 "the tars again"
             )
         return data[_TAR_BLOCK:]
+
+    def read_many(self, sample_ids: np.ndarray) -> list[bytes]:
+        """The encoded pictures of some samples, in the order asked for."""
+        return [self.read_bytes(int(i)) for i in sample_ids]
+
+    def fetch(self, sample_ids: np.ndarray) -> None:
+        """Make sure that the shards of these samples are on this machine."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the samples and their shards are, wherever they lie."""
+        digest = hashlib.sha256(self._index["samples_sha256"].encode())
+        for shard in self._index["shards"]:
+            digest.update(shard["sha256"].encode())
+        return digest.hexdigest()
 
     def key_name(self, i: int) -> str:
         """WebDataset key of sample `i`; reads the headers of its shard once."""

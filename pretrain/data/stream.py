@@ -1,19 +1,29 @@
 """From a shard index to batches of two uint8 views, in an order that follows from (seed, epoch).
 
-One request to a worker is a whole batch of one rank: (epoch, step, sample numbers). Workers keep no
-state, so their number changes nothing but the speed.
+One request to a worker is a whole batch of one rank: (step, sample numbers, visits). Workers keep
+no state, so their number changes nothing but the speed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.data.order import epoch_order, global_batch, num_steps_per_epoch, rank_slice
+from pretrain.data.fetch_ahead import FetchAhead
+from pretrain.data.mixture import Samples, source_sizes
+from pretrain.data.order import (
+    Epoch,
+    LastBatch,
+    SourceSizes,
+    epoch_samples,
+    global_batch,
+    num_steps_per_epoch,
+    rank_slice,
+)
 from pretrain.data.samples import EvalDataset, Reply, Request, TwoViewBatch, TwoViewDataset
-from pretrain.data.shards import ShardIndex
 from pretrain.errors import UserError
 
 __all__ = [
@@ -27,37 +37,50 @@ __all__ = [
 
 
 class RequestSampler(Sampler):
-    """The requests of one rank from `start_step` of `epoch` on; set both before iterating."""
+    """The requests of one rank from `start_step` of `epoch` on; set both before iterating.
+
+    Args:
+        sources: Sizes and weights of what is read.
+        seed: Seed of the run.
+        batch_size: Global batch size, over all ranks.
+        rank: Number of this rank.
+        world_size: Number of ranks.
+        window: Window of the shuffle, in samples.
+        last_batch: What becomes of the remainder below one batch.
+    """
 
     def __init__(
         self,
-        index: ShardIndex,
+        sources: Sequence[SourceSizes],
         *,
         seed: int,
         batch_size: int,
         rank: int,
         world_size: int,
         window: int,
+        last_batch: LastBatch = "drop",
     ) -> None:
-        self._sizes, self._seed, self._window = index.shard_sizes, seed, window
+        self._sources, self._seed, self._window = sources, seed, window
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self.num_steps = num_steps_per_epoch(index.num_samples, batch_size)
+        self._last_batch: LastBatch = last_batch
+        num_due = sum(source.num_due for source in sources)
+        self.num_steps = num_steps_per_epoch(num_due, batch_size, last_batch)
         self.epoch = 0
         self.start_step = 0
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}")
-        rank_slice(
-            np.arange(batch_size), rank, world_size
-        )  # a batch that does not divide is refused now
+        whole = np.arange(batch_size)
+        rank_slice(Epoch(whole, whole), rank, world_size)  # what does not divide is refused now
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[Request]:
-        order = epoch_order(self._sizes, seed=self._seed, epoch=self.epoch, window=self._window)
+        epoch = epoch_samples(self._sources, seed=self._seed, epoch=self.epoch, window=self._window)
         for step in range(self.start_step, self.num_steps):
-            batch = global_batch(order, step, self._batch_size)
-            yield Request(self.epoch, step, rank_slice(batch, self._rank, self._world_size))
+            batch = global_batch(epoch, step, self._batch_size, self._last_batch)
+            own = rank_slice(batch, self._rank, self._world_size)
+            yield Request(step, own.sample_ids, own.visits)
 
 
 class Loader:
@@ -71,8 +94,10 @@ class Loader:
         num_workers: Worker processes; 0 reads in this process.
         shuffle_window: Window of the shuffle, in samples.
         max_bad_samples: How many different bad samples this rank replaces before it stops.
+        last_batch: "drop" leaves the remainder below one batch out, "pad" fills it up.
+        known_bad: Bad samples that an earlier part of the run met: {sample number: reason}.
     Attributes:
-        num_steps: Global batches per epoch; the remainder is dropped.
+        num_steps: Global batches per epoch.
         bad_samples: What was replaced so far: {sample number: reason}.
     """
 
@@ -86,18 +111,22 @@ class Loader:
         num_workers: int = 0,
         shuffle_window: int = 4096,
         max_bad_samples: int = 0,
+        last_batch: LastBatch = "drop",
+        known_bad: Mapping[int, str] | None = None,
     ) -> None:
         self._sampler = RequestSampler(
-            dataset.index,
+            source_sizes(dataset.index),
             seed=dataset.seed,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
             window=shuffle_window,
+            last_batch=last_batch,
         )
         self.num_steps = self._sampler.num_steps
-        self.bad_samples: dict[int, str] = {}
+        self.bad_samples: dict[int, str] = dict(known_bad or {})
         self._max_bad_samples = max_bad_samples
+        self._index, self._window = dataset.index, shuffle_window
         self._loader = start_workers(dataset, self._sampler, num_workers)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[TwoViewBatch]:
@@ -107,14 +136,23 @@ class Loader:
             UserError: If more bad samples were met than allowed, or a shard changed or vanished.
         """
         self._sampler.epoch, self._sampler.start_step = epoch, start_step
-        for reply in self._loader:
-            self._check(reply)
-            yield reply.batch
+        replies = iter(self._loader)  # starts the workers, before there is a thread
+        with self._fetch_ahead() as ahead:
+            for reply in replies:
+                self._check(reply)
+                yield reply.batch
+                ahead.advance()
+
+    def _fetch_ahead(self) -> FetchAhead:
+        """The thread that brings remote shards of the coming batches into the cache."""
+        requests = iter(self._sampler) if self._index.is_remote else iter(())
+        return FetchAhead(self._index.fetch, (request.sample_ids for request in requests),
+                          self._window)  # fmt: skip
 
     def _check(self, reply: Reply) -> None:
         self.bad_samples.update(reply.bad)
         if len(self.bad_samples) > self._max_bad_samples:
-            reason = next(iter(reply.bad.values()))
+            reason = next(iter(reply.bad.values()), "bad samples of the run so far")
             raise UserError(
                 f"{reason}. {len(self.bad_samples)} bad samples, allowed are "
                 f"{self._max_bad_samples}: repair the "
@@ -144,28 +182,10 @@ def _quiet_worker(_: int) -> None:
 
 
 def make_loader(
-    dataset: TwoViewDataset,
-    *,
-    batch_size: int,
-    epoch: int,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    shuffle_window: int = 4096,
-    max_bad_samples: int = 0,
+    dataset: TwoViewDataset, *, epoch: int, start_step: int = 0, **options: Any
 ) -> Iterator[TwoViewBatch]:
     """The batches of one epoch from one step on; for several epochs keep a `Loader`."""
-    loader = Loader(
-        dataset,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        shuffle_window=shuffle_window,
-        max_bad_samples=max_bad_samples,
-    )
-    return loader.epoch(epoch, start_step)
+    return Loader(dataset, **options).epoch(epoch, start_step)
 
 
 class _Chunks(Sampler):
@@ -184,7 +204,7 @@ class _Chunks(Sampler):
 
 
 def eval_loader(
-    index: ShardIndex, image_size: int, batch_size: int, num_workers: int = 0
+    index: Samples, image_size: int, batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """All samples once, in index order, the last batch shorter.
 

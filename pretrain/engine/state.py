@@ -14,6 +14,8 @@ from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 
 NOT_COMPARED = ("out", "engine", "eval")  # may change when a run goes on: they decide no gradient
+# Where the shards lie, and how they are read; that they are the same is seen by their fingerprint.
+DATA_NOT_COMPARED = ("shards", "num_workers")
 
 
 @dataclass
@@ -33,8 +35,12 @@ def to_checkpoint(
     optimizer: torch.optim.Optimizer,
     position: Position,
     num_steps: int,
+    data_fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """Everything, as plain types and tensors (schema in docs/architecture.md)."""
+    """Everything, as plain types and tensors (schema in docs/architecture.md).
+
+    ``data_fingerprint`` says which samples the run sees; None where that cannot be known.
+    """
     arch, negatives = config.arch, model.objective.negatives
     return {
         "format": checkpoint.FORMAT,
@@ -53,7 +59,7 @@ def to_checkpoint(
         "ema": None if model.ema is None else model.ema.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": None,  # bf16 needs no loss scaling
-        "schedule": {"num_steps": num_steps},
+        "schedule": {"num_steps": num_steps, "data_fingerprint": data_fingerprint},
         "queue": None if model.queue is None else model.queue.state_dict(),
         "negatives": None if negatives is None else negatives.state_dict(),
         "random": {
@@ -73,6 +79,7 @@ def restore(
     model: FAContrastive,
     optimizer: torch.optim.Optimizer,
     num_steps: int,
+    data_fingerprint: str | None = None,
 ) -> Position:
     """Load a checkpoint into a freshly built run.
 
@@ -82,10 +89,8 @@ def restore(
     state = checkpoint.load(path)
     saved = {k: v for k, v in state["config"].items() if k not in NOT_COMPARED}
     now = {k: v for k, v in to_plain(config).items() if k not in NOT_COMPARED}
-    for plain in (saved, now):  # where the shards lie, and how many workers read them, may change
-        plain["data"] = {
-            k: v for k, v in plain["data"].items() if k not in ("shards", "num_workers")
-        }
+    for plain in (saved, now):
+        plain["data"] = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
     differences = checkpoint.different_keys(saved, now)
     if differences:
         raise UserError(
@@ -96,6 +101,13 @@ def restore(
         raise UserError(
             f"{path} was made for {state['schedule']['num_steps']} steps, the shards now give "
             f"{num_steps}: the data set has changed. Give the same shards, or another out=DIR"
+        )
+    known = state["schedule"].get("data_fingerprint")
+    if known is not None and data_fingerprint is not None and known != data_fingerprint:
+        raise UserError(
+            f"{path} was made with other shards (or other weights of them) than data.shards names "
+            "now, so the order of samples would be another. Give the same shards, or start a new "
+            "run with another out=DIR"
         )
     model.online.load_state_dict(state["model"])
     if model.ema is not None:

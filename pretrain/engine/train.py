@@ -7,10 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
-from pretrain.data.augment import PRESETS, augment, draw_parameters
-from pretrain.data.order import num_steps_per_epoch
-from pretrain.data.shards import ShardIndex
-from pretrain.data.stream import Loader, TwoViewBatch, TwoViewDataset
 from pretrain.engine import checkpoint, diagnostics, dist, run_folder
 from pretrain.engine.diagnostics import CollapseAlarm, CollapseError
+from pretrain.engine.feed import Fed, Feed
 from pretrain.engine.metrics import MetricLog
 from pretrain.engine.optim import (
     ema_tau,
@@ -93,8 +88,11 @@ class Run:
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
         self.folder = run_folder.prepare(config, resume=resume)
-        self.index = open_shards(config.data.shards)
-        self.steps_per_epoch = num_steps_per_epoch(self.index.num_samples, config.data.batch_size)
+        self.feed = Feed(
+            config.data, seed=config.seed, device=self.device,
+            channels_last=config.engine.channels_last, folder=self.folder,
+        )  # fmt: skip
+        self.steps_per_epoch = self.feed.num_steps
         self.num_steps = self.steps_per_epoch * config.optim.epochs
         refuse_without_gradient(config.objective, config.fa, config.heads)
         torch.manual_seed(config.seed)
@@ -111,14 +109,14 @@ class Run:
         self.position = Position()
         path = self.folder / "checkpoint.pth"
         if resume and path.exists():
-            self.position = restore(path, config, self.model, self.optimizer, self.num_steps)
+            self.position = restore(
+                path, config, self.model, self.optimizer, self.num_steps, self.feed.fingerprint
+            )
         self.gradients = Gradients(
             self.model, self._forward_through_ddp(), config.optim, self._autocast
         )
         self.probe = Probe.open(config.eval, config.data, self.device)
         self.alarm = CollapseAlarm(config.engine)
-        self.views = PRESETS[config.data.augmentation]
-        self.loader = self._make_loader(config.data.num_workers)
 
     def _forward_through_ddp(self) -> torch.nn.Module:
         if not dist.is_on():
@@ -126,24 +124,6 @@ class Run:
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(
             self.model.online, device_ids=devices, broadcast_buffers=False
-        )
-
-    def _make_loader(self, num_workers: int) -> Loader:
-        data = self.config.data
-        dataset = TwoViewDataset(
-            self.index,
-            image_size=data.image_size,
-            crop_scales=(self.views[0].crop_scale, self.views[1].crop_scale),
-            seed=self.config.seed,
-        )
-        return Loader(
-            dataset,
-            batch_size=data.batch_size,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            num_workers=num_workers,
-            shuffle_window=data.shuffle_window,
-            max_bad_samples=data.max_bad_samples,
         )
 
     def train(self) -> None:
@@ -185,19 +165,17 @@ class Run:
 
     def _train_epoch(self, log: MetricLog | None, bar: tqdm) -> None:
         meter = Meter()
-        for batch, waited in timed(
-            self.loader.epoch(self.position.epoch, self.position.step_in_epoch)
-        ):
+        for fed in self.feed.epoch(self.position.epoch, self.position.step_in_epoch):
             started = time.perf_counter()
             is_logged = self._is_logged(self.position.step + 1)
-            done = self._step(batch, is_logged=is_logged)
+            done = self._step(fed, is_logged=is_logged)
             self.position.step += 1
             self.position.step_in_epoch += 1
-            self.position.num_bad_samples += batch.num_bad
-            self.position.train_seconds += time.perf_counter() - started + waited
+            self.position.num_bad_samples += fed.batch.num_bad
+            self.position.train_seconds += time.perf_counter() - started + fed.waited
             meter.num_steps += 1
             meter.num_images += self.config.data.batch_size
-            meter.data_seconds += waited
+            meter.data_seconds += fed.waited
             bar.update()
             if is_logged:
                 self._log(done, meter, log, bar)
@@ -208,43 +186,27 @@ class Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16)
 
-    def _step(self, batch: TwoViewBatch, *, is_logged: bool) -> Step:
-        """One optimiser step: augment, forward, loss, backward, update, EMA and queue."""
+    def _step(self, fed: Fed, *, is_logged: bool) -> Step:
+        """One optimiser step: forward, loss, backward, update, EMA and queue."""
         config, step = self.config, self.position.step
         factor = lr_factor(self.schedule, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
-        views = self.augmented_views(batch, self.position.epoch)
         self.optimizer.zero_grad(set_to_none=True)
         generator = partial(fa_generator, config.seed, step, self.device)
         progress = step / self.num_steps
-        views = self.gradients.attacked(views, generator, progress, config.adversarial, config.data)
+        views = self.gradients.attacked(
+            fed.views, generator, progress, config.adversarial, config.data
+        )
         outputs = self.gradients.compute(views, generator, progress)
         if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
             self.model.online.prototypes.weight.grad = None
         self.optimizer.step()
-        ids, labels = (x.to(self.device) for x in (batch.sample_ids, batch.labels))
+        ids, labels = fed.batch.sample_ids, fed.batch.labels
         first = slice(0, outputs[0].projection.shape[0])
         queue = self.model.queue_report(outputs[0], ids[first], labels[first]) if is_logged else {}
         tau = ema_tau(config.objective, step, self.num_steps)
         self.model.after_optimizer_step(tau, outputs, ids, labels)
         return Step(outputs[0], lr, queue)
-
-    @torch.no_grad()
-    def augmented_views(self, batch: TwoViewBatch, epoch: int) -> torch.Tensor:
-        """Photometric augmentation on the device: uint8 crops -> normalised [2, n, 3, s, s]."""
-        data = self.config.data
-        views = []
-        for number, view in enumerate(self.views):
-            parameters = draw_parameters(
-                view, batch.keys, seed=self.config.seed, epoch=epoch, view_index=number,
-                image_size=data.image_size,
-            )  # fmt: skip
-            crops = batch.views[number].to(self.device, non_blocking=True)
-            images = augment(crops, parameters, data.pixel_mean, data.pixel_std)
-            if self.config.engine.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            views.append(images)
-        return torch.stack(views) if not self.config.engine.channels_last else _stack_nhwc(views)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
@@ -311,8 +273,9 @@ class Run:
         if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):
             raise self._diverged("weights are no longer finite")
         state = to_checkpoint(
-            self.config, self.model, self.optimizer, self.position, self.num_steps
-        )
+            self.config, self.model, self.optimizer, self.position, self.num_steps,
+            self.feed.fingerprint,
+        )  # fmt: skip
         path = self.folder / "checkpoint.pth"
         checkpoint.save(state, path)
         checkpoint.keep(path, self.position.step, self.config.engine.keep_checkpoints)
@@ -320,9 +283,9 @@ class Run:
     def _save_view_pictures(self) -> None:
         num = min(self.config.eval.num_pictures, self.config.data.batch_size)
         if num:
-            batch = next(iter(self._make_loader(num_workers=0).epoch(0, 0)))
-            save_views(self.folder, self.index, batch, self.augmented_views(batch, 0), num,
-                       self.config.data)  # fmt: skip
+            first = self.feed.first_batch()
+            ids, data = first.batch.sample_ids, self.config.data
+            save_views(self.folder, self.feed.samples, ids, first.views, num, data)
 
     def _finish(self) -> None:
         """Neighbour gallery and ``summary.json``, which says that the run is complete."""
@@ -331,29 +294,15 @@ class Run:
             save_neighbours(
                 self.folder,
                 self.model.online.backbone,
-                self.index,
+                self.feed.samples,
                 self.probe,
                 num,
                 self.device,
                 self.config.data,
             )
-        run_folder.write_summary(self.folder, self.position, self.config, self.index.num_samples)
-
-
-def timed(batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float]]:
-    """Each batch with the seconds that the loop waited for it."""
-    iterator = iter(batches)
-    while True:
-        started = time.perf_counter()
-        batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - started
-
-
-def _stack_nhwc(views: list[torch.Tensor]) -> torch.Tensor:
-    """Stack so that each view keeps its channels-last memory."""
-    return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
+        run_folder.write_summary(
+            self.folder, self.position, self.config, self.feed.samples.num_samples
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -381,17 +330,3 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def open_shards(path: str | None) -> ShardIndex:
-    """The training shards.
-
-    Raises:
-        UserError: If no path is set; and all that ``ShardIndex.open`` refuses.
-    """
-    if path is None:
-        raise UserError(
-            "data.shards is not set: name the folder that tools/make_shards.py wrote, "
-            "e.g. data.shards=data/shards"
-        )
-    return ShardIndex.open(Path(path))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from pretrain.data.shards import ShardIndex
+from pretrain.data.mixture import Samples
 from pretrain.data.stream import eval_loader
 
 
@@ -24,7 +24,7 @@ def normalise(
 @torch.no_grad()
 def extract_features(
     backbone: nn.Module,
-    index: ShardIndex,
+    index: Samples,
     *,
     image_size: int,
     mean: tuple[float, float, float],

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain.config import DataConfig
-from pretrain.data.shards import ShardIndex
-from pretrain.data.stream import TwoViewBatch
+from pretrain.data.mixture import Samples
 from pretrain.data.views import center_crop, decode
 from pretrain.engine.run_folder import write_json
 from pretrain.eval.features import extract_features
@@ -26,8 +25,8 @@ MAX_BANK = 2048  # pictures searched where there is no probe
 
 def save_views(
     folder: Path,
-    index: ShardIndex,
-    batch: TwoViewBatch,
+    index: Samples,
+    ids: Tensor,
     views: Tensor,
     num_rows: int,
     data: DataConfig,
@@ -37,7 +36,7 @@ def save_views(
     mean = views.new_tensor(data.pixel_mean).view(1, 3, 1, 1)
     rows, described = [], []
     for i in range(min(num_rows, views.shape[1])):
-        sample = int(batch.sample_ids[i])
+        sample = int(ids[i])
         both = ((views[:, i] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
         rows.append([_picture(index, sample), *(view.cpu().numpy() for view in both)])
         described.append({"sample": index.key_name(sample)})
@@ -51,7 +50,7 @@ def save_views(
 def save_neighbours(
     folder: Path,
     backbone: nn.Module,
-    index: ShardIndex,
+    index: Samples,
     probe: Probe | None,
     num_rows: int,
     device: torch.device,
@@ -104,7 +103,7 @@ def _name(names: list[str] | None, label: int) -> str | None:
     return names[label] if names else str(label)
 
 
-def _picture(index: ShardIndex, sample: int) -> np.ndarray:
+def _picture(index: Samples, sample: int) -> np.ndarray:
     """A sample as the middle square of its picture, uint8 RGB."""
     return center_crop(decode(index.read_bytes(sample), where=index.describe(sample)), TILE)
 

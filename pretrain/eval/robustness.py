@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig
-from pretrain.data.shards import ShardIndex
+from pretrain.data.mixture import Samples
 from pretrain.data.stream import eval_loader
 from pretrain.errors import UserError, require
 from pretrain.eval.features import normalise
@@ -132,7 +132,7 @@ def network_of(state: dict[str, Any], device: torch.device) -> OnlineNetwork:
 
 def prepare(
     state: dict[str, Any],
-    index: ShardIndex,
+    index: Samples,
     *,
     num_queries: int,
     device: torch.device,

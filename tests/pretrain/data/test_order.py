@@ -4,8 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.order import (
+    Epoch,
+    SourceSizes,
     counter_rng,
     epoch_order,
+    epoch_samples,
     global_batch,
     num_steps_per_epoch,
     rank_slice,
@@ -60,25 +63,98 @@ def test_each_sample_once_and_repeatable(
     np.testing.assert_array_equal(order, again)
 
 
+def as_epoch(order: np.ndarray) -> Epoch:
+    return Epoch(order, np.full(len(order), 3))
+
+
 @seeded
 @given(
-    shard_sizes.filter(lambda sizes: sum(sizes) >= 12),
+    st.lists(st.tuples(shard_sizes, st.sampled_from([1.0, 0.5, 1.7, 3.0])), min_size=1, max_size=3),
     st.sampled_from([1, 2, 3, 4, 6, 12]),
     st.sampled_from([1, 2, 3, 4, 6, 12]),
+    st.sampled_from(["drop", "pad"]),
     st.data(),
 )
 def test_ranks_and_resume_see_the_same_batches(
-    sizes: list[int], world_size: int, other_world_size: int, data: st.DataObject
+    parts: list, world_size: int, other_world_size: int, last_batch, data: st.DataObject
 ) -> None:
-    order = epoch_order(sizes, seed=1, epoch=2, window=16)
-    num_steps = num_steps_per_epoch(len(order), 12)
+    sources = [SourceSizes(sizes, weight) for sizes, weight in parts]
+    sources.append(SourceSizes([12]))  # so that there is one batch at least
+    whole = epoch_samples(sources, seed=1, epoch=2, window=16)
+    num_steps = num_steps_per_epoch(len(whole), 12, last_batch)
     stop = data.draw(st.integers(0, num_steps))
     seen = []
     for step in range(num_steps):  # the run goes on at `stop` with another number of ranks
         size = world_size if step < stop else other_world_size
-        batch = global_batch(order, step, 12)
+        again = epoch_samples(sources, seed=1, epoch=2, window=16)
+        batch = global_batch(again, step, 12, last_batch)
         seen += [rank_slice(batch, rank, size) for rank in range(size)]
-    np.testing.assert_array_equal(np.concatenate(seen), order[: num_steps * 12])
+    ids = np.concatenate([part.sample_ids for part in seen])
+    visits = np.concatenate([part.visits for part in seen])
+    num_whole = min(len(whole), len(ids))
+    np.testing.assert_array_equal(ids[:num_whole], whole.sample_ids[:num_whole])
+    np.testing.assert_array_equal(visits[:num_whole], whole.visits[:num_whole])
+    assert len(ids) - len(whole) in range(12) if last_batch == "pad" else len(ids) <= len(whole)
+    np.testing.assert_array_equal(ids[num_whole:], whole.sample_ids[: len(ids) - num_whole])
+    assert len(set(zip(ids.tolist(), visits.tolist(), strict=True))) == len(ids)  # no view twice
+
+
+# -- mixtures -------------------------------------------------------------------------------------
+
+
+def brute_force_counts(sizes: list[int], weight: float, num_epochs: int) -> np.ndarray:
+    """How often each sample of a source was due, from the definition: an endless row of cycles."""
+    row = np.concatenate([np.arange(sum(sizes)) for _ in range(int(weight * num_epochs) + 2)])
+    return np.bincount(row[: round(weight * sum(sizes)) * num_epochs], minlength=sum(sizes))
+
+
+@seeded
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    st.sampled_from([1.0, 2.0, 0.5, 0.3, 2.7]),
+    st.integers(1, 5),
+    st.integers(1, 60),
+)
+def test_weights_say_how_often_each_sample_comes(
+    one: list[int], other: list[int], weight: float, num_epochs: int, window: int
+) -> None:
+    sources = [SourceSizes(one), SourceSizes(other, weight)]
+    epochs = [
+        epoch_samples(sources, seed=4, epoch=epoch, window=window) for epoch in range(num_epochs)
+    ]
+    ids = np.concatenate([epoch.sample_ids for epoch in epochs])
+    counts = np.bincount(ids, minlength=sum(one) + sum(other))
+    assert (counts[: sum(one)] == num_epochs).all()
+    expected = brute_force_counts(other, weight, num_epochs)
+    assert counts[sum(one) :].sum() == expected.sum()
+    assert counts[sum(one) :].max() - counts[sum(one) :].min() <= 1
+    assert sorted(counts[sum(one) :]) == sorted(expected)
+    visits = np.concatenate([epoch.visits for epoch in epochs])
+    for sample in np.unique(ids):  # visits count up: 0, 1, 2, ..
+        assert visits[ids == sample].tolist() == list(range(counts[sample]))
+
+
+def test_every_batch_has_about_the_same_mixture() -> None:
+    sources = [SourceSizes([100] * 9), SourceSizes([50] * 4, 0.5)]
+    epoch = epoch_samples(sources, seed=0, epoch=3, window=100)
+    assert len(epoch) == 1000
+    from_second = (epoch.sample_ids >= 900).reshape(10, 100).sum(axis=1)
+    assert set(from_second.tolist()) == {10}
+
+
+def test_one_source_of_weight_one_is_the_plain_order() -> None:
+    epoch = epoch_samples([SourceSizes([30, 20])], seed=7, epoch=2, window=10)
+    expected = epoch_order([30, 20], seed=7, epoch=2, window=10)
+    np.testing.assert_array_equal(epoch.sample_ids, expected)
+    assert set(epoch.visits.tolist()) == {2}
+
+
+def test_sources_of_equal_sizes_are_shuffled_differently() -> None:
+    epoch = epoch_samples([SourceSizes([40]), SourceSizes([40])], seed=7, epoch=2, window=80)
+    first = epoch.sample_ids[epoch.sample_ids < 40]
+    second = epoch.sample_ids[epoch.sample_ids >= 40] - 40
+    assert first.tolist() != second.tolist()
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -118,11 +194,19 @@ def test_every_sample_takes_every_place_equally_often() -> None:
     )  # 99.9 % quantile of chi-square with 49 degrees of freedom: 85.4; some room
 
 
-def test_remainder_is_dropped() -> None:
+def test_remainder_is_dropped_or_padded() -> None:
+    epoch = as_epoch(np.arange(10))
     assert num_steps_per_epoch(10, 3) == 3
-    assert global_batch(np.arange(10), 2, 3).tolist() == [6, 7, 8]
+    assert global_batch(epoch, 2, 3).sample_ids.tolist() == [6, 7, 8]
     with pytest.raises(IndexError, match="batch 3 of an epoch with 3 batches"):
-        global_batch(np.arange(10), 3, 3)
+        global_batch(epoch, 3, 3)
+    assert num_steps_per_epoch(10, 3, "pad") == 4
+    assert num_steps_per_epoch(9, 3, "pad") == 3
+    padded = global_batch(epoch, 3, 3, "pad")
+    assert padded.sample_ids.tolist() == [9, 0, 1]
+    assert padded.visits.tolist() == [3, -4, -4]
+    with pytest.raises(IndexError, match="batch 4 of an epoch with 4 batches"):
+        global_batch(epoch, 4, 3, "pad")
 
 
 def test_mistakes_are_named() -> None:
@@ -133,4 +217,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="shuffle window 0"):
         epoch_order([3], seed=0, epoch=0, window=0)
     with pytest.raises(UserError, match="multiple of 3"):
-        rank_slice(np.arange(8), 0, 3)
+        rank_slice(as_epoch(np.arange(8)), 0, 3)

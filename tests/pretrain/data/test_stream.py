@@ -1,6 +1,8 @@
 import io
+import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import epoch_order
+from pretrain.data.mixture import Mixture, Samples, open_samples
+from pretrain.data.order import SourceSizes, epoch_order
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import (
     Loader,
@@ -26,17 +29,17 @@ from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, sm
 SIZE = 16
 
 
-def dataset(index: ShardIndex, seed: int = 3) -> TwoViewDataset:
+def dataset(index: Samples, seed: int = 3) -> TwoViewDataset:
     return TwoViewDataset(index, image_size=SIZE, crop_scales=((0.2, 1.0), (0.08, 1.0)), seed=seed)
 
 
-def load(index: ShardIndex, **options: int) -> list[TwoViewBatch]:
+def load(index: Samples, **options: Any) -> list[TwoViewBatch]:
     arguments = {"batch_size": 8, "epoch": 0, "shuffle_window": 20} | options
     return list(make_loader(dataset(index), **arguments))
 
 
 def same(one: list[TwoViewBatch], other: list[TwoViewBatch]) -> bool:
-    fields = ("views", "keys", "sample_ids", "labels")
+    fields = ("views", "keys", "sample_ids", "visits", "labels")
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(one, other, strict=True)
@@ -101,13 +104,13 @@ def test_requests_are_the_same_for_any_ranks_and_resume_points(
     batch_size = 12 * per_rank
     if sum(sizes) < batch_size:
         sizes = [*sizes, batch_size]
-    shards = FakeIndex(sizes)
+    sources = [SourceSizes(sizes)]
 
     def ids(world_size: int, start_step: int) -> np.ndarray:
         ranks = []
         for rank in range(world_size):
             sampler = RequestSampler(
-                shards, seed=5, batch_size=batch_size, rank=rank, world_size=world_size, window=25
+                sources, seed=5, batch_size=batch_size, rank=rank, world_size=world_size, window=25
             )
             sampler.epoch, sampler.start_step = epoch, start_step
             ranks.append([request.sample_ids for request in sampler])
@@ -122,12 +125,99 @@ def test_requests_are_the_same_for_any_ranks_and_resume_points(
     np.testing.assert_array_equal(np.concatenate([before, ids(worlds[1], stop)]), whole)
 
 
-class FakeIndex(ShardIndex):
-    """An index without files."""
+def test_last_batch_padded_shows_every_sample(index: ShardIndex) -> None:
+    batches = load(index, batch_size=12, last_batch="pad")
+    assert len(batches) == 4
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert torch.equal(ids[40:], ids[:8])
+    assert sorted(ids[:40].tolist()) == list(range(40))
+    views = torch.cat([batch.views for batch in batches], dim=1)
+    assert not any(torch.equal(views[:, 40 + i], views[:, i]) for i in range(8))
+    dropped = load(index, batch_size=12)
+    assert len(dropped) == 3
+    assert same(dropped, batches[:3])
 
-    def __init__(self, sizes: list[int]) -> None:
-        self.shard_sizes = sizes
-        self.num_samples = sum(sizes)
+
+# -- mixtures -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_folder(tmp_path: Path) -> Path:
+    """12 samples without labels, some of them named as those of `index`."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        for i in range(12):
+            data = encode(smooth_picture(100 + i, 30, 40))
+            member = tarfile.TarInfo(f"class-0/picture-{2 * i:03d}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_mixture_reads_what_its_sets_hold(shard_folder: Path, other_folder: Path) -> None:
+    mixed = open_samples({str(shard_folder): 1, str(other_folder): 2.5})
+    assert isinstance(mixed, Mixture)
+    first, second = ShardIndex.open(shard_folder), ShardIndex.open(other_folder)
+    assert mixed.num_samples == 52
+    for i, (source, own) in {0: (first, 0), 39: (first, 39), 40: (second, 0)}.items():
+        assert mixed.read_bytes(i) == source.read_bytes(own)
+        assert mixed.key_name(i) == source.key_name(own)
+        assert source.folder.name in mixed.describe(i)
+    asked = np.array([50, 3, 41, 3])
+    assert mixed.read_many(asked) == [mixed.read_bytes(int(i)) for i in asked]
+    assert mixed.classes is None
+    assert set(mixed.labels.tolist()) == {-1}  # the sets name their classes differently
+    with pytest.raises(IndexError, match="sample 52 of 52"):
+        mixed.read_bytes(52)
+
+
+def test_mixture_keeps_labels_of_equal_classes(shard_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shard_folder, tmp_path / "copy")
+    mixed = open_samples([str(shard_folder), str(copy)])
+    plain = ShardIndex.open(shard_folder)
+    assert mixed.has_labels
+    assert mixed.classes == plain.classes
+    assert mixed.labels.tolist() == [*plain.labels, *plain.labels]
+    twin = mixed.samples[np.array([3, 43])]
+    assert twin["label"][0] == twin["label"][1]
+    assert twin["key"][0] != twin["key"][1]  # so that the twins are cropped independently
+
+
+def test_loader_of_a_mixture(shard_folder: Path, other_folder: Path) -> None:
+    mixed = open_samples({str(shard_folder): 1, str(other_folder): 2.5})
+    batches = load(mixed, batch_size=10)
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert len(ids) == 70
+    counts = torch.bincount(ids, minlength=52)
+    assert counts[:40].tolist() == [1] * 40
+    assert sorted(counts[40:].tolist()) == [2] * 6 + [3] * 6
+    assert same(batches, load(mixed, batch_size=10, num_workers=2))
+    assert same(batches[3:], load(mixed, batch_size=10, start_step=3))
+    views = torch.cat([batch.views for batch in batches], dim=1)
+    first, second = (ids == ids[ids >= 40][0]).nonzero()[:2, 0].tolist()
+    assert not torch.equal(views[:, first], views[:, second])  # another visit, another crop
+
+
+def test_fingerprint_knows_samples_and_weights(shard_folder: Path, other_folder: Path) -> None:
+    one, two = str(shard_folder), str(other_folder)
+    specs = [one, two, [one, two], [two, one], {one: 1, two: 2}]
+    prints = [open_samples(spec).fingerprint for spec in specs]
+    assert len(set(prints)) == len(prints)
+    assert open_samples({one: 1.0, two: 1.0}).fingerprint == prints[2]
+    assert isinstance(open_samples({one: 1}), ShardIndex)
+    assert open_samples([one]).fingerprint == prints[0]
+
+
+def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) -> None:
+    one, two = str(shard_folder), str(other_folder)
+    with pytest.raises(UserError, match="an empty list"):
+        open_samples([])
+    with pytest.raises(UserError, match="listed twice; give it a weight instead"):
+        open_samples([one, one])
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"weight .* must be above 0"):
+            open_samples({one: 1, two: weight})
 
 
 def test_crops_change_with_epoch_seed_and_view_but_not_with_place(index: ShardIndex) -> None:

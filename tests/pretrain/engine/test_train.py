@@ -188,9 +188,7 @@ def closed_form_lr(epoch, base_lr, epochs, warmup):
 def views_again(run, batch, epoch):
     views = []
     for number, view in enumerate(PRESETS["asymmetric"]):
-        parameters = draw_parameters(
-            view, batch.keys, seed=0, epoch=epoch, view_index=number, image_size=32
-        )
+        parameters = draw_parameters(view, batch.keys, epoch, seed=0, view_index=number)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         views.append(augment(batch.views[number], parameters, mean, std))
     return views
@@ -293,9 +291,9 @@ def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
     run = make_run(*overrides)
     again, curve, step = Again(run.config), [], 0
     for epoch in range(2):
-        for number, batch in enumerate(run.loader.epoch(epoch)):
+        for number, fed in enumerate(run.feed.epoch(epoch)):
             before = {k: v.clone() for k, v in again.net.state_dict().items()}
-            views = views_again(run, batch, epoch)
+            views = views_again(run, fed.batch, epoch)
             curve.append(again.step(views, epoch + number / STEPS_PER_EPOCH))
             step += 1
             state = checkpoint.load(folder / "checkpoints" / f"step-{step:08d}.pth")
@@ -634,13 +632,11 @@ def test_augmentation_preset_reaches_crops_and_colours(make_run):
     seen = {}
     for name, preset in PRESETS.items():
         run = make_run(f"data.augmentation={name}")
-        batch = next(iter(run.loader.epoch(0)))
-        views = run.augmented_views(batch, 0)
+        fed = next(iter(run.feed.epoch(0)))
+        batch, views = fed.batch, fed.views
         again = []
         for number, view in enumerate(preset):
-            parameters = draw_parameters(
-                view, batch.keys, seed=0, epoch=0, view_index=number, image_size=32
-            )
+            parameters = draw_parameters(view, batch.keys, 0, seed=0, view_index=number)
             data = run.config.data
             again.append(augment(batch.views[number], parameters, data.pixel_mean, data.pixel_std))
         torch.testing.assert_close(views, torch.stack(again))
@@ -655,8 +651,8 @@ def test_views_have_the_size_and_normalisation_of_the_config(make_run):
         "data.augmentation=none", "data.image_size=48",
         "data.pixel_mean=[0.1,0.2,0.3]", "data.pixel_std=[0.4,0.5,0.6]",
     )  # fmt: skip
-    batch = next(iter(run.loader.epoch(0)))
-    views = run.augmented_views(batch, 0)
+    fed = next(iter(run.feed.epoch(0)))
+    batch, views = fed.batch, fed.views
     assert views.shape == (2, 8, 3, 48, 48)
     raw = batch.views.double() / 255
     expected = (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -665,17 +661,24 @@ def test_views_have_the_size_and_normalisation_of_the_config(make_run):
 
 def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
     run = make_run()
-    batch = next(iter(run.loader.epoch(0)))
-    first = run.augmented_views(batch, 0)
-    assert torch.equal(first, run.augmented_views(batch, 0))
-    assert not torch.equal(first, run.augmented_views(batch, 1))
+
+    def views_of(sample, epoch):
+        """The two views of one sample, wherever it stands in the epoch."""
+        for fed in run.feed.epoch(epoch):
+            if sample in (ids := fed.batch.sample_ids.tolist()):
+                return fed.views[:, ids.index(sample)]
+        raise AssertionError(sample)
+
+    first = views_of(7, 0)
+    assert torch.equal(first, views_of(7, 0))
+    assert not torch.equal(first, views_of(7, 1))
     assert not torch.equal(first[0], first[1])
 
 
 def test_shuffle_window_decides_the_order(make_run):
     def order(window):
         run = make_run(f"data.shuffle_window={window}")
-        return torch.cat([b.sample_ids for b in run.loader.epoch(0)]).tolist()
+        return torch.cat([fed.batch.sample_ids for fed in run.feed.epoch(0)]).tolist()
 
     by_shard, shuffled = order(1), order(16384)
     assert sorted(by_shard) == sorted(shuffled) == list(range(40))
@@ -717,7 +720,7 @@ def test_precision_decides_autocast(make_run, objective):
     for precision in ("fp32", "bf16"):
         run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
         run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-        output = run._step(next(iter(run.loader.epoch(0))), is_logged=False).output
+        output = run._step(next(iter(run.feed.epoch(0))), is_logged=False).output
         results[precision] = output.loss.item()
         assert output.loss.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
@@ -739,7 +742,7 @@ def test_channels_last_changes_memory_not_meaning(make_run):
     results = {}
     for flag in (True, False):
         run = make_run(f"engine.channels_last={str(flag).lower()}")
-        views = run.augmented_views(next(iter(run.loader.epoch(0))), 0)
+        views = next(iter(run.feed.epoch(0))).views
         weight = run.model.online.backbone.get_submodule("layer1.0").conv2.weight
         for tensor in (views[0], views[1], weight):
             assert tensor.is_contiguous(memory_format=torch.channels_last) == flag
