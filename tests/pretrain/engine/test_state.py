@@ -174,3 +174,13 @@ def test_random_state_is_restored(saved):
     torch.manual_seed(12345)
     restore(path, config, model, optim, 100)
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_shards_of_another_fingerprint_are_refused(make_model, tmp_path):
+    config, model, optim = build(make_model)
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(to_checkpoint(config, model, optim, Position(), 100, "one"), path)
+    assert restore(path, config, model, optim, 100, "one") == Position()
+    assert restore(path, config, model, optim, 100) == Position()  # a stream has no fingerprint
+    with pytest.raises(UserError, match=r"made with other shards .* than data\.shards names now"):
+        restore(path, config, model, optim, 100, "other")
