@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pretrain.data.shard_cluster import Cluster, TaskError
 from pretrain.data.shards import (
     DiskFullError,
     ShardOptions,
@@ -57,13 +58,27 @@ def parser() -> argparse.ArgumentParser:
     add("--shuffle-seed", type=int, default=default.shuffle_seed, metavar="N",
         help=f"seed of the order over all shards (default: {default.shuffle_seed})")  # fmt: skip
     add("--no-shuffle", action="store_true", help="keep the order of names")
-    add("--num-workers", type=int, default=os.cpu_count() or 1, metavar="N",
-        help="processes; the shards do not depend on it (default: all cores)")  # fmt: skip
+    add("--num-workers", type=int, metavar="N",
+        help="processes; the shards do not depend on it (default: all cores; with --submitit: 1 "
+        "per task)")  # fmt: skip
     add("--max-bad", type=int, default=0, metavar="N",
         help="leave out and list up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="throw away other shards in OUT first")
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
+    _add_cluster(main_parser)
     return main_parser
+
+
+def _add_cluster(main_parser: argparse.ArgumentParser) -> None:
+    add = main_parser.add_argument_group("several tasks, through submitit").add_argument
+    add("--submitit", choices=("local", "slurm"), help="where tasks run; OUT must be shared")
+    add("--num-tasks", type=int, metavar="N", help="tasks, each makes a share of the shards")
+    add("--slurm-partition", metavar="NAME", help="partition of the tasks")
+    add("--slurm-time-minutes", type=int, default=240, metavar="MIN",
+        help="time limit of a task; at its end it is queued again (default: 240)")  # fmt: skip
+    add("--slurm-mem-gb", type=float, metavar="GB", help="memory of a task")
+    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
+        help="further line for sbatch, such as account=vision; may be repeated")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pack(options)
         elif not options.verify:
             raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify (see --help)")
-        return verify(options.out or options.source, options.num_workers) if options.verify else 0
-    except DiskFullError as error:
+        return verify(options.out or options.source, workers_of(options)) if options.verify else 0
+    except (DiskFullError, TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenProcessPool:
@@ -98,8 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pack(options: argparse.Namespace) -> None:
     """Write the shards and say what was done."""
-    if options.num_workers < 0 or options.max_bad < 0:
-        raise UserError("--num-workers and --max-bad must not be negative")
+    if options.max_bad < 0:
+        raise UserError("--max-bad must not be negative")
+    cluster = cluster_of(options)
     shard_options = ShardOptions(
         max_samples_per_shard=options.max_samples_per_shard,
         shard_size_mb=options.shard_size_mb,
@@ -114,12 +130,44 @@ def pack(options: argparse.Namespace) -> None:
         options.out,
         options=shard_options,
         classes=None if source.classes is None else list(source.classes),
-        num_workers=options.num_workers,
+        num_workers=workers_of(options),
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         progress=True,
+        cluster=cluster,
     )
     print(summary(report, options.out))
+
+
+def workers_of(options: argparse.Namespace) -> int:
+    """Processes of this command, or of each of its tasks."""
+    if options.num_workers is None:
+        return 1 if options.submitit else os.cpu_count() or 1
+    if options.num_workers < 0:
+        raise UserError("--num-workers must not be negative")
+    return options.num_workers
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster | None:
+    """Where tasks run; None to work in this process."""
+    if options.submitit is None:
+        if options.num_tasks is not None or options.slurm_partition or options.slurm_option:
+            raise UserError("--num-tasks and --slurm-.. need --submitit local or slurm")
+        return None
+    if options.num_tasks is None:
+        raise UserError(f"--submitit {options.submitit} needs --num-tasks N")
+    pairs = [text.partition("=") for text in options.slurm_option]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise UserError(f"--slurm-option {key}{equals}{value}: must be KEY=VALUE")
+    return Cluster(
+        kind=options.submitit,
+        num_tasks=options.num_tasks,
+        partition=options.slurm_partition,
+        time_minutes=options.slurm_time_minutes,
+        mem_gb=options.slurm_mem_gb,
+        options={key: value for key, _, value in pairs},
+    )
 
 
 def describe(source: Source, path: Path) -> str:

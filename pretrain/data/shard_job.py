@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import io
+import json
 import os
+import secrets
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +35,7 @@ def write_shard(
     Raises:
         UserError: If more than `max_bad` of its pictures are bad, or the disk is full.
     """
-    temporary = folder / f".{plan.name}.{os.getpid()}.tmp"
+    temporary = folder / f".{plan.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     skipped: list[dict[str, str]] = []
     try:
         with open(temporary, "wb") as stream:
@@ -59,6 +61,16 @@ def write_shard(
         raise disk_error(error, folder) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_part(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
+    """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
+    try:
+        part = json.loads((folder / PARTS / f"{plan.name}.json").read_text(encoding="utf-8"))
+        is_whole = (folder / plan.name).stat().st_size == part["bytes"]
+    except (OSError, ValueError):
+        return None
+    return part if is_whole and part["fingerprint"] == plan.fingerprint else None
 
 
 class _HashingStream:
@@ -91,7 +103,7 @@ def _write_tar(
             try:
                 suffix, data = prepare(picture.path, options.resize_short, options.quality)
             except BadSample as error:
-                skipped.append({"file": picture.name, "reason": str(error)})
+                skipped.append({"file": printable(picture.name), "reason": printable(str(error))})
                 check_bad(skipped, max_bad)
                 continue
             _add(tar.addfile, f"{key}.{suffix}", data)
@@ -106,6 +118,11 @@ def _add(addfile: Callable[[tarfile.TarInfo, BinaryIO], None], name: str, data: 
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o644
     addfile(member, io.BytesIO(data))
+
+
+def printable(text: str) -> str:
+    """A file name, or text that holds one; bytes that are no UTF-8 become hexadecimal codes."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:

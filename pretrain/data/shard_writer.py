@@ -1,12 +1,11 @@
 """Write WebDataset shards: parallel, restartable, the same bytes for any number of workers."""
 
-import fcntl
 import hashlib
 import json
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.process_pool import make_pool
-from pretrain.data.shard_job import PARTS, check_bad, disk_error, write_shard
+from pretrain.data.process_pool import map_unordered
+from pretrain.data.shard_cluster import Cluster, run_tasks
+from pretrain.data.shard_job import PARTS, check_bad, disk_error, read_part, write_shard
+from pretrain.data.shard_lock import PLAN_FILE, only_writer
 from pretrain.data.shard_plan import ShardOptions, ShardPlan, SourcePicture, make_plan
 from pretrain.data.tar_index import read_index, write_index, write_json
 from pretrain.errors import UserError
@@ -41,6 +42,8 @@ class _Task:
     options: ShardOptions
     classes: list[str] | None
     max_bad: int
+    cluster: Cluster | None
+    run_id: str
 
     @property
     def parts(self) -> Path:
@@ -62,6 +65,7 @@ def write_shards(
     max_bad: int = 0,
     overwrite: bool = False,
     progress: bool = False,
+    cluster: Cluster | None = None,
 ) -> WriteReport:
     """Pack pictures into OUT/shard-*.tar with OUT/index.json and OUT/samples.npy.
 
@@ -73,19 +77,22 @@ def write_shards(
         out: Folder to write; made if missing.
         options: How shards are made.
         classes: Class names, or None.
-        num_workers: Processes; 0 or 1 works in this one.
+        num_workers: Processes, of each task if there is a cluster; 0 or 1 works in one.
         max_bad: How many pictures may be left out because they do not decode.
         overwrite: Throw away other shards in `out` first.
         progress: Show a progress bar.
+        cluster: Where to make the shards; None: here.
     Raises:
         UserError: If more pictures than allowed are bad, `out` holds other shards or is being
             written by another run, or the disk is full.
+        TaskError: If a task on the cluster did not finish its share.
     """
     options = options or ShardOptions()
-    task = _Task(Path(out), make_plan(pictures, options), options, classes, max_bad)
+    plans, run_id = make_plan(pictures, options), secrets.token_hex(8)
+    task = _Task(Path(out), plans, options, classes, max_bad, cluster, run_id)
     try:
         task.folder.mkdir(parents=True, exist_ok=True)
-        with _only_writer(task.folder):
+        with only_writer(task.folder):
             finished = None if overwrite else _finished_report(task)
             if finished is not None:
                 return finished
@@ -93,23 +100,6 @@ def write_shards(
             return _make_all(task, num_workers, progress)
     except OSError as error:
         raise disk_error(error, task.folder) from error
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder that the system frees when this process ends, however it ends."""
-    path = folder / ".lock"
-    with open(path, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is writing here; wait for it, or choose another folder"
-            ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _finished_report(task: _Task) -> WriteReport | None:
@@ -146,7 +136,7 @@ def _prepare_folder(task: _Task, overwrite: bool) -> None:
         for path in sorted(folder.glob("shard-*.tar")):
             path.unlink()
         shutil.rmtree(parts, ignore_errors=True)
-    plan_file = parts / "plan.json"
+    plan_file = parts / PLAN_FILE
     if plan_file.exists():
         if json.loads(plan_file.read_text())["fingerprint"] != task.fingerprint:
             raise UserError(
@@ -161,12 +151,14 @@ def _prepare_folder(task: _Task, overwrite: bool) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".*.tmp"), *parts.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
-    write_json(plan_file, {"fingerprint": task.fingerprint})
+    write_json(plan_file, {"fingerprint": task.fingerprint, "run": task.run_id})
 
 
 def _make_all(task: _Task, num_workers: int, progress: bool) -> WriteReport:
     """Make the shards that are not there yet, then the index."""
-    done = {plan.name: part for plan in task.plans if (part := _read_part(task, plan)) is not None}
+    done = {
+        plan.name: part for plan in task.plans if (part := read_part(task.folder, plan)) is not None
+    }
     num_kept = len(done)
     todo = [plan for plan in task.plans if plan.name not in done]
     _check_space(task.folder, sum(plan.estimated_bytes for plan in todo))
@@ -174,10 +166,11 @@ def _make_all(task: _Task, num_workers: int, progress: bool) -> WriteReport:
     with tqdm(total=total, desc="packing", unit="picture", disable=not progress) as bar:
         bar.update(total - sum(len(plan.pictures) for plan in todo))
         check_bad(_skipped(task, done), task.max_bad)
-        for plan, part in _run(task, todo, num_workers):
-            done[plan.name] = part
-            bar.update(len(plan.pictures))
-            check_bad(_skipped(task, done), task.max_bad)
+        with closing(_run(task, todo, num_workers)) as finished:
+            for plan, part in finished:
+                done[plan.name] = part
+                bar.update(len(plan.pictures))
+                check_bad(_skipped(task, done), task.max_bad)
     return _finish(task, done, num_kept)
 
 
@@ -188,43 +181,13 @@ def _skipped(task: _Task, done: dict[str, dict[str, Any]]) -> list[dict[str, str
 
 def _run(
     task: _Task, todo: list[ShardPlan], num_workers: int
-) -> Iterator[tuple[ShardPlan, dict[str, Any]]]:
-    """Make shards in this process or several; yields each as it is finished."""
-    if num_workers <= 1 or len(todo) <= 1:
-        for plan in todo:
-            yield plan, write_shard(plan, task.folder, task.options, task.max_bad)
-        return
-    pool = make_pool(min(num_workers, len(todo)))
-    try:
-        yield from _run_parallel(pool, task, todo, num_workers)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run_parallel(
-    pool: ProcessPoolExecutor, task: _Task, todo: list[ShardPlan], num_workers: int
-) -> Iterator[tuple[ShardPlan, dict[str, Any]]]:
-    """At most two shards per worker are on their way, so that memory stays bounded."""
-    pending: dict[Future[dict[str, Any]], ShardPlan] = {}
-    waiting = iter(todo)
-    while True:
-        while len(pending) < 2 * num_workers and (plan := next(waiting, None)) is not None:
-            future = pool.submit(write_shard, plan, task.folder, task.options, task.max_bad)
-            pending[future] = plan
-        if not pending:
-            return
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            yield pending.pop(future), future.result()
-
-
-def _read_part(task: _Task, plan: ShardPlan) -> dict[str, Any] | None:
-    """The part of a finished shard, if it is this plan's and its tar is whole."""
-    try:
-        part = json.loads((task.parts / f"{plan.name}.json").read_text(encoding="utf-8"))
-        is_whole = (task.folder / plan.name).stat().st_size == part["bytes"]
-    except (OSError, ValueError):
-        return None
-    return part if is_whole and part["fingerprint"] == plan.fingerprint else None
+) -> Generator[tuple[ShardPlan, dict[str, Any]]]:
+    """Make shards here or on a cluster; yields each as it is finished."""
+    arguments = (task.folder, task.options, task.max_bad)
+    if task.cluster is None:
+        yield from map_unordered(write_shard, todo, num_workers, *arguments)
+    elif todo:
+        yield from run_tasks(task.cluster, task.run_id, todo, num_workers, *arguments)
 
 
 def _finish(task: _Task, done: dict[str, dict[str, Any]], num_kept: int) -> WriteReport:

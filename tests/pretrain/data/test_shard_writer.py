@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import shard_job, shard_writer
+from pretrain.data.shard_lock import only_writer
 from pretrain.data.shard_plan import ShardOptions, SourcePicture, make_keys, make_plan
 from pretrain.data.shards import ShardIndex, verify_shards, write_shards
 from pretrain.data.tar_index import split_name
@@ -204,7 +205,7 @@ def test_unfinished_run_with_other_options(
 
 def test_two_writers(picture_folder: Path, tmp_path: Path) -> None:
     with (
-        shard_writer._only_writer(tmp_path),
+        only_writer(tmp_path),
         pytest.raises(UserError, match="another run is writing here"),
     ):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
