@@ -41,14 +41,14 @@ def download(file: RemoteFile, sink: Sink, patience: Patience) -> None:
     """Fetch a file: in parts, each tried again on its own, or else as one stream.
 
     Args:
-        file: What `look` said, or a ``pipe:`` command with size None.
+        file: What `look` said, or a ``pipe:`` command with the size to expect, if known.
         sink: Gets the bytes; whether they are the right ones is its business, but for their number.
         patience: How long to keep trying.
     Raises:
         UserError: After the last try; and whatever the sink raises.
     """
     if file.url.startswith("pipe:"):
-        retried(lambda: _run_command(file.url, sink, patience), file.url, patience)
+        retried(lambda: _run_command(file, sink, patience), file.url, patience)
         return
     if file.size is not None and file.has_ranges:
         try:
@@ -80,9 +80,13 @@ def _fetch_part(file: RemoteFile, start: int, end: int, patience: Patience) -> b
             raise
     else:
         data = files.cat_file(file.url, start=start, end=end)
-    if len(data) != end - start:
-        raise EOFError(f"{len(data):,} bytes came instead of {end - start:,}")
+    _check_number(len(data), end - start)
     return data
+
+
+def _check_number(num_bytes: int, expected: int | None) -> None:
+    if expected is not None and num_bytes != expected:
+        raise EOFError(f"{num_bytes:,} bytes came instead of {expected:,}")
 
 
 def _fetch_stream(file: RemoteFile, sink: Sink, patience: Patience) -> None:
@@ -92,16 +96,16 @@ def _fetch_stream(file: RemoteFile, sink: Sink, patience: Patience) -> None:
         while data := stream.read(_STREAM_BYTES):
             sink.write(data)
             num_bytes += len(data)
-    if file.size is not None and num_bytes != file.size:
-        raise EOFError(f"{num_bytes:,} bytes came instead of {file.size:,}")
+    _check_number(num_bytes, file.size)
 
 
-def _run_command(url: str, sink: Sink, patience: Patience) -> None:
+def _run_command(file: RemoteFile, sink: Sink, patience: Patience) -> None:
     """Take a command's output through webdataset's opener; its exit status must be 0."""
     from webdataset.gopen import gopen
 
     sink.restart()
-    pipe: Any = gopen(url, "rb", bufsize=0)
+    num_bytes = 0
+    pipe: Any = gopen(file.url, "rb", bufsize=0)
     try:
         while True:
             if not select.select([pipe.stream], [], [], patience.timeout_seconds)[0]:
@@ -109,12 +113,14 @@ def _run_command(url: str, sink: Sink, patience: Patience) -> None:
             if not (data := os.read(pipe.stream.fileno(), _STREAM_BYTES)):
                 break
             sink.write(data)
+            num_bytes += len(data)
     except BaseException:
         pipe.proc.kill()
         with contextlib.suppress(OSError):  # its exit status says that it was killed
             pipe.close()
         raise
     pipe.close()
+    _check_number(num_bytes, file.size)
 
 
 class BytesSink:

@@ -2,20 +2,24 @@
 
 import hashlib
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.data.foreign import index_foreign
+from pretrain.data.cache import CacheOptions
 from pretrain.data.shard_job import DiskFullError
 from pretrain.data.shard_verify import VerifyReport, verify_shards
 from pretrain.data.shard_writer import ShardOptions, SourcePicture, WriteReport, write_shards
-from pretrain.data.tar_index import NO_LABEL, SAMPLE_DTYPE, file_sha256, read_index, scan_shard
+from pretrain.data.sources import Source, open_source
+from pretrain.data.tar_index import NO_LABEL, scan_shard
 from pretrain.errors import UserError
 
 __all__ = [
+    "CacheOptions",
     "DiskFullError",
     "ShardIndex",
     "ShardOptions",
@@ -27,6 +31,7 @@ __all__ = [
 ]
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
+_TOUCH_SECONDS = 1.0  # how often the cache hears that an open shard is used
 _TAR_BLOCK = 512
 
 
@@ -34,52 +39,58 @@ class ShardIndex:
     """The samples of a shard set, by number.
 
     Attributes:
-        folder: Where the tars are.
+        name: What the user called the set, without passwords and tokens.
+        folder: Where the tars are; if they are not in one local folder, where the index is.
         num_samples: Number of samples.
+        shard_names: File names of the shards.
         shard_sizes: Number of samples of each shard.
         classes: Class names, or None.
         samples: Memory-mapped table, one row per sample (SAMPLE_DTYPE).
-        labels: int64 [num_samples]; -1 where there is none.
         skipped: What was left out when the index was made: [{"file", "reason"}].
     """
 
-    is_remote = False
-
-    def __init__(self, folder: Path, index_folder: Path, index: dict[str, Any]) -> None:
-        self.folder = folder
-        self._index_folder = index_folder
-        self._index = index
+    def __init__(self, source: Source) -> None:
+        index = source.index
+        self._source, self._tars = source, source.tars
+        self.name, self.folder = source.name, source.folder
         self.num_samples: int = index["num_samples"]
         self.classes: list[str] | None = index["classes"]
         self.skipped: list[dict[str, str]] = index["skipped"]
         self.shard_names: list[str] = [shard["name"] for shard in index["shards"]]
         self.shard_sizes: list[int] = [shard["num_samples"] for shard in index["shards"]]
-        self.samples: np.ndarray = np.load(index_folder / index["samples"], mmap_mode="r")
+        self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._files_owner = os.getpid()
+        self._used: dict[int, float] = {}  # shard: when the cache heard of its use
+        self._files_owner, self._swept = os.getpid(), time.monotonic()
         self._names: dict[int, dict[int, str]] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "ShardIndex":
+    def open(cls, path: str | Path, cache: CacheOptions | None = None) -> "ShardIndex":
         """Open a shard set and check that every shard is there in the size the index gives.
 
-        A folder of tars without index.json (made by webdataset or tar) is indexed on first use.
+        Tars without index.json (made by webdataset or tar) are indexed on first use.
 
         Args:
-            path: Folder with index.json, or with tars.
+            path: A folder with index.json or with tars, a pattern of tars, a URL of either, or
+                ``pipe:`` commands (docs/sources.md).
+            cache: Where remote shards are kept; by default in the user's cache folder.
         Raises:
-            UserError: If the folder, the index or a shard is missing, or their sizes differ.
+            UserError: If the folder, the index or a shard is missing, their sizes differ, or a
+                server cannot be read.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder of shards; make one with tools/make_shards.py"
-            )
-        index_folder = folder if (folder / "index.json").exists() else index_foreign(folder)
-        index = read_index(index_folder / "index.json")
-        _check_table(index_folder, index)
-        _check_shards(folder, index_folder, index)
-        return cls(folder, index_folder, index)
+        return cls(open_source(path, cache or CacheOptions()))
+
+    @property
+    def is_remote(self) -> bool:
+        """True if the shards pass through the cache."""
+        return self._tars.is_remote
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the samples and the bytes of their shards are, wherever they lie."""
+        index = self._source.index
+        hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     @property
     def labels(self) -> np.ndarray:
@@ -97,43 +108,50 @@ class ShardIndex:
         Raises:
             UserError: If the shard has changed or vanished since it was opened.
         """
-        row = self.samples[i]
-        offset, size = int(row["offset"]), int(row["size"])
-        try:
-            data = os.pread(self._file(int(row["shard"])), _TAR_BLOCK + size, offset - _TAR_BLOCK)
-        except OSError as error:
-            raise UserError(
-                f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?"
-            ) from error
-        if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
-            raise UserError(
-                f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
-                "or cut short: "
-                f"make the shard again, or delete {self._index_folder / 'index.json'} to index "
-                "the tars again"
-            )
-        return data[_TAR_BLOCK:]
+        data = self._read(i)
+        self._sweep()
+        return data
 
-    def read_many(self, sample_ids: np.ndarray) -> list[bytes]:
-        """The encoded pictures of some samples, in the order asked for."""
-        return [self.read_bytes(int(i)) for i in sample_ids]
+    def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The encoded pictures of some samples, in the order asked for.
 
-    def fetch(self, sample_ids: np.ndarray) -> None:
-        """Make sure that the shards of these samples are on this machine."""
+        They are read shard by shard in the order of their place, after the system was told of all.
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what the samples and their shards are, wherever they lie."""
-        digest = hashlib.sha256(self._index["samples_sha256"].encode())
-        for shard in self._index["shards"]:
-            digest.update(shard["sha256"].encode())
-        return digest.hexdigest()
+        Args:
+            sample_ids: Numbers of samples [n]; one may come twice.
+        Raises:
+            UserError: As `read_bytes`.
+        """
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        rows = self.samples[ids]
+        order = np.lexsort((rows["offset"], rows["shard"]))
+        if hasattr(os, "posix_fadvise"):
+            for k in order:
+                self._announce(int(ids[k]))
+        found: list[bytes] = [b""] * len(ids)
+        for k in order:
+            found[k] = self._read(int(ids[k]))
+        self._sweep()
+        return found
+
+    def fetch(self, sample_ids: Sequence[int] | np.ndarray) -> None:
+        """Make sure that the shards of these samples are in the cache; local ones are here already.
+
+        Shards that the cache cannot hold together are left to their readers.
+
+        Raises:
+            UserError: If a shard cannot be fetched.
+        """
+        if self.is_remote:
+            shards = self.samples["shard"][np.asarray(sample_ids, dtype=np.int64)]
+            self._tars.ensure([int(shard) for shard in dict.fromkeys(shards.tolist())])
 
     def key_name(self, i: int) -> str:
         """WebDataset key of sample `i`; reads the headers of its shard once."""
         shard = int(self.samples[i]["shard"])
         if shard not in self._names:
-            entries, _ = scan_shard(self.folder / self.shard_names[shard])
+            with os.fdopen(self._tars.open(shard), "rb") as stream:
+                entries, _ = scan_shard(self._tars.name(shard), stream)
             if len(self._names) > 8:
                 self._names.clear()
             self._names[shard] = {entry.offset: entry.name for entry in entries}
@@ -146,20 +164,7 @@ class ShardIndex:
             key = f" {self.key_name(i)!r}"
         except (UserError, OSError):
             key = ""
-        return (
-            f"sample {i}{key} in {self.folder / self.shard_names[int(row['shard'])]} at byte "
-            f"{int(row['offset'])}"
-        )
-
-    def _file(self, shard: int) -> int:
-        if self._files_owner != os.getpid():  # a forked worker leaves its parent's files alone
-            self._files, self._files_owner = OrderedDict(), os.getpid()
-        if shard not in self._files:
-            if len(self._files) >= _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.folder / self.shard_names[shard], os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+        return f"sample {i}{key} in {self._tars.name(int(row['shard']))} at byte {row['offset']}"
 
     def close(self) -> None:
         """Close the open shards; they open again when needed."""
@@ -167,8 +172,64 @@ class ShardIndex:
             while self._files:
                 os.close(self._files.popitem()[1])
 
+    def _read(self, i: int) -> bytes:
+        row = self.samples[i]
+        offset, size = int(row["offset"]), int(row["size"])
+        try:
+            data = os.pread(self._file(int(row["shard"])), _TAR_BLOCK + size, offset - _TAR_BLOCK)
+        except OSError as error:
+            raise UserError(
+                f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?"
+            ) from error
+        if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
+            raise UserError(
+                f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
+                f"or cut short: {self._remedy()}"
+            )
+        return data[_TAR_BLOCK:]
+
+    def _remedy(self) -> str:
+        path = self._source.index_folder / "index.json"
+        if self.is_remote:
+            return f"delete the copy to fetch it again; if that changes nothing, delete {path} too"
+        return f"make the shard again, or delete {path} to index the tars again"
+
+    def _announce(self, i: int) -> None:
+        """Tell the system that a sample will be read; what fails here is told when it is read."""
+        row = self.samples[i]
+        start, size = int(row["offset"]) - _TAR_BLOCK, int(row["size"]) + _TAR_BLOCK
+        try:
+            os.posix_fadvise(self._file(int(row["shard"])), start, size, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return
+
+    def _file(self, shard: int) -> int:
+        if self._files_owner != os.getpid():  # a forked worker leaves its parent's files alone
+            self._files, self._files_owner = OrderedDict(), os.getpid()
+        now = time.monotonic()
+        if shard not in self._files:
+            if len(self._files) >= _MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = self._tars.open(shard)
+            self._used[shard] = now
+        elif self.is_remote and now - self._used[shard] > _TOUCH_SECONDS:
+            self._tars.touch(self._files[shard])
+            self._used[shard] = now
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _sweep(self) -> None:
+        """Close shards that the cache has thrown out: their bytes lie on the disk uncounted."""
+        now = time.monotonic()
+        if not self.is_remote or now - self._swept < _TOUCH_SECONDS:
+            return
+        self._swept = now
+        for shard, file in list(self._files.items()):
+            if os.fstat(file).st_nlink == 0:
+                os.close(self._files.pop(shard))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardIndex, (self.folder, self._index_folder, self._index)
+        return ShardIndex, (self._source,)
 
 
 def _header_fits(data: bytes, size: int) -> bool:
@@ -180,52 +241,3 @@ def _header_fits(data: bytes, size: int) -> bool:
         return int(field.strip(b" \0") or b"0", 8) == size
     except ValueError:
         return False
-
-
-def _check_table(folder: Path, index: dict[str, Any]) -> None:
-    path = folder / index["samples"]
-    remedy = "delete index.json and run again to index the tars, or make the shards again"
-    if not path.exists():
-        raise UserError(f"{path}: missing; {remedy}")
-    try:
-        table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
-    if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
-        raise UserError(
-            f"{path}: does not fit index.json ({index['num_samples']} samples); {remedy}"
-        )
-    if file_sha256(path) != index["samples_sha256"]:
-        raise UserError(f"{path}: its SHA-256 is not the one in index.json; {remedy}")
-
-
-def _check_shards(folder: Path, index_folder: Path, index: dict[str, Any]) -> None:
-    for shard in index["shards"]:
-        path = folder / shard["name"]
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise UserError(
-                f"{path}: shard is missing; copy it back, or make the shards again with "
-                "tools/make_shards.py"
-            ) from None
-        if size < shard["bytes"]:
-            raise UserError(
-                f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make "
-                "it again"
-            )
-        if size > shard["bytes"]:
-            raise UserError(
-                _stale(path, index_folder, f"{size:,} bytes instead of {shard['bytes']:,}")
-            )
-    known = {shard["name"] for shard in index["shards"]}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in known:
-            raise UserError(_stale(path, index_folder, "a shard that the index does not know"))
-
-
-def _stale(path: Path, index_folder: Path, what: str) -> str:
-    return (
-        f"{path}: {what}: the index is stale; delete {index_folder / 'index.json'} to index the "
-        "tars again"
-    )

@@ -7,7 +7,7 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -46,22 +46,28 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
+def scan_shard(
+    path: Path | str, stream: BinaryIO | None = None
+) -> tuple[list[Entry], list[dict[str, str]]]:
     """Find the samples of one tar: consecutive members with the same key, one of them a picture.
 
     Args:
         path: An uncompressed tar; GNU and pax long names are fine.
+        stream: The tar, already open; `path` then only names it in messages.
     Returns:
         The samples in the tar's order, and what was skipped as {"file", "reason"}.
     Raises:
         UserError: If the file is no tar, is compressed, or ends in the middle of a member.
     """
+    if stream is None:
+        with open(path, "rb") as stream:
+            return scan_shard(path, stream)
     entries: list[Entry] = []
     skipped: list[dict[str, str]] = []
     group: dict[str, Any] = {}
-    size = path.stat().st_size
+    name, size = os.path.basename(path), os.fstat(stream.fileno()).st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -70,15 +76,15 @@ def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
                 parts = split_name(member.name)
                 if parts is None:
                     skipped.append(
-                        {"file": f"{path.name}/{member.name}", "reason": "a name without a suffix"}
+                        {"file": f"{name}/{member.name}", "reason": "a name without a suffix"}
                     )
                     continue
                 if group and group["name"] != parts[0]:
-                    _close_group(group, path, entries, skipped)
+                    _close_group(group, name, entries, skipped)
                     group = {}
                 group = group or {"name": parts[0]}
                 _add_member(group, parts[1], member, tar)
-            _require_end_mark(path, tar)
+            _require_end_mark(path, tar, stream)
     except tarfile.ReadError as error:
         if "unexpected end of data" in str(error):
             raise UserError(_truncated(path, "in the middle of a member")) from error
@@ -87,20 +93,19 @@ def scan_shard(path: Path) -> tuple[list[Entry], list[dict[str, str]]]:
             "take it away"
         ) from error
     if group:
-        _close_group(group, path, entries, skipped)
+        _close_group(group, name, entries, skipped)
     return entries, skipped
 
 
-def _require_end_mark(path: Path, tar: tarfile.TarFile) -> None:
+def _require_end_mark(path: Path | str, tar: tarfile.TarFile, stream: BinaryIO) -> None:
     """A whole tar ends with blocks of zeros; one that was cut between two members does not."""
-    with open(path, "rb") as stream:
-        stream.seek(tar.offset)
-        block = stream.read(tarfile.BLOCKSIZE)
+    stream.seek(tar.offset)
+    block = stream.read(tarfile.BLOCKSIZE)
     if block != bytes(tarfile.BLOCKSIZE):
         raise UserError(_truncated(path, "without its end mark"))
 
 
-def _truncated(path: Path, where: str) -> str:
+def _truncated(path: Path | str, where: str) -> str:
     return f"{path}: the tar ends {where}: it was cut short; copy or make this shard again"
 
 
@@ -115,11 +120,11 @@ def _add_member(
 
 
 def _close_group(
-    group: dict[str, Any], path: Path, entries: list[Entry], skipped: list[dict[str, str]]
+    group: dict[str, Any], shard: str, entries: list[Entry], skipped: list[dict[str, str]]
 ) -> None:
-    name = group["name"]
+    key = group["name"]
     if "offset" not in group:
-        skipped.append({"file": f"{path.name}/{name}", "reason": "no picture"})
+        skipped.append({"file": f"{shard}/{key}", "reason": "no picture"})
         return
     label = NO_LABEL
     if "cls" in group:
@@ -127,8 +132,8 @@ def _close_group(
             label = int(group["cls"].decode())
         except (ValueError, UnicodeDecodeError):
             reason = f"label {group['cls'][:32]!r} is not an integer; kept without a label"
-            skipped.append({"file": f"{path.name}/{name}.cls", "reason": reason})
-    entries.append(Entry(name, group["offset"], group["size"], label))
+            skipped.append({"file": f"{shard}/{key}.cls", "reason": reason})
+    entries.append(Entry(key, group["offset"], group["size"], label))
 
 
 def to_table(shards: list[list[Entry]]) -> np.ndarray:

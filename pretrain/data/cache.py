@@ -1,0 +1,347 @@
+"""Whole remote shards on the local disk: bounded, shared by processes, oldest use out first.
+
+FOLDER/shards/SHA256.tar    whole shards, named by their content; the time of change is the last use
+FOLDER/partial/NAME         downloads in flight, as large as the space they have reserved
+FOLDER/locks/NAME           one lock per download; held while it is in flight, so a partial file
+                            whose lock is free was left by a killed process
+FOLDER/book.lock            held for a moment while space is reserved, given back, or counted
+FOLDER/indexes/             indexes of remote sets, not counted in the bound
+
+A shard that another process has open stays readable when it is thrown out: only its name goes.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.data.cache_files import (
+    PartialFile,
+    TooMuchError,
+    YieldError,
+    disk_error,
+    extend,
+    files_of,
+    lock_file,
+    size_of,
+    touch,
+)
+from pretrain.data.download import download
+from pretrain.data.order import stable_hash
+from pretrain.data.remote import Patience, RemoteFile, look, shown
+from pretrain.errors import UserError, require
+
+NUM_FETCHERS = 4  # shards fetched side by side by one process
+_MIN_SHARDS = 4  # that the bound must hold, unless the set has fewer
+_WAIT_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Where remote shards are kept, how many bytes of them, and how long to try to fetch one.
+
+    Attributes:
+        folder: None: ``$XDG_CACHE_HOME/fa-shards``, or ``~/.cache/fa-shards``.
+        max_bytes: Bound of all whole shards and downloads in flight together.
+        read_retries: Further tries after a failed read.
+        read_timeout_seconds: A connection that brings no byte for so long has failed.
+    """
+
+    folder: Path | None = None
+    max_bytes: int = 64_000_000_000
+    read_retries: int = 5
+    read_timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.max_bytes > 0, f"data.cache_gb: {self.max_bytes / 1e9}: must be above 0")
+        Patience(self.read_retries, self.read_timeout_seconds)  # its checks are ours
+
+    @property
+    def patience(self) -> Patience:
+        """How long to keep trying."""
+        return Patience(self.read_retries, self.read_timeout_seconds)
+
+    @property
+    def place(self) -> Path:
+        """The folder, whoever chose it."""
+        if self.folder is not None:
+            return self.folder
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(base) / "fa-shards"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A remote shard as an index knows it."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+@dataclass
+class CacheStatistics:
+    """What one process did with the cache since it opened it."""
+
+    hits: int = 0
+    fetches: int = 0
+    bytes_fetched: int = 0
+    evictions: int = 0
+
+
+class ShardCache:
+    """The cache, as one process sees it; threads may share it.
+
+    Args:
+        options: Where, how large, how patient.
+        remedy: Ends the message about a shard that is not what the index says.
+    Raises:
+        UserError: If the folder cannot be made or written.
+    """
+
+    def __init__(self, options: CacheOptions, remedy: str = "") -> None:
+        self.options, self.remedy = options, remedy
+        self.folder, self.max_bytes = options.place, options.max_bytes
+        self.statistics = CacheStatistics()
+        self._shards, self._partial = self.folder / "shards", self.folder / "partial"
+        try:
+            for folder in (self._shards, self._partial, self.folder / "locks"):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+
+    def check_bound(self, sizes: list[int]) -> None:
+        """Refuse a bound that holds fewer than a few of these shards; throw out what is too much.
+
+        Raises:
+            UserError: Naming the smallest bound that would do.
+        """
+        least = sum(sorted(sizes)[-_MIN_SHARDS:])
+        if least > self.options.max_bytes:
+            raise UserError(
+                f"data.cache_gb: {self.options.max_bytes / 1e9:g} is too small for shards of up to "
+                f"{max(sizes) / 1e9:.3g} GB: set it to {least / 1e9:.3g} or more (much more reads "
+                "better), or make smaller shards"
+            )
+        self._make_room(0, None)
+
+    # -- what a reader needs ----------------------------------------------------------------------
+
+    def path(self, wanted: Wanted) -> Path:
+        """Where the shard lies if it is in the cache."""
+        return self._shards / f"{wanted.sha256}.tar"
+
+    def open(self, wanted: Wanted) -> int:
+        """A file descriptor of the whole shard, fetched first if need be; the caller closes it.
+
+        Raises:
+            UserError: If it cannot be fetched, is not what the index says, or finds no room.
+        """
+        found = self._open_cached(wanted)
+        if found is None:
+            with self.lock(wanted.sha256):
+                found = self._open_cached(wanted)
+                if found is None:
+                    return self._fetch_known(wanted)
+        self.statistics.hits += 1
+        return found
+
+    def ensure(self, wanted: list[Wanted]) -> None:
+        """Fetch what is missing, several shards side by side; as many as the bound holds.
+
+        Raises:
+            UserError: As `open`.
+        """
+        missing: list[Wanted] = []
+        room = self.options.max_bytes
+        for shard in wanted:
+            room -= shard.size
+            if room < 0:
+                break  # it would throw out what was fetched a moment ago
+            found = self._open_cached(shard)
+            if found is None:
+                missing.append(shard)
+            else:
+                os.close(found)
+        if len(missing) > 1:
+            with ThreadPoolExecutor(min(NUM_FETCHERS, len(missing))) as pool:
+                list(pool.map(lambda shard: os.close(self.open(shard)), missing))
+        elif missing:
+            os.close(self.open(missing[0]))
+
+    def _open_cached(self, wanted: Wanted) -> int | None:
+        path = self.path(wanted)
+        try:
+            found = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(found).st_size != wanted.size:  # somebody meddled with it
+            os.close(found)
+            path.unlink(missing_ok=True)
+            return None
+        touch(found)
+        return found
+
+    # -- fetching ---------------------------------------------------------------------------------
+
+    def _fetch_known(self, wanted: Wanted) -> int:
+        file = RemoteFile(wanted.url, wanted.size, "")
+        if _is_web(wanted.url):
+            file = look(wanted.url, self.options.patience)
+        if file.size is not None and file.size != wanted.size:
+            raise self._changed(wanted, f"{file.size:,} bytes instead of {wanted.size:,}")
+        return self._fetch(file, wanted.size, wanted.sha256, wanted)[0]
+
+    def fetch_unknown(self, file: RemoteFile) -> tuple[int, int, str]:
+        """Fetch a shard that no index describes yet.
+
+        Returns:
+            File descriptor, bytes, SHA-256; the caller closes the descriptor.
+        Raises:
+            UserError: As `open`; also if the file changes meanwhile.
+        """
+        if file.size is not None and file.size > self.options.max_bytes:
+            raise self._too_large(file.url, file.size)
+        name = stable_hash(file.url, file.version).hex()
+        with self.lock(name):
+            found, (num_bytes, sha256) = self._fetch(file, file.size, name, None)
+        if _is_web(file.url):
+            now = look(file.url, self.options.patience)
+            if (now.size, now.version) != (file.size, file.version):
+                os.close(found)
+                raise UserError(f"{shown(file.url)}: changed while it was fetched; run again")
+        return found, num_bytes, sha256
+
+    def _fetch(
+        self, file: RemoteFile, size: int | None, name: str, wanted: Wanted | None
+    ) -> tuple[int, tuple[int, str]]:
+        """Download under the lock `name`, which the caller holds; give the descriptor and facts."""
+        while True:
+            sink = PartialFile(self, self._partial / name, size)
+            try:
+                download(file, sink, self.options.patience)
+                facts = sink.finish()
+                if wanted is not None and facts != (wanted.size, wanted.sha256):
+                    what = f"{facts[0]:,} bytes instead of {wanted.size:,}"
+                    if facts[0] == wanted.size:
+                        what = "its SHA-256 is not the one in the index"
+                    raise self._changed(wanted, what)
+                found = os.open(sink.path, os.O_RDONLY)  # before others may throw it out
+                with self._book():
+                    os.replace(sink.path, self._shards / f"{facts[1]}.tar")
+                touch(found)
+                self.statistics.fetches += 1
+                self.statistics.bytes_fetched += facts[0]
+                return found, facts
+            except YieldError:
+                sink.discard()
+                time.sleep(20 * _WAIT_SECONDS)
+            except TooMuchError:
+                if wanted is not None:
+                    raise self._changed(wanted, f"more than {wanted.size:,} bytes") from None
+                raise UserError(
+                    f"{shown(file.url)}: more bytes than announced; run again"
+                ) from None
+            except OSError as error:
+                raise disk_error(error, self.folder) from error
+            finally:
+                sink.discard()
+
+    # -- space ------------------------------------------------------------------------------------
+
+    def reserve(self, partial: Path, extra: int, *, is_growing: bool) -> None:
+        """Reserve bytes for a download, throwing out the least recently used shards.
+
+        Waits while other downloads fill the cache.
+
+        Raises:
+            UserError: If the bound or the disk is too small.
+        """
+        while not self._make_room(extra, partial):
+            others = sorted(path for path in self._partial.iterdir() if path != partial)
+            if not others:  # nobody to wait for, unless the last one has just finished
+                if self._make_room(extra, partial):
+                    return
+                raise self._too_large(None, extra + size_of(partial))
+            growing = all(path.name.endswith(PartialFile.GROWING) for path in others)
+            if is_growing and growing and others and others[0] < partial:
+                raise YieldError
+            time.sleep(_WAIT_SECONDS)
+
+    def _make_room(self, extra: int, partial: Path | None) -> bool:
+        """Extend `partial` by `extra` bytes if they fit; true if so."""
+        with self._book():
+            self._remove_leftovers()
+            whole = files_of(self._shards)
+            too_much = extra - self.options.max_bytes
+            too_much += sum(size for _, size, _ in whole + files_of(self._partial))
+            for _, size, path in sorted(whole):
+                if too_much <= 0:
+                    break
+                path.unlink(missing_ok=True)
+                self.statistics.evictions += 1
+                too_much -= size
+            if too_much > 0:
+                return False
+            if partial is not None:
+                extend(partial, extra)
+            return True
+
+    def _remove_leftovers(self) -> None:
+        for path in self._partial.iterdir():
+            with self.lock(path.name.removesuffix(PartialFile.GROWING), wait=False) as is_free:
+                if is_free:
+                    path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _book(self) -> Iterator[None]:
+        with open(self.folder / "book.lock", "ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(stream, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock that other processes and threads see; it dies with its process.
+
+        Args:
+            name: Which lock.
+            wait: False: give up if it is held.
+        Yields:
+            True if it is held now.
+        """
+        path = self.folder / "locks" / name
+        held = lock_file(path, wait)
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                path.unlink(missing_ok=True)  # whoever waits sees that the name is gone
+                fcntl.flock(held, fcntl.LOCK_UN)  # also for a fork that holds the same file
+                os.close(held)
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _changed(self, wanted: Wanted, what: str) -> UserError:
+        return UserError(
+            f"{shown(wanted.url)}: {what}: the shard was changed or cut short, or the index is "
+            f"stale; {self.remedy}"
+        )
+
+    def _too_large(self, url: str | None, size: int) -> UserError:
+        name = shown(url) if url else "a shard"
+        return UserError(
+            f"{name}: {size:,} bytes or more do not fit into the cache of "
+            f"{self.options.max_bytes:,} bytes ({self.folder}); raise data.cache_gb, or make "
+            "smaller shards"
+        )
+
+
+def _is_web(url: str) -> bool:
+    return not url.startswith("pipe:")
