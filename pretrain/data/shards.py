@@ -44,6 +44,8 @@ class ShardIndex:
         num_samples: Number of samples.
         shard_names: File names of the shards.
         shard_sizes: Number of samples of each shard.
+        shard_bytes: Bytes of each shard's tar.
+        options: What the set was made with; {"foreign": True} if another tool made it.
         classes: Class names, or None.
         samples: Memory-mapped table, one row per sample (SAMPLE_DTYPE).
         skipped: What was left out when the index was made: [{"file", "reason"}].
@@ -58,6 +60,8 @@ class ShardIndex:
         self.skipped: list[dict[str, str]] = index["skipped"]
         self.shard_names: list[str] = [shard["name"] for shard in index["shards"]]
         self.shard_sizes: list[int] = [shard["num_samples"] for shard in index["shards"]]
+        self.shard_bytes: list[int] = [shard["bytes"] for shard in index["shards"]]
+        self.options: dict[str, Any] = index["options"]
         self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
         self._files: OrderedDict[int, int] = OrderedDict()
         self._used: dict[int, float] = {}  # shard: when the cache heard of its use
