@@ -44,3 +44,8 @@ def sources(folder: Path) -> list[SourcePicture]:
         SourcePicture(str(p), p.relative_to(folder).as_posix(), classes.index(p.parent.name))
         for p in files
     ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file in a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

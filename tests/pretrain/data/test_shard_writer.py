@@ -21,6 +21,7 @@ from pretrain.data.tar_index import split_name
 from pretrain.data.views import decode
 from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import (
+    contents,
     encode,
     seeded,
     smooth_picture,
@@ -29,10 +30,6 @@ from tests.pretrain.data.picture_helpers import (
 )
 
 TEN = ShardOptions(max_samples_per_shard=10)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_bytes_do_not_depend_on_workers_or_list_order(picture_folder: Path, tmp_path: Path) -> None:
