@@ -1,23 +1,28 @@
-"""Pack pictures into WebDataset shards with an index, or verify shards against their index."""
+"""Pack pictures into WebDataset shards with an index; verify shards; say what they hold."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain.data.shard_cluster import Cluster, TaskError
+from pretrain.data.shard_info import format_info, gather_info, save_pictures
+from pretrain.data.shard_job import printable
 from pretrain.data.shards import (
     DiskFullError,
+    ShardIndex,
     ShardOptions,
     SourcePicture,
     WriteReport,
     verify_shards,
     write_shards,
 )
+from pretrain.data.tar_index import write_json
 from pretrain.errors import UserError
 from tools.datasets.errors import UserError as SourceError
 from tools.datasets.importers import Source, open_source
@@ -29,7 +34,10 @@ examples:
   .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
   .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --resize-short 256
   .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train \\
+      --submitit slurm --num-tasks 16 --slurm-partition cpu --num-workers 8
   .venv/bin/python tools/make_shards.py data/shards --verify
+  .venv/bin/python tools/make_shards.py data/shards --info --pictures sheet.jpg
 
 A killed run goes on where it stopped when the same command is given again.
 Exit status: 0 done; 1 it went wrong, or --verify found a fault; 2 wrong arguments or input.
@@ -43,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = main_parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="pictures; with --verify: the folder of shards")
+    add("source", metavar="SOURCE", help="pictures; with --verify, --info: the shards")
     add("out", type=Path, nargs="?", metavar="OUT", help="folder for the shards")
     add("--split", metavar="NAME", help="list of a VOC devkit (train, trainval, ..) or sub-folder")
     add("--labels", choices=("auto", "none"), default="auto",
@@ -65,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         help="leave out and list up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="throw away other shards in OUT first")
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
+    add("--info", action="store_true", help="say what a set holds: sizes, formats, classes")
+    add("--json", type=Path, metavar="FILE", help="with --info: write it as JSON too")
+    add("--pictures", type=Path, metavar="FILE", help="with --info: write a sheet of pictures too")
     _add_cluster(main_parser)
     return main_parser
 
@@ -85,13 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        if options.out is not None:
-            pack(options)
-        elif not options.verify:
-            raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify (see --help)")
-        return verify(options.out or options.source, workers_of(options)) if options.verify else 0
+        return run(options)
     except (DiskFullError, TaskError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     except BrokenProcessPool:
         print(
@@ -101,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except (UserError, SourceError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
@@ -109,6 +116,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; give the same command again to go on", file=sys.stderr)
         return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what was asked for; returns the exit status."""
+    if (options.json or options.pictures) and not options.info:
+        raise UserError("--json and --pictures need --info")
+    if options.out is not None:
+        pack(options)
+    elif not (options.verify or options.info):
+        raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify or --info (--help)")
+    shards = str(options.out or options.source)
+    status = verify(Path(shards), workers_of(options)) if options.verify else 0
+    if options.info:
+        info(shards, options.json, options.pictures)
+    return status
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -124,7 +146,7 @@ def pack(options: argparse.Namespace) -> None:
         shuffle_seed=None if options.no_shuffle else options.shuffle_seed,
     )
     source = open_source(options.source, split=options.split, labels=options.labels)
-    print(describe(source, options.source), flush=True)
+    print(printable(describe(source, options.source)), flush=True)
     report = write_shards(
         [SourcePicture(picture.path, picture.name, picture.label) for picture in source.pictures],
         options.out,
@@ -136,7 +158,7 @@ def pack(options: argparse.Namespace) -> None:
         progress=True,
         cluster=cluster,
     )
-    print(summary(report, options.out))
+    print(printable(summary(report, options.out)))
 
 
 def workers_of(options: argparse.Namespace) -> int:
@@ -170,7 +192,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
     )
 
 
-def describe(source: Source, path: Path) -> str:
+def describe(source: Source, path: str) -> str:
     """One line on what the source turned out to be."""
     kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
     labels = f"{len(source.classes)} classes" if source.classes else "no labels"
@@ -209,6 +231,19 @@ def verify(path: Path, num_workers: int) -> int:
         + ("all as the index says" if report.ok else f"{len(report.problems)} faults")
     )
     return 0 if report.ok else 1
+
+
+def info(shards: str, json_file: Path | None, pictures: Path | None) -> None:
+    """Say what a set holds; write it as JSON and as a sheet of pictures where asked for."""
+    index = ShardIndex.open(shards)
+    found = gather_info(index)
+    print(printable(format_info(found)))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, asdict(found))
+    if pictures is not None:
+        count = save_pictures(index, pictures)
+        print(f"{pictures}: {count} pictures")
 
 
 if __name__ == "__main__":
