@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -106,7 +107,8 @@ def disk_error(error: OSError, folder: Path) -> UserError:
 def touch(file: int) -> None:
     """Mark a cached shard as just used."""
     with contextlib.suppress(OSError):  # a cache of somebody else's: order of use is a hint
-        os.utime(file)
+        now = time.time_ns()  # finer than the clock that the system would take
+        os.utime(file, ns=(now, now))
 
 
 def lock_file(path: Path, wait: bool) -> int | None:

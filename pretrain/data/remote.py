@@ -174,16 +174,15 @@ def _is_of_transport(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """HTTP status behind an error, if there is one."""
+    """HTTP status that a server answered with; None if there was no whole answer."""
     for holder in (error, error.__cause__):
         response = getattr(holder, "response", None)
         if isinstance(response, dict):  # botocore
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            status = getattr(holder, "status", None) or getattr(holder, "code", None)
-        if str(status).isdigit():
-            return int(str(status))
-    return None
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error.__cause__).__module__ == "aiohttp.http_exceptions":
+        return None  # a broken answer, to which aiohttp itself gives the number 400
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return int(str(status)) if str(status).isdigit() else None
 
 
 def _is_absent(error: BaseException) -> bool:

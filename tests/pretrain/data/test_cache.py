@@ -1,0 +1,327 @@
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pretrain.data import cache as cache_module
+from pretrain.data import remote
+from pretrain.data.cache import CacheOptions, ShardCache, Wanted
+from pretrain.data.remote import RemoteFile, look
+from pretrain.errors import UserError
+from tests.pretrain.data.servers import Faulty, Handler, faulty
+
+SIZE = 100_000
+NUM_SHARDS = 12
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
+    root = tmp_path / "root"
+    root.mkdir()
+    for i in range(NUM_SHARDS):
+        (root / f"{i}.tar").write_bytes(content(i))
+    with faulty(root) as state:
+        yield state
+
+
+def content(i: int) -> bytes:
+    return bytes([i, 255 - i]) * (SIZE // 2)
+
+
+def wanted(server: Faulty, i: int) -> Wanted:
+    return Wanted(f"{server.url}/{i}.tar", SIZE, hashlib.sha256(content(i)).hexdigest())
+
+
+def make(tmp_path: Path, num: float = 4, **options: float) -> ShardCache:
+    """A cache that holds `num` shards."""
+    kept = CacheOptions(tmp_path / "cache", int(num * SIZE), read_retries=2, **options)
+    return ShardCache(kept, remedy="make it again")
+
+
+def read(cache: ShardCache, shard: Wanted) -> bytes:
+    with os.fdopen(cache.open(shard), "rb") as stream:
+        return stream.read()
+
+
+def held(cache: ShardCache, server: Faulty) -> list[int]:
+    return [i for i in range(NUM_SHARDS) if cache.path(wanted(server, i)).exists()]
+
+
+def num_bytes(folder: Path) -> int:
+    """Bytes of shards and downloads in flight, while nobody moves them."""
+    with open(folder / "book.lock", "ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        files = [*(folder / "shards").iterdir(), *(folder / "partial").iterdir()]
+        return sum(path.stat().st_size for path in files)
+
+
+def empty(cache: ShardCache) -> bool:
+    """True if no download and no lock is left."""
+    return not any(list((cache.folder / name).iterdir()) for name in ("partial", "locks"))
+
+
+def test_least_recently_used_goes_first(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    for i in (0, 1, 2, 3, 0, 1):
+        assert read(cache, wanted(server, i)) == content(i)
+    assert server.gets.total() == 4
+    for i, left in ((4, [0, 1, 3, 4]), (5, [0, 1, 4, 5]), (0, [0, 1, 4, 5]), (6, [0, 4, 5, 6])):
+        assert read(cache, wanted(server, i)) == content(i)
+        assert held(cache, server) == left
+        assert num_bytes(cache.folder) == 4 * SIZE
+    found = cache.statistics
+    assert (found.fetches, found.hits, found.evictions) == (7, 3, 3)
+    assert found.bytes_fetched == 7 * SIZE
+    assert empty(cache)
+
+
+def test_shard_that_is_thrown_out_stays_readable(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path, 1)
+    file = cache.open(wanted(server, 0))
+    read(cache, wanted(server, 1))
+    assert held(cache, server) == [1]
+    assert os.pread(file, SIZE, 0) == content(0)
+    os.close(file)
+
+
+def test_ensure_fetches_side_by_side_what_the_bound_holds(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    cache.ensure([wanted(server, i) for i in range(NUM_SHARDS)])
+    assert held(cache, server) == [0, 1, 2, 3]
+    cache.ensure([wanted(server, i) for i in (3, 9, 2)])
+    assert held(cache, server)[-3:] == [2, 3, 9]
+    assert server.gets.total() == 5
+
+
+def test_one_fetch_for_many_threads(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    server.faults = lambda handler, count: time.sleep(0.2) is not None
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read(cache, wanted(server, 0)), range(8)))
+    assert found == [content(0)] * 8
+    assert server.gets.total() == 1
+    assert (cache.statistics.fetches, cache.statistics.hits) == (1, 7)
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+def test_bounds_that_are_too_small(server: Faulty, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data.cache_gb: 0.0003 is too small for shards of up to 0"
+    ):
+        make(tmp_path, 3).check_bound([SIZE] * 9)
+    make(tmp_path, 3).check_bound([SIZE] * 3)
+    with pytest.raises(UserError, match=r"100,000 bytes or more do not fit into the cache of 50,0"):
+        make(tmp_path, 0.5).open(wanted(server, 0))
+    with pytest.raises(UserError, match=r"data.cache_gb: 0.0: must be above 0"):
+        CacheOptions(max_bytes=0)
+
+
+def test_lower_bound_throws_out_at_once(server: Faulty, tmp_path: Path) -> None:
+    make(tmp_path).ensure([wanted(server, i) for i in range(4)])
+    small = make(tmp_path, 2)
+    small.check_bound([SIZE] * 2)
+    assert num_bytes(small.folder) == 2 * SIZE
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (b"x" * SIZE, "its SHA-256 is not the one in the index: the shard was changed"),
+        (b"x" * (SIZE - 1), "99,999 bytes instead of 100,000: the shard was changed or cut short"),
+        (b"x" * (SIZE + 1), "100,001 bytes instead of 100,000: .* or the index is stale; make it"),
+    ],
+)
+def test_changed_shard_is_never_kept(
+    server: Faulty, tmp_path: Path, changed: bytes, message: str
+) -> None:
+    cache = make(tmp_path)
+    (server.root / "0.tar").write_bytes(changed)
+    with pytest.raises(UserError, match=message):
+        cache.open(wanted(server, 0))
+    assert num_bytes(cache.folder) == 0
+    assert empty(cache)
+    (server.root / "0.tar").write_bytes(content(0))
+    assert read(cache, wanted(server, 0)) == content(0)
+
+
+def test_meddled_copy_is_fetched_again(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    read(cache, wanted(server, 0))
+    cache.path(wanted(server, 0)).write_bytes(b"short")
+    assert read(cache, wanted(server, 0)) == content(0)
+
+
+@pytest.mark.parametrize("name", ["posix_fallocate", "pwrite"])
+def test_full_disk(
+    server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = make(tmp_path)
+    monkeypatch.setattr(os, name, full)
+    with pytest.raises(UserError, match=r"cache: the disk is full .*lower data.cache_gb, or put"):
+        cache.open(wanted(server, 0))
+    assert num_bytes(cache.folder) == 0
+    assert empty(cache)
+    assert server.gets.total() == (name == "pwrite")
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"the cache cannot be written .*put data.cache_dir elsew"):
+        make(tmp_path)
+
+
+# -- sizes that nobody knows ----------------------------------------------------------------------
+
+
+def test_output_of_a_command_is_named_by_its_content(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    file = RemoteFile(f"pipe:cat {server.root}/0.tar", None, "")
+    descriptor, size, sha256 = cache.fetch_unknown(file)
+    os.close(descriptor)
+    shard = Wanted(file.url, SIZE, hashlib.sha256(content(0)).hexdigest())
+    assert (size, sha256) == (SIZE, shard.sha256)
+    assert read(cache, shard) == content(0)
+    assert cache.statistics.fetches == 1
+    again = Wanted(f"pipe:cat {server.root}/1.tar", SIZE - 2, "0" * 64)
+    with pytest.raises(UserError, match="more than 99,998 bytes: the shard was changed or cut"):
+        cache.open(again)
+    with pytest.raises(UserError, match=r"do not fit into the cache of 50,000 bytes"):
+        make(tmp_path, 0.5).fetch_unknown(file)
+    assert empty(cache)
+
+
+def test_commands_in_each_others_way_all_finish(
+    server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make(tmp_path, 1.5)  # two that grow at once block each other
+    monkeypatch.setattr(cache_module, "_WAIT_SECONDS", 0.005)
+    together = threading.Barrier(3)
+
+    def fetch(i: int) -> str:
+        together.wait()
+        tar = f"{server.root}/{i}.tar"
+        slow = f"pipe:head -c 80000 {tar}; sleep 0.3; tail -c 20000 {tar}"
+        descriptor, _, sha256 = cache.fetch_unknown(RemoteFile(slow, None, ""))
+        os.close(descriptor)
+        return sha256
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(fetch, range(3)))
+    assert found == [wanted(server, i).sha256 for i in range(3)]
+    assert num_bytes(cache.folder) <= 1.5 * SIZE
+    assert empty(cache)
+
+
+def test_file_that_changes_while_it_is_fetched(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    before = look(f"{server.url}/0.tar", cache.options.patience)
+
+    def change(handler: Handler, count: int) -> bool:
+        handler.send_file(with_body=True)
+        (server.root / "0.tar").write_bytes(b"other")
+        return True
+
+    server.faults = change
+    with pytest.raises(UserError, match=r"0.tar: changed while it was fetched; run again"):
+        cache.fetch_unknown(before)
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+READER = """
+import hashlib, json, os, random, sys
+from pathlib import Path
+from pretrain.data.cache import CacheOptions, ShardCache, Wanted
+folder, bound, url, seed, num, hashes = sys.argv[1:7]
+cache = ShardCache(CacheOptions(Path(folder), int(bound), read_retries=2))
+hashes = json.loads(hashes)
+chosen = random.Random(int(seed)).choices(range(len(hashes)), k=int(num))
+print("ready", flush=True)
+for i in chosen:
+    with os.fdopen(cache.open(Wanted(f"{url}/{i}.tar?{seed}", 100_000, hashes[i])), "rb") as stream:
+        assert hashlib.sha256(stream.read()).hexdigest() == hashes[i]
+print(json.dumps(vars(cache.statistics)))
+"""
+
+
+@contextlib.contextmanager
+def reader(server: Faulty, folder: Path, seed: int, num: int) -> Iterator[subprocess.Popen]:
+    hashes = json.dumps([wanted(server, i).sha256 for i in range(NUM_SHARDS)])
+    arguments = [str(folder), str(5 * SIZE), server.url, str(seed), str(num), hashes]
+    process = subprocess.Popen([sys.executable, "-c", READER, *arguments], stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_leftover_of_a_killed_process_is_removed(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path, 5)
+    server.faults = lambda handler, count: handler.cut(1000, wait=True)
+    with reader(server, cache.folder, seed=0, num=1) as process:
+        while not list((cache.folder / "partial").iterdir()):
+            time.sleep(0.01)
+        assert num_bytes(cache.folder) == SIZE  # what it has reserved
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert num_bytes(cache.folder) == SIZE
+    server.faults = lambda handler, count: False
+    for i in range(5):
+        assert read(cache, wanted(server, i)) == content(i)
+    assert held(cache, server) == [0, 1, 2, 3, 4]  # the leftover took no room
+    assert num_bytes(cache.folder) == 5 * SIZE
+    assert empty(cache)
+
+
+def test_many_processes_one_killed(server: Faulty, tmp_path: Path) -> None:
+    cache = make(tmp_path, 5)
+    is_cut = threading.Event()
+
+    def faults(handler: Handler, count: int) -> bool:
+        if handler.path.endswith("?9") and server.gets.total() > 100:
+            is_cut.set()  # the victim dies in the middle of this
+            return handler.cut(SIZE // 2, wait=True)
+        return False
+
+    server.faults = faults
+    most, results = 0, {}
+    with contextlib.ExitStack() as stack:
+        readers = {i: stack.enter_context(reader(server, cache.folder, i, 150)) for i in range(3)}
+        victim = stack.enter_context(reader(server, cache.folder, 9, 100_000))
+        while any(process.poll() is None for process in readers.values()):
+            most = max(most, num_bytes(cache.folder))
+            if is_cut.is_set() and victim.poll() is None:
+                victim.send_signal(signal.SIGKILL)
+                victim.wait()
+            time.sleep(0.002)
+        for i, process in readers.items():
+            results[i] = json.loads(process.stdout.read().splitlines()[-1])
+    assert victim.returncode == -signal.SIGKILL
+    assert 4 * SIZE <= most <= 5 * SIZE
+    for i, result in results.items():
+        assert result["fetches"] + result["hits"] == 150
+        served = sum(n for path, n in server.gets.items() if path.endswith(f"?{i}"))
+        assert result["fetches"] == served > 0
+    cache.ensure([wanted(server, i) for i in range(5)])
+    assert held(cache, server) == [0, 1, 2, 3, 4]  # the victim's leftover takes no room
+    assert empty(cache)
