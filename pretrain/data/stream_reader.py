@@ -1,0 +1,221 @@
+"""Samples of shards that are read from front to end, pass after pass, on webdataset's pieces."""
+
+import itertools
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+from webdataset.filters import shuffle
+from webdataset.pipeline import DataPipeline
+from webdataset.shardlists import SimpleShardList
+from webdataset.tariterators import group_by_keys
+
+from pretrain.data.locations import expand
+from pretrain.data.order import stable_hash
+from pretrain.data.remote import Patience, shown
+from pretrain.data.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
+from pretrain.data.tar_stream import TarStream
+from pretrain.errors import UserError, require
+
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what belongs to no sample
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Tars that are read as one.
+
+    Attributes:
+        tars: Each tar with the number of the set it belongs to, which salts the keys.
+        share: Of the samples of an epoch, about this part comes from here, relative to the others.
+    """
+
+    tars: Mapping[str, int]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class StreamSample:
+    """A sample as it came out of its tar.
+
+    Attributes:
+        key: 64-bit hash of its name, as in the exact loader.
+        label: -1 if there is none, or if it is no integer.
+        visit: Which pass over the source this was; see `StreamingLoader`.
+        data: The encoded picture; None if the sample has none.
+        where: What to call it in a message.
+    """
+
+    key: int
+    label: int
+    visit: int
+    data: bytes | None
+    where: str
+
+    @property
+    def sample_id(self) -> int:
+        """63-bit number from the key; two names in 2**63 share it."""
+        return self.key & (2**63 - 1)
+
+
+def open_sources(
+    spec: str | Sequence[str] | Mapping[str, float], patience: Patience
+) -> list[StreamSource]:
+    """Find the tars of what a user named.
+
+    Sets in a list are read as one, so that a pass shows each sample of each of them once. Sets with
+    weights are drawn from in proportion to these, whatever they hold.
+
+    Raises:
+        UserError: If nothing is named, a tar is named twice, or a weight is not above 0.
+    """
+    names = [spec] if isinstance(spec, str) else list(spec)
+    require(bool(names), "data.shards: an empty list; name at least one shard set")
+    tars: dict[str, int] = {}
+    for number, name in enumerate(names):
+        for tar in expand(name, patience):
+            require(tar not in tars, f"data.shards: {shown(tar)} is named twice; name it once")
+            tars[tar] = number
+    if not isinstance(spec, Mapping):
+        return [StreamSource(tars)]
+    for name, weight in spec.items():
+        require(
+            bool(np.isfinite(weight) and weight > 0),
+            f"data.shards: weight {weight} of {shown(name)}: must be above 0; in streaming mode it "
+            "is the share of the samples that come from there",
+        )
+    return [
+        StreamSource({tar: of for tar, of in tars.items() if of == number}, weight)
+        for number, weight in enumerate(spec.values())
+    ]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One of all workers of all ranks, and the samples that it gets.
+
+    Attributes:
+        sources: Where samples come from.
+        number: Number of this reader.
+        num_readers: Of how many.
+        seed: Everything random follows from it.
+        first_visit: Visit of the first pass.
+        shuffle_buffer: Encoded samples held back to be mixed.
+        patience: How long to keep trying to read a shard.
+    """
+
+    sources: Sequence[StreamSource]
+    number: int
+    num_readers: int
+    seed: tuple[int, ...]
+    first_visit: int
+    shuffle_buffer: int
+    patience: Patience
+
+    def samples(self) -> Iterator[StreamSample]:
+        """Samples without end.
+
+        Raises:
+            UserError: If a shard cannot be read, is damaged, or holds nothing.
+        """
+        rng = random.Random(_seed("shuffle", *self.seed, self.number))
+        streams = [self._endless(number) for number in range(len(self.sources))]
+        mixed = streams[0] if len(streams) == 1 else self._mixed(streams, rng)
+        initial = max(1, self.shuffle_buffer // 4)
+        return shuffle(self.shuffle_buffer, initial=initial, rng=rng)(mixed)
+
+    def _mixed(
+        self, streams: list[Iterator[StreamSample]], rng: random.Random
+    ) -> Iterator[StreamSample]:
+        """Draw from the sources; webdataset's RandomMix would use the process's one generator."""
+        shares = list(itertools.accumulate(source.share for source in self.sources))
+        while True:
+            yield next(rng.choices(streams, cum_weights=shares)[0])
+
+    def _endless(self, source: int) -> Iterator[StreamSample]:
+        for number in itertools.count():
+            yield from self._one_pass(source, number)
+
+    def _one_pass(self, source: int, number: int) -> DataPipeline:
+        """This reader's part of one pass over a source.
+
+        All readers shuffle the shards in the same way and deal them out, another way each pass.
+        Where there are fewer shards than readers they deal out the samples instead.
+        """
+        tars = self.sources[source].tars
+        first = (self.number + number) % self.num_readers
+        own = partial(_every, first=first, step=self.num_readers)
+        is_by_sample = len(tars) < self.num_readers
+        return DataPipeline(
+            SimpleShardList(list(tars), seed=_seed("shards", *self.seed, source, number)),
+            None if is_by_sample else own,
+            self._files,
+            partial(group_by_keys, keys=_key_and_suffix, handler=_refuse),
+            partial(self._to_samples, tars=tars, visit=self.first_visit + number),
+            own if is_by_sample else None,
+        )
+
+    def _files(self, shards: Iterator[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        """Open shards and take their files out, as webdataset's own stages do (see `TarStream`)."""
+        for shard in shards:
+            url, num_files = shard["url"], 0
+            with TarStream(url, self.patience, _is_needed) as tar:
+                for name, data in tar:
+                    if _META.match(name):
+                        continue
+                    num_files += 1
+                    yield {"fname": name, "data": data, "__url__": url}
+            require(
+                num_files > 0,
+                f"{shown(url)}: holds no files; make it again or leave it out",
+            )
+            yield {}  # what follows belongs to another shard
+
+    def _to_samples(
+        self, groups: Iterator[dict[str, Any]], *, tars: Mapping[str, int], visit: int
+    ) -> Iterator[StreamSample]:
+        for group in groups:
+            name, url = group["__key__"], group["__url__"]
+            key = key_hash(name)
+            if tars[url]:
+                key ^= int.from_bytes(stable_hash("source", tars[url], num_bytes=8), "little")
+            data = next((group[suffix] for suffix in group if _is_picture(suffix)), None)
+            where = f"sample {name!r} in {shown(url)}"
+            yield StreamSample(key, _label(group.get("cls")), visit, data, where)
+
+
+def _seed(*parts: int | str) -> int:
+    return int.from_bytes(stable_hash("streaming", *parts), "little")
+
+
+def _every(items: Iterator[Any], *, first: int, step: int) -> Iterator[Any]:
+    return itertools.islice(items, first, None, step)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """What becomes of an error that webdataset finds: it ends the run."""
+    raise UserError(f"{error.args[0]}; make this shard again") from error
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """A file without a suffix is a sample without a picture, and counted as such."""
+    return split_name(name) or (name, "")
+
+
+def _is_needed(name: str) -> bool:
+    suffix = _key_and_suffix(name)[1]
+    return suffix == "cls" or _is_picture(suffix)
+
+
+def _is_picture(suffix: str) -> bool:
+    return suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES
+
+
+def _label(data: bytes | None) -> int:
+    try:
+        return NO_LABEL if data is None else int(data[:32].decode())
+    except ValueError:
+        return NO_LABEL
