@@ -1,5 +1,7 @@
 """The bytes of a picture as they go into a shard: kept as they are, shrunk, or re-encoded."""
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import simplejpeg
 
 from pretrain.data.views import BadSample, decode
 
+MAX_FILE_BYTES = 2**30  # far above any picture of MAX_PIXELS pixels that is compressed
 _RATIO_SAMPLES = 16  # pictures that are shrunk on trial to plan the sizes of shards
 
 
@@ -35,12 +38,10 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
     Returns:
         Suffix and bytes. Formats other than JPEG, PNG and WebP become PNG.
     Raises:
-        BadSample: If the file cannot be read or does not decode.
+        BadSample: If the file cannot be read, is empty, no plain file or larger than
+            MAX_FILE_BYTES, or does not decode.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadSample(f"{path}: cannot be read ({error.strerror})") from error
+    data = _read(path)
     image = decode(data, where=path)
     if resize_short is not None and min(image.shape[:2]) > resize_short:
         return "jpg", _encode_jpeg(shrink(image, resize_short), quality)
@@ -48,6 +49,23 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
     if suffix is not None:
         return suffix, data
     return "png", cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def _read(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise BadSample(f"{path}: not a plain file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise BadSample(
+                f"{path}: {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read"
+            )
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadSample(f"{path}: cannot be read ({error.strerror})") from error
+    if not data:
+        raise BadSample(f"{path}: is empty (0 bytes)")
+    return data
 
 
 def shrink(image: np.ndarray, short_side: int) -> np.ndarray:

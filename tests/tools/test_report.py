@@ -338,6 +338,48 @@ def test_large_pictures_are_made_smaller(tmp_path):
     assert picture.width > picture.height
 
 
+def test_bad_samples_of_pretraining_are_listed(tmp_path):
+    out = make_run(tmp_path, seeds=1)
+    rows = [
+        {"sample": i % 23, "reason": f"shard-000001.tar at byte {i}: <cut>", "rank": 1, "step": 900}
+        for i in range(25)
+    ]
+    dump_lines(out / "pretrain/bad_samples.jsonl", rows)
+    (out / "pretrain/config.yaml").write_text("data: {max_bad_samples: 31}\n")
+    page = page_of(out)
+    assert "replaced: 23 different ones, noted 25 times" in page.text
+    assert "each process may replace 31 (data.max_bad_samples)" in page.text
+    assert "the first 20 rows" in page.text
+    assert page.text.count("<cut>") == 20
+    assert "at byte 19: <cut>" in page.text
+    assert "1 samples" not in page.text
+    assert len(page.all("caption")) == len(page.all("table"))
+
+
+@pytest.mark.parametrize(
+    "config", [None, "", "data: 3", "data: {max_bad_samples: {}}", "[", "a: b: c"]
+)
+def test_one_bad_sample_without_a_known_limit(tmp_path, config):
+    out = make_run(tmp_path, seeds=1)
+    dump_lines(out / "pretrain/bad_samples.jsonl", [{"sample": 7}])
+    if config is not None:
+        (out / "pretrain/config.yaml").write_text(config)
+    page = page_of(out)
+    assert "replaced: 1 different ones." in page.text
+    assert "max_bad_samples" not in page.text
+
+
+def test_without_bad_samples_the_page_says_so(page, tmp_path):
+    assert "pretraining could not use" not in page.text
+    out = make_run(tmp_path, seeds=1)
+    dump(out / "shards/index.json", {"skipped": []})
+    dump(out / "pretrain/summary.json", {"num_skipped_samples": 0})
+    dump_lines(out / "pretrain/bad_samples.jsonl", [])
+    assert "Nothing: no picture was skipped when packing, none failed" in page_of(out).text
+    dump_lines(out / "pretrain/bad_samples.jsonl", [{"sample": 7}])
+    assert "Nothing: no picture was skipped" not in page_of(out).text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [

@@ -115,6 +115,7 @@ def context(run: data.Run) -> dict[str, Any]:
         "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
         "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
         "left_out": data.skipped_inputs(run),
+        "bad_samples": data.bad_samples(run),
     }
 
 

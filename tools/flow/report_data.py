@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import yaml
 from PIL import Image
 
 from tools.flow import gallery, results
@@ -18,6 +19,7 @@ from tools.flow.files import read_json, read_json_lines
 TILE_GAP = 4
 """White pixels between the tiles of the pictures that pretraining leaves."""
 NUM_DETECTION_PICTURES = 8
+NUM_BAD_SAMPLES = 20
 ARM_WORDS = {
     "random": "Random initialisation",
     "pretrained": "Pretrained",
@@ -212,10 +214,28 @@ def skipped_inputs(run: Run) -> list[dict[str, Any]]:
         for item in run.json(f"{stage}/index.json").get("skipped") or []:
             found.append({"stage": stage, "what": item.get("file"), "why": item.get("reason")})
     skipped = run.json("pretrain/summary.json").get("num_skipped_samples")
-    if skipped:
+    if skipped and not bad_samples(run):
         why = "did not decode during pretraining"
         found.append({"stage": "pretrain", "what": f"{skipped} samples", "why": why})
     return found
+
+
+def bad_samples(run: Run) -> dict[str, Any]:
+    """Return the samples that pretraining replaced, the first in rows; empty if there are none.
+
+    `limit` is how many different ones each process bore before it stopped, None if unknown.
+    """
+    rows = [row for row in read_json_lines(run.out / "pretrain/bad_samples.jsonl") if row]
+    if not rows:
+        return {}
+    try:
+        text = (run.out / "pretrain/config.yaml").read_text(encoding="utf-8")
+        limit = yaml.safe_load(text)["data"]["max_bad_samples"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        limit = None
+    different = len({str(row.get("sample")) for row in rows})
+    shown = rows[:NUM_BAD_SAMPLES]
+    return {"count": len(rows), "different": different, "limit": limit, "rows": shown}
 
 
 def arm_rows(run: Run) -> list[dict[str, Any]]:
