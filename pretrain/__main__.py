@@ -29,6 +29,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="continue out/checkpoint.pth if there is one"
     )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: go on with another config or other shards where the weights fit",
+    )
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
     return parser.parse_intermixed_args(arguments)
 
@@ -43,12 +48,13 @@ def describe_os_error(error: OSError) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input."""
+    """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
     from pretrain.config import load_config, to_plain  # after --help, which should not wait
     from pretrain.engine import dist
     from pretrain.engine.checkpoint import DiskFullError
     from pretrain.engine.diagnostics import CollapseError
+    from pretrain.engine.stop import StoppedBySignal
     from pretrain.engine.train import NonFiniteLossError, Run
     from pretrain.errors import UserError
 
@@ -59,13 +65,16 @@ def main(arguments: list[str]) -> int:
 
             print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
             return 0
-        Run(config, resume=options.resume).train()
+        Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CollapseError, DiskFullError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except StoppedBySignal as error:
+        print(str(error), file=sys.stderr)
+        return 128 + error.number
     except OSError as error:
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
         return 1

@@ -146,7 +146,9 @@ class EngineConfig:
     num_threads: int = 0  # of the CPU; 0 leaves torch's own choice
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
-    keep_checkpoints: int = 0  # older ones kept in checkpoints/, newest first
+    async_checkpoints: bool = True  # written by a thread while the steps go on
+    keep_checkpoints: int = 2  # the newest ones stay in checkpoints/; 2: one to fall back on
+    keep_every_steps: int = 0  # checkpoints at multiples of this stay for good; 0: none
     on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/engine/diagnostics.py
     collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine of samples 0.99
     collapse_rank: float = 2.0  # alarm below this effective rank
@@ -157,7 +159,8 @@ class EngineConfig:
             value = getattr(self, name)
             require(value >= 1, f"engine.{name} must be >= 1, got {value}")
         require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
-        require(self.keep_checkpoints >= 0, f"engine.keep_checkpoints: {self.keep_checkpoints} < 0")
+        for name in ("keep_checkpoints", "keep_every_steps"):
+            require(getattr(self, name) >= 0, f"engine.{name}: {getattr(self, name)} is < 0")
         for name in ("collapse_std", "collapse_rank"):
             value = getattr(self, name)
             require(value >= 0, f"engine.{name} must be >= 0 (0: never), got {value}")

@@ -4,6 +4,7 @@ One request to a worker is a whole batch of one rank: (step, sample numbers, vis
 no state, so their number changes nothing but the speed.
 """
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -179,6 +180,9 @@ def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataL
 
 def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the parent
 
 
 def make_loader(

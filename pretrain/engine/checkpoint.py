@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import shutil
@@ -40,11 +41,14 @@ def versions() -> dict[str, str]:
 def save(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` so that ``path`` is always either the old checkpoint or the whole new one.
 
+    A checksum of the state goes with it.
+
     Raises:
         DiskFullError: If the disk is full; the message says what to free and how to go on.
     """
     missing = set(FIELDS) - set(state)
     assert not missing, f"checkpoint without {sorted(missing)}"
+    state = {**state, "checksum": checksum(state)}
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as file:
@@ -63,6 +67,35 @@ def save(state: dict[str, Any], path: Path) -> None:
             "space and run the same command with --resume: the checkpoint before is whole"
         ) from error
     _sync_folder(path.parent)
+
+
+def checksum(value: Any) -> str:
+    """Hash of a nested state: keys, plain values, and the bytes of tensors (blake2b, hexadecimal).
+
+    The key ``checksum`` of the outermost dict is left out.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    outermost = {k: v for k, v in value.items() if k != "checksum"}
+    _hash_into(digest, outermost)
+    return digest.hexdigest()
+
+
+def _hash_into(digest: Any, value: Any) -> None:
+    if isinstance(value, dict):
+        digest.update(f"dict {len(value)};".encode())
+        for key, item in value.items():
+            digest.update(f"{key!r}:".encode())
+            _hash_into(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)};".encode())
+        for item in value:
+            _hash_into(digest, item)
+    elif isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"tensor {plain.dtype} {tuple(plain.shape)};".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(f"{value!r};".encode())
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
@@ -106,12 +139,28 @@ def load(path: Path) -> dict[str, Any]:
     missing = sorted(set(FIELDS) - set(state))
     if missing:
         raise UserError(f"checkpoint {path} lacks {missing}; it is damaged: start again")
+    if "checksum" in state and state["checksum"] != checksum(state):  # older ones have none
+        raise UserError(
+            f"checkpoint {path} is damaged: its checksum differs. Take an older one from "
+            "checkpoints/ or start again"
+        )
     return state
 
 
-def keep(path: Path, step: int, num_kept: int) -> None:
-    """Keep the newest ``num_kept`` checkpoints as hard links (or copies) in ``checkpoints/``."""
-    if num_kept == 0:
+def keep(path: Path, step: int, num_kept: int, kept_every_steps: int = 0) -> None:
+    """Keep the newest checkpoints as hard links (or copies) in ``checkpoints/``.
+
+    Args:
+        path: The newest.
+        step: Its step.
+        num_kept: How many stay.
+        kept_every_steps: Those at multiples of this step stay besides; 0: none.
+    """
+
+    def stays(number: int) -> bool:
+        return kept_every_steps > 0 and number % kept_every_steps == 0
+
+    if num_kept == 0 and not stays(step):
         return
     folder = path.parent / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -121,7 +170,8 @@ def keep(path: Path, step: int, num_kept: int) -> None:
         os.link(path, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
-    for old in sorted(folder.glob("step-*.pth"))[:-num_kept]:
+    passing = [f for f in sorted(folder.glob("step-*.pth")) if not stays(int(f.stem[5:]))]
+    for old in passing[: max(0, len(passing) - num_kept)]:
         old.unlink()
 
 

@@ -63,3 +63,11 @@ def total(x: Tensor) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """Mean over the processes, without gradient."""
     return total(x) / world_size() if is_on() else x.detach()
+
+
+def highest(x: Tensor) -> Tensor:
+    """Largest value over the processes, without gradient."""
+    x = x.detach().clone()
+    if is_on():
+        torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX)
+    return x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,41 +73,77 @@ def to_checkpoint(
 
 
 def restore(
-    path: Path,
+    state: dict[str, Any],
     config: PretrainConfig,
     model: FAContrastive,
     optimizer: torch.optim.Optimizer,
     num_steps: int,
     data_fingerprint: str | None = None,
-) -> Position:
-    """Load a checkpoint into a freshly built run.
+    *,
+    allow_changes: bool = False,
+) -> tuple[Position, list[str]]:
+    """Bring a freshly built run into the state of a checkpoint.
 
+    Args:
+        state: From ``checkpoint.load``.
+        config: Of the run that goes on.
+        model: Takes the weights, the EMA, the queues.
+        optimizer: Takes its state.
+        num_steps: Steps that the run has in all.
+        data_fingerprint: Which samples the run sees; None where that cannot be known.
+        allow_changes: Go on with another config or other shards where the weights fit.
+    Returns:
+        Where the run stands, and the changes that were allowed, a line each.
     Raises:
-        UserError: Damaged file, a changed config (the differences are shown), or changed shards.
+        UserError: A changed config or changed shards (the differences are shown), or weights that
+            do not fit.
     """
-    state = checkpoint.load(path)
+    changes = _changes(state, config, num_steps, data_fingerprint)
+    if changes and not allow_changes:
+        raise UserError(
+            f"the checkpoint was made with another config: {'; '.join(changes)}. Restore these "
+            "values to resume, allow them with --allow-changes, or start a new run with another "
+            "out=DIR"
+        )
+    try:
+        _load(state, model, optimizer)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the checkpoint does not fit this config ({'; '.join(changes) or 'no change seen'}): "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    torch.set_rng_state(state["random"]["torch"])
+    if torch.cuda.is_available():  # perhaps with fewer devices than before
+        for device, cuda_state in enumerate(state["random"]["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, device)
+    position = Position(**state["position"])
+    if changes:
+        steps_per_epoch = num_steps // config.optim.epochs
+        position.epoch, position.step_in_epoch = divmod(position.step, steps_per_epoch)
+    return position, changes
+
+
+def _changes(
+    state: dict[str, Any], config: PretrainConfig, num_steps: int, data_fingerprint: str | None
+) -> list[str]:
+    """What differs from the run that the checkpoint was made by, a line each."""
     saved = {k: v for k, v in state["config"].items() if k not in NOT_COMPARED}
     now = {k: v for k, v in to_plain(config).items() if k not in NOT_COMPARED}
     for plain in (saved, now):
         plain["data"] = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
-    differences = checkpoint.different_keys(saved, now)
-    if differences:
-        raise UserError(
-            f"{path} was made with another config: {'; '.join(differences)}. Restore these values "
-            "to resume, or start a new run with another out=DIR"
+    changes = checkpoint.different_keys(saved, now)
+    schedule = state["schedule"]
+    if schedule["num_steps"] != num_steps and not changes:
+        changes.append(
+            f"it was made for {schedule['num_steps']} steps, the shards now give {num_steps}"
         )
-    if state["schedule"]["num_steps"] != num_steps:
-        raise UserError(
-            f"{path} was made for {state['schedule']['num_steps']} steps, the shards now give "
-            f"{num_steps}: the data set has changed. Give the same shards, or another out=DIR"
-        )
-    known = state["schedule"].get("data_fingerprint")
+    known = schedule.get("data_fingerprint")
     if known is not None and data_fingerprint is not None and known != data_fingerprint:
-        raise UserError(
-            f"{path} was made with other shards (or other weights of them) than data.shards names "
-            "now, so the order of samples would be another. Give the same shards, or start a new "
-            "run with another out=DIR"
-        )
+        changes.append("data.shards: other shards, or other weights of them")
+    return changes
+
+
+def _load(state: dict[str, Any], model: FAContrastive, optimizer: torch.optim.Optimizer) -> None:
     model.online.load_state_dict(state["model"])
     if model.ema is not None:
         model.ema.load_state_dict(state["ema"])
@@ -117,8 +152,3 @@ def restore(
     if model.objective.negatives is not None:
         model.objective.negatives.load_state_dict(state["negatives"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["torch"])
-    if torch.cuda.is_available():  # perhaps with fewer devices than before
-        for device, cuda_state in enumerate(state["random"]["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, device)
-    return Position(**state["position"])

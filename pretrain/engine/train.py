@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
-from pretrain.engine import checkpoint, diagnostics, dist, run_folder
+from pretrain.engine import diagnostics, dist, run_folder, saver
 from pretrain.engine.diagnostics import CollapseAlarm, CollapseError
 from pretrain.engine.feed import Fed, Feed
 from pretrain.engine.metrics import MetricLog
@@ -30,6 +30,7 @@ from pretrain.engine.optim import (
 )
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
+from pretrain.engine.stop import StoppedBySignal, StopRequest
 from pretrain.errors import UserError
 from pretrain.eval.pictures import save_neighbours, save_views
 from pretrain.eval.probe import Probe
@@ -75,12 +76,15 @@ class Run:
     Args:
         config: The whole config; each part receives its own slice.
         resume: Continue from ``out/checkpoint.pth`` if there is one.
+        allow_changes: Continue even with another config or other shards, where the weights fit.
 
     Raises:
         UserError: Anything in config, shards or checkpoint that cannot work, before any step.
     """
 
-    def __init__(self, config: PretrainConfig, *, resume: bool) -> None:
+    def __init__(
+        self, config: PretrainConfig, *, resume: bool, allow_changes: bool = False
+    ) -> None:
         self.config = config
         self.device = choose_device(config.engine.device)
         self.is_bf16 = uses_bf16(config.engine.precision, self.device)
@@ -107,16 +111,36 @@ class Run:
         )
         self.schedule = lr_schedule(config.optim)
         self.position = Position()
-        path = self.folder / "checkpoint.pth"
-        if resume and path.exists():
-            self.position = restore(
-                path, config, self.model, self.optimizer, self.num_steps, self.feed.fingerprint
-            )
+        self.notes: list[str] = []
+        if resume and (self.folder / saver.NAME).exists():
+            self._restore(allow_changes)
+        self.saver = saver.CheckpointSaver(
+            self.folder, num_kept=config.engine.keep_checkpoints,
+            kept_every_steps=config.engine.keep_every_steps,
+            in_background=config.engine.async_checkpoints,
+        )  # fmt: skip
+        self.saver.check_space(self._state())
         self.gradients = Gradients(
             self.model, self._forward_through_ddp(), config.optim, self._autocast
         )
         self.probe = Probe.open(config.eval, config.data, self.device)
         self.alarm = CollapseAlarm(config.engine)
+        self.stop = StopRequest()
+
+    def _restore(self, allow_changes: bool) -> None:
+        state, note = saver.load_newest(self.folder)
+        self.position, changes = restore(
+            state, self.config, self.model, self.optimizer, self.num_steps, self.feed.fingerprint,
+            allow_changes=allow_changes,
+        )  # fmt: skip
+        self.notes = [note] if note else []
+        self.notes += [f"going on with a changed config: {line}" for line in changes]
+
+    def _state(self) -> dict[str, Any]:
+        return to_checkpoint(
+            self.config, self.model, self.optimizer, self.position, self.num_steps,
+            self.feed.fingerprint,
+        )  # fmt: skip
 
     def _forward_through_ddp(self) -> torch.nn.Module:
         if not dist.is_on():
@@ -135,7 +159,12 @@ class Run:
             total=self.num_steps, initial=self.position.step, desc="pretrain", unit="step",
             disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
         )  # fmt: skip
-        with bar, contextlib.closing(log) if log else contextlib.nullcontext():
+        open_log = contextlib.closing(log) if log else contextlib.nullcontext()
+        with bar, open_log, self.stop, self.saver:
+            for note in self.notes:
+                if log is not None:
+                    self._write(log, "event", message=note)
+                    bar.write(f"warning: {note}", file=sys.stderr)
             if is_main:
                 run_folder.write_description(self.folder, self.config, self.device)
             if fresh and log is not None:
@@ -182,6 +211,20 @@ class Run:
                 meter = Meter()
             if self.position.step % self.config.engine.checkpoint_every_steps == 0:
                 self._save_checkpoint()
+            if is_logged or not dist.is_on():  # several processes agree where they wait anyway
+                self._stop_if_asked(log)
+
+    def _stop_if_asked(self, log: MetricLog | None) -> None:
+        """After a signal to any process: save, and leave together."""
+        number = self.stop.agreed(self.device)
+        if not number:
+            return
+        error = StoppedBySignal(number, self.position.step)
+        self._save_checkpoint()
+        self.saver.wait()
+        if log is not None:
+            self._write(log, "event", message=str(error))
+        raise error
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16)
@@ -245,6 +288,7 @@ class Run:
         """The first process saves before the others hear of it: their end may end it too."""
         if collapse is not None:
             self._save_checkpoint()
+            self.saver.wait()
         if dist.total(torch.tensor(float(collapse is not None), device=self.device)):
             raise CollapseError(
                 f"{collapse or 'the first process saw the features collapse'}; the checkpoint is "
@@ -272,13 +316,7 @@ class Run:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):
             raise self._diverged("weights are no longer finite")
-        state = to_checkpoint(
-            self.config, self.model, self.optimizer, self.position, self.num_steps,
-            self.feed.fingerprint,
-        )  # fmt: skip
-        path = self.folder / "checkpoint.pth"
-        checkpoint.save(state, path)
-        checkpoint.keep(path, self.position.step, self.config.engine.keep_checkpoints)
+        self.saver.save(self._state(), self.position.step)
 
     def _save_view_pictures(self) -> None:
         num = min(self.config.eval.num_pictures, self.config.data.batch_size)

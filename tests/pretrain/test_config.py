@@ -180,7 +180,9 @@ WRONG_VALUES = {
     "engine.log_every_steps=0": r"engine\.log_every_steps must be >= 1, got 0",
     "engine.checkpoint_every_steps=0": r"engine\.checkpoint_every_steps must be >= 1, got 0",
     "engine.num_threads=-1": r"engine\.num_threads: -1 is < 0",
-    "engine.keep_checkpoints=-1": r"engine\.keep_checkpoints: -1 < 0",
+    "engine.keep_checkpoints=-1": r"engine\.keep_checkpoints: -1 is < 0",
+    "engine.keep_every_steps=-1": r"engine\.keep_every_steps: -1 is < 0",
+    "data.last_batch=fill": "last_batch",
     "eval.knn_k=0": r"eval\.knn_k must be >= 1, got 0",
     "eval.knn_every_epochs=0": r"eval\.knn_every_epochs: 0 < 1",
     "eval.knn_temperature=0": r"eval\.knn_temperature: 0.* <= 0",
@@ -278,6 +280,7 @@ def dotted_keys(cls=PretrainConfig, prefix=""):
 
 CONTRASTIVE = "models/test_contrastive.py::"
 TRAIN = "engine/test_train.py::"
+FEED = "engine/test_feed.py::"
 OPTIM = "engine/test_optim.py::"
 METHODS = "engine/test_run_methods.py::"
 AUGMENTER = "models/test_augmenter.py::"
@@ -293,10 +296,11 @@ COVERED_BY = {
     "arch.stem_channels": TRAIN + "test_arch_of_the_config_is_built",
     "arch.res2_channels": TRAIN + "test_arch_of_the_config_is_built",
     "init.residual_gamma": TRAIN + "test_arch_of_the_config_is_built",
-    "data.shards": TRAIN + "test_missing_shards",
+    "data.shards": FEED + "test_shards_of_the_config_may_be_a_mixture",
     "data.image_size": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
     "data.batch_size": TRAIN + "test_golden_curve_equals_a_loop_written_again",
     "data.augmentation": TRAIN + "test_augmentation_preset_reaches_crops_and_colours",
+    "data.last_batch": FEED + "test_last_batch_of_the_config_decides_the_steps",
     "data.shuffle_window": TRAIN + "test_shuffle_window_decides_the_order",
     "data.num_workers": TRAIN + "test_killed_and_resumed_equals_uninterrupted",
     "data.max_bad_samples": TRAIN + "test_bad_pictures_stop_the_run_or_are_counted",
@@ -363,7 +367,9 @@ COVERED_BY = {
     "engine.num_threads": TRAIN + "test_num_threads",
     "engine.log_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
     "engine.checkpoint_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
-    "engine.keep_checkpoints": TRAIN + "test_log_and_checkpoint_intervals",
+    "engine.keep_checkpoints": TRAIN + "test_engine_decides_how_checkpoints_are_kept",
+    "engine.keep_every_steps": TRAIN + "test_engine_decides_how_checkpoints_are_kept",
+    "engine.async_checkpoints": TRAIN + "test_async_checkpoints_of_the_config_decide_who_writes",
     "engine.on_collapse": DIAGNOSTICS + "test_stop_ends_the_run_with_a_checkpoint_and_warn_goes_on",
     "engine.collapse_std": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
     "engine.collapse_rank": DIAGNOSTICS + "test_thresholds_of_the_config_decide",

@@ -230,3 +230,62 @@ def test_different_keys():
         "x: 1 -> 2",
     ]
     assert checkpoint.different_keys(a, a) == []
+
+
+# --- checksum, and what stays
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": 1}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": {"a": 1}}, {"a": None},
+        {"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).double()},
+        {"a": torch.tensor([0.0, -0.0])}, {"a": torch.zeros(0)}, {"a": torch.tensor(0.0)},
+        {"a": torch.zeros(2, dtype=torch.bfloat16)}, {"a": torch.zeros(2, dtype=torch.bool)},
+    ],
+)  # fmt: skip
+def test_checksum_tells_values_apart(value, tmp_path):
+    torch.save(value, tmp_path / "value.pth")
+    again = torch.load(tmp_path / "value.pth", weights_only=True)
+    assert checkpoint.checksum(again) == checkpoint.checksum(value)
+    assert checkpoint.checksum(value | {"checksum": "ignored"}) == checkpoint.checksum(value)
+    for other in ({"a": 2}, {"a": torch.ones(2)}, {"a": torch.zeros(3)}):
+        assert checkpoint.checksum(value) != checkpoint.checksum(other)
+
+
+def test_checksums_of_neighbouring_values_differ():
+    values = [
+        {"a": 1}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": {"a": 1}}, {"a": None},
+        {"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).double()},
+        {"a": torch.tensor([0.0, -0.0])}, {"a": torch.zeros(2, dtype=torch.bfloat16)},
+    ]  # fmt: skip
+    assert len({checkpoint.checksum(value) for value in values}) == len(values)
+
+
+def flip(path, needle):
+    """Change one bit of the file where `needle` stands, as a bad disk does."""
+    data = bytearray(path.read_bytes())
+    data[data.index(needle)] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_changed_bit_is_found(path):
+    flip(path, torch.full((3,), 1.0).numpy().tobytes())
+    with pytest.raises(UserError, match=r"checkpoint\.pth .*damaged"):
+        checkpoint.load(path)
+
+
+def test_newest_and_every_mth_stay(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    for step in range(2, 21, 2):
+        checkpoint.save(state(step), path)
+        checkpoint.keep(path, step, 2, 8)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}.pth" for step in (8, 16, 18, 20)]
+    assert value(tmp_path / "checkpoints" / kept[0]) == 8
+    other = tmp_path / "other" / "checkpoint.pth"
+    other.parent.mkdir()
+    for step in (4, 8, 12):
+        checkpoint.save(state(step), other)
+        checkpoint.keep(other, step, 0, 8)
+    assert [p.name for p in (other.parent / "checkpoints").iterdir()] == ["step-00000008.pth"]

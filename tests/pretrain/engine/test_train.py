@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.data.augment import PRESETS, augment, draw_parameters
 from pretrain.data.shards import ShardIndex
-from pretrain.engine import checkpoint, metrics, train
+from pretrain.engine import checkpoint, metrics
 from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run, choose_device, uses_bf16
 from pretrain.errors import UserError
@@ -328,6 +330,7 @@ def kill():
 
 def killing_step(self, batch, **options):
     if where == "step" and self.position.step == number:
+        self.saver.wait()  # so that it is known which checkpoint is there
         kill()
     return step(self, batch, **options)
 
@@ -441,6 +444,79 @@ def test_resume_with_another_config_shows_the_difference(start):
     start("run", "optim.epochs=1")
     result = start("run", "optim.epochs=1", "fa.top_k=2", "--resume")
     assert "fa.top_k: 1 -> 2" in error_of(result, 2)
+
+
+def test_resume_with_an_allowed_change_is_told(start):
+    start("run", "optim.epochs=1")
+    status, folder, err = start(
+        "run", "optim.epochs=1", "fa.top_k=2", "--resume", "--allow-changes"
+    )
+    assert status == 0, err
+    assert "warning: going on with a changed config: fa.top_k: 1 -> 2" in err
+    events = [r["message"] for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "event"]
+    assert "going on with a changed config: fa.top_k: 1 -> 2" in events
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(start):
+    options = ["engine.checkpoint_every_steps=2"]
+    _, whole, _ = start("whole", *options)
+    cut = shutil.copytree(whole, whole.parent / "cut")
+    for damaged in (cut / "checkpoint.pth", cut / "checkpoints" / "step-00000010.pth"):
+        damaged.write_bytes(damaged.read_bytes()[:-3000])
+    status, _, err = start("cut", *options, "--resume")
+    assert status == 0
+    assert "damaged" in err
+    assert "step-00000008.pth (step 8) instead" in err
+    assert_same_training(whole, cut)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(start, monkeypatch, number):
+    _, whole, _ = start("whole", "data.num_workers=1")
+    step, handler = Run._step, signal.getsignal(number)
+
+    def interrupted(self, fed, **options):
+        if self.position.step == 6:
+            os.kill(os.getpid(), number)
+        return step(self, fed, **options)
+
+    monkeypatch.setattr(Run, "_step", interrupted)
+    status, folder, err = start("cut", "data.num_workers=1")
+    assert status == 128 + number
+    assert f"stopped by {signal.Signals(number).name} after step 7; the checkpoint is saved" in err
+    assert "Traceback" not in err
+    assert weights(folder)["step"] == 7
+    assert signal.getsignal(number) is handler
+    assert not (folder / "summary.json").exists()
+    monkeypatch.undo()
+    status, folder, err = start("cut", "data.num_workers=1", "--resume")
+    assert status == 0, err
+    assert_same_training(whole, folder)
+
+
+def test_engine_decides_how_checkpoints_are_kept(start):
+    _, folder, _ = start(
+        "run", "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=1",
+        "engine.keep_every_steps=4", "engine.async_checkpoints=false",
+    )  # fmt: skip
+    kept = sorted(int(p.stem[5:]) for p in (folder / "checkpoints").iterdir())
+    assert kept == [4, 8, 10]
+
+
+def test_async_checkpoints_of_the_config_decide_who_writes(start, monkeypatch):
+    writers, save = {}, checkpoint.save
+
+    def noting(state, path):
+        writers[path.parent.name] = threading.current_thread() is threading.main_thread()
+        save(state, path)
+
+    monkeypatch.setattr(checkpoint, "save", noting)
+    folders = [
+        start(f"async-{flag}", "optim.epochs=1", f"engine.async_checkpoints={flag}")[1]
+        for flag in ("true", "false")
+    ]
+    assert writers == {"async-true": False, "async-false": True}
+    assert_same_training(*folders)
 
 
 def test_resume_with_more_shards_is_refused(start, make_shards):
@@ -818,5 +894,5 @@ def test_every_engine_error_is_a_user_error_or_stops_with_1(start, monkeypatch):
     def broken(*args, **kwargs):
         raise UserError("made up: do this")
 
-    monkeypatch.setattr(train.ShardIndex, "open", broken)
+    monkeypatch.setattr(ShardIndex, "open", broken)
     assert error_of(start("a"), 2) == "error: made up: do this"

@@ -1,0 +1,67 @@
+"""Signals that ask a run to save and end: SIGTERM, SIGUSR1 (SLURM), SIGINT (Ctrl-C)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import torch
+
+from pretrain.engine import dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StoppedBySignal(RuntimeError):
+    """The run has saved its state and ends because a signal asked for it.
+
+    Attributes:
+        number: Of the signal; the exit status is 128 + number, as in a shell.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name} after step {step}; the checkpoint is saved: the same command with "
+            "--resume goes on"
+        )
+        self.number = number
+
+
+class StopRequest:
+    """Notes the first signal while a run goes on; the second one has its usual effect.
+
+    In a context: handlers are set at its beginning and restored at its end. Outside the main thread
+    nothing is set, since Python allows it there only.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._old = {}
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process was given, 0 for none; all processes must call it."""
+        if not dist.is_on():
+            return self.number
+        return int(dist.highest(torch.tensor(float(self.number), device=device)))

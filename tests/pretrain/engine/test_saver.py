@@ -1,0 +1,113 @@
+"""Checkpoints beside the training: a copy, its order, its errors, the one to fall back on."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+
+from pretrain.engine import checkpoint, saver
+from pretrain.engine.checkpoint import DiskFullError
+from pretrain.engine.saver import CheckpointSaver, load_newest
+from pretrain.errors import UserError
+
+
+def state(value):
+    fields = dict.fromkeys(checkpoint.FIELDS)
+    weights = {"w": torch.full((1000,), float(value)), "slots": [{"m": torch.zeros(3)}]}
+    return fields | {"format": checkpoint.FORMAT, "model": weights, "step": value}
+
+
+def make(folder, *, in_background=True, num_kept=2, kept_every_steps=0):
+    return CheckpointSaver(
+        folder, num_kept=num_kept, kept_every_steps=kept_every_steps, in_background=in_background
+    )
+
+
+def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
+    release, real = threading.Event(), checkpoint.save
+
+    def slow(value, path):
+        assert release.wait(10)
+        real(value, path)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer, now = make(tmp_path), state(1)
+    writer.save(now, 1)
+    now["model"]["w"].fill_(7)  # the next optimiser step, while the file is being written
+    now["model"]["slots"][0]["m"].fill_(7)
+    assert not (tmp_path / saver.NAME).exists()
+    release.set()
+    writer.wait()
+    written = checkpoint.load(tmp_path / saver.NAME)["model"]
+    assert written["w"].tolist() == [1.0] * 1000
+    assert written["slots"][0]["m"].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_saves_follow_each_other_and_the_newest_stay(tmp_path, in_background):
+    writer = make(tmp_path, in_background=in_background, num_kept=2, kept_every_steps=3)
+    for step in range(1, 8):
+        writer.save(state(step), step)
+    writer.wait()
+    assert checkpoint.load(tmp_path / saver.NAME)["step"] == 7
+    kept = sorted(int(p.stem[5:]) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [3, 5, 6, 7]  # 3 and 6 for good, of the others the newest two
+
+
+def save_and_wait(writer, step):
+    writer.save(state(step), step)
+    writer.wait()
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_failed_write_is_told_once(tmp_path, monkeypatch, in_background):
+    def full(value, path):
+        raise DiskFullError("disk full while writing")
+
+    writer = make(tmp_path, in_background=in_background)
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(DiskFullError, match="disk full"):
+        save_and_wait(writer, 1)
+    monkeypatch.undo()
+    writer.save(state(2), 2)
+    writer.wait()
+    assert checkpoint.load(tmp_path / saver.NAME)["step"] == 2
+
+
+def test_in_the_foreground_nothing_is_left_to_a_thread(tmp_path):
+    writer, before = make(tmp_path, in_background=False), threading.active_count()
+    writer.save(state(1), 1)
+    assert threading.active_count() == before
+    assert checkpoint.load(tmp_path / saver.NAME)["step"] == 1
+
+
+def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
+    writer = make(tmp_path, num_kept=3)
+    size = saver.num_bytes(state(1))
+    assert size == 4 * 1000 + 4 * 3
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size))
+    writer.check_space(state(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size - 1))
+    with pytest.raises(UserError, match=r"checkpoints need 0 MB .*lower engine\.keep_checkpoints"):
+        writer.check_space(state(1))
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):
+    writer = make(tmp_path)
+    for step in (1, 2, 3):
+        writer.save(state(step), step)
+    writer.wait()
+    assert load_newest(tmp_path)[1] is None
+    newest = tmp_path / saver.NAME
+    newest.write_bytes(newest.read_bytes()[:-2000])  # also damages its link, step-00000003.pth
+    found, note = load_newest(tmp_path)
+    assert found["step"] == 2
+    assert "damaged" in note
+    assert "Going on from" in note
+    assert "step-00000002.pth (step 2) instead" in note
+    for file in (tmp_path / "checkpoints").iterdir():
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"checkpoint\.pth cannot be read"):
+        load_newest(tmp_path)
