@@ -1,0 +1,185 @@
+"""Random resized crops: boxes and flips of a whole batch drawn by counter, and the resizing.
+
+A box is a function of (seed, visit, key, view) and the picture's size, with the distribution of
+torchvision's RandomResizedCrop.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pretrain.data.augment import draw_uniforms
+
+RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
+REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
+_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+_NO_BLUR = 4 / 3  # shrinking by less: bilinear alone is closest to an antialiased resize
+_CUBIC = 1.85  # below, a binomial blur is a little too much, and bicubic sharpens it back
+_MAX_BINOMIAL = 2.6  # above, one binomial blur is too little
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One view's crops of a batch.
+
+    Attributes:
+        boxes: int64 [n, 4], top, left, height, width in pixels of the whole picture.
+        flips: bool [n], True where the view is turned left to right.
+    """
+
+    boxes: np.ndarray
+    flips: np.ndarray
+
+
+def draw_crops(
+    sizes: np.ndarray,
+    keys: np.ndarray,
+    visits: np.ndarray | int,
+    *,
+    seed: int,
+    view_index: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = RATIO,
+    flip_probability: float = 0.5,
+) -> Crops:
+    """Crops of one view of each picture: a function of (seed, visit, key, view) and its size.
+
+    Args:
+        sizes: int64 [n, 2], height and width in pixels.
+        keys: int64 [n], the samples' hashed names.
+        visits: int64 [n], how often each sample was due before; or one number for all.
+        seed: Seed of the run.
+        view_index: 0 or 1.
+        scale: Range of the crop's area, as a share of the picture's.
+        ratio: Range of the crop's width / height, drawn uniformly in its logarithm.
+        flip_probability: Probability of a horizontal flip.
+    """
+    draws = draw_uniforms(
+        "crop", keys, visits, 1 + 4 * _ATTEMPTS, seed=seed, view_index=view_index
+    )  # fmt: skip
+    boxes = boxes_from_draws(draws[1:], sizes, scale, ratio)
+    return Crops(boxes, draws[0] < flip_probability)
+
+
+def boxes_from_draws(
+    draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """Boxes as torchvision's RandomResizedCrop draws them: ten attempts, then a central box.
+
+    Args:
+        draws: float64 [40, n] in [0, 1): of each attempt area, ratio, top and left.
+        sizes: int64 [n, 2], height and width in pixels.
+        scale: Range of the area, as a share of the picture's.
+        ratio: Range of width / height.
+    Returns:
+        int64 [n, 4]: top, left, height, width; inside the picture.
+    """
+    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(_ATTEMPTS, 4, -1).swapaxes(0, 1)
+    heights, widths = sizes[:, 0], sizes[:, 1]
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    area = heights * widths * (scale[0] + area_draw * (scale[1] - scale[0]))
+    aspect = np.exp(log_low + ratio_draw * (log_high - log_low))
+    crop_widths, crop_heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (crop_widths > 0) & (crop_widths <= widths)
+    fits &= (crop_heights > 0) & (crop_heights <= heights)
+    first = np.argmax(fits, axis=0).reshape(1, -1)
+
+    def chosen(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, first, axis=0)[0]
+
+    crop_heights, crop_widths = chosen(crop_heights), chosen(crop_widths)
+    tops = np.floor(chosen(top_draw) * (heights - crop_heights + 1))
+    lefts = np.floor(chosen(left_draw) * (widths - crop_widths + 1))
+    boxes = np.stack([tops, lefts, crop_heights, crop_widths], axis=1).astype(np.int64)
+    return np.where(fits.any(axis=0).reshape(-1, 1), boxes, _central_boxes(heights, widths, ratio))
+
+
+def _central_boxes(
+    heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]
+) -> np.ndarray:
+    """The largest centred boxes [n, 4] whose aspect ratio is within `ratio`."""
+    narrow, wide = widths / heights < ratio[0], widths / heights > ratio[1]
+    crop_heights = np.where(narrow, np.clip(np.rint(widths / ratio[0]), 1, heights), heights)
+    crop_widths = np.where(wide, np.clip(np.rint(heights * ratio[1]), 1, widths), widths)
+    tops, lefts = (heights - crop_heights) // 2, (widths - crop_widths) // 2
+    return np.stack([tops, lefts, crop_heights, crop_widths], axis=1).astype(np.int64)
+
+
+def reductions_for(sides: np.ndarray, size: int) -> np.ndarray:
+    """How much smaller each picture may be decoded: its crops stay larger than the view.
+
+    Args:
+        sides: int64 [n], the shortest side of any crop of the picture, in pixels.
+        size: Side of the view in pixels.
+    Returns:
+        int64 [n] of 8, 4, 2 or 1.
+    """
+    reductions = np.ones(len(sides), np.int64)
+    for reduction in reversed(REDUCTIONS):
+        reductions[sides >= reduction * (size + 1)] = reduction
+    return reductions
+
+
+def crop(
+    image: np.ndarray,
+    box: tuple[int, int, int, int],
+    size: int,
+    *,
+    is_flipped: bool = False,
+    reduction: int = 1,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Cut a box out of a picture and resize it to a view.
+
+    Args:
+        image: uint8 [height, width, 3], the picture decoded `reduction` times smaller.
+        box: Top, left, height and width in pixels of the whole picture. Its edges are rounded to
+            whole pixels of the reduced one.
+        size: Side of the view in pixels.
+        is_flipped: Turn the view left to right.
+        reduction: 1, 2, 4 or 8.
+        out: Where to write the view, contiguous; a new array if none.
+    Returns:
+        uint8 [size, size, 3].
+    """
+    top, left, bottom, right = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    if reduction > 1:
+        half = reduction // 2
+        top, left = (top + half) // reduction, (left + half) // reduction
+        bottom, right = (bottom + half) // reduction, (right + half) // reduction
+    view = resize(image[top:bottom, left:right], size, size, out)
+    return cv2.flip(view, 1, dst=view) if is_flipped else view
+
+
+def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Resize with little aliasing at little more than the cost of bilinear interpolation.
+
+    Up to a factor of 4/3 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
+    shrink by more than 4/3), then bicubic or bilinear, whichever is closer to a tent as wide as the
+    factor asks; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
+
+    Args:
+        image: uint8 [h, w, 3]; a slice is fine.
+        height: New height in pixels.
+        width: New width in pixels.
+        out: Where to write the result, contiguous; a new array if none.
+    Returns:
+        uint8 [height, width, 3].
+    """
+    out = np.empty((height, width, 3), np.uint8) if out is None else out
+    fy, fx = image.shape[0] / height, image.shape[1] / width
+    if fy <= _NO_BLUR and fx <= _NO_BLUR:
+        return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    if fy > _MAX_BINOMIAL or fx > _MAX_BINOMIAL:
+        whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+        small = functional.interpolate(whole, (height, width), mode="bilinear", antialias=True)
+        out[:] = small[0].permute(1, 2, 0).numpy()
+        return out
+    taps = (3 if fx > _NO_BLUR else 1, 3 if fy > _NO_BLUR else 1)
+    kind = cv2.INTER_CUBIC if fy * fx < _CUBIC**2 else cv2.INTER_LINEAR
+    blurred = cv2.GaussianBlur(image, taps, 0)
+    return cv2.resize(blurred, (width, height), dst=out, interpolation=kind)
