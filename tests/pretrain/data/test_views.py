@@ -3,13 +3,10 @@ import io
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
 
 from pretrain.data import views
-from pretrain.data.order import counter_rng
-from pretrain.data.views import BadSample, center_crop, decode, draw_crop_box, random_resized_crop
+from pretrain.data.views import BadSample, center_crop, decode, decode_fast, read_header
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)
@@ -110,76 +107,6 @@ def test_bomb_beyond_pillows_own_limit() -> None:
 # -- crops ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 100), (40, 300)])
-def test_boxes_are_distributed_as_torchvisions(
-    height: int, width: int, scale: tuple[float, float]
-) -> None:
-    num, ratio = 4000, (3 / 4, 4 / 3)
-    rng = counter_rng("test boxes", height, width)
-    ours = np.array([draw_crop_box(height, width, rng, scale, ratio) for _ in range(num)])
-    torch.manual_seed(0)
-    image = torch.empty(3, height, width)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(num)]
-    )
-    derived = [np.column_stack([b, b[:, 2] * b[:, 3], b[:, 3] / b[:, 2]]) for b in (ours, theirs)]
-    for column in range(6):
-        distance = kolmogorov_smirnov(derived[0][:, column], derived[1][:, column])
-        assert distance < 1.95 * np.sqrt(2 / num), column  # 1 in 1,000 of equal ones lie above
-
-
-def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest distance between two empirical distribution functions."""
-    points = np.concatenate([a, b])
-    one = np.searchsorted(np.sort(a), points, side="right") / len(a)
-    other = np.searchsorted(np.sort(b), points, side="right") / len(b)
-    return float(np.abs(one - other).max())
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (2, 3), (2000, 1500)])
-def test_boxes_lie_inside(height: int, width: int) -> None:
-    rng = counter_rng("inside", height, width)
-    for _ in range(200):
-        top, left, h, w = draw_crop_box(height, width, rng, (0.08, 1.0), (3 / 4, 4 / 3))
-        assert top >= 0
-        assert left >= 0
-        assert h >= 1
-        assert w >= 1
-        assert top + h <= height
-        assert left + w <= width
-
-
-def test_crop_is_repeatable_and_takes_always_as_many_draws() -> None:
-    first, second = counter_rng("a"), counter_rng("a")
-    one = random_resized_crop(PICTURE, first, 32, (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
-    two = random_resized_crop(PICTURE, second, 32, (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
-    np.testing.assert_array_equal(one, two)
-    random_resized_crop(PICTURE[:3], first, 32, (0.9, 1.0))
-    random_resized_crop(PICTURE, second, 32, (0.2, 1.0))
-    assert first.random() == second.random()
-
-
-def test_flip() -> None:
-    kept = random_resized_crop(PICTURE, counter_rng("a"), 32, (0.5, 1.0), flip_probability=0.0)
-    flipped = random_resized_crop(PICTURE, counter_rng("a"), 32, (0.5, 1.0), flip_probability=1.0)
-    np.testing.assert_array_equal(kept[:, ::-1], flipped)
-    rng = counter_rng("flips")
-    ramp = np.tile(np.arange(80, dtype=np.uint8)[None, :, None], (60, 1, 3))
-    pictures = [random_resized_crop(ramp, rng, 8, (0.5, 1.0)) for _ in range(400)]
-    num_flipped = sum(int(picture[0, 0, 0]) > int(picture[0, -1, 0]) for picture in pictures)
-    assert 160 < num_flipped < 240
-
-
-def test_crop_writes_into_a_batch() -> None:
-    batch = np.zeros((2, 16, 16, 3), np.uint8)
-    random_resized_crop(PICTURE, counter_rng("a"), 16, (0.5, 1.0), out=batch[1])
-    expected = random_resized_crop(PICTURE, counter_rng("a"), 16, (0.5, 1.0))
-    np.testing.assert_array_equal(batch[1], expected)
-    assert not batch[0].any()
-
-
 def test_center_crop_takes_the_middle() -> None:
     image = np.zeros((80, 160, 3), np.uint8)
     image[5:75, 45:115] = 200  # 7/8 of the short side
@@ -189,33 +116,45 @@ def test_center_crop_takes_the_middle() -> None:
     assert center_crop(smooth_picture(0, 5, 3), 32).shape == (32, 32, 3)
 
 
-# -- resizing -------------------------------------------------------------------------------------
+# -- fast decoding --------------------------------------------------------------------------------
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
+@pytest.mark.parametrize("name", FORMATS)
+def test_header_tells_the_size(name: str) -> None:
+    header = read_header(FORMATS[name], where=name)
+    assert (header.height, header.width) == (60, 80)
+    assert header.is_fast == ((name.endswith("jpeg") and "CMYK" not in name) or "stray" in name)
 
 
-@pytest.mark.parametrize("stretch", [0.75, 1.0, 1.3])
-@pytest.mark.parametrize("side", [70, 100, 128, 180, 250, 370])
-def test_shrinking_aliases_little(side: int, stretch: float) -> None:
-    """Against Pillow's antialiased resize, on a zone plate: the worst a picture can hold."""
-    height, width = side, round(side * stretch)
-    y, x = np.mgrid[:height, :width] / side
-    plate = np.cos(0.5 * np.pi * side * (x**2 + y**2) / 2) * 127 + 128
-    image = np.repeat(plate.astype(np.uint8)[..., None], 3, axis=2)
-    reference = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR))
-    ours = psnr(views.resize(image, 64, 64), reference)
-    aliased = psnr(cv2.resize(image, (64, 64), interpolation=cv2.INTER_LINEAR), reference)
-    assert ours > aliased - 0.1
-    assert side < 130 or stretch != 1 or ours > aliased + 5
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_fast_decoding_is_close_to_exact_decoding(name: str, reduction: int) -> None:
+    data = FORMATS[name]
+    header = read_header(data, where=name)
+    image, by = decode_fast(data, header, reduction, where=name)
+    assert by in (1, reduction)
+    exact = decode(data, where=name)
+    if not header.is_fast:
+        assert by == 1
+        np.testing.assert_array_equal(image, exact)
+        return
+    assert image.shape == (-(-60 // by), -(-80 // by), 3)
+    whole = exact[: 60 // by * by, : 80 // by * by].reshape(60 // by, by, 80 // by, by, 3)
+    difference = np.abs(image[: 60 // by, : 80 // by] - whole.mean(axis=(1, 3)))
+    assert difference.mean() < 6  # a tenth of the blocks' chroma is unsmoothed at the edges
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(64, 64), (65, 129), (257, 127), (30, 20), (64, 700)]
-)
-def test_resize_gives_the_size_and_keeps_constants(height: int, width: int) -> None:
-    image = np.full((height, width, 3), 77, np.uint8)[:, ::-1]
-    out = views.resize(image, 32, 32)
-    assert out.shape == (32, 32, 3)
-    assert (out == 77).all()
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("reduction", [1, 4])
+def test_fast_decoding_refuses_cut_pictures(share: float, reduction: int) -> None:
+    data = encode(PICTURE, "JPEG")
+    cut = data[: int(len(data) * share)]
+    with pytest.raises(BadSample, match=r"^a.b: does not decode"):
+        decode_fast(cut, read_header(cut, where="a.b"), reduction, where="a.b")
+
+
+def test_header_of_giants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "MAX_PIXELS", 60 * 80 - 1)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        with pytest.raises(BadSample, match=r"80 x 60 pixels, more than .* shrink the picture"):
+            read_header(encode(PICTURE, kind), where="x")

@@ -1,0 +1,258 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from pretrain.data import crops
+from pretrain.data.crops import RATIO, boxes_from_draws, crop, draw_crops, reductions_for, resize
+from pretrain.data.views import decode_fast, read_header
+from tests.pretrain.data.picture_helpers import encode, smooth_picture
+
+PICTURE = smooth_picture(5, 60, 80)
+SEED = {"seed": 3, "view_index": 0, "scale": (0.08, 1.0)}
+
+
+def sizes(num: int, height: int, width: int) -> np.ndarray:
+    return np.tile(np.array([height, width], np.int64), (num, 1))
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 100), (40, 300)])
+def test_boxes_are_distributed_as_torchvisions(
+    height: int, width: int, scale: tuple[float, float]
+) -> None:
+    num = 4000
+    options = SEED | {"scale": scale}
+    ours = draw_crops(sizes(num, height, width), np.arange(num), 0, **options).boxes
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(scale), list(RATIO)) for _ in range(num)]
+    )
+    derived = [np.column_stack([b, b[:, 2] * b[:, 3], b[:, 3] / b[:, 2]]) for b in (ours, theirs)]
+    for column in range(6):
+        distance = kolmogorov_smirnov(derived[0][:, column], derived[1][:, column])
+        assert distance < 1.95 * np.sqrt(2 / num), column  # 1 in 1,000 of equal ones lie above
+
+
+def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest distance between two empirical distribution functions."""
+    points = np.concatenate([a, b])
+    one = np.searchsorted(np.sort(a), points, side="right") / len(a)
+    other = np.searchsorted(np.sort(b), points, side="right") / len(b)
+    return float(np.abs(one - other).max())
+
+
+def test_flips_come_with_their_probability_and_apart_from_the_boxes() -> None:
+    num = 10_000
+    for probability in (0.0, 0.3, 0.5, 1.0):
+        drawn = draw_crops(
+            sizes(num, 200, 300), np.arange(num), 1, **SEED, flip_probability=probability
+        )
+        assert drawn.flips.mean() == pytest.approx(probability, abs=0.015)
+        if 0 < probability < 1:
+            for column in drawn.boxes.T:
+                assert abs(np.corrcoef(drawn.flips, column)[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (2, 3), (2000, 1500)])
+def test_boxes_lie_inside(height: int, width: int) -> None:
+    boxes = draw_crops(sizes(500, height, width), np.arange(500), 0, **SEED).boxes
+    assert boxes.dtype == np.int64
+    assert (boxes >= [0, 0, 1, 1]).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
+
+
+def test_ten_failures_give_the_central_box_as_torchvision() -> None:
+    draws = np.full((40, 3), 1 - 2**-53)  # whole area at ratio 4/3: fits only 4:3 pictures
+    shapes = np.array([[100, 100], [40, 300], [300, 40]])
+    boxes = boxes_from_draws(draws, shapes, (0.08, 1.0), RATIO)
+    np.testing.assert_array_equal(boxes, [[0, 0, 100, 100], [0, 123, 40, 53], [123, 0, 53, 40]])
+
+
+def test_crops_depend_on_seed_visit_key_view_and_size_alone() -> None:
+    keys, visits = np.arange(50) * 7919, np.arange(50) % 3
+    shapes = np.random.default_rng(0).integers(50, 400, (50, 2))
+    whole = draw_crops(shapes, keys, visits, **SEED)
+    rows = np.array([31, 4, 4, 17])
+    part = draw_crops(shapes[rows], keys[rows], visits[rows], **SEED)
+    np.testing.assert_array_equal(part.boxes, whole.boxes[rows])
+    np.testing.assert_array_equal(part.flips, whole.flips[rows])
+    for change in ({"seed": 4}, {"view_index": 1}):
+        other = draw_crops(shapes, keys, visits, **SEED | change)
+        assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
+    for other_keys, other_visits in ((keys + 1, visits), (keys, visits + 1)):
+        other = draw_crops(shapes, other_keys, other_visits, **SEED)
+        assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
+
+
+def test_draws_keep_their_values_from_version_to_version() -> None:
+    drawn = draw_crops(sizes(3, 375, 500), np.array([0, -1, 2**62]), np.array([0, 0, 5]), **SEED)
+    np.testing.assert_array_equal(drawn.boxes, GOLDEN_BOXES)
+    np.testing.assert_array_equal(drawn.flips, GOLDEN_FLIPS)
+
+
+GOLDEN_BOXES = [[67, 184, 134, 175], [234, 281, 137, 163], [10, 20, 359, 428]]
+GOLDEN_FLIPS = [False, False, False]
+
+
+# -- cutting --------------------------------------------------------------------------------------
+
+
+def test_flip_turns_left_to_right() -> None:
+    kept = crop(PICTURE, (3, 7, 40, 50), 32)
+    flipped = crop(PICTURE, (3, 7, 40, 50), 32, is_flipped=True)
+    np.testing.assert_array_equal(kept[:, ::-1], flipped)
+    assert not np.array_equal(kept, flipped)
+
+
+def test_crop_writes_into_a_batch() -> None:
+    batch = np.zeros((2, 16, 16, 3), np.uint8)
+    for is_flipped in (False, True):
+        expected = crop(PICTURE, (0, 0, 50, 60), 16, is_flipped=is_flipped)
+        crop(PICTURE, (0, 0, 50, 60), 16, is_flipped=is_flipped, out=batch[1])
+        np.testing.assert_array_equal(batch[1], expected)
+    assert not batch[0].any()
+
+
+def test_crop_takes_what_lies_in_the_box() -> None:
+    image = np.zeros((80, 160, 3), np.uint8)
+    image[5:75, 45:115] = 200
+    assert (crop(image, (5, 45, 70, 70), 35) == 200).all()
+    assert (crop(image[::2, ::2], (6, 46, 68, 68), 20, reduction=2) == 200).all()
+
+
+def test_reduced_pictures_keep_crops_larger_than_the_view() -> None:
+    sides = np.array([30, 64, 65, 129, 130, 259, 260, 519, 520, 4000])
+    assert reductions_for(sides, 64).tolist() == [1, 1, 1, 1, 2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (301, 203)])
+def test_boxes_of_reduced_pictures_are_off_by_half_a_pixel_at_most(
+    reduction: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The edges that are cut, multiplied back, are those of the box within half a reduced pixel."""
+    small = np.zeros((-(-height // reduction), -(-width // reduction), 3), np.uint8)
+    small[..., 0] = np.arange(small.shape[0])[:, None]
+    small[..., 1] = np.arange(small.shape[1])
+    cut = []
+    monkeypatch.setattr(crops, "resize", lambda image, *_: cut.append(image) or image)
+    boxes = draw_crops(sizes(200, height, width), np.arange(200), 0, **SEED).boxes
+    boxes = boxes[boxes[:, 2:].min(axis=1) >= 3 * reduction]
+    for box in boxes.tolist():
+        crop(small, tuple(box), 2, reduction=reduction)
+        image = cut.pop().astype(int)
+        edges = [image[0, 0, 0], image[0, 0, 1], image[-1, 0, 0] + 1, image[0, -1, 1] + 1]
+        wanted = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+        assert np.abs(np.array(edges) * reduction - wanted).max() <= reduction / 2
+
+
+# -- resizing -------------------------------------------------------------------------------------
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
+
+
+def antialiased(image: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def zone_plate(height: int, width: int) -> np.ndarray:
+    """All frequencies up to the highest that pixels hold."""
+    y, x = np.mgrid[:height, :width] / height
+    plate = np.cos(0.5 * np.pi * height * (x**2 + y**2) / 2) * 127 + 128
+    return np.repeat(plate.astype(np.uint8)[..., None], 3, axis=2)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("stretch", [0.75, 1.0, 1.3])
+@pytest.mark.parametrize("side", [70, 80, 100, 128, 150, 180, 250, 370])
+def test_shrinking_a_zone_plate_aliases_little(side: int, stretch: float) -> None:
+    """Against Pillow's antialiased resize: the worst that a picture can hold."""
+    image = zone_plate(side, round(side * stretch))
+    reference = antialiased(image, 64)
+    ours = psnr(resize(image, 64, 64), reference)
+    bilinear = psnr(cv2.resize(image, (64, 64), interpolation=cv2.INTER_LINEAR), reference)
+    assert ours >= bilinear - 0.01
+    factor = side * max(1, stretch) / 64
+    if factor > crops._MAX_BINOMIAL:
+        assert ours > 60  # the same filter
+    elif factor > 1.5:
+        assert ours > 24
+        assert ours > bilinear + 4
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("side", [230, 280, 320, 400, 500, 700])
+def test_shrinking_photographs_aliases_little(side: int) -> None:
+    """Pictures whose amplitudes fall as those of photographs do."""
+    image = falling_spectrum(side, side)
+    reference = antialiased(image, 224)
+    ours = psnr(resize(image, 224, 224), reference)
+    assert ours > 38
+    if side > 320:
+        bilinear = cv2.resize(image, (224, 224), interpolation=cv2.INTER_LINEAR)
+        assert ours > psnr(bilinear, reference) + 5
+
+
+def falling_spectrum(height: int, width: int) -> np.ndarray:
+    """uint8 noise whose power falls with the square of the frequency, to the finest detail."""
+    rng = np.random.default_rng(7)
+    image = np.full((height, width, 3), 128, np.float32)
+    cells = 4
+    while cells <= 2 * max(height, width):
+        noise = rng.standard_normal((min(cells, height), min(cells, width), 3)).astype(np.float32)
+        image += 90 / np.sqrt(cells) * cv2.resize(noise, (width, height))
+        cells *= 2
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(64, 64), (65, 129), (257, 127), (30, 20), (64, 700), (50, 40), (1, 1)]
+)
+def test_resize_gives_the_size_and_keeps_constants(height: int, width: int) -> None:
+    image = np.full((height, width, 3), 77, np.uint8)[:, ::-1]
+    out = resize(image, 32, 32)
+    assert out.shape == (32, 32, 3)
+    assert (out == 77).all()
+
+
+@pytest.mark.parametrize("side", [30, 40, 50, 70, 100, 300])
+def test_resize_does_not_shift(side: int) -> None:
+    """The result of the mirrored picture is the mirrored result."""
+    image = falling_spectrum(side, side)
+    mirrored = resize(np.ascontiguousarray(image[:, ::-1]), 32, 32)[:, ::-1].astype(int)
+    assert np.abs(mirrored - resize(image, 32, 32)).max() <= 1
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("view_size", [64, 224])
+def test_views_of_the_fast_path_are_those_of_pillow(view_size: int) -> None:
+    """Whole path, from the JPEG: fast decoding, reduced where it fits, resized, against Pillow.
+
+    The bound for a reduced picture is low since its box is rounded to reduced pixels: the view is
+    shifted by up to half a pixel.
+    """
+    image = falling_spectrum(375, 500)
+    data = encode(image, quality=90)
+    exact = np.asarray(Image.open(io.BytesIO(data)))
+    header = read_header(data, where="")
+    boxes = draw_crops(sizes(40, 375, 500), np.arange(40), 0, **SEED).boxes
+    reductions = reductions_for(boxes[:, 2:].min(axis=1), view_size).tolist()
+    assert len(set(reductions)) > 1 or view_size == 224
+    for (top, left, height, width), reduction in zip(boxes.tolist(), reductions, strict=True):
+        small, by = decode_fast(data, header, reduction, where="")
+        assert by == reduction
+        ours = crop(small, (top, left, height, width), view_size, reduction=by)
+        reference = antialiased(exact[top : top + height, left : left + width], view_size)
+        assert psnr(ours, reference) > (32 if reduction == 1 else 25), (height, width, reduction)
