@@ -13,8 +13,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pretrain.data.crops import resize
-
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
 _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # bad pictures are told here
@@ -191,6 +189,8 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
         uint8 [size, size, 3].
     """
+    from pretrain.data.crops import resize  # here, for it brings torch: packing does without
+
     height, width = image.shape[:2]
     side = max(1, round(min(height, width) * 7 / 8))
     top, left = (height - side) // 2, (width - side) // 2
