@@ -16,6 +16,7 @@ from pretrain.data.augment import (
     ViewAugment,
     augment,
     draw_parameters,
+    normalize,
     uniforms,
 )
 from tests.pretrain.data.picture_helpers import seeded, smooth_picture
@@ -180,6 +181,18 @@ def test_no_augmentation_only_normalises() -> None:
     images = pictures()
     out = augment(images, drawn(PRESETS["none"][0], torch.arange(NUM)), (0.5,) * 3, (0.25,) * 3)
     close(out, (images.float() / 255 - 0.5) / 0.25, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()])
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+def test_normalize_is_what_remains_of_no_augmentation(shape: tuple[int, ...], layout: str) -> None:
+    images = torch.randint(0, 256, (*shape, 3, 24, 20), dtype=torch.uint8)
+    if layout == "channels last":
+        images = images.movedim(-3, -1).contiguous().movedim(-1, -3)
+    out = normalize(images, MEAN, STD)
+    assert out.is_contiguous()
+    assert out.dtype == torch.float32
+    close(out, reference.normalize(images.float() / 255, list(MEAN), list(STD)), 2e-6)
 
 
 # -- drawing --------------------------------------------------------------------------------------
