@@ -248,8 +248,8 @@ class TarStream:
         return data
 
     def _refusal(self, error: Exception, forward: _Forward) -> str:
-        if "unexpected end of data" in str(error):
-            return self._cut_short("it ends in the middle of a file")
+        if forward.tell() > tarfile.BLOCKSIZE:  # it began as a tar
+            return self._cut_short(str(error))
         return (
             f"{self._name}: not an uncompressed tar ({error}): unpack it first (gunzip, zstd -d) "
             "or take it away"
