@@ -111,6 +111,8 @@ class ShardCache:
         try:
             for folder in (self._shards, self._partial, self.folder / "locks"):
                 folder.mkdir(parents=True, exist_ok=True)
+            with self._book():
+                pass  # the folder is writable and its disk knows locks
         except OSError as error:
             raise disk_error(error, self.folder) from error
 

@@ -119,8 +119,20 @@ def _run_command(file: RemoteFile, sink: Sink, patience: Patience) -> None:
         with contextlib.suppress(OSError):  # its exit status says that it was killed
             pipe.close()
         raise
-    pipe.close()
+    _end_command(pipe, file.url)
     _check_number(num_bytes, file.size)
+
+
+def _end_command(pipe: Any, url: str) -> None:
+    try:
+        pipe.close()
+    except OSError:
+        if pipe.status in (126, 127):  # the shell's own words
+            raise UserError(
+                f"{shown(url)}: the command cannot be run (exit status {pipe.status}); check its "
+                "name and whether it is installed"
+            ) from None
+        raise OSError(f"the command ended with exit status {pipe.status}") from None
 
 
 class BytesSink:

@@ -87,16 +87,18 @@ def _parse_local(path: str) -> Location:
 
 def _parse_remote(text: str, scheme: str) -> Location:
     url = scheme + text[len(scheme) :]
-    host, path = re.sub(r"[?#].*", "", url.split("://", 1)[1]).partition("/")[::2]
+    is_web = scheme in ("http", "https")
+    rest = url.split("://", 1)[1]
+    host, path = (re.sub(r"[?#].*", "", rest) if is_web else rest).partition("/")[::2]
     if not host:
-        raise UserError(f"{text}: names no {'bucket' if scheme in ('s3', 'gs') else 'server'}")
-    if scheme in ("http", "https") and "*" in path:
+        raise UserError(f"{text}: names no {'server' if is_web else 'bucket'}")
+    if is_web and "*" in path:
         raise UserError(
             f"{shown(text)}: a web server cannot be searched; name the tars with braces, as in "
             "train-{000000..000099}.tar"
         )
     is_folder = not path.endswith(".tar") and not _COMPRESSED.search(path)
-    if is_folder and _has_braces(path):
+    if is_folder and (_has_braces(path) or (not is_web and _GLOB.search(path))):
         raise UserError(
             f"{shown(text)}: braces and globs name tars, not folders; end it with .tar, or name "
             "several sources"

@@ -95,10 +95,10 @@ def filesystem(url: str, patience: Patience) -> Any:
         )
     key = (os.getpid(), scheme.removesuffix("s"), patience.timeout_seconds)
     if key not in _filesystems:
-        if all(pid != os.getpid() for pid, _, _ in _filesystems):
+        if _filesystems and all(pid != os.getpid() for pid, _, _ in list(_filesystems)):
             fsspec.asyn.reset_lock()  # another thread of the parent may have held it at the fork
         # Those of the parent stay in the dictionary: collecting them would close its connections.
-        _filesystems[key] = _make_filesystem(scheme, patience.timeout_seconds)
+        _filesystems.setdefault(key, _make_filesystem(scheme, patience.timeout_seconds))
     return _filesystems[key]
 
 
@@ -150,8 +150,9 @@ def retried(action: Callable[[], _T], url: str, patience: Patience) -> _T:
             if attempt + 1 == num_tries:
                 raise UserError(
                     f"{shown(url)}: could not be fetched in {num_tries} tries, the last one: "
-                    f"{_reason(cause, patience)}; look after the server or the network and run "
-                    "again (data.read_retries and data.read_timeout_seconds say how long to try)"
+                    f"{_reason(cause, patience)}; look after the server, the network or the "
+                    "command and run again (data.read_retries and data.read_timeout_seconds say "
+                    "how long to try)"
                 ) from error
         delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**attempt)
         time.sleep(delay * _JITTER.uniform(0.5, 1.0))

@@ -209,8 +209,12 @@ def test_output_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run(f"cat {tmp_path}/a.tar | cat", len(DATA)) == DATA
     once = f"cat {tmp_path}/a.tar; test -e {tmp_path}/seen || {{ touch {tmp_path}/seen; exit 3; }}"
     assert run(once) == DATA  # fails the first time, after all its output
-    with pytest.raises(UserError, match=r"^pipe:echo x; exit 3: could not .* 4 tries.*exit 3"):
+    with pytest.raises(
+        UserError, match=r"^pipe:echo x; exit 3: could not .* 4 tries.*ended with exit status 3"
+    ):
         run("echo x; exit 3")
+    with pytest.raises(UserError, match=r"the command cannot be run \(exit status 127\); check"):
+        run("no-such-command-here 2>/dev/null")
     with pytest.raises(UserError, match=r"EOFError: 2 bytes came instead of 3"):
         run("echo x", 3)
 

@@ -1,6 +1,7 @@
 import gc
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
 from pretrain.data import foreign
-from pretrain.data.shards import ShardIndex, verify_shards
+from pretrain.data.shards import CacheOptions, ShardIndex, verify_shards
 from pretrain.data.tar_index import key_hash
 from pretrain.data.views import decode
 from pretrain.errors import UserError
@@ -160,6 +161,130 @@ def test_read_only_folder_gets_its_index_in_the_cache(
     assert not (tmp_path / "set" / "index.json").exists()
     write_foreign(tmp_path / "set", num=14)  # other tars get another index
     assert ShardIndex.open(tmp_path / "set").num_samples == 14
+
+
+# -- patterns of tars, commands -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["shard-{000000..000003}.tar", "*.tar", "shard-?????[0-3].tar"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_local_patterns_are_indexed_in_the_cache(
+    index: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture, pattern: str, scheme: str
+) -> None:
+    spec = f"{scheme}{index.folder}/{pattern}"
+    options = CacheOptions(tmp_path / "cache")
+    found = ShardIndex.open(spec, options)
+    assert not found.is_remote
+    assert found.folder == index.folder
+    assert "indexing" in capfd.readouterr().err
+    assert found.fingerprint == index.fingerprint
+    ids = list(range(index.num_samples))
+    assert found.read_many(ids) == index.read_many(ids)
+    found.fetch(ids)  # nothing to do
+    assert not (tmp_path / "cache" / "shards").exists()
+    assert ShardIndex.open(spec, options).num_samples == index.num_samples
+    assert "indexing" not in capfd.readouterr().err
+
+
+def test_pattern_over_folders_and_in_another_order(index: ShardIndex, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    shutil.copy(index.folder / "shard-000002.tar", tmp_path / "a" / "shard-000000.tar")
+    spec = f"{tmp_path}/{{a,shards}}/shard-000000.tar"
+    found = ShardIndex.open(spec, CacheOptions(tmp_path / "cache"))
+    assert found.folder == tmp_path
+    assert found.shard_sizes == [10, 10]
+    assert found.read_many([3, 13]) == [index.read_bytes(23), index.read_bytes(3)]
+    assert "a/shard-000000.tar at byte" in found.describe(3)
+
+
+def test_changed_tar_of_a_pattern_is_indexed_again(index: ShardIndex, tmp_path: Path) -> None:
+    options = CacheOptions(tmp_path / "cache")
+    spec = f"{index.folder}/shard-00000[01].tar"
+    first = ShardIndex.open(spec, options)
+    shutil.copy(index.folder / "shard-000003.tar", index.folder / "shard-000001.tar")
+    second = ShardIndex.open(spec, options)
+    assert second.fingerprint != first.fingerprint
+    assert second.read_bytes(12) == index.read_bytes(32)
+    (index.folder / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000001.tar: shard is missing .*check the pattern"):
+        ShardIndex.open(f"{index.folder}/shard-{{000000..000001}}.tar", options)
+
+
+def test_one_tar_and_none(index: ShardIndex, tmp_path: Path) -> None:
+    options = CacheOptions(tmp_path / "cache")
+    one = ShardIndex.open(index.folder / "shard-000002.tar", options)
+    assert one.read_bytes(4) == index.read_bytes(24)
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(UserError, match=r"empty.tar: 1 tars without a single picture"):
+        ShardIndex.open(tmp_path / "empty.tar", options)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_commands_are_shards(index: ShardIndex, tmp_path: Path, num_shards: int) -> None:
+    ran = tmp_path / "ran"
+    spec = f"pipe:echo x >>{ran}; cat {index.folder}/shard-{{000000..00000{num_shards - 1}}}.tar"
+    spec = spec if num_shards > 1 else spec.replace("{000000..000000}", "000000")
+    options = CacheOptions(tmp_path / "cache")
+    for _ in range(2):
+        found = ShardIndex.open(spec, options)
+        assert found.is_remote
+        assert found.shard_sizes == [10] * num_shards
+        ids = list(range(found.num_samples))
+        found.fetch(ids)
+        assert found.read_many(ids) == index.read_many(ids)
+        assert found.key_name(7) == index.key_name(7)
+        assert ran.read_text() == "x\n" * num_shards  # each ran once
+    other = pickle.loads(pickle.dumps(found))
+    assert other.read_bytes(7) == index.read_bytes(7)
+
+
+def test_command_that_gives_no_tar(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^pipe:seq 3: not an uncompressed tar .*unpack it first"):
+        ShardIndex.open("pipe:seq {3..4}", CacheOptions(tmp_path / "cache"))
+
+
+def test_command_that_gives_other_bytes_later(index: ShardIndex, tmp_path: Path) -> None:
+    link = tmp_path / "link.tar"
+    link.symlink_to(index.folder / "shard-000000.tar")
+    found = ShardIndex.open(f"pipe:cat {link}", CacheOptions(tmp_path / "cache"))
+    for path in (tmp_path / "cache" / "shards").iterdir():
+        path.unlink()
+    link.unlink()
+    shutil.copy(index.folder / "shard-000000.tar", link)
+    with open(link, "r+b") as stream:
+        stream.write(b"y")
+    with pytest.raises(
+        UserError, match=r"^pipe:cat .*SHA-256.*stale; run again.*\(or delete /.*\)"
+    ):
+        found.read_bytes(3)
+
+
+def test_fingerprint_hears_of_bytes_but_not_of_places(index: ShardIndex, tmp_path: Path) -> None:
+    shutil.copytree(index.folder, tmp_path / "moved")
+    names = json.loads((tmp_path / "moved" / "index.json").read_text())
+    for i, shard in enumerate(names["shards"]):
+        (tmp_path / "moved" / shard["name"]).rename(tmp_path / "moved" / f"{i}.tar")
+        shard["name"] = f"{i}.tar"
+    (tmp_path / "moved" / "index.json").write_text(json.dumps(names))
+    assert ShardIndex.open(tmp_path / "moved").fingerprint == index.fingerprint
+    names["shards"][2]["sha256"] = "0" * 64
+    (tmp_path / "moved" / "index.json").write_text(json.dumps(names))
+    assert ShardIndex.open(tmp_path / "moved").fingerprint != index.fingerprint
+
+
+def test_read_many_tells_the_system_first(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    advise, pread = os.posix_fadvise, os.pread
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda *a: calls.append(("advise", a[1])) or advise(*a)
+    )
+    monkeypatch.setattr(os, "pread", lambda *a: calls.append(("read", a[2])) or pread(*a))
+    index.read_many([3, 30, 1])
+    at = {i: int(index.samples["offset"][i]) - 512 for i in (1, 3, 30)}
+    assert calls == [(kind, at[i]) for kind in ("advise", "read") for i in (1, 3, 30)]
 
 
 # -- faults ---------------------------------------------------------------------------------------
