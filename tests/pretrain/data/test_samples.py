@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from pretrain.data import photometric_uint8, samples
+from pretrain.data.augment import PRESETS, draw_parameters
+from pretrain.data.samples import Request, TwoViewBatch, TwoViewDataset
+from pretrain.data.shards import ShardIndex
+from pretrain.data.stream import Loader
+from pretrain.data.views import decode
+from tests.pretrain.data.picture_helpers import NUM_PICTURES
+
+SIZE = 24
+VIEWS = PRESETS["asymmetric"]
+SCALES = (VIEWS[0].crop_scale, VIEWS[1].crop_scale)
+
+
+def dataset(index: ShardIndex, *, in_workers: bool, size: int = SIZE) -> TwoViewDataset:
+    return TwoViewDataset(
+        index,
+        image_size=size,
+        crop_scales=SCALES,
+        seed=3,
+        photometric=VIEWS if in_workers else None,
+    )
+
+
+def batch_of(data: TwoViewDataset, ids: np.ndarray, visits: np.ndarray) -> TwoViewBatch:
+    reply = data[Request(0, ids, visits)]
+    assert reply.error is None
+    assert reply.batch is not None
+    return reply.batch
+
+
+IDS = np.random.default_rng(0).permutation(NUM_PICTURES)
+VISITS = np.arange(NUM_PICTURES) % 3
+
+
+def test_workers_make_the_changes_that_the_device_would_draw(index: ShardIndex) -> None:
+    plain = batch_of(dataset(index, in_workers=False), IDS, VISITS)
+    done = batch_of(dataset(index, in_workers=True), IDS, VISITS)
+    assert not plain.is_augmented
+    assert done.is_augmented
+    assert done.to("cpu").is_augmented
+    num_changed = 0
+    for number, view in enumerate(VIEWS):
+        drawn = draw_parameters(view, plain.keys, plain.visits, seed=3, view_index=number)
+        for row, changes in enumerate(photometric_uint8.changes_of(drawn, SIZE)):
+            image = np.ascontiguousarray(plain.views[number, row].permute(1, 2, 0).numpy())
+            before = image.copy()
+            photometric_uint8.apply(image, changes)
+            np.testing.assert_array_equal(image, done.views[number, row].permute(1, 2, 0).numpy())
+            num_changed += not np.array_equal(before, image)
+    assert num_changed > NUM_PICTURES
+
+
+def test_a_sample_does_not_know_its_batch(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = batch_of(dataset(index, in_workers=True), IDS, VISITS)
+    for row in (0, 7, 39):
+        alone = batch_of(dataset(index, in_workers=True), IDS[row : row + 1], VISITS[row : row + 1])
+        assert torch.equal(alone.views[:, 0], whole.views[:, row])
+    monkeypatch.setattr(samples, "_CHUNK", 7)
+    assert torch.equal(batch_of(dataset(index, in_workers=True), IDS, VISITS).views, whole.views)
+
+
+def test_the_same_sample_twice_is_augmented_by_its_visit(index: ShardIndex) -> None:
+    batch = batch_of(dataset(index, in_workers=True), np.array([5, 5, 5]), np.array([0, 1, 0]))
+    assert torch.equal(batch.views[:, 0], batch.views[:, 2])
+    assert not torch.equal(batch.views[:, 0], batch.views[:, 1])
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_views_of_reduced_pictures_show_the_same(index: ShardIndex, size: int) -> None:
+    """Small views are cut from pictures decoded smaller: nearly those cut from whole ones."""
+    batch = batch_of(dataset(index, in_workers=False, size=size), IDS, VISITS)
+    whole = [decode(index.read_bytes(int(i)), where="") for i in IDS]
+    shapes = np.array([image.shape[:2] for image in whole])
+    num_reduced, differences = 0, []
+    for number, scale in enumerate(SCALES):
+        drawn = samples.draw_crops(
+            shapes, batch.keys.numpy(), VISITS, seed=3, view_index=number, scale=scale
+        )
+        num_reduced += int((drawn.boxes[:, 2:].min(axis=1) >= 2 * (size + 1)).sum())
+        for row, box in enumerate(drawn.boxes.tolist()):
+            view = samples.crop(whole[row], tuple(box), size, is_flipped=bool(drawn.flips[row]))
+            got = batch.views[number, row].permute(1, 2, 0).numpy().astype(int)
+            assert np.abs(got - view).mean() < np.abs(got - view[:, ::-1]).mean() / 2
+            differences.append(np.abs(got - view).mean())
+    assert np.mean(differences) < 7  # half a reduced pixel of rounding is much at this size
+    assert num_reduced > 0 or size == 16
+
+
+@pytest.mark.parametrize("in_workers", [False, True])
+def test_worker_processes_hand_over_shared_memory(index: ShardIndex, in_workers: bool) -> None:
+    data = dataset(index, in_workers=in_workers)
+    here = list(Loader(data, batch_size=8).epoch(2))
+    there = list(Loader(data, batch_size=8, num_workers=2).epoch(2))
+    assert len(here) == len(there) == NUM_PICTURES // 8
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.views, other.views)
+        assert one.is_augmented == other.is_augmented == in_workers
+        assert other.views.is_shared()
+        assert other.views[0].is_contiguous(memory_format=torch.channels_last)
