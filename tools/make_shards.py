@@ -137,7 +137,7 @@ def pack(options: argparse.Namespace) -> None:
     """Write the shards and say what was done."""
     if options.max_bad < 0:
         raise UserError("--max-bad must not be negative")
-    cluster = cluster_of(options)
+    cluster, num_workers = cluster_of(options), workers_of(options)
     shard_options = ShardOptions(
         max_samples_per_shard=options.max_samples_per_shard,
         shard_size_mb=options.shard_size_mb,
@@ -152,7 +152,7 @@ def pack(options: argparse.Namespace) -> None:
         options.out,
         options=shard_options,
         classes=None if source.classes is None else list(source.classes),
-        num_workers=workers_of(options),
+        num_workers=num_workers,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         progress=True,

@@ -213,6 +213,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: the shards need about {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are "
-            "free; free some space, choose another disk, or shrink pictures with --resize-short"
+            f"{folder}: the shards need about {needed / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB "
+            "are free; free some space, choose another disk, or shrink pictures with --resize-short"
         )

@@ -99,7 +99,8 @@ def test_bad_picture_is_status_2_or_left_out(tmp_path: Path, capsys: pytest.Capt
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--num-workers", "1"]
     assert make_shards.main(arguments) == 2
     message = capsys.readouterr().err
-    assert "2.jpg: not a picture that can be read (no known format)" in message
+    assert "2.jpg: " in message
+    assert "(no known format)" in message
     assert "--max-bad N" in message
     assert make_shards.main([*arguments, "--max-bad", "1"]) == 0
     assert "left out 1 pictures" in capsys.readouterr().out

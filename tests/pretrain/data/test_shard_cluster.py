@@ -138,7 +138,7 @@ def test_a_bad_picture_in_a_task_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert make_shards.main(words) == 1
     said = capsys.readouterr().err
     assert "task 1 of 2" in said or "task 2 of 2" in said
-    assert "picture-004.jpg: not a picture that can be read" in said
+    assert "picture-004.jpg: " in said
     assert "--max-bad N" in said
     assert make_shards.main([*words, "--max-bad", "1"]) == 0
     assert ShardIndex.open(out).num_samples == 19
@@ -355,7 +355,8 @@ def test_failed_task_shows_its_last_words(begun: ShareOfShards) -> None:
         list(jobs)
 
 
-def test_submitit_is_imported_only_when_asked_for() -> None:
-    code = "import sys, tools.make_shards; print('submitit' in sys.modules)"
+def test_packing_imports_neither_submitit_nor_torch() -> None:
+    """Each worker process would pay for them."""
+    code = "import sys, tools.make_shards; print({'submitit', 'torch'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr

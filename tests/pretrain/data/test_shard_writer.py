@@ -1,10 +1,12 @@
 import errno
 import json
 import os
-import signal
+import shutil
+import struct
 import subprocess
 import sys
-import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pretrain.data import shard_job, shard_writer
 from pretrain.data.shard_lock import only_writer
@@ -28,6 +31,7 @@ from tests.pretrain.data.picture_helpers import (
     sources,
     write_pictures,
 )
+from tools import make_shards
 
 TEN = ShardOptions(max_samples_per_shard=10)
 
@@ -87,45 +91,6 @@ def test_stopped_run_goes_on(
     report = write_shards(pictures, tmp_path / "parts", options=TEN)
     assert report.num_shards_kept == 2
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
-
-
-def wait_until_gone(group: int) -> None:
-    """Workers end by themselves when their parent was killed."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    raise AssertionError("a worker outlived its parent")
-
-
-def test_killed_run_goes_on_without_loss(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", 400)
-    root = Path(__file__).parents[3]
-    command = [
-        sys.executable, root / "tools/make_shards.py", tmp_path / "in", tmp_path / "out",
-        "--max-samples-per-shard", "20", "--num-workers", "2",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while len(list((tmp_path / "out").glob("shard-*.tar"))) < 3 and process.poll() is None:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    wait_until_gone(process.pid)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "were finished before" in done.stdout
-    write_shards(
-        sources(tmp_path / "in"), tmp_path / "whole",
-        options=ShardOptions(max_samples_per_shard=20), classes=["class-0", "class-1"],
-    )  # fmt: skip
-    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
-    index = ShardIndex.open(tmp_path / "out")
-    assert len({index.key_name(i) for i in range(400)}) == 400
 
 
 def test_bad_pictures_are_named_and_bounded(tmp_path: Path) -> None:
@@ -238,7 +203,9 @@ def test_space_is_checked_first(
 ) -> None:
     usage = shard_writer.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"the shards need about 0.00 GB.*--resize-short"):
+    with pytest.raises(
+        UserError, match=r"the shards need about 0.2 MB, only 0.0 MB are free.*--resize-short"
+    ):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
 
 
@@ -246,6 +213,203 @@ def test_folder_that_is_a_file(picture_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"file: cannot be written .*choose another folder"):
         write_shards(sources(picture_folder), tmp_path / "file")
+
+
+FILL = """
+import sys
+from pretrain.data import shard_writer
+from tools import make_shards
+shard_writer._check_space = lambda *arguments: None  # as if others filled the disk meanwhile
+words = ["--max-samples-per-shard", "10", "--num-workers", "2"]
+sys.exit(make_shards.main([*sys.argv[1:], *words]))
+"""
+PRIVATE_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
+TINY_DISK = """
+mount -t tmpfs -o size=96k tmpfs "$1" || exit 77
+shift
+"$@"; first=$?
+mount -o remount,size=4m "$5/.."
+"$@" || exit 1
+"$1" -m tools.make_shards "$5" --verify && exit "$first"
+"""
+
+
+def test_disk_that_is_full_for_real(picture_folder: Path, tmp_path: Path) -> None:
+    """A disk of 96 kB in a name space of its own; it is made larger, and the command repeated."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here; test_full_disk_while_writing does it with a fake")
+    root = Path(__file__).parents[3]
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    run = [sys.executable, "-c", FILL, str(picture_folder), str(out)]
+    done = subprocess.run(
+        [*PRIVATE_MOUNTS, "sh", "-c", TINY_DISK, "sh", str(disk), *run],
+        capture_output=True, text=True, cwd=root, check=False,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("mounting is not allowed here; test_full_disk_while_writing does it by a fake")
+    assert "the disk is full; free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "all as the index says" in done.stdout
+    assert "were finished before" in done.stdout
+    assert done.returncode == 1
+
+
+# -- files that are no pictures, or odd ones ------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """A PNG header that announces 60,000 x 60,000 pixels, and next to nothing behind it."""
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_files_that_cannot_be_used_are_each_told(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    good = encode(smooth_picture(1))
+    (source / "good.jpg").write_bytes(good)
+    (source / "bomb.png").write_bytes(bomb())
+    (source / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (source / "empty.jpg").touch()
+    (source / "folder.jpg").mkdir()
+    os.mkfifo(source / "pipe.jpg")
+    (source / "loop.jpg").symlink_to(source / "loop.jpg")
+    (source / "huge.jpg").touch()
+    os.truncate(source / "huge.jpg", 2**30 + 1)  # sparse: takes no room
+    names = sorted(path.name for path in source.iterdir())
+    pictures = [SourcePicture(str(source / name), name) for name in [*names, "gone.jpg"]]
+    with pytest.raises(UserError, match=r"\d pictures cannot be used, allowed are 5:"):
+        write_shards(pictures, tmp_path / "out", options=TEN, max_bad=5)
+    report = write_shards(pictures, tmp_path / "out", options=TEN, max_bad=8)
+    assert report.num_samples == 1
+    reasons = {item["file"]: item["reason"] for item in report.skipped}
+    for name, words in {
+        "bomb.png": "3600000000 pixels",
+        "cut.jpg": "does not decode",
+        "empty.jpg": "is empty (0 bytes)",
+        "folder.jpg": "not a plain file",
+        "gone.jpg": "cannot be read (No such file",
+        "huge.jpg": "1,073,741,825 bytes, more than",
+        "loop.jpg": "cannot be read (Too many levels of symbolic links)",
+        "pipe.jpg": "not a plain file",
+    }.items():
+        assert words in reasons.pop(name)
+    assert not reasons
+
+
+def test_bombs_are_not_decoded_to_plan_sizes(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    picture = SourcePicture(str(tmp_path / "bomb.png"), "bomb.png")
+    options = ShardOptions(resize_short=50)
+    tracemalloc.start()
+    (plan,) = make_plan([picture], options)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert plan.estimated_bytes < 10_000
+
+
+def test_picture_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secret.jpg"
+    file.write_bytes(encode(smooth_picture(1)))
+    file.chmod(0)
+    if os.access(file, os.R_OK):  # for root there are no such files
+
+        def refuse(path: Path) -> bytes:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"secret.jpg: cannot be read \(Permission denied\)"):
+        write_shards([SourcePicture(str(file), "secret.jpg")], tmp_path / "out")
+
+
+def test_picture_that_vanishes_between_plan_and_write(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(picture_folder, tmp_path / "in")
+    pictures = sources(tmp_path / "in")
+    plan = shard_writer.make_plan
+
+    def plan_then_delete(*arguments):
+        plans = plan(*arguments)
+        Path(plans[2].pictures[4].path).unlink()
+        return plans
+
+    monkeypatch.setattr(shard_writer, "make_plan", plan_then_delete)
+    with pytest.raises(UserError, match=r"picture-\d+.jpg: cannot be read \(No such file"):
+        write_shards(pictures, tmp_path / "out", options=TEN)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_colour_models_keep_their_bytes_and_decode(tmp_path: Path) -> None:
+    """CMYK JPEG, 16-bit grey PNG, palette PNG: as they are; shrunk, they become RGB JPEGs."""
+    source = tmp_path / "in"
+    source.mkdir()
+    rgb = Image.fromarray(smooth_picture(1))
+    rgb.convert("CMYK").save(source / "cmyk.jpg", quality=95)
+    rgb.quantize(64).save(source / "palette.png")
+    deep = smooth_picture(2)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(source / "deep.png")
+    pictures = [SourcePicture(str(path), path.name) for path in sorted(source.iterdir())]
+    write_shards(pictures, tmp_path / "kept")
+    index = ShardIndex.open(tmp_path / "kept")
+    stored = {index.key_name(i): index.read_bytes(i) for i in range(3)}
+    assert stored == {path.stem: path.read_bytes() for path in source.iterdir()}
+    shrunk = decode(stored["deep"], where="")
+    np.testing.assert_array_equal(shrunk, np.repeat((deep >> 8)[..., None], 3, axis=2))
+    write_shards(pictures, tmp_path / "small", options=ShardOptions(resize_short=24, quality=95))
+    small = ShardIndex.open(tmp_path / "small")
+    for i in range(3):
+        found = decode(small.read_bytes(i), where="")
+        whole = decode(stored[small.key_name(i)], where="")
+        expected = cv2.resize(whole, (32, 24), interpolation=cv2.INTER_AREA)
+        assert found.shape == (24, 32, 3)
+        assert np.abs(found.astype(int) - expected).mean() < 12  # chroma is halved
+
+
+def test_odd_names_become_samples(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    deep = source / "/".join(["d" * 200] * 4)
+    deep.mkdir(parents=True)
+    (source / "x.jpg").mkdir()
+    raw = os.fsdecode(b"caf\xe9.jpg")  # Latin-1: no UTF-8
+    names = [
+        "a.jpg",
+        "A.jpg",
+        "A.JPG",
+        "Zoë 猫.jpg",
+        raw,
+        "n" * 251 + ".jpg",
+        ".. .jpg",
+        "x.jpg/1.jpg",
+    ]
+    names.append((deep / ("e" * 250 + ".jpg")).relative_to(source).as_posix())
+    data = {name: encode(smooth_picture(i)) for i, name in enumerate(names)}
+    for name, content in data.items():
+        (source / name).write_bytes(content)
+    pictures = [SourcePicture(str(source / name), name) for name in names]
+    write_shards(pictures, tmp_path / "out", options=ShardOptions(shuffle_seed=None))
+    assert verify_shards(tmp_path / "out").ok
+    index = ShardIndex.open(tmp_path / "out")
+    assert [index.read_bytes(i) for i in range(9)] == [data[name] for name in sorted(names)]
+    assert len({index.key_name(i).lower() for i in range(9)}) == 9
+
+
+def test_bad_picture_whose_name_is_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no picture")
+    (source / "good.jpg").write_bytes(encode(smooth_picture(1)))
+    words = [str(source), str(tmp_path / "out"), "--num-workers", "1"]
+    assert make_shards.main(words) == 2
+    assert "caf\\xe9.jpg: " in capsys.readouterr().err
+    assert make_shards.main([*words, "--max-bad", "1"]) == 0
+    assert [item["file"] for item in ShardIndex.open(tmp_path / "out").skipped] == ["caf\\xe9.jpg"]
 
 
 # -- what is stored -------------------------------------------------------------------------------
