@@ -1,7 +1,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -15,8 +15,10 @@ from pretrain.data.remote import Patience, look_at_all
 from pretrain.data.shards import ShardIndex
 from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
-from tests.pretrain.data.servers import s3_server
+from tests.pretrain.data.servers import Faulty, Handler, faulty, s3_server
 from tests.pretrain.data.test_sources_http import Bytes, same_pictures
+
+CLIENTS: dict = {}  # of the one server, for all tests; making one takes half a second
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,21 @@ def address() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def client(address: str):
+    found = boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id="test", aws_secret_access_key="test",
+        region_name="us-east-1",
+    )  # fmt: skip
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def s3(address: str, shard_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def s3(client, address: str, shard_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """A client of a server with the shards in s3://set/train/ (no index) and s3://set/whole/."""
     monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "_filesystems", {})  # the address is read when a client is made
+    monkeypatch.setattr(remote, "_filesystems", CLIENTS)
     for name, value in {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "test",
@@ -39,7 +51,6 @@ def s3(address: str, shard_folder: Path, monkeypatch: pytest.MonkeyPatch):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("http_proxy", raising=False)
-    client = boto3.client("s3")
     client.create_bucket(Bucket="set")
     for path in shard_folder.iterdir():
         client.upload_file(str(path), "set", f"whole/{path.name}")
@@ -49,7 +60,6 @@ def s3(address: str, shard_folder: Path, monkeypatch: pytest.MonkeyPatch):
     for item in client.list_objects_v2(Bucket="set").get("Contents", []):
         client.delete_object(Bucket="set", Key=item["Key"])
     client.delete_bucket(Bucket="set")
-    client.close()
 
 
 def cache(tmp_path: Path, **options: float) -> CacheOptions:
@@ -62,6 +72,7 @@ def test_folder_with_index(
 ) -> None:
     address = os.environ["AWS_ENDPOINT_URL"]
     monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setattr(remote, "_filesystems", {})  # the address is read when a client is made
     monkeypatch.setenv(name, address)
     monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
     found = ShardIndex.open("s3://set/whole/", cache(tmp_path))
@@ -165,3 +176,56 @@ def test_forked_workers(s3, index: ShardIndex, tmp_path: Path) -> None:
     workers, pictures = zip(*loader, strict=True)
     assert list(pictures) == [index.read_bytes(i) for i in range(NUM_PICTURES)]
     assert len(set(workers)) == 2
+
+
+# -- an object store that fails now and then ------------------------------------------------------
+
+
+@pytest.fixture
+def failing(s3, shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """A server that knows objects, but no listings: s3://shards/ holds the set."""
+    with faulty(shard_folder.parent) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setattr(remote, "_filesystems", {})
+        yield server
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda handler: handler.refuse(503),
+        lambda handler: handler.refuse(500),
+        lambda handler: handler.cut(1000),
+        lambda handler: handler.cut(1000, wait=True),
+    ],
+    ids=["503", "500", "connection cut", "stall"],
+)
+def test_failed_parts_are_fetched_again(
+    failing: Faulty, index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[Handler], bool],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
+    found = ShardIndex.open("s3://shards/", cache(tmp_path, read_timeout_seconds=0.5))
+    failing.faults = lambda handler, count: count in (1, 2) and act(handler)
+    assert found.read_bytes(3) == index.read_bytes(3)
+    size = (index.folder / "shard-000000.tar").stat().st_size
+    assert failing.gets["/shards/shard-000000.tar"] == -(-size // 10_000) + 2
+
+
+@pytest.mark.parametrize(
+    ("act", "message", "num"),
+    [
+        (lambda handler: handler.refuse(503), "in 3 tries, the last one: HTTP 503", 3),
+        (lambda handler: handler.cut(9, wait=True), "in 3 tries, .* no byte for 0.2 s", 3),
+        (lambda handler: handler.refuse(403), r"not allowed \(HTTP 403\); check the cred", 1),
+        (lambda handler: handler.refuse(404), r"there is no such file \(HTTP 404\)", 1),
+    ],
+)
+def test_one_clear_error(
+    failing: Faulty, tmp_path: Path, act: Callable[[Handler], bool], message: str, num: int
+) -> None:
+    found = ShardIndex.open("s3://shards/", cache(tmp_path, read_timeout_seconds=0.2))
+    failing.faults = lambda handler, count: act(handler)
+    with pytest.raises(UserError, match=rf"^s3://shards/shard-000000.tar: .*{message}"):
+        found.fetch([3])
+    assert failing.gets["/shards/shard-000000.tar"] == num
