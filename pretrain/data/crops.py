@@ -17,7 +17,7 @@ from pretrain.data.augment import draw_uniforms
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
 _ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
-_NO_BLUR = 4 / 3  # shrinking by less: bilinear alone is closest to an antialiased resize
+_NO_BLUR = 1.45  # shrinking by less: bilinear alone, nearly as close to an antialiased resize
 _CUBIC = 1.85  # below, a binomial blur is a little too much, and bicubic sharpens it back
 _MAX_BINOMIAL = 2.6  # above, one binomial blur is too little
 
@@ -58,27 +58,32 @@ def draw_crops(
         ratio: Range of the crop's width / height, drawn uniformly in its logarithm.
         flip_probability: Probability of a horizontal flip.
     """
-    draws = draw_uniforms(
-        "crop", keys, visits, 1 + 4 * _ATTEMPTS, seed=seed, view_index=view_index
-    )  # fmt: skip
-    boxes = boxes_from_draws(draws[1:], sizes, scale, ratio)
+    visits = np.broadcast_to(visits, keys.shape)
+    common = {"seed": seed, "view_index": view_index}
+    draws = draw_uniforms("crop", keys, visits, 1 + 4, **common)
+    boxes, fits = boxes_from_draws(draws[1:], sizes, scale, ratio)
+    again = np.flatnonzero(~fits)  # the other attempts are drawn for these rows alone
+    if len(again):
+        more = draw_uniforms("crop", keys[again], visits[again], 1 + 4 * _ATTEMPTS, **common)
+        boxes[again], _ = boxes_from_draws(more[1:], sizes[again], scale, ratio)
     return Crops(boxes, draws[0] < flip_probability)
 
 
 def boxes_from_draws(
     draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
-) -> np.ndarray:
-    """Boxes as torchvision's RandomResizedCrop draws them: ten attempts, then a central box.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as torchvision's RandomResizedCrop draws them: some attempts, then a central box.
 
     Args:
-        draws: float64 [40, n] in [0, 1): of each attempt area, ratio, top and left.
+        draws: float64 [4 * attempts, n] in [0, 1): of each attempt area, ratio, top and left.
         sizes: int64 [n, 2], height and width in pixels.
         scale: Range of the area, as a share of the picture's.
         ratio: Range of width / height.
     Returns:
-        int64 [n, 4]: top, left, height, width; inside the picture.
+        int64 [n, 4], top, left, height, width, inside the picture; and bool [n], False where no
+        attempt fitted and the box is the central one.
     """
-    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(_ATTEMPTS, 4, -1).swapaxes(0, 1)
+    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(-1, 4, len(sizes)).swapaxes(0, 1)
     heights, widths = sizes[:, 0], sizes[:, 1]
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     area = heights * widths * (scale[0] + area_draw * (scale[1] - scale[0]))
@@ -95,7 +100,9 @@ def boxes_from_draws(
     tops = np.floor(chosen(top_draw) * (heights - crop_heights + 1))
     lefts = np.floor(chosen(left_draw) * (widths - crop_widths + 1))
     boxes = np.stack([tops, lefts, crop_heights, crop_widths], axis=1).astype(np.int64)
-    return np.where(fits.any(axis=0).reshape(-1, 1), boxes, _central_boxes(heights, widths, ratio))
+    fits = np.any(fits, axis=0)
+    boxes[~fits] = _central_boxes(heights[~fits], widths[~fits], ratio)
+    return boxes, fits
 
 
 def _central_boxes(
@@ -158,8 +165,8 @@ def crop(
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
     """Resize with little aliasing at little more than the cost of bilinear interpolation.
 
-    Up to a factor of 4/3 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
-    shrink by more than 4/3), then bicubic or bilinear, whichever is closer to a tent as wide as the
+    Up to a factor of 1.45 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
+    shrink by more), then bicubic or bilinear, whichever is closer to a tent as wide as the
     factor asks; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
 
     Args:

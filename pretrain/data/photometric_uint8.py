@@ -21,7 +21,7 @@ _KERNEL_STEPS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Changes:
     """What is done to one picture; None where an operation is left out.
 

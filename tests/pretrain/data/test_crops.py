@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from pretrain.data import crops
+from pretrain.data.augment import draw_uniforms
 from pretrain.data.crops import RATIO, boxes_from_draws, crop, draw_crops, reductions_for, resize
 from pretrain.data.views import decode_fast, read_header
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
@@ -74,8 +75,19 @@ def test_boxes_lie_inside(height: int, width: int) -> None:
 def test_ten_failures_give_the_central_box_as_torchvision() -> None:
     draws = np.full((40, 3), 1 - 2**-53)  # whole area at ratio 4/3: fits only 4:3 pictures
     shapes = np.array([[100, 100], [40, 300], [300, 40]])
-    boxes = boxes_from_draws(draws, shapes, (0.08, 1.0), RATIO)
+    boxes, fits = boxes_from_draws(draws, shapes, (0.08, 1.0), RATIO)
+    assert not fits.any()
     np.testing.assert_array_equal(boxes, [[0, 0, 100, 100], [0, 123, 40, 53], [123, 0, 53, 40]])
+
+
+def test_later_attempts_are_drawn_as_if_all_were_drawn_at_once() -> None:
+    shapes, keys = sizes(300, 40, 90), np.arange(300)  # many whole boxes are too high
+    drawn = draw_crops(shapes, keys, 2, **SEED)
+    draws = draw_uniforms("crop", keys, 2, 41, seed=3, view_index=0)
+    _, first = boxes_from_draws(draws[1:5], shapes, (0.08, 1.0), RATIO)
+    boxes, _ = boxes_from_draws(draws[1:], shapes, (0.08, 1.0), RATIO)
+    assert 0.2 < first.mean() < 0.8
+    np.testing.assert_array_equal(drawn.boxes, boxes)
 
 
 def test_crops_depend_on_seed_visit_key_view_and_size_alone() -> None:
