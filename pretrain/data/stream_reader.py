@@ -149,19 +149,23 @@ class Reader:
         first = (self.number + number) % self.num_readers
         own = partial(_every, first=first, step=self.num_readers)
         is_by_sample = len(tars) < self.num_readers
+        opened: list[str] = []
         return DataPipeline(
             SimpleShardList(list(tars), seed=_seed("shards", *self.seed, source, number)),
             None if is_by_sample else own,
-            self._files,
-            partial(group_by_keys, keys=_key_and_suffix, handler=_refuse),
+            partial(self._files, opened=opened),
+            partial(group_by_keys, keys=_key_and_suffix, handler=partial(_refuse, opened)),
             partial(self._to_samples, tars=tars, visit=self.first_visit + number),
             own if is_by_sample else None,
         )
 
-    def _files(self, shards: Iterator[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    def _files(
+        self, shards: Iterator[dict[str, str]], *, opened: list[str]
+    ) -> Iterator[dict[str, Any]]:
         """Open shards and take their files out, as webdataset's own stages do (see `TarStream`)."""
         for shard in shards:
             url, num_files = shard["url"], 0
+            opened[:] = [url]
             with TarStream(url, self.patience, _is_needed) as tar:
                 for name, data in tar:
                     if _META.match(name):
@@ -195,9 +199,10 @@ def _every(items: Iterator[Any], *, first: int, step: int) -> Iterator[Any]:
     return itertools.islice(items, first, None, step)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    """What becomes of an error that webdataset finds: it ends the run."""
-    raise UserError(f"{error.args[0]}; make this shard again") from error
+def _refuse(opened: list[str], error: Exception) -> NoReturn:
+    """What becomes of an error that webdataset finds, a file that comes twice: it ends the run."""
+    reason = str(error.args[0]).partition(" dict_keys")[0]
+    raise UserError(f"{shown(opened[0])}: {reason}; make this shard again") from error
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

@@ -1,0 +1,403 @@
+import io
+import itertools
+import shlex
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data import remote
+from pretrain.data.mixture import open_samples
+from pretrain.data.remote import Patience
+from pretrain.data.samples import TwoViewBatch, TwoViewDataset
+from pretrain.data.shards import ShardIndex
+from pretrain.data.stream_reader import Reader, StreamSample, StreamSource, open_sources
+from pretrain.data.streaming import StreamingLoader
+from pretrain.data.tar_index import key_hash
+from pretrain.errors import UserError
+from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
+from tests.pretrain.data.servers import faulty
+
+SIZE = 16
+CROPS = ((0.2, 1.0), (0.08, 1.0))
+PATIENCE = Patience(retries=1, timeout_seconds=2)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def picture(seed: int) -> bytes:
+    return encode(smooth_picture(seed), quality=90)
+
+
+def loader(spec: Any, **options: Any) -> StreamingLoader:
+    defaults: dict[str, Any] = {
+        "image_size": SIZE, "crop_scales": CROPS, "seed": 3, "batch_size": 8,
+        "samples_per_epoch": NUM_PICTURES, "shuffle_buffer": 10, "patience": PATIENCE,
+    }  # fmt: skip
+    return StreamingLoader(spec, **(defaults | options))
+
+
+def same(one: Sequence[TwoViewBatch], other: Sequence[TwoViewBatch]) -> bool:
+    fields = ("views", "keys", "sample_ids", "visits", "labels")
+    return len(one) == len(other) and all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(one, other, strict=True)
+        for name in fields
+    )
+
+
+def keys_of(batches: Sequence[TwoViewBatch]) -> list[int]:
+    return [key % 2**64 for batch in batches for key in batch.keys.tolist()]
+
+
+def reader(sources: list[StreamSource], number: int = 0, num: int = 1, **options: Any) -> Reader:
+    defaults = {"seed": (3, 0, 0), "first_visit": 0, "shuffle_buffer": 1, "patience": PATIENCE}
+    return Reader(sources, number=number, num_readers=num, **(defaults | options))
+
+
+def in_pass(samples: Iterator[StreamSample], number: int) -> list[StreamSample]:
+    """The samples of one pass; those of earlier passes must have been taken."""
+    return list(itertools.takewhile(lambda sample: sample.visit <= number, samples))
+
+
+def refusal(batches: Iterator[TwoViewBatch]) -> str:
+    try:
+        list(batches)
+    except UserError as error:  # with pytest.raises, a cycle would keep the workers for a while
+        return str(error)
+    pytest.fail("no UserError")
+
+
+# -- which samples --------------------------------------------------------------------------------
+
+
+@settings(seeded, max_examples=25)
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), num_readers=st.integers(1, 7))
+def test_each_pass_deals_each_sample_to_one_reader(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], num_readers: int
+) -> None:
+    folder = tmp_path_factory.mktemp("tars")
+    for number, size in enumerate(sizes):
+        write_tar(folder / f"{number}.tar", {f"{number}-{i}.jpg": b"x" for i in range(size)})
+    names = [f"{number}-{i}" for number, size in enumerate(sizes) for i in range(size)]
+    expected = Counter(key_hash(name) for name in names)
+    sources = open_sources(str(folder), PATIENCE)
+    passes: dict[int, Counter[int]] = {number: Counter() for number in range(3)}
+    for number in range(num_readers):
+        endless = reader(sources, number, num_readers).samples()
+        for sample in itertools.takewhile(lambda sample: sample.visit < 3, endless):
+            passes[sample.visit][sample.key] += 1
+    assert all(found == expected for found in passes.values())
+
+
+def test_readers_of_whole_shards_share_none(shard_folder: Path) -> None:
+    sources = open_sources(str(shard_folder), PATIENCE)  # 4 tars
+    shards = []
+    for number in range(3):
+        own = in_pass(reader(sources, number, 3).samples(), 0)
+        shards.append({sample.where.split(" in ")[1] for sample in own})
+    assert sorted(map(len, shards)) == [1, 1, 2]
+    assert len(set.union(*shards)) == 4
+
+
+def test_order_follows_from_the_seed_and_changes_with_the_pass(shard_folder: Path) -> None:
+    sources = open_sources(str(shard_folder), PATIENCE)
+
+    def order(num: int = 3 * NUM_PICTURES, **options: Any) -> list[int]:
+        endless = reader(sources, **options).samples()
+        return [sample.key for sample in itertools.islice(endless, num)]
+
+    plain = order()
+    assert order() == plain
+    passes = [plain[i : i + NUM_PICTURES] for i in range(0, len(plain), NUM_PICTURES)]
+    assert len({tuple(keys) for keys in passes}) == 3
+    assert len({tuple(sorted(keys)) for keys in passes}) == 1
+    assert order(seed=(3, 1, 0)) != plain
+    assert order(seed=(4, 0, 0)) != plain
+
+
+def test_shuffle_buffer_mixes_shards(shard_folder: Path) -> None:
+    sources = open_sources(str(shard_folder), PATIENCE)
+    plain, mixed = (
+        list(itertools.islice(reader(sources, shuffle_buffer=buffer).samples(), NUM_PICTURES))
+        for buffer in (1, 30)
+    )
+
+    def num_changes(samples: list[StreamSample]) -> int:
+        shards = [sample.where.split(" in ")[1] for sample in samples]
+        return sum(one != other for one, other in itertools.pairwise(shards))
+
+    assert num_changes(plain) == 3
+    assert num_changes(mixed) > 15
+
+
+def test_two_readers_shuffle_in_two_ways(tmp_path: Path) -> None:
+    files = {f"{i:02}.jpg": b"x" for i in range(40)}
+    tars = {write_tar(tmp_path / f"{i}.tar", files): 0 for i in range(2)}
+    orders = [
+        [sample.key for sample in itertools.islice(each.samples(), 20)]
+        for each in (reader([StreamSource(tars)], i, 2, shuffle_buffer=20) for i in range(2))
+    ]
+    assert orders[0] != orders[1]
+
+
+def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
+    names = {}
+    for name, num, weight in (("a", 5, 3.0), ("b", 50, 1.0)):
+        files = {f"{name}{i}.jpg": b"x" for i in range(num)}
+        names[write_tar(tmp_path / f"{name}.tar", files)] = weight
+    sources = open_sources(names, PATIENCE)
+    own = [key_hash(f"a{i}") for i in range(5)]
+    drawn = [sample.key for sample in itertools.islice(reader(sources).samples(), 2000)]
+    share = sum(key in own for key in drawn) / len(drawn)
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
+    again = [sample.key for sample in itertools.islice(reader(sources).samples(), 2000)]
+    assert drawn == again
+
+
+def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(
+    shard_folder: Path, tmp_path: Path
+) -> None:
+    files = {f"{i}.{suffix}": data for i in range(3)
+             for suffix, data in (("jpg", picture(i)), ("cls", b"1"))}  # fmt: skip
+    more = tmp_path / "more"
+    more.mkdir()
+    write_tar(more / "a.tar", files)
+    names = [str(shard_folder), str(more)]
+    found = in_pass(reader(open_sources(names, PATIENCE)).samples(), 0)
+    expected = open_samples(names).samples[np.arange(NUM_PICTURES + 3)]["key"]
+    assert sorted(sample.key for sample in found) == sorted(expected.tolist())
+
+
+def test_impossible_sources(shard_folder: Path) -> None:
+    one = str(shard_folder)
+    for spec, message in [
+        ([], "name at least one"),
+        ([one, f"{one}/shard-00000[0-3].tar"], "is named twice"),
+        ({one: 0.0}, r"weight 0.0 of .*: must be above 0"),
+        ({one: float("nan")}, "weight nan"),
+        (f"{one}/none-*.tar", "no file fits"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            loader(spec)
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def test_batches_hold_what_the_exact_loader_would_make(index: ShardIndex) -> None:
+    streaming = loader(str(index.folder), shuffle_buffer=1)
+    batches = list(streaming.epoch(0))
+    assert len(batches) == streaming.num_steps == NUM_PICTURES // 8
+    exact = TwoViewDataset(index, image_size=SIZE, crop_scales=CROPS, seed=3)
+    places = {int(key): i for i, key in enumerate(index.samples["key"])}
+    assert len(set(keys_of(batches))) == NUM_PICTURES
+    for batch in batches:
+        assert batch.views.shape == (2, 8, 3, SIZE, SIZE)
+        assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
+        ids = np.array([places[key] for key in keys_of([batch])])
+        expected = np.empty((2, 8, SIZE, SIZE, 3), np.uint8)
+        assert exact.write_views(ids, batch.visits.numpy(), expected) == {}
+        np.testing.assert_array_equal(batch.views.permute(0, 1, 3, 4, 2), expected)
+        np.testing.assert_array_equal(batch.labels, index.labels[ids])
+        assert batch.sample_ids.tolist() == [key % 2**63 for key in keys_of([batch])]
+        assert batch.keys.dtype == batch.labels.dtype == batch.visits.dtype == torch.int64
+        assert batch.num_bad == 0
+        assert not batch.is_augmented
+
+
+def test_sample_that_comes_again_is_cropped_in_another_way(tmp_path: Path) -> None:
+    spec = write_tar(tmp_path / "a.tar", {"a.jpg": picture(1), "b.jpg": picture(2)})
+    streaming = loader(spec, batch_size=2, samples_per_epoch=6)
+    batches = [*streaming.epoch(0), *streaming.epoch(1), *streaming.epoch(1, 1)]
+    assert len(batches) == 3 + 3 + 2
+    pairs = [
+        (k, v) for b in batches for k, v in zip(b.keys.tolist(), b.visits.tolist(), strict=True)
+    ]
+    views = {b.views[:, i].numpy().tobytes() for b in batches for i in range(2)}
+    assert len(set(pairs)) == len(pairs) == len(views) == 16
+
+
+def test_epochs_are_reproducible_and_resume_with_the_right_number(shard_folder: Path) -> None:
+    streaming = loader(str(shard_folder))
+    first = list(streaming.epoch(2))
+    assert same(first, list(streaming.epoch(2)))
+    assert same(first, list(loader(str(shard_folder)).epoch(2)))
+    assert not same(first, list(streaming.epoch(3)))
+    assert not same(first, list(loader(str(shard_folder), seed=4).epoch(2)))
+    assert len(list(streaming.epoch(2, 3))) == 2
+    assert list(streaming.epoch(2, 5)) == []
+
+
+def test_workers_of_two_ranks(shard_folder: Path) -> None:
+    options = {"num_workers": 2, "world_size": 2, "shuffle_buffer": 1}  # a shard for each reader
+    ranks = [loader(str(shard_folder), rank=rank, **options) for rank in range(2)]
+    for epoch in range(2):
+        found = [list(rank.epoch(epoch)) for rank in ranks]
+        assert [len(batches) for batches in found] == [5, 5]
+        assert all(batch.views.shape[1] == 4 for batches in found for batch in batches)
+        full = [keys_of(batches[:4]) for batches in found]  # two batches of each worker
+        assert len({*full[0], *full[1]}) == 32
+        again = [list(loader(str(shard_folder), rank=i, **options).epoch(epoch)) for i in range(2)]
+        assert all(map(same, found, again))
+    next(iter(ranks[0].epoch(5)))  # an epoch that is left early
+    assert same(found[0], list(ranks[0].epoch(1)))
+
+
+def test_fewer_shards_than_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = write_tar(tmp_path / "a.tar", {f"{i}.jpg": picture(i) for i in range(16)})
+    options = {"batch_size": 4, "samples_per_epoch": 16, "shuffle_buffer": 1}
+    streaming = loader(spec, num_workers=2, **options)
+    batches = list(streaming.epoch(0))
+    assert set(keys_of(batches)) == {key_hash(str(i)) for i in range(16)}
+    assert "1 shards for 2 readers" in capsys.readouterr().err
+    list(streaming.epoch(1))
+    assert capsys.readouterr().err == ""
+    other = loader(spec, rank=1, world_size=2, **options)
+    assert len(list(other.epoch(0))) == 4
+    assert capsys.readouterr().err == ""  # rank 0 says it
+
+
+def test_server_and_command_give_the_same_as_the_disk(shard_folder: Path) -> None:
+    expected = list(loader(f"{shard_folder}/shard-{{000000..000003}}.tar").epoch(0))
+    with faulty(shard_folder) as server:
+        for folder in (f"{server.url}/", f"pipe:cat {shlex.quote(str(shard_folder))}/"):
+            batches = list(loader(folder + "shard-{000000..000003}.tar").epoch(0))
+            assert same(expected, batches)
+        assert same(expected, list(loader(server.url).epoch(0)))  # a folder, by its index.json
+
+
+def test_left_streams_are_closed(shard_folder: Path) -> None:
+    streaming = loader(f"pipe:cat {shard_folder}/shard-{{000000..000003}}.tar")
+    next(iter(streaming.epoch(0)))
+    del streaming
+    end = time.monotonic() + 5
+    while any(thread.name == "shard-stream" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_impossible_options(shard_folder: Path) -> None:
+    for options, message in [
+        ({"batch_size": 0}, "batch size 0"),
+        ({"samples_per_epoch": 7}, "must fill one batch of 8"),
+        ({"shuffle_buffer": 0}, "shuffle buffer 0"),
+        ({"world_size": 3}, "does not divide among 3 ranks"),
+        ({"image_size": 0}, "image size 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            loader(str(shard_folder), **options)
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_tar(tmp_path: Path) -> str:
+    """Ten good samples and three bad ones: broken, without a picture, without a suffix."""
+    files = {f"good-{i}.jpg": picture(i) for i in range(5)}
+    files |= {"broken.jpg": picture(5)[:200], "none.cls": b"3", "README": b"text"}
+    files |= {f"good-{i}.jpg": picture(i) for i in range(5, 10)}
+    files |= {"__meta__": b"{}", "good-9.cls": b"no number"}
+    return write_tar(tmp_path / "a.tar", files)
+
+
+def test_bad_samples_are_replaced_and_counted(bad_tar: str) -> None:
+    streaming = loader(bad_tar, max_bad_samples=3, batch_size=10, samples_per_epoch=10)
+    (batch,) = streaming.epoch(0)
+    good = {key_hash(f"good-{i}") for i in range(10)}
+    assert set(keys_of([batch])) <= good
+    everything = list(loader(bad_tar, max_bad_samples=3, samples_per_epoch=80).epoch(0))
+    assert set(keys_of(everything)) == good
+    assert sum(batch.num_bad for batch in everything) >= 3 * 6
+    more = loader(bad_tar, max_bad_samples=3, samples_per_epoch=80)
+    list(more.epoch(0))
+    names = ("broken", "none", "README")
+    assert set(more.bad_samples) == {key_hash(name) % 2**63 for name in names}
+    for name in names:
+        reason = more.bad_samples[key_hash(name) % 2**63]
+        assert reason.startswith(f"sample {name!r} in {bad_tar}: ")
+        assert ("holds no picture" in reason) == (name != "broken")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_more_bad_samples_than_allowed_stop_the_run(bad_tar: str, num_workers: int) -> None:
+    streaming = loader(bad_tar, max_bad_samples=2, samples_per_epoch=80, num_workers=num_workers)
+    message = refusal(streaming.epoch(0))
+    assert f" in {bad_tar}: " in message
+    assert "3 bad samples, allowed are 2" in message
+    assert "raise data.max_bad_samples" in message
+
+
+def test_bad_samples_of_earlier_parts_count(bad_tar: str) -> None:
+    known = {1: "bad", 2: "bad"}
+    streaming = loader(bad_tar, max_bad_samples=4, known_bad=known, samples_per_epoch=80)
+    assert "5 bad samples, allowed are 4" in refusal(streaming.epoch(0))
+
+
+def test_nothing_but_bad_samples_ends(tmp_path: Path) -> None:
+    spec = write_tar(tmp_path / "a.tar", {"a.jpg": b"no picture", "b.cls": b"1"})
+    streaming = loader(spec, max_bad_samples=5)
+    assert "32 samples that came in its place were bad too" in refusal(streaming.epoch(0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shard_that_vanished(shard_folder: Path, num_workers: int) -> None:
+    (shard_folder / "shard-000002.tar").unlink()
+    message = refusal(loader(str(shard_folder), num_workers=num_workers).epoch(0))
+    assert message == f"{shard_folder}/shard-000002.tar: there is no such shard; check the path"
+
+
+def test_missing_and_truncated_on_a_server(shard_folder: Path) -> None:
+    tar = shard_folder / "shard-000001.tar"
+    spec = "shard-{000000..000003}.tar"
+    with faulty(shard_folder) as server:
+        tar.write_bytes(tar.read_bytes()[:5000])
+        message = refusal(loader(f"{server.url}/{spec}", num_workers=1).epoch(0))
+        assert f"{server.url}/shard-000001.tar: the tar is cut short" in message
+        tar.unlink()
+        message = refusal(loader(f"{server.url}/{spec}", num_workers=1).epoch(0))
+        assert f"{server.url}/shard-000001.tar: there is no such file (HTTP 404)" in message
+        assert "Traceback" not in message
+
+
+def test_stream_that_broke_stays_broken(shard_folder: Path) -> None:
+    """Workers are asked ahead: what they were asked after the error is an error too."""
+    (shard_folder / "shard-000001.tar").unlink()
+    streaming = loader(str(shard_folder), num_workers=1, samples_per_epoch=400)
+    for epoch in range(2):
+        assert "there is no such shard" in refusal(streaming.epoch(epoch))
+
+
+def test_shard_without_files_and_file_that_comes_twice(tmp_path: Path) -> None:
+    empty = write_tar(tmp_path / "empty.tar", {})
+    assert f"{empty}: holds no files" in refusal(loader(empty).epoch(0))
+    with tarfile.open(twice := tmp_path / "twice.tar", "w") as tar:
+        for _ in range(2):
+            info = tarfile.TarInfo("a.jpg")
+            info.size = len(picture(1))
+            tar.addfile(info, io.BytesIO(picture(1)))
+    message = refusal(loader(str(twice)).epoch(0))
+    assert "a.jpg: duplicate file name in tar file" in message
+    assert str(twice) in message
