@@ -99,10 +99,17 @@ def test_plan_is_the_same_however_the_pictures_are_listed(picture_folder: Path) 
 
 # -- memory ---------------------------------------------------------------------------------------
 
-PLAN = """
-import resource, sys, time
+# Of this program alone; getrusage would count what its parent held before the exec.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM:"))
+"""
+PLAN = (
+    PEAK
+    + """
+import sys, time
 from pretrain.data.shard_plan import ShardOptions, SourcePicture, make_plan
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, num = peak(), int(sys.argv[1])
 names = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i // 1000:08d}.JPEG" for i in range(num))
 pictures = [SourcePicture(f"/nowhere/{name}", name, i % 1000) for i, name in enumerate(names)]
@@ -111,6 +118,7 @@ plans = make_plan(pictures, ShardOptions())
 assert sum(len(plan.pictures) for plan in plans) == num
 print(peak() - before, peak(), time.process_time() - started)
 """
+)
 
 
 def plan_cost(num: int) -> tuple[int, int, float]:
@@ -123,7 +131,7 @@ def plan_cost(num: int) -> tuple[int, int, float]:
 
 def test_planning_takes_less_than_a_kilobyte_per_picture() -> None:
     added, _, _ = plan_cost(60_000)
-    assert added < 60_000 * 1000
+    assert 60_000 * 100 < added < 60_000 * 1000
 
 
 @pytest.mark.slow
@@ -133,8 +141,10 @@ def test_a_million_pictures_are_planned_in_a_gigabyte_and_a_minute() -> None:
     assert seconds < 60
 
 
-WRITE = """
-import resource, sys
+WRITE = (
+    PEAK
+    + """
+import sys
 from pathlib import Path
 from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 source, out, num, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -144,8 +154,9 @@ report = write_shards(
     pictures, out, options=ShardOptions(max_samples_per_shard=10), num_workers=workers
 )
 assert (report.num_samples, report.num_shards) == (num, num // 10)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak())
 """
+)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
