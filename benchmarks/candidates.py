@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,11 @@ def decoders(jpegs: list[bytes]) -> dict[str, Work]:
         "simplejpeg, fast DCT": run(lambda data: simplejpeg.decode_jpeg(data, "RGB", fastdct=True)),
         "simplejpeg, fast DCT and upsampling": run(fastest),
         "OpenCV": run(lambda d: cv2.imdecode(np.frombuffer(d, np.uint8), cv2.IMREAD_COLOR_RGB)),
-        "torchvision": run(with_torchvision),
         "Pillow": run(lambda data: np.asarray(Image.open(io.BytesIO(data)))),
     }
+    if hasattr(torchvision.io, "decode_jpeg"):  # deprecated since 0.29, to be removed one day
+        warnings.filterwarnings("ignore", message="The image decoding and encoding cap")
+        found["torchvision"] = run(with_torchvision)
     if importlib.util.find_spec("turbojpeg") is not None:  # PyTurboJPEG, if somebody installed it
         import turbojpeg  # pyright: ignore[reportMissingImports]
 

@@ -59,7 +59,7 @@ def rates(candidates: Mapping[str, Candidate], num_rounds: int) -> dict[str, lis
 
 
 class Peer:
-    """A process that runs rivals' recipes when it is asked to.
+    """A process that runs rivals' recipes when it is asked to; `greet` it first.
 
     Args:
         python: The interpreter; its environment has the rival's library.
@@ -87,10 +87,14 @@ class Peer:
                 f"--peers {python}: cannot be started ({error.strerror}); it must be the "
                 "interpreter of the environment that benchmarks/peers/make_env.sh makes"
             ) from error
+        self.missing: str | None = None
+        self.version, self.recipes = "", []
+
+    def greet(self) -> None:
+        """Wait until the library is there, or is known to be missing."""
         hello = self._read()
-        self.missing: str | None = hello.get("missing")
-        self.version: str = hello.get("version", "")
-        self.recipes: list[str] = hello.get("recipes", [])
+        self.missing = hello.get("missing")
+        self.version, self.recipes = hello.get("version", ""), hello.get("recipes", [])
 
     def candidate(self, recipe: str, size: int) -> Candidate:
         """One recipe at one size of the views."""
@@ -135,6 +139,8 @@ def start_peers(python: str | None, folder: Path) -> dict[str, Peer]:
         peers["torchvision"] = Peer(sys.executable, "torchvision", folder)
         for library in ("lightly", "dali", "ffcv") if python is not None else ():
             peers[library] = Peer(python, library, folder)  # type: ignore[arg-type]
+        for peer in peers.values():
+            peer.greet()
     except BaseException:
         for peer in peers.values():
             peer.close()

@@ -1,0 +1,93 @@
+"""The benchmark of large indexes at a small size: what it simulates opens, and resume is timed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import index_scale, open_index, pictures
+from pretrain.data.shards import ShardIndex
+from pretrain.errors import UserError
+
+TINY = ["--shards", "7", "--samples", "1000", "--rounds", "1", "--pictures", "64",
+        "--batch-size", "8", "--batches", "2"]  # fmt: skip
+
+
+def test_simulated_shards_pass_all_checks_and_take_no_room(tmp_path):
+    index_scale.simulate(tmp_path, num_shards=7, num_samples=1000)
+    index = ShardIndex.open(str(tmp_path))
+    assert index.num_samples == 1000
+    assert sorted(index.shard_sizes) == [142, 143, 143, 143, 143, 143, 143]
+    assert len(np.unique(index.samples["key"])) == 1000
+    tars = sorted(tmp_path.glob("*.tar"))
+    last = index.samples[index.samples["shard"] == 6][-1]
+    assert int(last["offset"]) + int(last["size"]) <= tars[6].stat().st_size
+    assert sum(path.stat().st_blocks * 512 for path in tars) < 0.01 * sum(
+        path.stat().st_size for path in tars
+    )
+    tars[3].write_bytes(b"")  # the checks are the real ones
+    with pytest.raises(UserError, match="cut short"):
+        open_index.open_and_order(str(tmp_path))
+
+
+def test_figures(tmp_path, capsys):
+    out = tmp_path / "scale.json"
+    assert index_scale.main([*TINY, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert (figures["num_shards"], figures["num_samples"]) == (7, 1000)
+    assert figures["open_seconds"] > 0 < figures["order_seconds"]
+    assert 10 < figures["libraries_mebibytes"] <= figures["peak_mebibytes"] < 1024
+    assert figures["within_limits"] is True
+    first = figures["first_batch"]
+    assert first["resume_step"] == 4  # of 8
+    for clock in ("wall", "processor"):
+        assert first["ratio"][clock] == pytest.approx(
+            first["resume_ms"][clock] / first["start_ms"][clock]
+        )
+    printed = capsys.readouterr().out
+    assert "limits (open 5 s, peak 1 GiB): kept" in printed
+    assert "at step 4" in printed
+
+
+def test_memory_grows_with_the_index(tmp_path):
+    """The peak is that of the fresh process and of what it opens."""
+    peaks = []
+    for number in (1000, 2_000_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        peaks.append(index_scale.scale(folder, 5, number, 1)["peak_mebibytes"])
+    table = 2_000_000 * 28 / 2**20  # rows of samples.npy, mapped and hashed
+    assert peaks[1] - peaks[0] > 0.25 * table
+
+
+def test_a_slow_resume_is_seen(tmp_path, monkeypatch):
+    """A loader that walks to the middle of the epoch sample by sample has a large ratio."""
+    files = pictures.write_files(pictures.encoded_photos(2), tmp_path / "files")
+    index = pictures.open_as_shards(files, tmp_path / "shards", 64)
+
+    class Walking(index_scale.Loader):
+        def epoch(self, epoch, start_step=0):
+            for step, batch in enumerate(super().epoch(epoch)):
+                if step >= start_step:
+                    yield batch
+
+    assert index_scale.first_batches(index, 8, 3)["ratio"]["processor"] < 2
+    monkeypatch.setattr(index_scale, "Loader", Walking)
+    slow = index_scale.first_batches(index, 8, 3)
+    assert slow["ratio"]["processor"] > 3  # five batches instead of one
+    index.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "0"], "at least 1"),
+        (["--samples", "100"], "--samples must be at least 256"),
+        (["--pictures", "100"], "--pictures two batches"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        index_scale.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,251 @@
+"""The loader's benchmark: contract of its JSON, rivals in processes of their own, honest ratios."""
+
+import io
+import json
+import statistics
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from PIL import Image
+
+from benchmarks import loader, pictures, rounds, wall
+from benchmarks.candidates import finish, two_view_dataset
+from benchmarks.peers import torchvision_recipes
+from pretrain.data.stream import Loader
+from pretrain.errors import UserError
+
+TINY = ["--num-photos", "16", "--batch-size", "16", "--num-rounds", "1"]
+FAKE_LIGHTLY = """
+import time
+import torch
+class BYOLView1Transform:
+    def __init__(self, input_size): self.size = input_size
+BYOLView2Transform = BYOLView1Transform
+class BYOLTransform:
+    def __init__(self, one, two): self.size = one.size
+    def __call__(self, image):
+        assert image.mode == "RGB" and image.size == (500, 375)
+        print("chatter that must not reach the protocol")
+        end = time.process_time() + {seconds}
+        while time.process_time() < end: pass
+        return [torch.zeros(3, self.size, self.size)] * 2
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def fake_environment(folder, monkeypatch, seconds):
+    """A library that calls itself lightly and needs `seconds` for a picture."""
+    package = folder / f"peers-{seconds}" / "lightly"
+    (package / "transforms").mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0.0.fake'\n")
+    (package / "transforms" / "__init__.py").write_text("")
+    transform = FAKE_LIGHTLY.replace("{seconds}", str(seconds))
+    (package / "transforms" / "byol_transform.py").write_text(transform)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+
+
+def spin(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch, capsys):
+    fake_environment(tmp_path, monkeypatch, 0.02)
+    out = tmp_path / "loader.json"
+    assert loader.main([*TINY, "--json", str(out), "--peers", sys.executable]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["ceiling"] == max(figures["decoders"].values()) > 0
+    assert set(figures["decoders"]) >= {"simplejpeg, fast DCT and upsampling", "OpenCV", "Pillow"}
+    own, peers = figures["ours"], figures["peers"]
+    assert figures["loader_share"] == pytest.approx(
+        own["two crops, uint8, 224 px"] / figures["ceiling"]
+    )
+    whole = own["whole recipe, uint8 in the loader, 224 px"]
+    assert figures["cpu_vs_pil"] == pytest.approx(whole / peers["torchvision v1 on Pillow, 224 px"])
+    assert figures["cpu_vs_lightly"] == pytest.approx(whole / peers["lightly, 224 px"])
+    assert peers["lightly, 224 px"] == pytest.approx(1 / 0.02, rel=0.3)  # 20 ms and a decoding
+    assert peers["lightly, 224 px"] < 50
+    assert figures["versions"]["lightly"] == "0.0.fake"
+    assert "torchvision v2 on tensors, 64 px" in peers
+    assert set(figures["left_out"]) == {"dali", "ffcv"}
+    assert "nvidia" in figures["left_out"]["dali"]
+    printed = capsys.readouterr().out
+    assert "left out: ffcv (No module named 'ffcv')" in printed
+    assert "lightly, 224 px" in printed
+
+
+def test_without_peers_the_ratio_is_null_and_said_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loader, "SIZES", (224,))
+    monkeypatch.setattr(loader, "start_peers", lambda python, folder: {})
+    monkeypatch.setattr(loader, "ours", lambda index, size: {
+        name.format(px): lambda: spin(0.001) for name in (loader.CROPS, loader.WHOLE)
+        for px in (224, 64)
+    })  # fmt: skip
+    out = tmp_path / "loader.json"
+    assert loader.main([*TINY, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["cpu_vs_lightly"] is None
+    assert figures["peers"] == {}
+    printed = capsys.readouterr().out
+    assert "against lightly at 224 px: not compared" in printed
+    assert "no --peers was given" in printed
+
+
+def test_a_slower_candidate_has_a_lower_rate_and_takes_its_turns():
+    turns = []
+
+    def candidate(name, seconds):
+        return rounds.in_process(lambda: (turns.append(name), spin(seconds)), 10)
+
+    found = rounds.rates({"fast": candidate("fast", 0.01), "slow": candidate("slow", 0.03)}, 3)
+    assert turns == ["fast", "slow"] * 4  # the first turn of each warms up
+    assert [len(values) for values in found.values()] == [3, 3]
+    ratio = statistics.median(found["fast"]) / statistics.median(found["slow"])
+    assert ratio == pytest.approx(3, rel=0.2)
+    assert statistics.median(found["fast"]) == pytest.approx(1000, rel=0.2)
+
+
+def test_a_turn_counts_processor_time_not_waiting():
+    lap = rounds.in_process(lambda: (time.sleep(0.3), spin(0.02)), 1)()
+    assert 0.02 <= lap.seconds < 0.2
+
+
+def test_a_peer_that_breaks_is_told_with_its_last_words(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"no picture")
+    peer = rounds.Peer(sys.executable, "torchvision", tmp_path)
+    peer.greet()
+    assert peer.missing is None
+    assert peer.version
+    turn = peer.candidate("torchvision v1 on Pillow", 32)
+    with pytest.raises(UserError, match=r"torchvision ended with status 1: .*cannot identify"):
+        turn()
+
+
+def test_an_interpreter_that_is_none(tmp_path, capsys):
+    assert loader.main([*TINY, "--peers", str(tmp_path / "python")]) == 2
+    assert "cannot be started (No such file" in capsys.readouterr().err
+
+
+def test_the_pillow_recipe_does_what_it_says():
+    """Both views: all operations happen, as often as the documented settings say."""
+    flat = Image.fromarray(np.full((64, 64, 3), (200, 60, 90), np.uint8))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (torchvision_recipes.MEAN, torchvision_recipes.STD)
+    )
+    first, second = torchvision_recipes.pillow_views(32)
+    made = torch.stack([first(flat) for _ in range(300)]) * std + mean
+    gray = (made.amax(1) - made.amin(1)).amax((1, 2)) < 1e-3
+    assert 0.12 < gray.float().mean() < 0.28  # 0.2
+    unchanged = ((made - torch.tensor([200, 60, 90]).view(3, 1, 1) / 255).abs() < 3e-3).all(3)
+    assert 0.1 < unchanged.all(2).all(1).float().mean() < 0.23  # no jitter, not grey: 0.2 * 0.8
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    sharp = [_roughness(first(Image.fromarray(noise))) for _ in range(40)]
+    sharp2 = [_roughness(second(Image.fromarray(noise))) for _ in range(40)]
+    assert statistics.median(sharp) < 0.5 * statistics.median(sharp2)  # the first is blurred always
+
+
+def _roughness(view):
+    return float((view[:, 1:] - view[:, :-1]).abs().mean())
+
+
+def test_our_two_ways_make_normalised_floats_of_the_same_crops(tmp_path):
+    files = pictures.write_files(pictures.encoded_photos(4), tmp_path / "files")
+    index = pictures.open_as_shards(files, tmp_path / "shards")
+    made = []
+    for in_workers in (True, False):
+        dataset = two_view_dataset(index, 64, in_workers=in_workers)
+        (batch,) = Loader(dataset, batch_size=4).epoch(0)
+        made.append(torch.stack(finish(batch)))
+    assert made[0].shape == made[1].shape == (2, 4, 3, 64, 64)
+    assert made[0].dtype == torch.float32
+    assert float((made[0] - made[1]).abs().mean()) < 0.06  # rounding to 8 bits, blur of few taps
+    assert float(made[0].std()) > 0.3
+    index.close()
+
+
+def test_generated_photographs_are_like_real_ones_in_size():
+    jpegs = pictures.encoded_photos(4)
+    assert len(set(jpegs)) == 4
+    for data in jpegs:
+        height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
+        assert (height, width, subsampling) == (375, 500, "420")
+    assert 45e3 < statistics.mean(map(len, jpegs)) < 60e3
+
+
+def test_pictures_of_a_folder_are_fitted_and_repeated(tmp_path):
+    image = np.zeros((900, 1000, 3), np.uint8)
+    image[:, :500] = (250, 10, 10)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(np.full((1000, 500, 3), 90, np.uint8)).save(tmp_path / "b.webp", lossless=True)
+    Image.fromarray(image[:300]).save(tmp_path / "too_small.jpg")
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = pictures.photos_of_folder(tmp_path, 5)
+    assert len(found) == 5
+    assert found[0] == found[2] == found[4] != found[1] == found[3]
+    with Image.open(io.BytesIO(found[0])) as picture:
+        assert picture.size == (500, 375)
+        pixels = np.asarray(picture).astype(int)
+    assert np.abs(pixels[:, :240] - (250, 10, 10)).max() < 20
+    assert pixels[:, 260:].max() < 20
+    with pytest.raises(UserError, match="no JPEG, PNG or WebP of at least 500 x 375 pixels"):
+        pictures.photos_of_folder(tmp_path / "nothing", 1)
+
+
+def test_command_line_reads_real_pictures(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((400, 600, 3), 7, np.uint8))
+    seen = []
+
+    def measure(jpegs, *rest):
+        seen.extend(jpegs)
+        raise UserError("stop here")
+
+    monkeypatch.setattr(loader, "measure", measure)
+    assert loader.main([*TINY, "--pictures", str(tmp_path)]) == 2
+    assert len(seen) == 16
+    assert np.abs(simplejpeg.decode_jpeg(seen[0], "RGB").astype(int) - 7).max() <= 1
+
+
+def test_wall_rates_through_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(wall, "SIZE", 32)
+    files = pictures.write_files(pictures.encoded_photos(2), tmp_path / "files")
+    found = wall.worker_rates(files, tmp_path / "epoch", 1, 70, 1)
+    assert found["num_workers"] == 1
+    assert found["num_pictures"] == 64  # a whole batch
+    assert set(found["images_per_second"]) == {
+        "ours, uint8 in the workers", "ours, float in batches", wall.TORCHVISION,
+    }  # fmt: skip
+    assert min(found["images_per_second"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-photos", "24", "--batch-size", "16"], "a multiple of the batch size, 16"),
+        (["--batch-size", "20"], "multiple of 16"),
+        (["--num-rounds", "0"], "--num-rounds at least 1"),
+        (["--workers", "1", "--epoch-pictures", "8"], "must fill a batch of 64"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        loader.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_rates_without_a_gpu_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        loader.main(["--gpu", "--workers", "1"])
+    assert "torch sees no GPU" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""The benchmark of the workers' memory at a small size; it sees a leak and a large buffer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import pictures, worker_memory
+from benchmarks.candidates import VIEWS
+from benchmarks.worker_memory import Watched
+from pretrain.data.samples import TwoViewDataset
+from pretrain.data.shards import ShardIndex
+
+TINY = ["--epochs", "3", "--num-samples", "16", "--batch-size", "8", "--image-size", "32",
+        "--workers", "2"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    files = pictures.write_files(pictures.encoded_photos(2), folder / "files")
+    with_shards = pictures.open_as_shards(files, folder / "shards", 32)
+    yield with_shards
+    with_shards.close()
+
+
+class Leaking(TwoViewDataset):
+    """Keeps MiB with every batch; and holds some from the beginning."""
+
+    def __init__(self, index: ShardIndex, leaked: int, held: int) -> None:
+        super().__init__(index, image_size=32, crop_scales=((0.5, 1.0),) * 2, seed=0,
+                         photometric=VIEWS)  # fmt: skip
+        self.leaked, self.held, self.kept = leaked, held, []
+
+    def __getitem__(self, request):
+        if not self.kept:
+            self.kept.append(np.ones(self.held << 20, np.uint8))
+        self.kept.append(np.ones(self.leaked << 20, np.uint8))
+        return super().__getitem__(request)
+
+
+def watched(dataset, num_workers=1):
+    return worker_memory.summary(worker_memory.watch(dataset, 5, 8, num_workers))
+
+
+def test_a_leak_is_seen_and_a_buffer_is_not_taken_for_one(index):
+    sound = watched(Leaking(index, leaked=0, held=0))
+    large = watched(Leaking(index, leaked=0, held=64))
+    leaking = watched(Leaking(index, leaked=2, held=0))
+    assert large["largest_mebibytes"] - sound["largest_mebibytes"] == pytest.approx(64, abs=12)
+    assert abs(sound["growth_mebibytes_per_epoch"]) < 2
+    assert abs(large["growth_mebibytes_per_epoch"]) < 2
+    assert leaking["growth_mebibytes_per_epoch"] == pytest.approx(8, abs=2)  # 4 batches of 2 MiB
+    assert len(leaking["at_rest_mebibytes"]) == 5
+
+
+def test_growth_is_the_worst_worker_from_the_second_epoch_on():
+    found = worker_memory.summary({
+        1: Watched([5.0, 20.0, 20.0, 20.0], largest=30.0),  # the first epoch does not count
+        2: Watched([5.0, 10.0, 13.0, 16.0], largest=17.0),
+    })  # fmt: skip
+    assert found["growth_mebibytes_per_epoch"] == pytest.approx(3)
+    assert found["largest_mebibytes"] == 30
+    assert found["at_rest_mebibytes"] == [5, 20, 20, 20]
+    assert found["num_workers"] == 2
+
+
+def test_figures(tmp_path, capsys):
+    out = tmp_path / "memory.json"
+    assert worker_memory.main([*TINY, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert set(figures["modes"]) == {"device", "workers"}
+    for found in figures["modes"].values():
+        assert found["num_workers"] == 2
+        assert len(found["at_rest_mebibytes"]) == 3
+        assert 1 < found["largest_mebibytes"] < 400
+    assert figures["within_limit"] is True
+    assert figures["largest_mebibytes"] == max(
+        found["largest_mebibytes"] for found in figures["modes"].values()
+    )
+    assert "limit of 400 MiB: kept" in capsys.readouterr().out
+
+
+def test_a_broken_limit_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker_memory, "LIMIT_MEBIBYTES", 1)
+    assert worker_memory.main([*TINY, "--json", str(tmp_path / "m.json")]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["within_limit"] is False
+    assert "limit of 1 MiB: BROKEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "2"], "--epochs at least 3"),
+        (["--workers", "0"], "at least 1"),
+        (["--num-samples", "7", "--batch-size", "8"], "must fill a batch of 8"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        worker_memory.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
