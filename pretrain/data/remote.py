@@ -104,24 +104,22 @@ def filesystem(url: str, patience: Patience) -> Any:
 
 def _make_filesystem(scheme: str, timeout: float) -> Any:
     common: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if scheme in ("http", "https"):
-        import aiohttp
-
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        # Bytes as stored: a compressed answer would have another size and no ranges.
-        client = {
-            "timeout": limits,
-            "trust_env": True,
-            "headers": {"Accept-Encoding": "identity"},
-        }
-        return fsspec.filesystem(scheme, client_kwargs=client, **common)
     if scheme == "s3":
         limits = {"connect_timeout": timeout, "read_timeout": timeout}
         once = {"max_attempts": 0}  # tries are counted here, not in three places
         made = fsspec.filesystem("s3", config_kwargs={**limits, "retries": once}, **common)
         made.retries = 1
         return made
-    return fsspec.filesystem(scheme, requests_timeout=timeout, **common)
+    import aiohttp
+
+    # A bound for silence, none for the whole: a large part on a slow line is no failure.
+    silence = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    if scheme == "gs":
+        return fsspec.filesystem("gs", requests_timeout=silence, **common)
+    # Bytes as stored: a compressed answer would have another size and no ranges.
+    headers = {"Accept-Encoding": "identity"}
+    client = {"timeout": silence, "trust_env": True, "headers": headers}
+    return fsspec.filesystem(scheme, client_kwargs=client, **common)
 
 
 # -- trying again ---------------------------------------------------------------------------------
@@ -198,7 +196,8 @@ def _why_final(error: BaseException) -> str | None:
             "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile), or "
             "FSSPEC_S3_ANON=true for a public bucket"
         )
-    if isinstance(error, PermissionError) or status in (401, 403):
+    is_forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden:")
+    if is_forbidden or status in (401, 403):  # gcsfs tells 403 by that word only
         return f"not allowed (HTTP {status or 403}); check the credentials and who may read it"
     if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
         return f"the server refuses (HTTP {status}: {error})"

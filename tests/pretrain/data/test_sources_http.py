@@ -309,7 +309,7 @@ class Bytes(Dataset):
         return os.getpid(), self.index.read_bytes(i)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_what_the_parent_opened(
     web: Nginx, index: ShardIndex, tmp_path: Path, method: str
 ) -> None:
