@@ -140,7 +140,7 @@ class TwoViewDataset(Dataset):
 
     def _batch(self, request: Request, bad: dict[int, str]) -> TwoViewBatch:
         num, size = len(request.sample_ids), self.image_size
-        views = _empty_uint8((NUM_VIEWS, num, size, size, 3))
+        views = empty_uint8((NUM_VIEWS, num, size, size, 3))
         used = np.array(request.sample_ids, np.int64)
         visits = np.array(request.visits, np.int64)
         for start in range(0, num, _CHUNK):
@@ -259,7 +259,7 @@ class _ViewPlan:
             photometric_uint8.apply(out, self.changes)
 
 
-def _empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
+def empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
     """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing.
 
     Elsewhere from NumPy, which asks for huge pages: first touching 4 KiB pages would cost more than
