@@ -21,6 +21,7 @@ from pretrain.config_method import (
     HeadConfig,
     ObjectiveConfig,
 )
+from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
 from pretrain.errors import UserError, require
 
@@ -80,7 +81,14 @@ class DataConfig:
     image_size: int = 224  # side of a view, pixels
     batch_size: int = 256  # global: over all processes
     augmentation: AugmentationName = "asymmetric"
-    shuffle_window: int = 16384  # samples
+    cache_dir: str | None = None  # of remote shards; null: $XDG_CACHE_HOME/fa-shards
+    cache_gb: float = 64.0  # bound of that folder, 10^9 bytes
+    read_retries: int = 5  # further tries of a failed read from a server
+    read_timeout_seconds: float = 60.0  # without a byte: then a read has failed
+    streaming: bool = False  # read tars from front to end, without an index (docs/streaming.md)
+    samples_per_epoch: int = 0  # of a stream, whose length is not known; 0 otherwise
+    photometric: Literal["auto", "device", "workers"] = "auto"  # where; auto: workers on a CPU
+    shuffle_window: int = 16384  # samples; a stream's readers share it
     last_batch: LastBatch = "drop"  # the remainder of an epoch below one batch: drop, or pad
     num_workers: int = 2  # per process
     max_bad_samples: int = 0  # undecodable pictures that each process replaces before it stops
@@ -96,6 +104,26 @@ class DataConfig:
         require(
             all(s > 0 for s in self.pixel_std),
             f"data.pixel_std must be positive, got {self.pixel_std}",
+        )
+        require(
+            self.streaming == (self.samples_per_epoch > 0),
+            f"data.samples_per_epoch ({self.samples_per_epoch}) goes with data.streaming=true, "
+            "where it must be positive; an index knows its length: leave it at 0",
+        )
+        require(
+            not self.streaming or self.last_batch == "drop",
+            "data.last_batch=pad: a stream has no last batch; use drop",
+        )
+        _ = self.cache  # it refuses what cannot be
+
+    @property
+    def cache(self) -> CacheOptions:
+        """How remote shards are fetched and kept."""
+        return CacheOptions(
+            folder=None if self.cache_dir is None else Path(self.cache_dir),
+            max_bytes=round(self.cache_gb * 1e9),
+            read_retries=self.read_retries,
+            read_timeout_seconds=self.read_timeout_seconds,
         )
 
 

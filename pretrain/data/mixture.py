@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.order import SourceSizes, stable_hash
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import CacheOptions, ShardIndex
 from pretrain.data.tar_index import NO_LABEL
 from pretrain.errors import UserError
 
@@ -19,17 +19,20 @@ def source_sizes(samples: "Samples") -> list[SourceSizes]:
     return [SourceSizes(samples.shard_sizes)]
 
 
-def open_samples(spec: str | Sequence[str] | Mapping[str, float]) -> "Samples":
+def open_samples(
+    spec: str | Sequence[str] | Mapping[str, float], cache: CacheOptions | None = None
+) -> "Samples":
     """Open one shard set, or several as a mixture.
 
     Args:
         spec: What `ShardIndex.open` takes; a list of such; or a mapping from such to weights.
+        cache: Where remote shards are kept; all sets share it.
     Raises:
         UserError: If there is nothing to open, a set is named twice, a weight is not above 0; and
             all that `ShardIndex.open` refuses.
     """
     if isinstance(spec, str):
-        return ShardIndex.open(spec)
+        return ShardIndex.open(spec, cache)
     weights = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(spec, 1.0)
     if not weights:
         raise UserError("data.shards: an empty list; name at least one shard set")
@@ -38,7 +41,7 @@ def open_samples(spec: str | Sequence[str] | Mapping[str, float]) -> "Samples":
         raise UserError(
             f"data.shards: {twice} is listed twice; give it a weight instead: {{{twice}: 2}}"
         )
-    sources = [ShardIndex.open(name) for name in weights]
+    sources = [ShardIndex.open(name, cache) for name in weights]
     if list(weights.values()) == [1.0]:
         return sources[0]
     return Mixture(sources, list(weights.values()))
@@ -61,7 +64,7 @@ class Mixture:
         for source, weight in zip(sources, weights, strict=True):
             if not (np.isfinite(weight) and weight > 0):
                 raise UserError(
-                    f"data.shards: weight {weight} of {source.folder}: must be above 0; "
+                    f"data.shards: weight {weight} of {source.name}: must be above 0; "
                     "1 shows each sample once per epoch"
                 )
         self.sources, self.weights = list(sources), list(weights)

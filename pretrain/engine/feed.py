@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.config import DataConfig
-from pretrain.data.augment import PRESETS, augment, draw_parameters
+from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
 from pretrain.data.mixture import Samples, open_samples
 from pretrain.data.samples import TwoViewBatch, TwoViewDataset
 from pretrain.data.stream import Loader
+from pretrain.data.streaming import StreamingLoader
 from pretrain.engine import dist
 from pretrain.errors import UserError
 
@@ -48,9 +50,10 @@ class Feed:
         channels_last: Memory layout of each view.
         folder: Run folder, where bad samples are listed.
     Attributes:
-        samples: The pictures by number.
+        samples: The pictures by number; None for a stream.
+        num_samples: How many there are; of a stream what an epoch takes.
         num_steps: Global batches per epoch.
-        fingerprint: Which samples these are, and with which weights.
+        fingerprint: Which samples these are, and with which weights; None for a stream.
     """
 
     def __init__(
@@ -66,30 +69,46 @@ class Feed:
         self._channels_last = channels_last
         self._presets = PRESETS[data.augmentation]
         self._bad_path = folder / BAD_SAMPLES
-        self.samples = _open(data)
+        self.samples = None if data.streaming else _open(data)
         self._loader = self._make_loader(data.num_workers)
         self._num_listed = len(self._loader.bad_samples)
         self.num_steps = self._loader.num_steps
-        self.fingerprint: str | None = self.samples.fingerprint
-
-    def _make_loader(self, num_workers: int) -> Loader:
-        data = self._data
-        dataset = TwoViewDataset(
-            self.samples,
-            image_size=data.image_size,
-            crop_scales=(self._presets[0].crop_scale, self._presets[1].crop_scale),
-            seed=self._seed,
+        self.fingerprint = None if self.samples is None else self.samples.fingerprint
+        self.num_samples = (
+            data.samples_per_epoch if self.samples is None else self.samples.num_samples
         )
-        return Loader(
-            dataset,
-            batch_size=data.batch_size,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            num_workers=num_workers,
-            shuffle_window=data.shuffle_window,
-            max_bad_samples=data.max_bad_samples,
-            last_batch=data.last_batch,
-            known_bad=_read_bad(self._bad_path),
+
+    def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
+        data = self._data
+        views: dict[str, Any] = {
+            "image_size": data.image_size,
+            "crop_scales": (self._presets[0].crop_scale, self._presets[1].crop_scale),
+            "seed": self._seed,
+            "photometric": self._presets if in_workers(data.photometric, self._device) else None,
+        }
+        batches: dict[str, Any] = {
+            "batch_size": data.batch_size,
+            "rank": dist.rank(),
+            "world_size": dist.world_size(),
+            "num_workers": num_workers,
+            "max_bad_samples": data.max_bad_samples,
+            "known_bad": _read_bad(self._bad_path),
+        }
+        if self.samples is not None:
+            return Loader(
+                TwoViewDataset(self.samples, **views),
+                shuffle_window=data.shuffle_window,
+                last_batch=data.last_batch,
+                **batches,
+            )
+        num_readers = dist.world_size() * max(1, num_workers)
+        return StreamingLoader(
+            _named(data),
+            samples_per_epoch=data.samples_per_epoch,
+            shuffle_buffer=max(1, data.shuffle_window // num_readers),
+            patience=data.cache.patience,
+            **views,
+            **batches,
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Fed]:
@@ -116,10 +135,13 @@ class Feed:
         data = self._data
         views = []
         for number, preset in enumerate(self._presets):
-            parameters = draw_parameters(
-                preset, batch.keys, batch.visits, seed=self._seed, view_index=number
-            )
-            images = augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std)
+            if batch.is_augmented:
+                images = normalize(moved.views[number], data.pixel_mean, data.pixel_std)
+            else:
+                parameters = draw_parameters(
+                    preset, batch.keys, batch.visits, seed=self._seed, view_index=number
+                )
+                images = augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std)
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             views.append(images)
@@ -191,13 +213,22 @@ def _stack_nhwc(views: list[Tensor]) -> Tensor:
     return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
 
 
-def _open(data: DataConfig) -> Samples:
+def in_workers(photometric: str, device: torch.device) -> bool:
+    """Whether the loader's processes make the photometric changes; ``auto``: without a GPU."""
+    return photometric == "workers" or (photometric == "auto" and device.type == "cpu")
+
+
+def _named(data: DataConfig) -> str | list[str] | dict[str, float]:
     if data.shards is None:
         raise UserError(
             "data.shards is not set: name the folder that tools/make_shards.py wrote, "
             "e.g. data.shards=data/shards"
         )
-    return open_samples(data.shards)
+    return data.shards
+
+
+def _open(data: DataConfig) -> Samples:
+    return open_samples(_named(data), data.cache)
 
 
 def _read_bad(path: Path) -> dict[int, str]:

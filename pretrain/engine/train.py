@@ -338,9 +338,7 @@ class Run:
                 self.device,
                 self.config.data,
             )
-        run_folder.write_summary(
-            self.folder, self.position, self.config, self.feed.samples.num_samples
-        )
+        run_folder.write_summary(self.folder, self.position, self.config, self.feed.num_samples)
 
 
 def choose_device(name: str) -> torch.device:

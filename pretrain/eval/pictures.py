@@ -25,32 +25,36 @@ MAX_BANK = 2048  # pictures searched where there is no probe
 
 def save_views(
     folder: Path,
-    index: Samples,
+    index: Samples | None,
     ids: Tensor,
     views: Tensor,
     num_rows: int,
     data: DataConfig,
 ) -> None:
-    """``views.jpg``: a row per sample with the picture and its two augmented views."""
+    """``views.jpg``: a row per sample with the picture and its two augmented views.
+
+    A stream (no ``index``) has the views only.
+    """
     std = views.new_tensor(data.pixel_std).view(1, 3, 1, 1)
     mean = views.new_tensor(data.pixel_mean).view(1, 3, 1, 1)
     rows, described = [], []
     for i in range(min(num_rows, views.shape[1])):
         sample = int(ids[i])
         both = ((views[:, i] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
-        rows.append([_picture(index, sample), *(view.cpu().numpy() for view in both)])
-        described.append({"sample": index.key_name(sample)})
+        pictures = [] if index is None else [_picture(index, sample)]
+        rows.append([*pictures, *(view.cpu().numpy() for view in both)])
+        described.append({"sample": str(sample) if index is None else index.key_name(sample)})
     _save_grid(folder / "pictures" / "views.jpg", rows)
     write_json(
         folder / "pictures" / "views.json",
-        {"columns": ["picture", "view 1", "view 2"], "rows": described},
+        {"columns": ["picture", "view 1", "view 2"][index is None :], "rows": described},
     )
 
 
 def save_neighbours(
     folder: Path,
     backbone: nn.Module,
-    index: Samples,
+    index: Samples | None,
     probe: Probe | None,
     num_rows: int,
     device: torch.device,
@@ -59,13 +63,16 @@ def save_neighbours(
     """``neighbours.jpg``: a query per row, then its nearest pictures in feature space.
 
     With a probe the queries are validation pictures and the bank is the probe's training set, and
-    the labels stand in the JSON; without one both are training pictures.
+    the labels stand in the JSON; without one both are training pictures. A stream without a probe
+    has nothing to look through: nothing is written.
     """
     if probe is not None:
         bank_index, query_index = probe.train, probe.val
         bank, bank_labels = probe.features(backbone, bank_index)
         queries, labels = probe.features(backbone, query_index)
         chosen = np.linspace(0, len(queries) - 1, min(num_rows, len(queries))).astype(int)
+    elif index is None:
+        return
     else:
         bank_index = query_index = index
         bank, bank_labels, _ = extract_features(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,8 +33,8 @@ class Probe:
         """
         if config.probe_train is None or config.probe_val is None:
             return None
-        train = ShardIndex.open(Path(config.probe_train))
-        val = ShardIndex.open(Path(config.probe_val))
+        train = ShardIndex.open(config.probe_train, data.cache)
+        val = ShardIndex.open(config.probe_val, data.cache)
         for path, index in ((config.probe_train, train), (config.probe_val, val)):
             if len(index.labels) == 0 or int(index.labels.min()) < 0:
                 raise UserError(

@@ -1,14 +1,19 @@
 """What the loop is fed: keys of `data`, bad samples through a resume, batches ahead on a GPU."""
 
+import functools
+import http.server
 import json
 import shutil
+import socket
+import threading
+import time
 
 import pytest
 import torch
 
 from pretrain.config import DataConfig
 from pretrain.data.shards import ShardIndex
-from pretrain.engine.feed import BAD_SAMPLES, Feed
+from pretrain.engine.feed import BAD_SAMPLES, Feed, in_workers
 from pretrain.errors import UserError
 
 CPU = torch.device("cpu")
@@ -91,6 +96,102 @@ def test_waiting_is_the_time_until_the_pictures_are_there(make_feed):
     waits = [fed.waited for fed in make_feed().epoch(0)]
     assert len(waits) == 5
     assert all(0 < wait < 60 for wait in waits)
+
+
+# --- where photometric changes are made
+
+
+def test_photometric_decides_who_makes_the_changes(make_feed):
+    """The workers change uint8 pixels, the device floats; both by the same parameters."""
+    seen = {}
+    for place in ("workers", "device", "auto"):
+        fed = next(iter(make_feed(photometric=place).epoch(0)))
+        seen[place] = fed
+        assert fed.batch.is_augmented == (place != "device")
+        assert fed.views.shape == (2, 8, 3, 32, 32)
+    assert torch.equal(seen["auto"].views, seen["workers"].views)
+    difference = (seen["workers"].views - seen["device"].views).abs() * 0.225 * 255  # in levels
+    assert 0 < difference.mean() < 2
+    crops = next(iter(make_feed(photometric="device", augmentation="none").epoch(0)))
+    changed = (crops.views - seen["workers"].views).abs() * 0.225 * 255
+    assert changed.mean() > 10  # so that agreeing within 2 levels means something
+
+
+def test_auto_takes_the_device_where_there_is_a_gpu():
+    assert in_workers("auto", CPU)
+    assert not in_workers("auto", torch.device("cuda"))
+    assert in_workers("workers", torch.device("cuda"))
+    assert not in_workers("device", CPU)
+
+
+# --- streams and servers
+
+
+def test_streaming_reads_the_same_pictures_without_an_index(make_feed, shards, tmp_path):
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for tar in sorted(shards.glob("*.tar")):
+        shutil.copy(tar, folder)
+    spec = f"{folder}/shard-{{000000..000003}}.tar"
+    feed = make_feed(shards=spec, streaming=True, samples_per_epoch=120, shuffle_window=16)
+    assert feed.samples is None
+    assert feed.fingerprint is None
+    assert (feed.num_steps, feed.num_samples) == (15, 120)
+    streamed = [fed.batch for fed in feed.epoch(0)]
+    exact = [fed.batch for fed in make_feed().epoch(0)]
+    keys = [set(torch.cat([b.keys for b in part]).tolist()) for part in (streamed, exact)]
+    assert keys[0] == keys[1]  # passes run into each other, but three of them show all
+    assert not list(folder.glob("*.json"))
+    assert make_feed(shards=spec, streaming=True, samples_per_epoch=16).num_steps == 2
+
+
+@pytest.fixture
+def server(shards):
+    """The shards behind http, from an address on this machine."""
+    handler = functools.partial(QuietHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+        thread.join()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files and prints nothing."""
+
+    def log_message(self, *args):
+        pass
+
+
+def test_remote_shards_are_cached_where_the_config_says(make_feed, server, tmp_path):
+    options = {"shards": server, "cache_dir": str(tmp_path / "cache")}
+    assert ids_of(make_feed(**options)) == ids_of(make_feed())
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 4
+    with pytest.raises(UserError, match=r"data\.cache_gb: 1e-06 is too small"):
+        make_feed(**options | {"cache_gb": 1e-6, "cache_dir": str(tmp_path / "small")})
+
+
+def test_reads_are_tried_again_as_often_as_the_config_says(make_feed, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    for retries, tries in ((0, "1"), (1, "2")):
+        with pytest.raises(UserError, match=rf"(?i)\b{tries} (time|tr)"):
+            make_feed(shards=address, cache_dir=str(tmp_path), read_retries=retries)
+
+
+def test_a_server_that_says_nothing_is_given_up_in_time(make_feed, tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        started = time.monotonic()
+        with pytest.raises(UserError, match=address):
+            make_feed(
+                shards=address, cache_dir=str(tmp_path), read_retries=0, read_timeout_seconds=0.3
+            )
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.gpu

@@ -287,6 +287,7 @@ def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
     """
     overrides = BYOL if objective == "byol" else ["optim.name=sgd", "optim.base_lr=0.5"]
     overrides = [*overrides, "objective.ema_tau=0.9", "engine.channels_last=false"]
+    overrides.append("data.photometric=device")
     keep = ["engine.checkpoint_every_steps=1", "engine.keep_checkpoints=10"]
     status, folder, err = start("golden", *overrides, *keep)
     assert status == 0, err
@@ -707,7 +708,7 @@ def test_num_pictures_decides_the_rows(start, num):
 def test_augmentation_preset_reaches_crops_and_colours(make_run):
     seen = {}
     for name, preset in PRESETS.items():
-        run = make_run(f"data.augmentation={name}")
+        run = make_run(f"data.augmentation={name}", "data.photometric=device")
         fed = next(iter(run.feed.epoch(0)))
         batch, views = fed.batch, fed.views
         again = []

@@ -58,7 +58,7 @@ def test_views_show_picture_and_both_views(tmp_path, index, batch):
     mean = torch.tensor(DATA.pixel_mean).view(3, 1, 1)
     std = torch.tensor(DATA.pixel_std).view(3, 1, 1)
     views = (batch.views.float() / 255 - mean) / std
-    save_views(tmp_path, index, batch, views, 3, DATA)
+    save_views(tmp_path, index, batch.sample_ids, views, 3, DATA)
     path = tmp_path / "pictures" / "views.jpg"
     assert cv2.imread(str(path)).shape == (3 * (TILE + GAP) - GAP, 3 * (TILE + GAP) - GAP, 3)
     described = json.loads((tmp_path / "pictures" / "views.json").read_text())
@@ -74,14 +74,23 @@ def test_views_show_picture_and_both_views(tmp_path, index, batch):
 
 
 def test_gaps_are_white(tmp_path, index, batch):
-    save_views(tmp_path, index, batch, batch.views.float() / 255, 2, DATA)
+    save_views(tmp_path, index, batch.sample_ids, batch.views.float() / 255, 2, DATA)
     picture = cv2.imread(str(tmp_path / "pictures" / "views.jpg"))
     assert picture[TILE + 1 : TILE + GAP - 1].mean() > 245
     assert picture[:, TILE + 1 : TILE + GAP - 1].mean() > 245
 
 
+def test_a_stream_shows_the_views_only(tmp_path, batch):
+    save_views(tmp_path, None, batch.sample_ids, batch.views.float() / 255, 2, DATA)
+    described = json.loads((tmp_path / "pictures" / "views.json").read_text())
+    assert described["columns"] == ["view 1", "view 2"]
+    assert described["rows"][1] == {"sample": str(int(batch.sample_ids[1]))}
+    shape = cv2.imread(str(tmp_path / "pictures" / "views.jpg")).shape
+    assert shape == (2 * (TILE + GAP) - GAP, 2 * (TILE + GAP) - GAP, 3)
+
+
 def test_no_more_rows_than_the_batch(tmp_path, index, batch):
-    save_views(tmp_path, index, batch, batch.views.float(), 50, DATA)
+    save_views(tmp_path, index, batch.sample_ids, batch.views.float(), 50, DATA)
     described = json.loads((tmp_path / "pictures" / "views.json").read_text())
     assert len(described["rows"]) == 8
 
