@@ -21,6 +21,7 @@ from pretrain.data.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_na
 from pretrain.data.tar_stream import TarStream
 from pretrain.errors import UserError, require
 
+_MAX_INITIAL = 1000  # samples read before the first is given out; the buffer fills up on the way
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what belongs to no sample
 
 
@@ -124,7 +125,7 @@ class Reader:
         rng = random.Random(_seed("shuffle", *self.seed, self.number))
         streams = [self._endless(number) for number in range(len(self.sources))]
         mixed = streams[0] if len(streams) == 1 else self._mixed(streams, rng)
-        initial = max(1, self.shuffle_buffer // 4)
+        initial = min(_MAX_INITIAL, max(1, self.shuffle_buffer // 4))
         return shuffle(self.shuffle_buffer, initial=initial, rng=rng)(mixed)
 
     def _mixed(

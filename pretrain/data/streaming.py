@@ -28,7 +28,7 @@ from pretrain.data.augment import ViewAugment
 from pretrain.data.mixture import Samples
 from pretrain.data.order import Epoch, rank_slice
 from pretrain.data.remote import Patience
-from pretrain.data.samples import NUM_VIEWS, Reply, TwoViewBatch, TwoViewDataset
+from pretrain.data.samples import NUM_VIEWS, Reply, TwoViewBatch, TwoViewDataset, empty_uint8
 from pretrain.data.stream import start_workers
 from pretrain.data.stream_reader import Reader, StreamSample, StreamSource, open_sources
 from pretrain.data.tar_index import SAMPLE_DTYPE
@@ -159,16 +159,16 @@ class StreamDataset(Dataset):
 
     def _batch(self, bad: dict[int, str]) -> TwoViewBatch:
         num, size = self._batch_size, self._views.image_size
-        views = np.empty((NUM_VIEWS, num, size, size, 3), np.uint8)
+        views = empty_uint8((NUM_VIEWS, num, size, size, 3))
         row: list[StreamSample] = []
         num_bad = 0
         for start in range(0, num, _CHUNK):
-            taken, num_replaced = self._fill(views[:, start : start + _CHUNK], bad)
+            taken, num_replaced = self._fill(views.numpy()[:, start : start + _CHUNK], bad)
             row += taken
             num_bad += num_replaced
         keys = np.array([sample.key for sample in row], np.uint64)
         return TwoViewBatch(
-            views=torch.from_numpy(views).permute(0, 1, 4, 2, 3),
+            views=views.permute(0, 1, 4, 2, 3),
             keys=torch.from_numpy(keys.view(np.int64)),
             sample_ids=torch.tensor([sample.sample_id for sample in row]),
             visits=torch.tensor([sample.visit for sample in row]),
@@ -256,12 +256,14 @@ class StreamingLoader:
         photometric: tuple[ViewAugment, ViewAugment] | None = None,
         patience: Patience | None = None,
     ) -> None:
-        require(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
+        require(batch_size >= 1, f"data.batch_size: {batch_size}: must be at least 1")
         require(
             samples_per_epoch >= batch_size,
-            f"samples per epoch {samples_per_epoch}: must fill one batch of {batch_size} at least",
+            f"data.samples_per_epoch: {samples_per_epoch}: must fill one batch of {batch_size}",
         )
-        require(shuffle_buffer >= 1, f"shuffle buffer {shuffle_buffer}: must be at least 1 sample")
+        require(
+            shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1 sample"
+        )
         whole = np.arange(batch_size)
         rank_slice(Epoch(whole, whole), rank, world_size)  # what does not divide is refused now
         patience = patience or Patience()

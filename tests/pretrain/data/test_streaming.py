@@ -300,9 +300,9 @@ def test_left_streams_are_closed(shard_folder: Path) -> None:
 
 def test_impossible_options(shard_folder: Path) -> None:
     for options, message in [
-        ({"batch_size": 0}, "batch size 0"),
+        ({"batch_size": 0}, "data.batch_size: 0"),
         ({"samples_per_epoch": 7}, "must fill one batch of 8"),
-        ({"shuffle_buffer": 0}, "shuffle buffer 0"),
+        ({"shuffle_buffer": 0}, "shuffle buffer of 0"),
         ({"world_size": 3}, "does not divide among 3 ranks"),
         ({"image_size": 0}, "image size 0"),
     ]:
