@@ -1,5 +1,6 @@
 import io
 import itertools
+import logging
 import shlex
 import tarfile
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import remote
+from pretrain.data.augment import PRESETS, ViewAugment
 from pretrain.data.mixture import open_samples
 from pretrain.data.remote import Patience
 from pretrain.data.samples import TwoViewBatch, TwoViewDataset
@@ -25,7 +28,7 @@ from pretrain.data.streaming import StreamingLoader
 from pretrain.data.tar_index import key_hash
 from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
-from tests.pretrain.data.servers import faulty
+from tests.pretrain.data.servers import faulty, s3_server
 
 SIZE = 16
 CROPS = ((0.2, 1.0), (0.08, 1.0))
@@ -206,11 +209,16 @@ def test_impossible_sources(shard_folder: Path) -> None:
 # -- batches --------------------------------------------------------------------------------------
 
 
-def test_batches_hold_what_the_exact_loader_would_make(index: ShardIndex) -> None:
-    streaming = loader(str(index.folder), shuffle_buffer=1)
+@pytest.mark.parametrize("photometric", [None, PRESETS["asymmetric"]], ids=["crops", "all"])
+def test_batches_hold_what_the_exact_loader_would_make(
+    index: ShardIndex, photometric: tuple[ViewAugment, ViewAugment] | None
+) -> None:
+    streaming = loader(str(index.folder), shuffle_buffer=1, photometric=photometric)
     batches = list(streaming.epoch(0))
     assert len(batches) == streaming.num_steps == NUM_PICTURES // 8
-    exact = TwoViewDataset(index, image_size=SIZE, crop_scales=CROPS, seed=3)
+    exact = TwoViewDataset(
+        index, image_size=SIZE, crop_scales=CROPS, seed=3, photometric=photometric
+    )
     places = {int(key): i for i, key in enumerate(index.samples["key"])}
     assert len(set(keys_of(batches))) == NUM_PICTURES
     for batch in batches:
@@ -224,7 +232,7 @@ def test_batches_hold_what_the_exact_loader_would_make(index: ShardIndex) -> Non
         assert batch.sample_ids.tolist() == [key % 2**63 for key in keys_of([batch])]
         assert batch.keys.dtype == batch.labels.dtype == batch.visits.dtype == torch.int64
         assert batch.num_bad == 0
-        assert not batch.is_augmented
+        assert batch.is_augmented == (photometric is not None)
 
 
 def test_sample_that_comes_again_is_cropped_in_another_way(tmp_path: Path) -> None:
@@ -286,6 +294,26 @@ def test_server_and_command_give_the_same_as_the_disk(shard_folder: Path) -> Non
             batches = list(loader(folder + "shard-{000000..000003}.tar").epoch(0))
             assert same(expected, batches)
         assert same(expected, list(loader(server.url).epoch(0)))  # a folder, by its index.json
+
+
+def test_object_store_read_by_workers(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    monkeypatch.setattr(remote, "_filesystems", {})  # those of other tests know another server
+    monkeypatch.delenv("http_proxy", raising=False)
+    with s3_server() as address:
+        for name, value in {
+            "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="set")
+        for path in shard_folder.glob("*.tar"):
+            client.upload_file(str(path), "set", f"train/{path.name}")
+        found = loader("s3://set/train/*.tar", num_workers=2, shuffle_buffer=1).epoch(0)
+        expected = loader(str(shard_folder), num_workers=2, shuffle_buffer=1).epoch(0)
+        assert same(list(expected), list(found))
+        client.close()
 
 
 def test_left_streams_are_closed(shard_folder: Path) -> None:
