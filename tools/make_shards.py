@@ -127,6 +127,10 @@ def run(options: argparse.Namespace) -> int:
     elif not (options.verify or options.info):
         raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify or --info (--help)")
     shards = str(options.out or options.source)
+    if options.verify and "://" in shards:
+        raise UserError(
+            f"{shards}: --verify reads every byte of a local folder; copy the set first"
+        )
     status = verify(Path(shards), workers_of(options)) if options.verify else 0
     if options.info:
         info(shards, options.json, options.pictures)

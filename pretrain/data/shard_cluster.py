@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -202,7 +202,8 @@ def _appeared(
     folder's content instead of trusting what it remembers.
     """
     parts = folder / PARTS
-    parts.chmod(parts.stat().st_mode & 0o7777)
+    with suppress(PermissionError):  # somebody else's folder: then its content comes later
+        parts.chmod(parts.stat().st_mode & 0o7777)
     names = {name.removesuffix(".json") for name in os.listdir(parts) if name.endswith(".json")}
     found = [(plan, read_part(folder, plan)) for name, plan in waiting.items() if name in names]
     return [(plan, part) for plan, part in found if part is not None]

@@ -128,6 +128,7 @@ def test_options_reach_the_shards(tmp_path: Path) -> None:
         (["nowhere", "out"], "nowhere: no such folder"),
         (["nowhere"], "OUT is missing"),
         (["nowhere", "--verify"], "index.json: missing"),
+        (["http://localhost/set", "--verify"], "--verify reads every byte of a local folder"),
         (["nowhere", "out", "--quality", "0"], "JPEG quality 0"),
         (["nowhere", "out", "--num-workers", "-1"], "must not be negative"),
     ],
