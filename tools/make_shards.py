@@ -85,7 +85,7 @@ def _add_cluster(main_parser: argparse.ArgumentParser) -> None:
     add("--submitit", choices=("local", "slurm"), help="where tasks run; OUT must be shared")
     add("--num-tasks", type=int, metavar="N", help="tasks, each makes a share of the shards")
     add("--slurm-partition", metavar="NAME", help="partition of the tasks")
-    add("--slurm-time-minutes", type=int, default=240, metavar="MIN",
+    add("--slurm-time-minutes", type=int, metavar="MIN",
         help="time limit of a task; at its end it is queued again (default: 240)")  # fmt: skip
     add("--slurm-mem-gb", type=float, metavar="GB", help="memory of a task")
     add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
@@ -176,9 +176,12 @@ def workers_of(options: argparse.Namespace) -> int:
 
 def cluster_of(options: argparse.Namespace) -> Cluster | None:
     """Where tasks run; None to work in this process."""
+    asked = [name for name in vars(options) if name.startswith("slurm_") and getattr(options, name)]
+    if asked and options.submitit != "slurm":
+        raise UserError(f"--{asked[0].replace('_', '-')} needs --submitit slurm")
     if options.submitit is None:
-        if options.num_tasks is not None or options.slurm_partition or options.slurm_option:
-            raise UserError("--num-tasks and --slurm-.. need --submitit local or slurm")
+        if options.num_tasks is not None:
+            raise UserError("--num-tasks needs --submitit local or slurm")
         return None
     if options.num_tasks is None:
         raise UserError(f"--submitit {options.submitit} needs --num-tasks N")
@@ -190,7 +193,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
         kind=options.submitit,
         num_tasks=options.num_tasks,
         partition=options.slurm_partition,
-        time_minutes=options.slurm_time_minutes,
+        time_minutes=240 if options.slurm_time_minutes is None else options.slurm_time_minutes,
         mem_gb=options.slurm_mem_gb,
         options={key: value for key, _, value in pairs},
     )

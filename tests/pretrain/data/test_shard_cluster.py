@@ -324,8 +324,9 @@ def test_task_that_slurm_lost_is_told(
     ("words", "message"),
     [
         (["--submitit", "local"], "--submitit local needs --num-tasks N"),
-        (["--num-tasks", "2"], "need --submitit local or slurm"),
-        (["--slurm-partition", "cpu"], "need --submitit local or slurm"),
+        (["--num-tasks", "2"], "--num-tasks needs --submitit local or slurm"),
+        (["--slurm-partition", "cpu"], "--slurm-partition needs --submitit slurm"),
+        ([*THREE, "--slurm-time-minutes", "9"], "--slurm-time-minutes needs --submitit slurm"),
         (["--submitit", "local", "--num-tasks", "0"], "0 tasks: must be at least 1"),
         ([*SLURM, "--slurm-time-minutes", "0"], "0 minutes per task"),
         ([*SLURM, "--slurm-option", "account"], "--slurm-option account: must be KEY=VALUE"),
