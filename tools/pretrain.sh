@@ -11,6 +11,8 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if [ "${NPROC:-1}" -gt 1 ]; then
+  # A mistake in the config is told once and plainly, not by every process and by torchrun.
+  "$python" -m pretrain "$@" --print-config >/dev/null
   exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" -m pretrain "$@"
 fi
 exec "$python" -m pretrain "$@"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -18,6 +21,8 @@ from pretrain.engine import checkpoint
 from pretrain.engine.metrics import read_rows, write_atomically
 from pretrain.engine.state import Position
 from pretrain.errors import UserError
+
+_LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
 
 
 def prepare(config: PretrainConfig, *, resume: bool) -> Path:
@@ -35,6 +40,38 @@ def prepare(config: PretrainConfig, *, resume: bool) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def hold(folder: Path) -> TextIO:
+    """Hold the folder against a second run for as long as this process lives.
+
+    The lock is the process's own: the loader's workers do not inherit it, and the system frees it
+    however the process ends.
+
+    Returns:
+        The open lock file; closing it gives the folder free.
+    Raises:
+        UserError: If another process holds it; a killed one may take a few seconds to go.
+    """
+    path = folder / ".lock"
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(_LOCK_PAUSE_SECONDS)
+            continue
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        return file
+    file.seek(0)
+    owner = file.read().strip() or "unknown"
+    file.close()
+    raise UserError(
+        f"{folder}: another process (number {owner}) is training here; wait for it, stop it, or "
+        "choose another out=DIR"
+    )
 
 
 def write_description(folder: Path, config: PretrainConfig, device: torch.device) -> None:

@@ -92,6 +92,7 @@ class Run:
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
         self.folder = run_folder.prepare(config, resume=resume)
+        self.lock = run_folder.hold(self.folder) if dist.rank() == 0 else None
         self.feed = Feed(
             config.data, seed=config.seed, device=self.device,
             channels_last=config.engine.channels_last, folder=self.folder,
@@ -175,6 +176,8 @@ class Run:
                 self._end_epoch(log)
         if is_main:
             self._finish()
+        if self.lock is not None:
+            self.lock.close()
         dist.stop()
 
     def _end_epoch(self, log: MetricLog | None) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,3 +96,28 @@ def test_peak_memory_counts_live_workers_only():
         worker.join()
     assert 60 << 20 < grown < 160 << 20
     assert run_folder.peak_memory_bytes() - before < 32 << 20
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from pretrain.engine import run_folder
+held = run_folder.hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_belongs_to_one_run_until_its_process_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_LOCK_PAUSE_SECONDS", 0.01)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"\(number {other.pid}\) is training here"):
+            run_folder.hold(tmp_path)
+        other.kill()
+        other.wait()
+    run_folder.hold(tmp_path).close()

@@ -1,0 +1,228 @@
+"""Kill a run with SIGKILL at random moments, resume it, compare it bit for bit with a whole one.
+
+Two processes under torchrun train a small BYOL with nearest-neighbour FA on generated pictures.
+Each trial starts anew, is killed with all its processes in one of three phases (between steps, while a
+checkpoint is written, in the kNN probe), is resumed, and must end with the same loss at every step
+and the same weights, EMA, optimiser state and queue as a run that nobody disturbed.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+import numpy as np
+import torch
+import yaml
+
+from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.engine import checkpoint
+from pretrain.engine.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = "example:\n  .venv/bin/python benchmarks/kill_resume.py --kills 20 --json kill.json\n"
+PHASES = ("training", "checkpoint", "evaluation")
+NUM_PICTURES, BATCH, EPOCHS = 96, 16, 4
+STEPS_PER_EPOCH = NUM_PICTURES // BATCH
+COMPARED = ("model", "ema", "optimizer", "queue", "negatives", "schedule", "position")
+TIME_LIMIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one kill came to."""
+
+    phase: str
+    killed_after_step: int
+    resumed: bool
+    identical: bool
+
+
+def config() -> dict[str, Any]:
+    """A run of seconds that has everything a checkpoint must hold."""
+    return {
+        "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+        "data": {"image_size": 32, "batch_size": BATCH, "num_workers": 1, "shuffle_window": 32},
+        "heads": {"projector_hidden_dim": 64, "predictor_hidden_dim": 64, "output_dim": 32},
+        "objective": {"name": "byol"},
+        "fa": {"method": "nn", "queue_size": 48, "min_fill": 16},
+        "optim": {"name": "lars", "epochs": EPOCHS, "base_lr": 1.0, "warmup_epochs": 1.0},
+        "engine": {
+            "device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1,
+            "checkpoint_every_steps": 2,
+        },
+        "eval": {"knn_every_epochs": 1, "knn_k": 5, "num_pictures": 2},
+    }  # fmt: skip
+
+
+def make_shards(folder: Path) -> Path:
+    """Labelled pictures of two kinds of soft structure."""
+    pictures = []
+    for i in range(NUM_PICTURES):
+        coarse = np.random.default_rng(i).integers(0, 256, (4 + 4 * (i % 2), 6, 3), dtype=np.uint8)
+        path = folder / f"{i:03d}.png"
+        cv2.imwrite(str(path), cv2.resize(coarse, (48, 40), interpolation=cv2.INTER_CUBIC))
+        pictures.append(SourcePicture(str(path), path.name, i % 2))
+    options = ShardOptions(max_samples_per_shard=20)
+    write_shards(pictures, folder / "shards", options=options, classes=["even", "odd"])
+    return folder / "shards"
+
+
+class Job:
+    """A run under torchrun with all the processes that it started."""
+
+    def __init__(self, config_path: Path, shards: Path, out: Path, *, resume: bool) -> None:
+        self.out = out
+        self.log = out.with_suffix(".log")
+        arguments = [f"out={out}", f"data.shards={shards}", f"eval.probe_train={shards}",
+                     f"eval.probe_val={shards}", *(["--resume"] if resume else [])]  # fmt: skip
+        with open(self.log, "a") as stream:
+            self.process = subprocess.Popen(
+                ["bash", str(ROOT / "tools" / "pretrain.sh"), str(config_path), *arguments],
+                env=os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"},
+                stdout=stream, stderr=stream, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the run at once, torchrun's children included."""
+        for pid in descendants(self.process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    def last_step(self) -> int:
+        """The last step in the log of the run."""
+        rows = read_rows(self.out / "metrics.jsonl")
+        return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
+
+    def wait(self) -> bool:
+        """Until the run has ended; true if it ended well."""
+        try:
+            return self.process.wait(TIME_LIMIT_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return False
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it, from the top."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += [int(child) for child in task.read_text().split()]
+            except OSError:
+                continue
+    return found
+
+
+def wait_for_moment(job: Job, phase: str, draw: random.Random) -> bool:
+    """Return in the middle of the wanted phase; false if the run has ended before."""
+    step = draw.randrange(1, EPOCHS * STEPS_PER_EPOCH - 2)
+    if phase == "evaluation":
+        step = STEPS_PER_EPOCH * draw.randrange(1, EPOCHS)
+    while job.last_step() < step:
+        if job.process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    if phase == "checkpoint":
+        partial = job.out / "checkpoint.pth.partial"
+        while not partial.exists():
+            if job.process.poll() is not None:
+                return False
+    else:
+        time.sleep(draw.uniform(0.0, 0.15))
+    return job.process.poll() is None
+
+
+def identical(one: Path, other: Path) -> bool:
+    """Whether two runs ended in the same state after the same losses, bit for bit."""
+    states = [checkpoint.load(folder / "checkpoint.pth") for folder in (one, other)]
+    for state in states:
+        state["position"].pop("train_seconds")
+    curves = [
+        [(r["step"], r["loss"]) for r in read_rows(f / "metrics.jsonl") if r["kind"] == "train"]
+        for f in (one, other)
+    ]
+    return curves[0] == curves[1] and all(
+        checkpoint.checksum({"part": states[0][part]})
+        == checkpoint.checksum({"part": states[1][part]})
+        for part in COMPARED
+    )
+
+
+def trial(number: int, seed: int, scratch: Path, config_path: Path, shards: Path) -> Trial:
+    """One run: started, killed, resumed, compared with the whole one."""
+    draw = random.Random(f"{seed} {number}")
+    phase = PHASES[number % len(PHASES)]
+    for attempt in range(5):  # a run may be faster than the look at it
+        out = scratch / f"trial-{number}-{attempt}"
+        job = Job(config_path, shards, out, resume=False)
+        if wait_for_moment(job, phase, draw):
+            job.kill()
+            break
+        job.wait()
+    else:
+        raise RuntimeError(f"five runs ended before they could be killed: see {job.log}")
+    step = job.last_step()
+    resumed = Job(config_path, shards, out, resume=True).wait()
+    return Trial(phase, step, resumed, resumed and identical(scratch / "whole", out))
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the moments; default: 0"
+    )
+    options = parser.parse_args()
+    if options.kills < 1:
+        parser.error(f"--kills {options.kills}: must be at least 1")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        shards = make_shards(scratch)
+        config_path = scratch / "config.yaml"
+        config_path.write_text(yaml.safe_dump(config()))
+        whole = Job(config_path, shards, scratch / "whole", resume=False)
+        if not whole.wait():
+            print(f"error: the undisturbed run failed:\n{whole.log.read_text()}", file=sys.stderr)
+            return 1
+        trials = []
+        for number in range(options.kills):
+            trials.append(trial(number, options.seed, scratch, config_path, shards))
+            print(f"{number + 1:3d}  {trials[-1]}", flush=True)
+    figures = {
+        "kills": len(trials),
+        "resumed": sum(t.resumed for t in trials),
+        "identical": sum(t.identical for t in trials),
+        "trials": [asdict(t) for t in trials],
+        "seconds": time.monotonic() - started,
+        "torch": torch.__version__,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{figures['kills']} kills, {figures['resumed']} resumed, "
+          f"{figures['identical']} identical, {figures['seconds']:.0f} s")  # fmt: skip
+    return 0 if figures["identical"] == len(trials) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
