@@ -47,6 +47,7 @@ examples:
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
 """
 SIZES = (224, 64)  # pixels; other libraries than torchvision at the first only
+TURN_SECONDS = 0.3  # at least, for fast candidates
 CROPS, WHOLE = "two crops, uint8, {} px", "whole recipe, uint8 in the loader, {} px"
 PILLOW, LIGHTLY = "torchvision v1 on Pillow, {} px", "lightly, {} px"
 
@@ -74,9 +75,12 @@ def measure(
     index = open_as_shards(files, folder / "shards")
     peers = start_peers(python, folder / "files")
     try:
+        works = {"decoders": decoders(jpegs), "ours": ours(index, batch_size)}
         groups: dict[str, dict[str, Candidate]] = {
-            group: {name: in_process(work, len(jpegs)) for name, work in works.items()}
-            for group, works in (("decoders", decoders(jpegs)), ("ours", ours(index, batch_size)))
+            group: {
+                name: in_process(work, len(jpegs), TURN_SECONDS) for name, work in found.items()
+            }
+            for group, found in works.items()
         }
         groups["peers"] = peer_candidates(peers)
         flat = {f"{group}/{name}": turn for group in groups for name, turn in groups[group].items()}
@@ -190,7 +194,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         ("batch-size", 64, "of our loader"),
         ("num-rounds", 5, "turns of each candidate"),
         ("workers", 0, "also rates through N worker processes, in wall-clock time"),
-        ("epoch-pictures", 2048, "pictures per epoch with --workers"),
+        ("epoch-pictures", 1024, "pictures per epoch with --workers"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}"

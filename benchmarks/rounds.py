@@ -36,13 +36,24 @@ class Lap:
 Candidate = Callable[[], Lap]
 
 
-def in_process(work: Callable[[], object], num_pictures: int) -> Candidate:
-    """A candidate that works in this process and takes all pictures once per turn."""
+def in_process(
+    work: Callable[[], object], num_pictures: int, min_seconds: float = 0.0
+) -> Candidate:
+    """A candidate that works in this process.
+
+    Args:
+        work: Takes all pictures once.
+        num_pictures: How many those are.
+        min_seconds: Processor time of a turn; the work is repeated until it is reached.
+    """
 
     def turn() -> Lap:
-        start = time.process_time()
-        work()
-        return Lap(time.process_time() - start, num_pictures)
+        start, repeats, seconds = time.process_time(), 0, 0.0
+        while not repeats or seconds < min_seconds:
+            work()
+            repeats += 1
+            seconds = time.process_time() - start
+        return Lap(seconds, repeats * num_pictures)
 
     return turn
 

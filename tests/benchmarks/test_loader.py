@@ -121,6 +121,12 @@ def test_a_turn_counts_processor_time_not_waiting():
     assert 0.02 <= lap.seconds < 0.2
 
 
+def test_a_short_turn_is_repeated_and_counted():
+    lap = rounds.in_process(lambda: spin(0.01), 5, min_seconds=0.045)()
+    assert lap.num_pictures == 25
+    assert lap.rate == pytest.approx(500, rel=0.1)
+
+
 def test_a_peer_that_breaks_is_told_with_its_last_words(tmp_path):
     (tmp_path / "0.jpg").write_bytes(b"no picture")
     peer = rounds.Peer(sys.executable, "torchvision", tmp_path)
