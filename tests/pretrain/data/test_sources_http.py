@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,15 @@ def test_killed_indexing_goes_on_where_it_was(
     assert [broken.gets[f"/shard-00000{i}.tar"] for i in range(4)] == [1, 1, 1, 4]
 
 
+def test_one_of_several_makes_the_index(broken: Faulty, index: ShardIndex, tmp_path: Path) -> None:
+    url = broken.url + "/shard-{000000..000003}.tar"
+    broken.faults = lambda handler, count: time.sleep(0.1) is not None
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: ShardIndex.open(url, cache(tmp_path)), range(3)))
+    assert {one.fingerprint for one in found} == {index.fingerprint}
+    assert [broken.gets[f"/shard-00000{i}.tar"] for i in range(4)] == [1, 1, 1, 1]
+
+
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -309,6 +319,9 @@ class Bytes(Dataset):
         return os.getpid(), self.index.read_bytes(i)
 
 
+@pytest.mark.filterwarnings(  # Python 3.12 warns of every fork beside threads; this is the test
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_what_the_parent_opened(
     web: Nginx, index: ShardIndex, tmp_path: Path, method: str

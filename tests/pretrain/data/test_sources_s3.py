@@ -167,6 +167,7 @@ def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3) -> 
         ShardIndex.open("s3://set/whole", cache(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_workers(s3, index: ShardIndex, tmp_path: Path) -> None:
     found = ShardIndex.open("s3://set/whole", cache(tmp_path))
     found.fetch([0])
