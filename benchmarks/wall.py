@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.candidates import SEED, finish, two_view_dataset
-from benchmarks.fa_overhead import CUDA_SIZES, Group
+from benchmarks.fa_overhead import CUDA_SIZES, Group, Sizes
 from benchmarks.peers.torchvision_recipes import PillowViews
 from benchmarks.pictures import open_as_shards
 from pretrain.config import DataConfig
@@ -39,7 +39,7 @@ def worker_rates(
         num_rounds: Timed epochs of each.
     """
     index = open_as_shards(files, folder, num_pictures)
-    theirs = torchvision_loader(files, num_workers, num_pictures, BATCH)
+    theirs = torchvision_loader(files, num_workers, num_pictures, BATCH, SIZE)
     epochs: dict[str, Callable[[int], object]] = {
         "ours, uint8 in the workers": _our_epochs(index, num_workers, in_workers=True),
         "ours, float in batches": _our_epochs(index, num_workers, in_workers=False),
@@ -75,11 +75,11 @@ def _our_epochs(index: Any, num_workers: int, *, in_workers: bool) -> Callable[[
 
 
 def torchvision_loader(
-    files: Sequence[Path], num_workers: int, num_pictures: int, batch_size: int
+    files: Sequence[Path], num_workers: int, num_pictures: int, batch_size: int, size: int
 ) -> DataLoader:
     """A folder of pictures as torchvision's users read it, with the Pillow recipe."""
     return DataLoader(
-        PillowViews([str(path) for path in files], SIZE, num_pictures),
+        PillowViews([str(path) for path in files], size, num_pictures),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
@@ -95,27 +95,39 @@ def _one_thread(_: int) -> None:
 
 
 def gpu_rates(
-    files: Sequence[Path], folder: Path, num_workers: int, num_rounds: int
+    files: Sequence[Path],
+    folder: Path,
+    num_workers: int,
+    num_rounds: int,
+    device: torch.device | None = None,
+    sizes: Sizes = CUDA_SIZES,
 ) -> dict[str, Any]:
     """Our loader beside torchvision's on a GPU, alone and training a ResNet-50.
 
     Ours: workers crop, pinned memory, photometric changes in batches on the device. torchvision:
-    the Pillow recipe in the workers, pinned memory. Training is BYOL without FA, at 224 px and
-    batch 256; "synthetic" trains on views that lie on the device.
+    the Pillow recipe in the workers, pinned memory. Training is BYOL without FA; "synthetic" trains
+    on views that lie on the device.
 
+    Args:
+        files: JPEGs; they come again until an epoch is full.
+        folder: Where our shards are made.
+        num_workers: Processes of each loader.
+        num_rounds: Turns of each.
+        device: The GPU by default.
+        sizes: Network, batch and size of the views.
     Returns:
         images_per_second {name: rate}, from_shards_share (training from shards / synthetic).
     """
-    device, batch_size = torch.device("cuda"), CUDA_SIZES.batch_size
+    device, batch_size = device or torch.device("cuda"), sizes.batch_size
     num_pictures = batch_size * (_GPU_STEPS + _GPU_WARM_UP)
     open_as_shards(files, folder / "shards", num_pictures).close()
     data = DataConfig(
-        shards=str(folder / "shards"), image_size=SIZE, batch_size=batch_size,
-        num_workers=num_workers,
+        shards=str(folder / "shards"), image_size=sizes.image_size, batch_size=batch_size,
+        num_workers=num_workers, photometric="device",
     )  # fmt: skip
     feed = Feed(data, seed=SEED, device=device, channels_last=True, folder=folder)
-    theirs = torchvision_loader(files, num_workers, num_pictures, batch_size)
-    group = Group("byol", "parallel", [], CUDA_SIZES, device)
+    theirs = torchvision_loader(files, num_workers, num_pictures, batch_size, sizes.image_size)
+    group = Group("byol", "parallel", [], sizes, device)
     group.use("none")
     synthetic = group.views
 
@@ -138,10 +150,10 @@ def gpu_rates(
     taken: dict[str, list[float]] = {name: [] for name in turns}
     for epoch in range(num_rounds):
         for name, (views, work) in turns.items():
-            taken[name].append(_seconds(views(epoch), work))
+            taken[name].append(_seconds(views(epoch), work, device))
     rate = {n: batch_size * _GPU_STEPS / statistics.median(times) for n, times in taken.items()}
     return {
-        "device": torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "num_workers": num_workers,
         "images_per_second": rate,
         "from_shards_share": rate["ResNet-50 from our shards"]
@@ -149,13 +161,20 @@ def gpu_rates(
     }
 
 
-def _seconds(views: Iterator[torch.Tensor], work: Callable[[torch.Tensor], None]) -> float:
+def _seconds(
+    views: Iterator[torch.Tensor], work: Callable[[torch.Tensor], None], device: torch.device
+) -> float:
     """Wall-clock time of the timed steps, after some that fill the queues."""
     for batch in itertools.islice(views, _GPU_WARM_UP):
         work(batch)
-    torch.cuda.synchronize()
+    _wait_for(device)
     start = time.perf_counter()
     for batch in itertools.islice(views, _GPU_STEPS):
         work(batch)
-    torch.cuda.synchronize()
+    _wait_for(device)
     return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

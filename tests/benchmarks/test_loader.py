@@ -234,6 +234,28 @@ def test_wall_rates_through_workers(tmp_path, monkeypatch):
     assert min(found["images_per_second"].values()) > 0
 
 
+def test_the_code_for_gpus_trains_from_both_loaders(tmp_path, monkeypatch):
+    """On the CPU and small."""
+    monkeypatch.setattr(wall, "_GPU_STEPS", 3)
+    monkeypatch.setattr(wall, "_GPU_WARM_UP", 1)
+    trained = []
+    step = wall.Group.step
+    monkeypatch.setattr(
+        wall.Group, "step", lambda self: (trained.append(self.views.float().std()), step(self))
+    )
+    sizes = wall.Sizes(depth=18, width=4, image_size=32, batch_size=4, dim=8, hidden_dim=8)
+    files = pictures.write_files(pictures.encoded_photos(2), tmp_path / "files")
+    found = wall.gpu_rates(files, tmp_path, 1, 1, torch.device("cpu"), sizes)
+    rates = found["images_per_second"]
+    values = [float(value) for value in trained]
+    assert len(set(values[:4])) == 1  # the same synthetic views at each step
+    assert len(set(values[4:])) == 4  # other pictures at each step
+    assert found["from_shards_share"] == pytest.approx(
+        rates["ResNet-50 from our shards"] / rates["ResNet-50 on synthetic views"]
+    )
+    assert rates["ours, loading alone"] > 0 < rates[wall.TORCHVISION]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
