@@ -15,6 +15,7 @@ from pretrain.data.crops import crop, draw_crops, reductions_for
 from pretrain.data.mixture import Samples
 from pretrain.data.order import counter_rng
 from pretrain.data.photometric_uint8 import Changes, changes_of
+from pretrain.data.reused_memory import ReusedMemory
 from pretrain.data.views import (
     BadSample,
     Header,
@@ -28,6 +29,7 @@ from pretrain.errors import UserError
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # draws of a stand-in for one bad sample before giving up
 NUM_VIEWS = 2
+_MEMORY = ReusedMemory()
 
 
 @dataclass(frozen=True)
@@ -260,13 +262,9 @@ class _ViewPlan:
 
 
 def empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing.
-
-    Elsewhere from NumPy, which asks for huge pages: first touching 4 KiB pages would cost more than
-    cropping into them.
-    """
+    """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, np.uint8))
+        return _MEMORY.tensor(shape, np.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
