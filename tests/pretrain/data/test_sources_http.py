@@ -143,7 +143,9 @@ def test_tars_that_changed_are_indexed_again(
     os.utime(shard_folder / "shard-000001.tar", (1, 1))  # nginx's ETag: size and second
     second = ShardIndex.open(url, cache(tmp_path))
     assert first.fingerprint != second.fingerprint
-    assert second.read_bytes(12) == ShardIndex.open(shard_folder / "shard-000003.tar").read_bytes(2)
+    assert second.read_bytes(12) == ShardIndex.open(
+        shard_folder / "shard-000003.tar", cache(tmp_path)
+    ).read_bytes(2)
 
 
 # -- what can be wrong with a set -----------------------------------------------------------------
