@@ -325,8 +325,8 @@ class StreamingLoader:
         num_tars = min(len(source.tars) for source in self._sources)
         if self._num_runs == 0 and self._rank == 0 and num_tars < self._num_readers:
             print(
-                f"streaming: {num_tars} shards for {self._num_readers} readers (ranks x workers): "
-                "every reader reads all shards and takes every "
-                f"{self._num_readers}th sample; more shards, or fewer workers, read less",
+                f"streaming: fewer shards ({num_tars}) than readers ({self._num_readers}: ranks x "
+                f"workers): every reader reads all shards and keeps one sample in "
+                f"{self._num_readers}; more shards or fewer workers cost less",
                 file=sys.stderr,
             )

@@ -279,7 +279,7 @@ def test_fewer_shards_than_workers(tmp_path: Path, capsys: pytest.CaptureFixture
     streaming = loader(spec, num_workers=2, **options)
     batches = list(streaming.epoch(0))
     assert set(keys_of(batches)) == {key_hash(str(i)) for i in range(16)}
-    assert "1 shards for 2 readers" in capsys.readouterr().err
+    assert "fewer shards (1) than readers (2: ranks x workers)" in capsys.readouterr().err
     list(streaming.epoch(1))
     assert capsys.readouterr().err == ""
     other = loader(spec, rank=1, world_size=2, **options)
