@@ -1,9 +1,9 @@
 """Kill a run with SIGKILL at random moments, resume it, compare it bit for bit with a whole one.
 
 Two processes under torchrun train a small BYOL with nearest-neighbour FA on generated pictures.
-Each trial starts anew, is killed with all its processes in one of three phases (between steps, while a
-checkpoint is written, in the kNN probe), is resumed, and must end with the same loss at every step
-and the same weights, EMA, optimiser state and queue as a run that nobody disturbed.
+Each trial starts anew, is killed with all its processes in one of three phases (between steps,
+while a checkpoint is written, in the kNN probe), is resumed, and must end with the same loss at
+every step and the same weights, EMA, optimiser state and queue as a run that nobody disturbed.
 """
 
 import argparse

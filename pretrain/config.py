@@ -21,8 +21,8 @@ from pretrain.config_method import (
     HeadConfig,
     ObjectiveConfig,
 )
-from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
+from pretrain.data.sources.cache import CacheOptions
 from pretrain.errors import UserError, require
 
 __all__ = ["FAConfig", "HeadConfig", "ObjectiveConfig", "PretrainConfig", "load_config", "to_plain"]

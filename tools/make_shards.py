@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain.data.shard_cluster import Cluster, TaskError
-from pretrain.data.shard_info import format_info, gather_info, save_pictures
-from pretrain.data.shard_job import printable
+from pretrain.data.packing.cluster import Cluster, TaskError
+from pretrain.data.packing.info import format_info, gather_info, save_pictures
+from pretrain.data.packing.job import printable
 from pretrain.data.shards import (
     DiskFullError,
     ShardIndex,

@@ -18,7 +18,7 @@ from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
 from pretrain.data.mixture import Samples, open_samples
 from pretrain.data.samples import TwoViewBatch, TwoViewDataset
 from pretrain.data.stream import Loader
-from pretrain.data.streaming import StreamingLoader
+from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.engine import dist
 from pretrain.errors import UserError
 

@@ -28,7 +28,7 @@ def test_descendants_are_found_through_sessions():
         names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in found[1:]]
         assert names == ["sleep"]
         job = kill_resume.Job.__new__(kill_resume.Job)
-        job.process = process
+        job.process = process  # type: ignore[assignment]
         job.kill()
     end = time.monotonic() + 10
     while Path(f"/proc/{found[1]}").exists() and time.monotonic() < end:

@@ -146,7 +146,7 @@ def test_mistakes_are_told_in_one_line(
 def test_full_disk_is_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain.data import shard_job
+    from pretrain.data.packing import job as shard_job
 
     def full(self: object, data: bytes) -> int:
         raise OSError(28, "No space left on device")

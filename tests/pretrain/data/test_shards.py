@@ -13,8 +13,8 @@ import pytest
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
-from pretrain.data import foreign
 from pretrain.data.shards import CacheOptions, ShardIndex, verify_shards
+from pretrain.data.sources import foreign
 from pretrain.data.tar_index import key_hash
 from pretrain.data.views import decode
 from pretrain.errors import UserError

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import locations, remote
-from pretrain.data.locations import Location, check_name, expand, join, parse
-from pretrain.data.remote import Patience, shown
+from pretrain.data.sources import locations, remote
+from pretrain.data.sources.locations import Location, check_name, expand, join, parse
+from pretrain.data.sources.remote import Patience, shown
 from pretrain.errors import UserError
-from tests.pretrain.data.servers import faulty
+from tests.pretrain.data.sources.servers import faulty
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -27,10 +27,10 @@ from torch.utils.data import Dataset, Sampler
 from pretrain.data.augment import ViewAugment
 from pretrain.data.mixture import Samples
 from pretrain.data.order import Epoch, rank_slice
-from pretrain.data.remote import Patience
 from pretrain.data.samples import NUM_VIEWS, Reply, TwoViewBatch, TwoViewDataset, empty_uint8
+from pretrain.data.sources.remote import Patience
 from pretrain.data.stream import start_workers
-from pretrain.data.stream_reader import Reader, StreamSample, StreamSource, open_sources
+from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
 from pretrain.data.tar_index import SAMPLE_DTYPE
 from pretrain.errors import UserError, require
 

@@ -9,12 +9,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from fsspec.config import conf
 
-from pretrain.data import download, remote
-from pretrain.data.cache import CacheOptions
 from pretrain.data.shards import ShardIndex
+from pretrain.data.sources import download, remote
+from pretrain.data.sources.cache import CacheOptions
 from pretrain.errors import UserError
-from tests.pretrain.data.servers import Faulty, Handler, faulty
-from tests.pretrain.data.test_sources_http import same_pictures
+from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
+from tests.pretrain.data.sources.test_http import same_pictures
 
 # Read when gcsfs is imported: without it, it asks Google over gRPC of what kind the bucket is.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.cache import NUM_FETCHERS, ShardCache
 from pretrain.data.order import stable_hash
-from pretrain.data.remote import RemoteFile, shown
+from pretrain.data.sources.cache import NUM_FETCHERS, ShardCache
+from pretrain.data.sources.remote import RemoteFile, shown
 from pretrain.data.tar_index import (
     SAMPLE_DTYPE,
     file_sha256,

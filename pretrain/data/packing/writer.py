@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.process_pool import map_unordered
-from pretrain.data.shard_cluster import Cluster, run_tasks
-from pretrain.data.shard_job import PARTS, check_bad, disk_error, read_part, write_shard
-from pretrain.data.shard_lock import PLAN_FILE, only_writer
-from pretrain.data.shard_plan import ShardOptions, ShardPlan, SourcePicture, make_plan
+from pretrain.data.packing.cluster import Cluster, run_tasks
+from pretrain.data.packing.job import PARTS, check_bad, disk_error, read_part, write_shard
+from pretrain.data.packing.lock import PLAN_FILE, only_writer
+from pretrain.data.packing.plan import ShardOptions, ShardPlan, SourcePicture, make_plan
+from pretrain.data.packing.process_pool import map_unordered
 from pretrain.data.tar_index import read_index, write_index, write_json
 from pretrain.errors import UserError
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pretrain.data.remote import (
+from pretrain.data.sources.remote import (
     NotThereError,
     Patience,
     RemoteFile,

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import shard_lock
-from pretrain.data.shard_cluster import Cluster, ShareOfShards, TaskError, run_tasks
-from pretrain.data.shard_job import PARTS
-from pretrain.data.shard_lock import offer_to_tasks, only_writer
-from pretrain.data.shard_plan import ShardOptions, make_plan
+from pretrain.data.packing import lock as shard_lock
+from pretrain.data.packing.cluster import Cluster, ShareOfShards, TaskError, run_tasks
+from pretrain.data.packing.job import PARTS
+from pretrain.data.packing.lock import offer_to_tasks, only_writer
+from pretrain.data.packing.plan import ShardOptions, make_plan
 from pretrain.data.shards import ShardIndex, write_shards
 from pretrain.data.tar_index import write_json
 from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import contents, sources, write_pictures
 from tools import make_shards
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 TEN = ShardOptions(max_samples_per_shard=10)
 THREE = ["--submitit", "local", "--num-tasks", "3"]
 

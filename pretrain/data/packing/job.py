@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from pretrain.data.picture_bytes import prepare
-from pretrain.data.shard_plan import ShardOptions, ShardPlan
+from pretrain.data.packing.picture_bytes import prepare
+from pretrain.data.packing.plan import ShardOptions, ShardPlan
 from pretrain.data.tar_index import Entry, to_table, write_bytes, write_json
 from pretrain.data.views import BadSample
 from pretrain.errors import UserError

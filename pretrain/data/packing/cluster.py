@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.data.process_pool import map_unordered
-from pretrain.data.shard_job import PARTS, DiskFullError, check_bad, read_part, write_shard
-from pretrain.data.shard_lock import offer_to_tasks, shared_with_tasks
-from pretrain.data.shard_plan import ShardOptions, ShardPlan
+from pretrain.data.packing.job import PARTS, DiskFullError, check_bad, read_part, write_shard
+from pretrain.data.packing.lock import offer_to_tasks, shared_with_tasks
+from pretrain.data.packing.plan import ShardOptions, ShardPlan
+from pretrain.data.packing.process_pool import map_unordered
 from pretrain.errors import UserError, require
 
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it

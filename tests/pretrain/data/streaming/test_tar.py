@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import download, remote
-from pretrain.data.remote import Patience
-from pretrain.data.tar_stream import RemoteStream, TarStream
+from pretrain.data.sources import download, remote
+from pretrain.data.sources.remote import Patience
+from pretrain.data.streaming.tar import RemoteStream, TarStream
 from pretrain.errors import UserError
-from tests.pretrain.data.servers import Faulty, Handler, faulty
+from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 PATIENCE = Patience(retries=2, timeout_seconds=2)
 FILES = {  # sizes at and beside multiples of 512, an empty file, a name above 100 characters

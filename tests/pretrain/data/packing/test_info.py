@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.shard_info import (
+from pretrain.data.packing.info import (
     MAX_REMOTE_SHARDS,
     choose_samples,
     format_info,

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import download as download_module
-from pretrain.data import remote
-from pretrain.data.download import BytesSink, download, read_if_there
-from pretrain.data.remote import NotThereError, Patience, RemoteFile, look, look_at_all, retried
+from pretrain.data.sources import download as download_module
+from pretrain.data.sources import remote
+from pretrain.data.sources.download import BytesSink, download, read_if_there
+from pretrain.data.sources.remote import (
+    NotThereError,
+    Patience,
+    RemoteFile,
+    look,
+    look_at_all,
+    retried,
+)
 from pretrain.errors import UserError
-from tests.pretrain.data.servers import Faulty, Handler, faulty
+from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 DATA = os.urandom(300_000)
 PATIENCE = Patience(retries=3, timeout_seconds=0.5)

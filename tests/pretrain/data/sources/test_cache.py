@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import cache as cache_module
-from pretrain.data import remote
-from pretrain.data.cache import CacheOptions, ShardCache, Wanted
-from pretrain.data.remote import RemoteFile, look
+from pretrain.data.sources import cache as cache_module
+from pretrain.data.sources import remote
+from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted
+from pretrain.data.sources.remote import RemoteFile, look
 from pretrain.errors import UserError
-from tests.pretrain.data.servers import Faulty, Handler, faulty
+from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 SIZE = 100_000
 NUM_SHARDS = 12
@@ -249,7 +249,7 @@ def test_file_that_changes_while_it_is_fetched(server: Faulty, tmp_path: Path) -
 READER = """
 import hashlib, json, os, random, sys
 from pathlib import Path
-from pretrain.data.cache import CacheOptions, ShardCache, Wanted
+from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted
 folder, bound, url, seed, num, hashes = sys.argv[1:7]
 cache = ShardCache(CacheOptions(Path(folder), int(bound), read_retries=2))
 hashes = json.loads(hashes)

@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.data.cache_files import (
+from pretrain.data.order import stable_hash
+from pretrain.data.sources.cache_files import (
     PartialFile,
     TooMuchError,
     YieldError,
@@ -30,9 +31,8 @@ from pretrain.data.cache_files import (
     size_of,
     touch,
 )
-from pretrain.data.download import download
-from pretrain.data.order import stable_hash
-from pretrain.data.remote import Patience, RemoteFile, look, shown
+from pretrain.data.sources.download import download
+from pretrain.data.sources.remote import Patience, RemoteFile, look, shown
 from pretrain.errors import UserError, require
 
 NUM_FETCHERS = 4  # shards fetched side by side by one process

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.shard_plan import ShardOptions, SourcePicture, make_plan, split_evenly
+from pretrain.data.packing.plan import ShardOptions, SourcePicture, make_plan, split_evenly
 from pretrain.data.shards import ShardIndex, write_shards
 from tests.pretrain.data.picture_helpers import contents, seeded, sources, write_pictures
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 # -- shards of nearly equal size ------------------------------------------------------------------
@@ -109,7 +109,7 @@ PLAN = (
     PEAK
     + """
 import sys, time
-from pretrain.data.shard_plan import ShardOptions, SourcePicture, make_plan
+from pretrain.data.packing.plan import ShardOptions, SourcePicture, make_plan
 before, num = peak(), int(sys.argv[1])
 names = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i // 1000:08d}.JPEG" for i in range(num))
 pictures = [SourcePicture(f"/nowhere/{name}", name, i % 1000) for i, name in enumerate(names)]

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from pretrain.data.order import stable_hash
-from pretrain.data.picture_bytes import shrink_ratio
+from pretrain.data.packing.picture_bytes import shrink_ratio
 from pretrain.errors import UserError
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.data.shard_job import PARTS
+from pretrain.data.packing.job import PARTS
 from pretrain.errors import UserError
 
 PLAN_FILE = "plan.json"

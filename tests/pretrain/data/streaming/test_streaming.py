@@ -17,18 +17,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data import remote
 from pretrain.data.augment import PRESETS, ViewAugment
 from pretrain.data.mixture import open_samples
-from pretrain.data.remote import Patience
 from pretrain.data.samples import TwoViewBatch, TwoViewDataset
 from pretrain.data.shards import ShardIndex
-from pretrain.data.stream_reader import Reader, StreamSample, StreamSource, open_sources
-from pretrain.data.streaming import StreamingLoader
+from pretrain.data.sources import remote
+from pretrain.data.sources.remote import Patience
+from pretrain.data.streaming.loader import StreamingLoader
+from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
 from pretrain.data.tar_index import key_hash
 from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
-from tests.pretrain.data.servers import faulty, s3_server
+from tests.pretrain.data.sources.servers import faulty, s3_server
 
 SIZE = 16
 CROPS = ((0.2, 1.0), (0.08, 1.0))

@@ -14,11 +14,11 @@ from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import SimpleShardList
 from webdataset.tariterators import group_by_keys
 
-from pretrain.data.locations import expand
 from pretrain.data.order import stable_hash
-from pretrain.data.remote import Patience, shown
+from pretrain.data.sources.locations import expand
+from pretrain.data.sources.remote import Patience, shown
+from pretrain.data.streaming.tar import TarStream
 from pretrain.data.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
-from pretrain.data.tar_stream import TarStream
 from pretrain.errors import UserError, require
 
 _MAX_INITIAL = 1000  # samples read before the first is given out; the buffer fills up on the way

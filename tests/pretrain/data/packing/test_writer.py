@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.data import shard_job, shard_writer
-from pretrain.data.shard_lock import only_writer
-from pretrain.data.shard_plan import ShardOptions, SourcePicture, make_keys, make_plan
+from pretrain.data.packing import job, writer
+from pretrain.data.packing.lock import only_writer
+from pretrain.data.packing.plan import ShardOptions, SourcePicture, make_keys, make_plan
 from pretrain.data.shards import ShardIndex, verify_shards, write_shards
 from pretrain.data.tar_index import split_name
 from pretrain.data.views import decode
@@ -81,9 +81,9 @@ def test_stopped_run_goes_on(
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(plan.name)
-        return shard_job.write_shard(plan, *rest)
+        return job.write_shard(plan, *rest)
 
-    monkeypatch.setattr(shard_writer, "write_shard", stop_at_third)
+    monkeypatch.setattr(writer, "write_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         write_shards(pictures, tmp_path / "parts", options=TEN)
     assert not (tmp_path / "parts" / "index.json").exists()
@@ -156,7 +156,7 @@ def test_unfinished_run_with_other_options(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        shard_writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
+        writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
@@ -189,8 +189,8 @@ def test_full_disk_while_writing(
     def full(self: object, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_job._HashingStream, "write", full)
-    with pytest.raises(shard_job.DiskFullError, match=r"the disk is full; free some space and run"):
+    monkeypatch.setattr(job._HashingStream, "write", full)
+    with pytest.raises(job.DiskFullError, match=r"the disk is full; free some space and run"):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     assert not list(tmp_path.glob("*.tar"))
     assert not list(tmp_path.glob(".*.tmp"))
@@ -201,8 +201,8 @@ def test_full_disk_while_writing(
 def test_space_is_checked_first(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shard_writer.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = writer.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
         UserError, match=r"the shards need about 0.2 MB, only 0.0 MB are free.*--resize-short"
     ):
@@ -217,9 +217,9 @@ def test_folder_that_is_a_file(picture_folder: Path, tmp_path: Path) -> None:
 
 FILL = """
 import sys
-from pretrain.data import shard_writer
+from pretrain.data.packing import writer
 from tools import make_shards
-shard_writer._check_space = lambda *arguments: None  # as if others filled the disk meanwhile
+writer._check_space = lambda *arguments: None  # as if others filled the disk meanwhile
 words = ["--max-samples-per-shard", "10", "--num-workers", "2"]
 sys.exit(make_shards.main([*sys.argv[1:], *words]))
 """
@@ -238,7 +238,7 @@ def test_disk_that_is_full_for_real(picture_folder: Path, tmp_path: Path) -> Non
     """A disk of 96 kB in a name space of its own; it is made larger, and the command repeated."""
     if shutil.which("unshare") is None:
         pytest.skip("no unshare here; test_full_disk_while_writing does it with a fake")
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
     disk.mkdir()
     run = [sys.executable, "-c", FILL, str(picture_folder), str(out)]
@@ -333,14 +333,14 @@ def test_picture_that_vanishes_between_plan_and_write(
 ) -> None:
     shutil.copytree(picture_folder, tmp_path / "in")
     pictures = sources(tmp_path / "in")
-    plan = shard_writer.make_plan
+    plan = writer.make_plan
 
     def plan_then_delete(*arguments):
         plans = plan(*arguments)
         Path(plans[2].pictures[4].path).unlink()
         return plans
 
-    monkeypatch.setattr(shard_writer, "make_plan", plan_then_delete)
+    monkeypatch.setattr(writer, "make_plan", plan_then_delete)
     with pytest.raises(UserError, match=r"picture-\d+.jpg: cannot be read \(No such file"):
         write_shards(pictures, tmp_path / "out", options=TEN)
     assert not (tmp_path / "out" / "index.json").exists()

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pretrain.data import foreign
-from pretrain.data.cache import CacheOptions, ShardCache, Wanted, touch
-from pretrain.data.download import BytesSink, download, read_if_there
-from pretrain.data.locations import Location, expand, join, list_without_index, parse
-from pretrain.data.remote import Patience, RemoteFile, look, look_at_all, shown
-from pretrain.data.shard_checks import (
+from pretrain.data.sources import foreign
+from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted, touch
+from pretrain.data.sources.checks import (
     check_index,
     check_local_shards,
     check_no_others,
     check_table,
 )
+from pretrain.data.sources.download import BytesSink, download, read_if_there
+from pretrain.data.sources.locations import Location, expand, join, list_without_index, parse
+from pretrain.data.sources.remote import Patience, RemoteFile, look, look_at_all, shown
 from pretrain.data.tar_index import SAMPLE_DTYPE, read_index, write_bytes
 from pretrain.errors import UserError
 

@@ -8,15 +8,15 @@ import boto3
 import pytest
 from torch.utils.data import DataLoader
 
-from pretrain.data import download, remote
-from pretrain.data.cache import CacheOptions
-from pretrain.data.locations import expand
-from pretrain.data.remote import Patience, look_at_all
 from pretrain.data.shards import ShardIndex
+from pretrain.data.sources import download, remote
+from pretrain.data.sources.cache import CacheOptions
+from pretrain.data.sources.locations import expand
+from pretrain.data.sources.remote import Patience, look_at_all
 from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
-from tests.pretrain.data.servers import Faulty, Handler, faulty, s3_server
-from tests.pretrain.data.test_sources_http import Bytes, same_pictures
+from tests.pretrain.data.sources.servers import Faulty, Handler, faulty, s3_server
+from tests.pretrain.data.sources.test_http import Bytes, same_pictures
 
 CLIENTS: dict = {}  # of the one server, for all tests; making one takes half a second
 

@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from braceexpand import braceexpand
 
-from pretrain.data.download import read_if_there
-from pretrain.data.remote import Patience, find_tars, shown
+from pretrain.data.sources.download import read_if_there
+from pretrain.data.sources.remote import Patience, find_tars, shown
 from pretrain.errors import UserError
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "pipe")

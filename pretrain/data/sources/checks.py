@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.locations import check_name
+from pretrain.data.sources.locations import check_name
 from pretrain.data.tar_index import SAMPLE_DTYPE, file_sha256
 from pretrain.errors import UserError
 

@@ -1,0 +1,1 @@
+"""From pictures to WebDataset shards with an index."""

@@ -1,0 +1,1 @@
+"""Where shards may lie: folders, patterns, servers; the cache of remote ones."""

@@ -1,0 +1,1 @@
+"""Shards that are read from front to end, without an index."""
