@@ -34,6 +34,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="with --resume: go on with another config or other shards where the weights fit",
     )
+    parser.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="compute a batch of out/nonfinite/ once more, from the last checkpoint before it, and "
+        "show its loss and views; nothing is trained",
+    )
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
     return parser.parse_intermixed_args(arguments)
 
@@ -51,13 +57,15 @@ def main(arguments: list[str]) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
     from pretrain.config import load_config, to_plain  # after --help, which should not wait
-    from pretrain.engine import dist
+    from pretrain.engine import dist, guards
     from pretrain.engine.checkpoint import DiskFullError
     from pretrain.engine.diagnostics import CollapseError
+    from pretrain.engine.replay import replay
     from pretrain.engine.stop import StoppedBySignal
-    from pretrain.engine.train import NonFiniteLossError, Run
+    from pretrain.engine.train import Run
     from pretrain.errors import UserError
 
+    config = None
     try:
         config = load_config(options.config, options.overrides)
         if options.print_config:
@@ -65,11 +73,14 @@ def main(arguments: list[str]) -> int:
 
             print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
             return 0
-        Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
+        if options.replay is not None:
+            replay(config, options.replay, allow_changes=options.allow_changes)
+        else:
+            Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CollapseError, DiskFullError, NonFiniteLossError) as error:
+    except (CollapseError, DiskFullError, guards.NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except StoppedBySignal as error:
@@ -77,6 +88,12 @@ def main(arguments: list[str]) -> int:
         return 128 + error.number
     except OSError as error:
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        message = guards.out_of_memory(error, config)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 1
     finally:
         dist.stop()

@@ -181,15 +181,21 @@ class EngineConfig:
     collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine of samples 0.99
     collapse_rank: float = 2.0  # alarm below this effective rank
     collapse_patience: int = 5  # logged rows in a row until the alarm
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradients that are (docs/guards.md)
+    max_nonfinite_steps: int = 10  # so many are skipped in a run; one more stops it
+    watchdog_seconds: float = 300.0  # without a finished step: then it is told who hangs; 0: never
+    on_hang: Literal["warn", "stop"] = "warn"  # stop: the process ends, torchrun may start again
 
     def __post_init__(self) -> None:
-        for name in ("log_every_steps", "checkpoint_every_steps", "collapse_patience"):
+        for name in (
+            "log_every_steps", "checkpoint_every_steps", "collapse_patience", "max_nonfinite_steps",
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"engine.{name} must be >= 1, got {value}")
         require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
         for name in ("keep_checkpoints", "keep_every_steps"):
             require(getattr(self, name) >= 0, f"engine.{name}: {getattr(self, name)} is < 0")
-        for name in ("collapse_std", "collapse_rank"):
+        for name in ("collapse_std", "collapse_rank", "watchdog_seconds"):
             value = getattr(self, name)
             require(value >= 0, f"engine.{name} must be >= 0 (0: never), got {value}")
 

@@ -21,12 +21,22 @@ DATA_NOT_COMPARED = (
 
 @dataclass
 class Position:
-    """Where the run stands. ``step`` counts finished optimiser steps."""
+    """Where the run stands.
+
+    Attributes:
+        step: Finished steps, those that were left out included.
+        epoch: Finished epochs.
+        step_in_epoch: Finished steps of the epoch that has begun.
+        num_bad_samples: Pictures that were replaced, in all processes.
+        num_skipped_steps: Steps left out since loss or gradients were not finite.
+        train_seconds: Time spent in steps and in waiting for data.
+    """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     num_bad_samples: int = 0
+    num_skipped_steps: int = 0
     train_seconds: float = 0.0
 
 

@@ -28,6 +28,7 @@ class Gradients:
         optim: ``micro_batch_size`` (of all processes together; 0: no micro-batches) and
             ``accumulation``.
         autocast: A fresh context for every forward pass.
+        enter: Told the name of what begins: a forward or a backward pass.
 
     Raises:
         UserError: If the micro-batches cannot be shared out among the processes.
@@ -37,6 +38,7 @@ class Gradients:
     forward: nn.Module
     optim: OptimConfig
     autocast: Callable[[], contextlib.AbstractContextManager]
+    enter: Callable[[str], None] = lambda phase: None
 
     def __post_init__(self) -> None:
         size, world_size = self.optim.micro_batch_size, dist.world_size()
@@ -58,8 +60,10 @@ class Gradients:
         """
         parts = self._parts(views)
         if len(parts) == 1:
+            self.enter("forward")
             with self.autocast():
                 output = self.model.step(views, generator(), self.forward, progress=progress)
+            self.enter("backward")
             output.loss.backward()
             return [output]
         if self.optim.accumulation == "plain":
@@ -136,11 +140,13 @@ class Gradients:
         outputs, total = [], torch.zeros((), device=views.device)
         for part in parts:
             random = self._random(generator(), part, views.shape[1])
+            self.enter("forward")
             with self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(views[:, part])
                 compare = self.model.comparison(t, random, progress)
                 output = self.forward(views[:, part], compare)
                 share = output.loss / len(parts)
+            self.enter("backward")
             with self._sync(part is parts[-1]):
                 share.backward()
             total += share.detach()
@@ -162,6 +168,7 @@ class Gradients:
         projections again, from the same random state, and the cached gradient through them. BN
         statistics of the online network are those of the second pass alone.
         """
+        self.enter("forward")
         with torch.no_grad(), self.autocast(), _kept_buffers(self.model.online):
             z, states = [], []
             for part in parts:
@@ -173,6 +180,7 @@ class Gradients:
         random = self._random(generator(), slice(0, views.shape[1]), views.shape[1])
         with self.autocast():
             output = self.model.comparison(t, random, progress)(cached)
+        self.enter("backward")
         output.loss.backward()
         assert cached.grad is not None
         after = _random_state(views.device)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
+import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
-from pretrain.engine import diagnostics, dist, run_folder, saver
+from pretrain.engine import diagnostics, dist, guards, run_folder, saver
+from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.diagnostics import CollapseAlarm, CollapseError
 from pretrain.engine.feed import Fed, Feed
+from pretrain.engine.guards import NonFiniteGuard
 from pretrain.engine.metrics import MetricLog
 from pretrain.engine.optim import (
     ema_tau,
@@ -31,16 +33,12 @@ from pretrain.engine.optim import (
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StoppedBySignal, StopRequest
-from pretrain.errors import UserError
+from pretrain.engine.watchdog import Progress, Watchdog
 from pretrain.eval.pictures import save_neighbours, save_views
 from pretrain.eval.probe import Probe
 from pretrain.models.cell_check import refuse_without_gradient
 from pretrain.models.contrastive import FAContrastive, StepOutput
 from pretrain.models.row_random import fa_generator
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: going on would only destroy the weights."""
 
 
 @dataclass
@@ -63,11 +61,12 @@ class Meter:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step leaves to look at."""
+    """What one optimiser step leaves to look at; ``is_skipped``: it changed nothing."""
 
     output: StepOutput
     lr: float
     queue: dict[str, float]
+    is_skipped: bool = False
 
 
 class Run:
@@ -93,6 +92,8 @@ class Run:
             torch.set_num_threads(config.engine.num_threads)
         self.folder = run_folder.prepare(config, resume=resume)
         self.lock = run_folder.hold(self.folder) if dist.rank() == 0 else None
+        if self.lock is not None:
+            weakref.finalize(self, self.lock.close)  # however the run ends
         self.feed = Feed(
             config.data, seed=config.seed, device=self.device,
             channels_last=config.engine.channels_last, folder=self.folder,
@@ -121,9 +122,15 @@ class Run:
             in_background=config.engine.async_checkpoints,
         )  # fmt: skip
         self.saver.check_space(self._state())
+        self.progress = Progress()
+        self.watchdog = Watchdog(config.engine, self.folder, self.progress)
         self.gradients = Gradients(
-            self.model, self._forward_through_ddp(), config.optim, self._autocast
-        )
+            self.model, self._forward_through_ddp(), config.optim, self._autocast,
+            self.progress.enter,
+        )  # fmt: skip
+        networks = [n for n in (self.model.online, self.model.ema) if n is not None]
+        self.guard = NonFiniteGuard(config.engine, self.folder, networks, self.device)
+        self.num_new_bad_samples = 0  # of this process, not yet in the sum over all
         self.probe = Probe.open(config.eval, config.data, self.device)
         self.alarm = CollapseAlarm(config.engine)
         self.stop = StopRequest()
@@ -161,13 +168,14 @@ class Run:
             disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
         )  # fmt: skip
         open_log = contextlib.closing(log) if log else contextlib.nullcontext()
-        with bar, open_log, self.stop, self.saver:
+        with bar, open_log, self.stop, self.saver, self.watchdog:
             for note in self.notes:
                 if log is not None:
                     self._write(log, "event", message=note)
                     bar.write(f"warning: {note}", file=sys.stderr)
             if is_main:
                 run_folder.write_description(self.folder, self.config, self.device)
+            self.progress.finished(self.position.step)
             if fresh and log is not None:
                 self._probe(log)
                 self._save_view_pictures()
@@ -184,6 +192,7 @@ class Run:
         self.position.epoch += 1
         self.position.step_in_epoch = 0
         is_last = self.position.epoch == self.config.optim.epochs
+        self.progress.enter("kNN probe")
         if log and (is_last or self.position.epoch % self.config.eval.knn_every_epochs == 0):
             self._probe(log)
         if is_last:
@@ -197,25 +206,41 @@ class Run:
 
     def _train_epoch(self, log: MetricLog | None, bar: tqdm) -> None:
         meter = Meter()
+        self.progress.enter("data loading")
         for fed in self.feed.epoch(self.position.epoch, self.position.step_in_epoch):
+            self.watchdog.start()
             started = time.perf_counter()
             is_logged = self._is_logged(self.position.step + 1)
             done = self._step(fed, is_logged=is_logged)
             self.position.step += 1
             self.position.step_in_epoch += 1
-            self.position.num_bad_samples += fed.batch.num_bad
+            self.num_new_bad_samples += fed.batch.num_bad
             self.position.train_seconds += time.perf_counter() - started + fed.waited
             meter.num_steps += 1
             meter.num_images += self.config.data.batch_size
             meter.data_seconds += fed.waited
             bar.update()
-            if is_logged:
+            self.progress.finished(self.position.step)
+            self._book(done, log, bar, is_logged=is_logged)
+            if is_logged and not done.is_skipped:
                 self._log(done, meter, log, bar)
                 meter = Meter()
-            if self.position.step % self.config.engine.checkpoint_every_steps == 0:
+            if self._is_saved(self.position.step):
                 self._save_checkpoint()
             if is_logged or not dist.is_on():  # several processes agree where they wait anyway
                 self._stop_if_asked(log)
+            self.progress.enter("data loading")
+
+    def _book(self, done: Step, log: MetricLog | None, bar: tqdm, *, is_logged: bool) -> None:
+        """Sum the bad samples over the processes where rows or checkpoints tell; tell of a skip."""
+        if is_logged or self._is_saved(self.position.step) or not dist.is_on():
+            num = guards.value_or_sum(self.num_new_bad_samples, self.device)
+            self.position.num_bad_samples += num
+            self.num_new_bad_samples = 0
+        if done.is_skipped and log is not None:
+            event = guards.describe_skip(self.folder, self.position, self.config.engine)
+            self._write(log, "event", **event)
+            bar.write(f"warning: {event['message']}", file=sys.stderr)
 
     def _stop_if_asked(self, log: MetricLog | None) -> None:
         """After a signal to any process: save, and leave together."""
@@ -237,15 +262,14 @@ class Run:
         config, step = self.config, self.position.step
         factor = lr_factor(self.schedule, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
-        self.optimizer.zero_grad(set_to_none=True)
-        generator = partial(fa_generator, config.seed, step, self.device)
-        progress = step / self.num_steps
-        views = self.gradients.attacked(
-            fed.views, generator, progress, config.adversarial, config.data
-        )
-        outputs = self.gradients.compute(views, generator, progress)
-        if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
-            self.model.online.prototypes.weight.grad = None
+        self.guard.keep()
+        outputs = self.compute_gradients(fed, step)
+        if self.guard.refuses(
+            self.position, fed.batch, outputs[0].loss, self.model.online.parameters(),
+            is_due=is_logged or self._is_saved(step + 1),
+        ):  # fmt: skip
+            return Step(outputs[0], lr, {}, is_skipped=True)
+        self.progress.enter("update")
         self.optimizer.step()
         ids, labels = fed.batch.sample_ids, fed.batch.labels
         first = slice(0, outputs[0].projection.shape[0])
@@ -254,25 +278,43 @@ class Run:
         self.model.after_optimizer_step(tau, outputs, ids, labels)
         return Step(outputs[0], lr, queue)
 
+    def compute_gradients(self, fed: Fed, step: int) -> list[StepOutput]:
+        """Forward, loss and backward of one step, that follows on ``step`` finished ones."""
+        config, progress = self.config, step / self.num_steps
+        self.optimizer.zero_grad(set_to_none=True)
+        generator = partial(fa_generator, config.seed, step, self.device)
+        views = self.gradients.attacked(
+            fed.views, generator, progress, config.adversarial, config.data
+        )
+        outputs = self.gradients.compute(views, generator, progress)
+        if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
+            self.model.online.prototypes.weight.grad = None
+        return outputs
+
+    def _is_saved(self, step: int) -> bool:
+        return step % self.config.engine.checkpoint_every_steps == 0
+
     def _is_logged(self, step: int) -> bool:
         return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
 
     def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
-        output = done.output
+        output, position = done.output, self.position
+        self.progress.enter("logging")
         loss = float(dist.mean(output.loss.detach()))
         if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}")
+            raise guards.diverged(self.folder, f"the loss is {loss} at step {position.step}")
         rates = meter.rates()
         bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
         collapse = None
         if log is not None:
             figures = diagnostics.diagnose(output)
             row = {"loss": loss, "lr": done.lr, **figures, "fa_active": int(output.is_augmented)}
-            bad = {"num_bad_samples": self.position.num_bad_samples}
-            self._write(log, "train", **row, **done.queue, **bad, **rates)
+            names = ("num_bad_samples", "num_skipped_steps")
+            counts = {name: getattr(position, name) for name in names}
+            self._write(log, "train", **row, **done.queue, **counts, **rates)
             if self._is_histogram_due():
                 self._write(log, "similarity", **diagnostics.similarity_histograms(output))
-            collapse = self.alarm.look(figures, output.projection, self.position.step)
+            collapse = self.alarm.look(figures, output.projection, position.step)
             if collapse is not None:
                 self._write(log, "event", **self.alarm.event(figures, collapse))
                 bar.write(f"warning: {collapse}", file=sys.stderr)
@@ -298,14 +340,6 @@ class Run:
                 "saved: --resume with engine.on_collapse=warn goes on"
             )
 
-    def _diverged(self, what: str) -> NonFiniteLossError:
-        path = self.folder / "checkpoint.pth"
-        saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
-        return NonFiniteLossError(
-            f"{what} at step {self.position.step}; {saved}. Lower optim.base_lr or lengthen "
-            "optim.warmup_epochs"
-        )
-
     def _probe(self, log: MetricLog) -> None:
         if self.probe is None:
             return
@@ -315,10 +349,12 @@ class Run:
             log.write("event", 0, message="kNN before training", knn_top1_initial=top1)
 
     def _save_checkpoint(self) -> None:
+        self.progress.enter("checkpoint")
         if dist.rank() != 0:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):
-            raise self._diverged("weights are no longer finite")
+            what = f"weights are no longer finite at step {self.position.step}"
+            raise guards.diverged(self.folder, what)
         self.saver.save(self._state(), self.position.step)
 
     def _save_view_pictures(self) -> None:
@@ -342,30 +378,3 @@ class Run:
                 self.config.data,
             )
         run_folder.write_summary(self.folder, self.position, self.config, self.feed.num_samples)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
-
-    Under torchrun each process of a machine takes the GPU of its own number.
-
-    Raises:
-        UserError: If ``cuda`` was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device=cuda, but torch sees no GPU; use engine.device=auto or cpu")
-    is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", number) if is_cuda else torch.device("cpu")
-
-
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether steps run under bf16 autocast; ``auto`` does so where the hardware computes in bf16.
-
-    On a CPU without AVX512-BF16 or AMX bf16 is emulated and slower than fp32.
-    """
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
