@@ -1,6 +1,7 @@
 """From requests to batches: what a worker does. It keeps no state; any worker does as well."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,6 +96,38 @@ class Reply:
         if isinstance(self.batch, TwoViewBatch):
             self.batch = self.batch.pin_memory()
         return self
+
+
+class BadSamples:
+    """What one process replaced so far, and how much of it is allowed.
+
+    Args:
+        most: How many different ones may be replaced.
+        known: Those that an earlier part of the run met: {sample number: reason}.
+    Attributes:
+        found: {sample number: reason}.
+    """
+
+    def __init__(self, most: int, known: Mapping[int, str] | None) -> None:
+        self.found: dict[int, str] = dict(known or {})
+        self._most = most
+
+    def check(self, reply: Reply) -> None:
+        """Note what a worker met.
+
+        Raises:
+            UserError: If these are too many, or the worker could not go on.
+        """
+        self.found.update(reply.bad)
+        if len(self.found) > self._most:
+            reason = next(iter(reply.bad.values()), "bad samples of the run so far")
+            raise UserError(
+                f"{reason}. {len(self.found)} bad samples, allowed are {self._most}: repair the "
+                "source and make the shards again, or raise data.max_bad_samples to replace and "
+                "count such samples"
+            )
+        if reply.error is not None:
+            raise UserError(reply.error)
 
 
 class TwoViewDataset(Dataset):

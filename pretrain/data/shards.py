@@ -112,7 +112,8 @@ class ShardIndex:
         Raises:
             UserError: If the shard has changed or vanished since it was opened.
         """
-        data = self._read(i)
+        row = self.samples[i]
+        data = self._read(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
         self._sweep()
         return data
 
@@ -129,12 +130,14 @@ class ShardIndex:
         ids = np.asarray(sample_ids, dtype=np.int64)
         rows = self.samples[ids]
         order = np.lexsort((rows["offset"], rows["shard"]))
+        columns = (order, ids[order], *(rows[name][order] for name in ("shard", "offset", "size")))
+        places = list(zip(*(column.tolist() for column in columns), strict=True))
         if hasattr(os, "posix_fadvise"):
-            for k in order:
-                self._announce(int(ids[k]))
+            for _, _, shard, offset, size in places:
+                self._announce(shard, offset, size)
         found: list[bytes] = [b""] * len(ids)
-        for k in order:
-            found[k] = self._read(int(ids[k]))
+        for k, i, shard, offset, size in places:
+            found[k] = self._read(i, shard, offset, size)
         self._sweep()
         return found
 
@@ -176,11 +179,9 @@ class ShardIndex:
             while self._files:
                 os.close(self._files.popitem()[1])
 
-    def _read(self, i: int) -> bytes:
-        row = self.samples[i]
-        offset, size = int(row["offset"]), int(row["size"])
+    def _read(self, i: int, shard: int, offset: int, size: int) -> bytes:
         try:
-            data = os.pread(self._file(int(row["shard"])), _TAR_BLOCK + size, offset - _TAR_BLOCK)
+            data = os.pread(self._file(shard), _TAR_BLOCK + size, offset - _TAR_BLOCK)
         except OSError as error:
             raise UserError(
                 f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?"
@@ -198,12 +199,11 @@ class ShardIndex:
             return f"delete the copy to fetch it again; if that changes nothing, delete {path} too"
         return f"make the shard again, or delete {path} to index the tars again"
 
-    def _announce(self, i: int) -> None:
+    def _announce(self, shard: int, offset: int, size: int) -> None:
         """Tell the system that a sample will be read; what fails here is told when it is read."""
-        row = self.samples[i]
-        start, size = int(row["offset"]) - _TAR_BLOCK, int(row["size"]) + _TAR_BLOCK
+        start, size = offset - _TAR_BLOCK, size + _TAR_BLOCK
         try:
-            os.posix_fadvise(self._file(int(row["shard"])), start, size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._file(shard), start, size, os.POSIX_FADV_WILLNEED)
         except OSError:
             return
 

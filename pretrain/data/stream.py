@@ -24,7 +24,7 @@ from pretrain.data.order import (
     num_steps_per_epoch,
     rank_slice,
 )
-from pretrain.data.samples import EvalDataset, Reply, Request, TwoViewBatch, TwoViewDataset
+from pretrain.data.samples import BadSamples, EvalDataset, Request, TwoViewBatch, TwoViewDataset
 from pretrain.errors import UserError
 
 __all__ = [
@@ -125,8 +125,8 @@ class Loader:
             last_batch=last_batch,
         )
         self.num_steps = self._sampler.num_steps
-        self.bad_samples: dict[int, str] = dict(known_bad or {})
-        self._max_bad_samples = max_bad_samples
+        self._bad = BadSamples(max_bad_samples, known_bad)
+        self.bad_samples = self._bad.found
         self._index, self._window = dataset.index, shuffle_window
         self._loader = start_workers(dataset, self._sampler, num_workers)
 
@@ -140,7 +140,7 @@ class Loader:
         replies = iter(self._loader)  # starts the workers, before there is a thread
         with self._fetch_ahead() as ahead:
             for reply in replies:
-                self._check(reply)
+                self._bad.check(reply)
                 yield reply.batch
                 ahead.advance()
 
@@ -149,19 +149,6 @@ class Loader:
         requests = iter(self._sampler) if self._index.is_remote else iter(())
         return FetchAhead(self._index.fetch, (request.sample_ids for request in requests),
                           self._window)  # fmt: skip
-
-    def _check(self, reply: Reply) -> None:
-        self.bad_samples.update(reply.bad)
-        if len(self.bad_samples) > self._max_bad_samples:
-            reason = next(iter(reply.bad.values()), "bad samples of the run so far")
-            raise UserError(
-                f"{reason}. {len(self.bad_samples)} bad samples, allowed are "
-                f"{self._max_bad_samples}: repair the "
-                "source and make the shards again, or raise data.max_bad_samples to replace and "
-                "count such samples"
-            )
-        if reply.error is not None:
-            raise UserError(reply.error)
 
 
 def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataLoader:

@@ -27,7 +27,14 @@ from torch.utils.data import Dataset, Sampler
 from pretrain.data.augment import ViewAugment
 from pretrain.data.mixture import Samples
 from pretrain.data.order import Epoch, rank_slice
-from pretrain.data.samples import NUM_VIEWS, Reply, TwoViewBatch, TwoViewDataset, empty_uint8
+from pretrain.data.samples import (
+    NUM_VIEWS,
+    BadSamples,
+    Reply,
+    TwoViewBatch,
+    TwoViewDataset,
+    empty_uint8,
+)
 from pretrain.data.sources.remote import Patience
 from pretrain.data.stream import start_workers
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
@@ -270,8 +277,8 @@ class StreamingLoader:
         self._sources = open_sources(spec, patience)
         self._num_readers, self._rank = world_size * max(1, num_workers), rank
         self.num_steps = samples_per_epoch // batch_size
-        self.bad_samples: dict[int, str] = dict(known_bad or {})
-        self._max_bad_samples = max_bad_samples
+        self._bad = BadSamples(max_bad_samples, known_bad)
+        self.bad_samples = self._bad.found
         held = HeldSamples()
         views = TwoViewDataset(
             cast(Samples, held),
@@ -305,20 +312,8 @@ class StreamingLoader:
         self._requests.first = StreamRequest(self._num_runs, epoch, start_step)
         self._requests.num_steps = self.num_steps
         for reply in self._loader:
-            self._check(reply)
+            self._bad.check(reply)
             yield reply.batch
-
-    def _check(self, reply: Reply) -> None:
-        self.bad_samples.update(reply.bad)
-        if len(self.bad_samples) > self._max_bad_samples:
-            reason = next(iter(reply.bad.values()), "bad samples of the run so far")
-            raise UserError(
-                f"{reason}. {len(self.bad_samples)} bad samples, allowed are "
-                f"{self._max_bad_samples}: repair the source, or raise data.max_bad_samples to "
-                "replace and count such samples"
-            )
-        if reply.error is not None:
-            raise UserError(reply.error)
 
     def _tell_of_few_shards(self) -> None:
         """Say once that every reader fetches everything."""
