@@ -159,15 +159,15 @@ class Feed:
             batch: The same batch on the CPU, where parameters are drawn.
         """
         data = self._data
+        if batch.is_augmented:
+            images = normalize(moved.views, data.pixel_mean, data.pixel_std)
+            return images if self._channels_last else images.contiguous()
         views = []
         for number, preset in enumerate(self._presets):
-            if batch.is_augmented:
-                images = normalize(moved.views[number], data.pixel_mean, data.pixel_std)
-            else:
-                parameters = draw_parameters(
-                    preset, batch.keys, batch.visits, seed=self._seed, view_index=number
-                )
-                images = augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std)
+            parameters = draw_parameters(
+                preset, batch.keys, batch.visits, seed=self._seed, view_index=number
+            )
+            images = augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std)
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             views.append(images)
