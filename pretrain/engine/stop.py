@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from pretrain.engine import dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.
+_ECHO_SECONDS = 5.0
 
 
 class StoppedBySignal(RuntimeError):
@@ -30,7 +33,7 @@ class StoppedBySignal(RuntimeError):
 
 
 class StopRequest:
-    """Notes the first signal while a run goes on; the second one has its usual effect.
+    """Notes the first signal while a run goes on; one that comes 5 s later has its usual effect.
 
     In a context: handlers are set at its beginning and restored at its end. Outside the main thread
     nothing is set, since Python allows it there only.
@@ -38,6 +41,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
+        self._noted_at = 0.0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -52,8 +56,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
+        if not self.number:
+            self.number, self._noted_at = number, time.monotonic()
+        elif time.monotonic() - self._noted_at > _ECHO_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._old.items():

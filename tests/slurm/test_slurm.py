@@ -1,0 +1,196 @@
+"""Runs on a real SLURM of this machine: preempted, requeued, out of time, robbed of a process."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_resume import identical
+from tests.slurm.tiny_run import (
+    ROOT,
+    last_step,
+    run_undisturbed,
+    training_processes,
+    wait_until,
+    write_config,
+)
+
+HERE = Path(__file__).parent
+WAS_ASKED_FOR = os.environ.get("REQUIRE_SLURM") == "1"
+HAS_SLURM = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is not None
+TWO_PROCESSES = ("--tasks-per-node", "2", "--cpus-per-node", "2")
+TWO_NODES = ("--nodes", "2", "--cpus-per-node", "2")
+EPOCHS = 8  # of 6 steps
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (WAS_ASKED_FOR or (HAS_SLURM and os.geteuid() == 0)),
+        reason="needs root and slurmctld (apt-get install slurm-wlm munge); REQUIRE_SLURM=1 "
+        "makes that an error",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands that talk to a SLURM of two nodes, for as long as it lives."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = [str(folder)]
+    with open(folder / "start.log", "w") as log:  # daemons would hold a pipe open
+        begun = subprocess.run(["bash", str(HERE / "start.sh"), *script], stdout=log, stderr=log)
+    assert begun.returncode == 0, (folder / "start.log").read_text()
+    yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(["bash", str(HERE / "stop.sh"), *script], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), optim={"epochs": EPOCHS})
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    return run_undisturbed(config, config.parent / "whole")
+
+
+class Submitted:
+    """`submit_pretrain.py --wait` at work."""
+
+    def __init__(self, cluster: dict[str, str], config: Path, out: Path, *words: str) -> None:
+        self.cluster, self.out = cluster, out
+        command = [
+            sys.executable, str(ROOT / "tools/submit_pretrain.py"), str(config), f"out={out}",
+            "--cluster", "slurm", "--partition", "test", "--wait", *words,
+        ]  # fmt: skip
+        self.log = out.with_suffix(".log")
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, env=cluster, stdout=log, stderr=log)
+        wait_until(lambda: "submitted" in self.said() or self.process.poll(), 60, "submission")
+        number = re.search(r"job (\d+) submitted", self.said())
+        assert number is not None, self.said()
+        self.job = number[1]
+
+    def __enter__(self) -> "Submitted":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        subprocess.run(["scancel", self.job], env=self.cluster, capture_output=True, check=False)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def slurm(self, *words: str) -> str:
+        done = subprocess.run(words, env=self.cluster, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def restarts(self) -> int:
+        return int(re.search(r"Restarts=(\d+)", self.slurm("scontrol", "show", "job", self.job))[1])
+
+    def reach(self, step: int) -> None:
+        def there() -> bool:
+            assert self.process.poll() is None, self.logs()
+            return last_step(self.out) >= step
+
+        wait_until(there, 180, f"step {step}")
+
+    def finish(self, seconds: float = 300) -> None:
+        assert self.process.wait(seconds) == 0, self.logs()
+        assert (self.out / "summary.json").exists()
+
+    def logs(self) -> str:
+        """What the command and all tasks said; progress bars are left out."""
+        files = [self.log, *sorted((self.out / "submitit").glob("*_log.*"))]
+        lines = [line for file in files for line in re.split("[\r\n]+", file.read_text())]
+        return "\n".join(re.sub("^pretrain: .*?]", "", line) for line in lines)
+
+
+def test_signalled_job_saves_is_queued_again_and_ends_like_a_whole_run(
+    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
+) -> None:
+    with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES) as job:
+        job.reach(10)
+        job.slurm("scancel", "--signal=USR1", job.job)
+        job.finish()
+    assert job.restarts() == 1
+    told = [line for line in job.logs().splitlines() if "stopped by" in line]
+    saved_after = {int(re.search(r"after step (\d+)", line)[1]) for line in told}
+    assert len(saved_after) == 1  # both processes agreed, and lost no step
+    assert 10 <= saved_after.pop() < EPOCHS * 6
+    assert identical(whole, job.out)
+
+
+def test_requeued_job_of_two_nodes_ends_like_a_whole_run(
+    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
+) -> None:
+    """`scontrol requeue` does what SLURM does to a job that makes room: SIGTERM, then SIGKILL."""
+    with Submitted(cluster, config, tmp_path / "run", *TWO_NODES) as job:
+        job.reach(10)
+        job.slurm("scontrol", "requeue", job.job)
+        job.finish()
+    assert job.restarts() == 1
+    assert "stopped by" in job.logs()
+    assert identical(whole, job.out)
+
+
+def test_killed_process_is_started_again_within_the_job(
+    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
+) -> None:
+    with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES) as job:
+        job.reach(10)
+        os.kill(training_processes(job.out)[0], signal.SIGKILL)
+        job.finish()
+    assert job.restarts() == 0
+    assert "SIGKILL" in job.logs() or "exitcode: -9" in job.logs()
+    assert identical(whole, job.out)
+
+
+def test_job_out_of_time_goes_on_in_a_next_one(cluster: dict[str, str], tmp_path: Path) -> None:
+    """SLURM tells a job up to half a minute before it has to: here after 30 to 60 s."""
+    config = write_config(tmp_path, optim={"epochs": 100}, eval={"knn_every_epochs": 50})
+    limits = ["--time-minutes", "2", "--save-seconds", "60"]
+    whole = run_undisturbed(config, tmp_path / "whole")
+    with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES, *limits) as job:
+        job.finish(420)
+    assert job.restarts() >= 1
+    assert "this job is timed-out" in job.logs()
+    assert identical(whole, job.out)
+
+
+def test_cancelled_job_saves_and_the_same_command_goes_on(
+    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
+) -> None:
+    with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES) as job:
+        job.reach(10)
+        job.slurm("scancel", job.job)
+        wait_until(lambda: not training_processes(job.out), 60, "the end of the processes")
+    assert "stopped by" in job.logs()
+    with Submitted(cluster, config, job.out, *TWO_PROCESSES, "--resume") as again:
+        again.finish()
+    assert identical(whole, job.out)
+
+
+def test_shards_made_in_tasks_equal_those_made_here(
+    cluster: dict[str, str], config: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, str(ROOT / "tools/make_shards.py"), str(config.parent)]
+    options = ["--labels", "none", "--max-samples-per-shard", "7"]
+    slurm = ["--submitit", "slurm", "--num-tasks", "3", "--slurm-partition", "test",
+             "--slurm-time-minutes", "5"]  # fmt: skip
+    sets = []
+    for name, more in (("here", []), ("tasks", slurm)):
+        command = [*script, str(tmp_path / name), *options, *more]
+        done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        sets.append({str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files})
+    assert sum(name.endswith(".tar") for name in sets[0]) == 14
+    assert sets[0] == sets[1]

@@ -1,0 +1,316 @@
+"""Submit a pretraining run through submitit: to SLURM, or to processes on this machine.
+
+Each node gets one task, which runs torchrun; a training process that dies is started again from the
+last checkpoint. A job that is preempted, or whose time is up, saves, is queued again and goes on.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain.errors import UserError, require
+
+EXAMPLE = """\
+examples:
+  .venv/bin/python tools/submit_pretrain.py configs/pretrain/imagenet1k/byol.yaml \\
+      out=runs/byol data.shards=data/imagenet --cluster slurm --nodes 8 --gpus-per-node 8 \\
+      --time-minutes 1440 --partition gpu --slurm-option account=vision
+  .venv/bin/python tools/submit_pretrain.py configs/pretrain/demo.yaml out=runs/first \\
+      data.shards=data/shards --cluster local --tasks-per-node 2 --wait
+
+Logs and submitit's files lie in out/submitit. `scancel --signal=USR1 JOB` makes a job save and go
+to the end of the queue; `scancel JOB` makes it save and ends it, and the same command with --resume
+goes on. docs/scaling.md has the arithmetic of batch, rate and memory.
+Exit status: 0 submitted (with --wait: finished); 1 it went wrong; 2 wrong arguments or input.
+"""
+ROOT = Path(__file__).resolve().parents[1]
+PREEMPTION = signal.SIGUSR1  # a training process saves when it gets it; submitit's own is USR2
+# As in tools/pretrain.sh: glibc keeps large temporaries instead of giving them back.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+_LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # of the rendezvous: below those that Linux gives away
+
+
+@dataclass
+class TorchrunNode:
+    """The work of one node; submitit calls it, and ``checkpoint`` before it queues it again.
+
+    Attributes:
+        arguments: Of ``python -m pretrain``; ``--resume`` is among them.
+        nodes: Nodes of the job.
+        min_nodes: With how many of them the run goes on when others are lost.
+        num_processes: Training processes of each node.
+        max_restarts: How often torchrun starts the processes again.
+        save_seconds: That the processes have to save and end before they are killed.
+    """
+
+    arguments: tuple[str, ...]
+    nodes: int
+    min_nodes: int
+    num_processes: int
+    max_restarts: int
+    save_seconds: int
+    _pid: int = 0
+    _is_stopping: bool = False
+
+    def __call__(self) -> None:
+        """Run torchrun to its end.
+
+        Raises:
+            RuntimeError: If training failed.
+            SystemExit: If the node was told to stop. It leaves no result, so that submitit does not
+                take the job for finished while it waits in the queue.
+        """
+        import submitit
+
+        job = submitit.JobEnvironment()
+        command = torchrun_command(self, job.job_id, job.node, job.hostnames[0])
+        print(f"node {job.node} of {job.num_nodes}:", *command, flush=True)
+        signal.signal(signal.SIGTERM, self._stop)
+        if job.global_rank:  # the first task's handler is submitit's, which calls `checkpoint`
+            signal.signal(PREEMPTION, self._stop)
+        process = subprocess.Popen(command, env=node_environment(self), preexec_fn=_ignore)
+        self._pid = process.pid
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        status = process.wait()
+        if self._is_stopping:
+            raise SystemExit(128 + signal.SIGTERM)
+        if status:
+            raise RuntimeError(f"training ended with exit status {status}; its words stand above")
+
+    def checkpoint(self) -> Any:
+        """Let the processes save and end; what submitit queues then is the same again."""
+        import submitit
+
+        self._stop()
+        if self._pid:
+            # No Popen.wait: this runs in a signal handler, within another wait for the same child.
+            os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(replace(self, _pid=0, _is_stopping=False))
+
+    def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
+        if self._pid and not self._is_stopping:
+            os.kill(self._pid, signal.SIGINT)  # torchrun passes it on and waits
+        self._is_stopping = True
+
+
+def _ignore() -> None:
+    """Torchrun shall hear SIGINT from its node alone, and once.
+
+    SLURM signals the task, or all its processes, or some of them twice: its plugins decide.
+    """
+    signal.signal(PREEMPTION, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def torchrun_command(node: TorchrunNode, job_id: str, number: int, first_host: str) -> list[str]:
+    """How torchrun starts on node `number`; the first node holds the rendezvous."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run",
+        f"--nproc-per-node={node.num_processes}", f"--max-restarts={node.max_restarts}",
+        "--monitor-interval=1",
+    ]  # fmt: skip
+    if node.nodes == 1:
+        command.append("--standalone")
+    else:
+        digits = int("".join(c for c in job_id if c.isdigit()))
+        command += [
+            f"--nnodes={node.min_nodes}:{node.nodes}", "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={first_host}:{_FIRST_PORT + digits % _NUM_PORTS}",
+            f"--rdzv-id={job_id}", f"--rdzv-conf=is_host={int(number == 0)}",
+        ]  # fmt: skip
+    return [*command, "-m", "pretrain", *node.arguments]
+
+
+def node_environment(node: TorchrunNode) -> dict[str, str]:
+    """The environment of torchrun."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    torchrun = {  # options that the oldest torch allowed here does not know
+        "PET_SIGNALS_TO_HANDLE": "SIGINT",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(node.save_seconds),
+    }
+    return MALLOC | os.environ | torchrun | {"PYTHONPATH": path}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    main_parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = main_parser.add_argument
+    add("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
+    add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
+    add("--cluster", choices=("local", "slurm"), required=True, help="where the job runs")
+    add("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    add("--min-nodes", type=int, metavar="N",
+        help="go on with this many nodes when others are lost (default: all; the job is queued "
+        "again)")  # fmt: skip
+    add("--gpus-per-node", type=int, default=0, metavar="N", help="default: 0, train on the CPU")
+    add("--tasks-per-node", type=int, metavar="N",
+        help="training processes of a node (default: its GPUs, or 1)")  # fmt: skip
+    add("--cpus-per-node", type=int, metavar="N",
+        help="default: for each process one and its data.num_workers")  # fmt: skip
+    add("--mem-gb", type=float, metavar="GB", help="memory of a node")
+    add("--time-minutes", type=int, metavar="T",
+        help="time limit; then the job is queued again (default: 240; local: none)")  # fmt: skip
+    add("--max-timeouts", type=int, default=100, metavar="N",
+        help="how often (default: 100)")  # fmt: skip
+    add("--save-seconds", type=int, default=120, metavar="S",
+        help="time to save and end, before the limit or after a signal (default: 120)")  # fmt: skip
+    add("--max-restarts", type=int, default=3, metavar="N",
+        help="how often torchrun starts dead processes again, in one job (default: 3)")  # fmt: skip
+    add("--partition", metavar="P", help="SLURM partition")
+    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
+        help="further line for sbatch, such as account=vision; may be repeated")  # fmt: skip
+    add("--resume", action="store_true", help="go on with the run in out, if there is one")
+    add("--allow-changes", action="store_true", help="with --resume: even with another config")
+    add("--wait", action="store_true", help="until the run has ended; the exit status is its own")
+    return main_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        node, out, num_cpus = planned(options)
+        job = submit(node, out, options, num_cpus)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"job {job.job_id} submitted; log: {job.paths.stderr}", flush=True)
+    return wait(job) if options.wait else 0
+
+
+def planned(options: argparse.Namespace) -> tuple[TorchrunNode, Path, int]:
+    """What each node will do, the run's folder, and the processors that a node needs.
+
+    Raises:
+        UserError: Anything in the arguments, the config or the folder that cannot work.
+    """
+    from pretrain.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if config.out is None:
+        raise UserError("out is not set: name the folder of this run, e.g. out=runs/first")
+    out = Path(config.out)
+    if (out / "checkpoint.pth").exists() and not options.resume:
+        raise UserError(
+            f"{out} holds a run already: continue it with --resume, or choose another out=DIR"
+        )
+    for name in ("nodes", "min_nodes", "tasks_per_node", "cpus_per_node", "time_minutes",
+                 "save_seconds"):  # fmt: skip
+        value = getattr(options, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be >= 1")
+    for name in ("gpus_per_node", "max_restarts", "max_timeouts"):
+        value = getattr(options, name)
+        require(value >= 0, f"--{name.replace('_', '-')} {value}: must be >= 0")
+    is_local = options.cluster == "local"
+    require(not is_local or options.nodes == 1, "--cluster local has one node: this machine")
+    num_processes = options.tasks_per_node or options.gpus_per_node or 1
+    least = options.min_nodes or options.nodes
+    require(least <= options.nodes, f"--min-nodes {least} is above --nodes {options.nodes}")
+    _check_batch(config.data.batch_size, least, options.nodes, num_processes)
+    words = [options.config, *options.overrides, "--resume"]
+    words += ["--allow-changes"] if options.allow_changes else []
+    node = TorchrunNode(
+        tuple(words), options.nodes, least, num_processes, options.max_restarts,
+        options.save_seconds,
+    )  # fmt: skip
+    num_cpus = options.cpus_per_node or num_processes * (1 + config.data.num_workers)
+    return node, out, num_cpus
+
+
+def _check_batch(batch_size: int, least: int, most: int, num_processes: int) -> None:
+    for nodes in range(least, most + 1):
+        require(
+            batch_size % (nodes * num_processes) == 0,
+            f"data.batch_size={batch_size} cannot be divided among {nodes * num_processes} "
+            f"processes ({nodes} nodes of {num_processes}); choose another batch size, or another "
+            "--nodes, --min-nodes or --tasks-per-node",
+        )
+
+
+def slurm_options(words: Sequence[str]) -> dict[str, str]:
+    """``["account=vision"]`` -> ``{"account": "vision"}``."""
+    options = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        require(
+            bool(separator and key) and word.isprintable(),
+            f"--slurm-option {word!r} is not of the form KEY=VALUE, e.g. account=vision",
+        )
+        options[key] = value
+    return options
+
+
+def submit(node: TorchrunNode, out: Path, options: argparse.Namespace, num_cpus: int) -> Any:
+    """Hand the run to submitit.
+
+    Returns:
+        submitit's job.
+    Raises:
+        UserError: If there is no such cluster, or it refuses the job.
+    """
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = PREEMPTION.name.removeprefix("SIG")
+    os.environ["PYTHONPATH"] = node_environment(node)["PYTHONPATH"]  # the job unpickles from here
+    import submitit
+
+    extra: dict[str, Any] = {
+        "signal": f"{PREEMPTION.name.removeprefix('SIG')}@{options.save_seconds}",
+        "requeue": True,
+        **({"no-kill": True} if node.min_nodes < node.nodes else {}),
+        **slurm_options(options.slurm_option),
+    }
+    for word in (str(out), options.partition or ""):
+        require(word.isprintable(), f"{word!r}: no line breaks in names for the cluster")
+    minutes = options.time_minutes or (240 if options.cluster == "slurm" else _LOCAL_MINUTES)
+    try:
+        executor = submitit.AutoExecutor(
+            folder=out / "submitit", cluster=options.cluster,
+            slurm_max_num_timeout=options.max_timeouts, local_max_num_timeout=options.max_timeouts,
+        )  # fmt: skip
+        executor.update_parameters(
+            name="pretrain", nodes=node.nodes, tasks_per_node=1, cpus_per_task=num_cpus,
+            gpus_per_node=options.gpus_per_node, mem_gb=options.mem_gb, timeout_min=minutes,
+            slurm_partition=options.partition, slurm_additional_parameters=extra,
+        )  # fmt: skip
+        return executor.submit(node)
+    except (RuntimeError, OSError) as error:  # no srun, or sbatch refuses
+        raise UserError(f"submitit cannot submit the job: {error}") from error
+
+
+def wait(job: Any) -> int:
+    """Until the job has ended; returns the exit status. Ctrl-C leaves the job alone."""
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns for ever
+    try:
+        while not job.done():
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print(f"\njob {job.job_id} goes on without this command", file=sys.stderr)
+        return 1
+    tasks = [job.task(number) for number in range(job.num_tasks)]
+    if all(t.paths.result_pickle.exists() and t.exception() is None for t in tasks):
+        print(f"job {job.job_id} has finished the run")
+        return 0
+    print(f"error: job {job.job_id} did not finish the run; log: {job.paths.stderr}",
+          file=sys.stderr)  # fmt: skip
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
