@@ -223,13 +223,16 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The kNN probe on labelled shards, and the pictures that a person looks at."""
+    """The probes of the features, and the pictures that a person looks at."""
 
     probe_train: str | None = None
     probe_val: str | None = None
     knn_every_epochs: int = 10
     knn_k: int = 20
     knn_temperature: float = 0.07
+    knn_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the stored features
+    online_probe: bool = False  # a linear classifier learns beside, from the training batches
+    online_probe_lr: float = 1e-3  # of its Adam; constant
     image_size: int = 0  # pixels; 0: data.image_size
     num_pictures: int = 8  # rows in the views and neighbours pictures; 0: none
 
@@ -237,6 +240,7 @@ class EvalConfig:
         require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")
         require(self.knn_k >= 1, f"eval.knn_k must be >= 1, got {self.knn_k}")
         require(self.knn_temperature > 0, f"eval.knn_temperature: {self.knn_temperature} <= 0")
+        require(self.online_probe_lr > 0, f"eval.online_probe_lr: {self.online_probe_lr} <= 0")
         require(
             self.image_size == 0 or self.image_size >= 16,
             f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
@@ -246,6 +250,18 @@ class EvalConfig:
             (self.probe_train is None) == (self.probe_val is None),
             "eval.probe_train and eval.probe_val go together: give both or neither",
         )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Services that get the figures besides ``metrics.jsonl`` and TensorBoard."""
+
+    wandb: bool = False  # Weights & Biases
+    mlflow: bool = False
+    project: str = "feature-augmented-pretraining"  # of W&B; MLflow's experiment
+
+    def __post_init__(self) -> None:
+        require(bool(self.project.strip()), "tracking.project is empty: name a project")
 
 
 @dataclass(frozen=True)
@@ -264,6 +280,7 @@ class PretrainConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         self._check_micro_batches()

@@ -12,7 +12,8 @@ from pretrain.engine import checkpoint
 from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 
-NOT_COMPARED = ("out", "engine", "eval")  # may change when a run goes on: they decide no gradient
+# May change when a run goes on: they decide no gradient.
+NOT_COMPARED = ("out", "engine", "eval", "tracking")
 # Where the shards lie, and how they are read; that they are the same is seen by their fingerprint.
 DATA_NOT_COMPARED = (
     "shards", "num_workers", "cache_dir", "cache_gb", "read_retries", "read_timeout_seconds",

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, to_plain
 from pretrain.engine import diagnostics, dist, guards, run_folder, saver
 from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.diagnostics import CollapseAlarm, CollapseError
@@ -33,7 +33,9 @@ from pretrain.engine.optim import (
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StoppedBySignal, StopRequest
+from pretrain.engine.trackers import Trackers, check_installed
 from pretrain.engine.watchdog import Progress, Watchdog
+from pretrain.eval.online_probe import OnlineProbe, evaluate, watched
 from pretrain.eval.pictures import save_neighbours, save_views
 from pretrain.eval.probe import Probe
 from pretrain.models.cell_check import refuse_without_gradient
@@ -85,6 +87,7 @@ class Run:
         self, config: PretrainConfig, *, resume: bool, allow_changes: bool = False
     ) -> None:
         self.config = config
+        check_installed(config.tracking)
         self.device = choose_device(config.engine.device)
         self.is_bf16 = uses_bf16(config.engine.precision, self.device)
         dist.start(self.device.type)
@@ -113,6 +116,9 @@ class Run:
         )
         self.schedule = lr_schedule(config.optim)
         self.position = Position()
+        self.online_probe = OnlineProbe.open(
+            config.eval, self.feed.samples, self.model.online.backbone, self.device
+        )
         self.notes: list[str] = []
         if resume and (self.folder / saver.NAME).exists():
             self._restore(allow_changes)
@@ -143,12 +149,16 @@ class Run:
         )  # fmt: skip
         self.notes = [note] if note else []
         self.notes += [f"going on with a changed config: {line}" for line in changes]
+        if self.online_probe and (note := self.online_probe.load(state.get("online_probe"))):
+            self.notes.append(note)
 
     def _state(self) -> dict[str, Any]:
-        return to_checkpoint(
+        state = to_checkpoint(
             self.config, self.model, self.optimizer, self.position, self.num_steps,
             self.feed.fingerprint,
         )  # fmt: skip
+        online = {"online_probe": self.online_probe.state_dict()} if self.online_probe else {}
+        return state | online
 
     def _forward_through_ddp(self) -> torch.nn.Module:
         if not dist.is_on():
@@ -167,7 +177,7 @@ class Run:
             total=self.num_steps, initial=self.position.step, desc="pretrain", unit="step",
             disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
         )  # fmt: skip
-        open_log = contextlib.closing(log) if log else contextlib.nullcontext()
+        open_log = log or contextlib.nullcontext()
         with bar, open_log, self.stop, self.saver, self.watchdog:
             for note in self.notes:
                 if log is not None:
@@ -202,7 +212,9 @@ class Run:
         """The log without the rows that will be written again."""
         step = -1 if fresh else self.position.step
         probe_is_due = self.position.step_in_epoch == self.steps_per_epoch
-        return MetricLog(self.folder, step, step - 1 if probe_is_due else step)
+        plain = to_plain(self.config)
+        trackers = Trackers(self.config.tracking, self.folder, plain, is_new=fresh)
+        return MetricLog(self.folder, step, step - 1 if probe_is_due else step, trackers)
 
     def _train_epoch(self, log: MetricLog | None, bar: tqdm) -> None:
         meter = Meter()
@@ -272,6 +284,8 @@ class Run:
         self.progress.enter("update")
         self.optimizer.step()
         ids, labels = fed.batch.sample_ids, fed.batch.labels
+        if self.online_probe:
+            self.online_probe.step(labels)
         first = slice(0, outputs[0].projection.shape[0])
         queue = self.model.queue_report(outputs[0], ids[first], labels[first]) if is_logged else {}
         tau = ema_tau(config.objective, step, self.num_steps)
@@ -286,7 +300,8 @@ class Run:
         views = self.gradients.attacked(
             fed.views, generator, progress, config.adversarial, config.data
         )
-        outputs = self.gradients.compute(views, generator, progress)
+        with watched(self.online_probe):
+            outputs = self.gradients.compute(views, generator, progress)
         if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
             self.model.online.prototypes.weight.grad = None
         return outputs
@@ -311,7 +326,8 @@ class Run:
             row = {"loss": loss, "lr": done.lr, **figures, "fa_active": int(output.is_augmented)}
             names = ("num_bad_samples", "num_skipped_steps")
             counts = {name: getattr(position, name) for name in names}
-            self._write(log, "train", **row, **done.queue, **counts, **rates)
+            online = self.online_probe.figures() if self.online_probe else {}
+            self._write(log, "train", **row, **done.queue, **online, **counts, **rates)
             if self._is_histogram_due():
                 self._write(log, "similarity", **diagnostics.similarity_histograms(output))
             collapse = self.alarm.look(figures, output.projection, position.step)
@@ -343,10 +359,11 @@ class Run:
     def _probe(self, log: MetricLog) -> None:
         if self.probe is None:
             return
-        top1 = self.probe.top1(self.model.online.backbone)
-        self._write(log, "knn", knn_top1=top1)
+        figures = evaluate(self.probe, self.model.online.backbone, self.online_probe)
+        self._write(log, "knn", **figures)
         if self.position.step == 0:
-            log.write("event", 0, message="kNN before training", knn_top1_initial=top1)
+            first = figures["knn_top1"]
+            log.write("event", 0, message="kNN before training", knn_top1_initial=first)
 
     def _save_checkpoint(self) -> None:
         self.progress.enter("checkpoint")

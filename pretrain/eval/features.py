@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pretrain.data.mixture import Samples
 from pretrain.data.stream import eval_loader
@@ -32,24 +36,50 @@ def extract_features(
     device: torch.device,
     batch_size: int = 256,
     max_samples: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    each_batch: Callable[[Float[Tensor, "n d"], Int[Tensor, " n"]], None] | None = None,
 ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Pooled features of centre crops in index order, with BN in eval mode.
 
+    They are written batch by batch into memory that is allocated once, on the CPU.
+
+    Args:
+        backbone: Image to pooled features.
+        index: What to look at.
+        image_size: Side of the crop, pixels.
+        mean: Of the normalisation, RGB.
+        std: Of the normalisation, RGB.
+        device: Where the backbone is.
+        batch_size: Pictures looked at together.
+        max_samples: Stop after the batch that reaches so many.
+        dtype: What features are stored in. Half precision keeps directions only: rows are brought
+            to length 1 first, so that none can overflow.
+        each_batch: Called with each batch's features (float32, on ``device``) and labels.
+
     Returns:
-        Features (float32, CPU), labels (-1 where there is none), sample ids.
+        Features (CPU), labels (-1 where there is none), sample ids.
     """
+    num = index.num_samples
+    if max_samples is not None:
+        num = min(num, math.ceil(max_samples / batch_size) * batch_size)
+    features = torch.empty(0, 0, dtype=dtype)
+    labels, ids = (torch.empty(num, dtype=torch.int64) for _ in range(2))
     was_training = backbone.training
     backbone.eval()
-    features, labels, ids = [], [], []
     num_seen = 0
     for images, batch_labels, batch_ids in eval_loader(
         index, image_size=image_size, batch_size=batch_size, num_workers=0
     ):
-        features.append(backbone(normalise(images.to(device), mean, std)).float().cpu())
-        labels.append(batch_labels)
-        ids.append(batch_ids)
-        num_seen += len(batch_ids)
-        if max_samples is not None and num_seen >= max_samples:
+        found = backbone(normalise(images.to(device), mean, std)).float()
+        if each_batch is not None:
+            each_batch(found, batch_labels)
+        if num_seen == 0:
+            features = torch.empty(num, found.shape[1], dtype=dtype)
+        part = slice(num_seen, num_seen + len(batch_ids))
+        features[part] = found if dtype == torch.float32 else functional.normalize(found, dim=1)
+        labels[part], ids[part] = batch_labels, batch_ids
+        num_seen = part.stop
+        if num_seen == num:
             break
     backbone.train(was_training)
-    return torch.cat(features), torch.cat(labels), torch.cat(ids)
+    return features, labels, ids

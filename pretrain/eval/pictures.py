@@ -8,13 +8,13 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pretrain.config import DataConfig
 from pretrain.data.mixture import Samples
 from pretrain.data.views import center_crop, decode
 from pretrain.engine.run_folder import write_json
 from pretrain.eval.features import extract_features
+from pretrain.eval.knn import nearest_rows
 from pretrain.eval.probe import Probe
 
 TILE = 96  # pixels
@@ -81,11 +81,9 @@ def save_neighbours(
         )  # fmt: skip
         queries, labels = bank, bank_labels
         chosen = np.arange(min(num_rows, len(queries)))
-    similarity = functional.normalize(queries[chosen], dim=1) @ functional.normalize(bank, dim=1).T
-    if probe is None:
-        similarity[torch.arange(len(chosen)), torch.as_tensor(chosen)] = -2.0  # not itself
+    itself = torch.as_tensor(chosen) if probe is None else None
     k = min(NUM_NEIGHBOURS, len(bank) - (probe is None))
-    values, nearest = similarity.topk(k, dim=1)
+    values, nearest = nearest_rows(bank, queries[chosen], k, excluded=itself, device=device)
     names = bank_index.classes
     rows, described = [], []
     for row, query in enumerate(chosen):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.shards import ShardIndex
@@ -53,8 +54,16 @@ class Probe:
             )
         return cls(train, val, config, data, device)
 
-    def features(self, backbone: nn.Module, index: ShardIndex) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [n, d] and labels [n] of one of the two sets."""
+    def features(
+        self,
+        backbone: nn.Module,
+        index: ShardIndex,
+        each_batch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features [n, d] in ``eval.knn_dtype`` and labels [n] of one of the two sets.
+
+        ``each_batch`` is called with the features (float32) and the labels of every batch.
+        """
         features, labels, _ = extract_features(
             backbone,
             index,
@@ -62,13 +71,17 @@ class Probe:
             mean=self.data.pixel_mean,
             std=self.data.pixel_std,
             device=self.device,
+            dtype=getattr(torch, self.config.knn_dtype),
+            each_batch=each_batch,
         )
         return features, labels
 
-    def top1(self, backbone: nn.Module) -> float:
-        """Accuracy of the kNN classifier, in [0, 1]."""
+    def top1(
+        self, backbone: nn.Module, each_batch: Callable[[Tensor, Tensor], None] | None = None
+    ) -> float:
+        """Accuracy of the kNN classifier, in [0, 1]; ``each_batch`` sees the validation set."""
         bank, bank_labels = self.features(backbone, self.train)
-        queries, labels = self.features(backbone, self.val)
+        queries, labels = self.features(backbone, self.val, each_batch)
         return knn_top1(
             bank,
             bank_labels,
@@ -76,4 +89,5 @@ class Probe:
             labels,
             k=self.config.knn_k,
             temperature=self.config.knn_temperature,
+            device=self.device,
         )

@@ -182,6 +182,10 @@ WRONG_VALUES = {
     "engine.num_threads=-1": r"engine\.num_threads: -1 is < 0",
     "engine.keep_checkpoints=-1": r"engine\.keep_checkpoints: -1 is < 0",
     "engine.keep_every_steps=-1": r"engine\.keep_every_steps: -1 is < 0",
+    "engine.on_nonfinite=ignore": "on_nonfinite",
+    "engine.max_nonfinite_steps=0": r"engine\.max_nonfinite_steps must be >= 1, got 0",
+    "engine.watchdog_seconds=-1": r"engine\.watchdog_seconds must be >= 0 .*, got -1",
+    "engine.on_hang=ask": "on_hang",
     "data.last_batch=fill": "last_batch",
     "data.photometric=gpu": "photometric",
     "data.cache_gb=0": r"data\.cache_gb: 0.* must be above 0",
@@ -192,6 +196,11 @@ WRONG_VALUES = {
     "eval.knn_k=0": r"eval\.knn_k must be >= 1, got 0",
     "eval.knn_every_epochs=0": r"eval\.knn_every_epochs: 0 < 1",
     "eval.knn_temperature=0": r"eval\.knn_temperature: 0.* <= 0",
+    "eval.knn_dtype=float64": "knn_dtype",
+    "eval.online_probe=perhaps": "online_probe",
+    "eval.online_probe_lr=0": r"eval\.online_probe_lr: 0.* <= 0",
+    "tracking.wandb=perhaps": "wandb",
+    "tracking.project=": r"tracking\.project is empty: name a project",
     "eval.num_pictures=-1": r"eval\.num_pictures: -1 is < 0",
     "eval.image_size=-5": r"eval\.image_size must be 0 \(data\.image_size\) or >= 16, got -5",
     "eval.probe_train=x": r"eval\.probe_train and eval\.probe_val go together",
@@ -293,6 +302,10 @@ AUGMENTER = "models/test_augmenter.py::"
 CELLS = "models/test_cells.py::"
 STEP = "engine/test_step.py::"
 DIAGNOSTICS = "engine/test_diagnostics.py::"
+GUARDS = "engine/test_guards.py::"
+WATCHDOG = "engine/test_watchdog.py::"
+ONLINE = "eval/test_online_probe.py::"
+TRACKERS = "engine/test_trackers.py::"
 ADVERSARIAL = "models/test_adversarial.py::"
 COVERED_BY = {
     "out": TRAIN + "test_files_of_a_run",
@@ -387,11 +400,21 @@ COVERED_BY = {
     "engine.collapse_std": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
     "engine.collapse_rank": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
     "engine.collapse_patience": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
+    "engine.on_nonfinite": GUARDS + "test_skip_leaves_everything_as_it_was",
+    "engine.max_nonfinite_steps": GUARDS + "test_more_steps_than_allowed_stop_the_run",
+    "engine.watchdog_seconds": WATCHDOG + "test_a_hang_is_reported_once_with_phase_and_stacks",
+    "engine.on_hang": WATCHDOG + "test_on_hang_stop_ends_the_process",
     "eval.probe_train": TRAIN + "test_probe_runs_at_its_interval",
     "eval.probe_val": TRAIN + "test_probe_runs_at_its_interval",
     "eval.knn_every_epochs": TRAIN + "test_probe_runs_at_its_interval",
     "eval.knn_k": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
     "eval.knn_temperature": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
+    "eval.knn_dtype": "eval/test_probe.py::test_dtype_of_the_config_is_what_the_bank_is_stored_in",
+    "eval.online_probe": ONLINE + "test_weights_of_the_run_are_bit_equal_with_and_without_it",
+    "eval.online_probe_lr": ONLINE + "test_steps_equal_the_textbook",
+    "tracking.wandb": TRACKERS + "test_a_run_tells_both_services",
+    "tracking.mlflow": TRACKERS + "test_a_run_tells_both_services",
+    "tracking.project": TRACKERS + "test_a_run_tells_both_services",
     "eval.image_size": "eval/test_probe.py::test_image_size_is_the_probe_s_own_or_the_training_s",
     "eval.num_pictures": TRAIN + "test_num_pictures_decides_the_rows",
     "adversarial.epsilon": ADVERSARIAL + "test_option_of_a_run_changes_what_is_learnt",

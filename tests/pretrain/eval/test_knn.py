@@ -1,11 +1,17 @@
 """kNN against a loop over queries and neighbours."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from pretrain.eval.knn import knn_top1
+from pretrain.eval.knn import knn_top1, nearest_rows, working_bytes
+
+ROOT = Path(__file__).parents[3]
 
 
 def data(m=60, n=25, d=8, classes=4, seed=0):
@@ -53,6 +59,97 @@ def test_chunks_change_nothing():
     whole = knn_top1(*sets, k=5, temperature=0.07)
     for chunk in (1, 7, 25):
         assert knn_top1(*sets, k=5, temperature=0.07, chunk=chunk) == whole
+
+
+def by_numpy(bank, queries, k):
+    """All similarities at once, in float64, sorted whole."""
+    bank, queries = (x.double().numpy() for x in (bank, queries))
+    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    similarity = queries @ bank.T
+    order = np.argsort(-similarity, axis=1)[:, :k]
+    return np.take_along_axis(similarity, order, axis=1), order
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("k", [1, 7, 60])
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1, 1), (4, 7), (25, 60), (7, 59), (100, 100)])
+def test_nearest_rows_equal_numpy_whatever_the_chunks(k, chunk, bank_chunk):
+    """Also where a bank chunk holds fewer rows than k."""
+    bank, _, queries, _ = data()
+    values, rows = nearest_rows(bank, queries, k, chunk=chunk, bank_chunk=bank_chunk)
+    expected, order = by_numpy(bank, queries, k)
+    np.testing.assert_allclose(values.numpy(), expected, atol=1e-6)
+    assert rows.tolist() == order.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
+def test_half_precision_is_within_its_rounding(dtype, tolerance):
+    """Both rows of a pair of unit vectors are rounded: similarities move by 2 x 2^-11, 2 x 2^-8."""
+    bank, bank_labels, queries, labels = data(m=3000, n=400, d=8)
+    bank, queries = (x / x.norm(dim=1, keepdim=True) for x in (bank, queries))
+    values, _ = nearest_rows(bank.to(dtype), queries.to(dtype), 20, bank_chunk=500)
+    expected, _ = by_numpy(bank, queries, 20)
+    difference = np.abs(values.numpy() - expected).max()
+    assert 0 < difference <= tolerance
+    exact = knn_top1(bank, bank_labels, queries, labels, k=20, temperature=0.07)
+    half = knn_top1(bank.to(dtype), bank_labels, queries.to(dtype), labels, k=20, temperature=0.07)
+    assert 0.3 < exact < 1
+    assert half == pytest.approx(exact, abs=0.01)
+
+
+def test_sets_are_left_as_they_are():
+    bank, bank_labels, queries, labels = data()
+    before = bank.clone(), queries.clone()
+    knn_top1(bank, bank_labels, queries, labels, k=5, temperature=0.07)
+    assert torch.equal(bank, before[0])
+    assert torch.equal(queries, before[1])
+
+
+@pytest.mark.parametrize("bank_chunk", [1, 9, 100])
+def test_excluded_rows_are_not_found(bank_chunk):
+    bank, *_ = data()
+    itself = torch.arange(len(bank))
+    values, rows = nearest_rows(bank, bank, 59, excluded=itself, bank_chunk=bank_chunk)
+    expected, order = by_numpy(bank, bank, 60)
+    assert order[:, 0].tolist() == itself.tolist()
+    assert rows.tolist() == order[:, 1:].tolist()
+    np.testing.assert_allclose(values.numpy(), expected[:, 1:], atol=1e-6)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from pretrain.eval.knn import knn_top1, working_bytes
+
+def peak():  # of this process alone, unlike ru_maxrss
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+torch.set_num_threads(1)
+m, n, d, k = map(int, sys.argv[1:])
+bank = torch.empty(m, d, dtype=torch.float16)
+for start in range(0, m, 1000):
+    bank[start : start + 1000] = torch.randn(min(1000, m - start), d)
+queries = torch.randn(n, d).half()
+labels, query_labels = torch.randint(10, (m,)), torch.randint(10, (n,))
+knn_top1(bank[:k], labels[:k], queries[:1], query_labels[:1], k=k, temperature=0.07)  # libraries
+before = peak()
+knn_top1(bank, labels, queries, query_labels, k=k, temperature=0.07)
+print(peak() - before, bank.numel() * 2, working_bytes(n, d, k))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_is_the_sets_and_the_stated_constant():
+    """A float32 copy of this bank would take 123 MB, all similarities 480 MB."""
+    arguments = [sys.executable, "-c", MEASURED, "60000", "2000", "512", "20"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    grown, bank, bound = map(int, done.stdout.split())
+    assert bound == working_bytes(2000, 512, 20) < 2 * bank
+    assert 0 < grown <= bound, f"{grown / 1e6:.0f} MB grown, {bound / 1e6:.0f} MB stated"
 
 
 def test_k_and_temperature_matter():

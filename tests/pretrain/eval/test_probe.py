@@ -49,7 +49,28 @@ def test_k_and_temperature_reach_the_classifier(config, monkeypatch):
     monkeypatch.setattr(probe_module, "knn_top1", lambda *_, **options: seen.update(options) or 0.5)
     changed = replace(config, knn_k=7, knn_temperature=0.3)
     assert Probe.open(changed, DATA, CPU).top1(MeanColour()) == 0.5
-    assert seen == {"k": 7, "temperature": 0.3}
+    assert seen == {"k": 7, "temperature": 0.3, "device": CPU}
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_dtype_of_the_config_is_what_the_bank_is_stored_in(config, name, monkeypatch):
+    seen = []
+
+    def look(bank, bank_labels, queries, labels, **_):
+        seen.append((bank.dtype, queries.dtype))
+        return 0.5
+
+    monkeypatch.setattr(probe_module, "knn_top1", look)
+    assert Probe.open(replace(config, knn_dtype=name), DATA, CPU).top1(MeanColour()) == 0.5
+    assert seen == [(getattr(torch, name),) * 2]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_finds_the_same(config, name):
+    exact = Probe.open(config, DATA, CPU).top1(MeanColour())
+    assert 0 < exact < 1
+    half = Probe.open(replace(config, knn_dtype=name), DATA, CPU).top1(MeanColour())
+    assert half == pytest.approx(exact, abs=0.1)  # 4 of 40; three colours are a hard case
 
 
 def test_image_size_is_the_probe_s_own_or_the_training_s(config):
@@ -116,6 +137,49 @@ def test_max_samples_stops_after_the_batch_that_reaches_it(shards):
         ShardIndex.open(shards), MeanColour(), batch_size=7, max_samples=10
     )
     assert len(found) == len(labels) == len(ids) == 14
+
+
+def test_half_precision_keeps_directions_of_features_that_it_could_not_hold(shards):
+    class Large(MeanColour):
+        def forward(self, images):
+            return super().forward(images) * 1e6  # float16 ends at 65,504
+
+    index = ShardIndex.open(shards)
+    exact = features(index, MeanColour())[0]
+    exact = exact / exact.norm(dim=1, keepdim=True)
+    for dtype, tolerance in ((torch.float16, 2**-11), (torch.bfloat16, 2**-8)):
+        half, labels, _ = features(index, Large(), dtype=dtype, batch_size=7)
+        assert half.dtype == dtype
+        assert float((half.float() - exact).abs().max()) <= tolerance
+        assert labels.tolist() == index.labels.tolist()
+
+
+def test_batches_are_written_into_memory_that_is_allocated_once(shards, monkeypatch):
+    shapes = []
+    empty = torch.empty
+
+    def counted(*shape, **options):
+        if options.get("dtype") == torch.float16:
+            shapes.append(shape)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    found, _, _ = features(ShardIndex.open(shards), MeanColour(), batch_size=7, dtype=torch.float16)
+    assert shapes == [(0, 0), (40, 3)]
+    assert found._base is None  # neither a joined list nor a part of something larger
+
+
+def test_each_batch_is_shown_with_its_labels(shards):
+    seen = []
+    index = ShardIndex.open(shards)
+    _, labels, _ = features(
+        index, MeanColour(), batch_size=16, dtype=torch.float16,
+        each_batch=lambda x, y: seen.append((x, y)),
+    )  # fmt: skip
+    assert [len(x) for x, _ in seen] == [16, 16, 8]
+    shown = torch.cat([x for x, _ in seen])
+    assert torch.equal(shown, features(index, MeanColour())[0])  # as they are, not as stored
+    assert torch.equal(torch.cat([y for _, y in seen]), labels)
 
 
 def test_batch_norm_is_in_eval_mode_and_the_mode_comes_back(shards):
