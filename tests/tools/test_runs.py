@@ -1,0 +1,292 @@
+"""tools/runs.py on made-up run folders: states, figures, differences, damaged files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import runs as command
+from tools.flow import runs
+from tools.flow.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def make(folder, *, steps=10, finished=True, lr=0.1, age=1e6, rows=(), epochs=2):
+    """A run of 5 steps per epoch with a row for each step and a probe for each epoch."""
+    folder.mkdir(parents=True)
+    config = {"seed": 0, "data": {"shards": "a"}, "optim": {"base_lr": lr, "epochs": epochs}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.json").write_text(json.dumps({"commit": "abcdef0123456789"}))
+    lines = [
+        {"kind": "train", "step": s, "epoch": s / 5, "loss": 2 - s / 10, "lr": lr,
+         "images_per_second": 100.0 + s, "data_wait_share": 0.1, "online_top1": s / 100}
+        for s in range(1, steps + 1)
+    ]  # fmt: skip
+    lines += [
+        {"kind": "knn", "step": s, "epoch": s / 5, "knn_top1": 0.9 - abs(s - 5) / 50}
+        for s in range(0, steps + 1, 5)
+    ]
+    lines.sort(key=lambda row: row["step"])
+    lines += rows
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    when = time.time() - age
+    os.utime(folder / "metrics.jsonl", (when, when))
+    if finished:
+        summary = {"steps": steps, "epochs": 2, "images_per_second": 55.5, "seconds": 12.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def called(capsys, *arguments):
+    status = command.main([str(a) for a in arguments])
+    return status, capsys.readouterr()
+
+
+# --- states
+
+
+def test_a_summary_means_finished(tmp_path):
+    assert runs.read(make(tmp_path / "a")).state == "finished"
+
+
+def test_a_run_that_went_on_after_its_summary_is_not_finished(tmp_path):
+    folder = make(tmp_path / "a", steps=15)
+    (folder / "summary.json").write_text(json.dumps({"steps": 10}))
+    assert runs.read(folder).state == "failed"
+
+
+def test_a_signal_stops_and_silence_is_a_failure(tmp_path):
+    message = "stopped by SIGTERM after step 4; the checkpoint is saved"
+    event = {"kind": "event", "step": 4, "message": message}
+    stopped = runs.read(make(tmp_path / "s", steps=4, finished=False, rows=[event]))
+    assert (stopped.state, stopped.reason) == ("stopped", message)
+    later = {"kind": "train", "step": 5, "loss": 1.0}  # it was resumed, then killed
+    failed = runs.read(make(tmp_path / "f", steps=4, finished=False, rows=[event, later]))
+    assert failed.state == "failed"
+    assert "neither summary.json nor a word" in failed.reason
+
+
+def test_recent_rows_mean_running(tmp_path):
+    folder = make(tmp_path / "a", finished=False, age=5)
+    now = (folder / "metrics.jsonl").stat().st_mtime
+    assert runs.read(folder, now=now + 5).state == "running"
+    assert runs.read(folder, now=now + runs.RECENT_SECONDS + 1).state == "failed"
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_held_lock_means_running_whatever_the_files_say(tmp_path):
+    """The lock is taken as pretraining takes it; a look at it does not free it."""
+    folder = make(tmp_path / "a")
+    arguments = [sys.executable, "-c", HOLDER, str(folder / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        assert [runs.read(folder).state for _ in range(2)] == ["running"] * 2
+        assert holder.stdin is not None
+        holder.stdin.close()
+        holder.wait(timeout=60)
+    assert (folder / ".lock").exists()
+    assert runs.read(folder).state == "finished"
+
+
+# --- damaged and unfinished folders
+
+
+def test_a_torn_last_line_is_no_damage(tmp_path):
+    folder = make(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    run = runs.read(folder)
+    assert (run.state, run.problems, run.figures["step"]) == ("finished", [], 10)
+
+
+def test_damaged_files_are_named_and_the_rest_is_told(tmp_path):
+    folder = make(tmp_path / "a")
+    (folder / "config.yaml").write_text("a: [1, 2\n")
+    (folder / "environment.json").write_text("{")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("\0\0\0\n[1]\n" + text)
+    run = runs.read(folder)
+    assert run.problems == [
+        "config.yaml is damaged",
+        "environment.json is damaged",
+        "metrics.jsonl has 2 damaged lines",
+    ]
+    assert run.figures["loss"] == pytest.approx(1.0)
+    assert (run.figures["epochs"], run.commit) == (None, None)
+
+
+def test_a_damaged_summary_is_no_end(tmp_path):
+    folder = make(tmp_path / "a")
+    (folder / "summary.json").write_text('{"steps": ')
+    run = runs.read(folder)
+    assert run.state == "damaged"
+    assert run.problems == ["summary.json is damaged"]
+
+
+def test_a_run_that_never_logged(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".lock").touch()
+    run = runs.read(tmp_path / "a")
+    assert run.state == "failed"
+    assert run.problems == [
+        "config.yaml is missing", "environment.json is missing", "metrics.jsonl is missing",
+    ]  # fmt: skip
+    assert set(run.figures.values()) == {None}
+
+
+def test_text_and_not_a_number_are_no_figures(tmp_path):
+    row = {"kind": "train", "step": 11, "epoch": 2.2, "loss": "nan", "lr": True}
+    run = runs.read(make(tmp_path / "a", rows=[row]))
+    assert run.figures["loss"] == pytest.approx(1.0)
+    assert len(run.curves["lr"]) == 10
+
+
+# --- figures
+
+
+def test_figures_are_those_of_the_files(tmp_path):
+    figures = runs.read(make(tmp_path / "a")).figures
+    assert figures == {
+        "step": 10, "epoch": 2, "epochs": 2, "loss": pytest.approx(1.0),
+        "knn_top1": pytest.approx(0.8), "best_knn_top1": pytest.approx(0.9),
+        "online_top1": 0.1, "images_per_second": 55.5, "data_wait_share": 0.1, "seconds": 12.0,
+    }  # fmt: skip
+    unfinished = runs.read(make(tmp_path / "b", steps=7, finished=False)).figures
+    assert (unfinished["step"], unfinished["epoch"]) == (7, 1.4)
+    assert unfinished["images_per_second"] == 104  # the median of 101 .. 107
+
+
+def test_runs_are_found_at_any_depth_and_not_inside_each_other(tmp_path):
+    make(tmp_path / "b" / "pretrain")
+    make(tmp_path / "a")
+    make(tmp_path / "a" / "checkpoints" / "old")
+    (tmp_path / "c").mkdir()
+    found = [str(p.relative_to(tmp_path)) for p in runs.find(tmp_path)]
+    assert found == ["a", "b/pretrain"]
+
+
+# --- the command
+
+
+def test_list_as_a_table(tmp_path, capsys):
+    make(tmp_path / "first")
+    make(tmp_path / "second", steps=7, finished=False)
+    status, printed = called(capsys, "list", tmp_path)
+    assert status == 0
+    lines = printed.out.splitlines()
+    assert lines[0].split()[:4] == ["run", "state", "step", "epoch"]
+    assert lines[1].split()[:10] == [
+        "first", "finished", "10", "2", "2", "1", "0.8", "0.1", "55.5", "0.1",
+    ]  # fmt: skip
+    assert "abcdef0123" in lines[1]
+    assert "abcdef01234" not in lines[1]
+    assert lines[2].split()[:2] == ["second", "failed"]
+    assert lines[3].startswith("second: failed: it ended")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("run", "abc"), ("loss", "cab"), ("step", "bac"), ("updated", "cba"), ("seconds", "bac")],
+)
+def test_sorting(tmp_path, capsys, key, expected):
+    """Numbers highest first; a run without one comes last."""
+    for number, (name, steps) in enumerate((("a", 8), ("b", 10), ("c", 5))):
+        folder = make(tmp_path / name, steps=steps, age=1e6 - 1000 * number)
+        if name == "c":
+            (folder / "summary.json").unlink()
+        else:
+            (folder / "summary.json").write_text(json.dumps({"steps": steps, "seconds": steps}))
+    _, printed = called(capsys, "list", tmp_path, "--sort", key, "--json")
+    assert "".join(Path(row["run"]).name for row in json.loads(printed.out)) == expected
+
+
+def test_nothing_there(tmp_path, capsys):
+    assert called(capsys, "list", tmp_path)[1].out == f"{tmp_path}: no runs\n"
+    status, printed = called(capsys, "list", tmp_path / "none")
+    assert status == 2
+    assert printed.err == f"error: {tmp_path / 'none'} is no folder; " + (
+        "name the one that holds the runs, e.g. runs\n"
+    )
+    with pytest.raises(UserError, match=r"holds no run: none of metrics\.jsonl, .* is there"):
+        runs.read(tmp_path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return make(tmp_path / "slow"), make(tmp_path / "fast", lr=0.2, steps=5)
+
+
+def test_compare_names_the_keys_that_differ(pair, capsys):
+    status, printed = called(capsys, "compare", *pair)
+    assert status == 0
+    assert re.search(r"^optim\.base_lr\s+0\.1\s+0\.2$", printed.out, re.MULTILINE)
+    assert "data.shards" not in printed.out
+    assert re.search(r"^kNN\s+0\.8\s+0\.9$", printed.out, re.MULTILINE)
+    status, printed = called(capsys, "compare", pair[0], pair[0])
+    assert "the configs are the same" in printed.out
+
+
+def test_keys_that_one_config_lacks_differ_and_unreadable_configs_do_not(pair):
+    (pair[1] / "config.yaml").write_text("seed: 0\noptim: {base_lr: 0.1}\nnew: {key: 1}\n")
+    found = runs.differences([runs.read(folder) for folder in pair])
+    assert found == {"data.shards": ["a", None], "new.key": [None, 1], "optim.epochs": [2, None]}
+    (pair[1] / "config.yaml").write_text("[")
+    assert runs.differences([runs.read(folder) for folder in pair]) == {}
+
+
+def test_compare_as_json_has_the_curves(pair, capsys):
+    _, printed = called(capsys, "compare", *pair, "--json")
+    found = json.loads(printed.out)
+    assert found["config"] == {"optim.base_lr": [0.1, 0.2]}
+    knn = [run["curves"]["knn_top1"] for run in found["runs"]]
+    assert [[x for x, _ in curve] for curve in knn] == [[0, 1, 2], [0, 1]]
+
+
+def test_the_page_draws_each_run_and_needs_nothing_else(pair, tmp_path, capsys):
+    hostile = make(tmp_path / "<b>&x")
+    status, printed = called(
+        capsys, "compare", *pair, hostile, "--html", tmp_path / "out" / "page.html"
+    )
+    assert status == 0
+    assert "3 runs" in printed.out
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert page.count("<svg") == len(runs.CURVES)
+    for number in range(3):
+        assert page.count(f'class="line run-{number}"') == len(runs.CURVES)
+    assert "optim.base_lr" in page
+    assert "<b>&x" not in page
+    assert "&lt;b&gt;&amp;x" in page
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
+
+
+def test_compare_needs_two(pair, capsys):
+    status, printed = called(capsys, "compare", pair[0])
+    assert status == 2
+    assert "error: compare needs at least two runs" in printed.err
+
+
+def test_it_works_without_torch(pair):
+    code = (
+        "import sys; sys.modules['torch'] = None; from tools import runs; "
+        "sys.exit(runs.main(sys.argv[1:]))"
+    )
+    arguments = [sys.executable, "-c", code, "compare", *map(str, pair)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "optim.base_lr" in done.stdout

@@ -1,0 +1,253 @@
+"""What pretraining runs have left behind: their state, their figures, how they differ."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools.flow.charts import Point
+from tools.flow.errors import UserError
+from tools.flow.files import read_json, read_json_lines
+from tools.flow.report_data import is_number
+
+MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
+"""A folder that holds one of these is a run."""
+RECENT_SECONDS = 60.0
+"""A run whose rows are younger goes on, where a lock cannot be seen (a shared file system)."""
+NUM_LAST_ROWS = 10  # whose median speed stands for a run that is not finished
+FIGURES = (
+    "step", "epoch", "epochs", "loss", "knn_top1", "best_knn_top1", "online_top1",
+    "images_per_second", "data_wait_share", "seconds",
+)  # fmt: skip
+CURVES = ("loss", "knn_top1", "online_top1", "lr", "images_per_second", "data_wait_share")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run as its files tell it.
+
+    Attributes:
+        folder: Where it lies.
+        state: finished, running, stopped (by a signal, with a checkpoint), failed (it ended without
+            saying so: a crash, a kill), or damaged (the file that tells it cannot be read).
+        reason: How the state is known.
+        figures: The keys of `FIGURES`; None where the run does not tell.
+        commit: Of the code; None where it is not known.
+        updated: When the last row was written, seconds since 1970; None without rows.
+        problems: Files that are missing or damaged.
+        config: The resolved config; empty where it cannot be read.
+        environment: Of `environment.json`.
+        curves: (epoch, value) of the keys of `CURVES`.
+    """
+
+    folder: Path
+    state: str
+    reason: str
+    figures: dict[str, float | None]
+    commit: str | None
+    updated: float | None
+    problems: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[Point]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `list --json` prints."""
+        return {
+            "run": str(self.folder), "state": self.state, "reason": self.reason, **self.figures,
+            "commit": self.commit, "updated": self.updated, "problems": self.problems,
+        }  # fmt: skip
+
+
+def find(folder: Path) -> Iterator[Path]:
+    """Every run at or below a folder, in the order of their names; links are not followed.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name the one that holds the runs, e.g. runs")
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        if set(MARKS) & set(files):
+            folders.clear()  # its own folders hold pictures and checkpoints
+            yield Path(place)
+
+
+def read(folder: Path, now: float | None = None) -> RunInfo:
+    """One run.
+
+    Args:
+        folder: Where it lies.
+        now: Seconds since 1970 (default: the clock).
+
+    Raises:
+        UserError: If the folder holds no run.
+    """
+    if not any((folder / mark).exists() for mark in MARKS):
+        raise UserError(f"{folder} holds no run: none of {', '.join(MARKS)} is there")
+    problems: list[str] = []
+    config = _config(folder / "config.yaml", problems)
+    environment = _json(folder / "environment.json", problems)
+    has_summary = (folder / "summary.json").exists()
+    summary = _json(folder / "summary.json", problems) if has_summary else {}
+    rows = _rows(folder / "metrics.jsonl", problems)
+    updated = None
+    if rows:
+        updated = (folder / "metrics.jsonl").stat().st_mtime
+    age = float("inf") if updated is None else (time.time() if now is None else now) - updated
+    state, reason = _state(folder, summary if has_summary else None, rows, age)
+    commit = environment.get("commit")
+    return RunInfo(
+        folder, state, reason, _figures(config, summary, rows),
+        commit if isinstance(commit, str) and commit != "unknown" else None, updated,
+        problems, config, environment, _curves(rows),
+    )  # fmt: skip
+
+
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+    except (OSError, ValueError, yaml.YAMLError):
+        problems.append(f"{path.name} is damaged")
+    else:
+        if isinstance(found, dict):
+            return found
+        problems.append(f"{path.name} is damaged")
+    return {}
+
+
+def _json(path: Path, problems: list[str]) -> dict[str, Any]:
+    found = read_json(path)
+    if isinstance(found, dict):
+        return found
+    problems.append(f"{path.name} is {'damaged' if path.exists() else 'missing'}")
+    return {}
+
+
+def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Rows with a kind and a step; a torn last line belongs to a kill and is no damage."""
+    if not path.exists():
+        problems.append(f"{path.name} is missing")
+        return []
+    rows = read_json_lines(path)
+    whole = [row for row in rows if isinstance(row.get("kind"), str) and is_number(row.get("step"))]
+    text = path.read_bytes()
+    num_bad = text.count(b"\n") - len(whole)
+    if num_bad > 0:
+        problems.append(f"{path.name} has {num_bad} damaged lines")
+    return whole
+
+
+def _state(
+    folder: Path, summary: dict[str, Any] | None, rows: Sequence[dict[str, Any]], age: float
+) -> tuple[str, str]:
+    """State and reason; ``summary`` is None where the file is missing."""
+    if is_held(folder / ".lock"):
+        return "running", "a process holds the run's lock"
+    if summary is not None and not summary:
+        return "damaged", "summary.json cannot be read"
+    step = rows[-1]["step"] if rows else 0
+    steps = (summary or {}).get("steps")
+    if is_number(steps) and steps >= step:  # a run that goes on after its end is ahead of it
+        return "finished", "summary.json is there"
+    stops = [row for row in rows[-1:] if str(row.get("message", "")).startswith("stopped by ")]
+    if stops:
+        return "stopped", str(stops[0]["message"])
+    if age < RECENT_SECONDS:
+        return "running", f"its last row is {max(age, 0):.0f} s old"
+    if (
+        not rows
+        and (folder / "metrics.jsonl").exists()
+        and (folder / "metrics.jsonl").stat().st_size
+    ):
+        return "damaged", "metrics.jsonl cannot be read"
+    last = str(rows[-1].get("message", "")) if rows else ""
+    return "failed", last or "it ended and left neither summary.json nor a word"
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process of this machine trains there; the run does not notice the look."""
+    try:
+        with lock.open(encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _figures(
+    config: dict[str, Any], summary: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    def values(key: str) -> list[float]:
+        return [float(row[key]) for row in rows if is_number(row.get(key))]
+
+    def last(key: str) -> float | None:
+        return next(iter(values(key)[::-1]), None)
+
+    def recent(key: str) -> float | None:
+        found = values(key)[-NUM_LAST_ROWS:]
+        return statistics.median(found) if found else None
+
+    optim = config.get("optim")
+    epochs = optim.get("epochs") if isinstance(optim, dict) else None
+    told = {key: value for key, value in summary.items() if is_number(value)}
+    step, epoch = last("step"), last("epoch")
+    return {
+        "step": told.get("steps", step),
+        "epoch": told.get("epochs", epoch),
+        "epochs": epochs if is_number(epochs) else None,
+        "loss": last("loss"),
+        "knn_top1": last("knn_top1"),
+        "best_knn_top1": max(values("knn_top1"), default=None),
+        "online_top1": last("online_top1"),
+        "images_per_second": told.get("images_per_second", recent("images_per_second")),
+        "data_wait_share": recent("data_wait_share"),
+        "seconds": told.get("seconds"),
+    }
+
+
+def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
+    curves: dict[str, list[Point]] = {}
+    for row in rows:
+        x = row.get("epoch", row["step"])
+        for key in CURVES:
+            if is_number(x) and is_number(row.get(key)):
+                curves.setdefault(key, []).append((float(x), float(row[key])))
+    return curves
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
+def differences(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
+    """Dotted config keys at which runs differ, with the value of each run; None where it has none.
+
+    A run whose config cannot be read has None everywhere and makes no difference by that.
+    """
+    configs = [flat(run.config) for run in runs]
+    found = {}
+    for key in sorted(set().union(*configs)):
+        values = [config.get(key) for config in configs]
+        present = [repr(config.get(key)) for config in configs if config]
+        if len(set(present)) > 1:
+            found[key] = values
+    return found
