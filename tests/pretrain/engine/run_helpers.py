@@ -1,8 +1,14 @@
 """What tests of whole runs and of several processes share."""
 
+import os
+import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).parents[3]
 
 
 def assert_same_state(a, b, where=""):
@@ -31,3 +37,39 @@ def wait_for_workers(workers: list[subprocess.Popen], timeout: float) -> None:
             if worker.poll() is None:
                 worker.kill()
                 worker.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_pair(what: str, rank: int, steps: str, *arguments) -> list[tuple[int, str]]:
+    """guard_worker.py in two Gloo processes: exit status and what was printed, by rank."""
+    port = free_port()
+    workers = [start_guard_worker(what, rank, steps, arguments, own, 2, port) for own in (0, 1)]
+    try:
+        printed = [worker.communicate(timeout=240)[0] for worker in workers]
+        return [(w.returncode, text) for w, text in zip(workers, printed, strict=True)]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.communicate()
+
+
+def start_guard_worker(
+    what: str, rank: int, steps: str, arguments, own: int = 0, world_size: int = 1, port: int = 0
+) -> subprocess.Popen:
+    """One process of it; `own` is its own rank, `rank` the one to which something happens."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "RANK": str(own), "LOCAL_RANK": str(own),
+        "WORLD_SIZE": str(world_size),
+    }  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("guard_worker.py"))]
+    return subprocess.Popen(
+        [*command, what, str(rank), steps, *map(str, arguments)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip

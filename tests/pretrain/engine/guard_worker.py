@@ -1,0 +1,59 @@
+"""The command line in a process of its own to which something happens.
+
+usage: guard_worker.py WHAT RANK STEPS ARGUMENTS...   (torchrun's variables in the environment)
+
+WHAT happens in process RANK before the steps of STEPS ("3,7", numbered from 1 on):
+`poison`: one pixel is NaN; `sleep`: it sleeps; `sleep-in-forward`: the same, in the network;
+`hold`: it sleeps and holds the interpreter's lock. Its weights lie in OUT/rank-R.pth afterwards.
+"""
+
+import ctypes
+import os
+import sys
+import time
+
+import torch
+
+from pretrain.__main__ import main
+from pretrain.engine import watchdog
+from pretrain.engine.train import Run
+
+
+def stand_still():
+    time.sleep(600)
+
+
+def happen(what, run, fed):
+    if what == "poison":
+        fed.views[0, 1, 2, 3, 4] = torch.nan
+    elif what == "sleep":
+        stand_still()
+    elif what == "sleep-in-forward":
+        run.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
+    elif what == "hold":
+        ctypes.PyDLL(None).sleep(600)
+
+
+def meddle(what, rank, steps):
+    step, train = Run._step, Run.train
+
+    def disturbed(self, fed, **options):
+        if int(os.environ.get("RANK", "0")) == rank and self.position.step + 1 in steps:
+            happen(what, self, fed)
+        return step(self, fed, **options)
+
+    def kept(self):
+        try:
+            train(self)
+        finally:
+            own = os.environ.get("RANK", "0")
+            torch.save(self.model.state_dict(), self.folder / f"rank-{own}.pth")
+
+    Run._step, Run.train = disturbed, kept  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    watchdog.GRACE_SECONDS = 1.0
+    meddle(sys.argv[1], int(sys.argv[2]), [int(s) for s in sys.argv[3].split(",")])
+    sys.exit(main(sys.argv[4:]))

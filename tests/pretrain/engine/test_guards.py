@@ -1,0 +1,447 @@
+"""Steps that are not finite are found, told, left out or end the run; memory that ran out is told.
+
+What goes wrong is made to happen: NaN in a picture, an infinite gradient, allocations that fail.
+"""
+
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.config import PretrainConfig, load_config
+from pretrain.data.shards import ShardIndex
+from pretrain.engine import checkpoint, guards, replay
+from pretrain.engine.metrics import read_rows
+from pretrain.engine.saver import copied
+from pretrain.engine.train import Run
+from tests.pretrain.engine.run_helpers import assert_same_state, start_pair
+
+BASE = {
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"name": "infonce", "num_negatives": 20, "num_prototypes": 6},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "adamw", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
+    "engine": {
+        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
+        "num_threads": 1,
+    },
+    "eval": {"num_pictures": 0, "knn_k": 5},
+}  # fmt: skip
+SKIP = "engine.on_nonfinite=skip"
+BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2"]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+@pytest.fixture
+def start(config_file, shards, tmp_path, capsys):
+    """start("name", "key=value", ..): exit status, folder, stdout, stderr."""
+
+    def run(name, *options):
+        folder = tmp_path / name
+        if not any(o.startswith("data.shards=") for o in options):
+            options = (*options, f"data.shards={shards}")
+        capsys.readouterr()
+        status = main([str(config_file), f"out={folder}", *options])
+        return status, folder, *capsys.readouterr()
+
+    return run
+
+
+class Watched:
+    """What was seen of each step: the batch, and the state before and after it."""
+
+    def __init__(self):
+        self.fed, self.before, self.after, self.loss = {}, {}, {}, {}
+
+
+def snapshot(run):
+    negatives = run.model.objective.negatives
+    parts = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict()["state"],
+        "negatives": {} if negatives is None else negatives.state_dict(),
+    }
+    return copied(parts)
+
+
+@pytest.fixture
+def disturb(monkeypatch):
+    """disturb({3: "picture", 5: "gradient"}): what goes wrong in which step, from 1 on."""
+    original = Run._step
+
+    def install(what):
+        seen = Watched()
+
+        def disturbed(self, fed, **options):
+            number = self.position.step + 1
+            kind = what.get(number)
+            if kind == "picture":
+                fed.views[0, 1, 2, 3, 4] = torch.nan
+            handle = None
+            if kind == "gradient":
+                weight = self.model.online.projector[0].weight
+                handle = weight.register_hook(lambda g: torch.full_like(g, torch.inf))
+            seen.fed[number], seen.before[number] = fed, snapshot(self)
+            done = original(self, fed, **options)
+            if handle is not None:
+                handle.remove()
+            seen.after[number], seen.loss[number] = snapshot(self), float(done.output.loss.detach())
+            return done
+
+        monkeypatch.setattr(Run, "_step", disturbed)
+        return seen
+
+    return install
+
+
+def rows_of(folder, kind):
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
+
+
+def error_of(status, err):
+    """The one line that a run that went wrong prints."""
+    assert status == 1, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    return line
+
+
+def written(folder, step):
+    return json.loads((folder / "nonfinite" / f"step-{step:08d}.json").read_text())
+
+
+# --- a step is left out
+
+
+CELLS = {
+    "infonce": [],
+    "byol": BYOL,
+    "moco": ["objective.name=moco", "optim.name=sgd"],
+    "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached"],
+    "plain": [*BYOL, "optim.micro_batch_size=4"],
+}
+
+
+@pytest.mark.parametrize("kind", ["picture", "gradient"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_skip_leaves_everything_as_it_was(start, disturb, cell, kind):
+    seen = disturb({4: kind})
+    status, folder, _, err = start("run", SKIP, *CELLS[cell])
+    assert status == 0, err
+    assert_same_state(seen.before[4], seen.after[4])
+    for other in (3, 5):
+        before, after = seen.before[other]["model"], seen.after[other]["model"]
+        for part in ("weight", "running_mean", "queue.features"):
+            changed = [k for k in before if part in k and not torch.equal(before[k], after[k])]
+            assert changed, (other, part)
+    assert all(bool(t.isfinite().all()) for t in seen.after[10]["model"].values())
+    assert [row["step"] for row in rows_of(folder, "train")] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    counts = [row["num_skipped_steps"] for row in rows_of(folder, "train")]
+    assert counts == [0] * 3 + [1] * 6
+    (event,) = rows_of(folder, "event")
+    assert (event["step"], event["num_skipped_steps"]) == (4, 1)
+    assert "step 4 was left out" in event["message"]
+    assert f"warning: {event['message']}" in err
+    row = written(folder, 4)
+    assert (row["loss"] == ["nan"]) == (kind == "picture")
+    assert row["gradient_norm"] in ("nan", "inf")
+
+
+def test_the_guard_changes_nothing_where_all_is_finite(start):
+    """Skip looks at every step, stop with the same interval, and both leave the same weights."""
+    states = []
+    for policy in ("stop", "skip"):
+        _, folder, _, _ = start(policy, f"engine.on_nonfinite={policy}", *BYOL)
+        states.append(checkpoint.load(folder / "checkpoint.pth"))
+        assert not (folder / "nonfinite").exists()
+    for part in ("model", "ema", "optimizer", "queue", "random"):
+        assert_same_state(states[0][part], states[1][part], part)
+
+
+def test_more_steps_than_allowed_stop_the_run(start, disturb):
+    disturb({2: "picture", 4: "gradient", 6: "picture"})
+    options = (SKIP, "engine.checkpoint_every_steps=5")
+    status, folder, _, err = start("run", *options, "engine.max_nonfinite_steps=2")
+    message = error_of(status, err)
+    assert re.search(r"the loss is nan at step 6, and 2 steps were left out before", message)
+    assert "engine.max_nonfinite_steps" in message
+    assert sorted(p.name for p in (folder / "nonfinite").iterdir()) == [
+        f"step-{n:08d}.json" for n in (2, 4, 6)
+    ]
+    state = checkpoint.load(folder / "checkpoint.pth")
+    assert (state["step"], state["position"]["num_skipped_steps"]) == (5, 2)
+    status, _, _, err = start("run", *options, "engine.max_nonfinite_steps=3", "--resume")
+    assert status == 0, err
+
+
+def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
+    options = (SKIP, "engine.checkpoint_every_steps=4", *BYOL)
+    disturb({3: "picture", 7: "gradient"})
+    _, whole, _, _ = start("whole", *options)
+    disturbed = Run._step
+
+    def interrupted(self, fed, **given):
+        if self.position.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return disturbed(self, fed, **given)
+
+    monkeypatch.setattr(Run, "_step", interrupted)
+    status, cut, _, _ = start("cut", *options)
+    assert status == 128 + signal.SIGTERM
+    assert checkpoint.load(cut / "checkpoint.pth")["step"] == 5
+    monkeypatch.setattr(Run, "_step", disturbed)
+    status, _, _, err = start("cut", *options, "--resume")
+    assert status == 0, err
+    one, two = (checkpoint.load(f / "checkpoint.pth") for f in (whole, cut))
+    for part in ("model", "ema", "optimizer", "queue", "random"):
+        assert_same_state(one[part], two[part], part)
+    assert one["position"]["num_skipped_steps"] == two["position"]["num_skipped_steps"] == 2
+    for kind, keys in (("train", ("step", "loss", "num_skipped_steps")), ("event", ("step",))):
+        seen = [[[r[k] for k in keys] for r in rows_of(f, kind) if r["step"]] for f in (whole, cut)]
+        assert [r for r in seen[1] if r != [5] or kind == "train"] == seen[0]
+
+
+def test_checkpoints_from_before_the_counter_load(start):
+    _, folder, _, _ = start("run", "optim.epochs=1")
+    state = checkpoint.load(folder / "checkpoint.pth")
+    del state["position"]["num_skipped_steps"]
+    checkpoint.save(state, folder / "checkpoint.pth")
+    status, _, _, err = start("run", "optim.epochs=1", "--resume")
+    assert status == 0, err
+
+
+# --- a step ends the run
+
+
+@pytest.mark.parametrize("kind", ["picture", "gradient"])
+def test_stop_names_the_step_and_keeps_its_batch(start, disturb, kind):
+    seen = disturb({4: kind})
+    status, folder, _, err = start("run", "engine.log_every_steps=1000",
+                                   "engine.checkpoint_every_steps=3")  # fmt: skip
+    message = error_of(status, err)
+    what = "the loss is nan" if kind == "picture" else "the gradient norm is (inf|nan)"
+    assert re.search(rf"{what} at step 4; its batch is in \S+step-00000004\.json", message)
+    assert "holds an earlier state. Lower optim.base_lr" in message
+    row, batch = written(folder, 4), seen.fed[4].batch
+    assert (row["format"], row["step"], row["epoch"]) == ("fa-nonfinite-1", 4, 0)
+    for name in ("sample_ids", "visits", "keys"):
+        assert row[name] == getattr(batch, name).tolist(), name
+    state = checkpoint.load(folder / "checkpoint.pth")
+    assert state["step"] == 3
+    for key, value in state["model"].items():
+        assert torch.equal(value, seen.before[4]["model"][f"online.{key}"]), key
+
+
+@pytest.mark.parametrize("where", ["log", "checkpoint"])
+def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
+    start, disturb, monkeypatch, where
+):
+    """As on a GPU: looked at only when a row or a checkpoint is due, step 5."""
+    init = guards.NonFiniteGuard.__init__
+
+    def lazy(self, *arguments):
+        init(self, *arguments)
+        self._is_always_due = False
+
+    monkeypatch.setattr(guards.NonFiniteGuard, "__init__", lazy)
+    seen = disturb({3: "picture"})
+    intervals = {"log": "engine.log_every_steps", "checkpoint": "engine.checkpoint_every_steps"}
+    options = [f"{key}={5 if name == where else 1000}" for name, key in intervals.items()]
+    status, folder, _, err = start("run", *options)
+    assert "the loss is nan at step 3; its batch is in" in error_of(status, err)
+    assert sorted(seen.before) == [1, 2, 3, 4, 5]
+    assert written(folder, 3)["sample_ids"] == seen.fed[3].batch.sample_ids.tolist()
+    assert not (folder / "checkpoint.pth").exists()
+
+
+# --- replay
+
+
+@pytest.mark.parametrize("photometric", ["device", "workers"])
+def test_replay_computes_the_same_batch_again(start, disturb, config_file, photometric):
+    """From the checkpoint right before it the loss is the same bit for bit, dropout included."""
+    options = (
+        SKIP, "heads.dropout=0.3", f"data.photometric={photometric}", "optim.epochs=3",
+        "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=20",
+    )  # fmt: skip
+    seen = disturb({8: "gradient"})
+    _, folder, _, _ = start("run", *options)
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    file = folder / "nonfinite" / "step-00000008.json"
+    status, _, out, err = start("run", *options, f"--replay={file}")
+    assert status == 0, err
+    assert out.startswith(f"step 8, weights after step 7\nloss {seen.loss[8]}, gradient norm ")
+    views = seen.fed[8].views
+    for number, view in enumerate(views.double().numpy(), 1):
+        line = (
+            f"view {number}: mean {view.mean():.4f}, std {view.std():.4f}, from {view.min():.4f} "
+            f"to {view.max():.4f}, 0 values not finite, 0 pictures of one colour"
+        )
+        assert line in out
+    now = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert now == files
+    run = Run(load_config(folder / "config.yaml"), resume=True)
+    again = replay.batch_again(run, written(folder, 8))
+    assert torch.equal(again.views, views)
+    assert int(again.batch.visits[0]) == 1  # the second epoch
+
+
+def test_replay_of_two_processes_in_one_says_so(start, disturb):
+    disturb({4: "gradient"})
+    _, folder, _, _ = start("run", SKIP)
+    row = written(folder, 4)
+    file = folder / "nonfinite" / "step-00000004.json"
+    file.write_text(json.dumps(row | {"loss": [1.0, 2.0]}))
+    _, _, out, _ = start("run", SKIP, f"--replay={file}")
+    assert "step 4, weights after step 10" in out  # there is no earlier checkpoint
+    assert "note: the run had 2 processes, this has 1" in out
+
+
+def test_views_that_are_not_finite_are_told():
+    view = torch.ones(2, 3, 4, 4)
+    view[0, 0, 0, 0], view[0, 0, 0, 1], view[0, 0, 0, 2] = torch.nan, torch.inf, 3
+    line = replay.describe(1, view)
+    finite = np.array([1.0] * 93 + [3.0])
+    assert f"mean {finite.mean():.4f}, std {finite.std():.4f}, from 1.0000 to 3.0000" in line
+    assert "2 values not finite, 1 pictures of one colour" in line
+    assert replay.describe(2, view * torch.nan) == "view 2: no value is finite"
+
+
+def test_replay_refuses_what_it_cannot_do(start, disturb, make_shards, tmp_path):
+    disturb({4: "gradient"})
+    _, folder, _, _ = start("run", SKIP)
+    file = folder / "nonfinite" / "step-00000004.json"
+    row = written(folder, 4)
+
+    def refused(*options):
+        status, _, _, err = start("run", SKIP, *options)
+        assert status == 2
+        assert "Traceback" not in err
+        return err
+
+    assert "cannot be read" in refused(f"--replay={tmp_path / 'nothing.json'}")
+    file.write_text("[1]")
+    assert "is no batch of a step that was not finite" in refused(f"--replay={file}")
+    file.write_text(json.dumps(row | {"keys": [k + 1 for k in row["keys"]]}))
+    assert "data.shards holds other pictures" in refused(f"--replay={file}")
+    file.write_text(json.dumps(row | {"sample_ids": [40] * 8}))
+    assert "there is no sample 40 in 40" in refused(f"--replay={file}")
+
+
+# --- memory
+
+
+def no_memory_on_a_cpu():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 58)
+    return caught.value
+
+
+OUT_OF_MEMORY = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": no_memory_on_a_cpu,
+    "python": MemoryError,
+    "worker": lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
+    step, error = Run._step, OUT_OF_MEMORY[kind]()
+
+    def failing(self, fed, **options):
+        if self.position.step == 6:
+            raise error
+        return step(self, fed, **options)
+
+    monkeypatch.setattr(Run, "_step", failing)
+    status, folder, _, err = start("run", "engine.checkpoint_every_steps=4")
+    message = error_of(status, err)
+    where = {"cuda": "on the GPU", "worker": "in a loader's process"}.get(kind, "of the CPU")
+    assert message.startswith(f"error: out of memory {where} (")
+    for named in ("data.batch_size (8)", "data.image_size (32)", "--resume"):
+        assert named in message
+    if kind == "worker":
+        assert "data.num_workers (0)" in message
+    else:
+        assert "optim.micro_batch_size (0: the whole batch at once)" in message
+        assert "engine.precision=bf16 (now fp32)" in message
+    assert checkpoint.load(folder / "checkpoint.pth")["step"] == 4
+    monkeypatch.undo()
+    status, _, _, err = start("run", "--resume")
+    assert status == 0, err
+
+
+def test_other_errors_are_no_lack_of_memory(start, monkeypatch):
+    assert guards.out_of_memory(RuntimeError("shape mismatch"), PretrainConfig()) is None
+
+    def failing(self, fed, **options):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(Run, "_step", failing)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        start("run")
+
+
+# --- several processes
+
+
+@pytest.fixture(scope="module")
+def shards_with_bad_pictures(make_shards):
+    folder = make_shards("bad-pictures")
+    index = ShardIndex.open(folder)
+    for number in (3, 11, 20, 27, 33, 38):
+        row = index.samples[number]
+        with open(folder / index.shard_names[int(row["shard"])], "r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(bytes(int(row["size"])))
+    return folder
+
+
+@pytest.mark.ddp
+def test_two_processes_decide_alike_and_count_together(
+    config_file, shards_with_bad_pictures, tmp_path
+):
+    """Only process 1 sees NaN, in its loss of steps 3 and 8; steps 4 and 8 are logged."""
+    folder = tmp_path / "run"
+    results = start_pair(
+        "poison", 1, "3,8", config_file, f"out={folder}", f"data.shards={shards_with_bad_pictures}",
+        SKIP, "engine.max_nonfinite_steps=1", "engine.log_every_steps=2", "data.max_bad_samples=9",
+        "engine.checkpoint_every_steps=5", *BYOL,
+    )  # fmt: skip
+    for status, printed in results:
+        assert status == 1, printed
+        assert re.search(r"error: the loss is nan at step 8, and 1 steps were left out", printed)
+    states = [torch.load(folder / f"rank-{rank}.pth", weights_only=True) for rank in (0, 1)]
+    for key, value in states[0].items():
+        assert bool(value.isfinite().all()), key
+        if "running" not in key:
+            assert torch.equal(value, states[1][key]), key
+    row = written(folder, 3)
+    assert len(row["sample_ids"]) == len(set(row["sample_ids"])) == 8
+    assert isinstance(row["loss"][0], float)
+    assert row["loss"][1] == "nan"
+    (event,) = rows_of(folder, "event")
+    assert (event["step"], event["num_skipped_steps"]) == (3, 1)
+    assert [r["num_skipped_steps"] for r in rows_of(folder, "train")] == [0, 1, 1]
+    bad = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert {r["rank"] for r in bad} == {0, 1}
+    state = checkpoint.load(folder / "checkpoint.pth")
+    assert state["step"] == 5  # not a logged step: the sum is made there too
+    assert state["position"]["num_bad_samples"] == 6
+    last = rows_of(folder, "train")[-1]
+    assert (last["step"], last["num_bad_samples"] >= 6) == (6, True)
