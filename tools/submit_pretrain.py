@@ -23,7 +23,7 @@ from pretrain.errors import UserError, require
 
 EXAMPLE = """\
 examples:
-  .venv/bin/python tools/submit_pretrain.py configs/pretrain/imagenet1k/byol.yaml \\
+  .venv/bin/python tools/submit_pretrain.py configs/pretrain/imagenet1k/R50_byol_fa_nn_100ep.yaml \\
       out=runs/byol data.shards=data/imagenet --cluster slurm --nodes 8 --gpus-per-node 8 \\
       --time-minutes 1440 --partition gpu --slurm-option account=vision
   .venv/bin/python tools/submit_pretrain.py configs/pretrain/demo.yaml out=runs/first \\

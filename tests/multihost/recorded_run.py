@@ -1,0 +1,35 @@
+"""``python -m pretrain`` that writes down which samples each step of each process sees.
+
+usage: recorded_run.py FILE ARGUMENTS_OF_PRETRAIN   (torchrun's variables in the environment)
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+
+from pretrain.__main__ import main
+from pretrain.engine import dist
+from pretrain.engine.feed import Fed, Feed
+
+plain_epoch = Feed.epoch
+
+
+def recorded_epoch(feed: Feed, epoch: int, start_step: int = 0) -> Iterator[Fed]:
+    """The same batches; a line for each."""
+    with open(sys.argv[1], "a", encoding="utf-8") as stream:
+        for step, fed in enumerate(plain_epoch(feed, epoch, start_step), start_step):
+            row = {
+                "epoch": epoch,
+                "step": step,
+                "rank": dist.rank(),
+                "world_size": dist.world_size(),
+                "samples": fed.batch.sample_ids.tolist(),
+            }
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            yield fed
+
+
+if __name__ == "__main__":
+    Feed.epoch = recorded_epoch
+    sys.exit(main(sys.argv[2:]))
