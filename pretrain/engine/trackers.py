@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from pretrain.config import TrackingConfig
 from pretrain.errors import require
 
-CLIENTS = ("wandb", "mlflow")
 FILE = "tracking.json"
 """In the run folder: under which id each service knows the run, so that a resume goes on there."""
 _MLFLOW_MOST_PARAMS = 100  # in one call
@@ -45,12 +44,17 @@ def check_installed(config: TrackingConfig) -> None:
     Raises:
         UserError: Naming the command that installs it.
     """
-    for name in CLIENTS:
+    for name in _wanted(config):
         require(
-            not getattr(config, name) or importlib.util.find_spec(name) is not None,
+            importlib.util.find_spec(name) is not None,
             f"tracking.{name}=true, but its client is not installed: run "
             f"`{sys.executable} -m pip install {name}`, or set tracking.{name}=false",
         )
+
+
+def _wanted(config: TrackingConfig) -> list[str]:
+    wanted = {"wandb": config.wandb, "mlflow": config.mlflow}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 class WandbTracker:
@@ -81,7 +85,10 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """MLflow: the project is the experiment, the config the parameters."""
+    """MLflow: the project is the experiment, the config the parameters.
+
+    Rows of steps that were told before a kill are told again and stand there twice.
+    """
 
     name = "mlflow"
 
@@ -129,9 +136,7 @@ class Trackers:
         known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
         kinds = {"wandb": WandbTracker, "mlflow": MlflowTracker}
         self._open: list[Tracker] = [
-            kinds[name](config.project, folder, plain, known.get(name))
-            for name in CLIENTS
-            if getattr(config, name)
+            kinds[name](config.project, folder, plain, known.get(name)) for name in _wanted(config)
         ]
         if self._open:
             ids = known | {tracker.name: tracker.run_id for tracker in self._open}
@@ -146,7 +151,7 @@ class Trackers:
             What to tell of services that failed, a line each.
         """
         numbers = {
-            f"{kind}/{name}": value
+            f"{kind}/{name}": float(value)
             for name, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }

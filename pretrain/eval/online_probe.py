@@ -45,9 +45,8 @@ class OnlineProbe:
         classes: list[str] | None = None,
     ) -> None:
         self.classes, self._lr = classes, lr
-        self.classifier = nn.utils.skip_init(
-            nn.Linear, backbone.output_dim, num_classes, device=device
-        )
+        linear = nn.Linear(backbone.output_dim, num_classes, device="meta")  # draws nothing there
+        self.classifier = linear.to_empty(device=device)
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr)
