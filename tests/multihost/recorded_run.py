@@ -14,10 +14,10 @@ from pretrain.engine.feed import Fed, Feed
 plain_epoch = Feed.epoch
 
 
-def recorded_epoch(feed: Feed, epoch: int, start_step: int = 0) -> Iterator[Fed]:
+def recorded_epoch(self: Feed, epoch: int, start_step: int = 0) -> Iterator[Fed]:
     """The same batches; a line for each."""
     with open(sys.argv[1], "a", encoding="utf-8") as stream:
-        for step, fed in enumerate(plain_epoch(feed, epoch, start_step), start_step):
+        for step, fed in enumerate(plain_epoch(self, epoch, start_step), start_step):
             row = {
                 "epoch": epoch,
                 "step": step,
