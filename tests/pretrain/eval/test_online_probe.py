@@ -349,6 +349,7 @@ dist.stop()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_equal_one(tmp_path):
     """The ranks have 1 and 4 labelled rows of a view: a mean of means would differ."""

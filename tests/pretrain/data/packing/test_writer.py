@@ -155,9 +155,7 @@ def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> 
 def test_unfinished_run_with_other_options(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     monkeypatch.undo()
