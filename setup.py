@@ -53,6 +53,8 @@ setup(
     extras_require={
         "s3": ["s3fs>=2025.3"],  # shards behind s3://
         "gs": ["gcsfs>=2025.3"],  # shards behind gs://
+        "wandb": ["wandb>=0.19"],  # tracking.wandb
+        "mlflow": ["mlflow>=2.20"],  # tracking.mlflow
         "dev": [
             "pytest>=8.3",
             "s3fs>=2025.3",
