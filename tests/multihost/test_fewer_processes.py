@@ -21,7 +21,13 @@ from tests.slurm.tiny_run import (
 )
 
 EPOCHS = 8
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("REQUIRE_NETNS") != "1",
+        reason="takes minutes and an idle machine: asked for with REQUIRE_NETNS=1",
+    ),
+]
 
 
 def start(number: int, port: int, config: Path, out: Path) -> subprocess.Popen:
