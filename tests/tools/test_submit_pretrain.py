@@ -116,6 +116,9 @@ def test_checkpoint_stops_torchrun_once_and_hands_back_the_same_work(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("REQUIRE_SLURM") != "1", reason="asked for with REQUIRE_SLURM=1, as tests/slurm"
+)
 def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> None:
     config = write_config(tmp_path, optim={"epochs": 8})
     whole = run_undisturbed(config, tmp_path / "whole")
