@@ -120,14 +120,18 @@ class Watchdog:
             return
         if dist.is_on():
             self._store = _own_store()
+        self._arm()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    def _arm(self) -> None:
+        """Set faulthandler's timer anew: it goes off only if no Python thread can do so."""
+        limit = self._seconds + 2 * self._interval + GRACE_SECONDS
+        faulthandler.dump_traceback_later(limit, file=STDERR, exit=self._stops)
+
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
-            faulthandler.dump_traceback_later(
-                self._seconds + 2 * self._interval + GRACE_SECONDS, file=STDERR, exit=self._stops
-            )
+            self._arm()
             self._publish()
             beat = self._progress.beat
             finished = beat[4]
