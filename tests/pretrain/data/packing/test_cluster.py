@@ -377,10 +377,11 @@ def test_ctrl_c_cancels_the_tasks(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopped; give the same command again to go on" in said
+    num_made = len(list(out.glob("shard-*.tar")))
     deadline = time.monotonic() + 20
     while is_held(out / PARTS / "tasks.lock") and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(list(out.glob("shard-*.tar"))) < 90, "the tasks went on"
+    assert len(list(out.glob("shard-*.tar"))) <= num_made + 3, "the tasks went on"
     again = subprocess.run(words, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert contents(out) == one_process
