@@ -179,6 +179,10 @@ class ShardIndex:
             while self._files:
                 os.close(self._files.popitem()[1])
 
+    def __del__(self) -> None:
+        if hasattr(self, "_files_owner"):  # not if opening it failed
+            self.close()
+
     def _read(self, i: int, shard: int, offset: int, size: int) -> bytes:
         try:
             data = os.pread(self._file(shard), _TAR_BLOCK + size, offset - _TAR_BLOCK)

@@ -106,8 +106,10 @@ class Browser:
     def _receive(self) -> dict[str, Any]:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._read_from], [], [], deadline - time.monotonic())
-            assert ready, "the browser does not answer"
+            waiting = select.poll()  # takes descriptors above 1023, which select() does not
+            waiting.register(self._read_from, select.POLLIN)
+            left = max(0.0, deadline - time.monotonic())
+            assert waiting.poll(1000 * left), "the browser does not answer"
             data = os.read(self._read_from, 1 << 20)
             assert data, "the browser ended"
             self._rest += data
