@@ -176,11 +176,11 @@ class Feed:
     def _listing_bad(self, batches: Iterator[TwoViewBatch]) -> Iterator[TwoViewBatch]:
         """Write each bad sample to the run folder when it is met first."""
         for batch in batches:
-            bad = list(self._loader.bad_samples.items())
+            bad = self._loader.bad_samples
             if len(bad) > self._num_listed:
                 rows = [
                     {"sample": sample, "reason": reason, "rank": dist.rank()}
-                    for sample, reason in bad[self._num_listed :]
+                    for sample, reason in itertools.islice(bad.items(), self._num_listed, None)
                 ]
                 with open(self._bad_path, "a", encoding="utf-8") as stream:
                     stream.writelines(json.dumps(row) + "\n" for row in rows)

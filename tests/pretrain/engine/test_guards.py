@@ -11,7 +11,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import PretrainConfig, load_config
@@ -37,13 +36,6 @@ BASE = {
 }  # fmt: skip
 SKIP = "engine.on_nonfinite=skip"
 BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2"]
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
 
 
 @pytest.fixture

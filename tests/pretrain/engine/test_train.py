@@ -49,13 +49,6 @@ BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2", "fa.queue_s
 
 
 @pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
-
-
-@pytest.fixture
 def start(config_file, shards, tmp_path, capsys):
     """Run the command line in this process: start("name", "key=value", ..).
 

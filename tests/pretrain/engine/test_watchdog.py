@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-import yaml
 
 from pretrain.__main__ import main
 from pretrain.engine import checkpoint
@@ -19,17 +18,10 @@ from tests.pretrain.engine.run_helpers import (
     start_guard_worker,
     start_pair,
 )
-from tests.pretrain.engine.test_guards import BASE
+from tests.pretrain.engine.test_guards import BASE  # noqa: F401  read by the fixture config_file
 
 SECONDS = 2.0  # no step of this network takes so long, also beside other work
 STOP = [f"engine.watchdog_seconds={SECONDS}", "engine.on_hang=stop"]
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
 
 
 @pytest.fixture
