@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 import weakref
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,10 +13,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pretrain.config import PretrainConfig, to_plain
-from pretrain.engine import diagnostics, dist, guards, run_folder, saver
+from pretrain.config import PretrainConfig
+from pretrain.engine import dist, guards, run_folder, saver
 from pretrain.engine.device import choose_device, uses_bf16
-from pretrain.engine.diagnostics import CollapseAlarm, CollapseError
+from pretrain.engine.diagnostics import CollapseError
 from pretrain.engine.feed import Fed, Feed
 from pretrain.engine.guards import NonFiniteGuard
 from pretrain.engine.metrics import MetricLog
@@ -30,10 +28,11 @@ from pretrain.engine.optim import (
     peak_lr,
     set_lr,
 )
+from pretrain.engine.rows import Meter, Rows, Step
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StoppedBySignal, StopRequest
-from pretrain.engine.trackers import Trackers, check_installed
+from pretrain.engine.trackers import check_installed
 from pretrain.engine.watchdog import Progress, Watchdog
 from pretrain.eval.online_probe import OnlineProbe, evaluate, watched
 from pretrain.eval.pictures import save_neighbours, save_views
@@ -41,34 +40,6 @@ from pretrain.eval.probe import Probe
 from pretrain.models.cell_check import refuse_without_gradient
 from pretrain.models.contrastive import FAContrastive, StepOutput
 from pretrain.models.row_random import fa_generator
-
-
-@dataclass
-class Meter:
-    """Time spent since the last log row: all of it, and waiting for data; seconds."""
-
-    num_steps: int = 0
-    num_images: int = 0
-    data_seconds: float = 0.0
-    start: float = field(default_factory=time.perf_counter)
-
-    def rates(self) -> dict[str, float]:
-        """Images per second, and the share of the time that was spent waiting for data."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "images_per_second": self.num_images / seconds,
-            "data_wait_share": self.data_seconds / seconds,
-        }
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimiser step leaves to look at; ``is_skipped``: it changed nothing."""
-
-    output: StepOutput
-    lr: float
-    queue: dict[str, float]
-    is_skipped: bool = False
 
 
 class Run:
@@ -138,7 +109,7 @@ class Run:
         self.guard = NonFiniteGuard(config.engine, self.folder, networks, self.device)
         self.num_new_bad_samples = 0  # of this process, not yet in the sum over all
         self.probe = Probe.open(config.eval, config.data, self.device)
-        self.alarm = CollapseAlarm(config.engine)
+        self.rows = Rows(config, self.folder, self.steps_per_epoch, self.position)
         self.stop = StopRequest()
 
     def _restore(self, allow_changes: bool) -> None:
@@ -172,7 +143,7 @@ class Run:
         """Run to the end: epochs of steps, with logs, probes and checkpoints on their way."""
         is_main = dist.rank() == 0
         fresh = self.position.step == 0
-        log = self._open_log(fresh) if is_main else None
+        log = self.rows.open_log(fresh=fresh) if is_main else None
         bar = tqdm(
             total=self.num_steps, initial=self.position.step, desc="pretrain", unit="step",
             disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
@@ -181,8 +152,7 @@ class Run:
         with bar, open_log, self.stop, self.saver, self.watchdog:
             for note in self.notes:
                 if log is not None:
-                    self._write(log, "event", message=note)
-                    bar.write(f"warning: {note}", file=sys.stderr)
+                    self.rows.warn(log, bar, message=note)
             if is_main:
                 run_folder.write_description(self.folder, self.config, self.device)
             self.progress.finished(self.position.step)
@@ -207,14 +177,6 @@ class Run:
             self._probe(log)
         if is_last:
             self._save_checkpoint()
-
-    def _open_log(self, fresh: bool) -> MetricLog:
-        """The log without the rows that will be written again."""
-        step = -1 if fresh else self.position.step
-        probe_is_due = self.position.step_in_epoch == self.steps_per_epoch
-        plain = to_plain(self.config)
-        trackers = Trackers(self.config.tracking, self.folder, plain, is_new=fresh)
-        return MetricLog(self.folder, step, step - 1 if probe_is_due else step, trackers)
 
     def _train_epoch(self, log: MetricLog | None, bar: tqdm) -> None:
         meter = Meter()
@@ -251,8 +213,7 @@ class Run:
             self.num_new_bad_samples = 0
         if done.is_skipped and log is not None:
             event = guards.describe_skip(self.folder, self.position, self.config.engine)
-            self._write(log, "event", **event)
-            bar.write(f"warning: {event['message']}", file=sys.stderr)
+            self.rows.warn(log, bar, **event)
 
     def _stop_if_asked(self, log: MetricLog | None) -> None:
         """After a signal to any process: save, and leave together."""
@@ -263,7 +224,7 @@ class Run:
         self._save_checkpoint()
         self.saver.wait()
         if log is not None:
-            self._write(log, "event", message=str(error))
+            self.rows.write(log, "event", message=str(error))
         raise error
 
     def _autocast(self) -> torch.autocast:
@@ -313,37 +274,10 @@ class Run:
         return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
 
     def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
-        output, position = done.output, self.position
         self.progress.enter("logging")
-        loss = float(dist.mean(output.loss.detach()))
-        if not math.isfinite(loss):
-            raise guards.diverged(self.folder, f"the loss is {loss} at step {position.step}")
-        rates = meter.rates()
-        bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
-        collapse = None
-        if log is not None:
-            figures = diagnostics.diagnose(output)
-            row = {"loss": loss, "lr": done.lr, **figures, "fa_active": int(output.is_augmented)}
-            names = ("num_bad_samples", "num_skipped_steps")
-            counts = {name: getattr(position, name) for name in names}
-            online = self.online_probe.figures() if self.online_probe else {}
-            self._write(log, "train", **row, **done.queue, **online, **counts, **rates)
-            if self._is_histogram_due():
-                self._write(log, "similarity", **diagnostics.similarity_histograms(output))
-            collapse = self.alarm.look(figures, output.projection, position.step)
-            if collapse is not None:
-                self._write(log, "event", **self.alarm.event(figures, collapse))
-                bar.write(f"warning: {collapse}", file=sys.stderr)
+        collapse = self.rows.step(done, meter, log, bar, self.online_probe)
         if self.config.engine.on_collapse == "stop":
             self._stop_together(collapse)
-
-    def _write(self, log: MetricLog, kind: str, **values: Any) -> None:
-        epoch = self.position.step / self.steps_per_epoch
-        log.write(kind, self.position.step, epoch=epoch, **values)
-
-    def _is_histogram_due(self) -> bool:
-        every = diagnostics.ROWS_PER_HISTOGRAM * self.config.engine.log_every_steps
-        return self.position.step % every == 0 or self.position.step == self.num_steps
 
     def _stop_together(self, collapse: str | None) -> None:
         """The first process saves before the others hear of it: their end may end it too."""
@@ -360,7 +294,7 @@ class Run:
         if self.probe is None:
             return
         figures = evaluate(self.probe, self.model.online.backbone, self.online_probe)
-        self._write(log, "knn", **figures)
+        self.rows.write(log, "knn", **figures)
         if self.position.step == 0:
             first = figures["knn_top1"]
             log.write("event", 0, message="kNN before training", knn_top1_initial=first)
