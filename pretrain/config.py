@@ -6,14 +6,10 @@ the dataclass that holds them, so that a config that loads is a config that can 
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from jsonargparse import ArgumentParser
 
 from pretrain.config_method import (
     FA_PARTNER_LINKS,
@@ -24,6 +20,7 @@ from pretrain.config_method import (
 from pretrain.data.order import LastBatch
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.errors import UserError, require
+from pretrain.schema import read_schema
 
 __all__ = ["FAConfig", "HeadConfig", "ObjectiveConfig", "PretrainConfig", "load_config", "to_plain"]
 
@@ -317,27 +314,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     """
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist; see configs/pretrain/ for examples")
-    arguments = ["--config", str(path)]
-    for item in overrides:
-        key, separator, value = item.partition("=")
-        if not separator or key.startswith("-") or not key:
-            raise UserError(f"override {item!r} is not of the form key=value, e.g. optim.epochs=20")
-        arguments.append(f"--{key}={value}")
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(PretrainConfig, as_group=False, fail_untyped=True)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            namespace = parser.parse_args(arguments)
-            # The method was renamed in jsonargparse 4.49; older ones know only the second name.
-            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-            values = instantiate(namespace)
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse raises its own kinds for what a user wrote
-        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        raise UserError(f"{path}: {_one_line(cause)}") from None
-    return PretrainConfig(**{name: values[name] for name in PretrainConfig.__dataclass_fields__})
+    return read_schema(PretrainConfig, path, overrides)
 
 
 def to_plain(config: PretrainConfig) -> dict[str, Any]:
@@ -346,7 +323,3 @@ def to_plain(config: PretrainConfig) -> dict[str, Any]:
     plain["data"]["pixel_mean"] = list(config.data.pixel_mean)
     plain["data"]["pixel_std"] = list(config.data.pixel_std)
     return plain
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
