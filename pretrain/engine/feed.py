@@ -21,6 +21,7 @@ from pretrain.data.samples import Request, TwoViewBatch, TwoViewDataset
 from pretrain.data.stream import Loader
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.engine import dist
+from pretrain.engine.sections import AUGMENTATION, LOADER, TRANSFER, WAIT, section
 from pretrain.errors import UserError
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -147,8 +148,10 @@ class Feed:
         return self._prepare(reply.batch, 0.0)
 
     def _prepare(self, batch: TwoViewBatch, waited: float) -> Fed:
-        moved = batch.to(self._device)
-        return Fed(moved, self.views(moved, batch), waited)
+        with section(TRANSFER):
+            moved = batch.to(self._device)
+        with section(AUGMENTATION):
+            return Fed(moved, self.views(moved, batch), waited)
 
     @torch.no_grad()
     def views(self, moved: TwoViewBatch, batch: TwoViewBatch) -> Tensor:
@@ -193,7 +196,8 @@ def timed(batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float
     iterator = iter(batches)
     while True:
         started = time.perf_counter()
-        batch = next(iterator, None)
+        with section(LOADER):
+            batch = next(iterator, None)
         if batch is None:
             return
         yield batch, time.perf_counter() - started
@@ -228,7 +232,8 @@ def prepared_ahead(
 def _handed_over(fed: Fed, done: torch.cuda.Event) -> Fed:
     """Let the current stream wait until a batch is there, and keep its memory while it is used."""
     current = torch.cuda.current_stream(fed.views.device)
-    current.wait_event(done)
+    with section(WAIT):
+        current.wait_event(done)
     for tensor in (fed.views, fed.batch.sample_ids, fed.batch.labels):
         tensor.record_stream(current)
     return fed

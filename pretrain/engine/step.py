@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine import dist
+from pretrain.engine.sections import BACKWARD, FORWARD, section
 from pretrain.errors import require
 from pretrain.models.adversarial import perturb
 from pretrain.models.contrastive import FAContrastive, StepOutput, Views
@@ -61,10 +62,11 @@ class Gradients:
         parts = self._parts(views)
         if len(parts) == 1:
             self.enter("forward")
-            with self.autocast():
+            with section(FORWARD), self.autocast():
                 output = self.model.step(views, generator(), self.forward, progress=progress)
             self.enter("backward")
-            output.loss.backward()
+            with section(BACKWARD):
+                output.loss.backward()
             return [output]
         if self.optim.accumulation == "plain":
             return self._plain(views, parts, generator, progress)
@@ -141,13 +143,13 @@ class Gradients:
         for part in parts:
             random = self._random(generator(), part, views.shape[1])
             self.enter("forward")
-            with self._sync(part is parts[-1]), self.autocast():
+            with section(FORWARD), self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(views[:, part])
                 compare = self.model.comparison(t, random, progress)
                 output = self.forward(views[:, part], compare)
                 share = output.loss / len(parts)
             self.enter("backward")
-            with self._sync(part is parts[-1]):
+            with section(BACKWARD), self._sync(part is parts[-1]):
                 share.backward()
             total += share.detach()
             outputs.append(replace(output, loss=output.loss.detach()))
@@ -169,7 +171,7 @@ class Gradients:
         statistics of the online network are those of the second pass alone.
         """
         self.enter("forward")
-        with torch.no_grad(), self.autocast(), _kept_buffers(self.model.online):
+        with section(FORWARD), torch.no_grad(), self.autocast(), _kept_buffers(self.model.online):
             z, states = [], []
             for part in parts:
                 states.append(_random_state(views.device))
@@ -178,19 +180,21 @@ class Gradients:
         t = None if online[0] is None else torch.cat([x for x in online if x is not None], dim=1)
         cached = torch.cat(z, dim=1).requires_grad_()
         random = self._random(generator(), slice(0, views.shape[1]), views.shape[1])
-        with self.autocast():
+        with section(FORWARD), self.autocast():
             output = self.model.comparison(t, random, progress)(cached)
         self.enter("backward")
-        output.loss.backward()
+        with section(BACKWARD):
+            output.loss.backward()
         assert cached.grad is not None
         after = _random_state(views.device)
         for part, state in zip(parts, states, strict=True):
             _set_random_state(state, views.device)
             with self._sync(part is parts[-1]):
-                with self.autocast():
+                with section(FORWARD), self.autocast():
                     again = self.forward(views[:, part], _as_it_is)
                 surrogate = (again.float() * cached.grad[:, part].float()).sum()
-                (surrogate + self._touch_heads()).backward()
+                with section(BACKWARD):
+                    (surrogate + self._touch_heads()).backward()
         _set_random_state(after, views.device)
         return output
 

@@ -29,6 +29,7 @@ from pretrain.engine.optim import (
     set_lr,
 )
 from pretrain.engine.rows import Meter, Rows, Step
+from pretrain.engine.sections import GUARDS, LOGGING, OPTIMIZER, section
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StoppedBySignal, StopRequest
@@ -235,15 +236,19 @@ class Run:
         config, step = self.config, self.position.step
         factor = lr_factor(self.schedule, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
-        self.guard.keep()
+        with section(GUARDS):
+            self.guard.keep()
         outputs = self.compute_gradients(fed, step)
-        if self.guard.refuses(
-            self.position, fed.batch, outputs[0].loss, self.model.online.parameters(),
-            is_due=is_logged or self._is_saved(step + 1),
-        ):  # fmt: skip
+        with section(GUARDS):
+            is_refused = self.guard.refuses(
+                self.position, fed.batch, outputs[0].loss, self.model.online.parameters(),
+                is_due=is_logged or self._is_saved(step + 1),
+            )  # fmt: skip
+        if is_refused:
             return Step(outputs[0], lr, {}, is_skipped=True)
         self.progress.enter("update")
-        self.optimizer.step()
+        with section(OPTIMIZER):
+            self.optimizer.step()
         ids, labels = fed.batch.sample_ids, fed.batch.labels
         if self.online_probe:
             self.online_probe.step(labels)
@@ -275,7 +280,8 @@ class Run:
 
     def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
         self.progress.enter("logging")
-        collapse = self.rows.step(done, meter, log, bar, self.online_probe)
+        with section(LOGGING):
+            collapse = self.rows.step(done, meter, log, bar, self.online_probe)
         if self.config.engine.on_collapse == "stop":
             self._stop_together(collapse)
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
 from pretrain.engine import dist
+from pretrain.engine.sections import EMA_FORWARD, EMA_UPDATE, FA, LOSS, QUEUE, section
 from pretrain.models.augmenter import Draw, FeatureAugmenter
 from pretrain.models.backbone import Arch, ResNet
 from pretrain.models.cell import resolve
@@ -187,7 +188,7 @@ class FAContrastive(nn.Module):
         """Z' of BYOL and MoCo; None where the target branch is the online one."""
         if self.ema is None:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), section(EMA_FORWARD):
             return torch.stack([self.ema.project(view) for view in views])
 
     def comparison(
@@ -227,14 +228,15 @@ class FAContrastive(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             taken, is_target = self._taken(z, p, t), self.cell.side == "target"
             view = b if is_target else a
-            augmented = self._augment(taken, view, draw)
+            with section(FA):
+                augmented = self._augment(taken, view, draw)
             if is_target:  # basic, parallel
                 online, target = p[a].unsqueeze(0), augmented
             else:  # basic with FA online, pre, post
                 online, target = augmented, t[b].unsqueeze(0)
         if self.cell.architecture == "pre":
             online = self.online.predict(online)
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False), section(LOSS):
             loss = self._loss(online.float(), target, t[b], b)
         return Direction(loss, online, target, taken[view], augmented[0])
 
@@ -292,7 +294,14 @@ class FAContrastive(nn.Module):
         if self.ema is not None:
             ema = list(self.ema.parameters())
             online = [*self.online.backbone.parameters(), *self.online.projector.parameters()]
-            torch._foreach_lerp_(ema, online, 1 - tau)  # type: ignore
+            with section(EMA_UPDATE):
+                torch._foreach_lerp_(ema, online, 1 - tau)  # type: ignore
+        with section(QUEUE):
+            self._enter_queues(outputs, sample_ids, labels)
+
+    def _enter_queues(
+        self, outputs: Sequence[StepOutput], sample_ids: Tensor | None, labels: Tensor | None
+    ) -> None:
         if self.queue is not None:
             ids, classes = (None if x is None else dist.gather(x) for x in (sample_ids, labels))
             self.queue.put(dist.gather(torch.cat([o.entering for o in outputs])), ids, classes)
