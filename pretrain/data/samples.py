@@ -38,7 +38,7 @@ class TwoViewBatch:
     """One rank's part of a global batch.
 
     Attributes:
-        views: uint8 [2, n, 3, s, s], RGB; each view lies channels-last in memory.
+        views: uint8 [views, n, 3, s, s], RGB; each view lies channels-last in memory.
         keys: int64 [n], 64-bit hashes of the samples' names (the bits of an unsigned number).
         sample_ids: int64 [n], numbers in the shard index.
         visits: int64 [n], how often each sample was due before (docs/architecture.md).
@@ -131,12 +131,13 @@ class BadSamples:
 
 
 class TwoViewDataset(Dataset):
-    """Two random resized crops of each picture; photometric changes too, if asked.
+    """Random resized crops of each picture, two as a rule; photometric changes too, if asked.
 
     Args:
         index: The shards.
         image_size: Side of a view in pixels.
-        crop_scales: For each view, the range of the crop's area as a share of the picture's.
+        crop_scales: For each view, the range of the crop's area as a share of the picture's. One
+            range: one view, for linear evaluation.
         seed: Seed of the run.
         flip_probability: Probability of a horizontal flip.
         photometric: For each view, the changes done here, on uint8; None leaves them to the device.
@@ -147,7 +148,7 @@ class TwoViewDataset(Dataset):
         index: Samples,
         *,
         image_size: int,
-        crop_scales: tuple[tuple[float, float], tuple[float, float]],
+        crop_scales: tuple[tuple[float, float], ...],
         seed: int,
         flip_probability: float = 0.5,
         photometric: tuple[ViewAugment, ViewAugment] | None = None,
@@ -175,7 +176,7 @@ class TwoViewDataset(Dataset):
 
     def _batch(self, request: Request, bad: dict[int, str]) -> TwoViewBatch:
         num, size = len(request.sample_ids), self.image_size
-        views = empty_uint8((NUM_VIEWS, num, size, size, 3))
+        views = empty_uint8((len(self.crop_scales), num, size, size, 3))
         used = np.array(request.sample_ids, np.int64)
         visits = np.array(request.visits, np.int64)
         for start in range(0, num, _CHUNK):
@@ -223,7 +224,7 @@ class TwoViewDataset(Dataset):
         Args:
             sample_ids: int64 [n].
             visits: int64 [n].
-            out: uint8 [2, n, s, s, 3], written in place.
+            out: uint8 [views, n, s, s, 3], written in place.
         Returns:
             {row: reason} of the pictures that do not decode.
         """

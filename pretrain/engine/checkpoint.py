@@ -48,6 +48,15 @@ def save(state: dict[str, Any], path: Path) -> None:
     """
     missing = set(FIELDS) - set(state)
     assert not missing, f"checkpoint without {sorted(missing)}"
+    write(state, path)
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Write any state of plain types and tensors, with its checksum, whole or not at all.
+
+    Raises:
+        DiskFullError: As ``save``.
+    """
     state = {**state, "checksum": checksum(state)}
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -122,6 +131,24 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, damaged, or something else than our checkpoint.
     """
+    state = read(path)
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a checkpoint of format {FORMAT!r}; only a run of tools/pretrain.sh "
+            "can be resumed"
+        )
+    missing = sorted(set(FIELDS) - set(state))
+    if missing:
+        raise UserError(f"checkpoint {path} lacks {missing}; it is damaged: start again")
+    return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a dict of plain types and tensors, and check its checksum where it has one.
+
+    Raises:
+        UserError: If the file is missing, damaged, or holds something else.
+    """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
@@ -131,14 +158,10 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not a "
             "checkpoint of this program. Take an older one from checkpoints/ or start again"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict):
         raise UserError(
-            f"{path} is not a checkpoint of format {FORMAT!r}; only a run of tools/pretrain.sh "
-            "can be resumed"
+            f"{path} is not a checkpoint of format {FORMAT!r}: it holds a {type(state).__name__}"
         )
-    missing = sorted(set(FIELDS) - set(state))
-    if missing:
-        raise UserError(f"checkpoint {path} lacks {missing}; it is damaged: start again")
     if "checksum" in state and state["checksum"] != checksum(state):  # older ones have none
         raise UserError(
             f"checkpoint {path} is damaged: its checksum differs. Take an older one from "
