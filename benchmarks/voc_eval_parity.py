@@ -1,0 +1,289 @@
+"""Our own VOC and COCO metrics against Detectron2's evaluator and pycocotools, on random sets.
+
+What separates the two metrics is measured too: from the VOC rules to the COCO rules, one rule after
+another, each also alone (docs/metrics.md explains the rules).
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_eval
+
+from benchmarks.random_detections import VocFiles, pycocotools_evaluation, random_set, real_set
+from benchmarks.reference_metrics import (
+    COCO,
+    ELEVEN_EXACT_POINTS,
+    ELEVEN_POINTS,
+    POINTS_101,
+    VOC_2007,
+    VOC_2012,
+    DetectionSet,
+    Rules,
+    average_precisions,
+    stable_order,
+)
+
+EXAMPLE = """examples:
+  .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
+  .venv/bin/python benchmarks/voc_eval_parity.py --sets 100 --detections runs/a/detections.json
+Exit status: 0 equal within the tolerance, 1 not, 2 wrong arguments.
+"""
+TOLERANCE = 1e-6
+VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+COCO_AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
+_WHOLE_EVALUATOR_EVERY = 10  # sets; it computes each class and threshold once more
+
+# From the rules of VOC 2012 to those of COCO, in this order; after the last one all are COCO's.
+PATH: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("scores and corners not rounded", {"rounded": False}),
+    ("equal scores in a fixed order", {"order": stable_order}),
+    ("an overlap equal to the threshold matches", {"reached": True}),
+    ("lengths from 0, no extra pixel", {"origin": 0, "extra_pixel": False}),
+    ("a claimed object is not claimed again", {"matching": "free"}),
+    ("counted objects before difficult ones", {"counted_first": True}),
+    ("difficult: overlap with the detection only", {"crowd_overlap": True}),
+    ("101 recall levels, not the area", {"recall_points": POINTS_101}),
+    ("at most 100 detections a picture and class", {"max_detections": 100}),
+)
+ALONE: tuple[tuple[str, Rules, dict[str, Any]], ...] = (
+    *((name, VOC_2012, change) for name, change in PATH),
+    ("11 recall levels, not the area", VOC_2012, {"recall_points": ELEVEN_POINTS}),
+    ("11 levels as decimals, not as 3 * 0.1", VOC_2007, {"recall_points": ELEVEN_EXACT_POINTS}),
+    ("mistake: the extra pixel forgotten", VOC_2012, {"extra_pixel": False}),
+    ("COCO: small objects only", COCO, {"area_range": COCO_AREAS[1]}),
+    ("COCO: medium objects only", COCO, {"area_range": COCO_AREAS[2]}),
+    ("COCO: large objects only", COCO, {"area_range": COCO_AREAS[3]}),
+)
+
+
+def voc_difference(data: DetectionSet, folder: Path, *, whole: bool) -> tuple[float, int]:
+    """Compare with Detectron2's VOC evaluator on one set.
+
+    Args:
+        data: The set.
+        folder: An empty place for annotations.
+        whole: Whether the means of the whole evaluator are compared too, beside its `voc_eval`.
+
+    Returns:
+        Largest difference of an AP in 0..1, over classes, thresholds and both years; infinite if
+        one side says that AP is not defined and the other does not. And how many were compared.
+    """
+    files = VocFiles(data, folder)
+    evaluator = files.evaluator(2012)
+    worst, count = 0.0, 0
+    rows: dict[Rules, list[list[float]]] = {VOC_2007: [], VOC_2012: []}
+    for label in range(data.num_classes):
+        ours = {rules: average_precisions(data, label, VOC_THRESHOLDS, rules) for rules in rows}
+        lines = folder / f"class{label}.txt"
+        lines.write_text("\n".join(evaluator._predictions.get(label, [""])))
+        for place, threshold in enumerate(VOC_THRESHOLDS):
+            theirs = _voc_eval(files, lines, label, threshold)
+            for rules, value in zip((VOC_2007, VOC_2012), theirs, strict=True):
+                own = ours[rules]
+                worst = max(worst, _apart(None if own is None else own[place], value))
+                count += 1
+        for rules, own in ours.items():
+            if own is not None:
+                rows[rules].append(own)
+    if whole and len(rows[VOC_2012]) == data.num_classes:
+        for year, rules in ((2007, VOC_2007), (2012, VOC_2012)):
+            stock = files.evaluator(year).evaluate()
+            assert stock is not None
+            for key, value in _means(rows[rules]).items():
+                worst = max(worst, abs(float(stock["bbox"][key]) / 100 - value))
+                count += 1
+    parse_rec.cache_clear()  # it keeps every annotation it has read
+    return worst, count
+
+
+def _voc_eval(
+    files: VocFiles, lines: Path, label: int, threshold: float
+) -> tuple[float | None, float | None]:
+    """Detectron2's AP of 2007 and of 2012; None where it divides by no object."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0: no object of the class
+        recall, precision, eleven = voc_eval(
+            str(lines),
+            str(files.annotation("{}")),
+            str(files.list_file),
+            f"class{label}",
+            ovthresh=threshold,
+            use_07_metric=True,
+        )
+    counted = sum(item.label == label and not item.difficult for item in files.data.truth)
+    if not counted:
+        # The 11-point sum makes 0 of "not defined"; the evaluator of this project leaves it out.
+        assert len(recall) == 0 or np.isnan(recall).all()
+        return None, None
+    return float(eleven), float(voc_ap(recall, precision, use_07_metric=False))
+
+
+def _apart(ours: float | None, theirs: float | None) -> float:
+    if ours is None or theirs is None:
+        return 0.0 if ours is theirs else math.inf
+    return abs(ours - theirs)
+
+
+def coco_difference(data: DetectionSet) -> tuple[float, int]:
+    """Compare with pycocotools on one set, over classes, thresholds and areas."""
+    evaluation = pycocotools_evaluation(data)
+    thresholds = evaluation.params.iouThrs.tolist()
+    worst, count = 0.0, 0
+    for area, limits in enumerate(COCO_AREAS):
+        rules = replace(COCO, area_range=limits)
+        for label in range(data.num_classes):
+            theirs = evaluation.eval["precision"][:, :, label, area, -1].mean(axis=1)
+            ours = average_precisions(data, label, thresholds, rules)
+            for place, value in enumerate(theirs.tolist()):
+                own = None if ours is None else ours[place]
+                worst = max(worst, _apart(own, None if value < 0 else value))
+                count += 1
+    return worst, count
+
+
+def _means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    """AP, AP50, AP75 over classes."""
+    table = np.array(rows)
+    return {
+        "AP": float(table.mean()),
+        "AP50": float(table[:, 0].mean()),
+        "AP75": float(table[:, 5].mean()),
+    }
+
+
+def figures(data: DetectionSet, rules: Rules) -> dict[str, float] | None:
+    """AP, AP50 and AP75 of a set in percent; None if no class has an object that counts."""
+    rows = [
+        average_precisions(data, label, VOC_THRESHOLDS, rules) for label in range(data.num_classes)
+    ]
+    defined = [row for row in rows if row is not None]
+    return {key: 100 * value for key, value in _means(defined).items()} if defined else None
+
+
+def separation(sets: Sequence[DetectionSet]) -> dict[str, Any]:
+    """What each rule is worth, in points of AP and AP50.
+
+    Returns:
+        {"alone": rows, "path": rows}; a row has the name of the rule, and for AP and AP50 the mean,
+        the mean size and the largest size of its effect (None if no set has an AP under it).
+    """
+    known: dict[tuple[int, Rules], dict[str, float] | None] = {}
+
+    def effect(name: str, before: Rules, after: Rules) -> dict[str, Any]:
+        row: dict[str, Any] = {"rule": name}
+        pairs = []
+        for number, data in enumerate(sets):
+            for rules in (before, after):
+                if (number, rules) not in known:
+                    known[number, rules] = figures(data, rules)
+            pairs.append((known[number, before], known[number, after]))
+        for key in ("AP", "AP50"):
+            changes = np.array([b[key] - a[key] for a, b in pairs if a is not None and b])
+            row["num_sets"] = len(changes)
+            if len(changes) == 0:  # no object of that size anywhere
+                row[key] = None
+                continue
+            row[key] = {
+                "mean": float(changes.mean()),
+                "mean_size": float(np.abs(changes).mean()),
+                "max_size": float(np.abs(changes).max()),
+            }
+        return row
+
+    alone = [effect(name, rules, replace(rules, **change)) for name, rules, change in ALONE]
+    path, rules = [], VOC_2012
+    for name, change in PATH:
+        after = replace(rules, **change)
+        path.append(effect(name, rules, after))
+        rules = after
+    assert rules == COCO
+    path.append(effect("all of them: VOC 2012 to COCO", VOC_2012, COCO))
+    path.append(effect("VOC 2007 to COCO", VOC_2007, COCO))
+    return {"alone": alone, "path": path}
+
+
+def compare(num_sets: int, first_seed: int, folder: Path) -> dict[str, Any]:
+    """Both comparisons on sets first_seed, first_seed + 1, .."""
+    worst = {"voc": 0.0, "coco": 0.0}
+    counts = {"voc": 0, "coco": 0}
+    for number in range(num_sets):
+        data = random_set(first_seed + number)
+        whole = number % _WHOLE_EVALUATOR_EVERY == 0
+        results = {
+            "voc": voc_difference(data, folder / str(number), whole=whole),
+            "coco": coco_difference(data),
+        }
+        for key, (difference, count) in results.items():
+            worst[key] = max(worst[key], difference)
+            counts[key] += count
+    return {
+        "sets": num_sets,
+        "max_difference": max(worst.values()),
+        "max_difference_voc": worst["voc"],
+        "max_difference_coco": worst["coco"],
+        "num_compared_voc": counts["voc"],
+        "num_compared_coco": counts["coco"],
+    }
+
+
+def show(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows of effects as a markdown table."""
+    print(f"\n| {name} | AP: mean | size | largest | AP50: mean | size | largest |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [
+            f"{row[key][kind]:.3f}" if row[key] else "-"
+            for key in ("AP", "AP50")
+            for kind in ("mean", "mean_size", "max_size")
+        ]
+        print(f"| {row['rule']} | {' | '.join(cells)} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
+    parser.add_argument("--sets", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first set")
+    parser.add_argument(
+        "--detections",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a detections.json: what the rules are worth there, too (may be given several times)",
+    )
+    options = parser.parse_args(arguments)
+    if options.sets < 1:
+        parser.error(f"--sets {options.sets}: give 1 or more")
+    with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
+        result = compare(options.sets, options.seed, Path(folder))
+    sets = [random_set(options.seed + number) for number in range(options.sets)]
+    result["separation"] = separation(sets)
+    if options.detections:
+        result["separation_real"] = separation([real_set(file)[0] for file in options.detections])
+    for key in ("separation", "separation_real"):
+        for kind, rows in result.get(key, {}).items():
+            show(f"{key}, {kind}", rows)
+    print(json.dumps({key: value for key, value in result.items() if "separation" not in key}))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if result["max_difference"] <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
