@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from fvcore.common.param_scheduler import (
@@ -15,6 +15,9 @@ from fvcore.common.param_scheduler import (
 from torch import Tensor, nn
 
 from pretrain.config import ObjectiveConfig, OptimConfig
+
+
+_Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class LARS(torch.optim.Optimizer):
@@ -52,24 +55,47 @@ class LARS(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self._update(w, w.grad, group)
+            for weights in _at_once([w for w in group["params"] if w.grad is not None]):
+                self._update(weights, group)
         return loss
 
-    def _update(self, w: Tensor, gradient: Tensor, group: dict) -> None:
-        g = gradient.add(w, alpha=group["weight_decay"])
+    def _update(self, weights: list[Tensor], group: dict) -> None:
+        g: _Tensors = [w.grad for w in weights if w.grad is not None]
+        if group["weight_decay"]:
+            g = torch._foreach_add(g, weights, alpha=group["weight_decay"])
         if group["adapt"]:
-            w_norm, g_norm = w.norm(), g.norm()
-            scaled = group["eta"] * w_norm / g_norm
-            if group["clip"]:
-                scaled = torch.clamp(scaled / group["lr"], max=1)
-            g = g * torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled))
-        state = self.state[w]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(w)
-        momentum_buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
-        w.add_(momentum_buffer, alpha=-group["lr"])
+            ratios = self._trust_ratios(weights, g, group)
+            if group["weight_decay"]:  # a copy by now
+                torch._foreach_mul_(g, ratios)
+            else:
+                g = torch._foreach_mul(g, ratios)
+        for w in weights:
+            if "momentum_buffer" not in self.state[w]:
+                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        momentum_buffers = [self.state[w]["momentum_buffer"] for w in weights]
+        torch._foreach_mul_(momentum_buffers, group["momentum"])
+        torch._foreach_add_(momentum_buffers, g)
+        torch._foreach_add_(weights, momentum_buffers, alpha=-group["lr"])
+
+    @staticmethod
+    def _trust_ratios(weights: _Tensors, g: _Tensors, group: dict) -> tuple[Tensor, ...]:
+        """One number for each layer, on the device."""
+        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, g))
+        scaled = group["eta"] * w_norm / g_norm
+        if group["clip"]:
+            scaled = torch.clamp(scaled / group["lr"], max=1)
+        return torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled)).unbind()
+
+
+def _at_once(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """What one call of a foreach operation takes: all on a GPU, where each launch costs time.
+
+    On a CPU one layer after the other: its weights are then in the cache for the whole update.
+    """
+    if weights and weights[0].device.type == "cpu":
+        yield from ([w] for w in weights)
+    elif weights:
+        yield weights
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:

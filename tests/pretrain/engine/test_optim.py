@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.config import ObjectiveConfig, OptimConfig
+from pretrain.engine import optim
 from pretrain.engine.optim import (
     LARS,
     ema_tau,
@@ -19,6 +20,7 @@ from pretrain.engine.optim import (
     peak_lr,
     set_lr,
 )
+from tests.pretrain.engine.sync_counter import counted_syncs
 
 
 def network():
@@ -106,6 +108,58 @@ def test_lars_clip_equals_numpy(weight_decay):
             np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-14)
     assert reference.num_clipped > 0
     assert reference.num_free > 0
+
+
+def layer_by_layer(w, m, g, group):
+    """LARS of one layer with operations on single tensors; returns w and m after the step."""
+    g = g.add(w, alpha=group["weight_decay"])
+    if group["adapt"]:
+        w_norm, g_norm = w.norm(), g.norm()
+        scaled = group["eta"] * w_norm / g_norm
+        if group["clip"]:
+            scaled = torch.clamp(scaled / group["lr"], max=1)
+        g = g * torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled))
+    m = m.mul(group["momentum"]).add(g)
+    return w.add(m, alpha=-group["lr"]), m
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("where", ["layers in turn", "all at once"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_in_fp32_equals_single_tensors_bit_for_bit(monkeypatch, weight_decay, clip, where):
+    """The foreach operations, as a CPU takes them and as a GPU does; gradients stay as they are."""
+    if where == "all at once":
+        monkeypatch.setattr(optim, "_at_once", lambda weights: [weights] if weights else [])
+    net = network().float()
+    settings = config(weight_decay=weight_decay, lars_eta=0.02, lars_clip=clip)
+    optimizer = make_optimizer(net, settings, lr=0.03)
+    expected = {n: (p.detach().clone(), torch.zeros_like(p)) for n, p in net.named_parameters()}
+    for step in range(5):
+        set_lr(optimizer, peak=0.03, factor=1 / (step + 1))
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape)
+        net.get_parameter("projector.weight").grad.mul_(step != 1)
+        gradients = {n: p.grad.clone() for n, p in net.named_parameters()}
+        for group in optimizer.param_groups:
+            for name in names_of(net, group):
+                expected[name] = layer_by_layer(*expected[name], gradients[name], group)
+        optimizer.step()
+        for name, p in net.named_parameters():
+            assert torch.equal(p.detach(), expected[name][0]), (step, name)
+            assert torch.equal(p.grad, gradients[name]), (step, name)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_a_step_reads_no_value_to_the_host(monkeypatch, name):
+    monkeypatch.setattr(optim, "_at_once", lambda weights: [weights] if weights else [])
+    net = network()
+    optimizer = make_optimizer(net, config(name=name, lars_clip=True), lr=0.5)
+    set_gradients(net, 0)
+    with counted_syncs() as counter:
+        optimizer.step()
+        optimizer.step()
+    assert counter.places == []
 
 
 @pytest.mark.parametrize("clip", [False, True])
