@@ -39,6 +39,12 @@ def stop() -> None:
         torch_dist.destroy_process_group()
 
 
+def wait() -> None:
+    """Until all processes are here."""
+    if is_on():
+        torch_dist.barrier()
+
+
 def local_rows(num_local: int) -> slice:
     """Where this process's rows stand in a gathered batch of equal parts."""
     return slice(rank() * num_local, (rank() + 1) * num_local)
