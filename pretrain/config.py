@@ -168,6 +168,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
     channels_last: bool = True
+    fused_optimizer: bool | Literal["auto"] = "auto"  # sgd, adamw; auto: on a GPU
     num_threads: int = 0  # of the CPU; 0 leaves torch's own choice
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
@@ -281,6 +282,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self._check_micro_batches()
+        require(
+            self.engine.fused_optimizer is not True or self.optim.name != "lars",
+            "engine.fused_optimizer=true: optim.name=lars has no fused kernel, it is computed in "
+            "foreach operations; use auto, or optim.name=sgd or adamw",
+        )
 
     def _check_micro_batches(self) -> None:
         micro, batch = self.optim.micro_batch_size, self.data.batch_size

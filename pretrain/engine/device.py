@@ -24,6 +24,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", number) if is_cuda else torch.device("cpu")
 
 
+def uses_fused(wanted: bool | str, device: torch.device) -> bool:
+    """Whether the optimiser is one kernel; ``auto``: on a GPU, so that a CPU's rounding stays."""
+    return device.type == "cuda" if wanted == "auto" else bool(wanted)
+
+
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether steps run under bf16 autocast; ``auto`` does so where the hardware computes in bf16.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+# pyright: reportPrivateImportUsage=false
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from fvcore.common.param_scheduler import (
@@ -15,7 +17,6 @@ from fvcore.common.param_scheduler import (
 from torch import Tensor, nn
 
 from pretrain.config import ObjectiveConfig, OptimConfig
-
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -127,8 +128,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     return groups
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimiser that ``config.name`` asks for."""
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, lr: float, *, is_fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimiser that ``config.name`` asks for.
+
+    ``is_fused``: sgd and adamw in one kernel for all weights, with other rounding; LARS has none.
+    """
     groups = parameter_groups(model, config)
     if config.name == "lars":
         return LARS(
@@ -140,8 +146,17 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.op
             clip=config.lars_clip,
         )
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=is_fused or None)
+    return torch.optim.AdamW(groups, lr=lr, fused=is_fused or None)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from ``state_dict()``; how the update is computed stays as this optimiser has it."""
+    groups = [
+        saved | {key: own[key] for key in ("fused", "foreach") if key in own}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, peak: float, factor: float) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.config import PretrainConfig, to_plain
 from pretrain.engine import checkpoint
+from pretrain.engine.optim import load_state
 from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 
@@ -164,4 +165,4 @@ def _load(state: dict[str, Any], model: FAContrastive, optimizer: torch.optim.Op
         model.queue.load_state_dict(state["queue"])
     if model.objective.negatives is not None:
         model.objective.negatives.load_state_dict(state["negatives"])
-    optimizer.load_state_dict(state["optimizer"])
+    load_state(optimizer, state["optimizer"])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
 from pretrain.engine import dist, guards, run_folder, saver
-from pretrain.engine.device import choose_device, uses_bf16
+from pretrain.engine.device import choose_device, uses_bf16, uses_fused
 from pretrain.engine.diagnostics import CollapseError
 from pretrain.engine.feed import Fed, Feed
 from pretrain.engine.guards import NonFiniteGuard
@@ -84,8 +84,9 @@ class Run:
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(
-            self.model.online, config.optim, peak_lr(config.optim, config.data.batch_size)
-        )
+            self.model.online, config.optim, peak_lr(config.optim, config.data.batch_size),
+            is_fused=uses_fused(config.engine.fused_optimizer, self.device),
+        )  # fmt: skip
         self.schedule = lr_schedule(config.optim)
         self.position = Position()
         self.online_probe = OnlineProbe.open(

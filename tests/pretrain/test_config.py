@@ -177,6 +177,8 @@ WRONG_VALUES = {
     "optim.weight_decay=-1": r"optim\.weight_decay: -1.* is < 0",
     "optim.warmup_epochs=100": r"warmup_epochs \(100.*\) must be >= 0 and below optim\.epochs",
     "engine.device=tpu": "device",
+    "engine.fused_optimizer=perhaps": "fused_optimizer",
+    "engine.fused_optimizer=true": r"fused_optimizer=true: optim\.name=lars has no fused kernel",
     "engine.log_every_steps=0": r"engine\.log_every_steps must be >= 1, got 0",
     "engine.checkpoint_every_steps=0": r"engine\.checkpoint_every_steps must be >= 1, got 0",
     "engine.num_threads=-1": r"engine\.num_threads: -1 is < 0",
@@ -301,6 +303,7 @@ METHODS = "engine/test_run_methods.py::"
 AUGMENTER = "models/test_augmenter.py::"
 CELLS = "models/test_cells.py::"
 STEP = "engine/test_step.py::"
+SPEED = "engine/test_speed.py::"
 DIAGNOSTICS = "engine/test_diagnostics.py::"
 GUARDS = "engine/test_guards.py::"
 WATCHDOG = "engine/test_watchdog.py::"
@@ -390,6 +393,7 @@ COVERED_BY = {
     "engine.device": TRAIN + "test_gpu_asked_for_without_one",
     "engine.precision": TRAIN + "test_precision_decides_autocast",
     "engine.channels_last": TRAIN + "test_channels_last_changes_memory_not_meaning",
+    "engine.fused_optimizer": SPEED + "test_fused_optimizer_of_the_config_decides",
     "engine.num_threads": TRAIN + "test_num_threads",
     "engine.log_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
     "engine.checkpoint_every_steps": TRAIN + "test_log_and_checkpoint_intervals",

@@ -1,0 +1,89 @@
+"""Options that make steps faster or smaller: what each changes, and what it must not change."""
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.config import OptimConfig, load_config
+from pretrain.engine.device import uses_fused
+from pretrain.engine.optim import load_state, make_optimizer
+from pretrain.engine.train import Run
+
+BASE = {
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"name": "byol"},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
+    "engine": {
+        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
+        "num_threads": 1,
+    },
+    "eval": {"num_pictures": 0, "knn_k": 5},
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_run(config_file, shards, tmp_path):
+    """Build a `Run` without training: make_run("key=value", .., name="run", resume=False)."""
+
+    def make(*overrides, name="run", resume=False):
+        options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
+        return Run(load_config(config_file, options), resume=resume)
+
+    return make
+
+
+# --- fused optimisers
+
+
+def flags_of(optimizer):
+    return {(group.get("fused"), group.get("foreach")) for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_optimizer_of_the_config_decides(make_run, name):
+    flags = {}
+    for value in ("auto", "true", "false"):
+        run = make_run(f"engine.fused_optimizer={value}", f"optim.name={name}", name=value)
+        flags[value] = flags_of(run.optimizer)
+    assert flags == {"auto": {(None, None)}, "true": {(True, None)}, "false": {(None, None)}}
+
+
+@pytest.mark.parametrize(("wanted", "on_gpu"), [("auto", True), (True, True), (False, False)])
+def test_auto_is_fused_on_a_gpu(wanted, on_gpu):
+    assert uses_fused(wanted, torch.device("cuda")) is on_gpu
+    assert uses_fused(wanted, torch.device("cpu")) is (wanted is True)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("was_fused", [False, True])
+def test_fused_goes_on_where_unfused_stopped_and_the_other_way_round(name, was_fused):
+    """The state fits, the choice is the new run's, and the numbers agree but for rounding."""
+
+    def build(is_fused):
+        torch.manual_seed(0)
+        net = nn.ModuleDict({"backbone": nn.Linear(6, 5), "projector": nn.Linear(5, 4)})
+        settings = OptimConfig(name=name, epochs=20, weight_decay=0.1)
+        return net, make_optimizer(net, settings, 0.02, is_fused=is_fused)
+
+    def steps(net, optimizer, numbers):
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    (first, before), (second, after), (whole, straight) = (
+        build(was_fused), build(not was_fused), build(False)
+    )  # fmt: skip
+    steps(first, before, range(3))
+    second.load_state_dict(first.state_dict())
+    load_state(after, before.state_dict())
+    assert flags_of(after) == {(None if was_fused else True, None)}
+    assert flags_of(before) == {(True if was_fused else None, None)}
+    steps(second, after, range(3, 6))
+    steps(whole, straight, range(6))
+    for ours, expected in zip(second.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
