@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -115,18 +117,52 @@ def knn_top1(
     Raises:
         ValueError: If a set is empty or the bank has fewer than k entries.
     """
-    if len(queries) == 0 or len(bank) < k:
-        raise ValueError(f"kNN with k={k} needs queries and a bank of at least k, got {len(bank)}")
+    grid = knn_grid(
+        bank, bank_labels, queries, query_labels, ks=[k], temperatures=[temperature], chunk=chunk,
+        bank_chunk=bank_chunk, device=device,
+    )  # fmt: skip
+    return grid[0][0]
+
+
+@torch.no_grad()
+def knn_grid(
+    bank: Float[Tensor, "m d"],
+    bank_labels: Int[Tensor, " m"],
+    queries: Float[Tensor, "n d"],
+    query_labels: Int[Tensor, " n"],
+    *,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    chunk: int = QUERY_CHUNK,
+    bank_chunk: int = BANK_CHUNK,
+    device: torch.device | None = None,
+) -> list[list[float]]:
+    """``knn_top1`` for every k with every temperature, in one pass over the similarities.
+
+    Returns:
+        Accuracies in [0, 1]: a row for each k, in it a value for each temperature.
+
+    Raises:
+        ValueError: If a set is empty or the bank has fewer than the largest k entries.
+    """
+    largest = max(ks)
+    if len(queries) == 0 or len(bank) < largest:
+        raise ValueError(
+            f"kNN with k={largest} needs queries and a bank of at least k, got {len(bank)}"
+        )
     similarity, rows = nearest_rows(
-        bank, queries, k, chunk=chunk, bank_chunk=bank_chunk, device=device
+        bank, queries, largest, chunk=chunk, bank_chunk=bank_chunk, device=device
     )
     bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    correct = 0
+    correct = [[0] * len(temperatures) for _ in ks]
     for start in range(0, len(queries), chunk):
         part = slice(start, start + chunk)
-        weights = (similarity[part] / temperature).exp_()
-        votes = torch.zeros(len(weights), num_classes)
-        votes.scatter_add_(1, bank_labels[rows[part]], weights)
-        correct += int((votes.argmax(dim=1) == query_labels[part]).sum())
-    return correct / len(queries)
+        found = bank_labels[rows[part]]
+        for column, temperature in enumerate(temperatures):
+            weights = (similarity[part] / temperature).exp_()
+            for row, k in enumerate(ks):
+                votes = torch.zeros(len(weights), num_classes)
+                votes.scatter_add_(1, found[:, :k], weights[:, :k])
+                correct[row][column] += int((votes.argmax(dim=1) == query_labels[part]).sum())
+    return [[count / len(queries) for count in row] for row in correct]
