@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -162,7 +163,8 @@ class Run:
                 self._probe(log)
                 self._save_view_pictures()
             while self.position.epoch < self.config.optim.epochs:
-                self._train_epoch(log, bar)
+                where = self.position
+                self.steps(self.feed.epoch(where.epoch, where.step_in_epoch), log, bar)
                 self._end_epoch(log)
         if is_main:
             self._finish()
@@ -180,10 +182,11 @@ class Run:
         if is_last:
             self._save_checkpoint()
 
-    def _train_epoch(self, log: MetricLog | None, bar: tqdm) -> None:
+    def steps(self, batches: Iterable[Fed], log: MetricLog | None, bar: tqdm) -> None:
+        """One step on each batch, with all that belongs to it."""
         meter = Meter()
         self.progress.enter("data loading")
-        for fed in self.feed.epoch(self.position.epoch, self.position.step_in_epoch):
+        for fed in batches:
             self.watchdog.start()
             started = time.perf_counter()
             is_logged = self._is_logged(self.position.step + 1)
