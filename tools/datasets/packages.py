@@ -113,7 +113,7 @@ def _sources(packages_dir: Path | None, cache: Path) -> list[Path]:
     if packages_dir is not None:
         if (packages_dir / "usr" / "share").is_dir():
             return [packages_dir]
-        absent = [name for name in PACKAGES if _newest(packages_dir, name) is None]
+        absent = [name for name in PACKAGES if newest(packages_dir, name) is None]
         if absent:
             raise UserError(
                 f"--packages-dir {packages_dir}: no {absent[0]}_*.deb there; fetch it with "
@@ -121,19 +121,24 @@ def _sources(packages_dir: Path | None, cache: Path) -> list[Path]:
             )
     else:
         packages_dir = cache
-        absent = [name for name in PACKAGES if _newest(cache, name) is None]
+        absent = [name for name in PACKAGES if newest(cache, name) is None]
         if absent:
-            _download(absent, cache)
-    return [path for name in PACKAGES if (path := _newest(packages_dir, name))]
+            download(absent, cache, f"up to {_LISTED_MB} MB")
+    return [path for name in PACKAGES if (path := newest(packages_dir, name))]
 
 
-def _newest(folder: Path, name: str) -> Path | None:
+def newest(folder: Path, name: str) -> Path | None:
+    """Return a package's .deb in a folder, the youngest if there are several."""
     return max(folder.glob(f"{name}_*.deb"), key=lambda p: p.stat().st_mtime, default=None)
 
 
-def _download(names: list[str], cache: Path) -> None:
+def download(names: list[str], cache: Path, size: str) -> None:
     """Fetch packages into the cache with apt-get.
 
+    Args:
+        names: Of the packages.
+        cache: Folder for the .deb files.
+        size: How much it is, for people.
     Raises:
         UserError: If apt-get is absent or fails.
     """
@@ -141,11 +146,11 @@ def _download(names: list[str], cache: Path) -> None:
     if shutil.which("apt-get") is None:
         raise UserError(f"apt-get is not on this system: {by_hand}, or use the procedural set")
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {', '.join(names)} (up to {_LISTED_MB} MB) into {cache}", flush=True)
+    print(f"fetching {', '.join(names)} ({size}) into {cache}", flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = ["apt-get", "download", "-q", *names]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        fetched = {name: _newest(Path(folder), name) for name in names}
+        fetched = {name: newest(Path(folder), name) for name in names}
         if done.returncode or not all(fetched.values()):
             said = [line for line in done.stderr.splitlines() if line.startswith("E:")][-1:]
             raise UserError(
@@ -178,7 +183,7 @@ def _make_library(sources: list[Path], root: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for source in sources:
-            for name, content in _members(source, set(wanted)):
+            for name, content in members(source, set(wanted)):
                 _store(partial, name, content, wanted[name])
         partial.mkdir(parents=True, exist_ok=True)
         (partial / "library.json").write_text(json.dumps({"packages": _versions(sources)}))
@@ -219,7 +224,7 @@ def _versions(sources: list[Path]) -> dict[str, str]:
     return found
 
 
-def _members(source: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+def members(source: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (path, content) of the wanted files of a .deb, or of a folder it was unpacked to."""
     if source.is_dir():
         for name in sorted(wanted):

@@ -1,0 +1,314 @@
+"""Run grids of pretraining runs over seeds, compare their cells, and write tables and plots."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.flow import environment
+from tools.flow.errors import UserError
+from tools.studies import data, results
+from tools.studies.cells import Plan, make_plan, make_work
+from tools.studies.executors import Executor, Resources, SubmititExecutor
+from tools.studies.grid import METRICS, Preset, read_grid, read_preset
+from tools.studies.schedule import SAVE_SECONDS, Limits, Outcome, Scheduler, Work
+from tools.studies.store import Row, Store, hold
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ROOT / "configs/studies/presets"
+EXAMPLE = """\
+examples:
+  .venv/bin/python tools/ablate.py configs/studies/*.yaml --preset reproduce-cpu --out runs/study
+  .venv/bin/python tools/ablate.py configs/studies/stop_gradient.yaml --out runs/study --list
+  .venv/bin/python tools/ablate.py configs/studies/*.yaml --preset reproduce-gpu --out runs/gpu \\
+      --cluster slurm --parallel 16 --partition gpu --slurm-option account=vision
+
+Cells that several grids share run once. The same command goes on where the last one stopped.
+DIR/results.sqlite holds every run, DIR/results.json and DIR/tables.{md,html,tex} what they say.
+Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
+again; 128 + number: stopped by a signal. docs/studies.md explains grids, presets and verdicts.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    main_parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = main_parser.add_argument
+    add("grids", nargs="+", type=Path, metavar="GRID.yaml", help="of configs/studies/")
+    add("--preset", default="reproduce-cpu", metavar="NAME",
+        help="scale of the study: a file of configs/studies/presets/, or a path "
+        "(default: reproduce-cpu)")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
+    add("--data", metavar="NAME", help="which of the preset's sets (default: its first)")
+    add("--metrics", metavar="A,B", help=f"of {', '.join(METRICS)} (default: the preset's)")
+    add("--seeds", type=int, metavar="N", help="seeds 0..N-1 (default: the preset's)")
+    add("--only", action="append", default=[], metavar="TEXT",
+        help="run only cells with this in their grid or levels; may be repeated")  # fmt: skip
+    add("--list", action="store_true", help="show the cells and what is done, and stop")
+    add("--max-minutes", type=float, metavar="N",
+        help=f"stop in time: {SAVE_SECONDS:g} s before, running cells save (default: the "
+        "preset's)")  # fmt: skip
+    add("--max-failures", type=int, default=3, metavar="N",
+        help="start nothing more after more than N failed runs (default: 3)")  # fmt: skip
+    add("--retry-failed", action="store_true", help="run failed cells again")
+    add_cluster(main_parser)
+    return main_parser
+
+
+def add_cluster(main_parser: argparse.ArgumentParser) -> None:
+    """The options that say where runs go; tools/run_trials.py has the same."""
+    add = main_parser.add_argument_group("where runs go, through submitit").add_argument
+    add("--cluster", choices=("local", "slurm"), default="local", help="default: local")
+    add("--parallel", type=int, metavar="N", help="runs at once (default: the preset's, or 1)")
+    add("--gpus-per-run", type=int, metavar="N", help="default: the preset's, or 0")
+    add("--cpus-per-run", type=int, default=1, metavar="N", help="SLURM: default 1")
+    add("--time-minutes", type=int, default=240, metavar="T",
+        help="SLURM: time limit; then the run is queued again (default: 240)")  # fmt: skip
+    add("--partition", metavar="P", help="SLURM partition")
+    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
+        help="further line for sbatch; may be repeated")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None, executor: Executor | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        arguments: Of the command line.
+        executor: Takes the runs instead of submitit; for tests.
+    """
+    started = time.monotonic()
+    options = parser().parse_args(arguments)
+    options.out = options.out.resolve()
+    try:
+        with hold(options.out):
+            return _run(options, executor, started)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, executor: Executor | None, started: float) -> int:
+    preset, set_name = chosen_preset(options)
+    grids = [read_grid(path, preset.name) for path in options.grids]
+    folder = options.out / "data" / set_name
+    prepared = data.prepare(set_name, preset.sets[set_name], folder, say=print)
+    plan = make_plan(grids, preset, prepared)
+    work = {
+        (cell.fingerprint, seed): make_work(cell, seed, options.out, ROOT, prepared, preset.metrics)
+        for seed in range(preset.seeds)
+        for cell in plan.cells.values()
+    }
+    check_cells(plan, work)
+    store = Store(options.out / "results.sqlite")
+    try:
+        for name, seed in work:
+            cell = plan.cells[name]
+            store.plan(name, seed, cell.label, cell.axes, cell.settings)
+        if options.list:
+            show_list(plan, preset, store)
+            return 0
+        todo = [item for item in work.values() if is_due(store, item, plan, options)]
+        with StopSignals() as signals:
+            outcome = run_work(todo, store, options, preset, executor, started, signals)
+        about = environment.describe(ROOT)
+        found = results.summarise(plan, store.rows(), preset, set_name, about)
+        for path in results.write(options.out, found):
+            print(path)
+        return exit_status(outcome, found["counts"], signals)
+    finally:
+        store.close()
+
+
+def chosen_preset(options: argparse.Namespace) -> tuple[Preset, str]:
+    """The preset with the command line's changes, and the name of the set.
+
+    Raises:
+        UserError: For what does not exist.
+    """
+    path = PRESETS / f"{options.preset}.yaml"
+    if not path.is_file():
+        path = Path(options.preset)
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+            raise UserError(f"--preset {options.preset}: no such preset; there are {known}")
+    preset = read_preset(path)
+    set_name = options.data or next(iter(preset.sets))
+    if set_name not in preset.sets:
+        raise UserError(f"--data {set_name}: {preset.name} has {', '.join(preset.sets)}")
+    metrics = tuple(options.metrics.split(",")) if options.metrics else preset.metrics
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics {unknown[0]}: give some of {', '.join(METRICS)}")
+    if "linear" in metrics and not (ROOT / "tools/linear_eval.py").is_file():
+        raise UserError("metric linear: tools/linear_eval.py is not there; give --metrics knn")
+    for name in ("seeds", "parallel", "cpus_per_run", "time_minutes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    values = vars(preset) | {"metrics": metrics, "seeds": options.seeds or preset.seeds}
+    return Preset(**values), set_name
+
+
+def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:
+    """Refuse, before any run, every cell whose config does not load or that cannot train.
+
+    Raises:
+        UserError: Naming them all.
+    """
+    from pretrain.config import load_config
+    from pretrain.errors import UserError as PretrainError
+    from pretrain.models.cell_check import refuse_without_gradient
+
+    refused = []
+    for name, cell in plan.cells.items():
+        command = work[name, 0].steps[0].command
+        try:
+            config = load_config(command[2], [word for word in command[3:] if "=" in word])
+            refuse_without_gradient(config.objective, config.fa, config.heads)
+        except PretrainError as error:
+            refused.append(f"{'/'.join(cell.axes)}: {cell.label}: {error}")
+    if refused:
+        raise UserError("cells that cannot run (name them in left_out):\n  " + "\n  ".join(refused))
+
+
+def is_due(store: Store, work: Work, plan: Plan, options: argparse.Namespace) -> bool:
+    """Whether a cell is to be run by this call; one that lacks a metric asked for is."""
+    row = store.row(work.fingerprint, work.seed)
+    if options.only:
+        names = [
+            text
+            for grid, levels in plan.cells[work.fingerprint].axes.items()
+            for text in (grid, ", ".join(levels.values()))
+        ]
+        if not any(part in name for part in options.only for name in names):
+            return False
+    if row.status == "failed":
+        return options.retry_failed
+    has_all = all(step.product.exists() for step in work.steps) and row.metrics
+    return row.status != "finished" or not has_all
+
+
+def run_work(
+    todo: Sequence[Work],
+    store: Store,
+    options: argparse.Namespace,
+    preset: Preset | None,
+    executor: Executor | None,
+    started: float,
+    signals: "StopSignals",
+) -> Outcome:
+    """Hand the work to the executor, up to the limits."""
+    from tools.submit_pretrain import slurm_options
+
+    gpus = options.gpus_per_run
+    resources = Resources(
+        options.cluster,
+        (preset.gpus if preset else 0) if gpus is None else gpus,
+        options.cpus_per_run,
+        options.time_minutes,
+        options.partition,
+        slurm_options(options.slurm_option),
+    )
+    minutes = options.max_minutes or (preset.max_minutes if preset else None)
+    limits = Limits(
+        options.parallel or (preset.parallel if preset else 1),
+        options.max_failures,
+        started + 60 * minutes if minutes else float("inf"),
+    )
+    if todo and executor is None:
+        executor = SubmititExecutor(options.out / "submitit/%j", resources, ROOT)
+    if not todo or executor is None:
+        return Outcome()
+    print(f"{len(todo)} runs to do, {limits.parallel} at once", flush=True)
+    log = ProgressLog(len(todo), limits.parallel)
+    scheduler = Scheduler(
+        *(store, executor, limits, ROOT, environment.commit(ROOT)),
+        on_change=log, stop_requested=signals.reason,
+    )  # fmt: skip
+    return scheduler.run(todo)
+
+
+class ProgressLog:
+    """A line for each run that ended, with what is left."""
+
+    def __init__(self, total: int, parallel: int) -> None:
+        self._total, self._parallel = total, parallel
+        self._ended, self._started = 0, time.monotonic()
+
+    def __call__(self, row: Row) -> None:
+        """Print it; nothing for a run that begins."""
+        if row.status == "running":
+            return
+        self._ended += 1
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in row.metrics.items())
+        rest = (time.monotonic() - self._started) / self._ended * (self._total - self._ended)
+        print(
+            f"[{self._ended}/{self._total}] {row.label}, seed {row.seed}: {row.status} "
+            f"({row.seconds:.0f} s) {figures or row.error or ''}; about {rest / 60:.0f} min left",
+            flush=True,
+        )
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM while runs go on."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+    def reason(self) -> str:
+        """Why to stop, or nothing."""
+        return f"stopped by {signal.Signals(self.number).name}" if self.number else ""
+
+
+def exit_status(outcome: Outcome, counts: dict[str, int], signals: StopSignals) -> int:
+    """Say how the call ended; returns the exit status."""
+    failed = counts.get("failed", 0)
+    shown = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "cells")
+    print(
+        f"{counts['cells']} runs: {shown or 'none'}" + f"; {outcome.reason}" * bool(outcome.reason)
+    )
+    if signals.number:
+        return 128 + signals.number
+    if failed:
+        print(f"error: {failed} runs failed; see the tables, --retry-failed", file=sys.stderr)
+        return 1
+    return 3 if outcome.reason else 0
+
+
+def show_list(plan: Plan, preset: Preset, store: Store) -> None:
+    """Print grids, cells, and the status of each seed."""
+    for grid in plan.grids:
+        print(f"{grid.name}: {grid.title}")
+        for axes, _ in grid.cells():
+            name = plan.fingerprint(grid, axes)
+            states = [store.row(name, seed).status for seed in range(preset.seeds)]
+            others = [other for other in plan.cells[name].axes if other != grid.name]
+            shared = f"  (also in {', '.join(others)})" if others else ""
+            print(f"  {name[:12]}  {', '.join(axes.values())}: {' '.join(states)}{shared}")
+        for cells, reason in grid.left_out:
+            print(f"  left out: {', '.join(cells.values())}: {reason}")
+    print(f"{len(plan.cells)} cells x {preset.seeds} seeds = {len(plan.cells) * preset.seeds} runs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

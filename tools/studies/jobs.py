@@ -1,0 +1,138 @@
+"""One cell's work: commands one after another, each skipped if its product is there.
+
+`job.json` in the cell's folder says how the last attempt ended. A request to stop (SIGTERM, or the
+cluster's signal) goes on to the command, which saves and ends; the next attempt goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tools.flow.files import read_json, write_json
+
+RESULT = "job.json"
+_LAST_LINES = 3  # of a failed command's output, kept as the reason
+_ECHO_SECONDS = 5.0  # a second request within this is an echo of the first; a later one is final
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: Of its log.
+        command: Argument list; never passed to a shell.
+        product: File that exists when it is done.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    product: Path
+
+
+@dataclass
+class CommandJob:
+    """The steps of one cell; submitit calls it, and `checkpoint` before it queues it again.
+
+    Attributes:
+        steps: In their order.
+        folder: Where logs and job.json go.
+        working_folder: Where the commands run: the repository.
+    """
+
+    steps: tuple[Step, ...]
+    folder: Path
+    working_folder: Path
+    _pid: int = 0
+    _stopped_at: float | None = None
+
+    def __call__(self) -> None:
+        """Run what is missing. How it ended stands in job.json; nothing is raised for a failure."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            self._run_all()
+        finally:
+            signal.signal(signal.SIGTERM, old)
+
+    def _run_all(self) -> None:
+        with (self.folder / ".job.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt that outlived its harness ends first
+            started = time.monotonic()
+            (self.folder / RESULT).unlink(missing_ok=True)
+            result = {"status": "finished", "error": None}
+            for step in self.steps:
+                if not step.product.exists():
+                    result = self._run(step)
+                if result["status"] != "finished":
+                    break
+            write_json(self.folder / RESULT, result | {"seconds": time.monotonic() - started})
+
+    def _run(self, step: Step) -> dict[str, Any]:
+        log = self.folder / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if self._stopped_at is not None:
+            return {"status": "stopped", "error": f"stopped before {step.name}"}
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                step.command,
+                cwd=self.working_folder,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it through this job, and once
+            )
+            self._pid = process.pid
+            # No Popen.wait: `checkpoint` waits for the same child, in a signal handler within this.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            self._pid = 0
+            status = process.wait()
+        if status == 0 and step.product.exists():
+            return {"status": "finished", "error": None}
+        if self._stopped_at is not None:
+            return {"status": "stopped", "error": f"stopped in {step.name}"}
+        how = f"exit status {status}" if status else f"exit status 0 without {step.product.name}"
+        return {"status": "failed", "error": f"{step.name}: {how}: {last_lines(log)}"}
+
+    def checkpoint(self) -> Any:
+        """Let the command save and end; what submitit queues then is the same again."""
+        import submitit
+
+        self._stop()
+        if self._pid:
+            os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        again = CommandJob(self.steps, self.folder, self.working_folder)
+        return submitit.helpers.DelayedSubmission(again)
+
+    def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
+        now = time.monotonic()
+        is_first = self._stopped_at is None
+        self._stopped_at = now if self._stopped_at is None else self._stopped_at
+        if self._pid and is_first:
+            os.killpg(self._pid, signal.SIGTERM)
+        elif self._pid and now - self._stopped_at > _ECHO_SECONDS:
+            os.killpg(self._pid, signal.SIGKILL)
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log as one line; what stands after the last `error:` if there is one."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    lines = [line.strip() for line in lines if line.strip()][-40:]
+    errors = [line for line in lines if line.startswith("error:")]
+    return " / ".join(errors[-1:] or lines[-_LAST_LINES:])[:500] or "no words"
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """How the last attempt ended; a job that left nothing has failed."""
+    found = read_json(folder / RESULT)
+    if not isinstance(found, dict) or "status" not in found:
+        return {"status": "failed", "error": "ended without a result (killed?)", "seconds": 0.0}
+    return found
