@@ -48,7 +48,7 @@ class FeatureAugmenter(nn.Module):
 
     def is_ready(self) -> bool:
         """Whether every link acts: those that read the queue wait until it is filled."""
-        return self.queue is None or int(self.queue.count) >= self.fa.min_fill
+        return self.queue is None or self.queue.num_entries >= self.fa.min_fill
 
     def strength(self, progress: float) -> float:
         """The strength after this share of the training, 0..1."""
@@ -153,7 +153,7 @@ class FeatureAugmenter(nn.Module):
             assert self.queue is not None
             if not self.is_ready():
                 return None
-            entries = self.queue.features[random.integers(int(self.queue.count))]
+            entries = self.queue.features[random.integers(self.queue.num_entries)]
             return feature_aug.keep_norm(entries.to(x.dtype), x.detach())
         batch, first = dist.gather(x), random.rows.start
         assert batch.shape[0] == random.num_rows, "partners come from the whole batch"

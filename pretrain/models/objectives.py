@@ -84,7 +84,7 @@ class Objective(nn.Module):
         assert self.negatives is not None
         queue = self.negatives[view]
         assert isinstance(queue, SupportQueue)
-        return queue.features[: int(queue.count)]
+        return queue.features[: queue.num_entries]
 
     def put(self, keys: Float[Tensor, "2 n d"]) -> None:
         """Let the plain keys of both views of the global batch enter (MoCo)."""

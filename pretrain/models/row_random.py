@@ -42,8 +42,8 @@ class RowRandom:
         """Uniform in 0..high-1, int64: [rows, *tail]."""
         return self._here(torch.randint(high, self._shape(tail), **self._source(torch.int64)))
 
-    def shift(self) -> int:
-        """One number in 1..num_rows-1, for all rows.
+    def shift(self) -> Tensor:
+        """One number in 1..num_rows-1, for all rows: int64, on the generator's device.
 
         Raises:
             ValueError: In a batch of one.
@@ -52,8 +52,7 @@ class RowRandom:
             raise ValueError(
                 f"another sample of the batch needs a batch of at least 2, got {self.num_rows}"
             )
-        draw = torch.randint(1, self.num_rows, (), **self._source(torch.int64))
-        return int(draw)
+        return torch.randint(1, self.num_rows, (), **self._source(torch.int64))
 
     def beta(self, alpha: float, *tail: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Beta(alpha, alpha): [rows, *tail]."""

@@ -26,6 +26,9 @@ class SupportQueue(nn.Module):
     that brought it (from 1; 0 where nothing was put yet). They are only looked at by ``report``:
     no search depends on them.
 
+    ``count`` says how many entries are valid and is saved; ``num_entries`` is the same number where
+    the host knows it without asking the device.
+
     Args:
         size: Entries.
         dim: Width of a feature.
@@ -56,7 +59,9 @@ class SupportQueue(nn.Module):
         self.register_buffer("labels", torch.full((size,), UNKNOWN))
         self.register_buffer("born", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("puts", torch.zeros((), dtype=torch.int64))
+        self.num_entries = 0
         self.register_load_state_dict_pre_hook(_refuse_another_dtype)
+        self.register_load_state_dict_post_hook(_read_count)
 
     @torch.no_grad()
     def put(
@@ -82,14 +87,15 @@ class SupportQueue(nn.Module):
         features = functional.normalize(features.detach().float(), dim=1)[-self.size :]
         n = features.shape[0]
         slots = (self.position + torch.arange(n, device=features.device)) % self.size
-        unknown = self.count.new_tensor(UNKNOWN)
+        unknown = self.count.new_full((), UNKNOWN)
         self.puts.add_(1)
         self.features[slots] = features.to(self.features.dtype)
         self.born[slots] = self.puts
         for column, values, _ in notes:
             column[slots] = unknown if values is None else values.to(column)[-self.size :]
         self.position.copy_((self.position + n) % self.size)
-        self.count.copy_(torch.clamp(self.count + n, max=self.size))
+        self.num_entries = min(self.num_entries + n, self.size)
+        self.count.fill_(self.num_entries)
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "n d"], k: int) -> Float[Tensor, "n k d"]:
@@ -113,7 +119,7 @@ class SupportQueue(nn.Module):
         Raises:
             ValueError: If fewer than k entries are valid.
         """
-        valid = self.features[: int(self.count)]
+        valid = self.features[: self.num_entries]
         return top_k(z, valid, k, distance=distance, truncation=truncation)[1]
 
     @torch.no_grad()
@@ -168,3 +174,9 @@ def _refuse_another_dtype(
             f"the support queue was saved in {stored.dtype} and is {wanted} here: keep its "
             "precision, or start without the saved queue"
         )
+
+
+def _read_count(module: nn.Module, _incompatible: Any) -> None:
+    """After loading: the one time that the device is asked."""
+    assert isinstance(module, SupportQueue)
+    module.num_entries = int(module.count)

@@ -17,6 +17,7 @@ INDEXING = ("aten::index", "aten::index_put_", "aten::index_put")
 class SyncCounter(TorchDispatchMode):
     """``places``: a line of code for each time that values were read to the host.
 
+    Torch's optimisers are left out: what they read is the number of steps, which lies on the CPU.
     What only a GPU can tell (copies of pageable memory) is not seen.
     """
 
@@ -34,8 +35,10 @@ class SyncCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def note(self, name):
-        frames = [f for f in traceback.extract_stack() if "/pretrain/" in f.filename]
-        last = frames[-1] if frames else traceback.extract_stack()[0]
+        stack = [f for f in traceback.extract_stack() if f.filename != __file__]
+        if any("/torch/optim/" in f.filename for f in stack):
+            return
+        last = next((f for f in reversed(stack) if "/pretrain/" in f.filename), stack[-1])
         self.places.append(f"{name} in {last.filename}:{last.lineno}: {last.line}")
 
 

@@ -1,0 +1,112 @@
+"""A step never makes the host wait for the device, but where docs/guards.md says so."""
+
+import pytest
+import torch
+
+from pretrain.config import load_config
+from pretrain.engine.train import Run
+from tests.pretrain.engine.sync_counter import counted_syncs
+
+BASE = {
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"name": "byol", "num_negatives": 20, "num_prototypes": 6},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "lars", "epochs": 4, "base_lr": 0.05, "warmup_epochs": 0.5},
+    "engine": {"log_every_steps": 1000, "checkpoint_every_steps": 1000, "num_threads": 1},
+    "eval": {"num_pictures": 0},
+}  # fmt: skip
+NUM_STEPS = 5  # the queue holds 16 entries before the third
+CASES = {
+    **{name: [f"objective.name={name}"] for name in ("byol", "simsiam", "moco", "simclr", "swav")},
+    "infonce": ["objective.name=infonce", "optim.name=adamw"],
+    "sgd": ["optim.name=sgd"],
+    "partners": ["fa.method=mixup|cutmix", "fa.partner=batch"],
+    "queue": ["fa.method=extrapolate", "fa.partner=queue", "fa.num_features=2"],
+    "draws": ["fa.method=nn+noise|mask", "fa.top_k=4"],
+    "consensus": ["fa.top_k=4", "fa.nn_choice=consensus", "fa.nn_distance=truncated"],
+    "plain": ["optim.micro_batch_size=4"],
+    "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached", "heads.dropout=0.1"],
+    "probe": ["eval.online_probe=true"],
+}
+
+
+@pytest.fixture
+def make_run(config_file, shards, tmp_path):
+    def make(*overrides):
+        options = [f"out={tmp_path / 'run'}", f"data.shards={shards}", *overrides]
+        return Run(load_config(config_file, options), resume=False)
+
+    return make
+
+
+@pytest.fixture
+def on_cpu(make_run):
+    """A run on the CPU whose guard looks as seldom as on a GPU."""
+
+    def make(*overrides, is_lazy=True):
+        run = make_run("engine.device=cpu", "engine.precision=fp32", *overrides)
+        if is_lazy:
+            run.guard._is_always_due = False
+        return run
+
+    return make
+
+
+def take_steps(run, num_steps=NUM_STEPS):
+    for step, fed in zip(range(num_steps), run.feed.epoch(0), strict=False):
+        run._step(fed, is_logged=False)
+        run.position.step = step + 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_steps_read_nothing_to_the_host(on_cpu, case):
+    run = on_cpu(*CASES[case])
+    batches = list(run.feed.epoch(0))
+    with counted_syncs() as counter:
+        for step, fed in enumerate(batches):
+            run._step(fed, is_logged=False)
+            run.position.step = step + 1
+    assert counter.places == []
+    if run.model.queue is not None:
+        assert run.model.augmenter.is_ready()
+
+
+def test_the_counter_sees_what_it_is_for():
+    x = torch.arange(3.0)
+    with counted_syncs() as counter:
+        _ = x[0].item(), float(x[1]), int(x[2]), bool(x[0] == 0), x.tolist(), x[x > 0], x.nonzero()
+        _ = x.cpu(), x.sum(), x[torch.tensor([0, 2])], x[:2]
+        x[x > 1] = x[:1]
+    seen = [place.partition(" ")[0] for place in counter.places]
+    read = "aten::_local_scalar_dense"
+    assert seen == [
+        *[read] * 4, "Tensor.tolist", "aten::index", "aten::nonzero", "Tensor.cpu",
+        "aten::index_put_",
+    ]  # fmt: skip
+
+
+def test_skip_reads_one_number_a_step(on_cpu):
+    run = on_cpu("engine.on_nonfinite=skip", is_lazy=False)
+    batches = list(run.feed.epoch(0))
+    with counted_syncs() as counter:
+        for fed in batches:
+            run._step(fed, is_logged=False)
+    assert len(counter.places) == len(batches) == NUM_STEPS
+    assert all("Tensor.tolist" in place and "guards.py" in place for place in counter.places)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_plain_steps_do_not_wait_for_the_gpu(make_run, case):
+    run = make_run("engine.device=cuda", *CASES[case])
+    take_steps(run, 3)  # warm: cuDNN's and NCCL's own first calls may wait
+    batches = list(run.feed.epoch(1))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for fed in batches:
+            run._step(fed, is_logged=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
