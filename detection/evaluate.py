@@ -5,26 +5,42 @@
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.config import CfgNode
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+)
+from detectron2.evaluation.pascal_voc_evaluation import voc_eval
 from detectron2.utils import comm
+from torch import nn
+from torch.utils.data import DataLoader
 
+from detection.coco_metric import CocoEvaluator
 from detection.files import write_text
 from detection.voc import VocSplit
 
 _METRICS = ("AP", "AP50", "AP75")
+_THRESHOLDS = tuple(range(50, 100, 5))  # percent of overlap
+_CURVE_THRESHOLDS = (50, 75)
+_RECALL_LEVELS = tuple(level / 100 for level in range(101))
 
 
 class ClasswiseVOCEvaluator(PascalVOCDetectionEvaluator):
-    """Detectron2's VOC evaluator, asked for one class at a time.
+    """Detectron2's VOC evaluator, class by class, with the precision-recall curves.
 
-    The stock evaluator returns means over classes only. Its own `evaluate` is called with one class
-    after another, and the mean is taken here over the classes that occur: over all classes the
-    figures equal the stock ones. Classes without a test object have no AP; they are left out and
-    named in the result.
+    The stock evaluator returns means over all classes only and drops the curves. Here its own
+    `voc_eval` is called as it does, on the same lines, and the mean is taken over the classes that
+    occur: over all classes the figures equal the stock ones. Classes without a test object have no
+    AP; they are left out and named in the result.
     """
 
     def __init__(
@@ -49,30 +65,137 @@ class ClasswiseVOCEvaluator(PascalVOCDetectionEvaluator):
 
         Returns:
             {"bbox": {"AP", "AP50", "AP75"}, "per_class": {class: AP}, "per_class_AP50": ..,
-            "per_class_AP75": ..}; None on other ranks.
+            "per_class_AP75": .., "curves": {class: {"0.50": curve, "0.75": curve}}}; None on other
+            ranks. For a curve see `curve_points`.
         """
-        all_names, all_predictions = self._class_names, self._predictions
-        rows: dict[str, dict[str, float]] = {}
-        try:
-            for index, name in enumerate(all_names):
-                if name in self._absent:
-                    continue
-                self._class_names = [name]
-                self._predictions = {0: all_predictions[index]} if index in all_predictions else {}
-                result = super().evaluate()
-                if result is not None:
-                    rows[name] = result["bbox"]
-        finally:
-            self._class_names, self._predictions = all_names, all_predictions
+        gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return None
-        means = {key: float(np.mean([row[key] for row in rows.values()])) for key in _METRICS}
+        rows: dict[str, dict[str, float]] = {}
+        curves: dict[str, dict[str, Any]] = {}
+        with tempfile.TemporaryDirectory(prefix="voc-evaluation-") as folder:
+            for label, name in enumerate(self._class_names):
+                if name not in self._absent:
+                    lines = [line for part in gathered for line in part.get(label, [])]
+                    file = Path(folder) / "detections.txt"
+                    file.write_text("\n".join(lines))
+                    rows[name], curves[name] = self._evaluate_class(name, file)
         return {
-            "bbox": means,
-            "per_class": {name: float(row["AP"]) for name, row in rows.items()},
-            "per_class_AP50": {name: float(row["AP50"]) for name, row in rows.items()},
-            "per_class_AP75": {name: float(row["AP75"]) for name, row in rows.items()},
+            "bbox": {key: float(np.mean([row[key] for row in rows.values()])) for key in _METRICS},
+            "per_class": {name: row["AP"] for name, row in rows.items()},
+            "per_class_AP50": {name: row["AP50"] for name, row in rows.items()},
+            "per_class_AP75": {name: row["AP75"] for name, row in rows.items()},
+            "curves": curves,
         }
+
+    def _evaluate_class(
+        self, name: str, detections: Path
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """AP, AP50 and AP75 of a class in percent, and its curves."""
+        average_precisions, curves = {}, {}
+        for threshold in _THRESHOLDS:
+            recall, precision, average = voc_eval(
+                str(detections),
+                self._anno_file_template,
+                self._image_set_path,
+                name,
+                ovthresh=threshold / 100.0,
+                use_07_metric=self._is_2007,
+            )
+            average_precisions[threshold] = 100 * float(average)
+            if threshold in _CURVE_THRESHOLDS:
+                curves[f"{threshold / 100:.2f}"] = curve_points(recall, precision)
+        mean = float(np.mean(list(average_precisions.values())))
+        return {"AP": mean, "AP50": average_precisions[50], "AP75": average_precisions[75]}, curves
+
+
+def curve_points(recall: np.ndarray, precision: np.ndarray) -> dict[str, Any]:
+    """A precision-recall curve at 101 levels of recall.
+
+    Args:
+        recall: (num_detections,), in 0..1, as it grows with every detection, best score first.
+        precision: (num_detections,).
+
+    Returns:
+        {"precision": 101 values, "max_recall"}: at recall 0, 0.01, .., 1 the highest precision at
+        that recall or beyond, 0 where it is not reached.
+    """
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, _RECALL_LEVELS, side="left")
+    values = np.append(envelope, 0.0)[places]
+    highest = float(recall[-1]) if len(recall) else 0.0
+    return {
+        "precision": [round(float(value), 4) for value in values],
+        "max_recall": round(highest, 4),
+    }
+
+
+def evaluate_detector(
+    cfg: CfgNode,
+    model: nn.Module,
+    loader: DataLoader,
+    split: VocSplit,
+    classes: Sequence[str],
+    *,
+    root: Path,
+    list_file: Path,
+    absent: list[str],
+) -> dict[str, Any]:
+    """Evaluate a detector on the pictures of a list, by VOC's metric and by COCO's.
+
+    Args:
+        cfg: Reads DATASETS.TEST (the name under which the list is registered) and TEST.
+        model: In any mode; it is left as it was.
+        loader: Exactly the pictures of `split`.
+        split: What is evaluated.
+        classes: Class names in the detector's order.
+        root: File names of `detections` are relative to it.
+        list_file: Where the names of the pictures are written.
+        absent: Classes without an object that counts.
+
+    Returns:
+        What ClasswiseVOCEvaluator, CocoEvaluator and DetectionRecorder give, and how many pictures
+        took how many seconds; {} on other ranks than the first.
+    """
+    began = time.perf_counter()
+    image_ids = [picture.image_id for picture in split.pictures]
+    shown = spread_evenly(image_ids, cfg.TEST.NUM_SAVED_IMAGES)
+    recorder = DetectionRecorder(split, shown, tuple(classes), root, cfg.TEST.SAVED_SCORE_THRESH)
+    evaluators = DatasetEvaluators(
+        [
+            ClasswiseVOCEvaluator(cfg.DATASETS.TEST[0], image_ids, list_file, absent),
+            CocoEvaluator(split, classes),
+            recorder,
+        ]
+    )
+    result = inference_on_dataset(model, loader, evaluators)
+    if not comm.is_main_process():
+        return {}
+    return {**result, "num_images": len(image_ids), "seconds": time.perf_counter() - began}
+
+
+def measured(last: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that an evaluation decides: AP by VOC's metric and by COCO's.
+
+    Args:
+        last: What `evaluate_detector` gives.
+    """
+    return {
+        **{key: last["bbox"][key] for key in _METRICS},
+        **{key: last[key] for key in ("per_class", "per_class_AP50", "per_class_AP75", "coco")},
+        "num_test_images": last["num_images"],
+        "evaluation_seconds": last["seconds"],
+    }
+
+
+def curves_file(last: dict[str, Any], metric_year: int) -> dict[str, Any]:
+    """What pr.json holds: the curves of `evaluate_detector`, class by class, and their levels."""
+    return {
+        "format": "fa-pr-1",
+        "metric_year": metric_year,
+        "recall": list(_RECALL_LEVELS),
+        "classes": last["curves"],
+    }
 
 
 class DetectionRecorder(DatasetEvaluator):

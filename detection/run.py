@@ -26,6 +26,7 @@ from detectron2.utils.env import seed_all_rng
 from detection.config import check_device, flatten, load_config
 from detection.data import register
 from detection.errors import UserError
+from detection.evaluate import curves_file, measured
 from detection.files import sha256_of, write_json, write_text
 from detection.trainer import Trainer
 from detection.voc import VocSet, read_set
@@ -174,6 +175,7 @@ def _is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> 
         "last_checkpoint",
         "*.pth",
         "detections.json",
+        "pr.json",
     ):
         for file in folder.glob(pattern):
             file.unlink()
@@ -206,14 +208,15 @@ def _train_seed(cfg: CfgNode, voc: VocSet, job: Job) -> None:
 
 
 def _write_results(trainer: Trainer, job: Job) -> None:
-    """Write detections.json, then result.json: its presence says that the seed is finished."""
+    """Write detections.json and pr.json, then result.json: its presence says "finished"."""
     last = trainer.curve.last
     write_json(job.folder / "detections.json", last["detections"])
+    write_json(job.folder / "pr.json", curves_file(last, trainer.voc.metric_year))
     result = {
         "arm": job.arm,
         "seed": job.seed,
-        **{key: last["bbox"][key] for key in _METRICS},
-        **{key: last[key] for key in ("per_class", "per_class_AP50", "per_class_AP75")},
+        **measured(last),
+        "classes": list(trainer.voc.classes),
         "classes_without_test_objects": trainer.absent,
         "iterations": trainer.max_iter,
         "seconds": trainer.clock.seconds(),
@@ -222,8 +225,6 @@ def _write_results(trainer: Trainer, job: Job) -> None:
         "frozen": trainer.cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
         "metric_year": trainer.voc.metric_year,
         "num_train_images": trainer.voc.num_train,
-        "num_test_images": last["num_images"],
-        "evaluation_seconds": last["seconds"],
         "peak_memory_bytes": peak_memory_bytes(),
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
@@ -234,7 +235,10 @@ def _write_results(trainer: Trainer, job: Job) -> None:
 
 
 def summarise(results: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1; null for one seed) of AP, AP50 and AP75 in percent."""
+    """Mean and standard deviation (n - 1; null for one seed) of AP, AP50 and AP75 in percent.
+
+    "coco" holds the means by COCO's metric, where every seed has it.
+    """
     columns = {key: [result[key] for result in results] for key in _METRICS}
     return {
         "n": len(results),
@@ -244,7 +248,15 @@ def summarise(results: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]
             for key, values in columns.items()
         },
         "seeds": list(seeds),
+        **_coco_means(results),
     }
+
+
+def _coco_means(results: list[dict[str, Any]]) -> dict[str, Any]:
+    if not all("coco" in result for result in results):  # made by an older version
+        return {}
+    rows = [result["coco"] for result in results]
+    return {"coco": {key: statistics.fmean(row[key] for row in rows) for key in _METRICS}}
 
 
 def peak_memory_bytes() -> int:

@@ -6,14 +6,12 @@ import detection.compat  # before detectron2
 
 # isort: split
 import logging
-import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
@@ -22,7 +20,7 @@ import detection.roi_heads  # noqa: F401  (registers the C4 head)
 from detection.calibrate import calibrate_frozen_norms
 from detection.data import build_test_loader, build_train_loader
 from detection.errors import UserError
-from detection.evaluate import ClasswiseVOCEvaluator, DetectionRecorder, spread_evenly
+from detection.evaluate import evaluate_detector
 from detection.files import read_json_lines, remove_partial_files, write_json_lines
 from detection.hooks import (
     CurveHook,
@@ -52,7 +50,7 @@ class Trainer(DefaultTrainer):
         """
         self.voc = voc
         self.folder = Path(cfg.OUTPUT_DIR)
-        self.split = _evaluated(voc.test, cfg.TEST.NUM_IMAGES)
+        self.split = evaluated_part(voc.test, cfg.TEST.NUM_IMAGES)
         self.absent = classes_without_objects(self.split, voc.classes)
         if len(self.absent) == len(voc.classes):
             raise UserError(
@@ -159,33 +157,22 @@ class Trainer(DefaultTrainer):
         """Evaluate the detector as it is.
 
         Returns:
-            AP in percent as ClasswiseVOCEvaluator gives it, rows for detections.json, and how many
-            pictures took how many seconds; {} on other ranks than the first.
+            What `evaluate_detector` gives; {} on other ranks than the first.
         """
-        began = time.perf_counter()
-        image_ids = [picture.image_id for picture in self.split.pictures]
-        shown = spread_evenly(image_ids, self.cfg.TEST.NUM_SAVED_IMAGES)
         name = self.cfg.DATASETS.TEST[0]
-        evaluators = DatasetEvaluators(
-            [
-                ClasswiseVOCEvaluator(name, image_ids, self.folder / "evaluated.txt", self.absent),
-                DetectionRecorder(
-                    self.split,
-                    shown,
-                    self.voc.classes,
-                    self.voc.root,
-                    self.cfg.TEST.SAVED_SCORE_THRESH,
-                ),
-            ]
+        return evaluate_detector(
+            self.cfg,
+            self.model,
+            self.build_test_loader(self.cfg, name),
+            self.split,
+            self.voc.classes,
+            root=self.voc.root,
+            list_file=self.folder / "evaluated.txt",
+            absent=self.absent,
         )
-        loader = self.build_test_loader(self.cfg, name)
-        result = inference_on_dataset(self.model, loader, evaluators)
-        if not comm.is_main_process():
-            return {}
-        return {**result, "num_images": len(image_ids), "seconds": time.perf_counter() - began}
 
 
-def _evaluated(split: VocSplit, num_images: int) -> VocSplit:
+def evaluated_part(split: VocSplit, num_images: int) -> VocSplit:
     """The part of a list that is evaluated."""
     pictures = split.pictures[:num_images] if num_images else split.pictures
     return VocSplit(split.folder, split.name, pictures)

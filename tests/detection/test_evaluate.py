@@ -11,7 +11,12 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
 from detection.data import register
-from detection.evaluate import ClasswiseVOCEvaluator, DetectionRecorder, spread_evenly
+from detection.evaluate import (
+    ClasswiseVOCEvaluator,
+    DetectionRecorder,
+    curve_points,
+    spread_evenly,
+)
 from detection.voc import VocSet, classes_without_objects, read_set
 from tests.detection.tiny_detection import CLASSES, make_voc
 
@@ -124,6 +129,27 @@ def test_means_equal_detectron2s_own_evaluator(tiny: VocSet, classwise) -> None:
     stock = feed(PascalVOCDetectionEvaluator(register(tiny)[1]), tiny, detections)
     ours = feed(classwise(tiny), tiny, detections)
     assert ours["bbox"] == pytest.approx(dict(stock["bbox"]))
+
+
+@pytest.mark.parity
+def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path, classwise) -> None:
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=2007)
+    result = feed(classwise(voc), voc, make_detections(voc))
+    for name in voc.classes:
+        for threshold, key in (("0.50", "per_class_AP50"), ("0.75", "per_class_AP75")):
+            precision = result["curves"][name][threshold]["precision"]
+            assert len(precision) == 101
+            # Five objects a class at most: no recall of 3/10, 6/10 or 7/10, where rounding decides.
+            assert np.mean(precision[::10]) == pytest.approx(result[key][name] / 100, abs=1e-4)
+
+
+def test_curve_points_by_hand() -> None:
+    """Hit, miss, hit, of four objects: recall 1/4, 1/4, 1/2; precision 1, 1/2, 2/3."""
+    curve = curve_points(np.array([0.25, 0.25, 0.5]), np.array([1, 0.5, 2 / 3]))
+    assert curve["precision"] == [1.0] * 26 + [0.6667] * 25 + [0.0] * 50
+    assert curve["max_recall"] == 0.5
+    nothing = curve_points(np.empty(0), np.empty(0))
+    assert nothing == {"precision": [0.0] * 101, "max_recall": 0.0}
 
 
 def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(

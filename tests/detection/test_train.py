@@ -60,6 +60,11 @@ def test_results_have_the_agreed_shape(
         assert (result["arm"], result["seed"], result["iterations"]) == ("pretrained", seed, 3)
         assert set(result["per_class"]) <= set(CLASSES)
         assert result["peak_memory_bytes"] > 1e8
+        assert result["classes"] == list(CLASSES)
+        assert set(result["coco"]) >= {"AP", "AP50", "AP75", "per_class"}
+        curves = read(folder / "pr.json")
+        assert len(curves["recall"]) == 101
+        assert set(curves["classes"]) == set(result["per_class"])
         curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
         assert [point["iteration"] for point in curve] == [2, 3]
         assert curve[-1]["AP50"] == result["AP50"]
@@ -72,6 +77,7 @@ def test_results_have_the_agreed_shape(
     summary = read(tmp_path / "out" / "summary.json")
     assert (summary["n"], summary["seeds"]) == (2, [0, 3])
     assert set(summary["mean"]) == set(summary["std"]) == {"AP", "AP50", "AP75"}
+    assert set(summary["coco"]) == {"AP", "AP50", "AP75"}
 
 
 def test_same_seed_same_run_other_seed_another(train: Callable[..., int], tmp_path: Path) -> None:

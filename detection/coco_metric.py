@@ -1,0 +1,124 @@
+"""COCO's AP by pycocotools on the boxes that the VOC evaluator sees: a cross-check of the figures.
+
+docs/metrics.md says what separates the two metrics, rule by rule, and by how much.
+"""
+
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.voc import VocSplit
+
+_STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
+
+
+class CocoEvaluator(DatasetEvaluator):
+    """COCO's metric on a VOC-layout list; "difficult" objects are what COCO calls crowds.
+
+    pycocotools reads no other mark of an object that shall neither help nor harm: it overwrites
+    `ignore` with `iscrowd`.
+    """
+
+    def __init__(self, split: VocSplit, classes: Sequence[str]) -> None:
+        """Evaluate on the pictures of `split`; detections name classes by their place."""
+        self._split, self._classes = split, tuple(classes)
+        self._numbers = {item.image_id: i for i, item in enumerate(split.pictures, start=1)}
+        self._rows: list[dict[str, Any]] = []
+
+    def reset(self) -> None:
+        """Forget."""
+        self._rows = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Keep the boxes of a batch, as (x0, y0, width, height) in pixels, not rounded."""
+        for given, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            boxes = instances.pred_boxes.tensor.double()
+            boxes[:, 2:] -= boxes[:, :2]
+            found = zip(
+                boxes.tolist(),
+                instances.scores.tolist(),
+                instances.pred_classes.tolist(),
+                strict=True,
+            )
+            self._rows += [
+                {
+                    "image_id": self._numbers[given["image_id"]],
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "score": score,
+                }
+                for box, score, label in found
+            ]
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """{"coco": {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {class: AP}}}.
+
+        All in percent; None where no object counts, such as no small one. On other ranks than the
+        first nothing is returned.
+        """
+        gathered = comm.gather(self._rows, dst=0)
+        if not comm.is_main_process():
+            return None
+        rows = [row for part in gathered for row in part or ()]
+        images = [{"id": number} for number in self._numbers.values()]
+        categories = [{"id": i, "name": name} for i, name in enumerate(self._classes, start=1)]
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its tables
+            truth = _indexed(images, _annotations(self._split, self._classes), categories)
+            # loadRes takes a list, too, whatever its type says; but not an empty one.
+            found = truth.loadRes(rows) if rows else _indexed(images, [], categories)  # pyright: ignore[reportArgumentType]
+            evaluation = COCOeval(truth, found, "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        stats = dict(zip(_STATISTICS, evaluation.stats.tolist(), strict=False))
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # threshold, recall, class
+        means = precision.mean(axis=(0, 1)).tolist()
+        per_class = zip(self._classes, means, strict=True)
+        return {
+            "coco": {
+                **{key: _percent(value) for key, value in stats.items()},
+                "per_class": {name: 100 * value for name, value in per_class if value > -1},
+            }
+        }
+
+
+def _percent(share: float) -> float | None:
+    """Pycocotools says -1 where nothing counts."""
+    return None if share < 0 else 100 * share
+
+
+def _indexed(images: Any, annotations: Any, categories: Any) -> COCO:
+    """Annotations as pycocotools wants them."""
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    coco.createIndex()
+    return coco
+
+
+def _annotations(split: VocSplit, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Ground truth in COCO's format; ids from 1, since pycocotools takes 0 for "no match"."""
+    rows = []
+    for image, picture in enumerate(split.pictures, start=1):
+        for item in picture.objects:
+            x0, y0, x1, y1 = item.box_from_zero()
+            rows.append(
+                {
+                    "id": len(rows) + 1,
+                    "image_id": image,
+                    "category_id": classes.index(item.class_name) + 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": int(item.difficult),
+                }
+            )
+    return rows
