@@ -7,6 +7,7 @@ import numpy as np
 
 from pretrain.data.order import SourceSizes, stable_hash
 from pretrain.data.shards import CacheOptions, ShardIndex
+from pretrain.data.subset import Subset
 from pretrain.data.tar_index import NO_LABEL
 from pretrain.errors import UserError
 
@@ -171,4 +172,4 @@ class _Rows:
         return rows if np.ndim(which) else rows[0]
 
 
-Samples = ShardIndex | Mixture
+Samples = ShardIndex | Mixture | Subset

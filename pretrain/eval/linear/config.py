@@ -1,0 +1,138 @@
+"""What a linear evaluation does: one flat schema, YAML and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.errors import require
+
+Protocol = Literal["cached", "full", "knn"]
+_LONGEST_ROW = 1000  # rates, values of k, temperatures
+_LOWEST_TEMPERATURE = 0.02
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Everything that decides the figures, besides the weights and the shards."""
+
+    protocol: Protocol = "cached"
+    seed: int = 0  # of the subset, the held-out part, the order, crops, and random weights
+    image_size: int = 0  # side of a crop, pixels; 0: as in pretraining, 224 without a config
+    # Which labels are used.
+    fraction: float = 1.0  # share of the training labels, the same number in each class
+    subset_list: str | None = None  # file with the names of the samples to train on, one a line
+    holdout: float = 0.1  # share of each class of the training set that selects the rate
+    # The classifiers, one for each rate, trained at once.
+    lrs: list[float] | None = None  # base rates at batch 256; null: num_lrs between lr_min, lr_max
+    num_lrs: int = 10
+    lr_min: float = 0.01
+    lr_max: float = 100.0
+    epochs: int = 100
+    batch_size: int = 256  # global: over all processes
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    lars_eta: float = 0.001
+    schedule: Literal["cosine", "cosine_epochs", "step"] = "cosine"  # by step, or once an epoch
+    milestones: list[int] | None = None  # epochs after which a step schedule multiplies by gamma
+    gamma: float = 0.1
+    init_std: float = 0.0  # of the weights at start; biases start at 0
+    # cached and knn: features are computed once and kept in a file.
+    refit: bool = True  # train once more at the chosen rate, with the held-out part
+    passes: int = 0  # 0: central crops; N: N passes of random crops and flips
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    # full, and passes > 0
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area, as a share of the picture's
+    flip_probability: float = 0.5
+    shuffle_window: int = 16384  # samples
+    last_batch: Literal["drop", "pad"] = "drop"  # the remainder of an epoch below one batch
+    checkpoint_every_steps: int = 200
+    # kNN: every k with every temperature
+    knn_k: list[int] | None = None  # null: 1, 5, 10, 20, 50, 100, 200, as far as there are samples
+    knn_temperature: list[float] | None = None  # null: 0.03, 0.07, 0.1, 0.2, 1.0
+    # How it is computed; the figures depend on rounding only.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the backbone
+    num_workers: int = 2  # per process
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "num_lrs", "shuffle_window", "checkpoint_every_steps"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("passes", "num_workers", "init_std", "weight_decay", "momentum"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+        require(self.image_size == 0 or self.image_size >= 16,
+                f"image_size={self.image_size}: must be at least 16, or 0")  # fmt: skip
+        require(0 < self.fraction <= 1, f"fraction={self.fraction}: must be above 0, at most 1")
+        require(0 <= self.holdout < 1, f"holdout={self.holdout}: must be from 0 to below 1")
+        require(
+            0 < self.lr_min <= self.lr_max < math.inf,
+            f"lr_min={self.lr_min}, lr_max={self.lr_max}: must be 0 < lr_min <= lr_max",
+        )
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"crop_scale={self.crop_scale}: must be 0 < low <= high <= 1")
+        require(0 <= self.flip_probability <= 1,
+                f"flip_probability={self.flip_probability}: must be from 0 to 1")  # fmt: skip
+        require(self.subset_list is None or self.fraction == 1,
+                "fraction and subset_list both choose the training samples: give one")  # fmt: skip
+        require(not self.nesterov or (self.momentum > 0 and self.optimizer == "sgd"),
+                "nesterov=true needs optimizer=sgd and momentum above 0")  # fmt: skip
+        require((self.schedule == "step") == bool(self.milestones),
+                "milestones go with schedule=step: give both or neither")  # fmt: skip
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        for name in ("lrs", "knn_k", "knn_temperature"):
+            row = getattr(self, name)
+            if row is None:
+                continue
+            require(0 < len(row) <= _LONGEST_ROW and all(0 < x < math.inf for x in row)
+                    and len(set(row)) == len(row),
+                    f"{name}={row}: give some different numbers above 0")  # fmt: skip
+        for temperature in self.knn_temperature or []:
+            require(
+                temperature >= _LOWEST_TEMPERATURE,
+                f"knn_temperature={temperature}: exp(1 / temperature) does not fit float32 below "
+                f"{_LOWEST_TEMPERATURE}",
+            )
+        for k in self.knn_k or []:
+            require(k >= 1, f"knn_k={k}: must be at least 1")
+        require(
+            self.protocol == "knn" or len(self.rates()) == 1 or self.holdout > 0,
+            f"holdout=0 leaves nothing to select one of {len(self.rates())} rates with (the "
+            "validation set is never used for that): give holdout=0.1, or one rate in lrs",
+        )
+
+    def rates(self) -> list[float]:
+        """Base learning rates at batch 256, ascending where they are made here."""
+        if self.lrs is not None:
+            return list(self.lrs)
+        if self.num_lrs == 1:
+            return [self.lr_min]
+        ratio = self.lr_max / self.lr_min
+        return [self.lr_min * ratio ** (i / (self.num_lrs - 1)) for i in range(self.num_lrs)]
+
+    def peak_rates(self) -> list[float]:
+        """The rates as the optimiser gets them: linear scaling, base x batch / 256."""
+        return [rate * self.batch_size / 256 for rate in self.rates()]
+
+    def lr_factor(self, step: int, steps_per_epoch: int) -> float:
+        """Factor of the peak rate in step 0, 1, ..
+
+        ``cosine`` goes to 0 step by step, taken at the middle of a step; ``cosine_epochs`` is
+        constant within an epoch, as in SimSiam's code; ``step`` as in MoCo's and solo-learn's.
+        """
+        epoch = step // steps_per_epoch
+        if self.schedule == "step":
+            return self.gamma ** sum(epoch >= milestone for milestone in self.milestones or [])
+        done = epoch / self.epochs
+        if self.schedule == "cosine":
+            done = (step + 0.5) / (steps_per_epoch * self.epochs)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    @property
+    def needs_holdout(self) -> bool:
+        """Whether there is a choice to make."""
+        return len(self.rates()) > 1

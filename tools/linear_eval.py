@@ -1,0 +1,123 @@
+"""How good are frozen features? A linear classifier, or the nearest neighbours, on labelled shards.
+
+cached: features are computed once and kept; classifiers with ten learning rates are trained on them
+at once. full: the published protocol, pictures are cropped anew in every epoch. knn: every k with
+every temperature. A part of the training set selects the rate, the validation set never does.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+EXAMPLE = """\
+examples:
+  .venv/bin/python tools/linear_eval.py runs/first/checkpoint.pth --train data/in100_train \\
+      --val data/in100_val --out runs/first/linear
+  .venv/bin/python tools/linear_eval.py random:R18 --train A --val B --out C --fraction 0.1
+  .venv/bin/python tools/linear_eval.py resnet50.pth --train A --val B --out C --protocol knn
+  .venv/bin/torchrun --standalone --nproc-per-node=8 tools/linear_eval.py CHECKPOINT --train A \\
+      --val B --out C --config configs/linear/imagenet1k_lars.yaml --resume
+
+CHECKPOINT is a checkpoint.pth of ours, a file with a ResNet's weights under torchvision's names, or
+random: with R18, R34, R50, thin_R50 or a checkpoint whose architecture is taken. Every key=value
+stands in pretrain/eval/linear/config.py and docs/linear_evaluation.md. A killed evaluation goes on
+where it stopped when the same command is given with --resume.
+Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
+"""
+FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
+    add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")
+    add("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
+    add("--val", required=True, metavar="SHARDS", help="labelled shards with the same classes")
+    add("--out", required=True, type=Path, metavar="DIR", help="for linear.json and what is kept")
+    add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
+    add("--config", metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml (default: none; "
+        "for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
+    add("--branch", choices=("online", "ema"), default="online", help="default: online")
+    add("--fraction", metavar="F", help="share of the training labels, e.g. 0.01")
+    add("--subset-list", metavar="FILE", help="keys of the samples to train on, one a line")
+    add("--seed", metavar="N", help="of subset, held-out part, order, crops, random weights")
+    add("--features", type=Path, metavar="DIR", help="where features lie (default: DIR/features)")
+    add("--resume", action="store_true", help="go on with what --out holds")
+    return parser
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """All ``key=value``; options with a name of their own come last."""
+    own = {
+        "protocol": arguments.protocol,
+        "fraction": arguments.fraction,
+        "subset_list": arguments.subset_list,
+        "seed": arguments.seed,
+    }
+    named = [f"{key}={value}" for key, value in own.items() if value is not None]
+    return [*arguments.overrides, *named]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n after a signal.
+    """
+    arguments = build_parser().parse_intermixed_args(argv)
+    from pretrain.engine import dist, guards  # after --help, which should not wait
+    from pretrain.engine.checkpoint import DiskFullError
+    from pretrain.engine.stop import StoppedBySignal
+    from pretrain.errors import UserError
+    from pretrain.eval.linear.config import LinearConfig
+    from pretrain.eval.linear.result import table
+    from pretrain.eval.linear.run import Evaluation, Request
+    from pretrain.schema import read_schema
+
+    path = arguments.config
+    if path is None and arguments.protocol == "full":
+        path = FULL
+    try:
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
+        config = read_schema(LinearConfig, path, overrides_of(arguments))
+        request = Request(
+            arguments.checkpoint, arguments.train, arguments.val, arguments.out,
+            arguments.branch, arguments.features, arguments.resume,
+        )  # fmt: skip
+        result = Evaluation(request, config).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StoppedBySignal as error:
+        print(str(error), file=sys.stderr)
+        return 128 + error.number
+    except KeyboardInterrupt:
+        print("stopped; what was computed is kept: the same command with --resume goes on",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    except (DiskFullError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        message = guards.out_of_memory(error, None)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    finally:
+        dist.stop()
+    if result is not None:
+        print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
