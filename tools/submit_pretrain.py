@@ -126,7 +126,8 @@ def torchrun_command(node: TorchrunNode, job_id: str, number: int, first_host: s
         "--monitor-interval=1",
     ]  # fmt: skip
     if node.nodes == 1:
-        command.append("--standalone")
+        # Its processes meet at loopback: a node's own name need not resolve.
+        command += ["--standalone", "--local-addr=127.0.0.1"]
     else:
         digits = int("".join(c for c in job_id if c.isdigit()))
         command += [

@@ -9,6 +9,8 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.nn import functional as dist_functional
 
+from pretrain.engine import roll_call
+
 
 def is_on() -> bool:
     """Whether a process group of more than one process is up."""
@@ -26,11 +28,15 @@ def rank() -> int:
 
 
 def start(device_type: str) -> None:
-    """Join the group that torchrun describes in the environment, if there is one."""
+    """Join the group that torchrun describes in the environment, if there is one.
+
+    Raises:
+        UserError: If the processes do not meet (roll_call.py).
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch_dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        roll_call.join("nccl" if device_type == "cuda" else "gloo")
 
 
 def stop() -> None:
