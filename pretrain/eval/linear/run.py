@@ -148,7 +148,7 @@ class Evaluation:
         passes = self.config.passes if self.config.protocol == "cached" else 0
         train = central = self._features("train", self.sets.chosen, passes)
         if passes and len(self.sets.held_out):
-            central = self._features("central", self.sets.chosen, 0)
+            central = self._features("train", self.sets.chosen, 0, "extract_central")
         val = self._features("val", self.sets.val, 0)
         dist.stop()  # the rest takes one process
         if not is_main:
@@ -157,8 +157,10 @@ class Evaluation:
             return self._knn(train, val)
         return self._cached(train, central, val)
 
-    def _features(self, name: str, samples: Subset | ShardIndex, passes: int) -> FeatureFile:
-        with self.clock.part(f"extract_{name}"):
+    def _features(
+        self, name: str, samples: Subset | ShardIndex, passes: int, part: str | None = None
+    ) -> FeatureFile:
+        with self.clock.part(part or f"extract_{name}"):
             blocks = Blocks(samples, self.extractor.image_size, passes, self.config)
             view = self.extractor.view()
             if passes:
