@@ -47,6 +47,7 @@ examples:
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
 """
 SIZES = (224, 64)  # pixels; other libraries than torchvision at the first only
+EPOCHS_OF = 8  # our loader's epoch holds each picture so often, as training's are long too
 TURN_SECONDS = 0.3  # at least, for fast candidates
 CROPS, WHOLE = "two crops, uint8, {} px", "whole recipe, uint8 in the loader, {} px"
 PILLOW, LIGHTLY = "torchvision v1 on Pillow, {} px", "lightly, {} px"
@@ -72,13 +73,14 @@ def measure(
         libraries are left out.
     """
     files = write_files(jpegs, folder / "files")
-    index = open_as_shards(files, folder / "shards")
+    index = open_as_shards(files, folder / "shards", EPOCHS_OF * len(files))
     peers = start_peers(python, folder / "files")
     try:
         works = {"decoders": decoders(jpegs), "ours": ours(index, batch_size)}
+        sizes = {"decoders": len(jpegs), "ours": index.num_samples}
         groups: dict[str, dict[str, Candidate]] = {
             group: {
-                name: in_process(work, len(jpegs), TURN_SECONDS) for name, work in found.items()
+                name: in_process(work, sizes[group], TURN_SECONDS) for name, work in found.items()
             }
             for group, found in works.items()
         }

@@ -177,6 +177,8 @@ def draw_uniforms(
     """
     keys = keys.detach().cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
     visits = visits.detach().cpu().numpy() if isinstance(visits, Tensor) else np.asarray(visits)
+    if visits.size and (visits == visits.flat[0]).all():
+        visits = np.asarray(visits.flat[0])  # as nearly always; finding the kinds would cost more
     kinds, which = np.unique(visits, return_inverse=True)
     bases = [stable_hash(purpose, seed, int(kind), view_index, num_bytes=8) for kind in kinds]
     base = np.array([int.from_bytes(b, "little") for b in bases], np.uint64)

@@ -17,8 +17,9 @@ from pretrain.data.augment import draw_uniforms
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
 _ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
-_NO_BLUR = 1.45  # shrinking by less: bilinear alone, nearly as close to an antialiased resize
-_CUBIC = 1.85  # below, a binomial blur is a little too much, and bicubic sharpens it back
+_NO_BLUR = 1.55  # shrinking by less: bilinear alone, nearly as close to an antialiased resize
+_BLUR_TOO = 1.2  # by more than this the other axis is blurred too: closer, and faster than one
+_CUBIC = 1.7  # below, a binomial blur is a little too much, and bicubic sharpens it back
 _MAX_BINOMIAL = 2.6  # above, one binomial blur is too little
 
 
@@ -94,14 +95,15 @@ def boxes_from_draws(
     first = np.argmax(fits, axis=0).reshape(1, -1)
 
     def chosen(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, first, axis=0)[0]
+        return values[0] if len(values) == 1 else np.take_along_axis(values, first, axis=0)[0]
 
     crop_heights, crop_widths = chosen(crop_heights), chosen(crop_widths)
     tops = np.floor(chosen(top_draw) * (heights - crop_heights + 1))
     lefts = np.floor(chosen(left_draw) * (widths - crop_widths + 1))
     boxes = np.stack([tops, lefts, crop_heights, crop_widths], axis=1).astype(np.int64)
     fits = np.any(fits, axis=0)
-    boxes[~fits] = _central_boxes(heights[~fits], widths[~fits], ratio)
+    if not fits.all():
+        boxes[~fits] = _central_boxes(heights[~fits], widths[~fits], ratio)
     return boxes, fits
 
 
@@ -165,8 +167,8 @@ def crop(
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
     """Resize with little aliasing at little more than the cost of bilinear interpolation.
 
-    Up to a factor of 1.45 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
-    shrink by more), then bicubic or bilinear, whichever is closer to a tent as wide as the
+    Up to a factor of 1.55 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
+    shrink by more than 1.2), then bicubic or bilinear, whichever is closer to a tent as wide as the
     factor asks; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
 
     Args:
@@ -186,7 +188,7 @@ def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = 
         small = functional.interpolate(whole, (height, width), mode="bilinear", antialias=True)
         out[:] = small[0].permute(1, 2, 0).numpy()
         return out
-    taps = (3 if fx > _NO_BLUR else 1, 3 if fy > _NO_BLUR else 1)
+    taps = (3 if fx > _BLUR_TOO else 1, 3 if fy > _BLUR_TOO else 1)
     kind = cv2.INTER_CUBIC if fy * fx < _CUBIC**2 else cv2.INTER_LINEAR
     blurred = cv2.GaussianBlur(image, taps, 0)
     return cv2.resize(blurred, (width, height), dst=out, interpolation=kind)

@@ -122,9 +122,9 @@ class Mixture:
         source, own = self.locate(i)
         return source.read_bytes(own)
 
-    def read_many(self, sample_ids: np.ndarray) -> list[bytes]:
+    def read_many(self, sample_ids: np.ndarray) -> list[memoryview]:
         """The encoded pictures of some samples, in the order asked for."""
-        found: list[bytes] = [b""] * len(sample_ids)
+        found: list[memoryview] = [memoryview(b"")] * len(sample_ids)
         for number, rows, own in self.groups(sample_ids):
             for row, data in zip(rows, self.sources[number].read_many(own), strict=True):
                 found[row] = data

@@ -115,10 +115,10 @@ class ShardIndex:
         row = self.samples[i]
         data = self._read(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
         self._sweep()
-        return data
+        return bytes(data)
 
-    def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[bytes]:
-        """The encoded pictures of some samples, in the order asked for.
+    def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
+        """The encoded pictures of some samples, in the order asked for, not copied.
 
         They are read shard by shard in the order of their place, after the system was told of all.
 
@@ -135,7 +135,7 @@ class ShardIndex:
         if hasattr(os, "posix_fadvise"):
             for _, _, shard, offset, size in places:
                 self._announce(shard, offset, size)
-        found: list[bytes] = [b""] * len(ids)
+        found = [memoryview(b"")] * len(ids)
         for k, i, shard, offset, size in places:
             found[k] = self._read(i, shard, offset, size)
         self._sweep()
@@ -183,7 +183,7 @@ class ShardIndex:
         if hasattr(self, "_files_owner"):  # not if opening it failed
             self.close()
 
-    def _read(self, i: int, shard: int, offset: int, size: int) -> bytes:
+    def _read(self, i: int, shard: int, offset: int, size: int) -> memoryview:
         try:
             data = os.pread(self._file(shard), _TAR_BLOCK + size, offset - _TAR_BLOCK)
         except OSError as error:
@@ -195,7 +195,7 @@ class ShardIndex:
                 f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
                 f"or cut short: {self._remedy()}"
             )
-        return data[_TAR_BLOCK:]
+        return memoryview(data)[_TAR_BLOCK:]
 
     def _remedy(self) -> str:
         path = self._source.index_folder / "index.json"

@@ -57,7 +57,7 @@ class Subset:
         """The encoded picture of sample `i`; raises as `ShardIndex.read_bytes`."""
         return self.parent.read_bytes(int(self.sample_ids[i]))
 
-    def read_many(self, sample_ids: np.ndarray) -> list[bytes]:
+    def read_many(self, sample_ids: np.ndarray) -> list[memoryview]:
         """The encoded pictures of some samples, in the order asked for."""
         return self.parent.read_many(self.sample_ids[np.asarray(sample_ids, np.int64)])
 

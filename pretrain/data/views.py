@@ -14,6 +14,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
+Encoded = bytes | memoryview  # a picture in its file format
 _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # bad pictures are told here
 
@@ -22,7 +23,7 @@ class BadSample(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
 
 
-def decode(data: bytes, *, where: str) -> np.ndarray:
+def decode(data: Encoded, *, where: str) -> np.ndarray:
     """Decode JPEG, PNG, WebP and whatever else Pillow reads.
 
     Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; transparency is dropped, not composed;
@@ -56,7 +57,7 @@ class Header:
     is_fast: bool
 
 
-def read_header(data: bytes, *, where: str) -> Header:
+def read_header(data: Encoded, *, where: str) -> Header:
     """Size of a picture without decoding it.
 
     Args:
@@ -76,7 +77,7 @@ def read_header(data: bytes, *, where: str) -> Header:
 
 
 def decode_fast(
-    data: bytes, header: Header, reduction: int, *, where: str
+    data: Encoded, header: Header, reduction: int, *, where: str
 ) -> tuple[np.ndarray, int]:
     """Decode for training: JPEGs with libjpeg-turbo's fastest settings, and smaller if asked.
 
@@ -110,7 +111,7 @@ def decode_fast(
     return decode(data, where=where), 1
 
 
-def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
+def _decode_jpeg(data: Encoded, where: str) -> np.ndarray:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height), where)
@@ -123,7 +124,7 @@ def _decode_jpeg(data: bytes, where: str) -> np.ndarray:
     return _decode_pillow(data, where)
 
 
-def _decode_other(data: bytes, where: str) -> np.ndarray:
+def _decode_other(data: Encoded, where: str) -> np.ndarray:
     _check_size(*_size(data, where), where)
     if _cv2_reads(data):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -133,12 +134,12 @@ def _decode_other(data: bytes, where: str) -> np.ndarray:
     return _decode_pillow(data, where)
 
 
-def _cv2_reads(data: bytes) -> bool:
+def _cv2_reads(data: Encoded) -> bool:
     """True for the formats in which OpenCV is faster than Pillow and agrees with it."""
     return data[:8] == b"\x89PNG\r\n\x1a\n" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
-def _size(data: bytes, where: str) -> tuple[int, int]:
+def _size(data: Encoded, where: str) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -150,7 +151,7 @@ def _size(data: bytes, where: str) -> tuple[int, int]:
             raise BadSample(f"{where}: does not decode, no picture ({_short(error)})") from error
 
 
-def _decode_pillow(data: bytes, where: str) -> np.ndarray:
+def _decode_pillow(data: Encoded, where: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
