@@ -29,7 +29,7 @@ from detection.errors import UserError
 from detection.evaluate import curves_file, measured
 from detection.files import sha256_of, write_json, write_text
 from detection.trainer import Trainer
-from detection.voc import VocSet, read_set
+from detection.voc import VocSet, read_class_names, read_set
 from detection.weights import check_card
 
 logger = logging.getLogger(__name__)
@@ -71,38 +71,58 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: For wrong input, before any training.
     """
-    voc = read_set(
-        arguments.data,
-        metric_year=arguments.metric_year,
-        train_split=arguments.train_split,
-        test_split=arguments.test_split,
-        classes=arguments.classes.split(",") if arguments.classes else None,
-    )
-    cfg = arm_config(arguments, voc)
-    weights = None if arguments.weights == "random" else Path(arguments.weights)
-    if weights is not None and not arguments.no_card:
-        check_card(weights, cfg)
-    settings = _settings(cfg, voc, weights, arguments.num_gpus)
-    arm = arguments.arm or (
-        ("random" if weights is None else "pretrained") + ("_frozen" if arguments.freeze else "")
-    )
+    arm = prepare(arguments)
     results = []
     for seed in arguments.seed_list:
         folder = arguments.out / f"seed-{seed}"
-        if not _is_finished(folder, settings, overwrite=arguments.overwrite):
+        if not is_finished(folder, arm.settings, overwrite=arguments.overwrite):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "run.json", {"settings": settings, "seed": seed})
-            world = arguments.num_gpus
+            write_json(folder / "run.json", {"settings": arm.settings, "seed": seed})
+            job = Job(arm.name, seed, folder, arm.weights, arguments.threads, arm.settings)
             launch(
                 _train_seed,
-                world,
+                arguments.num_gpus,
                 dist_url="auto",
-                args=(cfg, voc, Job(arm, seed, folder, weights, arguments.threads, settings)),
+                args=(arm.cfg, arm.voc, job),
             )
         results.append(json.loads((folder / "result.json").read_text()))
     summary = summarise(results, arguments.seed_list)
     write_json(arguments.out / "summary.json", summary)
     return summary
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What all seeds of an arm share; `settings` is what decides a seed's result."""
+
+    name: str
+    cfg: CfgNode
+    voc: VocSet
+    weights: Path | None
+    settings: dict[str, Any]
+
+
+def prepare(arguments: argparse.Namespace) -> Arm:
+    """Read and check set, config and weights.
+
+    Raises:
+        UserError: For wrong input.
+    """
+    voc = read_set(
+        arguments.data,
+        metric_year=arguments.metric_year,
+        train_split=arguments.train_split,
+        test_split=arguments.test_split,
+        classes=read_class_names(arguments.classes) if arguments.classes else None,
+    )
+    cfg = arm_config(arguments, voc)
+    weights = None if arguments.weights == "random" else Path(arguments.weights)
+    if weights is not None and not arguments.no_card:
+        check_card(weights, cfg)
+    name = arguments.arm or (
+        ("random" if weights is None else "pretrained") + ("_frozen" if arguments.freeze else "")
+    )
+    return Arm(name, cfg, voc, weights, _settings(cfg, voc, weights, arguments.num_gpus))
 
 
 def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
@@ -148,7 +168,7 @@ def _settings(cfg: CfgNode, voc: VocSet, weights: Path | None, num_gpus: int) ->
     )
 
 
-def _is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
+def is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
     """Whether a seed's result is there and made with these settings.
 
     Raises:
@@ -191,7 +211,7 @@ def _train_seed(cfg: CfgNode, voc: VocSet, job: Job) -> None:
     cfg.freeze()
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
-    _log_to(job.folder)
+    log_to(job.folder)
     if comm.is_main_process():
         write_text(job.folder / "config.yaml", cfg.dump())
     logger.info(
@@ -276,7 +296,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _log_to(folder: Path) -> None:
+def log_to(folder: Path) -> None:
     """Everything to log.txt; for people our own lines and the others' warnings."""
     rank = comm.get_rank()
     file = logging.FileHandler(folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}"))

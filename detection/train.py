@@ -13,6 +13,7 @@ examples:
       --data data/scenes --out runs/pretrained --seeds 0,1,2
   tools/train_voc.sh random --config configs/detection/thin_R50_C4.yaml --data data/scenes \\
       --out runs/random_frozen --freeze SOLVER.MAX_ITER 200
+  tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
 
 Run it again after an interruption: finished seeds are kept, the others go on from their last
 checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
@@ -27,18 +28,29 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("weights", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
-    add("--config", type=Path, required=True, help="a YAML of configs/detection/")
-    add("--data", type=Path, required=True, help="data set with dataset.json, or a VOC devkit")
+    add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
+    add("--config", type=Path, help="a YAML of configs/detection/")
+    add("--data", type=Path, help="data set with dataset.json, or a VOC devkit")
     add("--out", type=Path, required=True, help="folder for the results")
-    add("--seeds", default="0", help="comma-separated, one run each (default: 0)")
+    add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
+    add(
+        "--eval-on",
+        type=Path,
+        metavar="DIR",
+        help="train nothing: evaluate the finished seeds in --out on another set with the same "
+        "class names; weights, --config and --data may be left out",
+    )
+    add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
     add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
     add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
     add("--eval-every", type=int, metavar="N", help="evaluate every N iterations (0: at the end)")
     add("--num-eval-images", type=int, metavar="N", help="only the first N test pictures")
     add("--train-split", help="lists joined by +, as voc_2007_trainval+voc_2012_trainval")
     add("--test-split", help="one list, as voc_2007_test")
-    add("--classes", help="class names in order, comma-separated (default: dataset.json or VOC)")
+    add(
+        "--classes",
+        help="class names in order, a,b,c or a file with one a line (default: dataset.json or VOC)",
+    )
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
     add("--num-gpus", type=int, default=1, help="processes, one GPU each (default: 1)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
@@ -54,15 +66,21 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
-    arguments = build_parser().parse_intermixed_args(argv)
+    arguments = parse_arguments(argv)
     from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
 
     try:
-        arguments.seed_list = parse_seeds(arguments.seeds)
-        from detection.run import run_arm
+        arguments.seed_list = parse_seeds(arguments.seeds) if arguments.seeds else None
+        if arguments.eval_on is not None:
+            from detection.eval_on import evaluate_on
 
-        summary = run_arm(arguments)
+            summary = evaluate_on(arguments)
+        else:
+            from detection.run import run_arm
+
+            arguments.seed_list = arguments.seed_list or [0]
+            summary = run_arm(arguments)
     except UserError as error:
         print(f"error: {last_words(error)}", file=sys.stderr)
         return 2
@@ -78,6 +96,31 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(json.dumps(summary["mean"]))
     return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; what training needs may be left out with --eval-on only."""
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args(argv)
+    needed = {
+        "weights": arguments.weights,
+        "--config": arguments.config,
+        "--data": arguments.data,
+    }
+    if arguments.eval_on is not None and arguments.config is None:
+        # Then the first word can be no weights: the words are KEY VALUE pairs.
+        if arguments.weights is not None:
+            arguments.opts = [arguments.weights, *arguments.opts]
+            arguments.weights = needed["weights"] = None
+        if arguments.data is None:
+            return arguments
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        more = "; with --eval-on, all of them or none" if arguments.eval_on is not None else ""
+        parser.error(f"the following arguments are required: {', '.join(missing)}{more}")
+    if arguments.eval_split is not None and arguments.eval_on is None:
+        parser.error("--eval-split: goes with --eval-on; for training use --test-split")
+    return arguments
 
 
 def last_words(error: Exception) -> str:

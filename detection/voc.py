@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.errors import UserError
-from detection.voc_annotation import VocPicture, read_picture
+from detection.voc_annotation import VocPicture, class_names, read_picture
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
 VOC_CLASSES = [
@@ -85,22 +85,14 @@ def read_set(
         UserError: For the first fault found.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder; give a data set made by tools/make_dataset.py or a VOC devkit"
-        )
     description = _read_description(root)
     names = tuple(classes or description.get("classes") or VOC_CLASSES)
     if len(set(names)) != len(names) or not all(names):
         raise UserError(f"class list {', '.join(names)!r}: names must be different and not empty")
-    official = list(names) == VOC_CLASSES and not description
+    official = _is_official(names, description)
+    train_split = train_split or description.get("train_split")
     train_split = train_split or ("voc_2007_trainval" if official else "train")
-    test_split = test_split or ("voc_2007_test" if official else "test")
-    if "+" in test_split:
-        raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
-    year = metric_year or description.get("metric_year") or _usual_year(official, test_split)
-    if year not in (2007, 2012):
-        raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+    test_split, year = _test_list(description, official, metric_year, test_split)
     return VocSet(
         root=root,
         name=str(description.get("name") or root.name),
@@ -114,6 +106,92 @@ def read_set(
     )
 
 
+def read_test_set(
+    root: Path,
+    classes: Sequence[str],
+    *,
+    metric_year: int | None = None,
+    test_split: str | None = None,
+) -> VocSet:
+    """Read and check the test list of a set that a trained detector shall be evaluated on.
+
+    Args:
+        root: As for `read_set`; it needs no training list.
+        classes: The detector's class names, in its order.
+        metric_year: As for `read_set`.
+        test_split: One list; default as for `read_set`.
+
+    Returns:
+        A set without training lists, its classes in the detector's order.
+
+    Raises:
+        UserError: For the first fault found, or if the set has other class names.
+    """
+    root = Path(root)
+    description = _read_description(root)
+    official = _is_official(classes, description)
+    split, year = _test_list(description, official, metric_year, test_split)
+    folder, name = _split_folder(root, split)
+    own = set(description.get("classes") or _class_names_in(folder, name, set(classes)))
+    unknown, missing = sorted(own - set(classes)), sorted(set(classes) - own)
+    if unknown or missing:
+        raise UserError(
+            f"{root}: its class names are not the detector's ({', '.join(classes)})"
+            + (f"; only in the set: {', '.join(unknown)}" if unknown else "")
+            + (f"; only in the detector: {', '.join(missing)}" if missing else "")
+            + "; rename the classes in the annotations, or choose a set with the same ones"
+        )
+    return VocSet(
+        root=root,
+        name=str(description.get("name") or root.name),
+        classes=tuple(classes),
+        metric_year=year,
+        train=(),
+        test=_read_split(root, split, tuple(classes), is_test=True, official=official),
+    )
+
+
+def read_class_names(text: str) -> list[str]:
+    """Class names from "a,b,c", or from a text file with one name a line.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(text)
+    parts = path.read_text().splitlines() if path.is_file() else text.split(",")
+    names = [part.strip() for part in parts if part.strip()]
+    if not names:
+        raise UserError(f"--classes {text!r}: give names, a,b,c, or a file with one name a line")
+    return names
+
+
+def _class_names_in(folder: Path, split: str, known: set[str]) -> set[str]:
+    """The known names, and whatever else the annotations of a list hold."""
+    names = set(known)
+    for image_id in _image_ids(folder, split):
+        names |= class_names(folder / "Annotations" / f"{image_id}.xml")
+    return names
+
+
+def _is_official(classes: Sequence[str], description: dict[str, Any]) -> bool:
+    """Whether a set is PASCAL's own, unpacked or imported by tools/make_dataset.py voc."""
+    return list(classes) == VOC_CLASSES and (not description or description.get("kind") == "voc")
+
+
+def _test_list(
+    description: dict[str, Any], official: bool, year: int | None, split: str | None
+) -> tuple[str, int]:
+    """Which list is the test, and which metric it takes."""
+    split = split or description.get("test_split") or ("voc_2007_test" if official else "test")
+    assert split is not None
+    if "+" in split:
+        raise UserError(f"--test-split {split}: give one list; AP is taken over one set")
+    year = year or description.get("metric_year") or _usual_year(official, split)
+    if year not in (2007, 2012):
+        raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+    return split, year
+
+
 def _usual_year(official: bool, test_split: str) -> int:
     """11 points for the official VOC2007, the area for everything else."""
     return 2007 if official and "2012" not in test_split else 2012
@@ -121,6 +199,10 @@ def _usual_year(official: bool, test_split: str) -> int:
 
 def _read_description(root: Path) -> dict[str, Any]:
     """dataset.json, or an empty dictionary for a plain devkit."""
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder; give a data set made by tools/make_dataset.py or a VOC devkit"
+        )
     path = root / "dataset.json"
     if not path.is_file():
         return {}
@@ -145,6 +227,8 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
     years, name = ([match[1]], match[2]) if match else (["2007", "2012"], split)
     bases = [base for base in (root, root / "VOCdevkit") if base.is_dir()]
     found = [base / f"VOC{year}" for base in bases for year in years]
+    if not match or root.name == f"VOC{years[0]}":
+        found.append(root)  # a VOC folder itself
     found = [folder for folder in found if (folder / "ImageSets" / "Main").is_dir()]
     holders = [folder for folder in found if _list_file(folder, name).is_file()]
     if not found:
@@ -159,7 +243,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
         )[:20]
         raise UserError(
             f"{_list_file(found[0], name)}: no such list; lists there: "
-            f"{', '.join(there) or 'none'}; choose with --train-split / --test-split"
+            f"{', '.join(there) or 'none'}; choose with --train-split / --test-split / --eval-split"
         )
     if len(holders) > 1:
         raise UserError(
@@ -178,6 +262,23 @@ def _read_split(
 ) -> VocSplit:
     """Read one list and every annotation it names."""
     folder, name = _split_folder(root, split)
+    image_ids = _image_ids(folder, name)
+    pictures = tuple(
+        read_picture(
+            folder, image_id, classes, integer_boxes=is_test, tolerance_px=1 if official else 0
+        )
+        for image_id in image_ids
+    )
+    if not any(picture.objects for picture in pictures):
+        raise UserError(
+            f"{_list_file(folder, name)}: none of its {len(pictures)} pictures holds an object; "
+            "annotate them or choose another list"
+        )
+    return VocSplit(folder, name, pictures)
+
+
+def _image_ids(folder: Path, name: str) -> list[str]:
+    """Picture names of a list, each once."""
     path = _list_file(folder, name)
     image_ids = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not image_ids:
@@ -195,18 +296,7 @@ def _read_split(
         if image_id in seen:
             raise UserError(f"{path}: {image_id!r} is listed twice; remove one of the lines")
         seen.add(image_id)
-    pictures = tuple(
-        read_picture(
-            folder, image_id, classes, integer_boxes=is_test, tolerance_px=1 if official else 0
-        )
-        for image_id in image_ids
-    )
-    if not any(picture.objects for picture in pictures):
-        raise UserError(
-            f"{path}: none of its {len(pictures)} pictures holds an object; annotate "
-            "them or choose another list"
-        )
-    return VocSplit(folder, name, pictures)
+    return image_ids
 
 
 def classes_without_objects(split: VocSplit, classes: Sequence[str]) -> list[str]:

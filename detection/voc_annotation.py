@@ -61,15 +61,7 @@ def read_picture(
     """
     path = folder / "Annotations" / f"{image_id}.xml"
     image_file = folder / "JPEGImages" / f"{image_id}.jpg"
-    try:
-        content = path.read_bytes()
-        tree = ElementTree.fromstring(content)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such annotation, but a list names {image_id!r}; add it or remove the line"
-        ) from None
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path}: not readable as XML ({error}); write it again") from error
+    content, tree = _parse(path)
     width, height = (int(_number(path, tree, f"size/{side}")) for side in ("width", "height"))
     _check_picture(image_file, path, width, height)
     objects = tuple(
@@ -79,6 +71,24 @@ def read_picture(
         _check_box(path, item, width, height, tolerance_px)
     digest = hashlib.sha256(content + f"{image_id}{image_file.stat().st_size}".encode())
     return VocPicture(image_id, image_file, width, height, objects, digest.hexdigest())
+
+
+def class_names(path: Path) -> set[str]:
+    """Names of the objects of an annotation, unchecked."""
+    _, tree = _parse(path)
+    return {(element.findtext("name") or "").strip() for element in tree.findall("object")} - {""}
+
+
+def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:
+    try:
+        content = path.read_bytes()
+        return content, ElementTree.fromstring(content)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such annotation, but a list names {path.stem!r}; add it or remove the line"
+        ) from None
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}: not readable as XML ({error}); write it again") from error
 
 
 def _text(path: Path, element: ElementTree.Element, field: str) -> str:
