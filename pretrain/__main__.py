@@ -40,6 +40,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="compute a batch of out/nonfinite/ once more, from the last checkpoint before it, and "
         "show its loss and views; nothing is trained",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="N",
+        nargs="?",
+        const="20",
+        help="time the parts of N steps (20) after a few to warm up: out/profile/ gets a summary "
+        "and a trace for ui.perfetto.dev; nothing is trained",
+    )
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
     return parser.parse_intermixed_args(arguments)
 
@@ -60,6 +68,7 @@ def main(arguments: list[str]) -> int:
     from pretrain.engine import dist, guards
     from pretrain.engine.checkpoint import DiskFullError
     from pretrain.engine.diagnostics import CollapseError
+    from pretrain.engine.profiling import parse_num_steps, profile
     from pretrain.engine.replay import replay
     from pretrain.engine.stop import StoppedBySignal
     from pretrain.engine.train import Run
@@ -68,6 +77,9 @@ def main(arguments: list[str]) -> int:
     config = None
     try:
         config = load_config(options.config, options.overrides)
+        num_profiled = None if options.profile is None else parse_num_steps(options.profile)
+        if num_profiled and (options.resume or options.replay):
+            raise UserError("--profile runs by itself: leave out --resume and --replay")
         if options.print_config:
             import yaml
 
@@ -75,6 +87,8 @@ def main(arguments: list[str]) -> int:
             return 0
         if options.replay is not None:
             replay(config, options.replay, allow_changes=options.allow_changes)
+        elif num_profiled:
+            profile(config, num_profiled)
         else:
             Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
     except UserError as error:
