@@ -60,6 +60,7 @@ setup(
             "s3fs>=2025.3",
             "moto[server]>=5.1",
             "hypothesis>=6.110",
+            "pytest-xdist>=3.6",  # the whole suite on all cores
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.405",
             "pre-commit>=4.0",
