@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
 from pretrain.config_method import ObjectiveName
+from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.step import Gradients
-from pretrain.engine.train import choose_device, uses_bf16
 from pretrain.errors import UserError
 from pretrain.models.augmenter import Draw, FeatureAugmenter
 from pretrain.models.cell import resolve

@@ -166,7 +166,8 @@ class EngineConfig:
     """How the loop runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
+    min_loss_scale: float = 1.0  # fp16: the run stops where the loss scale falls below
     channels_last: bool = True
     fused_optimizer: bool | Literal["auto"] = "auto"  # sgd, adamw; auto: on a GPU
     num_threads: int = 0  # of the CPU; 0 leaves torch's own choice
@@ -190,6 +191,9 @@ class EngineConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"engine.{name} must be >= 1, got {value}")
+        require(
+            self.min_loss_scale > 0, f"engine.min_loss_scale must be > 0, got {self.min_loss_scale}"
+        )
         require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
         for name in ("keep_checkpoints", "keep_every_steps"):
             require(getattr(self, name) >= 0, f"engine.{name}: {getattr(self, name)} is < 0")
@@ -282,10 +286,18 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self._check_micro_batches()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
         require(
             self.engine.fused_optimizer is not True or self.optim.name != "lars",
             "engine.fused_optimizer=true: optim.name=lars has no fused kernel, it is computed in "
             "foreach operations; use auto, or optim.name=sgd or adamw",
+        )
+        require(
+            self.engine.precision != "fp16" or self.adversarial.epsilon == 0,
+            "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "
+            "lost in fp16; use bf16 or fp32",
         )
 
     def _check_micro_batches(self) -> None:

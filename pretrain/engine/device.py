@@ -24,6 +24,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", number) if is_cuda else torch.device("cpu")
 
 
+def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None: there is none, all is fp32."""
+    if precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if uses_bf16(precision, device) else None
+
+
 def uses_fused(wanted: bool | str, device: torch.device) -> bool:
     """Whether the optimiser is one kernel; ``auto``: on a GPU, so that a CPU's rounding stays."""
     return device.type == "cuda" if wanted == "auto" else bool(wanted)

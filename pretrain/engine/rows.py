@@ -86,10 +86,18 @@ class Rows:
         bar.write(f"warning: {event['message']}", file=sys.stderr)
 
     def step(
-        self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm, online: OnlineProbe | None
-    ) -> str | None:
+        self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm,
+        online: OnlineProbe | None, scale: dict[str, float],
+    ) -> str | None:  # fmt: skip
         """The row of a step that is logged; all processes call it together.
 
+        Args:
+            done: The step.
+            meter: Since the last row.
+            log: None but in the first process.
+            bar: Shows loss and images per second.
+            online: Its figures stand in the row.
+            scale: Figures of the loss scale, where there is one.
         Returns:
             What the collapse alarm says, in the first process.
         Raises:
@@ -108,7 +116,7 @@ class Rows:
         names = ("num_bad_samples", "num_skipped_steps")
         counts = {name: getattr(position, name) for name in names}
         probe = online.figures() if online else {}
-        self.write(log, "train", **row, **done.queue, **probe, **counts, **rates)
+        self.write(log, "train", **row, **done.queue, **probe, **scale, **counts, **rates)
         if self._is_histogram_due():
             self.write(log, "similarity", **diagnostics.similarity_histograms(output))
         collapse = self._alarm.look(figures, output.projection, position.step)

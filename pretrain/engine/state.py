@@ -31,6 +31,7 @@ class Position:
         step_in_epoch: Finished steps of the epoch that has begun.
         num_bad_samples: Pictures that were replaced, in all processes.
         num_skipped_steps: Steps left out since loss or gradients were not finite.
+        num_overflow_steps: Steps left out since the loss scale of fp16 was too high.
         train_seconds: Time spent in steps and in waiting for data.
     """
 
@@ -39,6 +40,7 @@ class Position:
     step_in_epoch: int = 0
     num_bad_samples: int = 0
     num_skipped_steps: int = 0
+    num_overflow_steps: int = 0
     train_seconds: float = 0.0
 
 
@@ -49,10 +51,12 @@ def to_checkpoint(
     position: Position,
     num_steps: int,
     data_fingerprint: str | None = None,
+    scaler: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything, as plain types and tensors (schema in docs/architecture.md).
 
     ``data_fingerprint`` says which samples the run sees; None where that cannot be known.
+    ``scaler`` is the state of the loss scale; None without one.
     """
     arch, negatives = config.arch, model.objective.negatives
     return {
@@ -71,7 +75,7 @@ def to_checkpoint(
         "model": model.online.state_dict(),
         "ema": None if model.ema is None else model.ema.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "scaler": None,  # bf16 needs no loss scaling
+        "scaler": scaler,
         "schedule": {"num_steps": num_steps, "data_fingerprint": data_fingerprint},
         "queue": None if model.queue is None else model.queue.state_dict(),
         "negatives": None if negatives is None else negatives.state_dict(),

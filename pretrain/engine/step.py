@@ -30,6 +30,7 @@ class Gradients:
             ``accumulation``.
         autocast: A fresh context for every forward pass.
         enter: Told the name of what begins: a forward or a backward pass.
+        scale: The loss that backward is called on, where fp16 needs another; gradients stay scaled.
 
     Raises:
         UserError: If the micro-batches cannot be shared out among the processes.
@@ -40,6 +41,7 @@ class Gradients:
     optim: OptimConfig
     autocast: Callable[[], contextlib.AbstractContextManager]
     enter: Callable[[str], None] = lambda phase: None
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss
 
     def __post_init__(self) -> None:
         size, world_size = self.optim.micro_batch_size, dist.world_size()
@@ -66,7 +68,7 @@ class Gradients:
                 output = self.model.step(views, generator(), self.forward, progress=progress)
             self.enter("backward")
             with section(BACKWARD):
-                output.loss.backward()
+                self.scale(output.loss).backward()
             return [output]
         if self.optim.accumulation == "plain":
             return self._plain(views, parts, generator, progress)
@@ -150,7 +152,7 @@ class Gradients:
                 share = output.loss / len(parts)
             self.enter("backward")
             with section(BACKWARD), self._sync(part is parts[-1]):
-                share.backward()
+                self.scale(share).backward()
             total += share.detach()
             outputs.append(replace(output, loss=output.loss.detach()))
         outputs[0] = replace(outputs[0], loss=total)
@@ -184,7 +186,7 @@ class Gradients:
             output = self.model.comparison(t, random, progress)(cached)
         self.enter("backward")
         with section(BACKWARD):
-            output.loss.backward()
+            self.scale(output.loss).backward()
         assert cached.grad is not None
         after = _random_state(views.device)
         for part, state in zip(parts, states, strict=True):

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
 from pretrain.engine import dist, guards, run_folder, saver
-from pretrain.engine.device import choose_device, uses_bf16, uses_fused
+from pretrain.engine.device import autocast_type, choose_device, uses_fused
 from pretrain.engine.diagnostics import CollapseError
 from pretrain.engine.feed import Fed, Feed
 from pretrain.engine.guards import NonFiniteGuard
+from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.metrics import MetricLog
 from pretrain.engine.optim import (
     ema_tau,
@@ -62,7 +63,7 @@ class Run:
         self.config = config
         check_installed(config.tracking)
         self.device = choose_device(config.engine.device)
-        self.is_bf16 = uses_bf16(config.engine.precision, self.device)
+        self.autocast_type = autocast_type(config.engine.precision, self.device)
         dist.start(self.device.type)
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
@@ -93,6 +94,7 @@ class Run:
         self.online_probe = OnlineProbe.open(
             config.eval, self.feed.samples, self.model.online.backbone, self.device
         )
+        self.loss_scale = LossScale(config.engine, self.folder, self.device)
         self.notes: list[str] = []
         if resume and (self.folder / saver.NAME).exists():
             self._restore(allow_changes)
@@ -106,7 +108,7 @@ class Run:
         self.watchdog = Watchdog(config.engine, self.folder, self.progress)
         self.gradients = Gradients(
             self.model, self._forward_through_ddp(), config.optim, self._autocast,
-            self.progress.enter,
+            self.progress.enter, self.loss_scale.scale,
         )  # fmt: skip
         networks = [n for n in (self.model.online, self.model.ema) if n is not None]
         self.guard = NonFiniteGuard(config.engine, self.folder, networks, self.device)
@@ -123,13 +125,14 @@ class Run:
         )  # fmt: skip
         self.notes = [note] if note else []
         self.notes += [f"going on with a changed config: {line}" for line in changes]
+        self.loss_scale.load(state["scaler"])
         if self.online_probe and (note := self.online_probe.load(state.get("online_probe"))):
             self.notes.append(note)
 
     def _state(self) -> dict[str, Any]:
         state = to_checkpoint(
             self.config, self.model, self.optimizer, self.position, self.num_steps,
-            self.feed.fingerprint,
+            self.feed.fingerprint, self.loss_scale.state_dict(),
         )  # fmt: skip
         online = {"online_probe": self.online_probe.state_dict()} if self.online_probe else {}
         return state | online
@@ -233,7 +236,8 @@ class Run:
         raise error
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16)
+        kind = self.autocast_type
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
     def _step(self, fed: Fed, *, is_logged: bool) -> Step:
         """One optimiser step: forward, loss, backward, update, EMA and queue."""
@@ -243,10 +247,13 @@ class Run:
         with section(GUARDS):
             self.guard.keep()
         outputs = self.compute_gradients(fed, step)
+        loss = outputs[0].loss
         with section(GUARDS):
+            if self.loss_scale.overflowed(loss, self.optimizer, self.position):
+                return Step(outputs[0], lr, {})
             is_refused = self.guard.refuses(
-                self.position, fed.batch, outputs[0].loss, self.model.online.parameters(),
-                is_due=is_logged or self._is_saved(step + 1),
+                self.position, fed.batch, loss, self.model.online.parameters(),
+                is_due=is_logged or self._is_saved(step + 1) or self.loss_scale.is_loss_bad,
             )  # fmt: skip
         if is_refused:
             return Step(outputs[0], lr, {}, is_skipped=True)
@@ -274,6 +281,7 @@ class Run:
             outputs = self.gradients.compute(views, generator, progress)
         if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
             self.model.online.prototypes.weight.grad = None
+        self.loss_scale.unscale(self.optimizer)
         return outputs
 
     def _is_saved(self, step: int) -> bool:
@@ -285,7 +293,9 @@ class Run:
     def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
         self.progress.enter("logging")
         with section(LOGGING):
-            collapse = self.rows.step(done, meter, log, bar, self.online_probe)
+            collapse = self.rows.step(
+                done, meter, log, bar, self.online_probe, self.loss_scale.figures(self.position)
+            )
         if self.config.engine.on_collapse == "stop":
             self._stop_together(collapse)
 

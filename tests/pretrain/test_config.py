@@ -179,6 +179,8 @@ WRONG_VALUES = {
     "engine.device=tpu": "device",
     "engine.fused_optimizer=perhaps": "fused_optimizer",
     "engine.fused_optimizer=true": r"fused_optimizer=true: optim\.name=lars has no fused kernel",
+    "engine.precision=fp8": "precision",
+    "engine.min_loss_scale=0": r"engine\.min_loss_scale must be > 0, got 0",
     "engine.log_every_steps=0": r"engine\.log_every_steps must be >= 1, got 0",
     "engine.checkpoint_every_steps=0": r"engine\.checkpoint_every_steps must be >= 1, got 0",
     "engine.num_threads=-1": r"engine\.num_threads: -1 is < 0",
@@ -304,6 +306,7 @@ AUGMENTER = "models/test_augmenter.py::"
 CELLS = "models/test_cells.py::"
 STEP = "engine/test_step.py::"
 SPEED = "engine/test_speed.py::"
+SCALE = "engine/test_loss_scale.py::"
 DIAGNOSTICS = "engine/test_diagnostics.py::"
 GUARDS = "engine/test_guards.py::"
 WATCHDOG = "engine/test_watchdog.py::"
@@ -394,6 +397,7 @@ COVERED_BY = {
     "engine.precision": TRAIN + "test_precision_decides_autocast",
     "engine.channels_last": TRAIN + "test_channels_last_changes_memory_not_meaning",
     "engine.fused_optimizer": SPEED + "test_fused_optimizer_of_the_config_decides",
+    "engine.min_loss_scale": SCALE + "test_a_scale_that_collapses_ends_the_run",
     "engine.num_threads": TRAIN + "test_num_threads",
     "engine.log_every_steps": TRAIN + "test_log_and_checkpoint_intervals",
     "engine.checkpoint_every_steps": TRAIN + "test_log_and_checkpoint_intervals",

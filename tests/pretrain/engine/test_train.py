@@ -23,8 +23,9 @@ from pretrain.config import load_config
 from pretrain.data.augment import PRESETS, augment, draw_parameters
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, metrics
+from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.metrics import read_rows
-from pretrain.engine.train import Run, choose_device, uses_bf16
+from pretrain.engine.train import Run
 from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 from pretrain.models.row_random import fa_generator
