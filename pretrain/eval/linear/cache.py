@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 import os
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ FORMAT = "fa-features-1"
 BLOCK_ROWS = 128
 """Rows between two lines of the journal: what a kill can cost each process."""
 RESIDENT_BYTES = 256 << 20
-"""So much of a larger file stays mapped in memory; then its pages are handed back."""
-_PAGE = 4096
+"""A file up to this size is read once and kept; of a larger one rows are read when asked for."""
 _DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -94,14 +93,14 @@ class FeatureFile:
         if dist.rank() == 0:
             self._allocate(folder)
         dist.wait()
-        shape = (identity.num_rows, identity.dim)
-        self._map = np.memmap(self.path, self._dtype, "r+", shape=shape)
-        self._num_read = 0
+        self._file = os.open(self.path, os.O_RDWR)
+        weakref.finalize(self, os.close, self._file)
+        self._row_bytes = identity.dim * self._dtype.itemsize
+        self._resident: np.ndarray | None = None
         self.num_found = self.num_damaged = 0
         self._missing = self._look()
         dist.wait()  # all have read the journals before any goes on writing
-        journal = self._stem.with_name(f"{self._stem.name}.{dist.rank()}.jsonl")
-        self._journal = open(journal, "a", encoding="utf-8")  # noqa: SIM115
+        self._journal = self._stem.with_name(f"{self._stem.name}.{dist.rank()}.jsonl")
 
     def _allocate(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,12 +128,11 @@ class FeatureFile:
         missing = []
         for block in range(-(-self.identity.num_rows // BLOCK_ROWS)):
             rows = self.rows_of(block)
-            if block in known and known[block] == _hash(self._map[rows]):
+            if block in known and known[block] == _hash(self._read_slice(rows)):
                 self.num_found += rows.stop - rows.start
                 continue
             missing.append(block)
             self.num_damaged += (rows.stop - rows.start) * (block in known)
-            self._release(rows.stop - rows.start)
         return missing
 
     def rows_of(self, block: int) -> slice:
@@ -160,36 +158,43 @@ class FeatureFile:
                 f"{self.identity.dtype}: the weights are damaged, or the values too large; "
                 "feature_dtype=float32 holds the larger ones"
             )
-        self._map[rows] = values
-        self._journal.write(json.dumps({"block": block, "hash": _hash(values)}) + "\n")
-        self._journal.flush()
-        self._release(len(values))
+        os.pwrite(self._file, values.tobytes(), rows.start * self._row_bytes)
+        with open(self._journal, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps({"block": block, "hash": _hash(values)}) + "\n")
 
     def finish(self) -> None:
         """Wait for the other processes; all rows can be read then."""
-        self._map.flush()
-        self._journal.close()
+        os.fsync(self._file)
         dist.wait()
 
     def read(self, rows: np.ndarray | slice) -> Tensor:
-        """Some rows as float32 [n, dim], on the CPU; the file's pages do not stay in memory."""
-        values = np.array(self._map[rows], np.float32)
-        self._release(len(values))
-        return torch.from_numpy(values)
+        """Some rows as float32 [n, dim], on the CPU."""
+        if self._resident is None and self.identity.num_bytes <= RESIDENT_BYTES:
+            self._resident = self._read_slice(slice(0, self.identity.num_rows))
+        if self._resident is not None:
+            values = self._resident[rows]
+        elif isinstance(rows, slice):
+            values = self._read_slice(rows)
+        else:
+            values = np.empty((len(rows), self.identity.dim), self._dtype)
+            size, flat = self._row_bytes, values.data.cast("B")
+            for place, row in enumerate(rows.tolist()):
+                os.preadv(self._file, [flat[place * size : (place + 1) * size]], row * size)
+        return torch.from_numpy(np.array(values, np.float32))
 
     def whole(self) -> Tensor:
         """All rows as the file has them, mapped; a change would not reach the file."""
         shape = (self.identity.num_rows, self.identity.dim)
         return torch.from_numpy(np.memmap(self.path, self._dtype, "c", shape=shape))
 
-    def _release(self, num_rows: int) -> None:
-        row = self.identity.dim * self._dtype.itemsize
-        self._num_read += num_rows * (-(-row // _PAGE) * _PAGE)
-        if self._num_read < RESIDENT_BYTES or self.identity.num_bytes < RESIDENT_BYTES:
-            return
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-            self._num_read = 0
+    def _read_slice(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.identity.num_rows)
+        values = np.empty((stop - start, self.identity.dim), self._dtype)
+        place, left = start * self._row_bytes, values.data.cast("B")
+        while len(left):
+            num = os.preadv(self._file, [left], place)
+            place, left = place + num, left[num:]
+        return values
 
 
 def _hash(values: np.ndarray) -> str:

@@ -16,7 +16,7 @@ NUM = 1000
 
 
 @pytest.fixture
-def labelled():
+def labelled() -> tuple[np.ndarray, np.ndarray]:
     """Labels of 5 classes of very different sizes, and keys."""
     rng = np.random.default_rng(0)
     labels = rng.choice(5, NUM, p=[0.5, 0.25, 0.15, 0.08, 0.02]).astype(np.int64)
@@ -44,7 +44,7 @@ def test_a_fraction_is_a_function_of_seed_and_keys(labelled):
 
 
 def test_a_smaller_fraction_lies_within_a_larger_one(labelled):
-    small, large = (set(balanced(*labelled, share, seed=0)) for share in (0.01, 0.1))
+    small, large = (set(balanced(labelled[0], labelled[1], share, seed=0)) for share in (0.01, 0.1))
     assert small < large
 
 
@@ -60,7 +60,7 @@ def test_every_sample_is_as_likely(labelled):
 
 def test_less_than_one_sample_a_class_is_refused(labelled):
     with pytest.raises(UserError, match=r"fraction=0.0001 of 1000 samples is less than one .* 5 "):
-        balanced(*labelled, 0.0001, seed=0)
+        balanced(labelled[0], labelled[1], 0.0001, seed=0)
 
 
 def test_the_held_out_part_is_stratified_and_independent_of_the_fraction(labelled):
@@ -149,7 +149,7 @@ def test_a_list_that_does_not_fit_is_refused(tree, tmp_path, text, message):
 
 
 def test_a_missing_list_is_named(shards):
-    with pytest.raises(UserError, match="subset list no/such.txt does not exist"):
+    with pytest.raises(UserError, match=r"subset list no/such\.txt does not exist"):
         sets_of(shards, subset_list="no/such.txt")
 
 
@@ -172,7 +172,9 @@ def test_a_class_that_is_only_in_val_is_refused(make_shards):
     """The class names are the same, but training has no picture of one."""
     few = make_shards("few", num=1, classes=["class-0", "class-1"])
     both = make_shards("both", num=4, classes=["class-0", "class-1"])
-    with pytest.raises(UserError, match=r"1 classes \(class-1\), of which --train .* has no sample"):
+    with pytest.raises(
+        UserError, match=r"1 classes \(class-1\), of which --train .* has no sample"
+    ):
         sets_of(few, both)
 
 
