@@ -13,6 +13,7 @@ BLOCKS_PER_STAGE = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+MAX_CHANNELS = 16384  # what a damaged `arch` may ask for
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def read_arch(value: Any) -> Arch:
     fields = Arch.__dataclass_fields__
     if not isinstance(value, Mapping) or set(value) != set(fields):
         raise UserError(f"arch {value!r}: expected the keys {', '.join(fields)}")
-    if not all(type(number) is int and number > 0 for number in value.values()):
-        raise UserError(f"arch {dict(value)!r}: expected positive whole numbers")
+    if not all(type(number) is int and 0 < number <= MAX_CHANNELS for number in value.values()):
+        raise UserError(
+            f"arch {dict(value)!r}: expected positive whole numbers up to {MAX_CHANNELS}"
+        )
     arch = Arch(**value)
     if arch.depth not in BLOCKS_PER_STAGE:
         raise UserError(
@@ -80,11 +83,14 @@ def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
     first = shapes.get("layer1.0.conv1.weight")
     if stem is None or first is None:
         raise UserError("no conv1.weight and layer1.0.conv1.weight: this is no ResNet's state_dict")
+    third = shapes.get("layer1.0.conv3.weight")
+    for name, shape in (("conv1", stem), ("layer1.0.conv1", first), ("layer1.0.conv3", third)):
+        if shape is not None and len(shape) != 4:
+            raise UserError(f"{name}.weight has shape {shape}: no convolution's")
     num_blocks = tuple(
         len({name.split(".")[1] for name in shapes if name.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    third = shapes.get("layer1.0.conv3.weight")
     for depth, blocks in BLOCKS_PER_STAGE.items():
         if blocks == num_blocks and (depth >= 50) == (third is not None):
             return read_arch(

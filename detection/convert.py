@@ -1,171 +1,64 @@
-"""Checkpoint -> Detectron2 weights, proved on a picture.
+"""Weights from one layout to another, proved on a picture: to Detectron2, or back to torchvision.
 
-Read, name (`keymap`), check every shape and value, build the reference ResNet and Detectron2's
-from the same tensors, compare res2 to res5 on one picture, write, read back the way training does.
-Nothing is written unless the comparison held.
+Read, name and check (`source`), build the reference ResNet and Detectron2's from the same tensors,
+compare res2 to res5 on one picture, write, read back, compare every tensor bit by bit. Nothing is
+written unless the comparison held.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from detection import keymap, safe_pickle
-from detection.arch import Arch, infer_arch, read_arch
+from detection import keymap, model_card
 from detection.errors import UserError
-from detection.files import sha256_of
-from detection.pixels import Preprocessing, from_checkpoint
-from detection.reference_resnet import tensor_shapes
+from detection.files import write_atomically
+from detection.source import Source, read_own_card, read_source
 
-MAX_RELATIVE_DIFFERENCE = 1e-4
-_NESTED = ("state_dict", "model", "model_state_dict")
-_COPY_AGAIN = "copy the checkpoint again, or take an older one"
+__all__ = ["TARGETS", "convert", "read_source", "to_detectron2", "to_torchvision"]
 
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint, read and named: what conversion works on."""
-
-    path: Path
-    layout: str
-    branch: str
-    arch: Arch
-    preprocessing: Preprocessing
-    tensors: dict[str, Tensor]
-    dropped: dict[str, str]
-
-
-def read_source(
-    path: Path,
-    *,
-    layout: str = "auto",
-    branch: str = "online",
-    preprocessing: Preprocessing | None = None,
-) -> Source:
-    """Read a checkpoint and check every tensor of its backbone.
-
-    Args:
-        path: Checkpoint file.
-        layout: One of keymap.LAYOUTS, or "auto".
-        branch: "online" or "ema".
-        preprocessing: What the network was trained on; default: what our checkpoint says, and the
-            ImageNet statistics for foreign ones.
-
-    Returns:
-        float32 tensors under torchvision names, complete and finite.
-
-    Raises:
-        UserError: One message for the first fault.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    checkpoint = safe_pickle.load_torch(path)
-    try:
-        state, layout, claimed = _network(checkpoint, layout, branch)
-        mapped = keymap.to_torchvision(state, layout, branch)
-        shapes = {name: tuple(np.shape(value)) for name, value in mapped.backbone.items()}
-        arch = claimed or infer_arch(shapes)
-        tensors = _checked(mapped.backbone, arch)
-        if preprocessing is None:
-            given = checkpoint.get("preprocessing") if layout == "ours" else None
-            preprocessing = from_checkpoint(given)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return Source(path, layout, branch, arch, preprocessing, tensors, mapped.dropped)
-
-
-def _network(
-    checkpoint: Any, layout: str, branch: str
-) -> tuple[Mapping[str, Any], str, Arch | None]:
-    """The state_dict inside a checkpoint, its layout, and its architecture if it says so."""
-    if not isinstance(checkpoint, Mapping) or not checkpoint:
-        raise UserError(f"holds {type(checkpoint).__name__}, not a state_dict; {_COPY_AGAIN}")
-    is_ours = checkpoint.get("format") == keymap.OUR_FORMAT
-    if is_ours != (layout == "ours") and (is_ours or layout == "ours") and layout != "auto":
-        raise UserError(f"--layout {layout}: format is {checkpoint.get('format')!r}, ours is "
-                        f"{keymap.OUR_FORMAT!r}; use --layout auto")  # fmt: skip
-    if is_ours:
-        state = checkpoint.get("ema" if branch == "ema" else "model")
-        if not state:
-            raise UserError(
-                f"holds no {branch} network: this method keeps none; use --branch online"
-            )
-        return state, "ours", read_arch(checkpoint.get("arch"))
-    state = next((checkpoint[key] for key in _NESTED if isinstance(checkpoint.get(key), Mapping)),
-                 checkpoint)  # fmt: skip
-    if not all(isinstance(key, str) for key in state):
-        raise UserError("its keys are not names of tensors; save the network's state_dict")
-    return state, keymap.detect_layout(state) if layout == "auto" else layout, None
-
-
-def _checked(backbone: Mapping[str, Any], arch: Arch) -> dict[str, Tensor]:
-    """Compare names and shapes with the architecture and look for values that are no numbers."""
-    wanted = tensor_shapes(arch)
-    missing = [name for name in wanted if name not in backbone]
-    unknown = [name for name in backbone if name not in wanted]
-    if missing or unknown:
-        faults = [f"lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
-        faults += [f"has {unknown[0]} and {len(unknown) - 1} more beside"] if unknown else []
-        raise UserError(
-            f"is no {arch}: {'; '.join(faults)}{_what_it_looks_like(backbone, arch)}; {_COPY_AGAIN}"
-        )
-    tensors = {}
-    for name, shape in wanted.items():
-        value = torch.as_tensor(backbone[name])
-        if tuple(value.shape) != shape:
-            hint = " (a CIFAR stem does not convert)" if name == "conv1.weight" else ""
-            raise UserError(f"{name} has shape {tuple(value.shape)}, a {arch} needs {shape}{hint}; "
-                            "its `arch` and its weights do not belong together")  # fmt: skip
-        if not torch.isfinite(value).all():
-            raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
-        tensors[name] = value.detach().to(torch.float32).contiguous().clone()
-    return tensors
-
-
-def _what_it_looks_like(backbone: Mapping[str, Any], arch: Arch) -> str:
-    """A remark when the tensors are another architecture's."""
-    try:
-        found = infer_arch({name: tuple(np.shape(value)) for name, value in backbone.items()})
-    except UserError:
-        return ""
-    return "" if found == arch else f" (its tensors look like a {found})"
+MAX_RELATIVE_DIFFERENCE = 1e-5
+TARGETS = ("detectron2", "torchvision")
+_ENDINGS = {
+    "detectron2": {".pkl": "Detectron2's classic", ".pth": "tensors only"},
+    "torchvision": {".pth": "a state_dict", ".pt": "the same"},
+}
 
 
 def to_detectron2(source: Source) -> dict[str, Tensor]:
-    """The same tensors under Detectron2's names, in a fixed order."""
+    """The same tensors under Detectron2's names, in a fixed order; without batch counters."""
     table = keymap.name_table(source.arch)
     return {new: source.tensors[old] for old, new in sorted(table.items(), key=lambda x: x[1])}
 
 
-def _description(source: Source) -> dict[str, Any]:
-    """The card's entries about where the weights come from."""
-    return {
-        "arch": asdict(source.arch),
-        "preprocessing": source.preprocessing.for_detectron2(),
-        "branch": source.branch,
-        "source": {
-            "file": source.path.name,
-            "sha256": sha256_of(source.path),
-            "layout": source.layout,
-        },
-        "dropped": sorted(source.dropped),
-    }
+def to_torchvision(source: Source) -> dict[str, Tensor]:
+    """A state_dict with torchvision's names in torchvision's order, batch counters in place."""
+    state = {}
+    for name, value in source.tensors.items():
+        state[name] = value
+        counter = f"{name.removesuffix('running_var')}{keymap.COUNTER}"
+        if name.endswith("running_var") and counter in source.counters:
+            state[counter] = source.counters[counter]
+    return state
 
 
 def convert(
-    source: Source, out: Path, *, picture: Path | None = None, size: int = 224
+    source: Source,
+    out: Path,
+    *,
+    to: str = "detectron2",
+    picture: Path | None = None,
+    size: int = 224,
 ) -> dict[str, Any]:
-    """Convert, compare, write, read back.
+    """Convert, compare, write, read back, write the cards.
 
     Args:
         source: From `read_source`.
-        out: File ending in .pkl or .pth; the card is written beside it as .json.
+        out: File ending in .pkl or .pth (to Detectron2), .pth or .pt (to torchvision); the cards
+            are written beside it as .json and .md.
+        to: One of TARGETS.
         picture: Compare on this picture; default: a generated one.
         size: Side of the square the picture is brought to, in pixels.
 
@@ -173,35 +66,92 @@ def convert(
         The card.
 
     Raises:
-        UserError: If `out` has another ending, or the features differ by more than
+        UserError: If `out` has another ending or would overwrite what it must not, the network is
+            none that both libraries build, or the features differ by more than
             MAX_RELATIVE_DIFFERENCE; then nothing is written.
     """
-    if out.suffix not in (".pkl", ".pth"):
-        raise UserError(f"{out}: end the name in .pkl (Detectron2's classic) or .pth")
-    from detection import parity, weights  # import Detectron2
+    _check_out(source, out, to)
+    if source.stride_in_1x1:
+        raise UserError(
+            f"{source.path}: its bottlenecks have their stride in the 1x1 convolution; torchvision "
+            "and all layouts here have it in the 3x3 one, and no renaming moves it"
+        )
+    from detection import parity  # imports Detectron2
 
     began = time.perf_counter()
-    state = to_detectron2(source)
     image = source.preprocessing.normalise(parity.comparison_picture(picture, size))
-    stages = parity.compare(source.arch, source.tensors, state, image)
-    worst = max(stages.values())
-    if not worst <= MAX_RELATIVE_DIFFERENCE:
+    stages = parity.compare(source.arch, source.tensors, to_detectron2(source), image)
+    if not max(stages.values()) <= MAX_RELATIVE_DIFFERENCE:
         shown = ", ".join(f"{stage} {value:.1e}" for stage, value in stages.items())
         raise UserError(
             f"{source.path}: Detectron2's features differ from the reference ({shown}; allowed "
             f"{MAX_RELATIVE_DIFFERENCE:.0e}); nothing was written. The weights were trained with "
             "another architecture or stride convention than the names say"
         )
-    weights.write_weights(out, state)
-    parity.check_written(source.arch, out, state)
-    card = {
-        "format": weights.CARD_FORMAT,
-        **_description(source),
-        "weights_sha256": sha256_of(out),
-        "num_tensors": len(state),
-        "stages": stages,
-        "max_relative_difference": worst,
-        "seconds": time.perf_counter() - began,
-    }
-    weights.write_card(out, card)
+    write = _write_detectron2 if to == "detectron2" else _write_torchvision
+    write(source, out)
+    card = model_card.build(source, out, to, stages, time.perf_counter() - began)
+    model_card.write(out, card)
     return card
+
+
+def _check_out(source: Source, out: Path, to: str) -> None:
+    """Refuse a name that says something else, and one that would destroy something."""
+    endings = _ENDINGS[to]
+    if out.suffix not in endings:
+        shown = " or ".join(f"{ending} ({what})" for ending, what in endings.items())
+        raise UserError(f"{out}: end the name in {shown}")
+    if out.resolve() == source.path.resolve():
+        raise UserError(f"{out}: is the checkpoint itself; choose another name")
+    for suffix in {".pkl", ".pth", ".pt"} - {out.suffix}:
+        sibling = out.with_suffix(suffix)
+        if sibling.is_file() and read_own_card(sibling)[0] is not None:
+            raise UserError(
+                f"{out}: its card would replace {out.with_suffix('.json').name}, which describes "
+                f"{sibling.name}; choose another name"
+            )
+    model_card.check_places(out)
+
+
+def _write_detectron2(source: Source, out: Path) -> None:
+    """Write Detectron2's names and load the file as training does."""
+    from detection import parity, weights
+
+    state = to_detectron2(source)
+    counters = {keymap.detectron2_name(name): int(value) for name, value in source.counters.items()}
+    weights.write_weights(out, state, counters)
+    parity.check_written(source.arch, out, state)
+    _compare_with_file(source, out, "detectron2")
+
+
+def _write_torchvision(source: Source, out: Path) -> None:
+    """Write a bare state_dict and read it back."""
+    state = to_torchvision(source)
+    write_atomically(out, lambda file: torch.save(state, file))
+    _compare_with_file(source, out, "torchvision")
+
+
+def _compare_with_file(source: Source, out: Path, layout: str) -> None:
+    """Read a written file with the reader of foreign files; every bit must be there.
+
+    Raises:
+        UserError: If one is not; the file is removed.
+    """
+    try:
+        written = read_source(out, layout=layout, assume=True)
+        changed = [name for name, value in source.tensors.items()
+                   if not same_bits(value, written.tensors[name])]  # fmt: skip
+        changed += [name for name, value in source.counters.items()
+                    if not torch.equal(value, written.counters.get(name, value + 1))]  # fmt: skip
+        if changed or written.arch != source.arch:
+            raise UserError(f"{out}: {[*changed, 'arch'][0]} changed on the way through the file")
+    except UserError:
+        out.unlink(missing_ok=True)
+        raise
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two float32 tensors agree bit by bit; -0.0 and 0.0 do not."""
+    return first.shape == second.shape and torch.equal(
+        first.view(torch.int32), second.view(torch.int32)
+    )

@@ -1,8 +1,8 @@
-"""Names of ResNet tensors: in five kinds of checkpoint, in torchvision, in Detectron2.
+"""Names of ResNet tensors: in seven kinds of checkpoint, in torchvision, in Detectron2.
 
 Two steps, both without exceptions: `to_torchvision` maps every key of a checkpoint to a torchvision
 name or drops it with a reason (an unknown key is an error); `name_table` lists, tensor by tensor,
-which Detectron2 name a torchvision name has.
+which Detectron2 name a torchvision name has, and back.
 """
 
 import re
@@ -13,15 +13,17 @@ from detection.arch import Arch
 from detection.errors import UserError
 from detection.reference_resnet import tensor_shapes
 
-LAYOUTS = ("ours", "torchvision", "moco", "solo-learn", "lightly")
+LAYOUTS = ("ours", "torchvision", "timm", "moco", "solo-learn", "lightly", "detectron2")
 BRANCHES = ("online", "ema")
 OUR_FORMAT = "fa-pretrain-1"
 
 _HEAD = "a head of pretraining; the detector has its own"
 _OTHER_BRANCH = "the other branch (see --branch)"
-_COUNTER = "a batch counter; Detectron2's norms do not use it"
 _CLASSIFIER = "the classifier; the detector has its own"
 _STATE = "state of pretraining, no weights"
+_DETECTOR = "a part of the detector behind or beside its ResNet"
+_EXTRA_NORM = "the extra norm behind a C4 head's res5; a ResNet has none"
+COUNTER = "num_batches_tracked"
 
 
 class Mapped(NamedTuple):
@@ -29,6 +31,7 @@ class Mapped(NamedTuple):
 
     backbone: dict[str, Any]  # torchvision name -> value
     dropped: dict[str, str]  # key -> reason
+    counters: dict[str, Any]  # torchvision name of a batch counter -> value
 
 
 def name_table(arch: Arch) -> dict[str, str]:
@@ -38,10 +41,10 @@ def name_table(arch: Arch) -> dict[str, str]:
         {"conv1.weight": "stem.conv1.weight", "layer1.0.downsample.1.bias":
         "res2.0.shortcut.norm.bias", ..}: one entry a tensor of the backbone.
     """
-    return {name: _detectron2_name(name) for name in tensor_shapes(arch)}
+    return {name: detectron2_name(name) for name in tensor_shapes(arch)}
 
 
-def _detectron2_name(name: str) -> str:
+def detectron2_name(name: str) -> str:
     """One name. Detectron2 keeps each norm inside the convolution before it."""
     module, _, field = name.rpartition(".")
     parts = module.split(".")
@@ -54,6 +57,26 @@ def _detectron2_name(name: str) -> str:
     if conv is None:
         conv = f"conv{kind.removeprefix('bn')}.norm" if kind.startswith("bn") else kind
     return f"{place}.{conv}.{field}"
+
+
+_DETECTRON2 = re.compile(r"(stem|res[2-5]\.\d+)\.(conv[123]|shortcut)(\.norm)?\.(\w+)")
+
+
+def torchvision_name(name: str) -> str | None:
+    """The way back: "res2.0.shortcut.norm.bias" -> "layer1.0.downsample.1.bias"; None: no ResNet's.
+
+    Only what `detectron2_name` gives back letter by letter counts.
+    """
+    found = _DETECTRON2.fullmatch(name)
+    if found is None:
+        return None
+    place, conv, norm, field = found.groups()
+    kind = conv.replace("conv", "bn") if norm else conv
+    if conv == "shortcut":
+        kind = "downsample.1" if norm else "downsample.0"
+    stage, _, block = place.partition(".")
+    old = kind if stage == "stem" else f"layer{int(stage[3:]) - 1}.{block}.{kind}"
+    return f"{old}.{field}" if detectron2_name(f"{old}.{field}") == name else None
 
 
 # What may stand outside the backbone: first part of a key -> why it is dropped. Read off the public
@@ -70,7 +93,9 @@ _LIGHTLY_HEADS = (
     "online_classifier", "linear_layer", "fc", "head", "prototypes", "criterion", "memory_bank",
     "online_linear_probe", "projector", "predictor",
 )  # fmt: skip
-_STATES = ("queue", "queue_y", "queue_index", "queue_ptr", "queue2", "queue2_ptr", "queue3")
+_STATES = (
+    "queue", "queue_y", "queue_index", "queue_ptr", "queue2", "queue2_ptr", "queue3", "n_averaged",
+)  # fmt: skip
 
 
 def _split_prefix(
@@ -111,9 +136,10 @@ def _map_prefixed(
     """
     backbone: dict[str, Any] = {}
     dropped: dict[str, str] = {}
+    counters: dict[str, Any] = {}
     for key, value in state.items():
         rest, wanted = _split_prefix(key, online, ema, branch)
-        if rest is None:
+        if rest is None or rest in _STATES:
             first = key.split(".")[0]
             if first not in (*heads, *_STATES):
                 raise _unknown(key)
@@ -122,17 +148,23 @@ def _map_prefixed(
             dropped[key] = _OTHER_BRANCH
         elif rest.startswith("fc."):
             dropped[key] = _HEAD if heads_inside else _CLASSIFIER
-        elif rest.endswith("num_batches_tracked"):
-            dropped[key] = _COUNTER
         else:
-            backbone[rename(rest)] = value
+            place = counters if rest.endswith(COUNTER) else backbone
+            _put(place, rename(rest), key, value)
     if not backbone:
         wanted_prefixes = ema if branch == "ema" else online
         raise UserError(
             f"no key begins with {' or '.join(map(repr, wanted_prefixes))}, where this layout "
             f"keeps the {branch} backbone; try another --layout or --branch"
         )
-    return Mapped(backbone, dropped)
+    return Mapped(backbone, dropped, counters)
+
+
+def _put(place: dict[str, Any], name: str, key: str, value: Any) -> None:
+    """Take a tensor in; a second one of the same name would replace the first unseen."""
+    if name in place:
+        raise UserError(f"{key!r} is a second {name}; the checkpoint holds two backbones")
+    place[name] = value
 
 
 def _unknown(key: str) -> UserError:
@@ -158,13 +190,37 @@ def _ours(state: Mapping[str, Any], branch: str) -> Mapped:
         raise UserError("no key begins with 'backbone.'; the checkpoint is damaged")
     mapped = _map_prefixed(backbone, "online", online=("backbone.",), ema=(), heads=())
     heads = {key: _HEAD for key in state if key not in backbone}
-    return Mapped(mapped.backbone, {**mapped.dropped, **heads})
+    return mapped._replace(dropped={**mapped.dropped, **heads})
 
 
-def _torchvision(state: Mapping[str, Any], branch: str) -> Mapped:
-    """A bare state_dict, names without prefix."""
-    _refuse_ema(branch, "torchvision")
-    return _map_prefixed(state, branch, online=("",), ema=(), heads=())
+def _bare(state: Mapping[str, Any], branch: str) -> Mapped:
+    """Both torchvision and timm: bare names; a moving average is a state_dict of its own."""
+    return _map_prefixed(state, "online", online=("",), ema=(), heads=())
+
+
+def _detectron2(state: Mapping[str, Any], branch: str) -> Mapped:
+    """Detectron2: a bare ResNet, or the one inside a detector (C4 keeps res5 in its head)."""
+    if branch == "ema":
+        raise UserError("--branch ema: a detectron2 checkpoint holds one network; leave it out")
+    mapped = Mapped({}, {}, {})
+    for key, value in state.items():
+        name = torchvision_name(_INSIDE_DETECTOR.sub("", key))
+        if name is not None:
+            place = mapped.counters if name.endswith(COUNTER) else mapped.backbone
+            _put(place, name, key, value)
+        elif key.startswith(("stem.fc.", "linear.", "backbone.linear.")):
+            mapped.dropped[key] = _CLASSIFIER
+        elif key.startswith("roi_heads.res5.norm."):
+            mapped.dropped[key] = _EXTRA_NORM
+        elif key.startswith(_DETECTOR_PARTS):
+            mapped.dropped[key] = _DETECTOR
+        else:
+            raise _unknown(key)
+    return mapped
+
+
+_INSIDE_DETECTOR = re.compile(r"^(backbone\.bottom_up\.|backbone\.|roi_heads\.(?=res5\.\d))")
+_DETECTOR_PARTS = ("proposal_generator.", "roi_heads.", "backbone.fpn_", "pixel_mean", "pixel_std")
 
 
 def _moco(state: Mapping[str, Any], branch: str) -> Mapped:
@@ -202,17 +258,14 @@ def _lightly(state: Mapping[str, Any], branch: str) -> Mapped:
     )
 
 
-def _refuse_ema(branch: str, layout: str) -> None:
-    if branch == "ema":
-        raise UserError(f"--branch ema: a {layout} checkpoint holds one network; leave it out")
-
-
 _READERS = {
     "ours": _ours,
-    "torchvision": _torchvision,
+    "torchvision": _bare,
+    "timm": _bare,
     "moco": _moco,
     "solo-learn": _solo_learn,
     "lightly": _lightly,
+    "detectron2": _detectron2,
 }
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
 
@@ -227,10 +280,11 @@ def to_torchvision(state: Mapping[str, Any], layout: str, branch: str) -> Mapped
         branch: "online" or "ema".
 
     Returns:
-        Every key either under its torchvision name or dropped with a reason.
+        Every key either under its torchvision name or dropped with a reason. Of torchvision and
+        timm, `state` is the branch already: they keep the moving average beside.
 
     Raises:
-        UserError: For a key that is neither, or if the branch is not there.
+        UserError: For a key that is neither, for two of one name, or if the branch is not there.
     """
     return _READERS[layout](without_wrappers(state), branch)
 
@@ -250,10 +304,14 @@ def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
 def detect_layout(state: Mapping[str, Any]) -> str:
     """Tell which foreign layout a state_dict has, by its names.
 
+    timm names its plain ResNets as torchvision does: these are "torchvision" here.
+
     Raises:
         UserError: If none fits.
     """
     firsts = {key.split(".")[0] for key in without_wrappers(state)}
+    if any(torchvision_name(_INSIDE_DETECTOR.sub("", key)) for key in without_wrappers(state)):
+        return "detectron2"
     if firsts & {"encoder_q", "base_encoder"}:
         return "moco"
     if "conv1" in firsts:

@@ -58,7 +58,6 @@ def comparison_picture(path: Path | None, size: int) -> Tensor:
     return torch.from_numpy((255 * np.clip(smooth + disc + noise, 0, 1)).astype(np.uint8))
 
 
-@torch.no_grad()
 def compare(
     arch: Arch,
     reference_state: dict[str, Tensor],
@@ -79,15 +78,36 @@ def compare(
     Returns:
         {"res2": max|a - b| / max|a|, ..}; infinity where a stage is dead or of another shape.
     """
-    reference = ReferenceResNet(arch).eval()
-    detectron2 = build_bare_resnet(arch, stride_in_1x1=stride_in_1x1).eval()
-    for network, state in ((reference, reference_state), (detectron2, detectron2_state)):
-        result = network.load_state_dict(state, strict=False)
-        left = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
-        assert not left, f"missing {left}"
-        assert not result.unexpected_keys, f"unexpected {result.unexpected_keys}"
-    expected, found = reference(image), detectron2(image)
-    return {stage: _relative_difference(expected[stage], found[stage]) for stage in STAGES}
+    return compare_features(
+        reference_features(arch, reference_state, image),
+        detectron2_features(arch, detectron2_state, image, stride_in_1x1=stride_in_1x1),
+    )
+
+
+def reference_features(arch: Arch, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    """Features res2 to res5 of the reference ResNet with torchvision-named tensors."""
+    return _features(ReferenceResNet(arch), state, image)
+
+
+def detectron2_features(
+    arch: Arch, state: dict[str, Tensor], image: Tensor, *, stride_in_1x1: bool = False
+) -> dict[str, Tensor]:
+    """Features res2 to res5 of Detectron2's own ResNet with its own names."""
+    return _features(build_bare_resnet(arch, stride_in_1x1=stride_in_1x1), state, image)
+
+
+@torch.no_grad()
+def _features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    result = network.load_state_dict(state, strict=False)
+    left = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
+    assert not left, f"missing {left}"
+    assert not result.unexpected_keys, f"unexpected {result.unexpected_keys}"
+    return network.eval()(image)
+
+
+def compare_features(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, float]:
+    """Relative difference of each stage; see `compare`."""
+    return {stage: _relative_difference(first[stage], second[stage]) for stage in STAGES}
 
 
 def _relative_difference(expected: Tensor, found: Tensor) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import _utils as torch_utils
 
+from detection import safetensors_file
 from detection.errors import UserError
 
 # What a damaged or hostile file makes the readers raise.
@@ -230,3 +231,19 @@ def load_torch(path: Path | str) -> Any:
             f"{path}: not a readable PyTorch checkpoint ({reason}); copy the file again, or save "
             "its state_dict with torch.save"
         ) from error
+
+
+def load_weights(path: Path | str) -> Any:
+    """Read weights of any of the three kinds: `.pkl`, `.safetensors`, or what `torch.save` wrote.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return safetensors_file.load(path)
+    if path.suffix == ".pkl" and path.is_file():
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # torch.save writes zip archives under any name
+                return load_pkl(path)
+    return load_torch(path)

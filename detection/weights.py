@@ -199,8 +199,11 @@ def _listed(title: str, names: list[str]) -> str:
     return f"; {title} {len(names)}: {', '.join(names[:4])}{more}"
 
 
-def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+def write_weights(path: Path, state: dict[str, Tensor], counters: dict[str, int]) -> None:
     """Write tensors under Detectron2's plain names, atomically; same tensors, same bytes.
+
+    The norms' batch counters lie beside the model: a detector's frozen norms have no place for
+    them, and what finds no place is an error when weights are loaded.
 
     A `.pkl` carries numpy arrays and asks for name matching; Detectron2 takes one without
     `__author__` for a Caffe2 file, and without `matching_heuristics` loads none of its weights.
@@ -209,12 +212,14 @@ def write_weights(path: Path, state: dict[str, Tensor]) -> None:
     if path.suffix == ".pkl":
         data = {
             "model": {name: value.numpy() for name, value in state.items()},
+            "num_batches_tracked": counters,
             "__author__": "feature-augmented pretraining",
             "matching_heuristics": True,
         }
         write_atomically(path, lambda file: pickle.dump(data, file, protocol=4))
     else:
-        write_atomically(path, lambda file: torch.save({"model": dict(state)}, file))
+        data = {"model": dict(state), "num_batches_tracked": counters}
+        write_atomically(path, lambda file: torch.save(data, file))
 
 
 def write_card(weights: Path, card: dict[str, Any]) -> None:

@@ -1,22 +1,33 @@
 #!/usr/bin/env python3
-"""Convert a pretrained ResNet into Detectron2 weights, proved on a picture."""
+"""Convert a pretrained ResNet to Detectron2 or to torchvision, proved on a picture; or compare two.
+
+Files that are read: checkpoints of this project, torchvision, timm, MoCo, solo-learn, lightly,
+Detectron2 (.pkl or .pth, bare or a whole detector); .safetensors too.
+"""
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from detection import keymap
 from detection.errors import UserError
+from detection.files import write_json
 
 _EXAMPLE = """\
 examples:
   .venv/bin/python tools/convert_to_d2.py runs/pretrain/checkpoint.pth runs/convert/backbone.pkl
   .venv/bin/python tools/convert_to_d2.py moco_v2_200ep.pth.tar moco.pth --layout moco
+  .venv/bin/python tools/convert_to_d2.py backbone.pkl backbone_tv.pth --to torchvision
+  .venv/bin/python tools/convert_to_d2.py --verify checkpoint.pth backbone.pkl --json
 
-OUT ends in .pkl or .pth; a card OUT.json with the pixel statistics is written beside it.
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
+OUT ends in .pkl or .pth (torchvision: .pth or .pt); two cards are written beside it, OUT.json for
+programs and OUT.md for people.
+Exit status: 0 done, or the same network; 1 it went wrong, or not the same (a file that is no
+complete ResNet is not); 2 wrong arguments or input."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,56 +36,135 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    layouts = ("auto", *keymap.LAYOUTS)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="ours, a torchvision state_dict, MoCo, solo-learn, lightly")
-    add("out", type=Path, help="file to write, .pkl or .pth")
+    add("checkpoint", type=Path, nargs="?", help="file to convert")
+    add("out", type=Path, nargs="?", help="file to write")
+    add("--to", choices=("detectron2", "torchvision"), help="target (default: detectron2)")
+    add("--verify", type=Path, nargs=2, metavar=("A", "B"), help="compare two files instead")
     add("--branch", choices=keymap.BRANCHES, default="online", help="which network (online)")
-    add("--layout", choices=("auto", *keymap.LAYOUTS), default="auto", help="key names (auto)")
+    add("--layout", choices=layouts, default="auto", help="key names (auto)")
+    add("--branch-b", choices=keymap.BRANCHES, help="the same for B of --verify (online)")
+    add("--layout-b", choices=layouts, help="the same for B of --verify (auto)")
     add("--image", type=Path, help="picture to compare on (default: a generated one)")
     add("--size", type=int, default=224, help="its side in pixels (default: 224)")
     add("--preprocessing", metavar="SPEC", help="imagenet (foreign default), half, or mean/std "
         "in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
+    add("--stride-in", choices=("3x3", "1x1"), help="where the bottlenecks of a Detectron2 file "
+        "without a card have their stride")  # fmt: skip
+    add("--tolerance", type=float, help="of --verify: largest relative difference that counts as "
+        "the same (default: 1e-5)")  # fmt: skip
+    add("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON: to FILE, or "
+        "instead of the text")  # fmt: skip
     return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        UserError: Naming the argument.
+    """
+    if arguments.size < 64:
+        raise UserError(f"--size {arguments.size}: give at least 64, so that res5 has 2 x 2")
+    if arguments.verify is not None:
+        for name in ("checkpoint", "out", "to"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--verify compares two files and writes none: leave {name} out")
+        if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
+            raise UserError(f"--tolerance {arguments.tolerance}: give a number from 0 to 1")
+        return
+    if arguments.checkpoint is None or arguments.out is None:
+        raise UserError("give the checkpoint and the file to write, or --verify A B")
+    for name in ("branch_b", "layout_b", "tolerance"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --verify")
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Compare two files and print the report."""
+    from detection.pixels import parse_preprocessing
+    from detection.verify import TOLERANCE, text, verify
+
+    report = verify(
+        *arguments.verify,
+        layouts=(arguments.layout, arguments.layout_b or "auto"),
+        branches=(arguments.branch, arguments.branch_b or "online"),
+        stride_in_1x1=stride(arguments),
+        preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
+        picture=arguments.image,
+        size=arguments.size,
+        tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+    )
+    show(report, text(report), arguments.json)
+    return 0 if report["same"] else 1
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert a file and print what became of it."""
+    from detection.convert import convert, read_source
+    from detection.pixels import parse_preprocessing
+
+    source = read_source(
+        arguments.checkpoint,
+        layout=arguments.layout,
+        branch=arguments.branch,
+        preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
+        stride_in_1x1=stride(arguments),
+    )
+    to = arguments.to or "detectron2"
+    card = convert(source, arguments.out, to=to, picture=arguments.image, size=arguments.size)
+    differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
+    lines = [
+        f"{arguments.checkpoint.name} ({source.layout}, {source.branch}): {source.arch}",
+        f"{card['num_tensors']} tensors and {card['num_counters']} batch counters converted to "
+        f"{to}, {len(card['dropped'])} keys dropped:",
+    ]
+    for reason in sorted(set(source.dropped.values())):
+        keys = [key for key, why in source.dropped.items() if why == reason]
+        lines.append(f"  {len(keys):4d}  {reason} ({keys[0]}{', ..' if len(keys) > 1 else ''})")
+    lines += [f"note: {note}" for note in source.notes]
+    lines.append(f"relative difference on the picture: {differences}")
+    cards = " and ".join(arguments.out.with_suffix(end).name for end in (".json", ".md"))
+    lines.append(f"wrote {arguments.out}, {cards} in {card['seconds']:.1f} s")
+    show(card, "\n".join(lines), arguments.json)
+    return 0
+
+
+def stride(arguments: argparse.Namespace) -> bool | None:
+    """--stride-in as the reader wants it."""
+    return None if arguments.stride_in is None else arguments.stride_in == "1x1"
+
+
+def show(result: dict[str, Any], text: str, json_to: str | None) -> None:
+    """Print the text, or JSON in its place; with a file name both."""
+    if json_to == "-":
+        print(json.dumps(result, indent=2, allow_nan=False))
+        return
+    if json_to is not None:
+        write_json(Path(json_to), result)
+    print(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
+        Exit status: 0 done or the same, 1 it went wrong or not the same, 2 wrong arguments or
+        input.
     """
     arguments = build_parser().parse_args(argv)
     try:
-        if arguments.size < 64:
-            raise UserError(f"--size {arguments.size}: give at least 64, so that res5 has 2 x 2")
-        from detection.convert import convert, read_source
-        from detection.pixels import parse_preprocessing
-
-        spec = arguments.preprocessing
-        source = read_source(
-            arguments.checkpoint,
-            layout=arguments.layout,
-            branch=arguments.branch,
-            preprocessing=parse_preprocessing(spec) if spec else None,
-        )
-        card = convert(source, arguments.out, picture=arguments.image, size=arguments.size)
+        check_arguments(arguments)
+        return run_convert(arguments) if arguments.verify is None else run_verify(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: it went wrong: {error}", file=sys.stderr)
         return 1
-    differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
-    print(f"{arguments.checkpoint.name} ({source.layout}, {source.branch}): {source.arch}")
-    print(f"{card['num_tensors']} tensors converted, {len(card['dropped'])} keys dropped:")
-    for reason in sorted(set(source.dropped.values())):
-        keys = [key for key, why in source.dropped.items() if why == reason]
-        print(f"  {len(keys):4d}  {reason} ({keys[0]}{', ..' if len(keys) > 1 else ''})")
-    print(f"relative difference on the picture: {differences}")
-    print(f"wrote {arguments.out} and {arguments.out.with_suffix('.json').name} "
-          f"in {card['seconds']:.1f} s")  # fmt: skip
-    return 0
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_command_line(thin_checkpoint: Path, tmp_path: Path) -> None:
     Image.fromarray(comparison_picture(None, 100).numpy()).save(tmp_path / "p.png")
     done = call(thin_checkpoint, tmp_path / "b.pkl", "--image", tmp_path / "p.png", "--size", 96)
     assert done.returncode == 0, done.stderr
-    assert "265 tensors converted" in done.stdout
+    assert "265 tensors and 53 batch counters converted to detectron2" in done.stdout
     assert "a head of pretraining" in done.stdout
     failed = call(tmp_path / "none.pth", tmp_path / "b.pkl")
     assert failed.returncode == 2

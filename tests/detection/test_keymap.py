@@ -135,7 +135,7 @@ def test_every_key_is_mapped_or_dropped_with_a_reason(case: str) -> None:
     layout, branch, state = CASES[case]
     mapped = keymap.to_torchvision(state, layout, branch)
     assert mapped.backbone == {n: i for i, n in enumerate(tensor_shapes(ARCHS[18]))}
-    assert len(mapped.backbone) + len(mapped.dropped) == len(state)
+    assert len(mapped.backbone) + len(mapped.dropped) + len(mapped.counters) == len(state)
     assert all(mapped.dropped.values())
 
 
@@ -156,8 +156,8 @@ def test_unknown_key_is_named(layout: str) -> None:
 def test_branch_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"'momentum_backbone.'.*--branch"):
         keymap.to_torchvision(prefixed("backbone."), "solo-learn", "ema")
-    with pytest.raises(UserError, match="--branch ema: a torchvision checkpoint"):
-        keymap.to_torchvision(prefixed(""), "torchvision", "ema")
+    with pytest.raises(UserError, match="--branch ema: a detectron2 checkpoint"):
+        keymap.to_torchvision({"stem.conv1.weight": 0}, "detectron2", "ema")
 
 
 def test_no_layout_fits() -> None:

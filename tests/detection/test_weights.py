@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from torch import nn
 
+import detection.roi_heads  # noqa: F401  (registers the C4 head)
 from detection.config import load_config
 from detection.convert import convert, read_source, to_detectron2
 from detection.errors import UserError

@@ -1,0 +1,363 @@
+"""A checkpoint of any layout, read, named and checked: what conversion and verification work on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detection import keymap, safe_pickle, variants
+from detection.arch import Arch, infer_arch, read_arch
+from detection.errors import UserError
+from detection.files import sha256_of
+from detection.pixels import IMAGENET, Preprocessing, from_checkpoint
+from detection.reference_resnet import tensor_shapes
+
+D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"
+_NESTED = ("state_dict", "model", "model_state_dict")
+_NESTED_EMA = ("state_dict_ema", "model_ema")
+_BARE = ("torchvision", "timm")
+_WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_COPY_AGAIN = "copy the checkpoint again, or take an older one"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's backbone and what is known about it.
+
+    Attributes:
+        path: The file.
+        layout: One of keymap.LAYOUTS.
+        branch: "online" or "ema".
+        arch: Depth and widths.
+        preprocessing: What the network expects of its pixels.
+        tensors: torchvision name -> float32, complete and finite.
+        dropped: Key -> reason.
+        counters: torchvision name -> int64 scalar: `num_batches_tracked` of each norm, where kept.
+        cast: Type -> number of tensors that were brought from it to float32.
+        stride_in_1x1: Whether a bottleneck's stride lies in its first convolution.
+        origins: Where "preprocessing" and "stride" come from: checkpoint, card, option, layout
+            (its only convention), or assumed.
+        card: The card beside the file, if it describes it.
+        contents: The whole checkpoint, for what it says about its training.
+        notes: What a reader should know, in sentences.
+    """
+
+    path: Path
+    layout: str
+    branch: str
+    arch: Arch
+    preprocessing: Preprocessing
+    tensors: dict[str, Tensor]
+    dropped: dict[str, str]
+    counters: dict[str, Tensor]
+    cast: dict[str, int]
+    stride_in_1x1: bool
+    origins: dict[str, str]
+    card: dict[str, Any] | None
+    contents: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def read_source(
+    path: Path,
+    *,
+    layout: str = "auto",
+    branch: str = "online",
+    preprocessing: Preprocessing | None = None,
+    stride_in_1x1: bool | None = None,
+    assume: bool = False,
+) -> Source:
+    """Read a checkpoint and check every tensor of its backbone.
+
+    Args:
+        path: Checkpoint file.
+        layout: One of keymap.LAYOUTS, or "auto".
+        branch: "online" or "ema".
+        preprocessing: What the network was trained on; default: what the checkpoint or its card
+            says, and the ImageNet statistics for foreign ones.
+        stride_in_1x1: Where a Detectron2 file without a card has the stride of its bottlenecks.
+        assume: Go on with ImageNet's statistics and the stride in the 3x3 convolution where a
+            Detectron2 file says neither, and without a card that describes another file; `notes`
+            says so. For looking at a file; a conversion must know.
+
+    Returns:
+        float32 tensors under torchvision names, complete and finite.
+
+    Raises:
+        UserError: One message for the first fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    checkpoint = safe_pickle.load_weights(path)
+    try:
+        state, layout, claimed = _network(checkpoint, layout, branch)
+        mapped = keymap.to_torchvision(state, layout, branch)
+        arch, tensors, cast = _backbone(mapped.backbone, claimed)
+        source = Source(
+            path, layout, branch, arch, IMAGENET, tensors, mapped.dropped,
+            _counters(mapped.counters, tensors), cast, False, {}, None, checkpoint,
+        )  # fmt: skip
+        return _with_conventions(source, preprocessing, stride_in_1x1, assume=assume)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _network(
+    checkpoint: Any, layout: str, branch: str
+) -> tuple[Mapping[str, Any], str, Arch | None]:
+    """The state_dict inside a checkpoint, its layout, and its architecture if it says so."""
+    if not isinstance(checkpoint, Mapping) or not checkpoint:
+        raise UserError(f"holds {type(checkpoint).__name__}, not a state_dict; {_COPY_AGAIN}")
+    is_ours = checkpoint.get("format") == keymap.OUR_FORMAT
+    if is_ours != (layout == "ours") and (is_ours or layout == "ours") and layout != "auto":
+        raise UserError(f"--layout {layout}: format is {checkpoint.get('format')!r}, ours is "
+                        f"{keymap.OUR_FORMAT!r}; use --layout auto")  # fmt: skip
+    if is_ours:
+        state = checkpoint.get("ema" if branch == "ema" else "model")
+        if not state or not isinstance(state, Mapping):
+            raise UserError(
+                f"holds no {branch} network: this method keeps none; use --branch online"
+            )
+        return _named(state), "ours", read_arch(checkpoint.get("arch"))
+    return *_foreign_network(checkpoint, layout, branch), None
+
+
+def _foreign_network(
+    checkpoint: Mapping[str, Any], layout: str, branch: str
+) -> tuple[Mapping[str, Any], str]:
+    """The same for a checkpoint that is not ours."""
+    state = _named(_nested(checkpoint, _NESTED) or checkpoint)
+    if layout == "auto":
+        _refuse(variants.reason_by_name(state))
+        layout = keymap.detect_layout(state)
+        is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver"))
+        layout = "timm" if layout == "torchvision" and is_timm else layout
+    if layout == "detectron2":  # see weights.write_weights
+        beside = checkpoint.get(keymap.COUNTER)
+        return {**state, **(_named(beside) if isinstance(beside, Mapping) else {})}, layout
+    if layout not in _BARE:
+        return state, layout
+    _refuse(variants.reason_by_architecture(str(checkpoint.get("arch", ""))))
+    if branch == "ema":
+        average = _nested(checkpoint, _NESTED_EMA)
+        if average is None:
+            raise UserError(
+                f"--branch ema: this {layout} checkpoint holds one network; leave it out"
+            )
+        state = _named(average)
+    return state, layout
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise UserError(f"is no ResNet that converts: {reason}")
+
+
+def _nested(checkpoint: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+    found = (checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping))
+    return next(found, None)
+
+
+def _named(state: Mapping[Any, Any]) -> Mapping[str, Any]:
+    if not all(isinstance(key, str) for key in state):
+        raise UserError("its keys are not names of tensors; save the network's state_dict")
+    return state
+
+
+def _backbone(
+    given: Mapping[str, Any], claimed: Arch | None
+) -> tuple[Arch, dict[str, Tensor], dict[str, int]]:
+    """Architecture, float32 tensors, and which types they came from."""
+    shapes = {name: tuple(np.shape(value)) for name, value in given.items()}
+    _refuse(variants.reason_by_name(given) or variants.reason_by_shape(shapes))
+    arch = claimed or infer_arch(shapes)
+    return arch, *_checked(given, arch)
+
+
+def _checked(backbone: Mapping[str, Any], arch: Arch) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Compare names and shapes with the architecture and look for values that are no numbers."""
+    wanted = tensor_shapes(arch)
+    missing = [name for name in wanted if name not in backbone]
+    unknown = [name for name in backbone if name not in wanted]
+    if missing or unknown:
+        faults = [f"lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
+        faults += [f"has {unknown[0]} and {len(unknown) - 1} more beside"] if unknown else []
+        raise UserError(
+            f"is no {arch}: {'; '.join(faults)}{_what_it_looks_like(backbone, arch)}; {_COPY_AGAIN}"
+        )
+    tensors, cast = {}, {}
+    for name, shape in wanted.items():
+        value = _tensor(name, backbone[name])
+        if tuple(value.shape) != shape:
+            hint = " (a CIFAR stem does not convert)" if name == "conv1.weight" else ""
+            raise UserError(f"{name} has shape {tuple(value.shape)}, a {arch} needs {shape}{hint}; "
+                            "its `arch` and its weights do not belong together")  # fmt: skip
+        if not torch.isfinite(value).all():
+            raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
+        tensors[name] = value.to(torch.float32).contiguous().clone()
+        if value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            cast[kind] = cast.get(kind, 0) + 1
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"{name} holds values beyond float32; save the weights as float32")
+    return tensors, cast
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """A weight as a dense tensor of floating-point numbers.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize <= 8:
+        native = value.dtype.newbyteorder("=")
+        return torch.from_numpy(np.array(value, dtype=native, order="C"))
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if is_plain and value.dtype in _WEIGHT_TYPES:
+        return value.detach()
+    raise UserError(f"{name} is {_kind(value)}, not a dense tensor of floating-point numbers")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    dtype = getattr(value, "dtype", None)
+    return f"{type(value).__name__}{'' if dtype is None else f' of {dtype}'}"
+
+
+def _counters(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norms' batch counters as int64 scalars, in the order of the tensors.
+
+    Raises:
+        UserError: For a counter without a norm, or one that is no whole number.
+    """
+    norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
+    order = [f"{norm}{keymap.COUNTER}" for norm in norms]
+    stray = next((name for name in given if name not in order), None)
+    if stray is not None:
+        raise UserError(f"{stray}: a batch counter of no norm; {_COPY_AGAIN}")
+    counters = {}
+    for name in (name for name in order if name in given):
+        value = given[name]
+        plain = value.item() if isinstance(value, Tensor | np.ndarray) and _size(value) == 1 \
+            else value  # fmt: skip
+        if not isinstance(plain, int | np.integer) or not 0 <= plain < 2**63:
+            raise UserError(f"{name} is {_kind(value)} {plain!r:.40}, not a count of batches")
+        counters[name] = torch.tensor(int(plain))
+    return counters
+
+
+def _size(value: Tensor | np.ndarray) -> int:
+    return value.numel() if isinstance(value, Tensor) else value.size
+
+
+def _what_it_looks_like(backbone: Mapping[str, Any], arch: Arch) -> str:
+    """A remark when the tensors are another architecture's."""
+    try:
+        found = infer_arch({name: tuple(np.shape(value)) for name, value in backbone.items()})
+    except UserError:
+        return ""
+    return "" if found == arch else f" (its tensors look like a {found})"
+
+
+def read_own_card(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The card beside a weight file, if it is one of ours and describes this very file.
+
+    Returns:
+        (card, "") or (None, why there is none; "" if no such file lies there).
+    """
+    place = path.with_suffix(".json")
+    card = read_any_card(place)
+    if card is None:
+        return None, ""
+    if card["weights_sha256"] != sha256_of(path):
+        return None, f"{place.name} beside it describes another file (sha256 differs)"
+    return card, ""
+
+
+def read_any_card(place: Path) -> dict[str, Any] | None:
+    """A JSON file if it is a card of ours, whatever it describes."""
+    try:
+        card = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_card = isinstance(card, dict) and card.get("format") in (D2_CARD, TORCHVISION_CARD)
+    if not is_card or not set(card) >= _CARD_KEYS or not isinstance(card["source"], dict):
+        return None
+    return card if {"file", "sha256", "layout"} <= card["source"].keys() else None
+
+
+_CARD_KEYS = {"arch", "preprocessing", "branch", "source", "weights_sha256"}
+
+
+def _from_card(card: Mapping[str, Any]) -> tuple[Preprocessing, bool]:
+    """Pixel statistics in [0, 1] and the place of the stride."""
+    given = card.get("preprocessing")
+    if not isinstance(given, Mapping):
+        raise UserError("its card has no preprocessing; convert the checkpoint again")
+    if card["format"] == TORCHVISION_CARD:
+        return from_checkpoint(given), False
+    try:
+        if given["input_format"] != "RGB":
+            raise UserError(f"input_format {given['input_format']!r}: only RGB networks convert")
+        unit = {new: [round(value / 255, 8) for value in given[old]]
+                for new, old in (("mean", "pixel_mean"), ("std", "pixel_std"))}  # fmt: skip
+        return from_checkpoint(unit), bool(given["stride_in_1x1"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"its card's preprocessing is incomplete ({error!r})") from error
+
+
+def _with_conventions(
+    source: Source, preprocessing: Preprocessing | None, stride: bool | None, *, assume: bool
+) -> Source:
+    """Add what the tensors do not say: pixels and stride, and where both are known from."""
+    card, fault = read_own_card(source.path)
+    if fault and not assume and preprocessing is None:
+        raise UserError(f"{fault}; convert again, or remove the card and give --preprocessing")
+    is_detectron2 = source.layout == "detectron2"
+    pixels, stride_in_1x1 = IMAGENET, False
+    origins = {"preprocessing": "assumed", "stride": "layout"}
+    if is_detectron2 and source.arch.is_bottleneck:  # basic blocks know one place only
+        origins["stride"] = "assumed" if stride is None else "option"
+        stride_in_1x1 = bool(stride)
+    if source.layout == "ours" and source.contents.get("preprocessing") is not None:
+        pixels, origins["preprocessing"] = (
+            from_checkpoint(source.contents["preprocessing"]),
+            "checkpoint",
+        )
+    elif card is not None:
+        pixels, stride_in_1x1 = _from_card(card)
+        earlier = card.get("origins")
+        is_assumed = isinstance(earlier, dict) and earlier.get("preprocessing") == "assumed"
+        origins = {"preprocessing": "assumed" if is_assumed else "card", "stride": "card"}
+    if preprocessing is not None:
+        pixels, origins["preprocessing"] = preprocessing, "option"
+    assumed = [what for what, origin in origins.items() if origin == "assumed"]
+    if is_detectron2 and assumed and card is None and not assume:
+        options = {"preprocessing": "--preprocessing", "stride": "--stride-in 3x3"}
+        raise UserError(
+            f"has no card beside it ({source.path.with_suffix('.json').name}), and a Detectron2 "
+            "file itself does not say which pixels the network expects or where its bottlenecks "
+            f"have their stride; give {' and '.join(options[what] for what in assumed)} if you "
+            "know (RGB only)"
+        )
+    notes = (*((fault,) if fault else ()), *(_ASSUMPTIONS[what] for what in assumed))
+    return replace(
+        source,
+        preprocessing=pixels,
+        stride_in_1x1=stride_in_1x1,
+        card=card,
+        origins=origins,
+        notes=notes,
+    )
+
+
+_ASSUMPTIONS = {
+    "preprocessing": "pixel statistics are ImageNet's by assumption: nothing states them",
+    "stride": "the stride is taken to lie in the 3x3 convolutions: nothing states it",
+}
