@@ -1,12 +1,10 @@
 """Run grids of pretraining runs over seeds, compare their cells, and write tables and plots."""
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,10 +12,18 @@ from tools.flow import environment
 from tools.flow.errors import UserError
 from tools.studies import data, results
 from tools.studies.cells import Plan, make_plan, make_work
-from tools.studies.executors import Executor, Resources, SubmititExecutor
+from tools.studies.executors import Executor
 from tools.studies.grid import METRICS, Preset, read_grid, read_preset
-from tools.studies.schedule import SAVE_SECONDS, Limits, Outcome, Scheduler, Work
-from tools.studies.store import Row, Store, hold
+from tools.studies.running import (
+    Defaults,
+    StopSignals,
+    add_cluster,
+    check_options,
+    exit_status,
+    run_work,
+)
+from tools.studies.schedule import Work
+from tools.studies.store import Store, hold
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs/studies/presets"
@@ -52,28 +58,8 @@ def parser() -> argparse.ArgumentParser:
     add("--only", action="append", default=[], metavar="TEXT",
         help="run only cells with this in their grid or levels; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="show the cells and what is done, and stop")
-    add("--max-minutes", type=float, metavar="N",
-        help=f"stop in time: {SAVE_SECONDS:g} s before, running cells save (default: the "
-        "preset's)")  # fmt: skip
-    add("--max-failures", type=int, default=3, metavar="N",
-        help="start nothing more after more than N failed runs (default: 3)")  # fmt: skip
-    add("--retry-failed", action="store_true", help="run failed cells again")
     add_cluster(main_parser)
     return main_parser
-
-
-def add_cluster(main_parser: argparse.ArgumentParser) -> None:
-    """The options that say where runs go; tools/run_trials.py has the same."""
-    add = main_parser.add_argument_group("where runs go, through submitit").add_argument
-    add("--cluster", choices=("local", "slurm"), default="local", help="default: local")
-    add("--parallel", type=int, metavar="N", help="runs at once (default: the preset's, or 1)")
-    add("--gpus-per-run", type=int, metavar="N", help="default: the preset's, or 0")
-    add("--cpus-per-run", type=int, default=1, metavar="N", help="SLURM: default 1")
-    add("--time-minutes", type=int, default=240, metavar="T",
-        help="SLURM: time limit; then the run is queued again (default: 240)")  # fmt: skip
-    add("--partition", metavar="P", help="SLURM partition")
-    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
-        help="further line for sbatch; may be repeated")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None, executor: Executor | None = None) -> int:
@@ -92,6 +78,9 @@ def main(arguments: Sequence[str] | None = None, executor: Executor | None = Non
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace, executor: Executor | None, started: float) -> int:
@@ -114,9 +103,10 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
         if options.list:
             show_list(plan, preset, store)
             return 0
-        todo = [item for item in work.values() if is_due(store, item, plan, options)]
+        todo = [item for item in work.values() if is_due(store, item, plan, preset, options)]
         with StopSignals() as signals:
-            outcome = run_work(todo, store, options, preset, executor, started, signals)
+            defaults = Defaults(preset.parallel, preset.gpus, preset.max_minutes)
+            outcome = run_work(todo, store, options, defaults, executor, started, signals)
         about = environment.describe(ROOT)
         found = results.summarise(plan, store.rows(), preset, set_name, about)
         for path in results.write(options.out, found):
@@ -148,10 +138,7 @@ def chosen_preset(options: argparse.Namespace) -> tuple[Preset, str]:
         raise UserError(f"--metrics {unknown[0]}: give some of {', '.join(METRICS)}")
     if "linear" in metrics and not (ROOT / "tools/linear_eval.py").is_file():
         raise UserError("metric linear: tools/linear_eval.py is not there; give --metrics knn")
-    for name in ("seeds", "parallel", "cpus_per_run", "time_minutes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    check_options(options)
     values = vars(preset) | {"metrics": metrics, "seeds": options.seeds or preset.seeds}
     return Preset(**values), set_name
 
@@ -178,7 +165,9 @@ def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:
         raise UserError("cells that cannot run (name them in left_out):\n  " + "\n  ".join(refused))
 
 
-def is_due(store: Store, work: Work, plan: Plan, options: argparse.Namespace) -> bool:
+def is_due(
+    store: Store, work: Work, plan: Plan, preset: Preset, options: argparse.Namespace
+) -> bool:
     """Whether a cell is to be run by this call; one that lacks a metric asked for is."""
     row = store.row(work.fingerprint, work.seed)
     if options.only:
@@ -191,108 +180,8 @@ def is_due(store: Store, work: Work, plan: Plan, options: argparse.Namespace) ->
             return False
     if row.status == "failed":
         return options.retry_failed
-    has_all = all(step.product.exists() for step in work.steps) and row.metrics
-    return row.status != "finished" or not has_all
-
-
-def run_work(
-    todo: Sequence[Work],
-    store: Store,
-    options: argparse.Namespace,
-    preset: Preset | None,
-    executor: Executor | None,
-    started: float,
-    signals: "StopSignals",
-) -> Outcome:
-    """Hand the work to the executor, up to the limits."""
-    from tools.submit_pretrain import slurm_options
-
-    gpus = options.gpus_per_run
-    resources = Resources(
-        options.cluster,
-        (preset.gpus if preset else 0) if gpus is None else gpus,
-        options.cpus_per_run,
-        options.time_minutes,
-        options.partition,
-        slurm_options(options.slurm_option),
-    )
-    minutes = options.max_minutes or (preset.max_minutes if preset else None)
-    limits = Limits(
-        options.parallel or (preset.parallel if preset else 1),
-        options.max_failures,
-        started + 60 * minutes if minutes else float("inf"),
-    )
-    if todo and executor is None:
-        executor = SubmititExecutor(options.out / "submitit/%j", resources, ROOT)
-    if not todo or executor is None:
-        return Outcome()
-    print(f"{len(todo)} runs to do, {limits.parallel} at once", flush=True)
-    log = ProgressLog(len(todo), limits.parallel)
-    scheduler = Scheduler(
-        *(store, executor, limits, ROOT, environment.commit(ROOT)),
-        on_change=log, stop_requested=signals.reason,
-    )  # fmt: skip
-    return scheduler.run(todo)
-
-
-class ProgressLog:
-    """A line for each run that ended, with what is left."""
-
-    def __init__(self, total: int, parallel: int) -> None:
-        self._total, self._parallel = total, parallel
-        self._ended, self._started = 0, time.monotonic()
-
-    def __call__(self, row: Row) -> None:
-        """Print it; nothing for a run that begins."""
-        if row.status == "running":
-            return
-        self._ended += 1
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in row.metrics.items())
-        rest = (time.monotonic() - self._started) / self._ended * (self._total - self._ended)
-        print(
-            f"[{self._ended}/{self._total}] {row.label}, seed {row.seed}: {row.status} "
-            f"({row.seconds:.0f} s) {figures or row.error or ''}; about {rest / 60:.0f} min left",
-            flush=True,
-        )
-
-
-class StopSignals:
-    """Notes SIGINT and SIGTERM while runs go on."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._old: dict[int, object] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
-
-    def reason(self) -> str:
-        """Why to stop, or nothing."""
-        return f"stopped by {signal.Signals(self.number).name}" if self.number else ""
-
-
-def exit_status(outcome: Outcome, counts: dict[str, int], signals: StopSignals) -> int:
-    """Say how the call ended; returns the exit status."""
-    failed = counts.get("failed", 0)
-    shown = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "cells")
-    print(
-        f"{counts['cells']} runs: {shown or 'none'}" + f"; {outcome.reason}" * bool(outcome.reason)
-    )
-    if signals.number:
-        return 128 + signals.number
-    if failed:
-        print(f"error: {failed} runs failed; see the tables, --retry-failed", file=sys.stderr)
-        return 1
-    return 3 if outcome.reason else 0
+    has_all = all(step.product.exists() for step in work.steps)
+    return row.status != "finished" or not has_all or not set(preset.metrics) <= set(row.metrics)
 
 
 def show_list(plan: Plan, preset: Preset, store: Store) -> None:
