@@ -6,6 +6,7 @@ no state, so their number changes nothing but the speed.
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import cv2
@@ -35,6 +36,8 @@ __all__ = [
     "eval_loader",
     "make_loader",
 ]
+
+_SECONDS_AFTER_SIGTERM = 300  # for a parent that saves; clusters kill after less
 
 
 class RequestSampler(Sampler):
@@ -169,7 +172,16 @@ def _quiet_worker(_: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the parent
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _serve_a_while)
+
+
+def _serve_a_while(number: int, frame: FrameType | None) -> None:
+    """A cluster signals the workers too, but the parent needs them until it has saved.
+
+    The parent ends its workers without a signal. Should it fail to, an alarm does.
+    """
+    signal.alarm(_SECONDS_AFTER_SIGTERM)
 
 
 def make_loader(

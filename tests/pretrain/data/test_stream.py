@@ -1,5 +1,9 @@
+import gc
 import io
+import multiprocessing
+import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -79,6 +83,25 @@ def test_workers_change_nothing_over_epochs_and_resume(index: ShardIndex) -> Non
         assert same(expected, list(parallel.epoch(epoch, start_step)))
     next(iter(parallel.epoch(3)))  # an epoch that is left early
     assert same(list(plain.epoch(4, 2)), list(parallel.epoch(4, 2)))
+
+
+def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None:
+    """SLURM sends SIGTERM to all processes; the parent needs batches until it has saved."""
+    loader = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=2)
+    expected = load(index, batch_size=8, shuffle_window=20)
+    batches = loader.epoch(0)
+    found = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+    found += list(batches)
+    assert same(found, expected)
+    assert all(worker.is_alive() for worker in workers)
+    del batches, loader
+    gc.collect()
+    assert multiprocessing.active_children() == []  # the end of the loader is the workers' end
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
