@@ -17,6 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from detection.arch import Arch
 from detection.errors import UserError
+from detection.protocol import scale_schedule
 
 # Keys that the command line decides otherwise -> how.
 _NOT_HERE = {
@@ -63,12 +64,17 @@ def add_keys(cfg: CfgNode) -> None:
     cfg.TEST.SAVED_SCORE_THRESH = 0.05
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, num_gpus: int | None = None
+) -> CfgNode:
     """Load a config file and apply overrides.
 
     Args:
         path: YAML in Detectron2's format; `_BASE_` is followed.
         overrides: KEY, VALUE, KEY, VALUE, ..
+        num_gpus: Scale a protocol's schedule to so many GPUs (detection.protocol), and to
+            SOLVER.IMS_PER_BATCH if it is overridden; other overrides stay as they are. Default: no
+            scaling.
 
     Returns:
         A config that is not frozen.
@@ -85,7 +91,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(str(path))
     except (KeyError, ValueError, AssertionError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {_explain(cfg, error)}") from error
-    before = cfg.clone()
     if len(overrides) % 2:
         raise UserError(
             f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
@@ -94,13 +99,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CfgNode:
     for key in overrides[::2]:
         if key in _NOT_HERE:
             raise UserError(f"{key}: {_NOT_HERE[key]}")
-    try:
-        cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"{' '.join(overrides)!r}: {_explain(cfg, error)}") from error
+    before, cfg = cfg, _merged(cfg, overrides)
+    if num_gpus is not None and cfg.SOLVER.REFERENCE_WORLD_SIZE > 0:
+        before.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        is_given = "SOLVER.IMS_PER_BATCH" in overrides[::2]
+        scale_schedule(before, num_gpus, cfg.SOLVER.IMS_PER_BATCH if is_given else None)
+        cfg = _merged(before, overrides)
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
     _keep_schedule_whole(cfg, before, set(overrides[::2]))
     _check_schedule(cfg)
     return cfg
+
+
+def _merged(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
+    """A copy with overrides applied."""
+    copy = cfg.clone()
+    try:
+        copy.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{' '.join(overrides)!r}: {_explain(cfg, error)}") from error
+    return copy
 
 
 def check_device(cfg: CfgNode) -> None:

@@ -28,6 +28,7 @@ from detection.data import register
 from detection.errors import UserError
 from detection.evaluate import curves_file, measured
 from detection.files import sha256_of, write_json, write_text
+from detection.protocol import schedule_table
 from detection.trainer import Trainer
 from detection.voc import VocSet, read_class_names, read_set
 from detection.weights import check_card
@@ -72,6 +73,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: For wrong input, before any training.
     """
     arm = prepare(arguments)
+    _show_schedule(arguments, arm.cfg)
     results = []
     for seed in arguments.seed_list:
         folder = arguments.out / f"seed-{seed}"
@@ -108,6 +110,8 @@ def prepare(arguments: argparse.Namespace) -> Arm:
     Raises:
         UserError: For wrong input.
     """
+    if arguments.num_gpus == "auto":
+        arguments.num_gpus = max(1, torch.cuda.device_count())
     voc = read_set(
         arguments.data,
         metric_year=arguments.metric_year,
@@ -127,7 +131,9 @@ def prepare(arguments: argparse.Namespace) -> Arm:
 
 def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
     """The Detectron2 config of an arm: file, overrides, data set and device filled in."""
-    cfg = load_config(arguments.config, arguments.opts)
+    if arguments.num_gpus < 1:
+        raise UserError(f"--num-gpus {arguments.num_gpus}: give 1 or more; 1 is right for the CPU")
+    cfg = load_config(arguments.config, arguments.opts, num_gpus=arguments.num_gpus)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(voc.classes)
     if arguments.freeze:
         is_fpn = "fpn" in cfg.MODEL.BACKBONE.NAME
@@ -139,8 +145,6 @@ def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_device(cfg)
-    if arguments.num_gpus < 1:
-        raise UserError(f"--num-gpus {arguments.num_gpus}: give 1 or more; 1 is right for the CPU")
     if arguments.num_gpus > 1 and torch.cuda.device_count() < arguments.num_gpus:
         raise UserError(
             f"--num-gpus {arguments.num_gpus}: this machine has {torch.cuda.device_count()}"
@@ -151,6 +155,15 @@ def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:
             f"--num-gpus {arguments.num_gpus}; change one of them"
         )
     return cfg
+
+
+def _show_schedule(arguments: argparse.Namespace, cfg: CfgNode) -> None:
+    """Print a protocol's schedule beside the one that is run; other configs have none."""
+    key = "SOLVER.REFERENCE_WORLD_SIZE"
+    given = dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=True))
+    protocol = load_config(arguments.config, [key, given[key]] if key in given else [])
+    if protocol.SOLVER.REFERENCE_WORLD_SIZE > 0:
+        print(schedule_table(protocol, cfg, arguments.num_gpus), flush=True)
 
 
 def _settings(cfg: CfgNode, voc: VocSet, weights: Path | None, num_gpus: int) -> dict[str, Any]:

@@ -52,7 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="class names in order, a,b,c or a file with one a line (default: dataset.json or VOC)",
     )
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
-    add("--num-gpus", type=int, default=1, help="processes, one GPU each (default: 1)")
+    add(
+        "--num-gpus",
+        type=_num_gpus,
+        default=1,
+        metavar="N",
+        help="processes, one GPU each; auto: all GPUs that are there (default: 1)",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
@@ -129,6 +135,11 @@ def last_words(error: Exception) -> str:
     if "Traceback (most recent call last)" not in text:
         return text
     return text.splitlines()[-1].removeprefix("detection.errors.UserError: ")
+
+
+def _num_gpus(text: str) -> int | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def parse_seeds(text: str) -> list[int]:
