@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from torch import nn
 
 from detection.config import check_device, flatten, load_config
 from detection.errors import UserError
@@ -139,3 +140,55 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_config(path)
+
+
+VOC0712 = sorted(CONFIGS.glob("voc0712_*.yaml"))
+
+
+@pytest.mark.parametrize("path", VOC0712, ids=lambda path: path.stem)
+def test_every_voc0712_config_keeps_the_protocol(path: Path) -> None:
+    """What makes rows comparable: sets, pictures, batch, length, norms; only the model differs."""
+    cfg, base = load_config(path), load_config(CONFIGS / "voc0712_R50_C4_24k.yaml")
+    for part in ("INPUT", "DATASETS", "TEST", "DATALOADER"):
+        assert cfg[part] == base[part], part
+    usual = flatten(base.SOLVER)
+    changed = {key for key, value in flatten(cfg.SOLVER).items() if usual[key] != value}
+    is_lars = path.stem.endswith("_lars")
+    assert changed == ({"BASE_LR", "WARMUP_ITERS", "WARMUP_FACTOR"} if is_lars else set())
+    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 8
+    assert cfg.MODEL.RESNETS.NORM == "naiveSyncBN"
+    if is_lars:
+        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS) == (0.1, 1000)
+        assert pytest.approx(1 / 3) == cfg.SOLVER.WARMUP_FACTOR
+        assert flatten(cfg.MODEL) == flatten(base.MODEL)
+
+
+def norm_classes(model: nn.Module) -> set[str]:
+    return {
+        type(module).__name__ for module in model.modules() if "BatchNorm" in type(module).__name__
+    }
+
+
+def test_frozen_config_freezes_the_trunk_and_trains_res5() -> None:
+    cfg = load_config(CONFIGS / "voc0712_R50_C4_24k_frozen.yaml", ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    assert not any(value.requires_grad for value in model.backbone.parameters())
+    assert all(value.requires_grad for value in model.roi_heads.res5.parameters())
+    assert norm_classes(model.backbone) == {"FrozenBatchNorm2d"}
+    assert norm_classes(model.roi_heads) == {"NaiveSyncBatchNorm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks", "num_channels"),
+    [("R18", (2, 2, 2, 2), 512), ("R34", (3, 4, 6, 3), 512), ("R50", (3, 4, 6, 3), 2048)],
+)
+def test_pyramids_build_on_the_whole_resnet(
+    name: str, num_blocks: tuple[int, ...], num_channels: int
+) -> None:
+    cfg = load_config(CONFIGS / f"voc0712_{name}_FPN_24k.yaml", ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    resnet = model.backbone.bottom_up
+    assert tuple(len(getattr(resnet, f"res{stage}")) for stage in (2, 3, 4, 5)) == num_blocks
+    assert resnet.output_shape()["res5"].channels == num_channels
+    assert norm_classes(model) == {"NaiveSyncBatchNorm"}
+    assert all(value.requires_grad for value in model.parameters())
