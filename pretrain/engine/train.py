@@ -82,6 +82,7 @@ class Run:
         self.model = FAContrastive(
             config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
         )
+        self.model.online.backbone.checkpoints_stages = config.engine.activation_checkpointing
         self.model.to(self.device)
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

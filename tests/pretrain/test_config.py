@@ -396,6 +396,7 @@ COVERED_BY = {
     "engine.device": TRAIN + "test_gpu_asked_for_without_one",
     "engine.precision": TRAIN + "test_precision_decides_autocast",
     "engine.channels_last": TRAIN + "test_channels_last_changes_memory_not_meaning",
+    "engine.activation_checkpointing": SPEED + "test_checkpointed_run_equals_the_plain_one",
     "engine.fused_optimizer": SPEED + "test_fused_optimizer_of_the_config_decides",
     "engine.min_loss_scale": SCALE + "test_a_scale_that_collapses_ends_the_run",
     "engine.num_threads": TRAIN + "test_num_threads",

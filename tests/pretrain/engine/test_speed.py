@@ -8,6 +8,7 @@ from pretrain.config import OptimConfig, load_config
 from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.engine.train import Run
+from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
@@ -87,3 +88,87 @@ def test_fused_goes_on_where_unfused_stopped_and_the_other_way_round(name, was_f
     steps(whole, straight, range(6))
     for ours, expected in zip(second.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+# --- activation checkpointing
+
+
+def take_steps(run, num_steps):
+    """Losses of the first steps; the run stands after them."""
+    losses = []
+    for fed in run.feed.epoch(0):
+        if run.position.step >= num_steps:
+            break
+        losses.append(float(run._step(fed, is_logged=False).output.loss.detach()))
+        run.position.step += 1
+    return losses
+
+
+ACCUMULATION = {
+    "whole": [],
+    "plain": ["optim.micro_batch_size=4"],
+    "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached"],
+    "bf16": ["engine.precision=bf16"],
+    "resnet50": ["arch.depth=50", "arch.res2_channels=32"],
+}
+
+
+@pytest.mark.parametrize("case", ACCUMULATION)
+def test_checkpointed_run_equals_the_plain_one(make_run, case):
+    """Losses, weights, gradients and BN statistics of three steps, bit for bit."""
+    options = [*ACCUMULATION[case], "eval.online_probe=true"]
+    plain = make_run(*options, name="plain")
+    thrifty = make_run(*options, "engine.activation_checkpointing=true", name="thrifty")
+    assert take_steps(plain, 3) == take_steps(thrifty, 3)
+    one, two = plain._state(), thrifty._state()
+    for part in ("model", "ema", "optimizer", "queue", "online_probe"):
+        assert_same_state(one[part], two[part], part)
+    gradients = [
+        {n: p.grad for n, p in run.model.online.named_parameters()} for run in (plain, thrifty)
+    ]
+    assert_same_state(*gradients)
+    num_views = 2 * (2 if case in ("plain", "cached") else 1)
+    assert one["model"]["backbone.layer4.0.bn1.num_batches_tracked"] == 3 * num_views
+
+
+def kept_bytes(network, views):
+    """Bytes that the forward pass keeps for the backward pass, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = [network(view) for view in views]
+    del outputs
+    return sum(kept.values())
+
+
+def test_checkpointed_stages_keep_a_small_part_of_the_memory(make_model, make_views):
+    """Of a ResNet-50: the inputs of the four stages, and the stem."""
+    backbone, views = make_model("byol", method="none").online.backbone, make_views(4, 64)
+    whole = kept_bytes(backbone, views)
+    backbone.checkpoints_stages = True
+    assert kept_bytes(backbone, views) < 0.4 * whole
+
+
+def test_checkpointing_is_off_without_gradient_and_leaves_evaluation_alone(make_model, make_views):
+    backbone, views = make_model("byol", method="none").online.backbone, make_views(4, 32)
+    backbone(views[0])
+    backbone.eval()
+    expected = backbone(views[0])
+    expected.square().sum().backward()
+    wanted = {n: p.grad.clone() for n, p in backbone.named_parameters()}
+    backbone.zero_grad()
+    backbone.checkpoints_stages = True
+    output = backbone(views[0])
+    output.square().sum().backward()
+    assert torch.equal(output, expected)
+    assert_same_state({n: p.grad for n, p in backbone.named_parameters()}, wanted)
+    with torch.no_grad():
+        assert torch.equal(backbone(views[0]), expected)
+    assert {m.momentum for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
