@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -19,6 +20,7 @@ CLASSES = (
     "sandal", "shirt", "sneaker", "bag", "ankle_boot",
 )  # fmt: skip
 _FOLDER = "usr/share/datasets/fashion-mnist/"
+SYSTEM = Path("/")  # where an installed package lies
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,29 +36,40 @@ def write_pictures(
     Raises:
         UserError: If there are not so many, or the package cannot be had.
     """
-    for name, wanted, there in (
-        ("num_pool", num_pool, 60_000),
-        ("num_probe_train", num_probe_train, 60_000),
-        ("num_probe_val", num_probe_val, 10_000),
-    ):
-        if not 1 <= wanted <= there:
-            raise UserError(f"fashion_mnist: {name} is {wanted}; give 1 to {there:,}")
     files = read_files()
     generator = np.random.default_rng(seed)
-    images, labels = (
-        read_idx(files[f"train-{kind}-ubyte.gz"]) for kind in ("images-idx3", "labels-idx1")
-    )
-    chosen = generator.permutation(len(images))
+    train, test = (_read_part(files, part) for part in ("train", "t10k"))
+    for name, wanted, there in (
+        ("num_pool", num_pool, len(train[0])),
+        ("num_probe_train", num_probe_train, len(train[0])),
+        ("num_probe_val", num_probe_val, len(test[0])),
+    ):
+        if not len(CLASSES) <= wanted <= there:
+            raise UserError(f"fashion_mnist: {name} is {wanted}; give {len(CLASSES)} to {there:,}")
     (out / "pool").mkdir(parents=True)
-    for number, index in enumerate(chosen[:num_pool]):
-        _write(out / "pool" / f"{number:06d}.png", images[index])
-    chosen = generator.permutation(len(images))[:num_probe_train]
-    _write_classes(out / "probe/train", images[chosen], labels[chosen])
-    images, labels = (
-        read_idx(files[f"t10k-{kind}-ubyte.gz"]) for kind in ("images-idx3", "labels-idx1")
-    )
-    chosen = generator.permutation(len(images))[:num_probe_val]
-    _write_classes(out / "probe/val", images[chosen], labels[chosen])
+    for number, index in enumerate(generator.permutation(len(train[0]))[:num_pool]):
+        _write(out / "pool" / f"{number:06d}.png", train[0][index])
+    for name, (images, labels), count in (
+        ("train", train, num_probe_train),
+        ("val", test, num_probe_val),
+    ):
+        chosen = _balanced(labels, count, generator)
+        _write_classes(out / "probe" / name, images[chosen], labels[chosen])
+
+
+def _balanced(labels: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Numbers of `count` pictures drawn at random, of every class as many as of the others."""
+    by_class = [generator.permutation(np.flatnonzero(labels == c)) for c in range(len(CLASSES))]
+    rounds = max(map(len, by_class))
+    taken = [indices[k] for k in range(rounds) for indices in by_class if k < len(indices)]
+    return np.array(taken[:count])
+
+
+def _read_part(files: Mapping[str, bytes], part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, uint8 [n, 28, 28], and their class numbers, uint8 [n]."""
+    kinds = ("images-idx3", "labels-idx1")
+    images, labels = (read_idx(files[f"{part}-{kind}-ubyte.gz"]) for kind in kinds)
+    return images, labels
 
 
 def read_files() -> dict[str, bytes]:
@@ -75,8 +88,8 @@ def read_files() -> dict[str, bytes]:
     chosen = os.environ.get("FA_CACHE")
     cache = (Path(chosen) if chosen else _ROOT / ".cache") / "fashion_mnist"
     try:
-        if (Path("/") / _FOLDER).is_dir():
-            source = Path("/")
+        if (SYSTEM / _FOLDER).is_dir():
+            source = SYSTEM
         else:
             source = packages.newest(cache, PACKAGE)
             if source is None:

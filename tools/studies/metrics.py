@@ -28,7 +28,7 @@ def metric_steps(
         command = (
             *(python, str(root / "tools/linear_eval.py"), str(folder / "run/checkpoint.pth")),
             *("--train", str(data.probe_train), "--val", str(data.probe_val)),
-            *("--out", str(out), "--protocol", "cached"),
+            *("--out", str(out), "--protocol", "cached", "--resume"),
         )
         yield Step("linear", command, out / "linear.json")
 
