@@ -169,6 +169,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
     min_loss_scale: float = 1.0  # fp16: the run stops where the loss scale falls below
     channels_last: bool = True
+    batch_norm: Literal["per_process", "synchronised"] = "per_process"  # whose rows BN sees
     activation_checkpointing: bool = False  # stages are computed twice, and not kept: less memory
     fused_optimizer: bool | Literal["auto"] = "auto"  # sgd, adamw; auto: on a GPU
     num_threads: int = 0  # of the CPU; 0 leaves torch's own choice

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
-from pretrain.engine import dist, guards, run_folder, saver
+from pretrain.engine import dist, guards, run_folder, saver, speed
 from pretrain.engine.device import autocast_type, choose_device, uses_fused
 from pretrain.engine.diagnostics import CollapseError
 from pretrain.engine.feed import Fed, Feed
@@ -82,10 +82,7 @@ class Run:
         self.model = FAContrastive(
             config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
         )
-        self.model.online.backbone.checkpoints_stages = config.engine.activation_checkpointing
-        self.model.to(self.device)
-        if config.engine.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        speed.prepare(self.model, config.engine, self.device)
         self.optimizer = make_optimizer(
             self.model.online, config.optim, peak_lr(config.optim, config.data.batch_size),
             is_fused=uses_fused(config.engine.fused_optimizer, self.device),

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from pretrain.config import OptimConfig, load_config
+from pretrain.engine import dist
 from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.engine.train import Run
+from pretrain.errors import UserError
 from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
@@ -27,11 +29,11 @@ BASE = {
 
 @pytest.fixture
 def make_run(config_file, shards, tmp_path):
-    """Build a `Run` without training: make_run("key=value", .., name="run", resume=False)."""
+    """Build a `Run` without training: make_run("key=value", .., name="run")."""
 
-    def make(*overrides, name="run", resume=False):
+    def make(*overrides, name="run"):
         options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-        return Run(load_config(config_file, options), resume=resume)
+        return Run(load_config(config_file, options), resume=False)
 
     return make
 
@@ -172,3 +174,32 @@ def test_checkpointing_is_off_without_gradient_and_leaves_evaluation_alone(make_
     with torch.no_grad():
         assert torch.equal(backbone(views[0]), expected)
     assert {m.momentum for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+# --- batch norm
+
+
+def norms_of(module):
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    return [type(m) for m in module.modules() if isinstance(m, kinds)]
+
+
+def test_batch_norm_of_the_config_is_built(make_run):
+    """In one process synchronised is the same: names, random numbers, and every bit."""
+    plain = make_run(name="plain")
+    synchronised = make_run("engine.batch_norm=synchronised", name="synchronised")
+    for network in ("online", "ema"):
+        one, two = (norms_of(getattr(run.model, network)) for run in (plain, synchronised))
+        assert nn.SyncBatchNorm not in one
+        assert set(two) == {nn.SyncBatchNorm}
+        assert len(one) == len(two) == (22 if network == "online" else 21)
+    assert take_steps(plain, 3) == take_steps(synchronised, 3)
+    one, two = plain._state(), synchronised._state()
+    for part in ("model", "ema", "optimizer"):
+        assert_same_state(one[part], two[part], part)
+
+
+def test_synchronised_batch_norm_of_several_processes_on_a_cpu_is_refused(make_run, monkeypatch):
+    monkeypatch.setattr(dist, "is_on", lambda: True)
+    with pytest.raises(UserError, match=r"synchronised: torch has it for GPUs only; .*per_process"):
+        make_run("engine.batch_norm=synchronised")

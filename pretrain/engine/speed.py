@@ -1,0 +1,40 @@
+"""Options of the engine that make a step faster or smaller, set up once before the first step."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from pretrain.config import EngineConfig
+from pretrain.engine import dist
+from pretrain.errors import require
+from pretrain.models.contrastive import FAContrastive, OnlineNetwork
+
+
+def prepare(model: FAContrastive, config: EngineConfig, device: torch.device) -> None:
+    """Set up a fresh model, before there is an optimiser; names of weights stay as they are.
+
+    Raises:
+        UserError: If the device cannot do what is asked for.
+    """
+    if config.batch_norm == "synchronised":
+        _synchronise_batch_norm(model, device)
+    model.online.backbone.checkpoints_stages = config.activation_checkpointing
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _synchronise_batch_norm(model: FAContrastive, device: torch.device) -> None:
+    """Statistics of the rows of all processes, in the online and in the EMA network."""
+    require(
+        device.type == "cuda" or not dist.is_on(),
+        "engine.batch_norm=synchronised: torch has it for GPUs only; on a CPU use "
+        "engine.batch_norm=per_process, or one process",
+    )
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    model.online = cast(OnlineNetwork, convert(model.online))
+    if model.ema is not None:
+        model.ema = cast(OnlineNetwork, convert(model.ema))
