@@ -25,7 +25,7 @@ from tools.studies.store import Store, hold
 from tools.studies.trials import Arm, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ROOT / "configs/studies/published_voc.yaml"
+PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"
 EXAMPLE = """\
 examples:
   .venv/bin/python tools/run_trials.py --init random --init byol=runs/byol/backbone.pkl \\

@@ -13,7 +13,7 @@ from tools.studies.data import StudyData
 from tools.studies.grid import Level, Preset, read_grid, read_preset
 
 STUDIES = Path(__file__).parents[3] / "configs/studies"
-GRIDS = sorted(path for path in STUDIES.glob("*.yaml") if not path.stem.startswith("published"))
+GRIDS = sorted(STUDIES.glob("*.yaml"))
 PRESETS = sorted(path for path in (STUDIES / "presets").glob("reproduce-*.yaml"))
 
 

@@ -57,7 +57,7 @@ def results(words: list[str]) -> dict:
 
 def test_trials_from_runs_to_tables(words: list[str]) -> None:
     executor = StubExecutor(train)
-    published = ["--published", str(ROOT / "configs/studies/published_voc.yaml")]
+    published = ["--published", str(ROOT / "configs/studies/published/voc0712.yaml")]
     assert run_trials.main([*words, "--compare", "ours:byol", *published], executor) == 0
     assert len(executor.handles) == 15
     found = results(words)
