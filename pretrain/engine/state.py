@@ -13,8 +13,9 @@ from pretrain.engine.optim import load_state
 from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 
-# May change when a run goes on: they decide no gradient.
+# May change when a run goes on: they decide no gradient, or its rounding only.
 NOT_COMPARED = ("out", "engine", "eval", "tracking")
+ENGINE_COMPARED = {"batch_norm": "per_process"}  # but for these; values of older checkpoints
 # Where the shards lie, and how they are read; that they are the same is seen by their fingerprint.
 DATA_NOT_COMPARED = (
     "shards", "num_workers", "cache_dir", "cache_gb", "read_retries", "read_timeout_seconds",
@@ -149,6 +150,8 @@ def _changes(
     now = {k: v for k, v in to_plain(config).items() if k not in NOT_COMPARED}
     for plain in (saved, now):
         plain["data"] = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
+    for plain, whole in ((saved, state["config"]), (now, to_plain(config))):
+        plain["engine"] = {k: whole["engine"].get(k, old) for k, old in ENGINE_COMPARED.items()}
     changes = checkpoint.different_keys(saved, now)
     schedule = state["schedule"]
     if schedule["num_steps"] != num_steps and not changes:

@@ -143,6 +143,18 @@ def test_what_decides_no_gradient_may_change(saved):
     assert restore(checkpoint.load(path), other, model, optim, 100)[0] == Position()
 
 
+def test_whose_rows_bn_sees_may_not_change(saved):
+    path, config, model, optim = saved
+    other = replace(config, engine=replace(config.engine, batch_norm="synchronised"))
+    state = checkpoint.load(path)
+    with pytest.raises(UserError, match=r"engine\.batch_norm: 'per_process' -> 'synchronised'"):
+        restore(state, other, model, optim, 100)
+    del state["config"]["engine"]["batch_norm"]  # as checkpoints were before there was a choice
+    assert restore(state, config, model, optim, 100)[1] == []
+    with pytest.raises(UserError, match=r"'per_process' -> 'synchronised'"):
+        restore(state, other, model, optim, 100)
+
+
 def test_every_other_key_is_compared(saved):
     """A new key is compared unless someone says otherwise."""
     path, config, model, optim = saved
