@@ -168,6 +168,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
     min_loss_scale: float = 1.0  # fp16: the run stops where the loss scale falls below
+    tf32: bool = True  # on a GPU, fp32 products rounded to 10 bits; neighbours are searched exactly
     channels_last: bool = True
     batch_norm: Literal["per_process", "synchronised"] = "per_process"  # whose rows BN sees
     activation_checkpointing: bool = False  # stages are computed twice, and not kept: less memory

@@ -13,12 +13,23 @@ from pretrain.errors import require
 from pretrain.models.contrastive import FAContrastive, OnlineNetwork
 
 
+def choose_products(*, tf32: bool, device: torch.device) -> None:
+    """Whether fp32 products and convolutions of a GPU may be rounded to TF32's 10 bits.
+
+    It is a setting of the process. Neighbours are searched in exact fp32 in either case.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
 def prepare(model: FAContrastive, config: EngineConfig, device: torch.device) -> None:
     """Set up a fresh model, before there is an optimiser; names of weights stay as they are.
 
     Raises:
         UserError: If the device cannot do what is asked for.
     """
+    choose_products(tf32=config.tf32, device=device)
     if config.batch_norm == "synchronised":
         _synchronise_batch_norm(model, device)
     model.online.backbone.checkpoints_stages = config.activation_checkpointing

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pretrain.models.neighbour_search import exact_products
+
 QUERY_CHUNK = 1024
 BANK_CHUNK = 8192
 """Rows looked at together: similarities never take more than 1024 x 8192 x 4 bytes, 34 MB."""
@@ -85,7 +87,8 @@ def _best(
     queries: Tensor, entries: Tensor, k: int, excluded: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The k highest similarities of one chunk to another, and their columns; on the CPU."""
-    similarity = queries @ entries.T
+    with exact_products(queries.device):
+        similarity = queries @ entries.T
     if excluded is not None:
         column = excluded.to(similarity.device)
         inside = (column >= 0) & (column < similarity.shape[1])

@@ -2,12 +2,14 @@
 
 Shapes: n queries, m entries of the bank, k neighbours, s of a shortlist, d dimensions. Everything
 is computed in fp32, whatever the bank is stored in and under autocast too: products that are
-rounded to half precision tie where neighbours are near.
+rounded to half precision, or to TF32, tie where neighbours are near.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -21,6 +23,18 @@ SEARCH_BYTES = 64 * 2**20  # of similarities, or of differences, that exist at o
 CAST_BYTES = 8 * 2**20  # of a half-precision bank that is turned into fp32 at once
 MIN_SHORTLIST = 64
 SHORTLIST_PER_NEIGHBOUR = 4
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Matrix products in fp32: neither autocast nor TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -74,7 +88,7 @@ def top_k(
     width = num_entries if distance == "cosine" else max(num_entries, num_ranked * dim)
     most = chunk_rows or max(1, SEARCH_BYTES // (4 * width))
     found = []
-    with torch.autocast(z.device.type, enabled=False):
+    with exact_products(z.device):
         z = functional.normalize(z.detach().float(), dim=1)
         for rows in z.split(_even_length(len(z), most)):
             similarity, indices = _by_cosine(rows, bank, num_ranked)
@@ -116,7 +130,7 @@ def consensus(
         raise ValueError(
             f"a consensus needs neighbours and a positive temperature, got k={k} and {temperature}"
         )
-    with torch.autocast(z.device.type, enabled=False):
+    with exact_products(z.device):
         neighbours = functional.normalize(neighbours.detach().float(), dim=2)
         if k == 1:
             return neighbours[:, 0]

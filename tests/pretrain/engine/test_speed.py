@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.config import OptimConfig, load_config
-from pretrain.engine import dist
+from pretrain.config import EngineConfig, OptimConfig, load_config
+from pretrain.engine import dist, speed
 from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.engine.train import Run
 from pretrain.errors import UserError
+from pretrain.eval.knn import nearest_rows
+from pretrain.models.neighbour_search import consensus, top_k
 from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
@@ -203,3 +206,52 @@ def test_synchronised_batch_norm_of_several_processes_on_a_cpu_is_refused(make_r
     monkeypatch.setattr(dist, "is_on", lambda: True)
     with pytest.raises(UserError, match=r"synchronised: torch has it for GPUs only; .*per_process"):
         make_run("engine.batch_norm=synchronised")
+
+
+# --- TF32
+
+
+@pytest.fixture
+def _products_as_before():
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@pytest.mark.usefixtures("_products_as_before")
+@pytest.mark.parametrize("value", [True, False])
+def test_tf32_of_the_config_is_a_setting_of_gpus(make_model, monkeypatch, value):
+    """The model stays on the CPU; only the settings of the process are looked at."""
+    model = make_model("byol", method="none")
+    monkeypatch.setattr(model, "to", lambda *_, **__: model)
+    speed.prepare(model, EngineConfig(tf32=value), torch.device("cuda"))
+    assert torch.get_float32_matmul_precision() == ("high" if value else "highest")
+    assert torch.backends.cudnn.allow_tf32 is value
+    speed.prepare(model, EngineConfig(tf32=not value), torch.device("cpu"))
+    assert torch.backends.cudnn.allow_tf32 is value
+
+
+@pytest.mark.usefixtures("_products_as_before")
+@pytest.mark.parametrize("search", ["top_k", "consensus", "knn"])
+def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
+    torch.set_float32_matmul_precision("high")
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name().partition(".")[0] in ("aten::mm", "aten::bmm"):
+                seen.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    z, bank = torch.randn(6, 5), torch.randn(40, 5)
+    with Products():
+        if search == "top_k":
+            top_k(z, bank, 3)
+        elif search == "consensus":
+            consensus(bank.view(4, 10, 5), z[:4])
+        else:
+            nearest_rows(bank, z, 3)
+    assert seen
+    assert set(seen) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
