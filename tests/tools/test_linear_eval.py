@@ -1,0 +1,167 @@
+"""The command line of linear evaluation: what it prints, what it refuses, what a kill costs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.engine import checkpoint
+from pretrain.models.backbone import Arch, ResNet
+from tools import linear_eval as tool
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ["dark", "light"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two classes that any network tells apart: dark and light pictures; and weights."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("linear")
+    for name, num in (("train", 60), ("val", 20), ("plain", 8)):
+        pictures = []
+        for i in range(num):
+            path = folder / f"{name}-{i:02d}.png"
+            noise = np.random.default_rng(1000 + i).integers(0, 60, (40, 40, 3))
+            cv2.imwrite(str(path), (noise + 190 * (i % 2)).astype(np.uint8))
+            label = -1 if name == "plain" else i % 2
+            pictures.append(SourcePicture(str(path), path.name, label))
+        classes = None if name == "plain" else CLASSES
+        write_shards(pictures, folder / name, options=ShardOptions(), classes=classes)
+    torch.manual_seed(0)
+    torch.save(ResNet(Arch(18, 8, 8, 8)).state_dict(), folder / "tiny.pth")
+    return folder
+
+
+def options_of(work, out, *more, train="train", val="val", source="tiny.pth"):
+    source = source if ":" in source else str(work / source)
+    return [
+        source, "--train", str(work / train), "--val", str(work / val), "--out", str(out),
+        "image_size=32", "num_workers=0", "epochs=5", "batch_size=16", "device=cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["cached", "full", "knn"])
+def test_easy_classes_are_told_apart(work, tmp_path, capsys, protocol):
+    more = ["--protocol", protocol, *(["milestones=[3,4]"] if protocol == "full" else [])]
+    assert tool.main(options_of(work, tmp_path / "out", *more)) == 0
+    printed = capsys.readouterr().out
+    assert f"{protocol} evaluation of tiny.pth" in printed
+    result = json.loads((tmp_path / "out" / "linear.json").read_text())
+    assert result["top1"] == 1.0
+    assert result["config"]["protocol"] == protocol
+    if protocol != "knn":
+        assert result["per_class"] == {"dark": 1.0, "light": 1.0}
+        assert "top-1 100.00 %" in printed
+    assert tool.main(options_of(work, tmp_path / "out", *more)) == 2
+    assert "holds an evaluation already" in capsys.readouterr().err
+    assert tool.main(options_of(work, tmp_path / "out", *more, "--resume")) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_full_without_a_config_is_the_published_one(work, tmp_path, capsys):
+    assert tool.main(options_of(work, tmp_path / "out", "--protocol", "full")) == 0
+    config = json.loads((tmp_path / "out" / "linear.json").read_text())["config"]
+    assert (config["lrs"], config["milestones"], config["schedule"]) == ([0.3], [60, 80], "step")
+
+
+def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
+    more = ["--fraction", "0.5", "--seed", "4", "--features", str(tmp_path / "kept")]
+    assert tool.main(options_of(work, tmp_path / "out", *more, source="random:thin_R50")) == 0
+    result = json.loads((tmp_path / "out" / "linear.json").read_text())
+    assert result["config"]["fraction"] == 0.5
+    assert result["config"]["seed"] == 4
+    assert result["data"]["train"]["num_used"] == 30
+    assert result["checkpoint"]["name"] == "random:thin_R50"
+    assert len(list((tmp_path / "kept").glob("*.bin"))) == 2
+    listed = tmp_path / "out" / "subset.txt"
+    again = options_of(
+        work, tmp_path / "again", "--subset-list", str(listed), "--seed", "4",
+        source="random:thin_R50",
+    )  # fmt: skip
+    assert tool.main(again) == 0
+    other = json.loads((tmp_path / "again" / "linear.json").read_text())
+    assert other["rates"] == result["rates"]
+
+
+@pytest.mark.parametrize(
+    ("more", "places", "message"),
+    [
+        ([], {"train": "plain"}, "8 of 8 samples have no label"),
+        ([], {"val": "plain"}, "8 of 8 samples have no label"),
+        ([], {"train": "nothing"}, "nothing"),
+        ([], {"source": "no.pth"}, "no.pth does not exist"),
+        ([], {"source": "random:R19"}, "give random: with R18"),
+        (["--branch", "ema"], {}, "no checkpoint of ours and has one network"),
+        (["--config", "no.yaml"], {}, "--config no.yaml does not exist"),
+        (["epochz=3"], {}, "epochz"),
+        (["--fraction", "2"], {}, "fraction=2.0: must be above 0, at most 1"),
+        (["--fraction", "0.01"], {}, "less than one sample for each of 2 classes"),
+        (["--subset-list", "no.txt"], {}, "subset list no.txt does not exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(work, tmp_path, capsys, more, places, message):
+    assert tool.main(options_of(work, tmp_path / "out", *more, **places)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_full_disk_is_no_traceback(work, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pretrain.eval.linear.cache.reserve", refuse)
+    assert tool.main(options_of(work, tmp_path / "out")) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def start(work, out, *more):
+    command = [sys.executable, str(ROOT / "tools" / "linear_eval.py")]
+    return subprocess.Popen(
+        [*command, *options_of(work, out, *more)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def state_when(path, is_there, process):
+    """Wait until a file of the evaluation says something; then its process is still going."""
+    for _ in range(1200):
+        if is_there():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    pytest.fail(f"nothing in {path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_evaluation_ends_with_the_same_weights(work, tmp_path, number):
+    more = ["--protocol", "full", "epochs=120", "checkpoint_every_steps=7"]
+    whole = start(work, tmp_path / "whole", *more)
+    printed, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, printed
+    out = tmp_path / "parts"
+    process = start(work, out, *more)
+    state_when(out, (out / "checkpoint.pth").exists, process)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15), printed
+    assert not (out / "linear.json").exists()
+    step = checkpoint.read(out / "checkpoint.pth")["position"]["step"]
+    assert 7 <= step < 360
+    again = start(work, out, *more, "--resume")
+    printed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, printed
+    a, b = (checkpoint.read(tmp_path / x / "checkpoint.pth")["heads"] for x in ("whole", "parts"))
+    assert torch.equal(a["weight"], b["weight"])
+    assert torch.equal(a["bias"], b["bias"])
