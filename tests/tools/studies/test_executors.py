@@ -1,0 +1,54 @@
+"""Submitit's part: what is refused, and one job from the harness's side."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.tiny_run import wait_until
+from tools.flow.errors import UserError
+from tools.studies.executors import Resources, SubmititExecutor, parse_slurm_options
+from tools.studies.jobs import CommandJob, Step, read_result
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_slurm_options() -> None:
+    assert parse_slurm_options(["account=vision", "x=a=b"]) == {"account": "vision", "x": "a=b"}
+    for word in ("account", "=x", "a=b\nc"):
+        with pytest.raises(UserError, match="is not of the form KEY=VALUE"):
+            parse_slurm_options([word])
+
+
+def test_no_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    with pytest.raises(UserError, match="submitit cannot use --cluster slurm"):
+        SubmititExecutor(tmp_path, Resources("slurm"), ROOT)
+
+
+def test_a_local_job_is_stopped_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C does not reach it; a request to stop does, and its command can save."""
+    monkeypatch.setenv("PYTHONPATH", "")
+    code = (
+        "import signal, sys, time; from pathlib import Path\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (folder / 'saved').touch() or sys.exit(143))\n"
+        "(folder / 'ready').touch(); time.sleep(60)"
+    )
+    job = CommandJob(
+        (Step("one", (sys.executable, "-S", "-c", code), tmp_path / "product"),),
+        tmp_path / "cell", tmp_path,
+    )  # fmt: skip
+    before = signal.getsignal(signal.SIGINT)
+    handle = SubmititExecutor(tmp_path / "submitit/%j", Resources(), ROOT).submit(job)
+    assert signal.getsignal(signal.SIGINT) is before
+    wait_until((tmp_path / "ready").exists, 60, "the command")
+    assert not handle.done()
+    handle.stop()
+    wait_until(handle.done, 60, "the end")
+    assert (tmp_path / "saved").exists()
+    assert read_result(tmp_path / "cell")["status"] == "stopped"
+    handle.stop()  # too late, and harmless
