@@ -21,6 +21,8 @@ from pretrain.data.streaming.tar import TarStream
 from pretrain.data.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
 from pretrain.errors import UserError, require
 
+MAX_BUFFER_BYTES = 256 * 2**20  # of one reader's encoded pictures, by the size of its first ones
+_NUM_LOOKED_AT = 64  # samples from which their size is judged
 _MAX_INITIAL = 1000  # samples read before the first is given out; the buffer fills up on the way
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what belongs to no sample
 
@@ -104,7 +106,8 @@ class Reader:
         num_readers: Of how many.
         seed: Everything random follows from it.
         first_visit: Visit of the first pass.
-        shuffle_buffer: Encoded samples held back to be mixed.
+        shuffle_buffer: Encoded samples held back to be mixed; fewer where these would take more
+            than MAX_BUFFER_BYTES.
         patience: How long to keep trying to read a shard.
     """
 
@@ -125,8 +128,10 @@ class Reader:
         rng = random.Random(_seed("shuffle", *self.seed, self.number))
         streams = [self._endless(number) for number in range(len(self.sources))]
         mixed = streams[0] if len(streams) == 1 else self._mixed(streams, rng)
-        initial = min(_MAX_INITIAL, max(1, self.shuffle_buffer // 4))
-        return shuffle(self.shuffle_buffer, initial=initial, rng=rng)(mixed)
+        first = list(itertools.islice(mixed, min(_NUM_LOOKED_AT, self.shuffle_buffer)))
+        size = buffer_size(first, self.shuffle_buffer)
+        initial = min(_MAX_INITIAL, max(1, size // 4))
+        yield from shuffle(size, initial=initial, rng=rng)(itertools.chain(first, mixed))
 
     def _mixed(
         self, streams: list[Iterator[StreamSample]], rng: random.Random
@@ -190,6 +195,17 @@ class Reader:
             data = next((group[suffix] for suffix in group if _is_picture(suffix)), None)
             where = f"sample {name!r} in {shown(url)}"
             yield StreamSample(key, _label(group.get("cls")), visit, data, where)
+
+
+def buffer_size(first: Sequence[StreamSample], asked: int) -> int:
+    """How many samples a reader holds back: as many as asked for, where they fit in its memory.
+
+    Args:
+        first: The first samples of the stream, from which the size of all is judged.
+        asked: How many are wanted.
+    """
+    mean = sum(len(sample.data or b"") for sample in first) / len(first)
+    return max(1, min(asked, int(MAX_BUFFER_BYTES / max(mean, 1))))
 
 
 def _seed(*parts: int | str) -> int:

@@ -529,6 +529,21 @@ def test_resume_from_a_damaged_checkpoint(start):
     assert "checkpoint.pth cannot be read" in error_of(result, 2)
 
 
+def test_a_stream_trains_to_the_end_and_goes_on_after_a_stop(start, shards):
+    stream = ("data.streaming=true", "data.samples_per_epoch=24", "data.shuffle_window=16")
+    status, folder, _ = start("stream", *stream, f"data.shards={shards}/*.tar", "optim.epochs=1")
+    assert status == 0
+    assert [row["step"] for row in train_rows(folder)][-1] == 3  # 24 samples, batches of 8
+    status, folder, _ = start(
+        "stream", *stream, f"data.shards={shards}/*.tar", "optim.epochs=2", "--resume",
+        "--allow-changes",
+    )  # fmt: skip
+    assert status == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"]) == (6, 2)
+    assert [row["step"] for row in train_rows(folder)] == [1, 2, 3, 4, 5, 6]
+
+
 # --- bad input
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from webdataset.filters import shuffle
 
 from pretrain.data.augment import PRESETS, ViewAugment
 from pretrain.data.mixture import open_samples
@@ -23,6 +24,7 @@ from pretrain.data.samples import TwoViewBatch, TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import remote
 from pretrain.data.sources.remote import Patience
+from pretrain.data.streaming import reader as reader_module
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
 from pretrain.data.tar_index import key_hash
@@ -429,3 +431,41 @@ def test_shard_without_files_and_file_that_comes_twice(tmp_path: Path) -> None:
     message = refusal(loader(str(twice)).epoch(0))
     assert "a.jpg: duplicate file name in tar file" in message
     assert str(twice) in message
+
+
+def test_the_buffer_of_large_pictures_is_smaller_than_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sample(num_bytes: int) -> StreamSample:
+        return StreamSample(0, -1, 0, bytes(num_bytes), "here")
+
+    monkeypatch.setattr(reader_module, "MAX_BUFFER_BYTES", 1000)
+    assert reader_module.buffer_size([sample(10), sample(30)], 16384) == 50  # of 20 bytes
+    assert reader_module.buffer_size([sample(10), sample(30)], 40) == 40
+    assert reader_module.buffer_size([sample(5000)], 16384) == 1
+    assert reader_module.buffer_size([StreamSample(0, -1, 0, None, "no picture")], 7) == 7
+
+
+def test_a_reader_holds_no_more_than_its_memory(
+    shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_sources(str(shard_folder), PATIENCE)
+    held: list[int] = []
+
+    def noting(size: int, **options: Any) -> Any:
+        held.append(size)
+        return shuffle(size, **options)
+
+    monkeypatch.setattr(reader_module, "shuffle", noting)
+    options: dict[str, Any] = {
+        "seed": (0,), "first_visit": 0, "shuffle_buffer": 30, "patience": PATIENCE,
+    }  # fmt: skip
+    whole = Reader(source, number=0, num_readers=1, **options).samples()
+    first = [next(whole) for _ in range(30)]
+    mean = sum(len(sample.data or b"") for sample in first) / 30
+    monkeypatch.setattr(reader_module, "MAX_BUFFER_BYTES", int(4.5 * mean))
+    small = Reader(source, number=0, num_readers=1, **options).samples()
+    row = [next(small) for _ in range(30)]
+    assert held[0] == 30
+    assert held[1] < 30
+    assert len({sample.key for sample in row}) == 30  # still each sample once
