@@ -54,7 +54,9 @@ def read_picture(
         classes: Names that may occur.
         integer_boxes: Whether the boxes must be whole numbers (Detectron2's evaluator reads them
             so); a few official VOC2012 training boxes are not.
-        tolerance_px: How far a box may reach beyond the picture.
+        tolerance_px: How far a box may reach beyond the picture; above 0 (the official sets) a
+            training object may also lack pose, truncated and difficult, which only the evaluator
+            reads.
 
     Raises:
         UserError: If a file is missing or unreadable, or its content would mislead training.
@@ -64,8 +66,10 @@ def read_picture(
     content, tree = _parse(path)
     width, height = (int(_number(path, tree, f"size/{side}")) for side in ("width", "height"))
     _check_picture(image_file, path, width, height)
+    needs_flags = integer_boxes or tolerance_px == 0
     objects = tuple(
-        _read_object(path, element, classes, integer_boxes) for element in tree.findall("object")
+        _read_object(path, element, classes, integer_boxes, needs_flags)
+        for element in tree.findall("object")
     )
     for item in objects:
         _check_box(path, item, width, height, tolerance_px)
@@ -110,7 +114,11 @@ def _number(path: Path, element: ElementTree.Element, field: str) -> float:
 
 
 def _read_object(
-    path: Path, element: ElementTree.Element, classes: tuple[str, ...], integer_boxes: bool
+    path: Path,
+    element: ElementTree.Element,
+    classes: tuple[str, ...],
+    integer_boxes: bool,
+    needs_flags: bool,
 ) -> VocObject:
     name = _text(path, element, "name")
     if name not in classes:
@@ -119,8 +127,14 @@ def _read_object(
             f"{', '.join(classes)}; mend the annotation or give the list with "
             "--classes"
         )
-    _text(path, element, "pose")
-    flags = {field: _text(path, element, field) for field in ("truncated", "difficult")}
+    if needs_flags:
+        _text(path, element, "pose")
+    flags = {
+        field: _text(path, element, field)
+        if needs_flags or element.find(field) is not None
+        else "0"
+        for field in ("truncated", "difficult")
+    }
     for field, value in flags.items():
         if value not in ("0", "1"):
             raise UserError(f"{path}: <{field}> holds {value!r}; write 0 or 1")

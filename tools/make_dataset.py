@@ -1,4 +1,4 @@
-"""Make a data set: a labelled VOC devkit, an unlabelled pool and a labelled probe."""
+"""Make a data set (a labelled VOC devkit, an unlabelled pool, a labelled probe), or import one."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.datasets import packages, photos, procedural, shapes
+from tools.datasets import packages, photos, procedural, shapes, voc_import
 from tools.datasets.build import Card, DiskError, build
 from tools.datasets.errors import UserError
 from tools.datasets.options import SetOptions
@@ -16,6 +16,9 @@ from tools.datasets.options import SetOptions
 _EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
   .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
+  .venv/bin/python tools/make_dataset.py voc data/voc0712 VOCtrainval_06-Nov-2007.tar \\
+      VOCtest_06-Nov-2007.tar VOCtrainval_11-May-2012.tar
+  .venv/bin/python tools/make_dataset.py voc data/parts my_devkit --classes bolt,nut,washer
 """
 _PROJECT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = main_parser.add_subparsers(dest="kind", required=True, metavar="{procedural,photos}")
+    kinds = main_parser.add_subparsers(
+        dest="kind", required=True, metavar="{procedural,photos,voc}"
+    )
     one = _add_kind(kinds, "procedural", "generated scenes of ten classes, no downloads")
     one.add_argument(
         "--num-classes",
@@ -74,7 +79,44 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for packages and pictures (default: $FA_CACHE/photos, else .cache/photos)",
     )
+    _add_voc(kinds)
     return main_parser
+
+
+def _add_voc(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the import of PASCAL VOC or of a set of its layout."""
+    text = "PASCAL VOC 2007 and 2012, or a set of that layout: checked, with a dataset.json"
+    one = kinds.add_parser(
+        "voc",
+        help=text,
+        description=text,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = one.add_argument
+    add("out", type=Path, metavar="OUT", help="folder to make")
+    add(
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="SOURCE",
+        help="the official tars, or folders that hold VOC2007 or VOC2012 (files are linked)",
+    )
+    add(
+        "--classes",
+        metavar="NAMES",
+        help="a set of one's own: its class names, a,b,c or a file with one a line",
+    )
+    add("--train-split", default="train", help="list of a set of one's own (default: train)")
+    add("--test-split", default="test", help="list of a set of one's own (default: test)")
+    add(
+        "--any-count",
+        action="store_true",
+        help="accept other than the official archives and numbers of pictures, with a warning: "
+        "figures are then not comparable with published ones",
+    )
+    add("--num-workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    add("--overwrite", action="store_true", help="replace a set made with other options")
 
 
 def _add_kind(
@@ -234,6 +276,22 @@ def make_photos(arguments: argparse.Namespace) -> bool:
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
 
 
+def make_voc(arguments: argparse.Namespace) -> bool:
+    """Import a set; see `voc_import.import_voc` for what is returned and raised."""
+    if arguments.num_workers < 1:
+        raise UserError(f"--num-workers is {arguments.num_workers}: give 1 or more")
+    classes = voc_import.class_names(arguments.classes) if arguments.classes else None
+    lists = (arguments.train_split, arguments.test_split)
+    if classes is None and lists != ("train", "test"):
+        raise UserError("--train-split, --test-split: are for a set with --classes of its own")
+    if classes is not None and arguments.any_count:
+        raise UserError("--any-count: a set with --classes of its own has no official numbers")
+    request = voc_import.Request(
+        tuple(arguments.sources), classes, *lists, arguments.any_count, arguments.num_workers
+    )
+    return voc_import.import_voc(request, arguments.out, overwrite=arguments.overwrite)
+
+
 def default_cache() -> Path:
     """Return the folder for what is fetched: $FA_CACHE/photos, else .cache/photos here."""
     chosen = os.environ.get("FA_CACHE")
@@ -245,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     arguments.out = arguments.out.resolve()
     try:
-        made = {"procedural": make_procedural, "photos": make_photos}[arguments.kind](arguments)
+        kinds = {"procedural": make_procedural, "photos": make_photos, "voc": make_voc}
+        made = kinds[arguments.kind](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -90,7 +90,7 @@ def build(source: Source, card: Card, out: Path, num_workers: int, overwrite: bo
         DiskError: If there is too little space.
     """
     partial = out.with_name(out.name + ".partial")
-    with _only_one(out):
+    with only_one(out):
         if is_finished(card, out, overwrite):
             shutil.rmtree(partial, ignore_errors=True)
             return False
@@ -147,7 +147,7 @@ def _differences(old: dict[str, object], new: dict[str, object]) -> str:
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
+def only_one(out: Path) -> Iterator[None]:
     """Hold a lock beside `out`, so that two runs never write the same set."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

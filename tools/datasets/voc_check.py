@@ -27,12 +27,14 @@ class VocReport:
     Attributes:
         splits: Number of pictures of each list, as {"VOC2007/train": n}.
         class_counts: Number of objects of each class.
+        difficult_counts: How many of them are marked difficult.
         problems: One message each, naming the file and the remedy; empty means that all is well.
         notes: Oddities that do no harm, such as corners with decimals.
     """
 
     splits: dict[str, int] = field(default_factory=dict)
     class_counts: dict[str, int] = field(default_factory=dict)
+    difficult_counts: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -93,7 +95,10 @@ def read_split(year: Path, split: str) -> list[str]:
 
 
 def check_voc(
-    devkit: str | Path, classes: Sequence[str] | None = None, splits: Sequence[str] | None = None
+    devkit: str | Path,
+    classes: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    tolerance_px: int = 0,
 ) -> VocReport:
     """Check layout, lists, annotations and pictures of a devkit.
 
@@ -101,6 +106,8 @@ def check_voc(
         devkit: Folder that holds VOC2007 or the like, or such a folder itself.
         classes: Known class names; the 20 of VOC if none.
         splits: Lists to check; all of ImageSets/Main that are not per class if none.
+        tolerance_px: How far a box may reach beyond its picture. 1 is meant for the official sets:
+            a few of their boxes do, and missing flags are then notes, not problems.
     Returns:
         Every problem found, each once, however many lists name the picture.
     """
@@ -115,8 +122,9 @@ def check_voc(
     for year in years:
         names = _check_lists(year, splits, report)
         for name in sorted(names):
-            _check_picture(year, name, frozenset(classes or VOC_CLASSES), report)
+            _check_picture(year, name, frozenset(classes or VOC_CLASSES), report, tolerance_px)
     report.class_counts = dict(sorted(report.class_counts.items()))
+    report.difficult_counts = dict(sorted(report.difficult_counts.items()))
     return report
 
 
@@ -145,7 +153,9 @@ def _check_lists(year: Path, splits: Sequence[str] | None, report: VocReport) ->
     return names
 
 
-def _check_picture(year: Path, name: str, classes: frozenset[str], report: VocReport) -> None:
+def _check_picture(
+    year: Path, name: str, classes: frozenset[str], report: VocReport, tolerance_px: int
+) -> None:
     picture, annotation = year / "JPEGImages" / f"{name}.jpg", year / "Annotations" / f"{name}.xml"
     size = _picture_size(picture, report)
     if not annotation.exists():
@@ -173,7 +183,7 @@ def _check_picture(year: Path, name: str, classes: frozenset[str], report: VocRe
         )
     bounds = size or written
     for number, node in enumerate(tree.findall("object"), start=1):
-        _check_object(annotation, number, node, bounds, classes, report)
+        _check_object(annotation, number, node, bounds, classes, report, tolerance_px)
 
 
 def _picture_size(picture: Path, report: VocReport) -> tuple[int, int] | None:
@@ -208,28 +218,35 @@ def _check_object(
     bounds: tuple[int, int] | None,
     classes: frozenset[str],
     report: VocReport,
+    tolerance_px: int,
 ) -> None:
     name = (node.findtext("name") or "").strip()
     where = f"{file}: object {number} ({name or 'no name'})"
     if name in classes:
         report.class_counts[name] = report.class_counts.get(name, 0) + 1
+        if (node.findtext("difficult") or "").strip() == "1":
+            report.difficult_counts[name] = report.difficult_counts.get(name, 0) + 1
     else:
         known = ", ".join(sorted(classes))
         report.problems.append(
             f"{where}: unknown class; known are: {known}. Correct the name or add the class"
         )
+    # The evaluator reads them, training does not; nothing is known to lack them in a test list.
+    lacking = report.notes if tolerance_px else report.problems
     for flag in _FLAGS:
         if (node.findtext(flag) or "").strip() not in ("0", "1"):
-            report.problems.append(f"{where}: <{flag}> must be 0 or 1; write 0 if it is not known")
+            lacking.append(f"{where}: <{flag}> must be 0 or 1; write 0 if it is not known")
     if node.find("pose") is None:
-        report.problems.append(
-            f"{where}: lacks <pose>, which the evaluator reads; write Unspecified"
-        )
-    _check_box(where, node, bounds, report)
+        lacking.append(f"{where}: lacks <pose>, which the evaluator reads; write Unspecified")
+    _check_box(where, node, bounds, report, tolerance_px)
 
 
 def _check_box(
-    where: str, node: ElementTree.Element, bounds: tuple[int, int] | None, report: VocReport
+    where: str,
+    node: ElementTree.Element,
+    bounds: tuple[int, int] | None,
+    report: VocReport,
+    tolerance_px: int,
 ) -> None:
     texts = [(node.findtext(f"bndbox/{corner}") or "").strip() for corner in _CORNERS]
     try:
@@ -240,11 +257,14 @@ def _check_box(
         )
         return
     box = f"box ({', '.join(texts)})"
+    low, over = 1 - tolerance_px, tolerance_px
     if not (xmin < xmax and ymin < ymax):  # also catches NaN
         report.problems.append(
             f"{where}: {box} is empty or turned round; xmin < xmax and ymin < ymax must hold"
         )
-    elif bounds is not None and (xmin < 1 or ymin < 1 or xmax > bounds[0] or ymax > bounds[1]):
+    elif bounds is not None and (
+        min(xmin, ymin) < low or xmax > bounds[0] + over or ymax > bounds[1] + over
+    ):
         report.problems.append(
             f"{where}: {box} reaches outside the picture, {bounds[0]} x {bounds[1]}; corners "
             "count from 1 "
