@@ -21,20 +21,15 @@ HELP
         ;;
 esac
 
-main=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin/python
-[ -x "$main" ] || { echo "error: no .venv/; run bash tools/setup.sh first" >&2; exit 1; }
-packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-
-"$main" -m venv --without-pip "$1"
-"$main" -c "$packages" > "$("$1/bin/python" -c "$packages")/packages_of_the_main_environment.pth"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+bash "$root/tests/parity/make_peer_env.sh" "$1"  # lightly, in the version that tests/parity pins
 install() {
-    "$main" -m pip --python "$1/bin/python" install --quiet --disable-pip-version-check \
+    "$root/.venv/bin/python" -m pip --python "$1/bin/python" install --quiet --disable-pip-version-check \
         --no-deps --require-hashes --requirement /dev/stdin "${@:2}"
 }
 
 # Several hashes: wheels for Python 3.11, 3.12 and 3.13 on x86-64.
 install "$1" --only-binary :all: <<'PINNED'
-lightly==1.6.0 --hash=sha256:f1564244cec0a4d2a5206f818e9de90d5869becbcfcb4a8ef0d78ba61c5b9071
 lightning-utilities==0.15.3 --hash=sha256:6c55f1bee70084a1cbeaa41ada96e4b3a0fea5909e844dd335bd80f5a73c5f91
 PINNED
 install "$1" --only-binary :all: <<'PINNED' || echo "DALI left out: no wheel for this system or Python"
