@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from detection import keymap, model_card
+from detection.conventions import read_own_card
 from detection.errors import UserError
 from detection.files import write_atomically
-from detection.source import Source, read_own_card, read_source
+from detection.source import Source, read_source
 
 __all__ = ["TARGETS", "convert", "read_source", "to_detectron2", "to_torchvision"]
 

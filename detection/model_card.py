@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from detection import model_card_text
+from detection.conventions import D2_CARD, TORCHVISION_CARD, read_any_card
 from detection.errors import UserError
 from detection.files import sha256_of, write_json, write_text
-from detection.provenance import pretraining
-from detection.source import D2_CARD, TORCHVISION_CARD, Source, read_any_card
+from detection.provenance import plain, pretraining
+from detection.source import Source
 
 FORMATS = {"detectron2": D2_CARD, "torchvision": TORCHVISION_CARD}
 
@@ -40,13 +41,13 @@ def build(
         "format": FORMATS[to],
         "arch": asdict(source.arch),
         "preprocessing": _preprocessing(source, to),
-        "branch": source.card["branch"] if source.card else source.branch,
+        "branch": plain(source.card["branch"]) if source.card else source.branch,
         "source": {
             "file": source.path.name,
             "sha256": sha256_of(source.path),
             "layout": source.layout,
         },
-        "made_from": source.card["source"] if source.card else None,
+        "made_from": plain(source.card["source"]) if source.card else None,
         "weights_file": out.name,
         "weights_sha256": sha256_of(out),
         "num_tensors": len(source.tensors),

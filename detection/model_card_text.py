@@ -63,7 +63,8 @@ def _identity(card: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _pixels(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     given, origin = card["preprocessing"], card["origins"]["preprocessing"]
     words = {"assumed": "assumed: the source does not say", "option": "stated by the caller",
-             "checkpoint": "from the checkpoint", "card": "from the source's card"}  # fmt: skip
+             "checkpoint": "from the checkpoint", "card": "from the source's card",
+             "config": "from the config.json beside the source"}  # fmt: skip
     if "pixel_mean" in given:
         channels, scale = f"{given['input_format']}, values from 0 to 255", "pixel_"
     else:

@@ -53,11 +53,11 @@ def _handed_on(known: dict[str, Any]) -> dict[str, Any]:
     kept = {key: known.get(key) for key in _NOTHING}
     kept |= {key: value for key, value in known.items() if key.startswith("stated_")}
     kept |= {key: kept[key] if isinstance(kept[key], dict) else None for key in tables}
-    kept["remarks"] = [text for text in known.get("remarks") or () if isinstance(text, str)]
+    kept["remarks"] = [text for text in _list(known.get("remarks")) if isinstance(text, str)]
     if kept["figures"]:
         kept["figures"] = {key: _number(value) for key, value in kept["figures"].items()}
     if kept["data"]:
-        shards = [x for x in kept["data"].get("shards") or ()
+        shards = [x for x in _list(kept["data"].get("shards"))
                   if isinstance(x, dict) and {"place", "weight"} <= x.keys()]  # fmt: skip
         kept["data"] = kept["data"] | {"shards": shards}
     return kept
@@ -184,6 +184,10 @@ def _hash(value: Any) -> str:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _number(value: Any) -> int | float | None:

@@ -1,8 +1,7 @@
 """A checkpoint of any layout, read, named and checked: what conversion and verification work on."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection import keymap, safe_pickle, variants
+from detection import conventions, keymap, safe_pickle, variants
 from detection.arch import Arch, infer_arch, read_arch
 from detection.errors import UserError
-from detection.files import sha256_of
-from detection.pixels import IMAGENET, Preprocessing, from_checkpoint
+from detection.pixels import Preprocessing
 from detection.reference_resnet import tensor_shapes
 
-D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"
 _NESTED = ("state_dict", "model", "model_state_dict")
 _NESTED_EMA = ("state_dict_ema", "model_ema")
 _BARE = ("torchvision", "timm")
@@ -34,14 +31,14 @@ class Source:
         layout: One of keymap.LAYOUTS.
         branch: "online" or "ema".
         arch: Depth and widths.
-        preprocessing: What the network expects of its pixels.
         tensors: torchvision name -> float32, complete and finite.
         dropped: Key -> reason.
         counters: torchvision name -> int64 scalar: `num_batches_tracked` of each norm, where kept.
         cast: Type -> number of tensors that were brought from it to float32.
+        preprocessing: What the network expects of its pixels.
         stride_in_1x1: Whether a bottleneck's stride lies in its first convolution.
-        origins: Where "preprocessing" and "stride" come from: checkpoint, card, option, layout
-            (its only convention), or assumed.
+        origins: Where "preprocessing" and "stride" come from: checkpoint, card, config (timm's
+            config.json), option, layout (its only convention), or assumed.
         card: The card beside the file, if it describes it.
         contents: The whole checkpoint, for what it says about its training.
         notes: What a reader should know, in sentences.
@@ -51,16 +48,16 @@ class Source:
     layout: str
     branch: str
     arch: Arch
-    preprocessing: Preprocessing
     tensors: dict[str, Tensor]
     dropped: dict[str, str]
     counters: dict[str, Tensor]
     cast: dict[str, int]
+    preprocessing: Preprocessing
     stride_in_1x1: bool
     origins: dict[str, str]
     card: dict[str, Any] | None
     contents: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def read_source(
@@ -94,18 +91,22 @@ def read_source(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    checkpoint = safe_pickle.load_weights(path)
+    checkpoint = conventions.with_hub_config(path, safe_pickle.load_weights(path))
     try:
         state, layout, claimed = _network(checkpoint, layout, branch)
         mapped = keymap.to_torchvision(state, layout, branch)
         arch, tensors, cast = _backbone(mapped.backbone, claimed)
-        source = Source(
-            path, layout, branch, arch, IMAGENET, tensors, mapped.dropped,
-            _counters(mapped.counters, tensors), cast, False, {}, None, checkpoint,
+        counters = _counters(mapped.counters, tensors)
+        found = conventions.find(
+            path, layout, arch, checkpoint, preprocessing=preprocessing,
+            stride_in_1x1=stride_in_1x1, assume=assume,
         )  # fmt: skip
-        return _with_conventions(source, preprocessing, stride_in_1x1, assume=assume)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return Source(
+        path, layout, branch, arch, tensors, mapped.dropped, counters, cast, contents=checkpoint,
+        **vars(found),
+    )  # fmt: skip
 
 
 def _network(
@@ -136,7 +137,9 @@ def _foreign_network(
     if layout == "auto":
         _refuse(variants.reason_by_name(state))
         layout = keymap.detect_layout(state)
-        is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver"))
+        is_timm = any(
+            key in checkpoint for key in ("state_dict_ema", "saver", conventions.HUB_CONFIG)
+        )
         layout = "timm" if layout == "torchvision" and is_timm else layout
     if layout == "detectron2":  # see weights.write_weights
         beside = checkpoint.get(keymap.COUNTER)
@@ -218,9 +221,10 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize <= 8:
         native = value.dtype.newbyteorder("=")
         return torch.from_numpy(np.array(value, dtype=native, order="C"))
-    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    if is_plain and value.dtype in _WEIGHT_TYPES:
-        return value.detach()
+    if isinstance(value, Tensor) and value.dtype in _WEIGHT_TYPES and not value.is_meta:
+        dense = value.detach()
+        if dense.layout == torch.strided:
+            return dense
     raise UserError(f"{name} is {_kind(value)}, not a dense tensor of floating-point numbers")
 
 
@@ -263,101 +267,3 @@ def _what_it_looks_like(backbone: Mapping[str, Any], arch: Arch) -> str:
     except UserError:
         return ""
     return "" if found == arch else f" (its tensors look like a {found})"
-
-
-def read_own_card(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The card beside a weight file, if it is one of ours and describes this very file.
-
-    Returns:
-        (card, "") or (None, why there is none; "" if no such file lies there).
-    """
-    place = path.with_suffix(".json")
-    card = read_any_card(place)
-    if card is None:
-        return None, ""
-    if card["weights_sha256"] != sha256_of(path):
-        return None, f"{place.name} beside it describes another file (sha256 differs)"
-    return card, ""
-
-
-def read_any_card(place: Path) -> dict[str, Any] | None:
-    """A JSON file if it is a card of ours, whatever it describes."""
-    try:
-        card = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    is_card = isinstance(card, dict) and card.get("format") in (D2_CARD, TORCHVISION_CARD)
-    if not is_card or not set(card) >= _CARD_KEYS or not isinstance(card["source"], dict):
-        return None
-    return card if {"file", "sha256", "layout"} <= card["source"].keys() else None
-
-
-_CARD_KEYS = {"arch", "preprocessing", "branch", "source", "weights_sha256"}
-
-
-def _from_card(card: Mapping[str, Any]) -> tuple[Preprocessing, bool]:
-    """Pixel statistics in [0, 1] and the place of the stride."""
-    given = card.get("preprocessing")
-    if not isinstance(given, Mapping):
-        raise UserError("its card has no preprocessing; convert the checkpoint again")
-    if card["format"] == TORCHVISION_CARD:
-        return from_checkpoint(given), False
-    try:
-        if given["input_format"] != "RGB":
-            raise UserError(f"input_format {given['input_format']!r}: only RGB networks convert")
-        unit = {new: [round(value / 255, 8) for value in given[old]]
-                for new, old in (("mean", "pixel_mean"), ("std", "pixel_std"))}  # fmt: skip
-        return from_checkpoint(unit), bool(given["stride_in_1x1"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"its card's preprocessing is incomplete ({error!r})") from error
-
-
-def _with_conventions(
-    source: Source, preprocessing: Preprocessing | None, stride: bool | None, *, assume: bool
-) -> Source:
-    """Add what the tensors do not say: pixels and stride, and where both are known from."""
-    card, fault = read_own_card(source.path)
-    if fault and not assume and preprocessing is None:
-        raise UserError(f"{fault}; convert again, or remove the card and give --preprocessing")
-    is_detectron2 = source.layout == "detectron2"
-    pixels, stride_in_1x1 = IMAGENET, False
-    origins = {"preprocessing": "assumed", "stride": "layout"}
-    if is_detectron2 and source.arch.is_bottleneck:  # basic blocks know one place only
-        origins["stride"] = "assumed" if stride is None else "option"
-        stride_in_1x1 = bool(stride)
-    if source.layout == "ours" and source.contents.get("preprocessing") is not None:
-        pixels, origins["preprocessing"] = (
-            from_checkpoint(source.contents["preprocessing"]),
-            "checkpoint",
-        )
-    elif card is not None:
-        pixels, stride_in_1x1 = _from_card(card)
-        earlier = card.get("origins")
-        is_assumed = isinstance(earlier, dict) and earlier.get("preprocessing") == "assumed"
-        origins = {"preprocessing": "assumed" if is_assumed else "card", "stride": "card"}
-    if preprocessing is not None:
-        pixels, origins["preprocessing"] = preprocessing, "option"
-    assumed = [what for what, origin in origins.items() if origin == "assumed"]
-    if is_detectron2 and assumed and card is None and not assume:
-        options = {"preprocessing": "--preprocessing", "stride": "--stride-in 3x3"}
-        raise UserError(
-            f"has no card beside it ({source.path.with_suffix('.json').name}), and a Detectron2 "
-            "file itself does not say which pixels the network expects or where its bottlenecks "
-            f"have their stride; give {' and '.join(options[what] for what in assumed)} if you "
-            "know (RGB only)"
-        )
-    notes = (*((fault,) if fault else ()), *(_ASSUMPTIONS[what] for what in assumed))
-    return replace(
-        source,
-        preprocessing=pixels,
-        stride_in_1x1=stride_in_1x1,
-        card=card,
-        origins=origins,
-        notes=notes,
-    )
-
-
-_ASSUMPTIONS = {
-    "preprocessing": "pixel statistics are ImageNet's by assumption: nothing states them",
-    "stride": "the stride is taken to lie in the 3x3 convolutions: nothing states it",
-}

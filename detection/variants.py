@@ -35,7 +35,7 @@ _BY_NAME = (
         "selective kernels or split attention in its blocks",
     ),
     (r"layer\d\.\d+\.downsample\.2\.", "average pooling in its shortcuts (ResNet-D)"),
-    (r"layer\d\.0\.0\.conv1\.", "layers nested deeper than a ResNet's (Res2Net, HRNet or a wrap)"),
+    (r"layer\d\.\d+\.convs\.\d", "convolutions split by scale in its blocks (Res2Net)"),
 )
 
 # timm's architectures whose tensors have a plain ResNet's names and shapes, but which compute

@@ -19,7 +19,7 @@ from detection.pixels import Preprocessing
 from detection.source import Source, read_source
 
 TOLERANCE = 1e-5
-_STATED = ("checkpoint", "card", "option")
+_STATED = ("checkpoint", "card", "config")
 
 
 def verify(

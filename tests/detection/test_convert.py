@@ -33,14 +33,14 @@ def r18(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("depth", [18, 34, 50])
-def test_detectron2_computes_what_torchvision_computes(depth: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
+def test_card_says_how_the_conversion_was_proved(depth: int, tmp_path: Path) -> None:
     state = torchvision_state(depth)
     torch.save(state, tmp_path / "x.pth")
     card = convert(read_source(tmp_path / "x.pth"), tmp_path / "out.pkl", size=128)
-    assert card["num_tensors"] == {18: 100, 34: 180, 50: 265}[depth]
+    assert card["num_tensors"] == {18: 100, 50: 265}[depth]
     assert set(card["stages"]) == {"res2", "res3", "res4", "res5"}
-    assert card["max_relative_difference"] == max(card["stages"].values()) <= 1e-4
+    assert card["max_relative_difference"] == max(card["stages"].values()) <= 1e-5
     assert card == json.loads((tmp_path / "out.json").read_text())
     assert card["preprocessing"]["pixel_mean"] == pytest.approx([123.675, 116.28, 103.53])
     assert card["preprocessing"]["input_format"] == "RGB"
