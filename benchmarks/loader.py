@@ -51,6 +51,7 @@ EPOCHS_OF = 8  # our loader's epoch holds each picture so often, as training's a
 TURN_SECONDS = 0.3  # at least, for fast candidates
 CROPS, WHOLE = "two crops, uint8, {} px", "whole recipe, uint8 in the loader, {} px"
 PILLOW, LIGHTLY = "torchvision v1 on Pillow, {} px", "lightly, {} px"
+OWN_BLUR = "torchvision v1 on Pillow, its own blur, {} px"
 
 
 def peer_candidates(peers: dict[str, Peer]) -> dict[str, Candidate]:
@@ -115,6 +116,7 @@ def result(measured: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         "loader_share_64": own[CROPS.format(64)] / ceiling,
         "cpu_vs_pil": ratio(PILLOW, 224),
         "cpu_vs_pil_64": ratio(PILLOW, 64),
+        "cpu_vs_pil_own_blur": ratio(OWN_BLUR, 224),
         "cpu_vs_lightly": ratio(LIGHTLY, 224),
         **median,
         "spread": {
@@ -159,6 +161,7 @@ def print_table(figures: dict[str, Any]) -> None:
     for key, rival in (
         ("cpu_vs_pil", "torchvision v1 on Pillow at 224 px"),
         ("cpu_vs_pil_64", "torchvision v1 on Pillow at 64 px"),
+        ("cpu_vs_pil_own_blur", "the same with torchvision's own blur at 224 px"),
         ("cpu_vs_lightly", "lightly at 224 px"),
     ):
         value = figures[key]

@@ -73,6 +73,8 @@ def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch, capsy
     )
     whole = own["whole recipe, uint8 in the loader, 224 px"]
     assert figures["cpu_vs_pil"] == pytest.approx(whole / peers["torchvision v1 on Pillow, 224 px"])
+    own_blur = peers["torchvision v1 on Pillow, its own blur, 224 px"]
+    assert figures["cpu_vs_pil_own_blur"] == pytest.approx(whole / own_blur)
     assert figures["cpu_vs_lightly"] == pytest.approx(whole / peers["lightly, 224 px"])
     assert peers["lightly, 224 px"] == pytest.approx(1 / 0.02, rel=0.3)  # 20 ms and a decoding
     assert peers["lightly, 224 px"] < 50
