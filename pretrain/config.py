@@ -170,6 +170,7 @@ class EngineConfig:
     min_loss_scale: float = 1.0  # fp16: the run stops where the loss scale falls below
     tf32: bool = True  # on a GPU, fp32 products rounded to 10 bits; neighbours are searched exactly
     channels_last: bool = True
+    compile: bool = False  # the backbone, by torch.compile; takes minutes before the first step
     batch_norm: Literal["per_process", "synchronised"] = "per_process"  # whose rows BN sees
     activation_checkpointing: bool = False  # stages are computed twice, and not kept: less memory
     fused_optimizer: bool | Literal["auto"] = "auto"  # sgd, adamw; auto: on a GPU
@@ -194,6 +195,11 @@ class EngineConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"engine.{name} must be >= 1, got {value}")
+        require(
+            not (self.compile and self.activation_checkpointing),
+            "engine.compile=true and engine.activation_checkpointing=true do not go together: a "
+            "compiled graph decides itself what it keeps; set one to false",
+        )
         require(
             self.min_loss_scale > 0, f"engine.min_loss_scale must be > 0, got {self.min_loss_scale}"
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import EngineConfig
 from pretrain.engine import dist
-from pretrain.errors import require
+from pretrain.errors import UserError, require
+from pretrain.models.backbone import ResNet
 from pretrain.models.contrastive import FAContrastive, OnlineNetwork
 
 
@@ -36,6 +37,35 @@ def prepare(model: FAContrastive, config: EngineConfig, device: torch.device) ->
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        for network in (model.online, model.ema):
+            if network is not None:
+                _compile(network.backbone)
+
+
+def _compile(backbone: ResNet) -> None:
+    """Compile the forward pass in training; that of an evaluation stays as it is.
+
+    The module itself is not wrapped: names of weights, hooks and DDP know nothing of it.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # seconds, where nothing is compiled
+
+    plain = backbone.forward
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(images: Tensor) -> Tensor:
+        if not backbone.training:
+            return plain(images)
+        try:
+            return compiled(images)
+        except TorchDynamoException as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"engine.compile=true: torch.compile failed ({lines[0][:200]}); it needs a C++ "
+                "compiler, and Triton on a GPU. Use engine.compile=false"
+            ) from error
+
+    backbone.forward = forward  # type: ignore[method-assign]
 
 
 def _synchronise_batch_norm(model: FAContrastive, device: torch.device) -> None:

@@ -29,12 +29,15 @@ SHORTLIST_PER_NEIGHBOUR = 4
 def exact_products(device: torch.device) -> Iterator[None]:
     """Matrix products in fp32: neither autocast nor TF32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    is_rounded = before != "highest"  # setting what is set would make torch.compile start anew
+    if is_rounded:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if is_rounded:
+            torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()

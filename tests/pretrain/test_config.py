@@ -400,6 +400,7 @@ COVERED_BY = {
     "engine.activation_checkpointing": SPEED + "test_checkpointed_run_equals_the_plain_one",
     "engine.batch_norm": SPEED + "test_batch_norm_of_the_config_is_built",
     "engine.tf32": SPEED + "test_tf32_of_the_config_is_a_setting_of_gpus",
+    "engine.compile": SPEED + "test_compiled_backbone_is_called_in_training_only",
     "engine.fused_optimizer": SPEED + "test_fused_optimizer_of_the_config_decides",
     "engine.min_loss_scale": SCALE + "test_a_scale_that_collapses_ends_the_run",
     "engine.num_threads": TRAIN + "test_num_threads",

@@ -1,19 +1,26 @@
 """Options that make steps faster or smaller: what each changes, and what it must not change."""
 
+import math
+import os
+import subprocess
+
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.__main__ import main
 from pretrain.config import EngineConfig, OptimConfig, load_config
-from pretrain.engine import dist, speed
+from pretrain.engine import checkpoint, dist, speed
 from pretrain.engine.device import uses_fused
+from pretrain.engine.metrics import read_rows
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.engine.train import Run
 from pretrain.errors import UserError
 from pretrain.eval.knn import nearest_rows
 from pretrain.models.neighbour_search import consensus, top_k
-from tests.pretrain.engine.run_helpers import assert_same_state
+from tests.pretrain.engine.run_helpers import ROOT, assert_same_state
 
 BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
@@ -255,3 +262,165 @@ def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
     assert seen
     assert set(seen) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"
+
+
+# --- torch.compile
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """torch.compile without code generation; the list grows with each call of a graph."""
+    calls, compile_ = [], torch.compile
+
+    def backend(graph, _):
+        def counted(*inputs):
+            calls.append(torch.is_grad_enabled())
+            return graph(*inputs)
+
+        return counted
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, backend=backend, **options)
+    )
+    torch._dynamo.reset()
+    return calls
+
+
+@pytest.mark.parametrize("case", ["whole", "cached"])
+def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, case):
+    """Same numbers and names; as many graphs as views pass, with and without gradient."""
+    options = [*ACCUMULATION[case], "eval.online_probe=true"]
+    plain = make_run(*options, name="plain")
+    compiled = make_run(*options, "engine.compile=true", name="compiled")
+    expected = take_steps(plain, 2)
+    assert quick_compiler == []
+    assert take_steps(compiled, 2) == expected
+    passes = {"whole": [False] * 2 + [True] * 2, "cached": [False] * 8 + [True] * 4}[case]
+    assert sorted(quick_compiler) == sorted(2 * passes)
+    num_calls = len(quick_compiler)
+    images = torch.randn(3, 3, 40, 40)
+    backbones = [run.model.online.backbone.eval() for run in (plain, compiled)]
+    assert torch.equal(backbones[0](images), backbones[1](images))
+    assert len(quick_compiler) == num_calls
+    one, two = plain._state(), compiled._state()
+    for part in ("model", "ema", "optimizer", "queue", "online_probe"):
+        assert_same_state(one[part], two[part], part)
+
+
+def test_a_compiled_run_resumes_and_its_checkpoint_is_anyones(
+    config_file, shards, tmp_path, quick_compiler
+):
+    base = [str(config_file), f"data.shards={shards}", "engine.checkpoint_every_steps=4"]
+    results = {}
+    for first, second in ((False, False), (True, True), (True, False)):
+        folder = tmp_path / f"{first}-{second}"
+        options = [*base, f"out={folder}", "engine.keep_checkpoints=9"]
+        assert main([*options, f"engine.compile={str(first).lower()}"]) == 0
+        middle = checkpoint.load(folder / "checkpoints" / "step-00000004.pth")
+        checkpoint.save(middle, folder / "checkpoint.pth")
+        for step in (8, 10):
+            (folder / "checkpoints" / f"step-{step:08d}.pth").unlink()
+        assert main([*options, f"engine.compile={str(second).lower()}", "--resume"]) == 0
+        results[first, second] = checkpoint.load(folder / "checkpoint.pth")
+    assert quick_compiler
+    for state in results.values():
+        for part in ("model", "ema", "optimizer", "queue"):
+            assert_same_state(state[part], results[False, False][part], part)
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(make_run, monkeypatch):
+    compile_ = torch.compile
+
+    def backend(graph, inputs):
+        raise FileNotFoundError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, backend=backend, **options)
+    )
+    torch._dynamo.reset()
+    run = make_run("engine.compile=true")
+    with pytest.raises(
+        UserError, match=r"engine\.compile=true: torch\.compile failed .*C\+\+.*false"
+    ):
+        take_steps(run, 1)
+
+
+def test_compile_and_checkpointing_do_not_go_together(config_file):
+    options = ["engine.compile=true", "engine.activation_checkpointing=true"]
+    with pytest.raises(UserError, match=r"do not go together: a compiled graph decides itself"):
+        load_config(config_file, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole", "bf16"])
+def test_two_steps_compiled_for_real_equal_those_that_are_not(make_run, case):
+    torch._dynamo.reset()
+    plain = make_run(*ACCUMULATION[case], name="plain")
+    compiled = make_run(*ACCUMULATION[case], "engine.compile=true", name="compiled")
+    tolerance = 1e-4 if case == "whole" else 0.05
+    assert take_steps(compiled, 2) == pytest.approx(take_steps(plain, 2), abs=tolerance)
+    if case == "whole":
+        ours, expected = (run.model.online.state_dict() for run in (compiled, plain))
+        assert list(ours) == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+# --- two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(shards, tmp_path_factory):
+    """two_processes("name", "key=value", ..): losses and checkpoint of 5 steps under DDP."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "c.yaml").write_text(yaml.safe_dump(BASE))
+
+    def run(name, *options):
+        done = subprocess.run(
+            [
+                "bash", str(ROOT / "tools" / "pretrain.sh"), str(folder / "c.yaml"),
+                f"out={folder / name}", f"data.shards={shards}", "optim.epochs=1", *options,
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2"},
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = read_rows(folder / name / "metrics.jsonl")
+        losses = [row["loss"] for row in rows if row["kind"] == "train"]
+        return losses, checkpoint.load(folder / name / "checkpoint.pth")
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("case", ["whole", "plain", "cached"])
+def test_checkpointing_under_ddp_changes_no_bit(two_processes, case):
+    losses, expected = two_processes(case, *ACCUMULATION[case])
+    thrifty = "engine.activation_checkpointing=true"
+    ours, state = two_processes(f"{case}-thrifty", *ACCUMULATION[case], thrifty)
+    assert len(losses) == 5
+    assert ours == losses
+    for part in ("model", "ema", "optimizer", "queue"):
+        assert_same_state(state[part], expected[part], part)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_compile_under_ddp_with_micro_batches(two_processes):
+    micro = "optim.micro_batch_size=4"
+    losses, expected = two_processes("eager", micro, "optim.base_lr=0.01")
+    ours, state = two_processes("compiled", micro, "optim.base_lr=0.01", "engine.compile=true")
+    assert ours == pytest.approx(losses, abs=2e-3)
+    assert ours != losses
+    assert list(state["model"]) == list(expected["model"])
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_fp16_under_ddp_decides_alike(two_processes):
+    losses, state = two_processes("fp16", "engine.precision=fp16")
+    num = state["position"]["num_overflow_steps"]
+    assert num > 0
+    assert state["scaler"]["scale"] == 2.0 ** (16 - num)
+    assert all(math.isfinite(loss) for loss in losses)
