@@ -11,6 +11,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from pycocotools.coco import COCO
@@ -61,10 +62,13 @@ class CocoEvaluator(DatasetEvaluator):
             ]
 
     def evaluate(self) -> dict[str, Any] | None:
-        """{"coco": {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {class: AP}}}.
+        """AP, and the curves by COCO's matching.
 
-        All in percent; None where no object counts, such as no small one. On other ranks than the
-        first nothing is returned.
+        Returns:
+            {"coco": {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {class: AP}},
+            "coco_classes": rows}, in percent; None where no object counts, such as no small one.
+            A row of `coco_classes` has AP, AP50, AP75 and "curves" of a class (see `_row`). On
+            other ranks than the first nothing is returned.
         """
         gathered = comm.gather(self._rows, dst=0)
         if not comm.is_main_process():
@@ -82,14 +86,41 @@ class CocoEvaluator(DatasetEvaluator):
             evaluation.summarize()
         stats = dict(zip(_STATISTICS, evaluation.stats.tolist(), strict=False))
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # threshold, recall, class
-        means = precision.mean(axis=(0, 1)).tolist()
-        per_class = zip(self._classes, means, strict=True)
+        recall = evaluation.eval["recall"][:, :, 0, -1]
+        rows = {
+            name: _row(precision[:, :, label], recall[:, label])
+            for label, name in enumerate(self._classes)
+            if precision[0, 0, label] > -1
+        }
         return {
             "coco": {
                 **{key: _percent(value) for key, value in stats.items()},
-                "per_class": {name: 100 * value for name, value in per_class if value > -1},
-            }
+                "per_class": {name: row["AP"] for name, row in rows.items()},
+            },
+            "coco_classes": rows,
         }
+
+
+def _row(precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
+    """One class.
+
+    Args:
+        precision: (10 overlaps, 101 levels of recall), in 0..1.
+        recall: (10 overlaps,), the highest one.
+
+    Returns:
+        {"AP", "AP50", "AP75"} in percent and "curves" as ClasswiseVOCEvaluator has them.
+    """
+    by_overlap = (100 * precision.mean(axis=1)).tolist()
+    curves = {
+        key: {
+            "precision": [round(value, 4) for value in precision[place].tolist()],
+            "max_recall": round(float(recall[place]), 4),
+        }
+        for key, place in (("0.50", 0), ("0.75", 5))
+    }
+    mean = float(100 * precision.mean())
+    return {"AP": mean, "AP50": by_overlap[0], "AP75": by_overlap[5], "curves": curves}
 
 
 def _percent(share: float) -> float | None:
@@ -117,7 +148,7 @@ def _annotations(split: VocSplit, classes: Sequence[str]) -> list[dict[str, Any]
                     "image_id": image,
                     "category_id": classes.index(item.class_name) + 1,
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
+                    "area": (x1 - x0) * (y1 - y0) if item.area is None else item.area,
                     "iscrowd": int(item.difficult),
                 }
             )

@@ -166,6 +166,7 @@ def _evaluate_seed(
         build_test_loader(cfg, cfg.DATASETS.TEST[0]),
         split,
         voc.classes,
+        metric_year=voc.metric_year,
         root=voc.root,
         list_file=folder / f"eval-on-{name}.txt",
         absent=absent,

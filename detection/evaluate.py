@@ -137,6 +137,7 @@ def evaluate_detector(
     split: VocSplit,
     classes: Sequence[str],
     *,
+    metric_year: int | None,
     root: Path,
     list_file: Path,
     absent: list[str],
@@ -149,6 +150,7 @@ def evaluate_detector(
         loader: Exactly the pictures of `split`.
         split: What is evaluated.
         classes: Class names in the detector's order.
+        metric_year: 2007 or 2012; None: COCO's metric only, which then is the result.
         root: File names of `detections` are relative to it.
         list_file: Where the names of the pictures are written.
         absent: Classes without an object that counts.
@@ -161,17 +163,28 @@ def evaluate_detector(
     image_ids = [picture.image_id for picture in split.pictures]
     shown = spread_evenly(image_ids, cfg.TEST.NUM_SAVED_IMAGES)
     recorder = DetectionRecorder(split, shown, tuple(classes), root, cfg.TEST.SAVED_SCORE_THRESH)
-    evaluators = DatasetEvaluators(
-        [
-            ClasswiseVOCEvaluator(cfg.DATASETS.TEST[0], image_ids, list_file, absent),
-            CocoEvaluator(split, classes),
-            recorder,
-        ]
-    )
-    result = inference_on_dataset(model, loader, evaluators)
+    evaluators: list[DatasetEvaluator] = [CocoEvaluator(split, classes), recorder]
+    if metric_year is not None:
+        name = cfg.DATASETS.TEST[0]
+        evaluators.append(ClasswiseVOCEvaluator(name, image_ids, list_file, absent))
+    result = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
     if not comm.is_main_process():
         return {}
+    rows = result.pop("coco_classes")
+    if metric_year is None:
+        result = {**result, **_coco_as_result(result["coco"], rows)}
     return {**result, "num_images": len(image_ids), "seconds": time.perf_counter() - began}
+
+
+def _coco_as_result(coco: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """COCO's figures under the names that ClasswiseVOCEvaluator gives."""
+    return {
+        "bbox": {key: coco[key] for key in _METRICS},
+        "per_class": {name: row["AP"] for name, row in rows.items()},
+        "per_class_AP50": {name: row["AP50"] for name, row in rows.items()},
+        "per_class_AP75": {name: row["AP75"] for name, row in rows.items()},
+        "curves": {name: row["curves"] for name, row in rows.items()},
+    }
 
 
 def measured(last: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +201,7 @@ def measured(last: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def curves_file(last: dict[str, Any], metric_year: int) -> dict[str, Any]:
+def curves_file(last: dict[str, Any], metric_year: int | None) -> dict[str, Any]:
     """What pr.json holds: the curves of `evaluate_detector`, class by class, and their levels."""
     return {
         "format": "fa-pr-1",

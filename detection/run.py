@@ -23,6 +23,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from detection.coco_data import is_coco, read_coco
 from detection.config import check_device, flatten, load_config
 from detection.data import register
 from detection.errors import UserError
@@ -112,13 +113,7 @@ def prepare(arguments: argparse.Namespace) -> Arm:
     """
     if arguments.num_gpus == "auto":
         arguments.num_gpus = max(1, torch.cuda.device_count())
-    voc = read_set(
-        arguments.data,
-        metric_year=arguments.metric_year,
-        train_split=arguments.train_split,
-        test_split=arguments.test_split,
-        classes=read_class_names(arguments.classes) if arguments.classes else None,
-    )
+    voc = _read_data(arguments)
     cfg = arm_config(arguments, voc)
     weights = None if arguments.weights == "random" else Path(arguments.weights)
     if weights is not None and not arguments.no_card:
@@ -127,6 +122,20 @@ def prepare(arguments: argparse.Namespace) -> Arm:
         ("random" if weights is None else "pretrained") + ("_frozen" if arguments.freeze else "")
     )
     return Arm(name, cfg, voc, weights, _settings(cfg, voc, weights, arguments.num_gpus))
+
+
+def _read_data(arguments: argparse.Namespace) -> VocSet:
+    """The set of --data, of VOC's layout or of COCO's."""
+    lists = {"train_split": arguments.train_split, "test_split": arguments.test_split}
+    if not is_coco(arguments.data):
+        classes = read_class_names(arguments.classes) if arguments.classes else None
+        return read_set(arguments.data, metric_year=arguments.metric_year, classes=classes, **lists)
+    if arguments.classes or arguments.metric_year:
+        raise UserError(
+            f"{arguments.data}: is a COCO folder, whose annotations name the classes and whose "
+            "metric is COCO's; leave --classes and --metric-year out"
+        )
+    return read_coco(arguments.data, **lists)
 
 
 def arm_config(arguments: argparse.Namespace, voc: VocSet) -> CfgNode:

@@ -166,6 +166,7 @@ class Trainer(DefaultTrainer):
             self.build_test_loader(self.cfg, name),
             self.split,
             self.voc.classes,
+            metric_year=self.voc.metric_year,
             root=self.voc.root,
             list_file=self.folder / "evaluated.txt",
             absent=self.absent,

@@ -35,12 +35,15 @@ class VocSplit:
 
 @dataclass(frozen=True)
 class VocSet:
-    """A checked set: its classes in order, which AP metric it uses, its training and test lists."""
+    """A checked set: its classes in order, which AP metric it uses, its training and test lists.
+
+    `metric_year` is VOC's (2007: 11 points, 2012: area), or None for COCO's metric.
+    """
 
     root: Path
     name: str
     classes: tuple[str, ...]
-    metric_year: int
+    metric_year: int | None
     train: tuple[VocSplit, ...]
     test: VocSplit
 
@@ -234,8 +237,8 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
     if not found:
         wanted = " or ".join(f"VOC{year}/ImageSets/Main" for year in years)
         raise UserError(
-            f"{root}: holds no {wanted}; give the folder that holds VOC2007 "
-            "(a VOC devkit), or a data set made by tools/make_dataset.py"
+            f"{root}: holds no {wanted}; give the folder that holds VOC2007 (a VOC devkit), a data "
+            "set made by tools/make_dataset.py, or a COCO folder (annotations/instances_*.json)"
         )
     if not holders:
         there = sorted(

@@ -14,11 +14,15 @@ _BOX_FIELDS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class VocObject:
-    """One object; `box` is (xmin, ymin, xmax, ymax) in pixels, 1-based, both ends inclusive."""
+    """One object; `box` is (xmin, ymin, xmax, ymax) in pixels, 1-based, both ends inclusive.
+
+    `area` in pixels is COCO's, that of the mask; None: the box's.
+    """
 
     class_name: str
     box: tuple[float, float, float, float]
     difficult: bool
+    area: float | None = None
 
     def box_from_zero(self) -> list[float]:
         """[x0, y0, x1, y1] in continuous pixel coordinates: (1, 1, W, H) covers the picture."""
