@@ -227,8 +227,9 @@ def augment(
     _on_rows(x, params["gray"] > 0, lambda rows, _: to_gray(rows).expand(-1, 3, -1, -1))
     _on_rows(x, params["blur_sigma"] > 0, gaussian_blur, params["blur_sigma"])
     _on_rows(x, params["solarize"] > 0, lambda rows, _: solarize(rows))
-    shift = torch.tensor(mean, dtype=x.dtype).view(1, 3, 1, 1).to(x.device)
-    scale = 1 / torch.tensor(std, dtype=x.dtype).view(1, 3, 1, 1).to(x.device)
+    shift, scale = (torch.tensor(values, dtype=x.dtype).view(1, 3, 1, 1) for values in (mean, std))
+    shift = shift.to(x.device, non_blocking=True)
+    scale = 1 / scale.to(x.device, non_blocking=True)
     return x.sub_(shift).mul_(scale)
 
 
@@ -246,8 +247,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         float32 [*, 3, s, s], lying channels-last in memory.
     """
     deviation = torch.tensor(std, dtype=torch.float32)
-    scale = (1 / (255 * deviation)).to(images.device)
-    shift = (torch.tensor(mean, dtype=torch.float32) / deviation).to(images.device)
+    scale = (1 / (255 * deviation)).to(images.device, non_blocking=True)
+    shift = torch.tensor(mean, dtype=torch.float32) / deviation
+    shift = shift.to(images.device, non_blocking=True)
     pixels = images.movedim(-3, -1)
     if images.device.type != "cpu":
         return pixels.float().mul_(scale).sub_(shift).movedim(-1, -3)

@@ -204,10 +204,12 @@ def _largest(config: PretrainConfig, *, is_worker: bool) -> str:
     if is_worker:
         return f"data.num_workers ({data.num_workers}), {sizes}"
     micro = f"{optim.micro_batch_size}" if optim.micro_batch_size else "0: the whole batch at once"
-    precision = f", or set engine.precision=bf16 (now {config.engine.precision})"
+    engine = config.engine
+    thrifty = "" if engine.activation_checkpointing else ", engine.activation_checkpointing=true"
     return (
-        f"optim.micro_batch_size ({micro}), which keeps the batch, or {sizes}{precision}; changes "
-        "other than the precision need --allow-changes"
+        f"optim.micro_batch_size ({micro}), which keeps the batch, or {sizes}; or set "
+        f"engine.precision=bf16 (now {engine.precision}){thrifty}; changes other than in engine "
+        "need --allow-changes"
     )
 
 

@@ -371,7 +371,7 @@ def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
         assert "data.num_workers (0)" in message
     else:
         assert "optim.micro_batch_size (0: the whole batch at once)" in message
-        assert "engine.precision=bf16 (now fp32)" in message
+        assert "engine.precision=bf16 (now fp32), engine.activation_checkpointing=true" in message
     assert checkpoint.load(folder / "checkpoint.pth")["step"] == 4
     monkeypatch.undo()
     status, _, _, err = start("run", "--resume")
