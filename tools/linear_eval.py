@@ -6,6 +6,7 @@ every temperature. A part of the training set selects the rate, the validation s
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -65,6 +66,29 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.overrides, *named]
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Run the evaluation and print its table."""
+    from pretrain.errors import UserError
+    from pretrain.eval.linear.config import LinearConfig
+    from pretrain.eval.linear.result import table
+    from pretrain.eval.linear.run import Evaluation, Request
+    from pretrain.schema import read_schema
+
+    path = arguments.config
+    if path is None and arguments.protocol == "full":
+        path = FULL
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
+    config = read_schema(LinearConfig, path, overrides_of(arguments))
+    request = Request(
+        arguments.checkpoint, arguments.train, arguments.val, arguments.out,
+        arguments.branch, arguments.features, arguments.resume,
+    )  # fmt: skip
+    result = Evaluation(request, config).run()
+    if result is not None:
+        print(table(result))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -76,47 +100,29 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.engine.checkpoint import DiskFullError
     from pretrain.engine.stop import StoppedBySignal
     from pretrain.errors import UserError
-    from pretrain.eval.linear.config import LinearConfig
-    from pretrain.eval.linear.result import table
-    from pretrain.eval.linear.run import Evaluation, Request
-    from pretrain.schema import read_schema
 
-    path = arguments.config
-    if path is None and arguments.protocol == "full":
-        path = FULL
+    status, message = 0, None
     try:
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
-        config = read_schema(LinearConfig, path, overrides_of(arguments))
-        request = Request(
-            arguments.checkpoint, arguments.train, arguments.val, arguments.out,
-            arguments.branch, arguments.features, arguments.resume,
-        )  # fmt: skip
-        result = Evaluation(request, config).run()
+        evaluate(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, f"error: {error}"
     except StoppedBySignal as error:
-        print(str(error), file=sys.stderr)
-        return 128 + error.number
+        status, message = 128 + error.number, str(error)
     except KeyboardInterrupt:
-        print("stopped; what was computed is kept: the same command with --resume goes on",
-              file=sys.stderr)  # fmt: skip
-        return 130
+        status = 128 + signal.SIGINT
+        message = "stopped; features are kept: the same command with --resume goes on"
     except (DiskFullError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        status, message = 1, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        message = guards.out_of_memory(error, None)
-        if message is None:
+        told = guards.out_of_memory(error, None)
+        if told is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return 1
+        status, message = 1, f"error: {told}"
     finally:
         dist.stop()
-    if result is not None:
-        print(table(result))
-    return 0
+    if message is not None:
+        print(message, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
