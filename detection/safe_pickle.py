@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import io
 import pickle
+import struct
+import warnings
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import IO, Any, ClassVar
 
 import numpy as np
@@ -26,6 +29,7 @@ from detection.errors import UserError
 _READ_ERRORS = (
     *(pickle.UnpicklingError, EOFError, RuntimeError, TypeError, ValueError),
     *(AttributeError, IndexError, KeyError, MemoryError, OverflowError, UnicodeError),
+    *(AssertionError, ArithmeticError, BufferError, ImportError, NameError, struct.error),
 )
 
 
@@ -145,10 +149,20 @@ def _torch_names() -> dict[tuple[str, str], Any]:
     return table
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that knows plain data and numpy arrays, nothing else."""
+class RestrictedUnpickler(pickle._Unpickler):
+    """An unpickler that knows plain data and numpy arrays, nothing else.
+
+    It is the one in Python, not the one in C: that one keeps a table as long as the largest index
+    in the file, so that one wrong byte makes it ask for tens of gigabytes. Files of weights have
+    few objects and large ones; they are read as fast.
+    """
 
     allowed: ClassVar[dict[tuple[str, str], Any]] = _plain_names()
+    # Typeshed takes this class for the one in C.
+    dispatch: ClassVar[dict[int, Any]] = dict(
+        pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         """The real constructor if it is on the list, a fresh placeholder class otherwise."""
@@ -156,6 +170,15 @@ class RestrictedUnpickler(pickle.Unpickler):
         if known is not None:
             return known
         return type("Placeholder", (Placeholder,), {"qualified_name": f"{module}.{name}"})
+
+    def load_build(self) -> None:
+        """Give an object its state; functions and classes have none that a file may set."""
+        owner = self.stack[-2] if len(self.stack) > 1 else None
+        if owner is None or isinstance(owner, type | FunctionType | BuiltinFunctionType):
+            raise pickle.UnpicklingError("state for something that has none")
+        super().load_build()  # pyright: ignore[reportAttributeAccessIssue]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class TorchUnpickler(RestrictedUnpickler):
@@ -219,13 +242,16 @@ def load_torch(path: Path | str) -> Any:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
-    with contextlib.suppress(*_READ_ERRORS):
-        return torch.load(path, map_location="cpu", weights_only=True)
     try:
+        with contextlib.suppress(*_READ_ERRORS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on tensors that nobody reads
+            return torch.load(path, map_location="cpu", weights_only=True)
         return torch.load(
             path, map_location="cpu", weights_only=False, pickle_module=_pickle_module()
         )
-    except _READ_ERRORS as error:
+    except (*_READ_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # seeking in a damaged zip
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(
             f"{path}: not a readable PyTorch checkpoint ({reason}); copy the file again, or save "

@@ -95,6 +95,7 @@ def read_source(
     try:
         state, layout, claimed = _network(checkpoint, layout, branch)
         mapped = keymap.to_torchvision(state, layout, branch)
+        _check_size(mapped.backbone, path.stat().st_size)
         arch, tensors, cast = _backbone(mapped.backbone, claimed)
         counters = _counters(mapped.counters, tensors)
         found = conventions.find(
@@ -173,6 +174,20 @@ def _named(state: Mapping[Any, Any]) -> Mapping[str, Any]:
     return state
 
 
+def _check_size(given: Mapping[str, Any], num_bytes: int) -> None:
+    """Refuse tensors that claim more bytes than the file has, before they are touched."""
+    claimed = 0
+    for value in given.values():
+        if isinstance(value, Tensor):
+            claimed += value.numel() * value.dtype.itemsize
+        elif isinstance(value, np.ndarray):
+            claimed += value.nbytes
+    if claimed > num_bytes:
+        raise UserError(
+            f"its tensors claim {claimed} bytes, the file has {num_bytes}; {_COPY_AGAIN}"
+        )
+
+
 def _backbone(
     given: Mapping[str, Any], claimed: Arch | None
 ) -> tuple[Arch, dict[str, Tensor], dict[str, int]]:
@@ -196,11 +211,12 @@ def _checked(backbone: Mapping[str, Any], arch: Arch) -> tuple[dict[str, Tensor]
         )
     tensors, cast = {}, {}
     for name, shape in wanted.items():
-        value = _tensor(name, backbone[name])
-        if tuple(value.shape) != shape:
+        found = tuple(np.shape(backbone[name]))
+        if found != shape and isinstance(backbone[name], Tensor | np.ndarray):
             hint = " (a CIFAR stem does not convert)" if name == "conv1.weight" else ""
-            raise UserError(f"{name} has shape {tuple(value.shape)}, a {arch} needs {shape}{hint}; "
+            raise UserError(f"{name} has shape {found}, a {arch} needs {shape}{hint}; "
                             "its `arch` and its weights do not belong together")  # fmt: skip
+        value = _tensor(name, backbone[name])
         if not torch.isfinite(value).all():
             raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
         tensors[name] = value.to(torch.float32).contiguous().clone()

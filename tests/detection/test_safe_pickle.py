@@ -5,6 +5,7 @@ import collections
 import io
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,23 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     for read in (safe_pickle.load_torch, safe_pickle.load_pkl):
         with pytest.raises(UserError, match=r"nowhere\.pth: no such file"):
             read(tmp_path / "nowhere.pth")
+
+
+def test_index_in_a_pickle_cannot_ask_for_memory() -> None:
+    """The unpickler in C would make a table of 16 GB for this index."""
+    data = pickle.dumps({"model": {}}, protocol=2)
+    grown = data.replace(b"q\x00", b"r" + (2**30).to_bytes(4, "little"), 1)
+    assert grown != data
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert safe_pickle.load(io.BytesIO(grown)) == {"model": {}}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "name", [b"_codecs\nencode", b"numpy\nndarray", b"collections\nOrderedDict"]
+)
+def test_state_is_for_objects_only(name: bytes) -> None:
+    """BUILD with a pair sets attributes: of a function it could change what later reads do."""
+    data = b"c" + name + b"\n(N(S'__defaults__'\n(dttb."
+    with pytest.raises(UserError, match="state for something that has none"):
+        safe_pickle.load(io.BytesIO(data))
