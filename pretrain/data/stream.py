@@ -4,8 +4,13 @@ One request to a worker is a whole batch of one rank: (step, sample numbers, vis
 no state, so their number changes nothing but the speed.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from multiprocessing.sharedctypes import Synchronized
 from types import FrameType
 from typing import Any
 
@@ -36,8 +41,6 @@ __all__ = [
     "eval_loader",
     "make_loader",
 ]
-
-_SECONDS_AFTER_SIGTERM = 300  # for a parent that saves; clusters kill after less
 
 
 class RequestSampler(Sampler):
@@ -164,24 +167,32 @@ def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataL
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # its own: an epoch's start must not move dropout's draws
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=partial(_quiet_worker, _leaving()),
     )
 
 
-def _quiet_worker(_: int) -> None:
+def _quiet_worker(leaving: Synchronized, _: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, _serve_a_while)
+    signal.signal(signal.SIGTERM, partial(_end_with_parent, leaving))
 
 
-def _serve_a_while(number: int, frame: FrameType | None) -> None:
+def _end_with_parent(leaving: Synchronized, number: int, frame: FrameType | None) -> None:
     """A cluster signals the workers too, but the parent needs them until it has saved.
 
-    The parent ends its workers without a signal. Should it fail to, an alarm does.
+    A parent that leaves ends the workers that are still there with the same signal.
     """
-    signal.alarm(_SECONDS_AFTER_SIGTERM)
+    if leaving.value:
+        os._exit(128 + number)
+
+
+@cache
+def _leaving() -> Synchronized:
+    """Whether this process is at its end; its workers see it too."""
+    flag = multiprocessing.Value("b", 0)
+    atexit.register(setattr, flag, "value", 1)  # before multiprocessing's own, which signals
+    return flag
 
 
 def make_loader(
@@ -222,7 +233,7 @@ def eval_loader(
         batch_size=None,
         sampler=_Chunks(index.num_samples, batch_size),
         num_workers=num_workers,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=partial(_quiet_worker, _leaving()),
     )
     for reply in loader:
         if reply.error is not None:

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,28 @@ def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None
     del batches, loader
     gc.collect()
     assert multiprocessing.active_children() == []  # the end of the loader is the workers' end
+
+
+LEFT_EARLY = """
+import sys
+from pretrain.data.shards import ShardIndex
+from pretrain.data.stream import Loader, TwoViewDataset
+
+scales = ((0.2, 1.0), (0.2, 1.0))
+index = ShardIndex.open(sys.argv[1])
+dataset = TwoViewDataset(index, image_size=16, crop_scales=scales, seed=3)
+loader = Loader(dataset, batch_size=8, num_workers=2)
+batches = loader.epoch(0)
+next(batches)
+raise KeyError  # the traceback keeps the batches: nobody closes the loader
+"""
+
+
+def test_process_that_fails_in_an_epoch_ends_at_once_with_its_workers(shard_folder: Path) -> None:
+    command = [sys.executable, "-c", LEFT_EARLY, str(shard_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "KeyError" in done.stderr
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
