@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +143,10 @@ def make_work(
         "--resume",
     )
     run = folder / "run"
+    num_workers = int(cell.settings["config"].get("data", {}).get("num_workers", 2))
     steps = (
         Step("pretrain", command, run / "summary.json"),
-        *metric_steps(metrics, folder, root, data, sys.executable),
+        *metric_steps(metrics, folder, root, data, num_workers),
     )
     return Work(
         cell.fingerprint, seed, f"{cell.label}, seed {seed}", steps, folder,
@@ -165,8 +164,3 @@ def pretrain_overrides(cell: Cell, seed: int, folder: Path, data: StudyData) -> 
         f"eval.probe_train={data.probe_train}",
         f"eval.probe_val={data.probe_val}",
     )
-
-
-def short_digest(text: str) -> str:
-    """A few digits that stand for a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:_NAME_LENGTH]

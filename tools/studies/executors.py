@@ -86,6 +86,7 @@ class SubmititExecutor:
             UserError: If there is no such cluster.
         """
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
+        os.environ.setdefault("OMP_NUM_THREADS", str(resources.cpus))  # runs inherit it
         path = os.environ.get("PYTHONPATH")
         if str(root) not in (path or "").split(os.pathsep):
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tools.studies.jobs import Step
 
 
 def metric_steps(
-    metrics: Sequence[str], folder: Path, root: Path, data: StudyData, python: str
+    metrics: Sequence[str], folder: Path, root: Path, data: StudyData, num_workers: int
 ) -> Iterator[Step]:
     """The commands after pretraining; kNN and the online probe need none.
 
@@ -21,14 +22,19 @@ def metric_steps(
         folder: Of the cell with its seed; the run lies in `run`.
         root: The repository.
         data: Where the labelled shards are.
-        python: Interpreter.
+        num_workers: Loader processes, as in pretraining.
     """
     if "linear" in metrics:
         out = folder / "linear"
         command = (
-            *(python, str(root / "tools/linear_eval.py"), str(folder / "run/checkpoint.pth")),
+            *(
+                sys.executable,
+                str(root / "tools/linear_eval.py"),
+                str(folder / "run/checkpoint.pth"),
+            ),
             *("--train", str(data.probe_train), "--val", str(data.probe_val)),
-            *("--out", str(out), "--protocol", "cached", "--resume"),
+            *("--out", str(out), "--protocol", "cached"),
+            *("--resume", f"num_workers={num_workers}"),
         )
         yield Step("linear", command, out / "linear.json")
 
@@ -47,7 +53,7 @@ def read_metrics(metrics: Sequence[str], folder: Path) -> dict[str, float]:
         except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{name}: no figure in {folder.name} ({what})") from None
-        if not 0 <= value <= 1:
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ValueError(f"{name}: {value!r} is no share of 1")
         found[name] = 100 * float(value)
     return found

@@ -42,7 +42,8 @@ def add_cluster(main_parser: argparse.ArgumentParser) -> None:
     add("--cluster", choices=("local", "slurm"), default="local", help="default: local")
     add("--parallel", type=int, metavar="N", help="runs at once (default: the preset's, or 1)")
     add("--gpus-per-run", type=int, metavar="N", help="default: the preset's, or 0")
-    add("--cpus-per-run", type=int, default=1, metavar="N", help="SLURM: default 1")
+    add("--cpus-per-run", type=int, default=1, metavar="N",
+        help="threads of a run, and processors where it is queued (default: 1)")  # fmt: skip
     add("--time-minutes", type=int, default=240, metavar="T",
         help="SLURM: time limit; then the run is queued again (default: 240)")  # fmt: skip
     add("--partition", metavar="P", help="SLURM partition")
@@ -131,7 +132,9 @@ class ProgressLog:
         if row.status == "running":
             return
         self._ended += 1
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in row.metrics.items())
+        figures = ", ".join(
+            f"{name} {value:.2f}" for name, value in row.metrics.items() if ":" not in name
+        )
         rest = (time.monotonic() - self._started) / self._ended * (self._total - self._ended)
         print(
             f"[{self._ended}/{self._total}] {row.label}, seed {row.seed}: {row.status} "

@@ -128,7 +128,7 @@ def _converted(given: Path, weights_digest: str, name: str, out: Path, root: Pat
         done = subprocess.run(command, capture_output=True, text=True, cwd=root)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-            raise UserError(f"--init {name}: {given}: {said.removeprefix('error: ')}")
+            raise UserError(f"--init {name}: {said.removeprefix('error: ')}")
     return weights
 
 

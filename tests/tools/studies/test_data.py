@@ -83,6 +83,7 @@ def test_the_pool_is_split_into_nested_shares(tmp_path: Path) -> None:
     assert numbers == [0, 10, 20, 30]  # spread over the whole
 
 
+@pytest.mark.slow
 def test_data_are_made_once_and_other_options_refused(
     package: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

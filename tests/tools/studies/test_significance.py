@@ -130,7 +130,8 @@ def test_false_alarms_of_a_table_stay_below_five_percent() -> None:
         contrasts = [
             Contrast(str(i), ((1, seeds(*cells[i])), (-1, seeds(*cells[4])))) for i in range(4)
         ]
-        if min(t_test(row) or 0 for row in (cells[:4] - cells[4]).tolist()) < 0.05:
+        corrected = holm([t_test(row) for row in (cells[:4] - cells[4]).tolist()])
+        if min(p for p in corrected if p is not None) < 0.05:  # no verdict without: saves time
             alarms += any(row["verdict"] != "inconclusive" for row in compare(contrasts))
     assert alarms / 200 < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 200)
 
