@@ -425,3 +425,32 @@ def test_fp16_under_ddp_decides_alike(two_processes):
     assert num > 0
     assert state["scaler"]["scale"] == 2.0 ** (16 - num)
     assert all(math.isfinite(loss) for loss in losses)
+
+
+# --- on a GPU
+
+
+ON_GPU = {
+    "defaults": [],
+    "fused adamw": ["optim.name=adamw"],
+    "lars": ["optim.name=lars"],
+    "bf16": ["engine.precision=bf16"],
+    "fp16": ["engine.precision=fp16"],
+    "checkpointing": ["engine.activation_checkpointing=true"],
+    "compile": ["engine.compile=true"],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("_products_as_before")
+@pytest.mark.parametrize("case", ON_GPU)
+def test_options_on_a_gpu_agree_with_exact_fp32(make_run, case):
+    """At a rate so low that the first steps are about the same."""
+    common = ["engine.device=cuda", "optim.base_lr=0.001"]
+    exact = make_run(*common, "engine.tf32=false", "engine.fused_optimizer=false", name="exact")
+    expected = take_steps(exact, 3)
+    quick = make_run(*common, *ON_GPU[case], name="quick")
+    assert take_steps(quick, 3) == pytest.approx(expected, abs=0.06)
+    if "adamw" in case:
+        assert flags_of(quick.optimizer) == {(True, None)}
