@@ -4,25 +4,18 @@ Detections lie on a grid of 1/8 pixel: every sum is exact, so that no metric dec
 equals its threshold by the way it rounds.
 """
 
-import detection.compat  # noqa: F401  (before detectron2)
-
-# isort: split
 import contextlib
 import io
 import json
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import PascalVOCDetectionEvaluator
-from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.reference_metrics import DetectionSet, Found, TrueObject
+from detection.stock_evaluator import StockEvaluator
 
 _SIDE = 256  # pixels of a picture
 _SCORE_LEVELS = (3, 20, 1 << 20)  # few levels: many equal scores
@@ -97,46 +90,19 @@ def real_set(detections: Path) -> tuple[DetectionSet, list[str]]:
     return DetectionSet(len(rows), len(names), tuple(truth), tuple(found)), names
 
 
-class VocFiles:
-    """A set as Detectron2's evaluator wants it: annotations on disk, detections as lines."""
-
-    def __init__(self, data: DetectionSet, folder: Path) -> None:
-        """Write the annotations into a folder of their own and feed the stock evaluator."""
-        self.data, self.folder = data, folder
-        (folder / "Annotations").mkdir(parents=True)
-        (folder / "ImageSets/Main").mkdir(parents=True)
-        names = [f"{image:06d}" for image in range(data.num_images)]
-        self.list_file = folder / "ImageSets/Main/test.txt"
-        self.list_file.write_text("\n".join(names) + "\n")
-        for image, name in enumerate(names):
-            own = (item for item in data.truth if item.image == image)
-            text = "".join(map(_object_xml, own))
-            self.annotation(name).write_text(f"<annotation>{text}</annotation>")
-
-    def annotation(self, name: str) -> Path:
-        """Annotation file of a picture."""
-        return self.folder / "Annotations" / f"{name}.xml"
-
-    def evaluator(self, year: int) -> PascalVOCDetectionEvaluator:
-        """Detectron2's evaluator after the last picture."""
-        dataset = f"random-{uuid.uuid4()}"
-        MetadataCatalog.get(dataset).set(
-            thing_classes=[f"class{label}" for label in range(self.data.num_classes)],
-            dirname=str(self.folder),
-            year=year,
-            split="test",
-        )
-        evaluator = PascalVOCDetectionEvaluator(dataset)
-        evaluator.reset()
-        for image in range(self.data.num_images):
-            own = [item for item in self.data.found if item.image == image]
-            instances = Instances((_SIDE, _SIDE))
-            instances.pred_boxes = Boxes(torch.tensor([f.box for f in own]).reshape(-1, 4))
-            instances.scores = torch.tensor([f.score for f in own])
-            instances.pred_classes = torch.tensor([f.label for f in own], dtype=torch.int64)
-            evaluator.process([{"image_id": f"{image:06d}"}], [{"instances": instances}])
-        MetadataCatalog.remove(dataset)
-        return evaluator
+def detectron2_evaluation(data: DetectionSet, folder: Path) -> StockEvaluator:
+    """Detectron2's evaluator on a set, whose annotations are written into an empty folder."""
+    (folder / "Annotations").mkdir(parents=True)
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    names = [f"{image:06d}" for image in range(data.num_images)]
+    (folder / "ImageSets/Main/test.txt").write_text("\n".join(names) + "\n")
+    detections = {}
+    for image, name in enumerate(names):
+        text = "".join(_object_xml(item) for item in data.truth if item.image == image)
+        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
+        own = [item for item in data.found if item.image == image]
+        detections[name] = [(item.label, item.score, item.box) for item in own]
+    return StockEvaluator(folder, data.num_classes, detections)
 
 
 def _object_xml(item: TrueObject) -> str:

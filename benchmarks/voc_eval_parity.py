@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_eval
-
-from benchmarks.random_detections import VocFiles, pycocotools_evaluation, random_set, real_set
+from benchmarks.random_detections import (
+    detectron2_evaluation,
+    pycocotools_evaluation,
+    random_set,
+    real_set,
+)
 from benchmarks.reference_metrics import (
     COCO,
     ELEVEN_EXACT_POINTS,
@@ -34,6 +36,7 @@ from benchmarks.reference_metrics import (
     average_precisions,
     stable_order,
 )
+from detection.stock_evaluator import forget_annotations
 
 EXAMPLE = """examples:
   .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
@@ -80,54 +83,30 @@ def voc_difference(data: DetectionSet, folder: Path, *, whole: bool) -> tuple[fl
         Largest difference of an AP in 0..1, over classes, thresholds and both years; infinite if
         one side says that AP is not defined and the other does not. And how many were compared.
     """
-    files = VocFiles(data, folder)
-    evaluator = files.evaluator(2012)
+    theirs = detectron2_evaluation(data, folder)
     worst, count = 0.0, 0
     rows: dict[Rules, list[list[float]]] = {VOC_2007: [], VOC_2012: []}
     for label in range(data.num_classes):
         ours = {rules: average_precisions(data, label, VOC_THRESHOLDS, rules) for rules in rows}
-        lines = folder / f"class{label}.txt"
-        lines.write_text("\n".join(evaluator._predictions.get(label, [""])))
         for place, threshold in enumerate(VOC_THRESHOLDS):
-            theirs = _voc_eval(files, lines, label, threshold)
-            for rules, value in zip((VOC_2007, VOC_2012), theirs, strict=True):
-                own = ours[rules]
-                worst = max(worst, _apart(None if own is None else own[place], value))
+            recall, *values = theirs.class_figures(label, threshold)
+            # Without an object that counts its recall is no number; its 11-point sum makes 0 of it.
+            is_undefined = ours[VOC_2012] is None and not np.isfinite(recall).any()
+            for own, value in zip(ours.values(), values, strict=True):
+                mine = None if own is None else own[place]
+                worst = max(worst, _apart(mine, None if is_undefined else value))
                 count += 1
         for rules, own in ours.items():
             if own is not None:
                 rows[rules].append(own)
     if whole and len(rows[VOC_2012]) == data.num_classes:
         for year, rules in ((2007, VOC_2007), (2012, VOC_2012)):
-            stock = files.evaluator(year).evaluate()
-            assert stock is not None
+            stock = theirs.means(year)
             for key, value in _means(rows[rules]).items():
-                worst = max(worst, abs(float(stock["bbox"][key]) / 100 - value))
+                worst = max(worst, abs(stock[key] / 100 - value))
                 count += 1
-    parse_rec.cache_clear()  # it keeps every annotation it has read
+    forget_annotations()
     return worst, count
-
-
-def _voc_eval(
-    files: VocFiles, lines: Path, label: int, threshold: float
-) -> tuple[float | None, float | None]:
-    """Detectron2's AP of 2007 and of 2012; None where it divides by no object."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0: no object of the class
-        recall, precision, eleven = voc_eval(
-            str(lines),
-            str(files.annotation("{}")),
-            str(files.list_file),
-            f"class{label}",
-            ovthresh=threshold,
-            use_07_metric=True,
-        )
-    counted = sum(item.label == label and not item.difficult for item in files.data.truth)
-    if not counted:
-        # The 11-point sum makes 0 of "not defined"; the evaluator of this project leaves it out.
-        assert len(recall) == 0 or np.isnan(recall).all()
-        return None, None
-    return float(eleven), float(voc_ap(recall, precision, use_07_metric=False))
 
 
 def _apart(ours: float | None, theirs: float | None) -> float:

@@ -7,6 +7,9 @@ Detectron2 does the same for the number of GPUs; here a batch that is given coun
 of iterations for precise batch norm follows, and what is done is shown.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 from fractions import Fraction
 
 from detectron2.config import CfgNode
