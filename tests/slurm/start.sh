@@ -2,13 +2,14 @@
 # Start a real SLURM of two nodes on this machine, for tests: tests/slurm/start.sh DIR
 #
 # Two slurmd of two processors each, named after this host and HOST-second (it has that host name in a
-# UTS namespace of its own, which needs root); all listen on loopback. All files lie in DIR.
+# UTS namespace of its own, which needs root); all listen on loopback. Both see an /etc/hosts, in mount
+# namespaces, in which the nodes know each other. All files lie in DIR.
 # Afterwards: export SLURM_CONF=DIR/slurm.conf; sinfo. tests/slurm/stop.sh DIR ends it.
 # Nothing is installed: apt-get install slurm-wlm munge.
 # Exit status: 0 both nodes are idle; 1 something did not start; 2 wrong arguments.
 set -euo pipefail
 if [ $# -ne 1 ] || [ "${1:0:1}" = - ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   if [ "${1:-}" = --help ]; then exit 0; else exit 2; fi
 fi
 PATH="$PATH:/usr/sbin:/sbin"
@@ -66,8 +67,12 @@ export SLURM_CONF="$dir/slurm.conf"
 munged --force --socket="$dir/munge/socket" --key-file="$dir/munge/key" \
   --log-file="$dir/munge/log" --pid-file="$dir/munged.pid" --seed-file="$dir/munge/seed"
 slurmctld -i -f "$SLURM_CONF"
-slurmd -f "$SLURM_CONF"
-unshare --uts sh -c 'hostname "$1" && exec slurmd -f "$SLURM_CONF"' sh "$second"
+printf '127.0.0.1 localhost %s %s\n' "$host" "$second" >"$dir/hosts"
+chmod 0644 "$dir/hosts"
+for node in "$host" "$second"; do
+  unshare --uts --mount sh -c 'hostname "$1" && mount --bind "$2" /etc/hosts && exec slurmd -f "$SLURM_CONF"' \
+    sh "$node" "$dir/hosts"
+done
 for _ in $(seq 100); do
   idle="$(sinfo -h -N -t idle -o %N 2>/dev/null | sort | tr '\n' ' ')"
   [ "$idle" = "$host $second " ] && exit 0

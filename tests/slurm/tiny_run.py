@@ -32,7 +32,7 @@ def run_undisturbed(config: Path, out: Path, *overrides: str, num_processes: int
     """The run that a disturbed one must equal."""
     command = ["bash", str(ROOT / "tools/pretrain.sh"), str(config), f"out={out}", *overrides]
     environment = os.environ | {"NPROC": str(num_processes), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
