@@ -122,7 +122,7 @@ def fill_queues(model: FAContrastive) -> None:
         model.objective.put(torch.randn(2, *shape, generator=generator).to(device))
 
 
-class _Batches:
+class Batches:
     """The run's batches in portions; an epoch that ends in the middle is followed by the next."""
 
     def __init__(self, run: Run) -> None:
@@ -155,7 +155,7 @@ def _measure(
     run: Run, log: MetricLog | None, num_steps: int, num_traced: int, folder: Path
 ) -> dict[str, Any]:
     """Warm up, time, trace."""
-    batches, device = _Batches(run), run.device
+    batches, device = Batches(run), run.device
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
     total = NUM_WARMUP + num_steps + num_traced

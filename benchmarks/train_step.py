@@ -1,0 +1,305 @@
+"""Images per second of a BYOL step: the engine's own, a plain one, and two libraries' recipes.
+
+Four arms start from the same weights and the same synthetic batch on the device; before anything is
+timed their losses are compared in fp32. They take turns, round by round, so that whatever else the
+machine does hits all alike (benchmarks/step_arms.py says what each does). Then the engine's step is
+fed from shards by its own loader.
+
+"images_per_second" are medians over rounds, "ratios" medians of ours / rival in the same round.
+"mfu": model FLOPs (benchmarks/step_arms.py, pretrain/engine/flops.py) over the device's rate.
+"from_shards_share": the rate from shards over the rate on synthetic data, wall-clock time.
+--table measures something else: step time against queue size or number of features, or memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.fa_overhead import CUDA_SIZES, Clock, Sizes
+from benchmarks.step_arms import Arm, Ours, check_same_loss, make_arms
+from benchmarks.step_setup import CPU_SIZES, build_run, make_shards, random_views, with_sizes
+from benchmarks.step_tables import TABLES, print_table
+from pretrain.engine import flops
+from pretrain.engine.profiling import Batches
+from pretrain.engine.train import choose_device
+from pretrain.errors import UserError
+
+EXAMPLE = """\
+examples:
+  OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_step.py --json step.json
+  .venv/bin/python benchmarks/train_step.py --json step.json --workers 12 \\
+      --set engine.precision=bf16
+  OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_step.py --table queue --json queue.json
+Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
+"""
+
+
+def timed_rounds(
+    arms: dict[str, Arm], clock: Clock, num_rounds: int, num_steps: int, num_warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds per step of each arm in each round; the first turns warm up."""
+    measured: dict[str, list[float]] = {name: [] for name in arms}
+    with tqdm(total=num_rounds * len(arms), unit="turn", mininterval=10) as bar:
+        for arm in arms.values():
+            with arm.flags.kept():
+                arm.steps(num_warmup)
+        for _ in range(num_rounds):
+            for name, arm in arms.items():
+                bar.set_postfix_str(name)
+                with arm.flags.kept():
+                    measured[name].append(clock(partial(arm.steps, num_steps)) / num_steps)
+                bar.update()
+    return measured
+
+
+def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) -> dict[str, Any]:
+    """Images per second in wall-clock time, on synthetic data and from shards, in turns.
+
+    Batches that the workers made while the other one had its turn are used up first.
+    """
+    device, batch_size = ours.run.device, ours.run.config.data.batch_size
+    batches, found = Batches(ours.run), {"synthetic": [], "shards": []}
+
+    def rate(steps: Any) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        steps()
+        _wait(device)
+        return num_steps * batch_size / (time.perf_counter() - start)
+
+    with ours.flags.kept():
+        for _ in range(num_rounds):
+            found["synthetic"].append(rate(lambda: ours.steps(num_steps)))
+            ours.steps_on(batches.take(num_drained))
+            found["shards"].append(rate(lambda: ours.steps_on(batches.take(num_steps))))
+    batches.close()
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gpu_memory_bytes(arms: dict[str, Arm], device: torch.device) -> dict[str, int]:
+    """Each arm's own tensors between steps, and what one more step adds at its peak."""
+    found = {}
+    for name, arm in arms.items():
+        optimizer = arm.run.optimizer if isinstance(arm, Ours) else arm.optimizer
+        tensors = [t for network in arm.networks() for t in network.state_dict().values()]
+        tensors += [p.grad for n in arm.networks() for p in n.parameters() if p.grad is not None]
+        tensors += [
+            t for state in optimizer.state.values() for t in state.values()
+            if isinstance(t, torch.Tensor)
+        ]  # fmt: skip
+        own = sum(t.numel() * t.element_size() for t in tensors)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with arm.flags.kept():
+            arm.steps(1)
+        torch.cuda.synchronize(device)
+        found[name] = own + torch.cuda.max_memory_allocated(device) - before
+    return found
+
+
+def result(
+    measured: dict[str, list[float]], wall: dict[str, list[float]], sizes: Sizes,
+    per_picture: int, ceiling: flops.Ceiling,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures that are reported, from milliseconds and rates of each round."""
+    rates = {n: [1e3 * sizes.batch_size / ms for ms in found] for n, found in measured.items()}
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {
+        name: [own / other for own, other in zip(rates["ours"], rates[name], strict=True)]
+        for name in rates
+        if name != "ours"
+    }
+    shares = [a / b for a, b in zip(wall["shards"], wall["synthetic"], strict=True)]
+    return {
+        "images_per_second": median,
+        "mfu": median["ours"] * per_picture / ceiling.flops_per_second,
+        "from_shards_share": statistics.median(shares),
+        "ratios": {f"ours/{name}": statistics.median(values) for name, values in ratios.items()},
+        "ratio_range": {f"ours/{n}": [min(v), max(v)] for n, v in ratios.items()},
+        "range": {name: [min(values), max(values)] for name, values in rates.items()},
+        "wall_images_per_second": {name: statistics.median(v) for name, v in wall.items()},
+        "share_range": [min(shares), max(shares)],
+        "flops_per_picture": per_picture,
+        "ceiling": dict(vars(ceiling)),
+    }
+
+
+def precisions(arms: dict[str, Arm], device: torch.device) -> dict[str, str]:
+    """What each arm computes in."""
+    found = {}
+    for name, arm in arms.items():
+        context = arm.run.gradients.autocast() if isinstance(arm, Ours) else arm.autocast()
+        with arm.flags.kept():
+            found[name] = flops.precision_of(context, device)
+    return found
+
+
+def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """The contract's figures."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_shards(folder, sizes.batch_size)
+        run = build_run(folder, sizes, device.type, options.workers, options.settings)
+        arms = make_arms(run, random_views(sizes, device))
+        losses = check_same_loss(arms)
+        clock = Clock(device, 1)
+        measured = timed_rounds(arms, clock, options.rounds, options.calls, options.warmup)
+        used = precisions(arms, device)
+        memory = gpu_memory_bytes(arms, device) if device.type == "cuda" else None
+        ours = arms.pop("ours")
+        assert isinstance(ours, Ours)
+        arms.clear()
+        drained = 2 * options.workers + 2
+        wall = wall_rates(ours, options.rounds, options.wall_steps, drained)
+        ceiling = flops.ceiling(device, used["ours"])
+        per_picture = flops.model_flops(run.model, sizes.image_size).per_picture
+        if run.lock is not None:
+            run.lock.close()
+    return {
+        **result(measured, wall, sizes, per_picture, ceiling),
+        "loss_in_fp32": losses,
+        "precision": used,
+        "gpu_memory_bytes": memory,
+        "clock": clock.name,
+        "num_rounds": options.rounds,
+        "steps_per_turn": options.calls,
+        "num_workers": options.workers,
+        "settings": options.settings,
+    }
+
+
+def context(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "sizes": asdict(sizes),
+        "num_threads": torch.get_num_threads(),
+        "num_cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """The table for people."""
+    sizes, rates = figures["sizes"], figures["images_per_second"]
+    print(
+        f"\n{figures['device']}, {figures['num_threads']} threads, {figures['clock']} time, "
+        f"medians of {figures['num_rounds']} rounds, load {figures['load_average']:.1f}; BYOL, "
+        f"ResNet-{sizes['depth']}, {sizes['image_size']} px, batch {sizes['batch_size']}\n"
+    )
+    print(f"{'arm':18}{'precision':>10}{'images/s':>10}{'min .. max':>18}{'ours / it':>11}")
+    for name, rate in rates.items():
+        spread = "{:.1f} .. {:.1f}".format(*figures["range"][name])
+        ratio = figures["ratios"].get(f"ours/{name}", 1.0)
+        print(f"{name:18}{figures['precision'][name]:>10}{rate:10.1f}{spread:>18}{ratio:11.2f}")
+    for name, size in (figures["gpu_memory_bytes"] or {}).items():
+        print(f"peak memory of {name}: {size / 2**30:.2f} GiB")
+    peak = figures["ceiling"]
+    print(
+        f"\nMFU {figures['mfu']:.1%} of {peak['flops_per_second'] / 1e12:.2f} TFLOPS "
+        f"({peak['source']}), {figures['flops_per_picture'] / 1e9:.2f} GFLOPs per picture\n"
+        f"fed from shards by {figures['num_workers']} workers: "
+        f"{figures['from_shards_share']:.1%} of the synthetic rate, wall-clock time "
+        f"({figures['share_range'][0]:.1%} .. {figures['share_range'][1]:.1%})"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--json", type=Path, metavar="OUT", help="write the figures here too")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--table", choices=sorted(TABLES), help="measure this instead of the four arms")
+    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+        help="of the engine's config, e.g. engine.compile=true; again for more")  # fmt: skip
+    for name, default, text in (
+        ("rounds", 5, "rounds in which every arm takes its turn"),
+        ("warmup", 2, "steps of each arm before the first round (GPU 10)"),
+        ("calls", 0, "steps of one turn; 0: 1 on a CPU, 10 on a GPU"),
+        ("wall-steps", 0, "steps of one turn from shards; 0: 6 on a CPU, 40 on a GPU"),
+        ("workers", 0, "of the loader; 0: one less than cores, at least 1"),
+    ):
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
+    for name, value in asdict(CUDA_SIZES).items():
+        both = f"{getattr(CPU_SIZES, name)} on a CPU, {value} on a GPU"
+        choices = (18, 34, 50) if name == "depth" else None
+        add("--" + name.replace("_", "-"), type=int, metavar="N", choices=choices, help=both)
+    return parser
+
+
+def checked(options: argparse.Namespace) -> tuple[Sizes, torch.device]:
+    """The sizes and the device; defaults that depend on the device are filled in.
+
+    Raises:
+        UserError: An impossible value.
+    """
+    device = choose_device(options.device)
+    is_gpu = device.type == "cuda"
+    given = {name: getattr(options, name) for name in asdict(CUDA_SIZES)}
+    sizes = with_sizes(CUDA_SIZES if is_gpu else CPU_SIZES, given)
+    counts = (options.calls, options.wall_steps, options.workers, options.warmup)
+    if options.rounds < 1 or min(counts) < 0 or min(asdict(sizes).values()) < 1:
+        raise UserError("--rounds and all sizes must be at least 1, the other numbers 0 or more")
+    if sizes.batch_size < 2 or sizes.image_size < 16 or sizes.queue_size < 64:
+        raise UserError("--batch-size must be >= 2, --image-size >= 16, --queue-size >= 64")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: its folder does not exist")
+    options.calls = options.calls or (10 if is_gpu else 1)
+    options.warmup = max(options.warmup, 10 if is_gpu else 1)
+    options.wall_steps = options.wall_steps or (40 if is_gpu else 6)
+    options.workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
+    return sizes, device
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
+    """
+    options = build_parser().parse_args(argv)
+    try:
+        sizes, device = checked(options)
+        measure = compare if options.table is None else TABLES[options.table]
+        figures = context(sizes, device) | measure(options, sizes, device)
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:  # a full disk, a GPU without memory
+        print(f"error: it went wrong: {error}", file=sys.stderr)
+        return 1
+    if options.table is None:
+        print_figures(figures)
+    else:
+        print_table(figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

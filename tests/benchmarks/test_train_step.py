@@ -1,0 +1,277 @@
+"""The step benchmark: all arms are one step, the contract's keys, tables, wrong arguments."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from benchmarks import step_arms, step_setup, step_tables, train_step
+from benchmarks.fa_overhead import Sizes
+from benchmarks.step_arms import FAST, LIGHTNING, RECIPES, Flags, Rival
+
+SIZES = Sizes(
+    depth=18, width=4, image_size=32, batch_size=4, queue_size=64, dim=8, hidden_dim=8
+)  # fmt: skip
+TINY = [
+    "--device", "cpu", "--width", "4", "--image-size", "32", "--batch-size", "4",
+    "--queue-size", "64", "--dim", "8", "--hidden-dim", "8", "--rounds", "2", "--workers", "1",
+    "--wall-steps", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("shards")
+    step_setup.make_shards(place, SIZES.batch_size)
+    return place
+
+
+@pytest.fixture
+def arms(folder):
+    run = step_setup.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
+    yield step_arms.make_arms(run, step_setup.random_views(SIZES, run.device))
+    run.lock.close()
+
+
+def test_all_arms_have_one_loss_and_one_gradient(arms):
+    losses = step_arms.check_same_loss(arms)
+    assert set(losses) == {"ours", "eager", "solo-learn-like", "lightly-like"}
+    gradients = {}
+    for name, arm in arms.items():
+        arm.loss().backward()
+        gradients[name] = {n: p.grad for n, p in arm.networks()[0].named_parameters()}
+    wanted = gradients["ours"]
+    for name, found in gradients.items():
+        assert found.keys() == wanted.keys()
+        for key, gradient in found.items():
+            error = float((gradient - wanted[key]).norm() / wanted[key].norm().clamp_min(1e-6))
+            assert error < 1e-2, f"{name}: {key}"
+
+
+def test_the_check_leaves_bn_as_it_was_and_refuses_another_loss(arms):
+    before = [copy.deepcopy(arm.networks()[0].state_dict()) for arm in arms.values()]
+    step_arms.check_same_loss(arms)
+    for state, arm in zip(before, arms.values(), strict=True):
+        for key, value in arm.networks()[0].state_dict().items():
+            assert torch.equal(value, state[key]), key
+    with torch.no_grad():
+        arms["lightly-like"].networks()[0].predictor[0].weight.mul_(2).add_(0.1)
+    with pytest.raises(RuntimeError, match=r"lightly-like has loss .*, ours is .*: not one step"):
+        step_arms.check_same_loss(arms)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_rival_trains_and_moves_its_target(arms, name):
+    """EMA first leaves the target behind the weights as they were before the step."""
+    rival = arms[name]
+    online, target = rival.networks()
+    before = [p.detach().clone() for p in online.backbone.parameters()]
+    standing = [p.detach().clone() for p in target.backbone.parameters()]
+    rival.steps(1)
+    after = list(online.backbone.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    source = before if rival.recipe.is_ema_first else [p.detach() for p in after]
+    for old, new, came in zip(standing, target.backbone.parameters(), source, strict=True):
+        torch.testing.assert_close(new, step_arms.TAU * old + (1 - step_arms.TAU) * came)
+    first = float(rival.loss().detach())
+    rival.steps(20)
+    assert float(rival.loss().detach()) < first
+
+
+def test_loop_lars_by_hand():
+    """Two steps of one weight and one bias."""
+    network = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        network.weight.fill_(2.0)
+        network.bias.fill_(1.0)
+    optimizer = step_arms.LoopLARS(network)
+    w, b, v_w, v_b = 2.0, 1.0, 0.0, 0.0
+    for g in (4.0, -1.0):
+        network.weight.grad, network.bias.grad = torch.full((1, 1), g), torch.full((1,), g)
+        optimizer.step()
+        ratio = step_arms.ETA * abs(w) / (abs(g) + step_arms.WEIGHT_DECAY * abs(w) + 1e-8)
+        v_w = step_arms.MOMENTUM * v_w + ratio * (g + step_arms.WEIGHT_DECAY * w)
+        v_b = step_arms.MOMENTUM * v_b + g
+        w, b = w - step_arms.LR * v_w, b - step_arms.LR * v_b
+    assert network.weight.item() == pytest.approx(w, rel=1e-6)
+    assert network.bias.item() == pytest.approx(b, rel=1e-6)
+
+
+def test_recipes_have_their_own_precision_and_layout(arms):
+    precision = train_step.precisions(arms, torch.device("cpu"))
+    assert precision == {
+        "ours": "fp32", "eager": "fp32", "solo-learn-like": "bf16", "lightly-like": "bf16",
+    }  # fmt: skip
+
+    def is_channels_last(arm):
+        weight = arm.networks()[0].backbone.layer1[0].conv1.weight
+        return weight.is_contiguous(memory_format=torch.channels_last)
+
+    assert [is_channels_last(arm) for arm in arms.values()] == [True, False, True, False]
+
+
+def test_flags_are_put_back():
+    before = Flags.now()
+    other = Flags(not before.cudnn_benchmark, not before.cudnn_tf32, not before.matmul_tf32)
+    with other.kept():
+        assert Flags.now() == other
+    assert Flags.now() == before
+    assert FAST.matmul_tf32
+    assert not LIGHTNING.matmul_tf32
+
+
+def test_ours_is_the_engines_step(arms, folder):
+    """The same weights as the engine's parts give when they are called one by one."""
+    ours = arms["ours"]
+    other = step_setup.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
+    other.model.load_state_dict(ours.run.model.state_dict())
+    ours.steps(1)
+    done = other._step(step_arms.fed_of(ours.views), is_logged=False)
+    other.lock.close()
+    assert not done.is_skipped
+    assert ours.run.position.step == 1
+    for key, value in ours.run.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[key]), key
+
+
+def test_contract(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    assert train_step.main([*TINY, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    rates = figures["images_per_second"]
+    assert figures["device"] == "cpu"
+    assert list(rates) == ["ours", "eager", "solo-learn-like", "lightly-like"]
+    assert min(rates.values()) > 0
+    peak = figures["ceiling"]["flops_per_second"]
+    assert figures["mfu"] == pytest.approx(rates["ours"] * figures["flops_per_picture"] / peak)
+    assert figures["from_shards_share"] > 0
+    for name, ratio in figures["ratios"].items():
+        low, high = figures["ratio_range"][name]
+        assert low <= ratio <= high
+    assert figures["gpu_memory_bytes"] is None
+    assert figures["clock"] == "processor"
+    printed = capsys.readouterr().out
+    assert "fed from shards by 1 workers" in printed
+    assert "solo-learn-like" in printed
+
+
+def test_figures_come_from_the_times_of_each_round():
+    """Two rounds; milliseconds of a batch of 4."""
+    times = {"ours": [10.0, 20.0], "eager": [20.0, 20.0]}
+    wall = {"synthetic": [100.0, 200.0], "shards": [90.0, 190.0]}
+    ceiling = train_step.flops.Ceiling(1e6, "made up", "fp32", True)
+    figures = train_step.result(times, wall, SIZES, 1000, ceiling)
+    assert figures["images_per_second"] == {"ours": 300.0, "eager": 200.0}
+    assert figures["ratios"] == {"ours/eager": 1.5}
+    assert figures["ratio_range"] == {"ours/eager": [1.0, 2.0]}
+    assert figures["mfu"] == pytest.approx(0.3)
+    assert figures["from_shards_share"] == pytest.approx((0.9 + 0.95) / 2)
+
+
+@pytest.mark.parametrize("table", ["queue", pytest.param("features", marks=pytest.mark.slow)])
+def test_tables_of_step_time(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_tables, "QUEUE_SIZES", (64, 128))
+    monkeypatch.setattr(step_tables, "NUM_FEATURES", (1, 2))
+    out = tmp_path / "table.json"
+    assert train_step.main([*TINY, "--table", table, "--json", str(out)]) == 0
+    rows = {row["cell"]: row for row in json.loads(out.read_text())["rows"]}
+    cells = {"queue": ["64", "128"], "features": ["nn, N = 1", "nn, N = 2", "mask, N = 1"]}
+    assert rows.keys() >= {"none", *cells[table]}
+    assert rows["none"]["ratio"] == 1.0
+    assert rows["none"]["fa_ms"] == rows["none"]["queue_mib"] == 0
+    assert all(row["fa_ms"] > 0 for name, row in rows.items() if name != "none")
+    if table == "queue":
+        assert rows["128"]["queue_mib"] > 1.9 * rows["64"]["queue_mib"] > 64 * 8 * 4 / 2**20
+    assert table in capsys.readouterr().out
+
+
+def test_cells_change_what_the_step_does(arms):
+    ours = arms["ours"]
+    fa = step_tables._nn(64, 2)
+    group = step_tables.Cells(ours, {"nn": fa})
+    group.use("nn")
+    queue = ours.run.model.queue
+    assert ours.run.model.augmenter.is_ready()
+    puts = int(queue.puts)
+    group.steps(1)
+    group.augment()
+    assert int(queue.puts) == puts + 2
+    group.use("none")
+    assert ours.run.model.queue is None
+
+
+def test_bytes_saved_for_backward_by_hand():
+    """A product keeps its input; tanh its output; the weight is known already."""
+    weight = torch.randn(6, 5, requires_grad=True)
+    x = torch.randn(7, 6)
+    with step_tables.saved_bytes({weight.untyped_storage().data_ptr()}) as saved:
+        y = torch.tanh(x @ weight)
+        (y * 1).sum()
+    assert saved.total == 4 * (7 * 6 + 7 * 5)
+
+
+def test_memory_of_a_step(folder):
+    """A row as a process of the table makes it: known sizes, and activations that follow n."""
+
+    class Sender:
+        def send(self, row):
+            self.row = row
+
+    rows = []
+    for batch_size in (4, 8):
+        sender = Sender()
+        sizes = Sizes(**vars(SIZES) | {"batch_size": batch_size})
+        step_tables._memory_row(sender, sizes, "cpu", ["engine.precision=fp32"])
+        rows.append(sender.row)
+    first, second = rows
+    assert first["weights"] == second["weights"]
+    assert first["gradients"] == first["optimizer"]  # LARS has one velocity for each weight
+    assert 0 < first["ema"] < first["weights"]  # no predictor
+    assert first["views"] == 2 * 4 * 3 * 32 * 32 * 4
+    assert 1.8 < second["saved_for_backward"] / first["saved_for_backward"] < 2.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds and all sizes must be at least 1"),
+        (["--batch-size", "1"], "--batch-size must be >= 2"),
+        (["--json", "no/such/folder/step.json"], "its folder does not exist"),
+        (["--set", "engine.precision=fp8"], "precision"),
+        (["--set", "nothing"], "override 'nothing' is not of the form key=value"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    assert train_step.main([*TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_rivals_scale_their_loss_and_memory_is_told(tmp_path):
+    out = tmp_path / "step.json"
+    tiny = [*TINY, "--json", str(out)]
+    tiny[1] = "cuda"
+    assert train_step.main(tiny) == 0
+    figures = json.loads(out.read_text())
+    assert figures["precision"]["solo-learn-like"] == figures["precision"]["lightly-like"] == "fp16"
+    assert figures["clock"] == "cuda events"
+    assert all(size > 0 for size in figures["gpu_memory_bytes"].values())
+
+
+def test_a_rival_keeps_its_own_copy(arms):
+    ours, eager = arms["ours"].networks()[0], arms["eager"].networks()[0]
+    assert isinstance(arms["eager"], Rival)
+    before = copy.deepcopy(ours.state_dict())
+    arms["eager"].steps(1)
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+    assert not torch.equal(eager.backbone.conv1.weight, ours.backbone.conv1.weight)
