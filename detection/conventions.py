@@ -107,8 +107,8 @@ def _unsaid(path: Path, assumed: list[str]) -> UserError:
 
 
 def with_hub_config(path: Path, checkpoint: Any) -> Any:
-    """Add what timm's `config.json` beside a `.safetensors` file says: architecture and pixels."""
-    if path.suffix != ".safetensors":
+    """Add what timm's `config.json` beside published weights says: architecture and pixels."""
+    if path.suffix not in (".safetensors", ".bin") or not isinstance(checkpoint, Mapping):
         return checkpoint
     try:
         config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))

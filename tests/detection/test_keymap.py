@@ -84,6 +84,11 @@ def sequential(prefix: str) -> dict[str, int]:
     return {number(name): index for index, name in enumerate(tensor_shapes(ARCHS[18]))}
 
 
+def in_detectron2(prefix: str, extra: dict[str, int] | None = None) -> dict[str, int]:
+    names = [*keymap.name_table(ARCHS[18]).values(), "stem.conv1.norm.num_batches_tracked"]
+    return {f"{prefix}{name}": index for index, name in enumerate(names)} | (extra or {})
+
+
 CASES = {
     "torchvision": ("torchvision", "online", prefixed("", {"fc.weight": -1, "fc.bias": -1})),
     "ddp": ("torchvision", "online", prefixed("module.", {"module.fc.weight": -1})),
@@ -127,6 +132,21 @@ CASES = {
         prefixed("teacher_backbone.", {"student_backbone.conv1.weight": -1}),
     ),
     "ours": ("ours", "online", prefixed("backbone.", {"projector.0.weight": -1})),
+    "timm": ("timm", "online", prefixed("", {"fc.weight": -1})),
+    "detectron2": ("detectron2", "online", in_detectron2("", {"stem.fc.weight": -1})),
+    "detectron2 fpn": (
+        "detectron2",
+        "online",
+        in_detectron2("backbone.bottom_up.", {"backbone.fpn_lateral2.weight": -1, "pixel_mean": -1,
+                                              "proposal_generator.rpn_head.conv.weight": -1}),
+    ),
+    "detectron2 c4": (
+        "detectron2",
+        "online",
+        {name.replace("backbone.res5", "roi_heads.res5"): index
+         for name, index in in_detectron2("backbone.").items()}
+        | {"roi_heads.res5.norm.weight": -1, "roi_heads.box_predictor.cls_score.weight": -1},
+    ),
 }  # fmt: skip
 
 
@@ -139,16 +159,49 @@ def test_every_key_is_mapped_or_dropped_with_a_reason(case: str) -> None:
     assert all(mapped.dropped.values())
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "ours"])
+@pytest.mark.parametrize("arch", [*ARCHS.values(), THIN], ids=str)
+def test_way_back_is_the_inverse(arch: Arch) -> None:
+    with torch.device("meta"):
+        theirs = build_bare_resnet(arch).state_dict()
+        ours = set(ReferenceResNet(arch).state_dict())
+    assert {keymap.torchvision_name(name) for name in theirs} == ours
+    assert all(
+        keymap.detectron2_name(str(keymap.torchvision_name(name))) == name for name in theirs
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["res6.0.conv1.weight", "res1.0.conv1.weight", "res2.conv1.weight", "stem.conv1.norm",
+     "res2.00.conv4.weight", "stem.shortcut.weight", "stem.conv1.weight.x", "xstem.conv1.weight",
+     "res2.0.conv1.norm.norm.weight", "layer1.0.conv1.weight", "", "stem.conv1.\u0661"],
+)  # fmt: skip
+def test_names_that_are_no_resnets(name: str) -> None:
+    found = keymap.torchvision_name(name)
+    assert found is None or keymap.detectron2_name(found) == name
+    assert found is None or found not in tensor_shapes(ARCHS[50])
+
+
+def test_two_backbones_in_one_file_are_refused() -> None:
+    state = in_detectron2("backbone.") | {"backbone.bottom_up.stem.conv1.weight": 0}
+    with pytest.raises(UserError, match=r"is a second conv1.weight; the checkpoint holds two"):
+        keymap.to_torchvision(state, "detectron2", "online")
+    twice = sequential("backbone.") | {"backbone.conv1.weight": 0}
+    with pytest.raises(UserError, match=r"'backbone.conv1.weight' is a second conv1.weight"):
+        keymap.to_torchvision(twice, "lightly", "online")
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("ours", "timm")])
 def test_layout_is_detected(case: str) -> None:
     layout, _, state = CASES[case]
     assert keymap.detect_layout(state) == layout
 
 
-@pytest.mark.parametrize("layout", ["moco", "solo-learn", "lightly"])
+@pytest.mark.parametrize("layout", ["moco", "solo-learn", "lightly", "detectron2"])
 def test_unknown_key_is_named(layout: str) -> None:
-    prefix = {"moco": "encoder_q.", "solo-learn": "backbone.", "lightly": "backbone."}[layout]
-    state = prefixed(prefix, {"mystery.weight": 0})
+    prefix = "encoder_q." if layout == "moco" else "backbone."
+    made = in_detectron2 if layout == "detectron2" else prefixed
+    state = made(prefix, {"mystery.weight": 0})
     with pytest.raises(UserError, match=r"unknown key 'mystery.weight'.*--layout"):
         keymap.to_torchvision(state, layout, "online")
 
