@@ -97,6 +97,7 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
     check_cells(plan, work)
     store = Store(options.out / "results.sqlite")
     try:
+        store.note_killed()
         for name, seed in work:
             cell = plan.cells[name]
             store.plan(name, seed, cell.label, cell.axes, cell.settings)

@@ -107,6 +107,7 @@ def _run(
     refuse_twins(arms)
     store = Store(options.out / "results.sqlite")
     try:
+        store.note_killed()
         todo = []
         for arm in arms:
             work = trials.make_work(arm, protocol, options.out, ROOT)

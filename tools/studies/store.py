@@ -86,10 +86,21 @@ class Store:
         """Close the file."""
         self._database.close()
 
+    def note_killed(self) -> int:
+        """Cells that 'run' though nobody holds the folder were killed; returns how many."""
+        with self._database:
+            change = "status='stopped', error='killed together with its harness', changed=?"
+            done = self._database.execute(
+                f"UPDATE cells SET {change} WHERE status='running'", (time.time(),)
+            )
+            return done.rowcount
+
     def plan(
         self, fingerprint: str, seed: int, label: str, axes: Mapping, settings: Mapping
     ) -> Row:
-        """Enter a cell, or only its names where it is there already; returns it."""
+        """Enter a cell, or add its names where it is there already; returns it."""
+        for row in self._rows("WHERE fingerprint=? AND seed=?", (fingerprint, seed)):
+            axes = row.axes | dict(axes)
         names = (label, json.dumps(axes, sort_keys=True))
         with self._database:
             self._database.execute(

@@ -1,5 +1,6 @@
 """A cell's commands: skipped when done, stopped when asked, told when failed."""
 
+import fcntl
 import os
 import signal
 import sys
@@ -80,6 +81,25 @@ def test_a_request_to_stop_lets_the_command_save(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     assert run(tmp_path, one)["status"] == "finished"
     assert one.product.read_text() == "half"
+
+
+def test_an_attempt_that_outlived_its_harness_ends_first(tmp_path: Path) -> None:
+    """The lock is the older attempt's; the newer one waits, and finds the work done."""
+    one = step(tmp_path, "one", TOUCH)
+    (tmp_path / "cell").mkdir()
+    with (tmp_path / "cell/.job.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def end() -> None:
+            time.sleep(0.3)
+            one.product.write_text("by the older one")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        older = threading.Thread(target=end)
+        older.start()
+        assert run(tmp_path, one)["status"] == "finished"
+        older.join()
+    assert one.product.read_text() == "by the older one"
 
 
 def test_a_job_that_left_nothing_has_failed(tmp_path: Path) -> None:

@@ -40,10 +40,23 @@ def test_planning_again_keeps_what_was_found(store: Store, tmp_path: Path) -> No
     store.finish("f", 0, "finished", metrics={"knn": 1.0})
     store.close()
     again = Store(tmp_path / "results.sqlite")
+    again.plan("f", 0, "new", {"h": {"a": "b"}}, {})
     row = again.plan("f", 0, "new", {"g": {"x": "y"}}, {})
+    assert row.axes == {"g": {"x": "y"}, "h": {"a": "b"}}
     assert (row.label, row.status, row.metrics) == ("new", "finished", {"knn": 1.0})
     assert len(again.rows()) == 1
     again.close()
+
+
+def test_what_a_killed_harness_left_running_is_stopped(store: Store) -> None:
+    for seed in range(3):
+        store.plan("f", seed, "x", {}, {})
+    store.start("f", 0, None)
+    store.start("f", 1, None)
+    store.finish("f", 1, "finished", metrics={"knn": 1.0})
+    assert store.note_killed() == 1
+    assert [row.status for row in store.rows()] == ["stopped", "finished", "planned"]
+    assert store.row("f", 0).error == "killed together with its harness"
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
