@@ -11,6 +11,7 @@ Exit status: 0 everything needed is there (remarks are possible), 1 something is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -33,6 +34,13 @@ PACKAGES = (
     "fvcore",
     "pycocotools",
 )
+OTHER_NAMES = {  # of the same library; a machine may bring one of these
+    "opencv-python": (
+        "opencv-python-headless",
+        "opencv-contrib-python",
+        "opencv-contrib-python-headless",
+    )
+}
 SETUP = "run `bash tools/setup.sh --force`"
 GIB = 1 << 30
 
@@ -59,10 +67,11 @@ def check_packages() -> Finding:
     """Versions of the main packages."""
     versions: dict[str, str] = {}
     for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "missing"
+        versions[name] = "missing"
+        for candidate in (name, *OTHER_NAMES.get(name, ())):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(candidate)
+                break
     detail = ", ".join(f"{name} {version}" for name, version in versions.items())
     absent = [name for name, version in versions.items() if version == "missing"]
     if absent:

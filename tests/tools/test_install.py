@@ -265,6 +265,18 @@ def test_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[str])
     assert [item["name"] for item in report["findings"]] == list(doctor.CHECKS)
 
 
+def test_doctor_takes_opencv_under_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name.startswith("opencv") and name != "opencv-python-headless":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor.check_packages().status == "ok"
+    monkeypatch.setattr(doctor, "OTHER_NAMES", {})
+    assert "lacking: opencv-python" in doctor.check_packages().remedy
+
+
 @pytest.mark.parametrize(
     ("name", "error", "remedy"),
     [
