@@ -15,7 +15,6 @@ bf16-mixed for 16-mixed; so do the two here.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from pretrain.data.samples import TwoViewBatch
 from pretrain.engine.feed import Fed
+from pretrain.engine.flops import plain_copy
 from pretrain.engine.train import Run
 from pretrain.models.contrastive import FAContrastive
 from pretrain.models.row_random import fa_generator
@@ -152,7 +152,8 @@ class Rival:
     def __init__(self, name: str, recipe: Recipe, model: FAContrastive, views: Tensor) -> None:
         assert model.ema is not None
         self.name, self.recipe, self.flags = name, recipe, recipe.flags
-        self._online, self._target = copy.deepcopy(model.online), copy.deepcopy(model.ema)
+        self._online: Any = plain_copy(model.online)
+        self._target: Any = plain_copy(model.ema)
         layout = torch.channels_last if recipe.is_channels_last else torch.contiguous_format
         for network in (self._online, self._target):
             network.to(memory_format=layout)  # type: ignore[call-overload]

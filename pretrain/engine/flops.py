@@ -19,12 +19,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pretrain.models.backbone import ResNet
 from pretrain.models.contrastive import FAContrastive
 
 NUM_VIEWS = 2
 TRAINED = 3  # forward once, backward twice: gradients of inputs and of weights
 _PRODUCTS = ("conv", "linear", "addmm", "matmul", "bmm", "einsum", "mv", "dot")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy that computes as its classes say: not compiled, nothing checkpointed.
+
+    A compiled forward pass stands in the module itself and would lead back to the original.
+    """
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        part.__dict__.pop("forward", None)
+        if isinstance(part, ResNet):
+            part.checkpoints_stages = False
+    return copied
 
 
 def forward_flops(module: nn.Module, *shape: int) -> int:
@@ -38,7 +52,7 @@ def forward_flops(module: nn.Module, *shape: int) -> int:
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
 
-        example = copy.deepcopy(module).cpu().float().eval()
+        example = plain_copy(module).cpu().float().eval()
         analysis = FlopCountAnalysis(example, torch.zeros(shape))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.tracer_warnings("none")

@@ -51,7 +51,7 @@ def test_all_arms_have_one_loss_and_one_gradient(arms):
     for name, found in gradients.items():
         assert found.keys() == wanted.keys()
         for key, gradient in found.items():
-            error = float((gradient - wanted[key]).norm() / wanted[key].norm().clamp_min(1e-6))
+            error = float((gradient - wanted[key]).norm() / wanted[key].norm().clamp_min(1e-3))
             assert error < 1e-2, f"{name}: {key}"
 
 
@@ -268,10 +268,14 @@ def test_on_a_gpu_rivals_scale_their_loss_and_memory_is_told(tmp_path):
     assert all(size > 0 for size in figures["gpu_memory_bytes"].values())
 
 
-def test_a_rival_keeps_its_own_copy(arms):
+def test_a_rival_keeps_its_own_copy(arms, monkeypatch):
+    """Even if the engine's forward pass was replaced by a compiled one."""
     ours, eager = arms["ours"].networks()[0], arms["eager"].networks()[0]
     assert isinstance(arms["eager"], Rival)
     before = copy.deepcopy(ours.state_dict())
+    monkeypatch.setattr(ours.backbone, "forward", None)
+    made = Rival("eager", step_arms.EAGER, arms["ours"].run.model, arms["ours"].views)
+    made.steps(1)
     arms["eager"].steps(1)
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
     assert not torch.equal(eager.backbone.conv1.weight, ours.backbone.conv1.weight)

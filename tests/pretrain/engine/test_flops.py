@@ -67,6 +67,20 @@ def test_a_step_costs_what_pytorch_counts(make_model, make_views, objective, fa)
     assert n * counted.per_picture - unneeded == counter.get_total_flops()
 
 
+def test_a_replaced_forward_pass_counts_as_the_plain_one(make_model):
+    """As ``engine.compile`` leaves it; the copy must not lead back to the original."""
+    model = make_model("byol")
+    expected = flops.model_flops(model, 32)
+
+    def refuse(_images):
+        raise AssertionError("the original was called")
+
+    model.online.backbone.forward = refuse
+    model.online.backbone.checkpoints_stages = True
+    assert flops.model_flops(model, 32) == expected
+    assert model.online.backbone.forward is refuse
+
+
 def test_parts_that_are_missing_count_nothing(make_model):
     simclr = flops.model_flops(make_model("simclr", method="none"), 32)
     assert (simclr.predictor, simclr.prototypes, simclr.has_ema) == (0, 0, False)
