@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, help="a YAML of configs/detection/")
-    add("--data", type=Path, help="data set with dataset.json, or a VOC devkit")
+    add("--data", type=Path, help="set with dataset.json, a VOC devkit or a COCO folder")
     add("--out", type=Path, required=True, help="folder for the results")
     add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
     add(
