@@ -16,18 +16,19 @@ from tests.slurm.tiny_run import (
     kill_all,
     last_step,
     run_undisturbed,
+    training_processes,
     wait_until,
     write_config,
 )
 
 SCRIPT = str(Path(__file__).parent / "hosts.sh")
 ENDPOINT = "10.99.0.1:29400"
-SECONDS_CUT = 20
+PATIENCE = 900  # seconds until something that must happen; on a calm machine all are below 120
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         os.environ.get("REQUIRE_NETNS") != "1",
-        reason="takes minutes and an idle machine: asked for with REQUIRE_NETNS=1",
+        reason="makes network namespaces, as root (iproute2): asked for with REQUIRE_NETNS=1",
     ),
 ]
 
@@ -59,9 +60,10 @@ class Node:
         self.command = [
             shutil.which("ip", path=f"{os.environ['PATH']}:/sbin:/usr/sbin") or "ip",
             "netns", "exec", f"{name}-{side}", sys.executable, "-m", "torch.distributed.run",
-            "--nnodes=2", "--nproc-per-node=1", "--max-restarts=5", "--monitor-interval=0.5",
+            "--nnodes=2", "--nproc-per-node=1", "--max-restarts=20", "--monitor-interval=0.5",
             "--rdzv-backend=c10d", f"--rdzv-endpoint={ENDPOINT}", "--rdzv-id=cut",
-            f"--rdzv-conf=is_host={int(side == 'a')},keep_alive_interval=1,read_timeout=10",
+            f"--rdzv-conf=is_host={int(side == 'a')},keep_alive_interval=2,"
+            "keep_alive_max_attempt=5,read_timeout=20",
             f"--local-addr=10.99.0.{1 if side == 'a' else 2}",
             "-m", "pretrain", str(config), f"out={out}", "--resume",
         ]  # fmt: skip
@@ -72,7 +74,6 @@ class Node:
 
     def start(self) -> None:
         self.num_starts += 1
-        assert self.num_starts <= 20, self.said()
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdout=log, stderr=log
@@ -102,17 +103,25 @@ def test_cut_link_ends_in_the_same_weights(hosts: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     nodes = [Node(hosts, side, config, out) for side in "ab"]
     try:
-        wait_until(lambda: num_there(nodes) == 2 and last_step(out) >= 10, 180, "step 10")
+        wait_until(lambda: num_there(nodes) == 2 and last_step(out) >= 10, PATIENCE, "step 10")
+        trained_before = training_processes(out)
         subprocess.run(["bash", SCRIPT, "cut", hosts], check=True)
-        time.sleep(3)  # what was on its way has arrived
+        # A side that waits to receive hears nothing at all; one that sends gives up.
+        wait_until(
+            lambda: num_there(nodes) and not set(trained_before) <= set(training_processes(out)),
+            PATIENCE, "that a host notices the cut",
+        )  # fmt: skip
         step_when_cut = last_step(out)
-        time.sleep(SECONDS_CUT - 3)
-        assert last_step(out) == step_when_cut < 48  # no host trains on alone
+        for _ in range(10):  # no host trains on alone
+            time.sleep(0.5)
+            num_there(nodes)
+        assert last_step(out) == step_when_cut < 48
         subprocess.run(["bash", SCRIPT, "mend", hosts], check=True)
-        wait_until(lambda: num_there(nodes) == 0, 300, "the end")
+        wait_until(lambda: num_there(nodes) == 0, PATIENCE, "the end")
     except AssertionError as error:
         raise AssertionError(f"{error}\n" + "\n".join(n.said() for n in nodes)) from error
     finally:
         for node in nodes:
             kill_all(node.process)
+    assert last_step(out) == 48
     assert identical(whole, out)
