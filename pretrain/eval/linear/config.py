@@ -27,7 +27,7 @@ class LinearConfig:
     # The classifiers, one for each rate, trained at once.
     lrs: list[float] | None = None  # base rates at batch 256; null: num_lrs between lr_min, lr_max
     num_lrs: int = 10
-    lr_min: float = 0.01
+    lr_min: float = 0.001
     lr_max: float = 100.0
     epochs: int = 100
     batch_size: int = 256  # global: over all processes

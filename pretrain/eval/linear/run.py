@@ -112,7 +112,7 @@ class Evaluation:
         if not path.exists():
             return None
         result = json.loads(path.read_text(encoding="utf-8"))
-        changes = checkpoint.different_keys(result["identity"], self.identity())
+        changes = checkpoint.different_keys(result.get("identity", {}), self.identity())
         if changes:
             raise UserError(
                 f"{path} is of another evaluation: {'; '.join(changes)}. Choose another --out"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.eval.knn import knn_top1, nearest_rows, working_bytes
+from pretrain.eval import knn as knn_module
+from pretrain.eval.knn import knn_grid, knn_top1, nearest_rows, working_bytes
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,6 +53,22 @@ def test_equals_a_loop(k, temperature, seed):
     expected = by_hand(*sets, k, temperature)
     assert 0.3 < expected < 1
     assert knn_top1(*sets, k=k, temperature=temperature) == pytest.approx(expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_a_grid_equals_a_loop_in_each_cell_and_compares_once(chunk, monkeypatch):
+    calls = []
+    compare = knn_module.nearest_rows
+    monkeypatch.setattr(
+        knn_module, "nearest_rows", lambda *a, **o: calls.append(a[2]) or compare(*a, **o)
+    )
+    sets, ks, temperatures = data(), [20, 1, 5], [0.07, 1.0]
+    grid = knn_grid(*sets, ks=ks, temperatures=temperatures, chunk=chunk)
+    assert calls == [20]
+    for row, k in zip(grid, ks, strict=True):
+        for value, temperature in zip(row, temperatures, strict=True):
+            assert value == pytest.approx(by_hand(*sets, k, temperature))
 
 
 def test_chunks_change_nothing():
