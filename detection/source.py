@@ -15,7 +15,7 @@ from detection.errors import UserError
 from detection.pixels import Preprocessing
 from detection.reference_resnet import tensor_shapes
 
-_NESTED = ("state_dict", "model", "model_state_dict")
+_NESTED = ("state_dict", "model", "model_state_dict", "blobs")
 _NESTED_EMA = ("state_dict_ema", "model_ema")
 _BARE = ("torchvision", "timm")
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -115,7 +115,8 @@ def _network(
 ) -> tuple[Mapping[str, Any], str, Arch | None]:
     """The state_dict inside a checkpoint, its layout, and its architecture if it says so."""
     if not isinstance(checkpoint, Mapping) or not checkpoint:
-        raise UserError(f"holds {type(checkpoint).__name__}, not a state_dict; {_COPY_AGAIN}")
+        kind = "nothing" if checkpoint == {} else type(checkpoint).__name__
+        raise UserError(f"holds {kind}, not a state_dict; {_COPY_AGAIN}")
     is_ours = checkpoint.get("format") == keymap.OUR_FORMAT
     if is_ours != (layout == "ours") and (is_ours or layout == "ours") and layout != "auto":
         raise UserError(f"--layout {layout}: format is {checkpoint.get('format')!r}, ours is "

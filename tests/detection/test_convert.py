@@ -19,6 +19,7 @@ from detection.errors import UserError
 from detection.parity import compare, comparison_picture
 from detection.pixels import IMAGENET, parse_preprocessing
 from tests.detection.tiny_detection import ROOT, liven_norms, write_our_checkpoint
+from tools.convert_to_d2 import main
 
 
 def torchvision_state(depth: int) -> dict[str, Tensor]:
@@ -200,6 +201,13 @@ def test_truncated_missing_and_foreign_files(r18: Path, tmp_path: Path) -> None:
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
     with pytest.raises(UserError, match="holds Tensor, not a state_dict"):
         read_source(tmp_path / "tensor.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds nothing, not a state_dict"):
+        read_source(tmp_path / "empty.pth")
+    blobs = {"blobs": {"conv1_w": np.ones((64, 3, 7, 7), np.float32)}}
+    (tmp_path / "detectron1.pkl").write_bytes(pickle.dumps(blobs))
+    with pytest.raises(UserError, match="conv1_w: Caffe2's names"):
+        read_source(tmp_path / "detectron1.pkl")
     torch.save({0: torch.ones(3)}, tmp_path / "numbers.pth")
     with pytest.raises(UserError, match="not names of tensors"):
         read_source(tmp_path / "numbers.pth")
@@ -224,7 +232,9 @@ def test_preprocessing_that_makes_no_sense(text: str) -> None:
         parse_preprocessing(text)
 
 
-def test_command_line(thin_checkpoint: Path, tmp_path: Path) -> None:
+def test_command_line(
+    thin_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, ROOT / "tools" / "convert_to_d2.py", *arguments]
         return subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -234,7 +244,7 @@ def test_command_line(thin_checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "265 tensors and 53 batch counters converted to detectron2" in done.stdout
     assert "a head of pretraining" in done.stdout
-    failed = call(tmp_path / "none.pth", tmp_path / "b.pkl")
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("error: ")
-    assert "Traceback" not in failed.stderr
+    assert main([str(tmp_path / "none.pth"), str(tmp_path / "b.pkl")]) == 2
+    failed = capsys.readouterr().err
+    assert failed.startswith("error: ")
+    assert "Traceback" not in failed
