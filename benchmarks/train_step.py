@@ -6,7 +6,7 @@ machine does hits all alike (benchmarks/step_arms.py says what each does). Then 
 fed from shards by its own loader.
 
 "images_per_second" are medians over rounds, "ratios" medians of ours / rival in the same round.
-"mfu": model FLOPs (benchmarks/step_arms.py, pretrain/engine/flops.py) over the device's rate.
+"mfu": model FLOPs (pretrain/engine/flops.py) over the rate of the device.
 "from_shards_share": the rate from shards over the rate on synthetic data, wall-clock time.
 --table measures something else: step time against queue size or number of features, or memory.
 """
