@@ -115,7 +115,7 @@ def _network(
 ) -> tuple[Mapping[str, Any], str, Arch | None]:
     """The state_dict inside a checkpoint, its layout, and its architecture if it says so."""
     if not isinstance(checkpoint, Mapping) or not checkpoint:
-        kind = "nothing" if checkpoint == {} else type(checkpoint).__name__
+        kind = "nothing" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise UserError(f"holds {kind}, not a state_dict; {_COPY_AGAIN}")
     is_ours = checkpoint.get("format") == keymap.OUR_FORMAT
     if is_ours != (layout == "ours") and (is_ours or layout == "ours") and layout != "auto":
