@@ -23,7 +23,7 @@ from tests.slurm.tiny_run import (
 
 SCRIPT = str(Path(__file__).parent / "hosts.sh")
 ENDPOINT = "10.99.0.1:29400"
-PATIENCE = 900  # seconds until something that must happen; on a calm machine all are below 120
+PATIENCE = 900  # seconds until something that must happen
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(

@@ -25,7 +25,7 @@ from tests.slurm.tiny_run import (
 )
 
 EPOCHS = 6
-PATIENCE = 600  # seconds until something that must happen; on a calm machine all are below 60
+PATIENCE = 600  # seconds until something that must happen
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 TWO_PROCESSES = ("--tasks-per-node", "2", "--cpus-per-node", "2")
 TWO_NODES = ("--nodes", "2", "--cpus-per-node", "2")
 EPOCHS = 8  # of 6 steps
-PATIENCE = 900  # seconds until something that must happen; on a calm machine all are below 120
+PATIENCE = 900  # seconds until something that must happen
 
 pytestmark = [
     pytest.mark.slow,
