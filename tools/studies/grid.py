@@ -146,9 +146,12 @@ def read_preset(path: Path) -> Preset:
         value = raw.get(name, least)
         if not isinstance(value, int) or value < least:
             raise UserError(f"{path}: {name} is {value!r}; give a whole number from {least} on")
-    unknown = [name for name in raw["metrics"] if name not in METRICS]
-    if unknown or not raw["metrics"]:
-        raise UserError(f"{path}: metrics {raw['metrics']!r}: give some of {', '.join(METRICS)}")
+    metrics = _entries(raw, "metrics", str(path))
+    if not metrics or any(name not in METRICS for name in metrics):
+        raise UserError(f"{path}: metrics {metrics!r}: give some of {', '.join(METRICS)}")
+    check_keys(raw["sets"], None, set(), f"{path}: sets")
+    if not raw["sets"]:
+        raise UserError(f"{path}: sets is empty: name at least one set of data")
     for name, options in raw["sets"].items():
         check_keys(options, None, {"recipe"}, f"{path}: sets.{name}")
     values: dict[str, Any] = {"paradigms": {}, "overrides": {}} | raw
@@ -166,23 +169,35 @@ def read_grid(path: Path, preset: str) -> Grid:
     check_keys(raw, keys, {"title", "claim", "axes", "comparisons"}, str(path))
     if not path.stem.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"{path}: name the file with letters, digits, _ and - only")
+    check_keys(raw["axes"], None, set(), f"{path}: axes")
+    for where, value in (("axes", raw["axes"]), *raw["axes"].items()):
+        check_keys(value, None, set(), f"{path}: {where}")
+        if not value:
+            raise UserError(f"{path}: {where} is empty")
     axes = {
         axis: {str(name): _level(level, f"{path}: {axis}: {name}") for name, level in names.items()}
         for axis, names in raw["axes"].items()
     }
     left_out = []
-    for entry in raw.get("left_out", []):
+    for entry in _entries(raw, "left_out", str(path)):
         check_keys(entry, {"cells", "reason", "preset"}, {"cells", "reason"}, f"{path}: left_out")
         if entry.get("preset", preset) == preset:
             left_out.append((_axes(entry["cells"], axes, f"{path}: left_out"), entry["reason"]))
     grid = Grid(path.stem, raw["title"], raw["claim"], axes, tuple(left_out), ())
     comparisons = []
-    for entry in raw["comparisons"]:
+    for entry in _entries(raw, "comparisons", str(path)):
         comparison = _comparison(entry, grid, path)
         # A comparison with a cell that this preset leaves out is left out with it.
         if all(grid.reason_left_out(cell) is None for _, cell in comparison.terms):
             comparisons.append(comparison)
     return Grid(path.stem, raw["title"], raw["claim"], axes, tuple(left_out), tuple(comparisons))
+
+
+def _entries(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    value = raw.get(key, [])
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {key} is {value!r} where a list is expected")
+    return value
 
 
 def _level(raw: Any, where: str) -> Level:

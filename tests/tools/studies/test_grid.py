@@ -121,6 +121,13 @@ def test_cells_left_out_take_their_comparisons_along(tmp_path: Path) -> None:
         ("control: {FA: none, loss: mean}", "control: {FA: none}", "names no level of loss"),
         ("mean: {}", "mean: {pool: 2}", "pool is 2; give a share above 0, up to 1"),
         ("axes:", "axes: [", "is no YAML"),
+        ("left_out:\n", "left_out: 3\nignored:\n", "unknown key 'ignored'"),
+        (
+            "  FA: {none: {fa.method: none}, mask: {fa.method: mask}}",
+            "  FA:",
+            "FA: None where keys",
+        ),
+        ("loss: {mean: {}, free: {fa.feature_loss: free}}", "loss: {}", "loss is empty"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -146,6 +153,8 @@ def test_two_axes_do_not_set_the_same_key(tmp_path: Path) -> None:
         ({"base": "nothing.yaml"}, "nothing.yaml does not exist"),
         ({"sets": {"a": {}}}, "sets.a: recipe is missing"),
         ({"sedes": 3}, "unknown key 'sedes'"),
+        ({"sets": None}, "sets: None where keys"),
+        ({"metrics": "knn"}, "metrics is 'knn' where a list is expected"),
     ],
 )
 def test_mistakes_in_a_preset_are_named(tmp_path: Path, change: dict, message: str) -> None:
