@@ -300,6 +300,7 @@ def dotted_keys(cls=PretrainConfig, prefix=""):
 
 CONTRASTIVE = "models/test_contrastive.py::"
 TRAIN = "engine/test_train.py::"
+BAD_INPUT = "engine/test_bad_input.py::"
 FEED = "engine/test_feed.py::"
 OPTIM = "engine/test_optim.py::"
 METHODS = "engine/test_run_methods.py::"
@@ -336,7 +337,7 @@ COVERED_BY = {
     "data.photometric": FEED + "test_photometric_decides_who_makes_the_changes",
     "data.shuffle_window": TRAIN + "test_shuffle_window_decides_the_order",
     "data.num_workers": TRAIN + "test_killed_and_resumed_equals_uninterrupted",
-    "data.max_bad_samples": TRAIN + "test_bad_pictures_stop_the_run_or_are_counted",
+    "data.max_bad_samples": BAD_INPUT + "test_bad_pictures_stop_the_run_or_are_counted",
     "data.pixel_mean": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
     "data.pixel_std": TRAIN + "test_views_have_the_size_and_normalisation_of_the_config",
     "heads.projector_layers": TRAIN + "test_heads_of_the_config_are_built",
@@ -394,7 +395,7 @@ COVERED_BY = {
     "optim.lars_clip": OPTIM + "test_lars_clip_equals_numpy",
     "optim.micro_batch_size": STEP + "test_plain_accumulation_equals_the_large_batch",
     "optim.accumulation": STEP + "test_cached_accumulation_equals_the_large_batch",
-    "engine.device": TRAIN + "test_gpu_asked_for_without_one",
+    "engine.device": BAD_INPUT + "test_gpu_asked_for_without_one",
     "engine.precision": TRAIN + "test_precision_decides_autocast",
     "engine.channels_last": TRAIN + "test_channels_last_changes_memory_not_meaning",
     "engine.activation_checkpointing": SPEED + "test_checkpointed_run_equals_the_plain_one",

@@ -8,7 +8,26 @@ from pathlib import Path
 
 import torch
 
+from pretrain.engine.metrics import read_rows
+
 ROOT = Path(__file__).parents[3]
+
+TINY = {
+    "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"name": "infonce"},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "adamw", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
+    "engine": {
+        "device": "cpu",
+        "precision": "fp32",
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 100,
+        "num_threads": 1,
+    },
+    "eval": {"num_pictures": 0, "knn_k": 5},
+}  # fmt: skip; a run of a few seconds
 
 
 def assert_same_state(a, b, where=""):
@@ -73,3 +92,16 @@ def start_guard_worker(
         [*command, what, str(rank), steps, *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def train_rows(folder):
+    return [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def error_of(result, status):
+    """The one line that a refused command prints."""
+    assert result[0] == status
+    lines = [line for line in result[2].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result[2]
+    return lines[0]

@@ -1,0 +1,139 @@
+"""What a user got wrong, and what a disk or a diverging loss does: one message each."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from pretrain.__main__ import main
+from pretrain.data.shards import ShardIndex
+from pretrain.engine import checkpoint, metrics
+from pretrain.engine.device import choose_device
+from tests.pretrain.engine.run_helpers import TINY, error_of, train_rows
+
+BASE = TINY
+
+
+def test_no_shards_named(config_file, tmp_path, capsys):
+    assert main([str(config_file), f"out={tmp_path / 'x'}"]) == 2
+    assert "data.shards is not set: name the folder" in capsys.readouterr().err
+
+
+def test_missing_shards(start, make_shards, tmp_path):
+    message = error_of(start("a", f"data.shards={tmp_path / 'nothing'}"), 2)
+    assert "nothing" in message
+    assert "make_shards" in message
+    shards = make_shards("one-missing")
+    next(iter(sorted(shards.glob("*.tar")))).unlink()
+    message = error_of(start("b", f"data.shards={shards}"), 2)
+    assert "shard-000000.tar" in message
+    assert "missing" in message
+
+
+def test_truncated_shard(start, make_shards):
+    shards = make_shards("cut-short")
+    path = sorted(shards.glob("*.tar"))[1]
+    path.write_bytes(path.read_bytes()[:5000])
+    message = error_of(start("a", f"data.shards={shards}"), 2)
+    assert "shard-000001.tar" in message
+    assert "cut short" in message
+
+
+def test_bad_pictures_stop_the_run_or_are_counted(start, make_shards):
+    shards = make_shards("bad-picture")
+    index = ShardIndex.open(shards)
+    row = index.samples[13]
+    path = shards / index.shard_names[int(row["shard"])]
+    data = bytearray(path.read_bytes())
+    data[int(row["offset"]) : int(row["offset"]) + int(row["size"])] = bytes(int(row["size"]))
+    path.write_bytes(data)
+    where = f"data.shards={shards}"
+    message = error_of(start("stop", where), 2)
+    assert "sample 13" in message
+    assert path.name in message
+    assert "data.max_bad_samples" in message
+    status, folder, err = start("count", where, "data.max_bad_samples=1")
+    assert status == 0, err
+    assert train_rows(folder)[-1]["num_bad_samples"] == 2  # once in each epoch
+    assert json.loads((folder / "summary.json").read_text())["num_skipped_samples"] == 2
+
+
+def test_batch_larger_than_the_data(start):
+    assert "40 samples do not fill one batch of 64" in error_of(start("a", "data.batch_size=64"), 2)
+
+
+def test_no_folder_named(config_file, shards, capsys):
+    assert main([str(config_file), f"data.shards={shards}"]) == 2
+    assert "out is not set: name the folder of this run" in capsys.readouterr().err
+
+
+def test_out_below_a_file(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(start("file/run"), 1)
+    assert str(tmp_path / "file") in message
+
+
+@pytest.mark.parametrize(
+    ("decay", "what"), [(0, r"the loss is (nan|inf)"), (1e30, "weights are no longer finite")]
+)
+def test_diverged_training_stops_and_saves_nothing_broken(start, decay, what):
+    result = start(
+        "nan", "optim.name=sgd", "optim.base_lr=1e30", "optim.warmup_epochs=0",
+        f"optim.weight_decay={decay}", "engine.checkpoint_every_steps=1",
+    )  # fmt: skip
+    message = error_of(result, 1)
+    saved = "(no checkpoint was written|holds an earlier state)"
+    assert re.search(rf"{what} at step \d+; .*{saved}", message)
+    assert "Lower optim.base_lr or lengthen optim.warmup_epochs" in message
+    saved = result[1] / "checkpoint.pth"
+    if saved.exists():
+        assert all(torch.isfinite(w).all() for w in checkpoint.load(saved)["model"].values())
+    assert not (result[1] / "summary.json").exists()
+
+
+def test_full_disk_under_a_checkpoint(start, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = error_of(start("full", "optim.epochs=1"), 1)
+    assert "disk full while writing" in message
+    assert "checkpoint.pth" in message
+    assert "--resume" in message
+
+
+def test_full_disk_under_the_metrics(start, monkeypatch):
+    write = metrics.MetricLog.write
+
+    def full(self, kind, step, **values):
+        if step == 3:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(self, kind, step, **values)
+
+    monkeypatch.setattr(metrics.MetricLog, "write", full)
+    message = error_of(start("full", "optim.epochs=1"), 1)
+    assert "disk full (metrics.jsonl): free some space" in message
+
+
+def test_gpu_asked_for_without_one(start, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = error_of(start("gpu", "engine.device=cuda"), 2)
+    assert "engine.device=cuda, but torch sees no GPU; use engine.device=auto or cpu" in message
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for rank in (0, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", rank)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_probe_without_labels(start, unlabelled_shards, shards):
+    result = start(
+        "probe", f"eval.probe_train={unlabelled_shards}", f"eval.probe_val={shards}"
+    )  # fmt: skip
+    assert "hold samples without labels" in error_of(result, 2)
