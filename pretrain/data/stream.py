@@ -159,6 +159,7 @@ class Loader:
 
 def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataLoader:
     """A DataLoader whose items are whole batches, in the sampler's order."""
+    _end_opencv_threads(num_workers)
     return DataLoader(
         dataset,
         batch_size=None,
@@ -169,6 +170,12 @@ def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataL
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_quiet_worker, _leaving()),
     )
+
+
+def _end_opencv_threads(num_workers: int) -> None:
+    """Before workers are forked: one would wait for ever for threads that only its parent has."""
+    if num_workers:
+        cv2.setNumThreads(1)  # 0 would keep them
 
 
 def _quiet_worker(leaving: Synchronized, _: int) -> None:
@@ -228,6 +235,7 @@ def eval_loader(
         UserError: If a sample does not decode.
     """
     dataset = EvalDataset(index, image_size)
+    _end_opencv_threads(num_workers)
     loader = DataLoader(
         dataset,
         batch_size=None,

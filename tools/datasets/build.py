@@ -262,6 +262,7 @@ def _render_all(source: Source, root: Path, num_workers: int) -> None:
                 bar.update(_render_chunk(source, root, *task))
             cv2.setNumThreads(threads)
             return
+        cv2.setNumThreads(1)  # ends OpenCV's threads: a forked worker would wait for them for ever
         with ProcessPoolExecutor(
             num_workers, initializer=_start_worker, initargs=(os.getpid(),)
         ) as pool:

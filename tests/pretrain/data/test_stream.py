@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_workers_change_nothing_over_epochs_and_resume(index: ShardIndex) -> Non
         assert same(expected, list(parallel.epoch(epoch, start_step)))
     next(iter(parallel.epoch(3)))  # an epoch that is left early
     assert same(list(plain.epoch(4, 2)), list(parallel.epoch(4, 2)))
+
+
+def test_opencv_s_threads_end_before_workers_are_forked(index: ShardIndex) -> None:
+    """A worker that inherits their locks, but not the threads, can wait for ever."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 0)  # starts them
+        num_threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
+        loader = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=1)
+        assert cv2.getNumThreads() == 1
+        if num_threads:
+            assert len(os.listdir("/proc/self/task")) < num_threads
+        assert len(list(loader.epoch(0))) == loader.num_steps
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None:
