@@ -17,7 +17,7 @@ from pretrain.data.augment import draw_uniforms
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
 _ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
-_NO_BLUR = 1.6  # shrinking by less: bilinear alone, nearly as close to an antialiased resize
+_NO_BLUR = 1.55  # shrinking by less: bilinear alone, nearly as close to an antialiased resize
 _BLUR_TOO = 1.2  # by more than this the other axis is blurred too: closer, and faster than one
 _CUBIC = 1.7  # below, a binomial blur is a little too much, and bicubic sharpens it back
 _MAX_BINOMIAL = 2.6  # above, one binomial blur is too little
@@ -167,7 +167,7 @@ def crop(
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
     """Resize with little aliasing at little more than the cost of bilinear interpolation.
 
-    Up to a factor of 1.6 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
+    Up to a factor of 1.55 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
     shrink by more than 1.2), then bicubic or bilinear, whichever is closer to a tent as wide as the
     factor asks; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
 
