@@ -641,7 +641,7 @@ def test_precision_decides_autocast(make_run, objective):
         assert output.loss.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
     assert results["fp32"] != results["bf16"]
-    assert results["fp32"] == pytest.approx(results["bf16"], abs=0.2)
+    assert results["fp32"] == pytest.approx(results["bf16"], abs=0.5)  # BN of 8 samples
 
 
 def test_precision_auto_asks_the_hardware(monkeypatch):
