@@ -1,9 +1,11 @@
-"""The config file of tests that run the command line, and the command line itself."""
+"""The config file of a test module, its command line run in this process, and its runs."""
 
 import pytest
 import yaml
 
 from pretrain.__main__ import main
+from pretrain.config import load_config
+from pretrain.engine.train import Run
 
 
 @pytest.fixture
@@ -31,3 +33,14 @@ def start(config_file, shards, tmp_path, capsys):
         return status, folder, capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture
+def make_run(config_file, shards, tmp_path):
+    """Build a `Run` without training: make_run("key=value", .., name="run")."""
+
+    def make(*overrides, name="run"):
+        options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
+        return Run(load_config(config_file, options), resume=False)
+
+    return make

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.engine import checkpoint, loss_scale
 from pretrain.engine.metrics import read_rows
@@ -35,28 +34,6 @@ PLAIN = ["optim.micro_batch_size=4"]
 @pytest.fixture(autouse=True)
 def _start_low(monkeypatch):
     monkeypatch.setattr(loss_scale, "INITIAL", START)
-
-
-@pytest.fixture
-def start(config_file, shards, tmp_path, capsys):
-    """start("name", "key=value", ..): exit status, folder, stderr."""
-
-    def run(name, *options):
-        folder = tmp_path / name
-        capsys.readouterr()
-        status = main([str(config_file), f"out={folder}", f"data.shards={shards}", *options])
-        return status, folder, capsys.readouterr().err
-
-    return run
-
-
-@pytest.fixture
-def make_run(config_file, shards, tmp_path):
-    def make(*overrides, name="run"):
-        options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-        return Run(load_config(config_file, options), resume=False)
-
-    return make
 
 
 @pytest.fixture

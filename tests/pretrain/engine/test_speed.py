@@ -19,7 +19,6 @@ from pretrain.engine import checkpoint, dist, speed
 from pretrain.engine.device import uses_fused
 from pretrain.engine.metrics import read_rows
 from pretrain.engine.optim import load_state, make_optimizer
-from pretrain.engine.train import Run
 from pretrain.errors import UserError
 from pretrain.eval.knn import nearest_rows
 from pretrain.models.neighbour_search import consensus, top_k
@@ -43,17 +42,6 @@ BASE = {
     },
     "eval": {"num_pictures": 0, "knn_k": 5},
 }  # fmt: skip
-
-
-@pytest.fixture
-def make_run(config_file, shards, tmp_path):
-    """Build a `Run` without training: make_run("key=value", .., name="run")."""
-
-    def make(*overrides, name="run"):
-        options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-        return Run(load_config(config_file, options), resume=False)
-
-    return make
 
 
 # --- fused optimisers

@@ -36,17 +36,6 @@ STEPS_PER_EPOCH = 5  # 40 pictures, batch 8
 BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2", "fa.queue_size=20"]
 
 
-@pytest.fixture
-def make_run(config_file, shards, tmp_path):
-    """Build a `Run` without training: make_run("key=value", ..)."""
-
-    def make(*overrides):
-        options = [f"out={tmp_path / 'run'}", f"data.shards={shards}", *overrides]
-        return Run(load_config(config_file, options), resume=False)
-
-    return make
-
-
 def losses(folder):
     return [row["loss"] for row in train_rows(folder)]
 
