@@ -230,7 +230,7 @@ COLLAPSING = {
 def test_a_run_that_collapses_raises_the_alarm(start, cell):
     status, folder, err = start("run", *COLLAPSING[cell])
     assert status == 0, err
-    (event,) = rows_of(folder, "event")
+    event = rows_of(folder, "event")[0]  # rounding decides whether they recover and fall again
     assert event["message"].startswith("features have collapsed: std ")
     assert f"warning: {event['message']}" in err
     row = next(row for row in rows_of(folder, "train") if row["step"] == event["step"])
