@@ -359,7 +359,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calls", type=int, default=0, metavar="N", help="steps in one timing (CPU 1, GPU 10)")
     for name, value in asdict(CUDA_SIZES).items():
         both = f"{getattr(Sizes(), name)} on a CPU, {value} on a GPU"
-        choices = (18, 34, 50) if name == "depth" else None
+        choices = (18, 34, 50, 101) if name == "depth" else None
         add("--" + name.replace("_", "-"), type=int, metavar="N", choices=choices, help=both)
     return parser
 

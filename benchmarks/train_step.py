@@ -246,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
     for name, value in asdict(CUDA_SIZES).items():
         both = f"{getattr(CPU_SIZES, name)} on a CPU, {value} on a GPU"
-        choices = (18, 34, 50) if name == "depth" else None
+        choices = (18, 34, 50, 101) if name == "depth" else None
         add("--" + name.replace("_", "-"), type=int, metavar="N", choices=choices, help=both)
     return parser
 

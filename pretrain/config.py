@@ -33,7 +33,7 @@ AugmentationName = Literal[
 class ArchConfig:
     """A ResNet: depth and widths. ``thin`` R50 is depth 50 with 16, 16, 64."""
 
-    depth: Literal[18, 34, 50] = 50
+    depth: Literal[18, 34, 50, 101] = 50
     width_per_group: int = 64  # channels of the 3x3 convolution in res2
     stem_channels: int = 64
     res2_channels: int = 256  # channels that res2 puts out; doubled per stage
@@ -51,12 +51,14 @@ class ArchConfig:
         else:
             require(
                 self.res2_channels % 4 == 0,
-                f"arch.res2_channels must be a multiple of 4 at depth 50, got {self.res2_channels}",
+                f"arch.res2_channels must be a multiple of 4 at depth {self.depth}, "
+                f"got {self.res2_channels}",
             )
             require(
                 256 * self.width_per_group % self.res2_channels == 0,
                 f"arch: 256 * width_per_group ({self.width_per_group}) must be a multiple of "
-                f"res2_channels ({self.res2_channels}) for depth 50, e.g. 64 and 256, 16 and 64",
+                f"res2_channels ({self.res2_channels}) for depth {self.depth}, e.g. 64 and 256, "
+                "16 and 64",
             )
 
 

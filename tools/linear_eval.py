@@ -23,9 +23,9 @@ examples:
       --val B --out C --config configs/linear/imagenet1k_lars.yaml --resume
 
 CHECKPOINT is a checkpoint.pth of ours, a file with a ResNet's weights under torchvision's names, or
-random: with R18, R34, R50, thin_R50 or a checkpoint whose architecture is taken. Every key=value
-stands in pretrain/eval/linear/config.py and docs/linear_evaluation.md. A killed evaluation goes on
-where it stopped when the same command is given with --resume.
+random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken. Every
+key=value stands in pretrain/eval/linear/config.py and docs/linear_evaluation.md. A killed
+evaluation goes on where it stopped when the same command is given with --resume.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
 FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"

@@ -9,6 +9,7 @@ import yaml
 
 from pretrain.config import PretrainConfig, load_config, to_plain
 from pretrain.errors import UserError
+from pretrain.models.backbone import NUM_BLOCKS
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "configs" / "pretrain").rglob("*.yaml"))
@@ -64,6 +65,12 @@ def test_the_last_of_two_overrides_wins(config_file):
     assert load_config(config_file, ["seed=1", "seed=2"]).seed == 2
 
 
+def test_every_depth_of_the_backbone_is_a_choice(config_file):
+    for depth in NUM_BLOCKS:
+        overrides = [f"arch.depth={depth}"] + ["arch.res2_channels=64"] * (depth < 50)
+        assert load_config(config_file, overrides).arch.depth == depth
+
+
 def test_null_unsets(config_file):
     assert load_config(config_file, ["out=x", "out=null"]).out is None
 
@@ -110,7 +117,7 @@ def test_broken_yaml_is_named(tmp_path, text):
 
 
 WRONG_VALUES = {
-    "arch.depth=101": "depth",
+    "arch.depth=102": "depth",
     "arch.width_per_group=0": r"arch\.width_per_group must be positive, got 0",
     "arch.stem_channels=-1": r"arch\.stem_channels must be positive, got -1",
     "arch.res2_channels=250": r"multiple of 4 at depth 50, got 250",

@@ -21,6 +21,7 @@ NAMED = {
     "R18": Arch(18, 64, 64, 64),
     "R34": Arch(34, 64, 64, 64),
     "R50": Arch(50, 64, 64, 256),
+    "R101": Arch(101, 64, 64, 256),
     "thin_R50": Arch(50, 16, 16, 64),
 }
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision uses them
@@ -72,7 +73,7 @@ def load(source: str, *, branch: Branch, seed: int) -> Frozen:
 
     Args:
         source: A checkpoint of ours, a file with a torchvision-style state dict, or ``random:``
-            with R18, R34, R50, thin_R50 or a checkpoint of ours whose architecture is taken.
+            with R18, R34, R50, R101, thin_R50 or a checkpoint of ours whose architecture is taken.
         branch: Which network of a checkpoint of ours.
         seed: Of random weights.
     Raises:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ResNet50_Weights, ResNet101_Weights
 
 from pretrain.config import HeadConfig
 from pretrain.engine import flops
@@ -35,6 +36,17 @@ def test_a_full_resnet_18_has_its_published_count():
     """1.8 billion multiply-adds at 224 px (He et al., 2016, table 1)."""
     count = flops.forward_flops(ResNet(Arch(18, 64, 64, 64)), 1, 3, 224, 224)
     assert count == pytest.approx(2 * 1.8e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("depth", "weights"),
+    [(50, ResNet50_Weights.IMAGENET1K_V1), (101, ResNet101_Weights.IMAGENET1K_V1)],
+)
+def test_full_bottleneck_networks_have_torchvisions_count(depth, weights):
+    """torchvision states thousand millions of multiply-adds at 224 px, the classifier included."""
+    count = flops.forward_flops(ResNet(Arch(depth, 64, 64, 256)), 1, 3, 224, 224)
+    classifier = 2 * 2048 * 1000
+    assert count + classifier == pytest.approx(2e9 * weights.meta["_ops"], rel=0.001)
 
 
 @pytest.mark.parametrize(

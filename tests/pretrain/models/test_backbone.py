@@ -13,11 +13,12 @@ FULL_WIDTH = {
     18: Arch(18, 64, 64, 64),
     34: Arch(34, 64, 64, 64),
     50: Arch(50, 64, 64, 256),
+    101: Arch(101, 64, 64, 256),
 }
 THIN = Arch(50, 16, 16, 64)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
 def test_keys_shapes_and_features_equal_torchvision(depth):
     torch.manual_seed(depth)
     reference = getattr(torchvision.models, f"resnet{depth}")(weights=None)
