@@ -55,10 +55,12 @@ setup(
         "gs": ["gcsfs>=2025.3"],  # shards behind gs://
         "wandb": ["wandb>=0.19"],  # tracking.wandb
         "mlflow": ["mlflow>=2.20"],  # tracking.mlflow
+        "maps": ["scikit-learn>=1.6"],  # t-SNE of the features at a run's end
         "dev": [
             "pytest>=8.3",
             "s3fs>=2025.3",
             "moto[server]>=5.1",
+            "scikit-learn>=1.6",
             "hypothesis>=6.110",
             "pytest-xdist>=3.6",  # the whole suite on all cores
             "ruff>=0.12",

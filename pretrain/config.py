@@ -247,7 +247,8 @@ class EvalConfig:
     online_probe: bool = False  # a linear classifier learns beside, from the training batches
     online_probe_lr: float = 1e-3  # of its Adam; constant
     image_size: int = 0  # pixels; 0: data.image_size
-    num_pictures: int = 8  # rows in the views and neighbours pictures; 0: none
+    num_pictures: int = 8  # rows in the views and neighbours pictures; 0: none, and no map
+    num_map_points: int = 1000  # of the map of the probe's features (feature_map.json); 0: none
 
     def __post_init__(self) -> None:
         require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")
@@ -259,6 +260,10 @@ class EvalConfig:
             f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
         )
         require(self.num_pictures >= 0, f"eval.num_pictures: {self.num_pictures} is < 0")
+        require(
+            self.num_map_points == 0 or 8 <= self.num_map_points <= 3000,
+            f"eval.num_map_points must be 0 (no map) or from 8 to 3000, got {self.num_map_points}",
+        )
         require(
             (self.probe_train is None) == (self.probe_val is None),
             "eval.probe_train and eval.probe_val go together: give both or neither",

@@ -31,6 +31,7 @@ from pretrain.engine.optim import (
     set_lr,
 )
 from pretrain.engine.rows import Meter, Rows, Step
+from pretrain.engine.run_pictures import RunPictures
 from pretrain.engine.sections import GUARDS, LOGGING, OPTIMIZER, section
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
@@ -38,7 +39,6 @@ from pretrain.engine.stop import StoppedBySignal, StopRequest
 from pretrain.engine.trackers import check_installed
 from pretrain.engine.watchdog import Progress, Watchdog
 from pretrain.eval.online_probe import OnlineProbe, evaluate, watched
-from pretrain.eval.pictures import save_neighbours, save_views
 from pretrain.eval.probe import Probe
 from pretrain.models.cell_check import refuse_without_gradient
 from pretrain.models.contrastive import FAContrastive, StepOutput
@@ -112,6 +112,7 @@ class Run:
         self.guard = NonFiniteGuard(config.engine, self.folder, networks, self.device)
         self.num_new_bad_samples = 0  # of this process, not yet in the sum over all
         self.probe = Probe.open(config.eval, config.data, self.device)
+        self.pictures = RunPictures(self.folder, config, self.feed.samples, self.probe, self.device)
         self.rows = Rows(config, self.folder, self.steps_per_epoch, self.position)
         self.stop = StopRequest()
 
@@ -162,7 +163,7 @@ class Run:
             self.progress.finished(self.position.step)
             if fresh and log is not None:
                 self._probe(log)
-                self._save_view_pictures()
+                self.pictures.at_start(self.model.online.backbone, self.feed)
             while self.position.epoch < self.config.optim.epochs:
                 where = self.position
                 self.steps(self.feed.epoch(where.epoch, where.step_in_epoch), log, bar)
@@ -326,24 +327,7 @@ class Run:
             raise guards.diverged(self.folder, what)
         self.saver.save(self._state(), self.position.step)
 
-    def _save_view_pictures(self) -> None:
-        num = min(self.config.eval.num_pictures, self.config.data.batch_size)
-        if num:
-            first = self.feed.first_batch()
-            ids, data = first.batch.sample_ids, self.config.data
-            save_views(self.folder, self.feed.samples, ids, first.views, num, data)
-
     def _finish(self) -> None:
-        """Neighbour gallery and ``summary.json``, which says that the run is complete."""
-        num = self.config.eval.num_pictures
-        if num:
-            save_neighbours(
-                self.folder,
-                self.model.online.backbone,
-                self.feed.samples,
-                self.probe,
-                num,
-                self.device,
-                self.config.data,
-            )
+        """The last pictures, and ``summary.json``, which says that the run is complete."""
+        self.pictures.at_end(self.model.online.backbone)
         run_folder.write_summary(self.folder, self.position, self.config, self.feed.num_samples)

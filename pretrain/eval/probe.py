@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import DataConfig, EvalConfig
+from pretrain.data.mixture import Samples
 from pretrain.data.shards import ShardIndex
 from pretrain.errors import UserError
 from pretrain.eval.features import extract_features
@@ -57,10 +58,10 @@ class Probe:
     def features(
         self,
         backbone: nn.Module,
-        index: ShardIndex,
+        index: Samples,
         each_batch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features [n, d] in ``eval.knn_dtype`` and labels [n] of one of the two sets.
+        """Features [n, d] in ``eval.knn_dtype`` and labels [n] of a set or of a part.
 
         ``each_batch`` is called with the features (float32) and the labels of every batch.
         """

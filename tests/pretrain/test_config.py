@@ -214,6 +214,8 @@ WRONG_VALUES = {
     "tracking.wandb=perhaps": "wandb",
     "tracking.project=": r"tracking\.project is empty: name a project",
     "eval.num_pictures=-1": r"eval\.num_pictures: -1 is < 0",
+    "eval.num_map_points=5": r"eval\.num_map_points must be 0 \(no map\) or from 8 to 3000, got 5",
+    "eval.num_map_points=3001": r"eval\.num_map_points must be 0 .* got 3001",
     "eval.image_size=-5": r"eval\.image_size must be 0 \(data\.image_size\) or >= 16, got -5",
     "eval.probe_train=x": r"eval\.probe_train and eval\.probe_val go together",
 }
@@ -438,6 +440,7 @@ COVERED_BY = {
     "tracking.project": TRACKERS + "test_a_run_tells_both_services",
     "eval.image_size": "eval/test_probe.py::test_image_size_is_the_probe_s_own_or_the_training_s",
     "eval.num_pictures": TRAIN + "test_num_pictures_decides_the_rows",
+    "eval.num_map_points": "engine/test_run_pictures.py::test_num_map_points_decides_the_points",
     "adversarial.epsilon": ADVERSARIAL + "test_option_of_a_run_changes_what_is_learnt",
     "adversarial.num_steps": ADVERSARIAL + "test_more_steps_raise_it_further",
     "adversarial.step_size": ADVERSARIAL + "test_step_size_reaches_the_search",

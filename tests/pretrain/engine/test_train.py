@@ -71,6 +71,8 @@ def test_files_of_a_run(start, shards):
         "checkpoints/step-00000010.pth", ".lock",
         "pictures/views.jpg", "pictures/views.json",
         "pictures/neighbours.jpg", "pictures/neighbours.json",
+        "pictures/neighbours_before.jpg", "pictures/neighbours_before.json",
+        "feature_map.json", "features_before.npz", "pictures/feature_map.jpg",
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) == {

@@ -14,6 +14,7 @@ from pretrain.data.samples import TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader
 from pretrain.data.views import center_crop, decode
+from pretrain.eval import pictures
 from pretrain.eval.pictures import GAP, TILE, save_neighbours, save_views
 from pretrain.eval.probe import Probe
 
@@ -163,3 +164,35 @@ def test_few_pictures_have_few_neighbours(tmp_path, make_shards):
     save_neighbours(tmp_path, Pixels(), index, None, 8, CPU, replace(DATA, batch_size=2))
     rows = json.loads((tmp_path / "pictures" / "neighbours.json").read_text())["rows"]
     assert [len(row["neighbours"]) for row in rows] == [2, 2, 2]
+
+
+def test_a_large_bank_is_thinned_out_evenly(tmp_path, index, make_shards, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_BANK", 10)
+    config = EvalConfig(
+        probe_train=str(index.folder), probe_val=str(make_shards("few-queries", num=9)), knn_k=3
+    )
+    probe = Probe.open(config, DATA, CPU)
+    seen = []
+    backbone = Pixels()
+    backbone.register_forward_hook(lambda module, given, _: seen.append(len(given[0])))
+    save_neighbours(tmp_path, backbone, index, probe, 4, CPU, DATA)
+    assert seen == [4, 10]  # no more pictures pass the network
+    found = json.loads((tmp_path / "pictures" / "neighbours.json").read_text())
+    assert found["num_bank"] == 10
+    bank = np.linspace(0, 39, 10).astype(int)
+    chosen = np.linspace(0, 8, 4).astype(int)
+    queries = features_by_hand(probe.val)[chosen]
+    _, order = by_hand(queries, features_by_hand(index)[bank], exclude_self=False)
+    for row, nearest in zip(found["rows"], order, strict=True):
+        assert row["neighbours"] == [index.key_name(int(bank[j])) for j in nearest[:6]]
+
+
+@pytest.mark.parametrize("has_probe", [True, False])
+def test_random_states_stay(tmp_path, index, has_probe):
+    config = EvalConfig(probe_train=str(index.folder), probe_val=str(index.folder), knn_k=3)
+    probe = Probe.open(config, DATA, CPU) if has_probe else None
+    before = torch.get_rng_state()
+    save_neighbours(tmp_path, Pixels(), index, probe, 2, CPU, DATA, name="neighbours_before")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (tmp_path / "pictures" / "neighbours_before.jpg").exists()
+    assert not (tmp_path / "pictures" / "neighbours.jpg").exists()
