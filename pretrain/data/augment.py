@@ -177,12 +177,28 @@ def draw_uniforms(
     """
     keys = keys.detach().cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
     visits = visits.detach().cpu().numpy() if isinstance(visits, Tensor) else np.asarray(visits)
+    return uniforms(
+        keys, stream_bases(purpose, visits, seed=seed, view_index=view_index), num_draws
+    )
+
+
+def stream_bases(purpose: str, visits: np.ndarray, *, seed: int, view_index: int) -> np.ndarray:
+    """Numbers of the streams that `uniforms` draws from, a function of all its arguments.
+
+    Args:
+        purpose: What the numbers are for.
+        visits: int64 [n] or one number.
+        seed: Seed of the run.
+        view_index: 0 or 1.
+    Returns:
+        uint64, of the shape of `visits`, or one number if all visits are equal.
+    """
     if visits.size and (visits == visits.flat[0]).all():
         visits = np.asarray(visits.flat[0])  # as nearly always; finding the kinds would cost more
     kinds, which = np.unique(visits, return_inverse=True)
     bases = [stable_hash(purpose, seed, int(kind), view_index, num_bytes=8) for kind in kinds]
     base = np.array([int.from_bytes(b, "little") for b in bases], np.uint64)
-    return uniforms(keys, base[which.reshape(visits.shape)], num_draws)
+    return base[which.reshape(visits.shape)]
 
 
 def uniforms(keys: np.ndarray, base: np.ndarray | int, num_draws: int) -> np.ndarray:

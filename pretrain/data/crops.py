@@ -5,6 +5,7 @@ torchvision's RandomResizedCrop.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import cv2
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pretrain.data.augment import draw_uniforms
+from pretrain.data.augment import stream_bases, uniforms
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
@@ -42,43 +43,54 @@ def draw_crops(
     visits: np.ndarray | int,
     *,
     seed: int,
-    view_index: int,
-    scale: tuple[float, float],
+    scales: Mapping[int, tuple[float, float]],
     ratio: tuple[float, float] = RATIO,
     flip_probability: float = 0.5,
-) -> Crops:
-    """Crops of one view of each picture: a function of (seed, visit, key, view) and its size.
+) -> list[Crops]:
+    """Crops of each view of each picture: a function of (seed, visit, key, view) and its size.
 
     Args:
         sizes: int64 [n, 2], height and width in pixels.
         keys: int64 [n], the samples' hashed names.
         visits: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
-        view_index: 0 or 1.
-        scale: Range of the crop's area, as a share of the picture's.
+        scales: For each view by its number, the range of the crop's area as a share of the
+            picture's.
         ratio: Range of the crop's width / height, drawn uniformly in its logarithm.
         flip_probability: Probability of a horizontal flip.
+    Returns:
+        One for each view, in the order of `scales`.
     """
-    visits = np.broadcast_to(visits, keys.shape)
-    common = {"seed": seed, "view_index": view_index}
-    draws = draw_uniforms("crop", keys, visits, 1 + 4, **common)
-    boxes, fits = boxes_from_draws(draws[1:], sizes, scale, ratio)
+    num, num_views = len(keys), len(scales)
+    visits = np.asarray(visits)
+    bases = [stream_bases("crop", visits, seed=seed, view_index=view) for view in scales]
+    base = np.concatenate([np.broadcast_to(part, num) for part in bases])
+    keys, sizes = np.tile(keys, num_views), np.tile(sizes, (num_views, 1))  # views one by one
+    low, high = np.repeat(np.array([*scales.values()]).T, num, axis=1)
+    draws = uniforms(keys, base, 1 + 4)
+    boxes, fits = boxes_from_draws(draws[1:], sizes, (low, high), ratio)
     again = np.flatnonzero(~fits)  # the other attempts are drawn for these rows alone
     if len(again):
-        more = draw_uniforms("crop", keys[again], visits[again], 1 + 4 * _ATTEMPTS, **common)
+        more = uniforms(keys[again], base[again], 1 + 4 * _ATTEMPTS)
+        scale = (low[again], high[again])
         boxes[again], _ = boxes_from_draws(more[1:], sizes[again], scale, ratio)
-    return Crops(boxes, draws[0] < flip_probability)
+    flips = draws[0] < flip_probability
+    views = [slice(view * num, (view + 1) * num) for view in range(num_views)]
+    return [Crops(boxes[rows], flips[rows]) for rows in views]
 
 
 def boxes_from_draws(
-    draws: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+    draws: np.ndarray,
+    sizes: np.ndarray,
+    scale: tuple[float | np.ndarray, float | np.ndarray],
+    ratio: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes as torchvision's RandomResizedCrop draws them: some attempts, then a central box.
 
     Args:
         draws: float64 [4 * attempts, n] in [0, 1): of each attempt area, ratio, top and left.
         sizes: int64 [n, 2], height and width in pixels.
-        scale: Range of the area, as a share of the picture's.
+        scale: Range of the area, as a share of the picture's; for all, or float64 [n] each.
         ratio: Range of width / height.
     Returns:
         int64 [n, 4], top, left, height, width, inside the picture; and bool [n], False where no

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -259,28 +259,27 @@ class TwoViewDataset(Dataset):
         keys = self.index.samples[sample_ids[rows]]["key"].astype(np.uint64).view(np.int64)
         own_visits = visits[rows]
         sizes = np.array([(headers[row].height, headers[row].width) for row in headers], np.int64)
-        sides, plans = np.full(len(rows), np.iinfo(np.int64).max), []
-        for number, scale in enumerate(self.crop_scales):
-            crops = draw_crops(
-                sizes, keys, own_visits, seed=self.seed, view_index=number, scale=scale,
-                flip_probability=self.flip_probability,
-            )  # fmt: skip
-            sides = np.minimum(sides, crops.boxes[:, 2:].min(axis=1))
+        crops = draw_crops(
+            sizes, keys, own_visits, seed=self.seed, scales=dict(enumerate(self.crop_scales)),
+            flip_probability=self.flip_probability,
+        )  # fmt: skip
+        plans = []
+        for number, drawn in enumerate(crops):
             changes: list[Changes | None] = [None] * len(rows)
             if self.photometric is not None:
-                drawn = draw_parameters(
+                params = draw_parameters(
                     self.photometric[number], keys, own_visits, seed=self.seed, view_index=number
                 )
-                changes = [*changes_of(drawn, self.image_size)]
-            drawn_crops = zip(crops.boxes.tolist(), crops.flips.tolist(), changes, strict=True)
-            plans.append([_ViewPlan(*plan) for plan in drawn_crops])
+                changes = [*changes_of(params, self.image_size)]
+            both = zip(drawn.boxes.tolist(), drawn.flips.tolist(), changes, strict=True)
+            plans.append([_ViewPlan(*plan) for plan in both])
+        sides = np.min([drawn.boxes[:, 2:] for drawn in crops], axis=(0, 2))
         reductions = reductions_for(sides, self.image_size).tolist()
         own = zip(reductions, zip(*plans, strict=True), strict=True)
         return {row: (by, list(views)) for row, (by, views) in zip(headers, own, strict=True)}
 
 
-@dataclass(frozen=True)
-class _ViewPlan:
+class _ViewPlan(NamedTuple):
     """One view of one picture: where it is cut, whether it is flipped, what becomes of it."""
 
     box: tuple[int, int, int, int]

@@ -17,6 +17,13 @@ PICTURE = smooth_picture(5, 60, 80)
 SEED = {"seed": 3, "view_index": 0, "scale": (0.08, 1.0)}
 
 
+def draw_one(
+    *pictures: np.ndarray | int, view_index: int, scale: tuple[float, float], **options: float
+) -> crops.Crops:
+    """Crops of one view alone."""
+    return draw_crops(*pictures, scales={view_index: scale}, **options)[0]
+
+
 def sizes(num: int, height: int, width: int) -> np.ndarray:
     return np.tile(np.array([height, width], np.int64), (num, 1))
 
@@ -32,7 +39,7 @@ def test_boxes_are_distributed_as_torchvisions(
 ) -> None:
     num = 4000
     options = SEED | {"scale": scale}
-    ours = draw_crops(sizes(num, height, width), np.arange(num), 0, **options).boxes
+    ours = draw_one(sizes(num, height, width), np.arange(num), 0, **options).boxes
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array(
@@ -55,7 +62,7 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 def test_flips_come_with_their_probability_and_apart_from_the_boxes() -> None:
     num = 10_000
     for probability in (0.0, 0.3, 0.5, 1.0):
-        drawn = draw_crops(
+        drawn = draw_one(
             sizes(num, 200, 300), np.arange(num), 1, **SEED, flip_probability=probability
         )
         assert drawn.flips.mean() == pytest.approx(probability, abs=0.015)
@@ -66,7 +73,7 @@ def test_flips_come_with_their_probability_and_apart_from_the_boxes() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (2, 3), (2000, 1500)])
 def test_boxes_lie_inside(height: int, width: int) -> None:
-    boxes = draw_crops(sizes(500, height, width), np.arange(500), 0, **SEED).boxes
+    boxes = draw_one(sizes(500, height, width), np.arange(500), 0, **SEED).boxes
     assert boxes.dtype == np.int64
     assert (boxes >= [0, 0, 1, 1]).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
@@ -82,7 +89,7 @@ def test_ten_failures_give_the_central_box_as_torchvision() -> None:
 
 def test_later_attempts_are_drawn_as_if_all_were_drawn_at_once() -> None:
     shapes, keys = sizes(300, 40, 90), np.arange(300)  # many whole boxes are too high
-    drawn = draw_crops(shapes, keys, 2, **SEED)
+    drawn = draw_one(shapes, keys, 2, **SEED)
     draws = draw_uniforms("crop", keys, 2, 41, seed=3, view_index=0)
     _, first = boxes_from_draws(draws[1:5], shapes, (0.08, 1.0), RATIO)
     boxes, _ = boxes_from_draws(draws[1:], shapes, (0.08, 1.0), RATIO)
@@ -93,21 +100,32 @@ def test_later_attempts_are_drawn_as_if_all_were_drawn_at_once() -> None:
 def test_crops_depend_on_seed_visit_key_view_and_size_alone() -> None:
     keys, visits = np.arange(50) * 7919, np.arange(50) % 3
     shapes = np.random.default_rng(0).integers(50, 400, (50, 2))
-    whole = draw_crops(shapes, keys, visits, **SEED)
+    whole = draw_one(shapes, keys, visits, **SEED)
     rows = np.array([31, 4, 4, 17])
-    part = draw_crops(shapes[rows], keys[rows], visits[rows], **SEED)
+    part = draw_one(shapes[rows], keys[rows], visits[rows], **SEED)
     np.testing.assert_array_equal(part.boxes, whole.boxes[rows])
     np.testing.assert_array_equal(part.flips, whole.flips[rows])
     for change in ({"seed": 4}, {"view_index": 1}):
-        other = draw_crops(shapes, keys, visits, **SEED | change)
+        other = draw_one(shapes, keys, visits, **SEED | change)
         assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
     for other_keys, other_visits in ((keys + 1, visits), (keys, visits + 1)):
-        other = draw_crops(shapes, other_keys, other_visits, **SEED)
+        other = draw_one(shapes, other_keys, other_visits, **SEED)
         assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
+
+
+def test_views_drawn_together_are_those_drawn_alone() -> None:
+    keys, visits = np.arange(60) * 7919, np.arange(60) % 3
+    shapes = np.random.default_rng(0).integers(50, 400, (60, 2))
+    scales = {0: (0.08, 1.0), 1: (0.2, 0.5)}
+    together = draw_crops(shapes, keys, visits, seed=3, scales=scales)
+    for drawn, (view_index, scale) in zip(together, scales.items(), strict=True):
+        alone = draw_one(shapes, keys, visits, seed=3, view_index=view_index, scale=scale)
+        np.testing.assert_array_equal(drawn.boxes, alone.boxes)
+        np.testing.assert_array_equal(drawn.flips, alone.flips)
 
 
 def test_draws_keep_their_values_from_version_to_version() -> None:
-    drawn = draw_crops(sizes(3, 375, 500), np.array([0, -1, 2**62]), np.array([0, 0, 5]), **SEED)
+    drawn = draw_one(sizes(3, 375, 500), np.array([0, -1, 2**62]), np.array([0, 0, 5]), **SEED)
     np.testing.assert_array_equal(drawn.boxes, GOLDEN_BOXES)
     np.testing.assert_array_equal(drawn.flips, GOLDEN_FLIPS)
 
@@ -158,7 +176,7 @@ def test_boxes_of_reduced_pictures_are_off_by_half_a_pixel_at_most(
     small[..., 1] = np.arange(small.shape[1])
     cut = []
     monkeypatch.setattr(crops, "resize", lambda image, *_: cut.append(image) or image)
-    boxes = draw_crops(sizes(200, height, width), np.arange(200), 0, **SEED).boxes
+    boxes = draw_one(sizes(200, height, width), np.arange(200), 0, **SEED).boxes
     boxes = boxes[boxes[:, 2:].min(axis=1) >= 3 * reduction]
     for box in boxes.tolist():
         crop(small, tuple(box), 2, reduction=reduction)
@@ -259,7 +277,7 @@ def test_views_of_the_fast_path_are_those_of_pillow(view_size: int) -> None:
     data = encode(image, quality=90)
     exact = np.asarray(Image.open(io.BytesIO(data)))
     header = read_header(data, where="")
-    boxes = draw_crops(sizes(40, 375, 500), np.arange(40), 0, **SEED).boxes
+    boxes = draw_one(sizes(40, 375, 500), np.arange(40), 0, **SEED).boxes
     reductions = reductions_for(boxes[:, 2:].min(axis=1), view_size).tolist()
     assert len(set(reductions)) > 1 or view_size == 224
     for (top, left, height, width), reduction in zip(boxes.tolist(), reductions, strict=True):

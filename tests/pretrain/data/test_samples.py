@@ -79,8 +79,8 @@ def test_views_of_reduced_pictures_show_the_same(index: ShardIndex, size: int) -
     shapes = np.array([image.shape[:2] for image in whole])
     num_reduced, differences = 0, []
     for number, scale in enumerate(SCALES):
-        drawn = samples.draw_crops(
-            shapes, batch.keys.numpy(), VISITS, seed=3, view_index=number, scale=scale
+        (drawn,) = samples.draw_crops(
+            shapes, batch.keys.numpy(), VISITS, seed=3, scales={number: scale}
         )
         num_reduced += int((drawn.boxes[:, 2:].min(axis=1) >= 2 * (size + 1)).sum())
         for row, box in enumerate(drawn.boxes.tolist()):
