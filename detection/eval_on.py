@@ -173,6 +173,7 @@ def _evaluate_seed(
     )
     write_json(folder / f"eval-on-{name}-detections.json", last["detections"])
     write_json(folder / f"eval-on-{name}-pr.json", curves_file(last, voc.metric_year))
+    write_json(folder / f"eval-on-{name}-errors.json", last["errors"])
     result = {
         "name": name,
         "arm": trained["arm"],

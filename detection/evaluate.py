@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from detection.coco_metric import CocoEvaluator
+from detection.error_evaluator import ErrorEvaluator
 from detection.files import write_text
 from detection.voc import VocSplit
 
@@ -156,21 +157,25 @@ def evaluate_detector(
         absent: Classes without an object that counts.
 
     Returns:
-        What ClasswiseVOCEvaluator, CocoEvaluator and DetectionRecorder give, and how many pictures
-        took how many seconds; {} on other ranks than the first.
+        What ClasswiseVOCEvaluator, CocoEvaluator, ErrorEvaluator ("errors") and DetectionRecorder
+        give, and how many pictures took how many seconds; {} on other ranks than the first.
     """
     began = time.perf_counter()
     image_ids = [picture.image_id for picture in split.pictures]
     shown = spread_evenly(image_ids, cfg.TEST.NUM_SAVED_IMAGES)
     recorder = DetectionRecorder(split, shown, tuple(classes), root, cfg.TEST.SAVED_SCORE_THRESH)
     evaluators: list[DatasetEvaluator] = [CocoEvaluator(split, classes), recorder]
+    evaluators.append(ErrorEvaluator(split, classes, metric_year))
     if metric_year is not None:
         name = cfg.DATASETS.TEST[0]
         evaluators.append(ClasswiseVOCEvaluator(name, image_ids, list_file, absent))
     result = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
     if not comm.is_main_process():
         return {}
-    rows = result.pop("coco_classes")
+    rows, kinds = result.pop("coco_classes"), result.pop("kinds")
+    for image_id, picture in zip(shown, result["detections"], strict=True):
+        for found in picture["detections"]:
+            found["kind"] = kinds[image_id][found.pop("place")]
     if metric_year is None:
         result = {**result, **_coco_as_result(result["coco"], rows)}
     return {**result, "num_images": len(image_ids), "seconds": time.perf_counter() - began}
@@ -252,8 +257,9 @@ class DetectionRecorder(DatasetEvaluator):
                 "class": self._classes[label],
                 "score": round(score, 4),
                 "box": [round(value, 1) for value in box],
+                "place": place,  # among all detections of the picture
             }
-            for label, score, box in sorted(found, key=lambda item: -item[1])
+            for place, (label, score, box) in sorted(enumerate(found), key=lambda item: -item[1][1])
             if score >= self._score_thresh
         ]
 

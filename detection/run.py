@@ -218,6 +218,7 @@ def is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> b
         "*.pth",
         "detections.json",
         "pr.json",
+        "errors.json",
     ):
         for file in folder.glob(pattern):
             file.unlink()
@@ -250,10 +251,11 @@ def _train_seed(cfg: CfgNode, voc: VocSet, job: Job) -> None:
 
 
 def _write_results(trainer: Trainer, job: Job) -> None:
-    """Write detections.json and pr.json, then result.json: its presence says "finished"."""
+    """Write detections, curves and errors, then result.json: its presence says "finished"."""
     last = trainer.curve.last
     write_json(job.folder / "detections.json", last["detections"])
     write_json(job.folder / "pr.json", curves_file(last, trainer.voc.metric_year))
+    write_json(job.folder / "errors.json", last["errors"])
     result = {
         "arm": job.arm,
         "seed": job.seed,

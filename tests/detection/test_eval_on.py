@@ -68,6 +68,7 @@ def test_same_set_gives_the_same_figures_and_touches_nothing(place: Path, evalua
     summary = read(place / "run/eval-on-data.json")
     assert (summary["n"], summary["seeds"], summary["name"]) == (2, [0, 1], "data")
     assert len(read(seed / "eval-on-data-pr.json")["recall"]) == 101
+    assert read(seed / "eval-on-data-errors.json") == read(seed / "errors.json")
     boxes = (seed / "detections.json").read_text()
     assert (seed / "eval-on-data-detections.json").read_text() == boxes
     assert '"score"' in boxes

@@ -11,6 +11,7 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
 from detection.data import register
+from detection.error_evaluator import ErrorEvaluator
 from detection.evaluate import (
     ClasswiseVOCEvaluator,
     DetectionRecorder,
@@ -141,6 +142,40 @@ def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path, classw
             assert len(precision) == 101
             # Five objects a class at most: no recall of 3/10, 6/10 or 7/10, where rounding decides.
             assert np.mean(precision[::10]) == pytest.approx(result[key][name] / 100, abs=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int, classwise) -> None:
+    """Equal scores, boxes between the tenths of a pixel: the order and the matches are the same."""
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
+    detections = [
+        (image_id, label, round(score, 1), [value + 0.0625 for value in box])
+        for image_id, label, score, box in make_detections(voc, seed=2)
+    ]
+    result = feed(classwise(voc), voc, detections)
+    found = feed(ErrorEvaluator(voc.test, voc.classes, year), voc, detections)
+    assert 0 < result["bbox"]["AP50"] < 100
+    assert found["errors"]["AP50"] == pytest.approx(result["bbox"]["AP50"], abs=1e-9)
+    for name, ap in result["per_class_AP50"].items():
+        assert found["errors"]["classes"][name]["AP50"] == pytest.approx(ap, abs=1e-9)
+
+
+def test_kinds_come_in_the_order_of_the_detections(tiny: VocSet) -> None:
+    """Worst score first on purpose; the recorder sorts, and keeps each detection's place."""
+    detections: list[Detection] = []
+    for number, picture in enumerate(tiny.test.pictures):
+        item = picture.objects[0]
+        label, box = tiny.classes.index(item.class_name), item.box_from_zero()
+        detections += [(picture.image_id, label, 0.2, box), (picture.image_id, label, 0.9, box)]
+        detections += [(picture.image_id, (label + 1) % 3, 0.4, box)] * (number % 2)
+    kinds = feed(ErrorEvaluator(tiny.test, tiny.classes, 2012), tiny, detections)["kinds"]
+    image_ids = [picture.image_id for picture in tiny.test.pictures]
+    for number, image_id in enumerate(image_ids):
+        assert kinds[image_id] == ["duplicate", "correct", "confusion"][: 2 + number % 2]
+    recorder = DetectionRecorder(tiny.test, image_ids, tiny.classes, tiny.root, 0.0)
+    rows = feed(recorder, tiny, detections)["detections"]
+    assert [found["place"] for found in rows[1]["detections"]] == [1, 2, 0]
 
 
 def test_curve_points_by_hand() -> None:

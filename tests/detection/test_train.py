@@ -68,7 +68,13 @@ def test_results_have_the_agreed_shape(
         curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
         assert [point["iteration"] for point in curve] == [2, 3]
         assert curve[-1]["AP50"] == result["AP50"]
+        errors = read(folder / "errors.json")
+        assert errors["AP50"] == pytest.approx(result["AP50"], abs=1e-9)
+        assert set(errors["classes"]) == set(CLASSES)
         shown = read(folder / "detections.json")
+        assert {key for row in shown for found in row["detections"] for key in found} <= {
+            *("class", "score", "box", "kind")
+        }
         assert [row["file_name"] for row in shown] == [
             f"VOC2007/JPEGImages/{index:06d}.jpg" for index in range(8, 12)
         ]
