@@ -130,7 +130,7 @@ def _compare(folders: Sequence[Path], html: Path | None, *, as_json: bool) -> No
     if as_json:
         print(json.dumps(finite(as_plain(found, differing)), indent=1, default=str))
     elif html is not None:
-        page = runs_page.render(found, differing)
+        page = runs_page.render(found)
         write_text(html, page)
         print(f"{html}: {len(found)} runs, {len(page.encode()) / 1e6:.2f} MB")
     else:
@@ -146,7 +146,7 @@ def as_plain(found: Sequence[RunInfo], differing: dict[str, list[Any]]) -> dict[
 
 
 def _print_comparison(found: Sequence[RunInfo], differing: dict[str, list[Any]]) -> None:
-    names = runs_page.names(found)
+    names = runs.names(found)
     rows = [["", *names], ["state", *(run.state for run in found)]]
     cells = [_cells(run) for run in found]
     rows += [[label, *(c[i] for c in cells)] for i, label in enumerate(COLUMNS.values())]

@@ -135,6 +135,8 @@ def _pretrain(out: Path) -> None:
             "peak_memory_bytes": 1 << 30,
         },
     )
+    (out / "pretrain/config.yaml").write_text("data: {shards: shards}\n")
+    dump(out / "pretrain/environment.json", {"commit": "0123456789abcdef"})
     _grid(out / "pretrain/pictures/views", 3, [{"sample": f"{i:06d}"} for i in range(6)])
     rows = []
     for i in range(6):

@@ -123,7 +123,7 @@ def test_page_is_accessible(page):
 
 def test_text_from_files_is_escaped(page, run_folder):
     assert "x=<script>alert(1)</script>" in page.text
-    assert len(page.all("script")) == 1
+    assert len(page.all("script")) == 2
 
 
 NEW_KEYS = ("positive_cosine", "negative_cosine", "neighbour_", "self_hit_rate")
@@ -185,7 +185,7 @@ def test_a_collapse_is_shown_where_it_cannot_be_missed(tmp_path, number):
     out = make_run(tmp_path, seeds=1)
     message = "features have collapsed: std <0.0004>"
     event = {"kind": "event", "message": message, "collapse": {"feature_std": 0.004}}
-    other = {"kind": "event", "step": 0, "message": "kNN before training"}
+    other = {"kind": "event", "step": 0, "message": "kNN before training", "knn_top1_initial": 0.1}
     alarms = [event | {"step": 100 * i} for i in range(number)]
     rewrite_metrics(out, lambda rows: [other, *rows, *alarms])
     page = page_of(out)
@@ -201,8 +201,8 @@ def test_a_band_spreads_around_its_line():
     line = Series("a", [(0.0, 0.5), (1.0, 0.5)], band=[(0.0, 0.0, 1.0), (1.0, 0.4, 0.6)])
     drawn = charts.line_chart("t", [line], "x")
     assert drawn is not None
-    outline = re.search(r'class="band plain" d="M([^"]*)Z"', drawn)
-    line_path = re.search(r'class="line plain" d="M([^"]*)"', drawn)
+    outline = re.search(r'class="band plain" data-series="plain" d="M([^"]*)Z"', drawn)
+    line_path = re.search(r'class="line plain" data-series="plain" d="M([^"]*)"', drawn)
     assert outline is not None
     assert line_path is not None
     corners = [tuple(map(float, c.split())) for c in outline[1].split(" L")]
@@ -375,9 +375,9 @@ def test_without_bad_samples_the_page_says_so(page, tmp_path):
     dump(out / "shards/index.json", {"skipped": []})
     dump(out / "pretrain/summary.json", {"num_skipped_samples": 0})
     dump_lines(out / "pretrain/bad_samples.jsonl", [])
-    assert "Nothing: no picture was skipped when packing, none failed" in page_of(out).text
+    assert "Nothing: no stage or run failed" in page_of(out).text
     dump_lines(out / "pretrain/bad_samples.jsonl", [{"sample": 7}])
-    assert "Nothing: no picture was skipped" not in page_of(out).text
+    assert "Nothing: no stage" not in page_of(out).text
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
-_MAX_POINTS = 300
+_MAX_POINTS = 300  # of a line
+_ALL_POINTS, _FEWEST_POINTS = 3000, 40  # of all lines of a chart; of one of many
 
 Point = tuple[float, float]
 Span = tuple[float, float, float]
@@ -26,9 +27,10 @@ class Series:
     Attributes:
         label: What it is called where a value is shown.
         points: (x, y), ordered by x.
-        tone: `random`, `pretrained`, `negative` or `plain`: the line's colour.
+        tone: `random`, `pretrained`, `negative`, `plain` or what `page.tone` gives: classes.
         thin: One of several runs, drawn faintly behind their mean.
         band: How far values spread around the line, ordered by x; drawn behind it.
+        key: By what a legend hides the line; its tone if left out.
     """
 
     label: str
@@ -36,6 +38,12 @@ class Series:
     tone: str = "plain"
     thin: bool = False
     band: Sequence[Span] = ()
+    key: str = ""
+
+    @property
+    def series(self) -> str:
+        """What a legend calls the line."""
+        return self.key or self.tone
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -74,18 +82,18 @@ def thin_out(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
     return [*means, points[-1]]
 
 
-def drawable(line: Series) -> Series:
+def drawable(line: Series, most: int = _MAX_POINTS) -> Series:
     """Return the line without what is not finite, thinned out to what a chart can show."""
     points = [point for point in line.points if all(map(math.isfinite, point))]
     spans = [span for span in line.band if all(map(math.isfinite, span))]
-    lows, highs = (thin_out([(span[0], span[i]) for span in spans]) for i in (1, 2))
+    lows, highs = (thin_out([(span[0], span[i]) for span in spans], most) for i in (1, 2))
     band = [(x, low, high) for (x, low), (_, high) in zip(lows, highs, strict=True)]
-    return Series(line.label, thin_out(points), line.tone, line.thin, band)
+    return replace(line, points=thin_out(points, most), band=band)
 
 
-def spot(x: float, y: float, text: str) -> list[Any]:
-    """Return a place in the drawing and what is shown when it is pointed at."""
-    return [round(x, 1), round(y, 1), text]
+def spot(x: float, y: float, text: str, series: str = "") -> list[Any]:
+    """Return a place in the drawing, what is shown when it is pointed at, and whose it is."""
+    return [round(x, 1), round(y, 1), text, series]
 
 
 def line_chart(
@@ -99,7 +107,8 @@ def line_chart(
         x_label: Name of the horizontal axis.
         from_zero: Whether the vertical axis has to start at 0.
     """
-    lines = [line for line in map(drawable, series) if line.points]
+    most = min(_MAX_POINTS, max(_FEWEST_POINTS, _ALL_POINTS // max(len(series), 1)))
+    lines = [line for line in (drawable(line, most) for line in series) if line.points]
     if not lines:
         return None
     xs = [x for s in lines for x, _ in s.points]
@@ -119,7 +128,7 @@ def line_chart(
         parts.append(_path(places, line))
         if not line.thin:
             hover += [
-                spot(px, py, f"{line.label}: {short_number(y)} at {short_number(x)}")
+                spot(px, py, f"{line.label}: {short_number(y)} at {short_number(x)}", line.series)
                 for (px, py), (x, y) in zip(places, line.points, strict=True)
             ]
     description = "; ".join(
@@ -146,8 +155,8 @@ def slope_chart(title: str, pairs: Sequence[tuple[str, float, float]]) -> Markup
         for (px, py), tone, value in zip(
             places, ("random", "pretrained"), (left, right), strict=True
         ):
-            parts.append(f'<circle class="dot {tone}" cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>')
-            hover.append(spot(px, py, f"{label}, {tone}: {value:.1f}"))
+            parts.append(_dot(px, py, 4.5, tone, tone))
+            hover.append(spot(px, py, f"{label}, {tone}: {value:.1f}", tone))
     if len(pairs) > 1:
         columns = ([left for _, left, _ in pairs], [right for _, _, right in pairs])
         means = [math.fsum(column) / len(pairs) for column in columns]
@@ -195,8 +204,8 @@ def dumbbell_chart(
         for value, tone in ((random, "random"), (pretrained, "pretrained")):
             if value is not None:
                 x = place(value)
-                parts.append(f'<circle class="dot {tone}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-                hover.append(spot(x, y, f"{name}, {tone}: {value:.1f}"))
+                parts.append(_dot(x, y, 5, tone, tone))
+                hover.append(spot(x, y, f"{name}, {tone}: {value:.1f}", tone))
     return _svg(title, "Values stand in the table below.", "".join(parts), height, hover)
 
 
@@ -240,15 +249,21 @@ def _path(places: Sequence[Point], line: Series) -> str:
     kind = f"line {line.tone}{' thin' if line.thin else ''}"
     if len(places) == 1:
         x, y = places[0]
-        return f'<circle class="dot {line.tone}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-    return f'<path class="{kind}" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>'
+        return _dot(x, y, 4, line.tone, line.series)
+    outline = " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    return f'<path class="{kind}" data-series="{escape(line.series)}" d="M{outline}"/>'
+
+
+def _dot(x: float, y: float, radius: float, tone: str, series: str) -> str:
+    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"'
+    return f'<circle class="dot {tone}" data-series="{escape(series)}" {place}/>'
 
 
 def _band(frame: _Frame, line: Series) -> str:
     upper = [(frame.x(x), frame.y(high)) for x, _, high in line.band]
     lower = [(frame.x(x), frame.y(low)) for x, low, _ in reversed(line.band)]
     outline = " L".join(f"{x:.1f} {y:.1f}" for x, y in [*upper, *lower])
-    return f'<path class="band {line.tone}" d="M{outline}Z"/>'
+    return f'<path class="band {line.tone}" data-series="{escape(line.series)}" d="M{outline}Z"/>'
 
 
 def _svg(title: str, description: str, body: str, height: int, hover: list[list]) -> Markup:

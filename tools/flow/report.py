@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    # In place of this folder, whose `statistics` is not Python's.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.flow import charts, gallery, results
+from tools.flow import charts, gallery, page, results, runs_section, skipped, studies_section
 from tools.flow import report_data as data
+from tools.flow import runs as runs_module
 from tools.flow.charts import Series
+from tools.flow.errors import UserError
 from tools.flow.files import write_text
-from tools.flow.progress import clock
 
-DASH = "\u2013"
-HERE = Path(__file__).resolve().parent
 PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 CURVES = {
     "loss": ("Loss", "the objective that is minimised"),
@@ -46,41 +46,65 @@ PAIRS_OF_VIEWS = (("positives", "positive_cosine", "plain"),
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run's folder."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: .venv/bin/python tools/flow/report.py runs/demo"
+        description=__doc__,
+        epilog="example: .venv/bin/python tools/flow/report.py runs/demo --studies runs/study",
     )
-    parser.add_argument("out", type=Path, metavar="DIR", help="folder of a run")
-    out = parser.parse_args(arguments).out
-    if not (out / "stages.json").is_file():
-        print(f"error: {out} holds no run: {out / 'stages.json'} is missing", file=sys.stderr)
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder of a pipeline's run")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="DIR", action="extend",
+        help="pretraining runs, or folders of such, whose curves are compared with this one's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--studies", type=Path, nargs="+", default=[], metavar="DIR", action="extend",
+        help="folders of tools/ablate.py and tools/run_trials.py, whose tables are shown",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        text = render(options.out, options.runs, options.studies)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    page = render(out)
-    write_text(out / "report.html", page)
-    print(f"{out / 'report.html'}: {len(page.encode()) / 1e6:.2f} MB")
+    write_text(options.out / "report.html", text)
+    print(f"{options.out / 'report.html'}: {len(text.encode()) / 1e6:.2f} MB")
     return 0
 
 
-def render(out: Path) -> str:
-    """Return the page of a run."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "clock": lambda value: clock(value) if data.is_number(value) else DASH,
-        "gib": lambda value: f"{value / 2**30:.2f} GiB" if data.is_number(value) else DASH,
-        "scientific": lambda value: f"{value:.1e}" if data.is_number(value) else DASH,
-    }
-    environment.globals |= {"sentence": gallery.sentence, "metrics": results.METRICS}
+def render(out: Path, runs: Sequence[Path] = (), studies: Sequence[Path] = ()) -> str:
+    """Return the page of a run.
+
+    Args:
+        out: Folder of a pipeline's run.
+        runs: Folders of pretraining runs to compare with.
+        studies: Folders of studies and trials to show.
+
+    Raises:
+        UserError: If a folder does not hold what it should.
+    """
+    if not (out / "stages.json").is_file():
+        raise UserError(f"{out} holds no run: {out / 'stages.json'} is missing")
     run = data.Run.load(out)
-    style = (HERE / "report.css").read_text(encoding="utf-8")
-    script = (HERE / "report.js").read_text(encoding="utf-8")
-    template = environment.get_template("report.html.j2")
-    return template.render(**context(run), style=style, script=script)
+    values = context(run) | compared(run, runs, studies)
+    title = f"{values['name']}: pretrained against random initialisation"
+    header, main_part = (
+        page.fragment(name, values) for name in ("report_header.html.j2", "report.html.j2")
+    )
+    footer = "Written by the pipeline's report stage. This page needs no other file and no network."
+    return page.render(page.Page(title, header, main_part, footer))
+
+
+def compared(run: data.Run, runs: Sequence[Path], studies: Sequence[Path]) -> dict[str, Any]:
+    """Return the sections that reach beyond the run's folder, and what was skipped in all."""
+    others = runs_section.read_all([*own_pretraining(run), *runs]) if runs else []
+    shown = [studies_section.read(folder) for folder in studies]
+    items = [*skipped.of_pipeline(run), *skipped.of_runs(others)]
+    for study in shown:
+        items += skipped.of_study(study.results, study.title)
+    return runs_section.context(others) | studies_section.context(shown) | skipped.context(items)
+
+
+def own_pretraining(run: data.Run) -> list[Path]:
+    """Return the folder of the run's own pretraining, where it began."""
+    return [path for path in runs_module.find(run.out) if path == run.out / "pretrain"]
 
 
 def context(run: data.Run) -> dict[str, Any]:
@@ -95,6 +119,8 @@ def context(run: data.Run) -> dict[str, Any]:
         "versions": ledger.get("versions") or {},
         "machine": ledger.get("machine") or {},
         "command": " ".join(ledger.get("command") or []),
+        "sentence": gallery.sentence,
+        "metrics": results.METRICS,
         "config": yaml.safe_dump(ledger.get("config") or {}, sort_keys=False, allow_unicode=True),
         "verdicts": [v for p in results.PAIRS if (v := results.verdict(run.results, p))],
         "arms": data.arm_rows(run),
@@ -114,7 +140,6 @@ def context(run: data.Run) -> dict[str, Any]:
         "stages": stages,
         "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
         "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
-        "left_out": data.skipped_inputs(run),
         "bad_samples": data.bad_samples(run),
     }
 
@@ -205,18 +230,6 @@ def similarity_charts(run: data.Run) -> list[dict[str, Any]]:
     return [
         {"title": title, "about": about, "chart": chart} for title, about, chart in drawn if chart
     ]
-
-
-def number(value: Any, digits: int = 1) -> str:
-    """Return a number for a table; a dash where there is none."""
-    return f"{value:.{digits}f}" if data.is_number(value) else DASH
-
-
-def signed(value: Any, digits: int = 1) -> str:
-    """Return a number with its sign (a true minus); a dash where there is none."""
-    if not data.is_number(value):
-        return DASH
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 if __name__ == "__main__":

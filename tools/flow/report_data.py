@@ -207,19 +207,6 @@ def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def skipped_inputs(run: Run) -> list[dict[str, Any]]:
-    """Return what was left out on the way: pictures by the packer, samples by pretraining."""
-    found = []
-    for stage in ("shards", "probe_train", "probe_val"):
-        for item in run.json(f"{stage}/index.json").get("skipped") or []:
-            found.append({"stage": stage, "what": item.get("file"), "why": item.get("reason")})
-    skipped = run.json("pretrain/summary.json").get("num_skipped_samples")
-    if skipped and not bad_samples(run):
-        why = "did not decode during pretraining"
-        found.append({"stage": "pretrain", "what": f"{skipped} samples", "why": why})
-    return found
-
-
 def bad_samples(run: Run) -> dict[str, Any]:
     """Return the samples that pretraining replaced, the first in rows; empty if there are none.
 

@@ -20,6 +20,8 @@ from tools.flow.report_data import is_number
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
 """A folder that holds one of these is a run."""
+NO_RUN = ("stages.json", "results.sqlite")
+"""A folder that holds one of these is a pipeline's or a study's, and its runs lie below."""
 RECENT_SECONDS = 60.0
 """A run whose rows are younger goes on, where a lock cannot be seen (a shared file system)."""
 NUM_LAST_ROWS = 10  # whose median speed stands for a run that is not finished
@@ -27,7 +29,10 @@ FIGURES = (
     "step", "epoch", "epochs", "loss", "knn_top1", "best_knn_top1", "online_top1",
     "images_per_second", "data_wait_share", "seconds",
 )  # fmt: skip
-CURVES = ("loss", "knn_top1", "online_top1", "lr", "images_per_second", "data_wait_share")
+CURVES = (
+    "loss", "knn_top1", "online_top1", "feature_std", "effective_rank", "fa_cosine", "lr",
+    "images_per_second", "data_wait_share",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class RunInfo:
         config: The resolved config; empty where it cannot be read.
         environment: Of `environment.json`.
         curves: (epoch, value) of the keys of `CURVES`.
+        events: What rows of kind ``event`` say, in their order.
+        last_row: The last row of kind ``train``.
     """
 
     folder: Path
@@ -58,6 +65,8 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[Point]] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    last_row: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What `list --json` prints."""
@@ -77,7 +86,7 @@ def find(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} is no folder; name the one that holds the runs, e.g. runs")
     for place, folders, files in os.walk(folder):
         folders.sort()
-        if set(MARKS) & set(files):
+        if set(MARKS) & set(files) and not set(NO_RUN) & set(files):
             folders.clear()  # its own folders hold pictures and checkpoints
             yield Path(place)
 
@@ -110,6 +119,8 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
         folder, state, reason, _figures(config, summary, rows),
         commit if isinstance(commit, str) and commit != "unknown" else None, updated,
         problems, config, environment, _curves(rows),
+        [row for row in rows if row["kind"] == "event"],
+        next((row for row in reversed(rows) if row["kind"] == "train"), {}),
     )  # fmt: skip
 
 
@@ -227,6 +238,23 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
             if is_number(x) and is_number(row.get(key)):
                 curves.setdefault(key, []).append((float(x), float(row[key])))
     return curves
+
+
+def names(found: Sequence[RunInfo]) -> list[str]:
+    """What tells the folders of runs apart: their paths without what all begin and end with."""
+    paths = [run.folder.resolve().parts for run in found]
+    if len(paths) < 2:
+        return [path[-1] for path in paths]
+    if len(set(paths)) == 1:
+        return [f"{path[-1]} ({number})" for number, path in enumerate(paths, 1)]
+    shortest = min(map(len, paths))
+    same = [len({path[i] for path in paths}) == 1 for i in range(shortest)]
+    first = same.index(False) if False in same else shortest
+    first = min(first, shortest - 1)
+    last = 0
+    while last < shortest - first - 1 and len({path[-1 - last] for path in paths}) == 1:
+        last += 1
+    return ["/".join(path[first : len(path) - last]) for path in paths]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,9 @@ _SHARD_SOURCES = ("tools/make_shards.py",)
 _PRETRAIN_SOURCES = ("tools/pretrain.sh", "pretrain/__main__.py")
 _CONVERT_SOURCES = ("tools/convert_to_d2.py",)
 _DETECTION_SOURCES = ("tools/train_voc.sh", "detection/train.py")
-_REPORT_SOURCES = ("tools/flow/report.*",)
+_REPORT_SOURCES = (
+    "tools/flow/report.py", "tools/flow/*.j2", "tools/flow/*.css", "tools/flow/*.js",
+)  # fmt: skip
 
 
 def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:

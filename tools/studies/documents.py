@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
+from tools.flow import page
 from tools.flow.files import write_text
 
 _LATEX = {
@@ -16,21 +18,12 @@ _LATEX = {
     "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "<": r"$<$", ">": r"$>$",
 }  # fmt: skip
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #767676; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #16181b; --faint: #9a9a9a; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; }
-caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--faint);
-  font-variant-numeric: tabular-nums; vertical-align: top; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-svg { max-width: 100%; height: auto; }
-"""
+_SVG_STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)
+_VERDICTS = ("better", "worse", "inconclusive", "shown", "contradicted")
+_NUMBER = re.compile(
+    r"(-|\u2013|[<>]?\s*\[?[+\u2212-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*%?(\s*(±|,).*)?\]?)?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +45,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, tables, charts."""
+    """A heading, paragraphs, tables, charts; `is_preliminary` marks what is no result yet."""
 
     title: str
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
+    is_preliminary: bool = False
 
 
 def write_all(folder: Path, stem: str, title: str, sections: Sequence[Section]) -> list[Path]:
@@ -75,7 +69,8 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     """The document for people and repositories."""
     lines = [f"# {_markdown(title)}", ""]
     for section in sections:
-        lines += [f"## {_markdown(section.title)}", ""]
+        mark = " (PRELIMINARY)" * section.is_preliminary
+        lines += [f"## {_markdown(section.title)}{mark}", ""]
         for paragraph in section.paragraphs:
             lines += [_markdown(paragraph), ""]
         for table in section.tables:
@@ -98,36 +93,52 @@ def _markdown(text: str) -> str:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One page without anything from outside, light and dark."""
+    """One page without anything from outside; its tables can be sorted."""
+    header = Markup("<h1>{}</h1>").format(title)
+    return page.render(page.Page(title, header, sections_html(sections)))
+
+
+def sections_html(
+    sections: Sequence[Section], prefix: str = "part", *, is_nested: bool = False
+) -> Markup:
+    """The sections as a part of a page.
+
+    Args:
+        sections: What is shown.
+        prefix: Their ids are PREFIX-1, PREFIX-2 ..
+        is_nested: Whether they stand within another section; then all tables and plots but those
+            of the first are folded away.
+    """
     parts = [
-        Markup("<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"),
-        Markup("<meta name='viewport' content='width=device-width, initial-scale=1'>"),
-        Markup("<title>{}</title><style>{}</style></head><body><main>").format(
-            title, Markup(_STYLE)
-        ),
-        Markup("<h1>{}</h1>").format(title),
+        {
+            "id": f"{prefix}-{number}",
+            "title": section.title,
+            "is_preliminary": section.is_preliminary,
+            "paragraphs": section.paragraphs,
+            "tables": [_table_values(table, section.title) for table in section.tables],
+            "charts": [inline_svg(chart.svg) for chart in section.charts],
+        }
+        for number, section in enumerate(sections, 1)
     ]
-    for section in sections:
-        parts.append(Markup("\n<section><h2>{}</h2>").format(section.title))
-        parts += [Markup("<p>{}</p>").format(text) for text in section.paragraphs]
-        parts += [_html_table(table) for table in section.tables]
-        parts += [Markup("<figure>{}</figure>").format(chart.svg) for chart in section.charts]
-        parts.append(Markup("</section>"))
-    return str(Markup("").join([*parts, Markup("\n</main></body></html>\n")]))
+    values = {"parts": parts, "is_nested": is_nested, "verdicts": _VERDICTS}
+    return page.fragment("document.html.j2", values)
 
 
-def _html_table(table: Table) -> Markup:
-    head = Markup("").join(Markup("<th scope='col'>{}</th>").format(cell) for cell in table.head)
-    rows = [
-        Markup("<tr><th scope='row'>{}</th>{}</tr>").format(
-            row[0], Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
-        )
-        for row in table.rows
-    ]
-    return Markup(
-        "\n<div class='scroll' tabindex='0'><table><caption>{}</caption>"
-        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>"
-    ).format(table.caption, head, Markup("\n").join(rows))
+def inline_svg(svg: Markup) -> Markup:
+    """A standalone SVG as a part of a page, whose style sheet it then follows."""
+    return Markup(_SVG_STYLE.sub("", str(svg)).replace("<svg ", '<svg class="plot" ', 1))
+
+
+def _table_values(table: Table, title: str) -> dict[str, Any]:
+    """A table for the template, and which of its columns hold words rather than numbers."""
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.head)
+    return {
+        "label": f"{title}: {table.caption}",
+        "caption": table.caption,
+        "head": table.head,
+        "rows": table.rows,
+        "is_words": [not all(_NUMBER.fullmatch(cell.strip()) for cell in c) for c in columns],
+    }
 
 
 def to_latex(title: str, sections: Sequence[Section]) -> str:
@@ -135,7 +146,8 @@ def to_latex(title: str, sections: Sequence[Section]) -> str:
     lines = [f"% {' '.join(title.split())}"]
     for section in sections:
         for table in section.tables:
-            caption = f"{section.title}: {table.caption}"
+            mark = "PRELIMINARY. " * section.is_preliminary
+            caption = f"{mark}{section.title}: {table.caption}"
             lines += [
                 r"\begin{table}", r"\centering", rf"\caption{{{latex(caption)}}}",
                 rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\hline",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,19 @@ def _table(
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
     """Write results.json and the tables beside it; returns the files."""
     write_json(out / "results.json", results)
-    title = f"Study {results['preset']} on {results['data']}"
-    sections = [_overview(results), *(_section(table, results) for table in results["tables"])]
-    return [out / "results.json", *write_all(out, "tables", title, sections)]
+    paths = write_all(out, "tables", title(results), sections(results))
+    return [out / "results.json", *paths]
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """What a study is called."""
+    return f"Study {results['preset']} on {results['data']}"
+
+
+def sections(results: Mapping[str, Any]) -> list[Section]:
+    """The tables and charts of a study; all are marked while it is not complete."""
+    found = [_overview(results), *(_section(table, results) for table in results["tables"])]
+    return [replace(section, is_preliminary=not results["is_complete"]) for section in found]
 
 
 def _overview(results: Mapping[str, Any]) -> Section:
@@ -166,8 +177,9 @@ def _section(table: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     compared = [comparison_cells(row) for row in table["comparisons"]]
     comparison_table = Table("Paired differences in points", COMPARISON_HEAD, compared)
     charts = [*_charts(table, metric)]
-    title = f"{table['title']} ({metric})"
-    return Section(title, paragraphs, (cell_table, comparison_table), charts)
+    return Section(
+        f"{table['title']} ({metric})", paragraphs, (cell_table, comparison_table), charts
+    )
 
 
 def _charts(table: Mapping[str, Any], metric: str) -> list[Chart]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,19 @@ from tools.studies.trials import METRICS
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
     """Write results.json and the tables beside it; returns the files."""
     write_json(out / "results.json", results)
-    sections = [_overview(results), *_metric_sections(results), *_class_sections(results)]
-    return [out / "results.json", *write_all(out, "tables", "Detection trials", sections)]
+    paths = write_all(out, "tables", title(results), sections(results))
+    return [out / "results.json", *paths]
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """What the trials are called."""
+    return f"Detection trials on {results['data']}"
+
+
+def sections(results: Mapping[str, Any]) -> list[Section]:
+    """The tables and charts of trials; all are marked while they are not complete."""
+    found = [_overview(results), *_metric_sections(results), *_class_sections(results)]
+    return [replace(section, is_preliminary=not results["is_complete"]) for section in found]
 
 
 def _overview(results: Mapping[str, Any]) -> Section:
