@@ -3,6 +3,7 @@
 tidecv is no dependency of this repository: install it somewhere and name the folder.
 docs/metrics.md has the figures, and what the two decide differently.
 
+Example:
     python3 -m pip install --target /tmp/tide tidecv
     .venv/bin/python benchmarks/tide_parity.py --tide /tmp/tide SEED/eval-on-NAME-detections.json ..
 """

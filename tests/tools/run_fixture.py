@@ -193,6 +193,7 @@ def _detection(out: Path, arm: str, seed: int, ap50: float) -> None:
             "frozen": arm.endswith("_frozen"),
             "metric_year": 2012,
             "peak_memory_bytes": 1 << 30,
+            "coco": {"AP": ap50 / 2 + 0.25, "AP50": ap50 + 0.5, "AP75": ap50 / 3 + 0.125},
         },
     )
     shares = {100: 0.3, 200: 0.7, 300: 0.9, 400: 1.0}

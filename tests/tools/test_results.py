@@ -117,6 +117,28 @@ def test_results_keep_the_contract(tmp_path):
     )
     summary = json.loads((out / "detection/random/summary.json").read_text())
     assert (summary["n"], summary["seeds"]) == (2, [0, 1])
+    for metric, more in (("AP", 0.25), ("AP50", 0.5), ("AP75", 0.125)):
+        row = found["detection"]["random"][0]
+        assert row[f"coco_{metric}"] == pytest.approx(row[metric] + more)
+        by_coco, by_voc = (found["summary"]["random"][key] for key in (f"coco_{metric}", metric))
+        assert by_coco["mean"] == pytest.approx(by_voc["mean"] + more)
+        assert summary["coco"][metric] == pytest.approx(by_coco["mean"])
+    assert found["differences"]["fine_tuned"]["coco_AP50"]["mean"] == pytest.approx(pair["mean"])
+
+
+def test_results_of_an_older_version_have_no_coco_metric(tmp_path):
+    out = make_run(tmp_path, seeds=2)
+    path = out / "detection/random/seed-1/result.json"
+    old = json.loads(path.read_text())
+    del old["coco"]
+    dump(path, old)
+    results.write(out)
+    found = json.loads((out / "results.json").read_text())
+    assert found["detection"]["random"][1]["coco_AP50"] is None
+    assert found["summary"]["random"]["coco_AP50"]["n"] == 1
+    assert found["differences"]["fine_tuned"]["coco_AP50"]["seeds"] == [0]
+    assert found["differences"]["fine_tuned"]["AP50"]["seeds"] == [0, 1]
+    assert "coco" not in json.loads((out / "detection/random/summary.json").read_text())
 
 
 def mean(values):

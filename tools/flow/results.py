@@ -12,6 +12,8 @@ from tools.flow.files import read_json, write_json
 from tools.flow.statistics import mean_std, paired_difference
 
 METRICS = ("AP", "AP50", "AP75")
+COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
+ALL_METRICS = (*METRICS, *COCO_METRICS)
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
 _PAIR_WORDS = {"fine_tuned": "fine-tuned", "frozen": "backbone frozen"}
 
@@ -66,6 +68,9 @@ def write(out: Path, skipped: Collection[str] = ()) -> None:
             summary: dict[str, Any] = {"n": len(rows), "seeds": [row["seed"] for row in rows]}
             for key in ("mean", "std"):
                 summary[key] = {metric: table[metric][key] for metric in METRICS}
+            coco = {metric.removeprefix("coco_"): table[metric]["mean"] for metric in COCO_METRICS}
+            if all(table[metric]["n"] == len(rows) for metric in COCO_METRICS):
+                summary["coco"] = coco
             write_json(out / f"detection/{arm}/summary.json", summary)
 
 
@@ -85,8 +90,9 @@ def detection_results(out: Path, finished: Collection[str]) -> dict[str, list[di
                 continue
             kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
             kept += ("peak_memory_bytes",)
-            row = {"seed": seed} | {metric: result.get(metric) for metric in METRICS}
-            rows.append(row | {key: result.get(key) for key in kept})
+            coco = result.get("coco") or {}  # results of older versions have none
+            figures = result | {f"coco_{metric}": coco.get(metric) for metric in METRICS}
+            rows.append({"seed": seed} | {key: figures.get(key) for key in (*ALL_METRICS, *kept)})
     return found
 
 
@@ -102,7 +108,7 @@ def values(rows: list[dict[str, Any]], metric: str) -> dict[int, float]:
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return n, mean and standard deviation of every metric of one arm."""
-    return {metric: mean_std(list(values(rows, metric).values())) for metric in METRICS}
+    return {metric: mean_std(list(values(rows, metric).values())) for metric in ALL_METRICS}
 
 
 def compare(
@@ -114,7 +120,7 @@ def compare(
         metric: paired_difference(
             values(detection[treated], metric), values(detection[control], metric)
         )
-        for metric in METRICS
+        for metric in ALL_METRICS
     }
 
 

@@ -17,7 +17,10 @@ from tools.studies.results import (
     difference_chart,
     mean_text,
 )
-from tools.studies.trials import METRICS
+from tools.studies.trials import COCO_METRICS, METRICS
+
+_SHOWN = (*METRICS, *COCO_METRICS)
+_COCO = "Paired differences by COCO's metric; a family of comparisons for each of the three"
 
 
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
@@ -34,7 +37,8 @@ def title(results: Mapping[str, Any]) -> str:
 
 def sections(results: Mapping[str, Any]) -> list[Section]:
     """The tables and charts of trials; all are marked while they are not complete."""
-    found = [_overview(results), *_metric_sections(results), *_class_sections(results)]
+    found = [_overview(results), *_metric_sections(results), *_coco_section(results)]
+    found += _class_sections(results)
     return [replace(section, is_preliminary=not results["is_complete"]) for section in found]
 
 
@@ -50,7 +54,7 @@ def _overview(results: Mapping[str, Any]) -> Section:
     if not results["is_complete"]:
         lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
     rows = [
-        (name, str(arm["AP50"]["n"]), *(mean_text(arm[metric]) for metric in METRICS), "measured")
+        (name, str(arm["AP50"]["n"]), *(_mean(arm, metric) for metric in _SHOWN), "measured")
         for name, arm in results["arms"].items()
     ]
     published = results["published"]
@@ -60,12 +64,13 @@ def _overview(results: Mapping[str, Any]) -> Section:
             "source. They compare with the measured ones only if the protocol is the same."
         )
         rows += [
-            (row["init"], DASH, *(_figure(row.get(metric)) for metric in METRICS),
+            (row["init"], DASH, *(_figure(row.get(metric)) for metric in _SHOWN),
              row["source"] + " [M]" * bool(row.get("recalled")))
             for row in published["rows"]
         ]  # fmt: skip
-    head = ("initialisation", "n", *METRICS, "source")
-    tables = [Table("Percent, mean ± std over seeds", head, rows)]
+    head = ("initialisation", "n", *map(_word, _SHOWN), "source")
+    caption = "Percent, mean ± std over seeds, by the set's metric and by COCO's on the same boxes"
+    tables = [Table(caption, head, rows)]
     if results["failures"]:
         failed = [(e["arm"], str(e["seed"]), e["reason"] or DASH) for e in results["failures"]]
         tables.append(Table("Failed runs", ("initialisation", "seed", "reason"), failed))
@@ -74,6 +79,27 @@ def _overview(results: Mapping[str, Any]) -> Section:
 
 def _figure(value: float | None) -> str:
     return DASH if value is None else f"{value:g}"
+
+
+def _mean(arm: Mapping[str, Any], metric: str) -> str:
+    """Mean and deviation; a dash in results of an older version, without COCO's metric."""
+    return mean_text(arm[metric]) if metric in arm else DASH
+
+
+def _word(metric: str) -> str:
+    return metric.replace("coco_", "COCO ")
+
+
+def _coco_section(results: Mapping[str, Any]) -> list[Section]:
+    """The paired differences by COCO's metric; nothing if no seed has it."""
+    rows = [
+        (f"{_word(metric)}, {cells[0]}", *cells[1:])
+        for metric in COCO_METRICS
+        for row in results["comparisons"].get(metric, [])
+        if row["n"]
+        for cells in [comparison_cells(row)]
+    ]
+    return [Section("COCO's metric", (), (Table(_COCO, COMPARISON_HEAD, rows),))] if rows else []
 
 
 def _metric_sections(results: Mapping[str, Any]) -> list[Section]:

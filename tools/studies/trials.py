@@ -28,6 +28,7 @@ from tools.studies.store import Row
 
 FORMAT = "fa-trials-1"
 METRICS = ("AP50", "AP", "AP75")
+COCO_METRICS = ("coco_AP50", "coco_AP", "coco_AP75")  # by COCO's metric, on the same boxes
 RANDOM = "random"
 _PER_CLASS = {"AP": "per_class", "AP50": "per_class_AP50"}  # keys of result.json
 
@@ -185,7 +186,9 @@ def make_work(arm: Arm, protocol: Protocol, out: Path, root: Path) -> Work:
 
 
 def read_result(path: Path) -> dict[str, float]:
-    """AP, AP50, AP75, and those per class as `AP:dog`, in percent.
+    """AP, AP50, AP75, by COCO's metric too (not in older files), and per class as `AP:dog`.
+
+    All are in percent.
 
     Raises:
         ValueError: If one is missing.
@@ -194,6 +197,11 @@ def read_result(path: Path) -> dict[str, float]:
     if not isinstance(raw, dict) or not all(isinstance(raw.get(m), int | float) for m in METRICS):
         raise ValueError(f"{path.name}: lacks one of {', '.join(METRICS)}")
     found = {metric: float(raw[metric]) for metric in METRICS}
+    coco = raw.get("coco") or {}
+    for metric in COCO_METRICS:
+        value = coco.get(metric.removeprefix("coco_"))
+        if value is not None:
+            found[metric] = float(value)
     for metric, key in _PER_CLASS.items():
         for name, value in (raw.get(key) or {}).items():
             if value is not None:  # a class without test objects has no AP
@@ -274,11 +282,15 @@ def summarise(
                     str(arm.seed): arm.weights_digest for arm in arms if arm.name == name
                 }
             }
-            | {metric: _summary(values.get(metric, {}).get(name, {})) for metric in METRICS}
+            | {
+                metric: _summary(values.get(metric, {}).get(name, {}))
+                for metric in (*METRICS, *COCO_METRICS)
+            }
             for name in dict.fromkeys(arm.name for arm in arms)
         },
         "comparisons": {
-            metric: compare(_contrasts(values.get(metric, {}), pairs)) for metric in METRICS
+            metric: compare(_contrasts(values.get(metric, {}), pairs))
+            for metric in (*METRICS, *COCO_METRICS)
         },
         "per_class": {metric: _per_class(metric, classes, values, pairs) for metric in _PER_CLASS},
         "failures": [

@@ -9,7 +9,7 @@ import yaml
 from tests.tools.studies.stub import StubExecutor, finished
 from tools import run_trials
 from tools.flow.errors import UserError
-from tools.studies import trials
+from tools.studies import trial_tables, trials
 from tools.studies.jobs import CommandJob
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +47,10 @@ def train(job: CommandJob) -> dict:
         "AP": ap50 / 2, "AP50": ap50, "AP75": ap50 / 4,
         "per_class": {"cat": ap50 / 2 + 1, "dog": None},
         "per_class_AP50": {"cat": ap50 + 1, "dog": None},
+        "coco": {"AP": ap50 / 2 - 1, "AP50": ap50 - 2, "AP75": ap50 / 4 - 3, "APs": None},
     }  # fmt: skip
+    if arm == "byol":
+        del result["coco"]  # made by an older version
     return finished(job.steps[0].product, result)
 
 
@@ -75,8 +78,34 @@ def test_trials_from_runs_to_tables(words: list[str]) -> None:
     assert {row["name"] for row in classes["comparisons"]} == {f"cat: {n}" for n in by_name}
     text = (Path(words[words.index("--out") + 1]) / "tables.md").read_text()
     assert "| ours | 5 | 30.02 ± 0.26 |" in text
-    assert "| random | - | 60.2 | 33.8 | 33.1 | MoCo (arXiv 1911.05722) [M] |" in text
-    assert "| DenseCL, 200 epochs | - | - | 58.7 | - | DenseCL README |" in text
+    assert "| random | - | 60.2 | 33.8 | 33.1 | - | - | - | MoCo (arXiv 1911.05722) [M] |" in text
+    assert "| DenseCL, 200 epochs | - | - | 58.7 | - | - | - | - | DenseCL README |" in text
+    assert found["arms"]["ours"]["coco_AP50"]["mean"] == pytest.approx(28.02)
+    assert found["arms"]["byol"]["coco_AP50"]["n"] == 0
+    by_coco = {row["name"]: row for row in found["comparisons"]["coco_AP75"]}
+    assert by_coco["ours - random"]["n"] == 5
+    assert by_coco["ours - byol"]["n"] == 0
+    assert "COCO AP50 | COCO AP | COCO AP75 | source" in text
+    ours = next(line for line in text.splitlines() if line.startswith("| ours | 5 |"))
+    assert ours.endswith("| 28.02 ± 0.26 | 14.01 ± 0.13 | 4.50 ± 0.06 | measured |")
+    old = next(line for line in text.splitlines() if line.startswith("| byol | 5 |"))
+    assert old.endswith("| - | - | - | measured |")
+    assert "| COCO AP50, ours - random |" in text
+    assert "COCO AP50, ours - byol" not in text
+
+
+def test_tables_of_trials_by_an_older_version_have_dashes(words: list[str]) -> None:
+    executor = StubExecutor(train)
+    assert run_trials.main([*words, "--seeds", "2"], executor) == 0
+    old = results(words)
+    for metric in trials.COCO_METRICS:
+        del old["comparisons"][metric]
+        for arm in old["arms"].values():
+            del arm[metric]
+    found = trial_tables.sections(old)
+    overview = found[0].tables[0].rows[0]
+    assert overview[5:8] == ("-", "-", "-")
+    assert "COCO's metric" not in [section.title for section in found]
 
 
 def test_the_command_and_what_decides_that_a_run_is_done(words: list[str], tmp_path: Path) -> None:
