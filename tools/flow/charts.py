@@ -97,7 +97,12 @@ def spot(x: float, y: float, text: str, series: str = "") -> list[Any]:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], x_label: str, *, from_zero: bool = False
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    *,
+    from_zero: bool = False,
+    y_top: float | None = None,
 ) -> Markup | None:
     """Return a line chart, or None where there is nothing to draw.
 
@@ -106,6 +111,7 @@ def line_chart(
         series: The lines; points that are not finite are left out.
         x_label: Name of the horizontal axis.
         from_zero: Whether the vertical axis has to start at 0.
+        y_top: Where it has to end at the least.
     """
     most = min(_MAX_POINTS, max(_FEWEST_POINTS, _ALL_POINTS // max(len(series), 1)))
     lines = [line for line in (drawable(line, most) for line in series) if line.points]
@@ -114,6 +120,7 @@ def line_chart(
     xs = [x for s in lines for x, _ in s.points]
     ys = [y for s in lines for _, y in s.points]
     ys += [y for s in lines for _, *ends in s.band for y in ends]
+    ys += [] if y_top is None else [y_top]
     x_ticks = nice_ticks(min(xs), max(xs), 5)
     y_ticks = nice_ticks(0.0 if from_zero else min(ys), max(*ys, 1e-9) if from_zero else max(ys), 5)
     x_low, x_high = min(xs), max(xs)
@@ -136,7 +143,7 @@ def line_chart(
         for s in lines
         if not s.thin
     )
-    return _svg(title, description, "".join(parts), HEIGHT, hover)
+    return drawing(title, description, "".join(parts), HEIGHT, hover)
 
 
 def slope_chart(title: str, pairs: Sequence[tuple[str, float, float]]) -> Markup | None:
@@ -165,7 +172,7 @@ def slope_chart(title: str, pairs: Sequence[tuple[str, float, float]]) -> Markup
     for x, word in zip(ends, ("random", "pretrained"), strict=True):
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" class="name">{word}</text>')
     text = "; ".join(f"{label}: {left:.1f} to {right:.1f}" for label, left, right in pairs)
-    return _svg(title, text, "".join(parts), HEIGHT, hover)
+    return drawing(title, text, "".join(parts), HEIGHT, hover)
 
 
 def dumbbell_chart(
@@ -206,7 +213,7 @@ def dumbbell_chart(
                 x = place(value)
                 parts.append(_dot(x, y, 5, tone, tone))
                 hover.append(spot(x, y, f"{name}, {tone}: {value:.1f}", tone))
-    return _svg(title, "Values stand in the table below.", "".join(parts), height, hover)
+    return drawing(title, "Values stand in the table below.", "".join(parts), height, hover)
 
 
 @dataclass(frozen=True)
@@ -266,10 +273,13 @@ def _band(frame: _Frame, line: Series) -> str:
     return f'<path class="band {line.tone}" data-series="{escape(line.series)}" d="M{outline}Z"/>'
 
 
-def _svg(title: str, description: str, body: str, height: int, hover: list[list]) -> Markup:
+def drawing(
+    title: str, description: str, body: str, height: int, hover: list[list], width: int = WIDTH
+) -> Markup:
+    """Return a chart: its parts, what it is called, and what is shown where it is pointed at."""
     points = escape(json.dumps(hover, separators=(",", ":")))
     label = escape(f"{title}. {description}")
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}" '
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}" '
         f'data-points="{points}">{body}</svg>'
     )
