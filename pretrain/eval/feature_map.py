@@ -130,10 +130,13 @@ def _drawn(features: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     if not deviation > _SAME:
         return {"x": None, "y": None, "note": "all pictures have the same features: no map"}
     places = tsne(features, seed) if _library() else principal_components(features)
-    figures = fidelity(features, places, labels, _num_neighbours(len(features)))
+    k = _num_neighbours(len(features))
+    figures = fidelity(features, places, labels, k)
+    by_class = same_class(features, labels, k)
     x, y = ([round(float(value), 3) for value in column] for column in places.T)
     spent = round(time.process_time() - start, 3)
-    return {"x": x, "y": y, "note": None, **figures, "processor_seconds": spent}
+    drawn = {"x": x, "y": y, "note": None, **figures, "same_class_by_label": by_class}
+    return drawn | {"processor_seconds": spent}
 
 
 def tsne(features: Float[Tensor, "n d"], seed: int) -> Float[Tensor, "n 2"]:
@@ -193,6 +196,15 @@ def fidelity(
         "same_class_features": float((labels[near] == labels[:, None]).double().mean()),
         "same_class_map": float((labels[near_drawn] == labels[:, None]).double().mean()),
     }
+
+
+def same_class(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], k: int
+) -> dict[str, float]:
+    """For each class the share of the k nearest of its points that have it too, in [0, 1]."""
+    near = _order(features.double())[:, 1 : k + 1]
+    share = (labels[near] == labels[:, None]).double().mean(dim=1)
+    return {str(int(c)): float(share[labels == c].mean()) for c in labels.unique()}
 
 
 def _order(rows: Float[Tensor, "n d"]) -> Int[Tensor, "n n"]:

@@ -45,8 +45,18 @@ class Browser:
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
 
-    def open(self, url: str, *, dark: bool, width: int) -> None:
-        """Open a page and wait until it is loaded."""
+    def open(
+        self, url: str, *, dark: bool, width: int, still: bool = False, paper: bool = False
+    ) -> None:
+        """Open a page and wait until it is loaded.
+
+        Args:
+            url: Of the page.
+            dark: Whether the system's theme is dark.
+            width: Of the window, pixels.
+            still: Whether the system asks for less motion.
+            paper: Whether the page is shown as it is printed.
+        """
         if self._session is None:
             target = self.send("Target.createTarget", url="about:blank")["targetId"]
             attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
@@ -55,7 +65,9 @@ class Browser:
                 self.send(f"{domain}.enable")
         self.events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        motion = {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}
+        media = "print" if paper else "screen"
+        self.send("Emulation.setEmulatedMedia", media=media, features=[scheme, motion])
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         self.send("Page.navigate", url=url)
@@ -69,6 +81,23 @@ class Browser:
         )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """Press and let go a key, by its name: Tab, Enter, ArrowRight .."""
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36,
+                 "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}  # fmt: skip
+        facts: dict[str, Any] = {
+            "key": key,
+            "code": "Space" if key == " " else key,
+            "windowsVirtualKeyCode": codes[key],
+        }
+        text = {"text": {"Enter": "\r", " ": " "}[key]} if key in ("Enter", " ") else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **facts, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **facts)
+
+    def focus(self, selector: str) -> None:
+        """Move the focus to an element."""
+        self.value(f"document.querySelector({json.dumps(selector)}).focus(), 0")
 
     def complaints(self) -> list[str]:
         """Return what the console would show of warnings and errors."""

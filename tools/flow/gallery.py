@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,17 +65,21 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def judged(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the best-scored detections of a picture, as many as it shows objects, each judged.
+    """Return the best-scored detections of a picture, as many as it shows objects that count.
 
-    A detection is `correct` if an object of its class that no better detection has taken overlaps
-    it by an intersection over union of 0.5.
+    Each has `correct`, and `kind` as detections.json has it; those on difficult objects are passed
+    over. In files of older versions without kinds a detection is correct if an object of its class
+    that no better detection has taken overlaps it by an intersection over union of 0.5.
     """
     truth = list(picture.get("ground_truth") or [])
     wanted = max(1, sum(not item.get("difficult") for item in truth))
-    best = sorted(picture.get("detections") or [], key=lambda d: -d["score"])[:wanted]
+    found = sorted(picture.get("detections") or [], key=lambda d: -d["score"])
+    if all("kind" in detection for detection in found):
+        counted = [detection for detection in found if detection["kind"] != "ignored"]
+        return [{**d, "correct": d["kind"] == "correct"} for d in counted[:wanted]]
     taken: set[int] = set()
     shown = []
-    for detection in best:
+    for detection in found[:wanted]:
         overlaps = [
             (iou(detection["box"], item["box"]), index)
             for index, item in enumerate(truth)
@@ -85,44 +89,60 @@ def judged(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
         correct = overlap >= MIN_IOU
         if correct:
             taken.add(index)
-        shown.append({**detection, "correct": correct})
+        shown.append({**detection, "correct": correct, "kind": "correct" if correct else ""})
     return shown
 
 
-def rows(
-    arms: Mapping[str, Sequence[Mapping[str, Any]]], dataset: Path, count: int
-) -> list[dict[str, Any]]:
-    """Return the first `count` test pictures with what each arm finds in them.
+Arms = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Contents of each arm's detections.json, by arm."""
+
+
+def shared(arms: Arms) -> list[dict[str, Any]]:
+    """Return the test pictures that every arm's file has, in the first one's order.
+
+    Each has `item` (its row in the first arm's file) and `arms`: what each arm finds in it.
+    """
+    by_name = [{item["file_name"]: item for item in items} for items in arms.values()]
+    return [
+        {
+            "item": item,
+            "arms": {arm: judged(found[name]) for arm, found in zip(arms, by_name, strict=True)},
+        }
+        for name, item in (by_name[0] if by_name else {}).items()
+        if all(name in found for found in by_name)
+    ]
+
+
+def rows(shared_pictures: Iterable[dict[str, Any]], dataset: Path, count: int) -> list[dict]:
+    """Return the first `count` pictures that can be opened, each with `picture` and `name`.
 
     Args:
-        arms: Contents of each arm's detections.json, by arm.
+        shared_pictures: What `shared` gives, in any order.
         dataset: Folder that the file names are relative to.
-        count: Number of pictures; the first ones of the first arm's file, never chosen.
+        count: Number of pictures.
     """
-    if not arms:
-        return []
-    by_name = {arm: {item["file_name"]: item for item in items} for arm, items in arms.items()}
-    first = next(iter(by_name.values()))
-    shown = []
-    for name, item in first.items():
+    shown: list[dict] = []
+    for row in shared_pictures:
         if len(shown) == count:
             break
-        path = dataset / name
+        path = dataset / row["item"]["file_name"]
         picture = embed(path, 480) if _is_below(path, dataset) else None
-        if picture is None or any(name not in found for found in by_name.values()):
-            continue
-        found = {arm: judged(items[name]) for arm, items in by_name.items()}
-        shown.append({"name": Path(name).name, "picture": picture, "item": item, "arms": found})
+        if picture is not None:
+            shown.append({**row, "name": path.name, "picture": picture})
     return shown
 
 
 def sentence(item: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
     """Return what a picture shows, for those who do not see it."""
     truth = ", ".join(obj["class"] for obj in item.get("ground_truth") or []) or "nothing"
-    boxes = ", ".join(
-        f"{d['class']} {d['score']:.2f} {'correct' if d['correct'] else 'wrong'}" for d in found
-    )
+    boxes = ", ".join(f"{d['class']} {d['score']:.2f} {_verdict(d)}" for d in found)
     return f"Labelled: {truth}. Detected: {boxes or 'nothing'}."
+
+
+def _verdict(detection: Mapping[str, Any]) -> str:
+    if detection["correct"]:
+        return "correct"
+    return f"wrong ({detection['kind']})" if detection.get("kind") else "wrong"
 
 
 def _is_below(path: Path, folder: Path) -> bool:

@@ -15,7 +15,7 @@ METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
 ALL_METRICS = (*METRICS, *COCO_METRICS)
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
-_PAIR_WORDS = {"fine_tuned": "fine-tuned", "frozen": "backbone frozen"}
+PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 
 
 def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def verdict(results: Mapping[str, Any], pair: str, metric: str = "AP50") -> dict
     """Return `kind` (better, worse, unclear, single, missing) and `text`, the finding in words."""
     treated, control = PAIRS[pair]
     difference = results["differences"][pair][metric]
-    words = _PAIR_WORDS[pair]
+    words = PAIR_TITLES[pair].lower()
     if not difference["n"]:
         return {"kind": "missing", "text": f"Not compared ({words}): no seed ran in both arms."}
     seeds = set(difference["seeds"])

@@ -13,7 +13,14 @@ from torch.nn import functional
 
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.views import center_crop, decode
-from pretrain.eval.feature_map import fidelity, principal_components, save_initial, save_map, tsne
+from pretrain.eval.feature_map import (
+    fidelity,
+    principal_components,
+    same_class,
+    save_initial,
+    save_map,
+    tsne,
+)
 from pretrain.eval.probe import Probe
 
 CPU = torch.device("cpu")
@@ -75,6 +82,17 @@ def test_figures_equal_their_definitions(k):
     assert found["neighbours_kept"] == pytest.approx(kept / 60 / k)
     assert found["same_class_features"] == pytest.approx(same / 60 / k)
     assert found["same_class_map"] == pytest.approx(same_drawn / 60 / k)
+    shares = same_class(features, labels, k)
+    assert list(shares) == ["0", "1", "2"]  # of 20 points each
+    assert sum(shares.values()) / 3 == pytest.approx(found["same_class_features"])
+
+
+def test_shares_of_each_class_by_hand():
+    angle = torch.tensor([0.0, 0.01, 0.02, 0.5, 1.0, 1.01])  # 4 is nearest to 3, then 5
+    features = torch.stack([angle.cos(), angle.sin()], dim=1)
+    labels = torch.tensor([0, 0, 0, 4, 4, 0])
+    assert same_class(features, labels, 1) == {"0": 0.75, "4": 0.0}
+    assert same_class(features, labels, 2) == {"0": 0.75, "4": 0.5}
 
 
 def test_a_map_that_is_the_features_is_perfect():
