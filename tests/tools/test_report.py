@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.run_fixture import ARM_LEVELS, CLASSES, dump, dump_lines, make_run
+from tests.tools.run_fixture import CLASSES, dump, dump_lines, make_run
 from tools.flow import charts, gallery, report
 from tools.flow.charts import Series
 from tools.flow.report_data import (
     Run,
-    detection_pictures,
     last_histogram,
     mean_curve,
     picture_rows,
@@ -276,26 +275,6 @@ def test_damaged_pictures_are_left_out(tmp_path, name):
     out = make_run(tmp_path, seeds=1)
     (out / name).write_bytes(b"not a picture")
     assert "Average precision" in page_of(out).text
-
-
-def test_first_test_pictures_are_shown_for_both_arms(run_folder):
-    shots = detection_pictures(Run.load(run_folder), "fine_tuned")
-    assert shots["arms"] == ["random", "pretrained"]
-    assert shots["seed"] == 0
-    assert [row["name"] for row in shots["rows"]] == [f"{i:06d}.jpg" for i in range(8)]
-
-
-def test_pictures_outside_the_data_set_are_never_read(tmp_path):
-    out = make_run(tmp_path / "run", seeds=1)
-    (tmp_path / "secret.jpg").write_bytes((out / "data/VOC2007/JPEGImages/000000.jpg").read_bytes())
-    for arm in ARM_LEVELS:
-        path = out / f"detection/{arm}/seed-0/detections.json"
-        found = json.loads(path.read_text())
-        found[0]["file_name"] = "../../secret.jpg"
-        dump(path, found)
-    names = [r["name"] for r in detection_pictures(Run.load(out), "fine_tuned")["rows"]]
-    assert "secret.jpg" not in names
-    assert len(names) == 8
 
 
 def test_detections_are_judged_by_class_and_overlap():

@@ -102,7 +102,7 @@ def line_chart(
     x_label: str,
     *,
     from_zero: bool = False,
-    y_top: float | None = None,
+    corner: Point | None = None,
 ) -> Markup | None:
     """Return a line chart, or None where there is nothing to draw.
 
@@ -111,7 +111,7 @@ def line_chart(
         series: The lines; points that are not finite are left out.
         x_label: Name of the horizontal axis.
         from_zero: Whether the vertical axis has to start at 0.
-        y_top: Where it has to end at the least.
+        corner: A point that the axes have to reach, such as (1, 1) for shares.
     """
     most = min(_MAX_POINTS, max(_FEWEST_POINTS, _ALL_POINTS // max(len(series), 1)))
     lines = [line for line in (drawable(line, most) for line in series) if line.points]
@@ -120,7 +120,9 @@ def line_chart(
     xs = [x for s in lines for x, _ in s.points]
     ys = [y for s in lines for _, y in s.points]
     ys += [y for s in lines for _, *ends in s.band for y in ends]
-    ys += [] if y_top is None else [y_top]
+    if corner is not None:
+        xs.append(corner[0])
+        ys.append(corner[1])
     x_ticks = nice_ticks(min(xs), max(xs), 5)
     y_ticks = nice_ticks(0.0 if from_zero else min(ys), max(*ys, 1e-9) if from_zero else max(ys), 5)
     x_low, x_high = min(xs), max(xs)

@@ -14,14 +14,21 @@ if __package__ in (None, ""):
     # In place of this folder, whose `statistics` is not Python's.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.flow import charts, gallery, page, results, runs_section, skipped, studies_section
+from tools.flow import (
+    charts,
+    detection_section,
+    page,
+    results,
+    runs_section,
+    skipped,
+    studies_section,
+)
 from tools.flow import report_data as data
 from tools.flow import runs as runs_module
 from tools.flow.charts import Series
 from tools.flow.errors import UserError
 from tools.flow.files import write_text
 
-PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 CURVES = {
     "loss": ("Loss", "the objective that is minimised"),
     "knn_top1": ("kNN top-1", "accuracy of a nearest-neighbour probe on unseen pictures"),
@@ -119,7 +126,6 @@ def context(run: data.Run) -> dict[str, Any]:
         "versions": ledger.get("versions") or {},
         "machine": ledger.get("machine") or {},
         "command": " ".join(ledger.get("command") or []),
-        "sentence": gallery.sentence,
         "metrics": results.METRICS,
         "config": yaml.safe_dump(ledger.get("config") or {}, sort_keys=False, allow_unicode=True),
         "verdicts": [v for p in results.PAIRS if (v := results.verdict(run.results, p))],
@@ -132,22 +138,14 @@ def context(run: data.Run) -> dict[str, Any]:
         "alarms": data.collapse_alarms(run) if (run.out / "pretrain").is_dir() else [],
         "views": data.picture_rows(run, "views") if pretrained else [],
         "neighbours": data.picture_rows(run, "neighbours") if pretrained else [],
-        "shots": data.detection_pictures(run, shown_pair(run)),
-        "shots_pair": PAIR_TITLES[shown_pair(run)].lower(),
-        "arm_words": data.ARM_WORDS,
         "card": run.json("convert/backbone.json") if run.finished("convert") else {},
         "dataset": run.json("data/dataset.json"),
         "stages": stages,
         "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
         "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
         "bad_samples": data.bad_samples(run),
+        **detection_section.context(run),
     }
-
-
-def shown_pair(run: data.Run) -> str:
-    """Return the pair whose detections are drawn: fine-tuned where it ran."""
-    fine_tuned = any(run.results["detection"][arm] for arm in results.PAIRS["fine_tuned"])
-    return "fine_tuned" if fine_tuned else "frozen"
 
 
 def pair_sections(run: data.Run) -> list[dict[str, Any]]:
@@ -156,7 +154,7 @@ def pair_sections(run: data.Run) -> list[dict[str, Any]]:
     for pair, (treated, control) in results.PAIRS.items():
         if not (run.results["detection"][treated] or run.results["detection"][control]):
             continue
-        title = PAIR_TITLES[pair]
+        title = results.PAIR_TITLES[pair]
         classes = data.per_class_rows(run, pair, "per_class")
         sections.append(
             {
@@ -181,7 +179,7 @@ def ap_chart(run: data.Run, pair: str) -> charts.Markup | None:
         if len(curves) > 1:
             lines += [Series(f"{tone}, seed {s}", c, tone, thin=True) for s, c in curves.items()]
         lines.append(Series(tone, data.mean_curve(list(curves.values())), tone))
-    title = f"AP50 over training iterations, {PAIR_TITLES[pair].lower()}"
+    title = f"AP50 over training iterations, {results.PAIR_TITLES[pair].lower()}"
     return charts.line_chart(title, lines, "iterations", from_zero=True)
 
 
@@ -191,7 +189,7 @@ def seed_chart(run: data.Run, pair: str) -> charts.Markup | None:
         results.values(run.results["detection"][arm], "AP50") for arm in results.PAIRS[pair]
     )
     seeds = sorted(treated.keys() & control.keys())
-    title = f"AP50 of every seed, {PAIR_TITLES[pair].lower()}"
+    title = f"AP50 of every seed, {results.PAIR_TITLES[pair].lower()}"
     return charts.slope_chart(title, [(f"seed {s}", control[s], treated[s]) for s in seeds])
 
 

@@ -18,7 +18,6 @@ from tools.flow.files import read_json, read_json_lines
 
 TILE_GAP = 4
 """White pixels between the tiles of the pictures that pretraining leaves."""
-NUM_DETECTION_PICTURES = 8
 NUM_BAD_SAMPLES = 20
 ARM_WORDS = {
     "random": "Random initialisation",
@@ -161,21 +160,6 @@ def _class_means(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float
             if is_number(value):
                 collected.setdefault(name, []).append(float(value))
     return {name: math.fsum(values) / len(values) for name, values in collected.items()}
-
-
-def detection_pictures(run: Run, pair: str) -> dict[str, Any]:
-    """Return the first test pictures with the detections of both arms, of the lowest seed."""
-    treated, control = results.PAIRS[pair]
-    arms: dict[str, list[dict[str, Any]]] = {}
-    seed = None
-    for arm in (control, treated):
-        for row in run.results["detection"][arm]:
-            found = read_json(run.out / f"detection/{arm}/seed-{row['seed']}/detections.json")
-            if isinstance(found, list) and (seed is None or row["seed"] == seed):
-                arms[arm], seed = found, row["seed"]
-                break
-    rows = gallery.rows(arms, run.dataset(), NUM_DETECTION_PICTURES)
-    return {"seed": seed, "arms": list(arms), "rows": rows}
 
 
 def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
