@@ -17,6 +17,7 @@ if __package__ in (None, ""):
 from tools.flow import (
     charts,
     detection_section,
+    features_section,
     page,
     results,
     runs_section,
@@ -137,7 +138,7 @@ def context(run: data.Run) -> dict[str, Any]:
         "similarities": similarity_charts(run) if pretrained else [],
         "alarms": data.collapse_alarms(run) if (run.out / "pretrain").is_dir() else [],
         "views": data.picture_rows(run, "views") if pretrained else [],
-        "neighbours": data.picture_rows(run, "neighbours") if pretrained else [],
+        **features_section.context(run),
         "card": run.json("convert/backbone.json") if run.finished("convert") else {},
         "dataset": run.json("data/dataset.json"),
         "stages": stages,

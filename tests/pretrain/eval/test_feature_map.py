@@ -88,11 +88,11 @@ def test_figures_equal_their_definitions(k):
 
 
 def test_shares_of_each_class_by_hand():
-    angle = torch.tensor([0.0, 0.01, 0.02, 0.5, 1.0, 1.01])  # 4 is nearest to 3, then 5
+    angle = torch.tensor([0.0, 0.01, 0.02, 0.5, 1.0, 1.01])
     features = torch.stack([angle.cos(), angle.sin()], dim=1)
     labels = torch.tensor([0, 0, 0, 4, 4, 0])
     assert same_class(features, labels, 1) == {"0": 0.75, "4": 0.0}
-    assert same_class(features, labels, 2) == {"0": 0.75, "4": 0.5}
+    assert same_class(features, labels, 2) == {"0": 0.75, "4": 0.25}
 
 
 def test_a_map_that_is_the_features_is_perfect():
