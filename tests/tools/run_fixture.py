@@ -205,6 +205,46 @@ def _detection(out: Path, arm: str, seed: int, ap50: float) -> None:
         ],
     )
     dump(folder / "detections.json", [_detections(i, arm, seed) for i in range(10)])
+    dump(folder / "pr.json", _curves(ap50))
+    dump(folder / "errors.json", _errors(ap50))
+
+
+def _curves(ap50: float) -> dict[str, Any]:
+    """Straight lines down to a recall of 0.8: from 2 x AP50, by class."""
+    levels = [level / 100 for level in range(101)]
+    classes = {}
+    for index, name in enumerate(CLASSES):
+        top = min(1.0, (ap50 + 3 * index) / 50)
+        precision = [round(max(0.0, top * (1 - level / 0.8)), 4) for level in levels]
+        classes[name] = {"0.50": {"precision": precision, "max_recall": 0.79}}
+    return {"format": "fa-pr-1", "metric_year": 2012, "recall": levels, "classes": classes}
+
+
+def _errors(ap50: float) -> dict[str, Any]:
+    """Of 20 objects a class, a share of `ap50` found; every kind costs what its place says."""
+    kinds = ("localisation", "confusion", "both", "duplicate", "background")
+
+    def row(count: int) -> dict[str, Any]:
+        correct = round(count * ap50 / 100)
+        wrong = [(count - correct) // 5] * 4
+        wrong.append(count - correct - sum(wrong))
+        best = {"correct": correct, **dict(zip(kinds, wrong, strict=True))}
+        gained = {kind: (place + 1) * ap50 / 20 for place, kind in enumerate((*kinds, "missed"))}
+        return {
+            "num_objects": count,
+            "best_scored": {**best, "missed": count - correct},
+            "all": {**best, "ignored": 0, "missed": count - correct, "unseen": 0},
+            "AP50": ap50,
+            "AP50_gained": {**gained, "all_false": ap50, "all_missed": 0.5},
+        }
+
+    return {
+        "format": "fa-errors-1",
+        "num_images": 100,
+        **row(20 * len(CLASSES)),
+        "classes": {name: row(20) for name in CLASSES},
+        "confusions": [{"object": "bird", "taken_for": "fish", "count": round(ap50)}],
+    }
 
 
 def _detections(index: int, arm: str, seed: int) -> dict[str, Any]:
@@ -214,10 +254,11 @@ def _detections(index: int, arm: str, seed: int) -> dict[str, Any]:
         {"class": name, "box": [20, 30, 100, 120], "difficult": False},
         {"class": other, "box": [110, 50, 190, 150], "difficult": False},
     ]
+    first = "correct" if shift == 4 else "localisation"
     found = [
-        {"class": name, "score": 0.91, "box": [20 + shift, 30, 100 + shift, 122]},
-        {"class": name, "score": 0.42, "box": [112, 52, 188, 149]},
-        {"class": other, "score": 0.2, "box": [0, 0, 30, 30]},
+        {"class": name, "score": 0.91, "box": [20 + shift, 30, 100 + shift, 122], "kind": first},
+        {"class": name, "score": 0.42, "box": [112, 52, 188, 149], "kind": "confusion"},
+        {"class": other, "score": 0.2, "box": [0, 0, 30, 30], "kind": "background"},
     ]
     return {
         "file_name": f"VOC2007/JPEGImages/{index:06d}.jpg",

@@ -25,6 +25,7 @@ MENDS = {**{kind: kind for kind in list(KINDS)[1:]}, "missed": "missed"}
 TONES = ("random", "pretrained")
 NUM_FIRST, NUM_DIFFERENT = 6, 6
 NUM_CONFUSIONS = 12
+MAX_OPEN_CHARTS = 12
 _LEVELS = (0.25, 0.5, 0.75)
 
 Curve = list[float]
@@ -49,7 +50,7 @@ def context(run: data.Run) -> dict[str, Any]:
 def curve_pair(run: data.Run, pair: str) -> dict[str, Any] | None:
     """Return a chart a class with the curves of both arms, means over the seeds, and a table.
 
-    The first chart is the mean over the classes.
+    The first chart is the mean over the classes; `folded` are the others if there are many.
     """
     treated, control = results.PAIRS[pair]
     arms = [mean_curves(run, arm) for arm in (control, treated)]
@@ -63,11 +64,14 @@ def curve_pair(run: data.Run, pair: str) -> dict[str, Any] | None:
         drawn.append({"name": name, "aps": aps.get(name), "chart": curve_chart(name, both)})
         rows.append((name, [curve_figures(curve) for curve in both]))
     means = [mean_of(list(curves.values())) for curves, _ in arms]
-    overall = {"name": "Mean over the classes", "aps": None}
+    overall: dict[str, Any] = {"name": "Mean over the classes", "aps": None}
+    overall["chart"] = curve_chart("mean over the classes", means)
+    is_folded = len(drawn) > MAX_OPEN_CHARTS
     return {
         "title": results.PAIR_TITLES[pair],
         "numbers": [seeds for _, seeds in arms],
-        "charts": [overall | {"chart": curve_chart("mean over the classes", means)}, *drawn],
+        "charts": [overall] if is_folded else [overall, *drawn],
+        "folded": drawn if is_folded else [],
         "rows": rows,
     }
 
