@@ -329,7 +329,7 @@ def test_less_motion_where_it_is_asked_for(browser, pages):
 
 
 def test_paper_has_everything_and_no_controls(browser, pages):
-    browser.open(pages["report"].as_uri(), dark=True, width=DESK, paper=True)
+    browser.open(pages["report"].as_uri(), dark=True, width=720, paper=True)
     shown = "e => getComputedStyle(e).display"
     for selector in (".contents", "#theme", ".skip"):
         assert browser.value(f"({shown})(document.querySelector('{selector}'))") == "none"
@@ -338,6 +338,9 @@ def test_paper_has_everything_and_no_controls(browser, pages):
     assert before > 0
     browser.value("dispatchEvent(new Event('beforeprint'))")
     assert browser.value(closed) == 0
+    wide = "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.clientWidth + 1"
+    wide += " || t.getBoundingClientRect().right > innerWidth).map(t => t.caption.textContent)"
+    assert browser.value(wide) == []
     assert browser.value("getComputedStyle(document.body).color") == rgb(page.LIGHT["ink"])
     browser.value("dispatchEvent(new Event('afterprint'))")
     assert browser.value(closed) == before

@@ -141,7 +141,7 @@ def test_figures_of_the_features_are_drawn(page):
     over_time = next(label for label in labels if label.startswith("Cosine of pairs of views."))
     assert "positives: from 0.504 to 0.9; negatives: from 0.396 to 0" in over_time
     assert [label for label in labels if label.startswith("Cosines at the end.")]
-    bands = [path for path in page.all("path") if (path["class"] or "").startswith("band")]
+    bands = [path for path in page.all("path") if (path.get("class") or "").startswith("band")]
     assert {path["class"] for path in bands} == {"band plain", "band negative"}
     assert "Alarm:" not in page.text
 

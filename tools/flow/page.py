@@ -137,25 +137,30 @@ def contents(main: str) -> list[tuple[str, str]]:
 
 
 class _Contents(HTMLParser):
-    """Takes the first `h2` of each section with an `id`."""
+    """Takes the first `h2` of each section with an `id`, but for what is small in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[str, str]] = []
         self._section: str | None = None
         self._words: list[str] | None = None
+        self._is_small = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "section":
             self._section = dict(attrs).get("id")
         elif tag == "h2" and self._section is not None:
             self._words = []
+        elif tag == "small":
+            self._is_small = True
 
     def handle_data(self, data: str) -> None:
-        if self._words is not None:
+        if self._words is not None and not self._is_small:
             self._words.append(data)
 
     def handle_endtag(self, tag: str) -> None:
+        if tag == "small":
+            self._is_small = False
         if tag == "h2" and self._words is not None and self._section is not None:
             self.found.append((self._section, " ".join("".join(self._words).split())))
             self._section = self._words = None

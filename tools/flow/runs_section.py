@@ -48,6 +48,7 @@ def context(found: Sequence[RunInfo]) -> dict[str, Any]:
     """What `runs_section.html.j2` shows: `runs`, `run_heads`, `run_charts`, `differing`."""
     labels = runs.names(found)
     differing = runs.differences(found)
+    differing.pop("out", None)  # the folder, which names the run
     return {
         "runs": [
             {
