@@ -41,7 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")
     add("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
     add("--val", required=True, metavar="SHARDS", help="labelled shards with the same classes")
-    add("--out", required=True, type=Path, metavar="DIR", help="for linear.json and what is kept")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="for linear.json, linear.svg and what is kept",
+    )
     add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
     add("--config", metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml (default: none; "
         "for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
@@ -67,12 +73,14 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Run the evaluation and print its table."""
+    """Run the evaluation, print its table and draw its figures."""
     from pretrain.errors import UserError
     from pretrain.eval.linear.config import LinearConfig
     from pretrain.eval.linear.result import table
     from pretrain.eval.linear.run import Evaluation, Request
     from pretrain.schema import read_schema
+    from tools.flow.files import write_text
+    from tools.flow.linear_plot import NAME, plot
 
     path = arguments.config
     if path is None and arguments.protocol == "full":
@@ -85,8 +93,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.branch, arguments.features, arguments.resume,
     )  # fmt: skip
     result = Evaluation(request, config).run()
-    if result is not None:
-        print(table(result))
+    if result is None:
+        return
+    picture = plot(result)
+    if picture is not None:
+        write_text(arguments.out / NAME, picture)
+    print(table(result))
 
 
 def main(argv: list[str] | None = None) -> int:

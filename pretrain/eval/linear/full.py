@@ -45,6 +45,9 @@ class FullTraining:
         identity: What the result depends on, as plain types; a checkpoint of another is refused.
         device: Of the classifiers.
         resume: Go on from the folder's checkpoint if there is one.
+    Attributes:
+        curve: For each finished epoch the top-1 accuracy of every classifier on the training
+            batches as they came, each before its step, in [0, 1]; None where it was not counted.
     Raises:
         UserError: A checkpoint of another evaluation, or fewer samples than a batch.
     """
@@ -70,6 +73,9 @@ class FullTraining:
             config, extractor.dim, sets.num_classes, config.peak_rates(), device
         )
         self.position = Position()
+        self.curve: list[list[float] | None] = []
+        self._num_right = torch.zeros(len(config.peak_rates()), device=device)
+        self._num_seen = 0
         self.stop = StopRequest()
         if resume and self._path.exists():
             self._restore()
@@ -87,6 +93,11 @@ class FullTraining:
             )
         self.heads.load_state_dict(state["heads"])
         self.position = Position(**state["position"])
+        kept = state.get("curve")  # checkpoints of earlier versions have none
+        self.curve = kept["top1"] if kept else [None] * self.position.epoch
+        if kept:
+            self._num_seen = kept["num_seen"]
+            self._num_right.copy_(kept["num_right"])
 
     def _save(self) -> None:
         if dist.rank() == 0:
@@ -95,7 +106,9 @@ class FullTraining:
                 "identity": self._identity,
                 "heads": self.heads.state_dict(),
                 "position": dict(vars(self.position)),
-            }
+                "curve": {"top1": self.curve, "num_right": self._num_right,
+                          "num_seen": self._num_seen},
+            }  # fmt: skip
             checkpoint.write(state, self._path)
 
     def train(self) -> None:
@@ -114,14 +127,24 @@ class FullTraining:
                         progress.set_postfix(loss=f"{float(losses.min()):.3f}", refresh=False)
                     self._after_step()
                 position.epoch, position.step_in_epoch = position.epoch + 1, 0
+                self._end_epoch()
         self._save()
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         factor = self._config.lr_factor(self.position.step, self.steps_per_epoch)
-        losses = self.heads.step(self._extractor(images), labels.to(self._device), factor)
+        features, labels = self._extractor(images), labels.to(self._device)
+        is_right = self.heads.logits(features).argmax(dim=2) == labels[:, None]
+        self._num_right += dist.total(is_right.sum(dim=0).float())
+        self._num_seen += len(labels) * dist.world_size()
+        losses = self.heads.step(features, labels, factor)
         self.position.step += 1
         self.position.step_in_epoch += 1
         return losses
+
+    def _end_epoch(self) -> None:
+        self.curve.append((self._num_right / self._num_seen).tolist() if self._num_seen else None)
+        self._num_right.zero_()
+        self._num_seen = 0
 
     def _after_step(self) -> None:
         step = self.position.step

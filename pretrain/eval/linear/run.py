@@ -142,7 +142,7 @@ class Evaluation:
             if len(self.sets.held_out):
                 held_out = training.score(Subset(self.sets.train, self.sets.held_out), "held out")
             val = training.score(self.sets.val, "validation")
-        return self._linear(held_out, val)
+        return self._linear(held_out, val) | {"training_top1": training.curve}
 
     def _on_features(self, is_main: bool) -> dict[str, Any] | None:
         passes = self.config.passes if self.config.protocol == "cached" else 0
@@ -225,7 +225,8 @@ class Evaluation:
         selection = None
         if held_out:
             selection = {"by": "held-out part of the training set", "n": held_out["n"]}
-        own = {"selection": selection, "rates": rates, "chosen": chosen, "knn": None}
+        own: dict[str, Any] = {"selection": selection, "rates": rates, "chosen": chosen}
+        own |= {"knn": None, "training_top1": None}
         own |= {"chosen_base_lr": base[chosen], "refitted": False}
         return own | self._final(val, chosen)
 
@@ -256,7 +257,7 @@ class Evaluation:
         knn = {"ks": ks, "temperatures": temperatures, "top1": top1, "headline": list(HEADLINE)}
         return {
             "selection": None, "rates": [], "chosen": None, "chosen_base_lr": None,
-            "refitted": False, "knn": knn, "top1": headline, "top5": None,
+            "refitted": False, "knn": knn, "top1": headline, "top5": None, "training_top1": None,
             "n": self.sets.val.num_samples, "per_class": {},
         }  # fmt: skip
 

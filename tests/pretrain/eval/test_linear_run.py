@@ -89,13 +89,19 @@ def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, weights, 
     rate = 3.0 * 8 / 256
     optimizer = torch.optim.SGD(linear.parameters(), lr=rate, momentum=0.8)
     loader = Loader(dataset, batch_size=8, shuffle_window=config.shuffle_window)
+    curve = []
     for epoch in range(3):
+        num_right = 0
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / 3))
         for batch in loader.epoch(epoch):
             features = frozen.backbone(normalise(batch.views[0], frozen.mean, frozen.std))
+            logits = linear(features)
+            num_right += int((logits.argmax(dim=1) == batch.labels).sum())
             optimizer.zero_grad()
-            functional.cross_entropy(linear(features), batch.labels).backward()
+            functional.cross_entropy(logits, batch.labels).backward()
             optimizer.step()
+        curve.append([pytest.approx(num_right / 40)])
+    assert result["training_top1"] == curve
     found = heads_of(tmp_path / "out")
     torch.testing.assert_close(found["weight"][0], linear.weight.detach(), atol=1e-5, rtol=0)
     torch.testing.assert_close(found["bias"][0], linear.bias.detach(), atol=1e-5, rtol=0)
@@ -156,6 +162,8 @@ def test_full_goes_on_bit_for_bit_from_its_last_checkpoint(evaluate, tmp_path, m
     saved = checkpoint.read(tmp_path / "parts" / full.NAME)["position"]
     assert saved["step"] == step // 2 * 2
     parts = evaluate(config, "parts", resume=True)
+    assert parts["training_top1"] == whole["training_top1"]
+    assert [len(top1) for top1 in parts["training_top1"]] == [2, 2, 2]
     a, b = heads_of(tmp_path / "whole"), heads_of(tmp_path / "parts")
     assert torch.equal(a["weight"], b["weight"])
     assert torch.equal(a["bias"], b["bias"])
