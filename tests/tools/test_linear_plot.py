@@ -26,13 +26,19 @@ def result(**values) -> dict:
     } | values
 
 
-def dots(picture) -> list[tuple[str, float, float, float, float]]:
+def drawn(**values) -> str:
+    picture = plot(result(**values))
+    assert picture is not None
+    return picture
+
+
+def dots(picture: str) -> list[tuple[str, float, float, float, float]]:
     """(line, x, y, given x, percent) of every dot, as its title says."""
     found = []
     for circle in ElementTree.fromstring(picture).iter(f"{SVG}circle"):
-        title = circle.find(f"{SVG}title").text
-        label, percent, given = re.fullmatch(r"(.*): ([\d.]+) % at (\S+)", title).groups()
-        place = float(circle.get("cx")), float(circle.get("cy"))
+        title = circle.findtext(f"{SVG}title", "")
+        ((label, percent, given),) = re.findall(r"^(.*): ([\d.]+) % at (\S+)$", title)
+        place = float(circle.attrib["cx"]), float(circle.attrib["cy"])
         found.append((label, *place, float(given), float(percent)))
     return found
 
@@ -45,7 +51,7 @@ def assert_linear(pairs) -> None:
 
 
 def test_every_accuracy_over_its_rate():
-    found = dots(plot(result()))
+    found = dots(drawn())
     own = [(line, x, y) for line, _, _, x, y in found]
     for row in result()["rates"]:
         x = row["base_lr"]
@@ -59,16 +65,16 @@ def test_every_accuracy_over_its_rate():
 
 
 def test_the_chosen_rate_is_marked():
-    picture = plot(result())
+    picture = drawn()
     left = min(x for _, x, *_ in dots(picture))
     assert f'class="marked" d="M{left:.1f} ' in picture
-    assert 'class="marked"' not in plot(result(selection=None))
+    assert 'class="marked"' not in drawn(selection=None)
 
 
 def test_every_epoch_of_every_rate():
     curve = [None, [0.1, 0.2], [0.3, 0.45]]
     rates = [r | {"held_out_top1": None} for r in result()["rates"][:2]]
-    found = dots(plot(result(rates=rates, training_top1=curve)))
+    found = dots(drawn(rates=rates, training_top1=curve))
     epochs = [(line, x, y) for line, _, _, x, y in found if line.startswith("rate ")]
     assert epochs == [
         ("rate 0.01", 2, 10.0), ("rate 0.01", 3, 30.0),
@@ -82,7 +88,7 @@ def test_every_k_with_every_temperature():
         "temperatures": [0.07, 1.0],
         "top1": [[0.5, 0.4], [0.6, 0.3], [0.7, 0.2]],
     }
-    picture = plot(result(knn=knn, rates=[], selection=None))
+    picture = drawn(knn=knn, rates=[], selection=None)
     found = [(line, x, y) for line, _, _, x, y in dots(picture)]
     assert found == [
         ("temperature 0.07", 1, 50), ("temperature 0.07", 5, 60), ("temperature 0.07", 20, 70),
@@ -93,18 +99,19 @@ def test_every_k_with_every_temperature():
 
 def test_a_single_value_is_drawn():
     rates = [{"base_lr": 0.3, "val_top1": 0.5, "val_top5": 0.9, "held_out_top1": None}]
-    found = dots(plot(result(rates=rates, selection=None)))
+    found = dots(drawn(rates=rates, selection=None))
     assert [(line, x, y) for line, _, _, x, y in found] == [
         ("validation top-1", 0.3, 50), ("validation top-5", 0.3, 90),
     ]  # fmt: skip
 
 
 def test_names_are_no_markup_and_figures_are_told_in_words():
-    root = ElementTree.fromstring(plot(result()))
-    told = root.get("aria-label")
+    root = ElementTree.fromstring(drawn())
+    told = root.attrib["aria-label"]
     assert told.startswith("Linear accuracy of a<b>.pth over base learning rate. validation top-1")
     assert "40.00 % at 10" in told
-    assert root.find(f".//{SVG}text[@class='title']").text == "Linear accuracy of a<b>.pth"
+    title = root.findtext(f".//{SVG}text[@class='title']")
+    assert title == "Linear accuracy of a<b>.pth"
 
 
 def test_nothing_to_draw():
