@@ -146,7 +146,7 @@ def test_what_is_no_result_yet_is_marked_in_every_form(out, tmp_path):
         ("{", "has the format None, not fa-study-1 or fa-trials-1"),
         ("[1]", "has the format None"),
         ('{"format": "fa-results-1"}', "has the format fa-results-1, not fa-study-1"),
-        ('{"format": "fa-study-1"}', "is damaged: KeyError at 'preset'"),
+        ('{"format": "fa-study-1"}', r"is damaged \(KeyError: 'preset'\)"),
         ('{"format": "fa-trials-1", "data": "d", "is_complete": true, "counts": 3}', "is damaged"),
     ],
 )
@@ -159,6 +159,40 @@ def test_a_folder_that_is_no_study_is_one_error(out, tmp_path, capsys, content, 
     assert re.fullmatch(rf"error: {re.escape(str(tmp_path))}/results.json .*\n", printed.err)
     assert re.search(message, printed.err)
     assert (printed.out, sorted(out.iterdir())) == ("", before)
+
+
+def places(value, at=()):
+    """The way to every value within a JSON value."""
+    yield from [at] if at else []
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys:
+        yield from places(value[key], (*at, key))
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [(make_study, None), (make_study, {}), (make_study, "<script>"), (make_trials, {})],
+)
+def test_whatever_is_damaged_in_a_study_is_no_traceback_and_no_tag(tmp_path, make, wrong):
+    whole = json.loads((make(tmp_path) / "results.json").read_text())
+    refused = []
+    for *way, last in places(whole):
+        damaged = json.loads(json.dumps(whole))
+        node = damaged
+        for key in way:
+            node = node[key]
+        node[last] = wrong
+        dump(tmp_path / "results.json", damaged)
+        try:
+            study = studies_section.read(tmp_path)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            assert "<script" not in study.parts
+    assert len(refused) > 20
+    assert all(str(tmp_path / "results.json") in message for message in refused)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +317,14 @@ def test_other_runs_and_studies_tell_theirs(clean, tmp_path):
     late = crashed.stat().st_mtime + 1e4
     study = make_study(tmp_path / "s", is_complete=False)
     others = [runs.read(crashed, now=late), runs.read(make_pretraining(tmp_path / "r/well"))]
-    found = skipped.of_runs(others) + skipped.of_study(studies_section.read(study).results, "s")
+    found = [*skipped.of_runs(others), *studies_section.read(study).skipped]
     assert [(i.kind, i.where, i.what) for i in found] == [
         ("failed", "crashed", "the run"),
         ("damaged", "crashed", "config.yaml"),
         ("replaced", "crashed", "2 samples"),
-        ("failed", "s", "FA: nn, seed 3"),
-        ("left out", "s", "FA <methods>: noise"),
-        ("not run", "s", "1 of 12 runs"),
+        ("failed", "Study tiny on squares (s)", "FA: nn, seed 3"),
+        ("left out", "Study tiny on squares (s)", "FA <methods>: noise"),
+        ("not run", "Study tiny on squares (s)", "1 of 12 runs"),
     ]
     assert [i.why for i in found][2:4] == [
         "cut (the first; bad_samples.jsonl)", "exit status 1: <no memory>",

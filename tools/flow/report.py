@@ -103,16 +103,16 @@ def render(out: Path, runs: Sequence[Path] = (), studies: Sequence[Path] = ()) -
 def compared(run: data.Run, runs: Sequence[Path], studies: Sequence[Path]) -> dict[str, Any]:
     """Return the sections that reach beyond the run's folder, and what was skipped in all."""
     others = runs_section.read_all([*own_pretraining(run), *runs]) if runs else []
-    shown = [studies_section.read(folder) for folder in studies]
+    shown = [studies_section.read(folder, number) for number, folder in enumerate(studies, 1)]
     items = [*skipped.of_pipeline(run), *skipped.of_runs(others)]
-    for study in shown:
-        items += skipped.of_study(study.results, study.title)
-    return runs_section.context(others) | studies_section.context(shown) | skipped.context(items)
+    items += [item for study in shown for item in study.skipped]
+    return runs_section.context(others) | {"studies": shown} | skipped.context(items)
 
 
 def own_pretraining(run: data.Run) -> list[Path]:
     """Return the folder of the run's own pretraining, where it began."""
-    return [path for path in runs_module.find(run.out) if path == run.out / "pretrain"]
+    folder = run.out / "pretrain"
+    return [folder] if runs_module.is_run(folder) else []
 
 
 def context(run: data.Run) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def find(folder: Path) -> Iterator[Path]:
             yield Path(place)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds what a run leaves."""
+    return any((folder / mark).exists() for mark in MARKS)
+
+
 def read(folder: Path, now: float | None = None) -> RunInfo:
     """One run.
 
@@ -101,7 +106,7 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     Raises:
         UserError: If the folder holds no run.
     """
-    if not any((folder / mark).exists() for mark in MARKS):
+    if not is_run(folder):
         raise UserError(f"{folder} holds no run: none of {', '.join(MARKS)} is there")
     problems: list[str] = []
     config = _config(folder / "config.yaml", problems)

@@ -68,7 +68,7 @@ def of_pipeline(run: Run) -> list[Item]:
     """Entries of a pipeline's own stages."""
     items = [*_stages(run), *_packing(run), *_detection(run)]
     folder = run.out / "pretrain"
-    if any((folder / mark).exists() for mark in runs.MARKS):
+    if runs.is_run(folder):
         items += _of_run(runs.read(folder), "pretrain")
     skipped = run.json("pretrain/summary.json").get("num_skipped_samples")
     if skipped and not report_data.bad_samples(run):

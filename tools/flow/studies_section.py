@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from jinja2.exceptions import UndefinedError
+from markupsafe import Markup
 
 from tools.flow.errors import UserError
 from tools.flow.files import read_json
+from tools.flow.skipped import Item, of_study
 from tools.studies import results, trial_tables, trials
 from tools.studies.documents import Section, sections_html
 
@@ -18,15 +21,25 @@ _MAKERS = "tools/ablate.py or tools/run_trials.py"
 
 @dataclass(frozen=True)
 class Study:
-    """A study or trials: `results` as in the file, `sections` as they are shown."""
+    """A study or trials.
 
+    Attributes:
+        id: Of its section.
+        title: Its name, with that of its folder.
+        sections: What its own tables.html shows.
+        parts: The same, as a part of the report.
+        skipped: What failed, was left out or has not run.
+    """
+
+    id: str
     title: str
-    results: dict[str, Any]
     sections: Sequence[Section]
+    parts: Markup
+    skipped: Sequence[Item]
 
 
-def read(folder: Path) -> Study:
-    """What a study's folder holds.
+def read(folder: Path, number: int = 1) -> Study:
+    """What a study's folder holds, as the study with this number of a page.
 
     Raises:
         UserError: If `results.json` is missing, damaged, or not that of a study or of trials.
@@ -42,24 +55,11 @@ def read(folder: Path) -> Study:
         raise UserError(f"{path} has the format {kind}, not {known}, which {_MAKERS} writes")
     try:
         name = f"{reader.title(found)} ({folder.resolve().name})"
-        return Study(name, found, reader.sections(found))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        sections = reader.sections(found)
+        parts = sections_html(sections, f"study-{number}-part", is_nested=True)
+        return Study(f"study-{number}", name, sections, parts, of_study(found, name))
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise UserError(
-            f"{path} is damaged: {type(error).__name__} at {error}; write it anew by the command "
+            f"{path} is damaged ({type(error).__name__}: {error}); write it anew by the command "
             "that made the study"
         ) from None
-
-
-def context(studies: Sequence[Study]) -> dict[str, Any]:
-    """What `studies_section.html.j2` shows."""
-    return {
-        "studies": [
-            {
-                "id": f"study-{number}",
-                "title": study.title,
-                "is_complete": study.results["is_complete"],
-                "parts": sections_html(study.sections, f"study-{number}-part", is_nested=True),
-            }
-            for number, study in enumerate(studies, 1)
-        ]
-    }
