@@ -277,7 +277,7 @@ def test_steps_that_were_not_finite_are_shown(clean):
     ]  # fmt: skip
 
 
-def test_alarms_and_notes_are_shown_and_figures_are_not(clean):
+def test_alarms_and_notes_are_shown_and_figures_are_not(clean, tmp_path):
     events = [
         {"collapse": {"feature_std": 0.1}, "message": "collapsed"},
         {"message": "wandb went away"},
@@ -287,10 +287,13 @@ def test_alarms_and_notes_are_shown_and_figures_are_not(clean):
     path = clean / "pretrain/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     dump_lines(path, [*rows, *({"kind": "event", "step": 1000} | event for event in events)])
-    assert items(report.render(clean)) == [
+    expected = [
         ["alarm", "pretrain", "step 1000", "collapsed"],
         ["noted", "pretrain", "step 1000", "wandb went away"],
     ]
+    assert items(report.render(clean)) == expected
+    others = [make_pretraining(tmp_path / "other")]
+    assert items(report.render(clean, others)) == expected  # this run's are not told twice
 
 
 def test_what_detection_did_not_use_is_shown_once(clean):

@@ -102,9 +102,10 @@ def render(out: Path, runs: Sequence[Path] = (), studies: Sequence[Path] = ()) -
 
 def compared(run: data.Run, runs: Sequence[Path], studies: Sequence[Path]) -> dict[str, Any]:
     """Return the sections that reach beyond the run's folder, and what was skipped in all."""
-    others = runs_section.read_all([*own_pretraining(run), *runs]) if runs else []
+    own = own_pretraining(run)
+    others = runs_section.read_all([*own, *runs]) if runs else []
     shown = [studies_section.read(folder, number) for number, folder in enumerate(studies, 1)]
-    items = [*skipped.of_pipeline(run), *skipped.of_runs(others)]
+    items = [*skipped.of_pipeline(run), *skipped.of_runs(others, told=own)]
     items += [item for study in shown for item in study.skipped]
     return runs_section.context(others) | {"studies": shown} | skipped.context(items)
 

@@ -77,10 +77,12 @@ def of_pipeline(run: Run) -> list[Item]:
     return items
 
 
-def of_runs(found: Sequence[RunInfo]) -> list[Item]:
-    """Entries of runs that are compared."""
+def of_runs(found: Sequence[RunInfo], told: Sequence[Path] = ()) -> list[Item]:
+    """Entries of runs that are compared, but for those of the folders that are `told` of already."""
     items = []
     for run, label in zip(found, runs.names(found), strict=True):
+        if run.folder in told:
+            continue
         if run.state in ("failed", "damaged"):
             items.append(Item("failed", label, "the run", run.reason))
         elif run.state != "finished":
