@@ -78,7 +78,7 @@ def of_pipeline(run: Run) -> list[Item]:
 
 
 def of_runs(found: Sequence[RunInfo], told: Sequence[Path] = ()) -> list[Item]:
-    """Entries of runs that are compared, but for those of the folders that are `told` of already."""
+    """Entries of runs that are compared; what is in a folder of `told` stands elsewhere."""
     items = []
     for run, label in zip(found, runs.names(found), strict=True):
         if run.folder in told:
