@@ -61,7 +61,7 @@ def process_group(rank: int, folder: Path) -> Iterator[None]:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=NUM_PROCESSES,
-        timeout=timedelta(minutes=2),
+        timeout=timedelta(minutes=5),
     )
     try:
         yield
