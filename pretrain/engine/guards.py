@@ -28,7 +28,24 @@ _KILLED_WORKER = ("is killed by signal: Killed", "is killed by signal: Bus error
 
 
 class NonFiniteLossError(RuntimeError):
-    """Loss, gradients or weights are NaN or infinite: going on would only destroy the weights."""
+    """Loss, gradients or weights are NaN or infinite: going on would only destroy the weights.
+
+    The message looks for the checkpoint when it is read: one that was being written is there then.
+
+    Args:
+        folder: Of the run.
+        what: What was seen, and at which step.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(folder, what)
+
+    def __str__(self) -> str:
+        """What was seen, what is saved, what to change."""
+        folder, what = self.args
+        path = folder / saver.NAME
+        saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
+        return f"{what}; {saved}. Lower optim.base_lr or lengthen optim.warmup_epochs"
 
 
 @dataclass(frozen=True)
@@ -156,21 +173,12 @@ class NonFiniteGuard:
 
     def _error(self, what: str, step: int) -> NonFiniteLossError:
         file = file_of(self._folder, step)
-        return diverged(self._folder, f"{what}; its batch is in {file} (--replay {file})")
+        return NonFiniteLossError(self._folder, f"{what}; its batch is in {file} (--replay {file})")
 
 
 def file_of(folder: Path, step: int) -> Path:
     """Where the batch of a step that was not finite is written."""
     return folder / FOLDER / f"step-{step:08d}.json"
-
-
-def diverged(folder: Path, what: str) -> NonFiniteLossError:
-    """The error that ends a run: what was seen and at which step, what is saved, what to change."""
-    path = folder / saver.NAME
-    saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
-    return NonFiniteLossError(
-        f"{what}; {saved}. Lower optim.base_lr or lengthen optim.warmup_epochs"
-    )
 
 
 def _plain(value: float) -> float | str:

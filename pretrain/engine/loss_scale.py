@@ -81,7 +81,7 @@ class LossScale:
                 f"engine.min_loss_scale ({self._least:g}), after {position.num_overflow_steps} "
                 "steps whose gradients were not finite in fp16; use engine.precision=bf16 or fp32"
             )
-            raise guards.diverged(self._folder, what)
+            raise guards.NonFiniteLossError(self._folder, what)
 
     def figures(self, position: Position) -> dict[str, float]:
         """For a row of the log: the scale, and the steps left out for it; nothing without one."""

@@ -106,7 +106,9 @@ class Rows:
         output, position = done.output, self._position
         loss = float(dist.mean(output.loss.detach()))
         if not math.isfinite(loss):
-            raise guards.diverged(self._folder, f"the loss is {loss} at step {position.step}")
+            raise guards.NonFiniteLossError(
+                self._folder, f"the loss is {loss} at step {position.step}"
+            )
         rates = meter.rates()
         bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
         if log is None:

@@ -324,7 +324,7 @@ class Run:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):
             what = f"weights are no longer finite at step {self.position.step}"
-            raise guards.diverged(self.folder, what)
+            raise guards.NonFiniteLossError(self.folder, what)
         self.saver.save(self._state(), self.position.step)
 
     def _finish(self) -> None:

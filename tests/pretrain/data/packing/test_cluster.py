@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import os
 import re
@@ -374,8 +375,13 @@ def test_ctrl_c_cancels_the_tasks(
         out = tmp_path / f"out-{attempt}"
         words = command(many_pictures, out, *THREE)
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        task_in_the_middle(out, process)
-        process.send_signal(signal.SIGINT)
+        task = task_in_the_middle(out, process)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(task, signal.SIGSTOP)  # so that it is not done before the command has seen it
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            os.kill(task, signal.SIGCONT)
         _, said = process.communicate(timeout=60)
         if process.returncode != 0:
             break
