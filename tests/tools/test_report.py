@@ -1,6 +1,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -395,3 +397,17 @@ def test_long_curves_are_thinned_out_but_keep_their_end():
 def test_mean_curve_takes_shared_iterations_only():
     assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
     assert mean_curve([]) == []
+
+
+def test_writing_the_page_imports_no_library_of_the_stages():
+    """A bundle without them writes its report too."""
+    heavy = {"torch", "detectron2", "webdataset", "submitit", "zstandard", "pretrain", "detection"}
+    code = "import sys, tools.flow.report; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not heavy & set(done.stdout.split())

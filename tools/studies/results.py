@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tools.flow.files import write_json
 from tools.flow.statistics import mean_std
-from tools.studies.cells import Plan
 from tools.studies.documents import Chart, Section, Table, write_all
 from tools.studies.grid import METRICS, Grid, Preset
 from tools.studies.plots import Line, interval_chart
 from tools.studies.significance import RULE, Contrast, claim_verdict, compare
 from tools.studies.store import Row
+
+if TYPE_CHECKING:  # the report reads studies where what runs them is not installed
+    from tools.studies.cells import Plan
 
 FORMAT = "fa-study-1"
 DASH = "-"
