@@ -54,9 +54,10 @@ def test_a_leak_is_seen_and_a_buffer_is_not_taken_for_one(index):
     large = watched(Leaking(index, leaked=0, held=64))
     leaking = watched(Leaking(index, leaked=2, held=0))
     assert large["largest_mebibytes"] - sound["largest_mebibytes"] == pytest.approx(64, abs=12)
-    assert abs(sound["growth_mebibytes_per_epoch"]) < 2
-    assert abs(large["growth_mebibytes_per_epoch"]) < 2
-    assert leaking["growth_mebibytes_per_epoch"] == pytest.approx(8, abs=2)  # 4 batches of 2 MiB
+    assert abs(sound["growth_mebibytes_per_epoch"]) < 4  # what a heap does by itself
+    assert abs(large["growth_mebibytes_per_epoch"]) < 4
+    leaked = leaking["growth_mebibytes_per_epoch"] - sound["growth_mebibytes_per_epoch"]
+    assert leaked == pytest.approx(8, abs=4)  # 4 batches of 2 MiB
     assert len(leaking["at_rest_mebibytes"]) == 5
 
 

@@ -367,6 +367,15 @@ def test_packing_imports_neither_submitit_nor_torch() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Processes started here hear SIGINT, even where this one was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_cancels_the_tasks(
     many_pictures: Path, one_process: dict[str, bytes], tmp_path: Path
 ) -> None:
