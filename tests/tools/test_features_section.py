@@ -1,9 +1,7 @@
 """Features before and after: what the maps show and say, what is missing, pointer and keys."""
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from tests.tools import chromium
 from tests.tools.run_fixture import dump, make_run, picture
 from tools.flow import features_section, page
 from tools.flow.report_data import Run
@@ -296,16 +293,6 @@ def test_without_labels_nothing_is_counted(out):
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[chromium.Browser]:
-    if chromium.find() is None:
-        if os.environ.get("REQUIRE_BROWSER") == "1":
-            pytest.fail("REQUIRE_BROWSER=1, but there is no Chromium; apt-get install chromium")
-        pytest.skip("no Chromium here; apt-get install chromium")
-    with chromium.start(tmp_path_factory.mktemp("browser") / "profile") as started:
-        yield started
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 import base64
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.tools import chromium
 from tests.tools.run_fixture import make_run
 from tests.tools.study_fixture import make_study, make_trials
 from tests.tools.test_report_sections import make_pretraining
@@ -20,16 +17,6 @@ pytestmark = pytest.mark.browser
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 KINDS = ("report", "runs", "study", "trials")
 PHONE, DESK = 360, 1400
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[chromium.Browser]:
-    if chromium.find() is None:
-        if os.environ.get("REQUIRE_BROWSER") == "1":
-            pytest.fail("REQUIRE_BROWSER=1, but there is no Chromium; apt-get install chromium")
-        pytest.skip("no Chromium here; apt-get install chromium")
-    with chromium.start(tmp_path_factory.mktemp("browser") / "profile") as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,12 @@
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.tools import chromium
 from tests.tools.run_fixture import make_run
 from tools.flow import report
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[chromium.Browser]:
-    if chromium.find() is None:
-        if os.environ.get("REQUIRE_BROWSER") == "1":
-            pytest.fail("REQUIRE_BROWSER=1, but there is no Chromium; apt-get install chromium")
-        pytest.skip("no Chromium here; apt-get install chromium")
-    with chromium.start(tmp_path_factory.mktemp("browser") / "profile") as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

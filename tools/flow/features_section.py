@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from tools.flow import gallery
+from tools.flow import gallery, page
 from tools.flow import report_data as data
 
-HERE = Path(__file__).resolve().parent
 FORMAT = "fa-feature-map-1"
 STATES = {"before": "Before pretraining", "after": "After pretraining"}
 SIDE, MARGIN = 480, 16
@@ -44,12 +42,8 @@ def context(run: data.Run) -> dict[str, Any]:
     """What the section shows, as `features`; empty parts where pretraining left nothing."""
     if not run.finished("pretrain"):
         return {"features": {}}
-    script = Markup(_read("feature_map.js"))
+    script = Markup(page.asset("feature_map.js"))
     return {"features": {"map": feature_map(run), "gallery": neighbours(run), "script": script}}
-
-
-def _read(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
 
 
 def feature_map(run: data.Run) -> Word:
@@ -269,7 +263,7 @@ def _style() -> str:
     return (
         f"{rules('', LIGHT)}.map .other{{fill:var(--border)}}"
         f"@media screen{{{chosen}}}@media screen and (prefers-color-scheme:dark){{{systems}}}"
-        f"{_read('features_section.css')}"
+        f"{page.asset('features_section.css')}"
     )
 
 

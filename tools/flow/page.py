@@ -67,9 +67,9 @@ def render(page: Page) -> str:
             page=page,
             contents=entries if len(entries) > 1 else [],
             policy=policy(),
-            style=Markup(palette() + _read("report.css")),
-            theme_script=Markup(_read("theme.js")),
-            script=Markup(_read("report.js")),
+            style=Markup(palette() + asset("report.css")),
+            theme_script=Markup(asset("theme.js")),
+            script=Markup(asset("report.js")),
         )
     )
 
@@ -178,5 +178,6 @@ def signed(value: Any, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def _read(name: str) -> str:
+def asset(name: str) -> str:
+    """A style sheet or script of this folder."""
     return (HERE / name).read_text(encoding="utf-8")
