@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import kill_resume
 from benchmarks.kill_resume import identical
 from tests.slurm.tiny_run import (
     ROOT,
@@ -194,9 +195,12 @@ def test_cancelled_job_saves_and_the_same_command_goes_on(
 
 
 def test_shards_made_in_tasks_equal_those_made_here(
-    cluster: dict[str, str], config: Path, tmp_path: Path
+    cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    script = [sys.executable, str(ROOT / "tools/make_shards.py"), str(config.parent)]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    kill_resume.make_shards(pictures)
+    script = [sys.executable, str(ROOT / "tools/make_shards.py"), str(pictures)]
     options = ["--labels", "none", "--max-samples-per-shard", "7"]
     slurm = ["--submitit", "slurm", "--num-tasks", "3", "--slurm-partition", "test",
              "--slurm-time-minutes", "5"]  # fmt: skip
