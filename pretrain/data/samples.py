@@ -237,10 +237,10 @@ class TwoViewDataset(Dataset):
             except BadSample as error:
                 failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
         plans = self._plans(sample_ids, visits, headers)
-        for row, (reduction, views) in plans.items():
+        for row, (reduction, num_rows, views) in plans.items():
             try:
                 image, reduction = decode_fast(
-                    pictures[row], headers[row], reduction, where="picture"
+                    pictures[row], headers[row], reduction, where="picture", num_rows=num_rows
                 )
             except BadSample as error:
                 failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
@@ -251,8 +251,8 @@ class TwoViewDataset(Dataset):
 
     def _plans(
         self, sample_ids: np.ndarray, visits: np.ndarray, headers: dict[int, Header]
-    ) -> dict[int, tuple[int, list["_ViewPlan"]]]:
-        """For each row with a header: by how much to decode smaller, and what each view is."""
+    ) -> dict[int, tuple[int, int, list["_ViewPlan"]]]:
+        """For each row with a header: decode how much smaller, how many rows, into what views."""
         rows = np.fromiter(headers, np.int64, len(headers))
         if len(rows) == 0:
             return {}
@@ -274,9 +274,11 @@ class TwoViewDataset(Dataset):
             both = zip(drawn.boxes.tolist(), drawn.flips.tolist(), changes, strict=True)
             plans.append([_ViewPlan(*plan) for plan in both])
         sides = np.min([drawn.boxes[:, 2:] for drawn in crops], axis=(0, 2))
-        reductions = reductions_for(sides, self.image_size).tolist()
-        own = zip(reductions, zip(*plans, strict=True), strict=True)
-        return {row: (by, list(views)) for row, (by, views) in zip(headers, own, strict=True)}
+        reductions = reductions_for(sides, self.image_size)
+        bottoms = np.max([drawn.boxes[:, 0] + drawn.boxes[:, 2] for drawn in crops], axis=0)
+        views = [list(both) for both in zip(*plans, strict=True)]
+        own = zip(reductions.tolist(), bottoms.tolist(), views, strict=True)
+        return dict(zip(headers, own, strict=True))
 
 
 class _ViewPlan(NamedTuple):

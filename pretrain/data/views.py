@@ -13,6 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from pretrain.data.jpeg_rows import decode_upper_rows
+
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
 Encoded = bytes | memoryview  # a picture in its file format
 _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
@@ -77,7 +79,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
 
 
 def decode_fast(
-    data: Encoded, header: Header, reduction: int, *, where: str
+    data: Encoded, header: Header, reduction: int, *, where: str, num_rows: int | None = None
 ) -> tuple[np.ndarray, int]:
     """Decode for training: JPEGs with libjpeg-turbo's fastest settings, and smaller if asked.
 
@@ -89,12 +91,19 @@ def decode_fast(
         header: From `read_header`.
         reduction: 1, 2, 4 or 8: JPEGs come out so many times smaller, sides rounded up.
         where: What to call the picture in an error.
+        num_rows: How many rows of the whole picture are needed, from the top; all if None.
     Returns:
-        uint8 [h, w, 3], RGB, and how many times smaller it is: `reduction`, or 1.
+        uint8 [h, w, 3], RGB, at least the rows needed, and how many times smaller it is:
+        `reduction`, or 1.
     Raises:
         BadSample: If the picture does not decode or is cut short.
     """
     if header.is_fast:
+        if num_rows is not None:
+            size = (header.height, header.width)
+            image = decode_upper_rows(data, size, num_rows, reduction)
+            if image is not None:
+                return image, reduction
         try:
             image = simplejpeg.decode_jpeg(
                 data,
