@@ -76,6 +76,7 @@ def evaluate_on(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append(json.loads(file.read_text()))
     summary = {
         "name": name,
+        "set": str(voc.root.resolve()),
         **summarise(rows, [row["seed"] for row in rows]),
     }
     write_json(arguments.out / f"eval-on-{name}.json", summary)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.run_fixture import make_run
+from tests.tools.run_fixture import evaluate_elsewhere, make_run
 from tools.flow import report
 
 pytestmark = pytest.mark.browser
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.browser
 def page(tmp_path_factory) -> Path:
     """The report alone in a folder: it must need nothing else."""
     out = make_run(tmp_path_factory.mktemp("run"))
+    evaluate_elsewhere(out, "scenes", tmp_path_factory.mktemp("scenes"))
     assert report.main([str(out)]) == 0
     alone = tmp_path_factory.mktemp("alone") / "report.html"
     shutil.copy(out / "report.html", alone)

@@ -18,6 +18,7 @@ from tools.flow import (
     charts,
     detection_section,
     features_section,
+    other_sets_section,
     page,
     results,
     runs_section,
@@ -147,6 +148,8 @@ def context(run: data.Run) -> dict[str, Any]:
         "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
         "bad_samples": data.bad_samples(run),
         **detection_section.context(run),
+        **other_sets_section.context(run),
+        "coco_names": results.COCO_METRICS,
     }
 
 

@@ -148,12 +148,13 @@ def is_number(value: Any) -> TypeGuard[float]:
 def per_class_rows(run: Run, pair: str, key: str) -> list[tuple[str, float | None, float | None]]:
     """Return (class, random, pretrained): means over the seeds, classes in alphabetical order."""
     treated, control = results.PAIRS[pair]
-    tables = [_class_means(run.results["detection"][arm], key) for arm in (control, treated)]
+    tables = [class_means(run.results["detection"][arm], key) for arm in (control, treated)]
     names = sorted(set().union(*tables))
     return [(name, tables[0].get(name), tables[1].get(name)) for name in names]
 
 
-def _class_means(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+def class_means(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+    """Return the mean over the seeds of a figure of every class; `key` names the table of each."""
     collected: dict[str, list[float]] = {}
     for row in rows:
         for name, value in (row.get(key) or {}).items():
