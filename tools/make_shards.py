@@ -26,6 +26,7 @@ from pretrain.data.tar_index import write_json
 from pretrain.errors import UserError
 from tools.datasets.errors import UserError as SourceError
 from tools.datasets.importers import Source, open_source
+from tools.slurm_option import add_slurm_option
 
 EXAMPLE = """\
 SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a VOC devkit.
@@ -81,15 +82,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_cluster(main_parser: argparse.ArgumentParser) -> None:
-    add = main_parser.add_argument_group("several tasks, through submitit").add_argument
+    group = main_parser.add_argument_group("several tasks, through submitit")
+    add = group.add_argument
     add("--submitit", choices=("local", "slurm"), help="where tasks run; OUT must be shared")
     add("--num-tasks", type=int, metavar="N", help="tasks, each makes a share of the shards")
     add("--slurm-partition", metavar="NAME", help="partition of the tasks")
     add("--slurm-time-minutes", type=int, metavar="MIN",
         help="time limit of a task; at its end it is queued again (default: 240)")  # fmt: skip
     add("--slurm-mem-gb", type=float, metavar="GB", help="memory of a task")
-    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
-        help="further line for sbatch, such as account=vision; may be repeated")  # fmt: skip
+    add_slurm_option(group)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,17 +186,13 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
         return None
     if options.num_tasks is None:
         raise UserError(f"--submitit {options.submitit} needs --num-tasks N")
-    pairs = [text.partition("=") for text in options.slurm_option]
-    for key, equals, value in pairs:
-        if not (key and equals and value):
-            raise UserError(f"--slurm-option {key}{equals}{value}: must be KEY=VALUE")
     return Cluster(
         kind=options.submitit,
         num_tasks=options.num_tasks,
         partition=options.slurm_partition,
         time_minutes=240 if options.slurm_time_minutes is None else options.slurm_time_minutes,
         mem_gb=options.slurm_mem_gb,
-        options={key: value for key, _, value in pairs},
+        options=dict(options.slurm_option),
     )
 
 

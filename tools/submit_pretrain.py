@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain.errors import UserError, require
+from tools.slurm_option import add_slurm_option
 
 EXAMPLE = """\
 examples:
@@ -176,8 +177,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-restarts", type=int, default=3, metavar="N",
         help="how often torchrun starts dead processes again, in one job (default: 3)")  # fmt: skip
     add("--partition", metavar="P", help="SLURM partition")
-    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
-        help="further line for sbatch, such as account=vision; may be repeated")  # fmt: skip
+    add_slurm_option(main_parser)
     add("--resume", action="store_true", help="go on with the run in out, if there is one")
     add("--allow-changes", action="store_true", help="with --resume: even with another config")
     add("--wait", action="store_true", help="until the run has ended; the exit status is its own")
@@ -246,19 +246,6 @@ def _check_batch(batch_size: int, least: int, most: int, num_processes: int) -> 
         )
 
 
-def slurm_options(words: Sequence[str]) -> dict[str, str]:
-    """``["account=vision"]`` -> ``{"account": "vision"}``."""
-    options = {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        require(
-            bool(separator and key) and word.isprintable(),
-            f"--slurm-option {word!r} is not of the form KEY=VALUE, e.g. account=vision",
-        )
-        options[key] = value
-    return options
-
-
 def submit(node: TorchrunNode, out: Path, options: argparse.Namespace, num_cpus: int) -> Any:
     """Hand the run to submitit.
 
@@ -275,7 +262,7 @@ def submit(node: TorchrunNode, out: Path, options: argparse.Namespace, num_cpus:
         "signal": f"{PREEMPTION.name.removeprefix('SIG')}@{options.save_seconds}",
         "requeue": True,
         **({"no-kill": True} if node.min_nodes < node.nodes else {}),
-        **slurm_options(options.slurm_option),
+        **dict(options.slurm_option),
     }
     for word in (str(out), options.partition or ""):
         require(word.isprintable(), f"{word!r}: no line breaks in names for the cluster")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,21 +55,6 @@ class Resources:
     minutes: int = 240
     partition: str | None = None
     slurm_options: Mapping[str, str] = field(default_factory=dict)
-
-
-def parse_slurm_options(words: Sequence[str]) -> dict[str, str]:
-    """``["account=vision"]`` -> ``{"account": "vision"}``.
-
-    Raises:
-        UserError: For a word of another form.
-    """
-    options = {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not (separator and key) or not word.isprintable():
-            raise UserError(f"--slurm-option {word!r} is not of the form KEY=VALUE")
-        options[key] = value
-    return options
 
 
 class SubmititExecutor:

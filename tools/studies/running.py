@@ -13,7 +13,8 @@ from types import FrameType
 
 from tools.flow import environment
 from tools.flow.errors import UserError
-from tools.studies.executors import Executor, Resources, SubmititExecutor, parse_slurm_options
+from tools.slurm_option import add_slurm_option
+from tools.studies.executors import Executor, Resources, SubmititExecutor
 from tools.studies.schedule import SAVE_SECONDS, Limits, Outcome, Scheduler, Work
 from tools.studies.store import Row, Store
 
@@ -38,7 +39,8 @@ def add_cluster(main_parser: argparse.ArgumentParser) -> None:
     add("--max-failures", type=int, default=3, metavar="N",
         help="start nothing more after more than N failed runs (default: 3)")  # fmt: skip
     add("--retry-failed", action="store_true", help="run failed ones again")
-    add = main_parser.add_argument_group("where runs go, through submitit").add_argument
+    group = main_parser.add_argument_group("where runs go, through submitit")
+    add = group.add_argument
     add("--cluster", choices=("local", "slurm"), default="local", help="default: local")
     add("--parallel", type=int, metavar="N", help="runs at once (default: the preset's, or 1)")
     add("--gpus-per-run", type=int, metavar="N", help="default: the preset's, or 0")
@@ -47,8 +49,7 @@ def add_cluster(main_parser: argparse.ArgumentParser) -> None:
     add("--time-minutes", type=int, default=240, metavar="T",
         help="SLURM: time limit; then the run is queued again (default: 240)")  # fmt: skip
     add("--partition", metavar="P", help="SLURM partition")
-    add("--slurm-option", action="append", default=[], metavar="KEY=VALUE",
-        help="further line for sbatch; may be repeated")  # fmt: skip
+    add_slurm_option(group)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -99,7 +100,7 @@ def run_work(
         options.cpus_per_run,
         options.time_minutes,
         options.partition,
-        parse_slurm_options(options.slurm_option),
+        dict(options.slurm_option),
     )
     minutes = options.max_minutes or defaults.max_minutes
     limits = Limits(

@@ -8,17 +8,10 @@ import pytest
 
 from tests.slurm.tiny_run import wait_until
 from tools.flow.errors import UserError
-from tools.studies.executors import Resources, SubmititExecutor, parse_slurm_options
+from tools.studies.executors import Resources, SubmititExecutor
 from tools.studies.jobs import CommandJob, Step, read_result
 
 ROOT = Path(__file__).parents[3]
-
-
-def test_slurm_options() -> None:
-    assert parse_slurm_options(["account=vision", "x=a=b"]) == {"account": "vision", "x": "a=b"}
-    for word in ("account", "=x", "a=b\nc"):
-        with pytest.raises(UserError, match="is not of the form KEY=VALUE"):
-            parse_slurm_options([word])
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,20 @@
+"""The option for further lines of sbatch, the same in every command that submits jobs."""
+
+import argparse
+
+
+def add_slurm_option(parser: argparse._ActionsContainer) -> None:
+    """Add ``--slurm-option KEY=VALUE``, which may be repeated; parsed to a list of pairs."""
+    parser.add_argument(
+        "--slurm-option", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+        help="further line for sbatch, such as account=vision; may be repeated",
+    )  # fmt: skip
+
+
+def _pair(word: str) -> tuple[str, str]:
+    key, separator, value = word.partition("=")
+    if not (separator and key) or not word.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not of the form KEY=VALUE without line breaks, e.g. account=vision"
+        )
+    return key, value
