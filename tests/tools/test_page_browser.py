@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.run_fixture import make_run
+from tests.tools.run_fixture import evaluate_elsewhere, make_run
 from tests.tools.study_fixture import make_study, make_trials
 from tests.tools.test_report_sections import make_pretraining
 from tools import runs as runs_command
@@ -24,6 +24,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     """One page of each kind, each alone in a folder."""
     made = tmp_path_factory.mktemp("made")
     out = make_run(made / "run", seeds=2)
+    evaluate_elsewhere(out, "scenes", made / "scenes")
     study, trials = make_study(made / "study", is_complete=False), make_trials(made / "trials")
     runs = [make_pretraining(made / f"more/r{n}", loss=2 + n, rate=n / 10) for n in (1, 2)]
     found = {kind: tmp_path_factory.mktemp(kind) / "page.html" for kind in KINDS}

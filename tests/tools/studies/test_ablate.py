@@ -182,7 +182,10 @@ def test_cells_that_cannot_run_are_refused_before_any_run(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--preset", "huge"], "no such preset; there are reproduce-cpu, reproduce-gpu"),
+        (
+            ["--preset", "huge"],
+            "no such preset; there are longer-cpu, reproduce-cpu, reproduce-gpu",
+        ),
         (["--data", "cifar"], "--data cifar: preset has made"),
         (["--metrics", "top5"], "--metrics top5: give some of knn, linear, online"),
         (["--parallel", "0"], "--parallel 0: give 1 or more"),

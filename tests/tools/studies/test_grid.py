@@ -14,7 +14,9 @@ from tools.studies.grid import Level, Preset, read_grid, read_preset
 
 STUDIES = Path(__file__).parents[3] / "configs/studies"
 GRIDS = sorted(STUDIES.glob("*.yaml"))
-PRESETS = sorted(path for path in (STUDIES / "presets").glob("reproduce-*.yaml"))
+PRESETS = sorted(
+    (STUDIES / "presets").glob("*.yaml"), key=lambda path: (path.stem != "reproduce-cpu", path)
+)
 
 
 def some_data(digest: str = "d") -> StudyData:
