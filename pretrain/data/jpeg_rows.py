@@ -32,7 +32,7 @@ def decode_upper_rows(
     height, width = size
     num_rows = -(-num_rows // _BLOCKS) * _BLOCKS
     at = _place_of_height(data) if num_rows < height else None
-    if at is None:
+    if at is None or int.from_bytes(data[at : at + 2], "big") != height:
         return None
     lower = bytearray(data)
     lower[at : at + 2] = num_rows.to_bytes(2, "big")

@@ -77,6 +77,13 @@ def test_a_detector_trained_again_does_not_count(run_folder: Path) -> None:
     assert "Left out" not in section(report.render(run_folder), "other-sets"), "only copied"
 
 
+def test_names_that_look_like_other_files(run_folder: Path, tmp_path: Path) -> None:
+    evaluate_elsewhere(run_folder, "typing-errors", tmp_path / "typing-errors")
+    part = section(report.render(run_folder), "other-sets")
+    assert part.index("<h3>real_scenes</h3>") < part.index("<h3>typing-errors</h3>")
+    assert part.count("<h3>") == 2
+
+
 def test_one_arm_alone_and_no_set_at_all(run_folder: Path) -> None:
     for path in run_folder.glob("detection/random*/seed-*/eval-on-*"):
         path.unlink()

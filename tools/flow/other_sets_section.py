@@ -25,8 +25,9 @@ def context(run: data.Run) -> dict[str, Any]:
 
 
 def _names(arm: Path) -> set[str]:
-    found = (path.stem for path in arm.glob("seed-*/eval-on-*.json"))
-    return {stem.removeprefix("eval-on-") for stem in found if not stem.endswith(_SIDE_FILES)}
+    stems = {path.stem for path in arm.glob("seed-*/eval-on-*.json")}
+    beside = {stem + end for stem in stems for end in _SIDE_FILES}
+    return {stem.removeprefix("eval-on-") for stem in stems - beside}
 
 
 def other_set(run: data.Run, name: str) -> dict[str, Any]:

@@ -68,6 +68,19 @@ def test_several_scans_are_decoded_whole() -> None:
     assert decode_upper_rows(data, (HEIGHT, WIDTH), 16, 1) is None
 
 
+def test_a_height_that_is_not_the_headers_is_left_alone() -> None:
+    assert decode_upper_rows(SEQUENTIAL["4:2:0"], (HEIGHT + 1, WIDTH), 16, 1) is None
+
+
+def test_fill_bytes_between_markers() -> None:
+    data = SEQUENTIAL["4:2:0"]
+    at = data.index(b"\xff\xdb")
+    filled = data[:at] + b"\xff\xff" + data[at:]
+    header = read_header(filled, where="")
+    image, _ = decode_fast(filled, header, 1, where="", num_rows=16)
+    np.testing.assert_array_equal(image[:16], whole(data, 1)[:16])
+
+
 def test_what_is_needed_is_decoded_and_little_more() -> None:
     data = SEQUENTIAL["4:2:0"]
     header = read_header(data, where="")
