@@ -12,8 +12,8 @@ def add_slurm_option(parser: argparse._ActionsContainer) -> None:
 
 
 def _pair(word: str) -> tuple[str, str]:
-    key, separator, value = word.partition("=")
-    if not (separator and key) or not word.isprintable():
+    key, _, value = word.partition("=")
+    if not (key and value and word.isprintable()):
         raise argparse.ArgumentTypeError(
             f"{word!r} is not of the form KEY=VALUE without line breaks, e.g. account=vision"
         )

@@ -1,4 +1,4 @@
-"""The upper rows of a JPEG, without decoding those below."""
+"""JPEGs decoded fast: the whole picture, or its upper rows alone."""
 
 import numpy as np
 import simplejpeg
@@ -8,6 +8,37 @@ _TABLES = (0xC4, 0xC8, 0xCC)  # markers among those of frames that are none
 _SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
 _BLOCKS = 16  # rows that are decoded together in most files
 _LEFT_OVER = "extraneous bytes before marker 0xd9"  # libjpeg, of data between the rows and the end
+
+
+def decode_fastest(
+    data: bytes | bytearray | memoryview,
+    size: tuple[int, int],
+    reduction: int,
+    buffer: np.ndarray | None = None,
+) -> np.ndarray:
+    """Decode a whole JPEG with the fast DCT and the unsmoothed chroma.
+
+    Args:
+        data: A JPEG that libjpeg-turbo can turn into RGB.
+        size: Height and width in pixels, from its header.
+        reduction: 1, 2, 4 or 8: decode so many times smaller, sides rounded up.
+        buffer: Where to write the pixels; new memory if none.
+    Returns:
+        uint8 [h, w, 3], RGB.
+    Raises:
+        ValueError: If libjpeg warns or fails; what could be decoded is in the buffer.
+    """
+    height, width = size
+    return simplejpeg.decode_jpeg(
+        data,
+        "RGB",
+        fastdct=True,
+        fastupsample=True,
+        min_height=-(-height // reduction),
+        min_width=-(-width // reduction),
+        min_factor=reduction,
+        buffer=buffer,
+    )
 
 
 def decode_upper_rows(
@@ -25,9 +56,8 @@ def decode_upper_rows(
         num_rows: Rows needed.
         reduction: 1, 2, 4 or 8: decode so many times smaller, sides rounded up.
     Returns:
-        uint8 [h, w, 3], RGB: at least the rows needed, equal to those of the whole picture decoded
-        with the fast DCT and the unsmoothed chroma. None if nothing can be saved, or the file is
-        not such that its rows can be decoded alone.
+        uint8 [h, w, 3], RGB: at least the rows needed, equal to those of `decode_fastest`. None if
+        nothing can be saved, or the file is not such that its rows can be decoded alone.
     """
     height, width = size
     num_rows = -(-num_rows // _BLOCKS) * _BLOCKS
@@ -36,13 +66,9 @@ def decode_upper_rows(
         return None
     lower = bytearray(data)
     lower[at : at + 2] = num_rows.to_bytes(2, "big")
-    rows, columns = -(-num_rows // reduction), -(-width // reduction)
-    image = np.empty((rows, columns, 3), np.uint8)
+    image = np.empty((-(-num_rows // reduction), -(-width // reduction), 3), np.uint8)
     try:
-        simplejpeg.decode_jpeg(
-            lower, "RGB", fastdct=True, fastupsample=True, min_height=rows, min_width=columns,
-            min_factor=reduction, buffer=image,
-        )  # fmt: skip
+        decode_fastest(lower, (num_rows, width), reduction, image)
     except ValueError as error:  # raised after the rows were written
         return image if str(error).endswith(_LEFT_OVER) else None
     return None

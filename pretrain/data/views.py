@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pretrain.data.jpeg_rows import decode_upper_rows
+from pretrain.data.jpeg_rows import decode_fastest, decode_upper_rows
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
 Encoded = bytes | memoryview  # a picture in its file format
@@ -99,22 +99,13 @@ def decode_fast(
         BadSample: If the picture does not decode or is cut short.
     """
     if header.is_fast:
+        size = (header.height, header.width)
         if num_rows is not None:
-            size = (header.height, header.width)
             image = decode_upper_rows(data, size, num_rows, reduction)
             if image is not None:
                 return image, reduction
         try:
-            image = simplejpeg.decode_jpeg(
-                data,
-                "RGB",
-                fastdct=True,
-                fastupsample=True,
-                min_height=-(-header.height // reduction),
-                min_width=-(-header.width // reduction),
-                min_factor=reduction,
-            )
-            return image, reduction
+            return decode_fastest(data, size, reduction), reduction
         except ValueError:
             pass  # damaged a little or a lot: Pillow decides
     return decode(data, where=where), 1

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kill_resume
-from benchmarks.kill_resume import identical
+from benchmarks.kill_resume import identical, make_shards
 from tests.slurm.tiny_run import (
     ROOT,
     last_step,
@@ -199,7 +198,7 @@ def test_shards_made_in_tasks_equal_those_made_here(
 ) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    kill_resume.make_shards(pictures)
+    make_shards(pictures)
     script = [sys.executable, str(ROOT / "tools/make_shards.py"), str(pictures)]
     options = ["--labels", "none", "--max-samples-per-shard", "7"]
     slurm = ["--submitit", "slurm", "--num-tasks", "3", "--slurm-partition", "test",

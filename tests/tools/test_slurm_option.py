@@ -7,7 +7,7 @@ import pytest
 from tools import ablate, make_shards, submit_pretrain
 from tools.slurm_option import add_slurm_option
 
-WRONG = ["account", "=x", "comment=a\nb", "a=b\n#SBATCH --uid=0"]
+WRONG = ["account", "account=", "=x", "comment=a\nb", "a=b\n#SBATCH --uid=0"]
 
 
 def test_pairs() -> None:

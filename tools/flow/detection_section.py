@@ -57,7 +57,8 @@ def curve_pair(run: data.Run, pair: str) -> dict[str, Any] | None:
     names = sorted(set().union(*(curves for curves, _ in arms)))
     if not names:
         return None
-    aps = {name: both for name, *both in data.per_class_rows(run, pair, "per_class_AP50")}
+    per_class = data.per_class_rows(run.results["detection"], pair, "per_class_AP50")
+    aps = {name: both for name, *both in per_class}
     drawn, rows = [], []
     for name in names:
         both = [curves.get(name) for curves, _ in arms]
@@ -232,9 +233,7 @@ def shots(run: data.Run) -> dict[str, Any]:
     `first`: the first ones of the list; `different`: those where the arms differ most in how many
     objects they find, the first ones left out; `num_saved`: how many there are to choose from.
     """
-    fine_tuned = any(run.results["detection"][arm] for arm in results.PAIRS["fine_tuned"])
-    pair = "fine_tuned" if fine_tuned else "frozen"
-    seed, arms = saved_detections(run, pair)
+    pair, seed, arms = saved_detections(run, run.results["detection"], "detections.json")
     pictures = gallery.shared(arms)
     first = gallery.rows(pictures, run.dataset(), NUM_FIRST)
     names = {row["item"]["file_name"] for row in first}
@@ -253,18 +252,28 @@ def shots(run: data.Run) -> dict[str, Any]:
     }
 
 
-def saved_detections(run: data.Run, pair: str) -> tuple[int | None, dict[str, list[Any]]]:
-    """Return the lowest seed and what detections.json of each arm holds for it."""
+def saved_detections(
+    run: data.Run, detection: Mapping[str, Sequence[Mapping[str, Any]]], file: str
+) -> tuple[str, int | None, dict[str, list[Any]]]:
+    """Return the pair that is shown, its lowest seed, and the boxes of each arm for it.
+
+    Args:
+        run: The run.
+        detection: Rows of each arm, one a seed.
+        file: Name of the file with the boxes, in the folder of each seed.
+    """
+    fine_tuned = any(detection[arm] for arm in results.PAIRS["fine_tuned"])
+    pair = "fine_tuned" if fine_tuned else "frozen"
     treated, control = results.PAIRS[pair]
     arms: dict[str, list[Any]] = {}
     seed = None
     for arm in (control, treated):
-        for row in run.results["detection"][arm]:
-            found = read_json(run.out / f"detection/{arm}/seed-{row['seed']}/detections.json")
+        for row in detection[arm]:
+            found = read_json(run.out / f"detection/{arm}/seed-{row['seed']}" / file)
             if isinstance(found, list) and (seed is None or row["seed"] == seed):
                 arms[arm], seed = found, row["seed"]
                 break
-    return seed, arms
+    return pair, seed, arms
 
 
 def lead(row: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.flow import charts, gallery, results
+from tools.flow import charts, detection_section, gallery, results
 from tools.flow import report_data as data
 from tools.flow.config import ARMS
 from tools.flow.files import read_json
@@ -15,6 +15,7 @@ from tools.flow.fingerprint import bytes_digest
 NUM_PICTURES = 6
 _SIDE_FILES = ("-pr", "-errors", "-detections")  # beside eval-on-NAME.json
 _MODEL = "model_final.pth"
+_KEPT = ("per_class", "num_test_images")
 
 
 def context(run: data.Run) -> dict[str, Any]:
@@ -46,24 +47,32 @@ def other_set(run: data.Run, name: str) -> dict[str, Any]:
             if is_outdated(folder, name, result):
                 outdated.append(f"{arm}/{folder.name}")
             else:
-                rows[arm].append(_row(seed["seed"], result))
+                rows[arm].append(results.seed_row(seed["seed"], result, _KEPT))
     arms = [
         {"arm": arm, "words": data.ARM_WORDS[arm], "metrics": results.summarise(rows[arm]),
          "num_images": rows[arm][0]["num_test_images"]}
         for arm in ARMS if rows[arm]
     ]  # fmt: skip
-    pairs = [
-        {"title": results.PAIR_TITLES[pair], "difference": results.compare(rows, *both)}
-        for pair, both in results.PAIRS.items()
-        if all(rows[arm] for arm in both)
-    ]
+    has_coco = any(row["metrics"]["coco_AP"]["n"] for row in arms)
+    pairs = [pair for pair, both in results.PAIRS.items() if all(rows[arm] for arm in both)]
     return {
-        "name": name, "arms": arms, "pairs": pairs, "outdated": outdated,
-        "has_coco": any(row["metrics"]["coco_AP"]["n"] for row in arms),
-        "classes": [_classes(rows, pair) for pair, both in results.PAIRS.items()
-                    if all(rows[arm] for arm in both)],
+        "name": name, "arms": arms, "outdated": outdated,
+        "metrics": results.ALL_METRICS if has_coco else results.METRICS,
+        "pairs": [pair_part(rows, pair) for pair in pairs],
         "shots": shots(run, name, rows),
     }  # fmt: skip
+
+
+def pair_part(rows: Mapping[str, Any], pair: str) -> dict[str, Any]:
+    """Return the paired differences of two arms, AP of every class and its chart."""
+    title = results.PAIR_TITLES[pair]
+    classes = data.per_class_rows(rows, pair, "per_class")
+    return {
+        "title": title,
+        "difference": results.compare(rows, *results.PAIRS[pair]),
+        "classes": classes,
+        "chart": charts.dumbbell_chart(f"AP per class, {title.lower()}", classes),
+    }
 
 
 def is_outdated(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
@@ -81,37 +90,12 @@ def is_outdated(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
     return model.stat().st_mtime > written and bytes_digest(model) != result.get("model_sha256")
 
 
-def _row(seed: int, result: Mapping[str, Any]) -> dict[str, Any]:
-    coco = result.get("coco") or {}
-    kept = (*results.METRICS, "per_class", "num_test_images")
-    figures = {f"coco_{metric}": coco.get(metric) for metric in results.METRICS}
-    return {"seed": seed} | figures | {key: result.get(key) for key in kept}
-
-
-def _classes(rows: Mapping[str, Any], pair: str) -> dict[str, Any]:
-    """Return (class, random, pretrained) of AP, means over the seeds, and their chart."""
-    treated, control = (data.class_means(rows[arm], "per_class") for arm in results.PAIRS[pair])
-    names = sorted(control.keys() | treated.keys())
-    table = [(name, control.get(name), treated.get(name)) for name in names]
-    title = results.PAIR_TITLES[pair]
-    chart = charts.dumbbell_chart(f"AP per class, {title.lower()}", table)
-    return {"title": title, "rows": table, "chart": chart}
-
-
 def shots(run: data.Run, name: str, rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first pictures of the set with the boxes of both arms, of the lowest seed."""
-    pair = "fine_tuned" if any(rows[arm] for arm in results.PAIRS["fine_tuned"]) else "frozen"
-    treated, control = results.PAIRS[pair]
-    seeds = [{row["seed"] for row in rows[arm]} for arm in (control, treated) if rows[arm]]
-    shared = set.intersection(*seeds) if seeds else set()
-    seed = min(shared, default=None)
-    found, folder = {}, None
-    for arm in (control, treated) if seed is not None else ():
-        place = run.out / f"detection/{arm}"
-        boxes = read_json(place / f"seed-{seed}/eval-on-{name}-detections.json")
-        if rows[arm] and isinstance(boxes, list):
-            found[arm] = boxes
-            folder = folder or (read_json(place / f"eval-on-{name}.json") or {}).get("set")
-    pictures = gallery.rows(gallery.shared(found), Path(folder), NUM_PICTURES) if folder else []
+    file = f"eval-on-{name}-detections.json"
+    pair, seed, arms = detection_section.saved_detections(run, rows, file)
+    summaries = (run.json(f"detection/{arm}/eval-on-{name}.json") for arm in arms)
+    folder = next((summary["set"] for summary in summaries if summary.get("set")), None)
+    pictures = gallery.rows(gallery.shared(arms), Path(folder), NUM_PICTURES) if folder else []
     title = results.PAIR_TITLES[pair].lower()
-    return {"pair": title, "seed": seed, "arms": list(found), "first": pictures}
+    return {"pair": title, "seed": seed, "arms": list(arms), "first": pictures}

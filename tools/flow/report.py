@@ -149,7 +149,6 @@ def context(run: data.Run) -> dict[str, Any]:
         "bad_samples": data.bad_samples(run),
         **detection_section.context(run),
         **other_sets_section.context(run),
-        "coco_names": results.COCO_METRICS,
     }
 
 
@@ -160,7 +159,7 @@ def pair_sections(run: data.Run) -> list[dict[str, Any]]:
         if not (run.results["detection"][treated] or run.results["detection"][control]):
             continue
         title = results.PAIR_TITLES[pair]
-        classes = data.per_class_rows(run, pair, "per_class")
+        classes = data.per_class_rows(run.results["detection"], pair, "per_class")
         sections.append(
             {
                 "id": pair,

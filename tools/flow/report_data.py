@@ -145,16 +145,23 @@ def is_number(value: Any) -> TypeGuard[float]:
     return is_real and math.isfinite(value)
 
 
-def per_class_rows(run: Run, pair: str, key: str) -> list[tuple[str, float | None, float | None]]:
-    """Return (class, random, pretrained): means over the seeds, classes in alphabetical order."""
+def per_class_rows(
+    detection: Mapping[str, Sequence[Mapping[str, Any]]], pair: str, key: str
+) -> list[tuple[str, float | None, float | None]]:
+    """Return (class, random, pretrained): means over the seeds, classes in alphabetical order.
+
+    Args:
+        detection: Rows of each arm, one a seed.
+        pair: Of `results.PAIRS`.
+        key: The table of a row that has a figure for every class.
+    """
     treated, control = results.PAIRS[pair]
-    tables = [class_means(run.results["detection"][arm], key) for arm in (control, treated)]
+    tables = [_class_means(detection[arm], key) for arm in (control, treated)]
     names = sorted(set().union(*tables))
     return [(name, tables[0].get(name), tables[1].get(name)) for name in names]
 
 
-def class_means(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
-    """Return the mean over the seeds of a figure of every class; `key` names the table of each."""
+def _class_means(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
     collected: dict[str, list[float]] = {}
     for row in rows:
         for name, value in (row.get(key) or {}).items():

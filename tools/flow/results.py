@@ -89,11 +89,21 @@ def detection_results(out: Path, finished: Collection[str]) -> dict[str, list[di
             if not isinstance(result, dict):
                 continue
             kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
-            kept += ("peak_memory_bytes",)
-            coco = result.get("coco") or {}  # results of older versions have none
-            figures = result | {f"coco_{metric}": coco.get(metric) for metric in METRICS}
-            rows.append({"seed": seed} | {key: figures.get(key) for key in (*ALL_METRICS, *kept)})
+            rows.append(seed_row(seed, result, (*kept, "peak_memory_bytes")))
     return found
+
+
+def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
+    """Return the figures of one seed, all metrics side by side; None where one is missing.
+
+    Args:
+        seed: Its number.
+        result: Content of its result.json, or of its eval-on-NAME.json.
+        kept: What else of the result is kept.
+    """
+    coco = result.get("coco") or {}  # results of older versions have none
+    figures = {**result, **{f"coco_{metric}": coco.get(metric) for metric in METRICS}}
+    return {"seed": seed} | {key: figures.get(key) for key in (*ALL_METRICS, *kept)}
 
 
 def values(rows: list[dict[str, Any]], metric: str) -> dict[int, float]:
