@@ -103,6 +103,18 @@ def test_errors_in_bars_and_tables_are_means_over_the_seeds(run_folder, text):
     assert len(by_class) == len(CLASSES) * len(ARM_LEVELS)
 
 
+def test_confusions_are_means_over_the_seeds(tmp_path):
+    out = make_run(tmp_path, seeds=3)
+    counts = {0: [("cat", "dog", 2)], 1: [("cat", "dog", 7), ("dog", "cat", 3)], 2: []}
+    for seed, rows in counts.items():
+        path = out / f"detection/random/seed-{seed}/errors.json"
+        confusions = [{"object": o, "taken_for": t, "count": n} for o, t, n in rows]
+        dump(path, json.loads(path.read_text()) | {"confusions": confusions})
+    found = detection_section.arm_errors(Run.load(out), "random")
+    assert found["n"] == 3
+    assert found["confusions"] == pytest.approx({("cat", "dog"): 3.0, ("dog", "cat"): 1.0})
+
+
 def test_gains_stand_beside_each_other(run_folder, text):
     part = section(text, "errors")
     rows = table_after(part, "AP50 gained by mending one kind, backbone frozen")

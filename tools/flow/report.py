@@ -176,25 +176,22 @@ def pair_sections(run: data.Run) -> list[dict[str, Any]]:
 
 def ap_chart(run: data.Run, pair: str) -> charts.Markup | None:
     """Return AP50 over iterations: every seed thin, the mean thick."""
-    treated, control = results.PAIRS[pair]
     lines = []
-    for arm, tone in ((control, "random"), (treated, "pretrained")):
-        curves = data.ap_curves(run, arm, "AP50")
+    for tone, (curves, mean) in data.ap_curves_of_pair(run, pair, "AP50").items():
         if len(curves) > 1:
             lines += [Series(f"{tone}, seed {s}", c, tone, thin=True) for s, c in curves.items()]
-        lines.append(Series(tone, data.mean_curve(list(curves.values())), tone))
+        lines.append(Series(tone, mean, tone))
     title = f"AP50 over training iterations, {results.PAIR_TITLES[pair].lower()}"
     return charts.line_chart(title, lines, "iterations", from_zero=True)
 
 
 def seed_chart(run: data.Run, pair: str) -> charts.Markup | None:
     """Return AP50 of every seed in both arms."""
-    treated, control = (
-        results.values(run.results["detection"][arm], "AP50") for arm in results.PAIRS[pair]
-    )
-    seeds = sorted(treated.keys() & control.keys())
+    rows = data.seed_rows(run.results["detection"], pair, "AP50")
     title = f"AP50 of every seed, {results.PAIR_TITLES[pair].lower()}"
-    return charts.slope_chart(title, [(f"seed {s}", control[s], treated[s]) for s in seeds])
+    return charts.slope_chart(
+        title, [(f"seed {seed}", control, treated) for seed, control, treated in rows]
+    )
 
 
 def pretraining_charts(run: data.Run) -> list[dict[str, Any]]:

@@ -101,6 +101,32 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     return [(x, math.fsum(table[x] for table in tables) / len(tables)) for x in shared]
 
 
+def ap_curves_of_pair(
+    run: Run, pair: str, metric: str
+) -> dict[str, tuple[dict[int, list[Point]], list[Point]]]:
+    """Return (iteration, AP) of `random` and of `pretrained`: every seed's, and their mean."""
+    treated, control = results.PAIRS[pair]
+    seeds = {
+        "random": ap_curves(run, control, metric),
+        "pretrained": ap_curves(run, treated, metric),
+    }
+    return {tone: (curves, mean_curve(list(curves.values()))) for tone, curves in seeds.items()}
+
+
+def seed_rows(
+    detection: Mapping[str, list[dict[str, Any]]], pair: str, metric: str
+) -> list[tuple[int, float, float]]:
+    """Return (seed, random, pretrained) of the seeds that ran in both arms.
+
+    Args:
+        detection: Rows of each arm, one a seed.
+        pair: Of `results.PAIRS`.
+        metric: Of `results.ALL_METRICS`.
+    """
+    treated, control = (results.values(detection[arm], metric) for arm in results.PAIRS[pair])
+    return [(seed, control[seed], treated[seed]) for seed in sorted(treated.keys() & control)]
+
+
 def metric_curves(run: Run) -> dict[str, list[Point]]:
     """Return every metric of pretraining over epochs (over steps where no epoch is given)."""
     curves: dict[str, list[Point]] = {}
