@@ -14,6 +14,7 @@ from tools.studies.significance import (
     holm,
     permutation_test,
     t_test,
+    verdict,
 )
 
 
@@ -90,6 +91,21 @@ def test_verdicts(shift: float, higher: bool, expected: str) -> None:
     noise = (0.1, -0.2, 0.15, -0.1, 0.05)
     contrast = Contrast("x", ((1, seeds(*(50 + shift + e for e in noise))), (-1, seeds(*[50] * 5))))
     assert compare([contrast], higher_is_better=higher)[0]["verdict"] == expected
+
+
+@pytest.mark.parametrize(
+    ("bootstrap", "expected"),
+    [
+        ([0.1, 2.0], "better"),
+        ([-0.1, 2.0], "inconclusive"),
+        ([0.0, 2.0], "inconclusive"),
+        (None, "inconclusive"),
+    ],
+)
+def test_a_small_p_is_not_enough_where_the_bootstrap_interval_holds_0(
+    bootstrap: list[float] | None, expected: str
+) -> None:
+    assert verdict({"n": 5, "mean": 1.0, "p_holm": 0.01, "bootstrap": bootstrap}) == expected
 
 
 def test_two_seeds_are_never_enough() -> None:
