@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from pretrain.config import DataConfig
+from pretrain.data.augment import ViewAugment
 from pretrain.data.shards import ShardIndex
+from pretrain.engine import feed as feed_module
 from pretrain.engine.feed import BAD_SAMPLES, Feed, in_workers
 from pretrain.errors import UserError
 
@@ -115,6 +117,18 @@ def test_photometric_decides_who_makes_the_changes(make_feed):
     crops = next(iter(make_feed(photometric="device", augmentation="none").epoch(0)))
     changed = (crops.views - seen["workers"].views).abs() * 0.225 * 255
     assert changed.mean() > 10  # so that agreeing within 2 levels means something
+
+
+def test_each_view_has_its_own_crop_scale(make_feed, monkeypatch):
+    """A crop of 1 % is enlarged 10 times each way: neighbouring pixels hardly differ."""
+    scales = ((1.0, 1.0), (0.01, 0.01))
+    for order in (scales, scales[::-1]):
+        preset = tuple(ViewAugment(crop_scale=scale) for scale in order)
+        monkeypatch.setitem(feed_module.PRESETS, "none", preset)
+        fed = next(iter(make_feed(augmentation="none").epoch(0)))
+        detail = fed.views.diff(dim=-1).abs().mean(dim=(1, 2, 3, 4))
+        whole, tiny = (detail[order.index(scale)] for scale in scales)
+        assert whole > 2 * tiny
 
 
 def test_auto_takes_the_device_where_there_is_a_gpu():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -108,6 +109,24 @@ def test_files_of_a_run(start, shards):
     assert state["arch"] == BASE["arch"]
     assert "pretrain: 100%" in err
     assert "loss=" in err
+
+
+def test_data_wait_share_is_the_time_waited_for_pictures(make_run, monkeypatch):
+    run = make_run("optim.epochs=1", "engine.log_every_steps=2", name="waits")
+    epoch = run.feed.epoch
+
+    def waiting(*where):
+        for number, fed in enumerate(epoch(*where)):
+            yield replace(fed, waited=100.0 + number)
+
+    monkeypatch.setattr(run.feed, "epoch", waiting)
+    run.train()
+    rows = train_rows(run.folder)
+    images = {2: 16, 4: 16}  # of two steps each; both rates of a row divide by the same seconds
+    seconds = [images[r["step"]] / r["images_per_second"] for r in rows if r["step"] in images]
+    shares = [r["data_wait_share"] for r in rows if r["step"] in images]
+    waited = [share * s for share, s in zip(shares, seconds, strict=True)]
+    assert waited == pytest.approx([100 + 101, 102 + 103], rel=1e-3)
 
 
 def test_seed_decides_the_curve(start):
