@@ -1,0 +1,275 @@
+"""Gate (h): exit statuses of the programs. 0 done, 1 it went wrong, 2 a mistake, 130 Ctrl-C."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from detection.train import main as train_voc
+from pretrain.__main__ import main as pretrain
+from tests.detection.tiny_detection import make_voc
+from tests.golden.gate import check
+from tools.ablate import main as ablate
+from tools.convert_to_d2 import main as convert_to_d2
+from tools.linear_eval import main as linear_eval
+from tools.make_dataset import main as make_dataset
+from tools.make_shards import main as make_shards
+from tools.run_pipeline import main as run_pipeline
+from tools.run_trials import main as run_trials
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain,
+    "convert_to_d2": convert_to_d2,
+    "train_voc": train_voc,
+    "make_shards": make_shards,
+    "make_dataset": make_dataset,
+    "run_pipeline": run_pipeline,
+    "ablate": ablate,
+    "run_trials": run_trials,
+    "linear_eval": linear_eval,
+}
+TINY = {
+    "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8},
+    "objective": {"name": "infonce"},
+    "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.1, "warmup_epochs": 0},
+    "engine": {"device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1},
+    "eval": {"num_pictures": 0, "knn_k": 5},
+}
+QUICK = {
+    "pretrain": {
+        "unknown key": ["tiny.yaml", "optim.epoch=3"],
+        "wrong type": ["tiny.yaml", "optim.epochs=many"],
+        "config is missing": ["missing.yaml"],
+        "shards are missing": ["tiny.yaml", "data.shards=missing", "out=out"],
+        "print config": ["tiny.yaml", "--print-config"],
+    },
+    "convert_to_d2": {
+        "checkpoint is missing": ["missing.pth", "out.pkl"],
+        "checkpoint is damaged": ["damaged.pth", "out.pkl"],
+        "picture too small": ["damaged.pth", "out.pkl", "--size", "32"],
+        "verify and out": ["damaged.pth", "out.pkl", "--verify", "a.pth", "b.pth"],
+        "verify what is missing": ["--verify", "missing.pth", "missing.pkl"],
+    },
+    "train_voc": {
+        "config is missing": ["random", "--config", "no.yaml", "--data", "voc", "--out", "out"],
+        "data is missing": ["random", "--config", "THIN", "--data", "missing", "--out", "out"],
+        "weights are missing": ["no.pkl", "--config", "THIN", "--data", "voc", "--out", "out"],
+        "seeds are no numbers": [
+            *("random", "--config", "THIN", "--data", "voc", "--out", "out", "--seeds", "a,b"),
+        ],
+    },
+    "make_shards": {
+        "source is missing": ["missing", "out"],
+        "no pictures": ["empty", "out"],
+        "out is missing": ["in"],
+        "out is a file": ["in", "tiny.yaml"],
+        "verify what is missing": ["missing", "--verify"],
+        "pack": ["in", "shards", "--num-workers", "1"],
+        "pack and verify again": ["in", "shards", "--verify", "--num-workers", "1"],
+    },
+    "make_dataset": {
+        "unknown kind": ["drawings", "out"],
+        "number out of range": ["procedural", "out", "--num-train", "0"],
+        "archive is missing": ["voc", "out", "missing.tar"],
+        "out is below a file": ["procedural", "tiny.yaml/out", "--num-train", "1"],
+    },
+    "run_pipeline": {
+        "unknown config": ["missing"],
+        "unknown key": ["smoke", "--out", "out", "detection.seed=2"],
+        "unknown stage": ["smoke", "--out", "out", "--until", "nothing"],
+        "out is a file": ["smoke", "--out", "tiny.yaml"],
+        "dry run": ["smoke", "--out", "out", "--dry-run"],
+    },
+    "ablate": {
+        "grid is missing": ["missing.yaml", "--out", "study"],
+        "unknown preset": ["STUDY", "--preset", "missing", "--out", "study"],
+        "grid is none": ["tiny.yaml", "--out", "study"],
+    },
+    "run_trials": {
+        "weights are missing": [
+            *("--init", "random", "--init", "a=no.pkl", "--config", "THIN", "--data", "in"),
+            *("--out", "trials"),
+        ],
+        "unknown control": [
+            *("--init", "random", "--control", "b", "--config", "THIN", "--data", "in"),
+            *("--out", "trials"),
+        ],
+        "config is missing": [
+            *("--init", "random", "--config", "no.yaml", "--data", "in", "--out", "trials"),
+        ],
+    },
+    "linear_eval": {
+        "checkpoint is missing": ["no.pth", "--train", "in", "--val", "in", "--out", "out"],
+        "shards are missing": ["random:R18", "--train", "no", "--val", "no", "--out", "out"],
+        "unknown key": [
+            *("random:R18", "epoch=3", "--train", "in", "--val", "in", "--out", "out"),
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands name."""
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "empty").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(32):
+        path = folder / f"in/class-{i % 2}/{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+    make_voc(folder / "voc")
+    (folder / "damaged.pth").write_bytes(b"no checkpoint")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture
+def _heard_ctrl_c() -> Iterator[None]:
+    """Processes started here hear SIGINT, even where this one was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def status(program: str, words: list[str]) -> int:
+    places = {
+        "THIN": str(CONFIGS / "detection/thin_R50_C4.yaml"),
+        "STUDY": str(CONFIGS / "studies/stop_gradient.yaml"),
+    }
+    try:
+        return PROGRAMS[program]([places.get(word, word) for word in words])
+    except SystemExit as end:  # argparse
+        return int(end.code or 0)
+
+
+def test_exit_statuses() -> None:
+    found = {
+        program: {
+            "help": status(program, ["--help"]),
+            "no arguments": status(program, []),
+            **{case: status(program, words) for case, words in cases.items()},
+        }
+        for program, cases in QUICK.items()
+    }
+    check("exit_statuses", found)
+
+
+def started(*words: str) -> subprocess.Popen:
+    """A script or a Python program of tools/, as people start it."""
+    name = ROOT / "tools" / words[0]
+    interpreter = "bash" if name.suffix == ".sh" else sys.executable
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [interpreter, str(name), *words[1:]],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def real_status(*words: str) -> int:
+    process = started(*words)
+    process.communicate(timeout=600)
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_exit_statuses_of_what_went_wrong(place: Path) -> None:
+    shards = "wrong/shards"
+    small = ("--num-pool", "8", "--num-train", "8", "--num-test", "4")
+    thin = str(CONFIGS / "detection/thin_R50_C4.yaml")
+    both = ("good/checkpoint.pth", "good/backbone.pkl")
+    found = {
+        "make_shards": real_status("make_shards.py", "in", shards, "--num-workers", "1"),
+        "make_shards --verify": real_status("make_shards.py", shards, "--verify"),
+        "make_dataset": real_status("make_dataset.py", "procedural", "wrong/set", *small),
+        "pretrain": real_status("pretrain.sh", "tiny.yaml", f"data.shards={shards}", "out=good"),
+        "pretrain, not finite": real_status(
+            "pretrain.sh", "tiny.yaml", f"data.shards={shards}", "out=bad", "optim.base_lr=1e30"
+        ),
+        "convert_to_d2": real_status("convert_to_d2.py", *both),
+        "convert_to_d2 --verify": real_status("convert_to_d2.py", "--verify", *both),
+        "run_pipeline, a stage fails": real_status(
+            *("run_pipeline.py", "smoke", "--out", "flow", "--until", "pretrain"),
+            "pretrain.overrides.optim.base_lr=1e30",
+        ),
+        "linear_eval": real_status(
+            *("linear_eval.py", "good/checkpoint.pth", "epochs=1", "image_size=32"),
+            *("--train", shards, "--val", shards, "--out", "good/linear"),
+        ),
+    }  # fmt: skip
+    other = ("pretrain.sh", "tiny.yaml", f"data.shards={shards}", "out=other", "seed=1")
+    assert real_status(*other) == 0
+    found["convert_to_d2 --verify, not the same"] = real_status(
+        "convert_to_d2.py", "--verify", "other/checkpoint.pth", "good/backbone.pkl"
+    )
+    for name in ("JPEGImages/1.jpg", "Annotations/1.xml", "ImageSets/Main/train.txt"):
+        path = place / "junk/VOC2007" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(name)
+    found["run_trials, a run fails"] = real_status(
+        *("run_trials.py", "--init", "random", "--config", thin, "--data", "junk", "--seeds", "1"),
+        *("--out", "wrong/trials"),
+    )
+    found["train_voc, set is damaged"] = real_status(
+        "train_voc.sh", "random", "--config", thin, "--data", "junk", "--out", "wrong/voc"
+    )
+    shard = next((place / shards).glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    found["make_shards --verify, damaged"] = real_status("make_shards.py", shards, "--verify")
+    check("exit_statuses_slow", found)
+
+
+def interrupted(process: subprocess.Popen, reached: Callable[[], bool]) -> int:
+    """Ctrl-C as soon as `reached`; returns the exit status."""
+    deadline = time.monotonic() + 300
+    try:
+        while not reached():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+        return process.returncode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_heard_ctrl_c")
+def test_exit_statuses_after_ctrl_c(place: Path) -> None:
+    assert real_status("make_shards.py", "in", "stopped/shards", "--num-workers", "1") == 0
+    run = ("tiny.yaml", "data.shards=stopped/shards", "out=stopped/run", "optim.epochs=1000")
+    metrics = place / "stopped/run/metrics.jsonl"
+    log = place / "stopped/flow/logs/data.log"
+    found = {
+        "pretrain": interrupted(
+            started("pretrain.sh", *run), lambda: metrics.exists() and metrics.stat().st_size > 0
+        ),
+        "run_pipeline": interrupted(
+            started(
+                *("run_pipeline.py", "smoke", "--out", "stopped/flow", "--until", "data"),
+                "data.options.num_pool=20000",
+            ),
+            log.exists,
+        ),
+    }
+    check("exit_statuses_ctrl_c", found)
