@@ -1,6 +1,7 @@
 """Golden values: figures of the code as it was before the redesign, committed with tolerances.
 
-A gate measures something (losses, orders, pixels, metrics) and compares it with `values/<name>.json`.
+A gate measures something (losses, orders, pixels, metrics) and compares it with
+`values/<name>.json`.
 
 - `GOLDEN_RECORD=1` writes the measured values instead of comparing them. Only a commit of its own
   that says why the behaviour changes may do so.
@@ -13,10 +14,12 @@ import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 VALUES = Path(__file__).parent / "values"
+_INNER_LIST = re.compile(r"\[\n([^\[\]{}]*)\n\s*\]")
 
 
 def digest(*parts: bytes) -> str:
@@ -50,11 +53,17 @@ def check(
     path = VALUES / f"{name}.json"
     if os.environ.get("GOLDEN_RECORD") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(measured, indent=1, sort_keys=True)
+        path.write_text(_INNER_LIST.sub(_on_one_line, text) + "\n")
         return
     committed = json.loads(path.read_text())
     differences = list(_differences(name, committed, measured, rtol, atol))
     assert not differences, "\n".join(differences[:20])
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    """A list of plain values on one line, so that a committed table has a line for each row."""
+    return "[" + ", ".join(line.strip() for line in match[1].split(",\n")) + "]"
 
 
 def _differences(place: str, committed: Any, measured: Any, rtol: float, atol: float):
@@ -63,9 +72,7 @@ def _differences(place: str, committed: Any, measured: Any, rtol: float, atol: f
             if key not in committed or key not in measured:
                 yield f"{place}.{key}: only in {'committed' if key in committed else 'measured'}"
             else:
-                yield from _differences(
-                    f"{place}.{key}", committed[key], measured[key], rtol, atol
-                )
+                yield from _differences(f"{place}.{key}", committed[key], measured[key], rtol, atol)
     elif isinstance(committed, list) and isinstance(measured, list):
         if len(committed) != len(measured):
             yield f"{place}: {len(measured)} values instead of {len(committed)}"

@@ -1,0 +1,109 @@
+"""Golden gate: batches of the streaming loader, and what a cut tar does to a run."""
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.config import DataConfig
+from pretrain.data.tar_index import key_hash
+from pretrain.engine.feed import Feed
+from tests.golden.gate import check, digest
+from tests.golden.pictures import pixels, png, write_tar
+
+NUM_PER_TAR = (12, 7, 9)
+NAMES = {
+    key_hash(name): name
+    for tar, num in enumerate(NUM_PER_TAR)
+    for name in (f"{tar}-{i:02d}" for i in range(num))
+}
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Three tars of 12, 7 and 9 pictures with labels."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for tar, num in enumerate(NUM_PER_TAR):
+        files = {}
+        for i in range(num):
+            files[f"{tar}-{i:02d}.cls"] = str(tar).encode()
+            files[f"{tar}-{i:02d}.png"] = png(pixels(50 * tar + i, 24, 32))
+        write_tar(folder / f"part-{tar}.tar", files)
+    return folder
+
+
+def feed_of(shards: Any, folder: Path, num_workers: int) -> Feed:
+    data = DataConfig(
+        shards=shards, image_size=16, batch_size=8, augmentation="symmetric_strong",
+        streaming=True, samples_per_epoch=34, shuffle_window=12, num_workers=num_workers,
+    )  # fmt: skip
+    return Feed(data, seed=5, device=torch.device("cpu"), channels_last=True, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("shards", "num_workers"), [("part-*.tar", 0), ("part-*.tar", 2), ("part-0.tar", 2)]
+)
+def test_batches(tars: Path, tmp_path: Path, shards: str, num_workers: int) -> None:
+    """Two epochs, and the second again from its middle; also of fewer tars than workers."""
+    feed = feed_of(str(tars / shards), tmp_path, num_workers)
+    measured, bits = {}, []
+    for epoch, start_step in ((0, 0), (1, 0), (1, 2)):
+        batches = []
+        for fed in feed.epoch(epoch, start_step):
+            names = [NAMES[key % 2**64] for key in fed.batch.keys.tolist()]
+            assert fed.batch.labels.tolist() == [int(name[0]) for name in names]
+            batches.append({"names": names, "visits": fed.batch.visits.tolist()})
+            bits.append(digest(fed.views.contiguous().numpy().tobytes()))
+        measured[f"epoch {epoch} from step {start_step}"] = batches
+    source = "one_tar" if shards == "part-0.tar" else "three_tars"
+    check(f"streaming_{source}_{num_workers}_workers", measured, bits=bits)
+
+
+def test_sets_with_weights(tars: Path, tmp_path: Path) -> None:
+    shards = {str(tars / "part-0.tar"): 1.0, str(tars / "part-[12].tar"): 3.0}
+    feed = feed_of(shards, tmp_path, num_workers=1)
+    measured = [
+        {"numbers": fed.batch.sample_ids.tolist(), "tars": fed.batch.labels.tolist()}
+        for fed in feed.epoch(0)
+    ]
+    check("streaming_weights", measured)
+
+
+def test_cut_tar_ends_the_run(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line: message and exit status, for a cut in a member and between two."""
+    config = {
+        "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+        "data": {
+            "shards": str(tars), "image_size": 16, "batch_size": 8, "streaming": True,
+            "samples_per_epoch": 32, "shuffle_window": 12, "num_workers": 2,
+        },
+        "heads": {"projector_hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8},
+        "fa": {"queue_size": 16, "min_fill": 8},
+        "optim": {"name": "sgd", "epochs": 1, "warmup_epochs": 0.0},
+        "engine": {"device": "cpu", "precision": "fp32", "num_threads": 1},
+        "eval": {"num_pictures": 0},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    tar = tars / "part-1.tar"
+    whole = tar.read_bytes()
+    with tarfile.open(tar) as stream:
+        fifth = stream.getmembers()[4].offset
+    measured = {}
+    for name, length in (("in a member", len(whole) // 2), ("between members", fifth)):
+        tar.write_bytes(whole[:length])
+        out = tmp_path / name
+        status = main([str(tmp_path / "config.yaml"), f"out={out}"])
+        told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        measured[name] = {
+            "status": status,
+            "told": [line.replace(str(tars), "TARS") for line in told],
+            "checkpoint": (out / "checkpoint.pth").exists(),
+        }
+    check("streaming_cut_tar", measured)
