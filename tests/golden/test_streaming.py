@@ -1,5 +1,7 @@
 """Golden gate: batches of the streaming loader, and what a cut tar does to a run."""
 
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from pretrain.engine.feed import Feed
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 
+ROOT = Path(__file__).parents[2]
 NUM_PER_TAR = (12, 7, 9)
 NAMES = {
     key_hash(name): name
@@ -74,15 +77,22 @@ def test_sets_with_weights(tars: Path, tmp_path: Path) -> None:
     check("streaming_weights", measured)
 
 
-def test_cut_tar_ends_the_run(
-    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Through the command line: message and exit status, for a cut in a member and between two."""
+def cut(tar: Path, place: str) -> None:
+    whole = tar.read_bytes()
+    with tarfile.open(tar) as stream:
+        fifth = stream.getmembers()[4].offset
+    tar.write_bytes(whole[: fifth if place == "between members" else len(whole) // 2])
+
+
+@pytest.fixture
+def arguments(tars: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains a tiny network on the three tars, in `tmp_path`/run."""
     config = {
+        "out": str(tmp_path / "run"),
         "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
         "data": {
             "shards": str(tars), "image_size": 16, "batch_size": 8, "streaming": True,
-            "samples_per_epoch": 32, "shuffle_window": 12, "num_workers": 2,
+            "samples_per_epoch": 32, "shuffle_window": 12,
         },
         "heads": {"projector_hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8},
         "fa": {"queue_size": 16, "min_fill": 8},
@@ -91,19 +101,35 @@ def test_cut_tar_ends_the_run(
         "eval": {"num_pictures": 0},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    tar = tars / "part-1.tar"
-    whole = tar.read_bytes()
-    with tarfile.open(tar) as stream:
-        fifth = stream.getmembers()[4].offset
-    measured = {}
-    for name, length in (("in a member", len(whole) // 2), ("between members", fifth)):
-        tar.write_bytes(whole[:length])
-        out = tmp_path / name
-        status = main([str(tmp_path / "config.yaml"), f"out={out}"])
-        told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        measured[name] = {
-            "status": status,
-            "told": [line.replace(str(tars), "TARS") for line in told],
-            "checkpoint": (out / "checkpoint.pth").exists(),
-        }
-    check("streaming_cut_tar", measured)
+    return [str(tmp_path / "config.yaml")]
+
+
+def outcome(status: int, stderr: str, folder: Path) -> dict[str, Any]:
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    return {
+        "status": status,
+        "errors": [line.replace(str(folder / "tars"), "TARS") for line in errors],
+        "checkpoint": (folder / "run" / "checkpoint.pth").exists(),
+    }
+
+
+@pytest.mark.parametrize("place", ["in a member", "between members"])
+def test_cut_tar_ends_the_run(
+    tars: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    cut(tars / "part-1.tar", place)
+    status = main([*arguments, "data.num_workers=0"])
+    measured = outcome(status, capsys.readouterr().err, tmp_path)
+    check(f"streaming_cut_{place.replace(' ', '_')}", measured)
+
+
+@pytest.mark.slow
+def test_cut_tar_ends_the_run_and_its_workers(
+    tars: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    cut(tars / "part-1.tar", "in a member")
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *arguments, "data.num_workers=2"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    check("streaming_cut_with_workers", outcome(done.returncode, done.stderr, tmp_path))
