@@ -20,7 +20,7 @@ example:
   PYTHON=python3.12 bash tools/setup.sh --force      # with another interpreter
 
 Behind a mirror or offline: pip's own settings apply, as in
-  PIP_NO_INDEX=1 PIP_FIND_LINKS=/media/wheels bash tools/setup.sh
+  PIP_NO_INDEX=1 PIP_FIND_LINKS=/media/wheels bash tools/setup.sh      # tools/offline_wheels.sh fills the folder
 
 exit status: 0 ready, 1 something failed or is missing, 2 wrong arguments
 HELP

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -253,6 +254,39 @@ def test_two_setups_do_not_meet(bare_project: Path) -> None:
 
 def test_setup_refuses_unknown_arguments(bare_project: Path) -> None:
     assert call_setup(bare_project, "--fast").returncode == 2
+
+
+# tools/offline_wheels.sh --------------------------------------------------------------------------
+
+
+def test_offline_wheels_are_those_of_the_lock_and_detectron2(tmp_path: Path) -> None:
+    """A stand-in for Python keeps what pip is called with; all else is done by the real one."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+[ "$2" = pip ] || exec {sys.executable} "$@"
+printf '%s\\n' "$*" >>{tmp_path}/calls
+cat "${{@: -1}}" >>{tmp_path}/requirements
+"""
+    )
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "tools/offline_wheels.sh"), str(tmp_path / "wheels")]
+    environment = os.environ | {"PYTHON": str(python)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    start = f"-m pip download --no-deps --require-hashes --dest {tmp_path}/wheels "
+    assert first == f"{start}--requirement {ROOT}/requirements.lock"
+    assert second.startswith(f"{start}--python-version 3.10 --only-binary=:all: --requirement ")
+    pinned = f"{purepy_wheel.SOURCE_REQUIREMENT} --hash=sha256:{purepy_wheel.SOURCE_SHA256}\n"
+    lock = (ROOT / "requirements.lock").read_text()
+    assert (tmp_path / "requirements").read_text() == lock + pinned
+
+
+@pytest.mark.parametrize("arguments", [[], ["--fast"], ["one", "two"]])
+def test_offline_wheels_refuses_other_arguments(arguments: list[str]) -> None:
+    command = ["bash", str(ROOT / "tools/offline_wheels.sh"), *arguments]
+    assert subprocess.run(command, capture_output=True).returncode == 2
 
 
 # tools/doctor.py ----------------------------------------------------------------------------------

@@ -400,7 +400,7 @@ def test_mean_curve_takes_shared_iterations_only():
 
 
 def test_writing_the_page_imports_no_library_of_the_stages():
-    """A bundle without them writes its report too."""
+    """A report is also written where they are not installed, and quickly."""
     heavy = {"torch", "detectron2", "webdataset", "submitit", "zstandard", "pretrain", "detection"}
     code = "import sys, tools.flow.report; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run(
