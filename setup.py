@@ -54,7 +54,6 @@ setup(
         "s3": ["s3fs>=2025.3"],  # shards behind s3://
         "gs": ["gcsfs>=2025.3"],  # shards behind gs://
         "wandb": ["wandb>=0.19"],  # tracking.wandb
-        "mlflow": ["mlflow>=2.20"],  # tracking.mlflow
         "maps": ["scikit-learn>=1.6"],  # t-SNE of the features at a run's end
         "dev": [
             "pytest>=8.3",

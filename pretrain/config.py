@@ -272,11 +272,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Services that get the figures besides ``metrics.jsonl`` and TensorBoard."""
+    """Who gets the figures besides ``metrics.jsonl`` and TensorBoard."""
 
     wandb: bool = False  # Weights & Biases
-    mlflow: bool = False
-    project: str = "feature-augmented-pretraining"  # of W&B; MLflow's experiment
+    project: str = "feature-augmented-pretraining"  # of W&B
 
     def __post_init__(self) -> None:
         require(bool(self.project.strip()), "tracking.project is empty: name a project")

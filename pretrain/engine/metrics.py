@@ -1,7 +1,9 @@
-"""metrics.jsonl and TensorBoard: one row per logged step, without a seam after a resume."""
+"""metrics.jsonl, TensorBoard and Weights & Biases: without a seam after a resume."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -12,24 +14,74 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.engine.trackers import Trackers
+from pretrain.config import TrackingConfig
+from pretrain.errors import require
+
+WANDB_ID_FILE = "tracking.json"
+"""In the run folder: the id of the W&B run, so that a resumed run continues it."""
+
+
+def check_wandb(config: TrackingConfig) -> None:
+    """Refuse ``tracking.wandb`` without the package.
+
+    Raises:
+        UserError: Naming the command that installs it.
+    """
+    require(
+        not config.wandb or importlib.util.find_spec("wandb") is not None,
+        f"tracking.wandb=true, but wandb is not installed: run `{sys.executable} -m pip install "
+        "wandb`, or set tracking.wandb=false",
+    )
+
+
+def start_wandb(
+    config: TrackingConfig, folder: Path, plain: dict[str, Any], *, is_new: bool
+) -> Any | None:
+    """Let W&B copy what TensorBoard's writers of this process write from now on.
+
+    Its own environment variables say where to: ``WANDB_MODE``, ``WANDB_BASE_URL``, and so on.
+
+    Args:
+        config: Whether and under which project.
+        folder: Of the run.
+        plain: The whole config as plain types.
+        is_new: The run starts from nothing: an earlier id is not continued.
+
+    Returns:
+        The W&B run, or None without ``tracking.wandb``.
+    """
+    if not config.wandb:
+        return None
+    path = folder / WANDB_ID_FILE
+    known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
+    run = importlib.import_module("wandb").init(
+        project=config.project,
+        name=folder.name,
+        dir=str(folder),
+        config=plain,
+        id=known.get("wandb"),
+        resume="allow",
+        sync_tensorboard=True,
+    )
+    write_atomically(path, json.dumps({"wandb": run.id}) + "\n")
+    return run
 
 
 class MetricLog:
-    """Appends rows to ``metrics.jsonl``, scalars to ``tensorboard/`` and to the trackers.
+    """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
 
-    In a context: its end tells the trackers whether the run failed.
+    In a context: its end tells W&B whether the run failed.
 
     Args:
         folder: The run's folder.
         last_step: Rows after this step are dropped first: a killed run may have logged steps that
             its last checkpoint does not know, and they will be run again. -1 drops all.
         last_probe_step: The same for rows of kind ``knn``.
-        trackers: Other services that get the numbers.
+        wandb_run: Started before, since it sees only writers that are made after it.
     """
 
     def __init__(
-        self, folder: Path, last_step: int, last_probe_step: int, trackers: Trackers | None = None
+        self, folder: Path, last_step: int, last_probe_step: int, wandb_run: Any | None = None
     ) -> None:
         path = folder / "metrics.jsonl"
         last = {"knn": last_probe_step}
@@ -37,7 +89,7 @@ class MetricLog:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
-        self._trackers = trackers
+        self._wandb_run = wandb_run
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row: ``{"kind": .., "step": .., ..}``; numbers go to TensorBoard as well."""
@@ -47,9 +99,6 @@ class MetricLog:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-        for note in self._trackers.log(kind, step, values) if self._trackers else []:
-            print(f"warning: {note}", file=sys.stderr)
-            self.write("event", step, message=note)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -61,11 +110,14 @@ class MetricLog:
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Flush all, and let the trackers finish."""
+        """Flush all, and let W&B send what is left."""
         self._file.close()
         self._board.close()
-        for note in self._trackers.close(failed=failed) if self._trackers else []:
-            print(f"warning: {note}", file=sys.stderr)
+        if self._wandb_run is not None:
+            try:
+                self._wandb_run.finish(exit_code=int(failed))
+            except Exception as error:  # whatever its network raises; metrics.jsonl has every row
+                print(f"warning: tracking.wandb did not finish: {error}", file=sys.stderr)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

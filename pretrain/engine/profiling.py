@@ -105,7 +105,7 @@ def _only_steps(config: PretrainConfig) -> PretrainConfig:
         config,
         engine=replace(config.engine, checkpoint_every_steps=_NEVER, on_collapse="warn"),
         eval=replace(config.eval, probe_train=None, probe_val=None, num_pictures=0),
-        tracking=replace(config.tracking, wandb=False, mlflow=False),
+        tracking=replace(config.tracking, wandb=False),
     )
 
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from pretrain.config import PretrainConfig, to_plain
 from pretrain.engine import diagnostics, dist, guards
 from pretrain.engine.diagnostics import CollapseAlarm
-from pretrain.engine.metrics import MetricLog
+from pretrain.engine.metrics import MetricLog, start_wandb
 from pretrain.engine.state import Position
-from pretrain.engine.trackers import Trackers
 from pretrain.eval.online_probe import OnlineProbe
 from pretrain.models.contrastive import StepOutput
 
@@ -72,8 +71,8 @@ class Rows:
         step = -1 if fresh else self._position.step
         probe_is_due = self._position.step_in_epoch == self._steps_per_epoch
         plain = to_plain(self._config)
-        trackers = Trackers(self._config.tracking, self._folder, plain, is_new=fresh)
-        return MetricLog(self._folder, step, step - 1 if probe_is_due else step, trackers)
+        wandb_run = start_wandb(self._config.tracking, self._folder, plain, is_new=fresh)
+        return MetricLog(self._folder, step, step - 1 if probe_is_due else step, wandb_run)
 
     def write(self, log: MetricLog, kind: str, **values: Any) -> None:
         """One row, at the present step."""

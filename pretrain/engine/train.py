@@ -21,7 +21,7 @@ from pretrain.engine.diagnostics import CollapseError
 from pretrain.engine.feed import Fed, Feed
 from pretrain.engine.guards import NonFiniteGuard
 from pretrain.engine.loss_scale import LossScale
-from pretrain.engine.metrics import MetricLog
+from pretrain.engine.metrics import MetricLog, check_wandb
 from pretrain.engine.optim import (
     ema_tau,
     lr_factor,
@@ -36,7 +36,6 @@ from pretrain.engine.sections import GUARDS, LOGGING, OPTIMIZER, section
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StoppedBySignal, StopRequest
-from pretrain.engine.trackers import check_installed
 from pretrain.engine.watchdog import Progress, Watchdog
 from pretrain.eval.online_probe import OnlineProbe, evaluate, watched
 from pretrain.eval.probe import Probe
@@ -61,7 +60,7 @@ class Run:
         self, config: PretrainConfig, *, resume: bool, allow_changes: bool = False
     ) -> None:
         self.config = config
-        check_installed(config.tracking)
+        check_wandb(config.tracking)
         self.device = choose_device(config.engine.device)
         self.autocast_type = autocast_type(config.engine.precision, self.device)
         dist.start(self.device.type)

@@ -322,7 +322,7 @@ DIAGNOSTICS = "engine/test_diagnostics.py::"
 GUARDS = "engine/test_guards.py::"
 WATCHDOG = "engine/test_watchdog.py::"
 ONLINE = "eval/test_online_probe.py::"
-TRACKERS = "engine/test_trackers.py::"
+WANDB = "engine/test_wandb.py::"
 ADVERSARIAL = "models/test_adversarial.py::"
 COVERED_BY = {
     "out": TRAIN + "test_files_of_a_run",
@@ -435,9 +435,8 @@ COVERED_BY = {
     "eval.knn_dtype": "eval/test_probe.py::test_dtype_of_the_config_is_what_the_bank_is_stored_in",
     "eval.online_probe": ONLINE + "test_weights_of_the_run_are_bit_equal_with_and_without_it",
     "eval.online_probe_lr": ONLINE + "test_steps_equal_the_textbook",
-    "tracking.wandb": TRACKERS + "test_a_run_tells_both_services",
-    "tracking.mlflow": TRACKERS + "test_a_run_tells_both_services",
-    "tracking.project": TRACKERS + "test_a_run_tells_both_services",
+    "tracking.wandb": WANDB + "test_a_run_starts_and_finishes_wandb",
+    "tracking.project": WANDB + "test_a_run_starts_and_finishes_wandb",
     "eval.image_size": "eval/test_probe.py::test_image_size_is_the_probe_s_own_or_the_training_s",
     "eval.num_pictures": TRAIN + "test_num_pictures_decides_the_rows",
     "eval.num_map_points": "engine/test_run_pictures.py::test_num_map_points_decides_the_points",
