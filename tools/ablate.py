@@ -23,7 +23,7 @@ from tools.studies.running import (
     run_work,
 )
 from tools.studies.schedule import Work
-from tools.studies.store import Store, hold
+from tools.studies.store import FOLDER, Store, hold
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs/studies/presets"
@@ -35,7 +35,7 @@ examples:
       --cluster slurm --parallel 16 --partition gpu --slurm-option account=vision
 
 Cells that several grids share run once. The same command goes on where the last one stopped.
-DIR/results.sqlite holds every run, DIR/results.json and DIR/tables.{md,html,tex} what they say.
+DIR/job_results holds every run, DIR/results.json and DIR/tables.{md,html,tex} what they say.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal. docs/studies.md explains grids, presets and verdicts.
 """
@@ -95,26 +95,23 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
         for cell in plan.cells.values()
     }
     check_cells(plan, work)
-    store = Store(options.out / "results.sqlite")
-    try:
-        store.note_killed()
-        for name, seed in work:
-            cell = plan.cells[name]
-            store.plan(name, seed, cell.label, cell.axes, cell.settings)
-        if options.list:
-            show_list(plan, preset, store)
-            return 0
-        todo = [item for item in work.values() if is_due(store, item, plan, preset, options)]
-        with StopSignals() as signals:
-            defaults = Defaults(preset.parallel, preset.gpus, preset.max_minutes)
-            outcome = run_work(todo, store, options, defaults, executor, started, signals)
-        about = environment.describe(ROOT)
-        found = results.summarise(plan, store.rows(), preset, set_name, about)
-        for path in results.write(options.out, found):
-            print(path)
-        return exit_status(outcome, found["counts"], signals)
-    finally:
-        store.close()
+    store = Store(options.out / FOLDER)
+    store.note_killed()
+    for name, seed in work:
+        cell = plan.cells[name]
+        store.plan(name, seed, cell.label, cell.axes, cell.settings)
+    if options.list:
+        show_list(plan, preset, store)
+        return 0
+    todo = [item for item in work.values() if is_due(store, item, plan, preset, options)]
+    with StopSignals() as signals:
+        defaults = Defaults(preset.parallel, preset.gpus, preset.max_minutes)
+        outcome = run_work(todo, store, options, defaults, executor, started, signals)
+    about = environment.describe(ROOT)
+    found = results.summarise(plan, store.rows(), preset, set_name, about)
+    for path in results.write(options.out, found):
+        print(path)
+    return exit_status(outcome, found["counts"], signals)
 
 
 def chosen_preset(options: argparse.Namespace) -> tuple[Preset, str]:

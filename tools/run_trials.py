@@ -21,7 +21,7 @@ from tools.studies.running import (
     exit_status,
     run_work,
 )
-from tools.studies.store import Store, hold
+from tools.studies.store import FOLDER, Store, hold
 from tools.studies.trials import Arm, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,32 +105,29 @@ def _run(
         for name, file in inits.items()
     ]
     refuse_twins(arms)
-    store = Store(options.out / "results.sqlite")
-    try:
-        store.note_killed()
-        todo = []
-        for arm in arms:
-            work = trials.make_work(arm, protocol, options.out, ROOT)
-            settings = {"weights": arm.weights_digest, "words": list(words)}
-            row = store.plan(arm.fingerprint, arm.seed, arm.name, {}, settings)
-            is_finished = row.status == "finished" and work.steps[0].product.exists()
-            if not is_finished and (row.status != "failed" or options.retry_failed):
-                todo.append(work)
-        with StopSignals() as signals:
-            outcome = run_work(todo, store, options, Defaults(), executor, started, signals)
-        about: dict[str, Any] = {
-            "config": options.config.name,
-            "data": Path(options.data).name,
-            "words": list(words),
-            "published": published,
-            **environment.describe(ROOT),
-        }
-        found = trials.summarise(arms, store.rows(), pairs, about)
-        for path in trial_tables.write(options.out, found):
-            print(path)
-        return exit_status(outcome, found["counts"], signals)
-    finally:
-        store.close()
+    store = Store(options.out / FOLDER)
+    store.note_killed()
+    todo = []
+    for arm in arms:
+        work = trials.make_work(arm, protocol, options.out, ROOT)
+        settings = {"weights": arm.weights_digest, "words": list(words)}
+        row = store.plan(arm.fingerprint, arm.seed, arm.name, {}, settings)
+        is_finished = row.status == "finished" and work.steps[0].product.exists()
+        if not is_finished and (row.status != "failed" or options.retry_failed):
+            todo.append(work)
+    with StopSignals() as signals:
+        outcome = run_work(todo, store, options, Defaults(), executor, started, signals)
+    about: dict[str, Any] = {
+        "config": options.config.name,
+        "data": Path(options.data).name,
+        "words": list(words),
+        "published": published,
+        **environment.describe(ROOT),
+    }
+    found = trials.summarise(arms, store.rows(), pairs, about)
+    for path in trial_tables.write(options.out, found):
+        print(path)
+    return exit_status(outcome, found["counts"], signals)
 
 
 def read_published(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -97,9 +97,10 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path, folders, expected):
 
 
 def test_locks_of_pipelines_and_studies_are_no_runs(out, tmp_path):
-    for name, mark in (("pipeline", "stages.json"), ("study", "results.sqlite")):
+    for name, mark in (("pipeline", "stages.json"), ("study", "job_results/f-0.json")):
         make_pretraining(tmp_path / name / "pretrain")
         (tmp_path / name / ".lock").touch()
+        (tmp_path / name / mark).parent.mkdir(exist_ok=True)
         (tmp_path / name / mark).touch()
     found = [str(path.relative_to(tmp_path)) for path in runs.find(tmp_path)]
     assert found == ["pipeline/pretrain", "study/pretrain"]

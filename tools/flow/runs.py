@@ -20,7 +20,7 @@ from tools.flow.report_data import is_number
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
 """A folder that holds one of these is a run."""
-NO_RUN = ("stages.json", "results.sqlite")
+NO_RUN = ("stages.json", "job_results")
 """A folder that holds one of these is a pipeline's or a study's, and its runs lie below."""
 RECENT_SECONDS = 60.0
 """A run whose rows are younger goes on, where a lock cannot be seen (a shared file system)."""
@@ -86,7 +86,7 @@ def find(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} is no folder; name the one that holds the runs, e.g. runs")
     for place, folders, files in os.walk(folder):
         folders.sort()
-        if set(MARKS) & set(files) and not set(NO_RUN) & set(files):
+        if set(MARKS) & set(files) and not set(NO_RUN) & {*folders, *files}:
             folders.clear()  # its own folders hold pictures and checkpoints
             yield Path(place)
 

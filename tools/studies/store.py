@@ -1,119 +1,97 @@
-"""The results of a study: one SQLite file, written by one process, exported as JSON."""
+"""The results of a study: one JSON file per cell and seed, written by one process."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import sqlite3
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tools.flow.errors import UserError
+from tools.flow.files import write_text
 
+FOLDER = "job_results"
+"""Of the store, in the folder of a study."""
 STATUSES = ("planned", "running", "stopped", "failed", "finished")
-_FORMAT = "fa-study-store-1"
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS cells (
-    fingerprint TEXT NOT NULL,
-    seed INTEGER NOT NULL,
-    label TEXT NOT NULL,
-    axes TEXT NOT NULL,         -- JSON: {table: {axis: level}}
-    settings TEXT NOT NULL,     -- JSON: what the fingerprint hashes
-    status TEXT NOT NULL,
-    metrics TEXT NOT NULL,      -- JSON: {name: value}
-    seconds REAL NOT NULL,      -- of all attempts that ended by themselves or by a request to stop
-    attempts INTEGER NOT NULL,
-    error TEXT,
-    code TEXT,                  -- commit of the last attempt
-    changed REAL NOT NULL,      -- seconds since 1970
-    PRIMARY KEY (fingerprint, seed)
-);
-"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell with one seed, as stored."""
+    """One cell with one seed, as stored.
+
+    Attributes:
+        axes: {table: {axis: level}}.
+        settings: What the fingerprint hashes.
+        seconds: Of all attempts that ended by themselves or by a request to stop.
+        code: Commit of the last attempt.
+    """
 
     fingerprint: str
     seed: int
     label: str
     axes: dict[str, dict[str, str]]
     settings: dict[str, Any]
-    status: str
-    metrics: dict[str, float]
-    seconds: float
-    attempts: int
-    error: str | None
-    code: str | None
+    status: str = "planned"
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    attempts: int = 0
+    error: str | None = None
+    code: str | None = None
 
 
 class Store:
-    """The table of cells. Only the process that holds the folder's lock may open it for writing."""
+    """The rows by cell and seed; each change is written at once, by rename.
 
-    def __init__(self, path: Path) -> None:
-        """Open or make the file.
+    Only the process that holds the study's folder (`hold`) may change rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there.
 
         Raises:
-            UserError: If it is no such store.
+            UserError: Naming a file that is no such row.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(path)
-        try:
-            with self._database:
-                self._database.executescript(_TABLES)
-                self._database.execute(
-                    "INSERT OR IGNORE INTO meta VALUES ('format', ?)", (_FORMAT,)
-                )
-            found = self._database.execute("SELECT value FROM meta WHERE key='format'").fetchone()
-        except sqlite3.DatabaseError as error:
-            self._database.close()
-            raise UserError(
-                f"{path}: is no results store ({error}); choose another --out"
-            ) from None
-        if found[0] != _FORMAT:
-            self._database.close()
-            raise UserError(
-                f"{path}: has format {found[0]!r}, not {_FORMAT!r}; choose another --out"
-            )
+        self._folder = folder
+        self._rows: dict[tuple[str, int], Row] = {}
+        for path in sorted(folder.glob("*.json")):
+            try:
+                row = Row(**json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}: is no result of a study ({error}); delete it, and its cell is looked "
+                    "at again, or choose another --out"
+                ) from None
+            self._rows[row.fingerprint, row.seed] = row
 
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
+    def _put(self, row: Row) -> Row:
+        text = json.dumps(asdict(row), indent=1, sort_keys=True) + "\n"
+        write_text(self._folder / f"{row.fingerprint}-{row.seed}.json", text)
+        self._rows[row.fingerprint, row.seed] = row
+        return row
 
     def note_killed(self) -> int:
         """Cells that 'run' though nobody holds the folder were killed; returns how many."""
-        with self._database:
-            change = "status='stopped', error='killed together with its harness', changed=?"
-            done = self._database.execute(
-                f"UPDATE cells SET {change} WHERE status='running'", (time.time(),)
-            )
-            return done.rowcount
+        running = [row for row in self._rows.values() if row.status == "running"]
+        for row in running:
+            self._put(replace(row, status="stopped", error="killed together with its harness"))
+        return len(running)
 
     def plan(
         self, fingerprint: str, seed: int, label: str, axes: Mapping, settings: Mapping
     ) -> Row:
         """Enter a cell, or add its names where it is there already; returns it."""
-        for row in self._rows("WHERE fingerprint=? AND seed=?", (fingerprint, seed)):
-            axes = row.axes | dict(axes)
-        names = (label, json.dumps(axes, sort_keys=True))
-        with self._database:
-            self._database.execute(
-                "INSERT INTO cells VALUES (?, ?, ?, ?, ?, 'planned', '{}', 0, 0, NULL, NULL, ?) "
-                "ON CONFLICT (fingerprint, seed) DO UPDATE SET label=excluded.label, "
-                "axes=excluded.axes",
-                (fingerprint, seed, *names, json.dumps(settings, sort_keys=True), time.time()),
-            )
-        return self.row(fingerprint, seed)
+        known = self._rows.pop((fingerprint, seed), None)  # rows stand in the order of planning
+        if known is None:
+            return self._put(Row(fingerprint, seed, label, dict(axes), dict(settings)))
+        return self._put(replace(known, label=label, axes=known.axes | dict(axes)))
 
     def start(self, fingerprint: str, seed: int, code: str | None) -> None:
         """Note that an attempt begins."""
-        self._update(fingerprint, seed, "status='running', attempts=attempts+1, code=?", (code,))
+        row = self.row(fingerprint, seed)
+        self._put(replace(row, status="running", attempts=row.attempts + 1, code=code))
 
     def finish(
         self,
@@ -125,36 +103,26 @@ class Store:
         seconds: float = 0.0,
         error: str | None = None,
     ) -> None:
-        """Note how an attempt ended; all of it in one transaction."""
+        """Note how an attempt ended."""
         assert status in STATUSES, status
-        change = "status=?, metrics=?, seconds=seconds+?, error=?"
-        values = (status, json.dumps(dict(metrics or {}), sort_keys=True), seconds, error)
-        self._update(fingerprint, seed, change, values)
-
-    def _update(self, fingerprint: str, seed: int, change: str, values: tuple) -> None:
-        with self._database:
-            done = self._database.execute(
-                f"UPDATE cells SET {change}, changed=? WHERE fingerprint=? AND seed=?",
-                (*values, time.time(), fingerprint, seed),
+        row = self.row(fingerprint, seed)
+        self._put(
+            replace(
+                row,
+                status=status,
+                metrics=dict(metrics or {}),
+                seconds=row.seconds + seconds,
+                error=error,
             )
-            assert done.rowcount == 1, (fingerprint, seed)
+        )
 
     def row(self, fingerprint: str, seed: int) -> Row:
         """One cell with one seed."""
-        return next(self._rows("WHERE fingerprint=? AND seed=?", (fingerprint, seed)))
+        return self._rows[fingerprint, seed]
 
     def rows(self) -> list[Row]:
-        """All of them, in the order in which they were planned."""
-        return list(self._rows("ORDER BY rowid", ()))
-
-    def _rows(self, tail: str, values: tuple) -> Iterator[Row]:
-        columns = ", ".join(Row.__dataclass_fields__)
-        with closing(self._database.execute(f"SELECT {columns} FROM cells {tail}", values)) as rows:
-            for row in rows.fetchall():
-                found = dict(zip(Row.__dataclass_fields__, row, strict=True))
-                for name in ("axes", "settings", "metrics"):
-                    found[name] = json.loads(found[name])
-                yield Row(**found)
+        """All of them, in the order in which they were planned last."""
+        return list(self._rows.values())
 
 
 @contextmanager

@@ -108,9 +108,7 @@ def test_a_job_that_left_nothing_has_failed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path):
-    one = Store(tmp_path / "results.sqlite")
-    yield one
-    one.close()
+    return Store(tmp_path / "results")
 
 
 def make_todo(store: Store, folder: Path, count: int) -> list[Work]:

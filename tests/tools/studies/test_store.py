@@ -15,10 +15,8 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def store(tmp_path: Path):
-    one = Store(tmp_path / "results.sqlite")
-    yield one
-    one.close()
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results")
 
 
 def test_a_cell_through_its_life(store: Store) -> None:
@@ -38,14 +36,12 @@ def test_planning_again_keeps_what_was_found(store: Store, tmp_path: Path) -> No
     store.plan("f", 0, "old", {}, {})
     store.start("f", 0, None)
     store.finish("f", 0, "finished", metrics={"knn": 1.0})
-    store.close()
-    again = Store(tmp_path / "results.sqlite")
+    again = Store(tmp_path / "results")
     again.plan("f", 0, "new", {"h": {"a": "b"}}, {})
     row = again.plan("f", 0, "new", {"g": {"x": "y"}}, {})
     assert row.axes == {"g": {"x": "y"}, "h": {"a": "b"}}
     assert (row.label, row.status, row.metrics) == ("new", "finished", {"knn": 1.0})
     assert len(again.rows()) == 1
-    again.close()
 
 
 def test_what_a_killed_harness_left_running_is_stopped(store: Store) -> None:
@@ -59,11 +55,21 @@ def test_what_a_killed_harness_left_running_is_stopped(store: Store) -> None:
     assert store.row("f", 0).error == "killed together with its harness"
 
 
-def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "results.sqlite"
-    path.write_text("no database, but long enough to be looked at" * 20)
-    with pytest.raises(UserError, match=r"is no results store .*choose another --out"):
-        Store(path)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"seed": 1}', '{"format": "other"}'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "f-0.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"f-0\.json: is no result .*delete it"):
+        Store(tmp_path)
+
+
+def test_rows_stand_in_the_order_of_the_last_planning(store: Store, tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        store.plan(name, 0, name, {}, {})
+    again = Store(tmp_path / "results")
+    for name in ("c", "a", "b"):
+        again.plan(name, 0, name, {}, {})
+    assert [row.label for row in again.rows()] == ["c", "a", "b"]
 
 
 def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
@@ -76,7 +82,7 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
         "    s.finish(f'f{i}', 0, 'finished', metrics={'knn': float(i)}, seconds=1.0)\n"
         "    print(i, flush=True)\n"
     )
-    path = tmp_path / "results.sqlite"
+    path = tmp_path / "results"
     writer = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -93,7 +99,6 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
     assert len(finished) >= 21
     assert all(row.metrics == {"knn": float(row.fingerprint[1:])} for row in finished)
     assert len(rows) - len(finished) <= 1
-    store.close()
 
 
 def test_two_harnesses_do_not_share_a_folder(tmp_path: Path) -> None:
