@@ -18,6 +18,8 @@ DETECTRON2_NEEDS = [
     "yacs",
 ]
 
+PACKAGES = ("common", "pretrain", "detection", "tools")
+
 setup(
     name="feature-augmented-pretraining",
     version="0.1.0",
@@ -26,14 +28,13 @@ setup(
     python_requires=">=3.11",
     # With an explicit root an editable install is a plain path entry: new modules are seen at once.
     package_dir={"": "."},
-    packages=find_packages(
-        include=["pretrain", "pretrain.*", "detection", "detection.*", "tools", "tools.*"]
-    ),
+    packages=find_packages(include=[f"{name}{below}" for name in PACKAGES for below in ("", ".*")]),
     package_data={"tools": ["*.sha256", "*.sh"], "tools.flow": ["*.html", "*.css", "*.js", "*.j2"]},
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
         "numpy>=2.0",
+        "scipy>=1.15",  # the first whose bootstrap takes `rng`
         "opencv-python>=4.10",
         "pillow>=11.0",
         "simplejpeg>=1.8",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = ("pretrain", "detection", "tools", "benchmarks", "tests")
+CODE = ("common", "pretrain", "detection", "tools", "benchmarks", "tests")
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".js", ".j2", ""}
 MAX_LINES = 400
 # A test module mirrors one module: it grows with the cases of that module, and splitting it would
@@ -51,6 +51,7 @@ print(" ".join(sorted({name.split(".")[0] for name in sys.modules})))
 @pytest.mark.parametrize(
     ("package", "strangers"),
     [
+        ("common", {"pretrain", "detection", "detectron2", "tools", "torch"}),
         ("pretrain", {"detection", "detectron2", "tools"}),
         ("detection", {"pretrain", "tools"}),
         ("tools.flow", {"pretrain", "detection", "detectron2", "torch"}),

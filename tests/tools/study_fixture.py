@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from common.stats import RULE, Contrast, claim_verdict, compare, mean_std
 from tests.tools.run_fixture import dump
-from tools.flow.statistics import mean_std
 from tools.studies import results, trials
-from tools.studies.significance import RULE, Contrast, claim_verdict, compare
 
 NONE = {0: 50.0, 1: 51.0, 2: 49.5, 3: 50.5, 4: 50.2}
 MASK = {0: 53.1, 1: 53.9, 2: 52.6, 3: 53.4, 4: 53.3}

@@ -1,88 +1,9 @@
 import json
-import math
 
-import numpy as np
 import pytest
 
 from tests.tools.run_fixture import ARM_LEVELS, dump, make_run
 from tools.flow import results
-from tools.flow.statistics import (
-    bootstrap_interval,
-    incomplete_beta,
-    mean_std,
-    paired_difference,
-    student_t_quantile,
-)
-
-# Two-sided 95 % and 99 % quantiles as printed in tables of Student's t distribution.
-TABLE = {
-    (0.975, 1): 12.706,
-    (0.975, 2): 4.303,
-    (0.975, 3): 3.182,
-    (0.975, 4): 2.776,
-    (0.975, 5): 2.571,
-    (0.975, 9): 2.262,
-    (0.975, 30): 2.042,
-    (0.975, 120): 1.980,
-    (0.995, 4): 4.604,
-    (0.995, 10): 3.169,
-}
-
-
-@pytest.mark.parametrize(("key", "expected"), TABLE.items())
-def test_t_quantiles_equal_the_printed_table(key, expected):
-    assert student_t_quantile(*key) == pytest.approx(expected, abs=6e-4)
-
-
-@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.999])
-def test_t_quantiles_equal_the_closed_forms(p):
-    assert student_t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9)
-    two = (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    assert student_t_quantile(p, 2) == pytest.approx(two, rel=1e-9)
-    assert student_t_quantile(1 - p, 7) == -student_t_quantile(p, 7)
-
-
-def test_t_quantile_refuses_the_impossible():
-    with pytest.raises(ValueError, match=r"probability 1\.0, 3 degrees"):
-        student_t_quantile(1.0, 3)
-
-
-def test_incomplete_beta_equals_the_binomial_sum():
-    a, b, x = 3, 4, 0.3
-    n = a + b - 1
-    expected = sum(math.comb(n, k) * x**k * (1 - x) ** (n - k) for k in range(a, n + 1))
-    assert incomplete_beta(a, b, x) == pytest.approx(expected, rel=1e-12)
-
-
-def test_paired_difference_of_a_worked_example():
-    treated = {0: 31.0, 1: 29.0, 2: 35.0, 3: 33.0, 4: 30.0, 9: 99.0}
-    control = {0: 28.0, 1: 28.0, 2: 30.0, 3: 31.0, 4: 26.0, 8: 0.0}
-    found = paired_difference(treated, control)
-    assert found["seeds"] == [0, 1, 2, 3, 4]
-    assert found["differences"] == [3.0, 1.0, 5.0, 2.0, 4.0]
-    assert (found["n"], found["mean"]) == (5, 3.0)
-    assert found["std"] == pytest.approx(math.sqrt(2.5))
-    half = 2.776445 * math.sqrt(2.5 / 5)
-    assert found["student_t"] == pytest.approx([3 - half, 3 + half], abs=1e-5)
-    low, high = found["bootstrap"]
-    assert 1.0 < low < 3.0 < high < 5.0
-    assert high - low < 2 * half
-
-
-def test_one_seed_has_no_interval_and_says_so():
-    found = paired_difference({0: 3.0}, {0: 1.0})
-    assert found["mean"] == 2.0
-    assert all(found[key] is None for key in ("std", "student_t", "bootstrap"))
-    assert found["note"] == "one seed: no interval"
-    assert paired_difference({}, {0: 1.0})["note"] == "no seed: no interval"
-
-
-def test_bootstrap_is_seeded_and_near_the_normal_interval_for_many_values():
-    values = np.random.default_rng(3).normal(10.0, 2.0, 400).tolist()
-    assert bootstrap_interval(values) == bootstrap_interval(values)
-    half = 1.96 * mean_std(values)["std"] / 20
-    mean = mean_std(values)["mean"]
-    assert bootstrap_interval(values) == pytest.approx([mean - half, mean + half], abs=0.02)
 
 
 def test_results_keep_the_contract(tmp_path):

@@ -102,7 +102,7 @@ def test_sources_are_what_each_stage_runs(tmp_path):
     assert {"pretrain/engine/train.py", "pretrain/models/losses.py"} <= names("pretrain")
     assert "pretrain/engine/train.py" not in names("shards")
     assert {"tools/datasets/build.py", "tools/make_dataset.py"} <= names("data")
-    assert {"tools/flow/report.css", "tools/flow/statistics.py"} <= names("report")
+    assert {"tools/flow/report.css", "common/stats.py"} <= names("report")
 
 
 def test_overrides_reach_the_stages(tmp_path):

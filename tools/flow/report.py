@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 if __package__ in (None, ""):
-    # In place of this folder, whose `statistics` is not Python's.
+    # In place of this folder, whose modules are found through their package.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools.flow import (

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.stats import mean_std, paired_difference
 from tools.flow.config import ARMS
 from tools.flow.files import read_json, write_json
-from tools.flow.statistics import mean_std, paired_difference
 
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes

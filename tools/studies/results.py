@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.stats import RULE, Contrast, claim_verdict, compare, mean_std
 from tools.flow.files import write_json
-from tools.flow.statistics import mean_std
 from tools.studies.documents import Chart, Section, Table, write_all
 from tools.studies.grid import METRICS, Grid, Preset
 from tools.studies.plots import Line, interval_chart
-from tools.studies.significance import RULE, Contrast, claim_verdict, compare
 from tools.studies.store import Row
 
 if TYPE_CHECKING:  # the report reads studies where what runs them is not installed

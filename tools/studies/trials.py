@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.stats import RULE, Contrast, compare, mean_std
 from tools.flow.errors import UserError
 from tools.flow.files import read_json
 from tools.flow.fingerprint import bytes_digest, digest
-from tools.flow.statistics import mean_std
 from tools.studies.grid import check_keys, read_yaml
 from tools.studies.jobs import Step
 from tools.studies.schedule import Work
-from tools.studies.significance import RULE, Contrast, compare
 from tools.studies.store import Row
 
 FORMAT = "fa-trials-1"

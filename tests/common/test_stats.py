@@ -1,0 +1,263 @@
+"""Intervals, tests, corrections and verdicts against closed forms, tables, enumerations."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from common.stats import (
+    NUM_RESAMPLES,
+    Contrast,
+    claim_verdict,
+    compare,
+    holm,
+    mean_std,
+    paired_difference,
+    permutation_test,
+    t_test,
+    verdict,
+)
+
+# Two-sided 95 % and 99 % quantiles as printed in tables of Student's t distribution.
+TABLE = {
+    (0.975, 1): 12.706,
+    (0.975, 2): 4.303,
+    (0.975, 3): 3.182,
+    (0.975, 4): 2.776,
+    (0.975, 5): 2.571,
+    (0.975, 9): 2.262,
+    (0.975, 30): 2.042,
+    (0.975, 120): 1.980,
+    (0.995, 4): 4.604,
+    (0.995, 10): 3.169,
+}
+
+
+def seeds(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def half_width(values: list[float], level: float) -> float:
+    """Of Student's interval, in standard errors."""
+    found = paired_difference(seeds(*values), seeds(*[0.0] * len(values)), level)
+    low, high = found["student_t"]
+    return (high - low) / 2 / (found["std"] / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize(("key", "expected"), TABLE.items())
+def test_intervals_have_the_width_of_the_printed_table(key, expected):
+    probability, degrees = key
+    values = np.random.default_rng(degrees).normal(size=degrees + 1).tolist()
+    assert half_width(values, 2 * probability - 1) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.999])
+def test_intervals_have_the_width_of_the_closed_forms(p):
+    """One and two degrees of freedom."""
+    one, two = [0.3, 1.9], [0.3, 1.9, -0.2]
+    expected = math.tan(math.pi * (p - 0.5))
+    assert half_width(one, 2 * p - 1) == pytest.approx(expected, rel=1e-9)
+    expected = (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    assert half_width(two, 2 * p - 1) == pytest.approx(expected, rel=1e-9)
+
+
+def test_paired_difference_of_a_worked_example():
+    treated = {0: 31.0, 1: 29.0, 2: 35.0, 3: 33.0, 4: 30.0, 9: 99.0}
+    control = {0: 28.0, 1: 28.0, 2: 30.0, 3: 31.0, 4: 26.0, 8: 0.0}
+    found = paired_difference(treated, control)
+    assert found["seeds"] == [0, 1, 2, 3, 4]
+    assert found["differences"] == [3.0, 1.0, 5.0, 2.0, 4.0]
+    assert (found["n"], found["mean"]) == (5, 3.0)
+    assert found["std"] == pytest.approx(math.sqrt(2.5))
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert found["student_t"] == pytest.approx([3 - half, 3 + half], abs=1e-5)
+    low, high = found["bootstrap"]
+    assert 1.0 < low < 3.0 < high < 5.0
+    assert high - low < 2 * half
+
+
+def test_one_seed_has_no_interval_and_says_so():
+    found = paired_difference({0: 3.0}, {0: 1.0})
+    assert found["mean"] == 2.0
+    assert all(found[key] is None for key in ("std", "student_t", "bootstrap"))
+    assert found["note"] == "one seed: no interval"
+    assert paired_difference({}, {0: 1.0})["note"] == "no seed: no interval"
+
+
+def test_the_bootstrap_takes_the_percentiles_of_seeded_means():
+    """The same draws by numpy alone; and the mean's normal interval for many values."""
+    values = [0.3, -0.1, 0.8, 0.5, 1.1]
+    picks = np.random.default_rng(0).integers(0, 5, size=(NUM_RESAMPLES, 5))
+    means = np.sort(np.array(values)[picks].mean(axis=1))
+    position = 0.05 * (NUM_RESAMPLES - 1)
+    low = np.interp(position, np.arange(NUM_RESAMPLES), means)
+    high = np.interp(NUM_RESAMPLES - 1 - position, np.arange(NUM_RESAMPLES), means)
+    found = paired_difference(seeds(*values), seeds(*[0.0] * 5), 0.9)["bootstrap"]
+    assert found == pytest.approx([low, high], abs=1e-12)
+
+    many = np.random.default_rng(3).normal(10.0, 2.0, 400).tolist()
+    mean, half = mean_std(many)["mean"], 1.96 * mean_std(many)["std"] / 20
+    found = paired_difference(seeds(*many), seeds(*[0.0] * 400))["bootstrap"]
+    assert found == pytest.approx([mean - half, mean + half], abs=0.02)
+
+
+def test_p_of_the_t_test_is_that_of_the_closed_forms():
+    """Student's distribution with 1 (Cauchy), 2 and 4 degrees of freedom."""
+    for values in ([2.3, 3.7], [-0.2, 0.1]):
+        t = statistic_of(values)
+        expected = 1 - 2 / math.pi * math.atan(t)
+        assert t_test(values) == pytest.approx(expected, rel=1e-9)
+        assert t_test([-value for value in values]) == pytest.approx(expected, rel=1e-9)
+    for values in ([2.3, 3.7, 1.0], [-0.2, 0.1, 0.3]):
+        t = statistic_of(values)
+        assert t_test(values) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
+    for values in ([0.3, -0.1, 0.8, 0.5, 1.1], [-2.0, 1.0, 0.5, 0.2, 0.1]):
+        s = statistic_of(values) ** 2 / 4
+        inside = 0.75 * math.sqrt(4 * s) / math.sqrt(1 + s) * (1 - s / (3 * (1 + s)))
+        assert t_test(values) == pytest.approx(1 - inside, rel=1e-9)
+
+
+def statistic_of(values: list[float]) -> float:
+    """|t| of a sample against 0."""
+    return float(abs(np.mean(values)) / (np.std(values, ddof=1) / math.sqrt(len(values))))
+
+
+def test_permutation_test_counts_sign_changes() -> None:
+    values = [0.3, -0.1, 0.8, 0.5]
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=4)
+    ]
+    expected = sum(x >= abs(sum(values)) - 1e-12 for x in sums) / 16
+    assert permutation_test(values) == expected
+    assert permutation_test([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 32
+    # Differences of percentages are rounded: 0.1 - 0.2 + 0.3 and its like still tie with 0.2.
+    rounded = [50.1 - 50.0, 50.2 - 50.0, 49.7 - 50.0]
+    assert permutation_test(rounded) == 1.0
+    assert permutation_test([*rounded[:2], -rounded[2]]) == 2 / 8
+    assert permutation_test([50.1 - 50.0, 49.8 - 50.0, 50.3 - 50.0]) == 6 / 8
+
+
+def test_many_seeds_are_sampled_and_agree_with_the_normal_approximation() -> None:
+    values = np.random.default_rng(1).normal(0.35, 1.0, 40)
+    z = abs(values.sum()) / math.sqrt((values**2).sum())
+    expected = math.erfc(z / math.sqrt(2))
+    assert permutation_test(values.tolist()) == pytest.approx(expected, abs=0.012)
+
+
+def test_equal_differences_fall_back_on_the_signs() -> None:
+    assert t_test([0.5] * 5) == 2 / 32
+    assert t_test([0.0] * 5) == 1.0
+    assert t_test([0.1 + 0.2, 0.3, 0.3]) == 2 / 8  # equal but for rounding
+    assert t_test([1.0, 1.0 + 1e-11]) == pytest.approx(3.18e-12, rel=0.01)  # hardly unequal
+    assert t_test([1.0]) is None
+    assert permutation_test([]) is None
+
+
+def test_holm_of_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, None, 0.9]) == [1.0, None, 1.0]
+    assert holm([]) == []
+
+
+def test_a_difference_of_differences_is_taken_seed_by_seed() -> None:
+    a, b = seeds(5.0, 7.0, 9.0), seeds(4.0, 4.0, 4.0)
+    c, d = seeds(3.0, 3.0, 3.0), {0: 2.0, 1: 1.0, 5: 100.0}
+    row = compare([Contrast("x", ((1, a), (-1, b), (-1, c), (1, d)))])[0]
+    assert row["seeds"] == [0, 1]
+    assert row["differences"] == [(5 - 4) - (3 - 2), (7 - 4) - (3 - 1)]
+
+
+@pytest.mark.parametrize(
+    ("shift", "higher", "expected"),
+    [
+        (2.0, True, "better"),
+        (-2.0, True, "worse"),
+        (2.0, False, "worse"),
+        (0.1, True, "inconclusive"),
+    ],
+)
+def test_verdicts(shift: float, higher: bool, expected: str) -> None:
+    noise = (0.1, -0.2, 0.15, -0.1, 0.05)
+    contrast = Contrast("x", ((1, seeds(*(50 + shift + e for e in noise))), (-1, seeds(*[50] * 5))))
+    assert compare([contrast], higher_is_better=higher)[0]["verdict"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "better"),
+        ({"bootstrap": [-0.1, 2.0]}, "inconclusive"),
+        ({"bootstrap": [0.0, 2.0]}, "inconclusive"),
+        ({"bootstrap": None}, "inconclusive"),
+        ({"p_holm": 0.06}, "inconclusive"),
+        ({"p_holm": None}, "inconclusive"),
+        ({"n": 2}, "inconclusive"),
+        ({"mean": -1.0, "bootstrap": [-2.0, -0.5]}, "worse"),
+        ({"mean": -1.0, "bootstrap": [-2.0, 0.5]}, "inconclusive"),
+    ],
+)
+def test_each_condition_of_the_rule_decides(change: dict, expected: str) -> None:
+    row = {"n": 5, "mean": 1.0, "bootstrap": [0.5, 2.0], "p_holm": 0.01}
+    assert verdict(row | change) == expected
+
+
+def test_two_seeds_are_never_enough() -> None:
+    pair = Contrast("x", ((1, seeds(60.0, 60.0)), (-1, seeds(50.0, 50.00001))))
+    row = compare([pair])[0]
+    assert row["p"] < 1e-4
+    assert row["verdict"] == "inconclusive"
+    nothing = compare([Contrast("y", ((1, {}), (-1, {})))])[0]
+    assert (nothing["n"], nothing["p_holm"], nothing["verdict"]) == (0, None, "inconclusive")
+
+
+def test_the_correction_can_take_a_verdict_back() -> None:
+    """p of about 0.03 convinces alone, not among ten."""
+    base = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    values = base + 3.298 * base.std(ddof=1) / math.sqrt(5)
+    contrast = Contrast("x", ((1, seeds(*values)), (-1, seeds(*[0.0] * 5))))
+    (alone,) = compare([contrast])
+    assert alone["p"] == alone["p_holm"] == pytest.approx(0.03, abs=1e-4)
+    assert alone["verdict"] == "better"
+    assert {row["verdict"] for row in compare([contrast] * 10)} == {"inconclusive"}
+
+
+def test_claims() -> None:
+    def rows(*verdicts: str) -> list[dict]:
+        return [{"verdict": v, "decides": True} for v in verdicts]
+
+    assert claim_verdict(rows("better", "better")) == "shown"
+    assert claim_verdict(rows("better", "inconclusive")) == "inconclusive"
+    assert claim_verdict(rows("better", "worse")) == "contradicted"
+    assert claim_verdict([{"verdict": "worse", "decides": False}]) == "inconclusive"
+    assert claim_verdict([]) == "inconclusive"
+
+
+def test_false_alarms_of_a_table_stay_below_five_percent() -> None:
+    """200 tables of four comparisons with a shared control, no effect anywhere."""
+    generator = np.random.default_rng(5)
+    alarms = 0
+    for _ in range(200):
+        cells = generator.normal(50.0, 1.0, (5, 5))
+        contrasts = [
+            Contrast(str(i), ((1, seeds(*cells[i])), (-1, seeds(*cells[4])))) for i in range(4)
+        ]
+        corrected = holm([t_test(row) for row in (cells[:4] - cells[4]).tolist()])
+        if min(p for p in corrected if p is not None) < 0.05:  # no verdict without: saves time
+            alarms += any(row["verdict"] != "inconclusive" for row in compare(contrasts))
+    assert alarms / 200 < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 200)
+
+
+def test_coverage_of_the_intervals_at_five_seeds() -> None:
+    """Student's t covers 95 % of normal samples, the percentile bootstrap less: hence RULE."""
+    generator = np.random.default_rng(6)
+    samples = generator.normal(1.0, 1.0, (4000, 5))
+    half = 2.776445 * samples.std(axis=1, ddof=1) / math.sqrt(5)
+    student = np.mean(np.abs(samples.mean(axis=1) - 1.0) <= half)
+    assert student == pytest.approx(0.95, abs=0.012)
+    picks = generator.integers(0, 5, (400, 5))
+    means = samples[:, picks].mean(axis=2)
+    low, high = np.quantile(means, [0.025, 0.975], axis=1)
+    bootstrap = np.mean((low <= 1.0) & (high >= 1.0))
+    assert 0.75 < bootstrap < 0.90
