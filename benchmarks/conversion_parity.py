@@ -21,10 +21,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from common.errors import UserError
+from common.files import write_json
 from detection.arch import Arch
 from detection.convert import convert, read_source
-from detection.errors import UserError
-from detection.files import write_json
 from detection.parity import build_bare_resnet, comparison_picture
 from detection.pixels import IMAGENET
 from detection.reference_resnet import STAGES, ReferenceResNet

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from common.errors import UserError
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
 from pretrain.config_method import ObjectiveName
 from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.step import Gradients
-from pretrain.errors import UserError
 from pretrain.models.augmenter import Draw, FeatureAugmenter
 from pretrain.models.cell import resolve
 from pretrain.models.cell_check import refuse_without_gradient

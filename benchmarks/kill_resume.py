@@ -28,7 +28,6 @@ import yaml
 
 from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
-from pretrain.engine.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = "example:\n  .venv/bin/python benchmarks/kill_resume.py --kills 20 --json kill.json\n"
@@ -105,7 +104,7 @@ class Job:
 
     def last_step(self) -> int:
         """The last step in the log of the run."""
-        rows = read_rows(self.out / "metrics.jsonl")
+        rows = read_json_lines(self.out / "metrics.jsonl")
         return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
     def wait(self) -> bool:
@@ -139,8 +138,7 @@ def wait_for_moment(job: Job, phase: str, draw: random.Random) -> bool:
             return False
         time.sleep(0.005)
     if phase == "checkpoint":
-        partial = job.out / "checkpoint.pth.partial"
-        while not partial.exists():
+        while not list(job.out.glob("checkpoint.pth.*.partial")):
             if job.process.poll() is not None:
                 return False
     else:
@@ -154,7 +152,11 @@ def identical(one: Path, other: Path) -> bool:
     for state in states:
         state["position"].pop("train_seconds")
     curves = [
-        [(r["step"], r["loss"]) for r in read_rows(f / "metrics.jsonl") if r["kind"] == "train"]
+        [
+            (r["step"], r["loss"])
+            for r in read_json_lines(f / "metrics.jsonl")
+            if r["kind"] == "train"
+        ]
         for f in (one, other)
     ]
     return curves[0] == curves[1] and all(

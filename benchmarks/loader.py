@@ -37,7 +37,7 @@ from benchmarks.pictures import (
 from benchmarks.rounds import Candidate, Peer, in_process, rates, start_peers
 from benchmarks.wall import BATCH as WALL_BATCH
 from benchmarks.wall import gpu_rates, worker_rates
-from pretrain.errors import UserError
+from common.errors import UserError
 
 EXAMPLE = """\
 examples:

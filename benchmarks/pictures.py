@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
-from pretrain.errors import UserError
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

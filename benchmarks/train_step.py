@@ -33,10 +33,10 @@ from benchmarks.fa_overhead import CUDA_SIZES, Clock, Sizes
 from benchmarks.step_arms import Arm, Ours, check_same_loss, make_arms
 from benchmarks.step_setup import CPU_SIZES, build_run, make_shards, random_views, with_sizes
 from benchmarks.step_tables import TABLES, print_table
+from common.errors import UserError
 from pretrain.engine import flops
 from pretrain.engine.profiling import Batches
 from pretrain.engine.train import choose_device
-from pretrain.errors import UserError
 
 EXAMPLE = """\
 examples:

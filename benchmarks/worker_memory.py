@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from benchmarks.candidates import two_view_dataset
 from benchmarks.pictures import encoded_photos, open_as_shards, photos_of_folder, write_files
+from common.errors import UserError
 from pretrain.data.samples import TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader
-from pretrain.errors import UserError
 
 EXAMPLE = """\
 example:

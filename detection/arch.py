@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from detection.errors import UserError
+from common.errors import UserError
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from detection.errors import UserError
+from common.errors import UserError
 from detection.voc import VocSet, VocSplit
 from detection.voc_annotation import VocObject, VocPicture
 

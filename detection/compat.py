@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from common.errors import UserError
 from detection import safe_pickle
-from detection.errors import UserError
 
 
 def require_detectron2() -> Path:

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from common.errors import UserError
 from detection.arch import Arch
-from detection.errors import UserError
 from detection.protocol import scale_schedule
 
 # Keys that the command line decides otherwise -> how.

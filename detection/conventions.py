@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import sha256_of
 from detection.arch import Arch
-from detection.errors import UserError
-from detection.files import sha256_of
 from detection.pixels import IMAGENET, Preprocessing, from_checkpoint
 
 D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"

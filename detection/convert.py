@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import write_atomically
 from detection import keymap, model_card
 from detection.conventions import read_own_card
-from detection.errors import UserError
-from detection.files import write_atomically
 from detection.source import Source, read_source
 
 __all__ = ["TARGETS", "convert", "read_source", "to_detectron2", "to_torchvision"]

@@ -28,7 +28,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from detection.errors import UserError
+from common.errors import UserError
 from detection.seeding import derive_seed
 from detection.voc import VocSet, VocSplit
 

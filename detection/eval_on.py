@@ -7,7 +7,6 @@ import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
 import argparse
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from common.errors import UserError
+from common.files import read_json, sha256_of, write_json
 from detection import safe_pickle
 from detection.config import load_config
 from detection.data import build_test_loader, register
-from detection.errors import UserError
 from detection.evaluate import curves_file, evaluate_detector, measured
-from detection.files import sha256_of, write_json
 from detection.run import is_finished, log_to, prepare, summarise, versions
 from detection.trainer import evaluated_part
 from detection.voc import VocSet, classes_without_objects, read_test_set
@@ -48,7 +47,7 @@ def evaluate_on(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: If a seed is not finished, or the set does not fit the detector.
     """
     folders = _finished_seeds(arguments)
-    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    results = [read_json(folder / "result.json") for folder in folders]
     classes = _common_classes(folders, results)
     voc = read_test_set(
         arguments.eval_on,
@@ -73,7 +72,7 @@ def evaluate_on(arguments: argparse.Namespace) -> dict[str, Any]:
                 torch.set_num_threads(arguments.threads)
             log_to(folder)
             _evaluate_seed(folder, voc, name, trained, made_with)
-        rows.append(json.loads(file.read_text()))
+        rows.append(read_json(file))
     summary = {
         "name": name,
         "set": str(voc.root.resolve()),
@@ -137,7 +136,7 @@ def _is_made(file: Path, made_with: dict[str, Any], *, overwrite: bool) -> bool:
     """Whether a result is there and made with the same model, set and overrides."""
     if overwrite or not file.is_file():
         return False
-    old = json.loads(file.read_text())
+    old = read_json(file)
     changed = [key for key, value in made_with.items() if old.get(key) != value]
     if changed:
         raise UserError(

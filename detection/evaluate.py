@@ -24,9 +24,9 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from common.files import write_text
 from detection.coco_metric import CocoEvaluator
 from detection.error_evaluator import ErrorEvaluator
-from detection.files import write_text
 from detection.voc import VocSplit
 
 _METRICS = ("AP", "AP50", "AP75")

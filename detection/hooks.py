@@ -13,7 +13,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage
 
-from detection.files import read_json_lines, write_json_lines
+from common.files import read_json_lines, write_json_lines
 from detection.seeding import derive_seed
 
 logger = logging.getLogger(__name__)

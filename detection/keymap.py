@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from common.errors import UserError
 from detection.arch import Arch
-from detection.errors import UserError
 from detection.reference_resnet import tensor_shapes
 
 LAYOUTS = ("ours", "torchvision", "timm", "moco", "solo-learn", "lightly", "detectron2")

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
+from common.files import sha256_of, write_json, write_text
 from detection import model_card_text
 from detection.conventions import D2_CARD, TORCHVISION_CARD, read_any_card
-from detection.errors import UserError
-from detection.files import sha256_of, write_json, write_text
 from detection.provenance import plain, pretraining
 from detection.source import Source
 

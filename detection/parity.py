@@ -13,9 +13,9 @@ from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from common.errors import UserError
 from detection.arch import Arch
 from detection.config import set_arch
-from detection.errors import UserError
 from detection.reference_resnet import STAGES, ReferenceResNet
 from detection.weights import load_backbone
 

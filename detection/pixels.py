@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from detectron2.config import CfgNode
 
-from detection.errors import UserError
+from common.errors import UserError
 
 _IN_ITERATIONS = ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
 _SYNCHRONISED_NORMS = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")

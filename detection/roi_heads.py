@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, Res
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-from detection.errors import UserError
+from common.errors import UserError
 
 _RES5_NUM_BLOCKS = {18: 2, 34: 3, 50: 3, 101: 3, 152: 3}
 

@@ -23,12 +23,12 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from common.errors import UserError
+from common.files import read_json, sha256_of, write_json, write_text
 from detection.coco_data import is_coco, read_coco
 from detection.config import check_device, flatten, load_config
 from detection.data import register
-from detection.errors import UserError
 from detection.evaluate import curves_file, measured
-from detection.files import sha256_of, write_json, write_text
 from detection.protocol import schedule_table
 from detection.trainer import Trainer
 from detection.voc import VocSet, read_class_names, read_set
@@ -88,7 +88,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
                 dist_url="auto",
                 args=(arm.cfg, arm.voc, job),
             )
-        results.append(json.loads((folder / "result.json").read_text()))
+        results.append(read_json(folder / "result.json"))
     summary = summarise(results, arguments.seed_list)
     write_json(arguments.out / "summary.json", summary)
     return summary
@@ -199,7 +199,7 @@ def is_finished(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> b
     record = folder / "run.json"
     if not record.is_file():
         return False
-    old = json.loads(record.read_text())["settings"]
+    old = read_json(record)["settings"]
     changed = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
     if not changed:
         return (folder / "result.json").is_file()

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import _utils as torch_utils
 
+from common.errors import UserError
 from detection import safetensors_file
-from detection.errors import UserError
 
 # What a damaged or hostile file makes the readers raise.
 _READ_ERRORS = (

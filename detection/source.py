@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from detection import conventions, keymap, safe_pickle, variants
 from detection.arch import Arch, infer_arch, read_arch
-from detection.errors import UserError
 from detection.pixels import Preprocessing
 from detection.reference_resnet import tensor_shapes
 

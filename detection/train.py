@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from detection.errors import UserError
+from common.errors import RunFailed, UserError, run_command
 
 _EXAMPLE = """\
 examples:
@@ -76,32 +76,31 @@ def main(argv: list[str] | None = None) -> int:
     from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
 
-    try:
-        arguments.seed_list = parse_seeds(arguments.seeds) if arguments.seeds else None
-        if arguments.eval_on is not None:
-            from detection.eval_on import evaluate_on
+    def work() -> int:
+        try:
+            arguments.seed_list = parse_seeds(arguments.seeds) if arguments.seeds else None
+            if arguments.eval_on is not None:
+                from detection.eval_on import evaluate_on
 
-            summary = evaluate_on(arguments)
-        else:
-            from detection.run import run_arm
+                summary = evaluate_on(arguments)
+            else:
+                from detection.run import run_arm
 
-            arguments.seed_list = arguments.seed_list or [0]
-            summary = run_arm(arguments)
-    except UserError as error:
-        print(f"error: {last_words(error)}", file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError, ProcessException) as error:
-        print(f"error: it went wrong: {last_words(error)}", file=sys.stderr)
-        return 1
-    except OutOfMemoryError as error:
-        reason = last_words(error).splitlines()[0]
-        print(f"error: {reason}; lower SOLVER.IMS_PER_BATCH", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 1
-    print(json.dumps(summary["mean"]))
-    return 0
+                arguments.seed_list = arguments.seed_list or [0]
+                summary = run_arm(arguments)
+        except UserError as error:
+            raise UserError(last_words(error)) from error
+        except (FloatingPointError, ProcessException) as error:
+            raise RunFailed(last_words(error)) from error
+        except OutOfMemoryError as error:
+            reason = last_words(error).splitlines()[0]
+            raise RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
+        print(json.dumps(summary["mean"]))
+        return 0
+
+    return run_command(
+        work, when_interrupted="stopped; the same command goes on from the last checkpoint"
+    )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -134,7 +133,7 @@ def last_words(error: Exception) -> str:
     text = str(error).strip()
     if "Traceback (most recent call last)" not in text:
         return text
-    return text.splitlines()[-1].removeprefix("detection.errors.UserError: ")
+    return text.splitlines()[-1].removeprefix("common.errors.UserError: ")
 
 
 def _num_gpus(text: str) -> int | str:

@@ -17,11 +17,11 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
 import detection.roi_heads  # noqa: F401  (registers the C4 head)
+from common.errors import UserError
+from common.files import read_json_lines, remove_partial_files, write_json_lines
 from detection.calibrate import calibrate_frozen_norms
 from detection.data import build_test_loader, build_train_loader
-from detection.errors import UserError
 from detection.evaluate import evaluate_detector
-from detection.files import read_json_lines, remove_partial_files, write_json_lines
 from detection.hooks import (
     CurveHook,
     FreshPreciseBN,

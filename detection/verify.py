@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import sha256_of
 from detection import keymap
 from detection.convert import same_bits, to_detectron2
-from detection.errors import UserError
-from detection.files import sha256_of
 from detection.pixels import Preprocessing
 from detection.source import Source, read_source
 

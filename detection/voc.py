@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.errors import UserError
+from common.errors import UserError
+from common.files import read_json
 from detection.voc_annotation import VocPicture, class_names, read_picture
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
@@ -210,7 +211,7 @@ def _read_description(root: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); make the data set again") from error
     if not isinstance(description, dict) or not description.get("classes"):

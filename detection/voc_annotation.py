@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from detection.errors import UserError
+from common.errors import UserError
 
 _BOX_FIELDS = ("xmin", "ymin", "xmax", "ymax")
 

@@ -18,11 +18,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from common.errors import UserError
+from common.files import sha256_of, write_atomically, write_json, write_text
 from detection import safe_pickle
 from detection.arch import read_arch
 from detection.config import arch_of_config
-from detection.errors import UserError
-from detection.files import sha256_of, write_atomically, write_json, write_text
 
 CARD_FORMAT = "fa-d2-1"
 _CONVERT = "convert the checkpoint with tools/convert_to_d2.py"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
+
+from common.errors import RunFailed, UserError, run_command
 
 EXAMPLE = """\
 example:
@@ -52,66 +53,44 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, at which file, and what to do."""
-    where = f" ({error.filename})" if error.filename else ""
-    remedy = "; the last checkpoint is whole: run the same command with --resume"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk full{where}: free some space{remedy}"
-    return f"{error.strerror or error}{where}{remedy if error.errno == errno.EIO else ''}"
-
-
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
     from pretrain.config import load_config, to_plain  # after --help, which should not wait
     from pretrain.engine import dist, guards
-    from pretrain.engine.checkpoint import DiskFullError
-    from pretrain.engine.diagnostics import CollapseError
     from pretrain.engine.profiling import parse_num_steps, profile
     from pretrain.engine.replay import replay
-    from pretrain.engine.stop import StoppedBySignal
     from pretrain.engine.train import Run
-    from pretrain.errors import UserError
 
-    config = None
-    try:
-        config = load_config(options.config, options.overrides)
-        num_profiled = None if options.profile is None else parse_num_steps(options.profile)
-        if num_profiled and (options.resume or options.replay):
-            raise UserError("--profile runs by itself: leave out --resume and --replay")
-        if options.print_config:
-            import yaml
+    def work() -> int:
+        config = None
+        try:
+            config = load_config(options.config, options.overrides)
+            num_profiled = None if options.profile is None else parse_num_steps(options.profile)
+            if num_profiled and (options.resume or options.replay):
+                raise UserError("--profile runs by itself: leave out --resume and --replay")
+            if options.print_config:
+                import yaml
 
-            print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
-            return 0
-        if options.replay is not None:
-            replay(config, options.replay, allow_changes=options.allow_changes)
-        elif num_profiled:
-            profile(config, num_profiled)
-        else:
-            Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CollapseError, DiskFullError, guards.NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except StoppedBySignal as error:
-        print(str(error), file=sys.stderr)
-        return 128 + error.number
-    except OSError as error:
-        print(f"error: {describe_os_error(error)}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        message = guards.out_of_memory(error, config)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 1
-    finally:
-        dist.stop()
-    return 0
+                print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
+            elif options.replay is not None:
+                replay(config, options.replay, allow_changes=options.allow_changes)
+            elif num_profiled:
+                profile(config, num_profiled)
+            else:
+                Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
+        except (MemoryError, RuntimeError) as error:
+            message = guards.out_of_memory(error, config)
+            if message is None:
+                raise
+            raise RunFailed(message) from error
+        finally:
+            dist.stop()
+        return 0
+
+    return run_command(
+        work, when_interrupted="stopped; with --resume the same command goes on from the checkpoint"
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from common.errors import UserError, require
 from pretrain.config_method import (
     FA_PARTNER_LINKS,
     FAConfig,
@@ -19,7 +20,6 @@ from pretrain.config_method import (
 )
 from pretrain.data.order import LastBatch
 from pretrain.data.sources.cache import CacheOptions
-from pretrain.errors import UserError, require
 from pretrain.schema import read_schema
 
 __all__ = ["FAConfig", "HeadConfig", "ObjectiveConfig", "PretrainConfig", "load_config", "to_plain"]

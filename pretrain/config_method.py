@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.errors import require
+from common.errors import require
 
 ObjectiveName = Literal["simclr", "infonce", "moco", "byol", "simsiam", "swav"]
 FA_PARTNER_LINKS = ("mixup", "cutmix", "extrapolate")

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 
-from pretrain.errors import UserError
+from common.errors import UserError
 
 Schema = TypeVar("Schema")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError, run_command
 from tools.flow import environment
-from tools.flow.errors import UserError
 from tools.studies import data, results
 from tools.studies.cells import Plan, make_plan, make_work
 from tools.studies.executors import Executor
@@ -72,15 +72,12 @@ def main(arguments: Sequence[str] | None = None, executor: Executor | None = Non
     started = time.monotonic()
     options = parser().parse_args(arguments)
     options.out = options.out.resolve()
-    try:
+
+    def work() -> int:
         with hold(options.out):
             return _run(options, executor, started)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+
+    return run_command(work)
 
 
 def _run(options: argparse.Namespace, executor: Executor | None, started: float) -> int:
@@ -148,7 +145,6 @@ def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:
         UserError: Naming them all.
     """
     from pretrain.config import load_config
-    from pretrain.errors import UserError as PretrainError
     from pretrain.models.cell_check import refuse_without_gradient
 
     refused = []
@@ -157,7 +153,7 @@ def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:
         try:
             config = load_config(command[2], [word for word in command[3:] if "=" in word])
             refuse_without_gradient(config.objective, config.fa, config.heads)
-        except PretrainError as error:
+        except UserError as error:
             refused.append(f"{'/'.join(cell.axes)}: {cell.label}: {error}")
     if refused:
         raise UserError("cells that cannot run (name them in left_out):\n  " + "\n  ".join(refused))

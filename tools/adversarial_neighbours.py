@@ -7,7 +7,6 @@ has the definitions.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from common.errors import UserError, run_command
+from common.files import write_json
 from pretrain.data.shards import ShardIndex
 from pretrain.data.views import center_crop, decode
 from pretrain.engine import checkpoint
 from pretrain.engine.train import choose_device
-from pretrain.errors import UserError
 from pretrain.eval import robustness
 from pretrain.eval.robustness import Attacked, Study
 
@@ -168,7 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
     arguments = build_parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         check(arguments)
         state = checkpoint.load(arguments.checkpoint)
         index = ShardIndex.open(arguments.shards)
@@ -188,18 +189,14 @@ def main(argv: list[str] | None = None) -> int:
                 "seed": arguments.seed,
                 "rows": rows,
             }
-            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+            write_json(arguments.json, figures)
         if arguments.picture:
             save_picture(arguments.picture, study, index, attacks[-1])
         index.close()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:  # a full disk, a GPU without memory
-        print(f"error: it went wrong: {error}", file=sys.stderr)
-        return 1
-    print_table(rows, study, arguments.steps)
-    return 0
+        print_table(rows, study, arguments.steps)
+        return 0
+
+    return run_command(work, failures=(RuntimeError,))  # a GPU without memory
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError, run_command
+from common.files import write_bytes
 from pretrain.data import photometric_uint8
 from pretrain.data.augment import augment
 from pretrain.data.crops import resize
 from pretrain.data.photometric import blur_kernel_size
 from pretrain.data.views import decode
-from pretrain.errors import UserError
 
 _EXAMPLE = """example:
   .venv/bin/python tools/augmentation_sheet.py photo.jpg docs/images/augmentation.jpg --size 128
@@ -149,18 +150,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.out.suffix not in (".jpg", ".png") or arguments.size < 16:
         parser.error("OUT must end in .jpg or .png, --size must be at least 16")
-    try:
+
+    def work() -> int:
         page, lines = sheet(load(arguments.picture, arguments.size))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    options = [cv2.IMWRITE_JPEG_QUALITY, arguments.quality]
-    done, data = cv2.imencode(arguments.out.suffix, page[..., ::-1], options)
-    assert done
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_bytes(data.tobytes())
-    print("differences of uint8, in levels of 255:", *lines, sep="\n")
-    return 0
+        options = [cv2.IMWRITE_JPEG_QUALITY, arguments.quality]
+        done, data = cv2.imencode(arguments.out.suffix, page[..., ::-1], options)
+        assert done
+        write_bytes(arguments.out, data.tobytes())
+        print("differences of uint8, in levels of 255:", *lines, sep="\n")
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Show pictures of a data set side by side, with their labelled boxes."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.datasets.errors import UserError
+from common.errors import UserError, run_command
+from common.files import read_json
 
 _EXAMPLE = """example:
   .venv/bin/python tools/contact_sheet.py data/scenes docs/images/procedural.jpg --count 24
@@ -39,15 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--height", type=int, default=150, help="of a row, px (default: 150)")
     parser.add_argument("--quality", type=int, default=82, help="of a JPEG (default: 82)")
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
         tiles = list(_tiles(arguments.data, arguments.part, arguments.count, arguments.height))
         if not tiles:
             raise UserError(f"{arguments.data}: no {arguments.part} pictures there; make the set")
         _write(arguments.out, arrange(tiles, arguments.width), arguments.quality)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(work)
 
 
 def _write(path: Path, sheet: np.ndarray, quality: int) -> None:
@@ -70,7 +70,7 @@ def _tiles(data: Path, part: str, count: int, height: int) -> Iterator[np.ndarra
         pictures = sorted((data / part).rglob("*.jpg"), key=lambda p: p.name)[:count]
         pairs = [(path, None) for path in pictures]
     card = data / "dataset.json"
-    classes = json.loads(card.read_text())["classes"] if card.exists() else []
+    classes = read_json(card)["classes"] if card.exists() else []
     for path, annotation in pairs:
         image = cv2.imread(str(path))
         if image is None:

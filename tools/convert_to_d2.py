@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import UserError, run_command
+from common.files import write_json
 from detection import keymap
-from detection.errors import UserError
-from detection.files import write_json
 
 _EXAMPLE = """\
 examples:
@@ -156,15 +156,12 @@ def main(argv: list[str] | None = None) -> int:
         input.
     """
     arguments = build_parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         check_arguments(arguments)
         return run_convert(arguments) if arguments.verify is None else run_verify(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: it went wrong: {error}", file=sys.stderr)
-        return 1
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

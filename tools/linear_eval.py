@@ -6,9 +6,10 @@ every temperature. A part of the training set selects the rate, the validation s
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
+
+from common.errors import RunFailed, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -74,12 +75,11 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, print its table and draw its figures."""
-    from pretrain.errors import UserError
+    from common.files import write_text
     from pretrain.eval.linear.config import LinearConfig
     from pretrain.eval.linear.result import table
     from pretrain.eval.linear.run import Evaluation, Request
     from pretrain.schema import read_schema
-    from tools.flow.files import write_text
     from tools.flow.linear_plot import NAME, plot
 
     path = arguments.config
@@ -109,32 +109,23 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = build_parser().parse_intermixed_args(argv)
     from pretrain.engine import dist, guards  # after --help, which should not wait
-    from pretrain.engine.checkpoint import DiskFullError
-    from pretrain.engine.stop import StoppedBySignal
-    from pretrain.errors import UserError
 
-    status, message = 0, None
-    try:
-        evaluate(arguments)
-    except UserError as error:
-        status, message = 2, f"error: {error}"
-    except StoppedBySignal as error:
-        status, message = 128 + error.number, str(error)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-        message = "stopped; features are kept: the same command with --resume goes on"
-    except (DiskFullError, OSError) as error:
-        status, message = 1, f"error: {error}"
-    except (MemoryError, RuntimeError) as error:
-        told = guards.out_of_memory(error, None)
-        if told is None:
-            raise
-        status, message = 1, f"error: {told}"
-    finally:
-        dist.stop()
-    if message is not None:
-        print(message, file=sys.stderr)
-    return status
+    def work() -> int:
+        try:
+            evaluate(arguments)
+        except (MemoryError, RuntimeError) as error:
+            message = guards.out_of_memory(error, None)
+            if message is None:
+                raise
+            raise RunFailed(message) from error
+        finally:
+            dist.stop()
+        return 0
+
+    return run_command(
+        work,
+        when_interrupted="stopped; features are kept: the same command with --resume goes on",
+    )
 
 
 if __name__ == "__main__":

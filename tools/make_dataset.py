@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError, run_command
 from tools.datasets import packages, photos, procedural, shapes, voc_import
-from tools.datasets.build import Card, DiskError, build
-from tools.datasets.errors import UserError
+from tools.datasets.build import Card, build
 from tools.datasets.options import SetOptions
 
 _EXAMPLE = """examples:
@@ -302,20 +302,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 (it went wrong) or 2 (wrong arguments or input)."""
     arguments = parser().parse_args(argv)
     arguments.out = arguments.out.resolve()
-    try:
+
+    def work() -> int:
         kinds = {"procedural": make_procedural, "photos": make_photos, "voc": make_voc}
         made = kinds[arguments.kind](arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (DiskError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; run again to start anew", file=sys.stderr)
-        return 1
-    print(f"{arguments.out}: " + ("made" if made else "is there already with these options, kept"))
-    return 0
+        outcome = "made" if made else "is there already with these options, kept"
+        print(f"{arguments.out}: {outcome}")
+        return 0
+
+    return run_command(
+        work,
+        failures=(RuntimeError,),  # a worker that was killed
+        when_interrupted="interrupted; run again to start anew",
+    )
 
 
 if __name__ == "__main__":

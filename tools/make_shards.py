@@ -4,17 +4,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain.data.packing.cluster import Cluster, TaskError
+from common.errors import UserError, printable, run_command
+from common.files import write_json
+from pretrain.data.packing.cluster import Cluster
 from pretrain.data.packing.info import format_info, gather_info, save_pictures
-from pretrain.data.packing.job import printable
 from pretrain.data.shards import (
-    DiskFullError,
     ShardIndex,
     ShardOptions,
     SourcePicture,
@@ -22,9 +21,6 @@ from pretrain.data.shards import (
     verify_shards,
     write_shards,
 )
-from pretrain.data.tar_index import write_json
-from pretrain.errors import UserError
-from tools.datasets.errors import UserError as SourceError
 from tools.datasets.importers import Source, open_source
 from tools.slurm_option import add_slurm_option
 
@@ -96,27 +92,7 @@ def _add_cluster(main_parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except (DiskFullError, TaskError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
-    except BrokenProcessPool:
-        print(
-            "error: a worker was killed, perhaps for want of memory; give the same command again "
-            "with a smaller --num-workers: it goes on",
-            file=sys.stderr,
-        )
-        return 1
-    except (UserError, SourceError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; give the same command again to go on", file=sys.stderr)
-        return 1
+    return run_command(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from common.errors import RunFailed, UserError, run_command  # noqa: E402
 from tools.flow import environment, results  # noqa: E402
 from tools.flow.config import PipelineConfig, as_dict, load_config  # noqa: E402
-from tools.flow.errors import StageError, Stopped, UserError  # noqa: E402
 from tools.flow.fingerprint import Stage  # noqa: E402
 from tools.flow.parallel import side_by_side  # noqa: E402
 from tools.flow.progress import Progress, clock  # noqa: E402
@@ -35,20 +35,7 @@ goes on where it stopped when the same command is given again. docs/pipeline.md 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline; returns the exit status (0 done, 1 a stage failed, 2 wrong input)."""
     parsed = parse(arguments)
-    try:
-        return run(parsed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Stopped as error:
-        print(str(error), file=sys.stderr)
-        return 128 + error.signum
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or 'no file'}", file=sys.stderr)
-        return 1
+    return run_command(lambda: run(parsed))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -96,7 +83,7 @@ def run(parsed: argparse.Namespace) -> int:
             before_first=lambda: describe(runner, config, path, command),
             after_each=lambda: results.write(out, runner.ledger.skipped),
         )
-    except StageError:
+    except RunFailed:
         print(closing_lines(runner, out))
         raise
     print(closing_lines(runner, out))

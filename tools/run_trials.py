@@ -9,8 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError, run_command
 from tools.flow import environment
-from tools.flow.errors import UserError
 from tools.studies import trial_tables, trials
 from tools.studies.executors import Executor
 from tools.studies.running import (
@@ -77,16 +77,13 @@ def main(arguments: Sequence[str] | None = None, executor: Executor | None = Non
     cut = words.index("--") if "--" in words else len(words)
     options = parser().parse_args(words[:cut])
     options.out = options.out.resolve()
-    try:
+
+    def work() -> int:
         check_options(options)
         with hold(options.out):
             return _run(options, tuple(words[cut + 1 :]), executor, started)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+
+    return run_command(work)
 
 
 def _run(

@@ -10,10 +10,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError, run_command
+from common.files import finite, write_text
 from tools.flow import runs, runs_page
 from tools.flow.charts import short_number
-from tools.flow.errors import UserError
-from tools.flow.files import finite, write_text
 from tools.flow.runs import FIGURES, RunInfo
 
 EXAMPLE = """\
@@ -54,15 +54,15 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 for wrong arguments or input."""
     options = parser().parse_args(arguments)
-    try:
+
+    def work() -> int:
         if options.command == "list":
             _list(options.folder, options.sort, as_json=options.json)
         else:
             _compare(options.folders, options.html, as_json=options.json)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(work)
 
 
 def _list(folder: Path, key: str, *, as_json: bool) -> None:

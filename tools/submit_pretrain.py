@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain.errors import UserError, require
+from common.errors import UserError, require, run_command
 from tools.slurm_option import add_slurm_option
 
 EXAMPLE = """\
@@ -187,14 +187,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_intermixed_args(arguments)
-    try:
+
+    def work() -> int:
         node, out, num_cpus = planned(options)
         job = submit(node, out, options, num_cpus)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"job {job.job_id} submitted; log: {job.paths.stderr}", flush=True)
-    return wait(job) if options.wait else 0
+        print(f"job {job.job_id} submitted; log: {job.paths.stderr}", flush=True)
+        return wait(job) if options.wait else 0
+
+    return run_command(work)
 
 
 def planned(options: argparse.Namespace) -> tuple[TorchrunNode, Path, int]:

@@ -6,7 +6,7 @@ from types import TracebackType
 
 import numpy as np
 
-from pretrain.errors import UserError
+from common.errors import UserError
 
 
 class FetchAhead:

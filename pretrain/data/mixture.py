@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from pretrain.data.order import SourceSizes, stable_hash
 from pretrain.data.shards import CacheOptions, ShardIndex
 from pretrain.data.subset import Subset
 from pretrain.data.tar_index import NO_LABEL
-from pretrain.errors import UserError
 
 
 def source_sizes(samples: "Samples") -> list[SourceSizes]:

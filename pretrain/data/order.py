@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.errors import UserError
+from common.errors import UserError
 
 
 def stable_hash(*parts: int | str, num_bytes: int = 16) -> bytes:

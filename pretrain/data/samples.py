@@ -10,6 +10,7 @@ import torch
 import torch.utils.data
 from torch.utils.data import Dataset
 
+from common.errors import UserError
 from pretrain.data import photometric_uint8
 from pretrain.data.augment import ViewAugment, draw_parameters
 from pretrain.data.crops import crop, draw_crops, reductions_for
@@ -25,7 +26,6 @@ from pretrain.data.views import (
     decode_fast,
     read_header,
 )
-from pretrain.errors import UserError
 
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # draws of a stand-in for one bad sample before giving up

@@ -10,17 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.packing.job import DiskFullError
+from common.errors import UserError
 from pretrain.data.packing.verify import VerifyReport, verify_shards
 from pretrain.data.packing.writer import ShardOptions, SourcePicture, WriteReport, write_shards
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.opening import Source, open_source
 from pretrain.data.tar_index import NO_LABEL, scan_shard
-from pretrain.errors import UserError
 
 __all__ = [
     "CacheOptions",
-    "DiskFullError",
     "ShardIndex",
     "ShardOptions",
     "SourcePicture",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.errors import UserError
 from pretrain.data.fetch_ahead import FetchAhead
 from pretrain.data.mixture import Samples, source_sizes
 from pretrain.data.order import (
@@ -31,7 +32,6 @@ from pretrain.data.order import (
     rank_slice,
 )
 from pretrain.data.samples import BadSamples, EvalDataset, Request, TwoViewBatch, TwoViewDataset
-from pretrain.errors import UserError
 
 __all__ = [
     "EvalDataset",

@@ -1,6 +1,5 @@
 """Where each sample lies inside its tar: the table, and how it is made from any shard."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,8 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from common.errors import UserError
+from common.files import sha256_of, write_atomically, write_json
 from pretrain.data.order import stable_hash
-from pretrain.errors import UserError
 
 FORMAT = "fa-shards-1"
 SAMPLE_DTYPE = np.dtype(
@@ -147,30 +147,6 @@ def to_table(shards: list[list[Entry]]) -> np.ndarray:
     return table
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename it."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, make it durable, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_index(path: Path) -> dict[str, Any]:
     """Read index.json.
 
@@ -200,13 +176,7 @@ def write_index(
     skipped: list[dict[str, str]],
 ) -> None:
     """Write samples.npy, then index.json, each by rename."""
-    temporary = folder / f".samples.{os.getpid()}.npy"
-    try:
-        np.save(temporary, table)
-        digest = file_sha256(temporary)
-        os.replace(temporary, folder / "samples.npy")
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(folder / "samples.npy", lambda file: np.save(file, table))
     index = {
         "format": FORMAT,
         "num_samples": len(table),
@@ -215,6 +185,6 @@ def write_index(
         "options": options,
         "skipped": skipped,
         "samples": "samples.npy",
-        "samples_sha256": digest,
+        "samples_sha256": sha256_of(folder / "samples.npy"),
     }
     write_json(folder / "index.json", index)

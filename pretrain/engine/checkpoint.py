@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import platform
@@ -13,17 +12,14 @@ from typing import Any
 
 import torch
 
-from pretrain.errors import UserError
+from common.errors import UserError
+from common.files import write_atomically
 
 FORMAT = "fa-pretrain-1"
 FIELDS = (
     "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
     "negatives", "random", "position", "config", "step", "versions",
 )  # fmt: skip
-
-
-class DiskFullError(RuntimeError):
-    """A checkpoint could not be written; the one before it is whole."""
 
 
 def versions() -> dict[str, str]:
@@ -58,24 +54,11 @@ def write(state: dict[str, Any], path: Path) -> None:
         DiskFullError: As ``save``.
     """
     state = {**state, "checksum": checksum(state)}
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        is_full = _is_disk_full(error, path.parent)  # before the partial file makes room again
-        temporary.unlink(missing_ok=True)
-        if not is_full:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise DiskFullError(
-            f"disk full while writing {path} ({free / 1e6:.0f} MB free without it); free some "
-            "space and run the same command with --resume: the checkpoint before is whole"
-        ) from error
-    _sync_folder(path.parent)
+    write_atomically(
+        path,
+        lambda file: torch.save(state, file),
+        remedy="run the same command with --resume: the checkpoint before is whole",
+    )
 
 
 def checksum(value: Any) -> str:
@@ -105,24 +88,6 @@ def _hash_into(digest: Any, value: Any) -> None:
         digest.update(plain.reshape(-1).view(torch.uint8).numpy())
     else:
         digest.update(f"{value!r};".encode())
-
-
-def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether a write failed for want of space; torch's writer hides the OSError that said so."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return shutil.disk_usage(folder).free < 1 << 20
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:

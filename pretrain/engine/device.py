@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from pretrain.errors import UserError
+from common.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from common.errors import RunFailed
 from pretrain.config import EngineConfig
 from pretrain.eval.statistics import effective_rank, feature_std
 from pretrain.models.contrastive import StepOutput, mean_cosine
@@ -25,7 +26,7 @@ _ROOM = 4
 """The rank is judged where batch and width leave room for so many times the rank that alarms."""
 
 
-class CollapseError(RuntimeError):
+class CollapseError(RunFailed):
     """The features have collapsed and ``engine.on_collapse`` is ``stop``."""
 
 

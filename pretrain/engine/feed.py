@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
 from pretrain.data.mixture import Samples, open_samples
@@ -22,7 +23,6 @@ from pretrain.data.stream import Loader
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.engine import dist
 from pretrain.engine.sections import AUGMENTATION, LOADER, TRANSFER, WAIT, section
-from pretrain.errors import UserError
 
 BAD_SAMPLES = "bad_samples.jsonl"
 

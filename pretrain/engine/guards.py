@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from common.errors import RunFailed
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.data.samples import TwoViewBatch
 from pretrain.engine import dist, run_folder, saver
@@ -27,7 +28,7 @@ _CPU_MEMORY = "DefaultCPUAllocator"
 _KILLED_WORKER = ("is killed by signal: Killed", "is killed by signal: Bus error")
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunFailed):
     """Loss, gradients or weights are NaN or infinite: going on would only destroy the weights.
 
     The message looks for the checkpoint when it is read: one that was being written is there then.

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +13,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from common.errors import require
+from common.files import read_json_lines, write_json, write_json_lines
 from pretrain.config import TrackingConfig
-from pretrain.errors import require
 
 WANDB_ID_FILE = "tracking.json"
 """In the run folder: the id of the W&B run, so that a resumed run continues it."""
@@ -63,7 +63,7 @@ def start_wandb(
         resume="allow",
         sync_tensorboard=True,
     )
-    write_atomically(path, json.dumps({"wandb": run.id}) + "\n")
+    write_json(path, {"wandb": run.id})
     return run
 
 
@@ -85,8 +85,8 @@ class MetricLog:
     ) -> None:
         path = folder / "metrics.jsonl"
         last = {"knn": last_probe_step}
-        rows = [r for r in read_rows(path) if r["step"] <= last.get(r["kind"], last_step)]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [r for r in read_json_lines(path) if r["step"] <= last.get(r["kind"], last_step)]
+        write_json_lines(path, rows)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
         self._wandb_run = wandb_run
@@ -126,23 +126,3 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of a metrics file; a last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file by rename."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

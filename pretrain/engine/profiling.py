@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from tqdm import tqdm
 
+from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import dist, flops, run_folder
 from pretrain.engine.feed import Fed
@@ -31,7 +32,6 @@ from pretrain.engine.metrics import MetricLog
 from pretrain.engine.profile_summary import print_summary, rows_of
 from pretrain.engine.sections import SectionTimer
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 
 FORMAT = "fa-profile-1"

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint, dist
 from pretrain.engine.feed import Fed
 from pretrain.engine.guards import FORMAT
 from pretrain.engine.state import restore
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 
 
 def replay(config: PretrainConfig, file: str | Path, *, allow_changes: bool = False) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from pretrain.errors import UserError, require
+from common.errors import UserError, require
 
 SETUP_SECONDS = 180.0  # until all are there and connected; they start together, and load libraries
 COLLECTIVE_SECONDS = 1800.0  # of one collective; the others wait in it while the first one probes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import multiprocessing
 import os
 import resource
@@ -11,16 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import yaml
 
+from common.errors import UserError
+from common.files import lock_file, read_json_lines, remove_partial_files, write_json, write_text
 from pretrain.config import PretrainConfig, to_plain
 from pretrain.engine import checkpoint
-from pretrain.engine.metrics import read_rows, write_atomically
 from pretrain.engine.state import Position
-from pretrain.errors import UserError
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
 
@@ -56,11 +54,10 @@ def hold(folder: Path) -> TextIO:
     path = folder / ".lock"
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     for _ in range(_LOCK_TRIES):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock_file(file, of_process=True):
             time.sleep(_LOCK_PAUSE_SECONDS)
             continue
+        remove_partial_files(folder)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -76,7 +73,7 @@ def hold(folder: Path) -> TextIO:
 
 def write_description(folder: Path, config: PretrainConfig, device: torch.device) -> None:
     """``config.yaml`` and ``environment.json``."""
-    write_atomically(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     environment = {
         "versions": checkpoint.versions(),
         "commit": _commit(),
@@ -85,11 +82,6 @@ def write_description(folder: Path, config: PretrainConfig, device: torch.device
         "num_threads": torch.get_num_threads(),
     }
     write_json(folder / "environment.json", environment)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON by rename."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def peak_memory_bytes() -> int:
@@ -125,7 +117,7 @@ def write_summary(
     folder: Path, position: Position, config: PretrainConfig, num_samples: int
 ) -> None:
     """``summary.json``: its presence says that the run is complete."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "knn"]
+    rows = [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == "knn"]
     knn = {row["step"]: row["knn_top1"] for row in rows}
     num_images = position.step * config.data.batch_size
     summary = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from pretrain.engine import checkpoint
-from pretrain.errors import UserError
 
 NAME = "checkpoint.pth"
 

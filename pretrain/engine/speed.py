@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError, require
 from pretrain.config import EngineConfig
 from pretrain.engine import dist
-from pretrain.errors import UserError, require
 from pretrain.models.backbone import ResNet
 from pretrain.models.contrastive import FAContrastive, OnlineNetwork
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from pretrain.config import PretrainConfig, to_plain
 from pretrain.engine import checkpoint
 from pretrain.engine.optim import load_state
-from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 
 # May change when a run goes on: they decide no gradient, or its rounding only.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import require
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine import dist
 from pretrain.engine.sections import BACKWARD, FORWARD, section
-from pretrain.errors import require
 from pretrain.models.adversarial import perturb
 from pretrain.models.contrastive import FAContrastive, StepOutput, Views
 from pretrain.models.row_random import RowRandom

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 
 import torch
 
+from common.errors import StoppedBySignal
 from pretrain.engine import dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -16,20 +17,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ECHO_SECONDS = 5.0
 
 
-class StoppedBySignal(RuntimeError):
-    """The run has saved its state and ends because a signal asked for it.
-
-    Attributes:
-        number: Of the signal; the exit status is 128 + number, as in a shell.
-    """
-
-    def __init__(self, number: int, step: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} after step {step}; the checkpoint is saved: the same command with "
-            "--resume goes on"
-        )
-        self.number = number
+def stopped(number: int, step: int) -> StoppedBySignal:
+    """What a run raises once it has saved its state because a signal asked for it."""
+    return StoppedBySignal(
+        number,
+        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved: the "
+        "same command with --resume goes on",
+    )
 
 
 class StopRequest:

@@ -35,7 +35,7 @@ from pretrain.engine.run_pictures import RunPictures
 from pretrain.engine.sections import GUARDS, LOGGING, OPTIMIZER, section
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
-from pretrain.engine.stop import StoppedBySignal, StopRequest
+from pretrain.engine.stop import StopRequest, stopped
 from pretrain.engine.watchdog import Progress, Watchdog
 from pretrain.eval.online_probe import OnlineProbe, evaluate, watched
 from pretrain.eval.probe import Probe
@@ -226,7 +226,7 @@ class Run:
         number = self.stop.agreed(self.device)
         if not number:
             return
-        error = StoppedBySignal(number, self.position.step)
+        error = stopped(number, self.position.step)
         self._save_checkpoint()
         self.saver.wait()
         if log is not None:

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.files import write_json
 from pretrain.data.subset import Subset
-from pretrain.engine.run_folder import write_json
 from pretrain.eval.pictures import picture, save_jpeg, spread
 from pretrain.eval.probe import Probe
 

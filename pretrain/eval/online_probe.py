@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.errors import UserError
 from pretrain.config import EvalConfig
 from pretrain.data.mixture import Samples
 from pretrain.engine import dist
-from pretrain.errors import UserError
 from pretrain.eval.probe import Probe
 from pretrain.models.backbone import ResNet
 

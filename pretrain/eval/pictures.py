@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.files import write_json
 from pretrain.config import DataConfig
 from pretrain.data.mixture import Samples
 from pretrain.data.shards import ShardIndex
 from pretrain.data.subset import Subset
 from pretrain.data.views import center_crop, decode
-from pretrain.engine.run_folder import write_json
 from pretrain.eval.features import extract_features
 from pretrain.eval.knn import nearest_rows
 from pretrain.eval.probe import Probe

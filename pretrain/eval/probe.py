@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.mixture import Samples
 from pretrain.data.shards import ShardIndex
-from pretrain.errors import UserError
 from pretrain.eval.features import extract_features
 from pretrain.eval.knn import knn_top1
 

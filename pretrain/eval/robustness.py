@@ -14,10 +14,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from common.errors import UserError, require
 from pretrain.config import ArchConfig, FAConfig, HeadConfig
 from pretrain.data.mixture import Samples
 from pretrain.data.stream import eval_loader
-from pretrain.errors import UserError, require
 from pretrain.eval.features import normalise
 from pretrain.models.adversarial import perturb
 from pretrain.models.augmenter import Draw, FeatureAugmenter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.errors import UserError
 from pretrain.config_method import FAConfig, ObjectiveConfig
-from pretrain.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from common.errors import UserError
 from pretrain.config_method import FAConfig, HeadConfig, ObjectiveConfig
-from pretrain.errors import UserError
 from pretrain.models.contrastive import ArchConfig, FAContrastive
 from pretrain.models.row_random import fa_generator
 

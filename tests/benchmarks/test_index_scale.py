@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import index_scale, open_index, pictures
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex
-from pretrain.errors import UserError
 
 TINY = ["--shards", "7", "--samples", "1000", "--rounds", "1", "--pictures", "64",
         "--batch-size", "8", "--batches", "2"]  # fmt: skip

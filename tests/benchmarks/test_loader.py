@@ -16,8 +16,8 @@ from PIL import Image
 from benchmarks import loader, pictures, rounds, wall
 from benchmarks.candidates import finish, two_view_dataset
 from benchmarks.peers import torchvision_recipes
+from common.errors import UserError
 from pretrain.data.stream import Loader
-from pretrain.errors import UserError
 
 TINY = ["--num-photos", "16", "--batch-size", "16", "--num-rounds", "1"]
 FAKE_LIGHTLY = """

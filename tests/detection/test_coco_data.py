@@ -13,11 +13,11 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from common.errors import UserError
 from detection.coco_data import is_coco, read_coco
 from detection.coco_metric import CocoEvaluator
 from detection.config import load_config
 from detection.data import to_detectron2
-from detection.errors import UserError
 from detection.train import main
 from detection.voc import read_set
 from tests.detection.test_eval_on import _TINY

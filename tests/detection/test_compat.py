@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from detection import compat, safe_pickle
-from detection.errors import UserError
 
 
 @pytest.fixture

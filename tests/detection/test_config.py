@@ -6,8 +6,8 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from torch import nn
 
+from common.errors import UserError
 from detection.config import add_keys, check_device, flatten, load_config
-from detection.errors import UserError
 from detection.roi_heads import Res5ROIHeadsExtraNorm
 from tests.detection.tiny_detection import CONFIGS
 

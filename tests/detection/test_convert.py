@@ -12,10 +12,10 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
+from common.errors import UserError
 from detection import convert as conversion
 from detection.arch import Arch
 from detection.convert import convert, read_source, to_detectron2
-from detection.errors import UserError
 from detection.parity import compare, comparison_picture
 from detection.pixels import IMAGENET, parse_preprocessing
 from tests.detection.tiny_detection import ROOT, liven_norms, write_our_checkpoint

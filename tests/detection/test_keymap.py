@@ -2,9 +2,9 @@ import pytest
 import torch
 import torchvision
 
+from common.errors import UserError
 from detection import keymap
 from detection.arch import Arch, infer_arch, read_arch
-from detection.errors import UserError
 from detection.parity import build_bare_resnet
 from detection.reference_resnet import ReferenceResNet, tensor_shapes
 

@@ -10,11 +10,11 @@ import torchvision
 import yaml
 from detectron2.config import get_cfg
 
+from common.files import sha256_of
 from detection.arch import Arch
 from detection.config import arch_of_config
 from detection.conventions import D2_CARD
 from detection.convert import convert, read_source
-from detection.files import sha256_of
 from detection.model_card_text import UNKNOWN, render
 from detection.provenance import place, plain
 from detection.weights import CARD_FORMAT, check_card

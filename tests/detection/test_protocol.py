@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from detectron2.engine import DefaultTrainer
 
+from common.errors import UserError
 from detection.config import load_config
-from detection.errors import UserError
 from detection.protocol import scale_schedule, schedule_table
 from tests.detection.tiny_detection import CONFIGS
 

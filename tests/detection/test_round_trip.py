@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import detection.roi_heads  # noqa: F401  (registers the C4 head)
+from common.errors import UserError
 from detection.arch import Arch
 from detection.config import load_config, set_arch
 from detection.convert import convert, read_source
-from detection.errors import UserError
 from detection.parity import build_bare_resnet
 from detection.pixels import IMAGENET
 from detection.weights import load_backbone

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from detection import safe_pickle
-from detection.errors import UserError
 
 
 class Attack:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from detection import variants
 from detection.arch import Arch
 from detection.convert import convert, read_source
-from detection.errors import UserError
 from detection.safetensors_file import load
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main

@@ -261,7 +261,7 @@ def test_diverging_training_is_no_users_mistake(
 
 
 def test_last_words_of_an_error_from_a_worker() -> None:
-    text = "Traceback (most recent call last)\n  x\ndetection.errors.UserError: a.jpg: bad"
+    text = "Traceback (most recent call last)\n  x\ncommon.errors.UserError: a.jpg: bad"
     assert command.last_words(ValueError(text)) == "a.jpg: bad"
     assert command.last_words(ValueError("plain")) == "plain"
 

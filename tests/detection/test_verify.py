@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import sha256_of
 from detection.arch import Arch
 from detection.convert import convert, read_source
-from detection.files import sha256_of
 from detection.verify import text, verify
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main

@@ -8,8 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from PIL import Image
 
+from common.errors import UserError
 from detection.data import register, to_detectron2
-from detection.errors import UserError
 from detection.voc import VOC_CLASSES, classes_without_objects, read_set
 from tests.detection.tiny_detection import CLASSES, annotation
 

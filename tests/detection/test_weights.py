@@ -13,9 +13,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 import detection.roi_heads  # noqa: F401  (registers the C4 head)
+from common.errors import UserError
 from detection.config import load_config
 from detection.convert import convert, read_source, to_detectron2
-from detection.errors import UserError
 from detection.weights import RunCheckpointer, backbone_tensor_names, check_card, load_backbone
 from tests.detection.tiny_detection import CONFIGS, liven_norms
 

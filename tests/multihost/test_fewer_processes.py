@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.kill_resume import BATCH, read_rows
+from benchmarks.kill_resume import BATCH
+from common.files import read_json_lines
 from tests.slurm.tiny_run import (
     ROOT,
     STEPS_PER_EPOCH,
@@ -86,7 +87,7 @@ def global_batches(rows: list[dict]) -> dict[tuple[int, int], list[int]]:
 
 
 def last_epoch_loss(out: Path) -> float:
-    rows = [row for row in read_rows(out / "metrics.jsonl") if row["kind"] == "train"]
+    rows = [row for row in read_json_lines(out / "metrics.jsonl") if row["kind"] == "train"]
     return statistics.mean(row["loss"] for row in rows[-STEPS_PER_EPOCH:])
 
 
@@ -119,7 +120,7 @@ def test_one_of_two_goes_on_with_the_same_batches(tmp_path: Path) -> None:
     assert step_when_killed - 2 * every <= first_alone <= step_when_killed + every  # .. the last
     assert len(alone) == EPOCHS * STEPS_PER_EPOCH - first_alone
     # Batch norm sees 16 samples where it saw 8 at first: near, not equal.
-    took_off = read_rows(whole / "metrics.jsonl")
+    took_off = read_json_lines(whole / "metrics.jsonl")
     start_loss = next(row["loss"] for row in took_off if row["kind"] == "train")
     ends = [last_epoch_loss(out) for out in (whole, fewer)]
     assert abs(ends[0] - ends[1]) < 0.2 * (start_loss - ends[0])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import UserError
 from pretrain.config import PretrainConfig, load_config, to_plain
-from pretrain.errors import UserError
 from pretrain.models.backbone import NUM_BLOCKS
 
 ROOT = Path(__file__).parents[2]

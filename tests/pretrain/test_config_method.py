@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from common.errors import UserError
 from pretrain.config_method import FAConfig
-from pretrain.errors import UserError
 
 REFUSED = [
     ({"method": "rotate"}, "fa.method='rotate': 'rotate' is none of none, identity, nn, mask, "),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import read_json_lines
 from pretrain.config import PretrainConfig, load_config
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
@@ -49,7 +49,7 @@ def test_recipe_makes_two_steps(path, tmp_path, shards):
     before = {k: v.clone() for k, v in run.model.online.named_parameters()}
     assert run.num_steps == SHARDS_HOLD // BATCH == 2
     run.train()
-    rows = [r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    rows = [r for r in read_json_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in rows] == [1, 2]
     for name, parameter in run.model.online.named_parameters():
         assert bool(torch.isfinite(parameter).all()), name

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from benchmarks import kill_resume
+from common.files import read_json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_PER_EPOCH = kill_resume.STEPS_PER_EPOCH
@@ -39,7 +40,7 @@ def run_undisturbed(config: Path, out: Path, *overrides: str, num_processes: int
 
 def last_step(out: Path) -> int:
     """The last step in the log of a run; 0 before the first."""
-    rows = kill_resume.read_rows(out / "metrics.jsonl")
+    rows = read_json_lines(out / "metrics.jsonl")
     return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
 

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 from tools import make_shards
 from tools.datasets import importers
-from tools.datasets.errors import UserError
 from tools.datasets.importers import check_voc, open_source
 
 ROOT = Path(__file__).parents[2]

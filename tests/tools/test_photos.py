@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from tests.tools.package_fixture import make_deb, make_packages, package_files
 from tools import make_dataset
 from tools.datasets import packages, photos
-from tools.datasets.errors import UserError
 from tools.datasets.options import SetOptions
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import struct
 import pytest
 import zstandard
 
+from common.errors import UserError
 from tests.tools.package_fixture import make_rcc
-from tools.datasets.errors import UserError
 from tools.datasets.rcc import read_rcc
 
 FILES = {

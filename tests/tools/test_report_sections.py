@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import UserError
 from tests.tools.run_fixture import dump, dump_lines, make_run
 from tests.tools.study_fixture import make_study, make_trials
 from tools.flow import report, runs, runs_section, skipped, studies_section
 from tools.flow.config import load_config
-from tools.flow.errors import UserError
 from tools.flow.stages import build_stages
 
 ROOT = Path(__file__).resolve().parents[2]

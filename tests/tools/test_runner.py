@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.flow.errors import StageError, UserError
-from tools.flow.files import inside, remove
+from common.errors import RunFailed, UserError
+from common.files import inside, remove
 from tools.flow.fingerprint import Stage
 from tools.flow.ledger import lock
 from tools.flow.progress import Progress
@@ -197,7 +197,7 @@ def test_records_of_other_settings_are_not_current(world):
 
 def test_failure_names_stage_log_lines_and_the_way_on(world):
     (world.root / "copy.py").write_text("print('about to break'); raise SystemExit(3)")
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(RunFailed) as caught:
         world.run()
     message = str(caught.value)
     assert "stage first failed with exit status 3" in message
@@ -211,7 +211,7 @@ def test_failure_names_stage_log_lines_and_the_way_on(world):
 
 def test_exit_status_0_without_the_output_is_a_failure(world):
     (world.root / "copy.py").write_text("print('done')")
-    with pytest.raises(StageError, match="ended without leaving first/value"):
+    with pytest.raises(RunFailed, match="ended without leaving first/value"):
         world.run()
 
 
@@ -274,7 +274,7 @@ def test_folder_of_another_pipeline_is_refused(world):
 def test_progress_bars_show_their_last_state_but_do_not_flood_the_log(world):
     script = "import sys\nfor i in range(200): sys.stderr.write(f'\\rstep {i}')\nprint('\\nend')"
     (world.root / "copy.py").write_text(script)
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(RunFailed) as caught:
         world.run()
     log = (world.out / "logs/first.log").read_text().splitlines()
     assert len(log) < 10

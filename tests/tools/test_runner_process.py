@@ -24,7 +24,7 @@ while not (out.parent / "release").exists():
 DRIVER = """
 import sys
 from pathlib import Path
-from tools.flow.errors import StageError, Stopped
+from common.errors import RunFailed, StoppedBySignal
 from tools.flow.fingerprint import Stage
 from tools.flow.progress import Progress
 from tools.flow.runner import Runner
@@ -34,10 +34,10 @@ stage = Stage(name="slow", command=(sys.executable, script, str(out / "slow")),
               resumable=sys.argv[3] == "True", resume_arguments=("--resume",))
 try:
     Runner(Path(script).parent, out, ["again"]).run([stage], Progress(1))
-except Stopped as error:
+except StoppedBySignal as error:
     print(error)
-    sys.exit(128 + error.signum)
-except StageError as error:
+    sys.exit(128 + error.number)
+except RunFailed as error:
     print(error)
     sys.exit(1)
 """

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import UserError
 from tools import runs as command
 from tools.flow import runs
-from tools.flow.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import RunFailed, UserError
 from tools.flow import parallel
 from tools.flow.config import load_config
-from tools.flow.errors import StageError, UserError
 from tools.flow.fingerprint import Stage
 from tools.flow.process import session_members
 from tools.flow.progress import Progress
@@ -124,7 +124,7 @@ def test_a_failure_lets_the_neighbour_finish_and_begins_nothing_new(bench):
     def after_each() -> None:
         (bench.folder / "a.over").write_text("")  # b ends only when a has failed.
 
-    with pytest.raises(StageError, match="stage a failed with exit status 3") as caught:
+    with pytest.raises(RunFailed, match="stage a failed with exit status 3") as caught:
         bench.run(stages, 2, after_each=after_each)
     assert str(caught.value).endswith(f"first remove {bench.out / 'a'}")
     assert "to go on: again" in str(caught.value)
@@ -146,7 +146,7 @@ def test_two_failures_are_both_told(bench):
     for name in "ab":
         (bench.folder / f"{name}.breaks").write_text("")
     stages = [bench.stage("a", "b.begun"), bench.stage("b", "a.begun")]
-    with pytest.raises(StageError, match=r"(?s)stage a failed.*\nerror: stage b failed"):
+    with pytest.raises(RunFailed, match=r"(?s)stage a failed.*\nerror: stage b failed"):
         bench.run(stages, 2)
 
 
@@ -154,12 +154,12 @@ def test_error_of_another_kind_comes_first():
     def broken(error: Exception) -> None:
         raise error
 
-    jobs = [lambda: broken(StageError("stage")), lambda: broken(UserError("user"))]
-    with pytest.raises(StageError, match="stage"):
+    jobs = [lambda: broken(RunFailed("stage")), lambda: broken(UserError("user"))]
+    with pytest.raises(RunFailed, match="stage"):
         parallel.run_in_order(jobs, 1)
     barrier = threading.Barrier(2)
     jobs = [
-        lambda: (barrier.wait(20), broken(StageError("stage"))),
+        lambda: (barrier.wait(20), broken(RunFailed("stage"))),
         lambda: (barrier.wait(20), broken(UserError("user"))),
     ]
     with pytest.raises(UserError, match="user"):
@@ -170,7 +170,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from tests.tools.test_side_by_side import Bench
-from tools.flow.errors import Stopped
+from common.errors import StoppedBySignal
 from tools.flow.progress import Progress
 from tools.flow.runner import Runner
 bench = Bench.__new__(Bench)
@@ -179,9 +179,9 @@ bench.script = bench.folder / "stage.py"
 stages = [bench.stage(name, "release") for name in "abc"]
 try:
     Runner(bench.folder, bench.out, ["again"], 2).run(stages, Progress(3))
-except Stopped as error:
+except StoppedBySignal as error:
     print(error)
-    sys.exit(128 + error.signum)
+    sys.exit(128 + error.number)
 """
 
 

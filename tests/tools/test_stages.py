@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from tools.flow.config import ARMS, load_config
-from tools.flow.errors import UserError
 from tools.flow.sources import source_files
 from tools.flow.stages import build_stages, config_bases, flags
 

@@ -1,7 +1,5 @@
 """Writes a generated set to disk: in parallel, to a partial folder, renamed when complete."""
 
-import fcntl
-import json
 import os
 import shutil
 import threading
@@ -12,14 +10,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import cv2
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import locked, read_json, write_json
 from tools.datasets import voc_writer
 from tools.datasets.compose import Scene
-from tools.datasets.errors import UserError
 from tools.datasets.options import SetOptions
 
 FORMAT = "fa-dataset-1"
@@ -122,7 +121,7 @@ def is_finished(card: Card, out: Path, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / "dataset.json").read_text())
+        found = read_json(out / "dataset.json")
         ours = found["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
@@ -149,34 +148,18 @@ def _differences(old: dict[str, object], new: dict[str, object]) -> str:
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
     """Hold a lock beside `out`, so that two runs never write the same set."""
+    path = out.with_name(out.name + ".lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(out.with_name(out.name + ".lock"), "w")  # noqa: SIM115
+        path.touch()
     except OSError as error:
         raise UserError(
             f"{out.parent}: cannot be written ({error}); give another folder"
         ) from error
-    with lock:
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS
-        while not _locked(lock):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{out}: another run is writing it; wait for it or give another folder"
-                )
-            time.sleep(0.1)
-        try:
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
-
-
-def _locked(lock: IO[str]) -> bool:
-    """Try to lock; False if another run has the lock, or has just removed the file."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Path(lock.name).stat().st_ino == os.fstat(lock.fileno()).st_ino
-    except OSError:
-        return False
+    with locked(path, patience=LOCK_WAIT_SECONDS) as is_mine:
+        if not is_mine:
+            raise UserError(f"{out}: another run is writing it; wait for it or give another folder")
+        yield
 
 
 def bytes_needed(options: SetOptions) -> int:
@@ -241,9 +224,7 @@ def _write_lists(source: Source, card: Card, root: Path) -> None:
         "licence": card.licence,
         "notes": card.notes,
     }
-    temporary = root / "dataset.json.new"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.rename(root / "dataset.json")
+    write_json(root / "dataset.json", content)
 
 
 def _tasks(options: SetOptions) -> Iterator[tuple[str, int, int]]:

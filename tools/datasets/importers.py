@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tools.datasets.errors import UserError
+from common.errors import UserError
 from tools.datasets.voc_check import VocReport, check_voc, read_split, voc_years
 
 __all__ = ["Picture", "Source", "VocReport", "check_voc", "open_source"]

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from tools.datasets.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

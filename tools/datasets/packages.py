@@ -19,7 +19,8 @@ from pathlib import Path
 
 import zstandard
 
-from tools.datasets.errors import UserError
+from common.errors import UserError
+from common.files import read_json
 from tools.datasets.rcc import read_rcc
 
 PACKAGES = ("tuxpaint-stamps-default", "gcompris-qt-data", "tuxpaint-data")
@@ -53,12 +54,12 @@ class Library:
 
 def listed_cutouts() -> dict[str, list[list[str]]]:
     """Return the committed list of cut-outs: class -> groups of near duplicates -> files."""
-    return json.loads((_HERE / "photo_classes.json").read_text())
+    return read_json(_HERE / "photo_classes.json")
 
 
 def listed_backgrounds() -> dict[str, list[str]]:
     """Return the committed list of backgrounds: scene -> files (name.rcc/.., templates/..)."""
-    return json.loads((_HERE / "photo_backgrounds.json").read_text())
+    return read_json(_HERE / "photo_backgrounds.json")
 
 
 def open_library(packages_dir: Path | None, cache: Path) -> Library:
@@ -77,7 +78,7 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
     root = cache / f"library-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
     if not (root / "library.json").exists():
         _make_library(sources, root)
-    stored = json.loads((root / "library.json").read_text())
+    stored = read_json(root / "library.json")
     return _present(root, stored["packages"])
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from common.errors import UserError
 from tools.datasets import compose, outlines
 from tools.datasets.compose import CLUTTER, Placed, Scene, Sprite
-from tools.datasets.errors import UserError
 from tools.datasets.options import SetOptions
 from tools.datasets.packages import Library
 from tools.datasets.randomness import generator

@@ -11,7 +11,7 @@ import zlib
 
 import zstandard
 
-from tools.datasets.errors import UserError
+from common.errors import UserError
 
 _ZLIB, _FOLDER, _ZSTD = 1, 2, 4
 _MAX_ENTRIES = 100_000

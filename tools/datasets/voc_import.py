@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from common.errors import UserError
 from tools.datasets.build import FORMAT, Card, DiskError, is_finished, only_one
-from tools.datasets.errors import UserError
 from tools.datasets.voc_check import VOC_CLASSES, check_voc, read_split, voc_years
 from tools.datasets.voc_sources import OFFICIAL_NAMES, damaged_archive, take
 

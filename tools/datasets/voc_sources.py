@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from tools.datasets.errors import UserError
+from common.errors import UserError
 
 # MD5 of the official archives, as torchvision lists them.
 OFFICIAL_TARS = {

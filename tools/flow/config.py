@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from tools.flow.errors import UserError
+from common.errors import UserError
 
 Arm = Literal["random", "pretrained", "random_frozen", "pretrained_frozen"]
 ARMS: tuple[Arm, ...] = ("random", "pretrained", "random_frozen", "pretrained_frozen")

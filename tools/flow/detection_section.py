@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from common.files import read_json_or_none
 from tools.flow import charts, gallery, results
 from tools.flow import report_data as data
 from tools.flow.charts import Series
 from tools.flow.config import ARMS
 from tools.flow.detection_charts import stacked_bars
-from tools.flow.files import read_json
 
 KINDS = {
     "correct": "right class, overlap above 0.5, the first on its object",
@@ -82,7 +82,7 @@ def mean_curves(run: data.Run, arm: str) -> tuple[dict[str, Curve], int]:
     found: dict[str, list[Curve]] = {}
     seeds = 0
     for folder in seed_folders(run, arm):
-        classes = as_table(read_json(folder / "pr.json"), "fa-pr-1").get("classes") or {}
+        classes = as_table(read_json_or_none(folder / "pr.json"), "fa-pr-1").get("classes") or {}
         seeds += bool(classes)
         for name, curves in classes.items():
             values = (curves.get("0.50") or {}).get("precision") or []
@@ -153,7 +153,7 @@ def arm_errors(run: data.Run, arm: str) -> dict[str, Any] | None:
     tables = [
         table
         for folder in seed_folders(run, arm)
-        if (table := as_table(read_json(folder / "errors.json"), "fa-errors-1"))
+        if (table := as_table(read_json_or_none(folder / "errors.json"), "fa-errors-1"))
     ]
     if not tables:
         return None
@@ -269,7 +269,7 @@ def saved_detections(
     seed = None
     for arm in (control, treated):
         for row in detection[arm]:
-            found = read_json(run.out / f"detection/{arm}/seed-{row['seed']}" / file)
+            found = read_json_or_none(run.out / f"detection/{arm}/seed-{row['seed']}" / file)
             if isinstance(found, list) and (seed is None or row["seed"] == seed):
                 arms[arm], seed = found, row["seed"]
                 break

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.files import sha256_of
 from tools.flow.config import dotted
 from tools.flow.sources import imported_files, source_digest, source_files
 
@@ -86,14 +87,8 @@ def product_digest(stage: Stage, out: Path) -> str:
         files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
         for file in files:
             total.update(file.relative_to(out).as_posix().encode() + b"\0")
-            total.update(bytes_digest(file).encode())
+            total.update(sha256_of(file).encode())
     return total.hexdigest()
-
-
-def bytes_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest(parts: Mapping[str, Any]) -> str:
@@ -131,7 +126,7 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def input_digest(path: Path) -> str | None:
     """Return a hash of a file's bytes or of a folder's names, sizes and times; None if missing."""
     if path.is_file():
-        return bytes_digest(path)
+        return sha256_of(path)
     if not path.is_dir():
         return None
     total = hashlib.sha256()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import threading
 import time
@@ -12,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.flow.errors import UserError
-from tools.flow.files import read_json, write_json
+from common.errors import UserError
+from common.files import lock_file, read_json_or_none, write_json
 
 FORMAT = "fa-stages-1"
 _LOCK_WAIT_SECONDS = 10.0
@@ -41,7 +40,7 @@ class Ledger:
         """Read the file again."""
         self.data = {"format": FORMAT, "name": None, "plan": [], "stages": {}}
         if self.path.exists():
-            data = read_json(self.path)
+            data = read_json_or_none(self.path)
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 raise UserError(
                     f"{self.path} is damaged or not of this version; "
@@ -113,17 +112,15 @@ def lock(out: Path) -> Iterator[int]:
 def _acquire(descriptor: int, out: Path) -> None:
     deadline = time.monotonic() + _LOCK_WAIT_SECONDS
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock_file(descriptor):
             return
-        except BlockingIOError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            if _alive(owner) or time.monotonic() > deadline:
-                raise UserError(
-                    f"another run is going on in {out} (process {owner or 'unknown'}); "
-                    "wait for it, stop it, or choose another --out"
-                ) from None
-            time.sleep(0.2)  # A stage of a killed run is just ending.
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        if _alive(owner) or time.monotonic() > deadline:
+            raise UserError(
+                f"another run is going on in {out} (process {owner or 'unknown'}); "
+                "wait for it, stop it, or choose another --out"
+            )
+        time.sleep(0.2)  # A stage of a killed run is just ending.
 
 
 def _alive(pid: str) -> bool:

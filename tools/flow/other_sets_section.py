@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json_or_none, sha256_of
 from tools.flow import charts, detection_section, gallery, results
 from tools.flow import report_data as data
 from tools.flow.config import ARMS
-from tools.flow.files import read_json
-from tools.flow.fingerprint import bytes_digest
 
 NUM_PICTURES = 6
 _SIDE_FILES = ("-pr", "-errors", "-detections")  # beside eval-on-NAME.json
@@ -41,7 +40,7 @@ def other_set(run: data.Run, name: str) -> dict[str, Any]:
     for arm in ARMS:
         for seed in run.results["detection"][arm]:
             folder = run.out / f"detection/{arm}/seed-{seed['seed']}"
-            result = read_json(folder / f"eval-on-{name}.json")
+            result = read_json_or_none(folder / f"eval-on-{name}.json")
             if not isinstance(result, dict):
                 continue
             if is_outdated(folder, name, result):
@@ -87,7 +86,7 @@ def is_outdated(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
     if not model.is_file():  # a copy of the figures alone
         return False
     written = (folder / f"eval-on-{name}.json").stat().st_mtime
-    return model.stat().st_mtime > written and bytes_digest(model) != result.get("model_sha256")
+    return model.stat().st_mtime > written and sha256_of(model) != result.get("model_sha256")
 
 
 def shots(run: data.Run, name: str, rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from common.errors import RunFailed
 from tools.flow.environment import usable_cores
-from tools.flow.errors import StageError
 
 _AUTO_AT_MOST = 4
 
@@ -54,7 +54,7 @@ def run_in_order(jobs: Sequence[Callable[[], None]], workers: int) -> None:
     After an error no further job begins; those that run go on to their end.
 
     Raises:
-        StageError: For one or several failed stages.
+        RunFailed: For one or several failed stages.
         Exception: The first error of another kind.
     """
     failed = threading.Event()
@@ -72,7 +72,7 @@ def run_in_order(jobs: Sequence[Callable[[], None]], workers: int) -> None:
         futures = [pool.submit(begin, job) for job in jobs]
     errors = [error for future in futures if (error := future.exception()) is not None]
     for error in errors:
-        if len(errors) == 1 or not isinstance(error, StageError):
+        if len(errors) == 1 or not isinstance(error, RunFailed):
             raise error
     if errors:
-        raise StageError("\nerror: ".join(map(str, errors)))
+        raise RunFailed("\nerror: ".join(map(str, errors)))

@@ -14,6 +14,8 @@ if __package__ in (None, ""):
     # In place of this folder, whose modules are found through their package.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from common.errors import UserError, run_command
+from common.files import write_text
 from tools.flow import (
     charts,
     detection_section,
@@ -28,8 +30,6 @@ from tools.flow import (
 from tools.flow import report_data as data
 from tools.flow import runs as runs_module
 from tools.flow.charts import Series
-from tools.flow.errors import UserError
-from tools.flow.files import write_text
 
 CURVES = {
     "loss": ("Loss", "the objective that is minimised"),
@@ -68,11 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="folders of tools/ablate.py and tools/run_trials.py, whose tables are shown",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    try:
-        text = render(options.out, options.runs, options.studies)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _write(options))
+
+
+def _write(options: argparse.Namespace) -> int:
+    text = render(options.out, options.runs, options.studies)
     write_text(options.out / "report.html", text)
     print(f"{options.out / 'report.html'}: {len(text.encode()) / 1e6:.2f} MB")
     return 0

@@ -11,10 +11,10 @@ from typing import Any, TypeGuard
 import yaml
 from PIL import Image
 
+from common.files import read_json_lines, read_json_or_none
 from tools.flow import gallery, results
 from tools.flow.charts import Point
 from tools.flow.config import ARMS
-from tools.flow.files import read_json, read_json_lines
 
 TILE_GAP = 4
 """White pixels between the tiles of the pictures that pretraining leaves."""
@@ -38,7 +38,7 @@ class Run:
     @classmethod
     def load(cls, out: Path) -> Run:
         """Read `stages.json` and assemble the results."""
-        return cls(out, read_json(out / "stages.json") or {}, results.assemble(out))
+        return cls(out, read_json_or_none(out / "stages.json") or {}, results.assemble(out))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage's files belong to this run."""
@@ -46,7 +46,7 @@ class Run:
 
     def json(self, name: str) -> Any:
         """Return a file's JSON, or an empty dictionary."""
-        return read_json(self.out / name) or {}
+        return read_json_or_none(self.out / name) or {}
 
     def dataset(self) -> Path:
         """Return the folder of the VOC-layout set."""
@@ -202,7 +202,7 @@ def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
     Where rows and tiles cannot be told apart the whole picture is one tile.
     """
     path = run.out / f"pretrain/pictures/{name}.jpg"
-    described = (read_json(path.with_suffix(".json")) or {}).get("rows") or []
+    described = (read_json_or_none(path.with_suffix(".json")) or {}).get("rows") or []
     try:
         with Image.open(path) as opened:
             whole = opened.convert("RGB")

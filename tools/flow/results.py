@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json_or_none, write_json
 from common.stats import mean_std, paired_difference
 from tools.flow.config import ARMS
-from tools.flow.files import read_json, write_json
 
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
@@ -25,13 +25,15 @@ def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
         out: The run's folder.
         skipped: Stages that the present call left as they were.
     """
-    ledger = read_json(out / "stages.json") or {}
+    ledger = read_json_or_none(out / "stages.json") or {}
     plan = ledger.get("plan") or []
     records = ledger.get("stages") or {}
     good = {name: records[name] for name in plan if is_good(records.get(name))}
     detection = detection_results(out, good)
-    pretrain = (read_json(out / "pretrain/summary.json") if "pretrain" in good else None) or {}
-    card = (read_json(out / "convert/backbone.json") if "convert" in good else None) or {}
+    pretrain = (
+        read_json_or_none(out / "pretrain/summary.json") if "pretrain" in good else None
+    ) or {}
+    card = (read_json_or_none(out / "convert/backbone.json") if "convert" in good else None) or {}
     return {
         "format": "fa-results-1",
         "name": ledger.get("name"),
@@ -85,7 +87,7 @@ def detection_results(out: Path, finished: Collection[str]) -> dict[str, list[di
     for arm, rows in found.items():
         seeds = (name.rpartition("/seed-")[2] for name in finished if name.startswith(f"{arm}/"))
         for seed in sorted(map(int, seeds)):
-            result = read_json(out / f"detection/{arm}/seed-{seed}/result.json")
+            result = read_json_or_none(out / f"detection/{arm}/seed-{seed}/result.json")
             if not isinstance(result, dict):
                 continue
             kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")

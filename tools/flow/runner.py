@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from common.errors import RunFailed, StoppedBySignal, UserError
+from common.files import inside, remove
 from tools.flow import ledger as records
-from tools.flow.errors import StageError, Stopped, UserError
-from tools.flow.files import inside, remove
 from tools.flow.fingerprint import (
     Stage,
     digest,
@@ -108,8 +108,8 @@ class Runner:
             after_each: Called after every stage, skipped ones included, also after a failure;
                 never twice at once.
         Raises:
-            StageError: If a stage fails; no further one begins, those beside it are let finish.
-            Stopped: After SIGINT or SIGTERM.
+            RunFailed: If a stage fails; no further one begins, those beside it are let finish.
+            StoppedBySignal: After SIGINT or SIGTERM.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         names = [stage.name for stage in stages]
@@ -226,7 +226,7 @@ class Runner:
         hint = f"; no further stage begins, these are let finish: {others}" if others else ""
         progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
         self._stop_if_asked()
-        raise StageError(self._failure(stage, ended, missing))
+        raise RunFailed(self._failure(stage, ended, missing))
 
     def _run_child(
         self, stage: Stage, resumed: bool, before: float, progress: Progress, descriptor: int
@@ -282,7 +282,7 @@ class Runner:
         if self._signals:
             name = signal.Signals(self._signals[0]).name
             message = f"stopped by {name}\n  to go on: {self.go_on_command}"
-            raise Stopped(self._signals[0], message)
+            raise StoppedBySignal(self._signals[0], message)
 
     @contextlib.contextmanager
     def _signals_noted(self) -> Iterator[None]:

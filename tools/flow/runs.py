@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from common.errors import UserError
+from common.files import read_json_lines, read_json_or_none
 from tools.flow.charts import Point
-from tools.flow.errors import UserError
-from tools.flow.files import read_json, read_json_lines
 from tools.flow.report_data import is_number
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
@@ -144,7 +144,7 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any]:
-    found = read_json(path)
+    found = read_json_or_none(path)
     if isinstance(found, dict):
         return found
     problems.append(f"{path.name} is {'damaged' if path.exists() else 'missing'}")

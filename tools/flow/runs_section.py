@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from tools.flow import page, runs
 from tools.flow.charts import Series, line_chart, short_number
-from tools.flow.errors import UserError
 from tools.flow.runs import CURVES, FIGURES, RunInfo
 
 TITLES = {

@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json_lines, read_json_or_none
 from tools.flow import report_data, runs
-from tools.flow.files import read_json, read_json_lines
 from tools.flow.report_data import Run, is_number
 from tools.flow.runs import RunInfo
 
@@ -147,7 +147,7 @@ def _detection(run: Run) -> list[Item]:
     for arm, rows in run.results["detection"].items():
         for row in rows:
             folder = run.out / f"detection/{arm}/seed-{row['seed']}"
-            found = read_json(folder / "result.json") or {}
+            found = read_json_or_none(folder / "result.json") or {}
             items += [
                 Item("left out", "detection", f"class {name}", "no object in the test pictures")
                 for name in found.get("classes_without_test_objects") or []
@@ -177,7 +177,7 @@ def _of_run(run: RunInfo, where: str) -> list[Item]:
     items = [Item("damaged", where, *problem.split(" ", 1)) for problem in run.problems]
     steps = set()
     for path in sorted((run.folder / "nonfinite").glob("step-*.json")):
-        row = read_json(path) or {}
+        row = read_json_or_none(path) or {}
         steps.add(row.get("step"))
         why = f"loss {_values(row.get('loss'))}, gradient norm {row.get('gradient_norm')}"
         what = f"step {row.get('step', '?')}"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from tools.flow import runs
 from tools.flow.config import Arm, PipelineConfig, as_dict
-from tools.flow.errors import UserError
 from tools.flow.fingerprint import Stage
 
 _OPENCV = ("opencv-python", "opencv-python-headless")

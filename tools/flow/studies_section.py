@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2.exceptions import UndefinedError
 from markupsafe import Markup
 
-from tools.flow.errors import UserError
-from tools.flow.files import read_json
+from common.errors import UserError
+from common.files import read_json_or_none
 from tools.flow.skipped import Item, of_study
 from tools.studies import results, trial_tables, trials
 from tools.studies.documents import Section, sections_html
@@ -47,7 +47,7 @@ def read(folder: Path, number: int = 1) -> Study:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: {folder} is no folder that {_MAKERS} has finished")
-    found = read_json(path)
+    found = read_json_or_none(path)
     kind = found.get("format") if isinstance(found, dict) else None
     reader = _READERS.get(str(kind))
     if reader is None or not isinstance(found, dict):

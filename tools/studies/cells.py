@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from tools.flow.errors import UserError
-from tools.flow.files import write_text
+from common.errors import UserError
+from common.files import write_text
 from tools.flow.fingerprint import digest
 from tools.studies.data import StudyData
 from tools.studies.grid import Grid, Level, Preset, read_yaml

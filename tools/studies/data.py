@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.flow.errors import UserError
-from tools.flow.files import read_json, write_json
+from common.errors import UserError
+from common.files import read_json_or_none, write_json
 from tools.flow.fingerprint import digest
 from tools.studies.fashion_mnist import write_pictures
 
@@ -78,7 +78,7 @@ def prepare(name: str, options: Mapping[str, Any], out: Path, say: Say = print) 
     if recipe == "shards":
         return _given(name, settings, dict(options.get("overrides", {})))
     stamp = {"recipe": recipe, **settings}
-    if read_json(out / "data.json") != stamp:
+    if read_json_or_none(out / "data.json") != stamp:
         if (out / "data.json").exists():
             raise UserError(f"{out}: holds data made with other options; choose another --out")
         _make(recipe, settings, out, say)
@@ -122,7 +122,7 @@ def _opened(
     roles |= {"probe_train": (probe_train,), "probe_val": (probe_val,)}
     for role, paths in roles.items():
         for path in paths:
-            index = read_json(path / "index.json")
+            index = read_json_or_none(path / "index.json")
             if index is None:
                 raise UserError(f"data {name}: {path}/index.json: missing; make shards there first")
             found.setdefault(role, []).append([shard["sha256"] for shard in index["shards"]])

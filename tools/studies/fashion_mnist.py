@@ -10,9 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from common.errors import UserError
 from tools.datasets import packages
-from tools.datasets.errors import UserError as SourceError
-from tools.flow.errors import UserError
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (
@@ -97,7 +96,7 @@ def read_files() -> dict[str, bytes]:
                 source = packages.newest(cache, PACKAGE)
         assert source is not None
         found = dict(packages.members(source, names))
-    except SourceError as error:
+    except UserError as error:
         raise UserError(f"Fashion-MNIST: {error}") from None
     missing = sorted(names - set(found))
     if missing:

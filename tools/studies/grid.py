@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tools.flow.errors import UserError
+from common.errors import UserError
 
 _LEVEL_KEYS = {"paradigm", "pool", "scale"}
 METRICS = {"knn": "kNN top-1", "linear": "linear top-1", "online": "online linear top-1"}

@@ -6,7 +6,6 @@ cluster's signal) goes on to the command, which saves and ends; the next attempt
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tools.flow.files import read_json, write_json
+from common.files import lock_file, read_json_or_none, write_json
 
 RESULT = "job.json"
 _LAST_LINES = 3  # of a failed command's output, kept as the reason
@@ -64,8 +63,8 @@ class CommandJob:
             signal.signal(signal.SIGTERM, old)
 
     def _run_all(self) -> None:
-        with (self.folder / ".job.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt that outlived its harness ends first
+        with (self.folder / ".job.lock").open("a") as file:
+            lock_file(file, wait=True)  # an attempt that outlived its harness ends first
             started = time.monotonic()
             (self.folder / RESULT).unlink(missing_ok=True)
             result = {"status": "finished", "error": None}
@@ -132,7 +131,7 @@ def last_lines(log: Path) -> str:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """How the last attempt ended; a job that left nothing has failed."""
-    found = read_json(folder / RESULT)
+    found = read_json_or_none(folder / RESULT)
     if not isinstance(found, dict) or "status" not in found:
         return {"status": "failed", "error": "ended without a result (killed?)", "seconds": 0.0}
     return found

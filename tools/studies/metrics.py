@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tools.flow.files import read_json_lines
+from common.files import read_json, read_json_lines
 from tools.studies.data import StudyData
 from tools.studies.jobs import Step
 
@@ -60,7 +59,7 @@ def read_metrics(metrics: Sequence[str], folder: Path) -> dict[str, float]:
 
 
 def _knn(folder: Path) -> float:
-    return json.loads((folder / "run/summary.json").read_text())["knn_top1"]
+    return read_json(folder / "run/summary.json")["knn_top1"]
 
 
 def _online(folder: Path) -> float:
@@ -69,4 +68,4 @@ def _online(folder: Path) -> float:
 
 
 def _linear(folder: Path) -> float:
-    return json.loads((folder / "linear/linear.json").read_text())["top1"]
+    return read_json(folder / "linear/linear.json")["top1"]

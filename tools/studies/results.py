@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import write_json
 from common.stats import RULE, Contrast, claim_verdict, compare, mean_std
-from tools.flow.files import write_json
 from tools.studies.documents import Chart, Section, Table, write_all
 from tools.studies.grid import METRICS, Grid, Preset
 from tools.studies.plots import Line, interval_chart

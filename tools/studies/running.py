@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from common.errors import UserError
 from tools.flow import environment
-from tools.flow.errors import UserError
 from tools.slurm_option import add_slurm_option
 from tools.studies.executors import Executor, Resources, SubmititExecutor
 from tools.studies.schedule import SAVE_SECONDS, Limits, Outcome, Scheduler, Work

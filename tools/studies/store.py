@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tools.flow.errors import UserError
-from tools.flow.files import write_text
+from common.errors import UserError
+from common.files import write_text
 
 FOLDER = "job_results"
 """Of the store, in the folder of a study."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.flow.files import write_json
+from common.files import write_json
 from tools.studies.documents import Chart, Section, Table, write_all
 from tools.studies.plots import Line, interval_chart
 from tools.studies.results import (

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import read_json_or_none, sha256_of
 from common.stats import RULE, Contrast, compare, mean_std
-from tools.flow.errors import UserError
-from tools.flow.files import read_json
-from tools.flow.fingerprint import bytes_digest, digest
+from tools.flow.fingerprint import digest
 from tools.studies.grid import check_keys, read_yaml
 from tools.studies.jobs import Step
 from tools.studies.schedule import Work
@@ -116,7 +116,7 @@ def make_arm(
 
 @functools.cache
 def _bytes_digest(path: Path) -> str:
-    return bytes_digest(path)
+    return sha256_of(path)
 
 
 def _converted(given: Path, weights_digest: str, name: str, out: Path, root: Path) -> Path:
@@ -162,9 +162,9 @@ def data_digest(data: Path) -> str:
         parts = path.relative_to(data).parts
         if not path.is_file() or not {"JPEGImages", "Annotations", "ImageSets"} & set(parts[:-1]):
             continue
-        what = path.stat().st_size if "JPEGImages" in parts else bytes_digest(path)
+        what = path.stat().st_size if "JPEGImages" in parts else sha256_of(path)
         found.append(["/".join(parts), what])
-    return digest({"files": found, "card": read_json(data / "dataset.json")})
+    return digest({"files": found, "card": read_json_or_none(data / "dataset.json")})
 
 
 def make_work(arm: Arm, protocol: Protocol, out: Path, root: Path) -> Work:
@@ -192,7 +192,7 @@ def read_result(path: Path) -> dict[str, float]:
     Raises:
         ValueError: If one is missing.
     """
-    raw = read_json(path)
+    raw = read_json_or_none(path)
     if not isinstance(raw, dict) or not all(isinstance(raw.get(m), int | float) for m in METRICS):
         raise ValueError(f"{path.name}: lacks one of {', '.join(METRICS)}")
     found = {metric: float(raw[metric]) for metric in METRICS}

@@ -15,18 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.data.packing.job import PARTS, DiskFullError, check_bad, read_part, write_shard
+from common.errors import RunFailed, UserError, require
+from common.files import DiskFullError
+from pretrain.data.packing.job import PARTS, check_bad, read_part, write_shard
 from pretrain.data.packing.lock import offer_to_tasks, shared_with_tasks
 from pretrain.data.packing.plan import ShardOptions, ShardPlan
 from pretrain.data.packing.process_pool import map_unordered
-from pretrain.errors import UserError, require
 
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
 _VISIBLE_SECONDS = 60  # after which a network file system shows what another machine has written
 _POLL_SECONDS = 0.5
 
 
-class TaskError(UserError):
+class TaskError(RunFailed):
     """A task did not finish its share; the same command goes on where the tasks stopped."""
 
 
@@ -83,7 +84,7 @@ class ShareOfShards:
         try:
             with shared_with_tasks(self.folder, self.run_id):
                 self._make()
-        except UserError as error:
+        except (UserError, DiskFullError) as error:
             return _Outcome(str(error), isinstance(error, DiskFullError))
         return _Outcome()
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.errors import UserError
 from pretrain.data.order import counter_rng
 from pretrain.data.shards import ShardIndex
 from pretrain.data.tar_index import NO_LABEL
 from pretrain.data.views import BadSample, decode
-from pretrain.errors import UserError
 
 MAX_LOOKED_AT = 1000  # pictures whose headers are read
 MAX_REMOTE_SHARDS = 16  # they lie in so many shards where each must be fetched whole

@@ -4,8 +4,6 @@ import errno
 import hashlib
 import io
 import json
-import os
-import secrets
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +11,15 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from common.errors import UserError, printable
+from common.files import write_atomically, write_json
 from pretrain.data.packing.picture_bytes import prepare
 from pretrain.data.packing.plan import ShardOptions, ShardPlan
-from pretrain.data.tar_index import Entry, to_table, write_bytes, write_json
+from pretrain.data.tar_index import Entry, to_table
 from pretrain.data.views import BadSample
-from pretrain.errors import UserError
 
 PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
 _TAR_BLOCK = 512
-
-
-class DiskFullError(UserError):
-    """The disk took no more; the same command goes on where this run stopped."""
 
 
 def write_shard(
@@ -35,14 +30,17 @@ def write_shard(
     Raises:
         UserError: If more than `max_bad` of its pictures are bad, or the disk is full.
     """
-    temporary = folder / f".{plan.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     skipped: list[dict[str, str]] = []
+    entries: list[Entry] = []
+
+    hashing = _HashingStream()
+
+    def write(stream: BinaryIO) -> None:
+        hashing.stream = stream
+        entries.extend(_write_tar(hashing, plan, options, max_bad, skipped))
+
     try:
-        with open(temporary, "wb") as stream:
-            hashing = _HashingStream(stream)
-            entries = _write_tar(hashing, plan, options, max_bad, skipped)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_atomically(folder / plan.name, write)
         part = {
             "fingerprint": plan.fingerprint,
             "name": plan.name,
@@ -51,16 +49,12 @@ def write_shard(
             "sha256": hashing.digest.hexdigest(),
             "skipped": skipped,
         }
-        buffer = io.BytesIO()
-        np.save(buffer, to_table([entries]))
-        write_bytes(folder / PARTS / f"{plan.name}.npy", buffer.getvalue())
-        os.replace(temporary, folder / plan.name)
+        table = to_table([entries])
+        write_atomically(folder / PARTS / f"{plan.name}.npy", lambda file: np.save(file, table))
         write_json(folder / PARTS / f"{plan.name}.json", part)
         return part
     except OSError as error:
         raise disk_error(error, folder) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_part(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
@@ -76,15 +70,16 @@ def read_part(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
 class _HashingStream:
     """A file that only grows, with its SHA-256."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    stream: BinaryIO
+
+    def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.num_bytes = 0
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.num_bytes += len(data)
-        return self._stream.write(data)
+        return self.stream.write(data)
 
     def tell(self) -> int:
         return self.num_bytes
@@ -120,11 +115,6 @@ def _add(addfile: Callable[[tarfile.TarInfo, BinaryIO], None], name: str, data: 
     addfile(member, io.BytesIO(data))
 
 
-def printable(text: str) -> str:
-    """A file name, or text that holds one; bytes that are no UTF-8 become hexadecimal codes."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
 def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
     """Stop if more pictures were left out than allowed.
 
@@ -142,11 +132,6 @@ def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
 
 def disk_error(error: OSError, folder: Path) -> Exception:
     """What to raise for an OSError while writing: a UserError where the user can do something."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(
-            f"{folder}: the disk is full; free some space and run the same command again: it goes "
-            "on"
-        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return UserError(
             f"{error.filename or folder}: cannot be written ({error.strerror}); choose another "

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from common.errors import UserError
 from pretrain.data.order import stable_hash
 from pretrain.data.packing.picture_bytes import shrink_ratio
-from pretrain.errors import UserError
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")
 _MAX_KEY_LENGTH = 90  # with a suffix, a plain tar header holds 100 characters

@@ -6,7 +6,10 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from common.errors import RunFailed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,6 +43,11 @@ def map_unordered(
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "a worker was killed, perhaps for want of memory; give the same command again with a "
+            "smaller --num-workers: it goes on"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

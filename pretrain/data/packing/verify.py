@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.tar_index import SAMPLE_DTYPE, file_sha256, read_index, scan_shard, to_table
-from pretrain.errors import UserError
+from common.errors import UserError
+from common.files import sha256_of
+from pretrain.data.tar_index import SAMPLE_DTYPE, read_index, scan_shard, to_table
 
 
 @dataclass
@@ -86,7 +87,7 @@ def _load_table(folder: Path, index: dict[str, Any], report: VerifyReport) -> np
     if (
         table.dtype != SAMPLE_DTYPE
         or len(table) != index["num_samples"]
-        or file_sha256(path) != index["samples_sha256"]
+        or sha256_of(path) != index["samples_sha256"]
     ):
         report.problems.append(
             f"{path}: differs from what index.json says; delete index.json to index the tars again"
@@ -107,7 +108,7 @@ def _check_shard(
             f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; copy it again or make "
             "the shards again"
         )
-    if file_sha256(path) != shard["sha256"]:
+    if sha256_of(path) != shard["sha256"]:
         return (
             f"{path}: its SHA-256 is not the one in the index; copy it again or make the shards "
             "again"

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import remove_partial_files, write_json
 from pretrain.data.packing.cluster import Cluster, run_tasks
 from pretrain.data.packing.job import PARTS, check_bad, disk_error, read_part, write_shard
 from pretrain.data.packing.lock import PLAN_FILE, only_writer
 from pretrain.data.packing.plan import ShardOptions, ShardPlan, SourcePicture, make_plan
 from pretrain.data.packing.process_pool import map_unordered
-from pretrain.data.tar_index import read_index, write_index, write_json
-from pretrain.errors import UserError
+from pretrain.data.tar_index import read_index, write_index
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def _prepare_folder(task: _Task, overwrite: bool) -> None:
             "(which deletes shard-*.tar only)"
         )
     parts.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob(".*.tmp"), *parts.glob(".*.tmp")]:
-        leftover.unlink(missing_ok=True)
+    remove_partial_files(folder)
+    remove_partial_files(parts)
     write_json(plan_file, {"fingerprint": task.fingerprint, "run": task.run_id})
 
 

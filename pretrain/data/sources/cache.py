@@ -11,14 +11,17 @@ A shard that another process has open stays readable when it is thrown out: only
 """
 
 import contextlib
-import fcntl
+import math
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError, require
+from common.files import lock_file, locked, unlock
 from pretrain.data.order import stable_hash
 from pretrain.data.sources.cache_files import (
     PartialFile,
@@ -27,13 +30,11 @@ from pretrain.data.sources.cache_files import (
     disk_error,
     extend,
     files_of,
-    lock_file,
     size_of,
     touch,
 )
 from pretrain.data.sources.download import download
 from pretrain.data.sources.remote import Patience, RemoteFile, look, shown
-from pretrain.errors import UserError, require
 
 NUM_FETCHERS = 4  # shards fetched side by side by one process
 _MIN_SHARDS = 4  # that the bound must hold, unless the set has fewer
@@ -302,31 +303,22 @@ class ShardCache:
     @contextlib.contextmanager
     def _book(self) -> Iterator[None]:
         with open(self.folder / "book.lock", "ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            lock_file(stream, wait=True)
             try:
                 yield
             finally:
-                fcntl.flock(stream, fcntl.LOCK_UN)
+                unlock(stream)
 
-    @contextlib.contextmanager
-    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+    def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
         """Hold a lock that other processes and threads see; it dies with its process.
 
         Args:
             name: Which lock.
             wait: False: give up if it is held.
-        Yields:
-            True if it is held now.
+        Returns:
+            A context that gives True if it is held now.
         """
-        path = self.folder / "locks" / name
-        held = lock_file(path, wait)
-        try:
-            yield held is not None
-        finally:
-            if held is not None:
-                path.unlink(missing_ok=True)  # whoever waits sees that the name is gone
-                fcntl.flock(held, fcntl.LOCK_UN)  # also for a fork that holds the same file
-                os.close(held)
+        return locked(self.folder / "locks" / name, patience=math.inf if wait else 0.0)
 
     # -- messages ---------------------------------------------------------------------------------
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import time
 from pathlib import Path
 from typing import Protocol
 
-from pretrain.errors import UserError
+from common.errors import UserError
 
 _GROWTH_BYTES = 64 << 20  # reserved at a time for a download of unknown size
 
@@ -109,25 +108,6 @@ def touch(file: int) -> None:
     with contextlib.suppress(OSError):  # a cache of somebody else's: order of use is a hint
         now = time.time_ns()  # finer than the clock that the system would take
         os.utime(file, ns=(now, now))
-
-
-def lock_file(path: Path, wait: bool) -> int | None:
-    """Lock a file by name and open it; None if it is held and `wait` is false.
-
-    Its holder removes the name before it unlocks, so no lock files are left behind.
-    """
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except BlockingIOError:
-            os.close(file)
-            return None
-        except FileNotFoundError:  # its last holder removed the name: there is a newer file
-            pass
-        os.close(file)
 
 
 def files_of(folder: Path) -> list[tuple[int, int, Path]]:

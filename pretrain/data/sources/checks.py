@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
+from common.files import sha256_of
 from pretrain.data.sources.locations import check_name
-from pretrain.data.tar_index import SAMPLE_DTYPE, file_sha256
-from pretrain.errors import UserError
+from pretrain.data.tar_index import SAMPLE_DTYPE
 
 _REMEDY = "delete index.json and run again to index the tars, or make the shards again"
 
@@ -57,7 +58,7 @@ def check_table(folder: Path, index: dict[str, Any]) -> None:
         raise UserError(
             f"{path}: does not fit index.json ({index['num_samples']} samples); {_REMEDY}"
         )
-    if file_sha256(path) != index["samples_sha256"]:
+    if sha256_of(path) != index["samples_sha256"]:
         raise UserError(f"{path}: its SHA-256 is not the one in index.json; {_REMEDY}")
     sizes = [shard["num_samples"] for shard in index["shards"]]
     is_inside = not len(table) or int(table["shard"].max()) < len(sizes)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from common.errors import UserError
 from pretrain.data.sources.remote import (
     NotThereError,
     Patience,
@@ -16,7 +17,6 @@ from pretrain.data.sources.remote import (
     retried,
     shown,
 )
-from pretrain.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # one range request
 _STREAM_BYTES = 1 << 20

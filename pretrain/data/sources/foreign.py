@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import sha256_of
 from pretrain.data.order import stable_hash
 from pretrain.data.sources.cache import NUM_FETCHERS, ShardCache
 from pretrain.data.sources.remote import RemoteFile, shown
 from pretrain.data.tar_index import (
     SAMPLE_DTYPE,
-    file_sha256,
     scan_shard,
     to_table,
     write_index,
     write_json,
 )
-from pretrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _side_by_side(tasks: Iterable[Callable[[], Scan]], num_threads: int) -> Iter
 def _scan_task(path: Path) -> Callable[[], Scan]:
     def scan() -> Scan:
         entries, skipped = scan_shard(path)
-        shard = _shard_entry(path.name, len(entries), path.stat().st_size, file_sha256(path))
+        shard = _shard_entry(path.name, len(entries), path.stat().st_size, sha256_of(path))
         return Scan(to_table([entries]), shard, skipped)
 
     return scan

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 import fsspec.asyn
 
-from pretrain.errors import UserError, require
+from common.errors import UserError, require
 
 PACKAGES = {  # scheme: module that fsspec needs, requirement for pip
     "http": ("aiohttp", "fsspec[http]>=2025.3"),

@@ -24,6 +24,7 @@ import torch
 import torch.utils.data
 from torch.utils.data import Dataset, Sampler
 
+from common.errors import UserError, require
 from pretrain.data.augment import ViewAugment
 from pretrain.data.mixture import Samples
 from pretrain.data.order import Epoch, rank_slice
@@ -39,7 +40,6 @@ from pretrain.data.sources.remote import Patience
 from pretrain.data.stream import start_workers
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
 from pretrain.data.tar_index import SAMPLE_DTYPE
-from pretrain.errors import UserError, require
 
 _CHUNK = 64  # samples that are decoded together
 _MAX_REPLACEMENTS = 32  # bad samples in a row before giving up

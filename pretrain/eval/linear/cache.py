@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import read_json_lines, write_json
 from pretrain.data.order import stable_hash
 from pretrain.engine import dist
-from pretrain.engine.metrics import read_rows
-from pretrain.engine.run_folder import write_json
-from pretrain.errors import UserError
 
 FORMAT = "fa-features-1"
 BLOCK_ROWS = 128
@@ -124,7 +123,7 @@ class FeatureFile:
         """Blocks that are to be computed: all but those that are whole."""
         known: dict[int, str] = {}
         for journal in sorted(self._stem.parent.glob(f"{self._stem.name}.*.jsonl")):
-            known.update({row["block"]: row["hash"] for row in read_rows(journal)})
+            known.update({row["block"]: row["hash"] for row in read_json_lines(journal)})
         missing = []
         for block in range(-(-self.identity.num_rows // BLOCK_ROWS)):
             rows = self.rows_of(block)

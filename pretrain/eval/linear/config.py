@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.errors import require
+from common.errors import require
 
 Protocol = Literal["cached", "full", "knn"]
 _LONGEST_ROW = 1000  # rates, values of k, temperatures

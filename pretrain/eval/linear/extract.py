@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.errors import UserError
 from pretrain.data.mixture import Samples
 from pretrain.data.samples import EvalDataset, Reply, Request, TwoViewDataset
 from pretrain.data.stream import start_workers
 from pretrain.engine import dist
 from pretrain.engine.device import uses_bf16
-from pretrain.errors import UserError
 from pretrain.eval.features import normalise
 from pretrain.eval.linear.cache import BLOCK_ROWS, FeatureFile
 from pretrain.eval.linear.config import LinearConfig

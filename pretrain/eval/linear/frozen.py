@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import sha256_of
 from pretrain.engine import checkpoint
-from pretrain.errors import UserError
 from pretrain.models.backbone import NUM_BLOCKS, Arch, ResNet
 
 Branch = Literal["online", "ema"]
@@ -135,7 +135,7 @@ def _ours(state: dict[str, Any], path: Path, branch: Branch) -> Frozen:
     backbone = ResNet(Arch(**state["arch"]))
     _fill(backbone, own, path)
     return _frozen(
-        backbone, name=path.name, kind="checkpoint", branch=branch, file_sha256=_sha256(path),
+        backbone, name=path.name, kind="checkpoint", branch=branch, file_sha256=sha256_of(path),
         **_look(state),
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def _torchvision(state: Mapping[str, Any], path: Path) -> Frozen:
     backbone = ResNet(_arch_of(weights, path))
     _fill(backbone, weights, path)
     return _frozen(
-        backbone, name=path.name, kind="torchvision", branch=None, file_sha256=_sha256(path),
+        backbone, name=path.name, kind="torchvision", branch=None, file_sha256=sha256_of(path),
         image_size=_DEFAULT_SIZE, mean=_MEAN, std=_STD,
     )  # fmt: skip
 
@@ -208,8 +208,3 @@ def _fill(backbone: ResNet, weights: Mapping[str, Tensor], path: Path) -> None:
             f"({len(wrong)} tensors do not fit)"
         )
     backbone.load_state_dict({**own, **weights})
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

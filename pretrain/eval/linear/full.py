@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.errors import UserError
 from pretrain.data.samples import TwoViewDataset
 from pretrain.data.stream import Loader
 from pretrain.data.subset import Subset
 from pretrain.engine import checkpoint, dist
-from pretrain.engine.stop import StoppedBySignal, StopRequest
-from pretrain.errors import UserError
+from pretrain.engine.stop import StopRequest, stopped
 from pretrain.eval.linear.config import LinearConfig
 from pretrain.eval.linear.extract import Blocks, Extractor, bar, each_block
 from pretrain.eval.linear.heads import LinearHeads, Score
@@ -154,7 +154,7 @@ class FullTraining:
         if number or step % self._config.checkpoint_every_steps == 0:
             self._save()
         if number:
-            raise StoppedBySignal(number, step)
+            raise stopped(number, step)
 
     def score(self, samples: Any, title: str) -> dict[str, Any]:
         """Accuracies on central crops of labelled samples; see ``Score.figures``."""

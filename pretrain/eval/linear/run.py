@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.data.subset import Subset
 from pretrain.engine import checkpoint, dist, run_folder
 from pretrain.engine.device import choose_device
-from pretrain.errors import UserError
 from pretrain.eval.knn import knn_grid
 from pretrain.eval.linear import cached
 from pretrain.eval.linear.cache import FeatureFile, Identity

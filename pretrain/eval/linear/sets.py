@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
+from common.files import write_text
 from pretrain.data.augment import draw_uniforms
 from pretrain.data.shards import ShardIndex
 from pretrain.data.subset import Subset
-from pretrain.errors import UserError
 from pretrain.eval.linear.config import LinearConfig
 
 _NUM_SHOWN = 3  # names in a message
@@ -205,6 +206,4 @@ def _stem(name: str) -> str:
 def write_list(index: ShardIndex, sample_ids: np.ndarray, path: Path) -> None:
     """The keys of some samples, one a line; ``--subset-list`` reads it."""
     names = [index.key_name(int(sample)) for sample in sample_ids]
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(f"{name}\n" for name in names))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from pretrain.data.fetch_ahead import FetchAhead
-from pretrain.errors import UserError
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> bool:

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from pretrain.data.order import (
     Epoch,
     SourceSizes,
@@ -14,7 +15,6 @@ from pretrain.data.order import (
     rank_slice,
     stable_hash,
 )
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import seeded
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12)

@@ -13,11 +13,11 @@ import pytest
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
+from common.errors import UserError
 from pretrain.data.shards import CacheOptions, ShardIndex, verify_shards
 from pretrain.data.sources import foreign
 from pretrain.data.tar_index import key_hash
 from pretrain.data.views import decode
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
 
 
@@ -414,9 +414,9 @@ def test_verify_finds_a_wrong_table(shard_folder: Path) -> None:
     table["size"][12] += 1
     np.save(shard_folder / "samples.npy", table)
     assert "samples.npy: differs" in verify_shards(shard_folder).problems[0]
-    from pretrain.data.tar_index import file_sha256
+    from common.files import sha256_of
 
-    index["samples_sha256"] = file_sha256(shard_folder / "samples.npy")
+    index["samples_sha256"] = sha256_of(shard_folder / "samples.npy")
     index["num_samples"] = 40
     (shard_folder / "index.json").write_text(json.dumps(index))
     (problem,) = verify_shards(shard_folder).problems

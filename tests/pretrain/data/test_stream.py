@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from pretrain.data.mixture import Mixture, Samples, open_samples
 from pretrain.data.order import SourceSizes, epoch_order
 from pretrain.data.shards import ShardIndex
@@ -30,7 +31,6 @@ from pretrain.data.stream import (
 )
 from pretrain.data.tar_index import key_hash
 from pretrain.data.views import center_crop, decode
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 
 SIZE = 16

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.engine.metrics import read_rows
+from common.files import read_json_lines
 
 ROOT = Path(__file__).parents[3]
 
@@ -95,7 +95,7 @@ def start_guard_worker(
 
 
 def train_rows(folder):
-    return [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+    return [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
 
 
 def error_of(result, status):

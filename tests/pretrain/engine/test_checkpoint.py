@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from pretrain.engine import checkpoint
-from pretrain.engine.checkpoint import DiskFullError
-from pretrain.errors import UserError
+from common.errors import UserError
+from common.files import DiskFullError
+from pretrain.engine import checkpoint, run_folder
 
 
 def state(value=1.0):
@@ -32,6 +32,8 @@ def value(path):
 def test_round_trip_leaves_one_file(path):
     checkpoint.save(state(2.0), path)
     assert value(path) == 2.0
+    run_folder.hold(path.parent).close()
+    (path.parent / ".lock").unlink()
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
 
 
@@ -60,11 +62,13 @@ def test_failure_in_the_middle_leaves_the_old_file(path, monkeypatch, where, kin
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file_and_the_next_save_works(path):
-    path.with_name("checkpoint.pth.partial").write_bytes(b"half")  # what kill -9 leaves
+    partial = path.with_name("checkpoint.pth.1.partial")
+    partial.write_bytes(b"half")  # what kill -9 leaves
     assert value(path) == 1.0
     checkpoint.save(state(2.0), path)
     assert value(path) == 2.0
-    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
+    run_folder.hold(path.parent).close()
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -105,14 +109,14 @@ def test_full_disk_is_measured_before_the_partial_file_goes(path, monkeypatch):
         raise RuntimeError("unexpected pos 4801600 vs 4801552")
 
     def usage(folder):
-        is_filled = path.with_name("checkpoint.pth.partial").exists()
+        is_filled = list(path.parent.glob("*.partial"))
         return shutil._ntuple_diskusage(10, 10, 0 if is_filled else 1 << 30)
 
     monkeypatch.setattr(torch, "save", torch_save)
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(DiskFullError, match="disk full"):
         checkpoint.save(state(2.0), path)
-    assert not path.with_name("checkpoint.pth.partial").exists()
+    assert not list(path.parent.glob("*.partial"))
 
 
 def test_a_state_without_a_field_is_a_bug(path):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import read_json_lines
 from pretrain.engine import dist
-from pretrain.engine.metrics import read_rows
 from tests.pretrain.engine.run_helpers import wait_for_workers
 
 pytestmark = pytest.mark.ddp
@@ -178,7 +178,7 @@ def test_the_command_with_two_processes_and_resume_with_one(shards, tmp_path):
     ]  # fmt: skip
     done = shell(2, *options)
     assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     steps = [r["step"] for r in rows if r["kind"] == "train"]
     assert steps == list(range(1, 11))  # one log, of rank 0
     assert (tmp_path / "run" / "summary.json").exists()

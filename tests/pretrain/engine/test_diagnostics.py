@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
+from common.errors import UserError
+from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint, diagnostics, dist
 from pretrain.engine.diagnostics import CollapseAlarm, diagnose, similarity_histograms
-from pretrain.engine.metrics import MetricLog, read_rows
-from pretrain.errors import UserError
+from pretrain.engine.metrics import MetricLog
 from pretrain.models.contrastive import StepOutput
 
 ROOT = Path(__file__).parents[3]
@@ -217,7 +218,7 @@ def start(shards, tmp_path, capsys):
 
 
 def rows_of(folder, kind):
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
+    return [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 COLLAPSING = {
@@ -345,7 +346,7 @@ def test_rows_of_a_step_stay_when_only_its_probe_is_due_again(tmp_path):
             log.write(kind, step)
     log.close()
     MetricLog(tmp_path, 4, 3).close()
-    left = {(row["kind"], row["step"]) for row in read_rows(tmp_path / "metrics.jsonl")}
+    left = {(row["kind"], row["step"]) for row in read_json_lines(tmp_path / "metrics.jsonl")}
     expected = {(kind, step) for kind in ("train", "similarity", "event") for step in (3, 4)}
     assert left == expected | {("knn", 3)}
 

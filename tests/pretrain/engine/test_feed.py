@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
+from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data.augment import ViewAugment
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import feed as feed_module
 from pretrain.engine.feed import BAD_SAMPLES, Feed, in_workers
-from pretrain.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import PretrainConfig, load_config
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, guards, replay
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.saver import copied
 from pretrain.engine.train import Run
 from tests.pretrain.engine.run_helpers import assert_same_state, start_pair
@@ -101,7 +101,7 @@ def disturb(monkeypatch):
 
 
 def rows_of(folder, kind):
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
+    return [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def error_of(status, err):

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
+from common.errors import UserError
+from common.files import read_json_lines
 from pretrain.config import load_config
 from pretrain.engine import checkpoint, loss_scale
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
@@ -61,7 +61,7 @@ def overflow(monkeypatch):
 
 
 def rows_of(folder, kind="train"):
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
+    return [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 @pytest.mark.parametrize("options", [[], PLAIN, CACHED], ids=["whole", "plain", "cached"])

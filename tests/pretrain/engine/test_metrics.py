@@ -6,11 +6,12 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.engine.metrics import MetricLog, read_rows, write_atomically
+from common.files import read_json_lines
+from pretrain.engine.metrics import MetricLog
 
 
 def rows(folder):
-    return read_rows(folder / "metrics.jsonl")
+    return read_json_lines(folder / "metrics.jsonl")
 
 
 def test_rows_and_scalars(tmp_path):
@@ -87,14 +88,4 @@ def test_not_a_number_is_valid_json(tmp_path):
 
 
 def test_no_file_has_no_rows(tmp_path):
-    assert read_rows(tmp_path / "none.jsonl") == []
-
-
-def test_write_atomically_leaves_the_old_text_when_it_fails(tmp_path):
-    path = tmp_path / "a.json"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "\ud800")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
+    assert read_json_lines(tmp_path / "none.jsonl") == []

@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
+from common.files import read_json_lines
 from pretrain.__main__ import main, parse
 from pretrain.config import load_config
 from pretrain.engine import profiling
 from pretrain.engine import sections as s
 from pretrain.engine.feed import Feed
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.optim import LARS
 from pretrain.engine.profile_summary import PART_OF, REST, ROWS
 from pretrain.engine.train import Run
@@ -164,7 +164,7 @@ def test_nothing_is_trained_and_the_folder_stays_free(profiled, start, tmp_path)
     losses = []
     for place in (copied, tmp_path / "fresh"):
         assert start("optim.epochs=1", folder=place)[0] == 0
-        rows = read_rows(place / "metrics.jsonl")
+        rows = read_json_lines(place / "metrics.jsonl")
         losses.append([row["loss"] for row in rows if row["kind"] == "train"])
     assert losses[0] == losses[1] != []
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from common.errors import UserError
 from pretrain.engine import dist
 from pretrain.engine.roll_call import join, roll_call
-from pretrain.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import run_folder
 from pretrain.engine.state import Position
-from pretrain.errors import UserError
 
 
 def write_rows(folder, *rows):

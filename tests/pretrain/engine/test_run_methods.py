@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
+from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.engine import checkpoint
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
 from tests.pretrain.engine.run_helpers import assert_same_state
 
@@ -52,7 +52,7 @@ def build(options):
 
 
 def rows_of(run):
-    rows = read_rows(run.folder / "metrics.jsonl")
+    rows = read_json_lines(run.folder / "metrics.jsonl")
     return [row for row in rows if row["kind"] == "train"]
 
 

@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 
+from common.errors import UserError
+from common.files import DiskFullError
 from pretrain.engine import checkpoint, saver
-from pretrain.engine.checkpoint import DiskFullError
 from pretrain.engine.saver import CheckpointSaver, load_newest
-from pretrain.errors import UserError
 
 
 def state(value):

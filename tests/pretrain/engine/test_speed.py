@@ -13,13 +13,13 @@ import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.errors import UserError
+from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import EngineConfig, OptimConfig, load_config
 from pretrain.engine import checkpoint, dist, speed
 from pretrain.engine.device import uses_fused
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.optim import load_state, make_optimizer
-from pretrain.errors import UserError
 from pretrain.eval.knn import nearest_rows
 from pretrain.models.neighbour_search import consensus, top_k
 from tests.pretrain.engine.run_helpers import (
@@ -382,7 +382,7 @@ def two_processes(shards, tmp_path_factory):
             capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        rows = read_rows(folder / name / "metrics.jsonl")
+        rows = read_json_lines(folder / name / "metrics.jsonl")
         losses = [row["loss"] for row in rows if row["kind"] == "train"]
         return losses, checkpoint.load(folder / name / "checkpoint.pth")
 

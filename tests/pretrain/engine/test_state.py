@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.errors import UserError
 from pretrain.config import PretrainConfig, to_plain
 from pretrain.engine import checkpoint
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.state import DATA_NOT_COMPARED, Position, restore, to_checkpoint
-from pretrain.errors import UserError
 from pretrain.models.row_random import fa_generator
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)

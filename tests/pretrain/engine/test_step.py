@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from pretrain.config import OptimConfig
 from pretrain.engine.step import Gradients
-from pretrain.errors import UserError
 from pretrain.models.row_random import RowRandom, fa_generator
 from tests.pretrain.conftest import TINY_HEADS
 

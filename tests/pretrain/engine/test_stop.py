@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.engine import stop
-from pretrain.engine.stop import SIGNALS, StoppedBySignal, StopRequest
+from pretrain.engine.stop import SIGNALS, StopRequest, stopped
 
 
 class Clock:
@@ -106,7 +106,7 @@ def test_other_threads_set_no_handlers(outside):
 
 
 def test_message_tells_signal_step_and_how_to_go_on():
-    error = StoppedBySignal(signal.SIGUSR1, 12)
+    error = stopped(signal.SIGUSR1, 12)
     assert str(error).startswith("stopped by SIGUSR1 after step 12;")
     assert "--resume" in str(error)
     assert error.number == signal.SIGUSR1

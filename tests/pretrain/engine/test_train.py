@@ -18,15 +18,15 @@ import pytest
 import torch
 import yaml
 
+from common.errors import UserError
+from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.data.augment import PRESETS, augment, draw_parameters
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 from pretrain.models.contrastive import FAContrastive
 from pretrain.models.row_random import fa_generator
 from tests.pretrain.engine.run_helpers import TINY, assert_same_state, error_of, train_rows
@@ -84,7 +84,7 @@ def test_files_of_a_run(start, shards):
     assert summary["num_skipped_samples"] == 0
     assert summary["images_per_second"] == pytest.approx(80 / summary["seconds"])
     assert 100e6 < summary["peak_memory_bytes"] < 20e9
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_json_lines(folder / "metrics.jsonl")
     knn = [r["knn_top1"] for r in rows if r["kind"] == "knn"]
     assert len(knn) == 3
     assert (summary["knn_top1_initial"], summary["knn_top1"]) == (knn[0], knn[-1])
@@ -343,7 +343,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_training(whole, killed)
     for kind in ("knn", "event"):
         pair = [
-            [r for r in read_rows(f / "metrics.jsonl") if r["kind"] == kind]
+            [r for r in read_json_lines(f / "metrics.jsonl") if r["kind"] == kind]
             for f in (whole, killed)
         ]
         assert pair[0] == pair[1], kind
@@ -370,7 +370,7 @@ def test_interrupted_at_an_epoch_s_end_probes_once(start, shards, monkeypatch):
     monkeypatch.undo()
     status, folder, err = start("cut", *options, "--resume")
     assert status == 0, err
-    knn = [r["step"] for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    knn = [r["step"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "knn"]
     assert knn == [0, 5, 10]
     assert [r["step"] for r in train_rows(folder)] == list(range(1, 11))
 
@@ -413,7 +413,9 @@ def test_resume_with_an_allowed_change_is_told(start):
     )
     assert status == 0, err
     assert "warning: going on with a changed config: fa.top_k: 1 -> 2" in err
-    events = [r["message"] for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "event"]
+    events = [
+        r["message"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "event"
+    ]
     assert "going on with a changed config: fa.top_k: 1 -> 2" in events
 
 
@@ -529,7 +531,7 @@ def test_probe_runs_at_its_interval(start, shards):
         "eval.knn_every_epochs=2",
     )  # fmt: skip
     assert status == 0, err
-    knn = [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    knn = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "knn"]
     assert [r["step"] for r in knn] == [0, 10, 15]
     assert [r["epoch"] for r in knn] == [0, 2, 3]
     assert all(0 <= r["knn_top1"] <= 1 for r in knn)

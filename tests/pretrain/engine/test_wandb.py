@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import UserError
+from common.files import read_json_lines
 from pretrain.config import TrackingConfig, load_config
 from pretrain.engine import metrics
-from pretrain.engine.metrics import MetricLog, check_wandb, read_rows, start_wandb
+from pretrain.engine.metrics import MetricLog, check_wandb, start_wandb
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 
 WITH_WANDB = TrackingConfig(wandb=True, project="study")
 BASE = {
@@ -99,7 +100,7 @@ def test_a_failure_at_the_end_is_a_warning(tmp_path, wandb, monkeypatch, capsys)
     monkeypatch.setattr(wandb, "finish", fails)
     with MetricLog(tmp_path, -1, -1, wandb) as log:
         log.write("train", 1, loss=0.5)
-    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.5]
+    assert [row["loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0.5]
     assert "warning: tracking.wandb did not finish: no route" in capsys.readouterr().err
 
 

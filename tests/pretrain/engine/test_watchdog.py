@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.engine import checkpoint
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
 from pretrain.engine.watchdog import Progress, Standing, explain
 from tests.pretrain.engine.run_helpers import (
@@ -138,7 +138,7 @@ def test_of_two_processes_the_one_that_hangs_is_named(config_file, shards, tmp_p
     assert re.search(rf"watchdog: the others wait in a collective for {where}", hanging)
     assert "in stand_still" in hanging
     assert "in stand_still" not in waiting
-    rows = [r["step"] for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+    rows = [r["step"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
     assert rows == [1, 2, 3]
 
 

@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import nn
 
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.errors import UserError
 from pretrain.eval.features import extract_features, normalise
 from pretrain.eval.linear import cache
 from pretrain.eval.linear.cache import BLOCK_ROWS, FeatureFile, Identity

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.errors import StoppedBySignal, UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.stop import StoppedBySignal
-from pretrain.errors import UserError
 from pretrain.eval.features import extract_features
 from pretrain.eval.knn import knn_top1
 from pretrain.eval.linear import full, run

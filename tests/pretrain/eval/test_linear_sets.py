@@ -4,11 +4,11 @@ import cv2
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from pretrain.data.samples import TwoViewDataset
 from pretrain.data.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
 from pretrain.data.stream import Loader
 from pretrain.data.subset import Subset
-from pretrain.errors import UserError
 from pretrain.eval.linear.config import LinearConfig
 from pretrain.eval.linear.sets import balanced, listed, open_sets, stratified, write_list
 

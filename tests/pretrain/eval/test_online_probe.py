@@ -11,13 +11,13 @@ import torch
 import yaml
 from torch import nn
 
+from common.errors import UserError
+from common.files import read_json_lines
 from pretrain.config import EvalConfig, load_config
 from pretrain.data.mixture import open_samples
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.metrics import read_rows
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 from pretrain.eval.online_probe import OnlineProbe, watched
 from tests.pretrain.engine.run_helpers import assert_same_state, wait_for_workers
 from tests.pretrain.engine.test_ddp import free_port
@@ -62,7 +62,7 @@ def state_of(run):
 
 
 def rows_of(run, kind):
-    return [r for r in read_rows(run.folder / "metrics.jsonl") if r["kind"] == kind]
+    return [r for r in read_json_lines(run.folder / "metrics.jsonl") if r["kind"] == kind]
 
 
 class Backbone(nn.Module):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.shards import ShardIndex
-from pretrain.errors import UserError
 from pretrain.eval import probe as probe_module
 from pretrain.eval.features import extract_features, normalise
 from pretrain.eval.probe import Probe

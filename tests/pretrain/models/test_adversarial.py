@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
+from common.errors import UserError
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig, load_config
 from pretrain.engine.step import Gradients
 from pretrain.engine.train import Run
-from pretrain.errors import UserError
 from pretrain.models.adversarial import perturb, step_length
 from pretrain.models.row_random import fa_generator
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.errors import UserError
 from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig
-from pretrain.errors import UserError
 from pretrain.models.cell import resolve
 from pretrain.models.cell_check import refuse_without_gradient
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.flow.files import write_json
+from common.files import write_json
 from tools.studies.jobs import CommandJob
 
 

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from tests.tools.studies.stub import make_index
-from tools.flow.errors import UserError
 from tools.studies import data, fashion_mnist
 from tools.studies.fashion_mnist import CLASSES, read_idx
 

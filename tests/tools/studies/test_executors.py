@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from tests.slurm.tiny_run import wait_until
-from tools.flow.errors import UserError
 from tools.studies.executors import Resources, SubmititExecutor
 from tools.studies.jobs import CommandJob, Step, read_result
 

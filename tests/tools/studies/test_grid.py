@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import UserError
 from pretrain.config import load_config, to_plain
 from pretrain.models.cell_check import refuse_without_gradient
-from tools.flow.errors import UserError
 from tools.studies.cells import make_plan, merged_config
 from tools.studies.data import StudyData
 from tools.studies.grid import Level, Preset, read_grid, read_preset

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.flow.errors import UserError
+from common.errors import UserError
 from tools.studies.store import Store, hold
 
 ROOT = Path(__file__).parents[3]

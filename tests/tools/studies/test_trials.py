@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import UserError
 from tests.tools.studies.stub import StubExecutor, finished
 from tools import run_trials
-from tools.flow.errors import UserError
 from tools.studies import trial_tables, trials
 from tools.studies.jobs import CommandJob
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from pretrain.data.packing import lock as shard_lock
 from pretrain.data.packing.cluster import Cluster, ShareOfShards, TaskError, run_tasks
 from pretrain.data.packing.job import PARTS
@@ -19,7 +20,6 @@ from pretrain.data.packing.lock import offer_to_tasks, only_writer
 from pretrain.data.packing.plan import ShardOptions, make_plan
 from pretrain.data.shards import ShardIndex, write_shards
 from pretrain.data.tar_index import write_json
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import contents, sources, write_pictures
 from tools import make_shards
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import UserError
 from pretrain.data.packing.info import (
     MAX_REMOTE_SHARDS,
     choose_samples,
@@ -16,7 +17,6 @@ from pretrain.data.packing.info import (
     save_pictures,
 )
 from pretrain.data.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 from tools import make_shards
 

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from common.errors import UserError
+from common.files import DiskFullError
 from pretrain.data.packing import job, writer
 from pretrain.data.packing.lock import only_writer
 from pretrain.data.packing.plan import ShardOptions, SourcePicture, make_keys, make_plan
 from pretrain.data.shards import ShardIndex, verify_shards, write_shards
 from pretrain.data.tar_index import split_name
 from pretrain.data.views import decode
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import (
     contents,
     encode,
@@ -188,10 +189,10 @@ def test_full_disk_while_writing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(job._HashingStream, "write", full)
-    with pytest.raises(job.DiskFullError, match=r"the disk is full; free some space and run"):
+    with pytest.raises(DiskFullError, match=r"disk full while writing .*; free some space and run"):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     assert not list(tmp_path.glob("*.tar"))
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob("*.partial"))
     monkeypatch.undo()
     assert write_shards(sources(picture_folder), tmp_path, options=TEN).num_samples == 40
 

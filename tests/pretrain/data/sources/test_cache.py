@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from pretrain.data.sources import cache as cache_module
 from pretrain.data.sources import remote
 from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted
 from pretrain.data.sources.remote import RemoteFile, look
-from pretrain.errors import UserError
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 SIZE = 100_000

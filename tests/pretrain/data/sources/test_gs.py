@@ -9,10 +9,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from fsspec.config import conf
 
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.cache import CacheOptions
-from pretrain.errors import UserError
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 from tests.pretrain.data.sources.test_http import same_pictures
 

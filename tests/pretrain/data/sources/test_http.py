@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from common.errors import UserError
 from pretrain.data import shards
 from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.cache import CacheOptions
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 from tests.pretrain.data.sources.servers import Faulty, Nginx, faulty, nginx
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from pretrain.data.sources import locations, remote
 from pretrain.data.sources.locations import Location, check_name, expand, join, parse
 from pretrain.data.sources.remote import Patience, shown
-from pretrain.errors import UserError
 from tests.pretrain.data.sources.servers import faulty
 
 

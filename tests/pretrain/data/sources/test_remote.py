@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from pretrain.data.sources import download as download_module
 from pretrain.data.sources import remote
 from pretrain.data.sources.download import BytesSink, download, read_if_there
@@ -17,7 +18,6 @@ from pretrain.data.sources.remote import (
     look_at_all,
     retried,
 )
-from pretrain.errors import UserError
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 DATA = os.urandom(300_000)

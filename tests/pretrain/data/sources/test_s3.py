@@ -8,12 +8,12 @@ import boto3
 import pytest
 from torch.utils.data import DataLoader
 
+from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.locations import expand
 from pretrain.data.sources.remote import Patience, look_at_all
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty, s3_server
 from tests.pretrain.data.sources.test_http import Bytes, same_pictures

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.filters import shuffle
 
+from common.errors import UserError
 from pretrain.data.augment import PRESETS, ViewAugment
 from pretrain.data.mixture import open_samples
 from pretrain.data.samples import TwoViewBatch, TwoViewDataset
@@ -28,7 +29,6 @@ from pretrain.data.streaming import reader as reader_module
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
 from pretrain.data.tar_index import key_hash
-from pretrain.errors import UserError
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 from tests.pretrain.data.sources.servers import faulty, s3_server
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming.tar import RemoteStream, TarStream
-from pretrain.errors import UserError
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 PATIENCE = Patience(retries=2, timeout_seconds=2)

@@ -1,0 +1,327 @@
+"""Files of our own: written whole or not at all, read with a clear error, hashed and locked.
+
+The locks are flock(2): the system frees them when a process ends, however it ends. On NFS, Linux
+turns them into locks at the server, so that they hold between machines; that needs NFSv4, or NFSv3
+with its lock service, and no `nolock` or `local_lock`. Other cluster file systems need flock to be
+switched on for all nodes (Lustre: the mount option `flock`).
+"""
+
+import codecs
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO
+
+from common.errors import UserError
+
+TEMPORARY_SUFFIX = ".partial"
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class DiskFullError(OSError):
+    """A file could not be written for want of space; the one before it is whole."""
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, remedy: str = "run the same command again"
+) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: Final name; its folder is made.
+        write: Called with a binary file that is open for writing.
+        remedy: What to do once a full disk has room again.
+
+    Raises:
+        DiskFullError: If the disk is full.
+        OSError: If the folder cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        # Looked at before the partial file makes room again.
+        is_full = isinstance(error, OSError | RuntimeError) and _is_full(error, path.parent)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if not is_full:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DiskFullError(
+            f"disk full while writing {path} ({free / 1e6:.0f} MB free without it); free some "
+            f"space and {remedy}"
+        ) from error
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the new name, too, survives a loss of power
+    finally:
+        os.close(descriptor)
+
+
+def _is_full(error: BaseException, folder: Path) -> bool:
+    """Whether a write failed for want of space; torch's writer hides the OSError that said so."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete what killed writers left behind."""
+    for partial in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        if partial.is_file():
+            partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes atomically."""
+    write_atomically(path, lambda file: file.write(data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order they were given; NaN and infinities become null."""
+    text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Bytes of a file name that are no UTF-8 are lone surrogates: written as \udcXX, which is JSON.
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every non-finite float, at any depth, replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def decode_text(data: bytes, name: str | Path) -> str:
+    """Text of a user's file: UTF-8, or what its byte order mark says; lines end in LF.
+
+    UTF-16 without a mark is known by its zero bytes.
+
+    Raises:
+        UserError: If it is neither; the message names the byte.
+    """
+    encoding = next((encoding for bom, encoding in _BOMS if data.startswith(bom)), "utf-8")
+    if encoding == "utf-8" and b"\0" in data[:200]:
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: is no {encoding.upper()} text ({error.reason} at byte {error.start}); save "
+            "it as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a user's text file, see `decode_text`.
+
+    Raises:
+        UserError: If it cannot be read or decoded.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return decode_text(data, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON of our own.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: is damaged, no JSON ({error}); delete it and run what wrote it again"
+        ) from None
+
+
+def read_json_or_none(path: Path) -> Any | None:
+    """The JSON in `path`, or None where the file is missing or does not parse."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a line that a kill cut off is left out.
+
+    Returns:
+        The rows, empty if there is no such file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- removing inside one folder ------------------------------------------------------------------
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """Return `folder/relative` after checking that no part of it leads out of `folder`.
+
+    Raises:
+        UserError: For an absolute path, a `..`, or a symbolic link among the folders on the way.
+    """
+    parts = PurePosixPath(relative).parts
+    if not parts or PurePosixPath(relative).is_absolute() or ".." in parts:
+        raise UserError(f"{relative!r} is not a path below {folder}; give one without '..'")
+    path = folder
+    for part in parts[:-1]:
+        path = path / part
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a symbolic link, so nothing below it is removed or replaced; "
+                "move it away or choose another --out"
+            )
+    return path / parts[-1]
+
+
+def remove(folder: Path, relative: str) -> bool:
+    """Remove `folder/relative` (file, tree or link, links are not followed); True if it existed."""
+    path = inside(folder, relative)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        return False
+    return True
+
+
+# -- locks ----------------------------------------------------------------------------------------
+
+
+def lock_file(
+    file: int | IO[Any], *, shared: bool = False, wait: bool = False, of_process: bool = False
+) -> bool:
+    """Lock an open file.
+
+    Args:
+        file: Open for writing.
+        shared: Others may share the lock.
+        wait: Until it is free.
+        of_process: The lock is this process's own (POSIX): its children do not inherit it. Else it
+            belongs to the open file, and ends with the last process that holds it open.
+    Returns:
+        False if somebody else holds it.
+    Raises:
+        UserError: If the file system offers no locks.
+    """
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        (fcntl.lockf if of_process else fcntl.flock)(file, kind)
+    except (BlockingIOError, PermissionError):  # lockf may say EACCES
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserError(
+                f"the file system offers no locks ({error.strerror}), so that two runs could mix; "
+                "mount it with locks, or choose another folder"
+            ) from error
+        raise
+    return True
+
+
+def unlock(file: int | IO[Any]) -> None:
+    """Free a lock, also for a forked process that holds the same open file."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def locked(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
+    """Hold a lock by name; the file is there only while somebody holds or wants it.
+
+    Args:
+        path: Of the lock file, in a folder that is there.
+        patience: Seconds to wait for it; `math.inf` for ever.
+    Yields:
+        True if it is held now.
+    """
+    deadline = time.monotonic() + patience
+    descriptor = None
+    while descriptor is None:
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            is_locked = lock_file(opened, wait=patience == math.inf)
+            # The last holder removes the name before it unlocks: then there is a newer file.
+            with contextlib.suppress(FileNotFoundError):
+                if is_locked and os.path.samestat(os.fstat(opened), os.stat(path)):
+                    descriptor = opened
+        finally:
+            if descriptor is None:
+                os.close(opened)
+        if descriptor is None and not is_locked:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            unlock(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,43 @@
+import errno
+
+import pytest
+
+from common.errors import RunFailed, StoppedBySignal, UserError, run_command
+
+
+def broken(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("--size 0: give 1 or more"), 2, "error: --size 0: give 1 or more"),
+        (RunFailed("stage a failed"), 1, "error: stage a failed"),
+        (StoppedBySignal(15, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
+        (OSError("our own sentence"), 1, "error: our own sentence"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.txt"), 1,
+         "error: Permission denied (a.txt)"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1,
+         "error: disk full: free some space and run the same command again"),
+        (UserError("\udcff.jpg: no picture"), 2, "error: \\xff.jpg: no picture"),
+    ],
+)  # fmt: skip
+def test_an_error_becomes_a_message_and_an_exit_status(error, status, message, capsys):
+    assert run_command(broken(error)) == status
+    assert capsys.readouterr() == ("", message + "\n")
+
+
+def test_the_status_of_work_that_ends_is_its_own():
+    assert run_command(lambda: 3) == 3
+
+
+def test_a_bug_keeps_its_traceback_unless_it_is_a_named_failure(capsys):
+    with pytest.raises(RuntimeError, match="bug"):
+        run_command(broken(RuntimeError("bug")))
+    assert run_command(broken(RuntimeError("no memory")), failures=(RuntimeError,)) == 1
+    assert capsys.readouterr().err == "error: no memory\n"

@@ -1,0 +1,146 @@
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from common import files
+from common.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "\ud800")
+    with pytest.raises(ZeroDivisionError):
+        files.write_atomically(path, lambda file: file.write(b"half") / 0)
+    assert path.read_text() == "old"
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+def test_remove_partial_files_takes_what_killed_writers_left_only(tmp_path):
+    (tmp_path / "a.json.12.partial").write_bytes(b"half")
+    (tmp_path / "a.json").write_bytes(b"whole")
+    (tmp_path / "set.partial").mkdir()
+    files.remove_partial_files(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "set.partial"]
+
+
+def test_json_comes_back_with_nan_as_null_and_any_file_name(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"ap": math.nan, "rows": [{"loss": math.inf}, 1.5], "file": "\udcff é 鳥 \u2028"}
+    files.write_json(path, value)
+    expected = {"ap": None, "rows": [{"loss": None}, 1.5], "file": "\udcff é 鳥 \u2028"}
+    assert files.read_json(path) == expected
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
+
+
+def test_a_damaged_or_missing_json_is_one_clear_error(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"a\.json: cannot be read \(No such file"):
+        files.read_json(path)
+    for text in ('{"a": 1', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"a\.json: is damaged, no JSON .*delete it"):
+            files.read_json(path)
+        assert files.read_json_or_none(path) is None
+
+
+def test_json_lines_leave_out_a_line_that_was_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert files.read_json_lines(path) == []
+    files.write_json_lines(path, [{"step": 1}, {"step": 2, "text": "a\u2028b"}])
+    with path.open("a") as file:
+        file.write('{"step": 3')
+    assert files.read_json_lines(path) == [{"step": 1}, {"step": 2, "text": "a\u2028b"}]
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
+def test_text_from_windows_is_read(tmp_path, encoding):
+    path = tmp_path / "list.txt"
+    path.write_bytes("photo 1\r\nVögel\r\n".encode(encoding))
+    assert files.read_text(path) == "photo 1\nVögel\n"
+
+
+def test_text_in_another_encoding_is_refused_with_the_byte(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("鳥".encode("gb2312", "replace") + "鸟".encode("gb2312"))
+    with pytest.raises(UserError, match=r"list\.txt: is no UTF-8 text .* at byte \d.*save it as"):
+        files.read_text(path)
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_a_name_is_held_by_one_and_disappears_when_it_is_free(tmp_path):
+    path = tmp_path / "name.lock"
+    with files.locked(path) as first, files.locked(path) as second:
+        assert (first, second) == (True, False)
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_waiters_for_a_name_get_it_one_after_the_other(tmp_path):
+    inside, most = [], []
+
+    def work():
+        with files.locked(tmp_path / "name.lock", patience=math.inf) as is_mine:
+            inside.append(is_mine)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert most == [1] * 8
+    assert not os.listdir(tmp_path)
+
+
+def test_a_lock_of_the_process_is_not_inherited_and_one_of_the_file_is(tmp_path):
+    asking = (
+        "import sys; from common.files import lock_file\n"
+        "print(lock_file(open(sys.argv[1], 'a'), of_process=bool(int(sys.argv[2]))))"
+    )
+
+    def can_another_lock(of_process):
+        command = [sys.executable, "-c", asking, str(tmp_path / "a"), str(int(of_process))]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() == "True"
+
+    for of_process in (True, False):
+        file = open(tmp_path / "a", "a")  # noqa: SIM115
+        assert files.lock_file(file, of_process=of_process)
+        assert not can_another_lock(of_process)
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        file.close()
+        assert can_another_lock(of_process) is of_process
+        child.kill()
+        child.join()
+        assert can_another_lock(of_process)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def no_locks(file, kind):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with (
+        pytest.raises(UserError, match=r"offers no locks .*choose another folder"),
+        files.locked(tmp_path / "name.lock"),
+    ):
+        pass
