@@ -134,9 +134,7 @@ def float64_is_kept() -> Iterator[None]:
     """New tensors are float64, and `Tensor.float` returns float64 tensors as they are."""
     as_fp32, default = torch.Tensor.float, torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = lambda x, **options: (
-        x if x.dtype == torch.float64 else as_fp32(x, **options)
-    )
+    torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else as_fp32(self)
     try:
         yield
     finally:
