@@ -10,6 +10,7 @@ import yaml
 
 from benchmarks.fa_overhead import Sizes
 from benchmarks.pictures import encoded_photos, open_as_shards, write_files
+from common.config import to_plain
 from pretrain.config import (
     DataConfig,
     EngineConfig,
@@ -19,7 +20,6 @@ from pretrain.config import (
     OptimConfig,
     PretrainConfig,
     load_config,
-    to_plain,
 )
 from pretrain.engine.train import Run
 

@@ -17,13 +17,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from common import provenance
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
 from detection import safe_pickle
 from detection.config import load_config
 from detection.data import build_test_loader, register
 from detection.evaluate import curves_file, evaluate_detector, measured
-from detection.run import is_finished, log_to, prepare, summarise, versions
+from detection.run import is_finished, log_to, prepare, summarise
 from detection.trainer import evaluated_part
 from detection.voc import VocSet, classes_without_objects, read_test_set
 
@@ -183,7 +184,7 @@ def _evaluate_seed(
         "classes_without_test_objects": absent,
         "metric_year": voc.metric_year,
         **made_with,
-        "versions": versions(),
+        "versions": provenance.versions(),
     }
     write_json(folder / f"eval-on-{name}.json", result)
     shown = (result[key] for key in ("AP", "AP50", "AP75"))

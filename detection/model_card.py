@@ -4,16 +4,12 @@ Both hold the same facts: what the network expects of its pixels, where it comes
 training is described, what was left out, how the conversion was proved.
 """
 
-import functools
-import subprocess
 from collections import Counter
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from common import provenance
 from common.errors import UserError
 from common.files import sha256_of, write_json, write_text
 from detection import model_card_text
@@ -62,7 +58,7 @@ def build(
         "stages": stages,
         "max_relative_difference": max(stages.values()),
         "pretraining": pretraining(source),
-        "converter": {"commit": _commit(), "versions": _versions()},
+        "converter": {"commit": provenance.commit(), "versions": provenance.versions()},
         "seconds": seconds,
     }
 
@@ -115,25 +111,3 @@ def write(out: Path, card: dict[str, Any]) -> None:
     place, text = paths(out)
     write_text(text, model_card_text.render(card))
     write_json(place, card)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what the conversion was proved with."""
-    found = {"torch": str(torch.__version__)}
-    for name in ("detectron2", "torchvision"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-@functools.cache
-def _commit() -> str | None:
-    """Commit of this checkout; None where git does not tell."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -6,23 +6,19 @@ import detection.compat  # noqa: F401  (before detectron2)
 import argparse
 import json
 import logging
-import platform
-import resource
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import detectron2
-import numpy as np
 import torch
-import torchvision
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from common import provenance
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
 from detection.coco_data import is_coco, read_coco
@@ -269,9 +265,9 @@ def _write_results(trainer: Trainer, job: Job) -> None:
         "frozen": trainer.cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
         "metric_year": trainer.voc.metric_year,
         "num_train_images": trainer.voc.num_train,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": provenance.peak_memory_bytes(),
         "num_threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": provenance.versions(),
     }
     write_json(job.folder / "result.json", result)
     for checkpoint in job.folder.glob("model_0*.pth"):  # model_final.pth stays
@@ -301,23 +297,6 @@ def _coco_means(results: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     rows = [result["coco"] for result in results]
     return {"coco": {key: statistics.fmean(row[key] for row in rows) for key in _METRICS}}
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far (all seeds it ran)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide the numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def log_to(folder: Path) -> None:

@@ -56,7 +56,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
-    from pretrain.config import load_config, to_plain  # after --help, which should not wait
+    from common.config import to_plain  # after --help, which should not wait
+    from pretrain.config import load_config
     from pretrain.engine import dist, guards
     from pretrain.engine.profiling import parse_num_steps, profile
     from pretrain.engine.replay import replay

@@ -7,10 +7,11 @@ the dataclass that holds them, so that a config that loads is a config that can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from common.config import read_settings
 from common.errors import UserError, require
 from pretrain.config_method import (
     FA_PARTNER_LINKS,
@@ -20,9 +21,6 @@ from pretrain.config_method import (
 )
 from pretrain.data.order import LastBatch
 from pretrain.data.sources.cache import CacheOptions
-from pretrain.schema import read_schema
-
-__all__ = ["FAConfig", "HeadConfig", "ObjectiveConfig", "PretrainConfig", "load_config", "to_plain"]
 
 AugmentationName = Literal[
     "none", "symmetric_weak", "symmetric_strong", "asymmetric", "asymmetric_strong"
@@ -347,12 +345,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     """
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist; see configs/pretrain/ for examples")
-    return read_schema(PretrainConfig, path, overrides)
-
-
-def to_plain(config: PretrainConfig) -> dict[str, Any]:
-    """The config as nested dicts of plain types, as it stands in checkpoints and YAML."""
-    plain = asdict(config)
-    plain["data"]["pixel_mean"] = list(config.data.pixel_mean)
-    plain["data"]["pixel_std"] = list(config.data.pixel_std)
-    return plain
+    return read_settings(PretrainConfig, Path(path), overrides)

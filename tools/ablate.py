@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import provenance
 from common.errors import UserError, run_command
-from tools.flow import environment
 from tools.studies import data, results
 from tools.studies.cells import Plan, make_plan, make_work
 from tools.studies.executors import Executor
@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
     with StopSignals() as signals:
         defaults = Defaults(preset.parallel, preset.gpus, preset.max_minutes)
         outcome = run_work(todo, store, options, defaults, executor, started, signals)
-    about = environment.describe(ROOT)
+    about = provenance.describe(ROOT)
     found = results.summarise(plan, store.rows(), preset, set_name, about)
     for path in results.write(options.out, found):
         print(path)

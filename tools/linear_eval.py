@@ -75,11 +75,11 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, print its table and draw its figures."""
+    from common.config import read_settings
     from common.files import write_text
     from pretrain.eval.linear.config import LinearConfig
     from pretrain.eval.linear.result import table
     from pretrain.eval.linear.run import Evaluation, Request
-    from pretrain.schema import read_schema
     from tools.flow.linear_plot import NAME, plot
 
     path = arguments.config
@@ -87,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         path = FULL
     if path is not None and not Path(path).is_file():
         raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
-    config = read_schema(LinearConfig, path, overrides_of(arguments))
+    config = read_settings(LinearConfig, path, overrides_of(arguments))
     request = Request(
         arguments.checkpoint, arguments.train, arguments.val, arguments.out,
         arguments.branch, arguments.features, arguments.resume,

@@ -11,9 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from common import provenance  # noqa: E402
+from common.config import to_plain  # noqa: E402
 from common.errors import RunFailed, UserError, run_command  # noqa: E402
-from tools.flow import environment, results  # noqa: E402
-from tools.flow.config import PipelineConfig, as_dict, load_config  # noqa: E402
+from tools.flow import results  # noqa: E402
+from tools.flow.config import PipelineConfig, load_config  # noqa: E402
 from tools.flow.fingerprint import Stage  # noqa: E402
 from tools.flow.parallel import side_by_side  # noqa: E402
 from tools.flow.progress import Progress, clock  # noqa: E402
@@ -132,12 +134,12 @@ def describe(runner: Runner, config: PipelineConfig, path: Path, command: list[s
     """Write what this run is into its folder."""
     runner.ledger.open_run(
         config.name,
-        config=as_dict(config),
+        config=to_plain(config),
         config_file=path.name,
         command=command,
         parallel=runner.parallel,
         dataset=os.path.relpath(dataset_folder(config, runner.out), runner.out),
-        **environment.describe(ROOT),
+        **provenance.describe(ROOT),
     )
 
 

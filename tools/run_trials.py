@@ -9,8 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import provenance
 from common.errors import UserError, run_command
-from tools.flow import environment
 from tools.studies import trial_tables, trials
 from tools.studies.executors import Executor
 from tools.studies.running import (
@@ -119,7 +119,7 @@ def _run(
         "data": Path(options.data).name,
         "words": list(words),
         "published": published,
-        **environment.describe(ROOT),
+        **provenance.describe(ROOT),
     }
     found = trials.summarise(arms, store.rows(), pairs, about)
     for path in trial_tables.write(options.out, found):

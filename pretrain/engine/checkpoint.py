@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,6 @@ FIELDS = (
     "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
     "negatives", "random", "position", "config", "step", "versions",
 )  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the figures of a run."""
-    names = ("torch", "torchvision", "numpy", "opencv-python", "simplejpeg", "webdataset")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def save(state: dict[str, Any], path: Path) -> None:

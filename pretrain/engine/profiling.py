@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from tqdm import tqdm
 
+from common import provenance
 from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import dist, flops, run_folder
@@ -208,7 +209,7 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Of the GPU since it was forgotten, otherwise of this process and its workers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return run_folder.peak_memory_bytes()
+    return provenance.peak_memory_bytes()
 
 
 def _summary(run: Run, measured: dict[str, Any]) -> dict[str, Any]:

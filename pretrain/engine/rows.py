@@ -11,7 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pretrain.config import PretrainConfig, to_plain
+from common.config import to_plain
+from pretrain.config import PretrainConfig
 from pretrain.engine import diagnostics, dist, guards
 from pretrain.engine.diagnostics import CollapseAlarm
 from pretrain.engine.metrics import MetricLog, start_wandb

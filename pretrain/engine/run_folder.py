@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,10 +11,11 @@ from typing import TextIO
 import torch
 import yaml
 
+from common import provenance
+from common.config import to_plain
 from common.errors import UserError
 from common.files import lock_file, read_json_lines, remove_partial_files, write_json, write_text
-from pretrain.config import PretrainConfig, to_plain
-from pretrain.engine import checkpoint
+from pretrain.config import PretrainConfig
 from pretrain.engine.state import Position
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
@@ -75,42 +73,13 @@ def write_description(folder: Path, config: PretrainConfig, device: torch.device
     """``config.yaml`` and ``environment.json``."""
     write_text(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     environment = {
-        "versions": checkpoint.versions(),
-        "commit": _commit(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
         "command": sys.argv,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
     }
     write_json(folder / "environment.json", environment)
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, and what its live workers hold for themselves now.
-
-    ``RUSAGE_CHILDREN`` would not do: it knows ended children only, and those with the memory of the
-    process that they were forked from.
-    """
-    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return own + sum(_private_bytes(worker.pid) for worker in multiprocessing.active_children())
-
-
-def _private_bytes(pid: int | None) -> int:
-    """Memory that a process shares with no other; 0 where the system does not tell."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def write_summary(
@@ -129,6 +98,6 @@ def write_summary(
         "knn_top1_initial": knn.get(0),
         "num_samples": num_samples,
         "num_skipped_samples": position.num_bad_samples,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": provenance.peak_memory_bytes(),
     }
     write_json(folder / "summary.json", summary)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from common import provenance
+from common.config import to_plain
 from common.errors import UserError
-from pretrain.config import PretrainConfig, to_plain
+from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.optim import load_state
 from pretrain.models.contrastive import FAContrastive
@@ -87,7 +89,7 @@ def to_checkpoint(
         "position": dict(vars(position)),
         "config": to_plain(config),
         "step": position.step,
-        "versions": checkpoint.versions(),
+        "versions": provenance.versions(),
     }
 
 

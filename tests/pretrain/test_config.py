@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.config import to_plain
 from common.errors import UserError
-from pretrain.config import PretrainConfig, load_config, to_plain
+from pretrain.config import PretrainConfig, load_config
 from pretrain.models.backbone import NUM_BLOCKS
 
 ROOT = Path(__file__).parents[2]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
-
+from common.config import read_settings
 from common.errors import UserError
 
 Arm = Literal["random", "pretrained", "random_frozen", "pretrained_frozen"]
@@ -129,91 +126,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         UserError: For an unreadable file, an unknown key or an impossible value; names it.
     """
-    raw = _read_yaml(path)
-    _flatten_free(raw)
-    for override in overrides:
-        _apply(raw, override)
-    _flatten_free(raw)
-    raw.setdefault("name", path.stem)
-    for section, value in raw.items():
-        if section in SECTIONS and not isinstance(value, dict):
-            raise UserError(f"{path}: {section} is {value!r}; it holds settings of its own")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PipelineConfig, None, fail_untyped=True)
-    try:
-        settings: Namespace = parser.parse_object(raw)
-        # The method was renamed in jsonargparse 4.49; older ones know only the second name.
-        make = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        config = make(settings)
-    except Exception as error:  # jsonargparse raises several kinds, all about the settings.
-        raise UserError(f"{path}: {_first_lines(error)}") from None
-    result = PipelineConfig(**{f.name: config[f.name] for f in dataclasses.fields(PipelineConfig)})
-    _check(result, path)
-    return result
-
-
-def as_dict(config: PipelineConfig) -> dict[str, Any]:
-    """Return the settings as plain values."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {_first_lines(error)}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no settings; see configs/pipeline/smoke.yaml for a pattern")
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is not key=value, such as detection.seeds=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not YAML; quote it") from None
-    free = next((name for name in FREE_KEYS if key.startswith(f"{name}.")), None)
-    parts = [*free.split("."), key[len(free) + 1 :]] if free else key.split(".")
-    node = raw
-    for part in parts[:-1]:
-        below = node.get(part)
-        if below is None:
-            below = node[part] = {}
-        if not isinstance(below, dict):
-            raise UserError(f"{override!r}: {part} holds a value, not settings")
-        node = below
-    node[parts[-1]] = value
-
-
-def _flatten_free(raw: dict[str, Any]) -> None:
-    """Spell what is handed on with dotted keys: `train: {epochs: 3}` becomes `train.epochs: 3`."""
-    for key in FREE_KEYS:
-        section, name = key.split(".")
-        node = raw.get(section)
-        if isinstance(node, dict) and isinstance(node.get(name), dict):
-            node[name] = dotted(node[name])
-
-
-def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= dotted(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    config = read_settings(
+        PipelineConfig, path, overrides, free=FREE_KEYS,
+        pattern="configs/pipeline/smoke.yaml", defaults={"name": path.stem},
+    )  # fmt: skip
+    _check(config, path)
+    return config
 
 
 def _check(config: PipelineConfig, path: Path) -> None:
@@ -253,8 +171,3 @@ def _check(config: PipelineConfig, path: Path) -> None:
         value = getattr(config.data, name)
         if value is not None and name != "pool_split" and not Path(value).exists():
             fail(f"data.{name}: {value} does not exist")
-
-
-def _first_lines(error: Exception) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text or type(error).__name__

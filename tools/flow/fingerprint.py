@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.config import dotted
 from common.files import sha256_of
-from tools.flow.config import dotted
+from common.provenance import library_version
 from tools.flow.sources import imported_files, source_digest, source_files
 
 
@@ -138,15 +138,6 @@ def input_digest(path: Path) -> str | None:
             entry = (file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
             total.update(repr(entry).encode())
     return total.hexdigest()
-
-
-@functools.cache
-def library_version(name: str) -> str | None:
-    """Return the installed version of a distribution, None where it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def forget_digests() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import RunFailed
-from tools.flow.environment import usable_cores
+from common.provenance import usable_cores
 
 _AUTO_AT_MOST = 4
 

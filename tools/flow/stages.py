@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.config import to_plain
 from common.errors import UserError
 from tools.flow import runs
-from tools.flow.config import Arm, PipelineConfig, as_dict
+from tools.flow.config import Arm, PipelineConfig
 from tools.flow.fingerprint import Stage
 
 _OPENCV = ("opencv-python", "opencv-python-headless")
@@ -113,7 +114,7 @@ def _data(config: PipelineConfig, root: Path, out: Path) -> Stage:
         outputs=("data/dataset.json",),
         owns=("data", "data.partial"),
         products=("data",),
-        config={"data": as_dict(config)["data"]},
+        config={"data": to_plain(config)["data"]},
         sources=_DATASET_SOURCES,
         libraries=PICTURE_LIBRARIES,
     )
@@ -274,7 +275,7 @@ def _report(config: PipelineConfig, root: Path, out: Path, read: list[str]) -> S
         owns=("report.html",),
         upstream=tuple(read),
         files=tuple(files),
-        config={"pipeline": as_dict(config)},
+        config={"pipeline": to_plain(config)},
         sources=_REPORT_SOURCES,
         libraries=("jinja2", "pillow"),
     )

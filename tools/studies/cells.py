@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
+from common.config import read_yaml
 from common.errors import UserError
 from common.files import write_text
 from tools.flow.fingerprint import digest
 from tools.studies.data import StudyData
-from tools.studies.grid import Grid, Level, Preset, read_yaml
+from tools.studies.grid import Grid, Level, Preset
 from tools.studies.jobs import Step
 from tools.studies.metrics import metric_steps, read_metrics
 from tools.studies.schedule import Work

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from common.config import check_keys, read_yaml
 from common.errors import UserError
 
 _LEVEL_KEYS = {"paradigm", "pool", "scale"}
@@ -244,35 +243,3 @@ def _axes(raw: Any, axes: Mapping[str, Mapping[str, Level]], where: str) -> dict
                 f"{where}: {axis} has no level {level!r}; it has {', '.join(axes[axis])}"
             )
     return cell
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds keys.
-
-    Raises:
-        UserError: If it is missing, does not parse, or holds something else.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds no keys")
-    return raw
-
-
-def check_keys(raw: Any, known: set[str] | None, needed: set[str], where: str) -> None:
-    """Refuse keys that are unknown (`known` None: all are known) or missing.
-
-    Raises:
-        UserError: Naming the key.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: {raw!r} where keys with values are expected")
-    for key in raw:
-        if known is not None and key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-    for key in sorted(needed - set(raw)):
-        raise UserError(f"{where}: {key} is missing")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from common import provenance
 from common.errors import UserError
-from tools.flow import environment
 from tools.slurm_option import add_slurm_option
 from tools.studies.executors import Executor, Resources, SubmititExecutor
 from tools.studies.schedule import SAVE_SECONDS, Limits, Outcome, Scheduler, Work
@@ -115,7 +115,7 @@ def run_work(
     print(f"{len(todo)} runs to do, {limits.parallel} at once", flush=True)
     log = ProgressLog(len(todo), limits.parallel)
     scheduler = Scheduler(
-        *(store, executor, limits, ROOT, environment.commit(ROOT)),
+        *(store, executor, limits, ROOT, provenance.commit(ROOT)),
         on_change=log, stop_requested=signals.reason,
     )  # fmt: skip
     return scheduler.run(todo)

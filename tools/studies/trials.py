@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config import check_keys, read_yaml
 from common.errors import UserError
 from common.files import read_json_or_none, sha256_of
 from common.stats import RULE, Contrast, compare, mean_std
 from tools.flow.fingerprint import digest
-from tools.studies.grid import check_keys, read_yaml
 from tools.studies.jobs import Step
 from tools.studies.schedule import Work
 from tools.studies.store import Row

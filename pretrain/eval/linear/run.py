@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import provenance
 from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.data.subset import Subset
@@ -300,12 +301,12 @@ class Evaluation:
             "seconds": self.clock.seconds,
             "processor_seconds": times,
             "cost_over_one_pass": (one_pass + after) / one_pass if is_sweep else None,
-            "peak_memory_bytes": run_folder.peak_memory_bytes(),
+            "peak_memory_bytes": provenance.peak_memory_bytes(),
             "peak_gpu_memory_bytes": gpu_bytes(self.device),
             "feature_bytes": self.feature_bytes,
             "num_feature_rows_found": self.num_rows_found,
             "device": "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(),
-            "versions": checkpoint.versions(),
+            "versions": provenance.versions(),
         }
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.config import to_plain
 from common.errors import UserError
-from pretrain.config import PretrainConfig, to_plain
+from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.state import DATA_NOT_COMPARED, Position, restore, to_checkpoint

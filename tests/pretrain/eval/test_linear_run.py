@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.config import read_settings
 from common.errors import StoppedBySignal, UserError
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
@@ -24,7 +25,6 @@ from pretrain.eval.linear.frozen import load
 from pretrain.eval.linear.result import Clock, table
 from pretrain.eval.linear.run import Evaluation, Request
 from pretrain.models.backbone import Arch, ResNet
-from pretrain.schema import read_schema
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -442,7 +442,7 @@ def test_impossible_values_are_refused(options, message):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "linear").glob("*.yaml")), ids=str)
 def test_every_config_loads_and_is_a_published_protocol(path):
-    config = read_schema(LinearConfig, path, [])
+    config = read_settings(LinearConfig, path, [])
     assert config.protocol == "full"
     assert config.weight_decay == 0
     head = path.read_text().split("\nprotocol")[0]

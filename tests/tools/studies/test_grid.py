@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.config import to_plain
 from common.errors import UserError
-from pretrain.config import load_config, to_plain
+from pretrain.config import load_config
 from pretrain.models.cell_check import refuse_without_gradient
 from tools.studies.cells import make_plan, merged_config
 from tools.studies.data import StudyData
@@ -117,13 +118,13 @@ def test_cells_left_out_take_their_comparisons_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("title: t", "titel: t", "unknown key 'titel'; known are axes, claim"),
+        ("title: t", "titel: t", "unknown key titel; did you mean title"),
         ("title: t\n", "", "title is missing"),
         ("FA: mask, loss: mean}", "FA: nn, loss: mean}", "FA has no level 'nn'; it has none, mask"),
         ("control: {FA: none, loss: mean}", "control: {FA: none}", "names no level of loss"),
         ("mean: {}", "mean: {pool: 2}", "pool is 2; give a share above 0, up to 1"),
-        ("axes:", "axes: [", "is no YAML"),
-        ("left_out:\n", "left_out: 3\nignored:\n", "unknown key 'ignored'"),
+        ("axes:", "axes: [", "is not YAML"),
+        ("left_out:\n", "left_out: 3\nignored:\n", "unknown key ignored"),
         (
             "  FA: {none: {fa.method: none}, mask: {fa.method: mask}}",
             "  FA:",
@@ -154,7 +155,7 @@ def test_two_axes_do_not_set_the_same_key(tmp_path: Path) -> None:
         ({"metrics": ["top5"]}, "give some of knn, linear, online"),
         ({"base": "nothing.yaml"}, "nothing.yaml does not exist"),
         ({"sets": {"a": {}}}, "sets.a: recipe is missing"),
-        ({"sedes": 3}, "unknown key 'sedes'"),
+        ({"sedes": 3}, "unknown key sedes; did you mean seeds"),
         ({"sets": None}, "sets: None where keys"),
         ({"metrics": "knn"}, "metrics is 'knn' where a list is expected"),
     ],

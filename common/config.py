@@ -1,0 +1,246 @@
+"""Strict settings: frozen dataclasses read from YAML and ``key=value`` overrides.
+
+One reader for all programs. The YAML is parsed without running code and within bounds, unknown keys
+are refused with the nearest known one, and jsonargparse checks types and builds the dataclasses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from common.errors import UserError
+from common.files import decode_text
+
+Schema = TypeVar("Schema")
+
+MAX_YAML_BYTES = 1 << 20  # a config has a few KiB
+MAX_YAML_DEPTH = 20  # nested collections
+MAX_YAML_ALIASES = 100  # "*name": ten levels of ten each make 10^10 values of a file of 1 KiB
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also reads 1e-3 as a number, as YAML 1.2 says."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path, pattern: str | None = None) -> dict[str, Any]:
+    """Read a YAML file that holds keys.
+
+    Args:
+        path: The file.
+        pattern: An example that the error for a file without keys names.
+    Raises:
+        UserError: If it is missing, too large, not YAML, or holds something else.
+    """
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_YAML_BYTES else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if data is None:
+        raise UserError(f"{path}: is larger than {MAX_YAML_BYTES >> 20} MiB; no config is")
+    raw = parse_yaml(decode_text(data, path), str(path))
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        example = f"; see {pattern} for an example" if pattern else ""
+        raise UserError(f"{path}: holds no settings (key: value){example}")
+    return raw
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML without running code.
+
+    Raises:
+        UserError: If it does not parse, names Python objects, nests too deep or repeats too much.
+    """
+    try:
+        depth = num_aliases = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            num_aliases += isinstance(event, yaml.AliasEvent)
+            if depth > MAX_YAML_DEPTH or num_aliases > MAX_YAML_ALIASES:
+                raise UserError(
+                    f"{where}: nests deeper than {MAX_YAML_DEPTH} or has more than "
+                    f"{MAX_YAML_ALIASES} aliases (*name); write it out plainly"
+                )
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: is not YAML: {one_line(error)}") from None
+
+
+def read_settings(
+    schema: type[Schema],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    free: Collection[str] = (),
+    pattern: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Schema:
+    """An instance of a frozen dataclass from a YAML file, or none, and overrides.
+
+    Args:
+        schema: The dataclass; fields that are dataclasses are sections.
+        path: YAML file, or None for overrides alone.
+        overrides: ``key=value`` with dotted keys; the values are YAML. The last one wins.
+        free: Dotted keys of mappings whose own keys are not checked, since another program reads
+            them. They are flattened: ``{train: {epochs: 3}}`` becomes ``{"train.epochs": 3}``.
+        pattern: An example file, for the error of a file without keys.
+        defaults: Values of top-level keys that neither file nor overrides set.
+    Raises:
+        UserError: Unknown key, or a value that the type or the dataclass refuses; names the file
+            and the key.
+    """
+    where = "" if path is None else f"{path}: "
+    raw = {} if path is None else read_yaml(path, pattern)
+    _flatten(raw, free)
+    for override in overrides:
+        alone: dict[str, Any] = {}
+        _apply(schema, alone, override, free)
+        _flatten(alone, free)
+        _check_keys(schema, alone, f"override {override!r}: ", "", free)
+        _apply(schema, raw, override, free)
+    _flatten(raw, free)
+    for key, value in (defaults or {}).items():
+        raw.setdefault(key, value)
+    _check_keys(schema, raw, where, "", free)
+    return _build(schema, raw, where)
+
+
+def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts and lists of plain values, as it stands in YAML and JSON."""
+    return _plain(dataclasses.asdict(settings))
+
+
+def check_keys(raw: Any, known: Collection[str] | None, needed: set[str], where: str) -> None:
+    """Refuse keys that are unknown (``known`` None: all are known) or missing.
+
+    Raises:
+        UserError: Naming the key.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: {raw!r} where keys with values are expected")
+    for key in raw:
+        if known is not None and key not in known:
+            raise UserError(f"{where}: {unknown_key(str(key), known)}")
+    for key in sorted(needed - set(raw)):
+        raise UserError(f"{where}: {key} is missing")
+
+
+def unknown_key(key: str, known: Collection[str], prefix: str = "") -> str:
+    """What to say of a key that nobody reads: the nearest known one, else all."""
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    return f"unknown key {prefix}{key}; {remedy}"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _flatten(raw: dict[str, Any], free: Collection[str]) -> None:
+    for key in free:
+        section, name = key.split(".")
+        node = raw.get(section)
+        if isinstance(node, dict) and isinstance(node.get(name), dict):
+            node[name] = dotted(node[name])
+
+
+def _apply(schema: type, raw: dict[str, Any], override: str, free: Collection[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.epochs=20")
+    value = parse_yaml(text, f"override {override!r}")
+    inside = next((name for name in free if key.startswith(f"{name}.")), None)
+    parts = [*inside.split("."), key[len(inside) + 1 :]] if inside else key.split(".")
+    if (isinstance(value, bool | int | float) or not text.strip()) and _is_text(schema, parts):
+        value = text.strip()  # out=2026 names a folder
+    node = raw
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {part} holds a value, not settings")
+    node[parts[-1]] = value
+
+
+def _is_text(schema: type, parts: Sequence[str]) -> bool:
+    """Whether the field takes text, and neither numbers nor truth values."""
+    kind: Any = schema
+    for part in parts:
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    kinds = {kind, *typing.get_args(kind)}
+    return str in kinds and not kinds & {bool, int, float}
+
+
+def _sections(schema: type) -> Iterator[tuple[str, type | None]]:
+    """Each field's name, and its dataclass where it is a section."""
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        kind = hints[item.name]
+        yield item.name, kind if dataclasses.is_dataclass(kind) else None  # type: ignore[misc]
+
+
+def _check_keys(
+    schema: type, raw: dict[str, Any], where: str, prefix: str, free: Collection[str]
+) -> None:
+    sections = dict(_sections(schema))
+    for key, value in raw.items():
+        if key not in sections:
+            raise UserError(f"{where}{unknown_key(str(key), sections, prefix)}")
+        section = sections[key]
+        if section is None:
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{where}{prefix}{key} is {value!r}; it holds settings of its own")
+        _check_keys(section, value, where, f"{prefix}{key}.", free)
+
+
+def _build(schema: type[Schema], raw: dict[str, Any], where: str) -> Schema:
+    from jsonargparse import ArgumentParser  # slow to import: --help does without
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(schema, None, fail_untyped=True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            # The method was renamed in jsonargparse 4.49; older ones know only the second name.
+            make = getattr(parser, "instantiate", None) or parser.instantiate_classes
+            values = make(parser.parse_object(raw))
+            return schema(**{f.name: values[f.name] for f in dataclasses.fields(schema)})  # type: ignore[arg-type]
+    except Exception as error:  # jsonargparse raises several kinds, all about the settings
+        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+        raise UserError(f"{where}{one_line(cause)}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,116 @@
+"""Where a result comes from: commit, versions, machine, memory."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# Distributions whose versions decide figures; what is not installed is left out.
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "detectron2",
+    "numpy",
+    "opencv-python",
+    "opencv-python-headless",
+    "simplejpeg",
+    "pillow",
+    "webdataset",
+    "pycocotools",
+)
+_ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def library_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is missing."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Python's version and those of the distributions that are installed."""
+    found = {name: library_version(name) for name in names}
+    return {"python": platform.python_version()} | {k: v for k, v in found.items() if v}
+
+
+def commit(root: Path = _ROOT) -> str | None:
+    """The repository's commit, with ``+changes`` if the tree differs; None outside git."""
+    head = _git(root, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+changes" if changes else head
+
+
+def machine() -> dict[str, Any]:
+    """System, processor, cores that this process may use, memory in bytes."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "num_cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def describe(root: Path = _ROOT) -> dict[str, Any]:
+    """Commit, versions and machine as plain values."""
+    return {"commit": commit(root), "versions": versions(), "machine": machine()}
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, and what its live workers hold for themselves now.
+
+    ``RUSAGE_CHILDREN`` would not do: it knows ended children only, and those with the memory of the
+    process that they were forked from.
+    """
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return own + sum(_private_bytes(worker.pid) for worker in multiprocessing.active_children())
+
+
+def _private_bytes(pid: int | None) -> int:
+    """Memory that a process shares with no other; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def _processor() -> str | None:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
