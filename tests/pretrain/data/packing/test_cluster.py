@@ -220,8 +220,8 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*arguments: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(shard_lock.fcntl, "flock", refuse)
-    with pytest.raises(UserError, match="its file system offers no locks"), only_writer(tmp_path):
+    monkeypatch.setattr("common.files.fcntl.flock", refuse)
+    with pytest.raises(UserError, match="file system offers no locks"), only_writer(tmp_path):
         pass
 
 
