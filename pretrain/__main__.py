@@ -36,12 +36,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="with --resume: go on with another config or other shards where the weights fit",
     )
     parser.add_argument(
-        "--replay",
-        metavar="FILE",
-        help="compute a batch of out/nonfinite/ once more, from the last checkpoint before it, and "
-        "show its loss and views; nothing is trained",
-    )
-    parser.add_argument(
         "--profile",
         metavar="N",
         nargs="?",
@@ -60,7 +54,6 @@ def main(arguments: list[str]) -> int:
     from pretrain.config import load_config
     from pretrain.engine import dist, guards
     from pretrain.engine.profiling import parse_num_steps, profile
-    from pretrain.engine.replay import replay
     from pretrain.engine.train import Run
 
     def work() -> int:
@@ -68,14 +61,12 @@ def main(arguments: list[str]) -> int:
         try:
             config = load_config(options.config, options.overrides)
             num_profiled = None if options.profile is None else parse_num_steps(options.profile)
-            if num_profiled and (options.resume or options.replay):
-                raise UserError("--profile runs by itself: leave out --resume and --replay")
+            if num_profiled and options.resume:
+                raise UserError("--profile runs by itself: leave out --resume")
             if options.print_config:
                 import yaml
 
                 print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
-            elif options.replay is not None:
-                replay(config, options.replay, allow_changes=options.allow_changes)
             elif num_profiled:
                 profile(config, num_profiled)
             else:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
 from pretrain.data.mixture import Samples, open_samples
-from pretrain.data.samples import Request, TwoViewBatch, TwoViewDataset
+from pretrain.data.samples import TwoViewBatch, TwoViewDataset
 from pretrain.data.stream import Loader
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.engine import dist
@@ -80,17 +79,14 @@ class Feed:
             data.samples_per_epoch if self.samples is None else self.samples.num_samples
         )
 
-    def _view_options(self) -> dict[str, Any]:
+    def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
         data = self._data
-        return {
+        views: dict[str, Any] = {
             "image_size": data.image_size,
             "crop_scales": (self._presets[0].crop_scale, self._presets[1].crop_scale),
             "seed": self._seed,
             "photometric": self._presets if in_workers(data.photometric, self._device) else None,
         }
-
-    def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
-        data, views = self._data, self._view_options()
         batches: dict[str, Any] = {
             "batch_size": data.batch_size,
             "rank": dist.rank(),
@@ -124,28 +120,6 @@ class Feed:
     def first_batch(self) -> Fed:
         """The first batch of the first epoch, read in this process."""
         return self._prepare(next(iter(self._make_loader(num_workers=0).epoch(0))), 0.0)
-
-    def again(self, sample_ids: np.ndarray, visits: np.ndarray) -> Fed:
-        """Samples of an earlier batch, read in this process: the same views, bit for bit.
-
-        Args:
-            sample_ids: int64 [n], of the batch, stand-ins of bad samples included.
-            visits: int64 [n], of the batch.
-        Raises:
-            UserError: If there is no such sample, one does not decode, or the source is a stream.
-        """
-        if self.samples is None:
-            raise UserError("data.streaming: the samples of a stream cannot be read by number")
-        if int(sample_ids.max()) >= self.samples.num_samples:
-            raise UserError(
-                f"data.shards: there is no sample {int(sample_ids.max())} in "
-                f"{self.samples.num_samples}; name the shards that the run was made with"
-            )
-        dataset = TwoViewDataset(self.samples, **self._view_options())
-        reply = dataset[Request(0, sample_ids, visits)]
-        if reply.error is not None or reply.bad:
-            raise UserError(reply.error or next(iter(reply.bad.values())))
-        return self._prepare(reply.batch, 0.0)
 
     def _prepare(self, batch: TwoViewBatch, waited: float) -> Fed:
         with section(TRANSFER):

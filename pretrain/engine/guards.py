@@ -153,7 +153,7 @@ class NonFiniteGuard:
         return -int(dist.highest(torch.tensor(-first, device=self._device)))
 
     def _write(self, noted: _Noted, position: Position) -> str:
-        """The file that ``--replay`` reads; returns what was not finite."""
+        """Write the step and its samples to a file; returns what was not finite."""
         one = dist.gather(torch.stack([noted.loss.double(), noted.norm.double()]).unsqueeze(0))
         losses, norm = one[:, 0].tolist(), float(one[:, 1].max())
         batch = {
@@ -174,7 +174,7 @@ class NonFiniteGuard:
 
     def _error(self, what: str, step: int) -> NonFiniteLossError:
         file = file_of(self._folder, step)
-        return NonFiniteLossError(self._folder, f"{what}; its batch is in {file} (--replay {file})")
+        return NonFiniteLossError(self._folder, f"{what}; its batch is in {file}")
 
 
 def file_of(folder: Path, step: int) -> Path:

@@ -8,15 +8,14 @@ import os
 import re
 import signal
 
-import numpy as np
 import pytest
 import torch
 
 from common.files import read_json_lines
 from pretrain.__main__ import main
-from pretrain.config import PretrainConfig, load_config
+from pretrain.config import PretrainConfig
 from pretrain.data.shards import ShardIndex
-from pretrain.engine import checkpoint, guards, replay
+from pretrain.engine import checkpoint, guards
 from pretrain.engine.saver import copied
 from pretrain.engine.train import Run
 from tests.pretrain.engine.run_helpers import assert_same_state, start_pair
@@ -258,80 +257,6 @@ def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
     assert sorted(seen.before) == [1, 2, 3, 4, 5]
     assert written(folder, 3)["sample_ids"] == seen.fed[3].batch.sample_ids.tolist()
     assert not (folder / "checkpoint.pth").exists()
-
-
-# --- replay
-
-
-@pytest.mark.parametrize("photometric", ["device", "workers"])
-def test_replay_computes_the_same_batch_again(start, disturb, config_file, photometric):
-    """From the checkpoint right before it the loss is the same bit for bit, dropout included."""
-    options = (
-        SKIP, "heads.dropout=0.3", f"data.photometric={photometric}", "optim.epochs=3",
-        "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=20",
-    )  # fmt: skip
-    seen = disturb({8: "gradient"})
-    _, folder, _, _ = start("run", *options)
-    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    file = folder / "nonfinite" / "step-00000008.json"
-    status, _, out, err = start("run", *options, f"--replay={file}")
-    assert status == 0, err
-    assert out.startswith(f"step 8, weights after step 7\nloss {seen.loss[8]}, gradient norm ")
-    views = seen.fed[8].views
-    for number, view in enumerate(views.double().numpy(), 1):
-        line = (
-            f"view {number}: mean {view.mean():.4f}, std {view.std():.4f}, from {view.min():.4f} "
-            f"to {view.max():.4f}, 0 values not finite, 0 pictures of one colour"
-        )
-        assert line in out
-    now = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert now == files
-    run = Run(load_config(folder / "config.yaml"), resume=True)
-    again = replay.batch_again(run, written(folder, 8))
-    assert torch.equal(again.views, views)
-    assert int(again.batch.visits[0]) == 1  # the second epoch
-
-
-def test_replay_of_two_processes_in_one_says_so(start, disturb):
-    disturb({4: "gradient"})
-    _, folder, _, _ = start("run", SKIP)
-    row = written(folder, 4)
-    file = folder / "nonfinite" / "step-00000004.json"
-    file.write_text(json.dumps(row | {"loss": [1.0, 2.0]}))
-    _, _, out, _ = start("run", SKIP, f"--replay={file}")
-    assert "step 4, weights after step 10" in out  # there is no earlier checkpoint
-    assert "note: the run had 2 processes, this has 1" in out
-
-
-def test_views_that_are_not_finite_are_told():
-    view = torch.ones(2, 3, 4, 4)
-    view[0, 0, 0, 0], view[0, 0, 0, 1], view[0, 0, 0, 2] = torch.nan, torch.inf, 3
-    line = replay.describe(1, view)
-    finite = np.array([1.0] * 93 + [3.0])
-    assert f"mean {finite.mean():.4f}, std {finite.std():.4f}, from 1.0000 to 3.0000" in line
-    assert "2 values not finite, 1 pictures of one colour" in line
-    assert replay.describe(2, view * torch.nan) == "view 2: no value is finite"
-
-
-def test_replay_refuses_what_it_cannot_do(start, disturb, make_shards, tmp_path):
-    disturb({4: "gradient"})
-    _, folder, _, _ = start("run", SKIP)
-    file = folder / "nonfinite" / "step-00000004.json"
-    row = written(folder, 4)
-
-    def refused(*options):
-        status, _, _, err = start("run", SKIP, *options)
-        assert status == 2
-        assert "Traceback" not in err
-        return err
-
-    assert "cannot be read" in refused(f"--replay={tmp_path / 'nothing.json'}")
-    file.write_text("[1]")
-    assert "is no batch of a step that was not finite" in refused(f"--replay={file}")
-    file.write_text(json.dumps(row | {"keys": [k + 1 for k in row["keys"]]}))
-    assert "data.shards holds other pictures" in refused(f"--replay={file}")
-    file.write_text(json.dumps(row | {"sample_ids": [40] * 8}))
-    assert "there is no sample 40 in 40" in refused(f"--replay={file}")
 
 
 # --- memory

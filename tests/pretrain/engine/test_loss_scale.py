@@ -208,7 +208,7 @@ def test_precision_may_change_at_resume(start):
         assert status == 0, err
 
 
-def test_what_replay_looks_at_is_the_gradient_of_the_loss_itself(make_run):
+def test_gradients_are_those_of_the_loss_itself_whatever_the_scale(make_run):
     norms = {}
     for precision in ("fp32", "fp16"):
         run = make_run(f"engine.precision={precision}", name=precision)
