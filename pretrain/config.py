@@ -186,7 +186,7 @@ class EngineConfig:
     collapse_patience: int = 5  # logged rows in a row until the alarm
     on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradients that are (docs/guards.md)
     max_nonfinite_steps: int = 10  # so many are skipped in a run; one more stops it
-    watchdog_seconds: float = 300.0  # without a finished step: then it is told who hangs; 0: never
+    watchdog_seconds: float = 300.0  # without a new batch: then all stacks are printed; 0: never
     on_hang: Literal["warn", "stop"] = "warn"  # stop: the process ends, torchrun may start again
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
-"""What ends a run before it does harm: loss or gradients that are not finite, and no memory left.
+"""What ends a run before it does harm: values that are not finite, steps that hang, no memory.
 
 docs/guards.md says what each guard looks at, when, and what it costs.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pretrain.engine import dist, run_folder, saver
 from pretrain.engine.state import Position
 
 FOLDER = "nonfinite"
+STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
 FORMAT = "fa-nonfinite-1"
 _NONE = 1 << 62  # later than any step
 _CPU_MEMORY = "DefaultCPUAllocator"
@@ -185,6 +187,30 @@ def file_of(folder: Path, step: int) -> Path:
 def _plain(value: float) -> float | str:
     """JSON has no NaN."""
     return value if math.isfinite(value) else str(value)
+
+
+class HangTimer:
+    """Prints the stacks of all threads to stderr when no step ends for ``engine.watchdog_seconds``.
+
+    The timer is faulthandler's own thread, which needs no lock of the interpreter. With
+    ``engine.on_hang=stop`` the process then ends with status 1, so that torchrun starts the job
+    again. It begins with the first batch, after the loader's processes are forked, and stops at the
+    end of its context.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._seconds, self._stops = config.watchdog_seconds, config.on_hang == "stop"
+
+    def restart(self) -> None:
+        """Count from now; called when a batch has come, so that waiting for the next one counts."""
+        if self._seconds:
+            faulthandler.dump_traceback_later(self._seconds, exit=self._stops, file=STDERR)
+
+    def __enter__(self) -> HangTimer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def out_of_memory(error: BaseException, config: PretrainConfig | None) -> str | None:

@@ -83,7 +83,7 @@ def profile(config: PretrainConfig, num_steps: int) -> dict[str, Any]:
     is_main = dist.rank() == 0
     if is_main:
         print(f"profile: {total} steps, not a training run; weights are not kept", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as name, run.watchdog:
+    with tempfile.TemporaryDirectory() as name, run.hang_timer:
         log = MetricLog(Path(name), -1, -1) if is_main else None
         try:
             measured = _measure(run, log, num_steps, num_traced, folder)

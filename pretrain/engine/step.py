@@ -29,7 +29,6 @@ class Gradients:
         optim: ``micro_batch_size`` (of all processes together; 0: no micro-batches) and
             ``accumulation``.
         autocast: A fresh context for every forward pass.
-        enter: Told the name of what begins: a forward or a backward pass.
         scale: The loss that backward is called on, where fp16 needs another; gradients stay scaled.
 
     Raises:
@@ -40,7 +39,6 @@ class Gradients:
     forward: nn.Module
     optim: OptimConfig
     autocast: Callable[[], contextlib.AbstractContextManager]
-    enter: Callable[[str], None] = lambda phase: None
     scale: Callable[[Tensor], Tensor] = lambda loss: loss
 
     def __post_init__(self) -> None:
@@ -63,10 +61,8 @@ class Gradients:
         """
         parts = self._parts(views)
         if len(parts) == 1:
-            self.enter("forward")
             with section(FORWARD), self.autocast():
                 output = self.model.step(views, generator(), self.forward, progress=progress)
-            self.enter("backward")
             with section(BACKWARD):
                 self.scale(output.loss).backward()
             return [output]
@@ -144,13 +140,11 @@ class Gradients:
         outputs, total = [], torch.zeros((), device=views.device)
         for part in parts:
             random = self._random(generator(), part, views.shape[1])
-            self.enter("forward")
             with section(FORWARD), self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(views[:, part])
                 compare = self.model.comparison(t, random, progress)
                 output = self.forward(views[:, part], compare)
                 share = output.loss / len(parts)
-            self.enter("backward")
             with section(BACKWARD), self._sync(part is parts[-1]):
                 self.scale(share).backward()
             total += share.detach()
@@ -172,7 +166,6 @@ class Gradients:
         projections again, from the same random state, and the cached gradient through them. BN
         statistics of the online network are those of the second pass alone.
         """
-        self.enter("forward")
         with section(FORWARD), torch.no_grad(), self.autocast(), _kept_buffers(self.model.online):
             z, states = [], []
             for part in parts:
@@ -184,7 +177,6 @@ class Gradients:
         random = self._random(generator(), slice(0, views.shape[1]), views.shape[1])
         with section(FORWARD), self.autocast():
             output = self.model.comparison(t, random, progress)(cached)
-        self.enter("backward")
         with section(BACKWARD):
             self.scale(output.loss).backward()
         assert cached.grad is not None

@@ -19,7 +19,7 @@ from pretrain.engine import dist, guards, run_folder, saver, speed
 from pretrain.engine.device import autocast_type, choose_device, uses_fused
 from pretrain.engine.diagnostics import CollapseError
 from pretrain.engine.feed import Fed, Feed
-from pretrain.engine.guards import NonFiniteGuard
+from pretrain.engine.guards import HangTimer, NonFiniteGuard
 from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.metrics import MetricLog, check_wandb
 from pretrain.engine.optim import (
@@ -36,7 +36,6 @@ from pretrain.engine.sections import GUARDS, LOGGING, OPTIMIZER, section
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StopRequest, stopped
-from pretrain.engine.watchdog import Progress, Watchdog
 from pretrain.eval.online_probe import OnlineProbe, evaluate, watched
 from pretrain.eval.probe import Probe
 from pretrain.models.cell_check import refuse_without_gradient
@@ -101,11 +100,10 @@ class Run:
             in_background=config.engine.async_checkpoints,
         )  # fmt: skip
         self.saver.check_space(self._state())
-        self.progress = Progress()
-        self.watchdog = Watchdog(config.engine, self.folder, self.progress)
+        self.hang_timer = HangTimer(config.engine)
         self.gradients = Gradients(
             self.model, self._forward_through_ddp(), config.optim, self._autocast,
-            self.progress.enter, self.loss_scale.scale,
+            self.loss_scale.scale,
         )  # fmt: skip
         networks = [n for n in (self.model.online, self.model.ema) if n is not None]
         self.guard = NonFiniteGuard(config.engine, self.folder, networks, self.device)
@@ -153,13 +151,12 @@ class Run:
             disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
         )  # fmt: skip
         open_log = log or contextlib.nullcontext()
-        with bar, open_log, self.stop, self.saver, self.watchdog:
+        with bar, open_log, self.stop, self.saver, self.hang_timer:
             for note in self.notes:
                 if log is not None:
                     self.rows.warn(log, bar, message=note)
             if is_main:
                 run_folder.write_description(self.folder, self.config, self.device)
-            self.progress.finished(self.position.step)
             if fresh and log is not None:
                 self._probe(log)
                 self.pictures.at_start(self.model.online.backbone, self.feed)
@@ -177,7 +174,6 @@ class Run:
         self.position.epoch += 1
         self.position.step_in_epoch = 0
         is_last = self.position.epoch == self.config.optim.epochs
-        self.progress.enter("kNN probe")
         if log and (is_last or self.position.epoch % self.config.eval.knn_every_epochs == 0):
             self._probe(log)
         if is_last:
@@ -186,9 +182,8 @@ class Run:
     def steps(self, batches: Iterable[Fed], log: MetricLog | None, bar: tqdm) -> None:
         """One step on each batch, with all that belongs to it."""
         meter = Meter()
-        self.progress.enter("data loading")
         for fed in batches:
-            self.watchdog.start()
+            self.hang_timer.restart()
             started = time.perf_counter()
             is_logged = self._is_logged(self.position.step + 1)
             done = self._step(fed, is_logged=is_logged)
@@ -200,7 +195,6 @@ class Run:
             meter.num_images += self.config.data.batch_size
             meter.data_seconds += fed.waited
             bar.update()
-            self.progress.finished(self.position.step)
             self._book(done, log, bar, is_logged=is_logged)
             if is_logged and not done.is_skipped:
                 self._log(done, meter, log, bar)
@@ -209,7 +203,6 @@ class Run:
                 self._save_checkpoint()
             if is_logged or not dist.is_on():  # several processes agree where they wait anyway
                 self._stop_if_asked(log)
-            self.progress.enter("data loading")
 
     def _book(self, done: Step, log: MetricLog | None, bar: tqdm, *, is_logged: bool) -> None:
         """Sum the bad samples over the processes where rows or checkpoints tell; tell of a skip."""
@@ -255,7 +248,6 @@ class Run:
             )  # fmt: skip
         if is_refused:
             return Step(outputs[0], lr, {}, is_skipped=True)
-        self.progress.enter("update")
         with section(OPTIMIZER):
             self.optimizer.step()
         ids, labels = fed.batch.sample_ids, fed.batch.labels
@@ -289,7 +281,6 @@ class Run:
         return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
 
     def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
-        self.progress.enter("logging")
         with section(LOGGING):
             collapse = self.rows.step(
                 done, meter, log, bar, self.online_probe, self.loss_scale.figures(self.position)
@@ -318,7 +309,6 @@ class Run:
             log.write("event", 0, message="kNN before training", knn_top1_initial=first)
 
     def _save_checkpoint(self) -> None:
-        self.progress.enter("checkpoint")
         if dist.rank() != 0:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):

@@ -263,13 +263,9 @@ def test_steps_that_were_not_finite_are_shown(clean):
             file.write(json.dumps(event) + "\n")
         row = {"kind": "train", "step": 1000, "num_overflow_steps": 4}
         file.write(json.dumps(row) + "\n")
-    (folder / "watchdog-rank-1.txt").write_text(
-        "watchdog: rank 1 has been in data loading\nstack\n"
-    )
     found = items(report.render(clean))
     assert found == [
         ["damaged", "pretrain", "metrics.jsonl", "has 1 damaged lines"],
-        ["hung", "pretrain", "watchdog-rank-1.txt", "watchdog: rank 1 has been in data loading"],
         ["not finite", "pretrain", "step 7, left out",
          "loss nan, 1.5, gradient norm inf; batch: nonfinite/step-00000007.json"],
         ["not finite", "pretrain", "step 9, left out", "at 9"],

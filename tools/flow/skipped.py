@@ -21,7 +21,6 @@ KINDS = {
     "failed": "failed",
     "damaged": "missing or damaged files",
     "alarm": "alarms",
-    "hung": "hung processes",
     "not finite": "steps that were not finite",
     "overflow": "steps beyond the loss scale",
     "replaced": "replaced samples",
@@ -190,9 +189,6 @@ def _of_run(run: RunInfo, where: str) -> list[Item]:
     if is_number(overflows) and overflows > 0:
         why = "gradients too large for the loss scale of fp16; it was lowered"
         items.append(Item("overflow", where, f"{overflows:g} steps", why))
-    for path in sorted(run.folder.glob("watchdog-rank-*.txt")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        items.append(Item("hung", where, path.name, lines[0] if lines else "an empty report"))
     return items
 
 

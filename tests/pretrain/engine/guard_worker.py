@@ -3,8 +3,8 @@
 usage: guard_worker.py WHAT RANK STEPS ARGUMENTS...   (torchrun's variables in the environment)
 
 WHAT happens in process RANK before the steps of STEPS ("3,7", numbered from 1 on):
-`poison`: one pixel is NaN; `sleep`: it sleeps; `sleep-in-forward`: the same, in the network;
-`hold`: it sleeps and holds the interpreter's lock. Its weights lie in OUT/rank-R.pth afterwards.
+`poison`: one pixel is NaN; `pause`: 5 s go by; `sleep`: it sleeps; `sleep-in-forward`: the same,
+in the network; `hold`: it sleeps and holds the interpreter's lock. Its weights lie in OUT/rank-R.pth afterwards.
 """
 
 import ctypes
@@ -15,7 +15,6 @@ import time
 import torch
 
 from pretrain.__main__ import main
-from pretrain.engine import watchdog
 from pretrain.engine.train import Run
 
 
@@ -28,6 +27,8 @@ def happen(what, run, fed):
         fed.views[0, 1, 2, 3, 4] = torch.nan
     elif what == "sleep":
         stand_still()
+    elif what == "pause":
+        time.sleep(5)
     elif what == "sleep-in-forward":
         run.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
     elif what == "hold":
@@ -54,6 +55,5 @@ def meddle(what, rank, steps):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    watchdog.GRACE_SECONDS = 1.0
     meddle(sys.argv[1], int(sys.argv[2]), [int(s) for s in sys.argv[3].split(",")])
     sys.exit(main(sys.argv[4:]))
