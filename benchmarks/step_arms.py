@@ -15,6 +15,7 @@ bf16-mixed for 16-mixed; so do the two here.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from pretrain.data.samples import TwoViewBatch
 from pretrain.engine.feed import Fed
-from pretrain.engine.flops import plain_copy
 from pretrain.engine.train import Run
+from pretrain.models.backbone import ResNet
 from pretrain.models.contrastive import FAContrastive
 from pretrain.models.row_random import fa_generator
 
@@ -210,6 +211,19 @@ class Rival:
     def networks(self) -> list[nn.Module]:
         """The trained one first, then its EMA."""
         return [self._online, self._target]
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy that computes as its classes say: not compiled, nothing checkpointed.
+
+    A compiled forward pass stands in the module itself and would lead back to the original.
+    """
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        part.__dict__.pop("forward", None)
+        if isinstance(part, ResNet):
+            part.checkpoints_stages = False
+    return copied
 
 
 def _distance(p: Tensor, t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from benchmarks.fa_overhead import Clock, Sizes
 from benchmarks.step_arms import Ours
 from benchmarks.step_setup import build_run, make_shards, random_views
 from pretrain.config import FAConfig
-from pretrain.engine import flops
+from pretrain.engine.profiling import precision_of
 from pretrain.models.augmenter import Draw, FeatureAugmenter
 from pretrain.models.cell import resolve
 from pretrain.models.row_random import RowRandom, fa_generator
@@ -174,7 +174,7 @@ def _memory_row(sender: Any, sizes: Sizes, device: str, settings: list[str]) -> 
         sender.send(
             {
                 "batch_size": sizes.batch_size,
-                "precision": flops.precision_of(run.gradients.autocast(), run.device),
+                "precision": precision_of(run.gradients.autocast(), run.device),
                 "weights": _bytes(model.online.parameters()) + _bytes(model.online.buffers()),
                 "gradients": _bytes(p.grad for p in model.online.parameters()),
                 "optimizer": _bytes(

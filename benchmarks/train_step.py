@@ -6,13 +6,14 @@ machine does hits all alike (benchmarks/step_arms.py says what each does). Then 
 fed from shards by its own loader.
 
 "images_per_second" are medians over rounds, "ratios" medians of ours / rival in the same round.
-"mfu": model FLOPs (pretrain/engine/flops.py) over the rate of the device.
+"mfu": FLOPs of the plain step over the rate that --peak-tflops states for the device.
 "from_shards_share": the rate from shards over the rate on synthetic data, wall-clock time.
 --table measures something else: step time against queue size or number of features, or memory.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,6 +22,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,7 @@ from benchmarks.fa_overhead import CUDA_SIZES, Clock, Sizes
 from benchmarks.step_arms import Arm, Ours, check_same_loss, make_arms
 from benchmarks.step_setup import CPU_SIZES, build_run, make_shards, random_views, with_sizes
 from benchmarks.step_tables import TABLES, print_table
-from common.errors import UserError
-from pretrain.engine import flops
-from pretrain.engine.profiling import Batches
+from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.train import choose_device
 
 EXAMPLE = """\
@@ -72,7 +72,7 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
     Batches that the workers made while the other one had its turn are used up first.
     """
     device, batch_size = ours.run.device, ours.run.config.data.batch_size
-    batches, found = Batches(ours.run), {"synthetic": [], "shards": []}
+    stream, found = batches(ours.run), {"synthetic": [], "shards": []}
 
     def rate(steps: Any) -> float:
         _wait(device)
@@ -84,9 +84,9 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
     with ours.flags.kept():
         for _ in range(num_rounds):
             found["synthetic"].append(rate(lambda: ours.steps(num_steps)))
-            ours.steps_on(batches.take(num_drained))
-            found["shards"].append(rate(lambda: ours.steps_on(batches.take(num_steps))))
-    batches.close()
+            ours.steps_on(islice(stream, num_drained))
+            found["shards"].append(rate(lambda: ours.steps_on(islice(stream, num_steps))))
+    stream.close()
     return found
 
 
@@ -119,7 +119,7 @@ def gpu_memory_bytes(arms: dict[str, Arm], device: torch.device) -> dict[str, in
 
 def result(
     measured: dict[str, list[float]], wall: dict[str, list[float]], sizes: Sizes,
-    per_picture: int, ceiling: flops.Ceiling,
+    per_picture: int, peak_tflops: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures that are reported, from milliseconds and rates of each round."""
     rates = {n: [1e3 * sizes.batch_size / ms for ms in found] for n, found in measured.items()}
@@ -132,7 +132,7 @@ def result(
     shares = [a / b for a, b in zip(wall["shards"], wall["synthetic"], strict=True)]
     return {
         "images_per_second": median,
-        "mfu": median["ours"] * per_picture / ceiling.flops_per_second,
+        "mfu": peak_tflops and median["ours"] * per_picture / (1e12 * peak_tflops),
         "from_shards_share": statistics.median(shares),
         "ratios": {f"ours/{name}": statistics.median(values) for name, values in ratios.items()},
         "ratio_range": {f"ours/{n}": [min(v), max(v)] for n, v in ratios.items()},
@@ -140,7 +140,7 @@ def result(
         "wall_images_per_second": {name: statistics.median(v) for name, v in wall.items()},
         "share_range": [min(shares), max(shares)],
         "flops_per_picture": per_picture,
-        "ceiling": dict(vars(ceiling)),
+        "peak_tflops": peak_tflops,
     }
 
 
@@ -150,7 +150,7 @@ def precisions(arms: dict[str, Arm], device: torch.device) -> dict[str, str]:
     for name, arm in arms.items():
         context = arm.run.gradients.autocast() if isinstance(arm, Ours) else arm.autocast()
         with arm.flags.kept():
-            found[name] = flops.precision_of(context, device)
+            found[name] = precision_of(context, device)
     return found
 
 
@@ -162,6 +162,7 @@ def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
         run = build_run(folder, sizes, device.type, options.workers, options.settings)
         arms = make_arms(run, random_views(sizes, device))
         losses = check_same_loss(arms)
+        per_picture = count_flops(lambda: arms["eager"].steps(1)) // sizes.batch_size
         clock = Clock(device, 1)
         measured = timed_rounds(arms, clock, options.rounds, options.calls, options.warmup)
         used = precisions(arms, device)
@@ -171,12 +172,10 @@ def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
         arms.clear()
         drained = 2 * options.workers + 2
         wall = wall_rates(ours, options.rounds, options.wall_steps, drained)
-        ceiling = flops.ceiling(device, used["ours"])
-        per_picture = flops.model_flops(run.model, sizes.image_size).per_picture
         if run.lock is not None:
             run.lock.close()
     return {
-        **result(measured, wall, sizes, per_picture, ceiling),
+        **result(measured, wall, sizes, per_picture, options.peak_tflops),
         "loss_in_fp32": losses,
         "precision": used,
         "gpu_memory_bytes": memory,
@@ -215,10 +214,11 @@ def print_figures(figures: dict[str, Any]) -> None:
         print(f"{name:18}{figures['precision'][name]:>10}{rate:10.1f}{spread:>18}{ratio:11.2f}")
     for name, size in (figures["gpu_memory_bytes"] or {}).items():
         print(f"peak memory of {name}: {size / 2**30:.2f} GiB")
-    peak = figures["ceiling"]
+    mfu = ""
+    if figures["mfu"] is not None:
+        mfu = f", MFU {figures['mfu']:.1%} of {figures['peak_tflops']:g} TFLOPS"
     print(
-        f"\nMFU {figures['mfu']:.1%} of {peak['flops_per_second'] / 1e12:.2f} TFLOPS "
-        f"({peak['source']}), {figures['flops_per_picture'] / 1e9:.2f} GFLOPs per picture\n"
+        f"\n{figures['flops_per_picture'] / 1e9:.2f} GFLOPs per picture{mfu}\n"
         f"fed from shards by {figures['num_workers']} workers: "
         f"{figures['from_shards_share']:.1%} of the synthetic rate, wall-clock time "
         f"({figures['share_range'][0]:.1%} .. {figures['share_range'][1]:.1%})"
@@ -236,6 +236,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--table", choices=sorted(TABLES), help="measure this instead of the four arms")
     add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
         help="of the engine's config, e.g. engine.compile=true; again for more")  # fmt: skip
+    add("--peak-tflops", type=float, metavar="X",
+        help="dense rate of the device, from its data sheet: the MFU is printed too")  # fmt: skip
     for name, default, text in (
         ("rounds", 5, "rounds in which every arm takes its turn"),
         ("warmup", 2, "steps of each arm before the first round (GPU 10)"),
@@ -266,6 +268,8 @@ def checked(options: argparse.Namespace) -> tuple[Sizes, torch.device]:
         raise UserError("--rounds and all sizes must be at least 1, the other numbers 0 or more")
     if sizes.batch_size < 2 or sizes.image_size < 16 or sizes.queue_size < 64:
         raise UserError("--batch-size must be >= 2, --image-size >= 16, --queue-size >= 64")
+    if options.peak_tflops is not None and not 0 < options.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops {options.peak_tflops}: must be more than 0")
     if options.json and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder does not exist")
     options.calls = options.calls or (10 if is_gpu else 1)

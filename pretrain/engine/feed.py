@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from common.errors import UserError
 from pretrain.config import DataConfig
@@ -21,7 +22,6 @@ from pretrain.data.samples import TwoViewBatch, TwoViewDataset
 from pretrain.data.stream import Loader
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.engine import dist
-from pretrain.engine.sections import AUGMENTATION, LOADER, TRANSFER, WAIT, section
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -122,9 +122,9 @@ class Feed:
         return self._prepare(next(iter(self._make_loader(num_workers=0).epoch(0))), 0.0)
 
     def _prepare(self, batch: TwoViewBatch, waited: float) -> Fed:
-        with section(TRANSFER):
+        with record_function("transfer"):
             moved = batch.to(self._device)
-        with section(AUGMENTATION):
+        with record_function("augmentation"):
             return Fed(moved, self.views(moved, batch), waited)
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ def timed(batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float
     iterator = iter(batches)
     while True:
         started = time.perf_counter()
-        with section(LOADER):
+        with record_function("loader"):
             batch = next(iterator, None)
         if batch is None:
             return
@@ -206,7 +206,7 @@ def prepared_ahead(
 def _handed_over(fed: Fed, done: torch.cuda.Event) -> Fed:
     """Let the current stream wait until a batch is there, and keep its memory while it is used."""
     current = torch.cuda.current_stream(fed.views.device)
-    with section(WAIT):
+    with record_function("wait for views"):
         current.wait_event(done)
     for tensor in (fed.views, fed.batch.sample_ids, fed.batch.labels):
         tensor.record_stream(current)

@@ -1,43 +1,51 @@
 """``--profile N``: a short run that says where the time of a step goes. No training run.
 
-After warm-up steps the sections of N steps are timed (pretrain/engine/sections.py) without a
-profiler, which would slow them down. A few more steps then run under PyTorch's profiler, for the
-trace. Queues are filled with random features first, so that FA costs what it costs in a long run.
+After warm-up steps N steps are timed without a profiler, which would slow them down. A few more run
+under PyTorch's profiler, for the trace and for the time of each range: the loop names its parts
+with ``torch.profiler.record_function``. Queues are filled with random features first, so that FA
+costs what it costs in a long run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import itertools
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import provenance
 from common.errors import UserError
 from pretrain.config import PretrainConfig
-from pretrain.engine import dist, flops, run_folder
+from pretrain.engine import dist, run_folder
 from pretrain.engine.feed import Fed
 from pretrain.engine.metrics import MetricLog
-from pretrain.engine.profile_summary import print_summary, rows_of
-from pretrain.engine.sections import SectionTimer
 from pretrain.engine.train import Run
 from pretrain.models.contrastive import FAContrastive
 
-FORMAT = "fa-profile-1"
+FORMAT = "fa-profile-2"
 NUM_WARMUP, MOST_TRACED, MOST_STEPS = 5, 3, 10_000
+RANGES = (
+    "loader", "wait for views", "transfer", "augmentation", "EMA forward", "forward", "FA", "loss",
+    "backward", "guards", "optimiser", "EMA update", "queue", "logging",
+)  # fmt: skip
+_INSIDE_FORWARD = ("EMA forward", "FA", "loss")
 _NEVER = 1 << 40
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def parse_num_steps(text: str) -> int:
@@ -64,11 +72,17 @@ def profile(config: PretrainConfig, num_steps: int) -> dict[str, Any]:
         config: The whole config; ``out`` must hold no run.
         num_steps: Timed steps.
     Returns:
-        The summary.
+        The summary; empty in all processes but the first.
     Raises:
         UserError: As ``Run``, or if the run has fewer steps.
     """
-    run = Run(_only_steps(config), resume=False)
+    only_steps = replace(
+        config,
+        engine=replace(config.engine, checkpoint_every_steps=_NEVER, on_collapse="warn"),
+        eval=replace(config.eval, probe_train=None, probe_val=None, num_pictures=0),
+        tracking=replace(config.tracking, wandb=False, mlflow=False),
+    )
+    run = Run(only_steps, resume=False)
     num_traced = min(num_steps, MOST_TRACED)
     total = NUM_WARMUP + num_steps + num_traced
     if run.num_steps < total:
@@ -78,36 +92,136 @@ def profile(config: PretrainConfig, num_steps: int) -> dict[str, Any]:
             "optim.epochs"
         )
     fill_queues(run.model)
-    folder = run.folder / "profile"
+    folder, is_main = run.folder / "profile", dist.rank() == 0
     folder.mkdir(exist_ok=True)
-    is_main = dist.rank() == 0
     if is_main:
         print(f"profile: {total} steps, not a training run; weights are not kept", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as name, run.hang_timer:
-        log = MetricLog(Path(name), -1, -1) if is_main else None
-        try:
-            measured = _measure(run, log, num_steps, num_traced, folder)
-        finally:
-            if log is not None:
-                log.close()
-    summary = _summary(run, measured) if is_main else {}
+    bar = tqdm(
+        total=total, desc="profile", unit="step", disable=not is_main,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log = stack.enter_context(MetricLog(scratch, -1, -1)) if is_main else None
+        stream = stack.enter_context(contextlib.closing(batches(run)))
+        stack.enter_context(bar)
+        stack.enter_context(run.hang_timer)
+        summary = _measure(run, stream, num_steps, num_traced, log, bar, folder)
     if is_main:
         run_folder.write_json(folder / "summary.json", summary)
         print_summary(summary, folder)
     if run.lock is not None:
         run.lock.close()
     dist.stop()
-    return summary
+    return summary if is_main else {}
 
 
-def _only_steps(config: PretrainConfig) -> PretrainConfig:
-    """The same steps, without checkpoints, probes, pictures and trackers around them."""
-    return replace(
-        config,
-        engine=replace(config.engine, checkpoint_every_steps=_NEVER, on_collapse="warn"),
-        eval=replace(config.eval, probe_train=None, probe_val=None, num_pictures=0),
-        tracking=replace(config.tracking, wandb=False),
-    )
+def _measure(
+    run: Run, stream: Iterator[Fed], num_steps: int, num_traced: int, log: MetricLog | None,
+    bar: tqdm, folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Warm up, time, trace; the trace is written by the first process."""
+    device, batch_size = run.device, run.config.data.batch_size
+    is_cuda = device.type == "cuda"
+
+    def steps(num: int) -> float:
+        """Seconds of one of so many steps."""
+        started = time.perf_counter()
+        run.steps(itertools.islice(stream, num), log, bar)
+        if is_cuda:
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / num
+
+    flops = count_flops(lambda: steps(1))
+    steps(NUM_WARMUP - 1)
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = steps(num_steps)
+    peak = torch.cuda.max_memory_allocated(device) if is_cuda else provenance.peak_memory_bytes()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with torch_profile(activities=activities) as trace:
+        traced_seconds = steps(num_traced)
+    if dist.rank() == 0:
+        # torch's own export to ``.gz`` takes ten times as long
+        plain, partial = folder / "trace.partial.json", folder / "trace.partial.gz"
+        trace.export_chrome_trace(str(plain))
+        with open(plain, "rb") as source, gzip.open(partial, "wb", compresslevel=6) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        plain.unlink()
+        os.replace(partial, folder / "trace.json.gz")
+    times = range_seconds(trace.events() or (), is_cuda=is_cuda)
+    return {
+        "format": FORMAT,
+        "note": "a profile, not a training run; queues were filled with random features",
+        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+        "precision": precision_of(run.gradients.autocast(), device),
+        "num_threads": torch.get_num_threads(),
+        "num_processes": dist.world_size(),
+        "batch_size": batch_size,
+        "image_size": run.config.data.image_size,
+        "num_warmup_steps": NUM_WARMUP,
+        "num_steps": num_steps,
+        "step_ms": 1e3 * seconds,
+        "images_per_second": batch_size / seconds,
+        "ranges": [
+            {
+                "name": name,
+                "inside": "forward" if name in _INSIDE_FORWARD else None,
+                "ms": 1e3 * times[name] / num_traced,
+                "share": times[name] / (num_traced * traced_seconds),
+            }
+            for name in RANGES
+            if name in times
+        ],
+        "flops_per_step_and_device": flops,
+        "peak_memory_bytes": peak,
+        "trace": {
+            "file": "trace.json.gz",
+            "num_steps": num_traced,
+            "step_ms": 1e3 * traced_seconds,
+        },
+    }
+
+
+def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str, float]:
+    """Seconds in each range of a trace: the host's, on a GPU those of the kernels it launched.
+
+    On a GPU autograd launches the backward pass from threads of its own, outside of the range.
+    """
+    seconds: dict[str, float] = {}
+    for event in events:
+        name = event.name
+        if is_cuda and name.startswith("autograd::engine::") and event.cpu_parent is None:
+            name = "backward"
+        if name in RANGES and event.device_type.name == "CPU":
+            micros = event.device_time_total if is_cuda else event.cpu_time_total
+            seconds[name] = seconds.get(name, 0.0) + micros / 1e6
+    return seconds
+
+
+def batches(run: Run) -> Generator[Fed]:
+    """The run's batches from where it stands; an epoch that ends is followed by the next."""
+    position = run.position
+    while True:
+        yield from run.feed.epoch(position.epoch, position.step_in_epoch)
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of the convolutions and matrix products that run in it, two per multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def precision_of(autocast: contextlib.AbstractContextManager, device: torch.device) -> str:
+    """In what convolutions run inside this context: fp32, tf32, bf16 or fp16."""
+    with autocast:
+        if torch.is_autocast_enabled(device.type):
+            return _PRECISIONS[torch.get_autocast_dtype(device.type)]
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return "tf32" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "fp32"
 
 
 @torch.no_grad()
@@ -118,137 +232,27 @@ def fill_queues(model: FAContrastive) -> None:
         buffer = model.queue.features
         model.queue.put(torch.randn(buffer.shape, generator=generator).to(buffer.device))
     if model.objective.negatives is not None:
-        shape = model.objective.negatives[0].get_buffer("features").shape
-        device = model.objective.negatives[0].get_buffer("features").device
-        model.objective.put(torch.randn(2, *shape, generator=generator).to(device))
+        features = model.objective.negatives[0].get_buffer("features")
+        entries = torch.randn(2, *features.shape, generator=generator)
+        model.objective.put(entries.to(features.device))
 
 
-class Batches:
-    """The run's batches in portions; an epoch that ends in the middle is followed by the next."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._iterator: Iterator[Fed] | None = None
-
-    def take(self, num: int, after_each: Callable[[], None] = lambda: None) -> Iterator[Fed]:
-        """So many batches; ``after_each`` is called when the loop asks for what follows."""
-        for _ in range(num):
-            yield self._next()
-            after_each()
-
-    def _next(self) -> Fed:
-        position = self._run.position
-        while True:
-            if self._iterator is None:
-                self._iterator = self._run.feed.epoch(position.epoch, position.step_in_epoch)
-            fed = next(self._iterator, None)
-            if fed is not None:
-                return fed
-            self._iterator = None
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
-
-    def close(self) -> None:
-        """Let the loader's workers go."""
-        self._iterator = None
-
-
-def _measure(
-    run: Run, log: MetricLog | None, num_steps: int, num_traced: int, folder: Path
-) -> dict[str, Any]:
-    """Warm up, time, trace."""
-    batches, device = Batches(run), run.device
-    activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    total = NUM_WARMUP + num_steps + num_traced
-    with _bar(total, is_shown=log is not None) as bar:
-        run.steps(batches.take(NUM_WARMUP), log, bar)
-        _forget_peak(device)
-        with SectionTimer(device) as timer:
-            timer.bound()
-            run.steps(batches.take(num_steps, timer.bound), log, bar)
-            seconds, costs = timer.step_seconds(), timer.costs()
-        peak = _peak_memory_bytes(device)
-        with torch_profile(activities=activities) as trace:
-            started = time.perf_counter()
-            run.steps(batches.take(num_traced), log, bar)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            traced_seconds = (time.perf_counter() - started) / num_traced
-        batches.close()
-    if log is not None:
-        _write_trace(trace, folder / "trace.json.gz")
-    return {
-        "seconds": seconds, "costs": costs, "peak_memory_bytes": peak,
-        "traced_seconds": traced_seconds, "num_traced": num_traced,
-    }  # fmt: skip
-
-
-def _bar(total: int, *, is_shown: bool) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 10
-    return tqdm(
-        total=total, desc="profile", unit="step", disable=not is_shown, mininterval=interval
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """One screen."""
+    trace = summary["trace"]
+    print(
+        f"\nprofile of {summary['num_steps']} steps, {summary['batch_size']} pictures of "
+        f"{summary['image_size']} px: {summary['device']}, {summary['precision']}, "
+        f"{summary['num_threads']} threads, {summary['num_processes']} processes\n"
+        f"step {summary['step_ms']:.1f} ms, {summary['images_per_second']:.1f} images/s, "
+        f"{summary['flops_per_step_and_device'] / 1e9:.1f} GFLOPs per device, "
+        f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB\n\n"
+        f"under the profiler, {trace['num_steps']} steps of {trace['step_ms']:.1f} ms:"
     )
-
-
-def _write_trace(trace: torch_profile, path: Path) -> None:
-    """Compressed in large pieces: torch's own ``.gz`` takes ten times as long."""
-    plain, partial = path.with_name("trace.partial.json"), path.with_name("trace.partial.gz")
-    trace.export_chrome_trace(str(plain))
-    with open(plain, "rb") as source, gzip.open(partial, "wb", compresslevel=6) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    plain.unlink()
-    os.replace(partial, path)
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Of the GPU since it was forgotten, otherwise of this process and its workers."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return provenance.peak_memory_bytes()
-
-
-def _summary(run: Run, measured: dict[str, Any]) -> dict[str, Any]:
-    config, device, seconds = run.config, run.device, measured["seconds"]
-    mean = sum(seconds) / len(seconds)
-    precision = flops.precision_of(run.gradients.autocast(), device)
-    counted = flops.model_flops(run.model, config.data.image_size)
-    ceiling = flops.ceiling(device, precision)
-    per_step = counted.per_picture * config.data.batch_size // dist.world_size()
-    return {
-        "format": FORMAT,
-        "note": "a profile, not a training run; queues were filled with random features",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": precision,
-        "num_threads": torch.get_num_threads(),
-        "num_processes": dist.world_size(),
-        "batch_size": config.data.batch_size,
-        "image_size": config.data.image_size,
-        "num_warmup_steps": NUM_WARMUP,
-        "num_steps": len(seconds),
-        "step_ms": {
-            "mean": 1e3 * mean,
-            "median": 1e3 * statistics.median(seconds),
-            "min": 1e3 * min(seconds),
-            "max": 1e3 * max(seconds),
-        },
-        "images_per_second": config.data.batch_size / mean,
-        "sections": rows_of(measured["costs"], sum(seconds), len(seconds)),
-        "flops": {
-            **vars(counted),
-            "per_picture": counted.per_picture,
-            "per_step_and_device": per_step,
-        },
-        "ceiling": dict(vars(ceiling)),
-        "mfu": per_step / (mean * ceiling.flops_per_second),
-        "peak_memory_bytes": measured["peak_memory_bytes"],
-        "trace": {
-            "file": "trace.json.gz",
-            "num_steps": measured["num_traced"],
-            "step_ms": 1e3 * measured["traced_seconds"],
-        },
-    }
+    for row in summary["ranges"]:
+        label = f"  of it {row['name']}" if row["inside"] else row["name"]
+        print(f"  {label:24}{row['ms']:10.2f} ms{row['share']:8.1%}")
+    print(
+        f"\n{folder / trace['file']} opens in ui.perfetto.dev; {folder / 'summary.json'}\n"
+        "This was no training run: nothing in the folder can be resumed."
+    )

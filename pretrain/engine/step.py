@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from common.errors import require
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.engine import dist
-from pretrain.engine.sections import BACKWARD, FORWARD, section
 from pretrain.models.adversarial import perturb
 from pretrain.models.contrastive import FAContrastive, StepOutput, Views
 from pretrain.models.row_random import RowRandom
@@ -61,9 +61,9 @@ class Gradients:
         """
         parts = self._parts(views)
         if len(parts) == 1:
-            with section(FORWARD), self.autocast():
+            with record_function("forward"), self.autocast():
                 output = self.model.step(views, generator(), self.forward, progress=progress)
-            with section(BACKWARD):
+            with record_function("backward"):
                 self.scale(output.loss).backward()
             return [output]
         if self.optim.accumulation == "plain":
@@ -140,12 +140,12 @@ class Gradients:
         outputs, total = [], torch.zeros((), device=views.device)
         for part in parts:
             random = self._random(generator(), part, views.shape[1])
-            with section(FORWARD), self._sync(part is parts[-1]), self.autocast():
+            with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(views[:, part])
                 compare = self.model.comparison(t, random, progress)
                 output = self.forward(views[:, part], compare)
                 share = output.loss / len(parts)
-            with section(BACKWARD), self._sync(part is parts[-1]):
+            with record_function("backward"), self._sync(part is parts[-1]):
                 self.scale(share).backward()
             total += share.detach()
             outputs.append(replace(output, loss=output.loss.detach()))
@@ -166,7 +166,12 @@ class Gradients:
         projections again, from the same random state, and the cached gradient through them. BN
         statistics of the online network are those of the second pass alone.
         """
-        with section(FORWARD), torch.no_grad(), self.autocast(), _kept_buffers(self.model.online):
+        with (
+            record_function("forward"),
+            torch.no_grad(),
+            self.autocast(),
+            _kept_buffers(self.model.online),
+        ):
             z, states = [], []
             for part in parts:
                 states.append(_random_state(views.device))
@@ -175,19 +180,19 @@ class Gradients:
         t = None if online[0] is None else torch.cat([x for x in online if x is not None], dim=1)
         cached = torch.cat(z, dim=1).requires_grad_()
         random = self._random(generator(), slice(0, views.shape[1]), views.shape[1])
-        with section(FORWARD), self.autocast():
+        with record_function("forward"), self.autocast():
             output = self.model.comparison(t, random, progress)(cached)
-        with section(BACKWARD):
+        with record_function("backward"):
             self.scale(output.loss).backward()
         assert cached.grad is not None
         after = _random_state(views.device)
         for part, state in zip(parts, states, strict=True):
             _set_random_state(state, views.device)
             with self._sync(part is parts[-1]):
-                with section(FORWARD), self.autocast():
+                with record_function("forward"), self.autocast():
                     again = self.forward(views[:, part], _as_it_is)
                 surrogate = (again.float() * cached.grad[:, part].float()).sum()
-                with section(BACKWARD):
+                with record_function("backward"):
                     (surrogate + self._touch_heads()).backward()
         _set_random_state(after, views.device)
         return output

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from pretrain.config import PretrainConfig
@@ -32,7 +33,6 @@ from pretrain.engine.optim import (
 )
 from pretrain.engine.rows import Meter, Rows, Step
 from pretrain.engine.run_pictures import RunPictures
-from pretrain.engine.sections import GUARDS, LOGGING, OPTIMIZER, section
 from pretrain.engine.state import Position, restore, to_checkpoint
 from pretrain.engine.step import Gradients
 from pretrain.engine.stop import StopRequest, stopped
@@ -235,11 +235,11 @@ class Run:
         config, step = self.config, self.position.step
         factor = lr_factor(self.schedule, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
-        with section(GUARDS):
+        with record_function("guards"):
             self.guard.keep()
         outputs = self.compute_gradients(fed, step)
         loss = outputs[0].loss
-        with section(GUARDS):
+        with record_function("guards"):
             if self.loss_scale.overflowed(loss, self.optimizer, self.position):
                 return Step(outputs[0], lr, {})
             is_refused = self.guard.refuses(
@@ -248,7 +248,7 @@ class Run:
             )  # fmt: skip
         if is_refused:
             return Step(outputs[0], lr, {}, is_skipped=True)
-        with section(OPTIMIZER):
+        with record_function("optimiser"):
             self.optimizer.step()
         ids, labels = fed.batch.sample_ids, fed.batch.labels
         if self.online_probe:
@@ -281,7 +281,7 @@ class Run:
         return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
 
     def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
-        with section(LOGGING):
+        with record_function("logging"):
             collapse = self.rows.step(
                 done, meter, log, bar, self.online_probe, self.loss_scale.figures(self.position)
             )

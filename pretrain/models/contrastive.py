@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import record_function
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
 from pretrain.engine import dist
-from pretrain.engine.sections import EMA_FORWARD, EMA_UPDATE, FA, LOSS, QUEUE, section
 from pretrain.models.augmenter import Draw, FeatureAugmenter
 from pretrain.models.backbone import Arch, ResNet
 from pretrain.models.cell import resolve
@@ -188,7 +188,7 @@ class FAContrastive(nn.Module):
         """Z' of BYOL and MoCo; None where the target branch is the online one."""
         if self.ema is None:
             return None
-        with torch.no_grad(), section(EMA_FORWARD):
+        with torch.no_grad(), record_function("EMA forward"):
             return torch.stack([self.ema.project(view) for view in views])
 
     def comparison(
@@ -228,7 +228,7 @@ class FAContrastive(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             taken, is_target = self._taken(z, p, t), self.cell.side == "target"
             view = b if is_target else a
-            with section(FA):
+            with record_function("FA"):
                 augmented = self._augment(taken, view, draw)
             if is_target:  # basic, parallel
                 online, target = p[a].unsqueeze(0), augmented
@@ -236,7 +236,7 @@ class FAContrastive(nn.Module):
                 online, target = augmented, t[b].unsqueeze(0)
         if self.cell.architecture == "pre":
             online = self.online.predict(online)
-        with torch.autocast(z.device.type, enabled=False), section(LOSS):
+        with torch.autocast(z.device.type, enabled=False), record_function("loss"):
             loss = self._loss(online.float(), target, t[b], b)
         return Direction(loss, online, target, taken[view], augmented[0])
 
@@ -294,9 +294,9 @@ class FAContrastive(nn.Module):
         if self.ema is not None:
             ema = list(self.ema.parameters())
             online = [*self.online.backbone.parameters(), *self.online.projector.parameters()]
-            with section(EMA_UPDATE):
+            with record_function("EMA update"):
                 torch._foreach_lerp_(ema, online, 1 - tau)  # type: ignore
-        with section(QUEUE):
+        with record_function("queue"):
             self._enter_queues(outputs, sample_ids, labels)
 
     def _enter_queues(

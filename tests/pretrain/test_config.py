@@ -426,8 +426,7 @@ COVERED_BY = {
     "engine.collapse_patience": DIAGNOSTICS + "test_thresholds_of_the_config_decide",
     "engine.on_nonfinite": GUARDS + "test_skip_leaves_everything_as_it_was",
     "engine.max_nonfinite_steps": GUARDS + "test_more_steps_than_allowed_stop_the_run",
-    "engine.watchdog_seconds": HANG_TIMER
-    + "test_a_hang_is_reported_and_the_run_goes_on",
+    "engine.watchdog_seconds": HANG_TIMER + "test_a_hang_is_reported_and_the_run_goes_on",
     "engine.on_hang": HANG_TIMER + "test_on_hang_stop_ends_the_process",
     "eval.probe_train": TRAIN + "test_probe_runs_at_its_interval",
     "eval.probe_val": TRAIN + "test_probe_runs_at_its_interval",

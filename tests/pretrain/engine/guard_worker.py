@@ -4,7 +4,8 @@ usage: guard_worker.py WHAT RANK STEPS ARGUMENTS...   (torchrun's variables in t
 
 WHAT happens in process RANK before the steps of STEPS ("3,7", numbered from 1 on):
 `poison`: one pixel is NaN; `pause`: 5 s go by; `sleep`: it sleeps; `sleep-in-forward`: the same,
-in the network; `hold`: it sleeps and holds the interpreter's lock. Its weights lie in OUT/rank-R.pth afterwards.
+in the network; `hold`: it sleeps and holds the interpreter's lock. Its weights lie in
+OUT/rank-R.pth afterwards.
 """
 
 import ctypes
