@@ -10,14 +10,12 @@ timed too: A on both views' features and the entry of the batch into the queue, 
 
 import argparse
 import fnmatch
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness import add_sizes, make_parser, run_and_report, versions
 from common.errors import UserError
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
 from pretrain.config_method import ObjectiveName
@@ -310,90 +309,41 @@ def run(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> dict
         "calls_per_timing": num_calls,
         "num_threads": torch.get_num_threads(),
         "load_average": [load, os.getloadavg()[0]],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
     }
-
-
-def print_table(figures: dict[str, Any]) -> None:
-    """The table for people."""
-    sizes = figures["sizes"]
-    print(
-        f"{figures['device']}, {figures['precision']}, {figures['num_threads']} threads, "
-        f"{figures['clock']} time, medians of {figures['num_rounds']} rounds; "
-        f"ResNet-{sizes['depth']}, {sizes['image_size']} px, batch {sizes['batch_size']}, "
-        f"queue {sizes['queue_size']} x {sizes['dim']}\n"
-    )
-    print(f"{'cell':32}{'step ms':>10}{'ratio':>8}{'min .. max':>16}{'FA ms':>9}{'FA share':>10}")
-    for name, ms in figures["baselines"].items():
-        print(f"{name + '/none':32}{ms:10.1f}{1:8.3f}")
-        for key, cell in figures["cells"].items():
-            if key.startswith(name + "/"):
-                spread = "{:.3f} .. {:.3f}".format(*cell["ratio_range"])
-                print(f"{key:32}{cell['ms']:10.1f}{cell['ratio']:8.3f}{spread:>16}"
-                      f"{cell['fa_ms']:9.2f}{cell['fa_share']:9.2%}")  # fmt: skip
-    for name in figures["refused"]:
-        print(f"{name:32}{'cannot train':>10}")
-    print()
-    for num, goal in figures["goals"].items():
-        shares = {k: c["fa_share"] for k, c in figures["cells"].items()
-                  if c["num_features"] == int(num)}  # fmt: skip
-        if shares:
-            worst = max(shares, key=lambda key: shares[key])
-            verdict = "met" if shares[worst] <= goal else "missed"
-            print(f"goal for {num} features per sample: FA share of {goal:.0%} at most; largest "
-                  f"{shares[worst]:.2%} ({worst}): {verdict}")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLE, (
+        ("repeats", 5, "rounds"),
+        ("fa-repeats", 20, "of FA alone, per round"),
+        ("calls", 0, "steps in one timing; 0: 1 on a CPU, 10 on a GPU"),
+    ))  # fmt: skip
     add = parser.add_argument
-    add("--json", type=Path, metavar="OUT", help="write the figures here too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--cells", default=DEFAULT_CELLS, metavar="PATTERNS",
         help="comma-separated, with * and ? (default: %(default)s)")  # fmt: skip
-    add("--repeats", type=int, default=5, metavar="N", help="rounds (default: 5)")
-    add("--fa-repeats", type=int, default=20, metavar="N", help="of FA alone, per round (20)")
-    add("--calls", type=int, default=0, metavar="N", help="steps in one timing (CPU 1, GPU 10)")
-    for name, value in asdict(CUDA_SIZES).items():
-        both = f"{getattr(Sizes(), name)} on a CPU, {value} on a GPU"
-        choices = (18, 34, 50, 101) if name == "depth" else None
-        add("--" + name.replace("_", "-"), type=int, metavar="N", choices=choices, help=both)
+    add_sizes(parser, asdict(Sizes()), asdict(CUDA_SIZES))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line; returns the exit status."""
+    options = build_parser().parse_args(argv)
 
-    Returns:
-        Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
-    """
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    try:
+    def measured() -> dict[str, Any]:
         device = choose_device(options.device)
         default = CUDA_SIZES if device.type == "cuda" else Sizes()
         given = {name: getattr(options, name) for name in asdict(default)}
-        sizes = Sizes(**asdict(default) | {k: v for k, v in given.items() if v is not None})
+        sizes = replace(default, **{k: v for k, v in given.items() if v is not None})
         if min(options.repeats, options.fa_repeats, *asdict(sizes).values()) < 1:
             raise UserError("--repeats, --fa-repeats and all sizes must be at least 1")
         if options.calls < 0 or sizes.batch_size < 2 or sizes.queue_size < 64:
             raise UserError("--calls must be 0 or more, --batch-size >= 2, --queue-size >= 64")
-        if options.json and not options.json.absolute().parent.is_dir():
-            raise UserError(f"--json {options.json}: its folder does not exist")
-        figures = run(options, sizes, device)
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:  # a full disk, a GPU without memory
-        print(f"error: it went wrong: {error}", file=sys.stderr)
-        return 1
-    print_table(figures)
-    return 0
+        return run(options, sizes, device)
+
+    return run_and_report(measured, options.json)
 
 
 if __name__ == "__main__":

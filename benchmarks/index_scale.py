@@ -24,8 +24,14 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.candidates import two_view_dataset
-from benchmarks.pictures import encoded_photos, open_as_shards, write_files
+from benchmarks.harness import (
+    encoded_photos,
+    make_parser,
+    open_as_shards,
+    run_and_report,
+    two_view_dataset,
+    write_files,
+)
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader
 from pretrain.data.tar_index import NO_LABEL, SAMPLE_DTYPE, write_index
@@ -38,11 +44,30 @@ Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
 LIMITS = {"open_seconds": 5.0, "peak_mebibytes": 1024.0}
 _PICTURE_BYTES, _TAR_BLOCK = 54_000, 512
 _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for a label
+# In a process of its own, which does not load torch. Its peak memory is not getrusage's: that one
+# outlives the start of another program, so the parent's would count.
 _CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from benchmarks.open_index import open_and_order
-print(json.dumps(open_and_order(sys.argv[2])))
+import json, sys, time
+from pathlib import Path
+from pretrain.data.mixture import source_sizes
+from pretrain.data.order import epoch_samples, global_batch
+from pretrain.data.shards import ShardIndex
+
+def peak_mebibytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if "VmHWM" in line).split()[1]) / 1024
+
+before, start = peak_mebibytes(), time.perf_counter()
+index = ShardIndex.open(sys.argv[1])
+opened = time.perf_counter()
+epoch = epoch_samples(source_sizes(index), seed=0, epoch=0, window=16384)
+batch = global_batch(epoch, 0, 256)
+ordered = time.perf_counter()
+assert len(batch.sample_ids) == 256
+print(json.dumps({
+    "open_seconds": opened - start, "order_seconds": ordered - opened,
+    "peak_mebibytes": peak_mebibytes(), "libraries_mebibytes": before,
+}))
 """
 
 
@@ -69,10 +94,10 @@ def simulate(folder: Path, num_shards: int, num_samples: int) -> None:
 def scale(folder: Path, num_shards: int, num_samples: int, num_rounds: int) -> dict[str, Any]:
     """Medians over fresh processes."""
     simulate(folder, num_shards, num_samples)
-    root = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, "-c", _CHILD, root, str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", _CHILD, str(folder)]
     runs = [
-        json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+        json.loads(subprocess.check_output(command, text=True, env=environment))
         for _ in range(num_rounds)
     ]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
@@ -125,39 +150,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_table(figures: dict[str, Any]) -> None:
-    """The figures for people."""
-    first = figures["first_batch"]
-    print(f"{figures['num_shards']:,} shards, {figures['num_samples']:,} samples, medians of "
-          f"{figures['num_rounds']} processes, load {figures['load_average']:.1f}\n")  # fmt: skip
-    for name, unit in (("open", "s"), ("order", "s")):
-        print(f"{name:44}{figures[name + '_seconds']:10.2f} {unit}")
-    print(f"{'peak memory of the process':44}{figures['peak_mebibytes']:10.0f} MiB")
-    print(f"{'  of these before opening':44}{figures['libraries_mebibytes']:10.0f} MiB")
-    print(f"limits (open 5 s, peak 1 GiB): {'kept' if figures['within_limits'] else 'BROKEN'}\n")
-    for clock in ("wall", "processor"):
-        print(f"first batch of {first['batch_size']}, {clock} time: {first['start_ms'][clock]:.0f} "
-              f"ms at step 0, {first['resume_ms'][clock]:.0f} ms at step {first['resume_step']}, "
-              f"ratio {first['ratio'][clock]:.2f}")  # fmt: skip
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
-    for name, default, text in (
+    parser = make_parser(__doc__, EXAMPLE, (
         ("shards", 10_000, "simulated shards"),
         ("samples", 10_000_000, "simulated samples"),
         ("rounds", 3, "fresh processes that open them"),
         ("pictures", 8192, "pictures of the small set"),
         ("batch-size", 64, "of the first batch"),
         ("batches", 15, "first batches of each kind"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}"
-        )
+    ))  # fmt: skip
     options = parser.parse_args(arguments)
     if min(options.shards, options.rounds, options.batch_size, options.batches) < 1:
         parser.error("all numbers must be at least 1")
@@ -165,11 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--samples must be at least 256, --pictures two batches")
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    figures = run(options)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print_table(figures)
-    return 0
+    return run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import yaml
 
+from common.files import read_json_lines
 from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
 

@@ -3,41 +3,54 @@
 All figures are source pictures (each gives two views) per second of processor time of one thread,
 medians over rounds in which every candidate takes its turn: what else the machine does disturbs
 them little. Libraries of the rivals live in an environment of their own
-(benchmarks/peers/make_env.sh); without --peers only torchvision is compared. --workers and --gpu
-add rates in wall-clock time.
+(benchmarks/peers/make_env.sh); without --peers only torchvision is compared. --workers adds
+rates in wall-clock time.
 """
 
 import argparse
-import json
+import importlib.util
+import io
 import os
-import platform
 import statistics
 import sys
 import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
+import numpy as np
 import simplejpeg
 import torch
 import torchvision
+from PIL import Image
 from PIL import __version__ as pillow_version
+from torch.utils.data import DataLoader
 
-from benchmarks.candidates import decoders, ours
-from benchmarks.pictures import (
-    HEIGHT,
-    WIDTH,
-    encoded_photos,
+from benchmarks.harness import (
+    Candidate,
+    Peer,
+    chosen_photos,
+    finish,
+    in_process,
+    make_parser,
     open_as_shards,
-    photos_of_folder,
+    rates,
+    run_and_report,
+    start_peers,
+    two_view_dataset,
+    versions,
     write_files,
 )
-from benchmarks.rounds import Candidate, Peer, in_process, rates, start_peers
-from benchmarks.wall import BATCH as WALL_BATCH
-from benchmarks.wall import gpu_rates, worker_rates
-from common.errors import UserError
+from benchmarks.peers.torchvision_recipes import PillowViews
+from pretrain.data.shards import ShardIndex
+from pretrain.data.stream import Loader
+
+Work = Callable[[], object]
 
 EXAMPLE = """\
 examples:
@@ -52,6 +65,86 @@ TURN_SECONDS = 0.3  # at least, for fast candidates
 CROPS, WHOLE = "two crops, uint8, {} px", "whole recipe, uint8 in the loader, {} px"
 PILLOW, LIGHTLY = "torchvision v1 on Pillow, {} px", "lightly, {} px"
 OWN_BLUR = "torchvision v1 on Pillow, its own blur, {} px"
+WALL_SIZE, WALL_BATCH = 224, 64
+TORCHVISION = "torchvision v1 on Pillow, DataLoader"
+
+
+def decoders(jpegs: list[bytes]) -> dict[str, Work]:
+    """Decoding alone, by every decoder at hand, from bytes in memory."""
+
+    def run(decode: Callable[[bytes], Any]) -> Work:
+        def all_of_them() -> None:
+            for data in jpegs:
+                decode(data)
+
+        return all_of_them
+
+    def fastest(data: bytes) -> Any:
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True)
+
+    def with_torchvision(data: bytes) -> Any:
+        array = np.frombuffer(bytearray(data), np.uint8)
+        return torchvision.io.decode_jpeg(torch.from_numpy(array))
+
+    found = {
+        "simplejpeg": run(lambda data: simplejpeg.decode_jpeg(data, "RGB")),
+        "simplejpeg, fast DCT": run(lambda data: simplejpeg.decode_jpeg(data, "RGB", fastdct=True)),
+        "simplejpeg, fast DCT and upsampling": run(fastest),
+        "OpenCV": run(lambda d: cv2.imdecode(np.frombuffer(d, np.uint8), cv2.IMREAD_COLOR_RGB)),
+        "Pillow": run(lambda data: np.asarray(Image.open(io.BytesIO(data)))),
+    }
+    if hasattr(torchvision.io, "decode_jpeg"):  # deprecated since 0.29, to be removed one day
+        warnings.filterwarnings("ignore", message="The image decoding and encoding cap")
+        found["torchvision"] = run(with_torchvision)
+    if importlib.util.find_spec("turbojpeg") is not None:  # PyTurboJPEG, if somebody installed it
+        import turbojpeg  # pyright: ignore[reportMissingImports]
+
+        flags = turbojpeg.TJFLAG_FASTDCT | turbojpeg.TJFLAG_FASTUPSAMPLE
+        turbo = turbojpeg.TurboJPEG()
+        found["PyTurboJPEG, fast DCT and upsampling"] = run(
+            lambda data: turbo.decode(data, pixel_format=turbojpeg.TJPF_RGB, flags=flags)
+        )
+    return found
+
+
+class OurLoader:
+    """Epochs through shards in this process: read, decode, crop twice; maybe all the rest.
+
+    Args:
+        index: The shards.
+        size: Side of a view in pixels.
+        batch_size: Samples in a batch.
+        in_workers: Photometric changes are done by the loader, on uint8.
+        is_whole: Views become normalised floats, with the photometric changes that are left.
+    """
+
+    def __init__(
+        self, index: ShardIndex, size: int, batch_size: int, *, in_workers: bool, is_whole: bool
+    ) -> None:
+        dataset = two_view_dataset(index, size, in_workers=in_workers)
+        self.loader, self.is_whole, self.epoch = Loader(dataset, batch_size=batch_size), is_whole, 0
+
+    def __call__(self) -> None:
+        """One epoch."""
+        for batch in self.loader.epoch(self.epoch):
+            if self.is_whole:
+                finish(batch)
+        self.epoch += 1
+
+
+def ours(index: ShardIndex, batch_size: int) -> dict[str, Work]:
+    """Our loader in its stages and ways."""
+    found: dict[str, Work] = {}
+    for size in (224, 64):
+        for name, in_workers, is_whole in (
+            ("two crops, uint8", False, False),
+            ("whole recipe, uint8 in the loader", True, True),
+            ("whole recipe, float in batches", False, True),
+        ):
+            found[f"{name}, {size} px"] = OurLoader(
+                index, size, batch_size, in_workers=in_workers, is_whole=is_whole
+            )
+    return found
 
 
 def peer_candidates(peers: dict[str, Peer]) -> dict[str, Candidate]:
@@ -126,6 +219,64 @@ def result(measured: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     }
 
 
+def worker_rates(
+    files: Sequence[Path], folder: Path, num_workers: int, num_pictures: int, num_rounds: int
+) -> dict[str, Any]:
+    """Pictures per second through `num_workers` processes to float views in this process.
+
+    Each loader keeps its workers; they take turns, an epoch each, after one that warms up.
+
+    Args:
+        files: JPEGs; they come again until an epoch is full.
+        folder: Where our shards are made.
+        num_workers: Processes of each loader.
+        num_pictures: Length of an epoch.
+        num_rounds: Timed epochs of each.
+    """
+    index = open_as_shards(files, folder, num_pictures)
+    theirs = DataLoader(  # a folder of pictures as torchvision's users read it
+        PillowViews([str(path) for path in files], WALL_SIZE, num_pictures),
+        batch_size=WALL_BATCH, shuffle=True, drop_last=True, num_workers=num_workers,
+        persistent_workers=True, worker_init_fn=_one_thread,
+    )  # fmt: skip
+    epochs: dict[str, Callable[[int], object]] = {
+        "ours, uint8 in the workers": _our_epochs(index, num_workers, in_workers=True),
+        "ours, float in batches": _our_epochs(index, num_workers, in_workers=False),
+        TORCHVISION: lambda _: [None for _batch in theirs],
+    }
+    steps = num_pictures // WALL_BATCH * WALL_BATCH
+    seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    for epoch in range(num_rounds + 1):
+        for name, run in epochs.items():
+            start = time.perf_counter()
+            run(epoch)
+            if epoch:
+                seconds[name].append(time.perf_counter() - start)
+    index.close()
+    return {
+        "num_workers": num_workers,
+        "num_pictures": steps,
+        "images_per_second": {
+            name: steps / statistics.median(taken) for name, taken in seconds.items()
+        },
+    }
+
+
+def _our_epochs(index: Any, num_workers: int, *, in_workers: bool) -> Callable[[int], None]:
+    dataset = two_view_dataset(index, WALL_SIZE, in_workers=in_workers)
+    loader = Loader(dataset, batch_size=WALL_BATCH, num_workers=num_workers)
+
+    def run(epoch: int) -> None:
+        for batch in loader.epoch(epoch):
+            finish(batch)
+
+    return run
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
 def context(jpegs: list[bytes], options: argparse.Namespace) -> dict[str, Any]:
     """What the figures were measured on and with."""
     return {
@@ -136,8 +287,7 @@ def context(jpegs: list[bytes], options: argparse.Namespace) -> dict[str, Any]:
         "mean_kilobytes": sum(map(len, jpegs)) / len(jpegs) / 1e3,
         "load_average": os.getloadavg()[0],
         "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **versions(),
             "torchvision": torchvision.__version__,
             "opencv": cv2.__version__,
             "simplejpeg": simplejpeg.__version__,
@@ -146,67 +296,19 @@ def context(jpegs: list[bytes], options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_table(figures: dict[str, Any]) -> None:
-    """The table for people."""
-    ceiling = figures["ceiling"]
-    print(f"one thread, {WIDTH} x {HEIGHT} JPEGs of {figures['mean_kilobytes']:.0f} kB "
-          f"({figures['pictures']}), medians of {figures['num_rounds']} rounds, "
-          f"load {figures['load_average']:.1f}\n")  # fmt: skip
-    print(f"{'':48}{'pictures/s':>11}{'min':>8}{'max':>8}{'of ceiling':>12}")
-    for group, label in (("decoders", "decode: "), ("ours", "ours: "), ("peers", "")):
-        for name, value in figures[group].items():
-            low, high = figures["spread"][group][name]
-            print(f"{label + name:48}{value:11.0f}{low:8.0f}{high:8.0f}{value / ceiling:11.0%}")
-    print(f"\nloader part (two 224-px crops): {figures['loader_share']:.0%} of the ceiling")
-    for key, rival in (
-        ("cpu_vs_pil", "torchvision v1 on Pillow at 224 px"),
-        ("cpu_vs_pil_64", "torchvision v1 on Pillow at 64 px"),
-        ("cpu_vs_pil_own_blur", "the same with torchvision's own blur at 224 px"),
-        ("cpu_vs_lightly", "lightly at 224 px"),
-    ):
-        value = figures[key]
-        text = "not compared" if value is None else f"{value:.1f} x"
-        print(f"whole recipe on the CPU against {rival}: {text}")
-    for library, reason in figures["left_out"].items():
-        print(f"left out: {library} ({reason})")
-
-
-def print_wall(figures: dict[str, Any]) -> None:
-    """Rates in wall-clock time."""
-    for place in ("workers", "gpu"):
-        if place in figures:
-            found = figures[place]
-            print(f"\nwall-clock time, {found['num_workers']} workers, pictures/s ({place}):")
-            for name, value in found["images_per_second"].items():
-                print(f"  {name:56}{value:9.0f}")
-    if "gpu" in figures:
-        print(f"  share of the rate with synthetic data: {figures['gpu']['from_shards_share']:.1%}")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, kind, metavar, text in (
-        ("json", Path, "OUT", "write the figures here too"),
-        ("pictures", Path, "FOLDER", "real pictures, shrunk to 500 x 375; default: generated ones"),
-        ("peers", str, "PYTHON", "interpreter of the rivals' environment (peers/make_env.sh)"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-    for name, default, text in (
+    parser = make_parser(__doc__, EXAMPLE, (
         ("num-photos", 64, "photographs"),
         ("batch-size", 64, "of our loader"),
         ("num-rounds", 5, "turns of each candidate"),
         ("workers", 0, "also rates through N worker processes, in wall-clock time"),
         ("epoch-pictures", 1024, "pictures per epoch with --workers"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}"
-        )
-    parser.add_argument(
-        "--gpu", action="store_true", help="also rates on a GPU with --workers, in wall-clock time"
-    )
+    ))  # fmt: skip
+    real = "real pictures, shrunk to 500 x 375; default: generated ones"
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=real)
+    environment = "interpreter of the rivals' environment (peers/make_env.sh)"
+    parser.add_argument("--peers", metavar="PYTHON", help=environment)
     options = parser.parse_args(arguments)
     if options.batch_size < 16 or options.batch_size % 16 or options.num_rounds < 1:
         parser.error("--batch-size must be a multiple of 16, --num-rounds at least 1")
@@ -214,19 +316,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--num-photos must be a multiple of the batch size, {options.batch_size}")
     if options.workers and options.epoch_pictures < WALL_BATCH:
         parser.error(f"--epoch-pictures must fill a batch of {WALL_BATCH}")
-    if options.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: torch sees no GPU on this machine")
-    if options.gpu and options.workers < 1:
-        parser.error("--gpu needs --workers N: both loaders get as many worker processes")
     return options
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON."""
-    if options.pictures is None:
-        jpegs = encoded_photos(options.num_photos)
-    else:
-        jpegs = photos_of_folder(options.pictures, options.num_photos)
+    jpegs = chosen_photos(options.pictures, options.num_photos)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measured, versions, left_out = measure(
@@ -243,8 +338,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 files, folder / "epoch", options.workers, options.epoch_pictures,
                 options.num_rounds,
             )  # fmt: skip
-        if options.gpu:
-            figures["gpu"] = gpu_rates(files, folder / "gpu", options.workers, options.num_rounds)
     return figures
 
 
@@ -253,16 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    try:
-        figures = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print_table(figures)
-    print_wall(figures)
-    return 0
+    return run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

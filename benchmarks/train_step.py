@@ -8,19 +8,17 @@ fed from shards by its own loader.
 "images_per_second" are medians over rounds, "ratios" medians of ours / rival in the same round.
 "mfu": FLOPs of the plain step over the rate that --peak-tflops states for the device.
 "from_shards_share": the rate from shards over the rate on synthetic data, wall-clock time.
---table measures something else: step time against queue size or number of features, or memory.
 """
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,23 +27,98 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from benchmarks.fa_overhead import CUDA_SIZES, Clock, Sizes
+from benchmarks.harness import (
+    add_sizes,
+    encoded_photos,
+    make_parser,
+    open_as_shards,
+    run_and_report,
+    synchronize,
+    versions,
+    write_files,
+)
 from benchmarks.step_arms import Arm, Ours, check_same_loss, make_arms
-from benchmarks.step_setup import CPU_SIZES, build_run, make_shards, random_views, with_sizes
-from benchmarks.step_tables import TABLES, print_table
+from common.config import to_plain
+from common.errors import UserError
+from pretrain.config import (
+    DataConfig,
+    EngineConfig,
+    EvalConfig,
+    FAConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PretrainConfig,
+    load_config,
+)
 from pretrain.engine.profiling import batches, count_flops, precision_of
-from pretrain.engine.train import choose_device
+from pretrain.engine.train import Run, choose_device
 
 EXAMPLE = """\
 examples:
   OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_step.py --json step.json
   .venv/bin/python benchmarks/train_step.py --json step.json --workers 12 \\
       --set engine.precision=bf16
-  OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_step.py --table queue --json queue.json
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
 """
+
+
+CPU_SIZES = Sizes(batch_size=32)
+BATCHES_PER_EPOCH = 8
+_NUM_PHOTOS, _NEVER = 16, 1 << 40
+
+
+def make_shards(folder: Path, batch_size: int) -> Path:
+    """Shards of generated photographs, 500 x 375, some batches of them."""
+    files = write_files(encoded_photos(_NUM_PHOTOS), folder / "files")
+    open_as_shards(files, folder / "shards", BATCHES_PER_EPOCH * batch_size).close()
+    return folder / "shards"
+
+
+def build_run(
+    folder: Path, sizes: Sizes, device: str, num_workers: int, settings: Sequence[str] = ()
+) -> Run:
+    """A run of plain BYOL that never saves, probes or draws pictures.
+
+    Args:
+        folder: Holds ``shards``; the run gets a folder of its own there.
+        sizes: Of the networks and the batch.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        num_workers: Of the loader.
+        settings: ``key=value`` overrides of the config, e.g. ``fa.method=nn``.
+    Raises:
+        UserError: If a setting is refused.
+    """
+    kind: Any = device
+    number = sum(1 for _ in folder.glob("run-*"))
+    config = PretrainConfig(
+        out=str(folder / f"run-{number}"),
+        arch=sizes.arch(),
+        heads=sizes.heads(),
+        data=DataConfig(
+            shards=str(folder / "shards"), image_size=sizes.image_size,
+            batch_size=sizes.batch_size, num_workers=num_workers, shuffle_window=4096,
+        ),
+        objective=ObjectiveConfig(name="byol"),
+        fa=FAConfig(method="none"),
+        optim=OptimConfig(epochs=100_000),
+        engine=EngineConfig(
+            device=kind, checkpoint_every_steps=_NEVER, log_every_steps=50, watchdog_seconds=0,
+        ),
+        eval=EvalConfig(num_pictures=0),
+    )  # fmt: skip
+    path = folder / f"run-{number}.yaml"
+    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    return Run(load_config(path, settings), resume=False)
+
+
+def random_views(sizes: Sizes, device: torch.device) -> torch.Tensor:
+    """[2, n, 3, s, s], normal, seeded: as normalised pictures would be."""
+    shape = (2, sizes.batch_size, 3, sizes.image_size, sizes.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def timed_rounds(
@@ -75,10 +148,10 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
     stream, found = batches(ours.run), {"synthetic": [], "shards": []}
 
     def rate(steps: Any) -> float:
-        _wait(device)
+        synchronize(device)
         start = time.perf_counter()
         steps()
-        _wait(device)
+        synchronize(device)
         return num_steps * batch_size / (time.perf_counter() - start)
 
     with ours.flags.kept():
@@ -88,11 +161,6 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
             found["shards"].append(rate(lambda: ours.steps_on(islice(stream, num_steps))))
     stream.close()
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def gpu_memory_bytes(arms: dict[str, Arm], device: torch.device) -> dict[str, int]:
@@ -195,61 +263,26 @@ def context(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "num_cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
     }
-
-
-def print_figures(figures: dict[str, Any]) -> None:
-    """The table for people."""
-    sizes, rates = figures["sizes"], figures["images_per_second"]
-    print(
-        f"\n{figures['device']}, {figures['num_threads']} threads, {figures['clock']} time, "
-        f"medians of {figures['num_rounds']} rounds, load {figures['load_average']:.1f}; BYOL, "
-        f"ResNet-{sizes['depth']}, {sizes['image_size']} px, batch {sizes['batch_size']}\n"
-    )
-    print(f"{'arm':18}{'precision':>10}{'images/s':>10}{'min .. max':>18}{'ours / it':>11}")
-    for name, rate in rates.items():
-        spread = "{:.1f} .. {:.1f}".format(*figures["range"][name])
-        ratio = figures["ratios"].get(f"ours/{name}", 1.0)
-        print(f"{name:18}{figures['precision'][name]:>10}{rate:10.1f}{spread:>18}{ratio:11.2f}")
-    for name, size in (figures["gpu_memory_bytes"] or {}).items():
-        print(f"peak memory of {name}: {size / 2**30:.2f} GiB")
-    mfu = ""
-    if figures["mfu"] is not None:
-        mfu = f", MFU {figures['mfu']:.1%} of {figures['peak_tflops']:g} TFLOPS"
-    print(
-        f"\n{figures['flops_per_picture'] / 1e9:.2f} GFLOPs per picture{mfu}\n"
-        f"fed from shards by {figures['num_workers']} workers: "
-        f"{figures['from_shards_share']:.1%} of the synthetic rate, wall-clock time "
-        f"({figures['share_range'][0]:.1%} .. {figures['share_range'][1]:.1%})"
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--json", type=Path, metavar="OUT", help="write the figures here too")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    add("--table", choices=sorted(TABLES), help="measure this instead of the four arms")
-    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
-        help="of the engine's config, e.g. engine.compile=true; again for more")  # fmt: skip
-    add("--peak-tflops", type=float, metavar="X",
-        help="dense rate of the device, from its data sheet: the MFU is printed too")  # fmt: skip
-    for name, default, text in (
+    parser = make_parser(__doc__, EXAMPLE, (
         ("rounds", 5, "rounds in which every arm takes its turn"),
         ("warmup", 2, "steps of each arm before the first round (GPU 10)"),
         ("calls", 0, "steps of one turn; 0: 1 on a CPU, 10 on a GPU"),
         ("wall-steps", 0, "steps of one turn from shards; 0: 6 on a CPU, 40 on a GPU"),
         ("workers", 0, "of the loader; 0: one less than cores, at least 1"),
-    ):
-        add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
-    for name, value in asdict(CUDA_SIZES).items():
-        both = f"{getattr(CPU_SIZES, name)} on a CPU, {value} on a GPU"
-        choices = (18, 34, 50, 101) if name == "depth" else None
-        add("--" + name.replace("_", "-"), type=int, metavar="N", choices=choices, help=both)
+    ))  # fmt: skip
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+        help="of the engine's config, e.g. engine.compile=true; again for more")  # fmt: skip
+    add("--peak-tflops", type=float, metavar="X",
+        help="dense rate of the device, from its data sheet: the MFU is printed too")  # fmt: skip
+    add_sizes(parser, asdict(CPU_SIZES), asdict(CUDA_SIZES))
     return parser
 
 
@@ -262,7 +295,9 @@ def checked(options: argparse.Namespace) -> tuple[Sizes, torch.device]:
     device = choose_device(options.device)
     is_gpu = device.type == "cuda"
     given = {name: getattr(options, name) for name in asdict(CUDA_SIZES)}
-    sizes = with_sizes(CUDA_SIZES if is_gpu else CPU_SIZES, given)
+    sizes = replace(
+        CUDA_SIZES if is_gpu else CPU_SIZES, **{k: v for k, v in given.items() if v is not None}
+    )
     counts = (options.calls, options.wall_steps, options.workers, options.warmup)
     if options.rounds < 1 or min(counts) < 0 or min(asdict(sizes).values()) < 1:
         raise UserError("--rounds and all sizes must be at least 1, the other numbers 0 or more")
@@ -270,8 +305,6 @@ def checked(options: argparse.Namespace) -> tuple[Sizes, torch.device]:
         raise UserError("--batch-size must be >= 2, --image-size >= 16, --queue-size >= 64")
     if options.peak_tflops is not None and not 0 < options.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {options.peak_tflops}: must be more than 0")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: its folder does not exist")
     options.calls = options.calls or (10 if is_gpu else 1)
     options.warmup = max(options.warmup, 10 if is_gpu else 1)
     options.wall_steps = options.wall_steps or (40 if is_gpu else 6)
@@ -279,30 +312,16 @@ def checked(options: argparse.Namespace) -> tuple[Sizes, torch.device]:
     return sizes, device
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for; the figures for JSON."""
+    sizes, device = checked(options)
+    return context(sizes, device) | compare(options, sizes, device)
 
-    Returns:
-        Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
-    """
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     options = build_parser().parse_args(argv)
-    try:
-        sizes, device = checked(options)
-        measure = compare if options.table is None else TABLES[options.table]
-        figures = context(sizes, device) | measure(options, sizes, device)
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:  # a full disk, a GPU without memory
-        print(f"error: it went wrong: {error}", file=sys.stderr)
-        return 1
-    if options.table is None:
-        print_figures(figures)
-    else:
-        print_table(figures)
-    return 0
+    return run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.random_detections import (
-    detectron2_evaluation,
-    pycocotools_evaluation,
-    random_set,
-    real_set,
-)
 from benchmarks.reference_metrics import (
     COCO,
     ELEVEN_EXACT_POINTS,
@@ -34,6 +28,10 @@ from benchmarks.reference_metrics import (
     DetectionSet,
     Rules,
     average_precisions,
+    detectron2_evaluation,
+    pycocotools_evaluation,
+    random_set,
+    real_set,
     stable_order,
 )
 from detection.stock_evaluator import forget_annotations

@@ -8,10 +8,8 @@ epoch on.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 from collections import defaultdict
@@ -26,9 +24,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.candidates import two_view_dataset
-from benchmarks.pictures import encoded_photos, open_as_shards, photos_of_folder, write_files
-from common.errors import UserError
+from benchmarks.harness import (
+    chosen_photos,
+    make_parser,
+    open_as_shards,
+    run_and_report,
+    two_view_dataset,
+    versions,
+    write_files,
+)
 from pretrain.data.samples import TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader
@@ -98,10 +102,7 @@ def summary(found: dict[int, Watched]) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure both modes; the figures for JSON."""
-    if options.pictures is None:
-        jpegs = encoded_photos(_NUM_FILES)
-    else:
-        jpegs = photos_of_folder(options.pictures, _NUM_FILES)
+    jpegs = chosen_photos(options.pictures, _NUM_FILES)
     with tempfile.TemporaryDirectory() as name:
         files = write_files(jpegs, Path(name, "files"))
         index = open_as_shards(files, Path(name, "shards"), options.num_samples, per_shard=256)
@@ -119,7 +120,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "image_size": options.image_size,
         "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
     }
 
 
@@ -128,38 +129,17 @@ def _watch_mode(index: ShardIndex, mode: str, options: argparse.Namespace) -> di
     return watch(dataset, options.epochs, options.batch_size, options.workers)
 
 
-def print_table(figures: dict[str, Any]) -> None:
-    """The figures for people."""
-    print(f"private memory of a worker, {figures['image_size']} px, batch {figures['batch_size']}, "
-          f"{figures['num_epochs']} epochs of {figures['num_samples']} pictures\n")  # fmt: skip
-    print(f"{'photometric changes by':26}{'largest MiB':>13}{'at rest 1':>10}{'last':>10}"
-          f"{'growth MiB/epoch':>19}")  # fmt: skip
-    for mode, found in figures["modes"].items():
-        print(f"{mode:26}{found['largest_mebibytes']:13.0f}{found['at_rest_mebibytes'][0]:10.1f}"
-              f"{found['at_rest_mebibytes'][-1]:10.1f}"
-              f"{found['growth_mebibytes_per_epoch']:19.3f}")  # fmt: skip
-    kept = "kept" if figures["within_limit"] else "BROKEN"
-    print(f"\nlimit of {figures['limit_mebibytes']} MiB: {kept}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
-    real = "real pictures, shrunk to 500 x 375; default: generated ones"
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=real)
-    for name, default, text in (
+    parser = make_parser(__doc__, EXAMPLE, (
         ("epochs", 20, "epochs"),
         ("num-samples", 1024, "pictures per epoch"),
         ("batch-size", 128, "samples in a batch"),
         ("image-size", 224, "side of a view in pixels"),
         ("workers", 2, "worker processes"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}"
-        )
+    ))  # fmt: skip
+    real = "real pictures, shrunk to 500 x 375; default: generated ones"
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=real)
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.image_size, options.workers) < 1 or options.epochs < 3:
         parser.error("all numbers must be at least 1, --epochs at least 3")
@@ -169,15 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("this system has no /proc/PID/smaps_rollup (Linux 4.14 or newer has)")
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    try:
-        figures = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print_table(figures)
-    return 0
+    return run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def test_figures_and_table(tmp_path, capsys):
     assert figures["versions"]["torch"] == torch.__version__
     assert figures["num_threads"] == 1
     printed = capsys.readouterr().out
-    assert "byol/parallel/none" in printed
-    assert "goal for 1 features per sample: FA share of 5% at most" in printed
+    assert "byol/parallel/nn@4" in printed
 
 
 def test_every_method_makes_its_features():

@@ -1,4 +1,4 @@
-"""The step benchmark: all arms are one step, the contract's keys, tables, wrong arguments."""
+"""The step benchmark: all arms are one step, the contract's keys, wrong arguments."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import step_arms, step_setup, step_tables, train_step
+from benchmarks import step_arms, train_step
 from benchmarks.fa_overhead import Sizes
 from benchmarks.step_arms import FAST, LIGHTNING, RECIPES, Flags, Rival
 
@@ -29,14 +29,14 @@ def _seeded():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("shards")
-    step_setup.make_shards(place, SIZES.batch_size)
+    train_step.make_shards(place, SIZES.batch_size)
     return place
 
 
 @pytest.fixture
 def arms(folder):
-    run = step_setup.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
-    yield step_arms.make_arms(run, step_setup.random_views(SIZES, run.device))
+    run = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
+    yield step_arms.make_arms(run, train_step.random_views(SIZES, run.device))
     run.lock.close()
 
 
@@ -130,7 +130,7 @@ def test_flags_are_put_back():
 def test_ours_is_the_engines_step(arms, folder):
     """The same weights as the engine's parts give when they are called one by one."""
     ours = arms["ours"]
-    other = step_setup.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
+    other = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
     other.model.load_state_dict(ours.run.model.state_dict())
     ours.steps(1)
     done = other._step(step_arms.fed_of(ours.views), is_logged=False)
@@ -158,7 +158,7 @@ def test_contract(tmp_path, capsys):
     assert figures["gpu_memory_bytes"] is None
     assert figures["clock"] == "processor"
     printed = capsys.readouterr().out
-    assert "fed from shards by 1 workers" in printed
+    assert "from_shards_share" in printed
     assert "solo-learn-like" in printed
 
 
@@ -173,69 +173,6 @@ def test_figures_come_from_the_times_of_each_round():
     assert figures["ratio_range"] == {"ours/eager": [1.0, 2.0]}
     assert figures["mfu"] == pytest.approx(0.3)
     assert figures["from_shards_share"] == pytest.approx((0.9 + 0.95) / 2)
-
-
-@pytest.mark.parametrize("table", ["queue", pytest.param("features", marks=pytest.mark.slow)])
-def test_tables_of_step_time(table, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(step_tables, "QUEUE_SIZES", (64, 128))
-    monkeypatch.setattr(step_tables, "NUM_FEATURES", (1, 2))
-    out = tmp_path / "table.json"
-    assert train_step.main([*TINY, "--table", table, "--json", str(out)]) == 0
-    rows = {row["cell"]: row for row in json.loads(out.read_text())["rows"]}
-    cells = {"queue": ["64", "128"], "features": ["nn, N = 1", "nn, N = 2", "mask, N = 1"]}
-    assert rows.keys() >= {"none", *cells[table]}
-    assert rows["none"]["ratio"] == 1.0
-    assert rows["none"]["fa_ms"] == rows["none"]["queue_mib"] == 0
-    assert all(row["fa_ms"] > 0 for name, row in rows.items() if name != "none")
-    if table == "queue":
-        assert rows["128"]["queue_mib"] > 1.9 * rows["64"]["queue_mib"] > 64 * 8 * 4 / 2**20
-    assert table in capsys.readouterr().out
-
-
-def test_cells_change_what_the_step_does(arms):
-    ours = arms["ours"]
-    fa = step_tables._nn(64, 2)
-    group = step_tables.Cells(ours, {"nn": fa})
-    group.use("nn")
-    queue = ours.run.model.queue
-    assert ours.run.model.augmenter.is_ready()
-    puts = int(queue.puts)
-    group.steps(1)
-    group.augment()
-    assert int(queue.puts) == puts + 2
-    group.use("none")
-    assert ours.run.model.queue is None
-
-
-def test_bytes_saved_for_backward_by_hand():
-    """A product keeps its input; tanh its output; the weight is known already."""
-    weight = torch.randn(6, 5, requires_grad=True)
-    x = torch.randn(7, 6)
-    with step_tables.saved_bytes({weight.untyped_storage().data_ptr()}) as saved:
-        y = torch.tanh(x @ weight)
-        (y * 1).sum()
-    assert saved.total == 4 * (7 * 6 + 7 * 5)
-
-
-def test_memory_of_a_step(folder):
-    """A row as a process of the table makes it: known sizes, and activations that follow n."""
-
-    class Sender:
-        def send(self, row):
-            self.row = row
-
-    rows = []
-    for batch_size in (4, 8):
-        sender = Sender()
-        sizes = Sizes(**vars(SIZES) | {"batch_size": batch_size})
-        step_tables._memory_row(sender, sizes, "cpu", ["engine.precision=fp32"])
-        rows.append(sender.row)
-    first, second = rows
-    assert first["weights"] == second["weights"]
-    assert first["gradients"] == first["optimizer"]  # LARS has one velocity for each weight
-    assert 0 < first["ema"] < first["weights"]  # no predictor
-    assert first["views"] == 2 * 4 * 3 * 32 * 32 * 4
-    assert 1.8 < second["saved_for_backward"] / first["saved_for_backward"] < 2.2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import voc_eval_parity
-from benchmarks.random_detections import random_set, real_set
 from benchmarks.reference_metrics import (
     COCO,
     POINTS_101,
@@ -15,6 +14,8 @@ from benchmarks.reference_metrics import (
     Found,
     TrueObject,
     average_precisions,
+    random_set,
+    real_set,
 )
 
 NUM_SETS = 30

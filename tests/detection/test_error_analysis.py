@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from benchmarks.random_detections import random_set
-from benchmarks.reference_metrics import VOC_2007, VOC_2012, DetectionSet
+from benchmarks.reference_metrics import VOC_2007, VOC_2012, DetectionSet, random_set
 from benchmarks.reference_metrics import average_precisions as reference_precisions
 from detection.error_analysis import (
     ALL_KINDS,

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.random_detections import random_set
-from benchmarks.reference_metrics import DetectionSet
+from benchmarks.reference_metrics import DetectionSet, random_set
 from detection.coco_data import read_coco
 from detection.data import to_detectron2
 from detection.evaluate import curves_file, measured

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
+from common.files import read_json_lines
 from pretrain.engine import checkpoint
-from pretrain.engine.metrics import read_rows
 from tests.pretrain.engine.run_helpers import free_port, start_guard_worker, start_pair
 from tests.pretrain.engine.test_guards import BASE  # noqa: F401  read by the fixture config_file
 
@@ -69,5 +69,5 @@ def test_of_two_processes_both_end_and_the_stacks_name_the_one_that_hangs(
     assert (waiting_status, hanging_status) == (1, 1), waiting + hanging
     assert "in stand_still" in hanging
     assert "in stand_still" not in waiting
-    rows = [r["step"] for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+    rows = [r["step"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
     assert rows == [1, 2, 3]
