@@ -87,7 +87,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         path = FULL
     if path is not None and not Path(path).is_file():
         raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
-    config = read_settings(LinearConfig, path, overrides_of(arguments))
+    config = read_settings(
+        LinearConfig, None if path is None else Path(path), overrides_of(arguments)
+    )
     request = Request(
         arguments.checkpoint, arguments.train, arguments.val, arguments.out,
         arguments.branch, arguments.features, arguments.resume,
