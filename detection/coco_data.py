@@ -4,15 +4,12 @@ ROOT/annotations/instances_train2017.json, instances_val2017.json
 ROOT/train2017/*.jpg, val2017/*.jpg
 """
 
-import hashlib
-import json
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from common.annotations.coco import read_instances
 from common.errors import UserError
 from detection.voc import VocSet, VocSplit
-from detection.voc_annotation import VocObject, VocPicture
 
 _LAYOUT = (
     "a COCO folder holds annotations/instances_train2017.json and instances_val2017.json, and the "
@@ -35,7 +32,7 @@ def read_coco(
     Args:
         root: The folder.
         train_split: Default: train2017. Crowds are left out of it, as Detectron2 does.
-        test_split: Default: val2017. Crowds are marked "difficult" in it.
+        test_split: Default: val2017. Crowds stay in it; the evaluation ignores them.
 
     Returns:
         The set, pictures by number; `metric_year` is None: COCO's metric.
@@ -67,42 +64,12 @@ def _read_split(root: Path, split: str, *, is_test: bool) -> tuple[VocSplit, tup
             f"{path}: no such file (annotation files there: {there}); {_LAYOUT}: give that folder "
             "with --data, or name other lists with --train-split and --test-split"
         )
-    try:
-        content = json.loads(path.read_text())
-        categories = sorted((row["id"], row["name"]) for row in content["categories"])
-        labels = dict(categories)
-        objects: dict[int, list[VocObject]] = defaultdict(list)
-        for row in content["annotations"]:
-            if is_test or not row.get("iscrowd", 0):
-                objects[row["image_id"]].append(_object(row, labels))
-        images = sorted(content["images"], key=lambda row: row["id"])
-        pictures = tuple(_picture(root / split, row, objects[row["id"]]) for row in images)
-    except UserError:
-        raise
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: is no COCO annotation of instances ({type(error).__name__}: {error}); "
-            "download it again"
-        ) from error
+    classes, pictures = read_instances(path, root / split)
+    if not is_test:
+        pictures = tuple(
+            replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
+            for picture in pictures
+        )
     if not any(picture.objects for picture in pictures):
         raise UserError(f"{path}: holds no object; download it again")
-    return VocSplit(root / split, split, pictures), tuple(labels.values())
-
-
-def _object(row: dict[str, Any], labels: dict[int, str]) -> VocObject:
-    """COCO's (x, y, width, height) from 0 as a box counted from 1; the area is the mask's."""
-    x, y, width, height = (float(value) for value in row["bbox"])
-    box = (x + 1, y + 1, x + width, y + height)
-    return VocObject(
-        labels[row["category_id"]], box, bool(row.get("iscrowd", 0)), float(row["area"])
-    )
-
-
-def _picture(folder: Path, row: dict[str, Any], objects: list[VocObject]) -> VocPicture:
-    file = folder / row["file_name"]
-    if not file.is_file():
-        raise UserError(f"{file}: no such picture, but its list names it; {_LAYOUT}")
-    text = repr((row["id"], row["file_name"], file.stat().st_size, objects))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    width, height = int(row["width"]), int(row["height"])
-    return VocPicture(str(row["id"]), file, width, height, tuple(objects), digest)
+    return VocSplit(root / split, split, pictures), classes

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from common.annotations.canonical import coco_content
 from detection.voc import VocSplit
 
 _STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
@@ -74,12 +75,11 @@ class CocoEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         rows = [row for part in gathered for row in part or ()]
-        images = [{"id": number} for number in self._numbers.values()]
-        categories = [{"id": i, "name": name} for i, name in enumerate(self._classes, start=1)]
+        content = coco_content(self._split.pictures, self._classes)
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its tables
-            truth = _indexed(images, _annotations(self._split, self._classes), categories)
+            truth = _indexed(content)
             # loadRes takes a list, too, whatever its type says; but not an empty one.
-            found = truth.loadRes(rows) if rows else _indexed(images, [], categories)  # pyright: ignore[reportArgumentType]
+            found = truth.loadRes(rows) if rows else _indexed(content | {"annotations": []})  # pyright: ignore[reportArgumentType]
             evaluation = COCOeval(truth, found, "bbox")
             evaluation.evaluate()
             evaluation.accumulate()
@@ -128,28 +128,9 @@ def _percent(share: float) -> float | None:
     return None if share < 0 else 100 * share
 
 
-def _indexed(images: Any, annotations: Any, categories: Any) -> COCO:
+def _indexed(content: dict[str, Any]) -> COCO:
     """Annotations as pycocotools wants them."""
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    coco.dataset = content  # pyright: ignore[reportAttributeAccessIssue]
     coco.createIndex()
     return coco
-
-
-def _annotations(split: VocSplit, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Ground truth in COCO's format; ids from 1, since pycocotools takes 0 for "no match"."""
-    rows = []
-    for image, picture in enumerate(split.pictures, start=1):
-        for item in picture.objects:
-            x0, y0, x1, y1 = item.box_from_zero()
-            rows.append(
-                {
-                    "id": len(rows) + 1,
-                    "image_id": image,
-                    "category_id": classes.index(item.class_name) + 1,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0) if item.area is None else item.area,
-                    "iscrowd": int(item.difficult),
-                }
-            )
-    return rows

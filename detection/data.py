@@ -62,7 +62,7 @@ def to_detectron2(split: VocSplit, classes: tuple[str, ...]) -> list[dict[str, A
             "annotations": [
                 {
                     "category_id": classes.index(item.class_name),
-                    "bbox": item.box_from_zero(),
+                    "bbox": list(item.box),
                     "bbox_mode": BoxMode.XYXY_ABS,
                 }
                 for item in picture.objects

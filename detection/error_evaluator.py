@@ -72,7 +72,7 @@ class ErrorEvaluator(DatasetEvaluator):
 def objects_of(split: VocSplit, classes: Sequence[str]) -> Objects:
     """The objects of a list, in the order of the annotations."""
     rows = [
-        (number, classes.index(item.class_name), item.box, item.difficult)
+        (number, classes.index(item.class_name), item.voc_box, item.is_ignored)
         for number, picture in enumerate(split.pictures)
         for item in picture.objects
     ]

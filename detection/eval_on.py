@@ -169,7 +169,6 @@ def _evaluate_seed(
         voc.classes,
         metric_year=voc.metric_year,
         root=voc.root,
-        list_file=folder / f"eval-on-{name}.txt",
         absent=absent,
     )
     write_json(folder / f"eval-on-{name}-detections.json", last["detections"])

@@ -19,12 +19,13 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     inference_on_dataset,
 )
-from detectron2.evaluation.pascal_voc_evaluation import voc_eval
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_eval
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.files import write_text
+from common.annotations.canonical import write_annotations
+from common.annotations.voc import list_file
 from detection.coco_metric import CocoEvaluator
 from detection.error_evaluator import ErrorEvaluator
 from detection.voc import VocSplit
@@ -44,22 +45,22 @@ class ClasswiseVOCEvaluator(PascalVOCDetectionEvaluator):
     AP; they are left out and named in the result.
     """
 
-    def __init__(
-        self, dataset_name: str, image_ids: list[str], list_file: Path, absent: list[str]
-    ) -> None:
-        """Evaluate on some pictures of a list.
+    def __init__(self, dataset_name: str, split: VocSplit, absent: list[str]) -> None:
+        """Evaluate on the pictures of a list.
 
         Args:
             dataset_name: Registered name.
-            image_ids: Pictures that are evaluated.
-            list_file: Where their names are written for Detectron2 to read.
+            split: The list.
             absent: Classes without an object that counts.
         """
         super().__init__(dataset_name)
-        self._absent = set(absent)
-        self._image_set_path = str(list_file)
-        if comm.is_main_process():
-            write_text(list_file, "".join(f"{image_id}\n" for image_id in image_ids))
+        self._split, self._absent = split, set(absent)
+        self._numbers = {item.image_id: str(i) for i, item in enumerate(split.pictures)}
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Keep the boxes of a batch; pictures are called by their place, see `evaluate`."""
+        inputs = [{"image_id": self._numbers[given["image_id"]]} for given in inputs]
+        super().process(inputs, outputs)
 
     def evaluate(self) -> dict[str, Any] | None:
         """AP of every class that occurs, and the means, in percent.
@@ -75,12 +76,18 @@ class ClasswiseVOCEvaluator(PascalVOCDetectionEvaluator):
         rows: dict[str, dict[str, float]] = {}
         curves: dict[str, dict[str, Any]] = {}
         with tempfile.TemporaryDirectory(prefix="voc-evaluation-") as folder:
+            # Not the user's own files: Detectron2's reader takes UTF-8 and whole numbers only, does
+            # not strip class names, and no name of a picture may hold a space.
+            write_annotations(Path(folder), "test", self._split.pictures)
+            self._anno_file_template = f"{folder}/Annotations/{{}}.xml"
+            self._image_set_path = str(list_file(Path(folder), "test"))
             for label, name in enumerate(self._class_names):
                 if name not in self._absent:
                     lines = [line for part in gathered for line in part.get(label, [])]
                     file = Path(folder) / "detections.txt"
                     file.write_text("\n".join(lines))
                     rows[name], curves[name] = self._evaluate_class(name, file)
+        parse_rec.cache_clear()  # it keeps every annotation it has read
         return {
             "bbox": {key: float(np.mean([row[key] for row in rows.values()])) for key in _METRICS},
             "per_class": {name: row["AP"] for name, row in rows.items()},
@@ -140,7 +147,6 @@ def evaluate_detector(
     *,
     metric_year: int | None,
     root: Path,
-    list_file: Path,
     absent: list[str],
 ) -> dict[str, Any]:
     """Evaluate a detector on the pictures of a list, by VOC's metric and by COCO's.
@@ -153,7 +159,6 @@ def evaluate_detector(
         classes: Class names in the detector's order.
         metric_year: 2007 or 2012; None: COCO's metric only, which then is the result.
         root: File names of `detections` are relative to it.
-        list_file: Where the names of the pictures are written.
         absent: Classes without an object that counts.
 
     Returns:
@@ -168,7 +173,7 @@ def evaluate_detector(
     evaluators.append(ErrorEvaluator(split, classes, metric_year))
     if metric_year is not None:
         name = cfg.DATASETS.TEST[0]
-        evaluators.append(ClasswiseVOCEvaluator(name, image_ids, list_file, absent))
+        evaluators.append(ClasswiseVOCEvaluator(name, split, absent))
     result = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
     if not comm.is_main_process():
         return {}
@@ -282,7 +287,7 @@ class DetectionRecorder(DatasetEvaluator):
             "width": picture.width,
             "height": picture.height,
             "ground_truth": [
-                {"class": item.class_name, "box": item.box_from_zero(), "difficult": item.difficult}
+                {"class": item.class_name, "box": list(item.box), "difficult": item.is_ignored}
                 for item in picture.objects
             ],
             "detections": detections,

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from common import provenance
+from common.annotations.record import read_class_names
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
 from detection.coco_data import is_coco, read_coco
@@ -27,7 +28,7 @@ from detection.data import register
 from detection.evaluate import curves_file, measured
 from detection.protocol import schedule_table
 from detection.trainer import Trainer
-from detection.voc import VocSet, read_class_names, read_set
+from detection.voc import VocSet, read_set
 from detection.weights import check_card
 
 logger = logging.getLogger(__name__)

@@ -168,7 +168,6 @@ class Trainer(DefaultTrainer):
             self.voc.classes,
             metric_year=self.voc.metric_year,
             root=self.voc.root,
-            list_file=self.folder / "evaluated.txt",
             absent=self.absent,
         )
 

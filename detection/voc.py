@@ -5,23 +5,25 @@ first fault ends the run with one message that names the file and the remedy.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.annotations.record import PictureRecord
+from common.annotations.voc import (
+    VOC_CLASSES,
+    annotation_file,
+    class_names,
+    list_file,
+    list_names,
+    read_list,
+    read_picture,
+)
 from common.errors import UserError
 from common.files import read_json
-from detection.voc_annotation import VocPicture, class_names, read_picture
 
-# The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
-VOC_CLASSES = [
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-]
 _OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
 
 
@@ -31,7 +33,7 @@ class VocSplit:
 
     folder: Path
     name: str
-    pictures: tuple[VocPicture, ...]
+    pictures: tuple[PictureRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,9 @@ def read_set(
         classes=names,
         metric_year=year,
         train=tuple(
-            _read_split(root, part, names, is_test=False, official=official)
-            for part in train_split.split("+")
+            _read_split(root, part, names, official=official) for part in train_split.split("+")
         ),
-        test=_read_split(root, test_split, names, is_test=True, official=official),
+        test=_read_split(root, test_split, names, official=official),
     )
 
 
@@ -151,35 +152,21 @@ def read_test_set(
         classes=tuple(classes),
         metric_year=year,
         train=(),
-        test=_read_split(root, split, tuple(classes), is_test=True, official=official),
+        test=_read_split(root, split, tuple(classes), official=official),
     )
-
-
-def read_class_names(text: str) -> list[str]:
-    """Class names from "a,b,c", or from a text file with one name a line.
-
-    Raises:
-        UserError: If there is none.
-    """
-    path = Path(text)
-    parts = path.read_text().splitlines() if path.is_file() else text.split(",")
-    names = [part.strip() for part in parts if part.strip()]
-    if not names:
-        raise UserError(f"--classes {text!r}: give names, a,b,c, or a file with one name a line")
-    return names
 
 
 def _class_names_in(folder: Path, split: str, known: set[str]) -> set[str]:
     """The known names, and whatever else the annotations of a list hold."""
     names = set(known)
-    for image_id in _image_ids(folder, split):
-        names |= class_names(folder / "Annotations" / f"{image_id}.xml")
+    for image_id in read_list(folder, split):
+        names |= class_names(annotation_file(folder, image_id))
     return names
 
 
 def _is_official(classes: Sequence[str], description: dict[str, Any]) -> bool:
     """Whether a set is PASCAL's own, unpacked or imported by tools/make_dataset.py voc."""
-    return list(classes) == VOC_CLASSES and (not description or description.get("kind") == "voc")
+    return tuple(classes) == VOC_CLASSES and (not description or description.get("kind") == "voc")
 
 
 def _test_list(
@@ -210,10 +197,7 @@ def _read_description(root: Path) -> dict[str, Any]:
     path = root / "dataset.json"
     if not path.is_file():
         return {}
-    try:
-        description = read_json(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); make the data set again") from error
+    description = read_json(path)
     if not isinstance(description, dict) or not description.get("classes"):
         raise UserError(
             f"{path}: has no list 'classes'; make the data set again with tools/make_dataset.py"
@@ -234,7 +218,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
     if not match or root.name == f"VOC{years[0]}":
         found.append(root)  # a VOC folder itself
     found = [folder for folder in found if (folder / "ImageSets" / "Main").is_dir()]
-    holders = [folder for folder in found if _list_file(folder, name).is_file()]
+    holders = [folder for folder in found if list_file(folder, name).is_file()]
     if not found:
         wanted = " or ".join(f"VOC{year}/ImageSets/Main" for year in years)
         raise UserError(
@@ -242,11 +226,9 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
             "set made by tools/make_dataset.py, or a COCO folder (annotations/instances_*.json)"
         )
     if not holders:
-        there = sorted(
-            path.stem for folder in found for path in _list_file(folder, "x").parent.glob("*.txt")
-        )[:20]
+        there = sorted(name for folder in found for name in list_names(folder))[:20]
         raise UserError(
-            f"{_list_file(found[0], name)}: no such list; lists there: "
+            f"{list_file(found[0], name)}: no such list; lists there: "
             f"{', '.join(there) or 'none'}; choose with --train-split / --test-split / --eval-split"
         )
     if len(holders) > 1:
@@ -257,50 +239,19 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
     return holders[0], name
 
 
-def _list_file(folder: Path, name: str) -> Path:
-    return folder / "ImageSets" / "Main" / f"{name}.txt"
-
-
-def _read_split(
-    root: Path, split: str, classes: tuple[str, ...], *, is_test: bool, official: bool
-) -> VocSplit:
+def _read_split(root: Path, split: str, classes: tuple[str, ...], *, official: bool) -> VocSplit:
     """Read one list and every annotation it names."""
     folder, name = _split_folder(root, split)
-    image_ids = _image_ids(folder, name)
     pictures = tuple(
-        read_picture(
-            folder, image_id, classes, integer_boxes=is_test, tolerance_px=1 if official else 0
-        )
-        for image_id in image_ids
+        read_picture(folder, image_id, classes, tolerance_px=1 if official else 0)
+        for image_id in read_list(folder, name)
     )
     if not any(picture.objects for picture in pictures):
         raise UserError(
-            f"{_list_file(folder, name)}: none of its {len(pictures)} pictures holds an object; "
+            f"{list_file(folder, name)}: none of its {len(pictures)} pictures holds an object; "
             "annotate them or choose another list"
         )
     return VocSplit(folder, name, pictures)
-
-
-def _image_ids(folder: Path, name: str) -> list[str]:
-    """Picture names of a list, each once."""
-    path = _list_file(folder, name)
-    image_ids = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not image_ids:
-        raise UserError(
-            f"{path}: the split is empty; list one picture name a line, or choose "
-            "another list with --train-split / --test-split"
-        )
-    seen: set[str] = set()
-    for image_id in image_ids:
-        if len(image_id.split()) != 1:
-            raise UserError(
-                f"{path}: line {image_id!r} must hold one picture name and nothing else; "
-                "class-wise lists such as aeroplane_train.txt do not serve"
-            )
-        if image_id in seen:
-            raise UserError(f"{path}: {image_id!r} is listed twice; remove one of the lines")
-        seen.add(image_id)
-    return image_ids
 
 
 def classes_without_objects(split: VocSplit, classes: Sequence[str]) -> list[str]:
@@ -309,6 +260,6 @@ def classes_without_objects(split: VocSplit, classes: Sequence[str]) -> list[str
         item.class_name
         for picture in split.pictures
         for item in picture.objects
-        if not item.difficult
+        if not item.is_ignored
     }
     return [name for name in classes if name not in present]

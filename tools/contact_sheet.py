@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.annotations.record import PictureRecord
+from common.annotations.voc import list_file, read_list, read_picture
 from common.errors import UserError, run_command
 from common.files import read_json
 
@@ -62,24 +63,25 @@ def _write(path: Path, sheet: np.ndarray, quality: int) -> None:
 def _tiles(data: Path, part: str, count: int, height: int) -> Iterator[np.ndarray]:
     """Yield up to `count` pictures scaled to `height` pixels, with boxes where they are known."""
     voc = data / "VOC2007"
+    pictures: list[tuple[Path, PictureRecord | None]]
     if part in ("train", "test"):
-        listing = voc / "ImageSets" / "Main" / f"{part}.txt"
-        names = listing.read_text().split()[:count] if listing.exists() else []
-        pairs = [(voc / "JPEGImages" / f"{n}.jpg", voc / "Annotations" / f"{n}.xml") for n in names]
+        names = read_list(voc, part)[:count] if list_file(voc, part).exists() else []
+        records = [read_picture(voc, name, None) for name in names]
+        pictures = [(record.file, record) for record in records]
     else:
-        pictures = sorted((data / part).rglob("*.jpg"), key=lambda p: p.name)[:count]
-        pairs = [(path, None) for path in pictures]
+        files = sorted((data / part).rglob("*.jpg"), key=lambda p: p.name)[:count]
+        pictures = [(path, None) for path in files]
     card = data / "dataset.json"
     classes = read_json(card)["classes"] if card.exists() else []
-    for path, annotation in pairs:
+    for path, record in pictures:
         image = cv2.imread(str(path))
         if image is None:
             raise UserError(f"{path}: does not decode; make the set again")
         scale = height / image.shape[0]
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         tile = cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=how)
-        if annotation is not None:
-            _draw_boxes(tile, annotation, scale, classes)
+        if record is not None:
+            _draw_boxes(tile, record, scale, classes)
         yield tile
 
 
@@ -90,15 +92,16 @@ def _colour(number: int) -> tuple[int, int, int]:
     return int(pixel[0]), int(pixel[1]), int(pixel[2])
 
 
-def _draw_boxes(tile: np.ndarray, annotation: Path, scale: float, classes: Sequence[str]) -> None:
-    """Draw the objects of an annotation on a tile, in place; difficult ones in thin lines."""
-    for item in ElementTree.parse(annotation).iter("object"):
-        name = item.findtext("name", "")
+def _draw_boxes(
+    tile: np.ndarray, picture: PictureRecord, scale: float, classes: Sequence[str]
+) -> None:
+    """Draw the objects of a picture on a tile, in place; difficult ones in thin lines."""
+    for item in picture.objects:
+        name = item.class_name
         colour = _colour(classes.index(name) if name in classes else len(name))
-        corners = [int(item.findtext(f"bndbox/{c}", "1")) for c in ("xmin", "ymin", "xmax", "ymax")]
-        x0, y0, x1, y1 = (round(scale * v) for v in corners)
+        x0, y0, x1, y1 = (round(scale * value) for value in item.voc_box)
         x1, y1 = min(x1, tile.shape[1] - 1), min(y1, tile.shape[0] - 1)
-        thickness = 1 if item.findtext("difficult") == "1" else 2
+        thickness = 1 if item.difficult else 2
         cv2.rectangle(tile, (x0, y0), (x1, y1), colour, thickness)
         (width, height), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.36, 1)
         top = y0 - height - 5 if y0 > height + 5 else y0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.annotations.record import read_class_names
 from common.errors import UserError, run_command
 from tools.datasets import packages, photos, procedural, shapes, voc_import
 from tools.datasets.build import Card, build
@@ -280,7 +281,7 @@ def make_voc(arguments: argparse.Namespace) -> bool:
     """Import a set; see `voc_import.import_voc` for what is returned and raised."""
     if arguments.num_workers < 1:
         raise UserError(f"--num-workers is {arguments.num_workers}: give 1 or more")
-    classes = voc_import.class_names(arguments.classes) if arguments.classes else None
+    classes = tuple(read_class_names(arguments.classes)) if arguments.classes else None
     lists = (arguments.train_split, arguments.test_split)
     if classes is None and lists != ("train", "test"):
         raise UserError("--train-split, --test-split: are for a set with --classes of its own")

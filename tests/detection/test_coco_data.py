@@ -37,7 +37,7 @@ def make_coco(root: Path) -> Path:
             shutil.copy(picture.file, root / name)
             images.append({"id": number, "file_name": picture.file.name, "width": 96, "height": 96})
             for item in picture.objects:
-                x0, y0, x1, y1 = item.box_from_zero()
+                x0, y0, x1, y1 = list(item.box)
                 area = (x1 - x0) * (y1 - y0) / (1 if item.class_name == "disc" else 2)
                 annotations.append({
                     "id": len(annotations) + 1, "image_id": number,
@@ -71,7 +71,7 @@ def test_boxes_classes_and_crowds(coco_root: Path) -> None:
     ):
         expected = [] if place == 1 else other["annotations"]  # crowds are not trained on
         assert ours["annotations"] == expected
-    assert [item.difficult for p in coco.test.pictures for item in p.objects] == [
+    assert [item.crowd for p in coco.test.pictures for item in p.objects] == [
         False, True, False, False, False,
     ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_figures_equal_pycocotools_on_the_files_themselves(coco_root: Path) -> N
     for picture in coco.test.pictures:
         boxes, labels, scores = [], [], draw.random(6).astype(np.float32).tolist()
         for item in picture.objects * 6:
-            moved = np.array(item.box_from_zero()) + draw.integers(-40, 40, 4) / 8
+            moved = np.array(item.box) + draw.integers(-40, 40, 4) / 8
             boxes.append(moved.tolist())
             labels.append((coco.classes.index(item.class_name) + int(draw.random() < 0.2)) % 3)
         instances = Instances((96, 96))

@@ -37,7 +37,7 @@ def make_detections(voc: VocSet, seed: int) -> list[Detection]:
         for item in picture.objects:
             for _ in range(4):
                 label = (voc.classes.index(item.class_name) + int(draw.random() < 0.3)) % 3
-                moved = np.array(item.box_from_zero()) + draw.integers(-32, 32, 4) / 8
+                moved = np.array(item.box) + draw.integers(-32, 32, 4) / 8
                 rows.append((picture.image_id, label, float(draw.integers(8)) / 8, moved.tolist()))
     return rows
 
@@ -63,7 +63,7 @@ def as_set(voc: VocSet, split: VocSplit, rows: list[Detection]) -> DetectionSet:
         TrueObject(
             numbers[picture.image_id],
             voc.classes.index(item.class_name),
-            tuple(int(value) for value in item.box),
+            tuple(int(value) for value in item.voc_box),
             item.difficult,
         )
         for picture in split.pictures
@@ -94,7 +94,7 @@ def test_figures_equal_an_independent_computation(tmp_path: Path, seed: int) -> 
 def test_difficult_object_neither_helps_nor_harms(tmp_path: Path) -> None:
     voc = read_set(make_voc(tmp_path / "data", num_train=2, num_test=3))
     rows = [
-        (picture.image_id, voc.classes.index(item.class_name), 0.9, item.box_from_zero())
+        (picture.image_id, voc.classes.index(item.class_name), 0.9, list(item.box))
         for picture in voc.test.pictures
         for item in picture.objects
     ]

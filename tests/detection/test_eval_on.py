@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from common.annotations.record import read_class_names
 from detection.eval_on import result_name
 from detection.train import main
-from detection.voc import read_class_names
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
 
 _TINY = [

@@ -33,7 +33,7 @@ def make_detections(voc: VocSet, seed: int = 0) -> list[Detection]:
             label = voc.classes.index(item.class_name)
             for _ in range(3):
                 shift = generator.normal(0, 4, 4).round(1)
-                box = (np.array(item.box_from_zero()) + shift).clip(0, 95).tolist()
+                box = (np.array(item.box) + shift).clip(0, 95).tolist()
                 wrong = generator.random() < 0.3
                 score = round(float(generator.random()), 3)
                 found.append((picture.image_id, (label + wrong) % 3, score, box))
@@ -54,7 +54,7 @@ def average_precision(
     voc: VocSet, detections: list[Detection], label: int, threshold: float, year: int
 ) -> float:
     """AP of one class in percent: greedy matching by score, then the area or 11 points."""
-    truth = {picture.image_id: [[*item.box] for item in picture.objects
+    truth = {picture.image_id: [[*item.voc_box] for item in picture.objects
                                 if item.class_name == voc.classes[label]]
              for picture in voc.test.pictures}  # fmt: skip
     num_truth = sum(map(len, truth.values()))
@@ -102,9 +102,8 @@ def tiny(tmp_path: Path) -> VocSet:
 @pytest.fixture
 def classwise(tmp_path: Path) -> Callable[[VocSet], ClasswiseVOCEvaluator]:
     def build(voc: VocSet) -> ClasswiseVOCEvaluator:
-        image_ids = [picture.image_id for picture in voc.test.pictures]
         absent = classes_without_objects(voc.test, voc.classes)
-        return ClasswiseVOCEvaluator(register(voc)[1], image_ids, tmp_path / "list.txt", absent)
+        return ClasswiseVOCEvaluator(register(voc)[1], voc.test, absent)
 
     return build
 
@@ -166,7 +165,7 @@ def test_kinds_come_in_the_order_of_the_detections(tiny: VocSet) -> None:
     detections: list[Detection] = []
     for number, picture in enumerate(tiny.test.pictures):
         item = picture.objects[0]
-        label, box = tiny.classes.index(item.class_name), item.box_from_zero()
+        label, box = tiny.classes.index(item.class_name), list(item.box)
         detections += [(picture.image_id, label, 0.2, box), (picture.image_id, label, 0.9, box)]
         detections += [(picture.image_id, (label + 1) % 3, 0.4, box)] * (number % 2)
     kinds = feed(ErrorEvaluator(tiny.test, tiny.classes, 2012), tiny, detections)["kinds"]
@@ -194,7 +193,7 @@ def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(
     root = make_voc(tmp_path / "set", num_train=2, num_test=12)
     voc = read_set(root, classes=[*CLASSES, "unicorn"])
     detections = [
-        (picture.image_id, voc.classes.index(item.class_name), 0.9, item.box_from_zero())
+        (picture.image_id, voc.classes.index(item.class_name), 0.9, list(item.box))
         for picture in voc.test.pictures
         for item in picture.objects
     ]

@@ -30,7 +30,7 @@ def detections(voc: VocSet, number: int) -> Instances:
     picture = voc.test.pictures[number]
     boxes, labels = [], []
     for item in picture.objects * 6:
-        boxes.append(np.array(item.box_from_zero()) + draw.normal(0, 8, 4))
+        boxes.append(np.array(item.box) + draw.normal(0, 8, 4))
         labels.append((voc.classes.index(item.class_name) + int(draw.random() < 0.3)) % 3)
     found = Instances((picture.height, picture.width))
     found.pred_boxes = Boxes(torch.tensor(np.array(boxes), dtype=torch.float32))

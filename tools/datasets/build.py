@@ -15,6 +15,7 @@ from typing import Protocol
 import cv2
 from tqdm import tqdm
 
+from common.annotations.canonical import YEAR_FOLDER, make_folders, write_list
 from common.errors import UserError
 from common.files import locked, read_json, write_json
 from tools.datasets import voc_writer
@@ -180,7 +181,7 @@ def _check_space(options: SetOptions, folder: Path) -> None:
 
 
 def _make_folders(source: Source, root: Path) -> None:
-    voc_writer.make_folders(root)
+    make_folders(root / YEAR_FOLDER)
     (root / "pool").mkdir()
     for split in ("train", "val"):
         for name in source.class_names:
@@ -210,7 +211,7 @@ def _write_lists(source: Source, card: Card, root: Path) -> None:
     splits = {"train": options.num_train, "test": options.num_test}
     for split, count in splits.items():
         names = [picture_name(split, i) for i in range(count)]
-        voc_writer.write_image_set(root, split, names)
+        write_list(root / YEAR_FOLDER, split, names)
     content = {
         "format": FORMAT,
         "name": card.name,

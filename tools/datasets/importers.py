@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.annotations.voc import list_file, list_names, read_list, require_picture, year_folders
 from common.errors import UserError
-from tools.datasets.voc_check import VocReport, check_voc, read_split, voc_years
-
-__all__ = ["Picture", "Source", "VocReport", "check_voc", "open_source"]
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -71,7 +69,7 @@ def open_source(path: str | Path, *, split: str | None = None, labels: Labels = 
         raise UserError(
             f"{root}: no such folder; give a folder of pictures, class folders or a VOC devkit"
         )
-    if voc_years(root):
+    if year_folders(root):
         return _open_voc(root, split)
     if split is not None:
         if not (root / split).is_dir():
@@ -84,36 +82,22 @@ def open_source(path: str | Path, *, split: str | None = None, labels: Labels = 
 
 
 def _open_voc(root: Path, split: str | None) -> Source:
-    years = voc_years(root)
+    years = year_folders(root)
     if split is None:
-        names = sorted(
-            {file.stem for year in years for file in (year / "ImageSets/Main").glob("*.txt")}
-        )
-        names = [name for name in names if "_" not in name]
+        names = sorted({name for year in years for name in list_names(year) if "_" not in name})
         raise UserError(
             f"{root}: is a VOC devkit; choose a part with --split, one of: "
             f"{', '.join(names) or '(none)'}"
         )
     pictures = []
-    with_split = [year for year in years if (year / "ImageSets/Main" / f"{split}.txt").exists()]
+    with_split = [year for year in years if list_file(year, split).exists()]
     if not with_split:
-        read_split(years[0], split)  # says what is missing
+        read_list(years[0], split)  # says what is missing
     for year in with_split:
-        for image_id in read_split(year, split):
-            file = _voc_picture(year, image_id)
+        for image_id in read_list(year, split, class_wise=True):
+            file = require_picture(year, image_id)
             pictures.append(Picture(str(file), f"{year.name}/{file.name}", -1))
     return Source("voc", tuple(sorted(pictures, key=lambda picture: picture.name)), None, {})
-
-
-def _voc_picture(year: Path, image_id: str) -> Path:
-    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG"):
-        file = year / "JPEGImages" / f"{image_id}{suffix}"
-        if file.exists():
-            return file
-    raise UserError(
-        f"{year / 'JPEGImages' / image_id}.jpg: missing, though ImageSets/Main lists it; "
-        "unpack the set again, or take the name off the list"
-    )
 
 
 def _open_folder(root: Path, labels: Labels) -> Source:

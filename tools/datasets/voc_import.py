@@ -3,8 +3,6 @@
 What comes out is a devkit with a dataset.json, which detection takes without further options.
 """
 
-import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,9 +13,18 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from common.annotations.voc import (
+    VOC_CLASSES,
+    list_file,
+    list_names,
+    read_list,
+    read_picture,
+    require_picture,
+    year_folders,
+)
 from common.errors import UserError
+from common.files import write_json
 from tools.datasets.build import FORMAT, Card, DiskError, is_finished, only_one
-from tools.datasets.voc_check import VOC_CLASSES, check_voc, read_split, voc_years
 from tools.datasets.voc_sources import OFFICIAL_NAMES, damaged_archive, take
 
 # (pictures, objects that are not difficult) of the lists that detection uses, as the challenges'
@@ -27,6 +34,7 @@ OFFICIAL_COUNTS = {
     "VOC2007/test": (4_952, 12_032),
     "VOC2012/trainval": (11_540, 27_450),
 }
+_MAX_SHOWN = 10  # problems of a list
 _LICENCE = (
     "As the set states; PASCAL VOC: photographs from flickr under flickr's terms of use, for "
     "research. Not part of this project."
@@ -75,22 +83,6 @@ class Request:
             "test_split": self.test_split if self.classes else None,
             "any_count": self.any_count,
         }
-
-
-def class_names(text: str) -> tuple[str, ...]:
-    """Names from "a,b,c", or from a file with one a line.
-
-    Raises:
-        UserError: If there is none, or one is there twice.
-    """
-    path = Path(text)
-    parts = path.read_text().splitlines() if path.is_file() else text.split(",")
-    names = tuple(part.strip() for part in parts if part.strip())
-    if not names or len(set(names)) != len(names):
-        raise UserError(
-            f"--classes {text!r}: give different names, a,b,c, or a file with one a line"
-        )
-    return names
 
 
 def import_voc(request: Request, out: Path, *, overwrite: bool) -> bool:
@@ -155,12 +147,10 @@ def _lists(request: Request, devkit: Path) -> tuple[list[tuple[str, str]], tuple
         return _official_lists(devkit)
     found = []
     for split in (request.train_split, request.test_split):
-        years = [year.name for year in voc_years(devkit) if (year / _list_path(split)).is_file()]
+        years = [year.name for year in year_folders(devkit) if list_file(year, split).is_file()]
         if len(years) != 1:
             names = sorted(
-                f"{year.name}/{file.stem}"
-                for year in voc_years(devkit)
-                for file in (year / "ImageSets/Main").glob("*.txt")
+                f"{year.name}/{name}" for year in year_folders(devkit) for name in list_names(year)
             )
             problem = f"is in {' and '.join(years)}" if years else "is not there"
             raise UserError(
@@ -174,7 +164,7 @@ def _lists(request: Request, devkit: Path) -> tuple[list[tuple[str, str]], tuple
 def _official_lists(devkit: Path) -> tuple[list[tuple[str, str]], tuple[str, str]]:
     """What is there of PASCAL's lists: the test, and at least one to train on."""
     keys = [(place.split("/")[0], place.split("/")[1]) for place in OFFICIAL_COUNTS]
-    there = [key for key in keys if (devkit / key[0] / _list_path(key[1])).is_file()]
+    there = [key for key in keys if list_file(devkit / key[0], key[1]).is_file()]
     test = ("VOC2007", "test")
     train = sorted(key for key in there if key != test)
     if test not in there or not train:
@@ -189,10 +179,6 @@ def _official_lists(devkit: Path) -> tuple[list[tuple[str, str]], tuple[str, str
     return train, test
 
 
-def _list_path(split: str) -> str:
-    return f"ImageSets/Main/{split}.txt"
-
-
 def _name(year: str, split: str, official: bool) -> str:
     """A list as Detectron2 names the official ones, voc_2007_test; else its own name."""
     return f"voc_{year.removeprefix('VOC')}_{split}" if official else split
@@ -200,25 +186,31 @@ def _name(year: str, split: str, official: bool) -> str:
 
 def _checked(year: Path, split: str, classes: Sequence[str], request: Request) -> ListCounts:
     """Check one list with its annotations and pictures, and count."""
-    official = request.classes is None
-    report = check_voc(year, classes, [split], tolerance_px=1 if official else 0)
-    unknown = [line for line in report.problems if "unknown class" in line]
+    tolerance_px = 1 if request.classes is None else 0
+    pictures, problems = [], []
+    for image_id in read_list(year, split):
+        try:
+            pictures.append(read_picture(year, image_id, classes, tolerance_px=tolerance_px))
+        except UserError as error:
+            problems.append(str(error))
+    unknown = [line for line in problems if "unknown class" in line]
     if unknown:
         raise UserError(
-            f"{unknown[0]}\n{len(unknown)} objects have a class that is not known; if the set has "
+            f"{unknown[0]}\n{len(unknown)} pictures hold a class that is not known; if the set has "
             "a class list of its own, give all names with --classes a,b,c or --classes FILE"
         )
-    report.require()
-    if report.notes:
-        print(f"{year.name}/{split}: {len(report.notes)} notes, such as {report.notes[0]}")
-    difficult = sum(report.difficult_counts.values())
-    objects = sum(report.class_counts.values()) - difficult
-    return ListCounts(report.splits[f"{year.name}/{split}"], objects, difficult)
+    if problems:
+        more = len(problems) - _MAX_SHOWN
+        rest = [f"... and {more} more"] if more > 0 else []
+        raise UserError("\n".join(problems[:_MAX_SHOWN] + rest))
+    objects = [item for picture in pictures for item in picture.objects]
+    difficult = sum(item.difficult for item in objects)
+    return ListCounts(len(pictures), len(objects) - difficult, difficult)
 
 
 def _decode(year: Path, split: str, num_workers: int) -> None:
     """Decode every picture of a list; the first that does not is an error."""
-    files = [str(year / "JPEGImages" / f"{name}.jpg") for name in read_split(year, split)]
+    files = [str(require_picture(year, name)) for name in read_list(year, split)]
     bar = {"total": len(files), "desc": f"{year.name}/{split}", "unit": " pictures"}
     if num_workers == 1:
         faults = [_fault(file) for file in tqdm(files, disable=None, **bar)]
@@ -310,7 +302,4 @@ def _write_card(
         "licence": card.licence,
         "notes": card.notes,
     }
-    path = root / "dataset.json"
-    path.write_text(json.dumps(description, indent=2) + "\n")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    write_json(root / "dataset.json", description)

@@ -2,61 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import cv2
 
-from tools.datasets.compose import Annotation, Scene
-
-YEAR_FOLDER = "VOC2007"
-
-
-def make_folders(root: Path) -> None:
-    """Make the empty folders of a devkit below `root`."""
-    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (root / YEAR_FOLDER / name).mkdir(parents=True, exist_ok=True)
-
-
-def annotation_xml(
-    picture: str, width: int, height: int, objects: Sequence[Annotation], classes: Sequence[str]
-) -> bytes:
-    """Return the annotation of one picture.
-
-    Args:
-        picture: File name with its ending.
-        width: Columns of the picture.
-        height: Rows of the picture.
-        objects: Boxes in 0-based pixels, the far edges exclusive.
-        classes: Class names in label order.
-    Returns:
-        XML with 1-based boxes, both edges included.
-    """
-    root = ElementTree.Element("annotation")
-    _add(root, folder=YEAR_FOLDER, filename=picture)
-    _add(ElementTree.SubElement(root, "source"), database="generated")
-    _add(ElementTree.SubElement(root, "size"), width=width, height=height, depth=3)
-    _add(root, segmented=0)
-    for item in objects:
-        x0, y0, x1, y1 = item.box
-        assert 0 <= x0 < x1 <= width, (picture, item)
-        assert 0 <= y0 < y1 <= height, (picture, item)
-        node = ElementTree.SubElement(root, "object")
-        _add(
-            node,
-            name=classes[item.label],
-            pose="Unspecified",
-            truncated=int(item.truncated),
-            difficult=int(item.difficult),
-        )
-        box = ElementTree.SubElement(node, "bndbox")
-        _add(box, xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root) + b"\n"
-
-
-def _add(parent: ElementTree.Element, **values: object) -> None:
-    for name, value in values.items():
-        ElementTree.SubElement(parent, name).text = str(value)
+from common.annotations.canonical import YEAR_FOLDER, annotation_xml
+from common.annotations.record import ObjectRecord
+from common.annotations.voc import annotation_file
+from tools.datasets.compose import Scene
 
 
 def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], quality: int) -> None:
@@ -74,8 +26,16 @@ def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], qua
     folder = root / YEAR_FOLDER
     write_jpeg(folder / "JPEGImages" / f"{name}.jpg", scene, quality)
     height, width = scene.image.shape[:2]
-    xml = annotation_xml(f"{name}.jpg", width, height, scene.objects, classes)
-    (folder / "Annotations" / f"{name}.xml").write_bytes(xml)
+    objects = []
+    for item in scene.objects:
+        x0, y0, x1, y1 = item.box
+        assert 0 <= x0 < x1 <= width, (name, item)
+        assert 0 <= y0 < y1 <= height, (name, item)
+        box = (float(x0), float(y0), float(x1), float(y1))
+        label, marks = classes[item.label], (item.difficult, item.truncated)
+        objects.append(ObjectRecord(label, box, difficult=marks[0], truncated=marks[1]))
+    xml = annotation_xml(f"{name}.jpg", width, height, objects)
+    annotation_file(folder, name).write_bytes(xml)
 
 
 def write_jpeg(path: Path, scene: Scene, quality: int) -> None:
@@ -83,9 +43,3 @@ def write_jpeg(path: Path, scene: Scene, quality: int) -> None:
     done, data = cv2.imencode(".jpg", scene.image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert done, path
     path.write_bytes(data.tobytes())
-
-
-def write_image_set(root: Path, split: str, names: Sequence[str]) -> None:
-    """Write the list of a split's pictures, one name a line."""
-    path = root / YEAR_FOLDER / "ImageSets" / "Main" / f"{split}.txt"
-    path.write_text("".join(f"{name}\n" for name in names))

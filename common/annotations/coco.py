@@ -1,0 +1,93 @@
+"""COCO's layout: one JSON file of pictures, categories and boxes for each list."""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.annotations.record import ObjectRecord, PictureRecord, checked_class_name
+from common.errors import UserError
+
+
+def read_instances(path: Path, folder: Path) -> tuple[tuple[str, ...], tuple[PictureRecord, ...]]:
+    """Read and check the boxes of a list; masks are not used, boxes are not rounded.
+
+    Args:
+        path: instances_NAME.json.
+        folder: Holds the pictures.
+
+    Returns:
+        Class names in the order of COCO's numbers, and the pictures in the order of theirs.
+
+    Raises:
+        UserError: If the file does not hold what it must, or an annotation has no picture.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        categories = sorted((row["id"], row["name"]) for row in content["categories"])
+        labels = {number: checked_class_name(name, str(path)) for number, name in categories}
+        images = sorted(content["images"], key=lambda row: row["id"])
+        numbers = {row["id"] for row in images}
+        if len(labels) < len(categories) or len(set(labels.values())) < len(categories):
+            raise UserError(f"{path}: names or numbers a category twice; give each once")
+        if len(numbers) < len(images):
+            raise UserError(f"{path}: has two pictures of the same id; give each its own")
+        objects: dict[int, list[ObjectRecord]] = defaultdict(list)
+        orphans = []
+        for row in content["annotations"]:
+            if row["image_id"] in numbers:
+                objects[row["image_id"]].append(_object(path, row, labels))
+            else:
+                orphans.append(row)
+        if orphans:
+            raise UserError(
+                f"{path}: {len(orphans)} of {len(content['annotations'])} annotations are of "
+                f"pictures that it does not list, such as image_id {orphans[0]['image_id']!r}; add "
+                "the pictures or remove the annotations"
+            )
+        pictures = tuple(_picture(path, folder, row, objects[row["id"]]) for row in images)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: is no COCO annotation of instances ({type(error).__name__}: {error}); "
+            "download it again"
+        ) from error
+    return tuple(labels.values()), pictures
+
+
+def _object(path: Path, row: dict[str, Any], labels: dict[int, str]) -> ObjectRecord:
+    where = f"{path}: annotation {row.get('id')!r}"
+    if row["category_id"] not in labels:
+        raise UserError(
+            f"{where}: category_id {row['category_id']!r} is none of the categories; add it there"
+        )
+    x, y, width, height = (float(value) for value in row["bbox"])
+    if not all(map(math.isfinite, (x, y, width, height))) or min(width, height) < 0:
+        raise UserError(
+            f"{where}: bbox {row['bbox']}: x, y, width and height must be numbers, the last two "
+            "not negative"
+        )
+    return ObjectRecord(
+        labels[row["category_id"]],
+        (x, y, x + width, y + height),
+        crowd=bool(row.get("iscrowd", 0)),
+        area=float(row["area"]) if "area" in row else None,
+    )
+
+
+def _picture(
+    path: Path, folder: Path, row: dict[str, Any], objects: list[ObjectRecord]
+) -> PictureRecord:
+    name = PurePosixPath(row["file_name"])
+    file = folder / name
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"{path}: file_name {str(name)!r} leads out of {folder}; give one within")
+    if not file.is_file():
+        raise UserError(f"{file}: no such picture, but {path.name} names it; add it")
+    text = repr((row["id"], row["file_name"], file.stat().st_size, objects))
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    width, height = int(row["width"]), int(row["height"])
+    return PictureRecord(str(row["id"]), file, width, height, tuple(objects), digest)

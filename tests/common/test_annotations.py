@@ -1,0 +1,289 @@
+"""Annotations as tools write them: one record each, or one error that says what to do."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.annotations.canonical import annotation_xml, coco_content, write_annotations
+from common.annotations.coco import read_instances
+from common.annotations.record import ObjectRecord, read_class_names
+from common.annotations.voc import read_list, read_picture
+from common.errors import UserError
+
+FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>1</difficult>"
+
+
+def xml(name="dog", box=(1, 1, 40, 30), flags=FLAGS, size=(40, 30)):
+    corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    inner = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
+    return (
+        f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth>"
+        f"</size><object><name>{name}</name>{flags}<bndbox>{inner}</bndbox></object></annotation>"
+    )
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(path)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """VOC2007 with one picture, a."""
+    folder = tmp_path / "VOC2007"
+    picture(folder / "JPEGImages/a.jpg")
+    for name in ("Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    write(folder, xml())
+    return folder
+
+
+def write(folder: Path, text: str, encoding="utf-8", name="a") -> None:
+    (folder / f"Annotations/{name}.xml").write_bytes(text.encode(encoding))
+
+
+# -- VOC: annotations -----------------------------------------------------------------------------
+
+
+def test_a_picture_and_its_object(voc):
+    write(voc, xml(box=(2, 3.5, 40, 30)))
+    record = read_picture(voc, "a", ["dog"])
+    assert (record.image_id, record.width, record.height) == ("a", 40, 30)
+    (item,) = record.objects
+    assert item == ObjectRecord("dog", (1, 2.5, 40, 30), difficult=True)
+    assert item.voc_box == (2, 3.5, 40, 30)
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding"),
+    [
+        ("", "utf-8"),
+        ("", "utf-8-sig"),
+        ("utf-8", "utf-8-sig"),
+        ("UTF-8", "utf-8"),
+        ("UTF-16", "utf-16"),
+        ("gb2312", "gb2312"),
+        ("GB2312", "gbk"),  # what Windows calls by that name
+        ("gbk", "gbk"),
+        ("big5", "big5"),
+        ("shift_jis", "shift_jis"),
+        ("ISO-8859-1", "iso-8859-1"),
+        ("windows-1252", "cp1252"),
+    ],
+)
+def test_xml_is_read_in_the_encoding_that_it_names(voc, declared, encoding):
+    name = "Vögel" if encoding in ("iso-8859-1", "cp1252") else "犬"
+    head = f'<?xml version="1.0" encoding="{declared}"?>\n' if declared else ""
+    write(voc, head + xml(name), encoding)
+    assert read_picture(voc, "a", [name]).objects[0].class_name == name
+
+
+@pytest.mark.parametrize(
+    ("head", "encoding", "message"),
+    [
+        ('<?xml version="1.0" encoding="klingon"?>', "utf-8", "encoding is 'klingon'.*UTF-8"),
+        ('<?xml version="1.0" encoding="rot13"?>', "utf-8", "encoding is 'rot13'.*save it as"),
+        ('<?xml version="1.0" encoding="utf-8"?>', "gbk", "is no UTF-8 text, as it says"),
+        ("", "gbk", "is no UTF-8 text"),
+        ('<?xml version="1.0" encoding="utf-16"?>', "utf-8", "not readable as XML|is no UTF-16"),
+        ('<!DOCTYPE a [<!ENTITY b "bbbb">]>', "utf-8", "defines entities"),
+    ],
+)
+def test_an_encoding_that_cannot_be_read_is_one_clear_error(voc, head, encoding, message):
+    write(voc, head + xml("鸟"), encoding)
+    with pytest.raises(UserError, match=rf"a\.xml: .*({message})"):
+        read_picture(voc, "a", None)
+
+
+def test_white_space_round_a_class_name_is_no_part_of_it(voc):
+    write(voc, xml(" \n traffic light\t"))
+    assert read_picture(voc, "a", ["traffic light"]).objects[0].class_name == "traffic light"
+
+
+def test_flags_may_be_missing(voc):
+    write(voc, xml(flags=""))
+    (item,) = read_picture(voc, "a", None).objects
+    assert (item.difficult, item.truncated) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (xml("unicorn"), r"object 1 \(unicorn\): unknown class 'unicorn'; .* are dog"),
+        (xml(""), "object 1: class name"),
+        (xml("x" * 101), "object 1: class name .* 1 to 100 characters"),
+        (xml("a&#10;b"), "object 1: class name"),
+        (xml(box=(1, 1, 41, 30)), r"box \(1, 1, 41, 30\) lies outside the picture of 40 x 30"),
+        (xml(box=(0, 1, 9, 9)), r"box \(0, 1, 9, 9\) lies outside"),
+        (xml(box=(9, 1, 3, 9)), r"box \(9, 1, 3, 9\) is empty or turned round"),
+        (xml(box=("nan", 1, 5, 9)), "<bndbox/xmin> holds 'nan'; write a number"),
+        (xml(box=("1e999", 1, 5, 9)), "<bndbox/xmin> holds '1e999'"),
+        (xml(box=("", 1, 5, 9)), "<bndbox/xmin> holds ''; write a number"),
+        (xml(flags="<difficult>maybe</difficult>"), "<difficult> holds 'maybe'; write 0 or 1"),
+        (xml(size=(50, 30)), "<size> says 50 x 30 pixels, but a.jpg has 40 x 30"),
+        (xml(size=("wide", 30)), "<size/width> holds 'wide'"),
+        ("<annotation>", "not readable as XML"),
+    ],
+)
+def test_each_fault_of_an_annotation_is_named(voc, text, message):
+    write(voc, text)
+    with pytest.raises(UserError, match=rf"a\.xml: .*{message}.*;|a\.xml: .*{message}"):
+        read_picture(voc, "a", ["dog"])
+
+
+def test_missing_and_damaged_files_are_named(voc):
+    with pytest.raises(UserError, match=r"b\.xml: no such annotation, but a list names 'b'"):
+        read_picture(voc, "b", None)
+    (voc / "JPEGImages/a.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a\.jpg: not a readable picture"):
+        read_picture(voc, "a", None)
+    (voc / "JPEGImages/a.jpg").unlink()
+    with pytest.raises(UserError, match=r"a\.jpg: no such picture, but a list names it; add"):
+        read_picture(voc, "a", None)
+    with open(voc / "Annotations/a.xml", "r+b") as file:
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(UserError, match="has more than 16 MiB"):
+        read_picture(voc, "a", None)
+
+
+def test_one_pixel_beyond_the_picture_is_read_where_it_is_allowed(voc):
+    write(voc, xml(box=(0, 1, 41, 31)))
+    assert read_picture(voc, "a", None, tolerance_px=1).objects[0].box == (-1, 0, 41, 31)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".PNG"])
+def test_pictures_of_other_suffixes(voc, suffix):
+    (voc / "JPEGImages/a.jpg").unlink()
+    picture(voc / f"JPEGImages/a{suffix}")
+    assert read_picture(voc, "a", None).file.name == f"a{suffix}"
+
+
+# -- VOC: lists -----------------------------------------------------------------------------------
+
+
+def test_names_with_spaces_and_class_wise_lists(voc):
+    for name in ("a 1", "b 1", "photo (1)"):
+        picture(voc / f"JPEGImages/{name}.jpg")
+    lists = voc / "ImageSets/Main"
+    (lists / "spaces.txt").write_text("a 1\nb 1\n")
+    (lists / "mixed.txt").write_text("photo (1)\na\n")
+    (lists / "dog_train.txt").write_text("a  1\nc -1\nd  0\n")
+    assert read_list(voc, "spaces") == ["a 1", "b 1"]
+    assert read_list(voc, "mixed") == ["photo (1)", "a"]
+    assert read_list(voc, "dog_train", class_wise=True) == ["a", "d"]
+    with pytest.raises(UserError, match=r"dog_train\.txt: line 'a  1' must hold one picture name"):
+        read_list(voc, "dog_train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_from_windows(voc, encoding):
+    (voc / "ImageSets/Main/train.txt").write_bytes("a\r\nb\r\n".encode(encoding))
+    assert read_list(voc, "train") == ["a", "b"]
+
+
+def test_faults_of_a_list_are_named(voc):
+    lists = voc / "ImageSets/Main"
+    (lists / "train.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"train\.txt: the list is empty"):
+        read_list(voc, "train")
+    with pytest.raises(UserError, match=r"val\.txt: no such list; lists there: train; choose"):
+        read_list(voc, "val")
+    (lists / "train.txt").write_text("a\nb\na\n")
+    with pytest.raises(UserError, match=r"train\.txt: 'a' is listed 2 times"):
+        read_list(voc, "train")
+
+
+def test_class_names_of_an_option_or_a_file(tmp_path):
+    (tmp_path / "names.txt").write_bytes("cat\r\n traffic light \r\n".encode("utf-16"))
+    assert read_class_names(str(tmp_path / "names.txt")) == ["cat", "traffic light"]
+    assert read_class_names("cat, dog") == ["cat", "dog"]
+    for text in (" , ", "cat,cat"):
+        with pytest.raises(UserError, match="give different names"):
+            read_class_names(text)
+
+
+# -- COCO -----------------------------------------------------------------------------------------
+
+
+def coco(folder, **changes):
+    picture(folder / "train/1.jpg")
+    content = {
+        "images": [{"id": 7, "file_name": "1.jpg", "width": 40, "height": 30}],
+        "categories": [{"id": 9, "name": " dog"}, {"id": 3, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 9, "bbox": [1.25, 2, 3.5, 4], "area": 9.5},
+            {"id": 2, "image_id": 7, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1},
+        ],
+    }
+    path = folder / "instances.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def test_coco_keeps_floats_areas_and_crowds(tmp_path):
+    classes, (record,) = read_instances(coco(tmp_path), tmp_path / "train")
+    assert classes == ("cat", "dog")
+    assert record.objects == (
+        ObjectRecord("dog", (1.25, 2, 4.75, 6), area=9.5),
+        ObjectRecord("cat", (0, 0, 9, 9), crowd=True),
+    )
+    assert (record.image_id, record.file.name) == ("7", "1.jpg")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": [{"id": 1, "image_id": 8, "category_id": 9, "bbox": [0, 0, 1, 1]}]},
+         "1 of 1 annotations are of pictures that it does not list, such as image_id 8; add"),
+        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 5, "bbox": [0, 0, 1, 1]}]},
+         "annotation 1: category_id 5 is none of the categories"),
+        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 9, "bbox": [0, 0, -1, 1]}]},
+         r"annotation 1: bbox \[0, 0, -1, 1\]"),
+        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 9, "bbox": [0, 0, 1]}]},
+         "is no COCO annotation"),
+        ({"annotations": None}, "is no COCO annotation"),
+        ({"images": [{"id": 7, "file_name": "../train/1.jpg", "width": 1, "height": 1}]},
+         "leads out of"),
+        ({"images": [{"id": 7, "file_name": "2.jpg", "width": 1, "height": 1}]},
+         "no such picture, but instances.json names it"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category twice"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]}, "category twice"),
+        ({"categories": [{"id": 1, "name": ""}]}, "class name ''"),
+    ],
+)  # fmt: skip
+def test_faults_of_coco_are_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_instances(coco(tmp_path, **changes), tmp_path / "train")
+
+
+# -- what we write --------------------------------------------------------------------------------
+
+
+def test_the_canonical_devkit_comes_back(voc):
+    picture(voc / "JPEGImages/鳥 1.jpg")
+    write(voc, xml("鳥", box=(1.4, 2, 39.6, 30)), name="鳥 1")
+    records = [read_picture(voc, name, None) for name in ("鳥 1", "a")]
+    out = voc.parent / "out/VOC2007"
+    write_annotations(out, "test", records)
+    assert read_list(out, "test") == ["0", "1"]
+    assert (out / "Annotations/0.xml").read_bytes().isascii()
+    for number in ("0", "1"):
+        picture(out / f"JPEGImages/{number}.jpg")
+    again = [read_picture(out, name, None).objects for name in ("0", "1")]
+    assert again[0] == (ObjectRecord("鳥", (0, 1, 40, 30), difficult=True),)
+    assert again[1] == records[1].objects
+
+
+def test_an_object_that_an_evaluation_ignores_is_difficult_there_and_a_crowd_here(tmp_path):
+    _, records = read_instances(coco(tmp_path), tmp_path / "train")
+    text = annotation_xml("1.jpg", 40, 30, records[0].objects).decode()
+    assert text.count("<difficult>1</difficult>") == 1
+    content = coco_content(records, ["cat", "dog"])
+    assert [(row["bbox"], row["area"], row["iscrowd"]) for row in content["annotations"]] == [
+        ([1.25, 2, 3.5, 4], 9.5, 0),
+        ([0, 0, 9, 9], 81, 1),
+    ]
+    assert [row["category_id"] for row in content["annotations"]] == [2, 1]
