@@ -10,10 +10,11 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.pictures import BadPicture, decode
 from detection.arch import Arch
 from detection.config import set_arch
 from detection.reference_resnet import STAGES, ReferenceResNet
@@ -43,13 +44,12 @@ def comparison_picture(path: Path | None, size: int) -> Tensor:
     """
     if path is not None:
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB").resize((size, size)))
+            picture = decode(Path(path).read_bytes(), where=str(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such picture") from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{path}: not a readable picture ({error})") from error
-        return torch.from_numpy(pixels.copy())
+        except (BadPicture, OSError) as error:
+            raise UserError(f"{error}; give another picture") from error
+        return torch.from_numpy(np.array(Image.fromarray(picture).resize((size, size))))
     generator = np.random.default_rng(20)
     y, x = np.mgrid[0:size, 0:size] / size
     smooth = np.stack([x, y, 0.5 + 0.5 * np.sin(20 * x * y)], axis=-1)

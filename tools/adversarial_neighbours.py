@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from common.errors import UserError, run_command
 from common.files import write_json
+from common.pictures import decode
+from pretrain.data.crops import center_crop
 from pretrain.data.shards import ShardIndex
-from pretrain.data.views import center_crop, decode
 from pretrain.engine import checkpoint
 from pretrain.engine.train import choose_device
 from pretrain.eval import robustness

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, run_command
 from common.files import write_bytes
+from common.pictures import decode
 from pretrain.data import photometric_uint8
 from pretrain.data.augment import augment
 from pretrain.data.crops import resize
 from pretrain.data.photometric import blur_kernel_size
-from pretrain.data.views import decode
 
 _EXAMPLE = """example:
   .venv/bin/python tools/augmentation_sheet.py photo.jpg docs/images/augmentation.jpg --size 128

@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from PIL import Image
-
 from common.annotations.record import ObjectRecord, PictureRecord, checked_class_name
 from common.errors import UserError
 from common.files import read_text
+from common.pictures import BadPicture, picture_size
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
 VOC_CLASSES = (
@@ -133,10 +132,9 @@ def read_picture(
     content, tree = _parse(path)
     file = require_picture(folder, image_id)
     try:
-        with Image.open(file) as image:
-            width, height = image.size
-    except Exception as error:  # Pillow raises many kinds
-        raise UserError(f"{file}: not a readable picture ({error}); replace it") from error
+        width, height = picture_size(file)
+    except BadPicture as error:
+        raise UserError(f"{error}; replace the picture") from error
     size = tuple(_number(path, tree, f"size/{side}") for side in ("width", "height"))
     if size != (width, height):
         raise UserError(

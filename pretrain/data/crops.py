@@ -204,3 +204,18 @@ def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = 
     kind = cv2.INTER_CUBIC if fy * fx < _CUBIC**2 else cv2.INTER_LINEAR
     blurred = cv2.GaussianBlur(image, taps, 0)
     return cv2.resize(blurred, (width, height), dst=out, interpolation=kind)
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Central square of 7/8 of the short side (256 -> 224 in the usual protocol), resized.
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: Side of the result in pixels.
+    Returns:
+        uint8 [size, size, 3].
+    """
+    height, width = image.shape[:2]
+    side = max(1, round(min(height, width) * 7 / 8))
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top : top + side, left : left + side], size, size)

@@ -11,21 +11,14 @@ import torch.utils.data
 from torch.utils.data import Dataset
 
 from common.errors import UserError
+from common.pictures import BadPicture, Header, decode, decode_fast, read_header
 from pretrain.data import photometric_uint8
 from pretrain.data.augment import ViewAugment, draw_parameters
-from pretrain.data.crops import crop, draw_crops, reductions_for
+from pretrain.data.crops import center_crop, crop, draw_crops, reductions_for
 from pretrain.data.mixture import Samples
 from pretrain.data.order import counter_rng
 from pretrain.data.photometric_uint8 import Changes, changes_of
 from pretrain.data.reused_memory import ReusedMemory
-from pretrain.data.views import (
-    BadSample,
-    Header,
-    center_crop,
-    decode,
-    decode_fast,
-    read_header,
-)
 
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # draws of a stand-in for one bad sample before giving up
@@ -234,7 +227,7 @@ class TwoViewDataset(Dataset):
         for row, data in enumerate(pictures):
             try:
                 headers[row] = read_header(data, where="picture")
-            except BadSample as error:
+            except BadPicture as error:
                 failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
         plans = self._plans(sample_ids, visits, headers)
         for row, (reduction, num_rows, views) in plans.items():
@@ -242,7 +235,7 @@ class TwoViewDataset(Dataset):
                 image, reduction = decode_fast(
                     pictures[row], headers[row], reduction, where="picture", num_rows=num_rows
                 )
-            except BadSample as error:
+            except BadPicture as error:
                 failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
                 continue
             for view, plan in enumerate(views):
@@ -308,13 +301,13 @@ def decode_sample(index: Samples, sample_id: int) -> np.ndarray:
     """Decode sample `sample_id`, uint8 [height, width, 3].
 
     Raises:
-        BadSample: If it does not decode; the message names sample and shard.
+        BadPicture: If it does not decode; the message names sample and shard.
     """
     data = index.read_bytes(sample_id)
     try:
         return decode(data, where="picture")
-    except BadSample as error:
-        raise BadSample(f"{index.describe(sample_id)}: {error}") from error
+    except BadPicture as error:
+        raise BadPicture(f"{index.describe(sample_id)}: {error}") from error
 
 
 class EvalDataset(Dataset):
@@ -332,7 +325,7 @@ class EvalDataset(Dataset):
                 images[row] = center_crop(
                     decode_sample(self.index, int(sample_id)), self.image_size
                 )
-        except (BadSample, UserError) as error:
+        except (BadPicture, UserError) as error:
             return Reply(error=f"{error}; repair or remove it and make the shards again")
         labels = self.index.samples["label"][sample_ids].astype(np.int64)
         tensors = (

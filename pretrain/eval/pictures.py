@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from common.files import write_json
+from common.pictures import decode
 from pretrain.config import DataConfig
+from pretrain.data.crops import center_crop
 from pretrain.data.mixture import Samples
 from pretrain.data.shards import ShardIndex
 from pretrain.data.subset import Subset
-from pretrain.data.views import center_crop, decode
 from pretrain.eval.features import extract_features
 from pretrain.eval.knn import nearest_rows
 from pretrain.eval.probe import Probe

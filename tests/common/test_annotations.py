@@ -138,7 +138,7 @@ def test_missing_and_damaged_files_are_named(voc):
     with pytest.raises(UserError, match=r"b\.xml: no such annotation, but a list names 'b'"):
         read_picture(voc, "b", None)
     (voc / "JPEGImages/a.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.jpg: not a readable picture"):
+    with pytest.raises(UserError, match=r"a\.jpg: does not decode, no picture .*; replace"):
         read_picture(voc, "a", None)
     (voc / "JPEGImages/a.jpg").unlink()
     with pytest.raises(UserError, match=r"a\.jpg: no such picture, but a list names it; add"):

@@ -124,7 +124,7 @@ FAULTS = {
     "listed twice": (write(TEST_LIST, "000009\n000009\n"), r"'000009' is listed 2 times"),
     "class-wise list": (write(TEST_LIST, "000009 -1\n"), r"must hold one picture name"),
     "missing picture": (lambda root: (root / PICTURE).unlink(), r"000009.jpg: no such picture"),
-    "no picture": (write(PICTURE, "hello"), r"000009.jpg: not a readable picture"),
+    "no picture": (write(PICTURE, "hello"), r"000009.jpg: does not decode, no picture"),
     "bad json": (write("dataset.json", "{"), r"dataset.json: is damaged, no JSON"),
     "no classes": (write("dataset.json", "{}"), r"dataset.json: has no list 'classes'"),
 }

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.errors import UserError
+from common.pictures import BadPicture, decode
 from pretrain.data.order import counter_rng
 from pretrain.data.shards import ShardIndex
 from pretrain.data.tar_index import NO_LABEL
-from pretrain.data.views import BadSample, decode
 
 MAX_LOOKED_AT = 1000  # pictures whose headers are read
 MAX_REMOTE_SHARDS = 16  # they lie in so many shards where each must be fetched whole
@@ -274,7 +274,7 @@ def _tile(index: ShardIndex, i: int) -> Image.Image:
     """The picture at the size of a tile; a grey one that says so if it does not decode."""
     try:
         tile = Image.fromarray(decode(index.read_bytes(i), where=index.describe(i)))
-    except BadSample:
+    except BadPicture:
         tile = Image.new("RGB", (_TILE, _TILE), "lightgrey")
         ImageDraw.Draw(tile).text((8, _TILE // 2 - 8), "does not decode", "black")
         return tile

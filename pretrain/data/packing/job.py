@@ -13,10 +13,10 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.files import write_atomically, write_json
+from common.pictures import BadPicture
 from pretrain.data.packing.picture_bytes import prepare
 from pretrain.data.packing.plan import ShardOptions, ShardPlan
 from pretrain.data.tar_index import Entry, to_table
-from pretrain.data.views import BadSample
 
 PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
 _TAR_BLOCK = 512
@@ -97,7 +97,7 @@ def _write_tar(
         for picture, key in zip(plan.pictures, plan.keys, strict=True):
             try:
                 suffix, data = prepare(picture.path, options.resize_short, options.quality)
-            except BadSample as error:
+            except BadPicture as error:
                 skipped.append({"file": printable(picture.name), "reason": printable(str(error))})
                 check_bad(skipped, max_bad)
                 continue

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from pretrain.data.views import BadSample, decode
+from common.pictures import BadPicture, decode
 
 MAX_FILE_BYTES = 2**30  # far above any picture of MAX_PIXELS pixels that is compressed
 _RATIO_SAMPLES = 16  # pictures that are shrunk on trial to plan the sizes of shards
@@ -38,7 +38,7 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
     Returns:
         Suffix and bytes. Formats other than JPEG, PNG and WebP become PNG.
     Raises:
-        BadSample: If the file cannot be read, is empty, no plain file or larger than
+        BadPicture: If the file cannot be read, is empty, no plain file or larger than
             MAX_FILE_BYTES, or does not decode.
     """
     data = _read(path)
@@ -55,16 +55,16 @@ def _read(path: str) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise BadSample(f"{path}: not a plain file")
+            raise BadPicture(f"{path}: not a plain file")
         if status.st_size > MAX_FILE_BYTES:
-            raise BadSample(
+            raise BadPicture(
                 f"{path}: {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read"
             )
         data = Path(path).read_bytes()
     except OSError as error:
-        raise BadSample(f"{path}: cannot be read ({error.strerror})") from error
+        raise BadPicture(f"{path}: cannot be read ({error.strerror})") from error
     if not data:
-        raise BadSample(f"{path}: is empty (0 bytes)")
+        raise BadPicture(f"{path}: is empty (0 bytes)")
     return data
 
 
@@ -89,6 +89,6 @@ def shrink_ratio(paths: Sequence[str], resize_short: int | None, quality: int) -
         try:
             after += len(prepare(path, resize_short, quality)[1])
             before += Path(path).stat().st_size
-        except BadSample:
+        except BadPicture:
             continue
     return after / before if before else 1.0

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.pictures import decode
 from pretrain.data import photometric_uint8, samples
 from pretrain.data.augment import PRESETS, draw_parameters
 from pretrain.data.samples import Request, TwoViewBatch, TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader
-from pretrain.data.views import decode
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 
 SIZE = 24

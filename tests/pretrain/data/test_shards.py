@@ -14,10 +14,10 @@ from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
 from common.errors import UserError
+from common.pictures import decode
 from pretrain.data.shards import CacheOptions, ShardIndex, verify_shards
 from pretrain.data.sources import foreign
 from pretrain.data.tar_index import key_hash
-from pretrain.data.views import decode
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
 
 

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.pictures import decode
+from pretrain.data.crops import center_crop
 from pretrain.data.mixture import Mixture, Samples, open_samples
 from pretrain.data.order import SourceSizes, epoch_order
 from pretrain.data.shards import ShardIndex
@@ -30,7 +32,6 @@ from pretrain.data.stream import (
     make_loader,
 )
 from pretrain.data.tar_index import key_hash
-from pretrain.data.views import center_crop, decode
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 
 SIZE = 16

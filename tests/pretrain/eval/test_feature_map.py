@@ -11,8 +11,9 @@ from sklearn import manifold
 from torch import nn
 from torch.nn import functional
 
+from common.pictures import decode
 from pretrain.config import DataConfig, EvalConfig
-from pretrain.data.views import center_crop, decode
+from pretrain.data.crops import center_crop
 from pretrain.eval.feature_map import (
     fidelity,
     principal_components,

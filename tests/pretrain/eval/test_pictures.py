@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from common.pictures import decode
 from pretrain.config import DataConfig, EvalConfig
+from pretrain.data.crops import center_crop
 from pretrain.data.samples import TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.data.stream import Loader
-from pretrain.data.views import center_crop, decode
 from pretrain.eval import pictures
 from pretrain.eval.pictures import GAP, TILE, save_neighbours, save_views
 from pretrain.eval.probe import Probe

@@ -18,12 +18,12 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import DiskFullError
+from common.pictures import decode
 from pretrain.data.packing import job, writer
 from pretrain.data.packing.lock import only_writer
 from pretrain.data.packing.plan import ShardOptions, SourcePicture, make_keys, make_plan
 from pretrain.data.shards import ShardIndex, verify_shards, write_shards
 from pretrain.data.tar_index import split_name
-from pretrain.data.views import decode
 from tests.pretrain.data.picture_helpers import (
     contents,
     encode,

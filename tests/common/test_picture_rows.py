@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.jpeg_rows import decode_upper_rows
-from pretrain.data.views import BadSample, decode_fast, read_header
+from common.pictures import BadPicture, decode_fast, decode_upper_rows, read_header
 from tests.pretrain.data.picture_helpers import encode, seeded, smooth_picture
 
 HEIGHT, WIDTH = 90, 83
@@ -95,14 +94,14 @@ def test_a_picture_cut_below_the_rows_is_refused(name: str, share: float) -> Non
     data = SEQUENTIAL[name].removesuffix(b"behind")
     cut = data[: int(len(data) * share)]
     assert decode_upper_rows(cut, (HEIGHT, WIDTH), 1, 1) is None
-    with pytest.raises(BadSample, match=r"^a.b: does not decode"):
+    with pytest.raises(BadPicture, match=r"^a.b: does not decode"):
         decode_fast(cut, read_header(cut, where="a.b"), 1, where="a.b", num_rows=1)
 
 
 def is_bad(data: bytes, num_rows: int | None) -> bool:
     try:
         decode_fast(data, read_header(data, where=""), 1, where="", num_rows=num_rows)
-    except BadSample:
+    except BadPicture:
         return True
     return False
 

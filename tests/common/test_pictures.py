@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data import views
-from pretrain.data.views import BadSample, center_crop, decode, decode_fast, read_header
+from common import pictures
+from common.pictures import BadPicture, decode, decode_fast, read_header
+from pretrain.data.crops import center_crop
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)
@@ -78,13 +79,13 @@ def test_16_bit_colour() -> None:
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_cut_pictures_are_refused(kind: str, share: float) -> None:
     data = encode(PICTURE, kind)
-    with pytest.raises(BadSample, match=r"^a.b: (does not decode|not a picture)"):
+    with pytest.raises(BadPicture, match=r"^a.b: (does not decode|not a picture)"):
         decode(data[: int(len(data) * share)], where="a.b")
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"hello", b"\0" * 1000])
 def test_what_is_no_picture(data: bytes) -> None:
-    with pytest.raises(BadSample, match=r"^x: "):
+    with pytest.raises(BadPicture, match=r"^x: "):
         decode(data, where="x")
 
 
@@ -92,15 +93,15 @@ def test_what_is_no_picture(data: bytes) -> None:
 def test_giant_pictures_are_refused_before_they_are_decoded(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "MAX_PIXELS", 60 * 80 - 1)
-    with pytest.raises(BadSample, match=r"80 x 60 pixels, more than .* shrink the picture"):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 60 * 80 - 1)
+    with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
         decode(encode(PICTURE, kind), where="x")
 
 
 def test_bomb_beyond_pillows_own_limit() -> None:
     header = bytearray(encode(np.zeros((1, 1, 3), np.uint8), "BMP"))
     header[18:26] = (60_000).to_bytes(4, "little") * 2
-    with pytest.raises(BadSample, match=r"x: .*pixels"):
+    with pytest.raises(BadPicture, match=r"x: .*pixels"):
         decode(bytes(header), where="x")
 
 
@@ -149,12 +150,12 @@ def test_fast_decoding_is_close_to_exact_decoding(name: str, reduction: int) -> 
 def test_fast_decoding_refuses_cut_pictures(share: float, reduction: int) -> None:
     data = encode(PICTURE, "JPEG")
     cut = data[: int(len(data) * share)]
-    with pytest.raises(BadSample, match=r"^a.b: does not decode"):
+    with pytest.raises(BadPicture, match=r"^a.b: does not decode"):
         decode_fast(cut, read_header(cut, where="a.b"), reduction, where="a.b")
 
 
 def test_header_of_giants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "MAX_PIXELS", 60 * 80 - 1)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 60 * 80 - 1)
     for kind in ("JPEG", "PNG", "WEBP"):
-        with pytest.raises(BadSample, match=r"80 x 60 pixels, more than .* shrink the picture"):
+        with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
             read_header(encode(PICTURE, kind), where="x")
