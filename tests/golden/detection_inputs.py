@@ -213,6 +213,5 @@ def evaluate(voc: VocSet, found: Mapping[str, Sequence[FoundBox]], folder: Path)
         voc.classes,
         metric_year=voc.metric_year,
         root=voc.root,
-        list_file=folder / "list.txt",
         absent=classes_without_objects(voc.test, voc.classes),
     )

@@ -15,6 +15,7 @@ from xml.dom import minidom
 import cv2
 import pytest
 
+from common.annotations.voc import read_list, read_picture
 from tools import make_dataset
 from tools.datasets import build, voc_writer
 
