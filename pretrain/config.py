@@ -246,7 +246,7 @@ class EvalConfig:
     online_probe_lr: float = 1e-3  # of its Adam; constant
     image_size: int = 0  # pixels; 0: data.image_size
     num_pictures: int = 8  # rows in the views and neighbours pictures; 0: none, and no map
-    num_map_points: int = 1000  # of the map of the probe's features (feature_map.json); 0: none
+    num_map_points: int = 1000  # of the picture of the probe's features; 0: none
 
     def __post_init__(self) -> None:
         require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")

@@ -20,14 +20,14 @@ from pretrain.eval.pictures import AFTER, BEFORE, save_neighbours, save_views
 from pretrain.eval.probe import Probe
 
 NAMES = (
-    feature_map.NAME, feature_map.SPRITE, feature_map.INITIAL,
+    feature_map.NAME,
     *(f"pictures/{name}.{kind}" for name in ("views", BEFORE, AFTER) for kind in ("jpg", "json")),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunPictures:
-    """Views, galleries of neighbours before and after, and the map of the features.
+    """Views, galleries of neighbours before and after, and a picture of the features.
 
     Attributes:
         folder: Of the run.
@@ -59,10 +59,6 @@ class RunPictures:
             min(num, self.config.data.batch_size), self.config.data,
         )  # fmt: skip
         self._neighbours(backbone, BEFORE)
-        if self.probe is not None and self.config.eval.num_map_points:
-            feature_map.save_initial(
-                self.folder, backbone, self.probe, self.config.eval.num_map_points
-            )
 
     def at_end(self, backbone: nn.Module) -> None:
         """After the last step, again if a finished run is resumed."""

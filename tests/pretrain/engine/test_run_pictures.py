@@ -2,15 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 
 from pretrain.engine import checkpoint
 from pretrain.engine.train import Run
+from pretrain.eval import feature_map
 from pretrain.eval.pictures import save_neighbours
-from pretrain.eval.probe import Probe
 from tests.pretrain.engine.run_helpers import TINY, assert_same_state
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps
@@ -31,8 +28,7 @@ def rows_of(folder, name):
     return json.loads((folder / "pictures" / f"{name}.json").read_text())["rows"]
 
 
-def map_of(folder):
-    return json.loads((folder / "feature_map.json").read_text())
+MAP = "pictures/feature_map.png"
 
 
 def interrupt(monkeypatch, step):
@@ -51,10 +47,9 @@ def test_a_run_with_pictures_ends_with_the_bits_of_one_without(start, probe):
     """Dropout draws from the global random state, which an evaluation loader would move."""
     options = [*OPTIONS, "heads.dropout=0.3"]
     _, shown, err = start("shown", *options, *probe)
-    assert (shown / "feature_map.json").exists(), err
+    assert (shown / MAP).exists(), err
     _, bare, _ = start("bare", *options, *probe, "eval.num_pictures=0")
     assert not (bare / "pictures").exists()
-    assert not (bare / "feature_map.json").exists()
     for part in ("model", "optimizer", "queue", "random", "step"):
         assert_same_state(state_of(shown)[part], state_of(bare)[part], part)
 
@@ -77,19 +72,6 @@ def test_before_is_of_the_initial_and_after_of_the_last_weights(start, make_run,
     assert [row["similarities"] for row in before] != [row["similarities"] for row in after]
 
 
-def test_kept_features_are_those_of_the_initial_weights(start, make_run, probe):
-    _, folder, _ = start("run", *OPTIONS, *probe)
-    run = make_run(*OPTIONS, *probe, name="untrained")
-    assert isinstance(run.probe, Probe)
-    rows, _ = run.probe.features(run.model.online.backbone, run.probe.val)
-    chosen = np.linspace(0, 19, 12).astype(int)
-    with np.load(folder / "features_before.npz") as kept:
-        expected = functional.normalize(rows[torch.from_numpy(chosen)], dim=1)
-        torch.testing.assert_close(torch.from_numpy(kept["features"]), expected)
-    assert map_of(folder)["missing"] is None
-    assert map_of(folder)["keys"] == [run.probe.val.key_name(int(i)) for i in chosen]
-
-
 def test_a_resumed_run_keeps_what_was_made_of_the_initial_weights(start, probe, monkeypatch):
     _, whole, _ = start("whole", *OPTIONS, *probe)
     with monkeypatch.context() as patched:
@@ -98,25 +80,18 @@ def test_a_resumed_run_keeps_what_was_made_of_the_initial_weights(start, probe, 
             start("cut", *OPTIONS, *probe)
     cut = whole.parent / "cut"
     assert not (cut / "pictures" / "neighbours.json").exists()
-    names = ("features_before.npz", "pictures/neighbours_before.jpg")
-    kept = {name: (cut / name).read_bytes() for name in names}
+    kept = (cut / "pictures/neighbours_before.jpg").read_bytes()
     status, _, err = start("cut", *OPTIONS, *probe, "--resume")
     assert status == 0, err
-    for name, data in kept.items():
-        assert (cut / name).read_bytes() == data
+    assert (cut / "pictures/neighbours_before.jpg").read_bytes() == kept
     for name in ("neighbours_before", "neighbours"):
         assert rows_of(cut, name) == rows_of(whole, name)
-    for part in ("before", "after"):
-        for figures in (map_of(cut), map_of(whole)):
-            figures[part].pop("processor_seconds")
-    one, two = ({**map_of(f), "before": 0, "after": 0} for f in (cut, whole))
-    assert one == two
-    for part in ("before", "after"):
-        assert map_of(cut)[part]["x"] == map_of(whole)[part]["x"]
+    assert (cut / MAP).read_bytes() == (whole / MAP).read_bytes()
 
 
-def test_what_cannot_be_made_any_more_is_told_as_missing(start, probe, monkeypatch, tmp_path):
-    """A run that began without pictures: at its end nobody knows the features of its start."""
+def test_a_run_that_began_without_pictures_has_those_of_its_end(
+    start, probe, monkeypatch, tmp_path
+):
     with monkeypatch.context() as patched:
         interrupt(patched, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -126,8 +101,7 @@ def test_what_cannot_be_made_any_more_is_told_as_missing(start, probe, monkeypat
     assert status == 0, err
     assert not (folder / "pictures" / "neighbours_before.json").exists()
     assert len(rows_of(folder, "neighbours")) == 3
-    assert map_of(folder)["before"] is None
-    assert "initial weights were not kept" in map_of(folder)["missing"]
+    assert (folder / MAP).exists()
 
 
 def test_an_earlier_run_leaves_nothing_that_could_be_taken_for_this_one(start, probe):
@@ -137,17 +111,14 @@ def test_an_earlier_run_leaves_nothing_that_could_be_taken_for_this_one(start, p
         path.unlink()
     _, _, err = start("run", *OPTIONS)
     assert (folder / "summary.json").exists(), err
-    assert not (folder / "feature_map.json").exists()  # without a probe there is no map
-    assert not (folder / "features_before.npz").exists()
+    assert not (folder / MAP).exists()  # without a probe there is no map
     assert rows_of(folder, "neighbours_before") != earlier
 
 
-@pytest.mark.parametrize(("num", "expected"), [(0, None), (8, 8), (100, 20)])
-def test_num_map_points_decides_the_points(start, probe, num, expected):
+@pytest.mark.parametrize(("num", "expected"), [(0, []), (8, [8]), (100, [20])])
+def test_num_map_points_decides_the_points(start, probe, monkeypatch, num, expected):
+    drawn = []
+    monkeypatch.setattr(feature_map, "_draw", lambda path, places, *rest: drawn.append(len(places)))
     _, folder, err = start("run", *OPTIONS, *probe, f"eval.num_map_points={num}")
     assert (folder / "pictures" / "neighbours.json").exists(), err
-    if expected is None:
-        assert not (folder / "feature_map.json").exists()
-        assert not (folder / "features_before.npz").exists()
-    else:
-        assert len(map_of(folder)["after"]["x"]) == len(map_of(folder)["before"]["y"]) == expected
+    assert drawn == expected

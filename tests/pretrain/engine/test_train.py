@@ -73,7 +73,7 @@ def test_files_of_a_run(start, shards):
         "pictures/views.jpg", "pictures/views.json",
         "pictures/neighbours.jpg", "pictures/neighbours.json",
         "pictures/neighbours_before.jpg", "pictures/neighbours_before.json",
-        "feature_map.json", "features_before.npz", "pictures/feature_map.jpg",
+        "pictures/feature_map.png",
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) == {
