@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeGuard
 
 from common.errors import UserError
 
@@ -132,6 +132,12 @@ def finite(value: Any) -> Any:
 
 
 # -- reading --------------------------------------------------------------------------------------
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number (NaN is written as text or null)."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 def decode_text(data: bytes, name: str | Path) -> str:

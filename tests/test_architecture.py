@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE = ("common", "pretrain", "detection", "tools", "benchmarks", "tests")
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".js", ".j2", ""}
-MAX_LINES = 400
+MAX_LINES = 700
 # A test module mirrors one module: it grows with the cases of that module, and splitting it would
 # hide which cases are covered. It is read case by case, not as a whole.
 MAX_TEST_LINES = 900

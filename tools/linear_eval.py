@@ -80,7 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pretrain.eval.linear.config import LinearConfig
     from pretrain.eval.linear.result import table
     from pretrain.eval.linear.run import Evaluation, Request
-    from tools.flow.linear_plot import NAME, plot
+    from tools.flow.charts import linear_chart
 
     path = arguments.config
     if path is None and arguments.protocol == "full":
@@ -97,9 +97,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     result = Evaluation(request, config).run()
     if result is None:
         return
-    picture = plot(result)
+    picture = linear_chart(result)
     if picture is not None:
-        write_text(arguments.out / NAME, picture)
+        write_text(arguments.out / "linear.svg", picture)
     print(table(result))
 
 

@@ -6,13 +6,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, run_command
-from common.files import finite, write_text
-from tools.flow import runs, runs_page
+from common.files import finite
+from tools.flow import runs
 from tools.flow.charts import short_number
 from tools.flow.runs import FIGURES, RunInfo
 
@@ -20,7 +19,7 @@ EXAMPLE = """\
 examples:
   .venv/bin/python tools/runs.py list runs
   .venv/bin/python tools/runs.py list runs --sort knn_top1 --json
-  .venv/bin/python tools/runs.py compare runs/first runs/second --html runs/comparison.html
+  .venv/bin/python tools/runs.py compare runs/first runs/second
 
 Exit status: 0 done; 2 wrong arguments or input. docs/watching_runs.md says what the columns mean.
 """
@@ -43,11 +42,9 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--sort", choices=SORT_KEYS, default="run", metavar="KEY",
         help=f"one of {', '.join(SORT_KEYS)}; numbers highest first (default: run)")  # fmt: skip
     add.add_argument("--json", action="store_true", help="print JSON")
-    add = commands.add_parser("compare", help="config keys that differ, figures, curves")
+    add = commands.add_parser("compare", help="config keys that differ, figures")
     add.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    group = add.add_mutually_exclusive_group()
-    group.add_argument("--html", type=Path, metavar="OUT", help="write a page with the curves")
-    group.add_argument("--json", action="store_true", help="print JSON, curves included")
+    add.add_argument("--json", action="store_true", help="print JSON")
     return main_parser
 
 
@@ -59,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "list":
             _list(options.folder, options.sort, as_json=options.json)
         else:
-            _compare(options.folders, options.html, as_json=options.json)
+            _compare(options.folders, as_json=options.json)
         return 0
 
     return run_command(work)
@@ -69,89 +66,63 @@ def _list(folder: Path, key: str, *, as_json: bool) -> None:
     found = sorted_runs([runs.read(place) for place in runs.find(folder)], key)
     if as_json:
         print(json.dumps(finite([run.as_json() for run in found]), indent=1))
-        return
-    if not found:
+    elif not found:
         print(f"{folder}: no runs")
-        return
-    head = ["run", "state", *COLUMNS.values(), "commit", "last row"]
-    lines = [[_name(run, folder), run.state, *_cells(run), *_origin(run)] for run in found]
-    print(table([head, *lines]))
-    for run in found:
-        if run.state not in ("finished", "running"):
-            print(f"{_name(run, folder)}: {run.state}: {run.reason}")
-        for problem in run.problems:
-            print(f"{_name(run, folder)}: {problem}")
+    else:
+        names = [str(run.folder.relative_to(folder)) for run in found]
+        head = ["run", "state", *COLUMNS.values(), "commit", "last row"]
+        print(
+            table([head, *([name, *_cells(run)] for name, run in zip(names, found, strict=True))])
+        )
+        for name, run in zip(names, found, strict=True):
+            if run.state not in ("finished", "running"):
+                print(f"{name}: {run.state}: {run.reason}")
+            for problem in run.problems:
+                print(f"{name}: {problem}")
 
 
 def sorted_runs(found: list[RunInfo], key: str) -> list[RunInfo]:
     """Text in the order of the alphabet; numbers highest first, then those without one."""
+    values = [(run.as_json()[key], run) for run in found]
     if key in ("run", "state"):
-        return sorted(found, key=lambda run: str(run.as_json()[key]))
-
-    def place(run: RunInfo) -> tuple[bool, float]:
-        value = run.as_json()[key]
-        return value is None, -(value or 0)
-
-    return sorted(found, key=place)
-
-
-def _name(run: RunInfo, folder: Path) -> str:
-    name = str(run.folder.relative_to(folder))
-    return run.folder.resolve().name if name == "." else name
+        return [run for _, run in sorted(values, key=lambda pair: str(pair[0]))]
+    ordered = sorted(values, key=lambda pair: (pair[0] is None, -(pair[0] or 0)))
+    return [run for _, run in ordered]
 
 
 def _cells(run: RunInfo) -> list[str]:
-    values = [run.figures[key] for key in COLUMNS]
-    return [DASH if x is None else short_number(x).replace("\u2009", "") for x in values]
-
-
-def _origin(run: RunInfo) -> list[str]:
-    when = (
-        DASH if run.updated is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated))
-    )
-    return [run.commit[:10] if run.commit else DASH, when]
+    """State, figures, commit, time of the last row."""
+    figures = [run.figures[key] for key in COLUMNS]
+    texts = [DASH if x is None else short_number(x).replace("\u2009", "") for x in figures]
+    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated)) if run.updated else DASH
+    return [run.state, *texts, run.commit[:10] if run.commit else DASH, when]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side, the first one to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
-def _compare(folders: Sequence[Path], html: Path | None, *, as_json: bool) -> None:
+def _compare(folders: Sequence[Path], *, as_json: bool) -> None:
     if len(folders) < 2:
         raise UserError("compare needs at least two runs, e.g. compare runs/first runs/second")
     found = [runs.read(folder) for folder in folders]
     differing = runs.differences(found)
     if as_json:
-        print(json.dumps(finite(as_plain(found, differing)), indent=1, default=str))
-    elif html is not None:
-        page = runs_page.render(found)
-        write_text(html, page)
-        print(f"{html}: {len(found)} runs, {len(page.encode()) / 1e6:.2f} MB")
-    else:
-        _print_comparison(found, differing)
-
-
-def as_plain(found: Sequence[RunInfo], differing: dict[str, list[Any]]) -> dict[str, Any]:
-    """What ``compare --json`` prints."""
-    return {
-        "runs": [run.as_json() | {"curves": run.curves} for run in found],
-        "config": differing,
-    }
-
-
-def _print_comparison(found: Sequence[RunInfo], differing: dict[str, list[Any]]) -> None:
-    names = runs.names(found)
-    rows = [["", *names], ["state", *(run.state for run in found)]]
-    cells = [_cells(run) for run in found]
-    rows += [[label, *(c[i] for c in cells)] for i, label in enumerate(COLUMNS.values())]
-    rows.append(["commit", *(_origin(run)[0] for run in found)])
-    print(table(rows))
+        plain = [run.as_json() for run in found]
+        print(json.dumps(finite({"runs": plain, "config": differing}), indent=1, default=str))
+        return
+    names = list(map(str, folders))
+    heads = ["", "state", *COLUMNS.values(), "commit", "last row"]
+    print(table(list(zip(heads, *([n, *_cells(r)] for n, r in zip(names, found, strict=True)),
+                         strict=True))))  # fmt: skip
     print("\nconfig keys that differ:" if differing else "\nthe configs are the same")
     if differing:
         print(table([[key, *map(str, values)] for key, values in differing.items()]))

@@ -17,7 +17,7 @@ from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
 from pretrain.models.backbone import Arch, ResNet
 from tools import linear_eval as tool
-from tools.flow.linear_plot import plot
+from tools.flow.charts import linear_chart
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["dark", "light"]
@@ -60,7 +60,7 @@ def test_easy_classes_are_told_apart(work, tmp_path, capsys, protocol):
     result = json.loads((tmp_path / "out" / "linear.json").read_text())
     assert result["top1"] == 1.0
     assert result["config"]["protocol"] == protocol
-    assert (tmp_path / "out" / "linear.svg").read_text() == plot(result)
+    assert (tmp_path / "out" / "linear.svg").read_text() == linear_chart(result)
     if protocol != "knn":
         assert result["per_class"] == {"dark": 1.0, "light": 1.0}
         assert "top-1 100.00 %" in printed

@@ -1,4 +1,4 @@
-"""All kinds of pages in Chromium: themes, keyboard, sorting, legends, what is forbidden."""
+"""The report in Chromium: themes, keyboard, sorting, what is forbidden."""
 
 import base64
 import json
@@ -7,43 +7,29 @@ from pathlib import Path
 import pytest
 
 from tests.tools.run_fixture import evaluate_elsewhere, make_run
-from tests.tools.study_fixture import make_study, make_trials
-from tests.tools.test_report_sections import make_pretraining
-from tools import runs as runs_command
-from tools.flow import page, report, studies_section
-from tools.studies.documents import Section, Table, to_html
+from tools.flow import charts, report
 
 pytestmark = pytest.mark.browser
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
-KINDS = ("report", "runs", "study", "trials")
 PHONE, DESK = 360, 1400
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory) -> dict[str, Path]:
-    """One page of each kind, each alone in a folder."""
+def page(tmp_path_factory) -> Path:
+    """The report alone in a folder: it must need nothing else."""
     made = tmp_path_factory.mktemp("made")
     out = make_run(made / "run", seeds=2)
     evaluate_elsewhere(out, "scenes", made / "scenes")
-    study, trials = make_study(made / "study", is_complete=False), make_trials(made / "trials")
-    runs = [make_pretraining(made / f"more/r{n}", loss=2 + n, rate=n / 10) for n in (1, 2)]
-    found = {kind: tmp_path_factory.mktemp(kind) / "page.html" for kind in KINDS}
-    text = report.render(out, [made / "more"], [study, trials])
-    found["report"].write_text(text)
-    arguments = ["compare", *map(str, runs), "--html", str(found["runs"])]
-    assert runs_command.main(arguments) == 0
-    for kind, folder in (("study", study), ("trials", trials)):
-        shown = studies_section.read(folder)
-        found[kind].write_text(to_html(shown.title, shown.sections))
+    found = tmp_path_factory.mktemp("alone") / "page.html"
+    found.write_text(report.render(out))
     return found
 
 
 @pytest.mark.parametrize(
     ("width", "dark"), [(PHONE, True), (DESK, False)], ids=["phone, dark", "desk, light"]
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_pages_can_be_used_by_all(browser, pages, kind, width, dark):
-    url = pages[kind].as_uri()
+def test_pages_can_be_used_by_all(browser, page, width, dark):
+    url = page.as_uri()
     browser.open(url, dark=dark, width=width)
     browser.value("document.querySelectorAll('details').forEach(d => { d.open = true; }), 0")
     assert browser.value(CHECKS) == []
@@ -54,10 +40,9 @@ def test_pages_can_be_used_by_all(browser, pages, kind, width, dark):
 CONTROLS = ("button", "link", "radio", "DisclosureTriangle", "region", "navigation", "img")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_everything_that_can_be_used_has_a_name(browser, pages, kind):
+def test_everything_that_can_be_used_has_a_name(browser, page):
     """By the names that the browser gives to screen readers."""
-    browser.open(pages[kind].as_uri(), dark=False, width=DESK)
+    browser.open(page.as_uri(), dark=False, width=DESK)
     browser.send("Accessibility.enable")
     nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
     named = [n for n in nodes if not n["ignored"] and n["role"]["value"] in CONTROLS]
@@ -74,11 +59,11 @@ def rgb(colour: str) -> str:
     return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
-LIGHT, DARK = ([rgb(theme["page"]), rgb(theme["ink"])] for theme in (page.LIGHT, page.DARK))
+LIGHT, DARK = ([rgb(theme["page"]), rgb(theme["ink"])] for theme in (charts.LIGHT, charts.DARK))
 
 
-def test_the_theme_follows_the_system_until_one_is_chosen(browser, pages):
-    url = pages["runs"].as_uri()
+def test_the_theme_follows_the_system_until_one_is_chosen(browser, page):
+    url = page.as_uri()
     for dark, expected in ((False, LIGHT), (True, DARK)):
         browser.open(url, dark=dark, width=DESK)
         assert colours(browser) == expected
@@ -91,7 +76,7 @@ def test_the_theme_follows_the_system_until_one_is_chosen(browser, pages):
     assert browser.value("document.querySelector('#theme input:checked').value") == "light"
     browser.open(url, dark=True, width=DESK, paper=True)
     browser.value("document.documentElement.dataset.theme = 'dark'")
-    assert colours(browser)[1] == rgb(page.LIGHT["ink"])  # paper is white
+    assert colours(browser)[1] == rgb(charts.LIGHT["ink"])  # paper is white
     browser.open(url, dark=False, width=DESK)
     browser.focus("#theme input:checked")
     browser.press("ArrowLeft")
@@ -100,8 +85,8 @@ def test_the_theme_follows_the_system_until_one_is_chosen(browser, pages):
     assert browser.complaints() == []
 
 
-def test_the_theme_can_be_chosen_where_nothing_is_stored(browser, pages):
-    data = base64.b64encode(pages["trials"].read_bytes()).decode()
+def test_the_theme_can_be_chosen_where_nothing_is_stored(browser, page):
+    data = base64.b64encode(page.read_bytes()).decode()
     browser.open(f"data:text/html;base64,{data}", dark=False, width=DESK)
     refused = "(() => { try { localStorage; return false; } catch { return true; } })()"
     assert browser.value(refused) is True
@@ -143,9 +128,17 @@ def table(browser, tmp_path) -> list[str]:
         (f"row {n}", text, WORDS[n] if n < len(WORDS) else "zeta", str(n % 2))
         for n, text in enumerate(texts)
     ]
+    escaped = [[text.replace("<", "&lt;") for text in row] for row in cells]
     heads = ("name", "number", "word", "equal")
     path = tmp_path / "table.html"
-    path.write_text(to_html("t", [Section("s", (), [Table("c", heads, cells)])]))
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in row)}</tr>" for row in escaped)
+    script = (report.HERE / "report.js").read_text()
+    path.write_text(
+        f'<!doctype html><meta charset="utf-8"><script>{script}</script>'
+        f'<div id="told"></div><fieldset id="theme"></fieldset><table class="sortable">'
+        f"<caption>c</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
     browser.open(path.as_uri(), dark=False, width=DESK)
     return [row[0] for row in cells]
 
@@ -186,8 +179,8 @@ def test_words_are_sorted_as_people_do_and_equal_rows_stay(browser, table):
         assert column(browser, 0) == (rows + others)[::1] if direction == 1 else others + rows
 
 
-def test_every_table_of_figures_can_be_sorted(browser, pages):
-    browser.open(pages["report"].as_uri(), dark=False, width=DESK)
+def test_every_table_of_figures_can_be_sorted(browser, page):
+    browser.open(page.as_uri(), dark=False, width=DESK)
     heads = browser.value(
         "[...document.querySelectorAll('table.sortable')].filter(t => t.tBodies[0].rows.length > 1)"
         ".map(t => [...t.tHead.rows[0].cells].every(head => head.querySelector('button')))"
@@ -207,41 +200,8 @@ def test_every_table_of_figures_can_be_sorted(browser, pages):
     )
 
 
-def shown_lines(browser, series: str) -> list[str]:
-    return browser.value(
-        f"[...document.querySelectorAll('#runs .chart [data-series=\"{series}\"]')]"
-        ".map(line => getComputedStyle(line).display)"
-    )
-
-
-def test_a_legend_hides_and_shows_a_run_in_all_charts(browser, pages):
-    browser.open(pages["report"].as_uri(), dark=False, width=DESK)
-    button = "#runs .legend li[data-series='run-1'] button"
-    state = f"document.querySelector(\"{button}\").getAttribute('aria-pressed')"
-    assert len(shown_lines(browser, "run-1")) == 2
-    assert browser.value(state) == "true"
-    browser.focus(button)
-    browser.press("Enter")
-    assert browser.value(state) == "false"
-    assert set(shown_lines(browser, "run-1")) == {"none"}
-    assert set(shown_lines(browser, "run-2")) == {"inline"}
-    tip = "document.querySelector('#runs .chartbox .tip').textContent"
-    told = set()
-    browser.focus("#runs .chartbox")
-    for key in ("Home", *["ArrowRight"] * 3, "End", *["ArrowLeft"] * 3):
-        browser.press(key)
-        told.add(browser.value(tip).split(":")[0])
-    assert len(told) == 2  # the hidden run says nothing
-    browser.focus(button)
-    browser.press(" ")
-    assert browser.value(state) == "true"
-    assert set(shown_lines(browser, "run-1")) == {"inline"}
-    assert browser.complaints() == []
-
-
-@pytest.mark.parametrize("kind", ["report", "runs", "study"])
-def test_the_focus_is_seen_wherever_the_keyboard_leads(browser, pages, kind):
-    browser.open(pages[kind].as_uri(), dark=False, width=DESK)
+def test_the_focus_is_seen_wherever_the_keyboard_leads(browser, page):
+    browser.open(page.as_uri(), dark=False, width=DESK)
     focused = """(() => {
       const a = document.activeElement;
       const drawn = a.matches("#theme input") ? a.nextElementSibling : a;
@@ -265,9 +225,9 @@ def test_the_focus_is_seen_wherever_the_keyboard_leads(browser, pages, kind):
     assert len(seen) == stops + 1  # and one radio of the group
 
 
-def test_what_comes_from_outside_is_refused(browser, pages):
+def test_what_comes_from_outside_is_refused(browser, page):
     """Even if something slipped into the page: no request leaves, no other script runs."""
-    browser.open(pages["report"].as_uri(), dark=False, width=DESK)
+    browser.open(page.as_uri(), dark=False, width=DESK)
     program = """new Promise(done => {
       const refused = [];
       addEventListener("securitypolicyviolation", event => {
@@ -288,8 +248,8 @@ def test_what_comes_from_outside_is_refused(browser, pages):
     assert browser.value("window.slipped") is None
 
 
-def test_without_scripts_all_content_is_there(browser, pages):
-    url = pages["report"].as_uri()
+def test_without_scripts_all_content_is_there(browser, page):
+    url = page.as_uri()
     browser.open(url, dark=False, width=DESK)
     words = "document.querySelector('main').textContent.replace(/\\s+/g, ' ')"
     note = " Buttons in the column headings sort the rows."
@@ -308,15 +268,15 @@ def test_without_scripts_all_content_is_there(browser, pages):
         browser.send("Emulation.setScriptExecutionDisabled", value=False)
 
 
-def test_less_motion_where_it_is_asked_for(browser, pages):
+def test_less_motion_where_it_is_asked_for(browser, page):
     scroll = "getComputedStyle(document.documentElement).scrollBehavior"
     for still, expected in ((False, "smooth"), (True, "auto")):
-        browser.open(pages["runs"].as_uri(), dark=False, width=DESK, still=still)
+        browser.open(page.as_uri(), dark=False, width=DESK, still=still)
         assert browser.value(scroll) == expected
 
 
-def test_paper_has_everything_and_no_controls(browser, pages):
-    browser.open(pages["report"].as_uri(), dark=True, width=720, paper=True)
+def test_paper_has_everything_and_no_controls(browser, page):
+    browser.open(page.as_uri(), dark=True, width=720, paper=True)
     shown = "e => getComputedStyle(e).display"
     for selector in (".contents", "#theme", ".skip"):
         assert browser.value(f"({shown})(document.querySelector('{selector}'))") == "none"
@@ -328,15 +288,15 @@ def test_paper_has_everything_and_no_controls(browser, pages):
     wide = "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.clientWidth + 1"
     wide += " || t.getBoundingClientRect().right > innerWidth).map(t => t.caption.textContent)"
     assert browser.value(wide) == []
-    assert browser.value("getComputedStyle(document.body).color") == rgb(page.LIGHT["ink"])
+    assert browser.value("getComputedStyle(document.body).color") == rgb(charts.LIGHT["ink"])
     browser.value("dispatchEvent(new Event('afterprint'))")
     assert browser.value(closed) == before
     paper = browser.send("Page.printToPDF", printBackground=False)["data"]
     assert base64.b64decode(paper).startswith(b"%PDF")
 
 
-def test_the_skip_link_leads_to_the_content(browser, pages):
-    browser.open(pages["report"].as_uri(), dark=False, width=PHONE)
+def test_the_skip_link_leads_to_the_content(browser, page):
+    browser.open(page.as_uri(), dark=False, width=PHONE)
     browser.press("Tab")
     box = "(r => [r.x >= 0, r.y >= 0])(document.activeElement.getBoundingClientRect())"
     assert browser.value(box) == [True, True]
@@ -351,3 +311,33 @@ def test_the_skip_link_leads_to_the_content(browser, pages):
         f"#{s}"
         for s in browser.value("[...document.querySelectorAll('main > section')].map(s => s.id)")
     ]
+
+
+def test_pictures_are_whole_and_described(browser, page):
+    browser.open(page.as_uri(), dark=False, width=1280)
+    pictures = browser.value(
+        "Promise.all([...document.images].map(i => i.decode().catch(() => 0)"
+        ".then(() => [i.naturalWidth, i.alt.length])))"
+    )
+    assert len(pictures) > 50
+    assert all(natural_width > 0 and alt > 0 for natural_width, alt in pictures)
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+
+
+def test_charts_are_drawn_in_the_colours_of_the_theme(browser, page):
+    drawn = "#pretraining .chart path[style*='stroke: var(--pretrained)']"
+    line = f'getComputedStyle(document.querySelector("{drawn}")).stroke'
+    for dark, colours in ((False, charts.LIGHT), (True, charts.DARK)):
+        browser.open(page.as_uri(), dark=dark, width=DESK)
+        assert browser.value(line) == rgb(colours["pretrained"])
+
+
+def test_page_of_an_empty_run_loads_too(browser, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "stages.json").write_text('{"format": "fa-stages-1", "plan": ["data"], "stages": {}}')
+    assert report.main([str(out)]) == 0
+    browser.open((out / "report.html").as_uri(), dark=False, width=1280)
+    assert browser.complaints() == []
+    assert browser.value("document.querySelectorAll('.missing-note').length") >= 5

@@ -1,22 +1,19 @@
+import base64
+import hashlib
 import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.tools.run_fixture import CLASSES, dump, dump_lines, make_run
-from tools.flow import charts, gallery, report
-from tools.flow.charts import Series
-from tools.flow.report_data import (
-    Run,
-    last_histogram,
-    mean_curve,
-    picture_rows,
-)
+from tests.tools.run_fixture import CLASSES, dump, dump_lines, evaluate_elsewhere, make_run
+from tools.flow import charts, report
 
 
 class Page(HTMLParser):
@@ -61,7 +58,9 @@ def page_of(out: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
+    out = make_run(tmp_path_factory.mktemp("run"))
+    evaluate_elsewhere(out, "scenes", tmp_path_factory.mktemp("scenes"))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +93,56 @@ def test_report_says_what_happened(page):
         "commit 0123456789",
         "torch 2.15.0",
         "pretrained_frozen/seed-2",
+        "The first 6 pictures of scenes",
+        *CLASSES,
     ):
         assert words in page.text
 
 
-def test_tables_hold_the_figures(page):
-    rows = json.loads(json.dumps(page.text))
-    levels = {"random": "28.7", "pretrained": "39.8"}
-    assert all(value in rows for value in levels.values())
-    for name in CLASSES:
-        assert name in page.text
+def test_the_result_and_pictures_come_first(page):
+    """Verdicts, AP of both arms and the difference, then pictures with boxes."""
+    top = page.text[: page.text.index("Detections against ground truth")]
+    for words in ("95 % interval", "AP50, random initialisation 28.7", "AP50, pretrained 39.8"):
+        assert words in top
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert sections == [
+        "detections", "ap", "errors", "other-sets", "pretraining", "pictures", "conversion",
+        "skipped", "ran",
+    ]  # fmt: skip
+    assert [a["href"] for a in page.all("a")][1:] == [f"#{name}" for name in sections]
+
+
+def cells(text: str, caption: str) -> list[list[str]]:
+    """The cells of the body of the table after a caption, row by row."""
+    table = text[text.index(caption) :]
+    body = table[table.index("<tbody>") : table.index("</tbody>")]
+    rows = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("<tr>")[1:])
+    return [[re.sub("<[^>]*>", "", cell) for cell in row] for row in rows]
+
+
+def test_tables_hold_the_figures(run_folder):
+    text = report.render(run_folder)
+    values = {
+        arm: [
+            json.loads(path.read_text())
+            for path in sorted(run_folder.glob(f"detection/{arm}/seed-*/result.json"))
+        ]
+        for arm in ("random", "pretrained")
+    }
+    (name, *row), treated = cells(text, "Test set: mean")[:2]
+    assert (name, treated[0], len(row)) == ("Random initialisation", "Pretrained", 7)
+    found = [result["coco"]["AP75"] for result in values["random"]]
+    assert row[5] == f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+    gains = [b["AP"] - a["AP"] for a, b in zip(values["random"], values["pretrained"], strict=True)]
+    difference = cells(text, "Test set: pretrained minus random")[0]
+    assert difference[:2] == ["Fine-tuned, AP", f"{statistics.mean(gains):+.1f}"]
+    own = statistics.mean(result["AP"] for result in values["pretrained"])
+    assert cells(text, "scenes: mean")[1][1].startswith(f"{own - 10:.1f} ±")
+    mammal = cells(text, "AP per class, fine-tuned, mean")[2]
+    random, pretrained = (
+        statistics.mean(result["per_class"]["mammal"] for result in values[arm]) for arm in values
+    )
+    assert mammal[:3] == ["mammal", f"{random:.1f}", f"{pretrained:.1f}"]
 
 
 def test_page_is_accessible(page):
@@ -111,20 +150,90 @@ def test_page_is_accessible(page):
     assert all(picture.get("alt") for picture in page.all("img"))
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(head.get("scope") in ("col", "row") for head in page.all("th"))
-    charts_drawn = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
-    assert len(charts_drawn) >= 12
-    assert all(svg["role"] == "img" and svg["aria-label"] for svg in charts_drawn)
+    drawn = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
+    labels = [svg["aria-label"] for svg in drawn]
+    assert all(svg["role"] == "img" for svg in drawn)
+    assert len(set(labels)) == len(labels) >= 18
+    for start in ("Loss. ", "Self-hits. ", "Cosine of pairs of views. positives: from 0.504 to"):
+        assert [label for label in labels if label.startswith(start)], start
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(set(ids)) == len(ids)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
-    targets = {attributes.get("id") for _, attributes in page.tags}
-    assert {link["href"][1:] for link in page.all("a") if link["href"]} <= targets
+    assert {link["href"][1:] for link in page.all("a") if link["href"]} <= set(ids)
+
+
+def test_boxes_do_not_rely_on_colour(run_folder):
+    part = report.render(run_folder).split('<section id="ap"')[0]
+    wrong = re.findall(r'<rect class="bad"[^>]*>', part)
+    right = re.findall(r'<rect class="good"[^>]*>', part)
+    assert wrong
+    assert right
+    assert all("stroke-dasharray" in box for box in wrong)
+    assert not any("stroke-dasharray" in box for box in right)
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", part)
+    assert sum(label.startswith("✓ ") for label in labels) == len(right)
+    assert sum(label.startswith("✗ ") for label in labels) == len(wrong)
+    assert "0.91 localisation" in part  # in the text for those who do not see the picture
+
+
+def test_a_browser_may_run_our_script_and_nothing_else(run_folder):
+    text = report.render(run_folder)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules == {
+        "default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'",
+        "script-src": f"'sha256-{digest}'", "base-uri": "'none'", "form-action": "'none'",
+    }  # fmt: skip
+    assert text.index("Content-Security-Policy") < text.index("<script>")
+
+
+def test_every_colour_that_is_used_is_defined(run_folder):
+    used = set(re.findall(r"var\(--([\w-]+)\)", report.render(run_folder))) - {"n"}
+    assert used <= charts.LIGHT.keys()
+    style = (report.HERE / "report.css").read_text()
+    assert not re.search(r"url\(|@import|@font-face", style)
+
+
+@pytest.mark.parametrize(
+    ("value", "number", "signed"),
+    [(1.25, "1.2", "+1.2"), (-3, "-3.0", "\u22123.0"), (None, "\u2013", "\u2013"),
+     (float("nan"), "\u2013", "\u2013"), (True, "\u2013", "\u2013")],
+)  # fmt: skip
+def test_numbers_of_tables(value, number, signed):
+    assert report.number(value) == number
+    assert report.signed(value) == signed
+
+
+def test_the_picture_of_the_features_is_embedded(tmp_path):
+    out = make_run(tmp_path, seeds=1)
+    assert "No picture of the features" in report.render(out)
+    Image.new("RGB", (90, 60)).save(out / "pretrain/pictures/feature_map.png")
+    assert "No picture of the features" not in report.render(out)
+
+
+def test_what_was_skipped_is_listed_and_counted(tmp_path):
+    out = make_run(tmp_path, seeds=1)
+    entries = [{"file": f"{i}.jpg", "reason": "does <not> decode"} for i in range(70)]
+    dump(out / "shards/index.json", {"skipped": entries})
+    rows = cells(report.render(out), "Everything that did not go as planned")
+    assert rows[0][2] == "1 samples"  # of the summary
+    assert len(rows) == 1 + 50 + 1
+    assert rows[1] == ["left out", "shards", "0.jpg", "does &lt;not&gt; decode"]
+    assert rows[-1][2] == "20 more"
+    assert "left out: 70." in page_of(out).text
+    dump(out / "shards/index.json", {"skipped": []})
+    dump(out / "pretrain/summary.json", {"num_skipped_samples": 0})
+    assert "Nothing: no stage or run failed" in page_of(out).text
 
 
 def test_text_from_files_is_escaped(page, run_folder):
     assert "x=<script>alert(1)</script>" in page.text
-    assert len(page.all("script")) == 2
+    assert len(page.all("script")) == 1
 
 
 NEW_KEYS = ("positive_cosine", "negative_cosine", "neighbour_", "self_hit_rate")
@@ -136,18 +245,6 @@ def rewrite_metrics(out: Path, change) -> None:
     dump_lines(path, change(rows))
 
 
-def test_figures_of_the_features_are_drawn(page):
-    labels = {svg["aria-label"] for svg in page.all("svg") if svg.get("class") == "chart"}
-    for start in ("Age of neighbours. ", "Self-hits. ", "Labels of neighbours. ", "FA cosine. "):
-        assert [label for label in labels if label.startswith(start)], start
-    over_time = next(label for label in labels if label.startswith("Cosine of pairs of views."))
-    assert "positives: from 0.504 to 0.9; negatives: from 0.396 to 0" in over_time
-    assert [label for label in labels if label.startswith("Cosines at the end.")]
-    bands = [path for path in page.all("path") if (path.get("class") or "").startswith("band")]
-    assert {path["class"] for path in bands} == {"band plain", "band negative"}
-    assert "Alarm:" not in page.text
-
-
 def test_metrics_of_older_runs_leave_their_charts_out(tmp_path):
     out = make_run(tmp_path, seeds=1)
     rewrite_metrics(out, lambda rows: [
@@ -156,29 +253,8 @@ def test_metrics_of_older_runs_leave_their_charts_out(tmp_path):
     ])  # fmt: skip
     page = page_of(out)
     assert "Effective rank" in page.text
-    for words in ("What the loss compares", "Cosines at the end", "Self-hits", "Alarm:"):
+    for words in ("Cosine of pairs", "Cosines at the end", "Self-hits", "Alarm:"):
         assert words not in page.text
-
-
-@pytest.mark.parametrize("shares", [None, [], ["nan", 0.5], 3, [True]])
-def test_histograms_that_are_none_are_left_out(tmp_path, shares):
-    out = make_run(tmp_path, seeds=1)
-    rewrite_metrics(out, lambda rows: [
-        row | {"positives": shares, "negatives": shares} if row["kind"] == "similarity" else row
-        for row in rows
-    ])  # fmt: skip
-    assert last_histogram(Run.load(out)) == {}
-    assert "Cosine of pairs of views" in page_of(out).text
-
-
-def test_the_last_histogram_is_drawn_as_its_outline(run_folder):
-    outlines = last_histogram(Run.load(run_folder))
-    assert set(outlines) == {"positives", "negatives"}
-    corners = outlines["positives"]
-    assert (corners[0], corners[-1]) == ((-1.0, 0.0), (1.0, 0.0))
-    raised = [(round(x, 9), y) for x, y in corners if y > 0]
-    assert raised == [(0.8, 0.25), (0.9, 0.25), (0.9, 0.75), (1.0, 0.75)]
-    assert [x for x, _ in corners] == sorted(x for x, _ in corners)
 
 
 @pytest.mark.parametrize("number", [1, 7])
@@ -196,30 +272,6 @@ def test_a_collapse_is_shown_where_it_cannot_be_missed(tmp_path, number):
     assert page.text.count(f"Alarm: {message}.") == min(number, 5)
     assert ("2 more alarms" in page.text) == (number == 7)
     assert "kNN before training" not in page.text
-
-
-def test_a_band_spreads_around_its_line():
-    line = Series("a", [(0.0, 0.5), (1.0, 0.5)], band=[(0.0, 0.0, 1.0), (1.0, 0.4, 0.6)])
-    drawn = charts.line_chart("t", [line], "x")
-    assert drawn is not None
-    outline = re.search(r'class="band plain" data-series="plain" d="M([^"]*)Z"', drawn)
-    line_path = re.search(r'class="line plain" data-series="plain" d="M([^"]*)"', drawn)
-    assert outline is not None
-    assert line_path is not None
-    corners = [tuple(map(float, c.split())) for c in outline[1].split(" L")]
-    left, right = (tuple(map(float, c.split())) for c in line_path[1].split(" L"))
-    assert [x for x, _ in corners] == [left[0], right[0], right[0], left[0]]
-    offsets = [y - left[1] for _, y in corners]  # downwards; the axis is linear
-    assert offsets[0] == pytest.approx(-offsets[3], abs=0.2)
-    assert offsets[1] == pytest.approx(-offsets[2], abs=0.2)
-    assert offsets[0] == pytest.approx(5 * offsets[1], rel=0.03)
-
-
-def test_long_bands_are_thinned_out_with_their_line():
-    spans = [(float(i), -1.0, 1.0) for i in range(10_001)]
-    drawn = charts.drawable(Series("a", [(x, 0.0) for x, *_ in spans], band=spans))
-    assert [x for x, *_ in drawn.band] == [x for x, _ in drawn.points]
-    assert {(low, high) for _, low, high in drawn.band} == {(-1.0, 1.0)}
 
 
 def test_one_seed_says_that_there_is_no_interval(tmp_path):
@@ -279,129 +331,18 @@ def test_damaged_pictures_are_left_out(tmp_path, name):
     assert "Average precision" in page_of(out).text
 
 
-def test_detections_are_judged_by_class_and_overlap():
-    truth = [
-        {"class": "cat", "box": [0, 0, 10, 10]},
-        {"class": "dog", "box": [20, 0, 30, 10]},
-        {"class": "dog", "box": [50, 0, 60, 10], "difficult": True},
-    ]
-    found = [
-        {"class": "cat", "score": 0.5, "box": [0, 0, 10, 10]},
-        {"class": "cat", "score": 0.9, "box": [0, 0, 10, 9]},
-        {"class": "dog", "score": 0.1, "box": [20, 0, 30, 10]},
-    ]
-    shown = gallery.judged({"ground_truth": truth, "detections": found})
-    assert [(d["score"], d["correct"]) for d in shown] == [(0.9, True), (0.5, False)]
-    assert gallery.judged({}) == []
-
-
-def test_iou():
-    assert gallery.iou([0, 0, 10, 10], [5, 0, 15, 10]) == pytest.approx(1 / 3)
-    assert gallery.iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0.0
-
-
-def test_rows_of_pictures_are_cut_into_tiles(run_folder):
-    views = picture_rows(Run.load(run_folder), "views")
-    assert [len(row["tiles"]) for row in views] == [3] * 6
-    assert {(tile.width, tile.height) for row in views for tile in row["tiles"]} == {(96, 96)}
-    assert [len(row["tiles"]) for row in picture_rows(Run.load(run_folder), "neighbours")] == [
-        7
-    ] * 6
-
-
-def test_large_pictures_are_made_smaller(tmp_path):
-    from PIL import Image
-
-    Image.effect_noise((3000, 2000), 100).save(tmp_path / "big.png")
-    picture = gallery.embed(tmp_path / "big.png", 1600, max_bytes=100_000)
-    assert picture is not None
-    assert len(picture.uri) < 140_000
-    assert picture.width > picture.height
-
-
-def test_bad_samples_of_pretraining_are_listed(tmp_path):
-    out = make_run(tmp_path, seeds=1)
-    rows = [
-        {"sample": i % 23, "reason": f"shard-000001.tar at byte {i}: <cut>", "rank": 1, "step": 900}
-        for i in range(25)
-    ]
-    dump_lines(out / "pretrain/bad_samples.jsonl", rows)
-    (out / "pretrain/config.yaml").write_text("data: {max_bad_samples: 31}\n")
-    page = page_of(out)
-    assert "replaced: 23 different ones, noted 25 times" in page.text
-    assert "each process may replace 31 (data.max_bad_samples)" in page.text
-    assert "the first 20 rows" in page.text
-    assert page.text.count("<cut>") == 20
-    assert "at byte 19: <cut>" in page.text
-    assert "1 samples" not in page.text
-    assert len(page.all("caption")) == len(page.all("table"))
-
-
-@pytest.mark.parametrize(
-    "config", [None, "", "data: 3", "data: {max_bad_samples: {}}", "[", "a: b: c"]
-)
-def test_one_bad_sample_without_a_known_limit(tmp_path, config):
-    out = make_run(tmp_path, seeds=1)
-    dump_lines(out / "pretrain/bad_samples.jsonl", [{"sample": 7}])
-    if config is not None:
-        (out / "pretrain/config.yaml").write_text(config)
-    page = page_of(out)
-    assert "replaced: 1 different ones." in page.text
-    assert "max_bad_samples" not in page.text
-
-
-def test_without_bad_samples_the_page_says_so(page, tmp_path):
-    assert "pretraining could not use" not in page.text
-    out = make_run(tmp_path, seeds=1)
-    dump(out / "shards/index.json", {"skipped": []})
-    dump(out / "pretrain/summary.json", {"num_skipped_samples": 0})
-    dump_lines(out / "pretrain/bad_samples.jsonl", [])
-    assert "Nothing: no stage or run failed" in page_of(out).text
-    dump_lines(out / "pretrain/bad_samples.jsonl", [{"sample": 7}])
-    assert "Nothing: no stage" not in page_of(out).text
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 60, [0, 20, 40, 60]),
-        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
-        (3.5, 3.8, [3.5, 3.6, 3.7, 3.8]),
-        (5, 5, [2, 4, 6, 8]),
-    ],
-)
-def test_ticks_are_round_and_cover_the_range(low, high, expected):
-    ticks = charts.nice_ticks(low, high)
-    assert ticks == pytest.approx(expected)
-
-
-def test_charts_leave_out_what_is_not_finite_and_draw_nothing_from_nothing():
-    assert charts.line_chart("t", [Series("a", [(0.0, float("nan"))])], "x") is None
-    assert charts.slope_chart("t", []) is None
-    assert charts.dumbbell_chart("t", [("cat", None, None)]) is None
-    drawn = charts.line_chart(
-        "t", [Series("<a>", [(0.0, 1.0), (1.0, float("inf")), (2.0, 3.0)])], "x"
-    )
-    assert drawn is not None
-    assert "inf" not in drawn
-    assert "<a>" not in drawn
-
-
-def test_long_curves_are_thinned_out_but_keep_their_end():
-    points = [(float(i), float(i % 7)) for i in range(10_001)]
-    thin = charts.thin_out(points, 300)
-    assert len(thin) <= 300
-    assert thin[-1] == points[-1]
-
-
-def test_mean_curve_takes_shared_iterations_only():
-    assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
-    assert mean_curve([]) == []
-
-
 def test_writing_the_page_imports_no_library_of_the_stages():
     """A report is also written where they are not installed, and quickly."""
-    heavy = {"torch", "detectron2", "webdataset", "submitit", "zstandard", "pretrain", "detection"}
+    heavy = {
+        "matplotlib",
+        "torch",
+        "detectron2",
+        "webdataset",
+        "submitit",
+        "zstandard",
+        "pretrain",
+        "detection",
+    }
     code = "import sys, tools.flow.report; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code],

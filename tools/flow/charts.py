@@ -1,23 +1,58 @@
-"""Small line, slope and dumbbell charts as inline SVG; colours come from the page's style sheet."""
+"""Charts as SVG, drawn by matplotlib; text stays text, colours are variables of the style sheet.
+
+matplotlib draws in the colours of `LIGHT`; each is then replaced by its CSS variable, so that a
+chart follows the theme of its page. `standalone` adds the variables to a chart that is a file.
+"""
 
 from __future__ import annotations
 
-import json
+import io
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 460, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 46
+COLOURS = {
+    "page": ("#f4f5f7", "#0f1318"),
+    "card": ("#ffffff", "#181d24"),
+    "ink": ("#171b21", "#e8ebef"),
+    "muted": ("#56606c", "#a2acb8"),
+    "rule": ("#dfe3e8", "#2c343e"),
+    "border": ("#7a8592", "#7d8894"),
+    "soft": ("#eef3fa", "#1d2733"),
+    "random": ("#6f7a87", "#98a3b0"),
+    "pretrained": ("#1667c7", "#62aaff"),
+    "good": ("#137a43", "#55c98a"),
+    "bad": ("#b3261e", "#ff8a80"),
+    "open": ("#8a5a00", "#e5b454"),
+    "run-1": ("#c2410c", "#ff9a5c"),
+    "run-3": ("#8b3fb8", "#cf9bf5"),
+    "run-4": ("#8f6a00", "#e0bc4a"),
+    "run-5": ("#0e7490", "#4fc9dd"),
+}
+"""Name -> colour in the light and in the dark theme."""
+LIGHT, DARK = ({name: pair[i] for name, pair in COLOURS.items()} for i in (0, 1))
+RUNS = ("pretrained", "run-1", "good", "run-3", "run-4", "run-5")
+DASHES = ("-", "--", ":", "-.")
+HATCHES = ("", "//", "\\\\", "xx", "--", "||")
+WIDTH, HEIGHT = 440, 280
 _MAX_POINTS = 300  # of a line
-_ALL_POINTS, _FEWEST_POINTS = 3000, 40  # of all lines of a chart; of one of many
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["muted"], "axes.edgecolor": LIGHT["rule"], "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": LIGHT["rule"], "grid.linewidth": 1, "lines.linewidth": 2.2,
+    "xtick.color": LIGHT["rule"], "xtick.labelcolor": LIGHT["muted"],
+    "ytick.color": LIGHT["rule"], "ytick.labelcolor": LIGHT["muted"], "hatch.linewidth": 1.2,
+    "legend.frameon": False, "legend.fontsize": 11, "figure.facecolor": "none",
+}  # fmt: skip
 
 Point = tuple[float, float]
-Span = tuple[float, float, float]
-"""x, low, high."""
 
 
 @dataclass(frozen=True)
@@ -25,40 +60,214 @@ class Series:
     """One line.
 
     Attributes:
-        label: What it is called where a value is shown.
+        label: In the legend; lines without one are not named.
         points: (x, y), ordered by x.
-        tone: `random`, `pretrained`, `negative`, `plain` or what `page.tone` gives: classes.
+        tone: Name of its colour.
         thin: One of several runs, drawn faintly behind their mean.
-        band: How far values spread around the line, ordered by x; drawn behind it.
-        key: By what a legend hides the line; its tone if left out.
+        dash: Of `DASHES`.
+        band: (x, low, high): how far values spread around the line.
+        has_dots: Whether each value has a dot.
     """
 
     label: str
     points: Sequence[Point]
-    tone: str = "plain"
+    tone: str = "pretrained"
     thin: bool = False
-    band: Sequence[Span] = ()
-    key: str = ""
-
-    @property
-    def series(self) -> str:
-        """What a legend calls the line."""
-        return self.key or self.tone
+    dash: str = "-"
+    band: Sequence[tuple[float, float, float]] = ()
+    has_dots: bool = False
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers that cover [low, high]."""
-    if not high > low:
-        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
-    rough = (high - low) / max(count - 1, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, last + 1)]
+def of_run(label: str, points: Sequence[Point], number: int, **values: Any) -> Series:
+    """A line of one of several runs: 24 pairs of a colour and a dash pattern."""
+    dash = DASHES[(number + number // len(RUNS)) % len(DASHES)]
+    return Series(label, points, RUNS[number % len(RUNS)], dash=dash, **values)
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    *,
+    from_zero: bool = False,
+    is_log: bool = False,
+    chosen: float | None = None,
+) -> Markup | None:
+    """A line chart, or None where there is nothing to draw.
+
+    Args:
+        title: For screen readers; the page prints its own heading.
+        series: The lines; values that are not finite are left out.
+        x_label: Name of the horizontal axis.
+        from_zero: Whether the vertical axis has to start at 0.
+        is_log: Whether the horizontal axis is spaced by logarithm.
+        chosen: Marked by an upright line.
+    """
+    lines = [line for line in map(_drawable, series) if line.points]
+    if not lines:
+        return None
+    with _figure(WIDTH, HEIGHT) as figure:
+        axes = figure.subplots()
+        for line in sorted(lines, key=lambda line: not line.thin):
+            colour = LIGHT[line.tone]
+            if line.band:
+                xs, low, high = zip(*line.band, strict=True)
+                axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(
+                *zip(*line.points, strict=True), line.dash, color=colour,
+                label=None if line.thin else line.label,
+                alpha=0.5 if line.thin else 1, linewidth=1 if line.thin else 2.2,
+                marker="o" if line.has_dots or len(line.points) == 1 else None, markersize=4,
+            )  # fmt: skip
+        if chosen is not None:
+            axes.axvline(chosen, color=LIGHT["muted"], linestyle=":", label="chosen")
+        axes.set_xlabel(x_label)
+        if is_log:
+            axes.set_xscale("log")
+        if len(lines) > 1:
+            axes.legend()
+        if from_zero:
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        words = [
+            f"{line.label}: from {short_number(line.points[0][1])} to "
+            f"{short_number(line.points[-1][1])}"
+            for line in lines
+            if not line.thin
+        ]
+        return _svg(figure, title, "; ".join(words))
+
+
+def slope_chart(title: str, pairs: Sequence[tuple[int, float, float]]) -> Markup | None:
+    """A line a seed from random (left) to pretrained (right), and their mean.
+
+    Args:
+        title: For screen readers.
+        pairs: (seed, random, pretrained).
+    """
+    if not pairs:
+        return None
+    with _figure(WIDTH, HEIGHT) as figure:
+        axes = figure.subplots()
+        for _, random, pretrained in pairs:
+            axes.plot([0, 1], [random, pretrained], color=LIGHT["border"], linewidth=1.2)
+            axes.plot([0], [random], "o", color=LIGHT["random"], fillstyle="none")
+            axes.plot([1], [pretrained], "o", color=LIGHT["pretrained"])
+        if len(pairs) > 1:
+            means = [
+                math.fsum(column) / len(pairs) for column in list(zip(*pairs, strict=True))[1:]
+            ]
+            axes.plot([0, 1], means, color=LIGHT["pretrained"], linewidth=3)
+        axes.set_xticks([0, 1], ["random", "pretrained"])
+        axes.set_xlim(-0.3, 1.3)
+        text = "; ".join(f"seed {seed}: {low:.1f} to {high:.1f}" for seed, low, high in pairs)
+        return _svg(figure, title, text)
+
+
+def stacked_bars(
+    title: str, rows: Sequence[tuple[str, Mapping[str, float]]], x_label: str
+) -> Markup | None:
+    """A bar a row, its parts one after another, each with a colour and a hatch of its own.
+
+    Args:
+        title: For screen readers; the page prints a table with the figures.
+        rows: (name, {part: size}); all have the same parts.
+        x_label: Name of the horizontal axis.
+    """
+    if not any(size > 0 for _, parts in rows for size in parts.values()):
+        return None
+    with _figure(720, 120 + 40 * len(rows), _left([name for name, _ in rows]), 34) as figure:
+        axes = figure.subplots()
+        ends = [0.0] * len(rows)
+        tones = ("good", "pretrained", "run-1", "run-3", "run-4", "muted")
+        for part, tone, hatch in zip(rows[0][1], tones, HATCHES, strict=False):
+            sizes = [parts[part] for _, parts in rows]
+            axes.barh(
+                range(len(rows)), sizes, left=ends, height=0.6, label=part, hatch=hatch,
+                facecolor=LIGHT["soft"], edgecolor=LIGHT[tone],
+            )  # fmt: skip
+            ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+        _rows_of(axes, [name for name, _ in rows])
+        axes.set_xlabel(x_label)
+        figure.legend(loc="upper left", ncols=6)
+        return _svg(figure, title, "Values stand in the table below.")
+
+
+def interval_chart(
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float], float | None, Sequence[float] | None]],
+    x_label: str,
+    names: tuple[str, str] = ("single results", "mean"),
+) -> Markup | None:
+    """Rings, a dot and a bar in rows below each other; None where there is nothing to draw.
+
+    Args:
+        title: For screen readers, with the figures.
+        rows: (name, values of the rings, value of the dot, ends of the bar).
+        x_label: Below the axis.
+        names: Of the rings and of the dots.
+    """
+    if not any(values or mean is not None for _, values, mean, _ in rows):
+        return None
+    words = []
+    width = WIDTH if max(len(name) for name, *_ in rows) < 20 else 720
+    with _figure(width, 110 + 24 * len(rows), _left([name for name, *_ in rows]), 34) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color=LIGHT["muted"], linestyle="--", linewidth=1)
+        for place, (name, values, mean, interval) in enumerate(rows):
+            words.append(f"{name}: {short_number(mean) if mean is not None else 'no value'}")
+            if interval is not None:
+                axes.plot(interval, [place] * 2, color=LIGHT["border"], linewidth=3)
+                words[-1] += f" ({' to '.join(map(short_number, interval))})"
+            rings = axes.plot(values, [place] * len(values), "o", color=LIGHT["random"])
+            rings[0].set(markerfacecolor=LIGHT["card"], markersize=7)
+            known = [] if mean is None else [mean]
+            dots = axes.plot(known, [place] * len(known), "D")
+            dots[0].set(color=LIGHT["pretrained"])
+            if place == 0:
+                figure.legend([*rings, *dots], names, loc="upper left", ncols=2)
+        _rows_of(axes, [name for name, *_ in rows])
+        axes.set_xlabel(x_label)
+        return _svg(figure, title, "; ".join(words))
+
+
+def linear_chart(result: Mapping[str, Any]) -> str | None:
+    """The file `linear.svg` of a `linear.json`; None where it holds no accuracy to draw."""
+    if result["knn"]:
+        x_label, chosen = "k nearest pictures", None
+    else:
+        x_label = "base learning rate"
+        chosen = None if result["selection"] is None else result["chosen_base_lr"]
+    lines = [
+        of_run(label, points, number, has_dots=True)
+        for number, (label, points) in enumerate(linear_lines(result).items())
+    ]
+    title = f"Top-1 and top-5 in percent, {result['checkpoint']['name']}"
+    svg = line_chart(title, lines, x_label, is_log=True, chosen=chosen)
+    return None if svg is None else standalone(svg)
+
+
+def linear_lines(result: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """Line -> (k or base rate, percent); of neighbours a line for every temperature."""
+    if result["knn"]:
+        knn = result["knn"]
+        return {
+            f"temperature {temperature:g}": [
+                (k, 100 * row[i]) for k, row in zip(knn["ks"], knn["top1"], strict=True)
+            ]
+            for i, temperature in enumerate(knn["temperatures"])
+        }
+    return {
+        label: [(row["base_lr"], 100 * row[key]) for row in result["rates"] if row[key] is not None]
+        for label, key in (
+            ("validation top-1", "val_top1"),
+            ("validation top-5", "val_top5"),
+            ("held-out top-1", "held_out_top1"),
+        )
+    }
 
 
 def short_number(value: float) -> str:
-    """Return a number for an axis or a tooltip: three or four digits that matter."""
+    """A number for an axis or a table: three or four digits that matter."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
@@ -69,219 +278,82 @@ def short_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def thin_out(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
-    """Return at most `most` points: means of neighbouring ones; the last stays as it is."""
+def thin_out(points: Sequence[tuple[float, ...]], most: int = _MAX_POINTS) -> list:
+    """At most `most` points: means of neighbouring ones; the last stays as it is."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most - 1))
     groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
-    means = [
-        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
-        for group in groups
-    ]
+    means = [tuple(math.fsum(c) / len(group) for c in zip(*group, strict=True)) for group in groups]
     return [*means, points[-1]]
 
 
-def drawable(line: Series, most: int = _MAX_POINTS) -> Series:
-    """Return the line without what is not finite, thinned out to what a chart can show."""
-    points = [point for point in line.points if all(map(math.isfinite, point))]
-    spans = [span for span in line.band if all(map(math.isfinite, span))]
-    lows, highs = (thin_out([(span[0], span[i]) for span in spans], most) for i in (1, 2))
-    band = [(x, low, high) for (x, low), (_, high) in zip(lows, highs, strict=True)]
-    return replace(line, points=thin_out(points, most), band=band)
-
-
-def spot(x: float, y: float, text: str, series: str = "") -> list[Any]:
-    """Return a place in the drawing, what is shown when it is pointed at, and whose it is."""
-    return [round(x, 1), round(y, 1), text, series]
-
-
-def line_chart(
-    title: str,
-    series: Sequence[Series],
-    x_label: str,
-    *,
-    from_zero: bool = False,
-    corner: Point | None = None,
-) -> Markup | None:
-    """Return a line chart, or None where there is nothing to draw.
-
-    Args:
-        title: For screen readers; the page prints its own heading.
-        series: The lines; points that are not finite are left out.
-        x_label: Name of the horizontal axis.
-        from_zero: Whether the vertical axis has to start at 0.
-        corner: A point that the axes have to reach, such as (1, 1) for shares.
-    """
-    most = min(_MAX_POINTS, max(_FEWEST_POINTS, _ALL_POINTS // max(len(series), 1)))
-    lines = [line for line in (drawable(line, most) for line in series) if line.points]
-    if not lines:
-        return None
-    xs = [x for s in lines for x, _ in s.points]
-    ys = [y for s in lines for _, y in s.points]
-    ys += [y for s in lines for _, *ends in s.band for y in ends]
-    if corner is not None:
-        xs.append(corner[0])
-        ys.append(corner[1])
-    x_ticks = nice_ticks(min(xs), max(xs), 5)
-    y_ticks = nice_ticks(0.0 if from_zero else min(ys), max(*ys, 1e-9) if from_zero else max(ys), 5)
-    x_low, x_high = min(xs), max(xs)
-    if x_low == x_high:
-        x_low, x_high = x_ticks[0], x_ticks[-1]
-    frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1])
-    parts = [frame.grid([t for t in x_ticks if x_low <= t <= x_high], y_ticks, x_label)]
-    hover = []
-    parts += [_band(frame, line) for line in lines if len(line.band) > 1]
-    for line in sorted(lines, key=lambda s: not s.thin):
-        places = [(frame.x(x), frame.y(y)) for x, y in line.points]
-        parts.append(_path(places, line))
-        if not line.thin:
-            hover += [
-                spot(px, py, f"{line.label}: {short_number(y)} at {short_number(x)}", line.series)
-                for (px, py), (x, y) in zip(places, line.points, strict=True)
-            ]
-    description = "; ".join(
-        f"{s.label}: from {short_number(s.points[0][1])} to {short_number(s.points[-1][1])}"
-        for s in lines
-        if not s.thin
+def standalone(svg: Markup) -> str:
+    """A chart as a file of its own, in the theme of the system."""
+    light, dark = (
+        "".join(f"--{name}:{colour};" for name, colour in colours.items())
+        for colours in (LIGHT, DARK)
     )
-    return drawing(title, description, "".join(parts), HEIGHT, hover)
+    style = (
+        f"svg{{{light}background:var(--card);font-family:sans-serif}}"
+        f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    )
+    return f"{svg[: svg.index('>') + 1]}<style>{style}</style>{svg[svg.index('>') + 1 :]}"
 
 
-def slope_chart(title: str, pairs: Sequence[tuple[str, float, float]]) -> Markup | None:
-    """Return one line per seed from random (left) to pretrained (right), and their mean."""
-    if not pairs:
-        return None
-    ys = [value for _, *both in pairs for value in both]
-    ticks = nice_ticks(min(ys), max(ys), 5)
-    frame = _Frame(-0.35, 1.35, ticks[0], ticks[-1])
-    parts = [frame.grid([], ticks, "")]
-    ends = (frame.x(0), frame.x(1))
-    hover = []
-    for label, left, right in pairs:
-        places = [(ends[0], frame.y(left)), (ends[1], frame.y(right))]
-        parts.append(_path(places, Series(label, [], "plain", thin=len(pairs) > 1)))
-        for (px, py), tone, value in zip(
-            places, ("random", "pretrained"), (left, right), strict=True
-        ):
-            parts.append(_dot(px, py, 4.5, tone, tone))
-            hover.append(spot(px, py, f"{label}, {tone}: {value:.1f}", tone))
-    if len(pairs) > 1:
-        columns = ([left for _, left, _ in pairs], [right for _, _, right in pairs])
-        means = [math.fsum(column) / len(pairs) for column in columns]
-        places = [(x, frame.y(mean)) for x, mean in zip(ends, means, strict=True)]
-        parts.append(_path(places, Series("mean", [], "pretrained")))
-    for x, word in zip(ends, ("random", "pretrained"), strict=True):
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" class="name">{word}</text>')
-    text = "; ".join(f"{label}: {left:.1f} to {right:.1f}" for label, left, right in pairs)
-    return drawing(title, text, "".join(parts), HEIGHT, hover)
+def _drawable(line: Series) -> Series:
+    """The line without what is not finite, thinned out to what a chart can show."""
+    points, band = (
+        thin_out([values for values in rows if all(map(math.isfinite, values))])
+        for rows in (line.points, line.band)
+    )
+    return replace(line, points=points, band=band)
 
 
-def dumbbell_chart(
-    title: str, rows: Sequence[tuple[str, float | None, float | None]]
-) -> Markup | None:
-    """Return one row per class with a dot for each arm.
-
-    Args:
-        title: For screen readers.
-        rows: (class, random, pretrained).
-    """
-    found = [value for _, *both in rows for value in both if value is not None]
-    if not found:
-        return None
-    left, step, top = 118, 24, 10
-    height = top + step * len(rows) + 34
-    ticks = nice_ticks(0.0, max(*found, 1e-9), 5)
-
-    def place(value: float) -> float:
-        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - left - _RIGHT)
-
-    parts, hover = [], []
-    bottom = top + step * len(rows)
-    for tick in ticks:
-        x = place(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        text = escape(short_number(tick))
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" class="tick">{text}</text>')
-    for index, (name, random, pretrained) in enumerate(rows):
-        y = top + step * (index + 0.5)
-        shown = name if len(name) <= 15 else name[:14] + "\u2026"
-        parts.append(f'<text x="{left - 10}" y="{y + 4:.1f}" class="row">{escape(shown)}</text>')
-        if random is not None and pretrained is not None:
-            ends = f'x1="{place(random):.1f}" x2="{place(pretrained):.1f}"'
-            parts.append(f'<line class="bar" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
-        for value, tone in ((random, "random"), (pretrained, "pretrained")):
-            if value is not None:
-                x = place(value)
-                parts.append(_dot(x, y, 5, tone, tone))
-                hover.append(spot(x, y, f"{name}, {tone}: {value:.1f}", tone))
-    return drawing(title, "Values stand in the table below.", "".join(parts), height, hover)
+def _left(names: Sequence[str]) -> float:
+    """Pixels that the names of rows need."""
+    return 20 + 7.5 * min(40, max(map(len, names)))
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """Places values in the drawing area."""
-
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    def x(self, value: float) -> float:
-        share = (value - self.x_low) / (self.x_high - self.x_low)
-        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        share = (value - self.y_low) / (self.y_high - self.y_low)
-        return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
-
-    def grid(self, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
-        bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
-        parts = []
-        for tick in y_ticks:
-            y, text = self.y(tick), escape(short_number(tick))
-            ends = f'x1="{_LEFT}" x2="{right}"'
-            parts.append(f'<line class="grid" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" class="row">{text}</text>')
-        for tick in x_ticks:
-            x, text = self.x(tick), escape(short_number(tick))
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" class="tick">{text}</text>')
-        if x_label:
-            middle = (_LEFT + right) / 2
-            parts.append(
-                f'<text x="{middle:.0f}" y="{HEIGHT - 6}" class="name">{escape(x_label)}</text>'
-            )
-        return "".join(parts)
+def _rows_of(axes: Any, names: Sequence[str]) -> None:
+    """Names of the rows at the left, the first one at the top."""
+    axes.set_yticks(range(len(names)), [n if len(n) <= 40 else n[:39] + "\u2026" for n in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
 
 
-def _path(places: Sequence[Point], line: Series) -> str:
-    kind = f"line {line.tone}{' thin' if line.thin else ''}"
-    if len(places) == 1:
-        x, y = places[0]
-        return _dot(x, y, 4, line.tone, line.series)
-    outline = " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    return f'<path class="{kind}" data-series="{escape(line.series)}" d="M{outline}"/>'
+@contextmanager
+def _figure(width: int, height: int, left: float = 60, top: float = 14) -> Iterator[Any]:
+    """A figure of so many pixels in the style of the page, with margins for labels."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The browser has its own fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure = Figure(figsize=(width / 72, height / 72))
+        figure.subplots_adjust(left / width, 46 / height, 1 - 14 / width, 1 - top / height)
+        yield figure
 
 
-def _dot(x: float, y: float, radius: float, tone: str, series: str) -> str:
-    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"'
-    return f'<circle class="dot {tone}" data-series="{escape(series)}" {place}/>'
+def _svg(figure: Any, title: str, description: str) -> Markup:
+    """The figure as an element of a page: no ids twice, no style sheet, colours as variables."""
+    import matplotlib
 
-
-def _band(frame: _Frame, line: Series) -> str:
-    upper = [(frame.x(x), frame.y(high)) for x, _, high in line.band]
-    lower = [(frame.x(x), frame.y(low)) for x, low, _ in reversed(line.band)]
-    outline = " L".join(f"{x:.1f} {y:.1f}" for x, y in [*upper, *lower])
-    return f'<path class="band {line.tone}" data-series="{escape(line.series)}" d="M{outline}Z"/>'
-
-
-def drawing(
-    title: str, description: str, body: str, height: int, hover: list[list], width: int = WIDTH
-) -> Markup:
-    """Return a chart: its parts, what it is called, and what is shown where it is pointed at."""
-    points = escape(json.dumps(hover, separators=(",", ":")))
     label = escape(f"{title}. {description}")
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # ids of clips and marks
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    size = re.search(r'viewBox="[^"]*"', text)
+    assert size is not None
+    body = text[text.index(">", size.end()) + 1 :].strip()
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r"font-family: [^;]*;", "", body)
+    for name, colour in LIGHT.items():
+        body = body.replace(colour, f"var(--{name})")
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}" '
-        f'data-points="{points}">{body}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'class="chart" {size[0]} role="img" aria-label="{label}">{body}'
     )

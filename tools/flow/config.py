@@ -12,7 +12,7 @@ from common.errors import UserError
 
 Arm = Literal["random", "pretrained", "random_frozen", "pretrained_frozen"]
 ARMS: tuple[Arm, ...] = ("random", "pretrained", "random_frozen", "pretrained_frozen")
-SECTIONS = ("data", "shards", "probes", "pretrain", "convert", "detection", "report")
+SECTIONS = ("data", "shards", "probes", "pretrain", "convert", "detection")
 FREE_KEYS = (
     "data.options",
     "shards.options",
@@ -94,19 +94,6 @@ class DetectionConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """What the report shows beside this run.
-
-    Attributes:
-        runs: Folders of pretraining runs, whose curves are compared with this run's.
-        studies: Folders of `tools/ablate.py` and `tools/run_trials.py`, whose tables are shown.
-    """
-
-    runs: tuple[str, ...] = ()
-    studies: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class PipelineConfig:
     """Everything that one run of the pipeline is a function of."""
 
@@ -117,7 +104,6 @@ class PipelineConfig:
     pretrain: PretrainConfig = PretrainConfig()
     convert: ConvertConfig = ConvertConfig()
     detection: DetectionConfig = DetectionConfig()
-    report: ReportConfig = ReportConfig()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -147,12 +133,6 @@ def _check(config: PipelineConfig, path: Path) -> None:
         fail(f"detection.parallel is {parallel}; give auto or a number from 1 on")
     if not config.detection.arms or len(set(config.detection.arms)) < len(config.detection.arms):
         fail("detection.arms must name at least one arm, each once")
-    for value in config.report.runs:
-        if not Path(value).is_dir():
-            fail(f"report.runs: {value} is no folder")
-    for value in config.report.studies:
-        if not (Path(value) / "results.json").is_file():
-            fail(f"report.studies: {value} holds no results.json; let the study end first")
     own = ("dataset", "pool", "pool_split", "shards", "probe_train", "probe_val")
     if config.data.kind != "existing":
         given = [name for name in own if getattr(config.data, name) is not None]

@@ -1,6 +1,14 @@
 "use strict";
-// All content is there without this. It adds: the choice of a theme, sorting of tables, legends that
-// hide and show lines, values under the pointer or by the arrow keys, and open details on paper.
+// All content is there without this. It adds: the choice of a theme, sorting of tables, and open
+// details on paper.
+
+// Before anything is drawn: the theme that was chosen last, where the browser keeps such things.
+try {
+  const kept = localStorage.getItem("fa-theme");
+  if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
+} catch {
+  // No storage: the system's theme.
+}
 
 const tell = (text) => {
   const place = document.getElementById("told");
@@ -91,92 +99,6 @@ const makeSortable = (table) => {
   table.caption?.append(note);
 };
 
-const chartsOf = new WeakMap();
-
-const makeToggles = (legend) => {
-  const scope = legend.closest("[data-scope]") ?? legend.closest("section");
-  for (const item of legend.querySelectorAll("[data-series]")) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.setAttribute("aria-pressed", "true");
-    button.append(...item.childNodes);
-    item.append(button);
-    button.addEventListener("click", () => {
-      const isOn = button.getAttribute("aria-pressed") !== "true";
-      button.setAttribute("aria-pressed", String(isOn));
-      for (const part of scope.querySelectorAll(".chart [data-series]")) {
-        if (part.dataset.series === item.dataset.series) part.classList.toggle("off", !isOn);
-      }
-      for (const box of scope.querySelectorAll(".chartbox")) chartsOf.get(box)?.(item.dataset.series, isOn);
-    });
-  }
-};
-
-const addTips = (box) => {
-  const chart = box.querySelector("svg.chart");
-  const all = JSON.parse(chart?.dataset.points || "[]");
-  if (!all.length) return;
-  let points = all;
-  const off = new Set();
-  const view = chart.viewBox.baseVal;
-  const tip = Object.assign(document.createElement("div"), { className: "tip", hidden: true });
-  tip.setAttribute("role", "status");
-  const mark = document.createElementNS(chart.namespaceURI, "circle");
-  mark.setAttribute("class", "mark");
-  mark.setAttribute("r", "6");
-  box.append(tip);
-  box.tabIndex = 0;
-  box.setAttribute("role", "group");
-  const title = chart.getAttribute("aria-label").split(". ")[0];
-  box.setAttribute("aria-label", `${title}: values by the arrow keys`);
-  let chosen = -1;
-
-  const hide = () => {
-    mark.remove();
-    tip.hidden = true;
-    chosen = -1;
-  };
-  const show = (index) => {
-    if (!points.length) return hide();
-    chosen = Math.max(0, Math.min(points.length - 1, index));
-    const [x, y, text] = points[chosen];
-    mark.setAttribute("cx", x);
-    mark.setAttribute("cy", y);
-    chart.append(mark);
-    tip.textContent = text;
-    tip.hidden = false;
-    const width = box.clientWidth;
-    const half = tip.offsetWidth / 2;
-    tip.style.left = `${Math.max(half, Math.min(width - half, (x / view.width) * width))}px`;
-    tip.style.top = `${Math.max(36, (y / view.height) * chart.clientHeight)}px`;
-  };
-  const nearest = (event) => {
-    const frame = chart.getBoundingClientRect();
-    const x = ((event.clientX - frame.left) / frame.width) * view.width;
-    const y = ((event.clientY - frame.top) / frame.height) * view.height;
-    const far = (point) => (point[0] - x) ** 2 + 0.25 * (point[1] - y) ** 2;
-    return points.reduce((best, point, i) => (far(point) < far(points[best]) ? i : best), 0);
-  };
-  chartsOf.set(box, (series, isOn) => {
-    if (isOn) off.delete(series);
-    else off.add(series);
-    points = all.filter((point) => !off.has(point[3]));
-    hide();
-  });
-  box.addEventListener("pointermove", (event) => show(nearest(event)));
-  box.addEventListener("pointerleave", hide);
-  box.addEventListener("blur", hide);
-  box.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowRight") show(chosen + 1);
-    else if (event.key === "ArrowLeft") show(chosen < 0 ? points.length - 1 : chosen - 1);
-    else if (event.key === "Home") show(0);
-    else if (event.key === "End") show(points.length - 1);
-    else if (event.key === "Escape") hide();
-    else return;
-    event.preventDefault();
-  });
-};
-
 const openedForPaper = [];
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details:not([open])")) {
@@ -188,7 +110,7 @@ addEventListener("afterprint", () => {
   for (const part of openedForPaper.splice(0)) part.open = false;
 });
 
-document.querySelectorAll("#theme").forEach(addThemeSwitch);
-document.querySelectorAll("table.sortable").forEach(makeSortable);
-document.querySelectorAll(".chartbox").forEach(addTips);
-document.querySelectorAll(".legend[data-toggles]").forEach(makeToggles);
+addEventListener("DOMContentLoaded", () => {
+  addThemeSwitch(document.getElementById("theme"));
+  document.querySelectorAll("table.sortable").forEach(makeSortable);
+});

@@ -3,232 +3,262 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
+from markupsafe import Markup
 
 if __package__ in (None, ""):
     # In place of this folder, whose modules are found through their package.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.errors import UserError, run_command
-from common.files import write_text
-from tools.flow import (
-    charts,
-    detection_section,
-    features_section,
-    other_sets_section,
-    page,
-    results,
-    runs_section,
-    skipped,
-    studies_section,
-)
+from common.files import is_number, write_text
+from tools.flow import charts, results
 from tools.flow import report_data as data
-from tools.flow import runs as runs_module
 from tools.flow.charts import Series
+from tools.flow.config import ARMS
+from tools.flow.progress import clock
 
-CURVES = {
-    "loss": ("Loss", "the objective that is minimised"),
-    "knn_top1": ("kNN top-1", "accuracy of a nearest-neighbour probe on unseen pictures"),
-    "feature_std": ("Feature deviation", "near 0 would mean that all features have collapsed"),
-    "effective_rank": ("Effective rank", "number of directions that the features use"),
-    "fa_cosine": ("FA cosine", "how near the augmented features stay to their originals"),
-    "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in"),
-    "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture"),
-    "neighbour_label_agreement": ("Labels of neighbours", "share of nearest entries of its class"),
-    "lr": ("Learning rate", "warm-up, then cosine decay"),
-    "images_per_second": ("Images per second", "throughput of the loop"),
-    "data_wait_share": ("Wait for data", "share of the time in which the loop waits for pictures"),
-}
-FROM_ZERO = (
-    "knn_top1", "images_per_second", "data_wait_share", "feature_std", "neighbour_age",
-    "self_hit_rate", "neighbour_label_agreement",
-)  # fmt: skip
-PAIRS_OF_VIEWS = (("positives", "positive_cosine", "plain"),
-                  ("negatives", "negative_cosine", "negative"))  # fmt: skip
+HERE = Path(__file__).resolve().parent
+DASH = "\u2013"
+CURVES = {  # title, what it says, whether its axis starts at 0
+    "loss": ("Loss", "the objective that is minimised", False),
+    "knn_top1": ("kNN top-1", "accuracy of a nearest-neighbour probe on unseen pictures", True),
+    "feature_std": ("Feature deviation", "near 0: all features have collapsed", True),
+    "effective_rank": ("Effective rank", "number of directions that the features use", False),
+    "fa_cosine": ("FA cosine", "how near augmented features stay to their originals", False),
+    "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in", True),
+    "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture", True),
+    "neighbour_label_agreement": (
+        "Labels of neighbours", "share of nearest entries of its class", True,
+    ),
+    "lr": ("Learning rate", "warm-up, then cosine decay", False),
+    "images_per_second": ("Images per second", "throughput of the loop", True),
+    "data_wait_share": ("Wait for data", "share of the time spent waiting for pictures", True),
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run's folder."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: .venv/bin/python tools/flow/report.py runs/demo --studies runs/study",
+        epilog="example: .venv/bin/python tools/flow/report.py runs/demo",
     )
     parser.add_argument("out", type=Path, metavar="DIR", help="folder of a pipeline's run")
-    parser.add_argument(
-        "--runs", type=Path, nargs="+", default=[], metavar="DIR", action="extend",
-        help="pretraining runs, or folders of such, whose curves are compared with this one's",
-    )  # fmt: skip
-    parser.add_argument(
-        "--studies", type=Path, nargs="+", default=[], metavar="DIR", action="extend",
-        help="folders of tools/ablate.py and tools/run_trials.py, whose tables are shown",
-    )  # fmt: skip
     options = parser.parse_args(arguments)
-    return run_command(lambda: _write(options))
+
+    def write() -> int:
+        text = render(options.out)
+        write_text(options.out / "report.html", text)
+        print(f"{options.out / 'report.html'}: {len(text.encode()) / 1e6:.2f} MB")
+        return 0
+
+    return run_command(write)
 
 
-def _write(options: argparse.Namespace) -> int:
-    text = render(options.out, options.runs, options.studies)
-    write_text(options.out / "report.html", text)
-    print(f"{options.out / 'report.html'}: {len(text.encode()) / 1e6:.2f} MB")
-    return 0
-
-
-def render(out: Path, runs: Sequence[Path] = (), studies: Sequence[Path] = ()) -> str:
-    """Return the page of a run.
-
-    Args:
-        out: Folder of a pipeline's run.
-        runs: Folders of pretraining runs to compare with.
-        studies: Folders of studies and trials to show.
+def render(out: Path) -> str:
+    """The page of a run.
 
     Raises:
-        UserError: If a folder does not hold what it should.
+        UserError: If the folder holds no pipeline's run.
     """
     if not (out / "stages.json").is_file():
         raise UserError(f"{out} holds no run: {out / 'stages.json'} is missing")
-    run = data.Run.load(out)
-    values = context(run) | compared(run, runs, studies)
-    title = f"{values['name']}: pretrained against random initialisation"
-    header, main_part = (
-        page.fragment(name, values) for name in ("report_header.html.j2", "report.html.j2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "clock": lambda value: clock(value) if is_number(value) else DASH,
+        "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
+        "scientific": lambda value: f"{value:.1e}" if is_number(value) else DASH,
+        "contents": lambda main: re.findall(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>', main),
+    }
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    footer = "Written by the pipeline's report stage. This page needs no other file and no network."
-    return page.render(page.Page(title, header, main_part, footer))
+    return environment.get_template("report.html.j2").render(
+        context(data.Run.load(out)),
+        policy=policy,
+        style=Markup(palette() + (HERE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+    )
 
 
-def compared(run: data.Run, runs: Sequence[Path], studies: Sequence[Path]) -> dict[str, Any]:
-    """Return the sections that reach beyond the run's folder, and what was skipped in all."""
-    own = own_pretraining(run)
-    others = runs_section.read_all([*own, *runs]) if runs else []
-    shown = [studies_section.read(folder, number) for number, folder in enumerate(studies, 1)]
-    items = [*skipped.of_pipeline(run), *skipped.of_runs(others, told=own)]
-    items += [item for study in shown for item in study.skipped]
-    return runs_section.context(others) | {"studies": shown} | skipped.context(items)
+def palette() -> str:
+    """The colours as CSS: the system's theme, unless one was chosen; light on paper."""
+    light, dark = (
+        "; ".join(f"--{name}: {colour}" for name, colour in colours.items())
+        for colours in (charts.LIGHT, charts.DARK)
+    )
+    return (
+        f":root {{ color-scheme: light; {light}; }}\n"
+        "@media screen and (prefers-color-scheme: dark) {\n"
+        f'  :root:not([data-theme="light"]) {{ color-scheme: dark; {dark}; }}\n}}\n'
+        f'@media screen {{ :root[data-theme="dark"] {{ color-scheme: dark; {dark}; }} }}\n'
+    )
 
 
-def own_pretraining(run: data.Run) -> list[Path]:
-    """Return the folder of the run's own pretraining, where it began."""
-    folder = run.out / "pretrain"
-    return [folder] if runs_module.is_run(folder) else []
+def number(value: Any, digits: int = 1) -> str:
+    """A number for a table; a dash where there is none."""
+    return f"{value:.{digits}f}" if is_number(value) else DASH
+
+
+def signed(value: Any, digits: int = 1) -> str:
+    """A number with its sign (a true minus); a dash where there is none."""
+    return f"{value:+.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
 def context(run: data.Run) -> dict[str, Any]:
-    """Return everything that the template shows."""
-    ledger = run.ledger
-    pretrained = run.finished("pretrain")
+    """Everything that the template shows of the run itself."""
+    ledger, summary = run.ledger, run.results["summary"]
     stages = data.stage_rows(run)
+    detection = run.results["detection"]
+    has_coco = any(summary[arm][metric]["n"] for arm in ARMS for metric in results.COCO_METRICS)
+    pretrained = run.finished("pretrain")
+    errors = data.error_rows(run)
+    bars = [(row["words"], {k: row["counts"][k] for k in data.ERROR_KINDS}) for row in errors]
     return {
         "name": ledger.get("name") or run.out.name,
-        "called": ledger.get("called"),
-        "commit": ledger.get("commit"),
-        "versions": ledger.get("versions") or {},
-        "machine": ledger.get("machine") or {},
+        "ledger": ledger,
         "command": " ".join(ledger.get("command") or []),
-        "metrics": results.METRICS,
         "config": yaml.safe_dump(ledger.get("config") or {}, sort_keys=False, allow_unicode=True),
+        "metrics": results.ALL_METRICS if has_coco else results.METRICS,
         "verdicts": [v for p in results.PAIRS if (v := results.verdict(run.results, p))],
-        "arms": data.arm_rows(run),
-        "pairs": pair_sections(run),
-        "results": run.results,
+        "arms": arm_rows(detection),
+        "arm_words": data.ARM_WORDS,
+        "pairs": [pair | pair_charts(run, pair) for pair in paired(detection)],
+        "pictures": data.detection_pictures(run, detection, "detections.json", run.dataset()),
+        "sentence": data.sentence,
+        "kinds": data.ERROR_KINDS,
+        "errors": errors,
+        "error_chart": charts.stacked_bars("Kinds of detections", bars, "best-scored detections"),
+        "confusions": data.confusion_rows(errors),
+        "other_sets": [
+            other | {"arms": arm_rows(other["detection"]), "pairs": paired(other["detection"])}
+            for other in data.other_sets(run)
+        ],
         "pretrain": run.json("pretrain/summary.json") if pretrained else {},
         "curves": pretraining_charts(run) if pretrained else [],
-        "similarities": similarity_charts(run) if pretrained else [],
-        "alarms": data.collapse_alarms(run) if (run.out / "pretrain").is_dir() else [],
+        "alarms": data.collapse_alarms(run),
         "views": data.picture_rows(run, "views") if pretrained else [],
-        **features_section.context(run),
+        "neighbours": data.neighbours(run) if pretrained else {},
+        "feature_map": data.embed(run.out / "pretrain/pictures/feature_map.png", 1400)
+        if pretrained
+        else None,
+        "skipped": data.skipped_groups(data.skipped_of_pipeline(run)),
         "card": run.json("convert/backbone.json") if run.finished("convert") else {},
         "dataset": run.json("data/dataset.json"),
         "stages": stages,
         "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
         "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
-        "bad_samples": data.bad_samples(run),
-        **detection_section.context(run),
-        **other_sets_section.context(run),
     }
 
 
-def pair_sections(run: data.Run) -> list[dict[str, Any]]:
-    """Return charts and tables of each pair of arms that ran."""
-    sections = []
-    for pair, (treated, control) in results.PAIRS.items():
-        if not (run.results["detection"][treated] or run.results["detection"][control]):
-            continue
-        title = results.PAIR_TITLES[pair]
-        classes = data.per_class_rows(run.results["detection"], pair, "per_class")
-        sections.append(
-            {
-                "id": pair,
-                "title": title,
-                "difference": run.results["differences"][pair],
-                "ap_curve": ap_chart(run, pair),
-                "slope": seed_chart(run, pair),
-                "classes": classes,
-                "dumbbell": charts.dumbbell_chart(f"AP per class, {title.lower()}", classes),
-            }
-        )
-    return sections
+def arm_rows(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row per arm that ran, with mean and deviation of every metric."""
+    return [
+        {"arm": arm, "words": data.ARM_WORDS[arm], "metrics": results.summarise(detection[arm])}
+        for arm in ARMS
+        if detection[arm]
+    ]
 
 
-def ap_chart(run: data.Run, pair: str) -> charts.Markup | None:
-    """Return AP50 over iterations: every seed thin, the mean thick."""
-    lines = []
-    for tone, (curves, mean) in data.ap_curves_of_pair(run, pair, "AP50").items():
-        if len(curves) > 1:
-            lines += [Series(f"{tone}, seed {s}", c, tone, thin=True) for s, c in curves.items()]
-        lines.append(Series(tone, mean, tone))
-    title = f"AP50 over training iterations, {results.PAIR_TITLES[pair].lower()}"
-    return charts.line_chart(title, lines, "iterations", from_zero=True)
+def paired(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Paired differences and AP of every class, of each pair of which an arm ran."""
+    return [
+        {
+            "id": pair,
+            "title": results.PAIR_TITLES[pair],
+            "difference": results.compare(detection, *results.PAIRS[pair]),
+            "classes": data.per_class_rows(detection, pair, "per_class"),
+        }
+        for pair, arms in results.PAIRS.items()
+        if any(detection[arm] for arm in arms)
+    ]
 
 
-def seed_chart(run: data.Run, pair: str) -> charts.Markup | None:
-    """Return AP50 of every seed in both arms."""
-    rows = data.seed_rows(run.results["detection"], pair, "AP50")
-    title = f"AP50 of every seed, {results.PAIR_TITLES[pair].lower()}"
-    return charts.slope_chart(
-        title, [(f"seed {seed}", control, treated) for seed, control, treated in rows]
-    )
+def pair_charts(run: data.Run, pair: Mapping[str, Any]) -> dict[str, Any]:
+    """What is drawn of a pair of arms of the run itself, and precision by class."""
+    title = pair["title"].lower()
+    ap_lines = []
+    for tone, (seeds, mean) in data.ap_curves_of_pair(run, pair["id"], "AP50").items():
+        dash = "--" if tone == "random" else "-"
+        if len(seeds) > 1:
+            ap_lines += [
+                Series("", points, tone, thin=True, dash=dash) for points in seeds.values()
+            ]
+        ap_lines.append(Series(tone, mean, tone, dash=dash))
+    classes = []
+    for name, random, pretrained in pair["classes"]:
+        bar = None if random is None or pretrained is None else (random, pretrained)
+        classes.append((name, [] if random is None else [random], pretrained, bar))
+    treated, control = (data.precision_curves(run, arm) for arm in results.PAIRS[pair["id"]])
+    curves = {name: (control.get(name), treated.get(name)) for name in sorted(control | treated)}
+    means = [data.mean_levels(list(by_class.values())) for by_class in (control, treated)]
+    return {
+        "ap_curve": charts.line_chart(
+            f"AP50 over training iterations, {title}", ap_lines, "iterations", from_zero=True
+        ),
+        "slope": charts.slope_chart(
+            f"AP50 of every seed, {title}",
+            data.seed_rows(run.results["detection"], pair["id"], "AP50"),
+        ),
+        "by_class": charts.interval_chart(
+            f"AP per class, {title}", classes, "AP", ("random", "pretrained")
+        ),
+        "precision": charts.line_chart(
+            f"Precision over recall, mean over the classes, {title}",
+            [
+                Series("random", data.reached(means[0]), "random", dash="--"),
+                Series("pretrained", data.reached(means[1])),
+            ],
+            "recall",
+            from_zero=True,
+        ),
+        "precision_rows": [
+            (name, *map(data.precision_figures, both)) for name, both in curves.items()
+        ],
+    }
 
 
-def pretraining_charts(run: data.Run) -> list[dict[str, Any]]:
-    """Return a chart for every metric that was logged."""
-    curves = data.metric_curves(run)
-    found = []
-    for key, (title, about) in CURVES.items():
-        points = curves.get(key) or []
-        zero = key in FROM_ZERO
-        chart = charts.line_chart(title, [Series(title, points)], "epoch", from_zero=zero)
-        if chart is not None:
-            first, last = (charts.short_number(points[i][1]) for i in (0, -1))
-            found.append(
-                {"title": title, "about": about, "chart": chart, "first": first, "last": last}
-            )
-    return found
-
-
-def similarity_charts(run: data.Run) -> list[dict[str, Any]]:
-    """Return how similar two views of one picture, and of two pictures, are to the loss."""
+def pretraining_charts(run: data.Run) -> list[tuple[str, str, Markup]]:
+    """(title, what it says, chart) of every metric that was logged, and of the cosines."""
     curves, outlines = data.metric_curves(run), data.last_histogram(run)
+    drawn = [
+        (title, about, charts.line_chart(title, [Series(title, curves.get(key, []))], "epoch",
+                                         from_zero=from_zero))
+        for key, (title, about, from_zero) in CURVES.items()
+    ]  # fmt: skip
     over_time, at_the_end = [], []
-    for name, key, tone in PAIRS_OF_VIEWS:
+    for name, key, tone, dash in (
+        ("positives", "positive_cosine", "pretrained", "-"),
+        ("negatives", "negative_cosine", "random", "--"),
+    ):
         means, stds = curves.get(key) or [], dict(curves.get(f"{key}_std") or [])
         band = [(x, max(y - stds[x], -1), min(y + stds[x], 1)) for x, y in means if x in stds]
-        over_time.append(Series(name, means, tone, band=band))
-        at_the_end.append(Series(name, outlines.get(name) or [], tone))
-    time_title, end_title = "Cosine of pairs of views", "Cosines at the end"
-    drawn = (
-        (time_title, "mean, and standard deviation over the pairs",
-         charts.line_chart(time_title, over_time, "epoch")),
-        (end_title, "share of the pairs in each bin, last batch that was looked at",
-         charts.line_chart(end_title, at_the_end, "cosine", from_zero=True)),
-    )  # fmt: skip
-    return [
-        {"title": title, "about": about, "chart": chart} for title, about, chart in drawn if chart
-    ]
+        over_time.append(Series(name, means, tone, dash=dash, band=band))
+        at_the_end.append(Series(name, outlines.get(name) or [], tone, dash=dash))
+    title = "Cosine of pairs of views"
+    drawn.append((title, "mean and deviation; positives: two views of one picture, negatives: "
+                  "of two pictures", charts.line_chart(title, over_time, "epoch")))  # fmt: skip
+    title = "Cosines at the end"
+    chart = charts.line_chart(title, at_the_end, "cosine", from_zero=True)
+    drawn.append((title, "share of the pairs in each bin, last batch that was looked at", chart))
+    return [(title, about, chart) for title, about, chart in drawn if chart is not None]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dic
     return {"seed": seed} | {key: figures.get(key) for key in (*ALL_METRICS, *kept)}
 
 
-def values(rows: list[dict[str, Any]], metric: str) -> dict[int, float]:
+def values(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
     """Return one metric by seed; seeds where it is missing or not a number are left out."""
     pairs = ((row["seed"], row.get(metric)) for row in rows)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import statistics
 import time
@@ -14,9 +15,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.files import read_json_lines, read_json_or_none
-from tools.flow.charts import Point
-from tools.flow.report_data import is_number
+from common.files import is_number, read_json_lines
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
 """A folder that holds one of these is a run."""
@@ -28,10 +27,6 @@ NUM_LAST_ROWS = 10  # whose median speed stands for a run that is not finished
 FIGURES = (
     "step", "epoch", "epochs", "loss", "knn_top1", "best_knn_top1", "online_top1",
     "images_per_second", "data_wait_share", "seconds",
-)  # fmt: skip
-CURVES = (
-    "loss", "knn_top1", "online_top1", "feature_std", "effective_rank", "fa_cosine", "lr",
-    "images_per_second", "data_wait_share",
 )  # fmt: skip
 
 
@@ -50,7 +45,6 @@ class RunInfo:
         problems: Files that are missing or damaged.
         config: The resolved config; empty where it cannot be read.
         environment: Of `environment.json`.
-        curves: (epoch, value) of the keys of `CURVES`.
         events: What rows of kind ``event`` say, in their order.
         last_row: The last row of kind ``train``.
     """
@@ -64,7 +58,6 @@ class RunInfo:
     problems: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, list[Point]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     last_row: dict[str, Any] = field(default_factory=dict)
 
@@ -109,10 +102,10 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: none of {', '.join(MARKS)} is there")
     problems: list[str] = []
-    config = _config(folder / "config.yaml", problems)
-    environment = _json(folder / "environment.json", problems)
+    config = _mapping(folder / "config.yaml", problems)
+    environment = _mapping(folder / "environment.json", problems)
     has_summary = (folder / "summary.json").exists()
-    summary = _json(folder / "summary.json", problems) if has_summary else {}
+    summary = _mapping(folder / "summary.json", problems) if has_summary else {}
     rows = _rows(folder / "metrics.jsonl", problems)
     updated = None
     if rows:
@@ -123,28 +116,19 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     return RunInfo(
         folder, state, reason, _figures(config, summary, rows),
         commit if isinstance(commit, str) and commit != "unknown" else None, updated,
-        problems, config, environment, _curves(rows),
+        problems, config, environment,
         [row for row in rows if row["kind"] == "event"],
         next((row for row in reversed(rows) if row["kind"] == "train"), {}),
     )  # fmt: skip
 
 
-def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A file of YAML or JSON; empty, and named among the problems, where it cannot be read."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
-        problems.append(f"{path.name} is damaged")
-    else:
-        if isinstance(found, dict):
-            return found
-        problems.append(f"{path.name} is damaged")
-    return {}
-
-
-def _json(path: Path, problems: list[str]) -> dict[str, Any]:
-    found = read_json_or_none(path)
+        found = None
     if isinstance(found, dict):
         return found
     problems.append(f"{path.name} is {'damaged' if path.exists() else 'missing'}")
@@ -182,12 +166,6 @@ def _state(
         return "stopped", str(stops[0]["message"])
     if age < RECENT_SECONDS:
         return "running", f"its last row is {max(age, 0):.0f} s old"
-    if (
-        not rows
-        and (folder / "metrics.jsonl").exists()
-        and (folder / "metrics.jsonl").stat().st_size
-    ):
-        return "damaged", "metrics.jsonl cannot be read"
     last = str(rows[-1].get("message", "")) if rows else ""
     return "failed", last or "it ended and left neither summary.json nor a word"
 
@@ -210,56 +188,17 @@ def _figures(
     def values(key: str) -> list[float]:
         return [float(row[key]) for row in rows if is_number(row.get(key))]
 
-    def last(key: str) -> float | None:
-        return next(iter(values(key)[::-1]), None)
-
-    def recent(key: str) -> float | None:
-        found = values(key)[-NUM_LAST_ROWS:]
-        return statistics.median(found) if found else None
-
+    figures = {key: (values(key) or [None])[-1] for key in FIGURES}
+    figures["best_knn_top1"] = max(values("knn_top1"), default=None)
+    for key in ("images_per_second", "data_wait_share"):
+        recent = values(key)[-NUM_LAST_ROWS:]
+        figures[key] = statistics.median(recent) if recent else None
     optim = config.get("optim")
-    epochs = optim.get("epochs") if isinstance(optim, dict) else None
-    told = {key: value for key, value in summary.items() if is_number(value)}
-    step, epoch = last("step"), last("epoch")
-    return {
-        "step": told.get("steps", step),
-        "epoch": told.get("epochs", epoch),
-        "epochs": epochs if is_number(epochs) else None,
-        "loss": last("loss"),
-        "knn_top1": last("knn_top1"),
-        "best_knn_top1": max(values("knn_top1"), default=None),
-        "online_top1": last("online_top1"),
-        "images_per_second": told.get("images_per_second", recent("images_per_second")),
-        "data_wait_share": recent("data_wait_share"),
-        "seconds": told.get("seconds"),
-    }
-
-
-def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
-    curves: dict[str, list[Point]] = {}
-    for row in rows:
-        x = row.get("epoch", row["step"])
-        for key in CURVES:
-            if is_number(x) and is_number(row.get(key)):
-                curves.setdefault(key, []).append((float(x), float(row[key])))
-    return curves
-
-
-def names(found: Sequence[RunInfo]) -> list[str]:
-    """What tells the folders of runs apart: their paths without what all begin and end with."""
-    paths = [run.folder.resolve().parts for run in found]
-    if len(paths) < 2:
-        return [path[-1] for path in paths]
-    if len(set(paths)) == 1:
-        return [f"{path[-1]} ({number})" for number, path in enumerate(paths, 1)]
-    shortest = min(map(len, paths))
-    same = [len({path[i] for path in paths}) == 1 for i in range(shortest)]
-    first = same.index(False) if False in same else shortest
-    first = min(first, shortest - 1)
-    last = 0
-    while last < shortest - first - 1 and len({path[-1 - last] for path in paths}) == 1:
-        last += 1
-    return ["/".join(path[first : len(path) - last]) for path in paths]
+    figures["epochs"] = optim.get("epochs") if isinstance(optim, dict) else None
+    own = {"step": "steps", "epoch": "epochs", "images_per_second": "images_per_second",
+           "seconds": "seconds"}  # fmt: skip
+    figures |= {key: summary[name] for key, name in own.items() if is_number(summary.get(name))}
+    return {key: value if is_number(value) else None for key, value in figures.items()}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.config import to_plain
 from common.errors import UserError
-from tools.flow import runs
 from tools.flow.config import Arm, PipelineConfig
 from tools.flow.fingerprint import Stage
 
@@ -238,13 +237,6 @@ def _detection(config: PipelineConfig, root: Path, out: Path, arm: Arm, seed: in
     )
 
 
-def files_of_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the files of the runs at or below some folders that the report shows."""
-    names = ("metrics.jsonl", "summary.json", "config.yaml", "bad_samples.jsonl")
-    places = [run / name for folder in folders for run in runs.find(folder) for name in names]
-    return [path for path in places if path.is_file()]
-
-
 def config_bases(path: Path) -> list[Path]:
     """Return the files that a Detectron2 YAML builds on through `_BASE_`, nearest first."""
     bases: list[Path] = []
@@ -259,23 +251,13 @@ def config_bases(path: Path) -> list[Path]:
 
 
 def _report(config: PipelineConfig, root: Path, out: Path, read: list[str]) -> Stage:
-    others, studies = (
-        [Path(folder).resolve() for folder in folders]
-        for folders in (config.report.runs, config.report.studies)
-    )
-    words = [
-        *(["--runs", *others] if others else []),
-        *(["--studies", *studies] if studies else []),
-    ]
-    files = [study / "results.json" for study in studies] + files_of_runs(others)
     return Stage(
         name="report",
-        command=_python(root, "tools/flow/report.py", out, *words),
+        command=_python(root, "tools/flow/report.py", out),
         outputs=("report.html",),
         owns=("report.html",),
         upstream=tuple(read),
-        files=tuple(files),
         config={"pipeline": to_plain(config)},
         sources=_REPORT_SOURCES,
-        libraries=("jinja2", "pillow"),
+        libraries=("jinja2", "matplotlib", "pillow"),
     )

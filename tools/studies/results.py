@@ -1,4 +1,4 @@
-"""What a study found: results.json, and the same as tables and charts."""
+"""What a study found: results.json, and the same as tables."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from common.files import write_json
 from common.stats import RULE, Contrast, claim_verdict, compare, mean_std
-from tools.studies.documents import Chart, Section, Table, write_all
+from tools.studies import documents
+from tools.studies.documents import DASH, Section, Table, comparison_table, mean_text
 from tools.studies.grid import METRICS, Grid, Preset
-from tools.studies.plots import Line, interval_chart
 from tools.studies.store import Row
 
 if TYPE_CHECKING:  # the report reads studies where what runs them is not installed
     from tools.studies.cells import Plan
 
 FORMAT = "fa-study-1"
-DASH = "-"
 
 
 def summarise(
@@ -125,8 +124,8 @@ def _table(
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
     """Write results.json and the tables beside it; returns the files."""
     write_json(out / "results.json", results)
-    paths = write_all(out, "tables", title(results), sections(results))
-    return [out / "results.json", *paths]
+    tables = documents.write(out, title(results), sections(results), comparisons(results))
+    return [out / "results.json", *tables]
 
 
 def title(results: Mapping[str, Any]) -> str:
@@ -134,8 +133,17 @@ def title(results: Mapping[str, Any]) -> str:
     return f"Study {results['preset']} on {results['data']}"
 
 
+def comparisons(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The paired differences that are drawn."""
+    return [
+        {**row, "name": f"{table['name']}, {table['metric']}: {row['name']}"}
+        for table in results["tables"]
+        for row in table["comparisons"]
+    ]
+
+
 def sections(results: Mapping[str, Any]) -> list[Section]:
-    """The tables and charts of a study; all are marked while it is not complete."""
+    """The tables of a study; all are marked while it is not complete."""
     found = [_overview(results), *(_section(table, results) for table in results["tables"])]
     return [replace(section, is_preliminary=not results["is_complete"]) for section in found]
 
@@ -175,64 +183,5 @@ def _section(table: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         for row in table["rows"]
     ]
     cell_table = Table(f"{metric} in percent", (*axes, "mean ± std", "n"), cells)
-    compared = [comparison_cells(row) for row in table["comparisons"]]
-    comparison_table = Table("Paired differences in points", COMPARISON_HEAD, compared)
-    charts = [*_charts(table, metric)]
-    return Section(
-        f"{table['title']} ({metric})", paragraphs, (cell_table, comparison_table), charts
-    )
-
-
-def _charts(table: Mapping[str, Any], metric: str) -> list[Chart]:
-    means = [
-        Line(", ".join(row["axes"].values()), list(row["values"].values()), row["mean"], None)
-        for row in table["rows"]
-    ]
-    stem = f"{table['name']}_{table['metric']}"
-    charts = {
-        f"{stem}_cells": interval_chart(table["title"], means, f"{metric}, percent", zero=False),
-        f"{stem}_differences": difference_chart(table["title"], table["comparisons"]),
-    }
-    return [Chart(name, svg) for name, svg in charts.items() if svg is not None]
-
-
-COMPARISON_HEAD = (
-    "comparison", "n", "difference", "95 % bootstrap", "95 % Student t", "p (t)", "p (sign)",
-    "p (Holm)", "verdict",
-)  # fmt: skip
-
-
-def comparison_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A comparison as cells below COMPARISON_HEAD."""
-    mean = DASH if row["mean"] is None else f"{row['mean']:+.2f}"
-    p_values = (p_text(row[key]) for key in ("p", "p_permutation", "p_holm"))
-    intervals = (interval_text(row[key]) for key in ("bootstrap", "student_t"))
-    return (row["name"], str(row["n"]), mean, *intervals, *p_values, row["verdict"])
-
-
-def difference_chart(title: str, comparisons: Sequence[Mapping[str, Any]]):
-    """Differences with their bootstrap intervals; None where there are none."""
-    lines = [
-        Line(row["name"], row["differences"], row["mean"], tuple(row["bootstrap"] or ()) or None)
-        for row in comparisons
-    ]
-    return interval_chart(title, lines, "difference, points (bar: bootstrap 95 %)", zero=True)
-
-
-def mean_text(row: Mapping[str, Any]) -> str:
-    """`50.3 ± 2.0`; a dash where there is nothing."""
-    if row["mean"] is None:
-        return DASH
-    return f"{row['mean']:.2f}" + ("" if row["std"] is None else f" ± {row['std']:.2f}")
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """`[+1.20, +2.30]`."""
-    return DASH if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
-
-
-def p_text(p: float | None) -> str:
-    """Three digits after the point."""
-    if p is None:
-        return DASH
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    compared = comparison_table("Paired differences in points", table["comparisons"])
+    return Section(f"{table['title']} ({metric})", paragraphs, (cell_table, compared))

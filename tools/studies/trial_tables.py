@@ -1,4 +1,4 @@
-"""The tables and charts of detection trials."""
+"""The tables of detection trials."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json
-from tools.studies.documents import Chart, Section, Table, write_all
-from tools.studies.plots import Line, interval_chart
-from tools.studies.results import (
-    COMPARISON_HEAD,
-    DASH,
-    comparison_cells,
-    difference_chart,
-    mean_text,
-)
+from tools.studies import documents
+from tools.studies.documents import DASH, Section, Table, comparison_table, mean_text
 from tools.studies.trials import COCO_METRICS, METRICS
 
 _SHOWN = (*METRICS, *COCO_METRICS)
@@ -26,8 +19,8 @@ _COCO = "Paired differences by COCO's metric; a family of comparisons for each o
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
     """Write results.json and the tables beside it; returns the files."""
     write_json(out / "results.json", results)
-    paths = write_all(out, "tables", title(results), sections(results))
-    return [out / "results.json", *paths]
+    tables = documents.write(out, title(results), sections(results), comparisons(results))
+    return [out / "results.json", *tables]
 
 
 def title(results: Mapping[str, Any]) -> str:
@@ -35,10 +28,41 @@ def title(results: Mapping[str, Any]) -> str:
     return f"Detection trials on {results['data']}"
 
 
+def comparisons(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The paired differences that are drawn."""
+    return [
+        {**row, "name": f"{metric}, {row['name']}"}
+        for metric in METRICS
+        for row in results["comparisons"][metric]
+    ]
+
+
 def sections(results: Mapping[str, Any]) -> list[Section]:
-    """The tables and charts of trials; all are marked while they are not complete."""
-    found = [_overview(results), *_metric_sections(results), *_coco_section(results)]
-    found += _class_sections(results)
+    """The tables of trials; all are marked while they are not complete."""
+    found = [_overview(results)]
+    for metric in METRICS:
+        if results["comparisons"][metric]:
+            table = comparison_table("Paired differences", results["comparisons"][metric])
+            found.append(Section(metric, (), (table,)))
+    coco = [
+        {**row, "name": f"{_word(metric)}, {row['name']}"}
+        for metric in COCO_METRICS
+        for row in results["comparisons"].get(metric, [])
+        if row["n"]
+    ]
+    if coco:
+        found.append(Section("COCO's metric", (), (comparison_table(_COCO, coco),)))
+    for metric, by_class in results["per_class"].items():
+        arms = list(results["arms"])
+        rows = [
+            (name, *(mean_text(by_arm.get(arm)) for arm in arms))
+            for name, by_arm in by_class["arms"].items()
+        ]
+        tables = [Table("Percent, mean ± std", ("class", *arms), rows)]
+        if by_class["comparisons"]:
+            tables.append(comparison_table("Paired differences", by_class["comparisons"]))
+        if rows:
+            found.append(Section(f"{metric} by class", (), tables))
     return [replace(section, is_preliminary=not results["is_complete"]) for section in found]
 
 
@@ -53,8 +77,9 @@ def _overview(results: Mapping[str, Any]) -> Section:
     ]
     if not results["is_complete"]:
         lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
+    # Results of an older version have no figures by COCO's metric.
     rows = [
-        (name, str(arm["AP50"]["n"]), *(_mean(arm, metric) for metric in _SHOWN), "measured")
+        (name, str(arm["AP50"]["n"]), *(mean_text(arm.get(m)) for m in _SHOWN), "measured")
         for name, arm in results["arms"].items()
     ]
     published = results["published"]
@@ -63,11 +88,10 @@ def _overview(results: Mapping[str, Any]) -> Section:
             f"Published rows: {published['protocol']}. [M]: recalled, not checked against the "
             "source. They compare with the measured ones only if the protocol is the same."
         )
-        rows += [
-            (row["init"], DASH, *(_figure(row.get(metric)) for metric in _SHOWN),
-             row["source"] + " [M]" * bool(row.get("recalled")))
-            for row in published["rows"]
-        ]  # fmt: skip
+        for row in published["rows"]:
+            figures = (DASH if row.get(m) is None else f"{row[m]:g}" for m in _SHOWN)
+            source = row["source"] + " [M]" * bool(row.get("recalled"))
+            rows.append((row["init"], DASH, *figures, source))
     head = ("initialisation", "n", *map(_word, _SHOWN), "source")
     caption = "Percent, mean ± std over seeds, by the set's metric and by COCO's on the same boxes"
     tables = [Table(caption, head, rows)]
@@ -77,62 +101,5 @@ def _overview(results: Mapping[str, Any]) -> Section:
     return Section("Overview", lines, tables)
 
 
-def _figure(value: float | None) -> str:
-    return DASH if value is None else f"{value:g}"
-
-
-def _mean(arm: Mapping[str, Any], metric: str) -> str:
-    """Mean and deviation; a dash in results of an older version, without COCO's metric."""
-    return mean_text(arm[metric]) if metric in arm else DASH
-
-
 def _word(metric: str) -> str:
     return metric.replace("coco_", "COCO ")
-
-
-def _coco_section(results: Mapping[str, Any]) -> list[Section]:
-    """The paired differences by COCO's metric; nothing if no seed has it."""
-    rows = [
-        (f"{_word(metric)}, {cells[0]}", *cells[1:])
-        for metric in COCO_METRICS
-        for row in results["comparisons"].get(metric, [])
-        if row["n"]
-        for cells in [comparison_cells(row)]
-    ]
-    return [Section("COCO's metric", (), (Table(_COCO, COMPARISON_HEAD, rows),))] if rows else []
-
-
-def _metric_sections(results: Mapping[str, Any]) -> list[Section]:
-    sections = []
-    for metric in METRICS:
-        compared = results["comparisons"][metric]
-        table = Table("Paired differences", COMPARISON_HEAD, list(map(comparison_cells, compared)))
-        lines = [
-            Line(name, list(arm[metric]["values"].values()), arm[metric]["mean"], None)
-            for name, arm in results["arms"].items()
-        ]
-        drawn = {
-            f"{metric}_arms": interval_chart(metric, lines, f"{metric}, percent", zero=False),
-            f"{metric}_differences": difference_chart(metric, compared),
-        }
-        charts = [Chart(name, svg) for name, svg in drawn.items() if svg is not None]
-        sections.append(Section(metric, (), (table,) if compared else (), charts))
-    return sections
-
-
-def _class_sections(results: Mapping[str, Any]) -> list[Section]:
-    sections = []
-    for metric, found in results["per_class"].items():
-        if not found["arms"]:
-            continue
-        arms = list(results["arms"])
-        rows = [
-            (name, *(mean_text(by_arm[arm]) if arm in by_arm else DASH for arm in arms))
-            for name, by_arm in found["arms"].items()
-        ]
-        tables = [Table("Percent, mean ± std", ("class", *arms), rows)]
-        compared = list(map(comparison_cells, found["comparisons"]))
-        if compared:
-            tables.append(Table("Paired differences", COMPARISON_HEAD, compared))
-        sections.append(Section(f"{metric} by class", (), tables))
-    return sections
