@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import yaml
 
+from common.checkpoints import checksum
 from common.files import read_json_lines
 from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
@@ -161,8 +162,7 @@ def identical(one: Path, other: Path) -> bool:
         for f in (one, other)
     ]
     return curves[0] == curves[1] and all(
-        checkpoint.checksum({"part": states[0][part]})
-        == checkpoint.checksum({"part": states[1][part]})
+        checksum({"part": states[0][part]}) == checksum({"part": states[1][part]})
         for part in COMPARED
     )
 

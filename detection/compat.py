@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from common import checkpoints
 from common.errors import UserError
-from detection import safe_pickle
 
 
 def require_detectron2() -> Path:
@@ -104,9 +104,9 @@ def mend_safe_pickle() -> bool:
             "cannot be kept from running code in them; install the tested build with "
             "`.venv/bin/python tools/install_detectron2.py --force`"
         )
-    if getattr(module.pickle, "load", None) is safe_pickle.load:
+    if getattr(module.pickle, "load", None) is checkpoints.load:
         return False
-    module.__dict__["pickle"] = SimpleNamespace(load=safe_pickle.load)
+    module.__dict__["pickle"] = SimpleNamespace(load=checkpoints.load)
     return True
 
 

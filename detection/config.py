@@ -16,7 +16,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from common.errors import UserError
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.protocol import scale_schedule
 
 # Keys that the command line decides otherwise -> how.

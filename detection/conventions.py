@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import sha256_of
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.pixels import IMAGENET, Preprocessing, from_checkpoint
 
 D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"

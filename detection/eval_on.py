@@ -17,10 +17,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from common import provenance
+from common import checkpoints, provenance
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
-from detection import safe_pickle
 from detection.config import load_config
 from detection.data import build_test_loader, register
 from detection.evaluate import curves_file, evaluate_detector, measured
@@ -207,7 +206,7 @@ def _saved_config(folder: Path, overrides: Sequence[str]) -> CfgNode:
 def _load_detector(cfg: CfgNode, path: Path) -> torch.nn.Module:
     """Build the detector and fill every tensor of it."""
     model = build_model(cfg)
-    checkpoint = safe_pickle.load_torch(str(path))
+    checkpoint = checkpoints.load_torch(str(path))
     try:
         model.load_state_dict(checkpoint["model"])
     except (KeyError, RuntimeError) as error:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from common.errors import UserError
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.reference_resnet import tensor_shapes
 
 LAYOUTS = ("ours", "torchvision", "timm", "moco", "solo-learn", "lightly", "detectron2")
 BRANCHES = ("online", "ema")
-OUR_FORMAT = "fa-pretrain-1"
 
 _HEAD = "a head of pretraining; the detector has its own"
 _OTHER_BRANCH = "the other branch (see --branch)"

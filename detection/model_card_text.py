@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from detection.arch import Arch, read_arch
+from common.resnet import Arch, read_arch
 
 MARK = "<!-- model card of feature-augmented pretraining -->"
 UNKNOWN = "not known"

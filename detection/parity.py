@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.pictures import BadPicture, decode
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.config import set_arch
 from detection.reference_resnet import STAGES, ReferenceResNet
 from detection.weights import load_backbone

@@ -8,7 +8,7 @@ is the only thing the two houses share.
 import torch
 from torch import Tensor, nn
 
-from detection.arch import Arch
+from common.resnet import Arch
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -73,7 +73,7 @@ class ReferenceResNet(nn.Module):
         """Build it.
 
         Args:
-            arch: Depth and channels; see `detection.arch`.
+            arch: Depth and channels; see `common.resnet`.
         """
         super().__init__()
         self.conv1 = nn.Conv2d(3, arch.stem_channels, 7, stride=2, padding=3, bias=False)

@@ -16,8 +16,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from common.errors import UserError
-
-_RES5_NUM_BLOCKS = {18: 2, 34: 3, 50: 3, 101: 3, 152: 3}
+from common.resnet import BLOCKS_PER_STAGE
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -36,12 +35,12 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
             tensors are named res5.0.conv1.weight .. as in the backbone; the norm is res5.norm.
         """
         resnets = cfg.MODEL.RESNETS
-        if resnets.DEPTH not in _RES5_NUM_BLOCKS:
+        if resnets.DEPTH not in BLOCKS_PER_STAGE:
             raise UserError(
                 f"MODEL.RESNETS.DEPTH {resnets.DEPTH}: choose one of "
-                f"{', '.join(map(str, _RES5_NUM_BLOCKS))}"
+                f"{', '.join(map(str, BLOCKS_PER_STAGE))}"
             )
-        num_blocks = _RES5_NUM_BLOCKS[resnets.DEPTH]
+        num_blocks = BLOCKS_PER_STAGE[resnets.DEPTH][3]
         out_channels = 8 * resnets.RES2_OUT_CHANNELS
         common = {
             "num_blocks": num_blocks,

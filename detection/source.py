@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import checkpoints
 from common.errors import UserError
-from detection import conventions, keymap, safe_pickle, variants
-from detection.arch import Arch, infer_arch, read_arch
+from common.resnet import Arch, infer_arch, read_arch
+from detection import conventions, keymap, variants
 from detection.pixels import Preprocessing
 from detection.reference_resnet import tensor_shapes
 
-_NESTED = ("state_dict", "model", "model_state_dict", "blobs")
-_NESTED_EMA = ("state_dict_ema", "model_ema")
 _BARE = ("torchvision", "timm")
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COPY_AGAIN = "copy the checkpoint again, or take an older one"
@@ -91,7 +90,7 @@ def read_source(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    checkpoint = conventions.with_hub_config(path, safe_pickle.load_weights(path))
+    checkpoint = conventions.with_hub_config(path, checkpoints.read(path))
     try:
         state, layout, claimed = _network(checkpoint, layout, branch)
         mapped = keymap.to_torchvision(state, layout, branch)
@@ -117,17 +116,17 @@ def _network(
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         kind = "nothing" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise UserError(f"holds {kind}, not a state_dict; {_COPY_AGAIN}")
-    is_ours = checkpoint.get("format") == keymap.OUR_FORMAT
+    is_ours = checkpoint.get("format") == checkpoints.FORMAT
     if is_ours != (layout == "ours") and (is_ours or layout == "ours") and layout != "auto":
         raise UserError(f"--layout {layout}: format is {checkpoint.get('format')!r}, ours is "
-                        f"{keymap.OUR_FORMAT!r}; use --layout auto")  # fmt: skip
+                        f"{checkpoints.FORMAT!r}; use --layout auto")  # fmt: skip
     if is_ours:
         state = checkpoint.get("ema" if branch == "ema" else "model")
         if not state or not isinstance(state, Mapping):
             raise UserError(
                 f"holds no {branch} network: this method keeps none; use --branch online"
             )
-        return _named(state), "ours", read_arch(checkpoint.get("arch"))
+        return checkpoints.named(state), "ours", read_arch(checkpoint.get("arch"))
     return *_foreign_network(checkpoint, layout, branch), None
 
 
@@ -135,7 +134,7 @@ def _foreign_network(
     checkpoint: Mapping[str, Any], layout: str, branch: str
 ) -> tuple[Mapping[str, Any], str]:
     """The same for a checkpoint that is not ours."""
-    state = _named(_nested(checkpoint, _NESTED) or checkpoint)
+    state = checkpoints.named(checkpoints.nested(checkpoint, checkpoints.WRAPPERS) or checkpoint)
     if layout == "auto":
         _refuse(variants.reason_by_name(state))
         layout = keymap.detect_layout(state)
@@ -145,34 +144,26 @@ def _foreign_network(
         layout = "timm" if layout == "torchvision" and is_timm else layout
     if layout == "detectron2":  # see weights.write_weights
         beside = checkpoint.get(keymap.COUNTER)
-        return {**state, **(_named(beside) if isinstance(beside, Mapping) else {})}, layout
+        return {
+            **state,
+            **(checkpoints.named(beside) if isinstance(beside, Mapping) else {}),
+        }, layout
     if layout not in _BARE:
         return state, layout
     _refuse(variants.reason_by_architecture(str(checkpoint.get("arch", ""))))
     if branch == "ema":
-        average = _nested(checkpoint, _NESTED_EMA)
+        average = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
         if average is None:
             raise UserError(
                 f"--branch ema: this {layout} checkpoint holds one network; leave it out"
             )
-        state = _named(average)
+        state = checkpoints.named(average)
     return state, layout
 
 
 def _refuse(reason: str | None) -> None:
     if reason is not None:
         raise UserError(f"is no ResNet that converts: {reason}")
-
-
-def _nested(checkpoint: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
-    found = (checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping))
-    return next(found, None)
-
-
-def _named(state: Mapping[Any, Any]) -> Mapping[str, Any]:
-    if not all(isinstance(key, str) for key in state):
-        raise UserError("its keys are not names of tensors; save the network's state_dict")
-    return state
 
 
 def _check_size(given: Mapping[str, Any], num_bytes: int) -> None:
@@ -196,6 +187,8 @@ def _backbone(
     shapes = {name: tuple(np.shape(value)) for name, value in given.items()}
     _refuse(variants.reason_by_name(given) or variants.reason_by_shape(shapes))
     arch = claimed or infer_arch(shapes)
+    if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
+        raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
     return arch, *_checked(given, arch)
 
 

@@ -18,10 +18,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from common import checkpoints
 from common.errors import UserError
 from common.files import sha256_of, write_atomically, write_json, write_text
-from detection import safe_pickle
-from detection.arch import read_arch
+from common.resnet import read_arch
 from detection.config import arch_of_config
 
 CARD_FORMAT = "fa-d2-1"
@@ -47,7 +47,7 @@ class RunCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _torch_load(self, f: str) -> Any:
-        return safe_pickle.load_torch(f)
+        return checkpoints.load_torch(f)
 
 
 class WeightsCheckpointer(RunCheckpointer):

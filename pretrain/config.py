@@ -31,7 +31,7 @@ AugmentationName = Literal[
 class ArchConfig:
     """A ResNet: depth and widths. ``thin`` R50 is depth 50 with 16, 16, 64."""
 
-    depth: Literal[18, 34, 50, 101] = 50
+    depth: Literal[18, 34, 50, 101, 152] = 50
     width_per_group: int = 64  # channels of the 3x3 convolution in res2
     stem_channels: int = 64
     res2_channels: int = 256  # channels that res2 puts out; doubled per stage

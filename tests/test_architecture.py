@@ -51,7 +51,7 @@ print(" ".join(sorted({name.split(".")[0] for name in sys.modules})))
 @pytest.mark.parametrize(
     ("package", "strangers"),
     [
-        ("common", {"pretrain", "detection", "detectron2", "tools", "torch"}),
+        ("common", {"pretrain", "detection", "detectron2", "tools", "pipeline", "benchmarks"}),
         ("pretrain", {"detection", "detectron2", "tools"}),
         ("detection", {"pretrain", "tools"}),
         ("tools.flow", {"pretrain", "detection", "detectron2", "torch"}),
@@ -65,10 +65,35 @@ def test_house_does_not_import_strangers(package: str, strangers: set[str]) -> N
     assert strangers.isdisjoint(done.stdout.split())
 
 
+def test_common_needs_torch_for_checkpoints_only() -> None:
+    guests = {
+        str(path)
+        for path in sources("common")
+        for _, name in imported_names(path)
+        if house(name) in ("torch", "torchvision")
+    }
+    assert guests == {"common/checkpoints.py"}
+    modules = [".".join(path.with_suffix("").parts) for path in sources("common")]
+    light = [name for name in modules if name != "common.checkpoints" and "__init__" not in name]
+    code = f"import sys, {', '.join(light)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_user_error_is_defined_once() -> None:
+    places = [
+        str(path)
+        for path in sources(*CODE)
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.ClassDef) and node.name == "UserError"
+    ]
+    assert places == ["common/errors.py"]
+
+
 def test_only_detection_imports_detectron2() -> None:
     guests = [
         f"{path}:{line}"
-        for path in sources("pretrain", "tools", "benchmarks")
+        for path in sources("common", "pretrain", "tools", "benchmarks")
         for line, name in imported_names(path)
         if house(name) == "detectron2"
     ]

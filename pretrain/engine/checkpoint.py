@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import torch
 
+from common.checkpoints import FORMAT, check_sum, checksum
 from common.errors import UserError
 from common.files import write_atomically
 
-FORMAT = "fa-pretrain-1"
 FIELDS = (
     "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
     "negatives", "random", "position", "config", "step", "versions",
@@ -45,35 +44,6 @@ def write(state: dict[str, Any], path: Path) -> None:
         lambda file: torch.save(state, file),
         remedy="run the same command with --resume: the checkpoint before is whole",
     )
-
-
-def checksum(value: Any) -> str:
-    """Hash of a nested state: keys, plain values, and the bytes of tensors (blake2b, hexadecimal).
-
-    The key ``checksum`` of the outermost dict is left out.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    outermost = {k: v for k, v in value.items() if k != "checksum"}
-    _hash_into(digest, outermost)
-    return digest.hexdigest()
-
-
-def _hash_into(digest: Any, value: Any) -> None:
-    if isinstance(value, dict):
-        digest.update(f"dict {len(value)};".encode())
-        for key, item in value.items():
-            digest.update(f"{key!r}:".encode())
-            _hash_into(digest, item)
-    elif isinstance(value, list | tuple):
-        digest.update(f"list {len(value)};".encode())
-        for item in value:
-            _hash_into(digest, item)
-    elif isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        digest.update(f"tensor {plain.dtype} {tuple(plain.shape)};".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-    else:
-        digest.update(f"{value!r};".encode())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -113,11 +83,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint of format {FORMAT!r}: it holds a {type(state).__name__}"
         )
-    if "checksum" in state and state["checksum"] != checksum(state):  # older ones have none
-        raise UserError(
-            f"checkpoint {path} is damaged: its checksum differs. Take an older one from "
-            "checkpoints/ or start again"
-        )
+    check_sum(state, path)
     return state
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,17 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-
-
-@dataclass(frozen=True)
-class Arch:
-    """What the bridge to detection needs to build the same network again."""
-
-    depth: int
-    width_per_group: int
-    stem_channels: int
-    res2_channels: int
+from common.resnet import Arch
 
 
 class ResNet(nn.Module):
@@ -50,13 +39,13 @@ class ResNet(nn.Module):
     def __init__(self, arch: Arch, residual_gamma: float = 1.0) -> None:
         super().__init__()
         self.arch, self.checkpoints_stages = arch, False
-        block: type[BasicBlock | Bottleneck] = BasicBlock if arch.depth < 50 else Bottleneck
+        block: type[BasicBlock | Bottleneck] = Bottleneck if arch.is_bottleneck else BasicBlock
         self.conv1 = nn.Conv2d(3, arch.stem_channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(arch.stem_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = arch.stem_channels
-        for stage, num_blocks in enumerate(NUM_BLOCKS[arch.depth]):
+        for stage, num_blocks in enumerate(arch.blocks_per_stage):
             layer, channels = self._stage(block, channels, stage, num_blocks)
             self.add_module(f"layer{stage + 1}", layer)
         self.output_dim = channels

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import record_function
 
+from common.resnet import Arch
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
 from pretrain.engine import dist
 from pretrain.models.augmenter import Draw, FeatureAugmenter
-from pretrain.models.backbone import Arch, ResNet
+from pretrain.models.backbone import ResNet
 from pretrain.models.cell import resolve
 from pretrain.models.heads import Prototypes, mlp
 from pretrain.models.objectives import Objective

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common import checkpoints
 from common.errors import UserError
-from detection import compat, safe_pickle
+from detection import compat
 
 
 @pytest.fixture
@@ -121,4 +122,4 @@ def test_unmended_checkpointer_is_mended(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(detection_checkpoint, "pickle", pickle)
     assert compat.mend_safe_pickle()
-    assert detection_checkpoint.__dict__["pickle"].load is safe_pickle.load
+    assert detection_checkpoint.__dict__["pickle"].load is checkpoints.load

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
+from common.resnet import Arch
 from detection import convert as conversion
-from detection.arch import Arch
 from detection.convert import convert, read_source, to_detectron2
 from detection.parity import compare, comparison_picture
 from detection.pixels import IMAGENET, parse_preprocessing

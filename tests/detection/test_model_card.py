@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from common.files import sha256_of
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.config import arch_of_config
 from detection.conventions import D2_CARD
 from detection.convert import convert, read_source

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import detection.roi_heads  # noqa: F401  (registers the C4 head)
 from common.errors import UserError
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.config import load_config, set_arch
 from detection.convert import convert, read_source
 from detection.parity import build_bare_resnet

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.checkpoints import load_safetensors as load
 from common.errors import UserError
+from common.resnet import Arch
 from detection import variants
-from detection.arch import Arch
 from detection.convert import convert, read_source
-from detection.safetensors_file import load
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
 
@@ -253,3 +253,10 @@ def test_command_refuses_without_a_traceback(
     out = tmp_path / "c.pth"
     assert main([str(good), str(out), "--to", "torchvision", "--size", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "c.json").read_text())
+
+
+def test_a_narrow_resnet_18_is_refused(tmp_path: Path) -> None:
+    arch = Arch(18, 64, 16, 64)
+    path = save(our_checkpoint(torchvision_state(arch), arch), tmp_path / "narrow.pth")
+    with pytest.raises(UserError, match="Detectron2 builds ResNet-18/34 with 64 channels only"):
+        read_source(path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.files import sha256_of
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.convert import convert, read_source
 from detection.verify import text, verify
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state

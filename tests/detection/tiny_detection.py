@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.reference_resnet import ReferenceResNet
 
 ROOT = Path(__file__).resolve().parents[2]

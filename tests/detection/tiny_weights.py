@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.arch import Arch
+from common.resnet import Arch
 from detection.reference_resnet import ReferenceResNet
 from tests.detection.tiny_detection import liven_norms
 

@@ -9,8 +9,8 @@ import yaml
 
 from common.config import to_plain
 from common.errors import UserError
+from common.resnet import BLOCKS_PER_STAGE
 from pretrain.config import PretrainConfig, load_config
-from pretrain.models.backbone import NUM_BLOCKS
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "configs" / "pretrain").rglob("*.yaml"))
@@ -67,7 +67,7 @@ def test_the_last_of_two_overrides_wins(config_file):
 
 
 def test_every_depth_of_the_backbone_is_a_choice(config_file):
-    for depth in NUM_BLOCKS:
+    for depth in BLOCKS_PER_STAGE:
         overrides = [f"arch.depth={depth}"] + ["arch.res2_channels=64"] * (depth < 50)
         assert load_config(config_file, overrides).arch.depth == depth
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.resnet import Arch
 from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
-from pretrain.models.backbone import Arch, ResNet
+from pretrain.models.backbone import ResNet
 from tools import linear_eval as tool
 from tools.flow.charts import linear_chart
 

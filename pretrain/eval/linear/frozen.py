@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from common import checkpoints
 from common.errors import UserError
 from common.files import sha256_of
+from common.resnet import Arch, infer_arch
 from pretrain.engine import checkpoint
-from pretrain.models.backbone import NUM_BLOCKS, Arch, ResNet
+from pretrain.models.backbone import ResNet
 
 Branch = Literal["online", "ema"]
 RANDOM = "random:"
@@ -26,7 +29,6 @@ NAMED = {
 }
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision uses them
 _DEFAULT_SIZE = 224  # pixels
-_WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights
 _COUNTER = "num_batches_tracked"
 
 
@@ -82,8 +84,10 @@ def load(source: str, *, branch: Branch, seed: int) -> Frozen:
     if source.startswith(RANDOM):
         return _random(source, seed)
     path = Path(source)
-    state = checkpoint.read(path)
-    if state.get("format") == checkpoint.FORMAT:
+    state = checkpoints.read(path)
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{path}: holds no state dict; give a checkpoint")
+    if state.get("format") == checkpoints.FORMAT:
         return _ours(checkpoint.load(path), path, branch)
     if branch != "online":
         raise UserError(f"--branch {branch}: {path} is no checkpoint of ours and has one network")
@@ -93,7 +97,7 @@ def load(source: str, *, branch: Branch, seed: int) -> Frozen:
 def _frozen(backbone: ResNet, **options: Any) -> Frozen:
     backbone.eval().requires_grad_(False)
     weights = {k: v for k, v in backbone.state_dict().items() if not k.endswith(_COUNTER)}
-    return Frozen(backbone, weights_hash=checkpoint.checksum(weights), **options)
+    return Frozen(backbone, weights_hash=checkpoints.checksum(weights), **options)
 
 
 def _random(source: str, seed: int) -> Frozen:
@@ -145,47 +149,25 @@ def _objective(state: dict[str, Any]) -> str:
 
 
 def _torchvision(state: Mapping[str, Any], path: Path) -> Frozen:
-    for name in _WRAPPERS:
-        if "conv1.weight" not in state and isinstance(state.get(name), Mapping):
-            state = state[name]
-    weights = {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("fc.")}
-    backbone = ResNet(_arch_of(weights, path))
+    try:
+        state = checkpoints.named(checkpoints.nested(state, checkpoints.WRAPPERS) or state)
+        weights = {
+            key: torch.as_tensor(value)
+            for key, value in state.items()
+            if isinstance(value, Tensor | np.ndarray) and not key.startswith("fc.")
+        }
+        arch = infer_arch({name: tuple(value.shape) for name, value in weights.items()})
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"{path}: {error}. Give a checkpoint of tools/pretrain.sh or a state dict with "
+            "torchvision's names"
+        ) from None
+    backbone = ResNet(arch)
     _fill(backbone, weights, path)
     return _frozen(
         backbone, name=path.name, kind="torchvision", branch=None, file_sha256=sha256_of(path),
         image_size=_DEFAULT_SIZE, mean=_MEAN, std=_STD,
     )  # fmt: skip
-
-
-def _arch_of(weights: Mapping[str, Tensor], path: Path) -> Arch:
-    """Depth and widths as the tensors tell them."""
-    needed = ("conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight")
-    missing = [name for name in needed if name not in weights]
-    if missing:
-        first = next(iter(weights), None)
-        raise UserError(
-            f"{path}: no ResNet in torchvision's layout: {missing[0]} is not there (the first name "
-            f"is {first!r}). Give a checkpoint of tools/pretrain.sh or a state dict with "
-            "torchvision's names"
-        )
-    counts = tuple(
-        len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    )
-    is_bottleneck = "layer1.0.conv3.weight" in weights
-    depths = [d for d, blocks in NUM_BLOCKS.items() if blocks == counts]
-    depths = [depth for depth in depths if (depth >= 50) == is_bottleneck]
-    if not depths:
-        kind = "bottleneck" if is_bottleneck else "basic"
-        known = ", ".join(f"ResNet-{depth}" for depth in NUM_BLOCKS)
-        raise UserError(f"{path}: {counts} {kind} blocks; known are {known}")
-    last = "layer1.0.conv3.weight" if is_bottleneck else "layer1.0.conv2.weight"
-    return Arch(
-        depth=depths[0],
-        width_per_group=len(weights["layer1.0.conv1.weight"]),
-        stem_channels=len(weights["conv1.weight"]),
-        res2_channels=len(weights[last]),
-    )
 
 
 def _fill(backbone: ResNet, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from common.checkpoints import checksum
 from common.errors import UserError
 from common.files import DiskFullError
 from pretrain.engine import checkpoint, run_folder
@@ -244,10 +245,10 @@ def test_different_keys():
 def test_checksum_tells_values_apart(value, tmp_path):
     torch.save(value, tmp_path / "value.pth")
     again = torch.load(tmp_path / "value.pth", weights_only=True)
-    assert checkpoint.checksum(again) == checkpoint.checksum(value)
-    assert checkpoint.checksum(value | {"checksum": "ignored"}) == checkpoint.checksum(value)
+    assert checksum(again) == checksum(value)
+    assert checksum(value | {"checksum": "ignored"}) == checksum(value)
     for other in ({"a": 2}, {"a": torch.ones(2)}, {"a": torch.zeros(3)}):
-        assert checkpoint.checksum(value) != checkpoint.checksum(other)
+        assert checksum(value) != checksum(other)
 
 
 def test_checksums_of_neighbouring_values_differ():
@@ -256,7 +257,7 @@ def test_checksums_of_neighbouring_values_differ():
         {"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).double()},
         {"a": torch.tensor([0.0, -0.0])}, {"a": torch.zeros(2, dtype=torch.bfloat16)},
     ]  # fmt: skip
-    assert len({checkpoint.checksum(value) for value in values}) == len(values)
+    assert len({checksum(value) for value in values}) == len(values)
 
 
 def flip(path, needle):

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from common.config import read_settings
 from common.errors import StoppedBySignal, UserError
+from common.resnet import Arch
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.eval.features import extract_features
@@ -24,7 +25,7 @@ from pretrain.eval.linear.config import LinearConfig
 from pretrain.eval.linear.frozen import load
 from pretrain.eval.linear.result import Clock, table
 from pretrain.eval.linear.run import Evaluation, Request
-from pretrain.models.backbone import Arch, ResNet
+from pretrain.models.backbone import ResNet
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

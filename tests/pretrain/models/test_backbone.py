@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from pretrain.models.backbone import Arch, ResNet
+from common.resnet import Arch
+from pretrain.models.backbone import ResNet
 
 FULL_WIDTH = {
     18: Arch(18, 64, 64, 64),

@@ -1,8 +1,11 @@
-"""Read `.pkl` and foreign `.pth` files without running anything that is written in them.
+"""Checkpoints of any program, read without running anything that is written in them.
 
 A pickle may name any importable function and have it called while it is read. Here only a short
 list of constructors of plain data is real; every other name becomes an inert placeholder, so a
 checkpoint that also holds somebody's trainer or config object still gives up its tensors.
+
+Damage is seen by our checkpoints' checksum, and by the CRCs of the zip archive that `torch.save`
+writes, which torch itself does not check.
 """
 
 from __future__ import annotations
@@ -10,21 +13,37 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import hashlib
 import io
+import json
+import math
 import pickle
 import struct
 import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch import _utils as torch_utils
 
 from common.errors import UserError
-from detection import safetensors_file
 
+FORMAT = "fa-pretrain-1"  # of our own checkpoints
+# Keys under which training scripts keep the network, and its moving average.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "blobs")
+EMA_WRAPPERS = ("state_dict_ema", "model_ema")
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 # What a damaged or hostile file makes the readers raise.
 _READ_ERRORS = (
     *(pickle.UnpicklingError, EOFError, RuntimeError, TypeError, ValueError),
@@ -267,9 +286,149 @@ def load_weights(path: Path | str) -> Any:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return safetensors_file.load(path)
+        return load_safetensors(path)
     if path.suffix == ".pkl" and path.is_file():
         with open(path, "rb") as file:
             if file.read(2) != b"PK":  # torch.save writes zip archives under any name
                 return load_pkl(path)
     return load_torch(path)
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a `.safetensors` file to the CPU; nothing in such a file can run.
+
+    Layout (https://github.com/huggingface/safetensors): eight bytes with the header's length
+    (little endian), the header {name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the
+    tensors' bytes, row by row.
+
+    Args:
+        path: A `.safetensors` file.
+    Returns:
+        Name -> tensor; `__metadata__` is left out.
+    Raises:
+        UserError: If the file is missing, cut off, or its header and its bytes do not agree.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a .safetensors file")
+    content = path.read_bytes()
+    try:
+        num_header_bytes = int.from_bytes(content[:8], "little")
+        if len(content) < 8 or not 2 <= num_header_bytes <= min(
+            _MAX_HEADER_BYTES, len(content) - 8
+        ):
+            raise ValueError("its header does not fit into the file")
+        header = json.loads(content[8 : 8 + num_header_bytes])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table of tensors")
+        header.pop("__metadata__", None)
+        data = memoryview(content)[8 + num_header_bytes :]
+        return {name: _safetensor(name, entry, data) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, RecursionError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: not a readable .safetensors file ({error}); copy the file again"
+        ) from error
+
+
+def _safetensor(name: str, entry: Any, data: memoryview) -> Tensor:
+    """One tensor, copied out of the file's bytes.
+
+    Raises:
+        ValueError: If its shape, type and place do not agree.
+    """
+    kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if kind not in _TYPES:
+        raise ValueError(f"{name}: type {kind!r} is none of {', '.join(_TYPES)}")
+    numbers = [*shape, begin, end]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{name}: shape {shape} and offsets {begin, end} are no whole numbers")
+    dtype = _TYPES[kind]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if end - begin != num_bytes or end > len(data):
+        raise ValueError(
+            f"{name}: {end - begin} bytes at {begin}, {shape} of {kind} are {num_bytes}"
+        )
+    if num_bytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).reshape(shape)
+
+
+def read(path: Path | str) -> Any:
+    """Read a checkpoint or weights of any kind, see `load_weights`, and check that it is whole.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    path = Path(path)
+    found = load_weights(path)
+    if isinstance(found, Mapping) and "checksum" in found and found.get("format") == FORMAT:
+        check_sum(found, path)
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            try:
+                broken = archive.testzip()
+            except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
+                broken = str(error)
+        if broken is not None:
+            raise UserError(
+                f"{path}: is damaged at {broken} (its CRC differs); copy the file again"
+            )
+    return found
+
+
+def check_sum(state: Mapping[str, Any], path: Path) -> None:
+    """Compare a state with the checksum in it, if there is one; older ones have none.
+
+    Raises:
+        UserError: If they differ.
+    """
+    if "checksum" in state and state["checksum"] != checksum(state):
+        raise UserError(
+            f"checkpoint {path} is damaged: its checksum differs. Take an older one from "
+            "checkpoints/ or start again"
+        )
+
+
+def checksum(value: Any) -> str:
+    """Hash of a nested state: keys, plain values, and the bytes of tensors (blake2b, hexadecimal).
+
+    The key ``checksum`` of the outermost dict is left out.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    outermost = {k: v for k, v in value.items() if k != "checksum"}
+    _hash_into(digest, outermost)
+    return digest.hexdigest()
+
+
+def _hash_into(digest: Any, value: Any) -> None:
+    if isinstance(value, dict):
+        digest.update(f"dict {len(value)};".encode())
+        for key, item in value.items():
+            digest.update(f"{key!r}:".encode())
+            _hash_into(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)};".encode())
+        for item in value:
+            _hash_into(digest, item)
+    elif isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"tensor {plain.dtype} {tuple(plain.shape)};".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(f"{value!r};".encode())
+
+
+def nested(checkpoint: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, Any] | None:
+    """The first table that a checkpoint holds under one of the keys."""
+    found = (checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping))
+    return next(found, None)
+
+
+def named(state: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """A state dict.
+
+    Raises:
+        UserError: If its keys are not names.
+    """
+    if not all(isinstance(key, str) for key in state):
+        raise UserError("its keys are not names of tensors; save the network's state_dict")
+    return state

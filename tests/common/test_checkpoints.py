@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from common import checkpoints
 from common.errors import UserError
-from detection import safe_pickle
 
 
 class Attack:
@@ -47,7 +47,7 @@ def weights() -> dict[str, object]:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_weights_survive_every_protocol(protocol: int) -> None:
-    loaded = safe_pickle.load(io.BytesIO(pickle.dumps(weights(), protocol=protocol)))
+    loaded = checkpoints.load(io.BytesIO(pickle.dumps(weights(), protocol=protocol)))
     expected = weights()
     model, reference = loaded.pop("model"), expected.pop("model")
     assert loaded == expected
@@ -58,15 +58,15 @@ def test_plain_weights_survive_every_protocol(protocol: int) -> None:
 
 def test_names_of_numpy_1_are_known() -> None:
     data = pickle.dumps(np.arange(3), protocol=2).replace(b"numpy._core", b"numpy.core")
-    np.testing.assert_array_equal(safe_pickle.load(io.BytesIO(data)), np.arange(3))
+    np.testing.assert_array_equal(checkpoints.load(io.BytesIO(data)), np.arange(3))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_functions_in_a_pickle_are_not_called(protocol: int, tmp_path: Path) -> None:
     target = tmp_path / "made"
     data = pickle.dumps({"model": {}, "trap": Attack(target)}, protocol=protocol)
-    loaded = safe_pickle.load(io.BytesIO(data))
-    assert isinstance(loaded["trap"], safe_pickle.Placeholder)
+    loaded = checkpoints.load(io.BytesIO(data))
+    assert isinstance(loaded["trap"], checkpoints.Placeholder)
     assert not target.exists()
     pickle.loads(data)  # the trap is a real one
     assert target.exists()
@@ -82,11 +82,11 @@ def test_functions_in_a_pickle_are_not_called(protocol: int, tmp_path: Path) -> 
     ],
 )
 def test_builtin_doors_are_shut(source: bytes) -> None:
-    assert isinstance(safe_pickle.load(io.BytesIO(source)), safe_pickle.Placeholder)
+    assert isinstance(checkpoints.load(io.BytesIO(source)), checkpoints.Placeholder)
 
 
 def test_placeholder_says_what_it_stands_for() -> None:
-    loaded = safe_pickle.load(io.BytesIO(pickle.dumps(argparse.Namespace(a=1))))
+    loaded = checkpoints.load(io.BytesIO(pickle.dumps(argparse.Namespace(a=1))))
     assert repr(loaded) == "<placeholder for argparse.Namespace>"
 
 
@@ -95,12 +95,12 @@ def test_damaged_pickle_names_file_and_remedy(content: bytes, tmp_path: Path) ->
     path = tmp_path / "weights.pkl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"weights\.pkl: not a readable pickle.*convert_to_d2"):
-        safe_pickle.load_pkl(path)
+        checkpoints.load_pkl(path)
 
 
 def test_arrays_of_objects_are_refused_in_buffers() -> None:
     with pytest.raises(pickle.UnpicklingError, match="not plain data"):
-        safe_pickle._array_over(b"", np.dtype(object), (0,), "C")
+        checkpoints._array_over(b"", np.dtype(object), (0,), "C")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -113,10 +113,10 @@ def test_foreign_checkpoint_gives_up_its_tensors(zipped: bool, tmp_path: Path) -
     )
     content = {"state_dict": state, "settings": Settings(a=1), "trap": Attack(target)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    loaded = safe_pickle.load_torch(path)
+    loaded = checkpoints.load_torch(path)
     for name, value in state.items():
         assert torch.equal(loaded["state_dict"][name], value)
-    assert isinstance(loaded["settings"], safe_pickle.Placeholder)
+    assert isinstance(loaded["settings"], checkpoints.Placeholder)
     assert not target.exists()
 
 
@@ -126,11 +126,11 @@ def test_damaged_checkpoint_names_file_and_remedy(content: bytes | None, tmp_pat
     torch.save({"a": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
     with pytest.raises(UserError, match=r"model\.pth: not a readable PyTorch checkpoint"):
-        safe_pickle.load_torch(path)
+        checkpoints.load_torch(path)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    for read in (safe_pickle.load_torch, safe_pickle.load_pkl):
+    for read in (checkpoints.load_torch, checkpoints.load_pkl):
         with pytest.raises(UserError, match=r"nowhere\.pth: no such file"):
             read(tmp_path / "nowhere.pth")
 
@@ -141,7 +141,7 @@ def test_index_in_a_pickle_cannot_ask_for_memory() -> None:
     grown = data.replace(b"q\x00", b"r" + (2**30).to_bytes(4, "little"), 1)
     assert grown != data
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert safe_pickle.load(io.BytesIO(grown)) == {"model": {}}
+    assert checkpoints.load(io.BytesIO(grown)) == {"model": {}}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
@@ -152,4 +152,44 @@ def test_state_is_for_objects_only(name: bytes) -> None:
     """BUILD with a pair sets attributes: of a function it could change what later reads do."""
     data = b"c" + name + b"\n(N(S'__defaults__'\n(dttb."
     with pytest.raises(UserError, match="state for something that has none"):
-        safe_pickle.load(io.BytesIO(data))
+        checkpoints.load(io.BytesIO(data))
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+def flip_a_byte_of(path: Path, part: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    place = data.index(part)
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_somebody_s_checkpoint_is_seen_by_its_crc(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    values = torch.full((64,), 1.5)
+    torch.save({"state_dict": {"conv1.weight": values}}, path)
+    assert checkpoints.read(path)["state_dict"]["conv1.weight"][0] == 1.5
+    flip_a_byte_of(path, values.numpy().tobytes())
+    assert checkpoints.load_torch(path), "torch does not look"
+    with pytest.raises(UserError, match=r"weights\.pth: is damaged at .*CRC"):
+        checkpoints.read(path)
+
+
+def test_a_flipped_bit_in_our_checkpoint_is_seen_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    state = {"format": checkpoints.FORMAT, "model": {"w": torch.full((64,), 1.5)}}
+    torch.save({**state, "checksum": checkpoints.checksum(state)}, path)
+    assert checkpoints.read(path)["format"] == checkpoints.FORMAT
+    flip_a_byte_of(path, state["model"]["w"].numpy().tobytes())
+    with pytest.raises(UserError, match=r"checkpoint\.pth is damaged: its checksum differs"):
+        checkpoints.read(path)
+
+
+def test_wrappers_of_training_scripts() -> None:
+    network = {"conv1.weight": 1}
+    for key in checkpoints.WRAPPERS:
+        assert checkpoints.nested({"epoch": 3, key: network}, checkpoints.WRAPPERS) is network
+    assert checkpoints.nested({"model": 3}, checkpoints.WRAPPERS) is None
+    with pytest.raises(UserError, match="are not names of tensors"):
+        checkpoints.named({0: 1})

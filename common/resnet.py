@@ -1,4 +1,4 @@
-"""A ResNet's shape in four numbers, as the checkpoint's `arch` says it."""
+"""ResNets: blocks of each depth, and the four numbers that a checkpoint's `arch` holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def read_arch(value: Any) -> Arch:
     """Check the `arch` of a checkpoint or a card.
 
     Raises:
-        UserError: If it is not four whole numbers that Detectron2 can build.
+        UserError: If it is not four whole numbers, or of no known depth.
     """
     fields = Arch.__dataclass_fields__
     if not isinstance(value, Mapping) or set(value) != set(fields):
@@ -62,11 +62,7 @@ def read_arch(value: Any) -> Arch:
         )
     arch = Arch(**value)
     if arch.depth not in BLOCKS_PER_STAGE:
-        raise UserError(
-            f"depth {arch.depth}: Detectron2 builds {', '.join(map(str, BLOCKS_PER_STAGE))}"
-        )
-    if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
-        raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
+        raise UserError(f"depth {arch.depth}: give {', '.join(map(str, BLOCKS_PER_STAGE))}")
     return arch
 
 
@@ -96,7 +92,7 @@ def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
             return read_arch(
                 {
                     "depth": depth,
-                    "width_per_group": first[0] if third else 64,
+                    "width_per_group": first[0],
                     "stem_channels": stem[0],
                     "res2_channels": third[0] if third else first[0],
                 }
