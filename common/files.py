@@ -262,12 +262,18 @@ def remove(folder: Path, relative: str) -> bool:
 
 
 def lock_file(
-    file: int | IO[Any], *, shared: bool = False, wait: bool = False, of_process: bool = False
+    file: int | IO[Any],
+    folder: Path,
+    *,
+    shared: bool = False,
+    wait: bool = False,
+    of_process: bool = False,
 ) -> bool:
     """Lock an open file.
 
     Args:
         file: Open for writing.
+        folder: Where it lies, for messages.
         shared: Others may share the lock.
         wait: Until it is free.
         of_process: The lock is this process's own (POSIX): its children do not inherit it. Else it
@@ -285,8 +291,8 @@ def lock_file(
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise UserError(
-                f"the file system offers no locks ({error.strerror}), so that two runs could mix; "
-                "mount it with locks, or choose another folder"
+                f"{folder}: its file system offers no locks ({error.strerror}), so that two runs "
+                "could mix; mount it with locks, or choose another folder"
             ) from error
         raise
     return True
@@ -312,7 +318,7 @@ def locked(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
     while descriptor is None:
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            is_locked = lock_file(opened, wait=patience == math.inf)
+            is_locked = lock_file(opened, path.parent, wait=patience == math.inf)
             # The last holder removes the name before it unlocks: then there is a newer file.
             with contextlib.suppress(FileNotFoundError):
                 if is_locked and os.path.samestat(os.fstat(opened), os.stat(path)):

@@ -52,7 +52,7 @@ def hold(folder: Path) -> TextIO:
     path = folder / ".lock"
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     for _ in range(_LOCK_TRIES):
-        if not lock_file(file, of_process=True):
+        if not lock_file(file, folder, of_process=True):
             time.sleep(_LOCK_PAUSE_SECONDS)
             continue
         remove_partial_files(folder)

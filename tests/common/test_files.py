@@ -114,7 +114,7 @@ def test_waiters_for_a_name_get_it_one_after_the_other(tmp_path):
 def test_a_lock_of_the_process_is_not_inherited_and_one_of_the_file_is(tmp_path):
     asking = (
         "import sys; from common.files import lock_file\n"
-        "print(lock_file(open(sys.argv[1], 'a'), of_process=bool(int(sys.argv[2]))))"
+        "print(lock_file(open(sys.argv[1], 'a'), '.', of_process=bool(int(sys.argv[2]))))"
     )
 
     def can_another_lock(of_process):
@@ -123,7 +123,7 @@ def test_a_lock_of_the_process_is_not_inherited_and_one_of_the_file_is(tmp_path)
 
     for of_process in (True, False):
         file = open(tmp_path / "a", "a")  # noqa: SIM115
-        assert files.lock_file(file, of_process=of_process)
+        assert files.lock_file(file, tmp_path, of_process=of_process)
         assert not can_another_lock(of_process)
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()

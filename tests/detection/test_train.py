@@ -257,7 +257,7 @@ def test_diverging_training_is_no_users_mistake(
     train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("random", "SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0") == 1
-    assert "went wrong: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
+    assert "error: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
 
 
 def test_last_words_of_an_error_from_a_worker() -> None:

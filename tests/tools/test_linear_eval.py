@@ -102,7 +102,7 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
         ([], {"train": "plain"}, "8 of 8 samples have no label"),
         ([], {"val": "plain"}, "8 of 8 samples have no label"),
         ([], {"train": "nothing"}, "nothing"),
-        ([], {"source": "no.pth"}, "no.pth does not exist"),
+        ([], {"source": "no.pth"}, "no.pth: no such file"),
         ([], {"source": "random:R19"}, "give random: with R18"),
         (["--branch", "ema"], {}, "no checkpoint of ours and has one network"),
         (["--config", "no.yaml"], {}, "--config no.yaml does not exist"),
@@ -125,7 +125,10 @@ def test_a_full_disk_is_no_traceback(work, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("pretrain.eval.linear.cache.reserve", refuse)
     assert tool.main(options_of(work, tmp_path / "out")) == 1
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert (
+        "error: disk full: free some space and run the same command again"
+        in capsys.readouterr().err
+    )
 
 
 def start(work, out, *more):

@@ -112,7 +112,7 @@ def lock(out: Path) -> Iterator[int]:
 def _acquire(descriptor: int, out: Path) -> None:
     deadline = time.monotonic() + _LOCK_WAIT_SECONDS
     while True:
-        if lock_file(descriptor):
+        if lock_file(descriptor, out):
             return
         owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
         if _alive(owner) or time.monotonic() > deadline:

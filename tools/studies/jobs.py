@@ -64,7 +64,9 @@ class CommandJob:
 
     def _run_all(self) -> None:
         with (self.folder / ".job.lock").open("a") as file:
-            lock_file(file, wait=True)  # an attempt that outlived its harness ends first
+            lock_file(
+                file, self.folder, wait=True
+            )  # an attempt that outlived its harness ends first
             started = time.monotonic()
             (self.folder / RESULT).unlink(missing_ok=True)
             result = {"status": "finished", "error": None}

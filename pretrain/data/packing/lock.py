@@ -55,7 +55,7 @@ def shared_with_tasks(folder: Path, run_id: str) -> Iterator[None]:
     except FileNotFoundError:
         raise _replaced(folder) from None
     try:
-        lock_file(descriptor, shared=True, wait=True)
+        lock_file(descriptor, folder, shared=True, wait=True)
         plan_file = folder / PARTS / PLAN_FILE
         if not plan_file.exists() or json.loads(plan_file.read_text())["run"] != run_id:
             raise _replaced(folder)
@@ -75,7 +75,7 @@ def _require_no_tasks(folder: Path) -> None:
         return
     deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
-        while not lock_file(descriptor):
+        while not lock_file(descriptor, folder):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{folder}: tasks of an earlier command are still writing here; wait for them "

@@ -303,7 +303,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _book(self) -> Iterator[None]:
         with open(self.folder / "book.lock", "ab") as stream:
-            lock_file(stream, wait=True)
+            lock_file(stream, self.folder, wait=True)
             try:
                 yield
             finally:

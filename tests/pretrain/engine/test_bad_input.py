@@ -94,8 +94,9 @@ def test_diverged_training_stops_and_saves_nothing_broken(start, decay, what):
 
 
 def test_full_disk_under_a_checkpoint(start, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def full(descriptor):
+        if "checkpoint.pth" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     message = error_of(start("full", "optim.epochs=1"), 1)

@@ -247,7 +247,8 @@ def test_disk_that_is_full_for_real(picture_folder: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     if done.returncode == 77 or "unshare:" in done.stderr:
         pytest.skip("mounting is not allowed here; test_full_disk_while_writing does it by a fake")
-    assert "the disk is full; free some space" in done.stderr
+    assert "disk full" in done.stderr
+    assert "free some space and run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert "all as the index says" in done.stdout
     assert "were finished before" in done.stdout
