@@ -100,7 +100,8 @@ def records(split: VocSplit, classes: tuple[str, ...]) -> list[list[Any]]:
     return [
         [
             picture.image_id, picture.file.name, picture.width, picture.height,
-            [[item.class_name, *item.voc_box, item.is_ignored, item.area] for item in picture.objects],
+            [[item.class_name, *item.voc_box, item.is_ignored, item.area]
+             for item in picture.objects],
             [[item["category_id"], *item["bbox"], int(item["bbox_mode"])]
              for item in given["annotations"]],
         ]
