@@ -18,7 +18,7 @@ DETECTRON2_NEEDS = [
     "yacs",
 ]
 
-PACKAGES = ("common", "pretrain", "detection", "tools")
+PACKAGES = ("common", "pretrain", "detection", "pipeline", "tools")
 
 setup(
     name="feature-augmented-pretraining",
@@ -29,7 +29,11 @@ setup(
     # With an explicit root an editable install is a plain path entry: new modules are seen at once.
     package_dir={"": "."},
     packages=find_packages(include=[f"{name}{below}" for name in PACKAGES for below in ("", ".*")]),
-    package_data={"tools": ["*.sha256", "*.sh"], "tools.flow": ["*.html", "*.css", "*.js", "*.j2"]},
+    package_data={
+        "tools": ["*.sha256", "*.sh"],
+        "pipeline.report": ["*.css", "*.js", "*.j2"],
+        "pipeline.datasets": ["*.json"],
+    },
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",

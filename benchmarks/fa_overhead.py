@@ -28,14 +28,14 @@ from benchmarks.harness import add_sizes, make_parser, run_and_report, versions
 from common.errors import UserError
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
 from pretrain.config_method import ObjectiveName
+from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.optim import make_optimizer
-from pretrain.engine.step import Gradients
-from pretrain.models.augmenter import Draw, FeatureAugmenter
-from pretrain.models.cell import resolve
-from pretrain.models.cell_check import refuse_without_gradient
-from pretrain.models.contrastive import FAContrastive
-from pretrain.models.row_random import RowRandom, fa_generator
+from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
+from pretrain.features.row_random import RowRandom, fa_generator
+from pretrain.model.joint_embedding import FAContrastive
+from pretrain.model.method_check import refuse_without_gradient
+from pretrain.objectives.method_spec import resolve
 
 ARCHITECTURES = ("basic", "pre", "post", "parallel")
 METHODS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ import yaml
 
 from common.checkpoints import checksum
 from common.files import read_json_lines
-from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ import numpy as np
 from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
 
-from detection.stock_evaluator import StockEvaluator
+from detection.evaluation.stock_evaluator import StockEvaluator
 
 # Both libraries count recall levels in floating point: 3 * 0.1 is a little more than 0.3, so that a
 # recall of exactly 3/10 does not reach that level (nor 6/10 and 7/10 theirs).

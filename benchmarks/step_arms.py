@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from pretrain.data.input_pipeline import Fed
 from pretrain.data.samples import TwoViewBatch
-from pretrain.engine.feed import Fed
-from pretrain.engine.train import Run
-from pretrain.models.backbone import ResNet
-from pretrain.models.contrastive import FAContrastive
-from pretrain.models.row_random import fa_generator
+from pretrain.engine.trainer import Run
+from pretrain.features.row_random import fa_generator
+from pretrain.model.backbone import ResNet
+from pretrain.model.joint_embedding import FAContrastive
 
 LR, MOMENTUM, WEIGHT_DECAY, ETA, TAU = 0.1, 0.9, 1e-6, 1e-3, 0.99
 

@@ -55,7 +55,7 @@ from pretrain.config import (
     load_config,
 )
 from pretrain.engine.profiling import batches, count_flops, precision_of
-from pretrain.engine.train import Run, choose_device
+from pretrain.engine.trainer import Run, choose_device
 
 EXAMPLE = """\
 examples:

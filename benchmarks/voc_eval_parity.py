@@ -34,7 +34,7 @@ from benchmarks.reference_metrics import (
     real_set,
     stable_order,
 )
-from detection.stock_evaluator import forget_annotations
+from detection.evaluation.stock_evaluator import forget_annotations
 
 EXAMPLE = """examples:
   .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json

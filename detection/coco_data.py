@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.annotations.coco import read_instances
 from common.errors import UserError
-from detection.voc import VocSet, VocSplit
+from detection.dataset import VocSet, VocSplit
 
 _LAYOUT = (
     "a COCO folder holds annotations/instances_train2017.json and instances_val2017.json, and the "

@@ -51,10 +51,11 @@ def main(arguments: list[str]) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
     from common.config import to_plain  # after --help, which should not wait
+    from pretrain import collectives as dist
     from pretrain.config import load_config
-    from pretrain.engine import dist, guards
+    from pretrain.engine import guards
     from pretrain.engine.profiling import parse_num_steps, profile
-    from pretrain.engine.train import Run
+    from pretrain.engine.trainer import Run
 
     def work() -> int:
         config = None

@@ -39,7 +39,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The base method: a loss and what its target branch is (pretrain/models/base_methods.py)."""
+    """The objective: a loss and its target branch (pretrain/objectives/method_spec.py)."""
 
     name: ObjectiveName = "byol"
     temperature: float = 0.2  # all but byol, simsiam

@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import provenance
 from common.errors import UserError, run_command
-from tools.studies import data, results
-from tools.studies.cells import Plan, make_plan, make_work
-from tools.studies.executors import Executor
-from tools.studies.grid import METRICS, Preset, read_grid, read_preset
-from tools.studies.running import (
+from pipeline.grid import data, results
+from pipeline.grid.cells import Plan, make_plan, make_work
+from pipeline.grid.executors import Executor
+from pipeline.grid.grid import METRICS, Preset, read_grid, read_preset
+from pipeline.grid.running import (
     Defaults,
     StopSignals,
     add_cluster,
@@ -22,8 +22,8 @@ from tools.studies.running import (
     exit_status,
     run_work,
 )
-from tools.studies.schedule import Work
-from tools.studies.store import FOLDER, Store, hold
+from pipeline.grid.schedule import Work
+from pipeline.grid.store import FOLDER, Store, hold
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs/studies/presets"
@@ -145,7 +145,7 @@ def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:
         UserError: Naming them all.
     """
     from pretrain.config import load_config
-    from pretrain.models.cell_check import refuse_without_gradient
+    from pretrain.model.method_check import refuse_without_gradient
 
     refused = []
     for name, cell in plan.cells.items():

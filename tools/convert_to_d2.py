@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import UserError, run_command
 from common.files import write_json
-from detection import keymap
+from detection.convert import keymap
 
 _EXAMPLE = """\
 examples:
@@ -85,8 +85,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
-    from detection.pixels import parse_preprocessing
-    from detection.verify import TOLERANCE, text, verify
+    from detection.convert.pixels import parse_preprocessing
+    from detection.convert.verify import TOLERANCE, text, verify
 
     report = verify(
         *arguments.verify,
@@ -104,8 +104,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert a file and print what became of it."""
-    from detection.convert import convert, read_source
-    from detection.pixels import parse_preprocessing
+    from detection.convert.pixels import parse_preprocessing
+    from detection.convert.to_detectron2 import convert, read_source
 
     source = read_source(
         arguments.checkpoint,

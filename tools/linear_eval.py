@@ -25,7 +25,7 @@ examples:
 
 CHECKPOINT is a checkpoint.pth of ours, a file with a ResNet's weights under torchvision's names, or
 random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken. Every
-key=value stands in pretrain/eval/linear/config.py and docs/linear_evaluation.md. A killed
+key=value stands in pretrain/evaluation/linear/config.py and docs/linear_evaluation.md. A killed
 evaluation goes on where it stopped when the same command is given with --resume.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
@@ -77,10 +77,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, print its table and draw its figures."""
     from common.config import read_settings
     from common.files import write_text
-    from pretrain.eval.linear.config import LinearConfig
-    from pretrain.eval.linear.result import table
-    from pretrain.eval.linear.run import Evaluation, Request
-    from tools.flow.charts import linear_chart
+    from pipeline.report.charts import linear_chart
+    from pretrain.evaluation.linear.config import LinearConfig
+    from pretrain.evaluation.linear.result import table
+    from pretrain.evaluation.linear.run import Evaluation, Request
 
     path = arguments.config
     if path is None and arguments.protocol == "full":
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n after a signal.
     """
     arguments = build_parser().parse_intermixed_args(argv)
-    from pretrain.engine import dist, guards  # after --help, which should not wait
+    from pretrain import collectives as dist  # after --help, which should not wait
+    from pretrain.engine import guards
 
     def work() -> int:
         try:

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.annotations.record import read_class_names
 from common.errors import UserError, run_command
-from tools.datasets import packages, photos, procedural, shapes, voc_import
-from tools.datasets.build import Card, build
-from tools.datasets.options import SetOptions
+from pipeline.datasets import packages, photos, procedural, shapes, voc_import
+from pipeline.datasets.build import Card, build
+from pipeline.datasets.options import SetOptions
 
 _EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300

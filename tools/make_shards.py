@@ -11,9 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, printable, run_command
 from common.files import write_json
-from pretrain.data.packing.cluster import Cluster
-from pretrain.data.packing.info import format_info, gather_info, save_pictures
-from pretrain.data.shards import (
+from pipeline.datasets.importers import Source, open_source
+from pretrain.data.index.shards import (
     ShardIndex,
     ShardOptions,
     SourcePicture,
@@ -21,7 +20,8 @@ from pretrain.data.shards import (
     verify_shards,
     write_shards,
 )
-from tools.datasets.importers import Source, open_source
+from pretrain.data.pack.cluster import Cluster
+from pretrain.data.pack.info import format_info, gather_info, save_pictures
 from tools.slurm_option import add_slurm_option
 
 EXAMPLE = """\

@@ -14,13 +14,13 @@ if str(ROOT) not in sys.path:
 from common import provenance  # noqa: E402
 from common.config import to_plain  # noqa: E402
 from common.errors import RunFailed, UserError, run_command  # noqa: E402
-from tools.flow import results  # noqa: E402
-from tools.flow.config import PipelineConfig, load_config  # noqa: E402
-from tools.flow.fingerprint import Stage  # noqa: E402
-from tools.flow.parallel import side_by_side  # noqa: E402
-from tools.flow.progress import Progress, clock  # noqa: E402
-from tools.flow.runner import Runner  # noqa: E402
-from tools.flow.stages import build_stages, dataset_folder  # noqa: E402
+from pipeline import results  # noqa: E402
+from pipeline.config import PipelineConfig, load_config  # noqa: E402
+from pipeline.fingerprint import Stage  # noqa: E402
+from pipeline.parallel import side_by_side  # noqa: E402
+from pipeline.plan import build_stages, dataset_folder  # noqa: E402
+from pipeline.progress import Progress, clock  # noqa: E402
+from pipeline.run import Runner  # noqa: E402
 
 EPILOG = """\
 examples:

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import provenance
 from common.errors import UserError, run_command
-from tools.studies import trial_tables, trials
-from tools.studies.executors import Executor
-from tools.studies.running import (
+from pipeline.grid import trial_tables, trials
+from pipeline.grid.executors import Executor
+from pipeline.grid.running import (
     Defaults,
     StopSignals,
     add_cluster,
@@ -21,8 +21,8 @@ from tools.studies.running import (
     exit_status,
     run_work,
 )
-from tools.studies.store import FOLDER, Store, hold
-from tools.studies.trials import Arm, Protocol
+from pipeline.grid.store import FOLDER, Store, hold
+from pipeline.grid.trials import Arm, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, run_command
 from common.files import finite
-from tools.flow import runs
-from tools.flow.charts import short_number
-from tools.flow.runs import FIGURES, RunInfo
+from pipeline.report import runs
+from pipeline.report.charts import short_number
+from pipeline.report.runs import FIGURES, RunInfo
 
 EXAMPLE = """\
 examples:

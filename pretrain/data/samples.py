@@ -15,7 +15,7 @@ from common.pictures import BadPicture, Header, decode, decode_fast, read_header
 from pretrain.data import photometric_uint8
 from pretrain.data.augment import ViewAugment, draw_parameters
 from pretrain.data.crops import center_crop, crop, draw_crops, reductions_for
-from pretrain.data.mixture import Samples
+from pretrain.data.index.mixture import Samples
 from pretrain.data.order import counter_rng
 from pretrain.data.photometric_uint8 import Changes, changes_of
 from pretrain.data.reused_memory import ReusedMemory

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain import collectives as dist
 from pretrain.config import EngineConfig
-from pretrain.engine import dist, guards
+from pretrain.engine import guards
 from pretrain.engine.state import Position
 
 INITIAL = 2.0**16

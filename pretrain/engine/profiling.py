@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from common import provenance
 from common.errors import UserError
+from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.engine import dist, run_folder
-from pretrain.engine.feed import Fed
-from pretrain.engine.metrics import MetricLog
-from pretrain.engine.train import Run
-from pretrain.models.contrastive import FAContrastive
+from pretrain.data.input_pipeline import Fed
+from pretrain.engine import run_folder
+from pretrain.engine.log import MetricLog
+from pretrain.engine.trainer import Run
+from pretrain.model.joint_embedding import FAContrastive
 
 FORMAT = "fa-profile-2"
 NUM_WARMUP, MOST_TRACED, MOST_STEPS = 5, 3, 10_000

@@ -12,13 +12,15 @@ from typing import Any
 from tqdm import tqdm
 
 from common.config import to_plain
+from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.engine import diagnostics, dist, guards
-from pretrain.engine.diagnostics import CollapseAlarm
-from pretrain.engine.metrics import MetricLog, start_wandb
+from pretrain.engine import guards
+from pretrain.engine.log import MetricLog, start_wandb
 from pretrain.engine.state import Position
-from pretrain.eval.online_probe import OnlineProbe
-from pretrain.models.contrastive import StepOutput
+from pretrain.evaluation.online_probe import OnlineProbe
+from pretrain.features import diagnostics
+from pretrain.features.diagnostics import CollapseAlarm
+from pretrain.model.joint_embedding import StepOutput
 
 
 @dataclass

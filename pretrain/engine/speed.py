@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, require
+from pretrain import collectives as dist
 from pretrain.config import EngineConfig
-from pretrain.engine import dist
-from pretrain.models.backbone import ResNet
-from pretrain.models.contrastive import FAContrastive, OnlineNetwork
+from pretrain.model.backbone import ResNet
+from pretrain.model.joint_embedding import FAContrastive, OnlineNetwork
 
 
 def choose_products(*, tf32: bool, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.optim import load_state
-from pretrain.models.contrastive import FAContrastive
+from pretrain.model.joint_embedding import FAContrastive
 
 # May change when a run goes on: they decide no gradient, or its rounding only.
 NOT_COMPARED = ("out", "engine", "eval", "tracking")

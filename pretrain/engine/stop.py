@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 import torch
 
 from common.errors import StoppedBySignal
-from pretrain.engine import dist
+from pretrain import collectives as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.

@@ -17,7 +17,7 @@ from benchmarks import harness, loader
 from benchmarks.harness import finish, two_view_dataset
 from benchmarks.peers import torchvision_recipes
 from common.errors import UserError
-from pretrain.data.stream import Loader
+from pretrain.data.loader import Loader
 
 TINY = ["--num-photos", "16", "--batch-size", "16", "--num-rounds", "1"]
 FAKE_LIGHTLY = """

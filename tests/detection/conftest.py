@@ -47,7 +47,7 @@ def thin_checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def thin_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted weights of a thin ResNet-50, with their card."""
-    from detection.convert import convert, read_source
+    from detection.convert.to_detectron2 import convert, read_source
 
     folder = tmp_path_factory.mktemp("thin")
     source = read_source(write_our_checkpoint(folder / "checkpoint.pth"))
@@ -58,7 +58,7 @@ def thin_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def train(voc_root: Path, tmp_path: Path, tiny_overrides: list[str]) -> Callable[..., int]:
     """Run the training command in this process: train("random", "--freeze", ..) -> exit status."""
-    from detection.train import main
+    from tools.train_voc import main
 
     def run(weights: str, *more: str, config: str = "thin_R50_C4.yaml", out: str = "out") -> int:
         keys = [i for i, item in enumerate(more) if item.split(".")[0] in _ROOT_KEYS]

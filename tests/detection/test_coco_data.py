@@ -15,13 +15,13 @@ from pycocotools.cocoeval import COCOeval
 
 from common.errors import UserError
 from detection.coco_data import is_coco, read_coco
-from detection.coco_metric import CocoEvaluator
-from detection.config import load_config
-from detection.data import to_detectron2
-from detection.train import main
-from detection.voc import read_set
-from tests.detection.test_eval_on import _TINY
+from detection.dataset import read_set
+from detection.evaluation.coco import CocoEvaluator
+from detection.training.config import load_config
+from detection.training.data import to_detectron2
+from tests.detection.evaluation.test_other_sets import _TINY
 from tests.detection.tiny_detection import CONFIGS, make_voc
+from tools.train_voc import main
 
 NUMBERS = {"disc": 7, "box": 3, "bar": 90}  # as COCO's, with gaps and out of order
 

@@ -17,10 +17,10 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
-from detection.config import load_config
-from detection.data import build_test_loader, register
-from detection.evaluate import evaluate_detector
-from detection.voc import VocSet, classes_without_objects
+from detection.dataset import VocSet, classes_without_objects
+from detection.evaluation.voc import evaluate_detector
+from detection.training.config import load_config
+from detection.training.data import build_test_loader, register
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/detection/thin_R50_C4.yaml"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.engine import dist
+from pretrain import collectives as dist
 from tests.golden.training import CELLS, NUM_STEPS_OF_RANKS, TWO_RANKS, float64_is_kept, run
 
 

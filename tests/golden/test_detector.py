@@ -9,9 +9,8 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from detection import train
-from detection.evaluate import curves_file, measured
-from detection.voc import read_set
+from detection.dataset import read_set
+from detection.evaluation.voc import curves_file, measured
 from tests.golden.detection_inputs import (
     CONFIG,
     TrueBox,
@@ -23,6 +22,7 @@ from tests.golden.detection_inputs import (
 )
 from tests.golden.gate import check, digest
 from tools import convert_to_d2
+from tools import train_voc as train
 
 CLASSES = ("disc", "box", "bar", "never")
 SIDE = 96

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.models.backbone import Arch, ResNet
+from pretrain.model.backbone import Arch, ResNet
 from tests.golden.gate import check
 from tests.golden.tiny_data import labelled_shards
 from tests.golden.training import fill_weights

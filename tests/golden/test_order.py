@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from pretrain.data.mixture import open_samples
+from pretrain.data.index.mixture import open_samples
+from pretrain.data.loader import Loader, RequestSampler
 from pretrain.data.order import LastBatch, SourceSizes
 from pretrain.data.samples import TwoViewDataset
-from pretrain.data.stream import Loader, RequestSampler
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
 from tests.golden.gate import check, digest
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from detection.train import main as train_voc
 from pretrain.__main__ import main as pretrain
 from tests.detection.tiny_detection import make_voc
 from tests.golden.gate import check
@@ -25,6 +24,7 @@ from tools.make_dataset import main as make_dataset
 from tools.make_shards import main as make_shards
 from tools.run_pipeline import main as run_pipeline
 from tools.run_trials import main as run_trials
+from tools.train_voc import main as train_voc
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

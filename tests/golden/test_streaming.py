@@ -12,8 +12,8 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import DataConfig
-from pretrain.data.tar_index import key_hash
-from pretrain.engine.feed import Feed
+from pretrain.data.index.tar_index import key_hash
+from pretrain.data.input_pipeline import Feed
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 

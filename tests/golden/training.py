@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain import collectives as dist
 from pretrain.config import (
     AdversarialConfig,
     ArchConfig,
@@ -26,11 +27,10 @@ from pretrain.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from pretrain.engine import dist
+from pretrain.engine.accumulation import Gradients
 from pretrain.engine.optim import ema_tau, lr_factor, lr_schedule, make_optimizer, peak_lr, set_lr
-from pretrain.engine.step import Gradients
-from pretrain.models.contrastive import FAContrastive
-from pretrain.models.row_random import fa_generator
+from pretrain.features.row_random import fa_generator
+from pretrain.model.joint_embedding import FAContrastive
 from tests.golden.gate import digest
 
 NUM_STEPS, NUM_STEPS_OF_RANKS, BATCH, SEED = 20, 10, 16, 11

@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Iterator
 
+from pretrain import collectives as dist
 from pretrain.__main__ import main
-from pretrain.engine import dist
-from pretrain.engine.feed import Fed, Feed
+from pretrain.data.input_pipeline import Fed, Feed
 
 plain_epoch = Feed.epoch
 

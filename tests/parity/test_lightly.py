@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pretrain.models.heads import Prototypes, mlp
-from pretrain.models.losses import (
+from pretrain.features.memory_bank import SupportQueue
+from pretrain.model.heads import Prototypes, mlp
+from pretrain.objectives.losses import (
     byol_loss,
     infonce_loss,
     moco_loss,
@@ -22,7 +23,6 @@ from pretrain.models.losses import (
     sinkhorn,
     swav_loss,
 )
-from pretrain.models.support_queue import SupportQueue
 
 PEER = os.environ.get("FA_PEER_PYTHON")
 pytestmark = [

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
-from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
-from pretrain.models.contrastive import FAContrastive
+from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.model.joint_embedding import FAContrastive
 
 THIN = ArchConfig(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)

@@ -308,23 +308,24 @@ def dotted_keys(cls=PretrainConfig, prefix=""):
             yield prefix + field.name
 
 
-CONTRASTIVE = "models/test_contrastive.py::"
-TRAIN = "engine/test_train.py::"
+CONTRASTIVE = "model/test_joint_embedding.py::"
+TRAIN = "engine/test_trainer.py::"
 BAD_INPUT = "engine/test_bad_input.py::"
-FEED = "engine/test_feed.py::"
+FEED = "engine/test_input_pipeline.py::"
 OPTIM = "engine/test_optim.py::"
 METHODS = "engine/test_run_methods.py::"
-AUGMENTER = "models/test_augmenter.py::"
-CELLS = "models/test_cells.py::"
-STEP = "engine/test_step.py::"
+AUGMENTER = "features/test_feature_augmentation.py::"
+CELLS = "objectives/test_methods.py::"
+STEP = "engine/test_accumulation.py::"
 SPEED = "engine/test_speed.py::"
 SCALE = "engine/test_loss_scale.py::"
-DIAGNOSTICS = "engine/test_diagnostics.py::"
+DIAGNOSTICS = "features/test_diagnostics.py::"
 GUARDS = "engine/test_guards.py::"
 HANG_TIMER = "engine/test_hang_timer.py::"
-ONLINE = "eval/test_online_probe.py::"
+PROBE = "evaluation/test_probe.py::"
+ONLINE = "evaluation/test_online_probe.py::"
 WANDB = "engine/test_wandb.py::"
-ADVERSARIAL = "models/test_adversarial.py::"
+ADVERSARIAL = "model/test_adversarial.py::"
 COVERED_BY = {
     "out": TRAIN + "test_files_of_a_run",
     "seed": TRAIN + "test_seed_decides_the_curve",
@@ -431,14 +432,14 @@ COVERED_BY = {
     "eval.probe_train": TRAIN + "test_probe_runs_at_its_interval",
     "eval.probe_val": TRAIN + "test_probe_runs_at_its_interval",
     "eval.knn_every_epochs": TRAIN + "test_probe_runs_at_its_interval",
-    "eval.knn_k": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
-    "eval.knn_temperature": "eval/test_probe.py::test_k_and_temperature_reach_the_classifier",
-    "eval.knn_dtype": "eval/test_probe.py::test_dtype_of_the_config_is_what_the_bank_is_stored_in",
+    "eval.knn_k": PROBE + "test_k_and_temperature_reach_the_classifier",
+    "eval.knn_temperature": PROBE + "test_k_and_temperature_reach_the_classifier",
+    "eval.knn_dtype": PROBE + "test_dtype_of_the_config_is_what_the_bank_is_stored_in",
     "eval.online_probe": ONLINE + "test_weights_of_the_run_are_bit_equal_with_and_without_it",
     "eval.online_probe_lr": ONLINE + "test_steps_equal_the_textbook",
     "tracking.wandb": WANDB + "test_a_run_starts_and_finishes_wandb",
     "tracking.project": WANDB + "test_a_run_starts_and_finishes_wandb",
-    "eval.image_size": "eval/test_probe.py::test_image_size_is_the_probe_s_own_or_the_training_s",
+    "eval.image_size": PROBE + "test_image_size_is_the_probe_s_own_or_the_training_s",
     "eval.num_pictures": TRAIN + "test_num_pictures_decides_the_rows",
     "eval.num_map_points": "engine/test_run_pictures.py::test_num_map_points_decides_the_points",
     "adversarial.epsilon": ADVERSARIAL + "test_option_of_a_run_changes_what_is_learnt",

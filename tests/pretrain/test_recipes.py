@@ -8,7 +8,7 @@ import torch
 
 from common.files import read_json_lines
 from pretrain.config import PretrainConfig, load_config
-from pretrain.engine.train import Run
+from pretrain.engine.trainer import Run
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name.startswith("imagenet"))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.data.shards import ShardIndex, SourcePicture, write_shards
+from pretrain.data.index.shards import ShardIndex, SourcePicture, write_shards
 from pretrain.engine import checkpoint
-from pretrain.engine.train import Run
-from pretrain.eval import robustness
+from pretrain.engine.trainer import Run
+from pretrain.evaluation import robustness
 from tools import adversarial_neighbours as tool
 
 CONFIG = """\

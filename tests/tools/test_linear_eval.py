@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from common.resnet import Arch
-from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
+from pipeline.report.charts import linear_chart
+from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
-from pretrain.models.backbone import ResNet
+from pretrain.model.backbone import ResNet
 from tools import linear_eval as tool
-from tools.flow.charts import linear_chart
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["dark", "light"]
@@ -123,7 +123,7 @@ def test_a_full_disk_is_no_traceback(work, tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pretrain.eval.linear.cache.reserve", refuse)
+    monkeypatch.setattr("pretrain.evaluation.linear.cache.reserve", refuse)
     assert tool.main(options_of(work, tmp_path / "out")) == 1
     assert (
         "error: disk full: free some space and run the same command again"

@@ -16,8 +16,8 @@ import cv2
 import pytest
 
 from common.annotations.voc import read_list, read_picture
+from pipeline.datasets import build, voc_writer
 from tools import make_dataset
-from tools.datasets import build, voc_writer
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"pool": 12, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pretrain.data.shards import ShardIndex
+from pipeline.datasets.importers import open_source
+from pretrain.data.index.shards import ShardIndex
 from tools import make_shards
-from tools.datasets.importers import open_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ def test_mistakes_are_told_in_one_line(
 def test_full_disk_is_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain.data.packing import job as shard_job
+    from pretrain.data.pack import job as shard_job
 
     def full(self: object, data: bytes) -> int:
         raise OSError(28, "No space left on device")

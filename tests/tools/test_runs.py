@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from common.errors import UserError
+from pipeline.report import runs
 from tools import runs as command
-from tools.flow import runs
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import sha256_of
+from pretrain.data.index.tar_index import SAMPLE_DTYPE
 from pretrain.data.sources.locations import check_name
-from pretrain.data.tar_index import SAMPLE_DTYPE
 
 _REMEDY = "delete index.json and run again to index the tars, or make the shards again"
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from common.files import write_bytes
+from pretrain.data.index.tar_index import SAMPLE_DTYPE, read_index
 from pretrain.data.sources import foreign
 from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted, touch
 from pretrain.data.sources.checks import (
@@ -21,7 +22,6 @@ from pretrain.data.sources.checks import (
 from pretrain.data.sources.download import BytesSink, download, read_if_there
 from pretrain.data.sources.locations import Location, expand, join, list_without_index, parse
 from pretrain.data.sources.remote import Patience, RemoteFile, look, look_at_all, shown
-from pretrain.data.tar_index import SAMPLE_DTYPE, read_index
 
 
 class Tars(Protocol):

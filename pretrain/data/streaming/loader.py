@@ -26,7 +26,9 @@ from torch.utils.data import Dataset, Sampler
 
 from common.errors import UserError, require
 from pretrain.data.augment import ViewAugment
-from pretrain.data.mixture import Samples
+from pretrain.data.index.mixture import Samples
+from pretrain.data.index.tar_index import SAMPLE_DTYPE
+from pretrain.data.loader import start_workers
 from pretrain.data.order import Epoch, rank_slice
 from pretrain.data.samples import (
     NUM_VIEWS,
@@ -37,9 +39,7 @@ from pretrain.data.samples import (
     empty_uint8,
 )
 from pretrain.data.sources.remote import Patience
-from pretrain.data.stream import start_workers
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
-from pretrain.data.tar_index import SAMPLE_DTYPE
 
 _CHUNK = 64  # samples that are decoded together
 _MAX_REPLACEMENTS = 32  # bad samples in a row before giving up

@@ -15,11 +15,11 @@ from webdataset.shardlists import SimpleShardList
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError, require
+from pretrain.data.index.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
 from pretrain.data.order import stable_hash
 from pretrain.data.sources.locations import expand
 from pretrain.data.sources.remote import Patience, shown
 from pretrain.data.streaming.tar import TarStream
-from pretrain.data.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
 
 MAX_BUFFER_BYTES = 256 * 2**20  # of one reader's encoded pictures, by the size of its first ones
 _NUM_LOOKED_AT = 64  # samples from which their size is judged

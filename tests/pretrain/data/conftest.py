@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.shards import ShardIndex, ShardOptions, write_shards
+from pretrain.data.index.shards import ShardIndex, ShardOptions, write_shards
 from tests.pretrain.data.picture_helpers import sources, write_pictures
 
 

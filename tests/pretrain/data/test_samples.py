@@ -5,9 +5,9 @@ import torch
 from common.pictures import decode
 from pretrain.data import photometric_uint8, samples
 from pretrain.data.augment import PRESETS, draw_parameters
+from pretrain.data.index.shards import ShardIndex
+from pretrain.data.loader import Loader
 from pretrain.data.samples import Request, TwoViewBatch, TwoViewDataset
-from pretrain.data.shards import ShardIndex
-from pretrain.data.stream import Loader
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 
 SIZE = 24

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain import collectives as dist
 from pretrain.config import (
     ArchConfig,
     EngineConfig,
@@ -20,10 +21,10 @@ from pretrain.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from pretrain.engine import dist, speed
-from pretrain.engine.step import Gradients
-from pretrain.models.contrastive import FAContrastive
-from pretrain.models.row_random import fa_generator
+from pretrain.engine import speed
+from pretrain.engine.accumulation import Gradients
+from pretrain.features.row_random import fa_generator
+from pretrain.model.joint_embedding import FAContrastive
 
 NUM_ROWS = 32  # of each process: BN of a few rows would make much of rounding
 

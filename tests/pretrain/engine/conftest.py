@@ -5,7 +5,7 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import load_config
-from pretrain.engine.train import Run
+from pretrain.engine.trainer import Run
 
 
 @pytest.fixture

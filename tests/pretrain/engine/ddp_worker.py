@@ -10,11 +10,11 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain import collectives as dist
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
-from pretrain.engine import dist
-from pretrain.engine.step import Gradients
-from pretrain.models.contrastive import FAContrastive
-from pretrain.models.row_random import fa_generator
+from pretrain.engine.accumulation import Gradients
+from pretrain.features.row_random import fa_generator
+from pretrain.model.joint_embedding import FAContrastive
 
 NUM_STEPS, BATCH = 3, 8
 

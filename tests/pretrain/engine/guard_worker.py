@@ -16,7 +16,7 @@ import time
 import torch
 
 from pretrain.__main__ import main
-from pretrain.engine.train import Run
+from pretrain.engine.trainer import Run
 
 
 def stand_still():

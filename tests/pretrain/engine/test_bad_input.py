@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pretrain.__main__ import main
-from pretrain.data.shards import ShardIndex
-from pretrain.engine import checkpoint, metrics
+from pretrain.data.index.shards import ShardIndex
+from pretrain.engine import checkpoint
+from pretrain.engine import log as metrics
 from pretrain.engine.device import choose_device
 from tests.pretrain.engine.run_helpers import TINY, error_of, train_rows
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.files import read_json_lines
-from pretrain.engine import dist
+from pretrain import collectives as dist
 from tests.pretrain.engine.run_helpers import wait_for_workers
 
 pytestmark = pytest.mark.ddp

@@ -9,8 +9,8 @@ import torch.distributed as torch_dist
 from torch import nn
 
 from pretrain.config import OptimConfig
-from pretrain.engine.step import Gradients
-from pretrain.models.row_random import fa_generator
+from pretrain.engine.accumulation import Gradients
+from pretrain.features.row_random import fa_generator
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.engine.train import Run
+from pretrain.engine.trainer import Run
 from tests.pretrain.engine.sync_counter import counted_syncs
 
 BASE = {

@@ -16,13 +16,13 @@ import yaml
 from common.files import read_json_lines
 from pretrain.__main__ import main, parse
 from pretrain.config import load_config
+from pretrain.data.input_pipeline import Feed
 from pretrain.engine import profiling
-from pretrain.engine.feed import Feed
 from pretrain.engine.optim import LARS
-from pretrain.engine.train import Run
-from pretrain.models.augmenter import FeatureAugmenter
-from pretrain.models.contrastive import OnlineNetwork
-from pretrain.models.support_queue import SupportQueue
+from pretrain.engine.trainer import Run
+from pretrain.features.feature_augmentation import FeatureAugmenter
+from pretrain.features.memory_bank import SupportQueue
+from pretrain.model.joint_embedding import OnlineNetwork
 
 BASE = {
     "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},

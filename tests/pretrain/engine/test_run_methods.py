@@ -10,7 +10,7 @@ from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.engine import checkpoint
-from pretrain.engine.train import Run
+from pretrain.engine.trainer import Run
 from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from pretrain.engine import checkpoint
-from pretrain.engine.train import Run
-from pretrain.eval import feature_map
-from pretrain.eval.pictures import save_neighbours
+from pretrain.engine.trainer import Run
+from pretrain.evaluation import feature_map
+from pretrain.evaluation.pictures import save_neighbours
 from tests.pretrain.engine.run_helpers import TINY, assert_same_state
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from common.files import read_json_lines
+from pretrain import collectives as dist
 from pretrain.__main__ import main
 from pretrain.config import EngineConfig, OptimConfig, load_config
-from pretrain.engine import checkpoint, dist, speed
+from pretrain.engine import checkpoint, speed
 from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
-from pretrain.eval.knn import nearest_rows
-from pretrain.models.neighbour_search import consensus, top_k
+from pretrain.evaluation.knn import nearest_rows
+from pretrain.features.neighbour_search import consensus, top_k
 from tests.pretrain.engine.run_helpers import (
     ROOT,
     assert_same_state,

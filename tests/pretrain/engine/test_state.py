@@ -11,7 +11,7 @@ from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.state import DATA_NOT_COMPARED, Position, restore, to_checkpoint
-from pretrain.models.row_random import fa_generator
+from pretrain.features.row_random import fa_generator
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 

@@ -12,9 +12,9 @@ import yaml
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import TrackingConfig, load_config
-from pretrain.engine import metrics
-from pretrain.engine.metrics import MetricLog, check_wandb, start_wandb
-from pretrain.engine.train import Run
+from pretrain.engine import log as metrics
+from pretrain.engine.log import MetricLog, check_wandb, start_wandb
+from pretrain.engine.trainer import Run
 
 WITH_WANDB = TrackingConfig(wandb=True, project="study")
 BASE = {

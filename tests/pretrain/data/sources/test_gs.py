@@ -10,7 +10,7 @@ import pytest
 from fsspec.config import conf
 
 from common.errors import UserError
-from pretrain.data.shards import ShardIndex
+from pretrain.data.index.shards import ShardIndex
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.cache import CacheOptions
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty

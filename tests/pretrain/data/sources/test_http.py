@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
-from pretrain.data import shards
-from pretrain.data.shards import ShardIndex
+from pretrain.data.index import shards
+from pretrain.data.index.shards import ShardIndex
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.cache import CacheOptions
 from tests.pretrain.data.picture_helpers import NUM_PICTURES

@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
-from pretrain.data.shards import ShardIndex
+from pretrain.data.index.shards import ShardIndex
 from pretrain.data.sources import download, remote
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.locations import expand

@@ -20,15 +20,15 @@ from webdataset.filters import shuffle
 
 from common.errors import UserError
 from pretrain.data.augment import PRESETS, ViewAugment
-from pretrain.data.mixture import open_samples
+from pretrain.data.index.mixture import open_samples
+from pretrain.data.index.shards import ShardIndex
+from pretrain.data.index.tar_index import key_hash
 from pretrain.data.samples import TwoViewBatch, TwoViewDataset
-from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import remote
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming import reader as reader_module
 from pretrain.data.streaming.loader import StreamingLoader
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
-from pretrain.data.tar_index import key_hash
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 from tests.pretrain.data.sources.servers import faulty, s3_server
 

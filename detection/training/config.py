@@ -1,0 +1,199 @@
+"""Detectron2 configs: load a YAML, apply KEY VALUE pairs, refuse what would train wrongly.
+
+Our own keys stand beside Detectron2's (see `add_keys`). A schedule is kept whole: whoever shortens
+SOLVER.MAX_ITER gets STEPS and WARMUP_ITERS shortened in proportion, or says them too.
+"""
+
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from common.errors import UserError
+from common.resnet import Arch
+from detection.training.protocol import scale_schedule
+
+# Keys that the command line decides otherwise -> how.
+_NOT_HERE = {
+    "MODEL.WEIGHTS": "give the weights as the first argument",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "it follows from the data set's class list",
+    "DATASETS.TRAIN": "use --data and --train-split",
+    "DATASETS.TEST": "use --data and --test-split",
+    "OUTPUT_DIR": "use --out",
+    "SEED": "use --seeds",
+}
+
+
+def arch_of_config(cfg: CfgNode) -> Arch:
+    """The ResNet that a Detectron2 config builds."""
+    resnets = cfg.MODEL.RESNETS
+    return Arch(
+        resnets.DEPTH, resnets.WIDTH_PER_GROUP, resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    )
+
+
+def set_arch(cfg: CfgNode, arch: Arch) -> None:
+    """Make a config build that ResNet."""
+    resnets = cfg.MODEL.RESNETS
+    resnets.DEPTH = arch.depth
+    resnets.WIDTH_PER_GROUP = arch.width_per_group
+    resnets.STEM_OUT_CHANNELS = arch.stem_channels
+    resnets.RES2_OUT_CHANNELS = arch.res2_channels
+
+
+def add_keys(cfg: CfgNode) -> None:
+    """Add the keys that this project reads beside Detectron2's own.
+
+    - MODEL.BACKBONE.CALIBRATE_BN_BATCHES: before training, set the statistics of *frozen* batch
+      norms from this many batches of training pictures (0: leave them). The same for every arm.
+    - TEST.IMS_PER_BATCH: pictures per forward pass in evaluation.
+    - TEST.NUM_IMAGES: evaluate on the first so many pictures of the test list (0: all).
+    - TEST.NUM_SAVED_IMAGES: how many test pictures detections.json shows, evenly spread.
+    - TEST.SAVED_SCORE_THRESH: lowest score shown there.
+    """
+    cfg.MODEL.BACKBONE.CALIBRATE_BN_BATCHES = 0
+    cfg.TEST.IMS_PER_BATCH = 1
+    cfg.TEST.NUM_IMAGES = 0
+    cfg.TEST.NUM_SAVED_IMAGES = 24
+    cfg.TEST.SAVED_SCORE_THRESH = 0.05
+
+
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, num_gpus: int | None = None
+) -> CfgNode:
+    """Load a config file and apply overrides.
+
+    Args:
+        path: YAML in Detectron2's format; `_BASE_` is followed.
+        overrides: KEY, VALUE, KEY, VALUE, ..
+        num_gpus: Scale a protocol's schedule to so many GPUs (detection.training.protocol), and to
+            SOLVER.IMS_PER_BATCH if it is overridden; other overrides stay as they are. Default: no
+            scaling.
+
+    Returns:
+        A config that is not frozen.
+
+    Raises:
+        UserError: For a missing file, an unknown key, a value of the wrong kind, or a schedule
+            whose parts do not fit.
+    """
+    cfg = get_cfg()
+    add_keys(cfg)
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config; see configs/detection/")
+    try:
+        cfg.merge_from_file(str(path))
+    except (KeyError, ValueError, AssertionError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {_explain(cfg, error)}") from error
+    if len(overrides) % 2:
+        raise UserError(
+            f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
+            "key has no value"
+        )
+    for key in overrides[::2]:
+        if key in _NOT_HERE:
+            raise UserError(f"{key}: {_NOT_HERE[key]}")
+    before, cfg = cfg, _merged(cfg, overrides)
+    if num_gpus is not None and cfg.SOLVER.REFERENCE_WORLD_SIZE > 0:
+        before.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        is_given = "SOLVER.IMS_PER_BATCH" in overrides[::2]
+        scale_schedule(before, num_gpus, cfg.SOLVER.IMS_PER_BATCH if is_given else None)
+        cfg = _merged(before, overrides)
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
+    _keep_schedule_whole(cfg, before, set(overrides[::2]))
+    _check_schedule(cfg)
+    return cfg
+
+
+def _merged(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
+    """A copy with overrides applied."""
+    copy = cfg.clone()
+    try:
+        copy.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{' '.join(overrides)!r}: {_explain(cfg, error)}") from error
+    return copy
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Refuse what Detectron2 cannot do on a CPU.
+
+    Raises:
+        UserError: For SyncBN or mixed precision without a GPU.
+    """
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    norms = {
+        "MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM,
+        "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM,
+        "MODEL.ROI_BOX_HEAD.NORM": cfg.MODEL.ROI_BOX_HEAD.NORM,
+    }
+    for key, norm in norms.items():
+        if norm in ("SyncBN", "nnSyncBN"):
+            raise UserError(f"{key} {norm}: runs on GPUs only; use naiveSyncBN or BN")
+    if cfg.SOLVER.AMP.ENABLED:
+        raise UserError("SOLVER.AMP.ENABLED: Detectron2's mixed precision needs a GPU; set False")
+
+
+def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """{"SOLVER.BASE_LR": 0.02, ..}: dotted keys of a config, sorted."""
+    flat: dict[str, Any] = {}
+    for key in sorted(node):
+        value = node[key]
+        if isinstance(value, CfgNode):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _explain(cfg: CfgNode, error: Exception) -> str:
+    """A yacs message, with the nearest known key if the key is unknown."""
+    text = str(error.args[0] if error.args else error).splitlines()[0]
+    unknown = text.partition("key:")[2].strip()
+    if "on-existent" not in text or not unknown:
+        return text
+    known = list(flatten(cfg))
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see configs/detection/ for the keys in use"
+    return f"unknown key {unknown}; {hint}"
+
+
+def _keep_schedule_whole(cfg: CfgNode, before: CfgNode, overridden: set[str]) -> None:
+    """Scale STEPS and WARMUP_ITERS with an overridden MAX_ITER, unless they are overridden too."""
+    old, new = before.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER
+    if old == new or new <= 0:
+        return
+    if "SOLVER.STEPS" not in overridden:
+        steps = {int(step * new / old) for step in before.SOLVER.STEPS}
+        # A few iterations hold no schedule: drops that would fall together or on 0 become one.
+        cfg.SOLVER.STEPS = tuple(sorted(step for step in steps if 0 < step < new))
+    if "SOLVER.WARMUP_ITERS" not in overridden:
+        cfg.SOLVER.WARMUP_ITERS = int(before.SOLVER.WARMUP_ITERS * new / old)
+
+
+def _check_schedule(cfg: CfgNode) -> None:
+    """Refuse a learning-rate schedule that the iterations do not hold."""
+    solver = cfg.SOLVER
+    steps, last = list(solver.STEPS), solver.MAX_ITER
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if solver[key] < 1:
+            raise UserError(f"SOLVER.{key} {solver[key]}: give at least 1")
+    if any(step >= last for step in steps) and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        raise UserError(
+            f"SOLVER.STEPS {tuple(steps)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 would "
+            "leave those drops out; give steps below MAX_ITER, or MAX_ITER alone and they are "
+            "scaled"
+        )
+    if last <= solver.WARMUP_ITERS and last > 1:
+        raise UserError(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of "
+            f"SOLVER.MAX_ITER {last}; shorten it, or give MAX_ITER alone and it is "
+            "scaled"
+        )

@@ -1,0 +1,227 @@
+"""Loading pretrained weights into a detector: every backbone tensor, or an error.
+
+Detectron2's checkpointer warns and goes on when names or shapes do not match; a run would then
+compare random with random. Here its own matching is used and its outcome is checked.
+"""
+
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from common import checkpoints
+from common.errors import UserError
+from common.files import sha256_of, write_atomically, write_json, write_text
+from common.resnet import read_arch
+from detection.training.config import arch_of_config
+
+CARD_FORMAT = "fa-d2-1"
+_CONVERT = "convert the checkpoint with tools/convert_to_d2.py"
+_BACKBONE_PREFIXES = ("backbone.stem.", "backbone.res", "backbone.bottom_up.", "roi_heads.res5.")
+
+
+class RunCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with files that are whole or absent, read without running code."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write NAME.pth and then the pointer to it, each by rename."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
+        data.update(kwargs)
+        write_atomically(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Point last_checkpoint at a file."""
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+
+    def _torch_load(self, f: str) -> Any:
+        return checkpoints.load_torch(f)
+
+
+class WeightsCheckpointer(RunCheckpointer):
+    """Loads a converted backbone and refuses when any of its tensors finds no place."""
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        num_given = len(checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        wanted = backbone_tensor_names(self.model)
+        missing = sorted(wanted & set(incompatible.missing_keys))
+        unexpected = sorted(incompatible.unexpected_keys)
+        wrong_shape = [
+            f"{name} {tuple(given)} instead of {tuple(own)}"
+            for name, given, own in incompatible.incorrect_shapes
+        ]
+        if missing or unexpected or wrong_shape:
+            loaded = len(wanted) - len(missing) - len(wrong_shape)
+            raise UserError(
+                f"only {loaded} of the detector's {len(wanted)} backbone tensors match the "
+                f"{num_given} in the file{_listed('missing', missing)}"
+                f"{_listed('not in the detector', unexpected)}"
+                f"{_listed('wrong shape', wrong_shape)}; use the config of the backbone's depth "
+                f"and width, and {_CONVERT}"
+            )
+        return incompatible
+
+
+def backbone_tensor_names(model: nn.Module) -> set[str]:
+    """Names of the detector's tensors that a pretrained ResNet must fill.
+
+    Left out: counters of batch norms, the FPN's own layers, and the extra norm after res5.
+    """
+    return {
+        name
+        for name in model.state_dict()
+        if name.startswith(_BACKBONE_PREFIXES)
+        and not name.endswith("num_batches_tracked")
+        and not name.startswith("roi_heads.res5.norm.")
+    }
+
+
+def load_backbone(model: nn.Module, path: Path) -> int:
+    """Load a converted backbone into a detector (or a module with a `backbone`).
+
+    Args:
+        model: Detector; its ResNet tensors are overwritten.
+        path: `.pkl` or `.pth` as tools/convert_to_d2.py writes it.
+
+    Returns:
+        Number of tensors loaded.
+
+    Raises:
+        UserError: If the file is unreadable or a single tensor does not match.
+    """
+    path = Path(path).resolve()
+    if path.suffix not in (".pkl", ".pth"):
+        raise UserError(f"{path}: weights end in .pkl or .pth; {_CONVERT}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights; {_CONVERT}")
+    query = "?matching_heuristics=True" if path.suffix == ".pth" else ""
+    try:
+        WeightsCheckpointer(model).load(f"{path}{query}", checkpointables=[])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a Detectron2 weight file ({error}); {_CONVERT}") from error
+    return len(backbone_tensor_names(model))
+
+
+def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
+    """Compare the card beside the weights (OUT.json) with a detection config.
+
+    Args:
+        weights: The weight file.
+        cfg: Its INPUT.FORMAT, MODEL.PIXEL_MEAN / PIXEL_STD and MODEL.RESNETS are compared.
+
+    Returns:
+        The card.
+
+    Raises:
+        UserError: If there is no card, the weights are not the ones it describes, or the config
+            would feed them other pixels or another architecture.
+    """
+    card = read_card(weights)
+    if card["weights_sha256"] != sha256_of(weights):
+        raise UserError(
+            f"{weights}: is not the file that {card_path(weights).name} describes "
+            f"(sha256 differs); {_CONVERT} again"
+        )
+    pixels = card["preprocessing"]
+    arch, own = read_arch(card["arch"]), arch_of_config(cfg)
+    faults = [] if arch == own else [f"the weights are a {arch}, the config builds a {own}"]
+    if pixels["input_format"] != cfg.INPUT.FORMAT:
+        faults.append(f"INPUT.FORMAT must be {pixels['input_format']!r}, not {cfg.INPUT.FORMAT!r}")
+    for key, field in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
+        given = [float(value) for value in cfg.MODEL[key]]
+        if max(abs(a - b) for a, b in zip(given, pixels[field], strict=True)) > 0.01:
+            faults.append(f"MODEL.{key} must be {pixels[field]}, not {given}")
+    if pixels["stride_in_1x1"] != cfg.MODEL.RESNETS.STRIDE_IN_1X1 and arch.depth >= 50:
+        faults.append(
+            f"MODEL.RESNETS.STRIDE_IN_1X1 must be {pixels['stride_in_1x1']}: the "
+            "shapes fit either way, the features do not"
+        )
+    if faults:
+        raise UserError(f"{weights}: does not fit the config: {'; '.join(faults)}")
+    return card
+
+
+def card_path(weights: Path) -> Path:
+    """backbone.pkl -> backbone.json."""
+    return Path(weights).with_suffix(".json")
+
+
+def read_card(weights: Path) -> dict[str, Any]:
+    """Read the card beside a weight file."""
+    path = card_path(weights)
+    if not Path(weights).is_file():
+        raise UserError(f"{weights}: no such weights; {_CONVERT}, or say `random`")
+    if not path.is_file():
+        raise UserError(
+            f"{weights}: has no preprocessing card {path.name} beside it, so its "
+            f"pixel statistics cannot be checked; {_CONVERT}, or trust the config "
+            "with --no-card"
+        )
+    try:
+        card = json.loads(path.read_text())
+        if card["format"] != CARD_FORMAT:
+            raise UserError(
+                f"{path}: format {card['format']!r}, expected {CARD_FORMAT!r}; {_CONVERT} again"
+            )
+        _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], read_arch(card["arch"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a card ({error}); {_CONVERT} again") from error
+    return card
+
+
+def remove_stale_pointer(folder: Path) -> None:
+    """Forget last_checkpoint if the file it names is gone."""
+    pointer = folder / "last_checkpoint"
+    if pointer.is_file() and not (folder / pointer.read_text().strip()).is_file():
+        os.remove(pointer)
+
+
+def _listed(title: str, names: list[str]) -> str:
+    """Name at most four of them, as in "; missing 3: a, b, c"."""
+    if not names:
+        return ""
+    more = ", .." if len(names) > 4 else ""
+    return f"; {title} {len(names)}: {', '.join(names[:4])}{more}"
+
+
+def write_weights(path: Path, state: dict[str, Tensor], counters: dict[str, int]) -> None:
+    """Write tensors under Detectron2's plain names, atomically; same tensors, same bytes.
+
+    The norms' batch counters lie beside the model: a detector's frozen norms have no place for
+    them, and what finds no place is an error when weights are loaded.
+
+    A `.pkl` carries numpy arrays and asks for name matching; Detectron2 takes one without
+    `__author__` for a Caffe2 file, and without `matching_heuristics` loads none of its weights.
+    A `.pth` carries tensors only; the request goes behind its path (`?matching_heuristics=True`).
+    """
+    if path.suffix == ".pkl":
+        data = {
+            "model": {name: value.numpy() for name, value in state.items()},
+            "num_batches_tracked": counters,
+            "__author__": "feature-augmented pretraining",
+            "matching_heuristics": True,
+        }
+        write_atomically(path, lambda file: pickle.dump(data, file, protocol=4))
+    else:
+        data = {"model": dict(state), "num_batches_tracked": counters}
+        write_atomically(path, lambda file: torch.save(data, file))
+
+
+def write_card(weights: Path, card: dict[str, Any]) -> None:
+    """Write the card beside a weight file."""
+    write_json(card_path(weights), card)

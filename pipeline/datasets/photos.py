@@ -1,0 +1,299 @@
+"""Composites of real photographs: cut-outs on photographed scenes."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common.errors import UserError
+from pipeline.datasets import compose, outlines
+from pipeline.datasets.compose import CLUTTER, Placed, Scene, Sprite
+from pipeline.datasets.options import SetOptions
+from pipeline.datasets.packages import Library
+from pipeline.datasets.randomness import generator
+from pipeline.datasets.sampling import (
+    draw_shape,
+    finish,
+    is_held_out,
+    log_uniform,
+    object_statistics,
+)
+
+VERSION = 3  # raise it whenever the pictures of given options change
+CLASS_SETS = {
+    "coarse": {
+        "animal": ("bird", "fish", "hoofed", "carnivore", "smallmammal"),
+        "plant": ("flower", "fruit", "vegetable"),
+        "artefact": ("vehicle", "instrument", "tool"),
+    },
+    "medium": {
+        "bird": ("bird",),
+        "mammal": ("hoofed", "carnivore", "smallmammal"),
+        "fish": ("fish",),
+        "plant": ("flower", "fruit", "vegetable"),
+        "artefact": ("vehicle", "instrument", "tool"),
+    },
+}  # and "fine", the classes of the list themselves
+_MAX_TURN = 15.0  # degrees
+_MAX_ENLARGE = 2.5  # small cut-outs are not blown up beyond this
+_MIN_CROP = 0.6  # of a background, as a share of its largest crop
+
+Files = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The pictures that one side of the split may use.
+
+    Attributes:
+        cutouts: Per label: per fine class: files below cutouts/.
+        backgrounds: Files below backgrounds/.
+    """
+
+    cutouts: tuple[tuple[Files, ...], ...]
+    backgrounds: Files
+
+    def num_cutouts(self) -> int:
+        """Return the number of cut-outs."""
+        return sum(len(files) for kinds in self.cutouts for files in kinds)
+
+
+def split(library: Library, classes: str, split_seed: int) -> tuple[tuple[str, ...], Part, Part]:
+    """Divide cut-outs and backgrounds between training and test.
+
+    About a third of the cut-outs of every fine class and a quarter of the scenes go to the test;
+    near duplicates and pictures of one scene stay together.
+
+    Args:
+        library: The pictures.
+        classes: "coarse", "medium" or "fine".
+        split_seed: Chooses the split.
+    Returns:
+        Class names in label order, the training part, the test part.
+    Raises:
+        UserError: If a class is left without pictures on one side.
+    """
+    table = CLASS_SETS.get(classes) or {name: (name,) for name in library.cutouts}
+    divided = {
+        name: _divide(groups, 1 / 3, generator("photos", split_seed, name))
+        for name, groups in library.cutouts.items()
+    }
+    scenes = list(library.backgrounds.values())
+    grounds = _divide(scenes, 1 / 4, generator("photos", split_seed, "backgrounds"))
+    parts = []
+    for side in (0, 1):
+        cutouts = tuple(tuple(divided[k][side] for k in kinds) for kinds in table.values())
+        parts.append(Part(cutouts, grounds[side]))
+        for name, (_, kinds) in zip(table, enumerate(cutouts), strict=True):
+            if not all(kinds) or not grounds[side]:
+                raise UserError(f"class {name}: too few pictures to split; give the full packages")
+    return tuple(table), parts[0], parts[1]
+
+
+def _divide(groups: list[list[str]], share: float, rng: np.random.Generator) -> tuple[Files, Files]:
+    """Divide groups so that about `share` of their files lands on the second side."""
+    goal = share * sum(map(len, groups))
+    sides: tuple[list[str], list[str]] = ([], [])
+    for i in rng.permutation(len(groups)):
+        room = goal - len(sides[1])
+        sides[1 if room >= len(groups[i]) / 2 and room > 0 else 0].extend(groups[i])
+    return tuple(sorted(sides[0])), tuple(sorted(sides[1]))
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Makes the pictures of a photo set; a picture is a function of (options, split, part, index).
+
+    Attributes:
+        options: Sizes and statistics.
+        class_names: Classes in label order.
+        root: Folder of the picture library.
+        seen: Pictures for train, pool and probe/train.
+        unseen: Pictures for test and probe/val.
+    """
+
+    options: SetOptions
+    class_names: tuple[str, ...]
+    root: Path
+    seen: Part
+    unseen: Part
+
+    def scene(self, part: str, index: int) -> Scene:
+        """Make picture `index` of a part; it always shows at least one labelled object."""
+        for attempt in range(100):
+            rng = generator(self.options.seed, "photos", part, index, attempt)
+            scene = self._attempt(rng, part, index)
+            if scene.objects:
+                return scene
+        raise RuntimeError(f"{part} picture {index}: no object stays visible; lower --clutter")
+
+    def probe_label(self, index: int) -> int:
+        """Return the class of a probe picture: all classes in turn."""
+        return index % len(self.class_names)
+
+    def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
+        pictures = self.unseen if is_held_out(part) else self.seen
+        shape = draw_shape(rng, self.options)
+        ground = self._background(rng, pictures, shape)
+        items = self._objects(rng, pictures, ground, part, index)
+        items += self._occluders(rng, pictures, shape)
+        items, objects, masks = compose.settle(items, shape)
+        shadow = (rng.uniform(-0.06, 0.06), rng.uniform(0.0, 0.06), rng.uniform(0.1, 0.45))
+        image = compose.paint(ground, items, shadow)
+        return Scene(finish(rng, image, cast=0.05), objects, masks)
+
+    def _background(
+        self, rng: np.random.Generator, pictures: Part, shape: tuple[int, int]
+    ) -> np.ndarray:
+        """Return a random crop of a random background, float32 (h, w, 3)."""
+        name = pictures.backgrounds[int(rng.integers(len(pictures.backgrounds)))]
+        whole = _load_background(self.root, name, round(self.options.short_side / _MIN_CROP))
+        scale = min(whole.shape[0] / shape[0], whole.shape[1] / shape[1])
+        scale *= rng.uniform(_MIN_CROP, 1.0)
+        height, width = (max(1, int(side * scale)) for side in shape)
+        top = int(rng.integers(whole.shape[0] - height + 1))
+        left = int(rng.integers(whole.shape[1] - width + 1))
+        crop = whole[top : top + height, left : left + width]
+        how = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
+        image = cv2.resize(crop, shape[::-1], interpolation=how).astype(np.float32)
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+        return np.clip(_jitter(rng, np.ascontiguousarray(image), 0.15), 0, 255)
+
+    def _objects(
+        self,
+        rng: np.random.Generator,
+        pictures: Part,
+        ground: np.ndarray,
+        part: str,
+        index: int,
+    ) -> list[Placed]:
+        sizes, count = object_statistics(rng, self.options, part)
+        probe = part.startswith("probe/")
+        shape = ground.shape[:2]
+        tone = ground.mean(axis=(0, 1))
+        items: list[Placed] = []
+        taken: list[tuple[int, int, int, int]] = []
+        for _ in range(count):
+            label = self.probe_label(index) if probe else int(rng.integers(len(self.class_names)))
+            kinds = pictures.cutouts[label]
+            files = kinds[int(rng.integers(len(kinds)))]
+            name = files[int(rng.integers(len(files)))]
+            size = min(shape) * log_uniform(rng, *sizes)
+            levels = _load_cutout(self.root, name, self.options.long_side)
+            sprite = _cut_out(rng, levels, size, tone)
+            cut = 0.1 if probe else 0.25
+            x, y = compose.draw_place(rng, sprite.alpha.shape, shape, taken, cut)
+            items.append(Placed(sprite, x, y, label, name))
+        return items
+
+    def _occluders(
+        self, rng: np.random.Generator, pictures: Part, shape: tuple[int, int]
+    ) -> list[Placed]:
+        """Return soft-edged pieces of other scenes that lie in front of the objects."""
+        items = []
+        for _ in range(min(int(rng.poisson(0.3 * self.options.clutter)), 6)):
+            side = max(8, round(min(shape) * log_uniform(rng, 0.12, 0.35)))
+            outline = outlines.blob(rng, int(rng.integers(4, 8)), 0.6) * (side * 0.45) + side / 2
+            mask = np.zeros((side, side), dtype=np.uint8)
+            points = np.round(outline * 16).astype(np.int32)
+            cv2.fillPoly(mask, [points], 255, lineType=cv2.LINE_AA, shift=4)
+            mask = cv2.blur(mask, (3, 3))
+            piece = self._background(rng, pictures, (side, side))
+            sprite = Sprite(piece, mask.astype(np.float32) / 255)
+            x, y = compose.draw_place(rng, (side, side), shape, [], 0.5)
+            items.append(Placed(sprite, x, y, CLUTTER))
+        return items
+
+
+def _jitter(rng: np.random.Generator, image: np.ndarray, amount: float) -> np.ndarray:
+    """Change brightness, contrast and saturation by up to `amount`, in place."""
+    grey = image.mean(axis=2, keepdims=True)
+    saturation = np.float32(rng.uniform(1 - 2 * amount, 1 + amount))
+    image -= grey
+    image *= saturation
+    image += grey
+    level = np.float32(image.mean())
+    contrast, gain = rng.uniform(1 - amount, 1 + amount, 2).astype(np.float32)
+    image -= level
+    image *= contrast
+    image += level
+    image *= gain
+    return image
+
+
+def _cut_out(
+    rng: np.random.Generator, levels: list[np.ndarray], size: float, tone: np.ndarray
+) -> Sprite:
+    """Scale, turn, mirror and tint one cut-out.
+
+    Args:
+        rng: Source of random numbers.
+        levels: The cut-out, premultiplied BGRA uint8, at full, half, quarter .. size.
+        size: Longer side of the result in pixels, before turning.
+        tone: Mean colour of the background, BGR 0..255, to which the cut-out is drawn a little.
+    """
+    size = min(size, _MAX_ENLARGE * max(levels[0].shape[:2]))
+    level = next((m for m in reversed(levels) if max(m.shape[:2]) >= size), levels[0])
+    height, width = level.shape[:2]
+    scale = size / max(height, width)
+    turn = np.deg2rad(rng.uniform(-_MAX_TURN, _MAX_TURN))
+    mirror = -1 if rng.random() < 0.5 else 1
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = scale * turned @ np.diag([mirror, 1])
+    columns, rows = np.ceil(np.abs(matrix) @ (width, height)).astype(int) + 2
+    shift = np.array([columns, rows]) / 2 - matrix @ (width / 2, height / 2)
+    warp = np.concatenate([matrix, shift[:, None]], axis=1)
+    moved = cv2.warpAffine(level, warp, (int(columns), int(rows)), flags=cv2.INTER_LINEAR)
+    moved = moved.astype(np.float32)
+    alpha = moved[:, :, 3] * np.float32(1 / 255)
+    image = moved[:, :, :3] / np.maximum(alpha, 0.02)[:, :, None]
+    image = _jitter(rng, image, 0.2)
+    tint = (tone + 10) / (float(tone.mean()) + 10)
+    image *= tint.astype(np.float32) ** np.float32(0.25)
+    soft = cv2.blur(alpha, (3, 3))
+    return Sprite(image, np.minimum(alpha, 1.3 * soft) if rng.random() < 0.5 else alpha)
+
+
+@cache
+def _load_cutout(root: Path, name: str, max_side: int) -> list[np.ndarray]:
+    """Read a cut-out as a pyramid of premultiplied BGRA pictures (uint8), trimmed to its mask.
+
+    Raises:
+        UserError: If it does not decode or has no transparency.
+    """
+    path = root / "cutouts" / name
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 4:
+        raise UserError(
+            f"{path}: no cut-out (8 bits, with transparency); delete the cache, run again"
+        )
+    rows = np.flatnonzero((image[:, :, 3] > 20).any(axis=1))
+    columns = np.flatnonzero((image[:, :, 3] > 20).any(axis=0))
+    if len(rows) == 0:
+        raise UserError(f"{path}: fully transparent; delete the cache, run again")
+    image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    image[:, :, :3] *= image[:, :, 3:] / 255
+    levels = [_shrink(image, min(1.0, max_side / max(image.shape[:2])))]
+    while min(levels[-1].shape[:2]) >= 16:
+        levels.append(_shrink(levels[-1], 0.5))
+    return [np.round(level).astype(np.uint8) for level in levels]
+
+
+@cache
+def _load_background(root: Path, name: str, short_side: int) -> np.ndarray:
+    """Read a background, uint8 BGR, reduced to a shorter side of `short_side` pixels."""
+    path = root / "backgrounds" / name
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f"{path}: does not decode; delete the cache, run again")
+    return _shrink(image, min(1.0, short_side / min(image.shape[:2])))
+
+
+def _shrink(image: np.ndarray, scale: float) -> np.ndarray:
+    if scale >= 1:
+        return image
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)

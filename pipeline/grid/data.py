@@ -1,0 +1,196 @@
+"""The data of a study: prepared once into shards, in nested parts of the pool."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_json_or_none, write_json
+from pipeline.fingerprint import digest
+from pipeline.grid.fashion_mnist import write_pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARES = (0.1, 0.25, 1.0)  # of the pool that studies ask for; each holds the one before
+_RECIPE_KEYS = {
+    "fashion_mnist": {"num_pool", "num_probe_train", "num_probe_val", "seed"},
+    "photos": {"num_pool", "num_probe_train", "num_probe_val", "seed", "arguments"},
+    "shards": {"pool", "probe_train", "probe_val"},
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Shards, by share of the pool, and what they are as a hash.
+
+    Attributes:
+        name: Of the set in the preset.
+        pools: Share -> shard sets that together hold it.
+        probe_train, probe_val: Labelled shards.
+        digest: Of all shards' SHA-256.
+        overrides: Of the set in the preset: dotted config keys.
+    """
+
+    name: str
+    pools: dict[float, tuple[Path, ...]]
+    probe_train: Path
+    probe_val: Path
+    digest: str
+    overrides: dict[str, Any]
+
+    def check_pool(self, share: float, where: str) -> float:
+        """Return the share.
+
+        Raises:
+            UserError: If the data was not split so.
+        """
+        if share not in self.pools:
+            known = ", ".join(map(str, self.pools))
+            raise UserError(f"grid {where}: data {self.name} has no pool {share}; it has {known}")
+        return share
+
+
+def prepare(name: str, options: Mapping[str, Any], out: Path, say: Say = print) -> StudyData:
+    """Make the shards of a preset's set, or find them made.
+
+    Args:
+        name: Of the set.
+        options: `recipe`, its options, and `overrides`.
+        out: Folder of this set's files.
+        say: Gets a line for each step.
+    Raises:
+        UserError: For unknown recipes and options, or if a step fails.
+    """
+    recipe = options["recipe"]
+    if recipe not in _RECIPE_KEYS:
+        raise UserError(f"data {name}: no recipe {recipe!r}; known are {', '.join(_RECIPE_KEYS)}")
+    settings = {key: value for key, value in options.items() if key not in ("recipe", "overrides")}
+    for key in settings:
+        if key not in _RECIPE_KEYS[recipe]:
+            known = ", ".join(sorted(_RECIPE_KEYS[recipe]))
+            raise UserError(f"data {name}: recipe {recipe} has no option {key!r}; known: {known}")
+    if recipe == "shards":
+        return _given(name, settings, dict(options.get("overrides", {})))
+    stamp = {"recipe": recipe, **settings}
+    if read_json_or_none(out / "data.json") != stamp:
+        if (out / "data.json").exists():
+            raise UserError(f"{out}: holds data made with other options; choose another --out")
+        _make(recipe, settings, out, say)
+        write_json(out / "data.json", stamp)
+    parts = [out / f"pool-{number}" for number in range(len(SHARES))]
+    pools = {share: tuple(parts[: number + 1]) for number, share in enumerate(SHARES)}
+    return _opened(
+        name, pools, out / "probe_train", out / "probe_val", dict(options.get("overrides", {}))
+    )
+
+
+def _given(name: str, settings: Mapping[str, Any], overrides: dict[str, Any]) -> StudyData:
+    missing = sorted({"pool", "probe_train", "probe_val"} - set(settings))
+    if missing:
+        raise UserError(f"data {name}: recipe shards needs {', '.join(missing)}")
+    pool = settings["pool"] if isinstance(settings["pool"], dict) else {1.0: settings["pool"]}
+    pools = {
+        float(share): tuple(
+            Path(p).resolve() for p in ([paths] if isinstance(paths, str) else paths)
+        )
+        for share, paths in pool.items()
+    }
+    train, val = (Path(settings[key]).resolve() for key in ("probe_train", "probe_val"))
+    return _opened(name, pools, train, val, overrides)
+
+
+def _opened(
+    name: str,
+    pools: dict[float, tuple[Path, ...]],
+    probe_train: Path,
+    probe_val: Path,
+    overrides: dict[str, Any],
+) -> StudyData:
+    """Read the indexes for the digest.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    found = {}
+    roles = {str(share): paths for share, paths in pools.items()}
+    roles |= {"probe_train": (probe_train,), "probe_val": (probe_val,)}
+    for role, paths in roles.items():
+        for path in paths:
+            index = read_json_or_none(path / "index.json")
+            if index is None:
+                raise UserError(f"data {name}: {path}/index.json: missing; make shards there first")
+            found.setdefault(role, []).append([shard["sha256"] for shard in index["shards"]])
+    return StudyData(name, pools, probe_train, probe_val, digest(found), overrides)
+
+
+def _make(recipe: str, settings: Mapping[str, Any], out: Path, say: Say) -> None:
+    """Pictures, then shards; the pictures go when the shards are there."""
+    pictures = out / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    say(f"{out.name}: making the pictures ({recipe})")
+    if recipe == "fashion_mnist":
+        write_pictures(pictures, **settings)
+    else:
+        _photos(pictures, settings)
+    _split_pool(pictures / "pool")
+    for part in [f"pool-{number}" for number in range(len(SHARES))]:
+        _run("tools/make_shards.py", pictures / part, out / part, "--labels", "none", "--overwrite")
+    for part in ("train", "val"):
+        _run(
+            "tools/make_shards.py", pictures / "probe" / part, out / f"probe_{part}", "--overwrite"
+        )
+    say(f"{out.name}: shards made")
+    shutil.rmtree(pictures)
+
+
+def _photos(pictures: Path, settings: Mapping[str, Any]) -> None:
+    """Composites of photographs; the labelled detection pictures that come along are few."""
+    numbers = [
+        word
+        for key in ("num_pool", "num_probe_train", "num_probe_val", "seed")
+        if key in settings
+        for word in (f"--{key.replace('_', '-')}", str(settings[key]))
+    ]
+    extra = [str(word) for word in settings.get("arguments", [])]
+    _run("tools/make_dataset.py", "photos", pictures, *numbers, *extra)
+
+
+def _split_pool(pool: Path) -> None:
+    """Move the pictures of the pool into pool-0, pool-1, ..: 10 %, the next 15 %, the rest.
+
+    Names are in no order that matters (numbers of pictures drawn at random), but every k-th is
+    taken all the same, so that each part looks like the whole.
+    """
+    files = sorted(path for path in pool.iterdir() if path.is_file())
+    rest = files
+    taken = 0
+    for number, share in enumerate(SHARES):
+        wanted = round(share * len(files)) - taken
+        stride = len(rest) / max(wanted, 1)
+        chosen = [rest[int(k * stride)] for k in range(wanted)]
+        folder = pool.with_name(f"pool-{number}")
+        folder.mkdir()
+        for path in chosen:
+            path.rename(folder / path.name)
+        gone = set(chosen)
+        rest = [path for path in rest if path not in gone]
+        taken += wanted
+
+
+def _run(script: str, *words: str | Path) -> None:
+    """Run one of our tools.
+
+    Raises:
+        UserError: With its last words, if it fails.
+    """
+    command: Sequence[str] = [sys.executable, str(ROOT / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        raise UserError(f"{script} failed: {' '.join(said).removeprefix('error: ') or 'no reason'}")

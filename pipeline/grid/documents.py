@@ -1,0 +1,120 @@
+"""Tables as markdown, and one picture of all paired differences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.files import write_text
+from pipeline.report.charts import Markup, interval_chart, standalone
+
+DASH = "-"
+PICTURE = "differences.svg"
+COMPARISON_HEAD = (
+    "comparison", "n", "difference", "95 % bootstrap", "95 % Student t", "p (t)", "p (sign)",
+    "p (Holm)", "verdict",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the rows."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs, tables; `is_preliminary` marks what is no result yet."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    is_preliminary: bool = False
+
+
+def write(
+    folder: Path,
+    title: str,
+    sections: Sequence[Section],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> list[Path]:
+    """Write tables.md, and differences.svg where something was compared; returns the files."""
+    paths = [folder / "tables.md"]
+    picture = difference_chart(title, comparisons)
+    text = to_markdown(title, sections)
+    if picture is not None:
+        paths.append(folder / PICTURE)
+        write_text(folder / PICTURE, standalone(picture) + "\n")
+        text += f"![Paired differences]({PICTURE})\n"
+    write_text(paths[0], text)
+    return paths
+
+
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    """The tables for people and repositories."""
+    lines = [f"# {_markdown(title)}", ""]
+    for section in sections:
+        mark = " (PRELIMINARY)" * section.is_preliminary
+        lines += [f"## {_markdown(section.title)}{mark}", ""]
+        for paragraph in section.paragraphs:
+            lines += [_markdown(paragraph), ""]
+        for table in section.tables:
+            lines += [f"{_markdown(table.caption)}:", "", _markdown_row(table.head)]
+            lines.append("|" + "---|" * len(table.head))
+            lines += [*map(_markdown_row, table.rows), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_markdown(cell).replace("|", r"\|") for cell in cells) + " |"
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([*_`<>])", r"\\\1", " ".join(text.split()))
+
+
+def difference_chart(title: str, comparisons: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Differences with their bootstrap intervals; None where there are none."""
+    rows = [(row["name"], row["differences"], row["mean"], row["bootstrap"]) for row in comparisons]
+    return interval_chart(title, rows, "difference, points (bar: bootstrap 95 %)")
+
+
+def comparison_table(caption: str, comparisons: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a comparison."""
+    rows = [
+        (
+            row["name"],
+            str(row["n"]),
+            DASH if row["mean"] is None else f"{row['mean']:+.2f}",
+            *(interval_text(row[key]) for key in ("bootstrap", "student_t")),
+            *(p_text(row[key]) for key in ("p", "p_permutation", "p_holm")),
+            row["verdict"],
+        )
+        for row in comparisons
+    ]
+    return Table(caption, COMPARISON_HEAD, rows)
+
+
+def mean_text(row: Mapping[str, Any] | None) -> str:
+    """`50.3 ± 2.0`; a dash where there is nothing."""
+    if row is None or row["mean"] is None:
+        return DASH
+    return f"{row['mean']:.2f}" + ("" if row["std"] is None else f" ± {row['std']:.2f}")
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """`[+1.20, +2.30]`."""
+    return DASH if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def p_text(p: float | None) -> str:
+    """Three digits after the point."""
+    if p is None:
+        return DASH
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,213 @@
+"""Run one child process: log, progress lines, peak memory, signals; it dies with its parent.
+
+As many threads as one likes may each run a child; the thread that starts one must wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+GRACE_SECONDS = 30.0
+"""Time between passing a signal on and ending the child for good."""
+_MEMORY_EVERY_SECONDS = 2.0
+_PROGRESS_EVERY_SECONDS = 10.0
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_LEASH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("parent_death.py")))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a child process ended; `stopped_by` is the signal that this process passed on."""
+
+    exit_status: int
+    seconds: float
+    peak_memory_bytes: int
+    stopped_by: int | None
+
+    @property
+    def words(self) -> str:
+        """How it ended, as the predicate of a sentence; empty for exit status 0."""
+        if self.exit_status > 0:
+            return f"failed with exit status {self.exit_status}"
+        if self.exit_status == 0:
+            return ""
+        name = signal.Signals(-self.exit_status).name
+        return f"was ended by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
+
+
+class LineLog:
+    """Splits a child's output into lines; progress bars reach the log only now and then."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        """Write lines to `stream`."""
+        self.last_line = ""
+        self._stream = stream
+        self._rest = ""
+        self._progress_at = 0.0
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of output."""
+        pieces = re.split(r"(\r\n|\n|\r(?!\Z))", self._rest + text)
+        for line, end in zip(pieces[0:-1:2], pieces[1::2], strict=True):
+            self._line(line.rstrip("\r"), progress=end == "\r")
+        self._rest = pieces[-1]
+        self.last_line = _ESCAPE.sub("", self._rest).strip() or self.last_line
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Take what came after the last line end as a line."""
+        if self._rest:
+            self._line(self._rest.rstrip("\r"), progress=False)
+            self._rest = ""
+        self._stream.flush()
+
+    def _line(self, line: str, *, progress: bool) -> None:
+        shown = _ESCAPE.sub("", line).strip()
+        if shown:
+            self.last_line = shown
+        now = time.monotonic()
+        if progress and now - self._progress_at < _PROGRESS_EVERY_SECONDS:
+            return
+        if progress:
+            self._progress_at = now
+        if shown or not progress:
+            self._stream.write(_ESCAPE.sub("", line) + "\n")
+
+
+class Child:
+    """One child process in a session of its own, with its output in a log file."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        log: IO[str],
+        environment: Mapping[str, str],
+        keep_open: Sequence[int] = (),
+    ) -> None:
+        """Start the process.
+
+        Args:
+            command: Argument list.
+            folder: Working folder.
+            log: Where its output goes, line by line.
+            environment: Its whole environment.
+            keep_open: File descriptors that it inherits (the run's lock).
+        """
+        self.lines = LineLog(log)
+        self.started = time.monotonic()
+        self.stopped_by: int | None = None
+        self._deadline = float("inf")
+        self._peak_memory_bytes = 0
+        self._memory_at = 0.0
+        self._process = subprocess.Popen(
+            [*_LEASH, str(os.getpid()), *command],
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=tuple(keep_open),
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.started
+
+    def stop(self, signum: int) -> None:
+        """Pass a signal on to the whole group; the second one ends it for good."""
+        again = self.stopped_by is not None
+        self.stopped_by = signum
+        self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
+        self._signal_group(signal.SIGKILL if again else signum)
+
+    def wait(self, on_tick: Callable[[], None]) -> Finished:
+        """Read the output until the process ends; `on_tick` is called a few times a second."""
+        pipe = self._process.stdout
+        assert pipe is not None
+        os.set_blocking(pipe.fileno(), False)
+        with selectors.DefaultSelector() as selector, pipe:
+            selector.register(pipe, selectors.EVENT_READ)
+            while True:
+                open_still = self._read(pipe, selector)
+                ended, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+                if ended:
+                    self._read(pipe, selector)
+                    break
+                self._watch()
+                on_tick()
+                if not open_still:
+                    time.sleep(0.1)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self.lines.close()
+        self._signal_session(signal.SIGKILL)
+        peak = max(self._peak_memory_bytes, usage.ru_maxrss * _rss_unit())
+        return Finished(self._process.returncode, self.seconds, peak, self.stopped_by)
+
+    def _read(self, pipe: IO[bytes], selector: selectors.BaseSelector) -> bool:
+        if not selector.get_map():
+            return False
+        if selector.select(timeout=0.2):
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(pipe.fileno(), 1 << 16):
+                    self.lines.feed(data.decode("utf-8", errors="replace"))
+                selector.unregister(pipe)
+                return False
+        return True
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        if now >= self._deadline:
+            self._deadline = float("inf")
+            self._signal_group(signal.SIGKILL)
+        if now - self._memory_at >= _MEMORY_EVERY_SECONDS:
+            self._memory_at = now
+            used = sum(map(memory_bytes, session_members(self._process.pid)))
+            self._peak_memory_bytes = max(self._peak_memory_bytes, used)
+
+    def _signal_group(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signum)
+
+    def _signal_session(self, signum: int) -> None:
+        for pid in session_members(self._process.pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signum)
+
+
+def session_members(session: int) -> list[int]:
+    """Return the processes of a session, itself included (none where there is no /proc)."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                members.append(int(entry.parent.name))
+    return members
+
+
+def memory_bytes(pid: int) -> int:
+    """Return the proportional memory of a process: shared pages count once among their users."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _rss_unit() -> int:
+    return 1 if sys.platform == "darwin" else 1024

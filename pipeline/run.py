@@ -1,0 +1,299 @@
+"""Runs stages in order: skips what is unchanged, continues what was interrupted, says why.
+
+Neighbours of one group run side by side, each in a thread that waits for its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from common.errors import RunFailed, StoppedBySignal, UserError
+from common.files import inside, remove
+from pipeline import stage_store as records
+from pipeline.fingerprint import (
+    Stage,
+    digest,
+    explain,
+    fingerprint_parts,
+    forget_digests,
+    forget_sources,
+    product_digest,
+)
+from pipeline.parallel import run_in_order, thread_environment
+from pipeline.process import Child, Finished
+from pipeline.progress import Progress, clock
+from pipeline.stage_store import Ledger
+
+_HEARTBEAT_SECONDS = 5.0
+_LOG_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with a stage, and why."""
+
+    action: Literal["skip", "run", "resume", "maybe"]
+    reason: str
+    fingerprint: str = ""
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """Runs a list of stages in one folder.
+
+    Attributes:
+        root: The repository; the stages' working folder.
+        out: The run's folder.
+        go_on_command: What a person types to continue, for messages.
+        parallel: How many stages of one group run side by side.
+    """
+
+    def __init__(
+        self, root: Path, out: Path, go_on_command: Sequence[str], parallel: int = 1
+    ) -> None:
+        """Read the record in `out` if there is one; nothing is written yet."""
+        self.root = root
+        self.out = out
+        self.go_on_command = shlex.join(go_on_command)
+        self.ledger = Ledger(out)
+        self.parallel = parallel
+        self._signals: list[int] = []
+        self._between = threading.Lock()
+
+    def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
+        """Foretell what a run would do; `maybe` is decided by what an earlier stage will make.
+
+        Raises:
+            UserError: If a stage would have to remove something that this pipeline did not make.
+        """
+        forget_digests()
+        decisions: dict[str, Decision] = {}
+        for stage in stages:
+            open_ones = [name for name in stage.upstream if decisions[name].action != "skip"]
+            if self._record(stage) and open_ones:
+                reason = f"only if {open_ones[0]} makes something else than before"
+                decisions[stage.name] = Decision("maybe", reason)
+            else:
+                decisions[stage.name] = self._decide(stage)
+        return decisions
+
+    def run(
+        self,
+        stages: Sequence[Stage],
+        progress: Progress,
+        *,
+        until: str | None = None,
+        before_first: Callable[[], None] = lambda: None,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run what has to run, in order.
+
+        Args:
+            stages: The stages, every one after those that it reads.
+            progress: What a person sees.
+            until: The last stage to run; None runs all.
+            before_first: Called once, when the folder is locked.
+            after_each: Called after every stage, skipped ones included, also after a failure;
+                never twice at once.
+        Raises:
+            RunFailed: If a stage fails; no further one begins, those beside it are let finish.
+            StoppedBySignal: After SIGINT or SIGTERM.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        names = [stage.name for stage in stages]
+        todo = stages if until is None else stages[: names.index(until) + 1]
+        with records.lock(self.out) as descriptor, self._signals_noted():
+            self.ledger.load()  # Another run may have written before the lock was ours.
+            self._note_plan(self.plan(stages))
+            before_first()
+
+            def job(number: int, stage: Stage) -> None:
+                try:
+                    self._do(stage, number, progress, descriptor)
+                finally:
+                    with self._between:
+                        after_each()
+
+            numbered = enumerate(todo, 1)
+            for _, neighbours in itertools.groupby(numbered, lambda n: n[1].group or n[1].name):
+                jobs = [functools.partial(job, number, stage) for number, stage in neighbours]
+                run_in_order(jobs, self.parallel)
+
+    def _do(self, stage: Stage, number: int, progress: Progress, lock_descriptor: int) -> None:
+        self._stop_if_asked()
+        forget_sources()
+        decision = self._decide(stage)
+        if decision.action == "skip":
+            self.ledger.skipped.add(stage.name)
+            self.ledger.update(stage.name, current=True)
+            progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
+        else:
+            progress.start(number, stage.name, decision.reason)
+            try:
+                self._run_stage(stage, decision, progress, lock_descriptor)
+            finally:
+                progress.forget(stage.name)
+
+    def _decide(self, stage: Stage) -> Decision:
+        made = {name: self.ledger.stages.get(name, {}).get("product") for name in stage.upstream}
+        parts = fingerprint_parts(stage, self.root, self.out, made)
+        fingerprint = digest(parts)
+        record = self._record(stage)
+        action: Literal["skip", "run", "resume"] = "run"
+        missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
+        if not record:
+            self._refuse_foreign(stage)
+            reason = "first run"
+        elif record.get("fingerprint") != fingerprint:
+            reason = explain(record.get("parts") or {}, parts)
+        elif record.get("status") == "finished" and not missing:
+            action, reason = "skip", "unchanged"
+        elif record.get("status") == "finished":
+            reason = f"{missing[0]} is missing"
+        elif stage.resumable:
+            action, reason = "resume", "continues where it stopped"
+        else:
+            reason = "did not finish last time"
+        return Decision(action, reason, fingerprint, parts)
+
+    def _refuse_foreign(self, stage: Stage) -> None:
+        for name in (*stage.owns, *stage.outputs):
+            path = inside(self.out, name)
+            if path.exists() or path.is_symlink():
+                raise UserError(
+                    f"{path} exists already but was not made by this pipeline "
+                    f"(stage {stage.name}); move it away or choose another --out"
+                )
+
+    def _note_plan(self, decisions: dict[str, Decision]) -> None:
+        """Note which stages belong to this run, and which records speak of its settings."""
+        self.ledger.data["plan"] = list(decisions)
+        for name, record in self.ledger.stages.items():
+            record["current"] = name in decisions and decisions[name].action == "skip"
+        self.ledger.write()
+
+    def _record(self, stage: Stage) -> dict[str, Any]:
+        return self.ledger.stages.get(stage.name, {})
+
+    def _run_stage(
+        self, stage: Stage, decision: Decision, progress: Progress, lock_descriptor: int
+    ) -> None:
+        resumed = decision.action == "resume"
+        before = self._record(stage).get("seconds") or 0.0 if resumed else 0.0
+        if not resumed:
+            for name in dict.fromkeys((*stage.owns, *stage.outputs)):
+                remove(self.out, name)
+        self.ledger.update(
+            stage.name,
+            fingerprint=decision.fingerprint,
+            parts=decision.parts,
+            status="running",
+            seconds=before,
+            started=records.now(),
+            resumed=resumed,
+            exit_status=None,
+            current=True,
+        )
+        ended = self._run_child(stage, resumed, before, progress, lock_descriptor)
+        missing = [name for name in stage.outputs if not (self.out / name).exists()]
+        good = ended.exit_status == 0 and not missing and ended.stopped_by is None
+        status = "finished" if good else "stopped" if ended.stopped_by else "failed"
+        self.ledger.update(
+            stage.name,
+            status=status,
+            seconds=round(before + ended.seconds, 2),
+            ended=records.now(),
+            exit_status=ended.exit_status,
+            peak_memory_bytes=ended.peak_memory_bytes,
+            product=product_digest(stage, self.out) if good else None,
+        )
+        if good:
+            progress.finish(stage.name, f"finished in {clock(before + ended.seconds)}")
+            return
+        others = "" if self._signals else ", ".join(progress.others(stage.name))
+        hint = f"; no further stage begins, these are let finish: {others}" if others else ""
+        progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
+        self._stop_if_asked()
+        raise RunFailed(self._failure(stage, ended, missing))
+
+    def _run_child(
+        self, stage: Stage, resumed: bool, before: float, progress: Progress, descriptor: int
+    ) -> Finished:
+        command = (*stage.command, *(stage.resume_arguments if resumed else ()))
+        path = self.log_path(stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = thread_environment(self.parallel) if stage.group else {}
+        shown = shlex.join([*(f"{name}={value}" for name, value in own.items()), *command])
+        beat, passed_on = time.monotonic(), 0
+        with path.open("a" if resumed else "w", encoding="utf-8") as log:
+            log.write(f"# {records.now()} {shown}\n")
+            child = Child(
+                command,
+                folder=self.root,
+                log=log,
+                environment=os.environ | {"PYTHONUNBUFFERED": "1"} | own,
+                keep_open=[descriptor],
+            )
+
+            def tick() -> None:
+                nonlocal beat, passed_on
+                for signum in self._signals[passed_on:]:
+                    passed_on += 1
+                    child.stop(signum)
+                progress.tick(stage.name, before + child.seconds, child.lines.last_line)
+                if time.monotonic() - beat > _HEARTBEAT_SECONDS:
+                    beat = time.monotonic()
+                    self.ledger.update(stage.name, seconds=round(before + child.seconds, 2))
+
+            try:
+                return child.wait(tick)
+            except BaseException:
+                child.stop(signal.SIGKILL)
+                raise
+
+    def log_path(self, stage: Stage) -> Path:
+        """Return where the stage's output goes."""
+        return self.out / "logs" / f"{stage.name}.log"
+
+    def _failure(self, stage: Stage, ended: Finished, missing: Sequence[str]) -> str:
+        log = self.log_path(stage)
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        what = ended.words or f"ended without leaving {', '.join(missing)}"
+        tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
+        message = f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
+        message += f"  whole log: {log}\n  to go on: {self.go_on_command}"
+        if stage.resumable:
+            message += f"\n  to start this stage anew, first remove {self.out / stage.owns[0]}"
+        return message
+
+    def _stop_if_asked(self) -> None:
+        if self._signals:
+            name = signal.Signals(self._signals[0]).name
+            message = f"stopped by {name}\n  to go on: {self.go_on_command}"
+            raise StoppedBySignal(self._signals[0], message)
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM; every thread passes them on to its own child."""
+
+        def note(signum: int, _frame: FrameType | None) -> None:
+            self._signals.append(signum)
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

@@ -1,0 +1,85 @@
+"""The few collective operations that pretraining needs; all are the identity in one process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed.nn import functional as dist_functional
+
+from pretrain.engine import rendezvous as roll_call
+
+
+def is_on() -> bool:
+    """Whether a process group of more than one process is up."""
+    return torch_dist.is_available() and torch_dist.is_initialized() and world_size() > 1
+
+
+def world_size() -> int:
+    """Processes in the group; 1 without a group."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number in the group; 0 without a group."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def start(device_type: str) -> None:
+    """Join the group that torchrun describes in the environment, if there is one.
+
+    Raises:
+        UserError: If the processes do not meet (roll_call.py).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        roll_call.join("nccl" if device_type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leave the group."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if is_on():
+        torch_dist.barrier()
+
+
+def local_rows(num_local: int) -> slice:
+    """Where this process's rows stand in a gathered batch of equal parts."""
+    return slice(rank() * num_local, (rank() + 1) * num_local)
+
+
+def gather(x: Tensor) -> Tensor:
+    """All processes' rows in rank order, with gradient: [n, d] -> [world_size * n, d]."""
+    if not is_on():
+        return x
+    return torch.cat(dist_functional.all_gather(x.contiguous()))
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over the processes, without gradient."""
+    x = x.detach()
+    if is_on():
+        x = x.clone()
+        torch_dist.all_reduce(x)
+    return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean over the processes, without gradient."""
+    return total(x) / world_size() if is_on() else x.detach()
+
+
+def highest(x: Tensor) -> Tensor:
+    """Largest value over the processes, without gradient."""
+    x = x.detach().clone()
+    if is_on():
+        torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX)
+    return x

@@ -1,0 +1,140 @@
+"""Make one shard: the job of one worker process."""
+
+import errno
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from common.errors import UserError, printable
+from common.files import write_atomically, write_json
+from common.pictures import BadPicture
+from pretrain.data.index.tar_index import Entry, to_table
+from pretrain.data.pack.picture_bytes import prepare
+from pretrain.data.pack.plan import ShardOptions, ShardPlan
+
+PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
+_TAR_BLOCK = 512
+
+
+def write_shard(
+    plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: int
+) -> dict[str, Any]:
+    """Make one shard and leave its part of the index; both appear by rename.
+
+    Raises:
+        UserError: If more than `max_bad` of its pictures are bad, or the disk is full.
+    """
+    skipped: list[dict[str, str]] = []
+    entries: list[Entry] = []
+
+    hashing = _HashingStream()
+
+    def write(stream: BinaryIO) -> None:
+        hashing.stream = stream
+        entries.extend(_write_tar(hashing, plan, options, max_bad, skipped))
+
+    try:
+        write_atomically(folder / plan.name, write)
+        part = {
+            "fingerprint": plan.fingerprint,
+            "name": plan.name,
+            "num_samples": len(entries),
+            "bytes": hashing.num_bytes,
+            "sha256": hashing.digest.hexdigest(),
+            "skipped": skipped,
+        }
+        table = to_table([entries])
+        write_atomically(folder / PARTS / f"{plan.name}.npy", lambda file: np.save(file, table))
+        write_json(folder / PARTS / f"{plan.name}.json", part)
+        return part
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+def read_part(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
+    """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
+    try:
+        part = json.loads((folder / PARTS / f"{plan.name}.json").read_text(encoding="utf-8"))
+        is_whole = (folder / plan.name).stat().st_size == part["bytes"]
+    except (OSError, ValueError):
+        return None
+    return part if is_whole and part["fingerprint"] == plan.fingerprint else None
+
+
+class _HashingStream:
+    """A file that only grows, with its SHA-256."""
+
+    stream: BinaryIO
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self.stream.write(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+
+def _write_tar(
+    stream: _HashingStream,
+    plan: ShardPlan,
+    options: ShardOptions,
+    max_bad: int,
+    skipped: list[dict[str, str]],
+) -> list[Entry]:
+    entries = []
+    with tarfile.open(fileobj=cast(BinaryIO, stream), mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for picture, key in zip(plan.pictures, plan.keys, strict=True):
+            try:
+                suffix, data = prepare(picture.path, options.resize_short, options.quality)
+            except BadPicture as error:
+                skipped.append({"file": printable(picture.name), "reason": printable(str(error))})
+                check_bad(skipped, max_bad)
+                continue
+            _add(tar.addfile, f"{key}.{suffix}", data)
+            padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
+            entries.append(Entry(key, stream.num_bytes - padded, len(data), picture.label))
+            if picture.label >= 0:
+                _add(tar.addfile, f"{key}.cls", str(picture.label).encode())
+    return entries
+
+
+def _add(addfile: Callable[[tarfile.TarInfo, BinaryIO], None], name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    addfile(member, io.BytesIO(data))
+
+
+def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
+    """Stop if more pictures were left out than allowed.
+
+    Raises:
+        UserError: Naming up to ten of them, and the remedy.
+    """
+    if len(skipped) > max_bad:
+        shown = "\n".join(f"  {item['reason']}" for item in skipped[:10])
+        raise UserError(
+            f"{len(skipped)} pictures cannot be used, allowed are {max_bad}:\n{shown}\n"
+            "repair or remove them, or allow more with --max-bad N to leave them out; then run "
+            "the command again"
+        )
+
+
+def disk_error(error: OSError, folder: Path) -> Exception:
+    """What to raise for an OSError while writing: a UserError where the user can do something."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); choose another "
+            "folder"
+        )
+    return error

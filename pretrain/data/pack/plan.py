@@ -1,0 +1,222 @@
+"""Which picture goes into which shard under which key: a function of pictures and options."""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from common.errors import UserError
+from pretrain.data.order import stable_hash
+from pretrain.data.pack.picture_bytes import shrink_ratio
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")
+_MAX_KEY_LENGTH = 90  # with a suffix, a plain tar header holds 100 characters
+_OVERHEAD = 2048  # bytes of tar headers and padding per sample, at most
+_STAT_THREADS = 16  # a network file system answers many at once
+_STAT_CHUNK = 4096  # files per thread and turn
+_MORE_SHARDS = 12  # attempts, each with a percent more shards, to keep all below their limits
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePicture:
+    """A picture to pack.
+
+    Attributes:
+        path: Where the file is.
+        name: Its path relative to the source, with slashes; the sample's key is made of it.
+        label: Class number, -1 for none.
+    """
+
+    path: str
+    name: str
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How shards are made; everything here changes their bytes.
+
+    Attributes:
+        max_samples_per_shard: Most samples in one shard.
+        shard_size_mb: Most bytes in one shard (10^6), as far as the sources' sizes tell; a single
+            larger picture gets a shard of its own.
+        resize_short: Shrink pictures to this short side in pixels; None keeps the bytes as they
+            are.
+        quality: JPEG quality of shrunk pictures.
+        shuffle_seed: Seed of the order of samples over all shards; None keeps the order of names.
+    """
+
+    max_samples_per_shard: int = 1000
+    shard_size_mb: float = 256.0
+    resize_short: int | None = None
+    quality: int = 90
+    shuffle_seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.max_samples_per_shard < 1:
+            raise UserError(f"{self.max_samples_per_shard} samples per shard: must be at least 1")
+        if not self.shard_size_mb > 0:
+            raise UserError(f"shard size {self.shard_size_mb} MB: must be above 0")
+        if self.resize_short is not None and self.resize_short < 1:
+            raise UserError(f"short side {self.resize_short}: must be at least 1 pixel")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"JPEG quality {self.quality}: must be from 1 to 100")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One shard to make.
+
+    Attributes:
+        name: File name of the tar.
+        pictures: What goes in, in this order.
+        keys: WebDataset key of each.
+        fingerprint: Hash of all that decides the shard's bytes, as far as names and sizes tell.
+        estimated_bytes: About how large the tar becomes.
+    """
+
+    name: str
+    pictures: tuple[SourcePicture, ...]
+    keys: tuple[str, ...]
+    fingerprint: str
+    estimated_bytes: int
+
+
+def make_plan(pictures: Sequence[SourcePicture], options: ShardOptions) -> list[ShardPlan]:
+    """Divide pictures into shards of nearly equal size.
+
+    Args:
+        pictures: With unique names; their order does not matter.
+        options: How shards are made.
+    Raises:
+        UserError: If there is no picture, or a name occurs twice.
+    """
+    if not pictures:
+        raise UserError("no pictures to pack")
+    ordered = sorted(pictures, key=lambda picture: picture.name)
+    keys = make_keys([picture.name for picture in ordered])
+    order = _order([picture.name for picture in ordered], options.shuffle_seed)
+    ordered, keys = [ordered[i] for i in order], [keys[i] for i in order]
+    sizes = _file_sizes([picture.path for picture in ordered])
+    ratio = shrink_ratio([p.path for p in ordered], options.resize_short, options.quality)
+    stored = (sizes * ratio).astype(np.int64) + _OVERHEAD
+    bounds = split_evenly(stored, options)
+    totals = np.add.reduceat(stored, bounds[:-1])
+    return [
+        ShardPlan(
+            name=f"shard-{number:06d}.tar",
+            pictures=tuple(ordered[start:end]),
+            keys=tuple(keys[start:end]),
+            fingerprint=_fingerprint(ordered[start:end], sizes[start:end], options),
+            estimated_bytes=int(totals[number]),
+        )
+        for number, (start, end) in enumerate(pairwise(bounds))
+    ]
+
+
+def _order(names: list[str], seed: int | None) -> Sequence[int]:
+    """Order of the samples over all shards, as positions in `names`, which is sorted."""
+    if seed is None:
+        return range(len(names))
+    hashes = b"".join(stable_hash("shard order", seed, name) for name in names)
+    first, second = np.frombuffer(hashes, dtype=">u8").reshape(-1, 2).T
+    return np.lexsort((second, first)).tolist()
+
+
+def split_evenly(stored_bytes: np.ndarray, options: ShardOptions) -> list[int]:
+    """Where shards begin and end, so that all are about equally full and none is over a limit.
+
+    A sample fills a shard by the larger of its share of the bytes and of the number allowed. That
+    many shards as all samples together fill are taken, and their bounds are put at equal steps of
+    the filling. Where chance still lifts a shard over a limit a few more shards are taken; where
+    that does not help (pictures that are not much smaller than a shard) such a shard is halved.
+
+    Args:
+        stored_bytes: int64 [n] bytes that each sample takes, in order; n > 0.
+        options: The two limits.
+    Returns:
+        Bounds 0 = b_0 < b_1 < .. < n; shard k holds samples b_k to b_(k+1) - 1.
+    """
+    limit = options.shard_size_mb * 1e6
+    filling = np.maximum(stored_bytes / limit, 1 / options.max_samples_per_shard)
+    filled = np.cumsum(filling)  # one after the other, so the same on every machine; sum() is not
+    middle, total = filled - filling / 2, float(filled[-1])
+    num_shards, bounds = max(1, int(np.ceil(total - 1e-6))), [0]
+    for _ in range(_MORE_SHARDS):
+        number = np.floor(middle * (num_shards / total))
+        bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(filling)]
+        if not _too_full(bounds, stored_bytes, limit, options.max_samples_per_shard):
+            return bounds
+        num_shards += max(1, num_shards // 100)
+    while full := _too_full(bounds, stored_bytes, limit, options.max_samples_per_shard):
+        halves = [(bounds[k] + bounds[k + 1]) // 2 for k in full]
+        bounds = sorted([*bounds, *halves])
+    return bounds
+
+
+def _too_full(bounds: list[int], stored_bytes: np.ndarray, limit: float, most: int) -> list[int]:
+    """Numbers of the shards above a limit that could be made smaller."""
+    counts = np.diff(bounds)
+    totals = np.add.reduceat(stored_bytes, bounds[:-1])
+    return np.flatnonzero((counts > most) | ((totals > limit) & (counts > 1))).tolist()
+
+
+def _fingerprint(pictures: list[SourcePicture], sizes: np.ndarray, options: ShardOptions) -> str:
+    digest = hashlib.sha256(repr(sorted(asdict(options).items())).encode())
+    for picture, size in zip(pictures, sizes.tolist(), strict=True):
+        digest.update(stable_hash(picture.name, picture.label, size))
+    return digest.hexdigest()
+
+
+def _file_sizes(paths: list[str]) -> np.ndarray:
+    """Bytes of each file, int64; 0 for one that is not there: told when its turn comes."""
+    chunks = [paths[i : i + _STAT_CHUNK] for i in range(0, len(paths), _STAT_CHUNK)]
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return np.concatenate(list(pool.map(_sizes_of, chunks)))
+
+
+def _sizes_of(paths: list[str]) -> np.ndarray:
+    sizes = np.zeros(len(paths), dtype=np.int64)
+    for i, path in enumerate(paths):
+        try:
+            sizes[i] = os.stat(path).st_size
+        except OSError:
+            continue
+    return sizes
+
+
+def make_keys(names: Sequence[str]) -> list[str]:
+    """WebDataset keys for relative paths: the path without its suffix, in safe characters.
+
+    A name that had to be changed or shortened, or whose key another one would share (a.jpg and
+    a.png), gets a hash of the whole name appended.
+
+    Raises:
+        UserError: If a name occurs twice.
+    """
+    stems = [os.path.splitext(name)[0] for name in names]
+    plain = [_UNSAFE.sub("_", stem) for stem in stems]
+    shared = Counter(
+        key.lower() for key in plain
+    )  # also told apart where a file system ignores case
+    keys = []
+    for name, stem, key in zip(names, stems, plain, strict=True):
+        if (
+            key != stem
+            or len(key) > _MAX_KEY_LENGTH
+            or shared[key.lower()] > 1
+            or key.startswith("/")
+        ):
+            tail = key.strip("/")[-(_MAX_KEY_LENGTH - 17) :].lstrip("/")
+            key = f"{tail}-{stable_hash(name, num_bytes=8).hex()}"
+        keys.append(key)
+    if len(set(keys)) != len(keys):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{twice}: listed twice; each picture may occur once")
+    return keys

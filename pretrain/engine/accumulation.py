@@ -1,0 +1,241 @@
+"""The gradients of one optimiser step: in one pass, or over micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from common.errors import require
+from pretrain import collectives as dist
+from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
+from pretrain.features.row_random import RowRandom
+from pretrain.model.adversarial import perturb
+from pretrain.model.joint_embedding import FAContrastive, StepOutput, Views
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Accumulates the gradients of a batch into the parameters' ``grad``.
+
+    Args:
+        model: The assembly.
+        forward: The online network, or DDP around it.
+        optim: ``micro_batch_size`` (of all processes together; 0: no micro-batches) and
+            ``accumulation``.
+        autocast: A fresh context for every forward pass.
+        scale: The loss that backward is called on, where fp16 needs another; gradients stay scaled.
+
+    Raises:
+        UserError: If the micro-batches cannot be shared out among the processes.
+    """
+
+    model: FAContrastive
+    forward: nn.Module
+    optim: OptimConfig
+    autocast: Callable[[], contextlib.AbstractContextManager]
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss
+
+    def __post_init__(self) -> None:
+        size, world_size = self.optim.micro_batch_size, dist.world_size()
+        require(
+            size % world_size == 0,
+            f"optim.micro_batch_size ({size}) counts the rows of all processes: it must be a "
+            f"multiple of their number, {world_size}",
+        )
+
+    def compute(
+        self, views: Views, generator: Callable[[], torch.Generator], progress: float
+    ) -> list[StepOutput]:
+        """One output for each micro-batch; the first one's loss is that of the whole local batch.
+
+        Args:
+            views: This process's part of the batch.
+            generator: Makes FA's generator of this step afresh.
+            progress: Share of the training that is done.
+        """
+        parts = self._parts(views)
+        if len(parts) == 1:
+            with record_function("forward"), self.autocast():
+                output = self.model.step(views, generator(), self.forward, progress=progress)
+            with record_function("backward"):
+                self.scale(output.loss).backward()
+            return [output]
+        if self.optim.accumulation == "plain":
+            return self._plain(views, parts, generator, progress)
+        return [self._cached(views, parts, generator, progress)]
+
+    def attacked(
+        self,
+        views: Views,
+        generator: Callable[[], torch.Generator],
+        progress: float,
+        adversarial: AdversarialConfig,
+        data: DataConfig,
+    ) -> Views:
+        """The views with view 1 changed to raise the loss (``adversarial.epsilon``; 0: as it is).
+
+        The loss as gradients see it: a target without gradient counts as fixed, so it is view 1's
+        prediction of view 2 that gets worse. Each micro-batch is attacked by its own loss. The
+        search leaves BN statistics, global random state and parameters' gradients as they were;
+        queues are only read.
+        """
+        if adversarial.epsilon == 0:
+            return views
+        views, state = views.clone(), _random_state(views.device)
+        ema = self.model.ema or nn.Module()
+        for part in self._parts(views):
+            _set_random_state(state, views.device)
+            with _kept_buffers(self.model.online), _kept_buffers(ema):
+                loss_of = self._loss_of_view_1(views, part, generator, progress)
+                views[0, part] = perturb(
+                    loss_of, views[0, part],
+                    epsilon=adversarial.epsilon, num_steps=adversarial.num_steps,
+                    step_size=adversarial.step_size,
+                    pixel_mean=data.pixel_mean, pixel_std=data.pixel_std,
+                )  # fmt: skip
+        _set_random_state(state, views.device)
+        return views
+
+    def _loss_of_view_1(
+        self,
+        views: Views,
+        part: slice,
+        generator: Callable[[], torch.Generator],
+        progress: float,
+    ) -> Callable[[Tensor], Tensor]:
+        """The loss of a micro-batch as a function of view 1, with the same draws at every look."""
+        with self.autocast():
+            t = self.model.ema_projections(views[:, part])
+        state, second = _random_state(views.device), views[1, part]
+
+        def loss_of(first: Tensor) -> Tensor:
+            _set_random_state(state, first.device)
+            random = self._random(generator(), part, views.shape[1])
+            compare = self.model.comparison(t, random, progress)
+            with self.autocast():
+                return self.model.online(torch.stack([first, second]), compare).loss
+
+        return loss_of
+
+    def _parts(self, views: Views) -> list[slice]:
+        """The local rows of each micro-batch."""
+        n = views.shape[1]
+        size = self.optim.micro_batch_size // dist.world_size() or n
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def _plain(
+        self,
+        views: Views,
+        parts: list[slice],
+        generator: Callable[[], torch.Generator],
+        progress: float,
+    ) -> list[StepOutput]:
+        """The loss is a mean over samples: each micro-batch adds its share."""
+        outputs, total = [], torch.zeros((), device=views.device)
+        for part in parts:
+            random = self._random(generator(), part, views.shape[1])
+            with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
+                t = self.model.ema_projections(views[:, part])
+                compare = self.model.comparison(t, random, progress)
+                output = self.forward(views[:, part], compare)
+                share = output.loss / len(parts)
+            with record_function("backward"), self._sync(part is parts[-1]):
+                self.scale(share).backward()
+            total += share.detach()
+            outputs.append(replace(output, loss=output.loss.detach()))
+        outputs[0] = replace(outputs[0], loss=total)
+        return outputs
+
+    def _cached(
+        self,
+        views: Views,
+        parts: list[slice],
+        generator: Callable[[], torch.Generator],
+        progress: float,
+    ) -> StepOutput:
+        """Cached gradients (GradCache, arXiv 2101.06983): the loss sees the whole batch.
+
+        First pass, without graph: all projections. Then FA, predictor and loss on the whole
+        batch, which leave gradients at the projections. Second pass, with graph: each micro-batch's
+        projections again, from the same random state, and the cached gradient through them. BN
+        statistics of the online network are those of the second pass alone.
+        """
+        with (
+            record_function("forward"),
+            torch.no_grad(),
+            self.autocast(),
+            _kept_buffers(self.model.online),
+        ):
+            z, states = [], []
+            for part in parts:
+                states.append(_random_state(views.device))
+                z.append(self.model.online(views[:, part], _as_it_is))
+            online = [self.model.ema_projections(views[:, part]) for part in parts]
+        t = None if online[0] is None else torch.cat([x for x in online if x is not None], dim=1)
+        cached = torch.cat(z, dim=1).requires_grad_()
+        random = self._random(generator(), slice(0, views.shape[1]), views.shape[1])
+        with record_function("forward"), self.autocast():
+            output = self.model.comparison(t, random, progress)(cached)
+        with record_function("backward"):
+            self.scale(output.loss).backward()
+        assert cached.grad is not None
+        after = _random_state(views.device)
+        for part, state in zip(parts, states, strict=True):
+            _set_random_state(state, views.device)
+            with self._sync(part is parts[-1]):
+                with record_function("forward"), self.autocast():
+                    again = self.forward(views[:, part], _as_it_is)
+                surrogate = (again.float() * cached.grad[:, part].float()).sum()
+                with record_function("backward"):
+                    (surrogate + self._touch_heads()).backward()
+        _set_random_state(after, views.device)
+        return output
+
+    def _touch_heads(self) -> Tensor:
+        """Zero, with a graph to the heads behind z: DDP waits for every parameter's gradient."""
+        heads = [self.model.online.predictor, self.model.online.prototypes]
+        parameters = [p for head in heads if head is not None for p in head.parameters()]
+        zero = torch.zeros((), device=next(self.model.online.parameters()).device)
+        return zero + sum(0 * p.sum() for p in parameters) if parameters else zero
+
+    def _random(self, generator: torch.Generator, part: slice, num_local: int) -> RowRandom:
+        first = dist.local_rows(num_local).start
+        rows = slice(first + part.start, first + part.stop)
+        return RowRandom(generator, rows, num_local * dist.world_size())
+
+    def _sync(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """DDP averages gradients in the last backward pass only."""
+        if isinstance(self.forward, DistributedDataParallel) and not is_last:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+
+def _as_it_is(z: Tensor) -> Tensor:
+    return z
+
+
+@contextlib.contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """BN statistics as before, whatever passes through."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    yield
+    for buffer, value in before:
+        buffer.copy_(value)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the global generators, which dropout draws from."""
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_gpu
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,170 @@
+"""Several linear classifiers on the same features, one for each learning rate, trained at once.
+
+Their weights are one tensor, so that a step is two matrix products whatever their number. Gradients
+are written out (softmax minus one-hot): nothing is kept for a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pretrain import collectives as dist
+from pretrain.evaluation.linear.config import LinearConfig
+
+
+class LinearHeads:
+    """``len(rates)`` classifiers that start from the same weights and differ in their rate only.
+
+    SGD as torch.optim.SGD without dampening, LARS as ``pretrain.engine.optim.LARS``, each
+    classifier's weight and bias being layers of their own. Under torchrun all processes hold the
+    same: gradients are summed over them.
+
+    Args:
+        config: Optimiser, momentum, decay, start.
+        dim: Of the features.
+        num_classes: Of the labels.
+        rates: Peak learning rate of each classifier.
+        device: Where they are.
+    Attributes:
+        weight: float32 [heads, classes, dim].
+        bias: float32 [heads, classes].
+    """
+
+    def __init__(
+        self,
+        config: LinearConfig,
+        dim: int,
+        num_classes: int,
+        rates: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        start = torch.randn(num_classes, dim, generator=generator) * config.init_std
+        self.weight = start.to(device).repeat(len(rates), 1, 1)
+        self.bias = torch.zeros(len(rates), num_classes, device=device)
+        self._momentum = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self._rates = torch.tensor(list(rates), dtype=torch.float32, device=device)
+
+    def logits(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n heads classes"]:
+        """Of every classifier."""
+        heads, classes, dim = self.weight.shape
+        flat = torch.addmm(self.bias.view(-1), features, self.weight.view(heads * classes, dim).T)
+        return flat.view(len(features), heads, classes)
+
+    @torch.no_grad()
+    def step(
+        self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], lr_factor: float
+    ) -> Float[Tensor, " heads"]:
+        """One optimiser step of all classifiers on one batch.
+
+        Args:
+            features: This process's part of the batch, float32; all parts have the same length.
+            labels: Of these rows.
+            lr_factor: What the schedule makes of the peak rates.
+        Returns:
+            Mean cross-entropy of each classifier before the step, of this process's part.
+        """
+        n, (heads, classes, dim) = len(labels), self.weight.shape
+        flat = self.weight.view(heads * classes, dim)
+        logits = torch.addmm(self.bias.view(-1, 1), flat, features.T).view(heads, classes, n)
+        own = labels.view(1, 1, n).expand(heads, 1, n)
+        losses = -logits.log_softmax(dim=1).gather(1, own).mean(dim=(1, 2))
+        # Classes before samples: a softmax along the last, short dimension takes ten times as long.
+        delta = logits.softmax(dim=1)
+        delta.scatter_add_(1, own, delta.new_full((1, 1, 1), -1.0).expand_as(own))
+        delta = delta.div_(n * dist.world_size()).view(heads * classes, n)
+        gradients = [(delta @ features).view(heads, classes, dim), delta.sum(dim=1).view(heads, -1)]
+        if dist.is_on():
+            gradients = [dist.total(gradient) for gradient in gradients]
+        self._update(gradients, lr_factor)
+        return losses
+
+    def _update(self, gradients: list[Tensor], lr_factor: float) -> None:
+        config, rates = self._config, self._rates * lr_factor
+        for w, g, kept in zip((self.weight, self.bias), gradients, self._momentum, strict=True):
+            per_head = (-1, *[1] * (w.ndim - 1))
+            if config.weight_decay:
+                g = g.add(w, alpha=config.weight_decay)
+            if config.optimizer == "lars":
+                w_norm, g_norm = (x.flatten(1).norm(dim=1) for x in (w, g))
+                ratio = config.lars_eta * w_norm / g_norm
+                ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio))
+                g = g * ratio.view(per_head)
+            kept.mul_(config.momentum).add_(g)
+            change = g + config.momentum * kept if config.nesterov else kept
+            w.sub_(change * rates.view(per_head))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and momentum."""
+        return {"weight": self.weight, "bias": self.bias, "momentum": self._momentum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        own = (self.weight, self.bias, *self._momentum)
+        for mine, saved in zip(
+            own, (state["weight"], state["bias"], *state["momentum"]), strict=True
+        ):
+            mine.copy_(saved)
+
+
+class Score:
+    """How often each classifier is right, counted batch by batch.
+
+    Args:
+        num_heads: Classifiers.
+        num_classes: Of the labels.
+        device: Where logits come from.
+    """
+
+    TOP = 5
+
+    def __init__(self, num_heads: int, num_classes: int, device: torch.device) -> None:
+        self._right = torch.zeros(num_heads, num_classes, dtype=torch.int64, device=device)
+        self._right_top = torch.zeros_like(self._right)
+        self._seen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, logits: Float[Tensor, "n heads classes"], labels: Int[Tensor, " n"]) -> None:
+        """Count one batch; a classifier whose logits are not finite is wrong."""
+        logits = logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+        own = logits.gather(2, labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1))
+        # Its place: classes with a higher logit, and of equal ones those with a lower number.
+        numbers = torch.arange(logits.shape[2], device=labels.device)
+        is_before = (logits > own) | ((logits == own) & (numbers < labels.view(-1, 1, 1)))
+        place = is_before.sum(dim=2)
+        finite = own.squeeze(2).isfinite()
+        for counts, top in ((self._right, 1), (self._right_top, self.TOP)):
+            right = ((place < top) & finite).to(torch.int64)
+            counts.index_add_(1, labels, right.T)
+        self._seen.index_add_(0, labels, torch.ones_like(labels))
+
+    def figures(self) -> dict[str, Any]:
+        """Over all processes: ``n``, ``top1`` and ``top5`` [heads], ``per_class`` [heads][classes].
+
+        A class without samples has None; ``top5`` is None where there are no more than 5 classes.
+        """
+        right, top, seen = (dist.total(x).cpu() for x in (self._right, self._right_top, self._seen))
+        n = int(seen.sum())
+        share = right.double() / seen.clamp_min(1)
+        per_class = [
+            [value if num else None for value, num in zip(row, seen.tolist(), strict=True)]
+            for row in share.tolist()
+        ]
+        is_top_known = len(seen) > self.TOP
+        return {
+            "n": n,
+            "top1": (right.sum(dim=1).double() / max(n, 1)).tolist(),
+            "top5": (top.sum(dim=1).double() / max(n, 1)).tolist() if is_top_known else None,
+            "per_class": per_class,
+        }
+
+
+def best(top1: Sequence[float], rates: Sequence[float]) -> int:
+    """The classifier with the highest accuracy; of equal ones the one with the lowest rate."""
+    return min(range(len(rates)), key=lambda i: (-top1[i], rates[i]))

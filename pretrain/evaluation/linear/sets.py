@@ -1,0 +1,209 @@
+"""Which samples are trained on, which select the rate, and which are only looked at in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import write_text
+from pretrain.data.augment import draw_uniforms
+from pretrain.data.index.shards import ShardIndex
+from pretrain.data.index.subset import Subset
+from pretrain.evaluation.linear.config import LinearConfig
+
+_NUM_SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Labelled samples.
+
+    Attributes:
+        train: Shards of the training set.
+        val: Shards of the validation set, which decides nothing.
+        num_classes: Of both.
+        fitted: int64 [n], numbers in ``train`` of the samples that are trained on.
+        held_out: int64 [m], those that select the rate; none where there is nothing to select.
+    """
+
+    train: ShardIndex
+    val: ShardIndex
+    num_classes: int
+    fitted: np.ndarray
+    held_out: np.ndarray
+
+    @property
+    def chosen(self) -> Subset:
+        """All training samples whose labels are used, those that are held out too."""
+        return Subset(self.train, np.concatenate([self.fitted, self.held_out]))
+
+    def close(self) -> None:
+        """Close the open shards."""
+        self.train.close()
+        self.val.close()
+
+
+def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
+    """Open and check both sets, choose the subset, and hold a part of it out.
+
+    Raises:
+        UserError: Samples without labels, other classes in the two sets, a subset list that does
+            not fit, too few samples to hold any out.
+    """
+    train_index, val_index = ShardIndex.open(train), ShardIndex.open(val)
+    for option, index in (("--train", train_index), ("--val", val_index)):
+        unlabelled = int((index.labels < 0).sum())
+        if unlabelled or index.num_samples == 0:
+            raise UserError(
+                f"{option} {index.name}: {unlabelled} of {index.num_samples} samples have no "
+                "label; make the shards of class folders with tools/make_shards.py"
+            )
+    _check_classes(train_index, val_index)
+    labels = train_index.labels
+    num_classes = int(max(labels.max(), val_index.labels.max())) + 1
+    if train_index.classes is not None:
+        num_classes = len(train_index.classes)
+    chosen = np.arange(len(labels))
+    if config.subset_list is not None:
+        chosen = listed(train_index, Path(config.subset_list))
+    elif config.fraction < 1:
+        chosen = balanced(labels, _keys(train_index), config.fraction, seed=config.seed)
+    held_out = np.empty(0, np.int64)
+    if config.protocol != "knn" and config.needs_holdout:
+        keys = _keys(train_index)[chosen]
+        held_out = chosen[stratified(labels[chosen], keys, config.holdout, seed=config.seed)]
+        if len(held_out) == 0:
+            raise UserError(
+                f"holdout={config.holdout}: no class of {train_index.name} has the two samples "
+                f"that it takes to hold one out ({len(chosen)} are chosen); use more labels, or a "
+                "single rate in lrs"
+            )
+    return Sets(
+        train_index, val_index, num_classes, np.setdiff1d(chosen, held_out), np.sort(held_out)
+    )
+
+
+def _keys(index: ShardIndex) -> np.ndarray:
+    return index.samples["key"].astype(np.uint64).view(np.int64)
+
+
+def _check_classes(train: ShardIndex, val: ShardIndex) -> None:
+    if train.classes != val.classes:
+        raise UserError(
+            f"classes differ: --train {train.name} has {_shown(train.classes)}, --val {val.name} "
+            f"has {_shown(val.classes)}; make both of the same class folders"
+        )
+    unseen = np.setdiff1d(val.labels, train.labels)
+    if len(unseen):
+        names = [train.classes[i] for i in unseen] if train.classes else unseen.tolist()
+        raise UserError(
+            f"--val {val.name} has {_shown(names)}, of which --train {train.name} has no sample; "
+            "nothing can be learnt of that class"
+        )
+
+
+def _shown(names: Sequence[object] | None) -> str:
+    if names is None:
+        return "no class names"
+    listed = ", ".join(str(name) for name in names[:_NUM_SHOWN])
+    return f"{len(names)} classes ({listed}{', ..' if len(names) > _NUM_SHOWN else ''})"
+
+
+def balanced(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -> np.ndarray:
+    """The same number of samples of each class, a function of (seed, keys) alone.
+
+    Each class gives round(share * samples / classes), or all it has. A sample's rank within its
+    class does not depend on the share: the samples of 1 % are among those of 10 %.
+
+    Args:
+        labels: int64 [n].
+        keys: int64 [n], hashed names of the samples.
+        share: Of all samples, above 0 and below 1.
+        seed: Another seed, another subset.
+    Returns:
+        int64, ascending positions in ``labels``.
+    Raises:
+        UserError: If that is less than one sample a class.
+    """
+    classes = np.unique(labels)
+    each = round(share * len(labels) / len(classes))
+    if each < 1:
+        raise UserError(
+            f"fraction={share:g} of {len(labels)} samples is less than one sample for each of "
+            f"{len(classes)} classes; use at least {len(classes) / len(labels):.3g}"
+        )
+    return np.flatnonzero(_rank_in_class(labels, keys, "label-fraction", seed) < each)
+
+
+def stratified(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -> np.ndarray:
+    """About the same share of each class, at least one of every class with two samples.
+
+    Args and result as ``balanced``.
+    """
+    counts = np.bincount(labels)
+    due = np.maximum(np.rint(share * counts), 1).astype(np.int64)
+    due = np.minimum(due, counts - 1)  # one stays to be trained on
+    rank = _rank_in_class(labels, keys, "held-out", seed)
+    return np.flatnonzero(rank < due[labels])
+
+
+def _rank_in_class(labels: np.ndarray, keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
+    """Place of each sample in a random order of its class, from 0; int64 [n]."""
+    draws = draw_uniforms(purpose, keys, 0, 1, seed=seed, view_index=0)[0]
+    order = np.lexsort((keys, draws, labels))
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
+    lengths = np.diff(starts, append=len(order))
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(starts, lengths)
+    return rank
+
+
+def listed(index: ShardIndex, path: Path) -> np.ndarray:
+    """The samples that a file names, one a line: official 1 % and 10 % lists, or one of ours.
+
+    A line is a sample's key, or the last part of it; a suffix (``.JPEG``) is left out, as keys have
+    none. Reads the headers of all shards.
+
+    Returns:
+        int64, ascending.
+    Raises:
+        UserError: File missing or empty, or a line that names no sample, or several.
+    """
+    if not path.is_file():
+        raise UserError(f"subset list {path} does not exist")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    wanted = {line for line in lines if line and not line.startswith("#")}
+    by_name: dict[str, list[int]] = {}
+    for sample in range(index.num_samples):
+        key = index.key_name(sample)
+        for name in {key, key.rpartition("/")[2]}:
+            by_name.setdefault(name, []).append(sample)
+    found: set[int] = set()
+    for line in sorted(wanted):
+        samples = by_name.get(line) or by_name.get(_stem(line)) or []
+        if len(samples) != 1:
+            what = "no sample" if not samples else f"{len(samples)} samples"
+            raise UserError(
+                f"subset list {path}: {line!r} names {what} of {index.name} (whose first key is "
+                f"{index.key_name(0)!r}); each line must be the key of one sample"
+            )
+        found.add(samples[0])
+    if not found:
+        raise UserError(f"subset list {path} is empty")
+    return np.array(sorted(found), np.int64)
+
+
+def _stem(name: str) -> str:
+    """Without a suffix after the last dot, and without folders that the keys may lack."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{last.rpartition('.')[0] or last}"
+
+
+def write_list(index: ShardIndex, sample_ids: np.ndarray, path: Path) -> None:
+    """The keys of some samples, one a line; ``--subset-list`` reads it."""
+    names = [index.key_name(int(sample)) for sample in sample_ids]
+    write_text(path, "".join(f"{name}\n" for name in names))

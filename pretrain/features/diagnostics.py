@@ -1,0 +1,120 @@
+"""What the features look like while they train, and an alarm for when they collapse.
+
+All figures are of the direction 1 -> 2 and of this process's rows, in one micro-batch where there
+are several: ``n`` rows of width ``d``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from common.errors import RunFailed
+from pretrain.config import EngineConfig
+from pretrain.features.statistics import effective_rank, feature_std
+from pretrain.model.joint_embedding import StepOutput, mean_cosine
+
+NUM_BINS = 20
+"""Of the histograms, from cosine -1 to 1."""
+ROWS_PER_HISTOGRAM = 10
+"""A histogram goes with every tenth logged row, and with the last."""
+_ROOM = 4
+"""The rank is judged where batch and width leave room for so many times the rank that alarms."""
+
+
+class CollapseError(RunFailed):
+    """The features have collapsed and ``engine.on_collapse`` is ``stop``."""
+
+
+def diagnose(output: StepOutput) -> dict[str, float]:
+    """Figures of one step's features.
+
+    Returns:
+        ``feature_std``, ``effective_rank``: of the projections, see statistics.py.
+        ``fa_cosine``: mean cosine between what FA took and what it made.
+        ``positive_cosine``, ``negative_cosine``: mean cosine between what predicts and what is
+        predicted, for the two views of a sample and for views of two samples; ``.._std`` is the
+        deviation over the pairs. A single row has no negatives: their keys are absent.
+    """
+    figures = {
+        "feature_std": feature_std(output.projection),
+        "effective_rank": effective_rank(output.projection),
+        "fa_cosine": mean_cosine(output.original, output.augmented),
+    }
+    for name, cosines in _cosines(output).items():
+        if len(cosines):
+            figures[f"{name}_cosine"] = float(cosines.mean())
+            figures[f"{name}_cosine_std"] = float(cosines.std(correction=0))
+    return figures
+
+
+def similarity_histograms(output: StepOutput) -> dict[str, list[float]]:
+    """Share of the positive and of the negative pairs in each of ``NUM_BINS`` equal bins."""
+    shares = {}
+    for name, cosines in _cosines(output).items():
+        counts = torch.histc(cosines.cpu(), bins=NUM_BINS, min=-1, max=1)
+        shares[f"{name}s"] = [round(x, 6) for x in (counts / max(len(cosines), 1)).tolist()]
+    return shares
+
+
+@torch.no_grad()
+def _cosines(output: StepOutput) -> dict[str, Tensor]:
+    """Cosines between what predicts and what is predicted: n positives, n (n - 1) negatives."""
+    online, target = (
+        functional.normalize(x.float(), dim=1) for x in (output.online, output.target)
+    )
+    cosines: Float[Tensor, "n n"] = (online @ target.T).clamp(-1, 1)
+    others = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    return {"positive": cosines.diagonal(), "negative": cosines[others]}
+
+
+class CollapseAlarm:
+    """Says once per episode that the features have collapsed, and what it saw.
+
+    A logged row is a sign of collapse if the projections are the same for all samples
+    (``feature_std``, 1 for spread features, below ``collapse_std``) or use next to no direction
+    (``effective_rank`` below ``collapse_rank``; not judged where n rows of width d can hardly show
+    more). ``collapse_patience`` such rows in a row make an episode, any other row ends it.
+
+    The count of rows is no part of a checkpoint: after a resume it starts anew, so that the alarm
+    comes late by some rows, and once more for an episode that was reported before.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.num_rows = 0
+
+    def look(self, figures: dict[str, float], projection: Tensor, step: int) -> str | None:
+        """What there is to say after this row; None most of the time."""
+        if not self._is_sign(figures, projection):
+            self.num_rows = 0
+            return None
+        self.num_rows += 1
+        if self.num_rows != self.config.collapse_patience:
+            return None
+        dim, std = projection.shape[1], figures["feature_std"]
+        return (
+            f"features have collapsed: std {std * dim**-0.5:.2g} of {dim**-0.5:.2g} expected for "
+            f"spread features, effective rank {figures['effective_rank']:.2g} of "
+            f"{_most_rank(projection)} possible, for {self.num_rows} logged rows up to step {step}"
+        )
+
+    def event(self, figures: dict[str, float], message: str) -> dict[str, Any]:
+        """The row of kind ``event`` for a message."""
+        seen = {key: figures[key] for key in ("feature_std", "effective_rank")}
+        return {"message": message, "collapse": {**seen, "num_rows": self.num_rows}}
+
+    def _is_sign(self, figures: dict[str, float], projection: Tensor) -> bool:
+        least = self.config.collapse_rank
+        has_room = _most_rank(projection) >= _ROOM * least
+        is_flat = has_room and figures["effective_rank"] < least
+        return is_flat or figures["feature_std"] < self.config.collapse_std
+
+
+def _most_rank(projection: Float[Tensor, "n d"]) -> int:
+    """The highest rank that n centred rows can have."""
+    return min(projection.shape[0] - 1, projection.shape[1])

@@ -1,0 +1,244 @@
+import pytest
+import torch
+import torchvision
+
+from common.errors import UserError
+from common.resnet import Arch, infer_arch, read_arch
+from detection.convert import keymap
+from detection.convert.parity import build_bare_resnet
+from detection.convert.reference_resnet import ReferenceResNet, tensor_shapes
+
+ARCHS = {
+    18: Arch(18, 64, 64, 64),
+    34: Arch(34, 64, 64, 64),
+    50: Arch(50, 64, 64, 256),
+    101: Arch(101, 64, 64, 256),
+}
+THIN = Arch(50, 16, 16, 64)
+
+
+def without_counters(names) -> set[str]:
+    return {name for name in names if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("depth", ARCHS)
+def test_table_covers_torchvisions_own_network(depth: int) -> None:
+    with torch.device("meta"):
+        network = getattr(torchvision.models, f"resnet{depth}")()
+    theirs = {name: tuple(value.shape) for name, value in network.state_dict().items()
+              if not name.startswith("fc.")}  # fmt: skip
+    assert set(keymap.name_table(ARCHS[depth])) == without_counters(theirs)
+    shapes = tensor_shapes(ARCHS[depth])
+    assert shapes == {name: theirs[name] for name in shapes}
+    assert infer_arch(theirs) == ARCHS[depth]
+
+
+@pytest.mark.parametrize("arch", [*ARCHS.values(), THIN], ids=str)
+def test_table_covers_detectron2s_own_network(arch: Arch) -> None:
+    table = keymap.name_table(arch)
+    with torch.device("meta"):
+        theirs = build_bare_resnet(arch).state_dict()
+    assert set(table.values()) == without_counters(theirs)
+    assert len(set(table.values())) == len(table)
+    shapes = tensor_shapes(arch)
+    assert all(shapes[old] == tuple(theirs[new].shape) for old, new in table.items())
+
+
+def test_table_spells_out_the_hard_names() -> None:
+    table = keymap.name_table(ARCHS[50])
+    assert table["bn1.running_var"] == "stem.conv1.norm.running_var"
+    assert table["layer1.0.downsample.0.weight"] == "res2.0.shortcut.weight"
+    assert table["layer4.2.bn3.bias"] == "res5.2.conv3.norm.bias"
+    assert len(table) == 265
+    assert len(keymap.name_table(ARCHS[18])) == 100
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_reference_equals_torchvisions_own_features(depth: int) -> None:
+    theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
+    ours = ReferenceResNet(ARCHS[depth]).eval()
+    state = {name: value for name, value in theirs.state_dict().items() if "fc." not in name}
+    ours.load_state_dict(state)
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = ours(image)
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        for stage, name in enumerate(("res2", "res3", "res4", "res5"), start=1):
+            x = getattr(theirs, f"layer{stage}")(x)
+            assert torch.equal(features[name], x)
+
+
+def prefixed(prefix: str, extra: dict[str, int] | None = None) -> dict[str, int]:
+    names = [*tensor_shapes(ARCHS[18]), "bn1.num_batches_tracked"]
+    return {f"{prefix}{name}": index for index, name in enumerate(names)} | (extra or {})
+
+
+SEQUENTIAL = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+def sequential(prefix: str) -> dict[str, int]:
+    def number(name: str) -> str:
+        first, _, rest = name.partition(".")
+        return f"{prefix}{SEQUENTIAL[first]}.{rest}"
+
+    return {number(name): index for index, name in enumerate(tensor_shapes(ARCHS[18]))}
+
+
+def in_detectron2(prefix: str, extra: dict[str, int] | None = None) -> dict[str, int]:
+    names = [*keymap.name_table(ARCHS[18]).values(), "stem.conv1.norm.num_batches_tracked"]
+    return {f"{prefix}{name}": index for index, name in enumerate(names)} | (extra or {})
+
+
+CASES = {
+    "torchvision": ("torchvision", "online", prefixed("", {"fc.weight": -1, "fc.bias": -1})),
+    "ddp": ("torchvision", "online", prefixed("module.", {"module.fc.weight": -1})),
+    "compiled": ("torchvision", "online", prefixed("_orig_mod.")),
+    "moco": (
+        "moco",
+        "online",
+        prefixed("module.encoder_q.", {"module.encoder_q.fc.0.weight": -1, "module.queue": -1,
+                                       "module.queue_ptr": -1,
+                                       "module.encoder_k.conv1.weight": -1}),
+    ),
+    "moco ema": ("moco", "ema", prefixed("module.encoder_k.", {"module.encoder_q.bn1.bias": -1})),
+    "moco v3": (
+        "moco",
+        "online",
+        prefixed("module.base_encoder.", {"module.momentum_encoder.conv1.weight": -1,
+                                          "module.predictor.0.weight": -1}),
+    ),
+    "solo-learn": (
+        "solo-learn",
+        "online",
+        prefixed("backbone.", {"projector.0.weight": -1, "classifier.bias": -1, "queue": -1,
+                               "momentum_backbone.conv1.weight": -1}),
+    ),
+    "solo-learn ema": (
+        "solo-learn",
+        "ema",
+        prefixed("momentum_backbone.", {"backbone.fc.bias": 0}),
+    ),
+    "solo-learn old": ("solo-learn", "online", prefixed("encoder.")),
+    "lightly named": (
+        "lightly",
+        "online",
+        prefixed("backbone.", {"projection_head.layers.0.weight": -1,
+                               "online_classifier.linear.weight": -1}),
+    ),
+    "lightly numbered": ("lightly", "online", sequential("backbone.")),
+    "lightly teacher": (
+        "lightly",
+        "ema",
+        prefixed("teacher_backbone.", {"student_backbone.conv1.weight": -1}),
+    ),
+    "ours": ("ours", "online", prefixed("backbone.", {"projector.0.weight": -1})),
+    "timm": ("timm", "online", prefixed("", {"fc.weight": -1})),
+    "detectron2": ("detectron2", "online", in_detectron2("", {"stem.fc.weight": -1})),
+    "detectron2 fpn": (
+        "detectron2",
+        "online",
+        in_detectron2("backbone.bottom_up.", {"backbone.fpn_lateral2.weight": -1, "pixel_mean": -1,
+                                              "proposal_generator.rpn_head.conv.weight": -1}),
+    ),
+    "detectron2 c4": (
+        "detectron2",
+        "online",
+        {name.replace("backbone.res5", "roi_heads.res5"): index
+         for name, index in in_detectron2("backbone.").items()}
+        | {"roi_heads.res5.norm.weight": -1, "roi_heads.box_predictor.cls_score.weight": -1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_key_is_mapped_or_dropped_with_a_reason(case: str) -> None:
+    layout, branch, state = CASES[case]
+    mapped = keymap.to_torchvision(state, layout, branch)
+    assert mapped.backbone == {n: i for i, n in enumerate(tensor_shapes(ARCHS[18]))}
+    assert len(mapped.backbone) + len(mapped.dropped) + len(mapped.counters) == len(state)
+    assert all(mapped.dropped.values())
+
+
+@pytest.mark.parametrize("arch", [*ARCHS.values(), THIN], ids=str)
+def test_way_back_is_the_inverse(arch: Arch) -> None:
+    with torch.device("meta"):
+        theirs = build_bare_resnet(arch).state_dict()
+        ours = set(ReferenceResNet(arch).state_dict())
+    assert {keymap.torchvision_name(name) for name in theirs} == ours
+    assert all(
+        keymap.detectron2_name(str(keymap.torchvision_name(name))) == name for name in theirs
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["res6.0.conv1.weight", "res1.0.conv1.weight", "res2.conv1.weight", "stem.conv1.norm",
+     "res2.00.conv4.weight", "stem.shortcut.weight", "stem.conv1.weight.x", "xstem.conv1.weight",
+     "res2.0.conv1.norm.norm.weight", "layer1.0.conv1.weight", "", "stem.conv1.\u0661"],
+)  # fmt: skip
+def test_names_that_are_no_resnets(name: str) -> None:
+    found = keymap.torchvision_name(name)
+    assert found is None or keymap.detectron2_name(found) == name
+    assert found is None or found not in tensor_shapes(ARCHS[50])
+
+
+def test_two_backbones_in_one_file_are_refused() -> None:
+    state = in_detectron2("backbone.") | {"backbone.bottom_up.stem.conv1.weight": 0}
+    with pytest.raises(UserError, match=r"is a second conv1.weight; the checkpoint holds two"):
+        keymap.to_torchvision(state, "detectron2", "online")
+    twice = sequential("backbone.") | {"backbone.conv1.weight": 0}
+    with pytest.raises(UserError, match=r"'backbone.conv1.weight' is a second conv1.weight"):
+        keymap.to_torchvision(twice, "lightly", "online")
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("ours", "timm")])
+def test_layout_is_detected(case: str) -> None:
+    layout, _, state = CASES[case]
+    assert keymap.detect_layout(state) == layout
+
+
+@pytest.mark.parametrize("layout", ["moco", "solo-learn", "lightly", "detectron2"])
+def test_unknown_key_is_named(layout: str) -> None:
+    prefix = "encoder_q." if layout == "moco" else "backbone."
+    made = in_detectron2 if layout == "detectron2" else prefixed
+    state = made(prefix, {"mystery.weight": 0})
+    with pytest.raises(UserError, match=r"unknown key 'mystery.weight'.*--layout"):
+        keymap.to_torchvision(state, layout, "online")
+
+
+def test_branch_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"'momentum_backbone.'.*--branch"):
+        keymap.to_torchvision(prefixed("backbone."), "solo-learn", "ema")
+    with pytest.raises(UserError, match="--branch ema: a detectron2 checkpoint"):
+        keymap.to_torchvision({"stem.conv1.weight": 0}, "detectron2", "ema")
+
+
+def test_no_layout_fits() -> None:
+    with pytest.raises(UserError, match=r"the keys begin with tower.*--layout"):
+        keymap.detect_layout({"tower.weight": 0})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "expected the keys depth"),
+        ({"depth": 50}, "expected the keys depth"),
+        (
+            {"depth": 50, "width_per_group": 0, "stem_channels": 64, "res2_channels": 256},
+            "positive",
+        ),
+        ({"depth": 20, "width_per_group": 1, "stem_channels": 64, "res2_channels": 64}, "depth 20"),
+    ],
+)
+def test_impossible_arch_is_refused(value: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_arch(value)
+
+
+def test_state_dict_that_is_no_resnet() -> None:
+    with pytest.raises(UserError, match=r"no conv1.weight"):
+        infer_arch({"patch_embed.weight": (1,)})
+    shapes = {name: shape for name, shape in tensor_shapes(ARCHS[18]).items()
+              if not name.startswith("layer3.1")}  # fmt: skip
+    with pytest.raises(UserError, match=r"\(2, 2, 1, 2\) blocks per stage"):
+        infer_arch(shapes)

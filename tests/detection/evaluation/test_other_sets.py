@@ -1,0 +1,183 @@
+"""A trained detector on another set: same figures on the same set, refusals, nothing touched."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.annotations.record import read_class_names
+from detection.evaluation.other_sets import result_name
+from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
+from tools.train_voc import main
+
+_TINY = [
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "8"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "8", "TEST.PRECISE_BN.NUM_ITER", "1"),
+    *("TEST.EVAL_PERIOD", "0", "SOLVER.MAX_ITER", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ and a run/ of two seeds; tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_voc(folder / "data", num_test=6)
+    config = str(CONFIGS / "thin_R50_C4.yaml")
+    assert main(["random", "--config", config, "--data", str(folder / "data"),
+                 "--out", str(folder / "run"), "--seeds", "0,1", *_TINY]) == 0  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    """An own copy of the trained seeds and their set."""
+    shutil.copytree(trained, tmp_path / "place")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def evaluate(place: Path) -> Callable[..., int]:
+    return lambda data, *more: main(
+        ["--out", str(place / "run"), "--eval-on", str(place / data), *more]
+    )
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: os.stat(path).st_mtime_ns for path in folder.iterdir()}
+
+
+def test_same_set_gives_the_same_figures_and_touches_nothing(place: Path, evaluate) -> None:
+    seed = place / "run/seed-0"
+    before = times(seed)
+    assert evaluate("data") == 0
+    again, result = read(seed / "eval-on-data.json"), read(seed / "result.json")
+    for key in ("AP", "AP50", "AP75", "per_class", "coco", "classes", "num_test_images"):
+        assert again[key] == result[key], key
+    after = times(seed)
+    assert {name: after[name] for name in before if name != "log.txt"} == {
+        name: time for name, time in before.items() if name != "log.txt"
+    }
+    summary = read(place / "run/eval-on-data.json")
+    assert (summary["n"], summary["seeds"], summary["name"]) == (2, [0, 1], "data")
+    assert len(read(seed / "eval-on-data-pr.json")["recall"]) == 101
+    assert read(seed / "eval-on-data-errors.json") == read(seed / "errors.json")
+    boxes = (seed / "detections.json").read_text()
+    assert (seed / "eval-on-data-detections.json").read_text() == boxes
+    assert '"score"' in boxes
+
+
+def test_other_set_other_figures_kept_until_the_set_changes(
+    place: Path, evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bare VOC folder without dataset.json, the classes in another order of appearance."""
+    other = make_voc(place / "other", num_train=1, num_test=9)
+    (other / "dataset.json").unlink()
+    shutil.move(other / "VOC2007", place / "scenes")
+    chosen = ("--seeds", "1", "--eval-split", "test")
+    assert evaluate("scenes", *chosen) == 0
+    file = place / "run/seed-1/eval-on-scenes-test.json"
+    assert read(file)["num_test_images"] == 9
+    assert not (place / "run/seed-0/eval-on-scenes-test.json").exists()
+    before = file.stat().st_mtime_ns
+    assert evaluate("scenes", *chosen) == 0
+    assert file.stat().st_mtime_ns == before, "kept, not computed again"
+    listed = place / "scenes/ImageSets/Main/test.txt"
+    listed.write_text("\n".join(listed.read_text().split()[:7]) + "\n")
+    assert evaluate("scenes", *chosen) == 2
+    assert "was made with another data_sha256" in capsys.readouterr().err
+    assert evaluate("scenes", *chosen, "--overwrite") == 0
+    assert read(file)["num_test_images"] == 7
+
+
+def test_test_keys_may_change_and_others_not(
+    place: Path, evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = ("TEST.NUM_SAVED_IMAGES", "2", "TEST.SAVED_SCORE_THRESH", "0.0")
+    assert evaluate("data", "--seeds", "0", *changed) == 0
+    shown = json.loads((place / "run/seed-0/eval-on-data-detections.json").read_text())
+    assert len(shown) == 2
+    assert evaluate("data", "INPUT.MIN_SIZE_TEST", "32", "--overwrite") == 2
+    assert "only keys of TEST" in capsys.readouterr().err
+
+
+def test_full_command_is_checked_against_the_training(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, data = str(CONFIGS / "thin_R50_C4.yaml"), str(place / "data")
+    full = ["random", "--config", config, "--data", data, "--out", str(place / "run"),
+            "--seeds", "1", "--eval-on", data]  # fmt: skip
+    assert main([*full, *_TINY]) == 0
+    assert (place / "run/seed-1/eval-on-data.json").is_file()
+    assert main([*full, *_TINY, "SOLVER.BASE_LR", "0.5", "--overwrite"]) == 2
+    assert "SOLVER.BASE_LR: 0.06 -> 0.5" in capsys.readouterr().err
+    assert (place / "run/seed-1/model_final.pth").is_file(), "never trained again"
+
+
+def rename_class(root: Path, old: str, new: str) -> None:
+    for path in (root / "VOC2007/Annotations").iterdir():
+        path.write_text(path.read_text().replace(f"<name>{old}<", f"<name>{new}<"))
+
+
+@pytest.mark.parametrize("with_description", [True, False])
+def test_other_class_names_are_refused(
+    place: Path, evaluate, capsys: pytest.CaptureFixture[str], with_description: bool
+) -> None:
+    other = make_voc(place / "other")
+    rename_class(other, CLASSES[0], "ball")
+    text = (other / "dataset.json").read_text().replace(f'"{CLASSES[0]}"', '"ball"')
+    (other / "dataset.json").write_text(text)
+    if not with_description:
+        (other / "dataset.json").unlink()
+    assert evaluate("other", "--eval-split", "test") == 2
+    message = capsys.readouterr().err
+    assert "class names are not the detector's (disc, box, bar); only in the set: ball" in message
+    assert ("only in the detector: disc" in message) == with_description
+    assert not list(place.glob("run/seed-*/eval-on-*.json"))
+
+
+def test_wrong_places_are_explained(
+    place: Path, evaluate, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refused(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    run, data = str(place / "run"), str(place / "data")
+    (place / "empty").mkdir()
+    assert "holds no VOC2007/ImageSets/Main or VOC2012" in refused(
+        "--out", run, "--eval-on", f"{place}/empty"
+    )
+    assert "no such folder" in refused("--out", run, "--eval-on", f"{place}/nowhere")
+    assert "no finished seed" in refused("--out", data, "--eval-on", data)
+    assert "no such folder" in refused("--out", f"{place}/nowhere", "--eval-on", data)
+    assert "seed-7: is not finished" in refused("--out", run, "--eval-on", data, "--seeds", "7")
+    assert "no such list; lists there: test, train" in refused(
+        "--out", run, "--eval-on", data, "--eval-split", "val"
+    )
+    (place / "run/seed-0/model_final.pth").unlink()
+    assert "model_final.pth is missing; train it first" in refused("--out", run, "--eval-on", data)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", run, "--eval-on", data, "--config", "x.yaml"])
+    assert "weights, --data; with --eval-on, all of them or none" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", run])
+    assert "required: weights, --config, --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["random", "--out", run, "--config", "x", "--data", "y", "--eval-split", "test"])
+    assert "goes with --eval-on" in capsys.readouterr().err
+
+
+def test_names(tmp_path: Path) -> None:
+    assert result_name(tmp_path / "my scenes", None) == "my_scenes"
+    assert result_name(tmp_path / "real", "voc_2012_val") == "real-voc_2012_val"
+    (tmp_path / "names.txt").write_text("cat\n\n traffic light \n")
+    assert read_class_names(str(tmp_path / "names.txt")) == ["cat", "traffic light"]
+    assert read_class_names("a, b") == ["a", "b"]

@@ -1,0 +1,231 @@
+"""AP: Detectron2's evaluator against a computation written from the definition."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.structures import Boxes, Instances
+
+from detection.dataset import VocSet, classes_without_objects, read_set
+from detection.evaluation.error_evaluator import ErrorEvaluator
+from detection.evaluation.voc import (
+    ClasswiseVOCEvaluator,
+    DetectionRecorder,
+    curve_points,
+    spread_evenly,
+)
+from detection.training.data import register
+from tests.detection.tiny_detection import CLASSES, make_voc
+
+Detection = tuple[str, int, float, list[float]]  # picture, class, score, [x0, y0, x1, y1]
+
+
+def make_detections(voc: VocSet, seed: int = 0) -> list[Detection]:
+    """Ground truth moved about, doubles, wrong classes and boxes at random."""
+    generator = np.random.default_rng(seed)
+    found: list[Detection] = []
+    for picture in voc.test.pictures:
+        for item in picture.objects:
+            label = voc.classes.index(item.class_name)
+            for _ in range(3):
+                shift = generator.normal(0, 4, 4).round(1)
+                box = (np.array(item.box) + shift).clip(0, 95).tolist()
+                wrong = generator.random() < 0.3
+                score = round(float(generator.random()), 3)
+                found.append((picture.image_id, (label + wrong) % 3, score, box))
+    return found
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    """Of boxes in whole pixels, both ends inclusive, as the VOC devkit counts."""
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def average_precision(
+    voc: VocSet, detections: list[Detection], label: int, threshold: float, year: int
+) -> float:
+    """AP of one class in percent: greedy matching by score, then the area or 11 points."""
+    truth = {picture.image_id: [[*item.voc_box] for item in picture.objects
+                                if item.class_name == voc.classes[label]]
+             for picture in voc.test.pictures}  # fmt: skip
+    num_truth = sum(map(len, truth.values()))
+    used: set[tuple[str, int]] = set()
+    hits = []
+    for image_id, _, _, box in sorted(
+        (row for row in detections if row[1] == label), key=lambda row: -row[2]
+    ):
+        one_based = [round(box[0] + 1, 1), round(box[1] + 1, 1), round(box[2], 1), round(box[3], 1)]
+        overlaps = [iou(one_based, other) for other in truth[image_id]]
+        best = int(np.argmax(overlaps)) if overlaps else -1
+        hit = best >= 0 and overlaps[best] > threshold and (image_id, best) not in used
+        if hit:
+            used.add((image_id, best))
+        hits.append(hit)
+    recall = np.cumsum(hits) / num_truth
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    if year == 2007:
+        points = [max(precision[recall >= t - 1e-12], default=0.0) for t in np.arange(11) / 10]
+        return 100 * float(np.mean(points))
+    area, before = 0.0, 0.0
+    for place, value in enumerate(recall):
+        area += (value - before) * max(precision[place:])
+        before = value
+    return 100 * float(area)
+
+
+def feed(evaluator: Any, voc: VocSet, detections: list[Detection]) -> Any:
+    evaluator.reset()
+    for picture in voc.test.pictures:
+        rows = [row for row in detections if row[0] == picture.image_id]
+        instances = Instances((picture.height, picture.width))
+        instances.pred_boxes = Boxes(torch.tensor([row[3] for row in rows]).reshape(-1, 4))
+        instances.scores = torch.tensor([row[2] for row in rows])
+        instances.pred_classes = torch.tensor([row[1] for row in rows], dtype=torch.int64)
+        evaluator.process([{"image_id": picture.image_id}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> VocSet:
+    return read_set(make_voc(tmp_path / "data", num_train=2, num_test=12))
+
+
+@pytest.fixture
+def classwise(tmp_path: Path) -> Callable[[VocSet], ClasswiseVOCEvaluator]:
+    def build(voc: VocSet) -> ClasswiseVOCEvaluator:
+        absent = classes_without_objects(voc.test, voc.classes)
+        return ClasswiseVOCEvaluator(register(voc)[1], voc.test, absent)
+
+    return build
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_ap_equals_an_independent_computation(tmp_path: Path, year: int, classwise) -> None:
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
+    detections = make_detections(voc)
+    result = feed(classwise(voc), voc, detections)
+    thresholds = [value / 100 for value in range(50, 100, 5)]
+    for label, name in enumerate(voc.classes):
+        aps = [average_precision(voc, detections, label, value, year) for value in thresholds]
+        assert result["per_class_AP50"][name] == pytest.approx(aps[0])
+        assert result["per_class_AP75"][name] == pytest.approx(aps[5])
+        assert result["per_class"][name] == pytest.approx(np.mean(aps))
+    assert 0 < result["bbox"]["AP75"] < result["bbox"]["AP50"] < 100
+
+
+@pytest.mark.parity
+def test_means_equal_detectron2s_own_evaluator(tiny: VocSet, classwise) -> None:
+    detections = make_detections(tiny, seed=1)
+    stock = feed(PascalVOCDetectionEvaluator(register(tiny)[1]), tiny, detections)
+    ours = feed(classwise(tiny), tiny, detections)
+    assert ours["bbox"] == pytest.approx(dict(stock["bbox"]))
+
+
+@pytest.mark.parity
+def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path, classwise) -> None:
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=2007)
+    result = feed(classwise(voc), voc, make_detections(voc))
+    for name in voc.classes:
+        for threshold, key in (("0.50", "per_class_AP50"), ("0.75", "per_class_AP75")):
+            precision = result["curves"][name][threshold]["precision"]
+            assert len(precision) == 101
+            # Five objects a class at most: no recall of 3/10, 6/10 or 7/10, where rounding decides.
+            assert np.mean(precision[::10]) == pytest.approx(result[key][name] / 100, abs=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int, classwise) -> None:
+    """Equal scores, boxes between the tenths of a pixel: the order and the matches are the same."""
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
+    detections = [
+        (image_id, label, round(score, 1), [value + 0.0625 for value in box])
+        for image_id, label, score, box in make_detections(voc, seed=2)
+    ]
+    result = feed(classwise(voc), voc, detections)
+    found = feed(ErrorEvaluator(voc.test, voc.classes, year), voc, detections)
+    assert 0 < result["bbox"]["AP50"] < 100
+    assert found["errors"]["AP50"] == pytest.approx(result["bbox"]["AP50"], abs=1e-9)
+    for name, ap in result["per_class_AP50"].items():
+        assert found["errors"]["classes"][name]["AP50"] == pytest.approx(ap, abs=1e-9)
+
+
+def test_kinds_come_in_the_order_of_the_detections(tiny: VocSet) -> None:
+    """Worst score first on purpose; the recorder sorts, and keeps each detection's place."""
+    detections: list[Detection] = []
+    for number, picture in enumerate(tiny.test.pictures):
+        item = picture.objects[0]
+        label, box = tiny.classes.index(item.class_name), list(item.box)
+        detections += [(picture.image_id, label, 0.2, box), (picture.image_id, label, 0.9, box)]
+        detections += [(picture.image_id, (label + 1) % 3, 0.4, box)] * (number % 2)
+    kinds = feed(ErrorEvaluator(tiny.test, tiny.classes, 2012), tiny, detections)["kinds"]
+    image_ids = [picture.image_id for picture in tiny.test.pictures]
+    for number, image_id in enumerate(image_ids):
+        assert kinds[image_id] == ["duplicate", "correct", "confusion"][: 2 + number % 2]
+    recorder = DetectionRecorder(tiny.test, image_ids, tiny.classes, tiny.root, 0.0)
+    rows = feed(recorder, tiny, detections)["detections"]
+    assert [found["place"] for found in rows[1]["detections"]] == [1, 2, 0]
+
+
+def test_curve_points_by_hand() -> None:
+    """Hit, miss, hit, of four objects: recall 1/4, 1/4, 1/2; precision 1, 1/2, 2/3."""
+    curve = curve_points(np.array([0.25, 0.25, 0.5]), np.array([1, 0.5, 2 / 3]))
+    assert curve["precision"] == [1.0] * 26 + [0.6667] * 25 + [0.0] * 50
+    assert curve["max_recall"] == 0.5
+    nothing = curve_points(np.empty(0), np.empty(0))
+    assert nothing == {"precision": [0.0] * 101, "max_recall": 0.0}
+
+
+def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(
+    tmp_path: Path, classwise
+) -> None:
+    """The trap: AP over names that do not occur is a mean with zeros (or NaN)."""
+    root = make_voc(tmp_path / "set", num_train=2, num_test=12)
+    voc = read_set(root, classes=[*CLASSES, "unicorn"])
+    detections = [
+        (picture.image_id, voc.classes.index(item.class_name), 0.9, list(item.box))
+        for picture in voc.test.pictures
+        for item in picture.objects
+    ]
+    result = feed(classwise(voc), voc, detections)
+    assert result["bbox"]["AP"] == pytest.approx(100)
+    assert set(result["per_class"]) == set(CLASSES)
+
+
+def test_no_detections_at_all(tiny: VocSet, classwise) -> None:
+    result = feed(classwise(tiny), tiny, [])
+    assert result["bbox"] == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+
+
+def test_recorder_keeps_what_the_report_shows(tiny: VocSet) -> None:
+    image_ids = spread_evenly([picture.image_id for picture in tiny.test.pictures], 4)
+    recorder = DetectionRecorder(tiny.test, image_ids, tiny.classes, tiny.root, 0.3)
+    detections = make_detections(tiny)
+    rows = feed(recorder, tiny, detections)["detections"]
+    assert [Path(row["file_name"]).stem for row in rows] == image_ids
+    for row in rows:
+        assert (tiny.root / row["file_name"]).is_file()
+        assert (row["width"], row["height"]) == (96, 96)
+        assert set(row["ground_truth"][0]) == {"class", "box", "difficult"}
+        scores = [found["score"] for found in row["detections"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(score >= 0.3 for score in scores)
+    wanted = [row for row in detections if row[0] == image_ids[0] and row[2] >= 0.3]
+    assert len(rows[0]["detections"]) == len(wanted)
+
+
+def test_spread_evenly() -> None:
+    letters = list("abcdefghij")
+    assert spread_evenly(letters, 3) == ["a", "d", "g"]
+    assert spread_evenly(letters, 20) == letters
+    assert spread_evenly(letters, 0) == []

@@ -1,0 +1,317 @@
+"""The training command: results, exact repetition, resume, refusals."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+
+from detection.dataset import read_set
+from detection.training.calibrate import calibrate_frozen_norms
+from detection.training.config import load_config
+from detection.training.data import build_train_loader, register
+from detection.training.trainer import Trainer
+from tests.detection.tiny_detection import CLASSES, CONFIGS, ROOT
+from tools import train_voc as command
+
+RESULT_KEYS = {
+    *("arm", "seed", "AP", "AP50", "AP75", "per_class", "per_class_AP50", "iterations", "seconds"),
+    *("weights", "frozen", "metric_year", "peak_memory_bytes"),
+}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def final_model(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def assert_same_training(one: Path, two: Path) -> None:
+    a, b = final_model(one), final_model(two)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert read(one / "result.json")["per_class"] == read(two / "result.json")["per_class"]
+    losses = [
+        [row["total_loss"] for row in map(json.loads, lines) if "total_loss" in row]
+        for lines in ((folder / "metrics.json").read_text().splitlines() for folder in (one, two))
+    ]  # fmt: skip
+    assert losses[0][-1] == losses[1][-1]
+
+
+def test_results_have_the_agreed_shape(
+    train: Callable[..., int], thin_weights: Path, tmp_path: Path
+) -> None:
+    assert train(str(thin_weights), "--seeds", "0,3", "--eval-every", "2") == 0
+    for seed in (0, 3):
+        folder = tmp_path / "out" / f"seed-{seed}"
+        result = read(folder / "result.json")
+        assert set(result) >= RESULT_KEYS
+        assert (result["arm"], result["seed"], result["iterations"]) == ("pretrained", seed, 3)
+        assert set(result["per_class"]) <= set(CLASSES)
+        assert result["peak_memory_bytes"] > 1e8
+        assert result["classes"] == list(CLASSES)
+        assert set(result["coco"]) >= {"AP", "AP50", "AP75", "per_class"}
+        curves = read(folder / "pr.json")
+        assert len(curves["recall"]) == 101
+        assert set(curves["classes"]) == set(result["per_class"])
+        curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        assert [point["iteration"] for point in curve] == [2, 3]
+        assert curve[-1]["AP50"] == result["AP50"]
+        errors = read(folder / "errors.json")
+        assert errors["AP50"] == pytest.approx(result["AP50"], abs=1e-9)
+        assert set(errors["classes"]) == set(CLASSES)
+        shown = read(folder / "detections.json")
+        assert {key for row in shown for found in row["detections"] for key in found} <= {
+            *("class", "score", "box", "kind")
+        }
+        assert [row["file_name"] for row in shown] == [
+            f"VOC2007/JPEGImages/{index:06d}.jpg" for index in range(8, 12)
+        ]
+        assert (folder / "config.yaml").is_file()
+        assert sorted(path.name for path in folder.glob("*.pth")) == ["model_final.pth"]
+    summary = read(tmp_path / "out" / "summary.json")
+    assert (summary["n"], summary["seeds"]) == (2, [0, 3])
+    assert set(summary["mean"]) == set(summary["std"]) == {"AP", "AP50", "AP75"}
+    assert set(summary["coco"]) == {"AP", "AP50", "AP75"}
+
+
+def test_same_seed_same_run_other_seed_another(train: Callable[..., int], tmp_path: Path) -> None:
+    assert train("random", out="one") == train("random", out="two") == 0
+    assert_same_training(tmp_path / "one" / "seed-0", tmp_path / "two" / "seed-0")
+    assert train("random", "--seeds", "1", out="two") == 0
+    a, b = (final_model(tmp_path / "two" / f"seed-{seed}") for seed in (0, 1))
+    assert not torch.equal(a["backbone.stem.conv1.weight"], b["backbone.stem.conv1.weight"])
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in the loop may catch it, as nothing catches SIGKILL."""
+
+
+def test_interrupted_run_ends_as_the_uninterrupted_one(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "2")
+    assert train("random", *schedule, out="whole") == 0
+    run_step = Trainer.run_step
+
+    def die_at_3(self: Trainer) -> None:
+        if self.iter == 3:
+            raise Killed
+        run_step(self)
+
+    monkeypatch.setattr(Trainer, "run_step", die_at_3)
+    monkeypatch.setattr(Trainer, "after_train", lambda self: None)  # a killed process does nothing
+    with pytest.raises(Killed):
+        train("random", *schedule, out="killed")
+    monkeypatch.undo()
+    folder = tmp_path / "killed" / "seed-0"
+    assert not (folder / "result.json").exists()
+    (folder / "model_0000009.pth.77.partial").write_text("half a checkpoint")
+    (folder / "curve.jsonl").write_text("")  # killed between checkpoint and evaluation
+    assert train("random", *schedule, out="killed") == 0
+    assert_same_training(tmp_path / "whole" / "seed-0", folder)
+    curve = tmp_path / "whole" / "seed-0" / "curve.jsonl"
+    assert curve.read_text() == (folder / "curve.jsonl").read_text()
+    assert not list(folder.glob("*.partial"))
+    assert "resuming after iteration 2" in (folder / "log.txt").read_text()
+
+
+def test_kill_during_the_last_evaluation_costs_only_the_evaluation(
+    train: Callable[..., int], tmp_path: Path
+) -> None:
+    assert train("random") == 0
+    folder = tmp_path / "out" / "seed-0"
+    before, state = read(folder / "result.json"), final_model(folder)
+    (folder / "result.json").unlink()
+    (folder / "curve.jsonl").unlink()
+    assert train("random") == 0
+    assert read(folder / "result.json")["per_class"] == before["per_class"]
+    assert json.loads((folder / "curve.jsonl").read_text())["iteration"] == 3
+    assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
+
+
+def test_finished_seed_is_kept_and_changed_settings_are_refused(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("random") == 0
+    result = tmp_path / "out" / "seed-0" / "result.json"
+    before = result.stat().st_mtime_ns
+    assert train("random") == 0
+    assert result.stat().st_mtime_ns == before
+    assert train("random", "SOLVER.BASE_LR", "0.5") == 2
+    message = capsys.readouterr().err
+    assert re.search(r"SOLVER\.BASE_LR: \S+ -> 0\.5", message)
+    assert "--overwrite" in message
+    assert train("random", "--overwrite", "SOLVER.BASE_LR", "0.001") == 0
+    assert result.stat().st_mtime_ns != before
+
+
+def test_frozen_arms_are_calibrated_and_do_not_train(
+    train: Callable[..., int], thin_weights: Path, tmp_path: Path
+) -> None:
+    assert train(str(thin_weights), "--freeze") == 0
+    folder = tmp_path / "out" / "seed-0"
+    assert read(folder / "result.json")["arm"] == "pretrained_frozen"
+    assert read(folder / "result.json")["frozen"] is True
+    assert "43 frozen batch norms: statistics measured" in (folder / "log.txt").read_text()
+    given, state = pickle.loads(thin_weights.read_bytes())["model"], final_model(folder)
+    for name, value in given.items():
+        if name.startswith("res5"):
+            continue
+        same = torch.equal(state[f"backbone.{name}"], torch.from_numpy(value))
+        assert same != name.endswith(("running_mean", "running_var")), name
+
+
+def test_calibration_measures_what_a_training_forward_sees(voc_root: Path) -> None:
+    """One batch: the calibrated frozen network equals a trainable one in training mode."""
+    voc = read_set(voc_root)
+    networks = []
+    for freeze_at in (4, 0):
+        overrides = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", str(freeze_at)]
+        cfg = load_config(CONFIGS / "thin_R50_C4.yaml", overrides)
+        cfg.DATASETS.TRAIN = register(voc)[0]
+        torch.manual_seed(0)
+        networks.append(build_model(cfg))
+    frozen, free = networks
+    batch = next(iter(build_train_loader(cfg)))
+    with torch.no_grad():
+        before = frozen.backbone(frozen.preprocess_image(batch).tensor)["res4"]
+        assert calibrate_frozen_norms(frozen, [batch], 1) == 43
+        after = frozen.backbone(frozen.preprocess_image(batch).tensor)["res4"]
+        expected = free.train().backbone(free.preprocess_image(batch).tensor)["res4"]
+    assert torch.allclose(after, expected, atol=2e-2 * expected.abs().max())
+    assert not torch.allclose(before, expected, atol=2e-2 * expected.abs().max())
+    kinds = {type(module) for name, module in frozen.backbone.named_modules() if "norm" in name}
+    assert kinds == {FrozenBatchNorm2d}
+    assert frozen.training
+
+
+def test_training_positions_do_not_depend_on_where_one_starts(voc_root: Path) -> None:
+    cfg = load_config(CONFIGS / "thin_R50_C4.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg.DATASETS.TRAIN, cfg.SEED = register(read_set(voc_root))[0], 7
+
+    def batches(start: int) -> list[list[tuple[str, int]]]:
+        stream = iter(build_train_loader(cfg, start_iteration=start))
+        return [[(item["image_id"], int(item["image"].sum())) for item in next(stream)]
+                for _ in range(6 - start)]  # fmt: skip
+
+    whole = batches(0)
+    assert batches(2) == whole[2:]
+    epoch = [image_id for batch in whole[:2] for image_id, _ in batch]
+    assert len(set(epoch)) == 8  # each picture once an epoch
+
+
+REFUSALS = {
+    "no such weights": (["none.pkl"], "no such weights"),
+    "seeds": (["random", "--seeds", "0,0"], "different integers"),
+    "seed words": (["random", "--seeds", "all"], "give integers"),
+    "gpus": (["random", "--num-gpus", "64"], "this machine has"),
+    "no gpus": (["random", "--num-gpus", "0"], "give 1 or more"),
+    "key": (["random", "SOLVER.LR", "1"], "unknown key SOLVER.LR"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_wrong_arguments_end_with_one_line(
+    case: str, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = REFUSALS[case]
+    assert train(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_weights_of_another_depth_end_before_training(
+    train: Callable[..., int], thin_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(str(thin_weights), config="R18_C4.yaml") == 2
+    assert "the weights are a ResNet-50" in capsys.readouterr().err
+    assert train(str(thin_weights), "--no-card", config="R18_C4.yaml") == 2
+    assert "backbone tensors match" in capsys.readouterr().err
+
+
+def test_picture_that_does_not_decode_is_named(
+    train: Callable[..., int], voc_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(8):
+        file = voc_root / "VOC2007" / "JPEGImages" / f"{index:06d}.jpg"
+        file.write_bytes(file.read_bytes()[:700])
+    assert train("random") == 2
+    assert ".jpg: does not decode" in capsys.readouterr().err
+
+
+def test_diverging_training_is_no_users_mistake(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("random", "SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0") == 1
+    assert "error: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
+
+
+def test_last_words_of_an_error_from_a_worker() -> None:
+    text = "Traceback (most recent call last)\n  x\ncommon.errors.UserError: a.jpg: bad"
+    assert command.last_words(ValueError(text)) == "a.jpg: bad"
+    assert command.last_words(ValueError("plain")) == "plain"
+
+
+def shell(*arguments: object) -> list[str]:
+    return ["bash", str(ROOT / "tools" / "train_voc.sh"), *map(str, arguments)]
+
+
+def test_command_line_through_the_shell(voc_root: Path, tmp_path: Path) -> None:
+    shown = subprocess.run(shell("--help"), capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "examples:" in shown.stdout
+    wrong = subprocess.run(shell("random"), capture_output=True, text=True)
+    assert wrong.returncode == 2
+
+
+@pytest.mark.slow
+def test_killed_process_goes_on(voc_root: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """The real thing: SIGKILL at a random moment, the same command again."""
+
+    def start(out: str) -> subprocess.Popen[str]:
+        options = ("--config", CONFIGS / "thin_R50_C4.yaml", "--data", voc_root, "--threads", 1)
+        arguments = ("random", *options, "--out", tmp_path / out, *tiny_overrides)
+        arguments = (*arguments, "SOLVER.MAX_ITER", 30)
+        return subprocess.Popen(shell(*arguments), stdout=subprocess.DEVNULL, text=True,
+                                env={**os.environ, "PYTHONWARNINGS": "ignore"})  # fmt: skip
+
+    assert start("whole").wait() == 0
+    process, folder = start("killed"), tmp_path / "killed" / "seed-0"
+    while not list(folder.glob("model_000000[5-9].pth")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+    assert start("killed").wait() == 0
+    assert_same_training(tmp_path / "whole" / "seed-0", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["R18_C4.yaml", "R18_FPN.yaml", "R50_C4.yaml"])
+def test_every_small_detector_trains(
+    config: str, train: Callable[..., int], tmp_path: Path
+) -> None:
+    assert train("random", config=config) == 0
+    assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_python_module_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.train_voc", "--help"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0

@@ -1,0 +1,187 @@
+"""Weights in real detectors: every tensor lands, or the run does not start."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from torch import nn
+
+import detection.training.heads  # noqa: F401  (registers the C4 head)
+from common.errors import UserError
+from detection.convert.to_detectron2 import convert, read_source, to_detectron2
+from detection.training.config import load_config
+from detection.training.weights import (
+    RunCheckpointer,
+    backbone_tensor_names,
+    check_card,
+    load_backbone,
+)
+from tests.detection.tiny_detection import CONFIGS, liven_norms
+
+
+def detector(config: str, *overrides: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(load_config(CONFIGS / config, ["MODEL.DEVICE", "cpu", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder, found = tmp_path_factory.mktemp("weights"), {}
+    for depth in (18, 34, 50):
+        network = liven_norms(getattr(torchvision.models, f"resnet{depth}")(), depth)
+        torch.save(network.state_dict(), folder / "source.pth")
+        found[depth] = folder / f"r{depth}.pth"
+        convert(read_source(folder / "source.pth"), found[depth], size=64)
+    return found
+
+
+def assert_landed(model: nn.Module, path: Path, prefix: str) -> None:
+    given = torch.load(path, weights_only=True)["model"]
+    state = model.state_dict()
+    for name, value in given.items():
+        in_head = prefix == "backbone." and name.startswith("res5.")
+        assert torch.equal(state[f"roi_heads.{name}" if in_head else f"{prefix}{name}"], value)
+
+
+@pytest.mark.parametrize(
+    ("config", "depth", "num_tensors"),
+    [
+        ("R18_C4.yaml", 18, 100),
+        ("R18_C4.yaml", 34, 180),
+        ("R18_FPN.yaml", 18, 100),
+        ("R50_C4.yaml", 50, 265),
+        ("voc0712_R50_C4_24k.yaml", 50, 265),
+    ],
+)
+@pytest.mark.parametrize("frozen", [0, 4])
+def test_every_tensor_lands(
+    config: str, depth: int, num_tensors: int, frozen: int, weights: dict[int, Path]
+) -> None:
+    model = detector(config, "MODEL.RESNETS.DEPTH", str(depth), "MODEL.BACKBONE.FREEZE_AT",
+                     str(frozen))  # fmt: skip
+    assert load_backbone(model, weights[depth]) == num_tensors
+    assert_landed(model, weights[depth], "backbone.bottom_up." if "FPN" in config else "backbone.")
+
+
+def test_thin_backbone_lands(thin_weights: Path) -> None:
+    assert load_backbone(detector("thin_R50_C4.yaml"), thin_weights) == 265
+
+
+def test_extra_norm_is_not_asked_for() -> None:
+    model = detector("R18_C4.yaml")
+    assert "roi_heads.res5.norm.weight" in model.state_dict()
+    assert "roi_heads.res5.norm.weight" not in backbone_tensor_names(model)
+
+
+def test_stock_head_would_mistake_basic_blocks(weights: dict[int, Path]) -> None:
+    """Detectron2's own head builds bottlenecks for ResNet-18; here that is an error."""
+    model = detector("R18_C4.yaml", "MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
+    with pytest.raises(UserError, match=r"missing .*roi_heads.res5.*use the config of the"):
+        load_backbone(model, weights[18])
+
+
+def test_another_depth_or_width_is_refused(weights: dict[int, Path], thin_weights: Path) -> None:
+    with pytest.raises(UserError, match=r"r50.pth: only .* tensors match the 265"):
+        load_backbone(detector("R18_C4.yaml"), weights[50])
+    with pytest.raises(UserError, match=r"r18.pth: only .*missing"):
+        load_backbone(detector("R50_C4.yaml"), weights[18])
+    with pytest.raises(UserError, match=r"backbone.pkl: only .*"):
+        load_backbone(detector("R50_C4.yaml"), thin_weights)
+    with pytest.raises(UserError, match=r"missing 80"):
+        load_backbone(detector("R18_C4.yaml", "MODEL.RESNETS.DEPTH", "34"), weights[18])
+
+
+def write_pkl(path: Path, source: Path, change: dict[str, object]) -> Path:
+    data = pickle.loads(source.read_bytes())
+    data = {key: value for key, value in {**data, **change}.items() if value is not None}
+    path.write_bytes(pickle.dumps(data))
+    return path
+
+
+def test_pkl_without_the_request_for_matching_is_refused(
+    thin_weights: Path, tmp_path: Path
+) -> None:
+    path = write_pkl(tmp_path / "b.pkl", thin_weights, {"matching_heuristics": None})
+    stock = detector("thin_R50_C4.yaml")
+    before = {name: value.clone() for name, value in stock.state_dict().items()}
+    DetectionCheckpointer(stock).load(str(path))  # Detectron2 itself warns, and loads nothing
+    assert all(torch.equal(value, before[name]) for name, value in stock.state_dict().items())
+    with pytest.raises(UserError, match=r"only 0 of the detector's 265 backbone tensors match"):
+        load_backbone(detector("thin_R50_C4.yaml"), path)
+
+
+def test_damaged_weights_are_refused(thin_weights: Path, tmp_path: Path) -> None:
+    model = detector("thin_R50_C4.yaml")
+    given = pickle.loads(thin_weights.read_bytes())["model"]
+    path = tmp_path / "b.pkl"
+    without = {name: value for name, value in given.items() if name != "res3.1.conv2.weight"}
+    write_pkl(path, thin_weights, {"model": without})
+    with pytest.raises(UserError, match=r"only 264 of .*missing 1: backbone.res3.1.conv2.weight"):
+        load_backbone(model, path)
+    write_pkl(path, thin_weights, {"model": {**given, "res9.0.weight": given["stem.conv1.weight"]}})
+    with pytest.raises(UserError, match=r"not in the detector 1: res9.0.weight"):
+        load_backbone(model, path)
+    turned = {**given, "res3.0.conv1.weight": given["res3.0.conv1.weight"].transpose(1, 0, 2, 3)}
+    write_pkl(path, thin_weights, {"model": turned})
+    with pytest.raises(UserError, match=r"only 264 of .*res3.0.conv1.weight"):
+        load_backbone(model, path)
+    path.write_bytes(thin_weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"b.pkl"):
+        load_backbone(model, path)
+    with pytest.raises(UserError, match=r"no such weights"):
+        load_backbone(model, tmp_path / "none.pkl")
+    with pytest.raises(UserError, match=r"end in .pkl or .pth"):
+        load_backbone(model, tmp_path / "weights.bin")
+
+
+def test_card_is_compared_with_the_config(thin_weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b.pkl"
+    shutil.copy(thin_weights, path)
+    config = CONFIGS / "thin_R50_C4.yaml"
+    with pytest.raises(UserError, match=r"no preprocessing card b.json.*--no-card"):
+        check_card(path, load_config(config))
+    card = json.loads(thin_weights.with_suffix(".json").read_text())
+
+    def refused(match: str, *overrides: str, **changes: object) -> None:
+        path.with_suffix(".json").write_text(json.dumps({**card, **changes}))
+        with pytest.raises(UserError, match=match):
+            check_card(path, load_config(config, overrides))
+
+    refused("INPUT.FORMAT must be 'RGB', not 'BGR'", "INPUT.FORMAT", "BGR")
+    refused("MODEL.PIXEL_MEAN must be", "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]")
+    refused("MODEL.PIXEL_STD must be", "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]")
+    refused("STRIDE_IN_1X1 must be False", "MODEL.RESNETS.STRIDE_IN_1X1", "True")
+    refused("the weights are a ResNet-50 .width 16", "MODEL.RESNETS.DEPTH", "101")
+    refused("is not the file that b.json describes", weights_sha256="0")
+    refused("format 'x'", format="x")
+    refused("not a card", preprocessing=None)
+    path.with_suffix(".json").write_text(json.dumps(card))
+    assert check_card(path, load_config(config)) == card
+    with pytest.raises(UserError, match=r"no such weights.*say `random`"):
+        check_card(tmp_path / "none.pkl", load_config(config))
+
+
+def test_run_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    checkpointer = RunCheckpointer(model, str(tmp_path))
+    checkpointer.save("first")
+    assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        checkpointer.save("second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
+    assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
+
+
+def test_converted_names_are_those_of_the_table(thin_checkpoint: Path) -> None:
+    assert set(to_detectron2(read_source(thin_checkpoint))) >= {"stem.conv1.weight"}

@@ -1,0 +1,249 @@
+"""Photo composites, made from small stand-ins for the packages; once (slow) from the true ones."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from pipeline.datasets import packages, photos
+from pipeline.datasets.options import SetOptions
+from tests.pipeline.datasets.package_fixture import make_deb, make_packages, package_files
+from tools import make_dataset
+
+ROOT = Path(__file__).resolve().parents[3]
+COUNTS = {"pool": 8, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}
+SIZES = [word for name, count in COUNTS.items() for word in (f"--num-{name}", str(count))]
+SIZES += ["--image-size", "48", "--num-workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def debs(tmp_path_factory) -> Path:
+    return make_packages(tmp_path_factory.mktemp("debs"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, debs: Path) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    packages.open_library(debs, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(debs: Path, cache: Path) -> packages.Library:
+    return packages.open_library(debs, cache)
+
+
+def run(*arguments: object) -> int:
+    try:
+        return make_dataset.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_the_committed_lists_are_sound():
+    cutouts = packages.listed_cutouts()
+    files = [f for groups in cutouts.values() for group in groups for f in group]
+    assert len(files) == len(set(files)) == 206
+    for table in photos.CLASS_SETS.values():
+        assert sorted(k for kinds in table.values() for k in kinds) == sorted(cutouts)
+    scenes = packages.listed_backgrounds()
+    grounds = [f for group in scenes.values() for f in group]
+    assert len(grounds) == len(set(grounds)) > 100
+    kept_apart = ("erase", "explore_farm_animals", "explore_world_animals")
+    assert not any(f.startswith(kept_apart) for f in grounds)
+
+
+def test_the_library_holds_every_listed_picture(library: packages.Library):
+    assert library.missing == []
+    assert library.packages == dict.fromkeys(packages.PACKAGES, "1.0-1")
+    for folder, count in (("cutouts", 206), ("backgrounds", 114)):
+        assert sum(p.is_file() for p in (library.root / folder).rglob("*")) == count
+    assert len(list((library.root / "licences").iterdir())) == 3
+
+
+@pytest.mark.parametrize(("classes", "num"), [("coarse", 3), ("medium", 5), ("fine", 11)])
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes, num, seed):
+    names, seen, unseen = photos.split(library, classes, seed)
+    assert len(names) == num
+
+    def files(part: photos.Part) -> set[str]:
+        return {f for kinds in part.cutouts for kind in kinds for f in kind}
+
+    assert not files(seen) & files(unseen)
+    assert len(files(seen)) + len(files(unseen)) == 206
+    assert len(files(unseen)) / 206 == pytest.approx(1 / 3, abs=0.04)
+    assert not set(seen.backgrounds) & set(unseen.backgrounds)
+    assert len(unseen.backgrounds) / 114 == pytest.approx(1 / 4, abs=0.04)
+    for groups in [*library.cutouts.values(), list(library.backgrounds.values())]:
+        for group in groups:
+            sides = [set(group) & (files(p) | set(p.backgrounds)) for p in (seen, unseen)]
+            assert sum(map(bool, sides)) == 1
+
+
+def test_the_split_follows_its_seed(library):
+    assert photos.split(library, "fine", 3) == photos.split(library, "fine", 3)
+    assert photos.split(library, "fine", 3) != photos.split(library, "fine", 4)
+
+
+@pytest.mark.parametrize("part", ["train", "pool", "probe/train", "test", "probe/val"])
+def test_each_part_uses_its_own_pictures_only(library, monkeypatch, part):
+    names, seen, unseen = photos.split(library, "coarse", 0)
+    options = SetOptions(short_side=48, long_side=60)
+    source = photos.PhotoSource(options, names, library.root, seen, unseen)
+    used: set[str] = set()
+    for loader in ("_load_cutout", "_load_background"):
+        original = getattr(photos, loader)
+        monkeypatch.setattr(photos, loader, lambda r, n, s, f=original: used.add(n) or f(r, n, s))
+    scenes = [source.scene(part, i) for i in range(25)]
+    own = unseen if part in ("test", "probe/val") else seen
+    allowed = {f for kinds in own.cutouts for kind in kinds for f in kind} | set(own.backgrounds)
+    assert used
+    assert used <= allowed
+    assert all(s.image.dtype == np.uint8 and s.objects for s in scenes)
+    if part.startswith("probe"):
+        assert [s.objects[0].label for s in scenes] == [i % 3 for i in range(25)]
+
+
+def test_command_makes_the_same_bytes_for_any_number_of_workers(debs, cache, tmp_path: Path):
+    where = ["--packages-dir", debs, "--cache", cache]
+    assert run("photos", tmp_path / "a" / "set", *SIZES, *where) == 0
+    assert run("photos", tmp_path / "b" / "set", *SIZES, *where, "--num-workers", 2) == 0
+    assert tree(tmp_path / "a" / "set") == tree(tmp_path / "b" / "set")
+    card = json.loads((tmp_path / "a/set/dataset.json").read_text())
+    assert card["classes"] == list(photos.CLASS_SETS["coarse"])
+    assert card["options"]["packages"] == dict.fromkeys(packages.PACKAGES, "1.0-1")
+    assert "206 cut-outs" in card["notes"]
+    assert "GPL-2" in card["licence"]
+    assert str(tmp_path) not in json.dumps(card)
+    assert str(cache) not in json.dumps(card)
+
+
+def test_an_unpacked_folder_serves_as_well(debs, cache, library, tmp_path: Path):
+    for files in package_files().values():
+        for name, content in files.items():
+            (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "root" / name).write_bytes(content)
+    other = packages.open_library(tmp_path / "root", tmp_path / "cache")
+    assert tree(other.root / "cutouts") == tree(library.root / "cutouts")
+    assert tree(other.root / "backgrounds") == tree(library.root / "backgrounds")
+
+
+def test_pictures_are_fetched_with_apt_get_once(debs, tmp_path: Path, monkeypatch, capsys):
+    tool = tmp_path / "bin" / "apt-get"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n/bin/cp {debs}/*.deb .\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.setenv("FA_CACHE", str(tmp_path / "cache"))
+    assert run("photos", tmp_path / "a", *SIZES) == 0
+    assert run("photos", tmp_path / "b", *SIZES) == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["download -q " + " ".join(packages.PACKAGES)]
+    assert "fetching" in capsys.readouterr().out
+
+
+def test_without_apt_get_the_remedy_is_named(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("photos", tmp_path / "out", *SIZES, "--cache", tmp_path / "cache") == 2
+    message = capsys.readouterr().err
+    assert "apt-get is not on this system" in message
+    assert "--packages-dir" in message
+
+
+def test_a_failing_download_says_why_and_what_to_do(tmp_path: Path, monkeypatch, capsys):
+    tool = tmp_path / "apt-get"
+    tool.write_text('#!/bin/sh\necho "E: Unable to locate package x" >&2\nexit 100\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("photos", tmp_path / "out", *SIZES, "--cache", tmp_path / "cache") == 2
+    message = capsys.readouterr().err
+    assert "E: Unable to locate package x" in message
+    assert "run `apt-get update` as root" in message
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_an_empty_packages_dir_is_named(tmp_path: Path, capsys):
+    where = ["--packages-dir", tmp_path, "--cache", tmp_path / "cache"]
+    assert run("photos", tmp_path / "out", *SIZES, *where) == 2
+    assert "no tuxpaint-stamps-default_*.deb there" in capsys.readouterr().err
+
+
+def test_a_few_missing_pictures_are_counted_many_are_refused(tmp_path: Path, capsys):
+    listed = [f for gs in packages.listed_cutouts().values() for g in gs for f in g]
+    few = make_packages(tmp_path / "few", listed[:3])
+    where = ["--packages-dir", few, "--cache", tmp_path / "cache"]
+    assert run("photos", tmp_path / "out", *SIZES, *where) == 0
+    assert "3 listed pictures are not in the packages" in capsys.readouterr().out
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert card["options"]["num_missing_pictures"] == 3
+
+    many = make_packages(tmp_path / "many", listed[:30], "9.9-1")
+    with pytest.raises(UserError, match=r"30 of 320 listed pictures.*9\.9-1.*Debian 12"):
+        packages.open_library(many, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no archive", "empty archive", "bad resource"])
+def test_damaged_packages_are_named(debs, tmp_path: Path, damage):
+    folder = tmp_path / "debs"
+    shutil.copytree(debs, folder)
+    path = next(folder.glob("gcompris-qt-data_*.deb"))
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif damage == "no archive":
+        path.write_bytes(b"<html>not found</html>")
+    elif damage == "empty archive":
+        path.write_bytes(b"!<arch>\n")
+    else:
+        make_deb(path, {"usr/share/gcompris-qt/rcc/details.rcc": b"qres and no more"})
+    match = "details.rcc" if damage == "bad resource" else r"gcompris-qt-data_.*damaged package"
+    with pytest.raises(UserError, match=match):
+        packages.open_library(folder, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("library-*"))
+
+
+def test_a_damaged_cut_out_is_named(library, tmp_path: Path):
+    (tmp_path / "cutouts").mkdir()
+    (tmp_path / "cutouts" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"a\.png: no cut-out"):
+        photos._load_cutout(tmp_path, "a.png", 100)
+    cv2.imwrite(str(tmp_path / "cutouts" / "b.png"), np.zeros((5, 5, 4), np.uint8))
+    with pytest.raises(UserError, match=r"b\.png: fully transparent"):
+        photos._load_cutout(tmp_path, "b.png", 100)
+
+
+def test_cut_outs_keep_their_colour_at_the_edge():
+    disc = np.zeros((80, 80, 4), np.uint8)
+    cv2.circle(disc, (40, 40), 35, (40, 90, 200, 255), -1)
+    rng = np.random.default_rng(0)
+    sprite = photos._cut_out(rng, [disc], 60, np.full(3, 128.0))
+    inside = sprite.image[sprite.alpha > 0.9].mean(axis=0)
+    edge = sprite.image[(sprite.alpha > 0.2) & (sprite.alpha < 0.8)].mean(axis=0)
+    assert abs(inside - edge).max() < 12
+
+
+@pytest.mark.slow
+def test_the_true_packages(tmp_path: Path):
+    """Needs the packages in the cache, or a Debian system with network."""
+    try:
+        library = packages.open_library(None, make_dataset.default_cache())
+    except UserError as error:
+        if "apt-get" not in str(error):
+            raise
+        pytest.skip(str(error))
+    if tuple(library.packages.values()) == packages.KNOWN_VERSIONS:
+        assert library.missing == []
+    assert run("photos", tmp_path / "set", "--classes", "fine", *SIZES) == 0
+    pictures = [cv2.imread(str(p)) for p in (tmp_path / "set").rglob("*.jpg")]
+    assert len(pictures) == 8 + 9 + 7 + 11 + 10
+    assert np.mean([p.std() for p in pictures if p is not None]) > 20

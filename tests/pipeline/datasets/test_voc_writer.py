@@ -1,0 +1,124 @@
+"""The devkit layout, read back by a parser of the test's own."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from common.annotations.canonical import make_folders
+from pipeline.datasets import compose, voc_writer
+from pipeline.datasets.compose import Annotation, Placed, Scene, Sprite
+
+CLASSES = ("cup", "bottle")
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    """Read the objects of an annotation with regular expressions only."""
+    found = []
+    for block in re.findall(r"<object>(.*?)</object>", text, flags=re.DOTALL):
+        found.append(dict(re.findall(r"<(\w+)>([^<>]+)</\1>", block)))
+    return found
+
+
+def square(height: int, width: int, opacity: float = 1.0) -> Sprite:
+    return Sprite(
+        np.full((height, width, 3), 200, np.float32), np.full((height, width), opacity, np.float32)
+    )
+
+
+def test_boxes_are_one_based_and_include_both_edges(tmp_path: Path):
+    image = np.zeros((40, 60, 3), np.uint8)
+    whole = Annotation(1, (0, 0, 60, 40), True, False, 0.9)
+    pixel = Annotation(0, (5, 7, 6, 8), False, True, 1.0)
+    make_folders(tmp_path / "VOC2007")
+    voc_writer.write_scene(tmp_path, "a", Scene(image, [whole, pixel]), CLASSES, 90)
+    text = (tmp_path / "VOC2007/Annotations/a.xml").read_text()
+    first, second = parse(text)
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    assert [int(first[k]) for k in corners] == [1, 1, 60, 40]
+    assert [int(second[k]) for k in corners] == [6, 8, 6, 8]
+    assert (first["name"], first["truncated"], first["difficult"]) == ("bottle", "1", "0")
+    assert (second["name"], second["truncated"], second["difficult"]) == ("cup", "0", "1")
+    assert first["pose"] == "Unspecified"
+    assert re.search(r"<width>60</width>\s*<height>40</height>\s*<depth>3</depth>", text)
+    assert re.search(r"<filename>a\.jpg</filename>", text)
+    written = cv2.imread(str(tmp_path / "VOC2007/JPEGImages/a.jpg"))
+    assert written is not None
+    assert written.shape == (40, 60, 3)
+
+
+def test_a_box_outside_the_picture_is_a_bug(tmp_path: Path):
+    make_folders(tmp_path / "VOC2007")
+    outside = Annotation(0, (0, 0, 61, 40), False, False, 1.0)
+    scene = Scene(np.zeros((40, 60, 3), np.uint8), [outside])
+    with pytest.raises(AssertionError):
+        voc_writer.write_scene(tmp_path, "a", scene, CLASSES, 90)
+
+
+def test_boxes_follow_what_is_seen():
+    back = Placed(square(10, 20), x=5, y=5, label=0)
+    front = Placed(square(10, 8), x=5, y=5, label=1)
+    stay, objects, masks = compose.settle([back, front], (40, 60))
+    assert len(stay) == 2
+    assert objects[0].box == (13, 5, 25, 15)
+    assert objects[0].visible == pytest.approx(12 / 20)
+    assert not objects[0].truncated
+    assert not objects[0].difficult
+    assert objects[1].box == (5, 5, 13, 15)
+    assert not (masks[0] & masks[1]).any()
+
+
+def test_less_than_half_is_difficult_and_less_than_a_quarter_is_taken_out():
+    def covered(share: float) -> tuple[int, list[Annotation]]:
+        back = Placed(square(20, 20), 0, 0, label=0)
+        stay, objects, _ = compose.settle(
+            [back, Placed(square(20, int(20 * share)), 0, 0)], (40, 60)
+        )
+        return len(stay), objects
+
+    assert covered(0.4)[1][0].difficult is False
+    assert covered(0.6)[1][0].difficult is True
+    assert covered(0.8) == (1, [])
+
+
+def test_an_object_that_only_hides_others_goes_first_if_it_is_hidden_itself():
+    bottom = Placed(square(20, 20), 0, 0, label=0)
+    middle = Placed(square(20, 18), 0, 0, label=0)
+    top = Placed(square(20, 18), 0, 0)  # clutter over the middle one
+    stay, objects, _ = compose.settle([bottom, middle, top], (20, 20))
+    assert stay == [top]
+    assert objects == []
+
+
+def test_truncated_means_cut_by_the_border():
+    inside = compose.settle([Placed(square(10, 10), 0, 0, 0)], (20, 20))[1][0]
+    cut = compose.settle([Placed(square(10, 10), -4, 0, 0)], (20, 20))[1][0]
+    assert (inside.truncated, cut.truncated) == (False, True)
+    assert cut.box == (0, 0, 6, 10)
+
+
+def test_tiny_objects_are_difficult():
+    side = compose.DIFFICULT_SIDE_PX
+    tiny = compose.settle([Placed(square(side - 1, side - 1), 2, 2, 0)], (40, 40))[1][0]
+    small = compose.settle([Placed(square(side, 3), 2, 2, 0)], (40, 40))[1][0]
+    assert (tiny.difficult, small.difficult) == (True, False)
+
+
+def test_painting_changes_the_boxed_pixels_only():
+    background = np.full((30, 40, 3), 50, np.float32)
+    item = Placed(square(8, 6), 10, 12, 0)
+    painted = compose.paint(background, [item])
+    changed = np.abs(painted - background).max(axis=2) > 0
+    rows, columns = np.nonzero(changed)
+    box = compose.settle([item], (30, 40))[1][0].box
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
+    assert (background == 50).all()
+
+
+def test_a_sprite_fully_outside_is_harmless():
+    away = Placed(square(5, 5), 100, -50, 0)
+    assert compose.settle([away], (20, 20))[1] == []
+    background = np.zeros((20, 20, 3), np.float32)
+    assert (compose.paint(background, [away], (0.1, 0.1, 0.5)) == 0).all()

@@ -1,0 +1,343 @@
+"""The report in Chromium: themes, keyboard, sorting, what is forbidden."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.report import charts, report
+from tests.pipeline.report.run_fixture import evaluate_elsewhere, make_run
+
+pytestmark = pytest.mark.browser
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
+PHONE, DESK = 360, 1400
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """The report alone in a folder: it must need nothing else."""
+    made = tmp_path_factory.mktemp("made")
+    out = make_run(made / "run", seeds=2)
+    evaluate_elsewhere(out, "scenes", made / "scenes")
+    found = tmp_path_factory.mktemp("alone") / "page.html"
+    found.write_text(report.render(out))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("width", "dark"), [(PHONE, True), (DESK, False)], ids=["phone, dark", "desk, light"]
+)
+def test_pages_can_be_used_by_all(browser, page, width, dark):
+    url = page.as_uri()
+    browser.open(url, dark=dark, width=width)
+    browser.value("document.querySelectorAll('details').forEach(d => { d.open = true; }), 0")
+    assert browser.value(CHECKS) == []
+    assert browser.complaints() == []
+    assert browser.requests() == [url]
+
+
+CONTROLS = ("button", "link", "radio", "DisclosureTriangle", "region", "navigation", "img")
+
+
+def test_everything_that_can_be_used_has_a_name(browser, page):
+    """By the names that the browser gives to screen readers."""
+    browser.open(page.as_uri(), dark=False, width=DESK)
+    browser.send("Accessibility.enable")
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    named = [n for n in nodes if not n["ignored"] and n["role"]["value"] in CONTROLS]
+    assert {"button", "radio", "region"} <= {node["role"]["value"] for node in named}
+    assert [n for n in named if not n.get("name", {}).get("value", "").strip()] == []
+
+
+def colours(browser) -> tuple[str, str]:
+    style = "getComputedStyle(document.body)"
+    return browser.value(f"[{style}.backgroundColor, {style}.color]")
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+LIGHT, DARK = ([rgb(theme["page"]), rgb(theme["ink"])] for theme in (charts.LIGHT, charts.DARK))
+
+
+def test_the_theme_follows_the_system_until_one_is_chosen(browser, page):
+    url = page.as_uri()
+    for dark, expected in ((False, LIGHT), (True, DARK)):
+        browser.open(url, dark=dark, width=DESK)
+        assert colours(browser) == expected
+    browser.focus("#theme input:checked")
+    for key, expected in (("ArrowRight", LIGHT), ("ArrowRight", DARK), ("ArrowLeft", LIGHT)):
+        browser.press(key)
+        assert colours(browser) == expected
+    browser.open(url, dark=True, width=DESK)  # it was remembered
+    assert colours(browser) == LIGHT
+    assert browser.value("document.querySelector('#theme input:checked').value") == "light"
+    browser.open(url, dark=True, width=DESK, paper=True)
+    browser.value("document.documentElement.dataset.theme = 'dark'")
+    assert colours(browser)[1] == rgb(charts.LIGHT["ink"])  # paper is white
+    browser.open(url, dark=False, width=DESK)
+    browser.focus("#theme input:checked")
+    browser.press("ArrowLeft")
+    browser.open(url, dark=True, width=DESK)
+    assert colours(browser) == DARK
+    assert browser.complaints() == []
+
+
+def test_the_theme_can_be_chosen_where_nothing_is_stored(browser, page):
+    data = base64.b64encode(page.read_bytes()).decode()
+    browser.open(f"data:text/html;base64,{data}", dark=False, width=DESK)
+    refused = "(() => { try { localStorage; return false; } catch { return true; } })()"
+    assert browser.value(refused) is True
+    browser.focus("#theme input:checked")
+    browser.press("ArrowLeft")  # around: dark
+    assert colours(browser) == DARK
+    assert browser.complaints() == []
+
+
+ORDER = (  # text, and where it belongs
+    ("< 0.001", 0.000999), ("0.001", 0.001), ("\u22121.2", -1.2), ("-3", -3), ("+7", 7),
+    ("9.9 \u00b1 0.1", 9.9), ("12 %", 12), ("50.3 \u00b1 2.0", 50.3), ("1\u2009234", 1234),
+    ("4.5e-07", 4.5e-7), ("[+1.20, +2.30]", 1.2), ("+2.0 to +4.0", 2), ("-inf", -1e99),
+    ("\u2212.5", -0.5), ("10\u2009000.5", 10000.5),
+)  # fmt: skip
+WORDS = ("seed 10", "seed 9", "Alpha", "beta", "4 mean at 4 x", "\u00e9clair", "\u2013")
+
+
+def column(browser, number: int, table: int = 0) -> list[str]:
+    return browser.value(
+        f"[...document.querySelectorAll('table')[{table}].tBodies[0].rows]"
+        f".map(row => row.cells[{number}].textContent)"
+    )
+
+
+def sort_states(browser) -> list[str | None]:
+    return browser.value(
+        "[...document.querySelector('table').tHead.rows[0].cells]"
+        ".map(head => head.getAttribute('aria-sort'))"
+    )
+
+
+@pytest.fixture
+def table(browser, tmp_path) -> list[str]:
+    """A page with numbers, words and equal keys in disorder; returns the first column."""
+    texts = [text for text, _ in ORDER]
+    texts = [*texts[::2], "\u2013", *texts[1::2], "-", "", "nan"]
+    cells = [
+        (f"row {n}", text, WORDS[n] if n < len(WORDS) else "zeta", str(n % 2))
+        for n, text in enumerate(texts)
+    ]
+    escaped = [[text.replace("<", "&lt;") for text in row] for row in cells]
+    heads = ("name", "number", "word", "equal")
+    path = tmp_path / "table.html"
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in row)}</tr>" for row in escaped)
+    script = (report.HERE / "report.js").read_text()
+    path.write_text(
+        f'<!doctype html><meta charset="utf-8"><script>{script}</script>'
+        f'<div id="told"></div><fieldset id="theme"></fieldset><table class="sortable">'
+        f"<caption>c</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+    browser.open(path.as_uri(), dark=False, width=DESK)
+    return [row[0] for row in cells]
+
+
+def test_numbers_are_sorted_by_their_values(browser, table):
+    ascending = [text for text, _ in sorted(ORDER, key=lambda pair: pair[1])]
+    missing = ["\u2013", "-", "", "nan"]
+    assert sort_states(browser) == [None] * 4
+    browser.focus("thead th:nth-child(2) button")
+    browser.press("Enter")
+    assert column(browser, 1) == [*ascending, *missing]
+    assert sort_states(browser) == [None, "ascending", None, None]
+    assert "Sorted by number, ascending" in browser.value(
+        "document.getElementById('told').textContent"
+    )
+    browser.press(" ")
+    assert column(browser, 1) == [*ascending[::-1], *missing]
+    assert sort_states(browser) == [None, "descending", None, None]
+    browser.press("Enter")
+    assert column(browser, 0) == table
+    assert sort_states(browser) == [None] * 4
+    assert browser.value("document.activeElement.textContent") == "number"
+    assert browser.complaints() == []
+
+
+def test_words_are_sorted_as_people_do_and_equal_rows_stay(browser, table):
+    click = "document.querySelectorAll('thead button')[{}].click()"
+    browser.value(click.format(2))
+    words = list(dict.fromkeys(column(browser, 2)))
+    expected = ["4 mean at 4 x", "Alpha", "beta", "\u00e9clair", "seed 9", "seed 10", "zeta"]
+    assert words == [*expected, "\u2013"]
+    for _ in range(2):
+        browser.value(click.format(2))  # back to the first order
+    for direction in (1, -1):
+        browser.value(click.format(3))
+        rows = [name for name in table if table.index(name) % 2 == 0]
+        others = [name for name in table if table.index(name) % 2 == 1]
+        assert column(browser, 0) == (rows + others)[::1] if direction == 1 else others + rows
+
+
+def test_every_table_of_figures_can_be_sorted(browser, page):
+    browser.open(page.as_uri(), dark=False, width=DESK)
+    heads = browser.value(
+        "[...document.querySelectorAll('table.sortable')].filter(t => t.tBodies[0].rows.length > 1)"
+        ".map(t => [...t.tHead.rows[0].cells].every(head => head.querySelector('button')))"
+    )
+    assert len(heads) >= 10
+    assert all(heads)
+    # Times and sizes by their values, not by their text.
+    program = (
+        "(() => { const t = document.querySelector('#ran table');"
+        " t.querySelectorAll('button')[2].click();"
+        " return [...t.tBodies[0].rows].map(row => Number(row.cells[2].dataset.sort)); })()"
+    )
+    seconds = browser.value(program)
+    assert seconds == sorted(seconds)
+    assert browser.value("document.querySelector('#ran tfoot th').textContent").startswith(
+        "All, added"
+    )
+
+
+def test_the_focus_is_seen_wherever_the_keyboard_leads(browser, page):
+    browser.open(page.as_uri(), dark=False, width=DESK)
+    focused = """(() => {
+      const a = document.activeElement;
+      const drawn = a.matches("#theme input") ? a.nextElementSibling : a;
+      const style = getComputedStyle(drawn);
+      const name = a.tagName + (a.className || a.textContent);
+      return [name, style.outlineStyle, parseFloat(style.outlineWidth)];
+    })()"""
+    seen = []
+    for _ in range(500):
+        browser.press("Tab")
+        name, style, width = browser.value(focused)
+        if name.startswith("BODY"):
+            break
+        assert (style, width >= 2) == ("solid", True), name
+        seen.append(name)
+    assert seen[0] == "Askip"
+    stops = browser.value(
+        "[...document.querySelectorAll('a[href], button, summary, [tabindex=\"0\"]')]"
+        ".filter(element => element.checkVisibility()).length"
+    )
+    assert len(seen) == stops + 1  # and one radio of the group
+
+
+def test_what_comes_from_outside_is_refused(browser, page):
+    """Even if something slipped into the page: no request leaves, no other script runs."""
+    browser.open(page.as_uri(), dark=False, width=DESK)
+    program = """new Promise(done => {
+      const refused = [];
+      addEventListener("securitypolicyviolation", event => {
+        refused.push(event.effectiveDirective);
+        if (refused.length === 5) done(refused.sort());
+      });
+      const add = (tag, facts) =>
+        document.body.append(Object.assign(document.createElement(tag), facts));
+      add("img", { src: "http://127.0.0.1:9/a.png" });
+      add("script", { textContent: "window.slipped = true" });
+      add("script", { src: "http://127.0.0.1:9/a.js" });
+      add("link", { rel: "stylesheet", href: "http://127.0.0.1:9/a.css" });
+      fetch("http://127.0.0.1:9/").catch(() => 0);
+    })"""
+    assert browser.value(program) == [
+        "connect-src", "img-src", "script-src-elem", "script-src-elem", "style-src-elem",
+    ]  # fmt: skip
+    assert browser.value("window.slipped") is None
+
+
+def test_without_scripts_all_content_is_there(browser, page):
+    url = page.as_uri()
+    browser.open(url, dark=False, width=DESK)
+    words = "document.querySelector('main').textContent.replace(/\\s+/g, ' ')"
+    note = " Buttons in the column headings sort the rows."
+    with_scripts = browser.value(words).replace(note, "")
+    browser.send("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(url, dark=True, width=DESK)
+        assert browser.value("document.querySelectorAll('th button').length") == 0
+        assert browser.value(words).split() == with_scripts.split()
+        assert colours(browser) == DARK
+        assert browser.value("getComputedStyle(document.getElementById('theme')).display") == "none"
+        unseen = "[...document.querySelectorAll('main *')].filter(e => !e.closest('details')"
+        hidden = browser.value(f"{unseen} && !e.checkVisibility()).map(e => e.outerHTML)")
+        assert hidden == []
+    finally:
+        browser.send("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_less_motion_where_it_is_asked_for(browser, page):
+    scroll = "getComputedStyle(document.documentElement).scrollBehavior"
+    for still, expected in ((False, "smooth"), (True, "auto")):
+        browser.open(page.as_uri(), dark=False, width=DESK, still=still)
+        assert browser.value(scroll) == expected
+
+
+def test_paper_has_everything_and_no_controls(browser, page):
+    browser.open(page.as_uri(), dark=True, width=720, paper=True)
+    shown = "e => getComputedStyle(e).display"
+    for selector in (".contents", "#theme", ".skip"):
+        assert browser.value(f"({shown})(document.querySelector('{selector}'))") == "none"
+    closed = "document.querySelectorAll('details:not([open])').length"
+    before = browser.value(closed)
+    assert before > 0
+    browser.value("dispatchEvent(new Event('beforeprint'))")
+    assert browser.value(closed) == 0
+    wide = "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.clientWidth + 1"
+    wide += " || t.getBoundingClientRect().right > innerWidth).map(t => t.caption.textContent)"
+    assert browser.value(wide) == []
+    assert browser.value("getComputedStyle(document.body).color") == rgb(charts.LIGHT["ink"])
+    browser.value("dispatchEvent(new Event('afterprint'))")
+    assert browser.value(closed) == before
+    paper = browser.send("Page.printToPDF", printBackground=False)["data"]
+    assert base64.b64decode(paper).startswith(b"%PDF")
+
+
+def test_the_skip_link_leads_to_the_content(browser, page):
+    browser.open(page.as_uri(), dark=False, width=PHONE)
+    browser.press("Tab")
+    box = "(r => [r.x >= 0, r.y >= 0])(document.activeElement.getBoundingClientRect())"
+    assert browser.value(box) == [True, True]
+    browser.press("Enter")
+    assert browser.value("document.activeElement.id") == "main"
+    names = json.loads(
+        browser.value(
+            "JSON.stringify([...document.querySelectorAll('.contents a')].map(a => a.hash))"
+        )
+    )
+    assert names == [
+        f"#{s}"
+        for s in browser.value("[...document.querySelectorAll('main > section')].map(s => s.id)")
+    ]
+
+
+def test_pictures_are_whole_and_described(browser, page):
+    browser.open(page.as_uri(), dark=False, width=1280)
+    pictures = browser.value(
+        "Promise.all([...document.images].map(i => i.decode().catch(() => 0)"
+        ".then(() => [i.naturalWidth, i.alt.length])))"
+    )
+    assert len(pictures) > 50
+    assert all(natural_width > 0 and alt > 0 for natural_width, alt in pictures)
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+
+
+def test_charts_are_drawn_in_the_colours_of_the_theme(browser, page):
+    drawn = "#pretraining .chart path[style*='stroke: var(--pretrained)']"
+    line = f'getComputedStyle(document.querySelector("{drawn}")).stroke'
+    for dark, colours in ((False, charts.LIGHT), (True, charts.DARK)):
+        browser.open(page.as_uri(), dark=dark, width=DESK)
+        assert browser.value(line) == rgb(colours["pretrained"])
+
+
+def test_page_of_an_empty_run_loads_too(browser, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "stages.json").write_text('{"format": "fa-stages-1", "plan": ["data"], "stages": {}}')
+    assert report.main([str(out)]) == 0
+    browser.open((out / "report.html").as_uri(), dark=False, width=1280)
+    assert browser.complaints() == []
+    assert browser.value("document.querySelectorAll('.missing-note').length") >= 5

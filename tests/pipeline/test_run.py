@@ -1,0 +1,282 @@
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import RunFailed, UserError
+from common.files import inside, remove
+from pipeline.fingerprint import Stage
+from pipeline.progress import Progress
+from pipeline.run import Runner
+from pipeline.sources import source_digest, source_files
+from pipeline.stage_store import lock
+
+COPY = """
+import pathlib, sys
+source, target = map(pathlib.Path, sys.argv[1:3])
+target.parent.mkdir(parents=True, exist_ok=True)
+target.write_text(source.read_text().strip())
+runs = target.with_name(target.name + ".runs")
+runs = pathlib.Path(sys.argv[3]) / runs.name
+runs.write_text(runs.read_text() + "x" if runs.exists() else "x")
+print("copied", source.name)
+"""
+
+
+class World:
+    """Two stages in a scratch repository: `first` reads in.txt, `second` reads what first made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.out, self.counts = folder / "repo", folder / "out", folder / "counts"
+        for path in (self.root, self.counts):
+            path.mkdir()
+        self.input = folder / "in.txt"
+        self.input.write_text("one")
+        (self.root / "copy.py").write_text(COPY)
+        (self.root / "other.py").write_text("VALUE = 1\n")
+        self.setting = 1
+
+    def stages(self) -> list[Stage]:
+        script = str(self.root / "copy.py")
+        made = self.out / "first/value.txt"
+        return [
+            Stage(
+                name="first",
+                command=(sys.executable, script, str(self.input), str(made), str(self.counts)),
+                outputs=("first/value.txt",),
+                owns=("first",),
+                files=(self.input,),
+                sources=("copy.py",),
+            ),
+            Stage(
+                name="second/a",
+                command=(
+                    *(sys.executable, script, str(made)),
+                    *(str(self.out / "second/a.txt"), str(self.counts)),
+                ),
+                outputs=("second/a.txt",),
+                owns=("second/a.txt",),
+                upstream=("first",),
+                config={"setting": self.setting},
+                sources=("*.py",),
+            ),
+        ]
+
+    def runner(self) -> Runner:
+        return Runner(self.root, self.out, ["bash", "run.sh", "a b"])
+
+    def run(self, **options) -> Runner:
+        runner = self.runner()
+        runner.run(self.stages(), Progress(2, io.StringIO()), **options)
+        return runner
+
+    def counted(self) -> tuple[int, int]:
+        found = []
+        for name in ("value.txt.runs", "a.txt.runs"):
+            path = self.counts / name
+            found.append(len(path.read_text()) if path.exists() else 0)
+        return found[0], found[1]
+
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        plan = self.runner().plan(self.stages())
+        return {name: (decision.action, decision.reason) for name, decision in plan.items()}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_unchanged_stages_are_skipped_and_keep_their_time(world):
+    world.run()
+    before = json.loads((world.out / "stages.json").read_text())["stages"]
+    runner = world.run()
+    assert world.counted() == (1, 1)
+    assert runner.ledger.skipped == {"first", "second/a"}
+    after = json.loads((world.out / "stages.json").read_text())["stages"]
+    assert all(after[name]["seconds"] == before[name]["seconds"] for name in before)
+    assert all(record["status"] == "finished" and record["current"] for record in after.values())
+    assert all(record["peak_memory_bytes"] > 1 << 20 for record in after.values())
+
+
+def test_changed_setting_runs_only_the_stage_that_has_it(world):
+    world.run()
+    world.setting = 2
+    assert world.reasons() == {
+        "first": ("skip", "unchanged"),
+        "second/a": ("run", "changed: setting setting 1 -> 2"),
+    }
+    world.run()
+    assert world.counted() == (1, 2)
+
+
+def test_changed_input_runs_everything_behind_it(world):
+    world.run()
+    world.input.write_text("two")
+    plan = world.reasons()
+    assert plan["first"][0] == "run"
+    assert "in.txt" in plan["first"][1]
+    assert plan["second/a"] == ("maybe", "only if first makes something else than before")
+    world.run()
+    assert world.counted() == (2, 2)
+    assert (world.out / "second/a.txt").read_text() == "two"
+
+
+def test_a_stage_that_makes_the_same_again_changes_nothing_behind_it(world):
+    world.run()
+    world.input.write_text("one\n")  # The copy strips it.
+    runner = world.run()
+    assert world.counted() == (2, 1)
+    assert runner.ledger.skipped == {"second/a"}
+
+
+def test_changed_source_runs_its_stage(world):
+    world.run()
+    (world.root / "other.py").write_text("VALUE = 2\n")
+    assert world.reasons()["second/a"] == ("run", "changed: code other.py")
+    world.run()
+    assert world.counted() == (1, 2)
+
+
+def test_comments_docstrings_and_format_of_python_sources_do_not_count(tmp_path):
+    a, b, c = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
+    a.write_text('"""One."""\ndef f(x):\n    """Two."""\n    return x\n')
+    b.write_text("# Another comment.\ndef f( x ):\n    return (x)\n")
+    c.write_text("def f(x):\n    return -x\n")
+    assert source_digest(a) == source_digest(b) != source_digest(c)
+    odd = tmp_path / "odd.py"
+    odd.write_text("this is not python (")
+    assert source_digest(odd) != source_digest(a)
+
+
+def test_sources_follow_imports_of_the_repository(tmp_path):
+    (tmp_path / "house/room").mkdir(parents=True)
+    files = {
+        "run.py": "def f():\n    from house import door\nimport numpy, house.room.bed\n",
+        "house/__init__.py": "",
+        "house/door.py": "from house.window import Glass\n",
+        "house/window.py": "import run\n",
+        "house/unused.py": "",
+        "house/room/__init__.py": "",
+        "house/room/bed.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = [path.relative_to(tmp_path).as_posix() for path in source_files(tmp_path, ["run.py"])]
+    assert found == sorted(set(files) - {"house/unused.py"})
+
+
+def test_missing_output_runs_again(world):
+    world.run()
+    (world.out / "second/a.txt").unlink()
+    assert world.reasons()["second/a"] == ("run", "second/a.txt is missing")
+    world.run()
+    assert world.counted() == (1, 2)
+
+
+def test_until_stops_and_the_rest_runs_later(world):
+    world.run(until="first")
+    assert world.counted() == (1, 0)
+    world.run()
+    assert world.counted() == (1, 1)
+
+
+def test_records_of_other_settings_are_not_current(world):
+    world.run()
+    world.setting = 2
+    world.run(until="first")
+    stages = json.loads((world.out / "stages.json").read_text())["stages"]
+    assert stages["first"]["current"]
+    assert not stages["second/a"]["current"]
+    world.setting = 1
+    world.run()
+    assert world.counted() == (1, 1), "going back to the old settings costs nothing"
+
+
+def test_failure_names_stage_log_lines_and_the_way_on(world):
+    (world.root / "copy.py").write_text("print('about to break'); raise SystemExit(3)")
+    with pytest.raises(RunFailed) as caught:
+        world.run()
+    message = str(caught.value)
+    assert "stage first failed with exit status 3" in message
+    assert "| about to break" in message
+    assert str(world.out / "logs/first.log") in message
+    assert message.endswith("to go on: bash run.sh 'a b'")
+    (world.root / "copy.py").write_text(COPY)
+    world.run()
+    assert world.counted() == (1, 1)
+
+
+def test_exit_status_0_without_the_output_is_a_failure(world):
+    (world.root / "copy.py").write_text("print('done')")
+    with pytest.raises(RunFailed, match="ended without leaving first/value"):
+        world.run()
+
+
+def test_what_this_pipeline_did_not_make_is_never_removed(world):
+    precious = world.out / "first/holiday.jpg"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("x")
+    with pytest.raises(UserError, match="was not made by this pipeline"):
+        world.run()
+    assert precious.exists()
+
+
+def test_old_outputs_are_removed_before_a_fresh_start(world):
+    world.run()
+    stale = world.out / "first/stale.txt"
+    stale.write_text("x")
+    world.input.write_text("two")
+    world.run()
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", ""])
+def test_paths_out_of_the_folder_are_refused(tmp_path, path):
+    with pytest.raises(UserError, match="is not a path below"):
+        inside(tmp_path, path)
+
+
+def test_links_are_unlinked_not_followed(tmp_path):
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    for folder in (outside, out):
+        folder.mkdir()
+    (outside / "precious").write_text("x")
+    (out / "link").symlink_to(outside)
+    with pytest.raises(UserError, match="symbolic link"):
+        remove(out, "link/precious")
+    assert remove(out, "link")
+    assert (outside / "precious").exists()
+
+
+def test_two_runs_in_one_folder_refuse_each_other(world):
+    world.out.mkdir()
+    with lock(world.out), pytest.raises(UserError, match=r"another run .*\(process \d+\)"):
+        world.run()
+
+
+def test_damaged_record_is_refused(world):
+    world.out.mkdir()
+    (world.out / "stages.json").write_text("{")
+    with pytest.raises(UserError, match=r"stages\.json is damaged"):
+        world.runner()
+
+
+def test_folder_of_another_pipeline_is_refused(world):
+    runner = world.run()
+    runner.ledger.open_run("demo")
+    with pytest.raises(UserError, match="holds a run of the pipeline 'demo', not 'smoke'"):
+        world.runner().ledger.check_name("smoke")
+
+
+def test_progress_bars_show_their_last_state_but_do_not_flood_the_log(world):
+    script = "import sys\nfor i in range(200): sys.stderr.write(f'\\rstep {i}')\nprint('\\nend')"
+    (world.root / "copy.py").write_text(script)
+    with pytest.raises(RunFailed) as caught:
+        world.run()
+    log = (world.out / "logs/first.log").read_text().splitlines()
+    assert len(log) < 10
+    assert log[-1] == "end"
+    assert "step 199" in str(caught.value)

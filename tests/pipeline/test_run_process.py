@@ -1,0 +1,115 @@
+"""Runs that are killed or stopped, as real processes."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOW = """
+import pathlib, sys, time
+out = pathlib.Path(sys.argv[1])
+out.mkdir(parents=True, exist_ok=True)
+with (out / "starts.txt").open("a") as stream:
+    stream.write(("resumed" if "--resume" in sys.argv else "fresh") + "\\n")
+while not (out.parent / "release").exists():
+    time.sleep(0.05)
+(out / "done").write_text("x")
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from common.errors import RunFailed, StoppedBySignal
+from pipeline.fingerprint import Stage
+from pipeline.progress import Progress
+from pipeline.run import Runner
+script, out = sys.argv[1], Path(sys.argv[2])
+stage = Stage(name="slow", command=(sys.executable, script, str(out / "slow")),
+              outputs=("slow/done",), owns=("slow",), sources=("slow.py",),
+              resumable=sys.argv[3] == "True", resume_arguments=("--resume",))
+try:
+    Runner(Path(script).parent, out, ["again"]).run([stage], Progress(1))
+except StoppedBySignal as error:
+    print(error)
+    sys.exit(128 + error.number)
+except RunFailed as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def start_slow(tmp_path: Path, *, resumable: bool, expected: list[str]) -> subprocess.Popen:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    command = [sys.executable, "-c", DRIVER, str(script), str(tmp_path / "out"), str(resumable)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    starts = tmp_path / "out/slow/starts.txt"
+    deadline = time.monotonic() + 60
+    while not starts.exists() or starts.read_text().split() != expected:
+        assert time.monotonic() < deadline, "the stage did not start"
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_killed_run_goes_on(tmp_path, resumable):
+    process = start_slow(tmp_path, resumable=resumable, expected=["fresh"])
+    process.kill()
+    process.communicate()
+    expected = ["fresh", "resumed"] if resumable else ["fresh"]
+    (tmp_path / "out/slow/starts.txt").write_text("fresh\n")
+    process = start_slow(tmp_path, resumable=resumable, expected=expected)
+    (tmp_path / "out/release").write_text("")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert ("continues where it stopped" in output) == resumable
+    assert ("did not finish last time" in output) != resumable
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the children of a killed parent")
+def test_stage_of_a_killed_run_does_not_live_on(tmp_path):
+    process = start_slow(tmp_path, resumable=True, expected=["fresh"])
+    children = children_of(process.pid)
+    assert children
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_the_stage_and_the_message_tells_how_to_go_on(tmp_path, signum):
+    process = start_slow(tmp_path, resumable=True, expected=["fresh"])
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert f"stopped by {signum.name}" in output
+    assert "to go on: again" in output
+    record = json.loads((tmp_path / "out/stages.json").read_text())["stages"]["slow"]
+    assert record["status"] == "stopped"

@@ -1,0 +1,294 @@
+"""Stages of one group beside each other, as real processes that wait for one another."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import RunFailed, UserError
+from pipeline import parallel
+from pipeline.config import load_config
+from pipeline.fingerprint import Stage
+from pipeline.process import session_members
+from pipeline.progress import Progress
+from pipeline.run import Runner
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "configs/pipeline/smoke.yaml"
+# A stage: says that it has begun, waits for files of others or of the test, leaves its output.
+SCRIPT = """
+import os, pathlib, sys, time
+out, name, wait = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+with (out.parent / "begun.txt").open("a") as stream:
+    stream.write(name + "\\n")
+(out.parent / (name + ".begun")).write_text(str(os.getpid()))
+deadline = time.monotonic() + 40
+while not all((out.parent / file).exists() for file in wait):
+    time.sleep(0.02)
+    if time.monotonic() > deadline:
+        sys.exit("waited in vain for " + " ".join(wait))
+if (out.parent / (name + ".breaks")).exists():
+    sys.exit(3)
+print(name, "threads", os.environ.get("OMP_NUM_THREADS"))
+(out / name).write_text(name)
+"""
+
+
+class Bench:
+    """Stages a, b, ... of one group; each begins, waits for files, and leaves one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.out.mkdir()
+        self.script = folder / "stage.py"
+        self.script.write_text(SCRIPT)
+        self.shown = io.StringIO()
+
+    def stage(self, name: str, *wait: str, group: str = "detection") -> Stage:
+        command = (sys.executable, str(self.script), str(self.out), name, *wait)
+        return Stage(
+            name=name, command=command, outputs=(name,), owns=(name,), resumable=True, group=group
+        )
+
+    def run(self, stages: list[Stage], side_by_side: int, **options) -> Runner:
+        runner = Runner(self.folder, self.out, ["again"], side_by_side)
+        runner.run(stages, Progress(len(stages), self.shown), **options)
+        return runner
+
+    def begun(self) -> list[str]:
+        return (self.folder / "begun.txt").read_text().split()
+
+    def records(self) -> dict[str, dict]:
+        return json.loads((self.out / "stages.json").read_text())["stages"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return Bench(tmp_path)
+
+
+def test_stages_of_a_group_overlap_and_keep_their_own_time(bench):
+    stages = [bench.stage("a", "b.begun"), bench.stage("b", "a.begun", "late")]
+    stages.append(bench.stage("report", group=""))
+
+    def after_each() -> None:
+        if bench.records().get("a", {}).get("status") == "finished":
+            time.sleep(0.5)
+            (bench.folder / "late").write_text("")
+
+    runner = bench.run(stages, 2, after_each=after_each)
+    records = bench.records()
+    assert {r["status"] for r in records.values()} == {"finished"}
+    assert records["b"]["seconds"] >= records["a"]["seconds"] + 0.4
+    assert all(record["peak_memory_bytes"] > 1 << 20 for record in records.values())
+    assert bench.begun()[2] == "report", "a stage without the group waits for all of it"
+    assert "a threads" in runner.log_path(stages[0]).read_text()
+    assert "b threads" not in runner.log_path(stages[0]).read_text()
+
+
+def test_one_at_a_time_unless_asked(bench):
+    stages = [bench.stage("a"), bench.stage("b", "a.begun"), bench.stage("c", "b.begun")]
+    bench.run(stages, 1)
+    assert bench.begun() == ["a", "b", "c"]
+    begun = [bench.records()[name]["started"] for name in "abc"]
+    ended = [bench.records()[name]["ended"] for name in "abc"]
+    assert ended[0] <= begun[1]
+    assert ended[1] <= begun[2]
+
+
+def test_stages_begin_in_the_order_of_the_list(bench):
+    waits = {"a": "b.begun", "b": "d.begun", "c": "b.begun", "d": "c.begun"}  # b outlives a and c.
+    bench.run([bench.stage(name, wait) for name, wait in waits.items()], 2)
+    assert set(bench.begun()[:2]) == {"a", "b"}
+    assert bench.begun()[2:] == ["c", "d"]
+
+
+def test_until_ends_within_a_group(bench):
+    bench.run([bench.stage(name) for name in "abc"], 3, until="b")
+    assert set(bench.begun()) == {"a", "b"}
+
+
+def test_a_failure_lets_the_neighbour_finish_and_begins_nothing_new(bench):
+    (bench.folder / "a.breaks").write_text("")
+    stages = [bench.stage("a", "b.begun"), bench.stage("b", "a.over"), bench.stage("c")]
+
+    def after_each() -> None:
+        (bench.folder / "a.over").write_text("")  # b ends only when a has failed.
+
+    with pytest.raises(RunFailed, match="stage a failed with exit status 3") as caught:
+        bench.run(stages, 2, after_each=after_each)
+    assert str(caught.value).endswith(f"first remove {bench.out / 'a'}")
+    assert "to go on: again" in str(caught.value)
+    shown = bench.shown.getvalue()
+    assert re.search(r"\[1/3\] a: failed .*; no further stage begins.*: b\n", shown), shown
+    assert {name: r["status"] for name, r in bench.records().items()} == {
+        "a": "failed",
+        "b": "finished",
+    }
+    (bench.folder / "a.breaks").unlink()
+    (bench.folder / "begun.txt").unlink()
+    runner = bench.run(stages, 2)
+    assert sorted(bench.begun()) == ["a", "c"]
+    assert runner.ledger.skipped == {"b"}
+    assert "a: continues where it stopped" in bench.shown.getvalue()
+
+
+def test_two_failures_are_both_told(bench):
+    for name in "ab":
+        (bench.folder / f"{name}.breaks").write_text("")
+    stages = [bench.stage("a", "b.begun"), bench.stage("b", "a.begun")]
+    with pytest.raises(RunFailed, match=r"(?s)stage a failed.*\nerror: stage b failed"):
+        bench.run(stages, 2)
+
+
+def test_error_of_another_kind_comes_first():
+    def broken(error: Exception) -> None:
+        raise error
+
+    jobs = [lambda: broken(RunFailed("stage")), lambda: broken(UserError("user"))]
+    with pytest.raises(RunFailed, match="stage"):
+        parallel.run_in_order(jobs, 1)
+    barrier = threading.Barrier(2)
+    jobs = [
+        lambda: (barrier.wait(20), broken(RunFailed("stage"))),
+        lambda: (barrier.wait(20), broken(UserError("user"))),
+    ]
+    with pytest.raises(UserError, match="user"):
+        parallel.run_in_order(jobs, 2)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from tests.pipeline.test_side_by_side import Bench
+from common.errors import StoppedBySignal
+from pipeline.progress import Progress
+from pipeline.run import Runner
+bench = Bench.__new__(Bench)
+bench.folder, bench.out = Path(sys.argv[1]), Path(sys.argv[1]) / "out"
+bench.script = bench.folder / "stage.py"
+stages = [bench.stage(name, "release") for name in "abc"]
+try:
+    Runner(bench.folder, bench.out, ["again"], 2).run(stages, Progress(3))
+except StoppedBySignal as error:
+    print(error)
+    sys.exit(128 + error.number)
+"""
+
+
+def start_three(bench: Bench) -> tuple[subprocess.Popen, list[int]]:
+    """Start a runner of three stages, two at once; returns it and the sessions of its stages."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(bench.folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    files = [bench.folder / f"{name}.begun" for name in "ab"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline, "the stages did not begin"
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    return process, [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_stages_and_the_next_run_goes_on(bench, signum):
+    process, sessions = start_three(bench)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, output
+    assert f"stopped by {signum.name}" in output
+    assert not any(session_members(session) for session in sessions)
+    assert {name: r["status"] for name, r in bench.records().items()} == {
+        "a": "stopped",
+        "b": "stopped",
+    }
+    (bench.folder / "release").write_text("")
+    bench.run([bench.stage(name, "release") for name in "abc"], 2)
+    assert {r["status"] for r in bench.records().values()} == {"finished"}
+    assert [bench.records()[name]["resumed"] for name in "abc"] == [True, True, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the children of a killed parent")
+def test_stages_of_a_killed_runner_do_not_live_on(bench):
+    process, sessions = start_three(bench)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(session_members(session) for session in sessions):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("cores", "side_by_side", "own", "expected"),
+    [
+        (2, 2, None, "1"),
+        (16, 4, None, "4"),
+        (2, 4, None, "1"),
+        (2, 1, None, None),
+        (8, 2, "3", "3"),
+    ],
+)
+def test_threads_of_a_stage(bench, monkeypatch, cores, side_by_side, own, expected):
+    monkeypatch.setattr(parallel, "usable_cores", lambda: cores)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    stages = [bench.stage("a"), bench.stage("alone", group="")]
+    runner = bench.run(stages, side_by_side)
+    logs = [runner.log_path(stage).read_text() for stage in stages]
+    assert f"a threads {expected}\n" in logs[0]
+    assert f"alone threads {own}\n" in logs[1], "stages outside the group keep all cores"
+    assert ("OMP_NUM_THREADS=" in logs[0].splitlines()[0]) == (expected is not None and not own)
+
+
+@pytest.mark.parametrize(
+    ("setting", "cores", "gpu", "num_arms", "expected"),
+    [
+        ("auto", 2, False, 4, 2),
+        ("auto", 64, False, 4, 4),
+        ("auto", 64, False, 2, 2),
+        ("auto", 1, False, 4, 1),
+        ("auto", 64, True, 4, 1),
+        (3, 1, True, 2, 3),
+    ],
+)
+def test_how_many_side_by_side(monkeypatch, setting, cores, gpu, num_arms, expected):
+    monkeypatch.setattr(parallel, "usable_cores", lambda: cores)
+    monkeypatch.setattr(parallel, "has_nvidia_gpu", lambda: gpu)
+    assert parallel.side_by_side(setting, num_arms) == expected
+
+
+def test_gpus_are_found_by_the_driver_unless_hidden(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert parallel.has_nvidia_gpu()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not parallel.has_nvidia_gpu()
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("1", 1), ("3", 3)])
+def test_settings_that_are_read(text, value):
+    assert load_config(SMOKE, [f"detection.parallel={text}"]).detection.parallel == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "true", "null"])
+def test_impossible_settings_are_refused_by_name(text):
+    with pytest.raises(UserError, match=r"detection\.parallel"):
+        load_config(SMOKE, [f"detection.parallel={text}"])

@@ -1,0 +1,500 @@
+import errno
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.errors import UserError
+from common.files import DiskFullError
+from common.pictures import decode
+from pretrain.data.index.shards import ShardIndex, verify_shards, write_shards
+from pretrain.data.index.tar_index import split_name
+from pretrain.data.pack import job, writer
+from pretrain.data.pack.lock import only_writer
+from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_keys, make_plan
+from tests.pretrain.data.picture_helpers import (
+    contents,
+    encode,
+    seeded,
+    smooth_picture,
+    sources,
+    write_pictures,
+)
+from tools import make_shards
+
+TEN = ShardOptions(max_samples_per_shard=10)
+
+
+def test_bytes_do_not_depend_on_workers_or_list_order(picture_folder: Path, tmp_path: Path) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path / "one", options=TEN)
+    report = write_shards(pictures[::-1], tmp_path / "two", options=TEN, num_workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (report.num_samples, report.num_shards, report.num_shards_kept) == (40, 4, 0)
+
+
+def test_shards_mix_classes_unless_told_otherwise(picture_folder: Path, tmp_path: Path) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path / "mixed", options=TEN)
+    plain = ShardOptions(max_samples_per_shard=10, shuffle_seed=None)
+    write_shards(pictures, tmp_path / "plain", options=plain)
+    assert 0 < ShardIndex.open(tmp_path / "mixed").labels[:10].sum() < 10
+    assert ShardIndex.open(tmp_path / "plain").labels.tolist() == [0] * 20 + [1] * 20
+
+
+def test_shards_close_at_their_size(picture_folder: Path) -> None:
+    plans = make_plan(sources(picture_folder), ShardOptions(shard_size_mb=0.02))
+    assert len(plans) > 2
+    assert max(plan.estimated_bytes for plan in plans) <= 20_000
+    assert sum(len(plan.pictures) for plan in plans) == 40
+    (only,) = make_plan(sources(picture_folder)[:1], ShardOptions(shard_size_mb=1e-6))
+    assert len(only.pictures) == 1
+
+
+def test_finished_set_is_left_alone(picture_folder: Path, tmp_path: Path) -> None:
+    write_shards(sources(picture_folder), tmp_path, options=TEN)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    report = write_shards(sources(picture_folder), tmp_path, options=TEN)
+    assert report.num_shards_kept == 4
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_stopped_run_goes_on(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path / "whole", options=TEN)
+    made = []
+
+    def stop_at_third(plan, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(plan.name)
+        return job.write_shard(plan, *rest)
+
+    monkeypatch.setattr(writer, "write_shard", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(pictures, tmp_path / "parts", options=TEN)
+    assert not (tmp_path / "parts" / "index.json").exists()
+    monkeypatch.undo()
+    report = write_shards(pictures, tmp_path / "parts", options=TEN)
+    assert report.num_shards_kept == 2
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+def test_bad_pictures_are_named_and_bounded(tmp_path: Path) -> None:
+    files = write_pictures(tmp_path / "in", 12)
+    files[3].write_bytes(files[3].read_bytes()[:300])
+    files[7].write_bytes(b"no picture")
+    pictures = sources(tmp_path / "in")
+    with pytest.raises(
+        UserError, match=r"(?s)1 pictures cannot be used, allowed are 0:.*--max-bad"
+    ):
+        write_shards(pictures, tmp_path / "out")
+    with pytest.raises(UserError, match=r"2 pictures cannot be used, allowed are 1"):
+        write_shards(pictures, tmp_path / "out", max_bad=1)
+    report = write_shards(pictures, tmp_path / "out", max_bad=2)
+    assert report.num_samples == 10
+    assert {item["file"] for item in report.skipped} == {
+        "class-1/picture-003.jpg",
+        "class-1/picture-007.jpg",
+    }
+    index = ShardIndex.open(tmp_path / "out")
+    assert index.skipped == report.skipped
+    with pytest.raises(UserError, match="allowed are 0"):
+        write_shards(pictures, tmp_path / "out")
+
+
+def test_bad_pictures_are_counted_over_all_shards(tmp_path: Path) -> None:
+    files = write_pictures(tmp_path / "in", 20)
+    for file in files[::2]:
+        file.write_bytes(b"no picture")
+    options = ShardOptions(max_samples_per_shard=2)
+    with pytest.raises(UserError, match=r"pictures cannot be used, allowed are 4"):
+        write_shards(sources(tmp_path / "in"), tmp_path / "out", options=options, max_bad=4)
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"none of 20 pictures decodes"):
+        write_shards(sources(tmp_path / "in"), tmp_path / "none", options=options, max_bad=20)
+
+
+def test_vanished_picture(tmp_path: Path) -> None:
+    pictures = [SourcePicture(str(tmp_path / "gone.jpg"), "gone.jpg")]
+    with pytest.raises(UserError, match=r"gone.jpg: cannot be read \(No such file"):
+        write_shards(pictures, tmp_path / "out")
+
+
+def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> None:
+    pictures = sources(picture_folder)
+    write_shards(pictures, tmp_path, options=TEN)
+    with pytest.raises(UserError, match="holds shards of another source or of other options"):
+        write_shards(pictures[:30], tmp_path, options=TEN)
+    with pytest.raises(
+        UserError, match="another source or of other options; choose another folder"
+    ):
+        write_shards(pictures, tmp_path, options=ShardOptions(max_samples_per_shard=9))
+    report = write_shards(pictures[:30], tmp_path, options=TEN, overwrite=True)
+    assert report.num_shards == 3
+    assert verify_shards(tmp_path).ok
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match=r"shard-000000.tar: a tar that this run did not make"):
+        write_shards(pictures, tmp_path, options=TEN)
+
+
+def test_unfinished_run_with_other_options(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="an unfinished run with another source or other options"):
+        write_shards(sources(picture_folder)[:5], tmp_path, options=TEN)
+
+
+def test_two_writers(picture_folder: Path, tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path),
+        pytest.raises(UserError, match="another run is writing here"),
+    ):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+
+
+def test_changed_shard_of_a_finished_set(picture_folder: Path, tmp_path: Path) -> None:
+    write_shards(sources(picture_folder), tmp_path, options=TEN)
+    (tmp_path / "shard-000003.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000003.tar: missing or changed .*--overwrite"):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+
+
+# -- disk -----------------------------------------------------------------------------------------
+
+
+def test_full_disk_while_writing(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job._HashingStream, "write", full)
+    with pytest.raises(DiskFullError, match=r"disk full while writing .*; free some space and run"):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+    assert not list(tmp_path.glob("*.tar"))
+    assert not list(tmp_path.glob("*.partial"))
+    monkeypatch.undo()
+    assert write_shards(sources(picture_folder), tmp_path, options=TEN).num_samples == 40
+
+
+def test_space_is_checked_first(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = writer.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(
+        UserError, match=r"the shards need about 0.2 MB, only 0.0 MB are free.*--resize-short"
+    ):
+        write_shards(sources(picture_folder), tmp_path, options=TEN)
+
+
+def test_folder_that_is_a_file(picture_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file: cannot be written .*choose another folder"):
+        write_shards(sources(picture_folder), tmp_path / "file")
+
+
+FILL = """
+import sys
+from pretrain.data.pack import writer
+from tools import make_shards
+writer._check_space = lambda *arguments: None  # as if others filled the disk meanwhile
+words = ["--max-samples-per-shard", "10", "--num-workers", "2"]
+sys.exit(make_shards.main([*sys.argv[1:], *words]))
+"""
+PRIVATE_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
+TINY_DISK = """
+mount -t tmpfs -o size=96k tmpfs "$1" || exit 77
+shift
+"$@"; first=$?
+mount -o remount,size=4m "$5/.."
+"$@" || exit 1
+"$1" -m tools.make_shards "$5" --verify && exit "$first"
+"""
+
+
+def test_disk_that_is_full_for_real(picture_folder: Path, tmp_path: Path) -> None:
+    """A disk of 96 kB in a name space of its own; it is made larger, and the command repeated."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here; test_full_disk_while_writing does it with a fake")
+    root = Path(__file__).parents[4]
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    run = [sys.executable, "-c", FILL, str(picture_folder), str(out)]
+    done = subprocess.run(
+        [*PRIVATE_MOUNTS, "sh", "-c", TINY_DISK, "sh", str(disk), *run],
+        capture_output=True, text=True, cwd=root, check=False,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("mounting is not allowed here; test_full_disk_while_writing does it by a fake")
+    assert "disk full" in done.stderr
+    assert "free some space and run the same command again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "all as the index says" in done.stdout
+    assert "were finished before" in done.stdout
+    assert done.returncode == 1
+
+
+# -- files that are no pictures, or odd ones ------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """A PNG header that announces 60,000 x 60,000 pixels, and next to nothing behind it."""
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_files_that_cannot_be_used_are_each_told(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    good = encode(smooth_picture(1))
+    (source / "good.jpg").write_bytes(good)
+    (source / "bomb.png").write_bytes(bomb())
+    (source / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (source / "empty.jpg").touch()
+    (source / "folder.jpg").mkdir()
+    os.mkfifo(source / "pipe.jpg")
+    (source / "loop.jpg").symlink_to(source / "loop.jpg")
+    (source / "huge.jpg").touch()
+    os.truncate(source / "huge.jpg", 2**30 + 1)  # sparse: takes no room
+    names = sorted(path.name for path in source.iterdir())
+    pictures = [SourcePicture(str(source / name), name) for name in [*names, "gone.jpg"]]
+    with pytest.raises(UserError, match=r"\d pictures cannot be used, allowed are 5:"):
+        write_shards(pictures, tmp_path / "out", options=TEN, max_bad=5)
+    report = write_shards(pictures, tmp_path / "out", options=TEN, max_bad=8)
+    assert report.num_samples == 1
+    reasons = {item["file"]: item["reason"] for item in report.skipped}
+    for name, words in {
+        "bomb.png": "3600000000 pixels",
+        "cut.jpg": "does not decode",
+        "empty.jpg": "is empty (0 bytes)",
+        "folder.jpg": "not a plain file",
+        "gone.jpg": "cannot be read (No such file",
+        "huge.jpg": "1,073,741,825 bytes, more than",
+        "loop.jpg": "cannot be read (Too many levels of symbolic links)",
+        "pipe.jpg": "not a plain file",
+    }.items():
+        assert words in reasons.pop(name)
+    assert not reasons
+
+
+def test_bombs_are_not_decoded_to_plan_sizes(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    picture = SourcePicture(str(tmp_path / "bomb.png"), "bomb.png")
+    options = ShardOptions(resize_short=50)
+    tracemalloc.start()
+    (plan,) = make_plan([picture], options)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert plan.estimated_bytes < 10_000
+
+
+def test_picture_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secret.jpg"
+    file.write_bytes(encode(smooth_picture(1)))
+    file.chmod(0)
+    if os.access(file, os.R_OK):  # for root there are no such files
+
+        def refuse(path: Path) -> bytes:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"secret.jpg: cannot be read \(Permission denied\)"):
+        write_shards([SourcePicture(str(file), "secret.jpg")], tmp_path / "out")
+
+
+def test_picture_that_vanishes_between_plan_and_write(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(picture_folder, tmp_path / "in")
+    pictures = sources(tmp_path / "in")
+    plan = writer.make_plan
+
+    def plan_then_delete(*arguments):
+        plans = plan(*arguments)
+        Path(plans[2].pictures[4].path).unlink()
+        return plans
+
+    monkeypatch.setattr(writer, "make_plan", plan_then_delete)
+    with pytest.raises(UserError, match=r"picture-\d+.jpg: cannot be read \(No such file"):
+        write_shards(pictures, tmp_path / "out", options=TEN)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_colour_models_keep_their_bytes_and_decode(tmp_path: Path) -> None:
+    """CMYK JPEG, 16-bit grey PNG, palette PNG: as they are; shrunk, they become RGB JPEGs."""
+    source = tmp_path / "in"
+    source.mkdir()
+    rgb = Image.fromarray(smooth_picture(1))
+    rgb.convert("CMYK").save(source / "cmyk.jpg", quality=95)
+    rgb.quantize(64).save(source / "palette.png")
+    deep = smooth_picture(2)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(source / "deep.png")
+    pictures = [SourcePicture(str(path), path.name) for path in sorted(source.iterdir())]
+    write_shards(pictures, tmp_path / "kept")
+    index = ShardIndex.open(tmp_path / "kept")
+    stored = {index.key_name(i): index.read_bytes(i) for i in range(3)}
+    assert stored == {path.stem: path.read_bytes() for path in source.iterdir()}
+    shrunk = decode(stored["deep"], where="")
+    np.testing.assert_array_equal(shrunk, np.repeat((deep >> 8)[..., None], 3, axis=2))
+    write_shards(pictures, tmp_path / "small", options=ShardOptions(resize_short=24, quality=95))
+    small = ShardIndex.open(tmp_path / "small")
+    for i in range(3):
+        found = decode(small.read_bytes(i), where="")
+        whole = decode(stored[small.key_name(i)], where="")
+        expected = cv2.resize(whole, (32, 24), interpolation=cv2.INTER_AREA)
+        assert found.shape == (24, 32, 3)
+        assert np.abs(found.astype(int) - expected).mean() < 12  # chroma is halved
+
+
+def test_odd_names_become_samples(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    deep = source / "/".join(["d" * 200] * 4)
+    deep.mkdir(parents=True)
+    (source / "x.jpg").mkdir()
+    raw = os.fsdecode(b"caf\xe9.jpg")  # Latin-1: no UTF-8
+    names = [
+        "a.jpg",
+        "A.jpg",
+        "A.JPG",
+        "Zoë 猫.jpg",
+        raw,
+        "n" * 251 + ".jpg",
+        ".. .jpg",
+        "x.jpg/1.jpg",
+    ]
+    names.append((deep / ("e" * 250 + ".jpg")).relative_to(source).as_posix())
+    data = {name: encode(smooth_picture(i)) for i, name in enumerate(names)}
+    for name, content in data.items():
+        (source / name).write_bytes(content)
+    pictures = [SourcePicture(str(source / name), name) for name in names]
+    write_shards(pictures, tmp_path / "out", options=ShardOptions(shuffle_seed=None))
+    assert verify_shards(tmp_path / "out").ok
+    index = ShardIndex.open(tmp_path / "out")
+    assert [index.read_bytes(i) for i in range(9)] == [data[name] for name in sorted(names)]
+    assert len({index.key_name(i).lower() for i in range(9)}) == 9
+
+
+def test_bad_picture_whose_name_is_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no picture")
+    (source / "good.jpg").write_bytes(encode(smooth_picture(1)))
+    words = [str(source), str(tmp_path / "out"), "--num-workers", "1"]
+    assert make_shards.main(words) == 2
+    assert "caf\\xe9.jpg: " in capsys.readouterr().err
+    assert make_shards.main([*words, "--max-bad", "1"]) == 0
+    assert [item["file"] for item in ShardIndex.open(tmp_path / "out").skipped] == ["caf\\xe9.jpg"]
+
+
+# -- what is stored -------------------------------------------------------------------------------
+
+
+def test_formats_are_kept_or_made_png(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for kind, suffix in [("JPEG", "jpeg"), ("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp")]:
+        (tmp_path / "in" / f"{kind}.{suffix}").write_bytes(encode(smooth_picture(1), kind))
+    (tmp_path / "in" / "misnamed.png").write_bytes(encode(smooth_picture(1), "JPEG"))
+    write_shards(sources(tmp_path / "in"), tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    stored = {index.key_name(i): index.read_bytes(i) for i in range(5)}
+    for name in ("JPEG.jpeg", "PNG.png", "WEBP.webp", "misnamed.png"):
+        assert stored[name.split(".")[0]] == (tmp_path / "in" / name).read_bytes()
+    assert stored["BMP"].startswith(b"\x89PNG")
+    np.testing.assert_array_equal(decode(stored["BMP"], where=""), smooth_picture(1))
+
+
+def test_shrunk_pictures(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    large, small = smooth_picture(1, 120, 200), smooth_picture(2, 30, 50)
+    (tmp_path / "in" / "large.png").write_bytes(encode(large, "PNG"))
+    (tmp_path / "in" / "small.png").write_bytes(encode(small, "PNG"))
+    options = ShardOptions(resize_short=60, quality=95)
+    write_shards(sources(tmp_path / "in"), tmp_path / "out", options=options)
+    index = ShardIndex.open(tmp_path / "out")
+    stored = {index.key_name(i): index.read_bytes(i) for i in range(2)}
+    assert stored["small"] == (tmp_path / "in" / "small.png").read_bytes()
+    assert stored["large"][:2] == b"\xff\xd8"
+    shrunk = decode(stored["large"], where="")
+    assert shrunk.shape == (60, 100, 3)
+    expected = cv2.resize(large, (100, 60), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(shrunk - expected).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_samples_per_shard": 0}, "0 samples per shard"),
+        ({"shard_size_mb": 0}, "shard size 0 MB"),
+        ({"resize_short": 0}, "short side 0"),
+        ({"quality": 101}, "JPEG quality 101"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ShardOptions(**options)
+
+
+# -- keys -----------------------------------------------------------------------------------------
+
+path_parts = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40
+)
+file_names = st.lists(path_parts, min_size=1, max_size=4).map("/".join)
+
+
+@settings(seeded, max_examples=200)
+@given(st.lists(file_names, unique=True, max_size=20))
+def test_keys_are_unique_safe_and_short(names: list[str]) -> None:
+    keys = make_keys(names)
+    assert len(set(keys)) == len(names)
+    for key in keys:
+        assert split_name(f"{key}.jpg") == (key, "jpg")
+        assert f"{key}.jpg".isascii()
+        assert len(key) <= 92
+        assert not key.startswith("/")
+        assert ".." not in key
+
+
+def test_plain_names_stay_readable() -> None:
+    assert make_keys(["n01/a_1.JPEG", "n01/a-2.jpg"]) == ["n01/a_1", "n01/a-2"]
+    both = make_keys(["a.jpg", "a.png"])
+    assert all(key.startswith("a-") for key in both)
+    with pytest.raises(UserError, match=r"a.jpg: listed twice"):
+        make_keys(["a.jpg", "a.jpg"])
+
+
+def test_index_json_is_what_the_architecture_says(picture_folder: Path, tmp_path: Path) -> None:
+    write_shards(sources(picture_folder), tmp_path, options=TEN, classes=["a", "b"])
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["format"] == "fa-shards-1"
+    assert (index["num_samples"], index["classes"], index["skipped"]) == (40, ["a", "b"], [])
+    assert set(index["shards"][0]) == {"name", "num_samples", "bytes", "sha256"}
+    assert index["samples"] == "samples.npy"
+    table = np.load(tmp_path / "samples.npy")
+    assert table.dtype.names == ("shard", "offset", "size", "label", "key")

@@ -1,0 +1,406 @@
+import gc
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.pictures import decode
+from pretrain.data.crops import center_crop
+from pretrain.data.index.mixture import Mixture, Samples, open_samples
+from pretrain.data.index.shards import ShardIndex
+from pretrain.data.index.tar_index import key_hash
+from pretrain.data.loader import (
+    Loader,
+    RequestSampler,
+    TwoViewBatch,
+    TwoViewDataset,
+    eval_loader,
+    make_loader,
+)
+from pretrain.data.order import SourceSizes, epoch_order
+from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
+
+SIZE = 16
+
+
+def dataset(index: Samples, seed: int = 3) -> TwoViewDataset:
+    return TwoViewDataset(index, image_size=SIZE, crop_scales=((0.2, 1.0), (0.08, 1.0)), seed=seed)
+
+
+def load(index: Samples, **options: Any) -> list[TwoViewBatch]:
+    arguments = {"batch_size": 8, "epoch": 0, "shuffle_window": 20} | options
+    return list(make_loader(dataset(index), **arguments))
+
+
+def same(one: list[TwoViewBatch], other: list[TwoViewBatch]) -> bool:
+    fields = ("views", "keys", "sample_ids", "visits", "labels")
+    return len(one) == len(other) and all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(one, other, strict=True)
+        for name in fields
+    )
+
+
+def test_batch_holds_what_it_says(index: ShardIndex) -> None:
+    batches = load(index)
+    assert len(batches) == NUM_PICTURES // 8
+    batch = batches[0]
+    assert batch.views.shape == (2, 8, 3, SIZE, SIZE)
+    assert batch.views.dtype == torch.uint8
+    assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
+    for row, sample_id in enumerate(batch.sample_ids.tolist()):
+        name = index.key_name(sample_id)
+        assert batch.keys[row].item() % 2**64 == key_hash(name)
+        assert batch.labels[row].item() == int(name[6])
+    assert batch.keys.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.num_bad == 0
+    assert not torch.equal(batch.views[0], batch.views[1])
+
+
+def test_epoch_gives_each_sample_once_in_the_order_of_the_epoch(index: ShardIndex) -> None:
+    for epoch in range(2):
+        ids = torch.cat([batch.sample_ids for batch in load(index, epoch=epoch)])
+        order = epoch_order(index.shard_sizes, seed=3, epoch=epoch, window=20)
+        np.testing.assert_array_equal(ids.numpy(), order)
+
+
+def test_workers_change_nothing_over_epochs_and_resume(index: ShardIndex) -> None:
+    plain = Loader(dataset(index), batch_size=8, shuffle_window=20)
+    parallel = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=2)
+    for epoch, start_step in [(0, 0), (1, 0), (2, 3), (0, 5)]:
+        expected = list(plain.epoch(epoch, start_step))
+        assert len(expected) == 5 - start_step
+        assert same(expected, list(parallel.epoch(epoch, start_step)))
+    next(iter(parallel.epoch(3)))  # an epoch that is left early
+    assert same(list(plain.epoch(4, 2)), list(parallel.epoch(4, 2)))
+
+
+def test_opencv_s_threads_end_before_workers_are_forked(index: ShardIndex) -> None:
+    """A worker that inherits their locks, but not the threads, can wait for ever."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 0)  # starts them
+        num_threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
+        loader = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=1)
+        assert cv2.getNumThreads() == 1
+        if num_threads:
+            assert len(os.listdir("/proc/self/task")) < num_threads
+        assert len(list(loader.epoch(0))) == loader.num_steps
+    finally:
+        cv2.setNumThreads(before)
+
+
+def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None:
+    """SLURM sends SIGTERM to all processes; the parent needs batches until it has saved."""
+    loader = Loader(dataset(index), batch_size=8, shuffle_window=20, num_workers=2)
+    expected = load(index, batch_size=8, shuffle_window=20)
+    batches = loader.epoch(0)
+    found = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+    found += list(batches)
+    assert same(found, expected)
+    assert all(worker.is_alive() for worker in workers)
+    del batches, loader
+    gc.collect()
+    assert multiprocessing.active_children() == []  # the end of the loader is the workers' end
+
+
+LEFT_EARLY = """
+import sys
+from pretrain.data.index.shards import ShardIndex
+from pretrain.data.loader import Loader, TwoViewDataset
+
+scales = ((0.2, 1.0), (0.2, 1.0))
+index = ShardIndex.open(sys.argv[1])
+dataset = TwoViewDataset(index, image_size=16, crop_scales=scales, seed=3)
+loader = Loader(dataset, batch_size=8, num_workers=2)
+batches = loader.epoch(0)
+next(batches)
+raise KeyError  # the traceback keeps the batches: nobody closes the loader
+"""
+
+
+def test_process_that_fails_in_an_epoch_ends_at_once_with_its_workers(shard_folder: Path) -> None:
+    command = [sys.executable, "-c", LEFT_EARLY, str(shard_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "KeyError" in done.stderr
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_the_global_batches(index: ShardIndex, world_size: int) -> None:
+    whole = load(index, epoch=1)
+    ranks = [load(index, epoch=1, rank=r, world_size=world_size) for r in range(world_size)]
+    for step, batch in enumerate(whole):
+        views = torch.cat([rank[step].views for rank in ranks], dim=1)
+        assert torch.equal(views, batch.views)
+
+
+@settings(seeded, max_examples=60)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    st.integers(1, 6),
+    st.sampled_from([(1, 1), (2, 1), (1, 3), (4, 2), (3, 6)]),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_requests_are_the_same_for_any_ranks_and_resume_points(
+    sizes: list[int], per_rank: int, worlds: tuple[int, int], epoch: int, data: st.DataObject
+) -> None:
+    batch_size = 12 * per_rank
+    if sum(sizes) < batch_size:
+        sizes = [*sizes, batch_size]
+    sources = [SourceSizes(sizes)]
+
+    def ids(world_size: int, start_step: int) -> np.ndarray:
+        ranks = []
+        for rank in range(world_size):
+            sampler = RequestSampler(
+                sources, seed=5, batch_size=batch_size, rank=rank, world_size=world_size, window=25
+            )
+            sampler.epoch, sampler.start_step = epoch, start_step
+            ranks.append([request.sample_ids for request in sampler])
+        steps = [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
+        return np.concatenate([*steps, np.empty(0, np.int64)])
+
+    whole = ids(1, 0)
+    assert len(whole) == sum(sizes) // batch_size * batch_size
+    assert len(set(whole.tolist())) == len(whole)
+    stop = data.draw(st.integers(0, sum(sizes) // batch_size))
+    before = ids(worlds[0], 0)[: stop * batch_size]
+    np.testing.assert_array_equal(np.concatenate([before, ids(worlds[1], stop)]), whole)
+
+
+def test_last_batch_padded_shows_every_sample(index: ShardIndex) -> None:
+    batches = load(index, batch_size=12, last_batch="pad")
+    assert len(batches) == 4
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert torch.equal(ids[40:], ids[:8])
+    assert sorted(ids[:40].tolist()) == list(range(40))
+    views = torch.cat([batch.views for batch in batches], dim=1)
+    assert not any(torch.equal(views[:, 40 + i], views[:, i]) for i in range(8))
+    dropped = load(index, batch_size=12)
+    assert len(dropped) == 3
+    assert same(dropped, batches[:3])
+
+
+# -- mixtures -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_folder(tmp_path: Path) -> Path:
+    """12 samples without labels, some of them named as those of `index`."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        for i in range(12):
+            data = encode(smooth_picture(100 + i, 30, 40))
+            member = tarfile.TarInfo(f"class-0/picture-{2 * i:03d}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_mixture_reads_what_its_sets_hold(shard_folder: Path, other_folder: Path) -> None:
+    mixed = open_samples({str(shard_folder): 1, str(other_folder): 2.5})
+    assert isinstance(mixed, Mixture)
+    first, second = ShardIndex.open(shard_folder), ShardIndex.open(other_folder)
+    assert mixed.num_samples == 52
+    for i, (source, own) in {0: (first, 0), 39: (first, 39), 40: (second, 0)}.items():
+        assert mixed.read_bytes(i) == source.read_bytes(own)
+        assert mixed.key_name(i) == source.key_name(own)
+        assert source.folder.name in mixed.describe(i)
+    asked = np.array([50, 3, 41, 3])
+    assert mixed.read_many(asked) == [mixed.read_bytes(int(i)) for i in asked]
+    assert mixed.classes is None
+    assert set(mixed.labels.tolist()) == {-1}  # the sets name their classes differently
+    with pytest.raises(IndexError, match="sample 52 of 52"):
+        mixed.read_bytes(52)
+
+
+def test_mixture_keeps_labels_of_equal_classes(shard_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shard_folder, tmp_path / "copy")
+    mixed = open_samples([str(shard_folder), str(copy)])
+    plain = ShardIndex.open(shard_folder)
+    assert mixed.has_labels
+    assert mixed.classes == plain.classes
+    assert mixed.labels.tolist() == [*plain.labels, *plain.labels]
+    twin = mixed.samples[np.array([3, 43])]
+    assert twin["label"][0] == twin["label"][1]
+    assert twin["key"][0] != twin["key"][1]  # so that the twins are cropped independently
+
+
+def test_loader_of_a_mixture(shard_folder: Path, other_folder: Path) -> None:
+    mixed = open_samples({str(shard_folder): 1, str(other_folder): 2.5})
+    batches = load(mixed, batch_size=10)
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert len(ids) == 70
+    counts = torch.bincount(ids, minlength=52)
+    assert counts[:40].tolist() == [1] * 40
+    assert sorted(counts[40:].tolist()) == [2] * 6 + [3] * 6
+    assert same(batches, load(mixed, batch_size=10, num_workers=2))
+    assert same(batches[3:], load(mixed, batch_size=10, start_step=3))
+    views = torch.cat([batch.views for batch in batches], dim=1)
+    first, second = (ids == ids[ids >= 40][0]).nonzero()[:2, 0].tolist()
+    assert not torch.equal(views[:, first], views[:, second])  # another visit, another crop
+
+
+def test_fingerprint_knows_samples_and_weights(shard_folder: Path, other_folder: Path) -> None:
+    one, two = str(shard_folder), str(other_folder)
+    specs = [one, two, [one, two], [two, one], {one: 1, two: 2}]
+    prints = [open_samples(spec).fingerprint for spec in specs]
+    assert len(set(prints)) == len(prints)
+    assert open_samples({one: 1.0, two: 1.0}).fingerprint == prints[2]
+    assert isinstance(open_samples({one: 1}), ShardIndex)
+    assert open_samples([one]).fingerprint == prints[0]
+
+
+def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) -> None:
+    one, two = str(shard_folder), str(other_folder)
+    with pytest.raises(UserError, match="an empty list"):
+        open_samples([])
+    with pytest.raises(UserError, match="listed twice; give it a weight instead"):
+        open_samples([one, one])
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"weight .* must be above 0"):
+            open_samples({one: 1, two: weight})
+
+
+def test_crops_change_with_epoch_seed_and_view_but_not_with_place(index: ShardIndex) -> None:
+    def crops(seed: int, epoch: int) -> np.ndarray:
+        out = np.empty((2, SIZE, SIZE, 3), np.uint8)
+        dataset(index, seed).write_views(np.array([7]), np.array([epoch]), out[:, None])
+        return out
+
+    np.testing.assert_array_equal(crops(1, 4), crops(1, 4))
+    assert not np.array_equal(crops(1, 4), crops(1, 5))
+    assert not np.array_equal(crops(1, 4), crops(2, 4))
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards_with_bad(tmp_path: Path) -> ShardIndex:
+    """24 samples of which 5 and 11 do not decode."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(24):
+            data = encode(smooth_picture(i))
+            member = tarfile.TarInfo(f"sample{i:02d}.jpg")
+            data = data[: len(data) // 2] if i in (5, 11) else data
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return ShardIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_first_bad_sample_stops_the_run(shards_with_bad: ShardIndex, num_workers: int) -> None:
+    with pytest.raises(UserError) as error:
+        load(shards_with_bad, num_workers=num_workers)
+    text = str(error.value)
+    assert "Traceback" not in text
+    assert "'sample05'" in text or "'sample11'" in text
+    assert "a.tar at byte" in text
+    assert "does not decode" in text
+    assert "raise data.max_bad_samples" in text
+
+
+def test_bad_samples_are_replaced_and_counted(shards_with_bad: ShardIndex) -> None:
+    plain = load(shards_with_bad, max_bad_samples=2)
+    assert sum(batch.num_bad for batch in plain) == 2
+    order = epoch_order([24], seed=3, epoch=0, window=20)
+    ids = torch.cat([batch.sample_ids for batch in plain]).numpy()
+    assert set(order[ids != order]) == {5, 11}
+    assert not {5, 11} & set(ids.tolist())
+    assert same(plain, load(shards_with_bad, max_bad_samples=2, num_workers=2))
+    ranks = [load(shards_with_bad, max_bad_samples=2, rank=r, world_size=4) for r in range(4)]
+    for step, batch in enumerate(plain):
+        assert torch.equal(torch.cat([rank[step].views for rank in ranks], 1), batch.views)
+    assert same(plain[2:], load(shards_with_bad, max_bad_samples=2, start_step=2))
+
+
+def test_bad_samples_count_once_over_epochs(shards_with_bad: ShardIndex) -> None:
+    loader = Loader(dataset(shards_with_bad), batch_size=8, max_bad_samples=2)
+    for epoch in range(4):
+        list(loader.epoch(epoch))
+    assert set(loader.bad_samples) == {5, 11}
+    strict = Loader(dataset(shards_with_bad), batch_size=8, max_bad_samples=1)
+    with pytest.raises(UserError, match=r"2 bad samples, allowed are 1"):
+        list(strict.epoch(0))
+
+
+def test_nothing_but_bad_samples(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(4):
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size = 100
+            tar.addfile(member, io.BytesIO(b"x" * 100))
+    with pytest.raises(UserError, match="samples drawn in its place were bad too"):
+        load(ShardIndex.open(tmp_path), batch_size=2, max_bad_samples=9)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shard_lost_while_running(shard_folder: Path, index: ShardIndex, num_workers: int) -> None:
+    (shard_folder / "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000000.tar .*cannot be read \(No such file"):
+        load(index, num_workers=num_workers, max_bad_samples=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 41}, "40 samples do not fill one batch of 41"),
+        ({"world_size": 3}, "multiple of 3"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"shuffle_window": 0}, "shuffle window 0"),
+    ],
+)
+def test_mistakes_are_named(index: ShardIndex, options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(index, **options)
+
+
+def test_dataset_refuses_impossible_views(index: ShardIndex) -> None:
+    for scale in ((0.0, 1.0), (0.5, 0.2), (0.5, 1.5)):
+        with pytest.raises(UserError, match="crop scale"):
+            TwoViewDataset(index, image_size=8, crop_scales=(scale, (0.1, 1.0)), seed=0)
+    with pytest.raises(UserError, match="image size 0"):
+        TwoViewDataset(index, image_size=0, crop_scales=((0.1, 1.0), (0.1, 1.0)), seed=0)
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_eval_gives_all_in_order(index: ShardIndex, num_workers: int) -> None:
+    batches = list(eval_loader(index, 24, 16, num_workers))
+    assert [len(images) for images, _, _ in batches] == [16, 16, 8]
+    ids = torch.cat([batch[2] for batch in batches])
+    assert ids.tolist() == list(range(40))
+    assert torch.cat([batch[1] for batch in batches]).tolist() == index.labels.tolist()
+    expected = center_crop(decode(index.read_bytes(20), where=""), 24)
+    np.testing.assert_array_equal(batches[1][0][4].permute(1, 2, 0).numpy(), expected)
+
+
+def test_eval_stops_at_a_bad_sample(shards_with_bad: ShardIndex) -> None:
+    with pytest.raises(UserError, match=r"sample 5 'sample05' in .*a.tar .*does not decode"):
+        list(eval_loader(shards_with_bad, 24, 8))

@@ -1,0 +1,749 @@
+"""The command line on the CPU: files, loss curve, kill and resume, every option of a run."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from common.errors import UserError
+from common.files import read_json_lines
+from pretrain.__main__ import main
+from pretrain.config import load_config
+from pretrain.data.augment import PRESETS, augment, draw_parameters
+from pretrain.data.index.shards import ShardIndex
+from pretrain.engine import checkpoint
+from pretrain.engine.device import uses_bf16
+from pretrain.engine.trainer import Run
+from pretrain.features.row_random import fa_generator
+from pretrain.model.joint_embedding import FAContrastive
+from tests.pretrain.engine.run_helpers import TINY, assert_same_state, error_of, train_rows
+
+ROOT = Path(__file__).parents[3]
+BASE = TINY
+STEPS_PER_EPOCH = 5  # 40 pictures, batch 8
+BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2", "fa.queue_size=20"]
+
+
+def losses(folder):
+    return [row["loss"] for row in train_rows(folder)]
+
+
+def weights(folder):
+    return checkpoint.load(folder / "checkpoint.pth")
+
+
+def assert_same_training(a, b):
+    """Bit for bit: losses of every step, and everything that the next step would depend on."""
+    assert [r["step"] for r in train_rows(a)] == [r["step"] for r in train_rows(b)]
+    for key in ("loss", "lr", "feature_std", "effective_rank", "fa_cosine", "fa_active", "epoch"):
+        assert [r[key] for r in train_rows(a)] == [r[key] for r in train_rows(b)], key
+    one, two = weights(a), weights(b)
+    for part in ("model", "ema", "optimizer", "queue", "negatives", "schedule"):
+        assert_same_state(one[part], two[part], part)
+
+
+# --- what a run leaves
+
+
+def test_files_of_a_run(start, shards):
+    status, folder, err = start(
+        "files", f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.num_pictures=3",
+        "engine.keep_checkpoints=1", "engine.checkpoint_every_steps=4", "eval.knn_every_epochs=1",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    board = {p for p in found if p.startswith("tensorboard/")}
+    assert len(board) == 1
+    assert found - board == {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoint.pth", "summary.json",
+        "checkpoints/step-00000010.pth", ".lock",
+        "pictures/views.jpg", "pictures/views.json",
+        "pictures/neighbours.jpg", "pictures/neighbours.json",
+        "pictures/neighbours_before.jpg", "pictures/neighbours_before.json",
+        "pictures/feature_map.png",
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {
+        "steps", "epochs", "seconds", "images_per_second", "knn_top1", "knn_top1_initial",
+        "num_samples", "num_skipped_samples", "peak_memory_bytes",
+    }  # fmt: skip
+    assert (summary["steps"], summary["epochs"], summary["num_samples"]) == (10, 2, 40)
+    assert summary["num_skipped_samples"] == 0
+    assert summary["images_per_second"] == pytest.approx(80 / summary["seconds"])
+    assert 100e6 < summary["peak_memory_bytes"] < 20e9
+    rows = read_json_lines(folder / "metrics.jsonl")
+    knn = [r["knn_top1"] for r in rows if r["kind"] == "knn"]
+    assert len(knn) == 3
+    assert (summary["knn_top1_initial"], summary["knn_top1"]) == (knn[0], knn[-1])
+    assert {r["kind"] for r in rows} == {"train", "knn", "event", "similarity"}
+    row = train_rows(folder)[4]
+    assert {
+        "step", "epoch", "loss", "lr", "images_per_second", "data_wait_share", "feature_std",
+        "effective_rank", "fa_cosine", "fa_active",
+    } <= set(row)  # fmt: skip
+    assert (row["step"], row["epoch"]) == (5, 1.0)
+    assert 0 <= row["data_wait_share"] <= 1
+    assert [r["fa_active"] for r in train_rows(folder)] == [0, 0] + [1] * 8  # 16 of batch 8
+    environment = json.loads((folder / "environment.json").read_text())
+    assert set(environment) == {"versions", "commit", "command", "device", "num_threads"}
+    assert environment["device"] == "cpu"
+    assert environment["num_threads"] == 1
+    again = load_config(folder / "config.yaml")
+    assert again.out == str(folder)
+    assert again.optim.epochs == 2
+    state = weights(folder)
+    assert state["step"] == 10
+    assert state["arch"] == BASE["arch"]
+    assert "pretrain: 100%" in err
+    assert "loss=" in err
+
+
+def test_data_wait_share_is_the_time_waited_for_pictures(make_run, monkeypatch):
+    run = make_run("optim.epochs=1", "engine.log_every_steps=2", name="waits")
+    epoch = run.feed.epoch
+
+    def waiting(*where):
+        for number, fed in enumerate(epoch(*where)):
+            yield replace(fed, waited=100.0 + number)
+
+    monkeypatch.setattr(run.feed, "epoch", waiting)
+    run.train()
+    rows = train_rows(run.folder)
+    images = {2: 16, 4: 16}  # of two steps each; both rates of a row divide by the same seconds
+    seconds = [images[r["step"]] / r["images_per_second"] for r in rows if r["step"] in images]
+    shares = [r["data_wait_share"] for r in rows if r["step"] in images]
+    waited = [share * s for share, s in zip(shares, seconds, strict=True)]
+    assert waited == pytest.approx([100 + 101, 102 + 103], rel=1e-3)
+
+
+def test_seed_decides_the_curve(start):
+    _, one, _ = start("one", "optim.epochs=1")
+    _, same, _ = start("same", "optim.epochs=1")
+    _, other, _ = start("other", "optim.epochs=1", "seed=1")
+    assert_same_training(one, same)
+    assert not set(losses(one)) & set(losses(other))
+
+
+# --- the curve against a loop written again
+
+
+def closed_form_lr(epoch, base_lr, epochs, warmup):
+    if epoch < warmup:
+        return base_lr * 8 / 256 * epoch / warmup
+    return base_lr * 8 / 256 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+
+
+def views_again(run, batch, epoch):
+    views = []
+    for number, view in enumerate(PRESETS["asymmetric"]):
+        parameters = draw_parameters(view, batch.keys, epoch, seed=0, view_index=number)
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        views.append(augment(batch.views[number], parameters, mean, std))
+    return views
+
+
+def unit(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def loss_again(objective, z, p, t, bank):
+    """NNCLR's InfoNCE at temperature 0.2, or NNBYOL; plain targets until 16 entries are there."""
+    total = 0
+    for v in (0, 1):
+        target = t[1 - v].detach()
+        if len(bank) >= 16:
+            target = bank[(unit(target) @ unit(bank).T).argmax(dim=1)]
+        if objective == "infonce":
+            logits = unit(target) @ unit(p[v]).T / 0.2
+            total = total + (logits.logsumexp(1) - logits.diagonal()).mean() / 2
+        else:
+            total = total + ((unit(p[v]) - unit(target)) ** 2).sum(1).mean()
+    return total
+
+
+def update_again(name, parameters, momenta, lr):
+    for w, m in zip(parameters, momenta, strict=True):
+        g = w.grad
+        if w.ndim > 1:
+            g = g + 1e-6 * w
+            g = g * 1e-3 * w.norm() / g.norm() if name == "lars" else g
+        m.mul_(0.9).add_(g)
+        w.sub_(lr * m)
+
+
+class Again:
+    """What a checkpoint holds, in the plainest form: modules, momenta, a growing list as queue."""
+
+    def __init__(self, config):
+        torch.manual_seed(0)
+        self.config = config
+        model = FAContrastive(config.arch, config.heads, config.objective, config.fa)
+        self.net, self.ema = model.online, model.ema
+        self.bank = torch.zeros(0, 12)
+        weights = list(self.net.parameters())
+        self.parameters = [w for w in weights if w.ndim > 1] + [w for w in weights if w.ndim <= 1]
+        self.momenta = [torch.zeros_like(w) for w in self.parameters]
+
+    def take(self, state):
+        """The run's own state before the next step, so that rounding does not add up."""
+        self.net.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        moments = state["optimizer"]["state"]
+        self.momenta = [moments[i]["momentum_buffer"].clone() for i in range(len(moments))]
+
+    def step(self, views, epoch):
+        objective, step = self.config.objective, epoch * STEPS_PER_EPOCH
+        z = [self.net.projector(self.net.backbone(v)) for v in views]
+        assert self.net.predictor is not None
+        p = [self.net.predictor(x) for x in z]
+        t = z
+        if objective.name == "byol":
+            with torch.no_grad():
+                t = [self.ema.projector(self.ema.backbone(v)) for v in views]
+        loss = loss_again(objective.name, z, p, t, self.bank)
+        self.net.zero_grad(set_to_none=True)
+        loss.backward()
+        lr = closed_form_lr(epoch + 0.5 / STEPS_PER_EPOCH, self.config.optim.base_lr, 2, 0.5)
+        with torch.no_grad():
+            update_again(self.config.optim.name, self.parameters, self.momenta, lr)
+            if objective.name == "byol":
+                tau = 1 - 0.1 * (math.cos(math.pi * step / 10) + 1) / 2
+                for key, slow in self.ema.named_parameters():
+                    slow.copy_(tau * slow + (1 - tau) * self.net.get_parameter(key))
+            self.bank = torch.cat([self.bank, unit(t[0])])[-self.config.fa.queue_size :]
+        return loss.item()
+
+
+def assert_same_update(before, ours, theirs):
+    """The step that was made, as one vector: rounding aside, the same length and direction."""
+    keys = [k for k in before if "running" not in k and "num_batches" not in k]
+    a = torch.cat([(ours[k] - before[k]).flatten() for k in keys])
+    b = torch.cat([(theirs[k] - before[k]).flatten() for k in keys])
+    assert float(b.norm()) > 0
+    assert float((a - b).norm()) < 0.02 * float(b.norm())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
+    """Data and modules are the package's; loss, queue, optimiser, schedules and EMA are not.
+
+    Each step starts from the run's own checkpoint before it: tiny networks amplify rounding.
+    """
+    overrides = BYOL if objective == "byol" else ["optim.name=sgd", "optim.base_lr=0.5"]
+    overrides = [*overrides, "objective.ema_tau=0.9", "engine.channels_last=false"]
+    overrides.append("data.photometric=device")
+    keep = ["engine.checkpoint_every_steps=1", "engine.keep_checkpoints=10"]
+    status, folder, err = start("golden", *overrides, *keep)
+    assert status == 0, err
+    run = make_run(*overrides)
+    again, curve, step = Again(run.config), [], 0
+    for epoch in range(2):
+        for number, fed in enumerate(run.feed.epoch(epoch)):
+            before = {k: v.clone() for k, v in again.net.state_dict().items()}
+            views = views_again(run, fed.batch, epoch)
+            curve.append(again.step(views, epoch + number / STEPS_PER_EPOCH))
+            step += 1
+            state = checkpoint.load(folder / "checkpoints" / f"step-{step:08d}.pth")
+            assert_same_update(before, again.net.state_dict(), state["model"])
+            filled = state["queue"]["features"][: len(again.bank)]
+            ring = torch.roll(filled, -int(state["queue"]["position"]) % len(filled), 0)
+            torch.testing.assert_close(
+                ring if len(filled) == run.config.fa.queue_size else filled,
+                again.bank, rtol=0, atol=1e-3,
+            )  # fmt: skip
+            if objective == "byol":
+                for key, slow in again.ema.named_parameters():
+                    torch.testing.assert_close(slow, state["ema"][key], rtol=1e-3, atol=1e-4)
+            again.take(state)
+    np.testing.assert_allclose(losses(folder), curve, rtol=1e-4)
+    assert len(set(curve)) == 10
+
+
+# --- kill -9 and resume
+
+KILLED = """
+import os, signal, sys
+import torch
+from pretrain import __main__
+from pretrain.engine import train
+
+where, number = sys.argv[1], int(sys.argv[2])
+step, save = train.Run._step, torch.save
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killing_step(self, batch, **options):
+    if where == "step" and self.position.step == number:
+        self.saver.wait()  # so that it is known which checkpoint is there
+        kill()
+    return step(self, batch, **options)
+
+def killing_save(state, file):
+    if where == "save" and state["step"] == number:
+        file.write(b"half a checkpoint")
+        file.flush()
+        kill()
+    save(state, file)
+
+train.Run._step, torch.save = killing_step, killing_save
+sys.exit(__main__.main(sys.argv[3:]))
+"""
+
+
+def kill_at(where, number, arguments):
+    """Run the command line in a process that dies of SIGKILL in the middle of its work."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KILLED, where, str(number), *arguments],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+KILLS = [
+    pytest.param([], 0, "step", 7, id="infonce-in_process"),
+    pytest.param(BYOL, 1, "save", 8, id="byol-worker-while_saving"),
+    pytest.param([], 1, "step", 9, id="infonce-worker", marks=pytest.mark.slow),
+    pytest.param(BYOL, 0, "step", 6, id="byol-in_process", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("overrides", "num_workers", "where", "number"), KILLS)
+def test_killed_and_resumed_equals_uninterrupted(
+    start, config_file, shards, tmp_path, overrides, num_workers, where, number
+):
+    options = [*overrides, "engine.checkpoint_every_steps=4", "fa.top_k=3"]
+    options += [f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
+    _, whole, _ = start("whole", *options)
+    killed = tmp_path / "killed"
+    arguments = [str(config_file), f"out={killed}", f"data.shards={shards}", *options]
+    kill_at(where, number, [*arguments, f"data.num_workers={num_workers}"])
+    assert not (killed / "summary.json").exists()
+    last_saved = (number - (where == "save")) // 4 * 4
+    assert weights(killed)["step"] == last_saved
+    assert len(train_rows(killed)) > last_saved  # rows that the resumed run writes again
+    status, _, err = start("killed", *options, f"data.num_workers={num_workers}", "--resume")
+    assert status == 0, err
+    assert_same_training(whole, killed)
+    for kind in ("knn", "event"):
+        pair = [
+            [r for r in read_json_lines(f / "metrics.jsonl") if r["kind"] == kind]
+            for f in (whole, killed)
+        ]
+        assert pair[0] == pair[1], kind
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, killed)]
+    for key in ("steps", "knn_top1", "knn_top1_initial", "num_skipped_samples"):
+        assert summaries[0][key] == summaries[1][key], key
+    assert not list(killed.glob("*.partial"))
+
+
+def test_interrupted_at_an_epoch_s_end_probes_once(start, shards, monkeypatch):
+    """A checkpoint at the end of an epoch is made before the probe that is due there."""
+    options = ["engine.checkpoint_every_steps=5", f"eval.probe_train={shards}"]
+    options += [f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
+    probe = Run._probe
+
+    def dying_probe(self, log):
+        probe(self, log)
+        if self.position.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_probe", dying_probe)
+    assert start("cut", *options)[0] == 130
+    monkeypatch.undo()
+    status, folder, err = start("cut", *options, "--resume")
+    assert status == 0, err
+    knn = [r["step"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    assert knn == [0, 5, 10]
+    assert [r["step"] for r in train_rows(folder)] == list(range(1, 11))
+
+
+def test_a_run_is_not_overwritten_without_resume(start):
+    _, folder, _ = start("run", "optim.epochs=1")
+    before = (folder / "metrics.jsonl").read_text()
+    result = start("run", "optim.epochs=1")
+    assert "holds a run already: continue it with --resume, or choose another out=" in error_of(
+        result, 2
+    )
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(start):
+    _, folder, _ = start("run", "optim.epochs=1")
+    before, curve = weights(folder), losses(folder)
+    status, _, _ = start("run", "optim.epochs=1", "--resume")
+    assert status == 0
+    assert_same_state(weights(folder)["model"], before["model"])
+    assert losses(folder) == curve
+
+
+def test_resume_without_a_checkpoint_starts(start):
+    status, folder, _ = start("new", "optim.epochs=1", "--resume")
+    assert status == 0
+    assert len(losses(folder)) == 5
+
+
+def test_resume_with_another_config_shows_the_difference(start):
+    start("run", "optim.epochs=1")
+    result = start("run", "optim.epochs=1", "fa.top_k=2", "--resume")
+    assert "fa.top_k: 1 -> 2" in error_of(result, 2)
+
+
+def test_resume_with_an_allowed_change_is_told(start):
+    start("run", "optim.epochs=1")
+    status, folder, err = start(
+        "run", "optim.epochs=1", "fa.top_k=2", "--resume", "--allow-changes"
+    )
+    assert status == 0, err
+    assert "warning: going on with a changed config: fa.top_k: 1 -> 2" in err
+    events = [
+        r["message"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "event"
+    ]
+    assert "going on with a changed config: fa.top_k: 1 -> 2" in events
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(start):
+    options = ["engine.checkpoint_every_steps=2"]
+    _, whole, _ = start("whole", *options)
+    cut = shutil.copytree(whole, whole.parent / "cut")
+    for damaged in (cut / "checkpoint.pth", cut / "checkpoints" / "step-00000010.pth"):
+        damaged.write_bytes(damaged.read_bytes()[:-3000])
+    status, _, err = start("cut", *options, "--resume")
+    assert status == 0
+    assert "damaged" in err
+    assert "step-00000008.pth (step 8) instead" in err
+    assert_same_training(whole, cut)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(start, monkeypatch, number):
+    _, whole, _ = start("whole", "data.num_workers=1")
+    step, handler = Run._step, signal.getsignal(number)
+
+    def interrupted(self, fed, **options):
+        if self.position.step == 6:
+            os.kill(os.getpid(), number)
+        return step(self, fed, **options)
+
+    monkeypatch.setattr(Run, "_step", interrupted)
+    status, folder, err = start("cut", "data.num_workers=1")
+    assert status == 128 + number
+    assert f"stopped by {signal.Signals(number).name} after step 7; the checkpoint is saved" in err
+    assert "Traceback" not in err
+    assert weights(folder)["step"] == 7
+    assert signal.getsignal(number) is handler
+    assert not (folder / "summary.json").exists()
+    monkeypatch.undo()
+    status, folder, err = start("cut", "data.num_workers=1", "--resume")
+    assert status == 0, err
+    assert_same_training(whole, folder)
+
+
+def test_engine_decides_how_checkpoints_are_kept(start):
+    _, folder, _ = start(
+        "run", "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=1",
+        "engine.keep_every_steps=4", "engine.async_checkpoints=false",
+    )  # fmt: skip
+    kept = sorted(int(p.stem[5:]) for p in (folder / "checkpoints").iterdir())
+    assert kept == [4, 8, 10]
+
+
+def test_async_checkpoints_of_the_config_decide_who_writes(start, monkeypatch):
+    writers, save = {}, checkpoint.save
+
+    def noting(state, path):
+        writers[path.parent.name] = threading.current_thread() is threading.main_thread()
+        save(state, path)
+
+    monkeypatch.setattr(checkpoint, "save", noting)
+    folders = [
+        start(f"async-{flag}", "optim.epochs=1", f"engine.async_checkpoints={flag}")[1]
+        for flag in ("true", "false")
+    ]
+    assert writers == {"async-true": False, "async-false": True}
+    assert_same_training(*folders)
+
+
+def test_resume_with_more_shards_is_refused(start, make_shards):
+    start("run", "optim.epochs=1")
+    larger = make_shards("larger", num=56)
+    result = start("run", "optim.epochs=1", f"data.shards={larger}", "--resume")
+    assert "made for 5 steps, the shards now give 7" in error_of(result, 2)
+
+
+def test_resume_from_a_damaged_checkpoint(start):
+    _, folder, _ = start("run", "optim.epochs=1")
+    path = folder / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    result = start("run", "optim.epochs=1", "--resume")
+    assert "checkpoint.pth cannot be read" in error_of(result, 2)
+
+
+def test_a_stream_trains_to_the_end_and_goes_on_after_a_stop(start, shards):
+    stream = ("data.streaming=true", "data.samples_per_epoch=24", "data.shuffle_window=16")
+    status, folder, _ = start("stream", *stream, f"data.shards={shards}/*.tar", "optim.epochs=1")
+    assert status == 0
+    assert [row["step"] for row in train_rows(folder)][-1] == 3  # 24 samples, batches of 8
+    status, folder, _ = start(
+        "stream", *stream, f"data.shards={shards}/*.tar", "optim.epochs=2", "--resume",
+        "--allow-changes",
+    )  # fmt: skip
+    assert status == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"]) == (6, 2)
+    assert [row["step"] for row in train_rows(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+# --- options of a run
+
+
+def test_log_and_checkpoint_intervals(start):
+    status, folder, err = start(
+        "intervals", "engine.log_every_steps=4", "engine.checkpoint_every_steps=3",
+        "engine.keep_checkpoints=2",
+    )  # fmt: skip
+    assert status == 0, err
+    assert [r["step"] for r in train_rows(folder)] == [4, 8, 10]
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000009.pth", "step-00000010.pth"]
+
+
+def test_probe_runs_at_its_interval(start, shards):
+    status, folder, err = start(
+        "probe", f"eval.probe_train={shards}", f"eval.probe_val={shards}", "optim.epochs=3",
+        "eval.knn_every_epochs=2",
+    )  # fmt: skip
+    assert status == 0, err
+    knn = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    assert [r["step"] for r in knn] == [0, 10, 15]
+    assert [r["epoch"] for r in knn] == [0, 2, 3]
+    assert all(0 <= r["knn_top1"] <= 1 for r in knn)
+
+
+def test_without_a_probe_there_is_no_accuracy(start):
+    _, folder, _ = start("no-probe", "optim.epochs=1")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["knn_top1"] is None
+    assert summary["knn_top1_initial"] is None
+    assert not (folder / "pictures").exists()
+
+
+@pytest.mark.parametrize("num", [2, 100])
+def test_num_pictures_decides_the_rows(start, num):
+    status, folder, err = start("pictures", "optim.epochs=1", f"eval.num_pictures={num}")
+    assert status == 0, err
+    for name, most in (("views", 8), ("neighbours", 40)):  # a batch; all pictures
+        rows = json.loads((folder / "pictures" / f"{name}.json").read_text())["rows"]
+        assert len(rows) == min(num, most)
+        picture = cv2.imread(str(folder / "pictures" / f"{name}.jpg"))
+        assert picture.shape[0] == 100 * min(num, most) - 4
+
+
+def test_augmentation_preset_reaches_crops_and_colours(make_run):
+    seen = {}
+    for name, preset in PRESETS.items():
+        run = make_run(f"data.augmentation={name}", "data.photometric=device")
+        fed = next(iter(run.feed.epoch(0)))
+        batch, views = fed.batch, fed.views
+        again = []
+        for number, view in enumerate(preset):
+            parameters = draw_parameters(view, batch.keys, 0, seed=0, view_index=number)
+            data = run.config.data
+            again.append(augment(batch.views[number], parameters, data.pixel_mean, data.pixel_std))
+        torch.testing.assert_close(views, torch.stack(again))
+        seen[name] = (batch.views.float().sum().item(), views.sum().item())
+    assert len({crops for crops, _ in seen.values()}) >= 3
+    assert len({colours for _, colours in seen.values()}) == len(PRESETS)
+
+
+def test_views_have_the_size_and_normalisation_of_the_config(make_run):
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    run = make_run(
+        "data.augmentation=none", "data.image_size=48",
+        "data.pixel_mean=[0.1,0.2,0.3]", "data.pixel_std=[0.4,0.5,0.6]",
+    )  # fmt: skip
+    fed = next(iter(run.feed.epoch(0)))
+    batch, views = fed.batch, fed.views
+    assert views.shape == (2, 8, 3, 48, 48)
+    raw = batch.views.double() / 255
+    expected = (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(views.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
+    run = make_run()
+
+    def views_of(sample, epoch):
+        """The two views of one sample, wherever it stands in the epoch."""
+        for fed in run.feed.epoch(epoch):
+            if sample in (ids := fed.batch.sample_ids.tolist()):
+                return fed.views[:, ids.index(sample)]
+        raise AssertionError(sample)
+
+    first = views_of(7, 0)
+    assert torch.equal(first, views_of(7, 0))
+    assert not torch.equal(first, views_of(7, 1))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_shuffle_window_decides_the_order(make_run):
+    def order(window):
+        run = make_run(f"data.shuffle_window={window}")
+        return torch.cat([fed.batch.sample_ids for fed in run.feed.epoch(0)]).tolist()
+
+    by_shard, shuffled = order(1), order(16384)
+    assert sorted(by_shard) == sorted(shuffled) == list(range(40))
+    neighbours = sum(b - a == 1 for a, b in pairwise(by_shard))
+    assert neighbours >= 36  # 4 shards of 10 in sequence
+    assert sum(b - a == 1 for a, b in pairwise(shuffled)) < 8
+
+
+def test_arch_of_the_config_is_built(make_run):
+    run = make_run(
+        "arch.depth=18", "arch.width_per_group=12", "arch.res2_channels=12",
+        "arch.stem_channels=10", "init.residual_gamma=0.25",
+    )  # fmt: skip
+    state = run.model.online.backbone.state_dict()
+    assert state["conv1.weight"].shape[0] == 10
+    assert state["layer1.0.conv1.weight"].shape == (12, 10, 3, 3)
+    assert "layer1.0.conv3.weight" not in state
+    assert torch.equal(state["layer3.1.bn2.weight"], torch.full((48,), 0.25))
+    assert "layer1.2.conv1.weight" not in state
+    assert run.model.online.backbone.output_dim == 96
+
+
+def test_heads_of_the_config_are_built(make_run):
+    run = make_run(
+        "heads.projector_layers=3", "heads.projector_hidden_dim=20", "heads.output_dim=6",
+        "heads.projector_last_bn=true", "heads.predictor_hidden_dim=10",
+    )  # fmt: skip
+    linear = [m for m in run.model.online.projector if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(256, 20), (20, 20), (20, 6)]
+    assert isinstance(run.model.online.projector[-1], torch.nn.BatchNorm1d)
+    linear = [m for m in run.model.online.predictor if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(6, 10), (10, 6)]
+    assert run.model.queue.features.shape == (32, 6)
+
+
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+def test_precision_decides_autocast(make_run, objective):
+    seen, results = [], {}
+    for precision in ("fp32", "bf16"):
+        run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
+        run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+        output = run._step(next(iter(run.feed.epoch(0))), is_logged=False).output
+        results[precision] = output.loss.item()
+        assert output.loss.dtype == torch.float32
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert results["fp32"] != results["bf16"]
+    assert results["fp32"] == pytest.approx(results["bf16"], abs=0.5)  # BN of 8 samples
+
+
+def test_precision_auto_asks_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=has_it: value)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert uses_bf16("auto", cpu) == has_it
+        assert uses_bf16("bf16", cpu)
+        assert not uses_bf16("fp32", cpu)
+
+
+def test_channels_last_changes_memory_not_meaning(make_run):
+    results = {}
+    for flag in (True, False):
+        run = make_run(f"engine.channels_last={str(flag).lower()}")
+        views = next(iter(run.feed.epoch(0))).views
+        weight = run.model.online.backbone.get_submodule("layer1.0").conv2.weight
+        for tensor in (views[0], views[1], weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) == flag
+        assert views.shape == (2, 8, 3, 32, 32)
+        results[flag] = (views, run.model.step(views, fa_generator(0, 0, run.device)).loss)
+    assert torch.equal(results[True][0], results[False][0])
+    torch.testing.assert_close(results[True][1], results[False][1], rtol=1e-4, atol=1e-5)
+
+
+def test_num_threads(make_run):
+    make_run("engine.num_threads=2")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    make_run("engine.num_threads=0")
+    assert torch.get_num_threads() == 1
+
+
+def test_loss_falls_on_a_fixed_task(start):
+    """Not a golden figure, only a sign of life: InfoNCE well below chance, log(8)."""
+    _, folder, _ = start(
+        "learn", "optim.epochs=10", "optim.base_lr=0.1", "fa.method=none",
+        "data.augmentation=none", "arch.depth=18", "arch.width_per_group=16",
+        "arch.stem_channels=16", "arch.res2_channels=16",
+    )  # fmt: skip
+    curve = losses(folder)
+    assert np.mean(curve[-10:]) < 0.85 * math.log(8)
+    assert np.mean(curve[-10:]) < 0.85 * np.mean(curve[:10])
+
+
+# --- the command itself
+
+
+def shell(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "pretrain.sh"), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def test_help_shows_an_example():
+    done = shell("--help")
+    assert done.returncode == 0
+    assert "tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first" in done.stdout
+
+
+def test_no_arguments_exit_2():
+    done = shell()
+    assert done.returncode == 2
+    assert "the following arguments are required: config" in done.stderr
+
+
+def test_the_shell_command_trains_from_any_folder(config_file, shards, tmp_path, start):
+    _, expected, _ = start("here", "optim.epochs=1")
+    folder = tmp_path / "there"
+    done = shell(config_file, f"out={folder}", f"data.shards={shards}", "optim.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert_same_training(expected, folder)
+    again = shell(config_file, f"out={folder}", "optim.epoch=1")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert "optim.epoch" in again.stderr
+
+
+def test_print_config_shows_values_after_overrides(config_file, capsys):
+    assert main([str(config_file), "seed=7", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["seed"] == 7
+    assert shown["arch"] == BASE["arch"]
+
+
+def test_every_engine_error_is_a_user_error_or_stops_with_1(start, monkeypatch):
+    def broken(*args, **kwargs):
+        raise UserError("made up: do this")
+
+    monkeypatch.setattr(ShardIndex, "open", broken)
+    assert error_of(start("a"), 2) == "error: made up: do this"

@@ -1,0 +1,489 @@
+"""Whole evaluations: the published protocol, the cached sweep, kNN; exact resume; what selects."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from common.config import read_settings
+from common.errors import StoppedBySignal, UserError
+from common.resnet import Arch
+from pretrain.data.index.shards import ShardIndex
+from pretrain.engine import checkpoint
+from pretrain.evaluation.features import extract_features
+from pretrain.evaluation.knn import knn_top1
+from pretrain.evaluation.linear import full, run
+from pretrain.evaluation.linear.config import LinearConfig
+from pretrain.evaluation.linear.frozen import load
+from pretrain.evaluation.linear.result import Clock, table
+from pretrain.evaluation.linear.run import Evaluation, Request
+from pretrain.model.backbone import ResNet
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+CONFIG = LinearConfig(
+    image_size=32, num_workers=0, epochs=3, batch_size=8, num_lrs=3, device="cpu", seed=1
+)
+FULL = replace(CONFIG, protocol="full", lrs=[30.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small ResNet-18 in torchvision's layout; not to be changed."""
+    torch.manual_seed(3)
+    backbone = ResNet(Arch(18, 8, 8, 8))
+    with torch.no_grad():
+        backbone.train()(torch.randn(16, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def val(make_shards):
+    """24 labelled pictures of the classes of ``shards``; not to be changed."""
+    return make_shards("val", num=24)
+
+
+@pytest.fixture
+def evaluate(weights, shards, val, tmp_path):
+    """A factory of results: evaluate(config, "out", resume=True)."""
+
+    def run_one(config, out="out", **options):
+        request = {"train": str(shards), "val": str(val), "source": str(weights)} | options
+        return Evaluation(Request(out=tmp_path / out, **request), config).run()
+
+    return run_one
+
+
+def heads_of(folder):
+    return checkpoint.read(folder / full.NAME)["heads"]
+
+
+# --- the published protocol
+
+
+def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, weights, tmp_path, shards):
+    """An independent loop: nn.Linear, cross_entropy, SGD, on crops that the loader gives."""
+    from pretrain.data.loader import Loader
+    from pretrain.data.samples import TwoViewDataset
+    from pretrain.evaluation.features import normalise
+
+    config = replace(FULL, lrs=[3.0], momentum=0.8, crop_scale=(0.2, 0.9), schedule="cosine_epochs")
+    result = evaluate(config)
+    frozen = load(str(weights), branch="online", seed=0)
+    dataset = TwoViewDataset(
+        ShardIndex.open(shards), image_size=32, crop_scales=((0.2, 0.9),), seed=1
+    )
+    linear = nn.Linear(frozen.backbone.output_dim, 2)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    rate = 3.0 * 8 / 256
+    optimizer = torch.optim.SGD(linear.parameters(), lr=rate, momentum=0.8)
+    loader = Loader(dataset, batch_size=8, shuffle_window=config.shuffle_window)
+    curve = []
+    for epoch in range(3):
+        num_right = 0
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / 3))
+        for batch in loader.epoch(epoch):
+            features = frozen.backbone(normalise(batch.views[0], frozen.mean, frozen.std))
+            logits = linear(features)
+            num_right += int((logits.argmax(dim=1) == batch.labels).sum())
+            optimizer.zero_grad()
+            functional.cross_entropy(logits, batch.labels).backward()
+            optimizer.step()
+        curve.append([pytest.approx(num_right / 40)])
+    assert result["training_top1"] == curve
+    found = heads_of(tmp_path / "out")
+    torch.testing.assert_close(found["weight"][0], linear.weight.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["bias"][0], linear.bias.detach(), atol=1e-5, rtol=0)
+    assert result["preprocessing"]["training"]["random_resized_crop"] == [0.2, 0.9]
+    assert result["selection"] is None
+
+
+def test_val_accuracy_is_that_of_the_trained_classifier_on_central_crops(
+    evaluate, weights, tmp_path, val
+):
+    result = evaluate(FULL)
+    frozen = load(str(weights), branch="online", seed=0)
+    features, labels, _ = extract_features(
+        frozen.backbone, ShardIndex.open(val), image_size=32, mean=frozen.mean, std=frozen.std,
+        device=CPU,
+    )  # fmt: skip
+    heads = heads_of(tmp_path / "out")
+    for number, row in enumerate(result["rates"]):
+        predicted = (features @ heads["weight"][number].T + heads["bias"][number]).argmax(1)
+        assert row["val_top1"] == pytest.approx((predicted == labels).double().mean().item())
+        if number == result["chosen"]:
+            assert result["top1"] == row["val_top1"]
+            for label, name in enumerate(("class-0", "class-1")):
+                right = (predicted == labels)[labels == label].double().mean().item()
+                assert result["per_class"][name] == pytest.approx(right)
+    assert result["n"] == 24
+
+
+def test_the_backbone_stays_as_it_was_bit_for_bit(weights, shards, val, tmp_path):
+    evaluation = Evaluation(Request(str(weights), str(shards), str(val), tmp_path / "out"), FULL)
+    evaluation.run()
+    assert not evaluation.frozen.backbone.training
+    before = torch.load(weights)
+    for name, value in evaluation.frozen.backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+@pytest.mark.parametrize("step", [3, 8, 11])
+def test_full_goes_on_bit_for_bit_from_its_last_checkpoint(evaluate, tmp_path, monkeypatch, step):
+    """Steps since the checkpoint are lost and done again."""
+    config = replace(FULL, checkpoint_every_steps=2)
+    whole = evaluate(config, "whole")
+    train_step = full.FullTraining._step
+
+    def until(self, *arguments):
+        if self.position.step == step:
+            raise Killed
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(full.FullTraining, "_step", until)
+    with pytest.raises(Killed):
+        evaluate(config, "parts")
+    monkeypatch.undo()
+    saved = checkpoint.read(tmp_path / "parts" / full.NAME)["position"]
+    assert saved["step"] == step // 2 * 2
+    parts = evaluate(config, "parts", resume=True)
+    assert parts["training_top1"] == whole["training_top1"]
+    assert [len(top1) for top1 in parts["training_top1"]] == [2, 2, 2]
+    a, b = heads_of(tmp_path / "whole"), heads_of(tmp_path / "parts")
+    assert torch.equal(a["weight"], b["weight"])
+    assert torch.equal(a["bias"], b["bias"])
+    assert all(map(torch.equal, a["momentum"], b["momentum"]))
+    assert parts["rates"] == whole["rates"]
+
+
+def test_a_signal_saves_first(evaluate, tmp_path, monkeypatch):
+    train_step = full.FullTraining._step
+
+    def signalled(self, *arguments):
+        if self.position.step == 5:
+            self.stop.number = 15
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(full.FullTraining, "_step", signalled)
+    with pytest.raises(StoppedBySignal, match=r"SIGTERM after step 6; .*--resume"):
+        evaluate(FULL)
+    assert checkpoint.read(tmp_path / "out" / full.NAME)["position"]["step"] == 6
+    assert not (tmp_path / "out" / "linear.json").exists()
+
+
+def test_a_checkpoint_of_another_evaluation_is_refused(evaluate, tmp_path):
+    evaluate(FULL)
+    (tmp_path / "out" / "linear.json").unlink()
+    with pytest.raises(UserError, match=r"of another evaluation: config.momentum: 0.9 -> 0.5"):
+        evaluate(replace(FULL, momentum=0.5), resume=True)
+    evaluate(replace(FULL, num_workers=1), resume=True)  # that changes nothing
+
+
+def test_fewer_samples_than_a_batch_are_refused(evaluate):
+    with pytest.raises(UserError, match="36 samples do not fill one batch of 64"):
+        evaluate(replace(FULL, batch_size=64))
+
+
+# --- the cached sweep
+
+
+def test_cached_chooses_on_the_held_out_part_alone(evaluate, monkeypatch):
+    """With other labels in the validation set the same rate is chosen: it never decides."""
+    config = replace(CONFIG, num_lrs=6, init_std=1.0, epochs=20, holdout=0.3, refit=False)
+    first = evaluate(config, "first")
+    held_out = [row["held_out_top1"] for row in first["rates"]]
+    assert len(set(held_out)) > 1
+    assert first["rates"][first["chosen"]]["held_out_top1"] == max(held_out)
+    assert first["top1"] == first["rates"][first["chosen"]]["val_top1"]
+    labels = vars(ShardIndex)["labels"].fget
+
+    def turned(index):
+        own = labels(index)
+        return 1 - own if len(own) == 24 else own
+
+    monkeypatch.setattr(ShardIndex, "labels", property(turned))
+    second = evaluate(config, "second")
+    assert [row["held_out_top1"] for row in second["rates"]] == held_out
+    assert second["chosen"] == first["chosen"]
+    for a, b in zip(first["rates"], second["rates"], strict=True):
+        assert a["val_top1"] == pytest.approx(1 - b["val_top1"])
+
+
+def test_a_refit_is_a_training_on_all_labels_at_the_chosen_rate(evaluate):
+    config = replace(CONFIG, holdout=0.3)
+    refitted = evaluate(config, "refitted")
+    assert refitted["refitted"]
+    assert refitted["selection"]["n"] == 12
+    rate = refitted["chosen_base_lr"]
+    alone = evaluate(replace(config, lrs=[rate], holdout=0.0), "alone")
+    assert not alone["refitted"]
+    assert alone["selection"] is None
+    assert (alone["top1"], alone["per_class"]) == (refitted["top1"], refitted["per_class"])
+
+
+def test_the_held_out_part_is_judged_on_central_crops(evaluate, monkeypatch):
+    """With passes of random crops the file that is scored is another than the one trained on."""
+    seen = []
+    score = run.cached.score
+
+    def noted(heads, features, *arguments):
+        seen.append(features.identity.view)
+        return score(heads, features, *arguments)
+
+    monkeypatch.setattr(run.cached, "score", noted)
+    result = evaluate(replace(CONFIG, passes=2))
+    assert [isinstance(view["crop"], str) for view in seen] == [True, True, True]
+    assert len({str(view) for view in seen}) == 1
+    assert result["preprocessing"]["training"]["random_resized_crop"] == [0.08, 1.0]
+    assert result["feature_bytes"] == (2 * 40 + 40 + 24) * 64 * 4
+
+
+def test_features_are_shared_between_evaluations(evaluate, tmp_path):
+    folder = tmp_path / "features"
+    first = evaluate(CONFIG, "a", features=folder)
+    second = evaluate(replace(CONFIG, epochs=2), "b", features=folder)
+    third = evaluate(replace(CONFIG, protocol="knn"), "c", features=folder)
+    assert first["num_feature_rows_found"] == 0
+    assert first["cost_over_one_pass"] > 1
+    for result in (second, third):
+        assert result["num_feature_rows_found"] == 64
+        assert result["cost_over_one_pass"] is None
+
+
+def test_a_fraction_is_written_down_and_can_be_named_again(evaluate, tmp_path):
+    first = evaluate(replace(CONFIG, fraction=0.5), "first")
+    assert first["data"]["train"]["num_used"] == 20
+    names = (tmp_path / "first" / "subset.txt").read_text().split()
+    assert len(names) == 20
+    listed = replace(CONFIG, subset_list=str(tmp_path / "first" / "subset.txt"))
+    assert evaluate(listed, "second")["rates"] == first["rates"]
+    evaluate(CONFIG, "whole")
+    assert not (tmp_path / "whole" / "subset.txt").exists()
+
+
+# --- kNN
+
+
+def test_knn_grid_equals_the_probes_knn_in_each_cell(evaluate, weights, shards, val):
+    config = replace(CONFIG, protocol="knn", knn_k=[1, 7, 20], knn_temperature=[0.05, 0.07, 1.0])
+    result = evaluate(config)
+    frozen = load(str(weights), branch="online", seed=0)
+    bank, queries = (
+        extract_features(
+            frozen.backbone, ShardIndex.open(folder), image_size=32, mean=frozen.mean,
+            std=frozen.std, device=CPU,
+        )[:2]
+        for folder in (shards, val)
+    )  # fmt: skip
+    knn = result["knn"]
+    for row, k in zip(knn["top1"], knn["ks"], strict=True):
+        for value, temperature in zip(row, knn["temperatures"], strict=True):
+            assert value == knn_top1(*bank, *queries, k=k, temperature=temperature)
+    assert result["top1"] == knn["top1"][2][1]  # k = 20, temperature 0.07
+    assert result["rates"] == []
+
+
+def test_knn_takes_what_there_is_and_refuses_more(evaluate):
+    assert evaluate(replace(CONFIG, protocol="knn"))["knn"]["ks"] == [1, 5, 10, 20]
+    with pytest.raises(UserError, match="knn_k=41, but only 40 training samples are used"):
+        evaluate(replace(CONFIG, protocol="knn", knn_k=[5, 41]), "other")
+
+
+# --- folders and results
+
+
+def test_a_finished_evaluation_is_given_back_and_not_run_again(evaluate, monkeypatch):
+    first = evaluate(CONFIG)
+    with pytest.raises(UserError, match=r"holds an evaluation already \(linear.json\): .*--resume"):
+        evaluate(CONFIG)
+    monkeypatch.setattr(run.cached, "train", None)  # it would fail
+    assert evaluate(CONFIG, resume=True) == json.loads(json.dumps(first))
+    with pytest.raises(UserError, match=r"of another evaluation: config.epochs: 3 -> 4"):
+        evaluate(replace(CONFIG, epochs=4), resume=True)
+
+
+def test_the_result_says_what_it_was_made_of(evaluate, weights, tmp_path):
+    result = evaluate(CONFIG)
+    on_disk = json.loads((tmp_path / "out" / "linear.json").read_text())
+    assert on_disk == result
+    assert result["format"] == "fa-linear-1"
+    description = result["checkpoint"]
+    assert description["name"] == "tiny.pth"
+    assert len(description["file_sha256"]) == 64
+    assert result["preprocessing"]["image_size"] == 32
+    assert result["peak_memory_bytes"] > 50e6
+    assert set(result["processor_seconds"]) == {
+        "open", "extract_train", "extract_val", "sweep", "evaluate", "refit",
+    }  # fmt: skip
+    text = table(result)
+    assert "40 of 40 labels, 24 validation pictures, 2 classes" in text
+    assert "chosen by the held-out part" in text
+    assert f"top-1 {100 * result['top1']:.2f} %" in text
+
+
+def test_a_rate_at_the_end_of_the_sweep_is_told(evaluate):
+    result = evaluate(CONFIG)
+    for number, advice in ((0, "lower lr_min"), (2, "raise lr_max"), (1, None)):
+        changed = result | {"chosen": number, "chosen_base_lr": result["rates"][number]["base_lr"]}
+        assert ("there may be a better one" in table(changed)) == (advice is not None)
+        assert advice is None or advice in table(changed)
+
+
+def test_the_clock_counts_processor_time_and_adds_up():
+    clock = Clock()
+    for _ in range(2):
+        with clock.part("work"):
+            sum(i * i for i in range(200_000))
+    assert 0 < clock.processor_seconds["work"] < 2 * clock.seconds["work"] + 0.1
+
+
+# --- configuration
+
+
+CHANGES = {
+    "seed": 2, "image_size": 40, "fraction": 0.5, "holdout": 0.4, "num_lrs": 2, "lr_min": 0.1,
+    "lr_max": 5.0, "lrs": [0.7, 0.1], "epochs": 2, "batch_size": 16, "optimizer": "lars",
+    "momentum": 0.5, "nesterov": True, "weight_decay": 0.3, "init_std": 0.3,
+    "schedule": "cosine_epochs", "passes": 1, "feature_dtype": "float16", "refit": False,
+    "precision": "bf16",
+}  # fmt: skip
+FULL_CHANGES = {"crop_scale": (0.9, 1.0), "flip_probability": 0.0, "last_batch": "pad"}
+ELSEWHERE = {
+    "protocol": "all tests here", "subset_list": "test_a_fraction_is_written_down..",
+    "milestones": "test_linear_heads.py", "gamma": "test_linear_heads.py",
+    "lars_eta": "test_linear_heads.py", "knn_k": "test_knn_grid..",
+    "knn_temperature": "test_knn_grid..", "checkpoint_every_steps": "test_full_goes_on..",
+    "num_workers": "test_linear_features.py", "device": "pretrain.engine.device",
+    "shuffle_window": "test_the_window..",
+}  # fmt: skip
+
+
+def test_every_key_is_covered():
+    assert {key.name for key in fields(LinearConfig)} == {*CHANGES, *FULL_CHANGES, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_every_key_changes_the_classifiers(evaluate, key, monkeypatch):
+    trained = []
+    train = run.cached.train
+
+    def noted(*arguments, **options):
+        heads = train(*arguments, **options)
+        trained.append((heads.weight, heads.bias))
+        return heads
+
+    monkeypatch.setattr(run.cached, "train", noted)
+    evaluate(CONFIG, "a")
+    before, trained = trained, []
+    evaluate(replace(CONFIG, **{key: CHANGES[key]}), "b")
+    shapes = [[x.shape for pair in part for x in pair] for part in (before, trained)]
+    if shapes[0] == shapes[1]:
+        values = [torch.cat([x.flatten() for pair in p for x in pair]) for p in (before, trained)]
+        assert not torch.equal(*values)
+    else:
+        assert key in {"refit", "num_lrs", "lrs"}
+
+
+@pytest.mark.parametrize("key", FULL_CHANGES)
+def test_keys_of_the_published_protocol(evaluate, tmp_path, key):
+    config = replace(FULL, batch_size=11, epochs=2)
+    evaluate(config, "a")
+    evaluate(replace(config, **{key: FULL_CHANGES[key]}), "b")
+    a, b = heads_of(tmp_path / "a"), heads_of(tmp_path / "b")
+    assert not torch.equal(a["weight"], b["weight"])
+
+
+def test_the_window_changes_the_order(evaluate, tmp_path):
+    for window in (4, 100):
+        evaluate(replace(FULL, shuffle_window=window, epochs=1), f"w{window}")
+    a, b = (heads_of(tmp_path / name)["weight"] for name in ("w4", "w100"))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, r"fraction=0.0: must be above 0, at most 1"),
+        ({"fraction": 0.1, "subset_list": "x"}, "both choose the training samples"),
+        ({"holdout": 0.0}, r"holdout=0 leaves nothing to select one of 10 rates with"),
+        ({"epochs": 0}, "epochs=0: must be at least 1"),
+        ({"passes": -1}, "passes=-1: must not be negative"),
+        ({"lr_min": 2.0, "lr_max": 1.0}, "must be 0 < lr_min <= lr_max"),
+        ({"lrs": [0.1, 0.1]}, r"lrs=\[0.1, 0.1\]: give some different numbers above 0"),
+        ({"lrs": []}, r"lrs=\[\]"),
+        ({"knn_temperature": [0.01]}, r"knn_temperature=0.01: .* does not fit float32"),
+        ({"schedule": "step"}, "milestones go with schedule=step"),
+        ({"milestones": [3]}, "milestones go with schedule=step"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov=true needs optimizer=sgd and momentum"),
+        ({"crop_scale": (0.5, 0.1)}, "0 < low <= high <= 1"),
+        ({"flip_probability": 1.5}, "flip_probability=1.5"),
+        ({"image_size": 8}, "image_size=8: must be at least 16, or 0"),
+        ({"holdout": 1.0}, "holdout=1.0: must be from 0 to below 1"),
+    ],
+)
+def test_impossible_values_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        LinearConfig(**options)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "linear").glob("*.yaml")), ids=str)
+def test_every_config_loads_and_is_a_published_protocol(path):
+    config = read_settings(LinearConfig, path, [])
+    assert config.protocol == "full"
+    assert config.weight_decay == 0
+    head = path.read_text().split("\nprotocol")[0]
+    for word in ("Source:", "Command:", "Expected:", "GPU-hours:"):
+        assert word in head
+
+
+# --- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("protocol", ["full", "cached"])
+def test_two_processes_get_what_one_gets(weights, shards, val, tmp_path, protocol):
+    """Also where one process finishes features that two had begun."""
+    options = [
+        str(weights), "--train", str(shards), "--val", str(val), "image_size=32", "num_workers=0",
+        "epochs=2", "batch_size=8", "lrs=[3.0,0.1]", "device=cpu", "--protocol", protocol,
+        *(["schedule=cosine", "milestones=null"] if protocol == "full" else []),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    tool = str(ROOT / "tools" / "linear_eval.py")
+    pair = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launcher in (("one", []), ("two", pair)):
+        done = subprocess.run(
+            [sys.executable, *launcher, tool, *options, "--out", str(tmp_path / name)],
+            env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((tmp_path / name / "linear.json").read_text()) for name in ("one", "two")
+    )
+    assert one["rates"] == two["rates"]
+    if protocol == "full":
+        a, b = (heads_of(tmp_path / name)["weight"] for name in ("one", "two"))
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    else:
+        a, b = (
+            {f.name: f.read_bytes() for f in (tmp_path / name / "features").glob("*.bin")}
+            for name in ("one", "two")
+        )
+        assert a == b
+        assert len(a) == 2

@@ -1,0 +1,219 @@
+"""Which samples are trained on: label fractions, lists, held-out parts, and what is refused."""
+
+import cv2
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from pretrain.data.index.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
+from pretrain.data.index.subset import Subset
+from pretrain.data.loader import Loader
+from pretrain.data.samples import TwoViewDataset
+from pretrain.evaluation.linear.config import LinearConfig
+from pretrain.evaluation.linear.sets import balanced, listed, open_sets, stratified, write_list
+
+NUM = 1000
+
+
+@pytest.fixture
+def labelled() -> tuple[np.ndarray, np.ndarray]:
+    """Labels of 5 classes of very different sizes, and keys."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice(5, NUM, p=[0.5, 0.25, 0.15, 0.08, 0.02]).astype(np.int64)
+    return labels, rng.integers(-(2**62), 2**62, NUM)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
+def test_a_fraction_is_balanced(labelled, share):
+    labels, keys = labelled
+    chosen = balanced(labels, keys, share, seed=0)
+    due = round(share * NUM / 5)
+    expected = [min(due, count) for count in np.bincount(labels)]
+    assert np.bincount(labels[chosen]).tolist() == expected
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+
+
+def test_a_fraction_is_a_function_of_seed_and_keys(labelled):
+    labels, keys = labelled
+    chosen = keys[balanced(labels, keys, 0.1, seed=3)]
+    shuffled = np.random.default_rng(1).permutation(NUM)
+    again = keys[shuffled][balanced(labels[shuffled], keys[shuffled], 0.1, seed=3)]
+    assert set(chosen) == set(again)
+    other = keys[balanced(labels, keys, 0.1, seed=4)]
+    assert len(set(chosen) & set(other)) < 0.5 * len(chosen)
+
+
+def test_a_smaller_fraction_lies_within_a_larger_one(labelled):
+    small, large = (set(balanced(labelled[0], labelled[1], share, seed=0)) for share in (0.01, 0.1))
+    assert small < large
+
+
+def test_every_sample_is_as_likely(labelled):
+    """Over 400 seeds each of 40 samples of a class is drawn about 10 % of the time."""
+    labels, keys = np.zeros(40, np.int64), labelled[1][:40]
+    counts = np.zeros(40)
+    for seed in range(400):
+        counts[balanced(labels, keys, 0.1, seed=seed)] += 1
+    assert counts.sum() == 1600
+    assert np.abs(counts - 40).max() < 5 * np.sqrt(400 * 0.1 * 0.9)
+
+
+def test_less_than_one_sample_a_class_is_refused(labelled):
+    with pytest.raises(UserError, match=r"fraction=0.0001 of 1000 samples is less than one .* 5 "):
+        balanced(labelled[0], labelled[1], 0.0001, seed=0)
+
+
+def test_the_held_out_part_is_stratified_and_independent_of_the_fraction(labelled):
+    labels, keys = labelled
+    held_out = stratified(labels, keys, 0.1, seed=0)
+    counts = np.bincount(labels)
+    assert np.bincount(labels[held_out]).tolist() == np.rint(0.1 * counts).tolist()
+    fraction = balanced(labels, keys, 0.1, seed=0)
+    assert len(np.intersect1d(held_out, fraction)) < 0.5 * len(held_out)
+
+
+def test_one_of_each_class_stays_to_be_trained_on():
+    labels = np.array([0, 1, 1, 2, 2, 2])
+    held_out = stratified(labels, np.arange(6), 0.9, seed=0)
+    assert np.bincount(labels[held_out], minlength=3).tolist() == [0, 1, 2]
+
+
+# --- from shards
+
+
+def sets_of(train, val=None, **options):
+    return open_sets(str(train), str(val or train), LinearConfig(**options))
+
+
+def test_fitted_and_held_out_share_nothing_and_make_up_the_chosen(shards):
+    sets = sets_of(shards, fraction=0.5, holdout=0.2)
+    assert len(sets.held_out) == 4
+    assert len(sets.fitted) == 16
+    assert sorted([*sets.fitted, *sets.held_out]) == sets.chosen.sample_ids.tolist()
+    labels = sets.train.labels
+    assert np.bincount(labels[sets.chosen.sample_ids]).tolist() == [10, 10]
+    assert np.bincount(labels[sets.held_out]).tolist() == [2, 2]
+    assert sets.num_classes == 2
+
+
+@pytest.mark.parametrize("options", [{"lrs": [0.1]}, {"protocol": "knn"}])
+def test_nothing_is_held_out_where_nothing_is_selected(shards, options):
+    sets = sets_of(shards, **options)
+    assert len(sets.held_out) == 0
+    assert sets.fitted.tolist() == list(range(40))
+
+
+def test_a_list_that_was_written_is_read_back(shards, tmp_path):
+    sets = sets_of(shards, fraction=0.3)
+    write_list(sets.train, sets.chosen.sample_ids, tmp_path / "subset.txt")
+    again = sets_of(shards, subset_list=str(tmp_path / "subset.txt"))
+    assert again.chosen.sample_ids.tolist() == sets.chosen.sample_ids.tolist()
+    assert again.fitted.tolist() == sets.fitted.tolist()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Shards made of class folders, two of which hold a picture of the same name."""
+    folder = tmp_path_factory.mktemp("tree")
+    names = ("n01/n01_7.JPEG", "n01/n01_8.JPEG", "n02/n02_7.JPEG", "n02/x.JPEG", "n01/x.JPEG")
+    pictures = []
+    for number, name in enumerate(names):
+        path = folder / f"{number}.jpg"
+        cv2.imwrite(str(path), np.full((20, 20, 3), 40 * number, np.uint8))
+        pictures.append(SourcePicture(str(path), name, int(name[2]) - 1))
+    write_shards(pictures, folder / "shards", options=ShardOptions(), classes=["n01", "n02"])
+    return folder / "shards"
+
+
+def test_official_lists_name_files_without_their_folder(tree, tmp_path):
+    path = tmp_path / "1percent.txt"
+    path.write_text("# two of them\nn02_7.JPEG\n\nn01/n01_8\n")
+    index = ShardIndex.open(tree)
+    names = [index.key_name(int(i)) for i in listed(index, path)]
+    assert sorted(names) == ["n01/n01_8", "n02/n02_7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n01_9.JPEG\n", r"'n01_9.JPEG' names no sample of .* \(whose first key is 'n0"),
+        ("x.JPEG\n", r"'x.JPEG' names 2 samples of"),
+        ("# nothing\n", "is empty"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(tree, tmp_path, text, message):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        listed(ShardIndex.open(tree), path)
+
+
+def test_a_missing_list_is_named(shards):
+    with pytest.raises(UserError, match=r"subset list no/such\.txt does not exist"):
+        sets_of(shards, subset_list="no/such.txt")
+
+
+def test_unlabelled_shards_are_refused(shards, unlabelled_shards):
+    for train, val, option in (
+        (unlabelled_shards, shards, "--train"),
+        (shards, unlabelled_shards, "--val"),
+    ):
+        with pytest.raises(UserError, match=f"{option} .*: 24 of 24 samples have no label"):
+            sets_of(train, val)
+
+
+def test_other_classes_are_refused(shards, make_shards):
+    other = make_shards("other", num=4, classes=["class-0", "class-9"])
+    with pytest.raises(UserError, match=r"classes differ: .*class-1.* --val .*class-9"):
+        sets_of(shards, other)
+
+
+def test_a_class_that_is_only_in_val_is_refused(make_shards):
+    """The class names are the same, but training has no picture of one."""
+    few = make_shards("few", num=1, classes=["class-0", "class-1"])
+    both = make_shards("both", num=4, classes=["class-0", "class-1"])
+    with pytest.raises(
+        UserError, match=r"1 classes \(class-1\), of which --train .* has no sample"
+    ):
+        sets_of(few, both)
+
+
+def test_too_few_samples_to_hold_one_out(make_shards):
+    pair = make_shards("pair", num=2)
+    with pytest.raises(UserError, match=r"holdout=0.1: no class of .* has the two samples"):
+        sets_of(pair)
+    assert len(sets_of(pair, lrs=[0.1]).fitted) == 2
+
+
+# --- a subset as a set of its own
+
+
+def test_a_subset_reads_the_samples_it_is_made_of(shards):
+    index = ShardIndex.open(shards)
+    subset = Subset(index, np.array([31, 2, 5, 18]))
+    ids = [2, 5, 18, 31]
+    assert subset.sample_ids.tolist() == ids
+    assert subset.num_samples == sum(subset.shard_sizes) == 4
+    assert subset.shard_sizes == [2, 1, 1]
+    assert subset.labels.tolist() == index.labels[ids].tolist()
+    assert subset.has_labels
+    assert [subset.key_name(i) for i in range(4)] == [index.key_name(i) for i in ids]
+    assert [subset.read_bytes(i) for i in range(4)] == [index.read_bytes(i) for i in ids]
+    assert subset.read_many(np.array([3, 0])) == [index.read_bytes(31), index.read_bytes(2)]
+    assert subset.describe(3) == index.describe(31)
+    assert subset.fingerprint != Subset(index, np.array([2, 5, 18, 30])).fingerprint
+    subset.close()
+
+
+def test_a_loader_gives_each_sample_of_a_subset_the_crops_it_has_in_the_whole_set(shards):
+    index = ShardIndex.open(shards)
+    ids = np.array([1, 4, 12, 13, 27, 39])
+    options = {"image_size": 32, "crop_scales": ((0.3, 1.0),), "seed": 2}
+    (batch,) = Loader(TwoViewDataset(Subset(index, ids), **options), batch_size=6).epoch(3)
+    assert sorted(ids[batch.sample_ids.numpy()]) == ids.tolist()
+    assert batch.views.shape == (1, 6, 3, 32, 32)
+    whole = TwoViewDataset(index, **options)
+    out = np.zeros((1, 6, 32, 32, 3), np.uint8)
+    assert whole.write_views(ids[batch.sample_ids.numpy()], batch.visits.numpy(), out) == {}
+    assert (batch.views.numpy() == out.transpose(0, 1, 4, 2, 3)).all()
+    assert (batch.labels.numpy() == index.labels[ids[batch.sample_ids.numpy()]]).all()

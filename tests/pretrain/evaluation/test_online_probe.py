@@ -1,0 +1,377 @@
+"""The online probe: a textbook classifier beside the run, of which the run never hears."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from common.errors import UserError
+from common.files import read_json_lines
+from pretrain.config import EvalConfig, load_config
+from pretrain.data.index.mixture import open_samples
+from pretrain.data.index.shards import ShardIndex
+from pretrain.engine import checkpoint
+from pretrain.engine.trainer import Run
+from pretrain.evaluation.online_probe import OnlineProbe, watched
+from tests.pretrain.engine.run_helpers import assert_same_state, wait_for_workers
+from tests.pretrain.engine.test_ddp import free_port
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+BASE = {
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+    "objective": {"name": "byol"},
+    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
+    "optim": {"name": "lars", "epochs": 2, "base_lr": 1.0, "warmup_epochs": 0.5},
+    "engine": {
+        "device": "cpu", "precision": "fp32", "log_every_steps": 2, "checkpoint_every_steps": 3,
+        "num_threads": 1,
+    },
+    "eval": {"num_pictures": 0, "knn_k": 5, "online_probe": True, "online_probe_lr": 0.01},
+}  # fmt: skip
+NUM_STEPS = 10
+
+
+@pytest.fixture
+def run(tmp_path, shards):
+    """Train a small run: run("name", "key=value", .., resume=False); returns it."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+
+    def train(name, *overrides, resume=False):
+        options = [f"out={tmp_path / name}", *overrides]
+        if not any(o.startswith("data.shards=") for o in options):
+            options.append(f"data.shards={shards}")
+        started = Run(load_config(path, options), resume=resume)
+        started.train()
+        return started
+
+    return train
+
+
+def state_of(run):
+    return checkpoint.load(run.folder / "checkpoint.pth")
+
+
+def rows_of(run, kind):
+    return [r for r in read_json_lines(run.folder / "metrics.jsonl") if r["kind"] == kind]
+
+
+class Backbone(nn.Module):
+    """Its outputs are what it is given."""
+
+    output_dim = 5
+
+    def forward(self, x):
+        return x * 1.0
+
+
+def seen_by(probe, backbone, views):
+    """Pass both views as training does, with graph."""
+    with probe.watching():
+        for view in views:
+            backbone(view.requires_grad_())
+
+
+# --- what one step does
+
+
+def softmax_gradient(weight, bias, x, labels):
+    """Of the mean cross-entropy of x @ weight.T + bias, by hand in float64."""
+    logits = x @ weight.T + bias
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p = shifted / shifted.sum(axis=1, keepdims=True)
+    loss = -np.log(p[np.arange(len(x)), labels]).mean()
+    right = (logits.argmax(axis=1) == labels).mean()
+    p[np.arange(len(x)), labels] -= 1
+    return loss, right, p.T @ x / len(x), p.mean(axis=0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("lr", [0.01, 0.1])
+def test_steps_equal_the_textbook(lr):
+    """Softmax regression with Adam in NumPy, unlabelled rows left out."""
+    generator = torch.Generator().manual_seed(3)
+    backbone = Backbone()
+    probe = OnlineProbe(backbone, 3, lr, CPU)
+    weight, bias = np.zeros((3, 5)), np.zeros(3)
+    moments = [[np.zeros_like(w), np.zeros_like(w)] for w in (weight, bias)]
+    for step in range(1, 6):
+        views = torch.randn(2, 6, 5, generator=generator)
+        labels = torch.tensor([0, 2, -1, 1, -1, step % 3])
+        seen_by(probe, backbone, views.clone())
+        probe.step(labels)
+        known = labels.numpy() >= 0
+        x = np.concatenate([view.numpy()[known] for view in views]).astype(np.float64)
+        both = np.tile(labels.numpy()[known], 2)
+        loss, right, *gradients = softmax_gradient(weight, bias, x, both)
+        figures = probe.figures()
+        assert figures["online_loss"] == pytest.approx(loss, rel=1e-5)
+        assert figures["online_top1"] == pytest.approx(right)
+        for value, gradient, (m, v) in zip((weight, bias), gradients, moments, strict=True):
+            m += 0.1 * (gradient - m)
+            v += 0.001 * (gradient**2 - v)
+            corrected = m / (1 - 0.9**step), v / (1 - 0.999**step)
+            value -= lr * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+    np.testing.assert_allclose(probe.classifier.weight.detach().numpy(), weight, atol=1e-5)
+    np.testing.assert_allclose(probe.classifier.bias.detach().numpy(), bias, atol=1e-5)
+
+
+def test_no_gradient_reaches_what_it_looks_at():
+    backbone = Backbone()
+    probe = OnlineProbe(backbone, 3, 0.1, CPU)
+    views = torch.randn(2, 4, 5)
+    views.requires_grad_()
+    with probe.watching():
+        for view in views:
+            backbone(view)
+    probe.step(torch.tensor([0, 1, 2, 0]))
+    assert views.grad is None
+    assert float(probe.classifier.weight.detach().abs().max()) > 0
+
+
+def test_only_watched_passes_with_gradient_count():
+    """Not those of evaluation, nor the first pass of cached micro-batches."""
+    backbone = Backbone()
+    probe = OnlineProbe(backbone, 3, 0.1, CPU)
+    views = torch.randn(2, 4, 5)
+    backbone(torch.zeros(9, 5))
+    with probe.watching():
+        with torch.no_grad():
+            backbone(torch.zeros(7, 5))
+        for part in (slice(0, 3), slice(3, 4)):  # micro-batches, the views in turn
+            for view in views:
+                backbone(view[part])
+    backbone(torch.zeros(9, 5))
+    assert torch.equal(probe._features(4), views.flatten(0, 1))
+
+
+def test_rows_that_are_not_finite_are_left_out():
+    views = torch.randn(2, 4, 5)
+    labels = torch.tensor([0, 1, 2, 0])
+    results = []
+    for broken in (True, False):
+        backbone = Backbone()
+        probe = OnlineProbe(backbone, 3, 0.1, CPU)
+        given = views.clone()
+        given[:, 1] = float("nan") if broken else 0.0
+        seen_by(probe, backbone, given)
+        probe.step(labels if broken else torch.tensor([0, -1, 2, 0]))
+        results.append((probe.state_dict(), probe.figures()))
+    assert_same_state(*results)
+
+
+def test_a_batch_without_labels_counts_nothing():
+    backbone = Backbone()
+    probe = OnlineProbe(backbone, 3, 0.1, CPU)
+    seen_by(probe, backbone, torch.randn(2, 4, 5))
+    probe.step(torch.full((4,), -1))
+    assert probe.figures() == {}
+    assert float(probe.classifier.weight.detach().abs().max()) == 0
+
+
+def test_it_draws_no_random_number():
+    before = torch.get_rng_state()
+    probe = OnlineProbe(Backbone(), 3, 0.1, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not probe.classifier.weight.any()
+
+
+def test_watched_without_a_probe_is_nothing():
+    with watched(None):
+        assert torch.is_grad_enabled()
+
+
+# --- what it needs
+
+
+def opened(samples):
+    return OnlineProbe.open(EvalConfig(online_probe=True), samples, Backbone(), CPU)
+
+
+def test_off_by_default(shards):
+    assert OnlineProbe.open(EvalConfig(), ShardIndex.open(shards), Backbone(), CPU) is None
+
+
+def test_classes_are_those_of_the_shards(shards, make_shards):
+    assert opened(ShardIndex.open(shards)).classifier.out_features == 2
+    three = make_shards("three", num=12, classes=["a", "b", "c"])
+    assert opened(ShardIndex.open(three)).classes == ["a", "b", "c"]
+
+
+def test_shards_without_labels_are_refused(unlabelled_shards, shards):
+    message = r"eval\.online_probe=true, but no sample of data\.shards has a label .*make the shar"
+    with pytest.raises(UserError, match=message):
+        opened(ShardIndex.open(unlabelled_shards))
+    with pytest.raises(UserError, match=message):  # other classes: a mixture has none
+        opened(open_samples([str(unlabelled_shards), str(shards)]))
+
+
+def test_a_stream_is_refused():
+    with pytest.raises(UserError, match=r"a stream does not tell its classes; use data\.streaming"):
+        opened(None)
+
+
+# --- in a run
+
+
+def test_weights_of_the_run_are_bit_equal_with_and_without_it(run):
+    with_probe = state_of(run("with"))
+    without = state_of(run("without", "eval.online_probe=false"))
+    assert "online_probe" in with_probe
+    assert "online_probe" not in without
+    for part in ("model", "ema", "optimizer", "queue", "random", "step"):
+        assert_same_state(with_probe[part], without[part], part)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.micro_batch_size=4"],
+        ["optim.micro_batch_size=4", "optim.accumulation=cached"],
+        ["adversarial.epsilon=4"],
+    ],
+    ids=["plain", "cached", "adversarial"],
+)
+def test_it_sees_every_row_however_gradients_are_made(run, overrides):
+    done = run("run", "optim.epochs=1", "engine.log_every_steps=5", *overrides)
+    assert int(state_of(done)["online_probe"]["optimizer"]["state"][0]["step"]) == 5
+    (row,) = rows_of(done, "train")
+    assert 0 <= row["online_top1"] <= 1
+    num_eighths = row["online_top1"] * 80  # 5 steps of 8 pictures in two views
+    assert num_eighths == pytest.approx(round(num_eighths))
+
+
+def test_figures_stand_in_the_rows(run, shards):
+    probe = [f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
+    done = run("run", *probe, "optim.epochs=3")
+    assert all({"online_top1", "online_loss"} <= set(r) for r in rows_of(done, "train"))
+    knn = rows_of(done, "knn")
+    assert [r["step"] for r in knn] == [0, 5, 10, 15]
+    assert knn[0]["online_top1_val"] == 0.5  # zero weights say class 0, and half are
+    assert rows_of(done, "train")[0]["online_loss"] < 1
+
+
+def test_validation_accuracy_equals_the_classifier_on_every_picture(run, shards):
+    done = run("run", f"eval.probe_train={shards}", f"eval.probe_val={shards}")
+    assert done.online_probe is not None
+    assert done.probe is not None
+    features, labels = done.probe.features(done.model.online.backbone, done.probe.val)
+    weights = state_of(done)["online_probe"]["classifier"]
+    scores = features.numpy() @ weights["weight"].numpy().T + weights["bias"].numpy()
+    expected = (scores.argmax(axis=1) == labels.numpy()).mean()
+    assert rows_of(done, "knn")[-1]["online_top1_val"] == pytest.approx(expected)
+
+
+def test_other_classes_of_the_validation_set_are_not_judged(run, make_shards):
+    other = make_shards("others", num=12, classes=["class-0", "class-9"])
+    done = run("run", "optim.epochs=1", f"eval.probe_train={other}", f"eval.probe_val={other}")
+    assert [set(r) & {"knn_top1", "online_top1_val"} for r in rows_of(done, "knn")] == [
+        {"knn_top1"}, {"knn_top1"},
+    ]  # fmt: skip
+
+
+class Killed(Exception):
+    """Ends a run as a kill would: without a word."""
+
+
+def test_resume_is_bit_exact(run, monkeypatch):
+    whole = run("whole")
+    step = OnlineProbe.step
+    taken = []
+
+    def until(self, labels):
+        taken.append(1)
+        if len(taken) == 6:
+            raise Killed
+        step(self, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineProbe, "step", until)
+        with pytest.raises(Killed):
+            run("parts")
+    resumed = run("parts", resume=True)  # from step 3, between two logged rows
+    a, b = state_of(whole), state_of(resumed)
+    for part in ("model", "online_probe"):
+        assert_same_state(a[part], b[part], part)
+    for key in ("step", "loss", "online_top1", "online_loss"):
+        assert [r[key] for r in rows_of(whole, "train")] == [
+            r[key] for r in rows_of(resumed, "train")
+        ]
+
+
+def test_a_checkpoint_without_it_starts_it_anew(run):
+    before = run("run", "eval.online_probe=false")
+    (before.folder / "summary.json").unlink()
+    after = run("run", resume=True)
+    events = [r["message"] for r in rows_of(after, "event")]
+    assert "eval.online_probe: the checkpoint holds none: the classifier starts anew" in events
+
+
+def test_another_number_of_classes_starts_it_anew():
+    state = OnlineProbe(Backbone(), 3, 0.1, CPU).state_dict()
+    fresh = OnlineProbe(Backbone(), 4, 0.1, CPU)
+    assert "holds one of another size: the classifier starts anew" in str(fresh.load(state))
+    assert fresh.load(OnlineProbe(Backbone(), 4, 0.1, CPU).state_dict()) is None
+
+
+def test_a_changed_rate_holds_after_a_resume():
+    state = OnlineProbe(Backbone(), 3, 0.1, CPU).state_dict()
+    fresh = OnlineProbe(Backbone(), 3, 0.5, CPU)
+    fresh.load(state)
+    assert fresh.optimizer.param_groups[0]["lr"] == 0.5
+
+
+WORKER = """
+import sys, torch
+from pretrain.engine import dist
+from tests.pretrain.evaluation.test_online_probe import CPU, Backbone, OnlineProbe, seen_by
+torch.set_num_threads(1)
+dist.start("cpu")
+probe = OnlineProbe(backbone := Backbone(), 3, 0.1, CPU)
+generator = torch.Generator().manual_seed(0)
+for step in range(4):
+    views = torch.randn(2, 8, 5, generator=generator)
+    labels = torch.tensor([-1, -1, -1, 0, 1, 2, 0, step % 3])
+    own = dist.local_rows(8 // dist.world_size())
+    seen_by(probe, backbone, views[:, own].clone())
+    probe.step(labels[own])
+torch.save(probe.state_dict(), f"{sys.argv[1]}-{dist.world_size()}-{dist.rank()}.pth")
+dist.stop()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes_equal_one(tmp_path):
+    """The ranks have 1 and 4 labelled rows of a view: a mean of means would differ."""
+    port, out = str(free_port()), tmp_path / "state"
+    workers = []
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+        }  # fmt: skip
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(out)],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    wait_for_workers(workers, timeout=300)
+    one, first, second = (
+        torch.load(f"{out}-{name}.pth", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    )
+    assert_same_state(first, second)
+    for name, value in one["classifier"].items():
+        torch.testing.assert_close(first["classifier"][name], value, rtol=1e-4, atol=1e-6)
+    assert one["counts"][0] == first["counts"][0] == 4 * 2 * 5

@@ -1,0 +1,361 @@
+"""Figures against loops written again; an alarm that collapsing runs raise and others do not."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.errors import UserError
+from common.files import read_json_lines
+from pretrain import collectives as dist
+from pretrain.__main__ import main
+from pretrain.config import EngineConfig, load_config
+from pretrain.engine import checkpoint
+from pretrain.engine.log import MetricLog
+from pretrain.features import diagnostics
+from pretrain.features.diagnostics import CollapseAlarm, diagnose, similarity_histograms
+from pretrain.model.joint_embedding import StepOutput
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
+TINY = {
+    "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+    "data": {"image_size": 32, "batch_size": 20, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 48, "predictor_hidden_dim": 48, "output_dim": 24},
+    "fa": {"method": "none"},
+    "optim": {"name": "sgd", "epochs": 12, "base_lr": 8, "warmup_epochs": 0},
+    "engine": {"device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1},
+    "eval": {"num_pictures": 0},
+}
+
+
+def step_output(n=6, d=5, seed=0, **given):
+    generator = torch.Generator().manual_seed(seed)
+    names = ("online", "target", "projection", "original", "augmented")
+    features = {name: torch.randn(n, d, generator=generator) for name in names} | given
+    return StepOutput(
+        loss=torch.zeros(()), is_augmented=True, entering=features["projection"],
+        keys=torch.stack([features["projection"]] * 2), **features,
+    )  # fmt: skip
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def mean_and_std(values):
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+
+def pairs_again(output):
+    online, target = output.online.tolist(), output.target.tolist()
+    n = range(len(online))
+    return {
+        "positive": [cosine(online[i], target[i]) for i in n],
+        "negative": [cosine(online[i], target[j]) for i in n for j in n if i != j],
+    }
+
+
+# --- figures
+
+
+def test_cosines_equal_loops_over_the_pairs():
+    output = step_output()
+    figures = diagnose(output)
+    for name, values in pairs_again(output).items():
+        mean, std = mean_and_std(values)
+        assert figures[f"{name}_cosine"] == pytest.approx(mean, abs=1e-6)
+        assert figures[f"{name}_cosine_std"] == pytest.approx(std, abs=1e-6)
+    moved = zip(output.original.tolist(), output.augmented.tolist(), strict=True)
+    assert figures["fa_cosine"] == pytest.approx(mean_and_std([cosine(*p) for p in moved])[0])
+    assert set(figures) == {
+        "feature_std", "effective_rank", "fa_cosine", "positive_cosine", "positive_cosine_std",
+        "negative_cosine", "negative_cosine_std",
+    }  # fmt: skip
+
+
+def test_lengths_and_the_projection_s_offspring_do_not_matter():
+    output, lengths = step_output(), torch.tensor([[0.1], [1], [2], [30], [4], [5]])
+    longer = step_output(online=output.online * lengths, target=output.target * 7)
+    for key, value in diagnose(output).items():
+        assert diagnose(longer)[key] == pytest.approx(value, abs=1e-5), key
+    other = diagnose(step_output(projection=torch.ones(6, 5)))
+    assert other["feature_std"] == pytest.approx(0, abs=1e-6)
+    assert other["effective_rank"] == 0
+    assert other["positive_cosine"] == diagnose(output)["positive_cosine"]
+
+
+def test_aligned_views_of_orthogonal_samples():
+    figures = diagnose(step_output(online=3 * torch.eye(6), target=torch.eye(6)))
+    assert figures["positive_cosine"] == pytest.approx(1)
+    assert figures["negative_cosine"] == pytest.approx(0)
+    assert figures["positive_cosine_std"] == figures["negative_cosine_std"] == 0
+
+
+def test_one_row_has_no_negatives():
+    output = step_output(n=1)
+    figures = diagnose(output)
+    assert "positive_cosine" in figures
+    assert not [key for key in figures if key.startswith("negative")]
+    assert all(math.isfinite(value) for value in figures.values())
+    assert similarity_histograms(output)["negatives"] == [0] * 20
+
+
+def test_half_precision_is_computed_in_fp32():
+    output = step_output()
+    half = step_output(online=output.online.bfloat16(), target=output.target.bfloat16())
+    assert diagnose(half)["positive_cosine"] == pytest.approx(
+        diagnose(output)["positive_cosine"], abs=0.01
+    )
+
+
+def test_histograms_count_every_pair_once():
+    output = step_output(n=40)
+    shares = similarity_histograms(output)
+    for name, values in pairs_again(output).items():
+        counts = [0] * 20
+        for value in values:
+            counts[min(int((value + 1) * 10), 19)] += 1
+        expected = [count / len(values) for count in counts]
+        assert shares[f"{name}s"] == pytest.approx(expected, abs=2 / len(values))
+        assert sum(shares[f"{name}s"]) == pytest.approx(1, abs=1e-4)
+    assert json.loads(json.dumps(shares)) == shares
+
+
+def test_histograms_hold_the_ends_of_the_range():
+    same = torch.full((3, 7), 0.1)
+    assert similarity_histograms(step_output(online=same, target=same))["positives"][-1] == 1
+    assert similarity_histograms(step_output(online=same, target=-same))["positives"][0] == 1
+
+
+# --- the alarm, row by row
+
+SPREAD = {"feature_std": 0.9, "effective_rank": 50.0}
+CONSTANT = {"feature_std": 0.004, "effective_rank": 40.0}
+LINE = {"feature_std": 0.9, "effective_rank": 1.3}
+WIDE = torch.zeros(65, 128)
+
+
+def look(rows, projection=WIDE, **config):
+    alarm = CollapseAlarm(EngineConfig(**config))
+    return [alarm.look(row, projection, 10 * number) for number, row in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize("row", [CONSTANT, LINE], ids=["constant", "line"])
+def test_alarm_once_per_episode_and_after_patience(row):
+    said = look([SPREAD] + [row] * 9 + [SPREAD] + [row] * 4 + [SPREAD] + [row] * 6)
+    assert [number for number, message in enumerate(said) if message] == [5, 20]
+
+
+def test_alarm_says_what_it_saw():
+    (message,) = look([CONSTANT | {"effective_rank": 1.21}], collapse_patience=1)
+    assert message == (
+        "features have collapsed: std 0.00035 of 0.088 expected for spread features, effective "
+        "rank 1.2 of 64 possible, for 1 logged rows up to step 10"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "alarms"),
+    [
+        ({"collapse_std": 0.003, "collapse_rank": 0}, False),
+        ({"collapse_std": 0.005, "collapse_rank": 0}, True),
+        ({"collapse_std": 0, "collapse_rank": 1.1}, False),
+        ({"collapse_std": 0, "collapse_rank": 1.3}, True),
+    ],
+)
+def test_thresholds_of_the_config_decide(config, alarms):
+    row = {"feature_std": 0.004, "effective_rank": 1.2}
+    said = look([row] * 3, collapse_patience=3, **config)
+    assert [bool(message) for message in said] == [False, False, alarms]
+
+
+@pytest.mark.parametrize(
+    ("shape", "alarms"), [((8, 128), False), ((9, 128), True), ((65, 7), False), ((65, 8), True)]
+)
+def test_rank_is_judged_where_there_is_room_for_one(shape, alarms):
+    (said,) = look([LINE], torch.zeros(shape), collapse_patience=1)
+    assert bool(said) == alarms
+    (said,) = look([CONSTANT], torch.zeros(shape), collapse_patience=1)
+    assert said, "a constant output needs no room"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.on_collapse=panic", "on_collapse"),
+        ("engine.collapse_std=-1", r"engine\.collapse_std must be >= 0 \(0: never\), got -1"),
+        ("engine.collapse_rank=-1", r"engine\.collapse_rank must be >= 0 \(0: never\), got -1"),
+        ("engine.collapse_patience=0", r"engine\.collapse_patience must be >= 1, got 0"),
+    ],
+)
+def test_impossible_thresholds_are_refused_by_name(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(DEMO, [override])
+
+
+# --- runs
+
+
+@pytest.fixture
+def start(shards, tmp_path, capsys):
+    """Run the command line: start("name", "key=value", ..) -> status, folder, stderr."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+
+    def run(name, *arguments, config=path):
+        folder = tmp_path / name
+        status = main([str(config), f"out={folder}", f"data.shards={shards}", *arguments])
+        return status, folder, capsys.readouterr().err
+
+    return run
+
+
+def rows_of(folder, kind):
+    return [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == kind]
+
+
+COLLAPSING = {
+    "simsiam-no_stop": ["objective.name=simsiam", "objective.stop_gradient=false"],
+    "byol-no_predictor": ["objective.name=byol", "fa.architecture=basic", "objective.ema_tau=0.5"],
+}
+
+
+@pytest.mark.parametrize("cell", COLLAPSING)
+def test_a_run_that_collapses_raises_the_alarm(start, cell):
+    status, folder, err = start("run", *COLLAPSING[cell])
+    assert status == 0, err
+    event = rows_of(folder, "event")[0]  # rounding decides whether they recover and fall again
+    assert event["message"].startswith("features have collapsed: std ")
+    assert f"warning: {event['message']}" in err
+    row = next(row for row in rows_of(folder, "train") if row["step"] == event["step"])
+    for key in ("feature_std", "effective_rank"):
+        assert event["collapse"][key] == row[key]
+    assert event["collapse"]["num_rows"] == 5
+    assert event["step"] > 5, "not from the beginning"
+
+
+HEALTHY = {
+    "infonce": ["objective.name=infonce", "optim.base_lr=0.5"],
+    "moco-no_bn": ["objective.name=moco", "heads.projector_hidden_bn=false", "optim.base_lr=0.5"],
+    "byol": ["objective.name=byol", "optim.base_lr=0.5"],
+}
+
+
+@pytest.mark.parametrize("cell", HEALTHY)
+def test_a_run_that_does_not_collapse_raises_none(start, cell):
+    options = ["objective.num_negatives=64", "optim.epochs=5", "engine.collapse_patience=1"]
+    status, folder, err = start("run", *HEALTHY[cell], *options)
+    assert status == 0, err
+    assert rows_of(folder, "event") == []
+    assert "collapsed" not in err
+    train = rows_of(folder, "train")
+    assert all(-1 <= row["negative_cosine"] <= 1 for row in train)
+    assert all(row["positive_cosine_std"] > 0 for row in train)
+
+
+def test_the_demo_s_network_raises_none_from_its_first_step(start):
+    options = ["data.image_size=32", "data.batch_size=20", "data.num_workers=0", "fa.min_fill=20"]
+    options += ["optim.epochs=2", "engine.log_every_steps=1", "engine.collapse_patience=1"]
+    options += ["eval.num_pictures=0", "engine.device=cpu", "engine.precision=fp32"]
+    status, folder, err = start("demo", *options, config=DEMO)
+    assert status == 0, err
+    assert rows_of(folder, "event") == []
+    assert min(row["feature_std"] for row in rows_of(folder, "train")) > 0.3
+
+
+def test_histograms_go_with_every_tenth_row_and_the_last(start):
+    status, folder, err = start("run", "objective.name=infonce", "optim.epochs=12")
+    assert status == 0, err
+    found = rows_of(folder, "similarity")
+    assert [row["step"] for row in found] == [10, 20, 24]
+    assert found[-1]["epoch"] == 12
+    assert [len(found[-1][name]) for name in ("positives", "negatives")] == [20, 20]
+
+
+# --- stop
+
+ALWAYS = ["objective.name=infonce", "engine.collapse_std=10", "engine.collapse_patience=2"]
+
+
+def test_stop_ends_the_run_with_a_checkpoint_and_warn_goes_on(start):
+    status, folder, err = start("run", *ALWAYS, "engine.on_collapse=stop", "optim.epochs=3")
+    assert status == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"error: features have collapsed: .* up to step 2; the checkpoint is", line)
+    assert "Traceback" not in err
+    assert checkpoint.load(folder / "checkpoint.pth")["step"] == 2
+    assert not (folder / "summary.json").exists()
+    (event,) = rows_of(folder, "event")
+    assert event["step"] == 2, "step 2 ends an epoch: its rows stay when the run goes on"
+    status, folder, err = start("run", *ALWAYS, "optim.epochs=3", "--resume")
+    assert status == 0, err
+    assert [row["step"] for row in rows_of(folder, "train")] == [1, 2, 3, 4, 5, 6]
+    events = rows_of(folder, "event")
+    assert events[0] == event
+    assert [row["step"] for row in events] == [2, 4], "counting starts anew after a resume"
+
+
+def test_other_processes_stop_with_the_first(start, monkeypatch):
+    """What rank 1 does: nothing of its own to say, but the sum over the processes is not 0."""
+    monkeypatch.setattr(dist, "total", lambda x: x + 1)
+    options = ["objective.name=infonce", "engine.on_collapse=stop"]
+    status, _, err = start("run", *options)
+    assert status == 1
+    assert "error: the first process saw the features collapse; the checkpoint is saved" in err
+
+
+def test_the_checkpoint_is_there_before_the_others_hear_of_it(start, monkeypatch, tmp_path):
+    saved = []
+
+    def total(x):
+        saved.append((float(x), (tmp_path / "run" / "checkpoint.pth").exists()))
+        return x
+
+    monkeypatch.setattr(dist, "total", total)
+    assert start("run", *ALWAYS, "engine.on_collapse=stop")[0] == 1
+    assert saved == [(0, False), (1, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes_stop_together(shards, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    command = ["bash", ROOT / "tools" / "pretrain.sh", path, f"out={tmp_path}/run"]
+    done = subprocess.run(
+        [*map(str, command), f"data.shards={shards}", *ALWAYS, "engine.on_collapse=stop"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "error: features have collapsed: " in done.stderr
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["step"] == 2
+
+
+def test_rows_of_a_step_stay_when_only_its_probe_is_due_again(tmp_path):
+    log = MetricLog(tmp_path, -1, -1)
+    for kind in ("train", "similarity", "event", "knn"):
+        for step in (3, 4, 5):
+            log.write(kind, step)
+    log.close()
+    MetricLog(tmp_path, 4, 3).close()
+    left = {(row["kind"], row["step"]) for row in read_json_lines(tmp_path / "metrics.jsonl")}
+    expected = {(kind, step) for kind in ("train", "similarity", "event") for step in (3, 4)}
+    assert left == expected | {("knn", 3)}
+
+
+def test_bins_are_those_that_the_report_assumes():
+    """It takes them as equal parts of [-1, 1], as many as the row holds."""
+    output = step_output(online=torch.eye(6), target=torch.eye(6) + 1e-3)
+    shares = similarity_histograms(output)
+    assert len(shares["positives"]) == diagnostics.NUM_BINS
+    assert shares["negatives"][10] == 1  # just above 0

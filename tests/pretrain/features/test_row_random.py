@@ -1,0 +1,162 @@
+"""Random numbers by row: a part of the batch gets what the whole would; distributions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.features.row_random import RowRandom, fa_generator
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def whole(num_rows, seed=0):
+    return RowRandom.whole(rng(seed), num_rows)
+
+
+DRAWS = {
+    "uniform": lambda random: random.uniform(),
+    "uniform of a row": lambda random: random.uniform(5),
+    "uniform in double": lambda random: random.uniform(5, dtype=torch.float64),
+    "normal": lambda random: random.normal(4, 2),
+    "integers": lambda random: random.integers(9),
+    "integers of a row": lambda random: random.integers(9, 3),
+    "beta 1": lambda random: random.beta(1.0, 1),
+    "beta 0.5": lambda random: random.beta(0.5, 3),
+    "beta 2 in double": lambda random: random.beta(2.0, dtype=torch.float64),
+}
+
+
+def parts_of(kinds, cuts, num_rows, seed):
+    """Every kind drawn in sequence by each part on its own, and the parts put together."""
+    edges = [0, *sorted(cuts), num_rows]
+    drawn = []
+    for start, stop in itertools.pairwise(edges):
+        random = RowRandom(rng(seed), slice(start, stop), num_rows)
+        drawn.append([DRAWS[kind](random) for kind in kinds])
+    return [torch.cat(same) for same in zip(*drawn, strict=True)]
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_rows_of_the_parts_are_rows_of_the_whole(kind):
+    together = parts_of([kind, kind], [3, 4], 10, seed=5)
+    random = whole(10, seed=5)
+    expected = [DRAWS[kind](random), DRAWS[kind](random)]
+    assert all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
+    assert not torch.equal(*expected), "each draw is a new one"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(list(DRAWS)), min_size=1, max_size=6),
+    cuts=st.sets(st.integers(1, 11), max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_so_are_those_of_any_sequence_and_split(kinds, cuts, seed):
+    random = whole(12, seed)
+    for kind, part in zip(kinds, parts_of(kinds, cuts, 12, seed), strict=True):
+        assert torch.equal(part, DRAWS[kind](random)), kind
+
+
+def test_a_shift_is_the_same_for_every_part_and_between_other_draws():
+    seen = []
+    for rows in (slice(0, 8), slice(0, 3), slice(3, 8)):
+        random = RowRandom(rng(2), rows, 8)
+        random.beta(0.3, 2)
+        seen.append((random.shift(), random.shift(), float(random.uniform().sum())))
+    assert seen[0][:2] == seen[1][:2] == seen[2][:2]
+    assert seen[0][2] == pytest.approx(seen[1][2] + seen[2][2])
+
+
+@pytest.mark.parametrize("num_rows", [2, 5])
+def test_a_shift_is_any_but_zero(num_rows):
+    counts = np.bincount([whole(num_rows, seed).shift() for seed in range(300)])
+    assert counts[0] == 0
+    expected = 300 / (num_rows - 1)
+    assert np.abs(counts[1:] - expected).max() < 4 * math.sqrt(expected)
+    assert len(counts) == num_rows
+
+
+def test_a_batch_of_one_has_no_other_sample():
+    with pytest.raises(ValueError, match=r"another sample of the batch.* at least 2, got 1"):
+        whole(1).shift()
+
+
+def test_integers_are_uniform_below_their_bound():
+    values = whole(3000).integers(4, 2)
+    assert values.shape == (3000, 2)
+    assert values.dtype == torch.int64
+    shares = np.bincount(values.flatten().numpy(), minlength=4) / values.numel()
+    assert len(shares) == 4
+    assert np.abs(shares - 0.25).max() < 4 * math.sqrt(0.25 * 0.75 / values.numel())
+
+
+DISTRIBUTIONS = {  # a draw and its distribution function, in closed form
+    "uniform": (lambda random: random.uniform(dtype=torch.float64), lambda x: x),
+    "normal": (
+        lambda random: random.normal(dtype=torch.float64),
+        lambda x: 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    ),
+    "beta 0.5": (lambda random: random.beta(0.5), lambda x: 2 / np.pi * np.arcsin(np.sqrt(x))),
+    "beta 1": (lambda random: random.beta(1.0), lambda x: x),
+    "beta 2": (lambda random: random.beta(2.0), lambda x: 3 * x**2 - 2 * x**3),
+    "beta 3": (lambda random: random.beta(3.0), lambda x: 10 * x**3 - 15 * x**4 + 6 * x**5),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distribution(name):
+    """Kolmogorov-Smirnov: the largest gap between the two distribution functions."""
+    draw, distribution = DISTRIBUTIONS[name]
+    values = np.sort(draw(whole(20_000, seed=1)).double().numpy())
+    gap = np.abs(distribution(values) - (np.arange(len(values)) + 0.5) / len(values)).max()
+    assert gap < 1.95 / math.sqrt(len(values))  # exceeded once in a thousand
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.05, 0.5, 2.0, 50.0, 1e5])
+def test_beta_draws_are_finite_and_inside(alpha):
+    lam = whole(5000, seed=2).beta(alpha, dtype=torch.float64)
+    assert bool(torch.isfinite(lam).all())
+    assert 0 <= float(lam.min()) <= float(lam.max()) <= 1
+    assert abs(float(lam.mean()) - 0.5) < 4 * 0.5 / math.sqrt(5000)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "beta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_what_was_asked_for(kind, dtype):
+    arguments = (0.5,) if kind == "beta" else ()
+    draws = getattr(whole(3), kind)(*arguments, 2, dtype=dtype)
+    assert draws.dtype == dtype
+    assert draws.shape == (3, 2)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 2), (-1, 2), (2, 9), (8, 9)])
+def test_rows_outside_the_batch_are_refused(start, stop):
+    with pytest.raises(ValueError, match=rf"rows {start}\.\.{stop} do not lie in a batch of 8"):
+        RowRandom(rng(), slice(start, stop), 8)
+
+
+def test_the_global_generator_has_no_say_and_is_left_alone():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = [draw(whole(4, seed=7)) for draw in DRAWS.values()]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    again = [draw(whole(4, seed=7)) for draw in DRAWS.values()]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_generator_for_each_seed_and_step():
+    """(1, 11) and (11, 1) too: the pair is the key, not its digits or its sum."""
+    cpu = torch.device("cpu")
+    pairs = [(seed, step) for seed in range(12) for step in range(12)]
+    drawn = {pair: float(torch.rand((), generator=fa_generator(*pair, cpu))) for pair in pairs}
+    assert len(set(drawn.values())) > len(pairs) - 3  # of 2^24 values
+    assert drawn[1, 11] != drawn[11, 1]
+    assert drawn == {p: float(torch.rand((), generator=fa_generator(*p, cpu))) for p in pairs}

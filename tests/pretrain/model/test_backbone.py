@@ -1,0 +1,125 @@
+"""The backbone against torchvision's own ResNets, and the widths of thin ones."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from common.resnet import Arch
+from pretrain.model.backbone import ResNet
+
+FULL_WIDTH = {
+    18: Arch(18, 64, 64, 64),
+    34: Arch(34, 64, 64, 64),
+    50: Arch(50, 64, 64, 256),
+    101: Arch(101, 64, 64, 256),
+}
+THIN = Arch(50, 16, 16, 64)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+def test_keys_shapes_and_features_equal_torchvision(depth):
+    torch.manual_seed(depth)
+    reference = getattr(torchvision.models, f"resnet{depth}")(weights=None)
+    reference.fc = nn.Identity()
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    ours = ResNet(FULL_WIDTH[depth])
+    expected = reference.state_dict()
+    assert list(ours.state_dict()) == list(expected)  # same names in the same order
+    ours.load_state_dict(expected, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for mode in (False, True):
+            reference.train(mode)
+            ours.train(mode)
+            torch.testing.assert_close(ours(images), reference(images), rtol=0, atol=0)
+    assert ours.output_dim == ours(images).shape[1]
+
+
+def test_torchvision_weights_without_classifier_load_strictly():
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    backbone_only = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+    ResNet(FULL_WIDTH[18]).load_state_dict(backbone_only, strict=True)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [THIN, Arch(50, 32, 16, 64), Arch(50, 128, 64, 256), Arch(50, 24, 8, 96)],
+    ids=str,
+)
+def test_bottleneck_widths_double_per_stage(arch):
+    state = ResNet(arch).state_dict()
+    assert state["conv1.weight"].shape == (arch.stem_channels, 3, 7, 7)
+    into = arch.stem_channels
+    for stage in range(4):
+        width, out = arch.width_per_group * 2**stage, arch.res2_channels * 2**stage
+        prefix = f"layer{stage + 1}.0."
+        assert state[prefix + "conv1.weight"].shape == (width, into, 1, 1)
+        assert state[prefix + "conv2.weight"].shape == (width, width, 3, 3)
+        assert state[prefix + "conv3.weight"].shape == (out, width, 1, 1)
+        assert state[prefix + "downsample.0.weight"].shape == (out, into, 1, 1)
+        into = out
+
+
+def test_thin_resnet50_has_the_blocks_of_the_full_one():
+    thin, full = ResNet(THIN).state_dict(), ResNet(FULL_WIDTH[50]).state_dict()
+    assert list(thin) == list(full)
+    assert ResNet(THIN).output_dim == 512
+
+
+def test_stride_stands_in_the_3x3_convolution():
+    block = ResNet(THIN).get_submodule("layer2.0")
+    assert block.conv1.stride == (1, 1)
+    assert block.conv2.stride == (2, 2)
+
+
+def test_initialisation_is_kaiming_fan_out_and_unit_batch_norm():
+    torch.manual_seed(0)
+    backbone = ResNet(FULL_WIDTH[18])
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            expected = math.sqrt(2 / fan_out)
+            tolerance = 4 * expected / math.sqrt(2 * module.weight.numel())
+            assert abs(float(module.weight.detach().std()) - expected) < tolerance, name
+            assert abs(float(module.weight.detach().mean())) < 4 * expected / math.sqrt(
+                module.weight.numel()
+            ), name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert torch.equal(module.weight, torch.ones_like(module.weight)), name
+            assert torch.equal(module.bias, torch.zeros_like(module.bias)), name
+
+
+@pytest.mark.parametrize(("arch", "last"), [(FULL_WIDTH[18], "bn2"), (THIN, "bn3")], ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 0.2, 1.0])
+def test_residual_gamma_sets_the_last_bn_of_each_block_only(arch, last, gamma):
+    torch.manual_seed(0)
+    backbone = ResNet(arch, gamma)
+    torch.manual_seed(0)
+    plain = ResNet(arch).state_dict()
+    num_blocks = 0
+    for key, value in backbone.state_dict().items():
+        if key.endswith(f"{last}.weight") and key.startswith("layer"):
+            assert torch.equal(value, torch.full_like(value, gamma)), key
+            num_blocks += 1
+        else:
+            assert torch.equal(value, plain[key]), key
+    assert num_blocks == (8 if arch.depth == 18 else 16)
+
+
+def test_features_are_the_mean_over_the_last_map():
+    backbone = ResNet(THIN).eval()
+    images = torch.randn(2, 3, 96, 64)
+    maps = []
+    backbone.get_submodule("layer4").register_forward_hook(lambda *args: maps.append(args[2]))
+    with torch.no_grad():
+        features = backbone(images)
+    assert maps[0].shape == (2, 512, 3, 2)
+    torch.testing.assert_close(features, maps[0].mean(dim=(2, 3)))

@@ -1,0 +1,139 @@
+"""Projector, predictor and prototypes: which layers stand where, and what they compute."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.model.heads import Prototypes, mlp
+
+
+def kinds(module):
+    return [type(layer).__name__ for layer in module]
+
+
+def test_two_layers_as_in_byol():
+    head = mlp(8, 32, 4, num_layers=2)
+    assert kinds(head) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [head[0].in_features, head[0].out_features, head[3].out_features] == [8, 32, 4]
+    assert head[0].bias is None  # BN follows
+    assert head[3].bias is not None
+
+
+def test_three_layers_with_a_last_bn_as_in_nnclr():
+    head = mlp(8, 32, 4, num_layers=3, last_bn=True)
+    block = ["Linear", "BatchNorm1d", "ReLU"]
+    assert kinds(head) == [*block, *block, "Linear", "BatchNorm1d"]
+    assert head[6].bias is None
+    assert isinstance(head[7], nn.BatchNorm1d)
+    assert head[7].num_features == 4
+
+
+def test_one_layer_is_linear():
+    head = mlp(8, 32, 4, num_layers=1)
+    assert kinds(head) == ["Linear"]
+    assert head(torch.zeros(2, 8)).shape == (2, 4)
+
+
+def test_no_layers_are_refused():
+    with pytest.raises(ValueError, match=r"at least one layer, got num_layers=0"):
+        mlp(8, 32, 4, num_layers=0)
+
+
+@pytest.mark.parametrize("last_bn", [False, True])
+def test_old_arguments_keep_their_keys_and_bits(last_bn):
+    """Checkpoints hold these names, and seeded runs these weights."""
+    torch.manual_seed(3)
+    head = mlp(8, 16, 4, num_layers=3, last_bn=last_bn)
+    torch.manual_seed(3)
+    by_hand = nn.Sequential(
+        nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(),
+        nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(),
+        nn.Linear(16, 4, bias=not last_bn), *([nn.BatchNorm1d(4)] if last_bn else []),
+    )  # fmt: skip
+    assert list(head.state_dict()) == list(by_hand.state_dict())
+    for name, value in by_hand.state_dict().items():
+        assert torch.equal(head.state_dict()[name], value), name
+    x = torch.randn(6, 8)
+    assert torch.equal(head(x), by_hand(x))
+
+
+def test_without_hidden_bn_as_in_moco_v2():
+    head = mlp(8, 32, 4, num_layers=2, hidden_bn=False)
+    assert kinds(head) == ["Linear", "ReLU", "Linear"]
+    assert list(head.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    one, all_rows = torch.randn(1, 8), torch.randn(5, 8)
+    joined = head(torch.cat([one, all_rows]))[:1]
+    torch.testing.assert_close(head(one), joined)  # a row does not see its batch
+
+
+def test_last_bn_without_affine_as_in_simsiam():
+    head = mlp(8, 32, 4, num_layers=3, last_bn=True, last_bn_affine=False)
+    assert kinds(head)[-2:] == ["Linear", "BatchNorm1d"]
+    assert [head[6].bias, head[7].weight, head[7].bias] == [None, None, None]
+    assert head[4].weight is not None
+    out = head(torch.randn(64, 8))
+    torch.testing.assert_close(out.mean(dim=0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.var(dim=0, unbiased=False), torch.ones(4), atol=1e-2, rtol=0)
+
+
+def test_dropout_follows_each_hidden_relu():
+    head = mlp(8, 32, 4, num_layers=3, dropout=0.25)
+    block = ["Linear", "BatchNorm1d", "ReLU", "Dropout"]
+    assert kinds(head) == [*block, *block, "Linear"]
+    x = torch.randn(256, 8)
+    hidden = head[:3](x)
+    dropped = head[3](hidden)
+    share = float((dropped == 0)[hidden > 0].float().mean())
+    assert share == pytest.approx(0.25, abs=0.03)
+    assert not torch.equal(head(x), head(x))
+    head.eval()
+    assert torch.equal(head(x), head(x))
+
+
+def test_one_layer_has_nothing_to_drop():
+    assert kinds(mlp(8, 32, 4, num_layers=1, dropout=0.5, hidden_bn=False)) == ["Linear"]
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2.0])
+def test_dropout_out_of_range_is_refused(dropout):
+    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), got dropout={dropout}"):
+        mlp(8, 32, 4, num_layers=2, dropout=dropout)
+
+
+def test_prototypes_are_cosines():
+    prototypes = Prototypes(3, 5).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    scores = prototypes(x).detach()
+    for i, row in enumerate(x.tolist()):
+        for k, weight in enumerate(prototypes.weight.tolist()):
+            dot = sum(a * b for a, b in zip(row, weight, strict=True))
+            cosine = dot / math.hypot(*row) / math.hypot(*weight)
+            assert abs(float(scores[i, k]) - cosine) < 1e-12
+
+
+def test_prototypes_see_directions_only():
+    prototypes = Prototypes(6, 5)
+    x = torch.randn(4, 5)
+    scores = prototypes(x).detach()
+    with torch.no_grad():
+        prototypes.weight.mul_(torch.rand(6, 1) + 0.5)
+    torch.testing.assert_close(prototypes(x * (torch.rand(4, 1) + 0.5)), scores)
+    assert float(scores.abs().max()) <= 1 + 1e-6
+
+
+def test_prototypes_start_on_the_sphere_and_learn():
+    prototypes = Prototypes(7, 5)
+    assert list(prototypes.state_dict()) == ["weight"]
+    torch.testing.assert_close(prototypes.weight.norm(dim=1), torch.ones(7))
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(prototypes.double(), x)
+    prototypes(x).square().sum().backward()
+    assert float(prototypes.weight.grad.norm(dim=1).min()) > 0
+
+
+@pytest.mark.parametrize(("num_prototypes", "dim"), [(0, 4), (3, 0)])
+def test_no_prototypes_are_refused(num_prototypes, dim):
+    with pytest.raises(ValueError, match=rf"num_prototypes={num_prototypes}, dim={dim}"):
+        Prototypes(num_prototypes, dim)

@@ -1,0 +1,507 @@
+"""The assembly against base methods and FA written again from their definitions.
+
+BYOL and InfoNCE in their own architecture, the parallel predictor; test_cells.py has the others.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from pretrain.features.feature_augmentation import Draw
+from pretrain.features.row_random import RowRandom, fa_generator
+from pretrain.model.joint_embedding import mean_cosine
+from tests.pretrain.model.references import (
+    assert_same_gradients,
+    ema_projections,
+    gradients,
+    move_ema,
+    online,
+    step,
+    unit,
+)
+from tests.pretrain.model.references import byol as reference_byol
+from tests.pretrain.model.references import infonce as reference_infonce
+from tests.pretrain.model.references import nn as reference_nn
+
+
+@pytest.fixture
+def bank():
+    return torch.randn(40, 12, generator=torch.Generator().manual_seed(5))
+
+
+# --- base methods, with and without FA
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("training", [True, False])
+def test_infonce_without_fa_equals_its_definition(make_model, make_views, training):
+    """Both branches carry gradient: CE(z2 -> p1) and CE(z1 -> p2), halved."""
+    model, views = make_model("infonce", method="none").train(training), make_views()
+    twin = copy.deepcopy(model)
+    loss = step(model, views).loss
+    z, p = online(twin, views)
+    expected = (reference_infonce(z[1], p[0], 0.2) + reference_infonce(z[0], p[1], 0.2)) / 2
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("training", [True, False])
+def test_nnclr_equals_its_definition(make_model, make_views, bank, training):
+    """1/2 CE(NN(z1) . p2 / tau) + 1/2 CE(NN(z2) . p1 / tau), neighbours without gradient."""
+    model, views = make_model("infonce", method="nn").train(training), make_views()
+    model.queue.put(bank)
+    twin = copy.deepcopy(model)
+    loss = step(model, views).loss
+    z, p = online(twin, views)
+    near = [reference_nn(x.detach(), bank) for x in z]
+    expected = (reference_infonce(near[0], p[1], 0.2) + reference_infonce(near[1], p[0], 0.2)) / 2
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
+
+
+@pytest.mark.parity
+def test_byol_equals_its_definition(make_model, make_views):
+    """|q(z_u) - z'_v|^2 of unit vectors, summed over both pairs; z' from the EMA network."""
+    model, views = make_model("byol", method="none"), make_views()
+    move_ema(model)
+    twin = copy.deepcopy(model)
+    loss = step(model, views).loss
+    _, p = online(twin, views)
+    t = ema_projections(twin, views)
+    expected = reference_byol(p[0], t[1]) + reference_byol(p[1], t[0])
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
+
+
+@pytest.mark.parity
+def test_nnbyol_equals_its_definition(make_model, make_views, bank):
+    """The target is the neighbour of the EMA projection in a queue of EMA projections."""
+    model, views = make_model("byol", method="nn"), make_views()
+    move_ema(model)
+    model.queue.put(bank)
+    twin = copy.deepcopy(model)
+    output = step(model, views)
+    loss = output.loss
+    _, p = online(twin, views)
+    t = [reference_nn(x, bank) for x in ema_projections(twin, views)]
+    expected = reference_byol(p[0], t[1]) + reference_byol(p[1], t[0])
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
+    model.after_optimizer_step(0.99, [output])
+    entered = unit(ema_projections(twin, views)[0])
+    torch.testing.assert_close(model.queue.features[40:48], entered)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_temperature_divides_the_similarities(make_model, make_views, temperature):
+    model = make_model(method="none", objective_options={"temperature": temperature})
+    twin, views = copy.deepcopy(model), make_views()
+    z, p = online(twin, views)
+    expected = sum(reference_infonce(z[1 - v], p[v], temperature) for v in (0, 1)) / 2
+    torch.testing.assert_close(step(model, views).loss, expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("mask", {"mask_ratio": 0.5}), ("noise", {"noise_sigma": 0.7}), ("mixup", {})],
+)
+@pytest.mark.parametrize("stop", [True, False])
+def test_drawn_augmentations_equal_their_definition(
+    make_model, make_views, objective, method, options, stop
+):
+    """Loss and gradient with A written out; view 1's draws come first, then view 2's."""
+    model = make_model(objective, method=method, stop_gradient=stop, **options)
+    twin, views = copy.deepcopy(model), make_views()
+    loss = step(model, views, seed=3, number=11).loss
+    z, p = online(twin, views)
+    t = z if objective == "infonce" else ema_projections(twin, views)
+    generator = fa_generator(3, 11, torch.device("cpu"))
+    augmented = []
+    for x in t:
+        x = x.detach() if stop else x
+        n = len(x)
+        if method == "mask":
+            draws = torch.rand(x.shape, generator=generator)
+            out = torch.where(draws >= 0.5, x, torch.zeros_like(x))
+        elif method == "noise":
+            eps = torch.randn(x.shape, generator=generator)
+            out = x + 0.7 * x.norm(dim=1, keepdim=True) / 12**0.5 * eps
+        else:
+            shift = int(torch.randint(1, n, (), generator=generator))
+            share = torch.rand(n, generator=generator)  # Beta(1, 1)
+            share = torch.maximum(share, 1 - share)[:, None]
+            out = share * x + (1 - share) * x[[(i + shift) % n for i in range(n)]]
+        augmented.append(unit(out) * x.norm(dim=1, keepdim=True))
+    if objective == "infonce":
+        expected = sum(reference_infonce(augmented[1 - v], p[v], 0.2) for v in (0, 1)) / 2
+    else:
+        expected = sum(reference_byol(p[v], augmented[1 - v]) for v in (0, 1))
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
+
+
+def test_mixup_alpha_reaches_the_draws(make_model, make_views):
+    """Beta(a, a) of a large a gives halves; of a small a, zeros and ones: nothing is mixed in."""
+    halves = make_model(method="mixup", mixup_alpha=1e6)
+    nothing = make_model(method="mixup", mixup_alpha=1e-3)
+    outputs = [step(model, make_views()) for model in (halves, nothing)]
+    assert mean_cosine(outputs[1].original, outputs[1].augmented) > 0.999
+    target = outputs[0].original
+    sums = [target + target.roll(-shift, dims=0) for shift in range(1, 8)]
+    found = [mean_cosine(total, outputs[0].augmented) for total in sums]
+    assert max(found) > 0.9999
+
+
+# --- gradient flow
+
+
+def backbone_gradient(model, views, number=0):
+    loss = step(model, views, number=number).loss
+    return torch.cat([g.flatten() for g in gradients(model, loss)])
+
+
+def test_none_and_identity_have_one_value_and_two_gradients(make_model, make_views):
+    views = make_views()
+    none = make_model(method="none")
+    stop = make_model(method="identity")
+    passing = make_model(method="identity", stop_gradient=False)
+    values = [step(copy.deepcopy(m), views).loss for m in (none, stop, passing)]
+    assert values[0] == values[1] == values[2]
+    flow = [backbone_gradient(m, views) for m in (none, stop, passing)]
+    assert torch.equal(flow[0], flow[2])
+    assert not torch.allclose(flow[0], flow[1], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "stop", "expected"),
+    [("none", True, True), ("none", False, True)]
+    + [(m, stop, not stop) for m in ("identity", "mask", "nn") for stop in (True, False)],
+)
+def test_where_the_target_branch_carries_gradient(make_model, make_views, method, stop, expected):
+    """With predictions held constant only t can carry gradient to the projections."""
+    model, views = make_model(method=method, stop_gradient=stop), make_views()
+    if method == "nn":
+        model.queue.put(torch.randn(20, 12))
+    z = model.online(views, lambda z: z)
+    predict = model.online.predict
+    model.online.predict = lambda z: predict(z).detach()
+    output = model.step(views, fa_generator(0, 0, views.device), lambda _, compare: compare(z))
+    loss = output.loss
+    assert loss.requires_grad == expected
+    if expected:
+        (flow,) = torch.autograd.grad(loss, z)
+        assert float(flow.abs().amax(dim=(1, 2)).min()) > 0  # through both views
+
+
+@pytest.mark.parametrize("method", ["nn", "mask", "noise", "mixup", "identity"])
+def test_stop_gradient_changes_gradients_but_not_values(make_model, make_views, method, bank):
+    views, flow, values = make_views(), [], []
+    for stop in (True, False):
+        model = make_model(method=method, stop_gradient=stop)
+        if method == "nn":
+            model.queue.put(bank)
+        values.append(step(copy.deepcopy(model), views).loss)
+        flow.append(backbone_gradient(model, views))
+    torch.testing.assert_close(values[0], values[1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(flow[0], flow[1], rtol=0.05)
+
+
+def test_byol_target_never_gets_gradient(make_model, make_views):
+    for stop in (True, False):
+        model = make_model("byol", method="noise", stop_gradient=stop)
+        step(model, make_views()).loss.backward()
+        assert all(p.grad is None for p in model.ema.parameters())
+        assert all(not p.requires_grad for p in model.ema.parameters())
+
+
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+@pytest.mark.parametrize("method", ["none", "identity", "nn", "mask", "noise", "mixup"])
+@pytest.mark.parametrize("stop", [True, False])
+def test_every_parameter_gets_gradient_in_every_cell(
+    make_model, make_views, objective, method, stop
+):
+    model = make_model(objective, method=method, stop_gradient=stop)
+    if model.queue is not None:
+        model.queue.put(torch.randn(20, 12))
+    step(model, make_views()).loss.backward()
+    for name, parameter in model.online.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+# --- N features
+
+
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+@pytest.mark.parametrize("method", ["mask", "noise", "mixup", "nn"])
+def test_free_loss_is_n_times_the_mean(make_model, make_views, objective, method, bank):
+    losses = {}
+    for feature_loss in ("mean", "free"):
+        model = make_model(
+            objective, method=method, num_features=3, top_k=3, feature_loss=feature_loss
+        )
+        if method == "nn":
+            model.queue.put(bank)
+        losses[feature_loss] = step(model, make_views()).loss
+    torch.testing.assert_close(losses["free"], 3 * losses["mean"])
+
+
+@pytest.mark.parity
+def test_n_neighbours_equal_n_terms_of_the_n_nearest(make_model, make_views, bank):
+    model = make_model(method="nn", num_features=3, top_k=3, feature_loss="free")
+    model.queue.put(bank)
+    twin, views = copy.deepcopy(model), make_views()
+    z, p = online(twin, views)
+    expected = 0
+    for v in (0, 1):
+        t = z[1 - v].detach()
+        order = (unit(t) @ unit(bank).T).argsort(dim=1, descending=True)
+        for n in range(3):
+            expected += reference_infonce(bank[order[:, n]], p[v], 0.2) / 2
+    torch.testing.assert_close(step(model, views).loss, expected)
+
+
+@pytest.mark.parametrize("method", ["mask", "noise", "mixup"])
+def test_n_features_are_drawn_apart(make_model, make_views, method):
+    model = make_model(method=method, num_features=4, mixup_alpha=0.5)
+    z = model.online(make_views(), lambda z: z)
+    generator = fa_generator(0, 0, torch.device("cpu"))
+    augmented = model.augmenter(z[0], z[1], Draw(RowRandom.whole(generator, 8), 1.0))
+    assert augmented.shape == (4, 8, 12)
+    for a in range(4):
+        for b in range(a):
+            assert not torch.allclose(augmented[a], augmented[b])
+    torch.testing.assert_close(augmented.norm(dim=2), z[0].norm(dim=1).expand(4, -1))
+
+
+# --- queue
+
+
+def test_queue_takes_view_1_after_the_optimiser_step_only(make_model, make_views):
+    model, views = make_model(method="nn", min_fill=8), make_views()
+    with torch.no_grad():
+        expected = unit(online(copy.deepcopy(model), views)[0][0])
+    output = step(model, views)
+    assert int(model.queue.count) == 0
+    output.loss.backward()
+    with torch.no_grad():
+        for parameter in model.online.parameters():
+            parameter.sub_(0.1 * parameter.grad)
+    assert int(model.queue.count) == 0
+    model.after_optimizer_step(1.0, [output])
+    assert int(model.queue.count) == 8
+    torch.testing.assert_close(model.queue.features[:8], expected)  # of the weights of the step
+
+
+def test_queue_is_fed_once_per_step(make_model, make_views):
+    model = make_model(method="nn", min_fill=8, queue_size=20)
+    for number in range(4):
+        output = step(model, make_views(seed=number), number=number)
+        model.after_optimizer_step(1.0, [output])
+        assert int(model.queue.count) == min(20, 8 * (number + 1))
+
+
+def test_micro_batches_enter_the_queue_once_and_in_their_order(make_model, make_views):
+    model = make_model(method="nn", min_fill=8)
+    parts = [step(model, make_views(n=4, seed=seed)) for seed in (0, 1)]
+    model.after_optimizer_step(1.0, parts)
+    assert int(model.queue.puts) == 1
+    expected = unit(torch.cat([part.entering for part in parts]))
+    torch.testing.assert_close(model.queue.features[:8], expected)
+
+
+@pytest.mark.parametrize("method", ["none", "identity", "mask", "noise", "mixup"])
+def test_only_neighbours_need_a_queue(make_model, make_views, method):
+    model = make_model(method=method)
+    assert model.queue is None
+    model.after_optimizer_step(1.0, [step(model, make_views())])
+
+
+def test_identity_until_min_fill_entries_are_there(make_model, make_views):
+    model = make_model(method="nn", min_fill=16)
+    plain = make_model(method="identity")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    active = []
+    for number in range(4):
+        views = make_views(seed=number)
+        output = step(model, views, number=number)
+        expected = step(plain, views, number=number)
+        active.append(output.is_augmented)
+        if not output.is_augmented:
+            assert torch.equal(output.loss, expected.loss)
+            assert torch.equal(output.augmented, output.original)
+        else:
+            assert not torch.equal(output.loss, expected.loss)
+        model.after_optimizer_step(1.0, [output])
+    assert active == [False, False, True, True]
+
+
+@pytest.mark.parametrize("feature_loss", ["mean", "free"])
+def test_identity_before_min_fill_has_n_equal_terms(make_model, make_views, feature_loss):
+    options = {"method": "nn", "num_features": 3, "top_k": 3, "min_fill": 16}
+    model = make_model(feature_loss=feature_loss, **options)
+    plain = make_model(method="identity")
+    factor = 3 if feature_loss == "free" else 1
+    torch.testing.assert_close(
+        step(model, make_views()).loss, factor * step(plain, make_views()).loss
+    )
+
+
+# --- EMA
+
+
+def test_ema_update_formula(make_model):
+    model = make_model("byol", method="none")
+    names = dict(model.ema.named_parameters())
+    before = {name: value.clone() for name, value in names.items()}
+    with torch.no_grad():
+        for parameter in model.online.parameters():
+            parameter.normal_()
+    model.after_optimizer_step(0.9, [])
+    source = dict(model.online.named_parameters())
+    for name, value in names.items():
+        expected = 0.9 * before[name] + 0.1 * source[name]
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_ema_starts_as_a_copy_without_predictor(make_model):
+    model = make_model("byol", method="none")
+    online_state = model.online.state_dict()
+    ema_state = model.ema.state_dict()
+    assert set(ema_state) == {k for k in online_state if not k.startswith("predictor.")}
+    for name, value in ema_state.items():
+        assert torch.equal(value, online_state[name])
+        assert value.data_ptr() != online_state[name].data_ptr()
+
+
+def test_ema_of_tau_1_stands_still_and_of_tau_0_copies(make_model):
+    model = make_model("byol", method="none")
+    before = [p.clone() for p in model.ema.parameters()]
+    with torch.no_grad():
+        for parameter in model.online.parameters():
+            parameter.normal_()
+    model.after_optimizer_step(1.0, [])
+    assert all(torch.equal(a, b) for a, b in zip(model.ema.parameters(), before, strict=True))
+    model.after_optimizer_step(0.0, [])
+    source = dict(model.online.named_parameters())
+    for name, value in model.ema.named_parameters():
+        torch.testing.assert_close(value, source[name])
+
+
+def test_ema_batch_norm_keeps_statistics_of_its_own(make_model, make_views):
+    """EMA covers parameters; the running statistics are those of the EMA network's own batches."""
+    model = make_model("byol", method="none")
+    before = {k: v.clone() for k, v in model.ema.named_buffers()}
+    model.after_optimizer_step(0.5, [])
+    assert all(torch.equal(v, before[k]) for k, v in model.ema.named_buffers())
+    step(model, make_views())
+    assert not torch.equal(model.ema.backbone.bn1.running_mean, before["backbone.bn1.running_mean"])
+
+
+# --- determinism
+
+
+@pytest.mark.parametrize("method", ["nn", "mask", "noise", "mixup"])
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+def test_step_is_a_pure_function_of_seed_and_number(
+    make_model, make_views, objective, method, bank
+):
+    views = make_views()
+
+    def run(seed, number):
+        model = make_model(objective, method=method, top_k=3, mixup_alpha=0.5)
+        if method == "nn":
+            model.queue.put(bank)
+        torch.manual_seed(seed * 77 + number)  # must not matter
+        return step(model, views, seed, number).loss
+
+    assert torch.equal(run(1, 5), run(1, 5))
+    assert not torch.equal(run(1, 5), run(1, 6))
+    assert not torch.equal(run(1, 5), run(2, 5))
+
+
+def test_fa_generator_depends_on_seed_and_step_and_nothing_else():
+    cpu = torch.device("cpu")
+    draws = {
+        (a, b): torch.rand(4, generator=fa_generator(a, b, cpu))
+        for a in (0, 1, 11)
+        for b in (0, 1, 111)
+    }
+    assert torch.equal(draws[1, 1], torch.rand(4, generator=fa_generator(1, 1, cpu)))
+    values = [tuple(v.tolist()) for v in draws.values()]
+    assert len(set(values)) == len(values)  # (1, 11..) and (11, 1..) differ too
+
+
+# --- what a step shows
+
+
+def test_output_shows_view_2_detached(make_model, make_views):
+    """Of view 1 predicting view 2: t_2, what A took and made of it, q(z_1)."""
+    model, views = make_model(method="noise", noise_sigma=0.5), make_views()
+    with torch.no_grad():
+        z, p = online(copy.deepcopy(model), views)
+    output = step(model, views)
+    for name, expected in (
+        ("projection", z[1]), ("original", z[1]), ("entering", z[0]), ("online", p[0]),
+        ("keys", torch.stack(z)), ("target", output.augmented),
+    ):  # fmt: skip
+        value = getattr(output, name)
+        torch.testing.assert_close(value, expected, msg=name)
+        assert not value.requires_grad
+    assert not output.augmented.requires_grad
+    cosine = mean_cosine(output.original, output.augmented)
+    expected = (unit(output.original) * unit(output.augmented)).sum(dim=1).mean()
+    assert cosine == pytest.approx(float(expected), abs=1e-6)
+    assert 0.7 < cosine < 0.99
+
+
+def test_forward_can_be_replaced_by_a_wrapper(make_model, make_views):
+    calls = []
+    model, views = make_model(method="none"), make_views()
+
+    def wrapped(batch, compare):
+        calls.append(batch.shape)
+        return model.online(batch, compare)
+
+    step_loss = model.step(views, fa_generator(0, 0, views.device), wrapped).loss
+    assert calls == [views.shape]
+    assert torch.isfinite(step_loss)
+
+
+# --- precision
+
+
+def test_neighbours_and_losses_are_computed_in_single_precision_under_autocast(
+    make_model, make_views
+):
+    """A search in bf16 mixes up neighbours whose similarities differ by less than 1/256."""
+    model, views = make_model(method="nn", queue_size=256), make_views(n=16)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        z = model.online(views, lambda z: z).float()
+        p = model.online.predict(z).float()
+    centre = z[1].mean(dim=0, keepdim=True)
+    bank = centre + 0.02 * centre.norm() * torch.randn(256, 12, generator=generator)
+    model.queue.put(bank)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.step(views, generator, lambda _, compare: compare(z))
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.augmented, reference_nn(z[1], bank))
+    near = [reference_nn(x, bank) for x in z]
+    expected = (reference_infonce(near[0], p[1], 0.2) + reference_infonce(near[1], p[0], 0.2)) / 2
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("objective", ["infonce", "byol"])
+def test_a_step_under_autocast_is_close_to_single_precision(make_model, make_views, objective):
+    model, views = make_model(objective, method="identity"), make_views()
+    full = step(copy.deepcopy(model), views).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = step(model, views).loss
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(full, half, rtol=0.1, atol=0.1)

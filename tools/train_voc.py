@@ -1,0 +1,160 @@
+"""Fine-tune and evaluate a detector: the program behind tools/train_voc.sh."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from common.errors import RunFailed, UserError, run_command
+
+_EXAMPLE = """\
+examples:
+  tools/train_voc.sh runs/convert/backbone.pkl --config configs/detection/thin_R50_C4.yaml \\
+      --data data/scenes --out runs/pretrained --seeds 0,1,2
+  tools/train_voc.sh random --config configs/detection/thin_R50_C4.yaml --data data/scenes \\
+      --out runs/random_frozen --freeze SOLVER.MAX_ITER 200
+  tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
+
+Run it again after an interruption: finished seeds are kept, the others go on from their last
+checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="tools/train_voc.sh",
+        epilog=_EXAMPLE,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
+    add("--config", type=Path, help="a YAML of configs/detection/")
+    add("--data", type=Path, help="set with dataset.json, a VOC devkit or a COCO folder")
+    add("--out", type=Path, required=True, help="folder for the results")
+    add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
+    add(
+        "--eval-on",
+        type=Path,
+        metavar="DIR",
+        help="train nothing: evaluate the finished seeds in --out on another set with the same "
+        "class names; weights, --config and --data may be left out",
+    )
+    add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
+    add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
+    add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
+    add("--eval-every", type=int, metavar="N", help="evaluate every N iterations (0: at the end)")
+    add("--num-eval-images", type=int, metavar="N", help="only the first N test pictures")
+    add("--train-split", help="lists joined by +, as voc_2007_trainval+voc_2012_trainval")
+    add("--test-split", help="one list, as voc_2007_test")
+    add(
+        "--classes",
+        help="class names in order, a,b,c or a file with one a line (default: dataset.json or VOC)",
+    )
+    add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
+    add(
+        "--num-gpus",
+        type=_num_gpus,
+        default=1,
+        metavar="N",
+        help="processes, one GPU each; auto: all GPUs that are there (default: 1)",
+    )
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
+    add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
+    add("--no-card", action="store_true", help="accept weights without a preprocessing card")
+    add("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
+    """
+    arguments = parse_arguments(argv)
+    from torch import OutOfMemoryError
+    from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
+
+    def work() -> int:
+        try:
+            arguments.seed_list = parse_seeds(arguments.seeds) if arguments.seeds else None
+            if arguments.eval_on is not None:
+                from detection.evaluation.other_sets import evaluate_on
+
+                summary = evaluate_on(arguments)
+            else:
+                from detection.training.run import run_arm
+
+                arguments.seed_list = arguments.seed_list or [0]
+                summary = run_arm(arguments)
+        except UserError as error:
+            raise UserError(last_words(error)) from error
+        except (FloatingPointError, ProcessException) as error:
+            raise RunFailed(last_words(error)) from error
+        except OutOfMemoryError as error:
+            reason = last_words(error).splitlines()[0]
+            raise RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
+        print(json.dumps(summary["mean"]))
+        return 0
+
+    return run_command(
+        work, when_interrupted="stopped; the same command goes on from the last checkpoint"
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; what training needs may be left out with --eval-on only."""
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args(argv)
+    needed = {
+        "weights": arguments.weights,
+        "--config": arguments.config,
+        "--data": arguments.data,
+    }
+    if arguments.eval_on is not None and arguments.config is None:
+        # Then the first word can be no weights: the words are KEY VALUE pairs.
+        if arguments.weights is not None:
+            arguments.opts = [arguments.weights, *arguments.opts]
+            arguments.weights = needed["weights"] = None
+        if arguments.data is None:
+            return arguments
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        more = "; with --eval-on, all of them or none" if arguments.eval_on is not None else ""
+        parser.error(f"the following arguments are required: {', '.join(missing)}{more}")
+    if arguments.eval_split is not None and arguments.eval_on is None:
+        parser.error("--eval-split: goes with --eval-on; for training use --test-split")
+    return arguments
+
+
+def last_words(error: Exception) -> str:
+    """An error's message; of one that came through a loader or another process, the end of it."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return text.splitlines()[-1].removeprefix("common.errors.UserError: ")
+
+
+def _num_gpus(text: str) -> int | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else int(text)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read the seeds: "0,1,4" is [0, 1, 4].
+
+    Raises:
+        UserError: If it is no list of different non-negative integers.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: give integers such as 0,1,2") from None
+    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text!r}: give different integers from 0 on")
+    return seeds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
