@@ -25,8 +25,10 @@ import torch
 
 from common.errors import UserError
 from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
-from pretrain.data.index.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
-from pretrain.data.samples import TwoViewBatch, TwoViewDataset
+from pretrain.data.loader import TwoViewBatch, TwoViewDataset
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

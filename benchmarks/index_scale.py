@@ -32,9 +32,9 @@ from benchmarks.harness import (
     two_view_dataset,
     write_files,
 )
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.index.tar_index import NO_LABEL, SAMPLE_DTYPE, write_index
+from pretrain.data.index import NO_LABEL, SAMPLE_DTYPE, write_index
 from pretrain.data.loader import Loader
+from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
 example:
@@ -49,9 +49,9 @@ _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for 
 _CHILD = """
 import json, sys, time
 from pathlib import Path
-from pretrain.data.index.mixture import source_sizes
+from pretrain.data.mixture import source_sizes
 from pretrain.data.order import epoch_samples, global_batch
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 
 def peak_mebibytes():
     lines = Path("/proc/self/status").read_text().splitlines()

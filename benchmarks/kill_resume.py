@@ -28,7 +28,8 @@ import yaml
 
 from common.checkpoints import checksum
 from common.files import read_json_lines
-from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
 from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -47,8 +47,8 @@ from benchmarks.harness import (
     write_files,
 )
 from benchmarks.peers.torchvision_recipes import PillowViews
-from pretrain.data.index.shards import ShardIndex
 from pretrain.data.loader import Loader
+from pretrain.data.shards import ShardIndex
 
 Work = Callable[[], object]
 

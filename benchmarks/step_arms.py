@@ -26,7 +26,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from pretrain.data.input_pipeline import Fed
-from pretrain.data.samples import TwoViewBatch
+from pretrain.data.loader import TwoViewBatch
 from pretrain.engine.trainer import Run
 from pretrain.features.row_random import fa_generator
 from pretrain.model.backbone import ResNet

@@ -33,9 +33,8 @@ from benchmarks.harness import (
     versions,
     write_files,
 )
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.loader import Loader
-from pretrain.data.samples import TwoViewDataset
+from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
 example:

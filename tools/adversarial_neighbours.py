@@ -23,7 +23,7 @@ from common.errors import UserError, run_command
 from common.files import write_json
 from common.pictures import decode
 from pretrain.data.crops import center_crop
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import choose_device
 from pretrain.evaluation import robustness

@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError, run_command
 from common.files import write_bytes
 from common.pictures import decode
-from pretrain.data import photometric_uint8
-from pretrain.data.augment import augment
+from pretrain.data import augment_uint8 as photometric_uint8
+from pretrain.data.augment import augment, blur_kernel_size
 from pretrain.data.crops import resize
-from pretrain.data.photometric import blur_kernel_size
 
 _EXAMPLE = """example:
   .venv/bin/python tools/augmentation_sheet.py photo.jpg docs/images/augmentation.jpg --size 128
@@ -74,7 +73,7 @@ def in_pillow(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
 
 
 def in_uint8(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
-    """The same by `pretrain.data.photometric_uint8`."""
+    """The same by `pretrain.data.augment_uint8`."""
     params = {name: torch.tensor([value]) for name, value in (_NEUTRAL | values).items()}
     out = image.copy()
     photometric_uint8.apply(out, photometric_uint8.changes_of(params, len(image))[0])
@@ -82,7 +81,7 @@ def in_uint8(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
 
 
 def in_float(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
-    """The same by `pretrain.data.photometric`, in levels of 255."""
+    """The same by `pretrain.data.augment`, in levels of 255."""
     params = {name: torch.tensor([value]) for name, value in (_NEUTRAL | values).items()}
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
     out = augment(batch, params, (0.0,) * 3, (1.0,) * 3)

@@ -79,8 +79,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from common.files import write_text
     from pipeline.report.charts import linear_chart
     from pretrain.evaluation.linear.config import LinearConfig
-    from pretrain.evaluation.linear.result import table
-    from pretrain.evaluation.linear.run import Evaluation, Request
+    from pretrain.evaluation.linear.run import Evaluation, Request, table
 
     path = arguments.config
     if path is None and arguments.protocol == "full":

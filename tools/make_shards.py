@@ -11,18 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, printable, run_command
 from common.files import write_json
+from common.slurm import add_slurm_option
 from pipeline.datasets.importers import Source, open_source
-from pretrain.data.index.shards import (
-    ShardIndex,
-    ShardOptions,
-    SourcePicture,
-    WriteReport,
-    verify_shards,
-    write_shards,
-)
 from pretrain.data.pack.cluster import Cluster
-from pretrain.data.pack.info import format_info, gather_info, save_pictures
-from tools.slurm_option import add_slurm_option
+from pretrain.data.pack.info import format_info, gather_info, save_pictures, verify_shards
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import WriteReport, write_shards
+from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
 SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a VOC devkit.

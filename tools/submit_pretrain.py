@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, require, run_command
-from tools.slurm_option import add_slurm_option
+from common.slurm import add_slurm_option
 
 EXAMPLE = """\
 examples:

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arguments.seed_list = parse_seeds(arguments.seeds) if arguments.seeds else None
             if arguments.eval_on is not None:
-                from detection.evaluation.other_sets import evaluate_on
+                from detection.training.other_sets import evaluate_on
 
                 summary = evaluate_on(arguments)
             else:

@@ -13,10 +13,10 @@ from types import FrameType
 
 from common import provenance
 from common.errors import UserError
+from common.slurm import add_slurm_option
 from pipeline.grid.executors import Executor, Resources, SubmititExecutor
 from pipeline.grid.schedule import SAVE_SECONDS, Limits, Outcome, Scheduler, Work
 from pipeline.grid.store import Row, Store
-from tools.slurm_option import add_slurm_option
 
 ROOT = Path(__file__).resolve().parents[2]
 

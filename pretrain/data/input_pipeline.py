@@ -18,9 +18,8 @@ from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
-from pretrain.data.index.mixture import Samples, open_samples
-from pretrain.data.loader import Loader
-from pretrain.data.samples import TwoViewBatch, TwoViewDataset
+from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
+from pretrain.data.mixture import Samples, open_samples
 from pretrain.data.streaming.loader import StreamingLoader
 
 BAD_SAMPLES = "bad_samples.jsonl"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.errors import RunFailed
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig, PretrainConfig
-from pretrain.data.samples import TwoViewBatch
+from pretrain.data.loader import TwoViewBatch
 from pretrain.engine import run_folder, saver
 from pretrain.engine.state import Position
 

@@ -18,8 +18,8 @@ from pretrain.engine import guards
 from pretrain.engine.log import MetricLog, start_wandb
 from pretrain.engine.state import Position
 from pretrain.evaluation.online_probe import OnlineProbe
-from pretrain.features import diagnostics
-from pretrain.features.diagnostics import CollapseAlarm
+from pretrain.model import diagnostics
+from pretrain.model.diagnostics import CollapseAlarm
 from pretrain.model.joint_embedding import StepOutput
 
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import Fed, Feed
-from pretrain.engine import guards, run_folder, saver, speed
+from pretrain.engine import device as speed
+from pretrain.engine import guards, run_folder, saver
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import autocast_type, choose_device, uses_fused
 from pretrain.engine.guards import HangTimer, NonFiniteGuard
@@ -38,8 +39,8 @@ from pretrain.engine.stop import StopRequest, stopped
 from pretrain.evaluation.online_probe import OnlineProbe, evaluate, watched
 from pretrain.evaluation.probe import Probe
 from pretrain.evaluation.run_pictures import RunPictures
-from pretrain.features.diagnostics import CollapseError
 from pretrain.features.row_random import fa_generator
+from pretrain.model.diagnostics import CollapseError
 from pretrain.model.joint_embedding import FAContrastive, StepOutput
 from pretrain.model.method_check import refuse_without_gradient
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pretrain.features.neighbour_search import exact_products
+from pretrain.features.memory_bank import exact_products
 
 QUERY_CHUNK = 1024
 BANK_CHUNK = 8192

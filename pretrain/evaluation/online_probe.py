@@ -17,7 +17,7 @@ from torch.nn import functional
 from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.config import EvalConfig
-from pretrain.data.index.mixture import Samples
+from pretrain.data.mixture import Samples
 from pretrain.evaluation.probe import Probe
 from pretrain.model.backbone import ResNet
 

@@ -14,12 +14,10 @@ from common.files import write_json
 from common.pictures import decode
 from pretrain.config import DataConfig
 from pretrain.data.crops import center_crop
-from pretrain.data.index.mixture import Samples
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.index.subset import Subset
-from pretrain.evaluation.features import extract_features
+from pretrain.data.mixture import Samples, Subset
+from pretrain.data.shards import ShardIndex
 from pretrain.evaluation.knn import nearest_rows
-from pretrain.evaluation.probe import Probe
+from pretrain.evaluation.probe import Probe, extract_features
 
 TILE = 96  # pixels
 GAP = 4

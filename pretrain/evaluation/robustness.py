@@ -16,12 +16,11 @@ from torch.nn import functional
 
 from common.errors import UserError, require
 from pretrain.config import ArchConfig, FAConfig, HeadConfig
-from pretrain.data.index.mixture import Samples
 from pretrain.data.loader import eval_loader
-from pretrain.evaluation.features import normalise
+from pretrain.data.mixture import Samples
+from pretrain.evaluation.probe import normalise
 from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
-from pretrain.features.memory_bank import UNKNOWN, SupportQueue
-from pretrain.features.neighbour_search import Distance
+from pretrain.features.memory_bank import UNKNOWN, Distance, SupportQueue
 from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.adversarial import perturb
 from pretrain.model.joint_embedding import OnlineNetwork

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pretrain.config import PretrainConfig
-from pretrain.data.index.mixture import Samples
 from pretrain.data.input_pipeline import Feed
+from pretrain.data.mixture import Samples
 from pretrain.evaluation import feature_map
 from pretrain.evaluation.pictures import AFTER, BEFORE, save_neighbours, save_views
 from pretrain.evaluation.probe import Probe

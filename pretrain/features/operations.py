@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.features.neighbour_search import consensus
+from pretrain.features.memory_bank import consensus
 from pretrain.features.row_random import RowRandom
 
 Features = Float[Tensor, "n d"]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import harness, index_scale
 from common.errors import UserError
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 
 TINY = ["--shards", "7", "--samples", "1000", "--rounds", "1", "--pictures", "64",
         "--batch-size", "8", "--batches", "2"]  # fmt: skip

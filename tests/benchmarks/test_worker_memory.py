@@ -10,8 +10,8 @@ import torch
 from benchmarks import worker_memory
 from benchmarks.harness import VIEWS, encoded_photos, open_as_shards, write_files
 from benchmarks.worker_memory import Watched
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.samples import TwoViewDataset
+from pretrain.data.loader import TwoViewDataset
+from pretrain.data.shards import ShardIndex
 
 TINY = ["--epochs", "3", "--num-samples", "16", "--batch-size", "8", "--image-size", "32",
         "--workers", "2"]  # fmt: skip

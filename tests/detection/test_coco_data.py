@@ -19,8 +19,8 @@ from detection.dataset import read_set
 from detection.evaluation.coco import CocoEvaluator
 from detection.training.config import load_config
 from detection.training.data import to_detectron2
-from tests.detection.evaluation.test_other_sets import _TINY
 from tests.detection.tiny_detection import CONFIGS, make_voc
+from tests.detection.training.test_other_sets import _TINY
 from tools.train_voc import main
 
 NUMBERS = {"disc": 7, "box": 3, "bar": 90}  # as COCO's, with gaps and out of order

@@ -5,10 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from pretrain.data.index.mixture import open_samples
-from pretrain.data.loader import Loader, RequestSampler
+from pretrain.data.loader import Loader, RequestSampler, TwoViewDataset
+from pretrain.data.mixture import open_samples
 from pretrain.data.order import LastBatch, SourceSizes
-from pretrain.data.samples import TwoViewDataset
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 

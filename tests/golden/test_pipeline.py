@@ -14,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
 from tests.golden.gate import check, digest
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from tests.golden.gate import check, digest
 from tests.golden.pictures import encode, pixels, png, write_tar
 from tools.make_shards import main

@@ -12,7 +12,7 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import DataConfig
-from pretrain.data.index.tar_index import key_hash
+from pretrain.data.index import key_hash
 from pretrain.data.input_pipeline import Feed
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar

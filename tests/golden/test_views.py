@@ -10,7 +10,7 @@ import torch
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, draw_parameters
 from pretrain.data.crops import draw_crops
-from pretrain.data.index.tar_index import key_hash
+from pretrain.data.index import key_hash
 from pretrain.data.input_pipeline import Feed
 from tests.golden.gate import check, digest
 from tests.golden.pictures import encode, pixels, png, write_tar

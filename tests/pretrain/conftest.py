@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
-from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
 from pretrain.model.joint_embedding import FAContrastive
 
 THIN = ArchConfig(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)

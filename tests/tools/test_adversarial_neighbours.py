@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.data.index.shards import ShardIndex, SourcePicture, write_shards
+from pretrain.data.pack.plan import SourcePicture
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Run
 from pretrain.evaluation import robustness

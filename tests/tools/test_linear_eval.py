@@ -15,7 +15,8 @@ import torch
 
 from common.resnet import Arch
 from pipeline.report.charts import linear_chart
-from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
 from pretrain.engine import checkpoint
 from pretrain.model.backbone import ResNet
 from tools import linear_eval as tool
@@ -123,7 +124,7 @@ def test_a_full_disk_is_no_traceback(work, tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pretrain.evaluation.linear.cache.reserve", refuse)
+    monkeypatch.setattr("pretrain.evaluation.linear.extract.reserve", refuse)
     assert tool.main(options_of(work, tmp_path / "out")) == 1
     assert (
         "error: disk full: free some space and run the same command again"

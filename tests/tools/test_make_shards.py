@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UserError
 from pipeline.datasets.importers import open_source
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from tools import make_shards
 
 ROOT = Path(__file__).parents[2]

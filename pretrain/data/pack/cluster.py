@@ -6,21 +6,89 @@ submitit hands a task its work as a pickle in OUT/.parts/tasks, beside the logs;
 written by the command itself and goes when the set is complete.
 """
 
+import json
 import logging
 import os
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import RunFailed, UserError, require
-from common.files import DiskFullError
-from pretrain.data.pack.job import PARTS, check_bad, read_part, write_shard
-from pretrain.data.pack.lock import offer_to_tasks, shared_with_tasks
+from common.files import DiskFullError, lock_file, locked
+from pretrain.data.pack.job import PARTS, check_bad, map_unordered, read_part, write_shard
 from pretrain.data.pack.plan import ShardOptions, ShardPlan
-from pretrain.data.pack.process_pool import map_unordered
+
+PLAN_FILE = "plan.json"
+_TASKS = "tasks.lock"
+_PATIENCE_SECONDS = 5.0  # for tasks that were told to end
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for one command.
+
+    Raises:
+        UserError: If another command, or a task of an earlier one, is writing there.
+    """
+    with locked(folder / ".lock") as is_mine:
+        if not is_mine:
+            raise UserError(
+                f"{folder}: another run is writing here; wait for it, or choose another folder"
+            )
+        _require_no_tasks(folder)
+        yield
+
+
+def offer_to_tasks(folder: Path) -> None:
+    """Make the lock that tasks share; before they are started."""
+    (folder / PARTS / _TASKS).touch()
+
+
+@contextmanager
+def shared_with_tasks(folder: Path, run_id: str) -> Iterator[None]:
+    """Hold a folder as one task of the run `run_id`.
+
+    Raises:
+        UserError: If the run has ended, or another command has taken over.
+    """
+    try:  # the lock is never made here, so that a finished set stays clean
+        descriptor = os.open(folder / PARTS / _TASKS, os.O_RDWR)
+    except FileNotFoundError:
+        raise _replaced(folder) from None
+    try:
+        lock_file(descriptor, folder, shared=True, wait=True)
+        plan_file = folder / PARTS / PLAN_FILE
+        if not plan_file.exists() or json.loads(plan_file.read_text())["run"] != run_id:
+            raise _replaced(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replaced(folder: Path) -> UserError:
+    return UserError(f"{folder}: the command that started this task has ended or was replaced")
+
+
+def _require_no_tasks(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder / PARTS / _TASKS, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    try:
+        while not lock_file(descriptor, folder):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder}: tasks of an earlier command are still writing here; wait for them "
+                    "or cancel them, then give the command again: it goes on with what they made"
+                )
+            time.sleep(0.1)
+    finally:
+        os.close(descriptor)
+
 
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
 _VISIBLE_SECONDS = 60  # after which a network file system shows what another machine has written

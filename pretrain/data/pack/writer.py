@@ -15,12 +15,17 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import remove_partial_files, write_json
-from pretrain.data.index.tar_index import read_index, write_index
-from pretrain.data.pack.cluster import Cluster, run_tasks
-from pretrain.data.pack.job import PARTS, check_bad, disk_error, read_part, write_shard
-from pretrain.data.pack.lock import PLAN_FILE, only_writer
+from pretrain.data.index import read_index, write_index
+from pretrain.data.pack.cluster import PLAN_FILE, Cluster, only_writer, run_tasks
+from pretrain.data.pack.job import (
+    PARTS,
+    check_bad,
+    disk_error,
+    map_unordered,
+    read_part,
+    write_shard,
+)
 from pretrain.data.pack.plan import ShardOptions, ShardPlan, SourcePicture, make_plan
-from pretrain.data.pack.process_pool import map_unordered
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import sha256_of
-from pretrain.data.index.tar_index import (
-    SAMPLE_DTYPE,
-    scan_shard,
-    to_table,
-    write_index,
-    write_json,
-)
+from pretrain.data.index import SAMPLE_DTYPE, scan_shard, to_table, write_index, write_json
 from pretrain.data.order import stable_hash
 from pretrain.data.sources.cache import NUM_FETCHERS, ShardCache
 from pretrain.data.sources.remote import RemoteFile, shown

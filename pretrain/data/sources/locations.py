@@ -15,8 +15,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from braceexpand import braceexpand
 
 from common.errors import UserError
-from pretrain.data.sources.download import read_if_there
-from pretrain.data.sources.remote import Patience, find_tars, shown
+from pretrain.data.sources.remote import Patience, find_tars, read_if_there, shown
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "pipe")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?=//)|(pipe):")

@@ -26,18 +26,18 @@ from torch.utils.data import Dataset, Sampler
 
 from common.errors import UserError, require
 from pretrain.data.augment import ViewAugment
-from pretrain.data.index.mixture import Samples
-from pretrain.data.index.tar_index import SAMPLE_DTYPE
-from pretrain.data.loader import start_workers
-from pretrain.data.order import Epoch, rank_slice
-from pretrain.data.samples import (
+from pretrain.data.index import SAMPLE_DTYPE
+from pretrain.data.loader import (
     NUM_VIEWS,
     BadSamples,
     Reply,
     TwoViewBatch,
     TwoViewDataset,
     empty_uint8,
+    start_workers,
 )
+from pretrain.data.mixture import Samples
+from pretrain.data.order import Epoch, rank_slice
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
 

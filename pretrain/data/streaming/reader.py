@@ -15,7 +15,7 @@ from webdataset.shardlists import SimpleShardList
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError, require
-from pretrain.data.index.tar_index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
+from pretrain.data.index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
 from pretrain.data.order import stable_hash
 from pretrain.data.sources.locations import expand
 from pretrain.data.sources.remote import Patience, shown

@@ -10,8 +10,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol, cast
 
 from common.errors import UserError
-from pretrain.data.sources.download import download
-from pretrain.data.sources.remote import Patience, RemoteFile, look, shown
+from pretrain.data.sources.remote import Patience, RemoteFile, download, look, shown
 
 _MAX_PARTS = 2  # of 8 MiB each, fetched and not yet read
 _SKIP_BYTES = 1 << 20  # read at once where bytes are passed over

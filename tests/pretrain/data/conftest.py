@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.index.shards import ShardIndex, ShardOptions, write_shards
+from pretrain.data.pack.plan import ShardOptions
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import sources, write_pictures
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.data import photometric as ops
+from pretrain.data import augment as ops
 from pretrain.data.augment import (
     JITTER_ORDERS,
     PRESETS,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pretrain.data.fetch_ahead import FetchAhead
+from pretrain.data.loader import FetchAhead
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> bool:

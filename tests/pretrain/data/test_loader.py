@@ -20,9 +20,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.pictures import decode
 from pretrain.data.crops import center_crop
-from pretrain.data.index.mixture import Mixture, Samples, open_samples
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.index.tar_index import key_hash
+from pretrain.data.index import key_hash
 from pretrain.data.loader import (
     Loader,
     RequestSampler,
@@ -31,7 +29,9 @@ from pretrain.data.loader import (
     eval_loader,
     make_loader,
 )
+from pretrain.data.mixture import Mixture, Samples, open_samples
 from pretrain.data.order import SourceSizes, epoch_order
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 
 SIZE = 16
@@ -126,7 +126,7 @@ def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None
 
 LEFT_EARLY = """
 import sys
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.data.loader import Loader, TwoViewDataset
 
 scales = ((0.2, 1.0), (0.2, 1.0))

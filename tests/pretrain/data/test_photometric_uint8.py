@@ -5,9 +5,15 @@ import torchvision.transforms.v2.functional as reference
 from PIL import Image
 from torch import Tensor
 
-from pretrain.data.augment import JITTER_ORDERS, PRESETS, ViewAugment, augment, draw_parameters
-from pretrain.data.photometric import blur_kernel_size
-from pretrain.data.photometric_uint8 import Changes, apply, changes_of
+from pretrain.data.augment import (
+    JITTER_ORDERS,
+    PRESETS,
+    ViewAugment,
+    augment,
+    blur_kernel_size,
+    draw_parameters,
+)
+from pretrain.data.augment_uint8 import Changes, apply, changes_of
 from tests.pretrain.data.picture_helpers import smooth_picture
 
 SIZE = 64

@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from common.pictures import decode
-from pretrain.data import photometric_uint8, samples
+from pretrain.data import augment_uint8 as photometric_uint8
+from pretrain.data import loader as samples
 from pretrain.data.augment import PRESETS, draw_parameters
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.loader import Loader
-from pretrain.data.samples import Request, TwoViewBatch, TwoViewDataset
+from pretrain.data.loader import Loader, Request, TwoViewBatch, TwoViewDataset
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 
 SIZE = 24

@@ -15,9 +15,11 @@ from webdataset.writer import ShardWriter
 
 from common.errors import UserError
 from common.pictures import decode
-from pretrain.data.index.shards import CacheOptions, ShardIndex, verify_shards
-from pretrain.data.index.tar_index import key_hash
+from pretrain.data.index import key_hash
+from pretrain.data.pack.info import verify_shards
+from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import foreign
+from pretrain.data.sources.cache import CacheOptions
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
 
 
@@ -45,7 +47,7 @@ def test_index_travels_to_workers(index: ShardIndex) -> None:
 
 
 def test_more_shards_than_open_files(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.data.index.shards._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("pretrain.data.shards._MAX_OPEN_FILES", 2)
     for i in [0, 10, 20, 30, 5, 15]:
         assert index.read_bytes(i)[:2] == b"\xff\xd8"
     assert len(index._files) == 2

@@ -21,7 +21,7 @@ from pretrain.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from pretrain.engine import speed
+from pretrain.engine import device as speed
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.__main__ import main
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine import log as metrics
 from pretrain.engine.device import choose_device

@@ -14,7 +14,7 @@ import torch
 from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import PretrainConfig
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.saver import copied
 from pretrain.engine.trainer import Run

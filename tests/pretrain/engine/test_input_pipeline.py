@@ -15,8 +15,8 @@ from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data import input_pipeline as feed_module
 from pretrain.data.augment import ViewAugment
-from pretrain.data.index.shards import ShardIndex
 from pretrain.data.input_pipeline import BAD_SAMPLES, Feed, in_workers
+from pretrain.data.shards import ShardIndex
 
 CPU = torch.device("cpu")
 

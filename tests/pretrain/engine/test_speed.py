@@ -18,11 +18,12 @@ from common.files import read_json_lines
 from pretrain import collectives as dist
 from pretrain.__main__ import main
 from pretrain.config import EngineConfig, OptimConfig, load_config
-from pretrain.engine import checkpoint, speed
+from pretrain.engine import checkpoint
+from pretrain.engine import device as speed
 from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.evaluation.knn import nearest_rows
-from pretrain.features.neighbour_search import consensus, top_k
+from pretrain.features.memory_bank import consensus, top_k
 from tests.pretrain.engine.run_helpers import (
     ROOT,
     assert_same_state,

@@ -23,7 +23,7 @@ from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.data.augment import PRESETS, augment, draw_parameters
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16
 from pretrain.engine.trainer import Run

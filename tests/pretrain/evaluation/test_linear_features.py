@@ -15,14 +15,22 @@ from torch import nn
 
 from common.errors import UserError
 from common.resnet import Arch
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.evaluation.features import extract_features, normalise
-from pretrain.evaluation.linear import cache
-from pretrain.evaluation.linear.cache import BLOCK_ROWS, FeatureFile, Identity
+from pretrain.evaluation.linear import extract as cache
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.extract import Blocks, Extractor, extract, pictures
-from pretrain.evaluation.linear.frozen import NAMED, load
+from pretrain.evaluation.linear.extract import (
+    BLOCK_ROWS,
+    NAMED,
+    Blocks,
+    Extractor,
+    FeatureFile,
+    Identity,
+    extract,
+    load,
+    pictures,
+)
+from pretrain.evaluation.probe import extract_features, normalise
 from pretrain.model.backbone import ResNet
 
 ROOT = Path(__file__).parents[3]
@@ -233,7 +241,7 @@ def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
     assert len(rows) == 2 * n
     assert (rows[:n] - rows[n:]).abs().amax(1).min() > 0
     frozen = load(str(weights), branch="online", seed=0)
-    from pretrain.data.samples import Request, TwoViewDataset  # the loader's own crops
+    from pretrain.data.loader import Request, TwoViewDataset  # the loader's own crops
 
     dataset = TwoViewDataset(
         index, image_size=32, crop_scales=((0.3, 0.9),), seed=4, flip_probability=1.0
@@ -353,7 +361,7 @@ import json, sys
 from pathlib import Path
 import numpy as np, torch
 from pretrain.evaluation.linear import cache
-from pretrain.evaluation.linear.cache import FeatureFile, Identity
+from pretrain.evaluation.linear.extract import FeatureFile, Identity
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

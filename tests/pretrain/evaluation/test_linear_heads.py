@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.engine.optim import LARS
-from pretrain.evaluation.linear import cached
+from pretrain.evaluation.linear import heads as cached
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.heads import LinearHeads, Score, best
 

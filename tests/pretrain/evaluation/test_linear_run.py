@@ -16,15 +16,14 @@ from torch.nn import functional
 from common.config import read_settings
 from common.errors import StoppedBySignal, UserError
 from common.resnet import Arch
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.evaluation.features import extract_features
 from pretrain.evaluation.knn import knn_top1
 from pretrain.evaluation.linear import full, run
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.frozen import load
-from pretrain.evaluation.linear.result import Clock, table
-from pretrain.evaluation.linear.run import Evaluation, Request
+from pretrain.evaluation.linear.extract import load
+from pretrain.evaluation.linear.run import Clock, Evaluation, Request, table
+from pretrain.evaluation.probe import extract_features
 from pretrain.model.backbone import ResNet
 
 ROOT = Path(__file__).parents[3]
@@ -73,9 +72,8 @@ def heads_of(folder):
 
 def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, weights, tmp_path, shards):
     """An independent loop: nn.Linear, cross_entropy, SGD, on crops that the loader gives."""
-    from pretrain.data.loader import Loader
-    from pretrain.data.samples import TwoViewDataset
-    from pretrain.evaluation.features import normalise
+    from pretrain.data.loader import Loader, TwoViewDataset
+    from pretrain.evaluation.probe import normalise
 
     config = replace(FULL, lrs=[3.0], momentum=0.8, crop_scale=(0.2, 0.9), schedule="cosine_epochs")
     result = evaluate(config)

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pretrain.data.index.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
-from pretrain.data.index.subset import Subset
-from pretrain.data.loader import Loader
-from pretrain.data.samples import TwoViewDataset
+from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.mixture import Subset
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.sets import balanced, listed, open_sets, stratified, write_list
 

@@ -14,8 +14,8 @@ from torch import nn
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import EvalConfig, load_config
-from pretrain.data.index.mixture import open_samples
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.mixture import open_samples
+from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Run
 from pretrain.evaluation.online_probe import OnlineProbe, watched

@@ -12,9 +12,8 @@ from torch import nn
 from common.pictures import decode
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.crops import center_crop
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.loader import Loader
-from pretrain.data.samples import TwoViewDataset
+from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.shards import ShardIndex
 from pretrain.evaluation import pictures
 from pretrain.evaluation.pictures import GAP, TILE, save_neighbours, save_views
 from pretrain.evaluation.probe import Probe

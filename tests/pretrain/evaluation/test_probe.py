@@ -9,10 +9,9 @@ from torch import nn
 
 from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
-from pretrain.data.index.shards import ShardIndex
+from pretrain.data.shards import ShardIndex
 from pretrain.evaluation import probe as probe_module
-from pretrain.evaluation.features import extract_features, normalise
-from pretrain.evaluation.probe import Probe
+from pretrain.evaluation.probe import Probe, extract_features, normalise
 
 CPU = torch.device("cpu")
 DATA = DataConfig(image_size=32)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain.features import neighbour_search
-from pretrain.features.neighbour_search import SEARCH_BYTES, consensus, top_k
+from pretrain.features import memory_bank as neighbour_search
+from pretrain.features.memory_bank import SEARCH_BYTES, consensus, top_k
 
 
 def random_rows(*shape, seed=0):

@@ -14,13 +14,20 @@ import pytest
 
 from common import files as common_files
 from common.errors import UserError
-from pretrain.data.index.shards import ShardIndex, write_shards
-from pretrain.data.index.tar_index import write_json
-from pretrain.data.pack import lock as shard_lock
-from pretrain.data.pack.cluster import Cluster, ShareOfShards, TaskError, run_tasks
+from pretrain.data.index import write_json
+from pretrain.data.pack import cluster as shard_lock
+from pretrain.data.pack.cluster import (
+    Cluster,
+    ShareOfShards,
+    TaskError,
+    offer_to_tasks,
+    only_writer,
+    run_tasks,
+)
 from pretrain.data.pack.job import PARTS
-from pretrain.data.pack.lock import offer_to_tasks, only_writer
 from pretrain.data.pack.plan import ShardOptions, make_plan
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import contents, sources, write_pictures
 from tools import make_shards
 

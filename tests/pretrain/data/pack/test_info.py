@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from pretrain.data.index.shards import ShardIndex, ShardOptions, SourcePicture, write_shards
 from pretrain.data.pack.info import (
     MAX_REMOTE_SHARDS,
     choose_samples,
@@ -17,6 +16,9 @@ from pretrain.data.pack.info import (
     gather_info,
     save_pictures,
 )
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 from tools import make_shards
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.index.shards import ShardIndex, write_shards
 from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_plan, split_evenly
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import contents, seeded, sources, write_pictures
 
 ROOT = Path(__file__).parents[4]
@@ -146,7 +147,7 @@ WRITE = (
     + """
 import sys
 from pathlib import Path
-from pretrain.data.index.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
 source, out, num, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 files = sorted(source.rglob("*.jpg"))
 pictures = [SourcePicture(str(files[i % len(files)]), f"{i:06d}.jpg") for i in range(num)]

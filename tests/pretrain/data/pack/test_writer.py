@@ -19,11 +19,13 @@ from PIL import Image
 from common.errors import UserError
 from common.files import DiskFullError
 from common.pictures import decode
-from pretrain.data.index.shards import ShardIndex, verify_shards, write_shards
-from pretrain.data.index.tar_index import split_name
+from pretrain.data.index import split_name
 from pretrain.data.pack import job, writer
-from pretrain.data.pack.lock import only_writer
+from pretrain.data.pack.cluster import only_writer
+from pretrain.data.pack.info import verify_shards
 from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_keys, make_plan
+from pretrain.data.pack.writer import write_shards
+from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import (
     contents,
     encode,

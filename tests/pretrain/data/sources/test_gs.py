@@ -10,8 +10,9 @@ import pytest
 from fsspec.config import conf
 
 from common.errors import UserError
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.sources import download, remote
+from pretrain.data.shards import ShardIndex
+from pretrain.data.sources import remote
+from pretrain.data.sources import remote as download
 from pretrain.data.sources.cache import CacheOptions
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 from tests.pretrain.data.sources.test_http import same_pictures

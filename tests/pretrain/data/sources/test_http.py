@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
-from pretrain.data.index import shards
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.sources import download, remote
+from pretrain.data import shards
+from pretrain.data.shards import ShardIndex
+from pretrain.data.sources import remote
+from pretrain.data.sources import remote as download
 from pretrain.data.sources.cache import CacheOptions
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 from tests.pretrain.data.sources.servers import Faulty, Nginx, faulty, nginx

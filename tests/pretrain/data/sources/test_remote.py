@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pretrain.data.sources import download as download_module
 from pretrain.data.sources import remote
-from pretrain.data.sources.download import BytesSink, download, read_if_there
+from pretrain.data.sources import remote as download_module
 from pretrain.data.sources.remote import (
+    BytesSink,
     NotThereError,
     Patience,
     RemoteFile,
+    download,
     look,
     look_at_all,
+    read_if_there,
     retried,
 )
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty

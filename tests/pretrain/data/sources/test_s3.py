@@ -9,8 +9,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.sources import download, remote
+from pretrain.data.shards import ShardIndex
+from pretrain.data.sources import remote
+from pretrain.data.sources import remote as download
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.locations import expand
 from pretrain.data.sources.remote import Patience, look_at_all

@@ -20,10 +20,10 @@ from webdataset.filters import shuffle
 
 from common.errors import UserError
 from pretrain.data.augment import PRESETS, ViewAugment
-from pretrain.data.index.mixture import open_samples
-from pretrain.data.index.shards import ShardIndex
-from pretrain.data.index.tar_index import key_hash
-from pretrain.data.samples import TwoViewBatch, TwoViewDataset
+from pretrain.data.index import key_hash
+from pretrain.data.loader import TwoViewBatch, TwoViewDataset
+from pretrain.data.mixture import open_samples
+from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import remote
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming import reader as reader_module

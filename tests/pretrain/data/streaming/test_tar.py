@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pretrain.data.sources import download, remote
+from pretrain.data.sources import remote
+from pretrain.data.sources import remote as download
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming.tar import RemoteStream, TarStream
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.annotations.record import read_class_names
-from detection.evaluation.other_sets import result_name
+from detection.training.other_sets import result_name
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
 from tools.train_voc import main
 

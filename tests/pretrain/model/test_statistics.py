@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pretrain.features.statistics import effective_rank, feature_std
+from pretrain.model.diagnostics import effective_rank, feature_std
 
 
 def gaussian(n, d, seed=0):

@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from pretrain.data.augment import JITTER_ORDERS
-from pretrain.data.photometric import GRAY_WEIGHTS, blur_kernel_size, gaussian_kernel
+from pretrain.data.augment import GRAY_WEIGHTS, JITTER_ORDERS, blur_kernel_size, gaussian_kernel
 
 _LUMA = np.array(GRAY_WEIGHTS, np.float32)
 _GRAY = np.tile(_LUMA, (3, 1))

@@ -18,8 +18,8 @@ from pretrain.__main__ import main
 from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.log import MetricLog
-from pretrain.features import diagnostics
-from pretrain.features.diagnostics import CollapseAlarm, diagnose, similarity_histograms
+from pretrain.model import diagnostics
+from pretrain.model.diagnostics import CollapseAlarm, diagnose, similarity_histograms
 from pretrain.model.joint_embedding import StepOutput
 
 ROOT = Path(__file__).parents[3]

@@ -11,22 +11,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from pretrain.data.index.tar_index import NO_LABEL, scan_shard
-from pretrain.data.pack.verify import VerifyReport, verify_shards
-from pretrain.data.pack.writer import ShardOptions, SourcePicture, WriteReport, write_shards
+from pretrain.data.index import NO_LABEL, scan_shard
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.opening import Source, open_source
-
-__all__ = [
-    "CacheOptions",
-    "ShardIndex",
-    "ShardOptions",
-    "SourcePicture",
-    "VerifyReport",
-    "WriteReport",
-    "verify_shards",
-    "write_shards",
-]
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
 _TOUCH_SECONDS = 1.0  # how often the cache hears that an open shard is used

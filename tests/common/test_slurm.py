@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
+from common.slurm import add_slurm_option
 from tools import ablate, make_shards, submit_pretrain
-from tools.slurm_option import add_slurm_option
 
 WRONG = ["account", "account=", "=x", "comment=a\nb", "a=b\n#SBATCH --uid=0"]
 
