@@ -12,17 +12,17 @@ from common import provenance
 from common.errors import UserError, run_command
 from pipeline.grid import data, results
 from pipeline.grid.cells import Plan, make_plan, make_work
-from pipeline.grid.executors import Executor
 from pipeline.grid.grid import METRICS, Preset, read_grid, read_preset
-from pipeline.grid.running import (
+from pipeline.grid.jobs import Executor
+from pipeline.grid.schedule import (
     Defaults,
     StopSignals,
+    Work,
     add_cluster,
     check_options,
     exit_status,
     run_work,
 )
-from pipeline.grid.schedule import Work
 from pipeline.grid.store import FOLDER, Store, hold
 
 ROOT = Path(__file__).resolve().parents[1]

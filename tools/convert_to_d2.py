@@ -85,7 +85,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
-    from detection.convert.pixels import parse_preprocessing
+    from detection.convert.conventions import parse_preprocessing
     from detection.convert.verify import TOLERANCE, text, verify
 
     report = verify(
@@ -104,7 +104,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert a file and print what became of it."""
-    from detection.convert.pixels import parse_preprocessing
+    from detection.convert.conventions import parse_preprocessing
     from detection.convert.to_detectron2 import convert, read_source
 
     source = read_source(

@@ -18,28 +18,211 @@ Exit status: 0 installed or already there, 1 it went wrong, 2 wrong arguments or
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
+import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from tools.purepy_wheel import (
-    SOURCE_REQUIREMENT,
-    SOURCE_SHA256,
-    VERSION,
-    WHEEL_NAME,
-    WHEEL_SHA256,
-    InstallError,
-    check_members,
-    read_manifest,
-    read_members,
-    require_sha256,
-    sha256_of,
-    write_wheel,
+SOURCE_REQUIREMENT = "sal-detectron2==0.7.2"
+SOURCE_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+COMMIT = "a59f0563"
+VERSION = f"0.6+{COMMIT}.purepy"
+DIST_INFO = f"detectron2-{VERSION}.dist-info"
+WHEEL_NAME = f"detectron2-{VERSION}-py3-none-any.whl"
+WHEEL_SHA256 = "a287fe29b704aef42cdc936f45bcfcb6558469ab1f38f814f9b49a61bcaf2136"
+MANIFEST = Path(__file__).with_name("detectron2_manifest.sha256")
+
+# What `detectron2.engine`, `.evaluation` and `.checkpoint` import. torch and torchvision stay out:
+# they must come from one index together, which requirements.lock sees to.
+REQUIRES = (
+    "Pillow>=7.1",
+    "cloudpickle",
+    "fvcore",
+    "iopath",
+    "matplotlib",
+    "numpy",
+    "omegaconf>=2.1",
+    "packaging",
+    "pycocotools>=2.0.2",
+    "setuptools",
+    "tabulate",
+    "termcolor>=1.1",
+    "tqdm>4.29.0",
+    "yacs>=0.1.8",
 )
+
+NOTICE = f"""Detectron2, repacked as pure Python
+===================================
+Origin:   https://github.com/facebookresearch/detectron2, commit {COMMIT} (2024-04-17)
+          Copyright Facebook, Inc. and its affiliates
+Licence:  Apache License 2.0 (the file LICENSE beside this one)
+Taken from the Python package {SOURCE_REQUIREMENT}
+          (wheel with SHA-256 {SOURCE_SHA256}).
+Changed:  the compiled library detectron2/_C, the folder detectron2/projects and the scripts in
+          tools/ were left out; the package metadata was written anew. No Python file was edited.
+"""
+
+
+class InstallError(ValueError):
+    """Something the user can act on: what happened, where, and the remedy."""
+
+
+def sha256_of(data: bytes) -> str:
+    """SHA-256 of `data` as lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def require_sha256(path: Path, expected: str, what: str) -> None:
+    """Check one file against its pinned hash.
+
+    Args:
+        path: The file to read.
+        expected: Hex digest it must have.
+        what: Name of the file for the message.
+
+    Raises:
+        InstallError: If the file differs.
+    """
+    found = sha256_of(path.read_bytes())
+    if found != expected:
+        raise InstallError(
+            f"{what} {path.name} has SHA-256 {found}, expected {expected}; delete it and run "
+            "again, and do not install it if the difference stays"
+        )
+
+
+def is_kept(name: str) -> bool:
+    """Whether a member of the source wheel goes into the pure-Python wheel."""
+    return (
+        name.startswith("detectron2/")
+        and name.endswith((".py", ".yaml"))
+        and not name.startswith("detectron2/projects/")
+    )
+
+
+def metadata_text() -> str:
+    """The METADATA file of the new distribution."""
+    head = [
+        "Metadata-Version: 2.1",
+        "Name: detectron2",
+        f"Version: {VERSION}",
+        "Summary: Detectron2 repacked without compiled operators",
+        "Home-page: https://github.com/facebookresearch/detectron2",
+        "License: Apache-2.0",
+        "Requires-Python: >=3.8",
+    ]
+    return "\n".join(head + [f"Requires-Dist: {item}" for item in REQUIRES]) + "\n"
+
+
+def read_members(source: Path) -> dict[str, bytes]:
+    """Every file of the new wheel except RECORD.
+
+    Args:
+        source: The downloaded wheel.
+
+    Returns:
+        Archive name to content.
+
+    Raises:
+        InstallError: If the archive is damaged or lacks the package or its licence.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            names = archive.namelist()
+            members = {name: archive.read(name) for name in names if is_kept(name)}
+            licences = [name for name in names if name.endswith(".dist-info/LICENSE")]
+            licence = archive.read(licences[0]) if licences else b""
+    except zipfile.BadZipFile as error:
+        raise InstallError(f"{source} is not a wheel ({error}); delete it and run again") from error
+    if "detectron2/__init__.py" not in members or not licence:
+        raise InstallError(
+            f"{source} holds no detectron2 package with a LICENSE; is it the right wheel?"
+        )
+    wheel = "Wheel-Version: 1.0\nGenerator: install_detectron2\nRoot-Is-Purelib: true\n"
+    wheel += "Tag: py3-none-any\n"
+    members[f"{DIST_INFO}/LICENSE"] = licence
+    members[f"{DIST_INFO}/NOTICE"] = NOTICE.encode()
+    members[f"{DIST_INFO}/METADATA"] = metadata_text().encode()
+    members[f"{DIST_INFO}/WHEEL"] = wheel.encode()
+    members[f"{DIST_INFO}/top_level.txt"] = b"detectron2\n"
+    return members
+
+
+def record_text(members: Mapping[str, bytes]) -> str:
+    """The wheel's RECORD: name, urlsafe base64 SHA-256 without padding, size in bytes."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for name in sorted(members):
+        digest = (
+            base64.urlsafe_b64encode(hashlib.sha256(members[name]).digest()).rstrip(b"=").decode()
+        )
+        writer.writerow([name, f"sha256={digest}", len(members[name])])
+    writer.writerow([f"{DIST_INFO}/RECORD", "", ""])
+    return out.getvalue()
+
+
+def write_wheel(members: Mapping[str, bytes], out: Path) -> None:
+    """Write a wheel whose bytes depend on `members` alone.
+
+    Sorted names, one fixed time stamp, fixed permissions, and no compression: the output of zlib
+    differs between its versions, stored bytes do not.
+
+    Args:
+        members: Archive name to content, without RECORD.
+        out: File to write; appears under its name only when complete.
+    """
+    partial = out.with_name(out.name + ".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        record = {f"{DIST_INFO}/RECORD": record_text(members).encode()}
+        for name, data in [*sorted(members.items()), *record.items()]:
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3  # Unix, also when written elsewhere
+            info.external_attr = 0o100644 << 16
+            archive.writestr(info, data)
+    partial.replace(out)
+
+
+def manifest_text(members: Mapping[str, bytes]) -> str:
+    """Hashes of the package's own files, in the format of `sha256sum`."""
+    return "".join(
+        f"{sha256_of(data)}  {name}\n"
+        for name, data in sorted(members.items())
+        if name.startswith("detectron2/")
+    )
+
+
+def read_manifest(path: Path = MANIFEST) -> dict[str, str]:
+    """File name to SHA-256, as recorded in the repository."""
+    rows = (line.split("  ", 1) for line in path.read_text().splitlines())
+    return {name: digest for digest, name in rows}
+
+
+def check_members(members: Mapping[str, bytes], manifest: Mapping[str, str]) -> None:
+    """Compare the package's files with the recorded hashes.
+
+    Raises:
+        InstallError: Naming the first few files that are missing, unexpected or different.
+    """
+    found = {
+        name: sha256_of(data) for name, data in members.items() if name.startswith("detectron2/")
+    }
+    wrong = sorted(
+        name for name in found.keys() | manifest.keys() if found.get(name) != manifest.get(name)
+    )
+    if wrong:
+        raise InstallError(
+            f"{len(wrong)} files differ from {MANIFEST.name}, first {', '.join(wrong[:3])}; "
+            "the downloaded wheel is not the pinned one"
+        )
 
 
 def download(folder: Path) -> Path:

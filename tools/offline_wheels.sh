@@ -26,7 +26,7 @@ esac
 python="${PYTHON:-python3}"
 download=("$python" -m pip download --no-deps --require-hashes --dest "$1")
 "${download[@]}" --requirement "$root/requirements.lock"
-detectron2=$(PYTHONPATH="$root" "$python" -c "from tools.purepy_wheel import *
+detectron2=$(PYTHONPATH="$root" "$python" -c "from tools.install_detectron2 import *
 print(f'{SOURCE_REQUIREMENT} --hash=sha256:{SOURCE_SHA256}')")
 # The wheel is tagged for Python 3.10, but tools/install_detectron2.py takes only its Python files.
 "${download[@]}" --python-version 3.10 --only-binary=:all: --requirement <(printf '%s\n' "$detectron2")

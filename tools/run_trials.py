@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import provenance
 from common.errors import UserError, run_command
 from pipeline.grid import trial_tables, trials
-from pipeline.grid.executors import Executor
-from pipeline.grid.running import (
+from pipeline.grid.jobs import Executor
+from pipeline.grid.schedule import (
     Defaults,
     StopSignals,
     add_cluster,

@@ -12,9 +12,10 @@ from torch import Tensor
 from common import checkpoints
 from common.errors import UserError
 from common.resnet import Arch, infer_arch, read_arch
-from detection.convert import conventions, keymap, variants
-from detection.convert.pixels import Preprocessing
-from detection.convert.reference_resnet import tensor_shapes
+from detection.convert import conventions, keymap
+from detection.convert import keymap as variants
+from detection.convert.conventions import Preprocessing
+from detection.convert.parity import tensor_shapes
 
 _BARE = ("torchvision", "timm")
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

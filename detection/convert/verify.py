@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import sha256_of
 from detection.convert import keymap
-from detection.convert.pixels import Preprocessing
+from detection.convert.conventions import Preprocessing
 from detection.convert.source import Source, read_source
 from detection.convert.to_detectron2 import same_bits, to_detectron2
 

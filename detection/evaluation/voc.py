@@ -28,7 +28,7 @@ from common.annotations.canonical import write_annotations
 from common.annotations.voc import list_file
 from detection.dataset import VocSplit
 from detection.evaluation.coco import CocoEvaluator
-from detection.evaluation.error_evaluator import ErrorEvaluator
+from detection.evaluation.error_analysis import ErrorEvaluator
 
 _METRICS = ("AP", "AP50", "AP75")
 _THRESHOLDS = tuple(range(50, 100, 5))  # percent of overlap

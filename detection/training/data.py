@@ -5,12 +5,8 @@ Position p is the p-th training picture of the run. Its index and its augmentati
 the uninterrupted run would have seen, with any number of loader workers.
 """
 
-# Detectron2 makes these at run time.
-# pyright: reportCallIssue=false, reportOptionalCall=false, reportReturnType=false
-import detection.compat  # noqa: F401  (before detectron2)
-
-# isort: split
 import functools
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +24,30 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import detection.compat  # noqa: F401  (before detectron2)
 from common.errors import UserError
 from detection.dataset import VocSet, VocSplit
-from detection.training.seeding import derive_seed
+
+
+def derive_seed(*parts: int | str, bits: int = 32) -> int:
+    """Hash a tuple into a seed.
+
+    Args:
+        parts: What the random numbers are for, such as ("augment", seed, position).
+        bits: Width of the result; numpy's global generator takes 32.
+
+    Returns:
+        An integer in [0, 2**bits).
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % (1 << bits)
+
+
+# Detectron2 makes these at run time.
+# pyright: reportCallIssue=false, reportOptionalCall=false, reportReturnType=false
+
+# isort: split
 
 
 class CheckedMapper(DatasetMapper):

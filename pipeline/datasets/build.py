@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,12 +15,48 @@ from typing import Protocol
 import cv2
 from tqdm import tqdm
 
-from common.annotations.canonical import YEAR_FOLDER, make_folders, write_list
+from common.annotations.canonical import YEAR_FOLDER, annotation_xml, make_folders, write_list
+from common.annotations.record import ObjectRecord
+from common.annotations.voc import annotation_file
 from common.errors import UserError
 from common.files import locked, read_json, write_json
-from pipeline.datasets import voc_writer
 from pipeline.datasets.compose import Scene
 from pipeline.datasets.options import SetOptions
+
+
+def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], quality: int) -> None:
+    """Write one labelled picture below a devkit's root.
+
+    Args:
+        root: Folder that holds VOC2007.
+        name: Picture name without ending.
+        scene: Picture and objects.
+        classes: Class names in label order.
+        quality: JPEG quality, 1..100.
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    folder = root / YEAR_FOLDER
+    write_jpeg(folder / "JPEGImages" / f"{name}.jpg", scene, quality)
+    height, width = scene.image.shape[:2]
+    objects = []
+    for item in scene.objects:
+        x0, y0, x1, y1 = item.box
+        assert 0 <= x0 < x1 <= width, (name, item)
+        assert 0 <= y0 < y1 <= height, (name, item)
+        box = (float(x0), float(y0), float(x1), float(y1))
+        label, marks = classes[item.label], (item.difficult, item.truncated)
+        objects.append(ObjectRecord(label, box, difficult=marks[0], truncated=marks[1]))
+    xml = annotation_xml(f"{name}.jpg", width, height, objects)
+    annotation_file(folder, name).write_bytes(xml)
+
+
+def write_jpeg(path: Path, scene: Scene, quality: int) -> None:
+    """Write the picture of a scene as JPEG."""
+    done, data = cv2.imencode(".jpg", scene.image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done, path
+    path.write_bytes(data.tobytes())
+
 
 FORMAT = "fa-dataset-1"
 METRIC_YEAR = 2012  # area under the precision-recall curve, not VOC2007's 11 points
@@ -193,12 +229,12 @@ def write_picture(source: Source, root: Path, part: str, index: int) -> None:
     scene = source.scene(part, index)
     quality = source.options.quality
     if part in ("train", "test"):
-        voc_writer.write_scene(root, picture_name(part, index), scene, source.class_names, quality)
+        write_scene(root, picture_name(part, index), scene, source.class_names, quality)
     elif part == "pool":
-        voc_writer.write_jpeg(root / "pool" / f"{index:07d}.jpg", scene, quality)
+        write_jpeg(root / "pool" / f"{index:07d}.jpg", scene, quality)
     else:
         name = source.class_names[source.probe_label(index)]
-        voc_writer.write_jpeg(root / part / name / f"{index:06d}.jpg", scene, quality)
+        write_jpeg(root / part / name / f"{index:06d}.jpg", scene, quality)
 
 
 def picture_name(split: str, index: int) -> str:

@@ -8,18 +8,18 @@ import cv2
 import numpy as np
 
 from common.errors import UserError
-from pipeline.datasets import compose, outlines
+from pipeline.datasets import compose, shapes
 from pipeline.datasets.compose import CLUTTER, Placed, Scene, Sprite
-from pipeline.datasets.options import SetOptions
-from pipeline.datasets.packages import Library
-from pipeline.datasets.randomness import generator
-from pipeline.datasets.sampling import (
+from pipeline.datasets.options import (
+    SetOptions,
     draw_shape,
     finish,
     is_held_out,
     log_uniform,
     object_statistics,
 )
+from pipeline.datasets.packages import Library
+from pipeline.datasets.randomness import generator
 
 VERSION = 3  # raise it whenever the pictures of given options change
 CLASS_SETS = {
@@ -196,7 +196,7 @@ class PhotoSource:
         items = []
         for _ in range(min(int(rng.poisson(0.3 * self.options.clutter)), 6)):
             side = max(8, round(min(shape) * log_uniform(rng, 0.12, 0.35)))
-            outline = outlines.blob(rng, int(rng.integers(4, 8)), 0.6) * (side * 0.45) + side / 2
+            outline = shapes.blob(rng, int(rng.integers(4, 8)), 0.6) * (side * 0.45) + side / 2
             mask = np.zeros((side, side), dtype=np.uint8)
             points = np.round(outline * 16).astype(np.int32)
             cv2.fillPoly(mask, [points], 255, lineType=cv2.LINE_AA, shift=4)

@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from pipeline.datasets import compose, materials, outlines, render, shapes
+from pipeline.datasets import compose, materials, render, shapes
 from pipeline.datasets.compose import CLUTTER, Placed, Scene
-from pipeline.datasets.options import SetOptions
-from pipeline.datasets.randomness import ShapeDice, generator
-from pipeline.datasets.sampling import (
+from pipeline.datasets.options import (
+    SetOptions,
     draw_shape,
     finish,
     is_held_out,
     log_uniform,
     object_statistics,
 )
+from pipeline.datasets.randomness import ShapeDice, generator
 
 VERSION = 4  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
@@ -160,11 +160,11 @@ def _room(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
     """A floor below a tilted line, sometimes a second wall."""
     height, width = canvas.shape[:2]
     left, right = rng.uniform(0.35, 0.85, 2) * height
-    floor = outlines.polygon((0, left), (width, right), (width, height), (0, height))
+    floor = shapes.polygon((0, left), (width, right), (width, height), (0, height))
     _fill(rng, canvas, floor, held_out)
     if rng.random() < 0.5:
         edge = rng.uniform(0.2, 0.8) * width
-        wall = outlines.polygon((0, 0), (edge, 0), (edge, (left + right) / 2), (0, left))
+        wall = shapes.polygon((0, 0), (edge, 0), (edge, (left + right) / 2), (0, left))
         _fill(rng, canvas, wall, held_out)
 
 
@@ -173,7 +173,7 @@ def _cuttings(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> N
     height, width = canvas.shape[:2]
     for _ in range(int(rng.integers(2, 6))):
         size = rng.uniform(0.15, 0.6) * max(height, width)
-        patch = outlines.blob(rng, int(rng.integers(4, 9)), 0.6) * size
+        patch = shapes.blob(rng, int(rng.integers(4, 9)), 0.6) * size
         _fill(rng, canvas, patch + rng.random(2) * (width, height), held_out)
 
 
@@ -191,7 +191,7 @@ def _shelves(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> No
     room, length = (width, height) if upright else (height, width)
     for spot in rng.random(int(rng.integers(2, 5))) * room:
         thick, tilt = rng.uniform(0.03, 0.2) * room, rng.uniform(-0.1, 0.1) * room
-        board = outlines.polygon(
+        board = shapes.polygon(
             (0, spot), (length, spot + tilt), (length, spot + tilt + thick), (0, spot + thick)
         )
         _fill(rng, canvas, board[:, ::-1] if upright else board, held_out)
@@ -207,5 +207,5 @@ def _mosaic(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> Non
                 x0, x1 = np.array([column, column + 1]) * width / columns
                 y0, y1 = np.array([row, row + 1]) * height / rows
                 jitter = rng.uniform(-0.08, 0.08, (4, 2)) * (width, height)
-                cell = outlines.rectangle(x0, y0, x1, y1) + jitter
+                cell = shapes.rectangle(x0, y0, x1, y1) + jitter
                 _fill(rng, canvas, cell, held_out)

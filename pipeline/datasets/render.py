@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.datasets import materials
 from pipeline.datasets.compose import Sprite
-from pipeline.datasets.parts import DARK, LIGHT, Part
+from pipeline.datasets.shapes import DARK, LIGHT, Part
 
 _NEIGHBOURS = np.ones((3, 3), dtype=np.uint8)
 _SHIFT = 4  # fractional bits of the coordinates handed to cv2.fillPoly

@@ -1,25 +1,452 @@
 """The ten object classes of the generated world, and the things that belong to none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from pipeline.datasets import household, outdoors
-from pipeline.datasets import outlines as o
-from pipeline.datasets.parts import Part, part
 from pipeline.datasets.randomness import ShapeDice
 
+BODY, SECOND, THIRD, DARK, LIGHT = range(5)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One painted piece: outlines filled by the even-odd rule, so that inner outlines are holes.
+
+    Attributes:
+        contours: Outlines in object units.
+        slot: Which material it wears; DARK and LIGHT are shades for windows, tyres and openings.
+        relief: Strength of the rounded shading, 0 is flat.
+    """
+
+    contours: Sequence[np.ndarray]
+    slot: int = BODY
+    relief: float = 1.0
+
+
+def part(*contours: np.ndarray, slot: int = BODY, relief: float = 1.0) -> Part:
+    """Make a part from its outlines."""
+    return Part(contours, slot, relief)
+
+
+Points = np.ndarray
+Place = Sequence[float] | Points
+
+
+def polygon(*corners: tuple[float, float]) -> Points:
+    """Return the given corners as an outline."""
+    return np.array(corners, dtype=np.float64)
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float) -> Points:
+    """Return an axis-aligned rectangle."""
+    return polygon((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+
+
+def rounded(x0: float, y0: float, x1: float, y1: float, radius: float) -> Points:
+    """Return a rectangle whose corners are quarter circles of the given radius."""
+    radius = min(radius, abs(x1 - x0) / 2, abs(y1 - y0) / 2)
+    corners = ((x1, y0, -90), (x1, y1, 0), (x0, y1, 90), (x0, y0, 180))
+    centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
+    pieces = []
+    for x, y, start in corners:
+        inward = np.sign(centre - (x, y)) * radius
+        pieces.append(arc(x + inward[0], y + inward[1], radius, radius, start, start + 90, 5))
+    return np.concatenate(pieces)
+
+
+def arc(
+    x: float, y: float, rx: float, ry: float, start: float, stop: float, num_points: int = 16
+) -> Points:
+    """Return points on an ellipse from one angle to another (degrees, clockwise on the screen)."""
+    angles = np.deg2rad(np.linspace(start, stop, num_points))
+    return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1)
+
+
+def ellipse(x: float, y: float, rx: float, ry: float) -> Points:
+    """Return a closed ellipse."""
+    return arc(x, y, rx, ry, 0, 345, 24)
+
+
+def smooth(corners: Sequence[tuple[float, float]] | Points, rounds: int = 2) -> Points:
+    """Round a closed outline by cutting its corners (Chaikin's scheme)."""
+    points = np.asarray(corners, dtype=np.float64)
+    for _ in range(rounds):
+        following = np.roll(points, -1, axis=0)
+        cut = np.stack([0.75 * points + 0.25 * following, 0.25 * points + 0.75 * following], axis=1)
+        points = cut.reshape(-1, 2)
+    return points
+
+
+def profile(pairs: Sequence[tuple[float, float]], rounds: int = 0) -> Points:
+    """Return the outline symmetric about x = 0 that passes through (half width, y) pairs."""
+    right = np.asarray(pairs, dtype=np.float64)
+    left = right[::-1] * (-1, 1)
+    outline = np.concatenate([right, left])
+    return smooth(outline, rounds) if rounds else outline
+
+
+def stroke(path: Points, width: float | tuple[float, float]) -> Points:
+    """Return the outline of a line along `path`; a pair of widths makes it taper."""
+    path = np.asarray(path, dtype=np.float64)
+    first, last = width if isinstance(width, tuple) else (width, width)
+    tangent = np.gradient(path, axis=0)
+    tangent /= np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-9)
+    normal = tangent[:, ::-1] * (-1, 1)
+    half = np.linspace(first, last, len(path))[:, None] / 2
+    return np.concatenate([path + half * normal, (path - half * normal)[::-1]])
+
+
+def curve(p0: Place, p1: Place, p2: Place, num: int = 12) -> Points:
+    """Return a quadratic Bezier curve from p0 to p2 that bends towards p1."""
+    t = np.linspace(0, 1, num)[:, None]
+    first, pull, last = (np.asarray(p, dtype=np.float64) for p in (p0, p1, p2))
+    return (1 - t) ** 2 * first + 2 * t * (1 - t) * pull + t**2 * last
+
+
+def blob(rng: np.random.Generator, num_corners: int = 7, roughness: float = 0.4) -> Points:
+    """Return a smooth random closed outline around the origin."""
+    angles = np.linspace(0, 2 * np.pi, num_corners, endpoint=False) + rng.uniform(0, 6)
+    radii = 1 - roughness * rng.random(num_corners)
+    return smooth(np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1))
+
+
+def car(dice: ShapeDice) -> list[Part]:
+    """A body on two wheels with a cabin and windows: from pick-up over saloon to van."""
+    sill, bonnet, roof = 0.32, dice.uniform(-0.08, 0.06), dice.uniform(-0.5, -0.25)
+    front, rear = dice.uniform(0.15, 0.6), dice.uniform(-0.95, -0.5)
+    rake, drop = dice.uniform(0.08, 0.35), dice.uniform(0.05, 0.3)
+    boot = bonnet + dice.uniform(-0.1, 0.08)
+    cabin = [
+        (max(rear - 0.02, -0.98), boot),
+        (max(rear + drop * 0.5, -0.97), roof),
+        (front - rake, roof),
+        (front + 0.05, bonnet),
+    ]
+    body = [
+        (-1, boot + 0.03),
+        *cabin,
+        (0.93, bonnet + 0.1),
+        (1.0, 0.15),
+        (0.98, sill),
+        (-0.98, sill),
+    ]
+    wheel = dice.uniform(0.17, 0.26)
+    axles = (-dice.uniform(0.5, 0.68), dice.uniform(0.5, 0.68))
+    parts = [part(smooth(polygon(*body), 1))]
+    parts += _car_windows(dice, cabin, boot, bonnet)
+    if dice.chance(0.5):
+        parts.append(part(rectangle(-0.97, 0.2, 0.97, sill), slot=SECOND, relief=0.3))
+    parts.append(part(ellipse(0.9, bonnet + 0.16, 0.07, 0.05), slot=LIGHT))
+    for x in axles:
+        parts.append(part(ellipse(x, sill, wheel, wheel), slot=DARK))
+        hub = wheel * dice.uniform(0.4, 0.7)
+        parts.append(part(ellipse(x, sill, hub, hub), slot=THIRD))
+    return parts
+
+
+def _car_windows(dice: ShapeDice, cabin: list, boot: float, bonnet: float) -> list[Part]:
+    """Return one to three windows inside the cabin's outline."""
+    quad = np.array(cabin)
+    centre = quad.mean(axis=0)
+    base = np.array([quad[0], quad[1], quad[2], quad[3]])
+    glass = centre + (base - centre) * (0.8, 0.68)
+    count = dice.integer(1, 3)
+    edges = np.linspace(0, 1, count + 1)
+    windows = []
+    for left, right in pairwise(edges):
+        gap = 0.03 if count > 1 else 0.0
+        low = [glass[0] + t * (glass[3] - glass[0]) for t in (left + gap, right - gap)]
+        high = [glass[1] + t * (glass[2] - glass[1]) for t in (left + gap, right - gap)]
+        windows.append(part(np.array([low[0], high[0], high[1], low[1]]), slot=LIGHT, relief=0.2))
+    return windows
+
+
+def fish(dice: ShapeDice) -> list[Part]:
+    """A spindle-shaped body with a forked tail, fins, an eye and a gill."""
+    depth, nose = dice.uniform(0.24, 0.62), dice.uniform(0.5, 0.9)
+    tail, fork = dice.uniform(0.25, 0.6), dice.uniform(0.0, 0.25)
+    hump = dice.uniform(-0.1, 0.35)
+    back = [(0.95, 0.02), (nose * 0.8, -depth * 0.6), (hump, -depth), (-0.35, -depth * 0.55)]
+    belly = [(-0.35, depth * 0.5), (hump, depth * 0.9), (nose * 0.8, depth * 0.6)]
+    body = smooth([*back, (-0.62, -0.07), (-0.62, 0.07), *belly], 2)
+    flick = dice.uniform(-0.1, 0.1)
+    fin = polygon(
+        (-0.5, 0.04), (-1, tail + flick), (-0.85 + fork, flick), (-1, -tail + flick), (-0.5, -0.04)
+    )
+    start, rise = dice.uniform(0.05, 0.45), dice.uniform(0.12, 0.4)
+    dorsal = polygon((start, -depth * 0.7), (start - 0.25, -depth - rise), (-0.4, -depth * 0.4))
+    ventral = polygon((0.25, depth * 0.7), (0.05, depth + rise * 0.7), (-0.1, depth * 0.7))
+    slot = dice.integer(0, 1)
+    parts = [part(fin, slot=slot), part(smooth(dorsal, 1), slot=slot), part(ventral, slot=slot)]
+    parts.append(part(body, relief=1.4))
+    for x in np.linspace(-0.3, 0.3, dice.integer(2, 3)) if dice.chance(0.4) else ():
+        band = ellipse(x, 0, dice.uniform(0.03, 0.08), depth * (0.75 - abs(x)))
+        parts.append(part(band, slot=THIRD, relief=0))
+    eye = dice.uniform(0.05, 0.09)
+    gill = arc(0.35, 0, 0.14, depth * 0.6, -60, 60, 8)
+    parts.append(part(stroke(gill, 0.04), slot=DARK, relief=0))
+    parts.append(
+        part(stroke(curve((0.1, 0.08), (0, 0.2), (-0.15, 0.16), 6), (0.16, 0.04)), slot=slot)
+    )
+    parts.append(part(ellipse(0.6, -depth * 0.2, eye, eye), slot=LIGHT, relief=0))
+    parts.append(part(ellipse(0.6, -depth * 0.2, eye * 0.5, eye * 0.5), slot=DARK, relief=0))
+    return parts
+
+
+def tree(dice: ShapeDice) -> list[Part]:
+    """A trunk that carries a crown: tiers, one round mass, or several on branches."""
+    width, split = dice.uniform(0.08, 0.2), dice.uniform(-0.05, 0.4)
+    lean, spread = dice.uniform(-0.12, 0.12), dice.uniform(0.4, 0.75)
+    trunk = stroke(curve((0, 1.0), (lean, 0.6), (lean, split - 0.25)), (width * 1.4, width))
+    parts = [part(trunk, slot=SECOND)]
+    kind = dice.integer(0, 2)
+    if kind == 0:
+        tiers = dice.integer(2, 4)
+        for i in range(tiers):
+            half = spread * (1 - i / (tiers + 0.8))
+            foot = split - i * (split + 0.55) / tiers
+            peak = foot - (split + 1) / tiers * dice.uniform(0.9, 1.4)
+            parts.append(part(polygon((lean - half, foot), (lean, peak), (lean + half, foot))))
+    elif kind == 1:
+        centre = (split - 1) / 2
+        crown = blob(dice.rng, 9, 0.3) * (spread, (split + 1) / 2)
+        parts.append(part(crown + np.array([lean, centre]), relief=1.5))
+    else:
+        for i, x in enumerate(np.linspace(-spread, spread, dice.integer(3, 4))):
+            tip = (lean + x * 0.9, split - 0.35 - 0.35 * (1 - abs(x)) - 0.1 * (i % 2))
+            branch = curve((lean, split), (lean + x * 0.2, split - 0.3), tip)
+            parts.append(part(stroke(branch, (width * 0.7, width * 0.4)), slot=SECOND))
+            size = dice.uniform(0.22, 0.38)
+            parts.append(part(blob(dice.rng, 7, 0.3) * size + tip, relief=1.5))
+    return parts
+
+
+def house(dice: ShapeDice) -> list[Part]:
+    """Walls under a pitched roof, with a door, windows and often a chimney."""
+    half, floor = dice.uniform(0.5, 0.8), 0.85
+    eaves, ridge = dice.uniform(-0.3, 0.15), dice.uniform(0.35, 0.75)
+    over, peak = dice.uniform(0.03, 0.2), dice.uniform(-0.3, 0.3)
+    flat = half * (dice.uniform(0.2, 0.8) if dice.chance(0.4) else 0.0)
+    top = eaves - ridge
+    parts = []
+    if dice.chance(0.6):
+        x = half * dice.uniform(0.3, 0.65) * (1 if dice.chance(0.5) else -1)
+        parts.append(part(rectangle(x - 0.09, top - 0.02, x + 0.09, eaves), slot=THIRD))
+    parts.append(part(rectangle(-half, eaves, half, floor), relief=0.4))
+    roof = [(-half - over, eaves + 0.04), (peak * half - flat, top), (peak * half + flat, top)]
+    parts.append(part(polygon(*roof, (half + over, eaves + 0.04)), slot=SECOND, relief=0.6))
+    door, wide, high = (
+        dice.uniform(-0.6, 0.6) * half,
+        dice.uniform(0.1, 0.17),
+        dice.uniform(0.35, 0.55),
+    )
+    high = min(high, (floor - eaves) * 0.8)
+    frame = rectangle(door - wide, floor - high, door + wide, floor)
+    parts.append(part(frame, slot=dice.integer(2, 3), relief=0.4))
+    glass = dice.integer(3, 4)
+    size, row = dice.uniform(0.09, 0.15), eaves + (floor - eaves) * dice.uniform(0.25, 0.4)
+    for x in np.linspace(-half + 0.2, half - 0.2, dice.integer(2, 3)):
+        if abs(x - door) > wide + size or row + size < floor - high:
+            pane = rectangle(x - size, row - size, x + size, row + size)
+            parts.append(part(pane, slot=glass, relief=0.2))
+    return parts
+
+
+def cup(dice: ShapeDice) -> list[Part]:
+    """A vessel with an open rim and a handle at its side; sometimes a saucer or a band."""
+    height, foot = dice.uniform(0.55, 1.15), dice.uniform(0.4, 0.95)
+    rim, size, thick = dice.uniform(0.06, 0.2), dice.uniform(0.3, 0.55), dice.uniform(0.1, 0.2)
+    bulge = dice.uniform(-0.12, 0.2)
+    top, bottom, half = -height / 2, height / 2, 0.55
+    middle = half * (1 + foot) / 2 + bulge
+    sides = [
+        (half, top),
+        (middle + 0.03, 0),
+        (half * foot, bottom - 0.06),
+        (half * foot * 0.9, bottom),
+    ]
+    angle = dice.uniform(-12, 12)
+    ring = arc(half * 0.95, -0.05, size * 0.8, size * height * 0.65, -100 + angle, 100 + angle)
+    parts = []
+    if dice.chance(0.3):
+        saucer = half * dice.uniform(1.3, 1.8)
+        parts.append(part(ellipse(0, bottom, saucer, 0.1 + rim / 2), slot=SECOND))
+    parts.append(part(stroke(ring, thick), slot=dice.integer(0, 1)))
+    parts.append(part(profile(sides)))
+    if dice.chance(0.4):
+        y = dice.uniform(-0.2, 0.3) * height
+        parts.append(part(rectangle(-middle, y - 0.07, middle, y + 0.07), slot=THIRD, relief=0))
+    parts.append(part(ellipse(0, top, half, rim)))
+    parts.append(part(ellipse(0, top + rim * 0.12, half * 0.87, rim * 0.76), slot=DARK, relief=0))
+    return parts
+
+
+def bottle(dice: ShapeDice) -> list[Part]:
+    """A tall body, shoulders, a narrow neck and a cap; often a label."""
+    half, neck = dice.uniform(0.22, 0.42), dice.uniform(0.07, 0.15)
+    shoulder, rise = dice.uniform(-0.45, 0.1), dice.uniform(0.12, 0.45)
+    waist = half * dice.uniform(0.8, 1.1)
+    throat = max(shoulder - rise, -0.86)
+    sides = [
+        (neck, -0.9),
+        (neck, throat),
+        (half * 0.75, (throat + shoulder) / 2 + rise * 0.1),
+        (half, shoulder),
+        (waist, (shoulder + 0.9) / 2),
+        (half, 0.92),
+        (half * 0.9, 1.0),
+    ]
+    parts = [part(profile(sides))]
+    if dice.chance(0.7):
+        low = dice.uniform(0.45, 0.8)
+        high = max(shoulder + 0.08, low - dice.uniform(0.25, 0.6))
+        parts.append(part(rectangle(-waist, high, waist, low), slot=SECOND, relief=0.3))
+    cap = neck * dice.uniform(1.05, 1.6)
+    parts.append(part(rounded(-cap, -1.0, cap, -0.84, 0.04), slot=THIRD))
+    return parts
+
+
+def chair(dice: ShapeDice) -> list[Part]:
+    """A seat seen from above its front edge, four legs, and a back of slats, bars or board."""
+    half, depth, slant = dice.uniform(0.38, 0.6), dice.uniform(0.16, 0.34), dice.uniform(-0.3, 0.3)
+    legs, back = dice.uniform(0.5, 0.9), dice.uniform(0.6, 1.0)
+    thick, splay = dice.uniform(0.06, 0.13), dice.uniform(0.0, 0.14)
+    rear = [(-half + slant, -depth), (half + slant, -depth)]
+    front = [(-half, 0.0), (half, 0.0)]
+    parts = []
+    for x, y in rear:
+        foot = (x + np.sign(x - slant) * splay, y + legs * 0.92)
+        parts.append(part(stroke(np.array([(x, y), foot]), thick * 0.9), slot=SECOND))
+    top = -depth - back
+    posts = [np.array([(x, y), (x * 1.02 + slant * 0.2, top)]) for x, y in rear]
+    if dice.chance(0.35):
+        panel = polygon(rear[0], tuple(posts[0][1]), tuple(posts[1][1]), rear[1])
+        lifted = panel - (0, back * dice.uniform(0.05, 0.3)) * np.array([[1], [0], [0], [1]])
+        parts.append(part(lifted, slot=dice.integer(0, 1)))
+    else:
+        parts += _chair_slats(dice, posts, thick)
+    parts += [part(stroke(post, thick), slot=SECOND) for post in posts]
+    parts.append(part(polygon(*front, rear[1], rear[0])))
+    parts.append(part(rectangle(-half, 0, half, thick * 1.1)))
+    for x, y in front:
+        foot = (x + np.sign(x) * splay, y + legs)
+        parts.append(part(stroke(np.array([(x, y), foot]), thick), slot=SECOND))
+    return parts
+
+
+def _chair_slats(dice: ShapeDice, posts: list[np.ndarray], thick: float) -> list[Part]:
+    """Return the slats between two posts, lying or upright."""
+    count, lying = dice.integer(2, 4), dice.chance(0.5)
+    slats = []
+    for t in np.linspace(0.3, 0.95, count):
+        if lying:
+            ends = np.stack([post[0] + t * (post[1] - post[0]) for post in posts])
+        else:
+            share = (t - 0.3) / 0.65 * 0.6 + 0.2
+            ends = (1 - share) * posts[0] + share * posts[1]
+        slats.append(part(stroke(ends, thick * 0.9), slot=SECOND))
+    if not lying:
+        slats.append(part(stroke(np.stack([p[1] for p in posts]), thick * 1.4), slot=SECOND))
+    return slats
+
+
+def lamp(dice: ShapeDice) -> list[Part]:
+    """A foot, a straight or jointed arm, and a shade that opens downwards or sideways."""
+    foot, thin = dice.uniform(0.25, 0.45), dice.uniform(0.05, 0.1)
+    top, bottom = dice.uniform(0.12, 0.3), dice.uniform(0.35, 0.6)
+    tall = dice.uniform(0.3, 0.6)
+    shade = polygon((-top, -tall), (top, -tall), (bottom, 0), (-bottom, 0))
+    if dice.chance(0.35):
+        shade = np.concatenate([arc(0, 0, bottom, tall, 180, 360, 14)])
+    if dice.chance(0.5):
+        arm = np.array([(0, 0.95), (0, -0.35)])
+        place, tilt = np.array([0, -0.35]), dice.uniform(-5, 5)
+    else:
+        knee = (-dice.uniform(0.2, 0.5), dice.uniform(-0.1, 0.2))
+        head = (dice.uniform(0.0, 0.4), dice.uniform(-0.65, -0.4))
+        arm = np.array([(0, 0.95), knee, head])
+        place, tilt = np.array(head) + np.array([0.05, 0.1]), dice.uniform(-60, -15)
+    turn = np.deg2rad(tilt)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    parts = [part(stroke(np.stack(a), thin), slot=SECOND) for a in pairwise(arm)]
+    if dice.chance(0.5):
+        parts.append(part(ellipse(0, 0.95, foot, foot * dice.uniform(0.2, 0.4)), slot=SECOND))
+    else:
+        parts.append(part(profile([(foot * 0.4, 0.8), (foot, 0.95), (foot, 1.02)]), slot=SECOND))
+    bulb = ellipse(0, 0.03, bottom * 0.4, 0.13) @ rotation + place
+    parts.append(part(bulb, slot=LIGHT))
+    parts.append(part(shade @ rotation + place))
+    return parts
+
+
+def key(dice: ShapeDice) -> list[Part]:
+    """A bow with a hole, a shaft, and teeth at one side of its end."""
+    radius, hole = dice.uniform(0.26, 0.42), dice.uniform(0.4, 0.72)
+    thick, aspect = dice.uniform(0.09, 0.17), dice.uniform(0.7, 1.3)
+    kind, x = dice.integer(0, 3), -0.62
+    if kind == 0:
+        bow = ellipse(x, 0, radius * aspect**0.5, radius)
+    elif kind == 1:
+        bow = rounded(x - radius, -radius * aspect, x + radius, radius * aspect, radius * 0.4)
+    elif kind == 2:
+        bow = polygon((x - radius, 0), (x, -radius * aspect), (x + radius, 0), (x, radius * aspect))
+    else:
+        angles = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+        wavy = radius * (0.85 + 0.2 * np.cos(3 * angles))
+        bow = np.stack([x + wavy * np.cos(angles), wavy * np.sin(angles)], axis=1)
+    inner = (bow - (x, 0)) * hole + (x, 0)
+    parts = [part(rectangle(x + radius * 0.8, -thick / 2, 1.0, thick / 2))]
+    count = dice.integer(2, 4)
+    for end in np.linspace(0.95, 0.95 - 0.16 * count, count):
+        long, wide = dice.uniform(0.12, 0.34), dice.uniform(0.06, 0.11)
+        parts.append(part(rectangle(end - wide, 0, end, thick / 2 + long)))
+    parts.append(part(bow, inner))
+    if dice.chance(0.4):
+        collar = x + radius + dice.uniform(0.05, 0.2)
+        parts.append(part(rounded(collar, -thick, collar + 0.09, thick, 0.03), slot=SECOND))
+    return parts
+
+
+def umbrella(dice: ShapeDice) -> list[Part]:
+    """A canopy with a scalloped edge in wedges, on a stick with a hooked handle."""
+    wide, high = dice.uniform(0.75, 1.0), dice.uniform(0.45, 0.8)
+    rim, count = dice.uniform(-0.25, 0.05), dice.integer(3, 6)
+    sag, hook = dice.uniform(0.04, 0.14), dice.uniform(0.1, 0.22)
+    thin, end = dice.uniform(0.04, 0.08), dice.uniform(0.65, 0.95)
+    side = 1 if dice.chance(0.5) else -1
+    handle = arc(side * hook, end - hook, hook, hook, 180, 180 - side * 200, 12)
+    if side < 0:
+        handle = arc(-hook, end - hook, hook, hook, 0, 200, 12)
+    parts = [
+        part(stroke(np.array([(0, rim - high), (0, end - hook)]), thin), slot=SECOND),
+        part(stroke(handle, thin * 1.5), slot=SECOND),
+    ]
+    spots = np.sin(np.linspace(-np.pi / 2, np.pi / 2, count + 1)) * wide
+    two_tone = dice.chance(0.5)
+    for i, (left, right) in enumerate(pairwise(spots)):
+        up = curve((left, rim), (left * 0.95, rim - high * 0.75), (0, rim - high))
+        down = curve((0, rim - high), (right * 0.95, rim - high * 0.75), (right, rim))
+        edge = curve((right, rim), ((left + right) / 2, rim - sag * 2), (left, rim))
+        wedge = np.concatenate([up, down, edge])
+        parts.append(part(wedge, slot=THIRD if two_tone and i % 2 else BODY, relief=0.7))
+    parts.append(part(rectangle(-thin / 2, rim - high - 0.12, thin / 2, rim - high), slot=SECOND))
+    return parts
+
+
 CLASSES: dict[str, Callable[[ShapeDice], list[Part]]] = {
-    "cup": household.cup,
-    "bottle": household.bottle,
-    "chair": household.chair,
-    "car": outdoors.car,
-    "fish": outdoors.fish,
-    "tree": outdoors.tree,
-    "lamp": household.lamp,
-    "key": household.key,
-    "house": outdoors.house,
-    "umbrella": household.umbrella,
+    "cup": cup,
+    "bottle": bottle,
+    "chair": chair,
+    "car": car,
+    "fish": fish,
+    "tree": tree,
+    "lamp": lamp,
+    "key": key,
+    "house": house,
+    "umbrella": umbrella,
 }
 
 
@@ -31,23 +458,23 @@ def distractor(dice: ShapeDice) -> list[Part]:
         spot = np.array([dice.uniform(-0.5, 0.5), dice.uniform(-0.5, 0.5)])
         kind = dice.integer(0, 6)
         if kind == 0:
-            contours = [o.blob(dice.rng, dice.integer(5, 9), 0.6)]
+            contours = [blob(dice.rng, dice.integer(5, 9), 0.6)]
         elif kind == 1:
-            contours = [o.rectangle(-1, -1, 1, 1)]
+            contours = [rectangle(-1, -1, 1, 1)]
         elif kind == 2:
-            contours = [o.ellipse(0, 0, 1, 1)]
+            contours = [ellipse(0, 0, 1, 1)]
         elif kind == 3:
             inner = dice.uniform(0.4, 0.8)
-            contours = [o.ellipse(0, 0, 1, 1), o.ellipse(0, 0, inner, inner)]
+            contours = [ellipse(0, 0, 1, 1), ellipse(0, 0, inner, inner)]
         elif kind == 4:
             angles = np.linspace(0, 2 * np.pi, dice.integer(3, 7) * 2, endpoint=False)
             radii = np.where(np.arange(len(angles)) % 2, dice.uniform(0.3, 0.9), 1.0)
             contours = [np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)]
         elif kind == 5:
-            contours = [o.stroke(o.curve((-1, 0), dice.rng.uniform(-1, 1, 2), (1, 0)), 0.25)]
+            contours = [stroke(curve((-1, 0), dice.rng.uniform(-1, 1, 2), (1, 0)), 0.25)]
         else:
             a = dice.uniform(0.15, 0.4)
-            contours = [o.rectangle(-1, -a, 1, a), o.rectangle(-a, a, a, 1)]
+            contours = [rectangle(-1, -a, 1, a), rectangle(-a, a, a, 1)]
         turn = dice.rng.uniform(0, 2 * np.pi)
         matrix = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
         placed = [(c * size) @ matrix + spot for c in contours]

@@ -26,9 +26,9 @@ from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.features.row_random import RowRandom
 from pretrain.model.backbone import ResNet
-from pretrain.model.heads import Prototypes, mlp
+from pretrain.model.heads import mlp
 from pretrain.objectives.method_spec import resolve
-from pretrain.objectives.objective import Objective
+from pretrain.objectives.objective import Objective, Prototypes
 
 Views = Float[Tensor, "2 n 3 s s"]
 Features = Float[Tensor, "2 n d"]

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pretrain import collectives as dist
 from pretrain.config_method import ObjectiveConfig
 from pretrain.features.memory_bank import SupportQueue
-from pretrain.model.heads import Prototypes
 from pretrain.objectives import losses
 
 Features = Float[Tensor, "n d"]
+
+
+class Prototypes(nn.Module):
+    """Directions to which features are assigned (SwAV, arXiv 2006.09882).
+
+    Only the direction of a row of ``weight`` counts: it is normalised in every forward pass, where
+    SwAV normalises the parameter itself before each step. Rows start uniform on the unit sphere.
+
+    Args:
+        num_prototypes: Rows K of ``weight``.
+        dim: Width d of a feature.
+
+    Raises:
+        ValueError: If either is below 1.
+    """
+
+    def __init__(self, num_prototypes: int, dim: int) -> None:
+        super().__init__()
+        if num_prototypes < 1 or dim < 1:
+            raise ValueError(
+                "prototypes need at least one row and column, "
+                f"got num_prototypes={num_prototypes}, dim={dim}"
+            )
+        self.weight = nn.Parameter(functional.normalize(torch.randn(num_prototypes, dim), dim=1))
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n K"]:
+        """Cosine similarity of each feature to each prototype, in [-1, 1]."""
+        return functional.normalize(x, dim=1) @ functional.normalize(self.weight, dim=1).T
 
 
 class Objective(nn.Module):

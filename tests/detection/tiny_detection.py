@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from common.resnet import Arch
-from detection.convert.reference_resnet import ReferenceResNet
+from detection.convert.parity import ReferenceResNet
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "detection"

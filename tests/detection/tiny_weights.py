@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.resnet import Arch
-from detection.convert.reference_resnet import ReferenceResNet
+from detection.convert.parity import ReferenceResNet
 from tests.detection.tiny_detection import liven_norms
 
 TINY = Arch(50, 2, 3, 5)

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.features.memory_bank import SupportQueue
-from pretrain.model.heads import Prototypes, mlp
+from pretrain.model.heads import mlp
 from pretrain.objectives.losses import (
     byol_loss,
     infonce_loss,
@@ -23,6 +23,7 @@ from pretrain.objectives.losses import (
     sinkhorn,
     swav_loss,
 )
+from pretrain.objectives.objective import Prototypes
 
 PEER = os.environ.get("FA_PEER_PYTHON")
 pytestmark = [

@@ -7,8 +7,8 @@ import pytest
 
 from common.errors import UserError
 from pipeline.config import ARMS, load_config
+from pipeline.fingerprint import source_files
 from pipeline.plan import build_stages, config_bases, flags
-from pipeline.sources import source_files
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "configs/pipeline").rglob("*.yaml"))

@@ -7,10 +7,9 @@ import pytest
 
 from common.errors import RunFailed, UserError
 from common.files import inside, remove
-from pipeline.fingerprint import Stage
+from pipeline.fingerprint import Stage, source_digest, source_files
 from pipeline.progress import Progress
 from pipeline.run import Runner
-from pipeline.sources import source_digest, source_files
 from pipeline.stage_store import lock
 
 COPY = """

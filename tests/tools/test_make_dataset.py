@@ -16,7 +16,8 @@ import cv2
 import pytest
 
 from common.annotations.voc import read_list, read_picture
-from pipeline.datasets import build, voc_writer
+from pipeline.datasets import build
+from pipeline.datasets import build as voc_writer
 from tools import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,9 @@ from detectron2.config import get_cfg
 
 from common.files import sha256_of
 from common.resnet import Arch
-from detection.convert.card_text import UNKNOWN, render
+from detection.convert.card import UNKNOWN, place, plain, render
 from detection.convert.conventions import D2_CARD
 from detection.convert.to_detectron2 import convert, read_source
-from detection.convert.training_record import place, plain
 from detection.training.config import arch_of_config
 from detection.training.weights import CARD_FORMAT, check_card
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
@@ -179,7 +178,7 @@ def test_keys_for_detectron2_are_the_right_ones(ending: str, tmp_path: Path) -> 
 def test_lines_for_torchvision_run(
     arch: Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from detection.convert.reference_resnet import ReferenceResNet
+    from detection.convert.parity import ReferenceResNet
 
     state = torchvision_state(arch)
     _, text = cards(save(state, tmp_path / "a.pth"), tmp_path / "b.pth", to="torchvision")

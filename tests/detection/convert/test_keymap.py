@@ -5,8 +5,7 @@ import torchvision
 from common.errors import UserError
 from common.resnet import Arch, infer_arch, read_arch
 from detection.convert import keymap
-from detection.convert.parity import build_bare_resnet
-from detection.convert.reference_resnet import ReferenceResNet, tensor_shapes
+from detection.convert.parity import ReferenceResNet, build_bare_resnet, tensor_shapes
 
 ARCHS = {
     18: Arch(18, 64, 64, 64),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import detection.training.heads  # noqa: F401  (registers the C4 head)
 from common.errors import UserError
 from common.resnet import Arch
+from detection.convert.conventions import IMAGENET
 from detection.convert.parity import build_bare_resnet
-from detection.convert.pixels import IMAGENET
 from detection.convert.to_detectron2 import convert, read_source
 from detection.training.config import load_config, set_arch
 from detection.training.weights import load_backbone

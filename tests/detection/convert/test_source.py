@@ -14,7 +14,7 @@ from torch import Tensor
 from common.checkpoints import load_safetensors as load
 from common.errors import UserError
 from common.resnet import Arch
-from detection.convert import variants
+from detection.convert import keymap as variants
 from detection.convert.to_detectron2 import convert, read_source
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main

@@ -15,8 +15,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.resnet import Arch
 from detection.convert import to_detectron2 as conversion
+from detection.convert.conventions import IMAGENET, parse_preprocessing
 from detection.convert.parity import compare, comparison_picture
-from detection.convert.pixels import IMAGENET, parse_preprocessing
 from detection.convert.to_detectron2 import convert, read_source, to_detectron2
 from tests.detection.tiny_detection import ROOT, liven_norms, write_our_checkpoint
 from tools.convert_to_d2 import main

@@ -11,7 +11,7 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
 from detection.dataset import VocSet, classes_without_objects, read_set
-from detection.evaluation.error_evaluator import ErrorEvaluator
+from detection.evaluation.error_analysis import ErrorEvaluator
 from detection.evaluation.voc import (
     ClasswiseVOCEvaluator,
     DetectionRecorder,

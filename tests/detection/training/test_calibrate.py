@@ -3,9 +3,9 @@
 import torch
 from detectron2.modeling import build_model
 
-from detection.training.calibrate import calibrate_frozen_norms
 from detection.training.config import load_config
 from detection.training.trainer import Trainer  # noqa: F401  (registers the heads)
+from detection.training.weights import calibrate_frozen_norms
 from tests.detection.tiny_detection import CONFIGS
 
 

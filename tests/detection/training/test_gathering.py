@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from detection.dataset import VocSet, read_set
 from detection.evaluation.coco import CocoEvaluator
-from detection.evaluation.error_evaluator import ErrorEvaluator
+from detection.evaluation.error_analysis import ErrorEvaluator
 from detection.evaluation.voc import DetectionRecorder
 from tests.detection.tiny_detection import make_voc
 

@@ -17,10 +17,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
 from detection.dataset import read_set
-from detection.training.calibrate import calibrate_frozen_norms
 from detection.training.config import load_config
 from detection.training.data import build_train_loader, register
 from detection.training.trainer import Trainer
+from detection.training.weights import calibrate_frozen_norms
 from tests.detection.tiny_detection import CLASSES, CONFIGS, ROOT
 from tools import train_voc as command
 

@@ -6,7 +6,7 @@ import pytest
 import zstandard
 
 from common.errors import UserError
-from pipeline.datasets.rcc import read_rcc
+from pipeline.datasets.packages import read_rcc
 from tests.pipeline.datasets.package_fixture import make_rcc
 
 FILES = {

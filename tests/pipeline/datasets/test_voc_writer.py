@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from common.annotations.canonical import make_folders
-from pipeline.datasets import compose, voc_writer
+from pipeline.datasets import build as voc_writer
+from pipeline.datasets import compose
 from pipeline.datasets.compose import Annotation, Placed, Scene, Sprite
 
 CLASSES = ("cup", "bottle")

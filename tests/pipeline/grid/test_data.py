@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pipeline.grid import data, fashion_mnist
-from pipeline.grid.fashion_mnist import CLASSES, read_idx
+from pipeline.grid import data
+from pipeline.grid import data as fashion_mnist
+from pipeline.grid.data import CLASSES, read_idx
 from tests.pipeline.grid.stub import make_index
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pipeline.grid.executors import Resources, SubmititExecutor
-from pipeline.grid.jobs import CommandJob, Step, read_result
+from pipeline.grid.jobs import CommandJob, Resources, Step, SubmititExecutor, read_result
 from tests.slurm.tiny_run import wait_until
 
 ROOT = Path(__file__).parents[3]

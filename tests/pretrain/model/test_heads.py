@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.model.heads import Prototypes, mlp
+from pretrain.model.heads import mlp
+from pretrain.objectives.objective import Prototypes
 
 
 def kinds(module):
