@@ -29,6 +29,16 @@ setup(
     # With an explicit root an editable install is a plain path entry: new modules are seen at once.
     package_dir={"": "."},
     packages=find_packages(include=[f"{name}{below}" for name in PACKAGES for below in ("", ".*")]),
+    entry_points={
+        "console_scripts": [
+            "fa-pipeline = tools.run_pipeline:main",
+            "fa-dataset = tools.make_dataset:main",
+            "fa-shards = tools.make_shards:main",
+            "fa-pretrain = pretrain.__main__:main",
+            "fa-convert = tools.convert_to_d2:main",
+            "fa-train-voc = tools.train_voc:main",
+        ]
+    },
     package_data={
         "tools": ["*.sha256", "*.sh"],
         "pipeline.report": ["*.css", "*.js", "*.j2"],

@@ -35,7 +35,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEWS = PRESETS["asymmetric"]  # BYOL's
 SEED = 0
-SERVE = Path(__file__).resolve().parent / "peers" / "serve.py"
+ROOT = Path(__file__).resolve().parents[1]
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -295,9 +295,11 @@ class Peer:
         self._library = library
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         environment = {**os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "CUDA_VISIBLE_DEVICES": ""}
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # this project is not installed there
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         try:
             self._process = subprocess.Popen(
-                [python, str(SERVE), library, str(folder)],
+                [python, "-m", "benchmarks.peers.serve", library, str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
                 env=environment,
             )  # fmt: skip

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
@@ -23,7 +22,6 @@ _TABLES = (0xC4, 0xC8, 0xCC)  # markers among those of frames that are none
 _SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
 _BLOCKS = 16  # rows that are decoded together in most files
 _LEFT_OVER = "extraneous bytes before marker 0xd9"  # libjpeg, of data between the rows and the end
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # bad pictures are told here
 
 
 class BadPicture(ValueError):
@@ -129,6 +127,9 @@ def _decode_jpeg(data: Encoded, where: str) -> np.ndarray:
 def _decode_other(data: Encoded, where: str) -> np.ndarray:
     _check_size(*_size(io.BytesIO(data), where), where)
     if _cv2_reads(data):
+        import cv2  # so that a command line answers --help without it
+
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # Pillow tells more
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None:

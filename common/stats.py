@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 MIN_SEEDS = 3  # below this no verdict but 'inconclusive'
@@ -57,6 +56,8 @@ def paired_difference(
     if len(seeds) < 2:
         counted = "no seed" if not seeds else "one seed"
         return summary | {"student_t": None, "bootstrap": None, "note": f"{counted}: no interval"}
+    from scipy import stats  # takes half a second, which --help should not wait for
+
     half = float(stats.t.ppf((1 + level) / 2, len(seeds) - 1))
     half *= summary["std"] / math.sqrt(len(seeds))
     resampled = stats.bootstrap(
@@ -84,6 +85,8 @@ def t_test(differences: Sequence[float]) -> float | None:
     summary = mean_std(differences)
     if summary["std"] <= 1e-12 * abs(summary["mean"]):
         return permutation_test(differences)
+    from scipy import stats
+
     error = summary["std"] / math.sqrt(summary["n"])
     return 2 * float(stats.t.sf(abs(summary["mean"]) / error, summary["n"] - 1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from common.errors import RunFailed, UserError, run_command
 
@@ -16,7 +17,7 @@ Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
 Every key stands in pretrain/config.py; --print-config shows the values after all overrides."""
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="tools/pretrain.sh",
@@ -47,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
     from common.config import to_plain  # after --help, which should not wait
@@ -87,4 +88,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,22 +1,47 @@
-"""The layout keeps its promises: who imports whom, what scripts offer, what no file may hold."""
+"""The layout: who may import whom, what commands offer, what no file may hold."""
 
 import ast
 import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = ("common", "pretrain", "detection", "pipeline", "tools", "benchmarks", "tests")
+PROGRAM = ("common", "pretrain", "detection", "pipeline", "tools", "benchmarks")
+CODE = (*PROGRAM, "tests")
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".js", ".j2", ""}
 MAX_LINES = 700
 # A test module mirrors one module: it grows with the cases of that module, and splitting it would
 # hide which cases are covered. It is read case by case, not as a whole.
 MAX_TEST_LINES = 900
+MAX_SHARED_CLASS_NAMES = 5
+FORBIDDEN = {  # folder -> what no file in it imports, at any place in the file
+    "common": ("pretrain", "detection", "pipeline", "tools", "benchmarks", "detectron2"),
+    "pretrain": ("detection", "pipeline", "tools", "benchmarks", "detectron2"),
+    "detection": ("pretrain", "pipeline", "tools", "benchmarks"),
+    "pipeline": ("pretrain", "detection", "tools", "benchmarks", "detectron2", "torch"),
+    "tools": ("benchmarks", "tests", "detectron2"),
+    "benchmarks": ("tests", "detectron2"),
+    "pretrain/engine": ("pretrain.evaluation",),
+    "pretrain/model": ("pretrain.engine",),
+    "pretrain/objectives": ("pretrain.engine",),
+    "pretrain/features": ("pretrain.engine",),
+}
+SLOW_TO_IMPORT = {
+    "torch",
+    "torchvision",
+    "cv2",
+    "detectron2",
+    "jsonargparse",
+    "matplotlib",
+    "scipy",
+}
 
 
 def sources(*folders: str, suffix: str = ".py") -> list[Path]:
@@ -26,7 +51,7 @@ def sources(*folders: str, suffix: str = ".py") -> list[Path]:
 
 
 def imported_names(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full module name of every import in a file."""
+    """Line and full module name of every import in a file, in functions too."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -34,9 +59,91 @@ def imported_names(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def house(name: str) -> str:
+def package_of(name: str) -> str:
     """The first part of a module name."""
     return name.split(".")[0]
+
+
+def import_graph() -> dict[Path, set[Path]]:
+    """File of the program -> files of the program that it imports."""
+    modules = {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources(*PROGRAM)
+    }
+    graph: dict[Path, set[Path]] = {path: set() for path in modules.values()}
+    for path in graph:
+        for _, name in imported_names(path):
+            while name and name not in modules:  # the last part may be a name in the module
+                name = name.rpartition(".")[0]
+            if name and modules[name] != path:
+                graph[path].add(modules[name])
+    return graph
+
+
+def circle_in(graph: dict[Path, set[Path]]) -> str:
+    """One circle, as "a -> b -> a"; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " -> ".join(map(str, reversed(error.args[1])))
+    return ""
+
+
+def test_no_circle_of_files() -> None:
+    assert circle_in(import_graph()) == ""
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_circle_of_folders(depth: int) -> None:
+    """Folders deeper than `depth` count as part of the one at that depth.
+
+    A folder and the folder it lies in may import each other: pretrain/engine reads
+    pretrain/config.py, and pretrain/__main__.py starts pretrain/engine.
+    """
+    graph: dict[Path, set[Path]] = defaultdict(set)
+    for path, targets in import_graph().items():
+        start = Path(*path.parent.parts[:depth])
+        for target in targets:
+            end = Path(*target.parent.parts[:depth])
+            if not start.is_relative_to(end) and not end.is_relative_to(start):
+                graph[start].add(end)
+    assert circle_in(graph) == ""
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_forbidden_imports(folder: str) -> None:
+    found = [
+        f"{path}:{line} imports {name}"
+        for path in sources(folder)
+        for line, name in imported_names(path)
+        if any(f"{name}.".startswith(f"{forbidden}.") for forbidden in FORBIDDEN[folder])
+    ]
+    assert found == []
+
+
+def test_few_class_names_are_used_twice() -> None:
+    places = defaultdict(list)
+    for path in sources(*PROGRAM):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path))
+    shared = {name: files for name, files in places.items() if len(files) > 1}
+    listed = "\n".join(f"{name}: {', '.join(files)}" for name, files in sorted(shared.items()))
+    assert len(shared) <= MAX_SHARED_CLASS_NAMES, listed
+    assert places["UserError"] == ["common/errors.py"]
+
+
+def test_package_files_hold_at_most_a_docstring() -> None:
+    for path in sources(*CODE):
+        if path.name == "__init__.py":
+            tree = ast.parse((ROOT / path).read_text())
+            assert len(tree.body) == (ast.get_docstring(tree) is not None), path
+
+
+def test_no_program_changes_where_modules_are_found() -> None:
+    """The project is installed (editable), so nothing has to be added to sys.path."""
+    found = [str(path) for path in sources(*PROGRAM) if "sys.path" in (ROOT / path).read_text()]
+    assert found == []
 
 
 WALK = """
@@ -49,7 +156,7 @@ print(" ".join(sorted({name.split(".")[0] for name in sys.modules})))
 
 
 @pytest.mark.parametrize(
-    ("package", "strangers"),
+    ("package", "others"),
     [
         ("common", {"pretrain", "detection", "detectron2", "tools", "pipeline", "benchmarks"}),
         ("pretrain", {"detection", "detectron2", "pipeline", "tools"}),
@@ -57,21 +164,21 @@ print(" ".join(sorted({name.split(".")[0] for name in sys.modules})))
         ("pipeline", {"pretrain", "detection", "detectron2", "torch", "tools"}),
     ],
 )
-def test_house_does_not_import_strangers(package: str, strangers: set[str]) -> None:
+def test_package_does_not_load_others(package: str, others: set[str]) -> None:
     command = [sys.executable, "-c", WALK, package]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert strangers.isdisjoint(done.stdout.split())
+    assert others.isdisjoint(done.stdout.split())
 
 
 def test_common_needs_torch_for_checkpoints_only() -> None:
-    guests = {
+    found = {
         str(path)
         for path in sources("common")
         for _, name in imported_names(path)
-        if house(name) in ("torch", "torchvision")
+        if package_of(name) in ("torch", "torchvision")
     }
-    assert guests == {"common/checkpoints.py"}
+    assert found == {"common/checkpoints.py"}
     modules = [".".join(path.with_suffix("").parts) for path in sources("common")]
     light = [name for name in modules if name != "common.checkpoints" and "__init__" not in name]
     code = f"import sys, {', '.join(light)}; print('torch' in sys.modules)"
@@ -79,34 +186,15 @@ def test_common_needs_torch_for_checkpoints_only() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_user_error_is_defined_once() -> None:
-    places = [
-        str(path)
-        for path in sources(*CODE)
-        for node in ast.walk(ast.parse((ROOT / path).read_text()))
-        if isinstance(node, ast.ClassDef) and node.name == "UserError"
-    ]
-    assert places == ["common/errors.py"]
-
-
-def test_only_detection_imports_detectron2() -> None:
-    guests = [
-        f"{path}:{line}"
-        for path in sources("common", "pretrain", "pipeline", "tools", "benchmarks")
-        for line, name in imported_names(path)
-        if house(name) == "detectron2"
-    ]
-    assert guests == []
-
-
 def test_detection_enters_detectron2_through_compat() -> None:
-    """A module that names detectron2 imports detection.compat, or a module that does, before it."""
+    """A module that imports detectron2 imports detection.compat first."""
     for path in sources("detection"):
-        lines = [line for line, name in imported_names(path) if house(name) == "detectron2"]
-        doors = [line for line, name in imported_names(path) if name.startswith("detection.compat")]
+        names = list(imported_names(path))
+        lines = [line for line, name in names if package_of(name) == "detectron2"]
+        compat = [line for line, name in names if name.startswith("detection.compat")]
         if lines and path.name != "compat.py":
-            assert doors, f"{path} imports detectron2 without detection.compat"
-            assert min(doors) < min(lines), f"{path} imports detectron2 before detection.compat"
+            assert compat, f"{path} imports detectron2 without detection.compat"
+            assert min(compat) < min(lines), f"{path} imports detectron2 before detection.compat"
 
 
 def test_nobody_imports_model_zoo() -> None:
@@ -136,6 +224,40 @@ def test_script_explains_itself_with_an_example(script: Path) -> None:
     assert "example" in done.stdout.lower()
 
 
+HELP = """
+import importlib, sys
+module, function, sys.argv = sys.argv[1], sys.argv[2], [sys.argv[3], "--help"]
+try:
+    status = getattr(importlib.import_module(module), function)()
+except SystemExit as stop:
+    status = stop.code
+print(*sorted({name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def entry_points() -> list[tuple[str, str, str]]:
+    """Name, module and function of the console commands."""
+    text = (ROOT / "setup.py").read_text()
+    return re.findall(r'"(fa-[a-z-]+) = ([\w.]+):(\w+)"', text)
+
+
+def test_console_commands_are_those_of_the_documents() -> None:
+    names = {name for name, _, _ in entry_points()}
+    assert names == {
+        "fa-pipeline", "fa-dataset", "fa-shards", "fa-pretrain", "fa-convert", "fa-train-voc",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "module", "function"), entry_points())
+def test_console_command_helps_without_slow_imports(name: str, module: str, function: str) -> None:
+    command = [sys.executable, "-c", HELP, module, function, name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert SLOW_TO_IMPORT.isdisjoint(done.stderr.split())
+
+
 @pytest.mark.parametrize("script", sources("tools", "benchmarks", ".ci", suffix=".sh"), ids=str)
 def test_shell_script_is_sound(script: Path) -> None:
     text = (ROOT / script).read_text()
@@ -157,6 +279,7 @@ def test_no_file_names_a_place_on_one_machine() -> None:
     folders = (*CODE, "configs", "docs", ".ci")
     files = [path for path in sources(*folders, suffix="") if path.suffix in TEXT_SUFFIXES]
     files += [path.relative_to(ROOT) for path in ROOT.iterdir() if path.suffix in TEXT_SUFFIXES]
+    files = [path for path in files if path.name != ".git"]  # a file in a worktree of git
     found = [
         f"{path}: {match.group()}"
         for path in files

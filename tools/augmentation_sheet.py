@@ -15,8 +15,6 @@ import torch
 import torchvision.transforms.v2.functional as reference
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.errors import UserError, run_command
 from common.files import write_bytes
 from common.pictures import decode

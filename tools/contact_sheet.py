@@ -8,8 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.annotations.record import PictureRecord
 from common.annotations.voc import list_file, read_list, read_picture
 from common.errors import UserError, run_command

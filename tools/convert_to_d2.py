@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from common.errors import UserError, run_command
 from common.files import write_json
 from detection.convert import keymap

@@ -12,7 +12,6 @@ from pathlib import Path
 from common.errors import RunFailed, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 EXAMPLE = """\
 examples:

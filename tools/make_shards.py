@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.errors import UserError, printable, run_command
 from common.files import write_json
 from common.slurm import add_slurm_option

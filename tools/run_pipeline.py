@@ -7,21 +7,18 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import provenance
+from common.config import to_plain
+from common.errors import RunFailed, UserError, run_command
+from pipeline import results
+from pipeline.config import PipelineConfig, load_config
+from pipeline.fingerprint import Stage
+from pipeline.parallel import side_by_side
+from pipeline.plan import build_stages, dataset_folder
+from pipeline.progress import Progress, clock
+from pipeline.run import Runner
 
-from common import provenance  # noqa: E402
-from common.config import to_plain  # noqa: E402
-from common.errors import RunFailed, UserError, run_command  # noqa: E402
-from pipeline import results  # noqa: E402
-from pipeline.config import PipelineConfig, load_config  # noqa: E402
-from pipeline.fingerprint import Stage  # noqa: E402
-from pipeline.parallel import side_by_side  # noqa: E402
-from pipeline.plan import build_stages, dataset_folder  # noqa: E402
-from pipeline.progress import Progress, clock  # noqa: E402
-from pipeline.run import Runner  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """\
 examples:
   bash tools/run_pipeline.sh demo

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common import provenance
 from common.errors import UserError, run_command
 from pipeline.grid import trial_tables, trials

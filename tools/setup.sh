@@ -55,7 +55,7 @@ find_python() {
 
 # What the environment must have been made from.
 wanted_stamp() {
-    cat requirements.lock tools/install_detectron2.py | cksum
+    cat requirements.lock setup.py tools/install_detectron2.py | cksum
 }
 
 pip_install() {

@@ -1,6 +1,7 @@
 """One rival in a process of its own: run a recipe over all pictures whenever a line asks for it.
 
-Started by benchmarks/rounds.py in the rival's environment. Input, line by line:
+Started by benchmarks/harness.py with -m in the rival's environment, where this project is not
+installed. Input, line by line:
 {"recipe": name, "size": pixels}; answer: {"seconds": processor time, "num_pictures": n}.
 """
 
@@ -11,8 +12,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.resnet import Arch
-from detection.convert.parity import tensor_shapes
 
 # What a key of the network betrays -> the reason. The first that fits is told.
 _BY_NAME = (
@@ -113,6 +112,8 @@ def name_table(arch: Arch) -> dict[str, str]:
         {"conv1.weight": "stem.conv1.weight", "layer1.0.downsample.1.bias":
         "res2.0.shortcut.norm.bias", ..}: one entry a tensor of the backbone.
     """
+    from detection.convert.parity import tensor_shapes  # imports torch
+
     return {name: detectron2_name(name) for name in tensor_shapes(arch)}
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass, fields
 
-import cv2
 import numpy as np
 
 from common.errors import UserError
@@ -171,6 +170,8 @@ def finish(rng: np.random.Generator, image: np.ndarray, cast: float = 0.1) -> np
     Returns:
         uint8 of the same shape.
     """
+    import cv2  # not needed to parse a command line
+
     image *= (rng.uniform(0.85, 1.2) * rng.uniform(1 - cast, 1 + cast, 3)).astype(np.float32)
     if rng.random() < 0.4:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))

@@ -15,10 +15,6 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-if __package__ in (None, ""):
-    # In place of this folder, whose modules are found through their package.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 from common.errors import UserError, run_command
 from common.files import is_number, write_text
 from pipeline import results

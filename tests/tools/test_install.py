@@ -186,7 +186,7 @@ def test_lock_pins_every_requirement_with_a_hash() -> None:
 def bare_project(tmp_path: Path) -> Path:
     project = tmp_path / "with space"
     (project / "tools").mkdir(parents=True)
-    for name in ("requirements.lock", "tools/setup.sh", "tools/install_detectron2.py"):
+    for name in ("requirements.lock", "setup.py", "tools/setup.sh", "tools/install_detectron2.py"):
         shutil.copy(ROOT / name, project / name)
     return project
 
@@ -203,7 +203,8 @@ def add_finished_environment(project: Path) -> Path:
     environment = project / ".venv"
     (environment / "bin").mkdir(parents=True)
     (environment / "bin/python").symlink_to(shutil.which("true") or "/bin/true")
-    inputs = [project / "requirements.lock", project / "tools/install_detectron2.py"]
+    names = ("requirements.lock", "setup.py", "tools/install_detectron2.py")
+    inputs = [project / name for name in names]
     data = b"".join(path.read_bytes() for path in inputs)
     stamp = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout
     (environment / "setup.stamp").write_bytes(stamp)

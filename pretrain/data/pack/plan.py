@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import cv2
 import numpy as np
 import simplejpeg
 
@@ -56,6 +55,8 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
     suffix = stored_suffix(data)
     if suffix is not None:
         return suffix, data
+    import cv2
+
     return "png", cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
@@ -81,6 +82,8 @@ def shrink(image: np.ndarray, short_side: int) -> np.ndarray:
     height, width = image.shape[:2]
     scale = short_side / min(height, width)
     size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
+    import cv2
+
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
