@@ -40,7 +40,7 @@ setup(
         ]
     },
     package_data={
-        "tools": ["*.sha256", "*.sh"],
+        "tools": ["*.sh"],
         "pipeline.report": ["*.css", "*.js", "*.j2"],
         "pipeline.datasets": ["*.json"],
     },

@@ -8,38 +8,32 @@ Example:
 Exit status: 0 everything needed is there (remarks are possible), 1 something is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "opencv-python",
-    "pillow",
-    "simplejpeg",
-    "jsonargparse",
-    "fvcore",
-    "pycocotools",
-)
-OTHER_NAMES = {  # of the same library; a machine may bring one of these
+PACKAGES = {  # name -> other names of the same library, one of which a machine may bring
+    "torch": (),
+    "torchvision": (),
+    "numpy": (),
     "opencv-python": (
         "opencv-python-headless",
         "opencv-contrib-python",
         "opencv-contrib-python-headless",
-    )
+    ),
+    "pillow": (),
+    "simplejpeg": (),
+    "jsonargparse": (),
+    "fvcore": (),
+    "pycocotools": (),
 }
 SETUP = "run `bash tools/setup.sh --force`"
 GIB = 1 << 30
@@ -49,7 +43,6 @@ GIB = 1 << 30
 class Finding:
     """One line of the report; `remedy` is empty when nothing is to be done."""
 
-    name: str
     status: Literal["ok", "remark", "missing"]
     detail: str
     remedy: str = ""
@@ -59,39 +52,35 @@ def check_python() -> Finding:
     """Interpreter and system."""
     detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.version_info < (3, 11):  # noqa: UP036 (the doctor may be called with any interpreter)
-        return Finding("Python", "missing", detail, "Python 3.11 or newer is needed")
-    return Finding("Python", "ok", detail)
+        return Finding("missing", detail, "Python 3.11 or newer is needed")
+    return Finding("ok", detail)
 
 
 def check_packages() -> Finding:
     """Versions of the main packages."""
-    versions: dict[str, str] = {}
-    for name in PACKAGES:
-        versions[name] = "missing"
-        for candidate in (name, *OTHER_NAMES.get(name, ())):
+    versions = dict.fromkeys(PACKAGES, "missing")
+    for name, others in PACKAGES.items():
+        for candidate in (*others, name):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(candidate)
-                break
     detail = ", ".join(f"{name} {version}" for name, version in versions.items())
     absent = [name for name, version in versions.items() if version == "missing"]
     if absent:
-        return Finding("packages", "missing", detail, f"{SETUP} (lacking: {', '.join(absent)})")
-    return Finding("packages", "ok", detail)
+        return Finding("missing", detail, f"{SETUP} (lacking: {', '.join(absent)})")
+    return Finding("ok", detail)
 
 
 def check_devices() -> Finding:
     """Processors that torch sees."""
     import torch
 
-    detail = f"{os.cpu_count()} CPU cores, torch uses {torch.get_num_threads()}"
+    detail = f"{os.cpu_count()} CPU cores, torch uses {torch.get_num_threads()}; "
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return Finding("devices", "ok", f"{detail}; GPU: {', '.join(names)}")
+        return Finding("ok", f"{detail}GPU: {', '.join(names)}")
     if torch.backends.mps.is_available():
-        return Finding("devices", "ok", f"{detail}; Apple GPU (not used by the pipeline)")
-    return Finding(
-        "devices", "ok", f"{detail}; no CUDA GPU, the CPU-sized presets are meant for this"
-    )
+        return Finding("ok", f"{detail}Apple GPU (not used by the pipeline)")
+    return Finding("ok", f"{detail}no CUDA GPU, the CPU-sized presets are meant for this")
 
 
 def check_torchvision_operators() -> Finding:
@@ -103,8 +92,8 @@ def check_torchvision_operators() -> Finding:
     kept = nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist()
     pooled = roi_align(torch.ones(1, 1, 8, 8), [boxes], output_size=2)
     if kept != [0] or tuple(pooled.shape) != (2, 1, 2, 2):
-        return Finding("torchvision operators", "missing", "wrong results", f"{SETUP}")
-    return Finding("torchvision operators", "ok", "NMS and ROIAlign work")
+        return Finding("missing", "wrong results", SETUP)
+    return Finding("ok", "NMS and ROIAlign work")
 
 
 def check_detectron2() -> Finding:
@@ -117,7 +106,7 @@ def check_detectron2() -> Finding:
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
     compiled = "there" if compat.has_compiled_operators() else "absent, none is needed"
-    return Finding("Detectron2", "ok", f"{version}; compiled operators: {compiled}; mends: {mends}")
+    return Finding("ok", f"{version}; compiled operators: {compiled}; mends: {mends}")
 
 
 def check_opencv() -> Finding:
@@ -127,53 +116,46 @@ def check_opencv() -> Finding:
 
     written, data = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))
     if not written or cv2.imdecode(data, cv2.IMREAD_COLOR) is None:
-        return Finding("OpenCV", "missing", "cannot write JPEG", f"{SETUP}")
-    return Finding("OpenCV", "ok", f"{cv2.__version__}, JPEG works")
+        return Finding("missing", "cannot write JPEG", SETUP)
+    return Finding("ok", f"{cv2.__version__}, JPEG works")
 
 
 def check_programs() -> Finding:
     """Programs that only some uses need."""
-    chromium = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-    )
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    detail = f"C++ compiler: {'yes' if compiler else 'no'}, Chromium: {'yes' if chromium else 'no'}"
-    remedies = []
-    if not compiler:
-        remedies.append("a compiler is needed for torch.compile only: apt-get install g++")
-    if not chromium:
-        remedies.append("the report's browser test needs one: apt-get install chromium")
-    return Finding("programs", "remark" if remedies else "ok", detail, "; ".join(remedies))
+    details, remedies = [], []
+    for name, commands, remedy in (
+        ("C++ compiler", ("g++", "clang++"),
+         "a compiler is needed for torch.compile only: apt-get install g++"),
+        ("Chromium", ("chromium", "chromium-browser", "google-chrome"),
+         "the report's browser test needs one: apt-get install chromium"),
+    ):  # fmt: skip
+        is_there = any(map(shutil.which, commands))
+        details.append(f"{name}: {'yes' if is_there else 'no'}")
+        remedies += [] if is_there else [remedy]
+    return Finding("remark" if remedies else "ok", ", ".join(details), "; ".join(remedies))
 
 
 def check_disk() -> Finding:
     """Free space where results go."""
     free = shutil.disk_usage(".").free / GIB
-    remedy = "below 2 GiB a run may fail: free some space or give --out on another disk"
-    return Finding(
-        "disk", "ok" if free >= 2 else "remark", f"{free:.0f} GiB free", "" if free >= 2 else remedy
-    )
-
-
-def available_memory_gib() -> float | None:
-    """Memory that could be used now, in GiB; None where the system does not say (macOS)."""
-    try:
-        with open("/proc/meminfo") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        return int(rows["MemAvailable"].split()[0]) / (1 << 20)
-    except (OSError, KeyError, ValueError):
-        return None
+    if free < 2:
+        remedy = "below 2 GiB a run may fail: free some space or give --out on another disk"
+        return Finding("remark", f"{free:.0f} GiB free", remedy)
+    return Finding("ok", f"{free:.0f} GiB free")
 
 
 def check_memory() -> Finding:
     """Memory for the presets."""
-    available = available_memory_gib()
-    if available is None:
-        return Finding("memory", "ok", "unknown")
-    few = available < 4
-    remedy = "the demo preset may need up to 6 GiB: close programs or use the smoke preset"
-    detail = f"{available:.1f} GiB available"
-    return Finding("memory", "remark" if few else "ok", detail, remedy if few else "")
+    try:
+        with open("/proc/meminfo") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        available = int(rows["MemAvailable"].split()[0]) / (1 << 20)
+    except (OSError, KeyError, ValueError):  # macOS does not say
+        return Finding("ok", "unknown")
+    if available < 4:
+        remedy = "the demo preset may need up to 6 GiB: close programs or use the smoke preset"
+        return Finding("remark", f"{available:.1f} GiB available", remedy)
+    return Finding("ok", f"{available:.1f} GiB available")
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
@@ -197,50 +179,43 @@ def remedy_for(name: str, error: BaseException) -> str:
     if "libGL" in text or "libgthread" in text:
         return "a system library is missing: apt-get install libgl1 libglib2.0-0"
     if name == "Detectron2":
-        return "run `.venv/bin/python tools/install_detectron2.py --force`, or " + SETUP
+        return f"run `.venv/bin/python tools/install_detectron2.py --force`, or {SETUP}"
     return SETUP
 
 
-def examine() -> list[Finding]:
+def examine() -> dict[str, Finding]:
     """Run every check; one that raises becomes a finding with a remedy."""
-    findings = []
+    findings = {}
     for name, check in CHECKS.items():
         try:
-            findings.append(check())
+            findings[name] = check()
         except Exception as error:  # a broken installation may raise anything when imported
             first_line = (str(error).splitlines() or [""])[0]
             detail = f"{type(error).__name__}: {first_line}"
-            findings.append(Finding(name, "missing", detail, remedy_for(name, error)))
+            findings[name] = Finding("missing", detail, remedy_for(name, error))
     return findings
 
 
-def show(findings: list[Finding]) -> None:
-    """Print the report for people."""
-    marks = {"ok": "ok     ", "remark": "remark ", "missing": "MISSING"}
-    for finding in findings:
-        print(f"{marks[finding.status]}  {finding.name}: {finding.detail}")
-        if finding.remedy:
-            print(f"         -> {finding.remedy}")
-    num_missing = sum(finding.status == "missing" for finding in findings)
-    print("ready" if num_missing == 0 else f"{num_missing} missing, see the remedies above")
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     findings = examine()
-    ready = all(finding.status != "missing" for finding in findings)
-    if arguments.json:
-        print(
-            json.dumps({"ready": ready, "findings": [asdict(item) for item in findings]}, indent=1)
-        )
-    else:
-        show(findings)
-    return 0 if ready else 1
+    num_missing = sum(finding.status == "missing" for finding in findings.values())
+    if options.json:
+        rows = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
+        print(json.dumps({"ready": num_missing == 0, "findings": rows}, indent=1))
+        return 1 if num_missing else 0
+    marks = {"ok": "ok     ", "remark": "remark ", "missing": "MISSING"}
+    for name, finding in findings.items():
+        print(f"{marks[finding.status]}  {name}: {finding.detail}")
+        if finding.remedy:
+            print(f"         -> {finding.remedy}")
+    print(f"{num_missing} missing, see the remedies above" if num_missing else "ready")
+    return 1 if num_missing else 0
 
 
 if __name__ == "__main__":
