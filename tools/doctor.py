@@ -8,6 +8,8 @@ Example:
 Exit status: 0 everything needed is there (remarks are possible), 1 something is missing.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib.metadata

@@ -33,7 +33,7 @@ def test_difference_columns_are_sixteenfold() -> None:
     top, left = 24 + row * 36, 150 + 4 * 36
     values = ROWS["hue 0.1"]
     expected = np.abs(in_uint8(image, values) - in_float(image, values)) * 16
-    got = page[top : top + 32, left : left + 32]
+    got = np.asarray(page)[top : top + 32, left : left + 32]
     np.testing.assert_array_equal(got, np.clip(np.rint(expected), 0, 255))
 
 
