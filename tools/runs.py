@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.errors import UserError, run_command
@@ -61,72 +61,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(folder: Path, key: str, *, as_json: bool) -> None:
-    found = sorted_runs([runs.read(place) for place in runs.find(folder)], key)
-    if as_json:
-        print(json.dumps(finite([run.as_json() for run in found]), indent=1))
-    elif not found:
-        print(f"{folder}: no runs")
-    else:
-        names = [str(run.folder.relative_to(folder)) for run in found]
-        head = ["run", "state", *COLUMNS.values(), "commit", "last row"]
-        print(
-            table([head, *([name, *_cells(run)] for name, run in zip(names, found, strict=True))])
-        )
-        for name, run in zip(names, found, strict=True):
-            if run.state not in ("finished", "running"):
-                print(f"{name}: {run.state}: {run.reason}")
-            for problem in run.problems:
-                print(f"{name}: {problem}")
-
-
-def sorted_runs(found: list[RunInfo], key: str) -> list[RunInfo]:
-    """Text in the order of the alphabet; numbers highest first, then those without one."""
-    values = [(run.as_json()[key], run) for run in found]
+    # Text in the order of the alphabet; numbers highest first, then runs without one.
+    values = [(run.as_json()[key], run) for run in map(runs.read, runs.find(folder))]
     if key in ("run", "state"):
-        return [run for _, run in sorted(values, key=lambda pair: str(pair[0]))]
-    ordered = sorted(values, key=lambda pair: (pair[0] is None, -(pair[0] or 0)))
-    return [run for _, run in ordered]
-
-
-def _cells(run: RunInfo) -> list[str]:
-    """State, figures, commit, time of the last row."""
-    figures = [run.figures[key] for key in COLUMNS]
-    texts = [DASH if x is None else short_number(x).replace("\u2009", "") for x in figures]
-    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated)) if run.updated else DASH
-    return [run.state, *texts, run.commit[:10] if run.commit else DASH, when]
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the first one to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if number else text.ljust(width)
-            for number, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+        values.sort(key=lambda pair: str(pair[0]))
+    else:
+        values.sort(key=lambda pair: (pair[0] is None, -(pair[0] or 0)))
+    listed = {str(run.folder.relative_to(folder)): run for _, run in values}
+    if as_json:
+        print(json.dumps(finite([run.as_json() for run in listed.values()]), indent=1))
+        return
+    if not listed:
+        print(f"{folder}: no runs")
+        return
+    print(table(_figure_rows("run", listed)))
+    for name, run in listed.items():
+        if run.state not in ("finished", "running"):
+            print(f"{name}: {run.state}: {run.reason}")
+    _print_problems(listed)
 
 
 def _compare(folders: Sequence[Path], *, as_json: bool) -> None:
     if len(folders) < 2:
         raise UserError("compare needs at least two runs, e.g. compare runs/first runs/second")
-    found = [runs.read(folder) for folder in folders]
-    differing = runs.differences(found)
+    compared = {str(folder): runs.read(folder) for folder in folders}
+    differing = runs.differences(list(compared.values()))
     if as_json:
-        plain = [run.as_json() for run in found]
+        plain = [run.as_json() for run in compared.values()]
         print(json.dumps(finite({"runs": plain, "config": differing}), indent=1, default=str))
         return
-    names = list(map(str, folders))
-    heads = ["", "state", *COLUMNS.values(), "commit", "last row"]
-    print(table(list(zip(heads, *([n, *_cells(r)] for n, r in zip(names, found, strict=True)),
-                         strict=True))))  # fmt: skip
-    print("\nconfig keys that differ:" if differing else "\nthe configs are the same")
+    print(table(list(zip(*_figure_rows("", compared), strict=True))))
     if differing:
+        print("\nconfig keys that differ:")
         print(table([[key, *map(str, values)] for key, values in differing.items()]))
-    for run, name in zip(found, names, strict=True):
+    else:
+        print("\nthe configs are the same")
+    _print_problems(compared)
+
+
+def _figure_rows(corner: str, named: Mapping[str, RunInfo]) -> list[list[str]]:
+    """A head and a row for each run: name, state, figures, commit, time of the last row."""
+    rows = [[corner, "state", *COLUMNS.values(), "commit", "last row"]]
+    for name, run in named.items():
+        figures = [run.figures[key] for key in COLUMNS]
+        texts = [DASH if x is None else short_number(x).replace("\u2009", "") for x in figures]
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated)) if run.updated else DASH
+        rows.append([name, run.state, *texts, run.commit[:10] if run.commit else DASH, when])
+    return rows
+
+
+def _print_problems(named: Mapping[str, RunInfo]) -> None:
+    for name, run in named.items():
         for problem in run.problems:
             print(f"{name}: {problem}")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        texts = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *texts]).rstrip())
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.errors import UserError, require, run_command
+from common.errors import RunFailed, UserError, require, run_command
 from common.slurm import add_slurm_option
 
 EXAMPLE = """\
@@ -42,6 +42,21 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
+_NUMBERS = {  # option -> default, least value, help
+    "nodes": (1, 1, "default: 1"),
+    "min_nodes": (None, 1, "go on with this many nodes when others are lost (default: all; the "
+                  "job is queued again)"),
+    "gpus_per_node": (0, 0, "default: 0, train on the CPU"),
+    "tasks_per_node": (None, 1, "training processes of a node (default: its GPUs, or 1)"),
+    "cpus_per_node": (None, 1, "default: for each process one and its data.num_workers"),
+    "time_minutes": (None, 1, "time limit; then the job is queued again (default: 240; local: "
+                     "none)"),
+    "max_timeouts": (100, 0, "how often (default: 100)"),
+    "save_seconds": (120, 1, "time to save and end, before the limit or after a signal (default: "
+                     "120)"),
+    "max_restarts": (3, 0, "how often torchrun starts dead processes again, in one job "
+                     "(default: 3)"),
+}  # fmt: skip
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # of the rendezvous: below those that Linux gives away
 
 
@@ -90,7 +105,7 @@ class TorchrunNode:
         if self._is_stopping:
             raise SystemExit(128 + signal.SIGTERM)
         if status:
-            raise RuntimeError(f"training ended with exit status {status}; its words stand above")
+            raise RuntimeError(f"training ended with exit status {status}; see the messages above")
 
     def checkpoint(self) -> Any:
         """Let the processes save and end; what submitit queues then is the same again."""
@@ -147,6 +162,10 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
     return MALLOC | os.environ | torchrun | {"PYTHONPATH": path}
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     main_parser = argparse.ArgumentParser(
@@ -156,24 +175,9 @@ def parser() -> argparse.ArgumentParser:
     add("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
     add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
     add("--cluster", choices=("local", "slurm"), required=True, help="where the job runs")
-    add("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    add("--min-nodes", type=int, metavar="N",
-        help="go on with this many nodes when others are lost (default: all; the job is queued "
-        "again)")  # fmt: skip
-    add("--gpus-per-node", type=int, default=0, metavar="N", help="default: 0, train on the CPU")
-    add("--tasks-per-node", type=int, metavar="N",
-        help="training processes of a node (default: its GPUs, or 1)")  # fmt: skip
-    add("--cpus-per-node", type=int, metavar="N",
-        help="default: for each process one and its data.num_workers")  # fmt: skip
+    for name, (default, _, text) in _NUMBERS.items():
+        add(_flag(name), type=int, default=default, metavar="N", help=text)
     add("--mem-gb", type=float, metavar="GB", help="memory of a node")
-    add("--time-minutes", type=int, metavar="T",
-        help="time limit; then the job is queued again (default: 240; local: none)")  # fmt: skip
-    add("--max-timeouts", type=int, default=100, metavar="N",
-        help="how often (default: 100)")  # fmt: skip
-    add("--save-seconds", type=int, default=120, metavar="S",
-        help="time to save and end, before the limit or after a signal (default: 120)")  # fmt: skip
-    add("--max-restarts", type=int, default=3, metavar="N",
-        help="how often torchrun starts dead processes again, in one job (default: 3)")  # fmt: skip
     add("--partition", metavar="P", help="SLURM partition")
     add_slurm_option(main_parser)
     add("--resume", action="store_true", help="go on with the run in out, if there is one")
@@ -187,71 +191,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
 
     def work() -> int:
-        node, out, num_cpus = planned(options)
-        job = submit(node, out, options, num_cpus)
+        job = submit(options)
         print(f"job {job.job_id} submitted; log: {job.paths.stderr}", flush=True)
         return wait(job) if options.wait else 0
 
     return run_command(work)
 
 
-def planned(options: argparse.Namespace) -> tuple[TorchrunNode, Path, int]:
-    """What each node will do, the run's folder, and the processors that a node needs.
+def submit(options: argparse.Namespace) -> Any:
+    """Check what was asked for and hand the run to submitit; returns its job.
 
     Raises:
-        UserError: Anything in the arguments, the config or the folder that cannot work.
+        UserError: Anything in the arguments, the config or the folder that cannot work; no such
+            cluster, or it refuses the job.
     """
     from pretrain.config import load_config
 
+    # The config, the folder of the run, and the numbers.
     config = load_config(options.config, options.overrides)
     if config.out is None:
         raise UserError("out is not set: name the folder of this run, e.g. out=runs/first")
     out = Path(config.out)
-    if (out / "checkpoint.pth").exists() and not options.resume:
-        raise UserError(
-            f"{out} holds a run already: continue it with --resume, or choose another out=DIR"
-        )
-    for name in ("nodes", "min_nodes", "tasks_per_node", "cpus_per_node", "time_minutes",
-                 "save_seconds"):  # fmt: skip
+    require(
+        options.resume or not (out / "checkpoint.pth").exists(),
+        f"{out} holds a run already: continue it with --resume, or choose another out=DIR",
+    )
+    for name, (_, least, _) in _NUMBERS.items():
         value = getattr(options, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be >= 1")
-    for name in ("gpus_per_node", "max_restarts", "max_timeouts"):
-        value = getattr(options, name)
-        require(value >= 0, f"--{name.replace('_', '-')} {value}: must be >= 0")
+        require(value is None or value >= least, f"{_flag(name)} {value}: must be >= {least}")
+    for text in (str(out), options.partition or ""):
+        require(text.isprintable(), f"{text!r}: no line breaks in names for the cluster")
     is_local = options.cluster == "local"
     require(not is_local or options.nodes == 1, "--cluster local has one node: this machine")
+
+    # The processes; any number of nodes that may be left divides the batch.
     num_processes = options.tasks_per_node or options.gpus_per_node or 1
-    least = options.min_nodes or options.nodes
-    require(least <= options.nodes, f"--min-nodes {least} is above --nodes {options.nodes}")
-    _check_batch(config.data.batch_size, least, options.nodes, num_processes)
-    words = [options.config, *options.overrides, "--resume"]
-    words += ["--allow-changes"] if options.allow_changes else []
-    node = TorchrunNode(
-        tuple(words), options.nodes, least, num_processes, options.max_restarts,
-        options.save_seconds,
-    )  # fmt: skip
-    num_cpus = options.cpus_per_node or num_processes * (1 + config.data.num_workers)
-    return node, out, num_cpus
-
-
-def _check_batch(batch_size: int, least: int, most: int, num_processes: int) -> None:
-    for nodes in range(least, most + 1):
+    nodes, min_nodes = options.nodes, options.min_nodes or options.nodes
+    require(min_nodes <= nodes, f"--min-nodes {min_nodes} is above --nodes {nodes}")
+    batch_size = config.data.batch_size
+    for count in range(min_nodes, nodes + 1):
         require(
-            batch_size % (nodes * num_processes) == 0,
-            f"data.batch_size={batch_size} cannot be divided among {nodes * num_processes} "
-            f"processes ({nodes} nodes of {num_processes}); choose another batch size, or another "
+            batch_size % (count * num_processes) == 0,
+            f"data.batch_size={batch_size} cannot be divided among {count * num_processes} "
+            f"processes ({count} nodes of {num_processes}); choose another batch size, or another "
             "--nodes, --min-nodes or --tasks-per-node",
         )
+    words = (options.config, *options.overrides, "--resume")
+    words += ("--allow-changes",) if options.allow_changes else ()
+    node = TorchrunNode(
+        words, nodes, min_nodes, num_processes, options.max_restarts, options.save_seconds
+    )
 
-
-def submit(node: TorchrunNode, out: Path, options: argparse.Namespace, num_cpus: int) -> Any:
-    """Hand the run to submitit.
-
-    Returns:
-        submitit's job.
-    Raises:
-        UserError: If there is no such cluster, or it refuses the job.
-    """
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = PREEMPTION.name.removeprefix("SIG")
     os.environ["PYTHONPATH"] = node_environment(node)["PYTHONPATH"]  # the job unpickles from here
     import submitit
@@ -259,29 +249,38 @@ def submit(node: TorchrunNode, out: Path, options: argparse.Namespace, num_cpus:
     extra: dict[str, Any] = {
         "signal": f"{PREEMPTION.name.removeprefix('SIG')}@{options.save_seconds}",
         "requeue": True,
-        **({"no-kill": True} if node.min_nodes < node.nodes else {}),
+        **({"no-kill": True} if min_nodes < nodes else {}),
         **dict(options.slurm_option),
     }
-    for word in (str(out), options.partition or ""):
-        require(word.isprintable(), f"{word!r}: no line breaks in names for the cluster")
-    minutes = options.time_minutes or (240 if options.cluster == "slurm" else _LOCAL_MINUTES)
     try:
         executor = submitit.AutoExecutor(
-            folder=out / "submitit", cluster=options.cluster,
-            slurm_max_num_timeout=options.max_timeouts, local_max_num_timeout=options.max_timeouts,
-        )  # fmt: skip
+            folder=out / "submitit",
+            cluster=options.cluster,
+            slurm_max_num_timeout=options.max_timeouts,
+            local_max_num_timeout=options.max_timeouts,
+        )
         executor.update_parameters(
-            name="pretrain", nodes=node.nodes, tasks_per_node=1, cpus_per_task=num_cpus,
-            gpus_per_node=options.gpus_per_node, mem_gb=options.mem_gb, timeout_min=minutes,
-            slurm_partition=options.partition, slurm_additional_parameters=extra,
-        )  # fmt: skip
+            name="pretrain",
+            nodes=nodes,
+            tasks_per_node=1,
+            cpus_per_task=options.cpus_per_node or num_processes * (1 + config.data.num_workers),
+            gpus_per_node=options.gpus_per_node,
+            mem_gb=options.mem_gb,
+            timeout_min=options.time_minutes or (_LOCAL_MINUTES if is_local else 240),
+            slurm_partition=options.partition,
+            slurm_additional_parameters=extra,
+        )
         return executor.submit(node)
     except (RuntimeError, OSError) as error:  # no srun, or sbatch refuses
         raise UserError(f"submitit cannot submit the job: {error}") from error
 
 
 def wait(job: Any) -> int:
-    """Until the job has ended; returns the exit status. Ctrl-C leaves the job alone."""
+    """Until the job has ended; returns the exit status. Ctrl-C leaves the job alone.
+
+    Raises:
+        RunFailed: If it did not finish the run.
+    """
     logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns for ever
     try:
         while not job.done():
@@ -293,9 +292,7 @@ def wait(job: Any) -> int:
     if all(t.paths.result_pickle.exists() and t.exception() is None for t in tasks):
         print(f"job {job.job_id} has finished the run")
         return 0
-    print(f"error: job {job.job_id} did not finish the run; log: {job.paths.stderr}",
-          file=sys.stderr)  # fmt: skip
-    return 1
+    raise RunFailed(f"job {job.job_id} did not finish the run; log: {job.paths.stderr}")
 
 
 if __name__ == "__main__":
