@@ -116,38 +116,37 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         PipelineConfig, path, overrides, free=FREE_KEYS,
         pattern="configs/pipeline/smoke.yaml", defaults={"name": path.stem},
     )  # fmt: skip
-    _check(config, path)
+    problem = _problem(config)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}")
     return config
 
 
-def _check(config: PipelineConfig, path: Path) -> None:
-    def fail(message: str) -> None:
-        raise UserError(f"{path}: {message}")
-
+def _problem(config: PipelineConfig) -> str | None:
+    """What the types alone do not refuse."""
+    data, detection = config.data, config.detection
     if not config.name or not all(c.isalnum() or c in "-_." for c in config.name):
-        fail(f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'")
-    if config.detection.seeds < 1:
-        fail(f"detection.seeds is {config.detection.seeds}; at least 1 is needed")
-    parallel = config.detection.parallel
+        return f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'"
+    if detection.seeds < 1:
+        return f"detection.seeds is {detection.seeds}; at least 1 is needed"
+    parallel = detection.parallel
     if parallel != "auto" and (parallel is None or parallel < 1):  # None: jsonargparse lets it by.
-        fail(f"detection.parallel is {parallel}; give auto or a number from 1 on")
-    if not config.detection.arms or len(set(config.detection.arms)) < len(config.detection.arms):
-        fail("detection.arms must name at least one arm, each once")
+        return f"detection.parallel is {parallel}; give auto or a number from 1 on"
+    if not detection.arms or len(set(detection.arms)) < len(detection.arms):
+        return "detection.arms must name at least one arm, each once"
     own = ("dataset", "pool", "pool_split", "shards", "probe_train", "probe_val")
-    if config.data.kind != "existing":
-        given = [name for name in own if getattr(config.data, name) is not None]
-        if given:
-            fail(f"data.{given[0]} needs data.kind: existing")
-        return
-    if config.data.options:
-        fail("data.options belong to the generators; data.kind is existing")
-    if not config.data.dataset:
-        fail("data.kind existing needs data.dataset, the VOC-layout folder for detection")
-    if (config.data.pool is None) == (config.data.shards is None):
-        fail("data.kind existing needs either data.pool (pictures) or data.shards (ready shards)")
-    if (config.data.probe_train is None) != (config.data.probe_val is None):
-        fail("give both data.probe_train and data.probe_val, or neither")
-    for name in own:
-        value = getattr(config.data, name)
-        if value is not None and name != "pool_split" and not Path(value).exists():
-            fail(f"data.{name}: {value} does not exist")
+    given = [name for name in own if getattr(data, name) is not None]
+    if data.kind != "existing":
+        return f"data.{given[0]} needs data.kind: existing" if given else None
+    if data.options:
+        return "data.options belong to the generators; data.kind is existing"
+    if not data.dataset:
+        return "data.kind existing needs data.dataset, the VOC-layout folder for detection"
+    if (data.pool is None) == (data.shards is None):
+        return "data.kind existing needs either data.pool (pictures) or data.shards (ready shards)"
+    if (data.probe_train is None) != (data.probe_val is None):
+        return "give both data.probe_train and data.probe_val, or neither"
+    for name in given:
+        if name != "pool_split" and not Path(getattr(data, name)).exists():
+            return f"data.{name}: {getattr(data, name)} does not exist"
+    return None

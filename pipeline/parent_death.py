@@ -1,6 +1,7 @@
-"""Becomes a stage after having asked to die with the runner: `leash.py RUNNER_PID COMMAND ...`.
+"""Parent-death signal for stages: `parent_death.py RUNNER_PID COMMAND ...` becomes COMMAND.
 
-A program of its own: Python code between fork and exec is not safe in a runner with threads.
+The kernel then kills the stage when its runner dies, also after `kill -9` (Linux). This is a
+program of its own because Python code between fork and exec is not safe in a runner with threads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Set what the stage inherits, then turn into it."""
+    """Set what the stage inherits, then become it."""
     runner, *command = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C has its usual effect.
         signal.signal(number, signal.SIG_DFL)

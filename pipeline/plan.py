@@ -1,4 +1,4 @@
-"""From a pipeline's settings to its stages: commands, inputs, outputs and the code they run."""
+"""From a pipeline's settings to its stages: commands, inputs, outputs and what decides them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import to_plain
+from common.config import read_yaml, to_plain
 from common.errors import UserError
 from pipeline.config import Arm, PipelineConfig
-from pipeline.fingerprint import Stage
+from pipeline.stages import Stage
 
 _OPENCV = ("opencv-python", "opencv-python-headless")
 PRETRAIN_LIBRARIES = ("torch", "torchvision", "numpy", *_OPENCV, "simplejpeg")
 DETECTION_LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "detectron2")
 PICTURE_LIBRARIES = ("numpy", *_OPENCV, "pillow")
 
-_DATASET_SOURCES = ("tools/make_dataset.py", "pipeline/datasets/*.json")
-_SHARD_SOURCES = ("tools/make_shards.py",)
-_PRETRAIN_SOURCES = ("tools/pretrain.sh", "pretrain/__main__.py")
-_CONVERT_SOURCES = ("tools/convert_to_d2.py",)
-_DETECTION_SOURCES = ("tools/train_voc.sh", "tools/train_voc.py")
-_REPORT_SOURCES = (
-    "pipeline/report/report.py", "pipeline/report/*.j2", "pipeline/report/*.css",
-    "pipeline/report/*.js",
-)  # fmt: skip
+# Raise a stage's number when a change of the code changes what the stage makes: finished stages of
+# older numbers then run again.
+CODE_VERSIONS = {"data": 1, "shards": 1, "pretrain": 1, "convert": 1, "detection": 1, "report": 1}
 
 
 def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
@@ -98,24 +92,21 @@ def yaml_word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _python(root: Path, script: str, *words: str | Path) -> tuple[str, ...]:
-    return (sys.executable, str(root / script), *map(str, words))
-
-
-def _bash(root: Path, script: str, *words: str | Path) -> tuple[str, ...]:
-    return ("bash", str(root / script), *map(str, words))
+def _call(root: Path, script: str, *words: str | Path) -> tuple[str, ...]:
+    program = sys.executable if script.endswith(".py") else "bash"
+    return (program, str(root / script), *map(str, words))
 
 
 def _data(config: PipelineConfig, root: Path, out: Path) -> Stage:
     options = flags(config.data.options)
     return Stage(
         name="data",
-        command=_python(root, "tools/make_dataset.py", config.data.kind, out / "data", *options),
+        command=_call(root, "tools/make_dataset.py", config.data.kind, out / "data", *options),
         outputs=("data/dataset.json",),
         owns=("data", "data.partial"),
         products=("data",),
         config={"data": to_plain(config)["data"]},
-        sources=_DATASET_SOURCES,
+        code_version=CODE_VERSIONS["data"],
         libraries=PICTURE_LIBRARIES,
     )
 
@@ -123,31 +114,28 @@ def _data(config: PipelineConfig, root: Path, out: Path) -> Stage:
 def _shards(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     data, made = config.data, config.data.kind != "existing"
     pack, probe = flags(config.shards.options), flags(config.probes.options)
-    sources: dict[str, tuple[Path, list[str]]] = {}
     if made:
-        sources["shards"] = (out / "data/pool", pack)
-    elif data.pool is not None:
-        sources["shards"] = (Path(data.pool).resolve(), [*pack, *flags({"split": data.pool_split})])
-    if made:
-        sources["probe_train"] = (out / "data/probe/train", probe)
-        sources["probe_val"] = (out / "data/probe/val", probe)
-    elif data.probe_train is not None and data.probe_val is not None:
-        sources["probe_train"] = (Path(data.probe_train).resolve(), probe)
-        sources["probe_val"] = (Path(data.probe_val).resolve(), probe)
+        pool, train, val = (out / "data" / name for name in ("pool", "probe/train", "probe/val"))
+    else:
+        own = (data.pool, data.probe_train, data.probe_val)
+        pool, train, val = (Path(path).resolve() if path else None for path in own)
+        pack += flags({"split": data.pool_split})
+    sources = {"shards": (pool, pack), "probe_train": (train, probe), "probe_val": (val, probe)}
     return [
         Stage(
             name=name,
-            command=_python(root, "tools/make_shards.py", source, out / name, *words),
+            command=_call(root, "tools/make_shards.py", source, out / name, *words),
             outputs=(f"{name}/index.json",),
             owns=(name,),
             upstream=("data",) if made else (),
             files=() if made else (source,),
             config={"options": words},
-            sources=_SHARD_SOURCES,
+            code_version=CODE_VERSIONS["shards"],
             libraries=PICTURE_LIBRARIES,
             resumable=True,
         )
         for name, (source, words) in sources.items()
+        if source is not None
     ]
 
 
@@ -157,10 +145,8 @@ def _pretrain(config: PipelineConfig, root: Path, out: Path, before: list[str]) 
     shards = out / "shards" if own_shards is None else Path(own_shards).resolve()
     settings: dict[str, Any] = {"out": out / "pretrain", "data.shards": shards}
     if "probe_train" in before:
-        settings |= {
-            "eval.probe_train": out / "probe_train",
-            "eval.probe_val": out / "probe_val",
-        }
+        settings["eval.probe_train"] = out / "probe_train"
+        settings["eval.probe_val"] = out / "probe_val"
     clash = sorted(settings.keys() & config.pretrain.overrides.keys())
     if clash:
         raise UserError(f"pretrain.overrides.{clash[0]} is set by the pipeline; leave it out")
@@ -168,14 +154,14 @@ def _pretrain(config: PipelineConfig, root: Path, out: Path, before: list[str]) 
     words = [f"{key}={yaml_word(value)}" for key, value in settings.items()]
     return Stage(
         name="pretrain",
-        command=_bash(root, "tools/pretrain.sh", own_yaml, *words),
+        command=_call(root, "tools/pretrain.sh", own_yaml, *words),
         outputs=("pretrain/checkpoint.pth", "pretrain/summary.json"),
         owns=("pretrain",),
         products=("pretrain/checkpoint.pth",),
         upstream=tuple(name for name in before if name != "data"),
         files=(own_yaml,) if own_shards is None else (own_yaml, shards / "index.json"),
         config={"overrides": config.pretrain.overrides},
-        sources=_PRETRAIN_SOURCES,
+        code_version=CODE_VERSIONS["pretrain"],
         libraries=PRETRAIN_LIBRARIES,
         resumable=True,
         resume_arguments=("--resume",),
@@ -192,13 +178,13 @@ def _convert(config: PipelineConfig, root: Path, out: Path) -> Stage:
     words = (out / "pretrain/checkpoint.pth", weights, "--branch", config.convert.branch)
     return Stage(
         name="convert",
-        command=_python(root, "tools/convert_to_d2.py", *words),
+        command=_call(root, "tools/convert_to_d2.py", *words),
         outputs=(f"convert/{weights.name}", "convert/backbone.json"),
         owns=("convert",),
         products=(f"convert/{weights.name}",),
         upstream=("pretrain",),
         config={"branch": config.convert.branch, "format": config.convert.format},
-        sources=_CONVERT_SOURCES,
+        code_version=CODE_VERSIONS["convert"],
         libraries=DETECTION_LIBRARIES,
     )
 
@@ -224,14 +210,14 @@ def _detection(config: PipelineConfig, root: Path, out: Path, arm: Arm, seed: in
     reads_convert = ("convert",) if weights != "random" else ()
     return Stage(
         name=f"{arm}/seed-{seed}",
-        command=_bash(root, "tools/train_voc.sh", *words),
+        command=_call(root, "tools/train_voc.sh", *words),
         outputs=(f"{folder}/result.json",),
         owns=(folder,),
         upstream=(("data",) if made else ()) + reads_convert,
         files=(own_yaml, *config_bases(own_yaml), *(() if made else (dataset,))),
         config={"arm": arm, "seed": seed, "overrides": config.detection.overrides}
         | {"options": config.detection.options},
-        sources=_DETECTION_SOURCES,
+        code_version=CODE_VERSIONS["detection"],
         libraries=DETECTION_LIBRARIES,
         resumable=True,
         group="detection",
@@ -239,26 +225,28 @@ def _detection(config: PipelineConfig, root: Path, out: Path, arm: Arm, seed: in
 
 
 def config_bases(path: Path) -> list[Path]:
-    """Return the files that a Detectron2 YAML builds on through `_BASE_`, nearest first."""
+    """Return the files that a Detectron2 YAML builds on through `_BASE_`, nearest first.
+
+    Raises:
+        UserError: If one of the files cannot be read or is not YAML.
+    """
     bases: list[Path] = []
-    while True:
-        line = next((t for t in path.read_text().splitlines() if t.startswith("_BASE_:")), None)
-        if line is None:
-            return bases
-        path = (path.parent / line.partition(":")[2].strip().strip("\"'")).resolve()
-        if path in bases or not path.is_file():
-            return bases
+    while base := read_yaml(path).get("_BASE_"):
+        path = (path.parent / str(base)).resolve()
+        if path in bases:
+            raise UserError(f"{path}: builds on itself through _BASE_; remove one of the lines")
         bases.append(path)
+    return bases
 
 
 def _report(config: PipelineConfig, root: Path, out: Path, read: list[str]) -> Stage:
     return Stage(
         name="report",
-        command=_python(root, "pipeline/report/report.py", out),
+        command=_call(root, "pipeline/report/report.py", out),
         outputs=("report.html",),
         owns=("report.html",),
         upstream=tuple(read),
         config={"pipeline": to_plain(config)},
-        sources=_REPORT_SOURCES,
+        code_version=CODE_VERSIONS["report"],
         libraries=("jinja2", "matplotlib", "pillow"),
     )

@@ -1,6 +1,6 @@
 """Run one child process: log, progress lines, peak memory, signals; it dies with its parent.
 
-As many threads as one likes may each run a child; the thread that starts one must wait for it.
+Several threads may each run a child; the thread that starts one must wait for it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -16,14 +16,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any
 
 GRACE_SECONDS = 30.0
 """Time between passing a signal on and ending the child for good."""
 _MEMORY_EVERY_SECONDS = 2.0
 _PROGRESS_EVERY_SECONDS = 10.0
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_LEASH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("parent_death.py")))
+_PARENT_DEATH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("parent_death.py")))
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Finished:
     stopped_by: int | None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """How it ended, as the predicate of a sentence; empty for exit status 0."""
         if self.exit_status > 0:
             return f"failed with exit status {self.exit_status}"
@@ -44,6 +45,35 @@ class Finished:
             return ""
         name = signal.Signals(-self.exit_status).name
         return f"was ended by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM within a `with` block instead of ending the process.
+
+    Attributes:
+        received: Their numbers, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received.append(number)
+
+    @property
+    def reason(self) -> str:
+        """Why to stop, or nothing."""
+        return f"stopped by {signal.Signals(self.received[0]).name}" if self.received else ""
 
 
 class LineLog:
@@ -110,10 +140,8 @@ class Child:
         self.started = time.monotonic()
         self.stopped_by: int | None = None
         self._deadline = float("inf")
-        self._peak_memory_bytes = 0
-        self._memory_at = 0.0
         self._process = subprocess.Popen(
-            [*_LEASH, str(os.getpid()), *command],
+            [*_PARENT_DEATH, str(os.getpid()), *command],
             cwd=folder,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
@@ -140,53 +168,49 @@ class Child:
         pipe = self._process.stdout
         assert pipe is not None
         os.set_blocking(pipe.fileno(), False)
-        with selectors.DefaultSelector() as selector, pipe:
-            selector.register(pipe, selectors.EVENT_READ)
+        memory_at, peak_bytes, is_open = 0.0, 0, True
+        with pipe:
             while True:
-                open_still = self._read(pipe, selector)
+                if is_open:
+                    is_open = self._read(pipe)
+                else:
+                    time.sleep(0.1)
                 ended, status, usage = os.wait4(self._process.pid, os.WNOHANG)
                 if ended:
-                    self._read(pipe, selector)
+                    if is_open:
+                        self._read(pipe)
                     break
-                self._watch()
+                now = time.monotonic()
+                if now >= self._deadline:
+                    self._deadline = float("inf")
+                    self._signal_group(signal.SIGKILL)
+                if now - memory_at >= _MEMORY_EVERY_SECONDS:
+                    memory_at = now
+                    used = sum(map(memory_bytes, session_members(self._process.pid)))
+                    peak_bytes = max(peak_bytes, used)
                 on_tick()
-                if not open_still:
-                    time.sleep(0.1)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         self.lines.close()
-        self._signal_session(signal.SIGKILL)
-        peak = max(self._peak_memory_bytes, usage.ru_maxrss * _rss_unit())
-        return Finished(self._process.returncode, self.seconds, peak, self.stopped_by)
+        for pid in session_members(self._process.pid):  # what the stage left behind
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        rss_unit = 1 if sys.platform == "darwin" else 1024
+        peak_bytes = max(peak_bytes, usage.ru_maxrss * rss_unit)
+        return Finished(self._process.returncode, self.seconds, peak_bytes, self.stopped_by)
 
-    def _read(self, pipe: IO[bytes], selector: selectors.BaseSelector) -> bool:
-        if not selector.get_map():
+    def _read(self, pipe: IO[bytes]) -> bool:
+        """Take what is there, waiting a little for it; False at the end of the output."""
+        if not select.select([pipe], [], [], 0.2)[0]:
+            return True
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(pipe.fileno(), 1 << 16):
+                self.lines.feed(data.decode("utf-8", errors="replace"))
             return False
-        if selector.select(timeout=0.2):
-            with contextlib.suppress(BlockingIOError):
-                while data := os.read(pipe.fileno(), 1 << 16):
-                    self.lines.feed(data.decode("utf-8", errors="replace"))
-                selector.unregister(pipe)
-                return False
         return True
-
-    def _watch(self) -> None:
-        now = time.monotonic()
-        if now >= self._deadline:
-            self._deadline = float("inf")
-            self._signal_group(signal.SIGKILL)
-        if now - self._memory_at >= _MEMORY_EVERY_SECONDS:
-            self._memory_at = now
-            used = sum(map(memory_bytes, session_members(self._process.pid)))
-            self._peak_memory_bytes = max(self._peak_memory_bytes, used)
 
     def _signal_group(self, signum: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signum)
-
-    def _signal_session(self, signum: int) -> None:
-        for pid in session_members(self._process.pid):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signum)
 
 
 def session_members(session: int) -> list[int]:
@@ -207,7 +231,3 @@ def memory_bytes(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def _rss_unit() -> int:
-    return 1 if sys.platform == "darwin" else 1024

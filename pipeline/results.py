@@ -25,18 +25,31 @@ def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
         out: The run's folder.
         skipped: Stages that the present call left as they were.
     """
-    ledger = read_json_or_none(out / "stages.json") or {}
-    plan = ledger.get("plan") or []
-    records = ledger.get("stages") or {}
-    good = {name: records[name] for name in plan if is_good(records.get(name))}
-    detection = detection_results(out, good)
-    pretrain = (
-        read_json_or_none(out / "pretrain/summary.json") if "pretrain" in good else None
-    ) or {}
-    card = (read_json_or_none(out / "convert/backbone.json") if "convert" in good else None) or {}
+    store = read_json_or_none(out / "stages.json") or {}
+    plan, records = store.get("plan") or [], store.get("stages") or {}
+    # Finished stages whose records speak of the present settings.
+    good = {
+        name: record
+        for name in plan
+        if (record := records.get(name)) and record.get("status") == "finished"
+        if record.get("current")
+    }
+
+    def left_by(stage: str, file: str) -> dict[str, Any]:
+        return (read_json_or_none(out / stage / file) if stage in good else None) or {}
+
+    pretrain, card = left_by("pretrain", "summary.json"), left_by("convert", "backbone.json")
+    detection: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
+    for arm, rows in detection.items():
+        seeds = (name.rpartition("/seed-")[2] for name in good if name.startswith(f"{arm}/"))
+        for seed in sorted(map(int, seeds)):
+            result = read_json_or_none(out / f"detection/{arm}/seed-{seed}/result.json")
+            if isinstance(result, dict):
+                rows.append(seed_row(seed, result, (*kept, "peak_memory_bytes")))
     return {
         "format": "fa-results-1",
-        "name": ledger.get("name"),
+        "name": store.get("name"),
         "detection": detection,
         "pretrain": {"images_per_second": None, "knn_top1": None} | pretrain,
         "conversion": {
@@ -53,8 +66,8 @@ def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
             for name, record in good.items()
         },
         "unfinished": [name for name in plan if name not in good],
-        "versions": ledger.get("versions") or {},
-        "commit": ledger.get("commit"),
+        "versions": store.get("versions") or {},
+        "commit": store.get("commit"),
         "summary": {arm: summarise(rows) for arm, rows in detection.items()},
         "differences": {pair: compare(detection, *arms) for pair, arms in PAIRS.items()},
     }
@@ -74,25 +87,6 @@ def write(out: Path, skipped: Collection[str] = ()) -> None:
             if all(table[metric]["n"] == len(rows) for metric in COCO_METRICS):
                 summary["coco"] = coco
             write_json(out / f"detection/{arm}/summary.json", summary)
-
-
-def is_good(record: Mapping[str, Any] | None) -> bool:
-    """Whether a stage is finished and its record speaks of the present settings."""
-    return bool(record) and record.get("status") == "finished" and bool(record.get("current"))
-
-
-def detection_results(out: Path, finished: Collection[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the results of each arm, by seed; only finished stages count."""
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for arm, rows in found.items():
-        seeds = (name.rpartition("/seed-")[2] for name in finished if name.startswith(f"{arm}/"))
-        for seed in sorted(map(int, seeds)):
-            result = read_json_or_none(out / f"detection/{arm}/seed-{seed}/result.json")
-            if not isinstance(result, dict):
-                continue
-            kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
-            rows.append(seed_row(seed, result, (*kept, "peak_memory_bytes")))
-    return found
 
 
 def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:

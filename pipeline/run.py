@@ -5,37 +5,38 @@ Neighbours of one group run side by side, each in a thread that waits for its pr
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
+from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
 from common.files import inside, remove
-from pipeline import stage_store as records
-from pipeline.fingerprint import (
+from pipeline.process import Child, Finished, StopSignals
+from pipeline.progress import Progress, clock
+from pipeline.stages import (
     Stage,
+    StageStore,
     digest,
     explain,
     fingerprint_parts,
-    forget_digests,
-    forget_sources,
+    input_digest,
+    lock,
+    now,
     product_digest,
 )
-from pipeline.parallel import run_in_order, thread_environment
-from pipeline.process import Child, Finished
-from pipeline.progress import Progress, clock
-from pipeline.stage_store import Ledger
 
+_AUTO_AT_MOST = 4
 _HEARTBEAT_SECONDS = 5.0
 _LOG_LINES_SHOWN = 15
 
@@ -57,6 +58,7 @@ class Runner:
         root: The repository; the stages' working folder.
         out: The run's folder.
         go_on_command: What a person types to continue, for messages.
+        store: The record of the stages that ran.
         parallel: How many stages of one group run side by side.
     """
 
@@ -67,9 +69,9 @@ class Runner:
         self.root = root
         self.out = out
         self.go_on_command = shlex.join(go_on_command)
-        self.ledger = Ledger(out)
+        self.store = StageStore(out)
         self.parallel = parallel
-        self._signals: list[int] = []
+        self._signals = StopSignals()
         self._between = threading.Lock()
 
     def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
@@ -78,11 +80,11 @@ class Runner:
         Raises:
             UserError: If a stage would have to remove something that this pipeline did not make.
         """
-        forget_digests()
+        input_digest.cache_clear()
         decisions: dict[str, Decision] = {}
         for stage in stages:
             open_ones = [name for name in stage.upstream if decisions[name].action != "skip"]
-            if self._record(stage) and open_ones:
+            if stage.name in self.store.stages and open_ones:
                 reason = f"only if {open_ones[0]} makes something else than before"
                 decisions[stage.name] = Decision("maybe", reason)
             else:
@@ -111,17 +113,21 @@ class Runner:
             RunFailed: If a stage fails; no further one begins, those beside it are let finish.
             StoppedBySignal: After SIGINT or SIGTERM.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
         names = [stage.name for stage in stages]
         todo = stages if until is None else stages[: names.index(until) + 1]
-        with records.lock(self.out) as descriptor, self._signals_noted():
-            self.ledger.load()  # Another run may have written before the lock was ours.
-            self._note_plan(self.plan(stages))
+        with lock(self.out) as descriptor, self._signals:
+            self.store.load()  # Another run may have written before the lock was ours.
+            decisions = self.plan(stages)
+            # Which stages belong to this run, and which records speak of its settings.
+            self.store.data["plan"] = names
+            for name, record in self.store.stages.items():
+                record["current"] = name in decisions and decisions[name].action == "skip"
+            self.store.write()
             before_first()
 
             def job(number: int, stage: Stage) -> None:
                 try:
-                    self._do(stage, number, progress, descriptor)
+                    self._skip_or_run(stage, number, progress, descriptor)
                 finally:
                     with self._between:
                         after_each()
@@ -131,30 +137,39 @@ class Runner:
                 jobs = [functools.partial(job, number, stage) for number, stage in neighbours]
                 run_in_order(jobs, self.parallel)
 
-    def _do(self, stage: Stage, number: int, progress: Progress, lock_descriptor: int) -> None:
+    def log_path(self, stage: Stage) -> Path:
+        """Return where the stage's output goes."""
+        return self.out / "logs" / f"{stage.name}.log"
+
+    def _skip_or_run(self, stage: Stage, number: int, progress: Progress, descriptor: int) -> None:
         self._stop_if_asked()
-        forget_sources()
         decision = self._decide(stage)
         if decision.action == "skip":
-            self.ledger.skipped.add(stage.name)
-            self.ledger.update(stage.name, current=True)
-            progress.skip(number, stage.name, self._record(stage).get("seconds", 0.0))
-        else:
-            progress.start(number, stage.name, decision.reason)
-            try:
-                self._run_stage(stage, decision, progress, lock_descriptor)
-            finally:
-                progress.forget(stage.name)
+            self.store.skipped.add(stage.name)
+            self.store.update(stage.name, current=True)
+            progress.skip(number, stage.name, self.store.stages[stage.name].get("seconds", 0.0))
+            return
+        progress.start(number, stage.name, decision.reason)
+        try:
+            self._run_stage(stage, decision, progress, descriptor)
+        finally:
+            progress.forget(stage.name)
 
     def _decide(self, stage: Stage) -> Decision:
-        made = {name: self.ledger.stages.get(name, {}).get("product") for name in stage.upstream}
+        made = {name: self.store.stages.get(name, {}).get("product") for name in stage.upstream}
         parts = fingerprint_parts(stage, self.root, self.out, made)
         fingerprint = digest(parts)
-        record = self._record(stage)
+        record = self.store.stages.get(stage.name)
         action: Literal["skip", "run", "resume"] = "run"
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
-        if not record:
-            self._refuse_foreign(stage)
+        if record is None:
+            for name in (*stage.owns, *stage.outputs):
+                path = inside(self.out, name)
+                if path.exists() or path.is_symlink():
+                    raise UserError(
+                        f"{path} exists already but was not made by this pipeline "
+                        f"(stage {stage.name}); move it away or choose another --out"
+                    )
             reason = "first run"
         elif record.get("fingerprint") != fingerprint:
             reason = explain(record.get("parts") or {}, parts)
@@ -168,53 +183,35 @@ class Runner:
             reason = "did not finish last time"
         return Decision(action, reason, fingerprint, parts)
 
-    def _refuse_foreign(self, stage: Stage) -> None:
-        for name in (*stage.owns, *stage.outputs):
-            path = inside(self.out, name)
-            if path.exists() or path.is_symlink():
-                raise UserError(
-                    f"{path} exists already but was not made by this pipeline "
-                    f"(stage {stage.name}); move it away or choose another --out"
-                )
-
-    def _note_plan(self, decisions: dict[str, Decision]) -> None:
-        """Note which stages belong to this run, and which records speak of its settings."""
-        self.ledger.data["plan"] = list(decisions)
-        for name, record in self.ledger.stages.items():
-            record["current"] = name in decisions and decisions[name].action == "skip"
-        self.ledger.write()
-
-    def _record(self, stage: Stage) -> dict[str, Any]:
-        return self.ledger.stages.get(stage.name, {})
-
     def _run_stage(
-        self, stage: Stage, decision: Decision, progress: Progress, lock_descriptor: int
+        self, stage: Stage, decision: Decision, progress: Progress, descriptor: int
     ) -> None:
         resumed = decision.action == "resume"
-        before = self._record(stage).get("seconds") or 0.0 if resumed else 0.0
+        before = self.store.stages[stage.name].get("seconds") or 0.0 if resumed else 0.0
         if not resumed:
             for name in dict.fromkeys((*stage.owns, *stage.outputs)):
                 remove(self.out, name)
-        self.ledger.update(
+        self.store.update(
             stage.name,
             fingerprint=decision.fingerprint,
             parts=decision.parts,
             status="running",
             seconds=before,
-            started=records.now(),
+            started=now(),
             resumed=resumed,
             exit_status=None,
             current=True,
+            commit=provenance.commit(self.root),
         )
-        ended = self._run_child(stage, resumed, before, progress, lock_descriptor)
+        ended = self._run_child(stage, resumed, before, progress, descriptor)
         missing = [name for name in stage.outputs if not (self.out / name).exists()]
         good = ended.exit_status == 0 and not missing and ended.stopped_by is None
         status = "finished" if good else "stopped" if ended.stopped_by else "failed"
-        self.ledger.update(
+        self.store.update(
             stage.name,
             status=status,
             seconds=round(before + ended.seconds, 2),
-            ended=records.now(),
+            ended=now(),
             exit_status=ended.exit_status,
             peak_memory_bytes=ended.peak_memory_bytes,
             product=product_digest(stage, self.out) if good else None,
@@ -222,7 +219,7 @@ class Runner:
         if good:
             progress.finish(stage.name, f"finished in {clock(before + ended.seconds)}")
             return
-        others = "" if self._signals else ", ".join(progress.others(stage.name))
+        others = "" if self._signals.received else ", ".join(progress.others(stage.name))
         hint = f"; no further stage begins, these are let finish: {others}" if others else ""
         progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
         self._stop_if_asked()
@@ -232,13 +229,16 @@ class Runner:
         self, stage: Stage, resumed: bool, before: float, progress: Progress, descriptor: int
     ) -> Finished:
         command = (*stage.command, *(stage.resume_arguments if resumed else ()))
+        own = {}
+        if stage.group and self.parallel > 1 and not os.environ.get("OMP_NUM_THREADS"):
+            # The share follows from `parallel`, not from how many stages happen to run.
+            own["OMP_NUM_THREADS"] = str(max(1, provenance.usable_cores() // self.parallel))
         path = self.log_path(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = thread_environment(self.parallel) if stage.group else {}
-        shown = shlex.join([*(f"{name}={value}" for name, value in own.items()), *command])
         beat, passed_on = time.monotonic(), 0
         with path.open("a" if resumed else "w", encoding="utf-8") as log:
-            log.write(f"# {records.now()} {shown}\n")
+            shown = [*(f"{name}={value}" for name, value in own.items()), *command]
+            log.write(f"# {now()} {shlex.join(shown)}\n")
             child = Child(
                 command,
                 folder=self.root,
@@ -249,13 +249,13 @@ class Runner:
 
             def tick() -> None:
                 nonlocal beat, passed_on
-                for signum in self._signals[passed_on:]:
+                for number in self._signals.received[passed_on:]:
                     passed_on += 1
-                    child.stop(signum)
+                    child.stop(number)
                 progress.tick(stage.name, before + child.seconds, child.lines.last_line)
                 if time.monotonic() - beat > _HEARTBEAT_SECONDS:
                     beat = time.monotonic()
-                    self.ledger.update(stage.name, seconds=round(before + child.seconds, 2))
+                    self.store.update(stage.name, seconds=round(before + child.seconds, 2))
 
             try:
                 return child.wait(tick)
@@ -263,14 +263,10 @@ class Runner:
                 child.stop(signal.SIGKILL)
                 raise
 
-    def log_path(self, stage: Stage) -> Path:
-        """Return where the stage's output goes."""
-        return self.out / "logs" / f"{stage.name}.log"
-
     def _failure(self, stage: Stage, ended: Finished, missing: Sequence[str]) -> str:
         log = self.log_path(stage)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        what = ended.words or f"ended without leaving {', '.join(missing)}"
+        what = ended.description or f"ended without leaving {', '.join(missing)}"
         tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
         message = f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
         message += f"  whole log: {log}\n  to go on: {self.go_on_command}"
@@ -279,21 +275,57 @@ class Runner:
         return message
 
     def _stop_if_asked(self) -> None:
-        if self._signals:
-            name = signal.Signals(self._signals[0]).name
-            message = f"stopped by {name}\n  to go on: {self.go_on_command}"
-            raise StoppedBySignal(self._signals[0], message)
+        if self._signals.received:
+            message = f"{self._signals.reason}\n  to go on: {self.go_on_command}"
+            raise StoppedBySignal(self._signals.received[0], message)
 
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM; every thread passes them on to its own child."""
 
-        def note(signum: int, _frame: FrameType | None) -> None:
-            self._signals.append(signum)
+def run_in_order(jobs: Sequence[Callable[[], None]], workers: int) -> None:
+    """Begin jobs in their order, at most `workers` at once, and wait for all.
 
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    After an error no further job begins; those that run go on to their end.
+
+    Raises:
+        RunFailed: For one or several failed stages.
+        Exception: The first error of another kind.
+    """
+    failed = threading.Event()
+
+    def begin(job: Callable[[], None]) -> None:
+        if failed.is_set():
+            return
         try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            job()
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        futures = [pool.submit(begin, job) for job in jobs]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in errors:
+        if len(errors) == 1 or not isinstance(error, RunFailed):
+            raise error
+    if errors:
+        raise RunFailed("\nerror: ".join(map(str, errors)))
+
+
+def side_by_side(setting: int | Literal["auto"], num_arms: int) -> int:
+    """Return how many detection stages run at once.
+
+    `auto` does not look at the number of seeds: with it, more seeds would change the threads of
+    each, and thereby figures.
+    """
+    if setting != "auto":
+        return setting
+    return 1 if has_nvidia_gpu() else min(provenance.usable_cores(), _AUTO_AT_MOST, num_arms)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether there is an NVIDIA driver and its devices are not hidden from programs.
+
+    Asking torch itself would cost every call of the pipeline its seconds of import.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()

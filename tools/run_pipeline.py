@@ -12,11 +12,10 @@ from common.config import to_plain
 from common.errors import RunFailed, UserError, run_command
 from pipeline import results
 from pipeline.config import PipelineConfig, load_config
-from pipeline.fingerprint import Stage
-from pipeline.parallel import side_by_side
 from pipeline.plan import build_stages, dataset_folder
 from pipeline.progress import Progress, clock
-from pipeline.run import Runner
+from pipeline.run import Runner, side_by_side
+from pipeline.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """\
@@ -70,7 +69,7 @@ def run(parsed: argparse.Namespace) -> int:
     command = ["bash", os.path.relpath(ROOT / "tools/run_pipeline.sh"), *sys.argv[1:]]
     parallel = side_by_side(config.detection.parallel, len(config.detection.arms))
     runner = Runner(ROOT, out, command, parallel)
-    runner.ledger.check_name(config.name)
+    runner.store.check_name(config.name)
     if parsed.dry_run:
         return show_plan(runner, stages, until)
     shown = stages.index(next(s for s in stages if s.name == until)) + 1
@@ -80,7 +79,7 @@ def run(parsed: argparse.Namespace) -> int:
             Progress(shown),
             until=until,
             before_first=lambda: describe(runner, config, path, command),
-            after_each=lambda: results.write(out, runner.ledger.skipped),
+            after_each=lambda: results.write(out, runner.store.skipped),
         )
     except RunFailed:
         print(closing_lines(runner, out))
@@ -129,7 +128,7 @@ def show_plan(runner: Runner, stages: list[Stage], until: str) -> int:
 
 def describe(runner: Runner, config: PipelineConfig, path: Path, command: list[str]) -> None:
     """Write what this run is into its folder."""
-    runner.ledger.open_run(
+    runner.store.open_run(
         config.name,
         config=to_plain(config),
         config_file=path.name,
@@ -142,11 +141,11 @@ def describe(runner: Runner, config: PipelineConfig, path: Path, command: list[s
 
 def closing_lines(runner: Runner, out: Path) -> str:
     """Return what a person wants to know at the end."""
-    records = runner.ledger.stages.values()
+    records = runner.store.stages.values()
     seconds = sum(record.get("seconds") or 0.0 for record in records if record.get("current"))
     peak = max((record.get("peak_memory_bytes") or 0 for record in records), default=0)
     lines = [f"\nstages: {clock(seconds)} added up, peak memory of one {peak / 2**30:.2f} GiB"]
-    lines += results.verdicts(results.assemble(out, runner.ledger.skipped))
+    lines += results.verdicts(results.assemble(out, runner.store.skipped))
     for name in ("results.json", "report.html"):
         if (out / name).exists():
             lines.append(f"{name.partition('.')[0]}: {out / name}")

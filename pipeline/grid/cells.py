@@ -14,11 +14,11 @@ import yaml
 from common.config import read_yaml
 from common.errors import UserError
 from common.files import read_json, read_json_lines, write_text
-from pipeline.fingerprint import digest
 from pipeline.grid.data import StudyData
 from pipeline.grid.grid import Grid, Level, Preset
 from pipeline.grid.jobs import Step
 from pipeline.grid.schedule import Work
+from pipeline.stages import digest
 
 
 def metric_steps(

@@ -18,7 +18,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json_or_none, write_json
 from pipeline.datasets import packages
-from pipeline.fingerprint import digest
+from pipeline.stages import digest
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (

@@ -20,10 +20,10 @@ from common.config import check_keys, read_yaml
 from common.errors import UserError
 from common.files import read_json_or_none, sha256_of
 from common.stats import RULE, Contrast, compare, mean_std
-from pipeline.fingerprint import digest
 from pipeline.grid.jobs import Step
 from pipeline.grid.schedule import Work
 from pipeline.grid.store import Row
+from pipeline.stages import digest
 
 FORMAT = "fa-trials-1"
 METRICS = ("AP50", "AP", "AP75")

@@ -7,10 +7,9 @@ import pytest
 
 from common.errors import RunFailed, UserError
 from common.files import inside, remove
-from pipeline.fingerprint import Stage, source_digest, source_files
 from pipeline.progress import Progress
 from pipeline.run import Runner
-from pipeline.stage_store import lock
+from pipeline.stages import Stage, lock
 
 COPY = """
 import pathlib, sys
@@ -34,8 +33,7 @@ class World:
         self.input = folder / "in.txt"
         self.input.write_text("one")
         (self.root / "copy.py").write_text(COPY)
-        (self.root / "other.py").write_text("VALUE = 1\n")
-        self.setting = 1
+        self.setting = self.code_version = 1
 
     def stages(self) -> list[Stage]:
         script = str(self.root / "copy.py")
@@ -47,7 +45,6 @@ class World:
                 outputs=("first/value.txt",),
                 owns=("first",),
                 files=(self.input,),
-                sources=("copy.py",),
             ),
             Stage(
                 name="second/a",
@@ -59,7 +56,7 @@ class World:
                 owns=("second/a.txt",),
                 upstream=("first",),
                 config={"setting": self.setting},
-                sources=("*.py",),
+                code_version=self.code_version,
             ),
         ]
 
@@ -93,7 +90,7 @@ def test_unchanged_stages_are_skipped_and_keep_their_time(world):
     before = json.loads((world.out / "stages.json").read_text())["stages"]
     runner = world.run()
     assert world.counted() == (1, 1)
-    assert runner.ledger.skipped == {"first", "second/a"}
+    assert runner.store.skipped == {"first", "second/a"}
     after = json.loads((world.out / "stages.json").read_text())["stages"]
     assert all(after[name]["seconds"] == before[name]["seconds"] for name in before)
     assert all(record["status"] == "finished" and record["current"] for record in after.values())
@@ -128,43 +125,31 @@ def test_a_stage_that_makes_the_same_again_changes_nothing_behind_it(world):
     world.input.write_text("one\n")  # The copy strips it.
     runner = world.run()
     assert world.counted() == (2, 1)
-    assert runner.ledger.skipped == {"second/a"}
+    assert runner.store.skipped == {"second/a"}
 
 
-def test_changed_source_runs_its_stage(world):
+def test_raised_code_version_runs_its_stage(world):
     world.run()
-    (world.root / "other.py").write_text("VALUE = 2\n")
-    assert world.reasons()["second/a"] == ("run", "changed: code other.py")
+    world.code_version = 2
+    assert world.reasons() == {
+        "first": ("skip", "unchanged"),
+        "second/a": ("run", "changed: code version 1 -> 2"),
+    }
     world.run()
     assert world.counted() == (1, 2)
 
 
-def test_comments_docstrings_and_format_of_python_sources_do_not_count(tmp_path):
-    a, b, c = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
-    a.write_text('"""One."""\ndef f(x):\n    """Two."""\n    return x\n')
-    b.write_text("# Another comment.\ndef f( x ):\n    return (x)\n")
-    c.write_text("def f(x):\n    return -x\n")
-    assert source_digest(a) == source_digest(b) != source_digest(c)
-    odd = tmp_path / "odd.py"
-    odd.write_text("this is not python (")
-    assert source_digest(odd) != source_digest(a)
-
-
-def test_sources_follow_imports_of_the_repository(tmp_path):
-    (tmp_path / "house/room").mkdir(parents=True)
-    files = {
-        "run.py": "def f():\n    from house import door\nimport numpy, house.room.bed\n",
-        "house/__init__.py": "",
-        "house/door.py": "from house.window import Glass\n",
-        "house/window.py": "import run\n",
-        "house/unused.py": "",
-        "house/room/__init__.py": "",
-        "house/room/bed.py": "",
+def test_the_commit_is_recorded_and_does_not_count(world, monkeypatch):
+    monkeypatch.setattr("pipeline.run.provenance.commit", lambda root: "abc")
+    world.run()
+    monkeypatch.setattr("pipeline.run.provenance.commit", lambda root: "abd")
+    world.setting = 2
+    world.run()
+    stages = json.loads((world.out / "stages.json").read_text())["stages"]
+    assert {name: record["commit"] for name, record in stages.items()} == {
+        "first": "abc",
+        "second/a": "abd",
     }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    found = [path.relative_to(tmp_path).as_posix() for path in source_files(tmp_path, ["run.py"])]
-    assert found == sorted(set(files) - {"house/unused.py"})
 
 
 def test_missing_output_runs_again(world):
@@ -265,9 +250,9 @@ def test_damaged_record_is_refused(world):
 
 def test_folder_of_another_pipeline_is_refused(world):
     runner = world.run()
-    runner.ledger.open_run("demo")
+    runner.store.open_run("demo")
     with pytest.raises(UserError, match="holds a run of the pipeline 'demo', not 'smoke'"):
-        world.runner().ledger.check_name("smoke")
+        world.runner().store.check_name("smoke")
 
 
 def test_progress_bars_show_their_last_state_but_do_not_flood_the_log(world):

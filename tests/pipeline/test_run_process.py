@@ -25,12 +25,12 @@ DRIVER = """
 import sys
 from pathlib import Path
 from common.errors import RunFailed, StoppedBySignal
-from pipeline.fingerprint import Stage
+from pipeline.stages import Stage
 from pipeline.progress import Progress
 from pipeline.run import Runner
 script, out = sys.argv[1], Path(sys.argv[2])
 stage = Stage(name="slow", command=(sys.executable, script, str(out / "slow")),
-              outputs=("slow/done",), owns=("slow",), sources=("slow.py",),
+              outputs=("slow/done",), owns=("slow",),
               resumable=sys.argv[3] == "True", resume_arguments=("--resume",))
 try:
     Runner(Path(script).parent, out, ["again"]).run([stage], Progress(1))

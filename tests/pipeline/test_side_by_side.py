@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunFailed, UserError
-from pipeline import parallel
 from pipeline.config import load_config
-from pipeline.fingerprint import Stage
 from pipeline.process import session_members
 from pipeline.progress import Progress
-from pipeline.run import Runner
+from pipeline.run import Runner, has_nvidia_gpu, run_in_order, side_by_side
+from pipeline.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ROOT / "configs/pipeline/smoke.yaml"
@@ -138,7 +137,7 @@ def test_a_failure_lets_the_neighbour_finish_and_begins_nothing_new(bench):
     (bench.folder / "begun.txt").unlink()
     runner = bench.run(stages, 2)
     assert sorted(bench.begun()) == ["a", "c"]
-    assert runner.ledger.skipped == {"b"}
+    assert runner.store.skipped == {"b"}
     assert "a: continues where it stopped" in bench.shown.getvalue()
 
 
@@ -156,14 +155,14 @@ def test_error_of_another_kind_comes_first():
 
     jobs = [lambda: broken(RunFailed("stage")), lambda: broken(UserError("user"))]
     with pytest.raises(RunFailed, match="stage"):
-        parallel.run_in_order(jobs, 1)
+        run_in_order(jobs, 1)
     barrier = threading.Barrier(2)
     jobs = [
         lambda: (barrier.wait(20), broken(RunFailed("stage"))),
         lambda: (barrier.wait(20), broken(UserError("user"))),
     ]
     with pytest.raises(UserError, match="user"):
-        parallel.run_in_order(jobs, 2)
+        run_in_order(jobs, 2)
 
 
 DRIVER = """
@@ -243,7 +242,7 @@ def test_stages_of_a_killed_runner_do_not_live_on(bench):
     ],
 )
 def test_threads_of_a_stage(bench, monkeypatch, cores, side_by_side, own, expected):
-    monkeypatch.setattr(parallel, "usable_cores", lambda: cores)
+    monkeypatch.setattr("common.provenance.usable_cores", lambda: cores)
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     stages = [bench.stage("a"), bench.stage("alone", group="")]
@@ -266,9 +265,9 @@ def test_threads_of_a_stage(bench, monkeypatch, cores, side_by_side, own, expect
     ],
 )
 def test_how_many_side_by_side(monkeypatch, setting, cores, gpu, num_arms, expected):
-    monkeypatch.setattr(parallel, "usable_cores", lambda: cores)
-    monkeypatch.setattr(parallel, "has_nvidia_gpu", lambda: gpu)
-    assert parallel.side_by_side(setting, num_arms) == expected
+    monkeypatch.setattr("common.provenance.usable_cores", lambda: cores)
+    monkeypatch.setattr("pipeline.run.has_nvidia_gpu", lambda: gpu)
+    assert side_by_side(setting, num_arms) == expected
 
 
 def test_gpus_are_found_by_the_driver_unless_hidden(tmp_path, monkeypatch):
@@ -277,10 +276,10 @@ def test_gpus_are_found_by_the_driver_unless_hidden(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert parallel.has_nvidia_gpu()
+    assert has_nvidia_gpu()
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert not parallel.has_nvidia_gpu()
+        assert not has_nvidia_gpu()
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("1", 1), ("3", 3)])
