@@ -4,24 +4,24 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common import provenance
 from common.errors import UserError, run_command
-from pipeline.grid import data, results
-from pipeline.grid.cells import Plan, make_plan, make_work
-from pipeline.grid.grid import METRICS, Preset, read_grid, read_preset
+from pipeline.grid import data, study
+from pipeline.grid.grid import METRICS, Plan, Preset, make_plan, read_grid, read_preset
 from pipeline.grid.jobs import Executor
 from pipeline.grid.schedule import (
-    Defaults,
-    StopSignals,
+    FOLDER,
+    Store,
     Work,
-    add_cluster,
-    check_options,
+    add_run_options,
+    check_run_options,
     exit_status,
     run_work,
 )
-from pipeline.grid.store import FOLDER, Store, hold
+from pipeline.stages import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs/studies/presets"
@@ -33,7 +33,7 @@ examples:
       --cluster slurm --parallel 16 --partition gpu --slurm-option account=vision
 
 Cells that several grids share run once. The same command goes on where the last one stopped.
-DIR/job_results holds every run, DIR/results.json and DIR/tables.{md,html,tex} what they say.
+DIR/job_results holds every run, DIR/results.json and DIR/tables.md what they say.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal. docs/studies.md explains grids, presets and verdicts.
 """
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only", action="append", default=[], metavar="TEXT",
         help="run only cells with this in their grid or levels; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="show the cells and what is done, and stop")
-    add_cluster(main_parser)
+    add_run_options(main_parser)
     return main_parser
 
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, executor: Executor | None = Non
     options.out = options.out.resolve()
 
     def work() -> int:
-        with hold(options.out):
+        with lock(options.out):
             return _run(options, executor, started)
 
     return run_command(work)
@@ -82,16 +82,15 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
     preset, set_name = chosen_preset(options)
     grids = [read_grid(path, preset.name) for path in options.grids]
     folder = options.out / "data" / set_name
-    prepared = data.prepare(set_name, preset.sets[set_name], folder, say=print)
+    prepared = data.prepare(set_name, preset.sets[set_name], folder)
     plan = make_plan(grids, preset, prepared)
     work = {
-        (cell.fingerprint, seed): make_work(cell, seed, options.out, ROOT, prepared, preset.metrics)
+        (name, seed): study.make_work(cell, seed, options.out, ROOT, prepared, preset.metrics)
         for seed in range(preset.seeds)
-        for cell in plan.cells.values()
+        for name, cell in plan.cells.items()
     }
     check_cells(plan, work)
     store = Store(options.out / FOLDER)
-    store.note_killed()
     for name, seed in work:
         cell = plan.cells[name]
         store.plan(name, seed, cell.label, cell.axes, cell.settings)
@@ -99,14 +98,15 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
         show_list(plan, preset, store)
         return 0
     todo = [item for item in work.values() if is_due(store, item, plan, preset, options)]
-    with StopSignals() as signals:
-        defaults = Defaults(preset.parallel, preset.gpus, preset.max_minutes)
-        outcome = run_work(todo, store, options, defaults, executor, started, signals)
+    outcome = run_work(
+        *(todo, store, options, executor, started),
+        parallel=preset.parallel, gpus=preset.gpus, max_minutes=preset.max_minutes,
+    )  # fmt: skip
     about = provenance.describe(ROOT)
-    found = results.summarise(plan, store.rows(), preset, set_name, about)
-    for path in results.write(options.out, found):
+    found = study.summarise(plan, store.rows(), preset, set_name, about)
+    for path in study.write(options.out, found):
         print(path)
-    return exit_status(outcome, found["counts"], signals)
+    return exit_status(outcome, found["counts"])
 
 
 def chosen_preset(options: argparse.Namespace) -> tuple[Preset, str]:
@@ -129,11 +129,9 @@ def chosen_preset(options: argparse.Namespace) -> tuple[Preset, str]:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics {unknown[0]}: give some of {', '.join(METRICS)}")
-    if "linear" in metrics and not (ROOT / "tools/linear_eval.py").is_file():
-        raise UserError("metric linear: tools/linear_eval.py is not there; give --metrics knn")
-    check_options(options)
-    values = vars(preset) | {"metrics": metrics, "seeds": options.seeds or preset.seeds}
-    return Preset(**values), set_name
+    check_run_options(options)
+    seeds = options.seeds or preset.seeds
+    return replace(preset, metrics=metrics, seeds=seeds), set_name
 
 
 def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:

@@ -9,18 +9,18 @@ from typing import Any
 
 from common import provenance
 from common.errors import UserError, run_command
-from pipeline.grid import trial_tables, trials
+from pipeline.grid import trials
 from pipeline.grid.jobs import Executor
 from pipeline.grid.schedule import (
-    Defaults,
-    StopSignals,
-    add_cluster,
-    check_options,
+    FOLDER,
+    Store,
+    add_run_options,
+    check_run_options,
     exit_status,
     run_work,
 )
-from pipeline.grid.store import FOLDER, Store, hold
 from pipeline.grid.trials import Arm, Protocol
+from pipeline.stages import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"
@@ -35,7 +35,7 @@ examples:
 
 {seed} in FILE or in --data stands for the seed: a pretraining run or a split for each.
 Words after -- go to tools/train_voc.sh. Weights without a card are converted first. The same
-command goes on where the last one stopped. DIR/results.json, DIR/tables.{md,html,tex}.
+command goes on where the last one stopped. DIR/results.json and DIR/tables.md hold what they say.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal.
 """
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
     add("--published", metavar="FILE|none",
         help="published rows to show (default: those of VOC07+12 for its config)")  # fmt: skip
-    add_cluster(main_parser)
+    add_run_options(main_parser)
     return main_parser
 
 
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None, executor: Executor | None = Non
     options.out = options.out.resolve()
 
     def work() -> int:
-        check_options(options)
-        with hold(options.out):
+        check_run_options(options)
+        with lock(options.out):
             return _run(options, tuple(words[cut + 1 :]), executor, started)
 
     return run_command(work)
@@ -95,13 +95,12 @@ def _run(
     published = read_published(options)
     protocol = Protocol(options.config.resolve(), options.data, words)
     arms = [
-        trials.make_arm(name, file, seed, protocol, options.out, ROOT)
+        trials.make_arm(name, file, seed, protocol, options.out)
         for seed in range(options.seeds)
         for name, file in inits.items()
     ]
     refuse_twins(arms)
     store = Store(options.out / FOLDER)
-    store.note_killed()
     todo = []
     for arm in arms:
         work = trials.make_work(arm, protocol, options.out, ROOT)
@@ -110,8 +109,7 @@ def _run(
         is_finished = row.status == "finished" and work.steps[0].product.exists()
         if not is_finished and (row.status != "failed" or options.retry_failed):
             todo.append(work)
-    with StopSignals() as signals:
-        outcome = run_work(todo, store, options, Defaults(), executor, started, signals)
+    outcome = run_work(todo, store, options, executor, started)
     about: dict[str, Any] = {
         "config": options.config.name,
         "data": Path(options.data).name,
@@ -120,9 +118,9 @@ def _run(
         **provenance.describe(ROOT),
     }
     found = trials.summarise(arms, store.rows(), pairs, about)
-    for path in trial_tables.write(options.out, found):
+    for path in trials.write(options.out, found):
         print(path)
-    return exit_status(outcome, found["counts"], signals)
+    return exit_status(outcome, found["counts"])
 
 
 def read_published(options: argparse.Namespace) -> dict[str, Any] | None:

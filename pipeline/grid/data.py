@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,21 @@ from typing import Any
 import cv2
 import numpy as np
 
-from common.errors import UserError
+from common.config import check_keys
+from common.errors import UserError, require
 from common.files import read_json_or_none, write_json
 from pipeline.datasets import packages
+from pipeline.plan import flags
 from pipeline.stages import digest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARES = (0.1, 0.25, 1.0)  # of the pool that studies ask for; each holds the one before
+_NUMBERS = ("num_pool", "num_probe_train", "num_probe_val", "seed")
+_OPTIONS = {
+    "fashion_mnist": {*_NUMBERS},
+    "photos": {*_NUMBERS, "arguments"},
+    "shards": {"pool", "probe_train", "probe_val"},
+}  # of each recipe
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (
@@ -27,130 +38,6 @@ CLASSES = (
 )  # fmt: skip
 _FOLDER = "usr/share/datasets/fashion-mnist/"
 SYSTEM = Path("/")  # where an installed package lies
-_ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_pictures(
-    out: Path, num_pool: int = 60_000, num_probe_train: int = 2000, num_probe_val: int = 1000,
-    seed: int = 0,
-) -> None:  # fmt: skip
-    """Write OUT/pool/*.png, OUT/probe/{train,val}/<class>/*.png.
-
-    The pool and probe/train are drawn from the 60,000 training pictures (a labelled one may lie in
-    the pool too, without its label), probe/val from the 10,000 test pictures.
-
-    Raises:
-        UserError: If there are not so many, or the package cannot be had.
-    """
-    files = read_files()
-    generator = np.random.default_rng(seed)
-    train, test = (_read_part(files, part) for part in ("train", "t10k"))
-    for name, wanted, there in (
-        ("num_pool", num_pool, len(train[0])),
-        ("num_probe_train", num_probe_train, len(train[0])),
-        ("num_probe_val", num_probe_val, len(test[0])),
-    ):
-        if not len(CLASSES) <= wanted <= there:
-            raise UserError(f"fashion_mnist: {name} is {wanted}; give {len(CLASSES)} to {there:,}")
-    (out / "pool").mkdir(parents=True)
-    for number, index in enumerate(generator.permutation(len(train[0]))[:num_pool]):
-        _write(out / "pool" / f"{number:06d}.png", train[0][index])
-    for name, (images, labels), count in (
-        ("train", train, num_probe_train),
-        ("val", test, num_probe_val),
-    ):
-        chosen = _balanced(labels, count, generator)
-        _write_classes(out / "probe" / name, images[chosen], labels[chosen])
-
-
-def _balanced(labels: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Numbers of `count` pictures drawn at random, of every class as many as of the others."""
-    by_class = [generator.permutation(np.flatnonzero(labels == c)) for c in range(len(CLASSES))]
-    rounds = max(map(len, by_class))
-    taken = [indices[k] for k in range(rounds) for indices in by_class if k < len(indices)]
-    return np.array(taken[:count])
-
-
-def _read_part(files: Mapping[str, bytes], part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, uint8 [n, 28, 28], and their class numbers, uint8 [n]."""
-    kinds = ("images-idx3", "labels-idx1")
-    images, labels = (read_idx(files[f"{part}-{kind}-ubyte.gz"]) for kind in kinds)
-    return images, labels
-
-
-def read_files() -> dict[str, bytes]:
-    """The four files by name: out of the installed package, or the .deb in the cache, or fetched.
-
-    The cache is $FA_CACHE/fashion_mnist, else .cache/fashion_mnist here.
-
-    Raises:
-        UserError: If the package cannot be had.
-    """
-    names = {
-        f"{_FOLDER}{part}-{kind}-ubyte.gz"
-        for part in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
-    }
-    chosen = os.environ.get("FA_CACHE")
-    cache = (Path(chosen) if chosen else _ROOT / ".cache") / "fashion_mnist"
-    try:
-        if (SYSTEM / _FOLDER).is_dir():
-            source = SYSTEM
-        else:
-            source = packages.newest(cache, PACKAGE)
-            if source is None:
-                packages.download([PACKAGE], cache, "31 MB")
-                source = packages.newest(cache, PACKAGE)
-        assert source is not None
-        found = dict(packages.members(source, names))
-    except UserError as error:
-        raise UserError(f"Fashion-MNIST: {error}") from None
-    missing = sorted(names - set(found))
-    if missing:
-        raise UserError(f"Fashion-MNIST: {source} does not hold {missing[0]}; fetch {PACKAGE} anew")
-    return {Path(name).name: content for name, content in found.items()}
-
-
-def read_idx(data: bytes) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes: uint8 [n, ..].
-
-    Raises:
-        UserError: If it is none.
-    """
-    try:
-        raw = gzip.decompress(data)
-    except (OSError, EOFError) as error:
-        raise UserError(f"an IDX file is damaged ({error}); fetch the package anew") from None
-    num_axes = raw[3] if len(raw) > 4 else 0
-    shape = np.frombuffer(raw[4 : 4 + 4 * num_axes], dtype=">u4").astype(int)
-    body = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_axes) if num_axes else None
-    if raw[:3] != b"\0\0\x08" or body is None or body.size != np.prod(shape):
-        raise UserError(
-            "an IDX file is damaged (header and length disagree); fetch the package anew"
-        )
-    return body.reshape(shape)
-
-
-def _write_classes(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        _write(folder / CLASSES[label] / f"{number:06d}.png", image)
-
-
-def _write(path: Path, image: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), image):
-        raise OSError(f"{path}: cannot be written")
-
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARES = (0.1, 0.25, 1.0)  # of the pool that studies ask for; each holds the one before
-_RECIPE_KEYS = {
-    "fashion_mnist": {"num_pool", "num_probe_train", "num_probe_val", "seed"},
-    "photos": {"num_pool", "num_probe_train", "num_probe_val", "seed", "arguments"},
-    "shards": {"pool", "probe_train", "probe_val"},
-}
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -184,109 +71,79 @@ class StudyData:
         return share
 
 
-def prepare(name: str, options: Mapping[str, Any], out: Path, say: Say = print) -> StudyData:
+def prepare(
+    name: str, options: Mapping[str, Any], out: Path, report: Callable[[str], None] = print
+) -> StudyData:
     """Make the shards of a preset's set, or find them made.
 
     Args:
         name: Of the set.
         options: `recipe`, its options, and `overrides`.
         out: Folder of this set's files.
-        say: Gets a line for each step.
+        report: Gets a line for each step.
     Raises:
         UserError: For unknown recipes and options, or if a step fails.
     """
-    recipe = options["recipe"]
-    if recipe not in _RECIPE_KEYS:
-        raise UserError(f"data {name}: no recipe {recipe!r}; known are {', '.join(_RECIPE_KEYS)}")
-    settings = {key: value for key, value in options.items() if key not in ("recipe", "overrides")}
-    for key in settings:
-        if key not in _RECIPE_KEYS[recipe]:
-            known = ", ".join(sorted(_RECIPE_KEYS[recipe]))
-            raise UserError(f"data {name}: recipe {recipe} has no option {key!r}; known: {known}")
+    settings = dict(options)
+    recipe, overrides = settings.pop("recipe"), dict(settings.pop("overrides", {}))
+    if recipe not in _OPTIONS:
+        raise UserError(f"data {name}: no recipe {recipe!r}; known are {', '.join(_OPTIONS)}")
+    needed = _OPTIONS[recipe] if recipe == "shards" else set()
+    check_keys(settings, _OPTIONS[recipe], needed, f"data {name}: recipe {recipe}")
     if recipe == "shards":
-        return _given(name, settings, dict(options.get("overrides", {})))
-    stamp = {"recipe": recipe, **settings}
-    if read_json_or_none(out / "data.json") != stamp:
-        if (out / "data.json").exists():
-            raise UserError(f"{out}: holds data made with other options; choose another --out")
-        _make(recipe, settings, out, say)
-        write_json(out / "data.json", stamp)
-    parts = [out / f"pool-{number}" for number in range(len(SHARES))]
-    pools = {share: tuple(parts[: number + 1]) for number, share in enumerate(SHARES)}
-    return _opened(
-        name, pools, out / "probe_train", out / "probe_val", dict(options.get("overrides", {}))
-    )
+        own = settings["pool"] if isinstance(settings["pool"], dict) else {1.0: settings["pool"]}
+        pools = {
+            float(share): tuple(
+                Path(p).resolve() for p in ([paths] if isinstance(paths, str) else paths)
+            )
+            for share, paths in own.items()
+        }
+        train, val = (Path(settings[key]).resolve() for key in ("probe_train", "probe_val"))
+    else:
+        stamp = {"recipe": recipe, **settings}
+        if read_json_or_none(out / "data.json") != stamp:
+            if (out / "data.json").exists():
+                raise UserError(f"{out}: holds data made with other options; choose another --out")
+            _make(recipe, settings, out, report)
+            write_json(out / "data.json", stamp)
+        parts = [out / f"pool-{number}" for number in range(len(SHARES))]
+        pools = {share: tuple(parts[: number + 1]) for number, share in enumerate(SHARES)}
+        train, val = out / "probe_train", out / "probe_val"
 
-
-def _given(name: str, settings: Mapping[str, Any], overrides: dict[str, Any]) -> StudyData:
-    missing = sorted({"pool", "probe_train", "probe_val"} - set(settings))
-    if missing:
-        raise UserError(f"data {name}: recipe shards needs {', '.join(missing)}")
-    pool = settings["pool"] if isinstance(settings["pool"], dict) else {1.0: settings["pool"]}
-    pools = {
-        float(share): tuple(
-            Path(p).resolve() for p in ([paths] if isinstance(paths, str) else paths)
-        )
-        for share, paths in pool.items()
-    }
-    train, val = (Path(settings[key]).resolve() for key in ("probe_train", "probe_val"))
-    return _opened(name, pools, train, val, overrides)
-
-
-def _opened(
-    name: str,
-    pools: dict[float, tuple[Path, ...]],
-    probe_train: Path,
-    probe_val: Path,
-    overrides: dict[str, Any],
-) -> StudyData:
-    """Read the indexes for the digest.
-
-    Raises:
-        UserError: If one is missing.
-    """
-    found = {}
+    # What the shards are, by the hashes in their indexes.
+    hashes: dict[str, list[list[str]]] = {}
     roles = {str(share): paths for share, paths in pools.items()}
-    roles |= {"probe_train": (probe_train,), "probe_val": (probe_val,)}
-    for role, paths in roles.items():
+    for role, paths in (roles | {"probe_train": (train,), "probe_val": (val,)}).items():
         for path in paths:
             index = read_json_or_none(path / "index.json")
             if index is None:
                 raise UserError(f"data {name}: {path}/index.json: missing; make shards there first")
-            found.setdefault(role, []).append([shard["sha256"] for shard in index["shards"]])
-    return StudyData(name, pools, probe_train, probe_val, digest(found), overrides)
+            hashes.setdefault(role, []).append([shard["sha256"] for shard in index["shards"]])
+    return StudyData(name, pools, train, val, digest(hashes), overrides)
 
 
-def _make(recipe: str, settings: Mapping[str, Any], out: Path, say: Say) -> None:
+def _make(
+    recipe: str, settings: Mapping[str, Any], out: Path, report: Callable[[str], None]
+) -> None:
     """Pictures, then shards; the pictures go when the shards are there."""
     pictures = out / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)
-    say(f"{out.name}: making the pictures ({recipe})")
+    report(f"{out.name}: making the pictures ({recipe})")
     if recipe == "fashion_mnist":
         write_pictures(pictures, **settings)
-    else:
-        _photos(pictures, settings)
+    else:  # composites of photographs; the labelled detection pictures that come along are few
+        words = flags({key: settings[key] for key in _NUMBERS if key in settings})
+        words += map(str, settings.get("arguments", []))
+        run_tool("tools/make_dataset.py", "photos", pictures, *words)
     _split_pool(pictures / "pool")
     for part in [f"pool-{number}" for number in range(len(SHARES))]:
-        _run("tools/make_shards.py", pictures / part, out / part, "--labels", "none", "--overwrite")
+        words = [pictures / part, out / part, "--labels", "none", "--overwrite"]
+        run_tool("tools/make_shards.py", *words)
     for part in ("train", "val"):
-        _run(
-            "tools/make_shards.py", pictures / "probe" / part, out / f"probe_{part}", "--overwrite"
-        )
-    say(f"{out.name}: shards made")
+        words = [pictures / "probe" / part, out / f"probe_{part}", "--overwrite"]
+        run_tool("tools/make_shards.py", *words)
+    report(f"{out.name}: shards made")
     shutil.rmtree(pictures)
-
-
-def _photos(pictures: Path, settings: Mapping[str, Any]) -> None:
-    """Composites of photographs; the labelled detection pictures that come along are few."""
-    numbers = [
-        word
-        for key in ("num_pool", "num_probe_train", "num_probe_val", "seed")
-        if key in settings
-        for word in (f"--{key.replace('_', '-')}", str(settings[key]))
-    ]
-    extra = [str(word) for word in settings.get("arguments", [])]
-    _run("tools/make_dataset.py", "photos", pictures, *numbers, *extra)
 
 
 def _split_pool(pool: Path) -> None:
@@ -295,30 +152,127 @@ def _split_pool(pool: Path) -> None:
     Names are in no order that matters (numbers of pictures drawn at random), but every k-th is
     taken all the same, so that each part looks like the whole.
     """
-    files = sorted(path for path in pool.iterdir() if path.is_file())
-    rest = files
-    taken = 0
+    rest = sorted(path for path in pool.iterdir() if path.is_file())
+    total = len(rest)
     for number, share in enumerate(SHARES):
-        wanted = round(share * len(files)) - taken
-        stride = len(rest) / max(wanted, 1)
-        chosen = [rest[int(k * stride)] for k in range(wanted)]
+        count = round(share * total) - (total - len(rest))
+        stride = len(rest) / max(count, 1)
+        chosen = {rest[int(k * stride)] for k in range(count)}
         folder = pool.with_name(f"pool-{number}")
         folder.mkdir()
         for path in chosen:
             path.rename(folder / path.name)
-        gone = set(chosen)
-        rest = [path for path in rest if path not in gone]
-        taken += wanted
+        rest = [path for path in rest if path not in chosen]
 
 
-def _run(script: str, *words: str | Path) -> None:
+def run_tool(script: str, *words: str | Path) -> None:
     """Run one of our tools.
 
     Raises:
         UserError: With its last words, if it fails.
     """
-    command: Sequence[str] = [sys.executable, str(ROOT / script), *map(str, words)]
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        raise UserError(f"{script} failed: {' '.join(said).removeprefix('error: ') or 'no reason'}")
+        reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
+        raise UserError(f"{script} failed: {reason.removeprefix('error: ')}")
+
+
+# -- Fashion-MNIST --------------------------------------------------------------------------------
+
+
+def write_pictures(
+    out: Path, num_pool: int = 60_000, num_probe_train: int = 2000, num_probe_val: int = 1000,
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """Write OUT/pool/*.png, OUT/probe/{train,val}/<class>/*.png.
+
+    The pool and probe/train are drawn from the 60,000 training pictures (a labelled one may lie in
+    the pool too, without its label), probe/val from the 10,000 test pictures.
+
+    Raises:
+        UserError: If there are not so many, or the package cannot be had.
+    """
+    files = read_files()
+    (train, train_labels), (test, test_labels) = (
+        [read_idx(files[f"{part}-{kind}-ubyte.gz"]) for kind in ("images-idx3", "labels-idx1")]
+        for part in ("train", "t10k")
+    )
+    for name, count, there in (
+        ("num_pool", num_pool, len(train)),
+        ("num_probe_train", num_probe_train, len(train)),
+        ("num_probe_val", num_probe_val, len(test)),
+    ):
+        possible = len(CLASSES) <= count <= there
+        require(possible, f"fashion_mnist: {name} is {count}; give {len(CLASSES)} to {there:,}")
+    generator = np.random.default_rng(seed)
+    (out / "pool").mkdir(parents=True)
+    for number, index in enumerate(generator.permutation(len(train))[:num_pool]):
+        _write(out / "pool" / f"{number:06d}.png", train[index])
+    for part, images, labels, count in (
+        ("train", train, train_labels, num_probe_train),
+        ("val", test, test_labels, num_probe_val),
+    ):
+        for name in CLASSES:
+            (out / "probe" / part / name).mkdir(parents=True)
+        # Drawn at random, of every class as many as of the others.
+        by_class = [generator.permutation(np.flatnonzero(labels == c)) for c in range(len(CLASSES))]
+        rounds = max(map(len, by_class))
+        drawn = [indices[k] for k in range(rounds) for indices in by_class if k < len(indices)]
+        for number, index in enumerate(drawn[:count]):
+            folder = out / "probe" / part / CLASSES[labels[index]]
+            _write(folder / f"{number:06d}.png", images[index])
+
+
+def read_files() -> dict[str, bytes]:
+    """The four files by name: out of the installed package, or the .deb in the cache, or fetched.
+
+    The cache is $FA_CACHE/fashion_mnist, else .cache/fashion_mnist here.
+
+    Raises:
+        UserError: If the package cannot be had.
+    """
+    names = {
+        f"{_FOLDER}{part}-{kind}-ubyte.gz"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    }
+    cache = Path(os.environ.get("FA_CACHE") or ROOT / ".cache") / "fashion_mnist"
+    try:
+        source = SYSTEM if (SYSTEM / _FOLDER).is_dir() else packages.newest(cache, PACKAGE)
+        if source is None:
+            packages.download([PACKAGE], cache, "31 MB")
+            source = packages.newest(cache, PACKAGE)
+        assert source is not None
+        found = dict(packages.members(source, names))
+    except UserError as error:
+        raise UserError(f"Fashion-MNIST: {error}") from None
+    missing = sorted(names - set(found))
+    if missing:
+        raise UserError(f"Fashion-MNIST: {source} does not hold {missing[0]}; fetch {PACKAGE} anew")
+    return {Path(name).name: content for name, content in found.items()}
+
+
+def read_idx(data: bytes) -> np.ndarray:
+    """Read a gzipped IDX file of unsigned bytes: uint8 [n, ..].
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        raw = gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise UserError(f"an IDX file is damaged ({error}); fetch the package anew") from None
+    num_axes = raw[3] if len(raw) > 4 else 0
+    shape = np.frombuffer(raw[4 : 4 + 4 * num_axes], dtype=">u4").astype(int)
+    body = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_axes) if num_axes else None
+    if raw[:3] != b"\0\0\x08" or body is None or body.size != np.prod(shape):
+        raise UserError(
+            "an IDX file is damaged (header and length disagree); fetch the package anew"
+        )
+    return body.reshape(shape)
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+    if not cv2.imwrite(str(path), image):
+        raise OSError(f"{path}: cannot be written")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_text
-from pipeline.report.charts import Markup, interval_chart, standalone
+from common.files import write_json, write_text
+from pipeline.report.charts import interval_chart, standalone
 
 DASH = "-"
 PICTURE = "differences.svg"
@@ -30,59 +30,55 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, tables; `is_preliminary` marks what is no result yet."""
+    """A heading, paragraphs, tables."""
 
     title: str
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    is_preliminary: bool = False
 
 
 def write(
     folder: Path,
     title: str,
+    results: Mapping[str, Any],
     sections: Sequence[Section],
     comparisons: Sequence[Mapping[str, Any]],
 ) -> list[Path]:
-    """Write tables.md, and differences.svg where something was compared; returns the files."""
-    paths = [folder / "tables.md"]
-    picture = difference_chart(title, comparisons)
-    text = to_markdown(title, sections)
+    """Write results.json, tables.md, and differences.svg where something was compared.
+
+    All tables are marked while `results["is_complete"]` is false. Returns the files.
+    """
+    write_json(folder / "results.json", results)
+    text = to_markdown(title, sections, is_preliminary=not results["is_complete"])
+    paths = [folder / "results.json", folder / "tables.md"]
+    rows = [(row["name"], row["differences"], row["mean"], row["bootstrap"]) for row in comparisons]
+    picture = interval_chart(title, rows, "difference, points (bar: bootstrap 95 %)")
     if picture is not None:
         paths.append(folder / PICTURE)
         write_text(folder / PICTURE, standalone(picture) + "\n")
         text += f"![Paired differences]({PICTURE})\n"
-    write_text(paths[0], text)
+    write_text(folder / "tables.md", text)
     return paths
 
 
-def to_markdown(title: str, sections: Sequence[Section]) -> str:
+def to_markdown(title: str, sections: Sequence[Section], *, is_preliminary: bool = False) -> str:
     """The tables for people and repositories."""
-    lines = [f"# {_markdown(title)}", ""]
+
+    def plain(text: str) -> str:
+        return re.sub(r"([*_`<>])", r"\\\1", " ".join(text.split()))
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(plain(cell).replace("|", r"\|") for cell in cells) + " |"
+
+    lines = [f"# {plain(title)}", ""]
     for section in sections:
-        mark = " (PRELIMINARY)" * section.is_preliminary
-        lines += [f"## {_markdown(section.title)}{mark}", ""]
+        lines += [f"## {plain(section.title)}{' (PRELIMINARY)' * is_preliminary}", ""]
         for paragraph in section.paragraphs:
-            lines += [_markdown(paragraph), ""]
+            lines += [plain(paragraph), ""]
         for table in section.tables:
-            lines += [f"{_markdown(table.caption)}:", "", _markdown_row(table.head)]
-            lines.append("|" + "---|" * len(table.head))
-            lines += [*map(_markdown_row, table.rows), ""]
+            lines += [f"{plain(table.caption)}:", "", row(table.head)]
+            lines += ["|" + "---|" * len(table.head), *map(row, table.rows), ""]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_markdown(cell).replace("|", r"\|") for cell in cells) + " |"
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([*_`<>])", r"\\\1", " ".join(text.split()))
-
-
-def difference_chart(title: str, comparisons: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """Differences with their bootstrap intervals; None where there are none."""
-    rows = [(row["name"], row["differences"], row["mean"], row["bootstrap"]) for row in comparisons]
-    return interval_chart(title, rows, "difference, points (bar: bootstrap 95 %)")
 
 
 def comparison_table(caption: str, comparisons: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,6 +1,6 @@
-"""One cell's work: commands one after another, each skipped if its product is there.
+"""The commands of one run as a submitit job: one after another, each skipped if it is done.
 
-`job.json` in the cell's folder says how the last attempt ended. A request to stop (SIGTERM, or the
+`job.json` in the run's folder says how the last attempt ended. A request to stop (SIGTERM, or the
 cluster's signal) goes on to the command, which saves and ends; the next attempt goes on from there.
 """
 
@@ -23,6 +23,7 @@ from common.files import lock_file, read_json_or_none, write_json
 RESULT = "job.json"
 _LAST_LINES = 3  # of a failed command's output, kept as the reason
 _ECHO_SECONDS = 5.0  # a second request within this is an echo of the first; a later one is final
+_LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local jobs after a time; nobody asked for it
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Step:
 
 @dataclass
 class CommandJob:
-    """The steps of one cell; submitit calls it, and `checkpoint` before it queues it again.
+    """The steps of one run; submitit calls it, and `checkpoint` before it queues it again.
 
     Attributes:
         steps: In their order.
@@ -61,24 +62,20 @@ class CommandJob:
         self.folder.mkdir(parents=True, exist_ok=True)
         old = signal.signal(signal.SIGTERM, self._stop)
         try:
-            self._run_all()
+            with (self.folder / ".job.lock").open("a") as file:
+                # An attempt that outlived the program that started it ends first.
+                lock_file(file, self.folder, wait=True)
+                started = time.monotonic()
+                (self.folder / RESULT).unlink(missing_ok=True)
+                result = {"status": "finished", "error": None}
+                for step in self.steps:
+                    if not step.product.exists():
+                        result = self._run(step)
+                    if result["status"] != "finished":
+                        break
+                write_json(self.folder / RESULT, result | {"seconds": time.monotonic() - started})
         finally:
             signal.signal(signal.SIGTERM, old)
-
-    def _run_all(self) -> None:
-        with (self.folder / ".job.lock").open("a") as file:
-            lock_file(
-                file, self.folder, wait=True
-            )  # an attempt that outlived its harness ends first
-            started = time.monotonic()
-            (self.folder / RESULT).unlink(missing_ok=True)
-            result = {"status": "finished", "error": None}
-            for step in self.steps:
-                if not step.product.exists():
-                    result = self._run(step)
-                if result["status"] != "finished":
-                    break
-            write_json(self.folder / RESULT, result | {"seconds": time.monotonic() - started})
 
     def _run(self, step: Step) -> dict[str, Any]:
         log = self.folder / "logs" / f"{step.name}.log"
@@ -131,7 +128,7 @@ def last_lines(log: Path) -> str:
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()][-40:]
     errors = [line for line in lines if line.startswith("error:")]
-    return " / ".join(errors[-1:] or lines[-_LAST_LINES:])[:500] or "no words"
+    return " / ".join(errors[-1:] or lines[-_LAST_LINES:])[:500] or "no output"
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -142,19 +139,25 @@ def read_result(folder: Path) -> dict[str, Any]:
     return found
 
 
-_LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
-
-
-class Handle(Protocol):
+@dataclass
+class Handle:
     """A job that was submitted."""
+
+    job: Any
+    is_local: bool
 
     def done(self) -> bool:
         """Whether it has ended, in whatever way."""
-        ...
+        return self.job.done()
 
     def stop(self) -> None:
         """Ask it to save and end."""
-        ...
+        if self.done():
+            return
+        if self.is_local:
+            os.kill(int(self.job.job_id), signal.SIGTERM)  # submitit's controller passes it on
+        else:
+            self.job.cancel(check=False)  # scancel: SIGTERM, later SIGKILL
 
 
 class Executor(Protocol):
@@ -167,12 +170,12 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """What each cell is given.
+    """What each run is given.
 
     Attributes:
         cluster: "local" or "slurm".
-        gpus: Of a cell.
-        cpus: Of a cell.
+        gpus: Of a run.
+        cpus: Of a run.
         minutes: SLURM's time limit; then the job saves and is queued again.
         partition: Of SLURM.
         slurm_options: Further lines for sbatch.
@@ -187,14 +190,14 @@ class Resources:
 
 
 class SubmititExecutor:
-    """Cells as submitit jobs."""
+    """Runs as submitit jobs."""
 
     def __init__(self, folder: Path, resources: Resources, root: Path) -> None:
         """Get ready.
 
         Args:
             folder: Of submitit's files.
-            resources: Of each cell.
+            resources: Of each run.
             root: The repository; jobs find their code there.
         Raises:
             UserError: If there is no such cluster.
@@ -206,10 +209,8 @@ class SubmititExecutor:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
         import submitit
 
-        logging.getLogger("submitit").setLevel(
-            logging.ERROR
-        )  # without accounting it warns for ever
-        is_local = resources.cluster == "local"
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # else warns where nothing accounts
+        self._is_local = resources.cluster == "local"
         extra = {"signal": "USR1@120", "requeue": True, **resources.slurm_options}
         try:
             self._executor = submitit.AutoExecutor(
@@ -219,14 +220,13 @@ class SubmititExecutor:
             self._executor.update_parameters(
                 name="cell", nodes=1, tasks_per_node=1, cpus_per_task=resources.cpus,
                 gpus_per_node=resources.gpus,
-                timeout_min=_LOCAL_MINUTES if is_local else resources.minutes,
+                timeout_min=_LOCAL_MINUTES if self._is_local else resources.minutes,
                 slurm_partition=resources.partition, slurm_additional_parameters=extra,
             )  # fmt: skip
         except RuntimeError as error:  # no srun
             raise UserError(
                 f"submitit cannot use --cluster {resources.cluster}: {error}"
             ) from error
-        self._is_local = is_local
 
     def submit(self, job: CommandJob) -> Handle:
         """Start a job, or queue it.
@@ -234,27 +234,11 @@ class SubmititExecutor:
         Raises:
             UserError: If the cluster refuses it.
         """
-        # Ctrl-C is for the harness, which tells its cells; what it starts inherits the deafness.
+        # Ctrl-C is for this program, which tells its runs; what it starts inherits the setting.
         old = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            return _Submitted(self._executor.submit(job), self._is_local)
+            return Handle(self._executor.submit(job), self._is_local)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"submitit cannot submit a cell: {error}") from error
+            raise UserError(f"submitit cannot submit a run: {error}") from error
         finally:
             signal.signal(signal.SIGINT, old)
-
-
-class _Submitted:
-    def __init__(self, job: Any, is_local: bool) -> None:
-        self._job, self._is_local = job, is_local
-
-    def done(self) -> bool:
-        return self._job.done()
-
-    def stop(self) -> None:
-        if self.done():
-            return
-        if self._is_local:
-            os.kill(int(self._job.job_id), signal.SIGTERM)  # submitit's controller passes it on
-        else:
-            self._job.cancel(check=False)  # scancel: SIGTERM, later SIGKILL

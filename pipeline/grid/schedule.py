@@ -1,20 +1,26 @@
-"""Works off a list of cells: so many at once, up to a deadline, up to so many failures."""
+"""Works off a list of runs, so many at once, up to a deadline and up to so many failures.
+
+The store keeps one JSON file per run, written by this process alone.
+"""
 
 from __future__ import annotations
 
 import argparse
-import signal
+import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 from common import provenance
-from common.errors import UserError
+from common.errors import UserError, require
+from common.files import write_text
 from common.slurm import add_slurm_option
 from pipeline.grid.jobs import (
+    RESULT,
     CommandJob,
     Executor,
     Handle,
@@ -23,11 +29,99 @@ from pipeline.grid.jobs import (
     SubmititExecutor,
     read_result,
 )
-from pipeline.grid.store import Row, Store
+from pipeline.process import StopSignals
 
-SAVE_SECONDS = 20.0  # before the end of a slice running cells are asked to save
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = "job_results"
+"""Of the store, in the folder of a study."""
+SAVE_SECONDS = 20.0  # before the end of a slice running jobs are asked to save
 _STOP_PATIENCE_SECONDS = 60.0  # after that they are asked for the last time
 _POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell with one seed, as stored.
+
+    Attributes:
+        axes: {table: {axis: level}}.
+        settings: What the fingerprint hashes.
+        status: planned, running, stopped, failed or finished.
+        seconds: Of all attempts that ended by themselves or by a request to stop.
+        code: Commit of the last attempt.
+    """
+
+    fingerprint: str
+    seed: int
+    label: str
+    axes: dict[str, dict[str, str]]
+    settings: dict[str, Any]
+    status: str = "planned"
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    attempts: int = 0
+    error: str | None = None
+    code: str | None = None
+
+
+class Store:
+    """The rows by cell and seed; each change is written at once, by rename.
+
+    Only the process that holds the lock of the study's folder may change rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there. Rows that 'run' were killed with the program that started them.
+
+        Raises:
+            UserError: Naming a file that is no such row.
+        """
+        self._folder = folder
+        self._rows: dict[tuple[str, int], Row] = {}
+        for path in sorted(folder.glob("*.json")):
+            try:
+                row = Row(**json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}: is no result of a study ({error}); delete it, and its cell is looked "
+                    "at again, or choose another --out"
+                ) from None
+            self._rows[row.fingerprint, row.seed] = row
+            if row.status == "running":
+                error = "killed together with the program that started it"
+                self.update(row.fingerprint, row.seed, status="stopped", error=error)
+
+    def plan(
+        self, fingerprint: str, seed: int, label: str, axes: Mapping, settings: Mapping
+    ) -> Row:
+        """Enter a cell, or add its names where it is there already; returns it."""
+        known = self._rows.pop((fingerprint, seed), None)  # rows stand in the order of planning
+        if known is None:
+            return self._put(Row(fingerprint, seed, label, dict(axes), dict(settings)))
+        return self._put(replace(known, label=label, axes=known.axes | dict(axes)))
+
+    def update(self, fingerprint: str, seed: int, **changes: Any) -> Row:
+        """Set fields of a row; returns it."""
+        return self._put(replace(self._rows[fingerprint, seed], **changes))
+
+    def row(self, fingerprint: str, seed: int) -> Row:
+        """One cell with one seed."""
+        return self._rows[fingerprint, seed]
+
+    def rows(self) -> list[Row]:
+        """All of them, in the order in which they were planned last."""
+        return list(self._rows.values())
+
+    def _put(self, row: Row) -> Row:
+        text = json.dumps(asdict(row), indent=1, sort_keys=True) + "\n"
+        write_text(self._folder / f"{row.fingerprint}-{row.seed}.json", text)
+        self._rows[row.fingerprint, row.seed] = row
+        return row
+
+
+def count_statuses(rows: Sequence[Row], total: int) -> dict[str, int]:
+    """{"cells": total, status: how many, ..}."""
+    return {"cells": total, **Counter(row.status for row in rows)}
 
 
 @dataclass(frozen=True)
@@ -37,12 +131,11 @@ class Work:
     Attributes:
         steps: Commands.
         folder: Of the cell with this seed.
-        read_metrics: What the finished cell measured; raises ValueError if it left no figures.
+        read_metrics: What the finished run measured; raises ValueError if it left no figures.
     """
 
     fingerprint: str
     seed: int
-    label: str
     steps: tuple[Step, ...]
     folder: Path
     read_metrics: Callable[[], Mapping[str, float]]
@@ -57,96 +150,100 @@ class Limits:
     deadline: float = float("inf")
 
 
-@dataclass
-class Outcome:
-    """How a call ended.
-
-    Attributes:
-        num_finished, num_failed, num_stopped: Cells of this call.
-        reason: Why it ended early; empty if it did not.
-    """
-
-    num_finished: int = 0
-    num_failed: int = 0
-    num_stopped: int = 0
-    reason: str = ""
-
-
-@dataclass
 class Scheduler:
-    """Runs work and keeps the store.
+    """Runs work, keeps the store, and prints a line for each run that ended."""
 
-    Attributes:
-        store: The only writer's.
-        executor: Where cells run.
-        limits: When to stop.
-        working_folder: Of the commands.
-        code: Commit, noted with each attempt.
-        on_change: Called with a row whenever a cell began or ended.
-        stop_requested: Asked between polls: the reason to stop, or "".
-    """
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        limits: Limits,
+        working_folder: Path,
+        *,
+        code: str | None = None,
+        stop_requested: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Start nothing yet.
 
-    store: Store
-    executor: Executor
-    limits: Limits
-    working_folder: Path
-    code: str | None = None
-    on_change: Callable[[Row], None] = lambda row: None
-    stop_requested: Callable[[], str] = lambda: ""
-    _running: list[tuple[Work, Handle]] = field(default_factory=list)
-    _outcome: Outcome = field(default_factory=Outcome)
+        Args:
+            store: Nobody else writes to it.
+            executor: Where jobs run.
+            limits: When to stop.
+            working_folder: Of the commands.
+            code: Commit, noted with each attempt.
+            stop_requested: Asked between polls: the reason to stop, or "".
+        """
+        self._store, self._executor, self._limits = store, executor, limits
+        self._working_folder, self._code = working_folder, code
+        self._stop_requested = stop_requested
+        self._running: list[tuple[Work, Handle]] = []
+        self._num_failed = self._num_ended = self._total = 0
+        self._started = time.monotonic()
 
-    def run(self, todo: Sequence[Work]) -> Outcome:
-        """Work off the list; running cells are asked to save when a limit is met."""
-        waiting = list(todo)[::-1]
-        stop_at = self.limits.deadline - SAVE_SECONDS
+    def run(self, todo: Sequence[Work]) -> str:
+        """Work off the list; running jobs are asked to save when a limit is met.
+
+        Returns:
+            Why it ended early; empty if it did not.
+        """
+        waiting, ended_early = list(todo)[::-1], ""
+        self._total, self._started = len(todo), time.monotonic()
+        stop_at = self._limits.deadline - SAVE_SECONDS
         while waiting or self._running:
-            reason = self.stop_requested() or ("time is up" if time.monotonic() > stop_at else "")
+            reason = self._stop_requested() or ("time is up" if time.monotonic() > stop_at else "")
             if reason:
-                self._stop_all(reason)
-                break
-            if self._outcome.num_failed > self.limits.max_failures:
+                self._stop_all()
+                return reason
+            if self._num_failed > self._limits.max_failures:
                 waiting.clear()
-                self._outcome.reason = f"more than {self.limits.max_failures} cells failed"
-            while waiting and len(self._running) < self.limits.parallel:
+                ended_early = f"more than {self._limits.max_failures} runs failed"
+            while waiting and len(self._running) < self._limits.parallel:
                 self._start(waiting.pop())
             self._collect()
             if self._running:
                 time.sleep(_POLL_SECONDS)
-        return self._outcome
+        return ended_early
 
     def _start(self, work: Work) -> None:
-        self.store.start(work.fingerprint, work.seed, self.code)
-        (work.folder / "job.json").unlink(missing_ok=True)
-        handle = self.executor.submit(CommandJob(work.steps, work.folder, self.working_folder))
-        self._running.append((work, handle))
-        self.on_change(self.store.row(work.fingerprint, work.seed))
+        attempts = self._store.row(work.fingerprint, work.seed).attempts + 1
+        self._store.update(
+            work.fingerprint, work.seed, status="running", attempts=attempts, code=self._code
+        )
+        (work.folder / RESULT).unlink(missing_ok=True)
+        job = CommandJob(work.steps, work.folder, self._working_folder)
+        self._running.append((work, self._executor.submit(job)))
 
     def _collect(self) -> None:
+        """Note what the jobs that ended have left."""
         for work, handle in list(self._running):
-            if handle.done():
-                self._running.remove((work, handle))
-                self._note(work)
+            if not handle.done():
+                continue
+            self._running.remove((work, handle))
+            result, metrics = read_result(work.folder), {}
+            if result["status"] == "finished":
+                try:
+                    metrics = work.read_metrics()
+                except ValueError as error:
+                    result |= {"status": "failed", "error": str(error)}
+            row = self._store.row(work.fingerprint, work.seed)
+            row = self._store.update(
+                *(work.fingerprint, work.seed),
+                status=result["status"], metrics=dict(metrics), error=result["error"],
+                seconds=row.seconds + float(result["seconds"]),
+            )  # fmt: skip
+            self._num_failed += row.status == "failed"
+            self._num_ended += 1
+            figures = ", ".join(f"{k} {v:.2f}" for k, v in row.metrics.items() if ":" not in k)
+            rest = (time.monotonic() - self._started) * (self._total / self._num_ended - 1)
+            print(
+                f"[{self._num_ended}/{self._total}] {row.label}, seed {row.seed}: {row.status} "
+                f"({row.seconds:.0f} s) {figures or row.error or ''}; about {rest / 60:.0f} min "
+                "left",
+                flush=True,
+            )
 
-    def _note(self, work: Work) -> None:
-        result, metrics = read_result(work.folder), {}
-        if result["status"] == "finished":
-            try:
-                metrics = work.read_metrics()
-            except ValueError as error:
-                result |= {"status": "failed", "error": str(error)}
-        status = result["status"]
-        self.store.finish(
-            *(work.fingerprint, work.seed, status),
-            metrics=metrics, seconds=float(result["seconds"]), error=result["error"],
-        )  # fmt: skip
-        name = f"num_{status}"
-        setattr(self._outcome, name, getattr(self._outcome, name) + 1)
-        self.on_change(self.store.row(work.fingerprint, work.seed))
-
-    def _stop_all(self, reason: str) -> None:
-        """Ask running cells to save and end; twice, since the second request is final."""
-        self._outcome.reason = reason
+    def _stop_all(self) -> None:
+        """Ask running jobs to save and end; twice, since the second request is final."""
         for _ in range(2):
             for _, handle in self._running:
                 handle.stop()
@@ -155,22 +252,19 @@ class Scheduler:
                 self._collect()
                 time.sleep(_POLL_SECONDS)
         for work, _ in self._running:
-            self.store.finish(work.fingerprint, work.seed, "stopped", error="did not end in time")
+            self._store.update(
+                work.fingerprint,
+                work.seed,
+                status="stopped",
+                metrics={},
+                error="did not end in time",
+            )
 
 
-ROOT = Path(__file__).resolve().parents[2]
+# -- what tools/ablate.py and tools/run_trials.py share -------------------------------------------
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a preset says about running."""
-
-    parallel: int = 1
-    gpus: int = 0
-    max_minutes: float | None = None
-
-
-def add_cluster(main_parser: argparse.ArgumentParser) -> None:
+def add_run_options(main_parser: argparse.ArgumentParser) -> None:
     """The options that say how long and where runs go."""
     add = main_parser.add_argument
     add("--max-minutes", type=float, metavar="N",
@@ -192,131 +286,85 @@ def add_cluster(main_parser: argparse.ArgumentParser) -> None:
     add_slurm_option(group)
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_run_options(options: argparse.Namespace) -> None:
     """Refuse numbers that cannot be.
 
     Raises:
         UserError: Naming the option.
     """
-    for name in ("seeds", "parallel", "cpus_per_run", "time_minutes"):
+    least = {"seeds": 1, "parallel": 1, "cpus_per_run": 1, "time_minutes": 1}
+    for name, smallest in (least | {"gpus_per_run": 0, "max_failures": 0}).items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    for name in ("gpus_per_run", "max_failures"):
-        value = getattr(options, name)
-        if value is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 0 or more")
-    if options.max_minutes is not None and 60 * options.max_minutes <= SAVE_SECONDS:
-        raise UserError(
-            f"--max-minutes {options.max_minutes:g}: the last {SAVE_SECONDS:g} s are for saving; "
-            "give more"
-        )
+        if value is not None and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {smallest} or more")
+    minutes = options.max_minutes
+    require(
+        minutes is None or 60 * minutes > SAVE_SECONDS,
+        f"--max-minutes {minutes or 0:g}: the last {SAVE_SECONDS:g} s are for saving; give more",
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why a call ended early, or nothing, and the signal that ended it, if one did."""
+
+    reason: str = ""
+    signal: int | None = None
 
 
 def run_work(
     todo: Sequence[Work],
     store: Store,
     options: argparse.Namespace,
-    defaults: Defaults,
     executor: Executor | None,
     started: float,
-    signals: StopSignals,
+    *,
+    parallel: int = 1,
+    gpus: int = 0,
+    max_minutes: float | None = None,
 ) -> Outcome:
-    """Hand the work to the executor, up to the limits.
+    """Hand the work to submitit, up to the limits.
 
     Args:
         todo: Runs, in the order in which they start.
-        store: Held open by the caller.
-        options: Of the command line; add_cluster's, and out, max_minutes, max_failures.
-        defaults: Where the command line says nothing.
+        store: Its folder's lock is held by the caller.
+        options: Of the command line: those of add_run_options, and out.
         executor: Instead of submitit; for tests.
         started: time.monotonic() when the call began.
-        signals: Asked whether to stop.
+        parallel: Runs at once, where the command line says nothing.
+        gpus: Of each run, where the command line says nothing.
+        max_minutes: Length of the call, where the command line says nothing; None: to the end.
     """
-    gpus = options.gpus_per_run
-    resources = Resources(
-        options.cluster,
-        defaults.gpus if gpus is None else gpus,
-        options.cpus_per_run,
-        options.time_minutes,
-        options.partition,
-        dict(options.slurm_option),
-    )
-    minutes = options.max_minutes or defaults.max_minutes
-    limits = Limits(
-        options.parallel or defaults.parallel,
-        options.max_failures,
-        started + 60 * minutes if minutes else float("inf"),
-    )
-    if todo and executor is None:
-        executor = SubmititExecutor(options.out / "submitit/%j", resources, ROOT)
-    if not todo or executor is None:
+    if not todo:
         return Outcome()
+    gpus = gpus if options.gpus_per_run is None else options.gpus_per_run
+    resources = Resources(
+        *(options.cluster, gpus, options.cpus_per_run, options.time_minutes),
+        *(options.partition, dict(options.slurm_option)),
+    )
+    minutes = options.max_minutes or max_minutes
+    deadline = started + 60 * minutes if minutes else float("inf")
+    limits = Limits(options.parallel or parallel, options.max_failures, deadline)
+    executor = executor or SubmititExecutor(options.out / "submitit/%j", resources, ROOT)
     print(f"{len(todo)} runs to do, {limits.parallel} at once", flush=True)
-    log = ProgressLog(len(todo), limits.parallel)
-    scheduler = Scheduler(
-        *(store, executor, limits, ROOT, provenance.commit(ROOT)),
-        on_change=log, stop_requested=signals.reason,
-    )  # fmt: skip
-    return scheduler.run(todo)
+    with StopSignals() as signals:
+        scheduler = Scheduler(
+            *(store, executor, limits, ROOT),
+            code=provenance.commit(ROOT), stop_requested=lambda: signals.reason,
+        )  # fmt: skip
+        reason = scheduler.run(todo)
+    return Outcome(reason, signals.received[0] if signals.received else None)
 
 
-class ProgressLog:
-    """A line for each run that ended, with what is left."""
-
-    def __init__(self, total: int, parallel: int) -> None:
-        self._total, self._parallel = total, parallel
-        self._ended, self._started = 0, time.monotonic()
-
-    def __call__(self, row: Row) -> None:
-        """Print it; nothing for a run that begins."""
-        if row.status == "running":
-            return
-        self._ended += 1
-        figures = ", ".join(
-            f"{name} {value:.2f}" for name, value in row.metrics.items() if ":" not in name
-        )
-        rest = (time.monotonic() - self._started) / self._ended * (self._total - self._ended)
-        print(
-            f"[{self._ended}/{self._total}] {row.label}, seed {row.seed}: {row.status} "
-            f"({row.seconds:.0f} s) {figures or row.error or ''}; about {rest / 60:.0f} min left",
-            flush=True,
-        )
-
-
-class StopSignals:
-    """Notes SIGINT and SIGTERM while runs go on."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._old: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
-
-    def reason(self) -> str:
-        """Why to stop, or nothing."""
-        return f"stopped by {signal.Signals(self.number).name}" if self.number else ""
-
-
-def exit_status(outcome: Outcome, counts: dict[str, int], signals: StopSignals) -> int:
+def exit_status(outcome: Outcome, counts: Mapping[str, int]) -> int:
     """Say how the call ended; returns the exit status."""
     failed = counts.get("failed", 0)
     shown = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "cells")
     print(
         f"{counts['cells']} runs: {shown or 'none'}" + f"; {outcome.reason}" * bool(outcome.reason)
     )
-    if signals.number:
-        return 128 + signals.number
+    if outcome.signal:
+        return 128 + outcome.signal
     if failed:
         print(f"error: {failed} runs failed; see the tables, --retry-failed", file=sys.stderr)
         return 1

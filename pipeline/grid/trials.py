@@ -1,4 +1,4 @@
-"""Detection trials: several initialisations x seeds, each one run of tools/train_voc.sh.
+"""Detection trials: several initialisations x seeds, each one run of tools/train_voc.sh; tables.
 
 `{seed}` in the name of weights or of a data set stands for the seed: then each seed has its own
 pretraining run or its own split, and the spread over seeds covers that as well.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,19 @@ from common.config import check_keys, read_yaml
 from common.errors import UserError
 from common.files import read_json_or_none, sha256_of
 from common.stats import RULE, Contrast, compare, mean_std
+from pipeline.grid import documents
+from pipeline.grid.data import run_tool
+from pipeline.grid.documents import DASH, Section, Table, comparison_table, mean_text
 from pipeline.grid.jobs import Step
-from pipeline.grid.schedule import Work
-from pipeline.grid.store import Row
+from pipeline.grid.schedule import Row, Work, count_statuses
+from pipeline.plan import config_bases
 from pipeline.stages import digest
 
 FORMAT = "fa-trials-1"
 METRICS = ("AP50", "AP", "AP75")
 COCO_METRICS = ("coco_AP50", "coco_AP", "coco_AP75")  # by COCO's metric, on the same boxes
 RANDOM = "random"
+ALL_METRICS = (*METRICS, *COCO_METRICS)
 _PER_CLASS = {"AP": "per_class", "AP50": "per_class_AP50"}  # keys of result.json
 
 
@@ -86,9 +88,7 @@ def read_inits(words: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def make_arm(
-    name: str, file: str | None, seed: int, protocol: Protocol, out: Path, root: Path
-) -> Arm:
+def make_arm(name: str, file: str | None, seed: int, protocol: Protocol, out: Path) -> Arm:
     """An initialisation ready to be trained from; weights without a card are converted.
 
     Raises:
@@ -101,7 +101,13 @@ def make_arm(
             raise UserError(f"--init {name}: {given} does not exist")
         weights_digest = _bytes_digest(given)
         if not given.with_suffix(".json").is_file():
-            weights = _converted(given, weights_digest, name, out, root)
+            weights = out / "weights" / f"{slug(name)}-{weights_digest[:8]}.pkl"
+        if not (weights.is_file() and weights.with_suffix(".json").is_file()):
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                run_tool("tools/convert_to_d2.py", given, weights)
+            except UserError as error:
+                raise UserError(f"--init {name}: {error}") from None
     data = Path(protocol.data.replace("{seed}", str(seed))).resolve()
     fingerprint = digest(
         {
@@ -114,22 +120,7 @@ def make_arm(
     return Arm(name, seed, weights, weights_digest, data, fingerprint)
 
 
-@functools.cache
-def _bytes_digest(path: Path) -> str:
-    return sha256_of(path)
-
-
-def _converted(given: Path, weights_digest: str, name: str, out: Path, root: Path) -> Path:
-    """Detectron2 weights made of a checkpoint or of torchvision's, MoCo's .. (once)."""
-    weights = out / "weights" / f"{slug(name)}-{weights_digest[:8]}.pkl"
-    if not (weights.is_file() and weights.with_suffix(".json").is_file()):
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(root / "tools/convert_to_d2.py"), str(given), str(weights)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-            raise UserError(f"--init {name}: {said.removeprefix('error: ')}")
-    return weights
+_bytes_digest = functools.cache(sha256_of)
 
 
 def config_digest(config: Path) -> str:
@@ -138,14 +129,8 @@ def config_digest(config: Path) -> str:
     Raises:
         UserError: If one is missing.
     """
-    texts, path = [], config
-    while True:
-        raw = read_yaml(path)
-        texts.append(raw)
-        base = raw.get("_BASE_")
-        if not base or len(texts) > 10:
-            return digest({"configs": json.loads(json.dumps(texts, default=str))})
-        path = path.parent / str(base)
+    texts = [read_yaml(path) for path in (config, *config_bases(config))]
+    return digest({"configs": json.loads(json.dumps(texts, default=str))})
 
 
 @functools.cache
@@ -178,10 +163,8 @@ def make_work(arm: Arm, protocol: Protocol, out: Path, root: Path) -> Work:
         *("--data", str(arm.data), "--out", str(folder), "--seeds", str(seed)),
         *("--arm", arm.name, *protocol.words),
     )
-    return Work(
-        arm.fingerprint, seed, f"{arm.name}, seed {seed}", (Step("train_voc", command, result),),
-        folder / f"seed-{seed}", lambda: read_result(result),
-    )  # fmt: skip
+    steps = (Step("train_voc", command, result),)
+    return Work(arm.fingerprint, seed, steps, result.parent, lambda: read_result(result))
 
 
 def read_result(path: Path) -> dict[str, float]:
@@ -259,39 +242,52 @@ def summarise(
     """
     names = {(arm.fingerprint, arm.seed): arm.name for arm in arms}
     mine = [row for row in rows if (row.fingerprint, row.seed) in names]
-    values: dict[str, dict[str, dict[int, float]]] = {}
+    # Metric -> arm -> seed -> value; `AP:dog` is a metric of its own.
+    values: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in ALL_METRICS}
     for row in mine:
         if row.status == "finished":
-            for key, value in row.metrics.items():
-                by_arm = values.setdefault(key, {})
+            for metric, value in row.metrics.items():
+                by_arm = values.setdefault(metric, {})
                 by_arm.setdefault(names[row.fingerprint, row.seed], {})[row.seed] = value
-    counts: dict[str, int] = {}
-    for row in mine:
-        counts[row.status] = counts.get(row.status, 0) + 1
-    classes = sorted({key.partition(":")[2] for key in values if ":" in key})
+    classes = sorted({metric.partition(":")[2] for metric in values if ":" in metric})
+
+    def contrasts(metric: str, prefix: str = "") -> list[Contrast]:
+        found = values.get(metric, {})
+        return [
+            Contrast(f"{prefix}{a} - {b}", ((1, found.get(a, {})), (-1, found.get(b, {}))))
+            for a, b in pairs
+        ]
+
+    counts = count_statuses(mine, len(arms))
+    by_name: dict[str, Any] = {arm.name: {"weights_sha256": {}} for arm in arms}
+    for arm in arms:
+        by_name[arm.name]["weights_sha256"][str(arm.seed)] = arm.weights_digest
+    for name, summary in by_name.items():
+        summary |= {metric: _summary(values[metric].get(name, {})) for metric in ALL_METRICS}
     return {
         "format": FORMAT,
         "rule": RULE,
         "seeds": sorted({arm.seed for arm in arms}),
         "is_complete": counts.get("finished", 0) == len(arms),
-        "counts": {"cells": len(arms), **counts},
-        "arms": {
-            name: {
-                "weights_sha256": {
-                    str(arm.seed): arm.weights_digest for arm in arms if arm.name == name
-                }
+        "counts": counts,
+        "arms": by_name,
+        "comparisons": {metric: compare(contrasts(metric)) for metric in ALL_METRICS},
+        "per_class": {
+            metric: {
+                "arms": {
+                    name: {
+                        arm: _summary(by_seed)
+                        for arm, by_seed in values.get(f"{metric}:{name}", {}).items()
+                    }
+                    for name in classes
+                },
+                # All classes and pairs are one family of comparisons.
+                "comparisons": compare(
+                    [c for name in classes for c in contrasts(f"{metric}:{name}", f"{name}: ")]
+                ),
             }
-            | {
-                metric: _summary(values.get(metric, {}).get(name, {}))
-                for metric in (*METRICS, *COCO_METRICS)
-            }
-            for name in dict.fromkeys(arm.name for arm in arms)
+            for metric in _PER_CLASS
         },
-        "comparisons": {
-            metric: compare(_contrasts(values.get(metric, {}), pairs))
-            for metric in (*METRICS, *COCO_METRICS)
-        },
-        "per_class": {metric: _per_class(metric, classes, values, pairs) for metric in _PER_CLASS},
         "failures": [
             {"arm": row.label, "seed": row.seed, "reason": row.error}
             for row in mine
@@ -306,37 +302,84 @@ def _summary(values: Mapping[int, float]) -> dict[str, Any]:
     return {**mean_std(list(ordered.values())), "values": ordered}
 
 
-def _contrasts(
-    values: Mapping[str, Mapping[int, float]],
-    pairs: Sequence[tuple[str, str]],
-    prefix: str = "",
-) -> list[Contrast]:
-    return [
-        Contrast(f"{prefix}{a} - {b}", ((1, values.get(a, {})), (-1, values.get(b, {}))))
-        for a, b in pairs
+def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
+    """Write results.json and the tables beside it; returns the files."""
+    comparisons = [
+        {**row, "name": f"{metric}, {row['name']}"}
+        for metric in METRICS
+        for row in results["comparisons"][metric]
     ]
+    title = f"Detection trials on {results['data']}"
+    return documents.write(out, title, results, sections(results), comparisons)
 
 
-def _per_class(
-    metric: str,
-    classes: Sequence[str],
-    values: Mapping[str, Mapping[str, Mapping[int, float]]],
-    pairs: Sequence[tuple[str, str]],
-) -> dict[str, Any]:
-    """One metric by class; all classes and pairs are one family of comparisons."""
-    by_class = {name: values.get(f"{metric}:{name}", {}) for name in classes}
-    contrasts = [
-        contrast
-        for name, found in by_class.items()
-        for contrast in _contrasts(found, pairs, f"{name}: ")
+def sections(results: Mapping[str, Any]) -> list[Section]:
+    """The tables of trials."""
+    found = [_overview(results)]
+    for metric in METRICS:
+        if results["comparisons"][metric]:
+            table = comparison_table("Paired differences", results["comparisons"][metric])
+            found.append(Section(metric, (), (table,)))
+    coco = [
+        {**row, "name": f"{_word(metric)}, {row['name']}"}
+        for metric in COCO_METRICS
+        for row in results["comparisons"].get(metric, [])
+        if row["n"]
     ]
-    return {
-        "arms": {
-            name: {arm: _summary(by_seed) for arm, by_seed in found.items()}
-            for name, found in by_class.items()
-        },
-        "comparisons": compare(contrasts),
-    }
+    if coco:
+        caption = "Paired differences by COCO's metric; each of the three is a family of its own"
+        found.append(Section("COCO's metric", (), (comparison_table(caption, coco),)))
+    for metric, by_class in results["per_class"].items():
+        arms = list(results["arms"])
+        rows = [
+            (name, *(mean_text(by_arm.get(arm)) for arm in arms))
+            for name, by_arm in by_class["arms"].items()
+        ]
+        tables = [Table("Percent, mean ± std", ("class", *arms), rows)]
+        if by_class["comparisons"]:
+            tables.append(comparison_table("Paired differences", by_class["comparisons"]))
+        if rows:
+            found.append(Section(f"{metric} by class", (), tables))
+    return found
+
+
+def _overview(results: Mapping[str, Any]) -> Section:
+    counts = results["counts"]
+    lines = [
+        f"{counts.get('finished', 0)} of {counts['cells']} runs are finished. Seeds "
+        f"{', '.join(map(str, results['seeds']))}; set {results['data']}, config "
+        f"{results['config']}. Intervals cover what differs between the seeds: the detector's "
+        "training, and pretraining or split where their names hold {seed}.",
+        results["rule"],
+    ]
+    if not results["is_complete"]:
+        lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
+    # Results of an older version have no figures by COCO's metric.
+    rows = [
+        (name, str(arm["AP50"]["n"]), *(mean_text(arm.get(m)) for m in ALL_METRICS), "measured")
+        for name, arm in results["arms"].items()
+    ]
+    published = results["published"]
+    if published is not None:
+        lines.append(
+            f"Published rows: {published['protocol']}. [M]: recalled, not checked against the "
+            "source. They compare with the measured ones only if the protocol is the same."
+        )
+        for row in published["rows"]:
+            figures = (DASH if row.get(m) is None else f"{row[m]:g}" for m in ALL_METRICS)
+            source = row["source"] + " [M]" * bool(row.get("recalled"))
+            rows.append((row["init"], DASH, *figures, source))
+    head = ("initialisation", "n", *map(_word, ALL_METRICS), "source")
+    caption = "Percent, mean ± std over seeds, by the set's metric and by COCO's on the same boxes"
+    tables = [Table(caption, head, rows)]
+    if results["failures"]:
+        failed = [(e["arm"], str(e["seed"]), e["reason"] or DASH) for e in results["failures"]]
+        tables.append(Table("Failed runs", ("initialisation", "seed", "reason"), failed))
+    return Section("Overview", lines, tables)
+
+
+def _word(metric: str) -> str:
+    return metric.replace("coco_", "COCO ")
 
 
 def slug(name: str) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json
-from pipeline.grid.jobs import CommandJob
+from pipeline.grid.jobs import CommandJob, Handle
 
 
 @dataclass
-class StubHandle:
-    job: CommandJob
+class StubHandle(Handle):
     effect: Callable[[CommandJob], dict[str, Any]]
     polls: int
     stopped: bool = False
@@ -48,7 +47,7 @@ class StubExecutor:
     most_at_once: int = 0
 
     def submit(self, job: CommandJob) -> StubHandle:
-        self.handles.append(StubHandle(job, self.effect, self.polls))
+        self.handles.append(StubHandle(job, True, self.effect, self.polls))
         at_once = sum(not handle.ended for handle in self.handles)
         self.most_at_once = max(self.most_at_once, at_once)
         return self.handles[-1]

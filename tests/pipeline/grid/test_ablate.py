@@ -156,7 +156,7 @@ def test_list_shows_and_runs_nothing(study: list[str], capsys: pytest.CaptureFix
     ("old", "new", "message"),
     [
         ("none\n", "nonsense\n", "'nonsense' is none of none, identity, nn"),
-        ("fa.method: mask", "fa.methd: mask", "Group 'fa' does not accept option 'methd'"),
+        ("fa.method: mask", "fa.methd: mask", "unknown key fa.methd; did you mean fa.method?"),
         (
             "fa.method: mask",
             "{fa.method: mask, fa.architecture: post}",

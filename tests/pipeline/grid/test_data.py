@@ -10,7 +10,6 @@ import pytest
 
 from common.errors import UserError
 from pipeline.grid import data
-from pipeline.grid import data as fashion_mnist
 from pipeline.grid.data import CLASSES, read_idx
 from tests.pipeline.grid.stub import make_index
 
@@ -33,13 +32,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.nda
         labels = (np.arange(count) % 10).astype(np.uint8)
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(images))
         (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-    monkeypatch.setattr(fashion_mnist, "SYSTEM", tmp_path)
+    monkeypatch.setattr(data, "SYSTEM", tmp_path)
     return arrays
 
 
 def test_fashion_mnist_as_pictures(package: dict[str, np.ndarray], tmp_path: Path) -> None:
     out = tmp_path / "pictures"
-    fashion_mnist.write_pictures(out, num_pool=50, num_probe_train=30, num_probe_val=20)
+    data.write_pictures(out, num_pool=50, num_probe_train=30, num_probe_val=20)
     pool = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in (out / "pool").iterdir()]
     corners = [int(image[0, 0]) for image in pool]
     assert len(set(corners)) == 50
@@ -58,7 +57,7 @@ def test_fashion_mnist_as_pictures(package: dict[str, np.ndarray], tmp_path: Pat
 
 def test_more_than_there_is_is_refused(package: dict, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_pool is 61; give 10 to 60"):
-        fashion_mnist.write_pictures(tmp_path / "p", num_pool=61, num_probe_train=1)
+        data.write_pictures(tmp_path / "p", num_pool=61, num_probe_train=1)
 
 
 @pytest.mark.parametrize("cut", [slice(0, -3), slice(1, None), slice(0, 3)])
@@ -127,8 +126,8 @@ def test_own_shards_in_parts(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"recipe": "cifar"}, "no recipe 'cifar'; known are fashion_mnist, photos, shards"),
-        ({"recipe": "photos", "pool": 3}, "recipe photos has no option 'pool'"),
-        ({"recipe": "shards", "pool": "x"}, "recipe shards needs probe_train, probe_val"),
+        ({"recipe": "photos", "pool": 3}, "recipe photos: unknown key pool; did you mean num_pool"),
+        ({"recipe": "shards", "pool": "x"}, "recipe shards: probe_train is missing"),
     ],
 )
 def test_mistakes_are_named(options: dict, message: str, tmp_path: Path) -> None:

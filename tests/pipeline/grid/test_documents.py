@@ -27,21 +27,22 @@ def test_markdown_keeps_its_columns() -> None:
 
 
 def test_what_is_no_result_yet_is_marked() -> None:
-    assert "## s (PRELIMINARY)" in to_markdown("t", [Section("s", is_preliminary=True)])
+    assert "## s (PRELIMINARY)" in to_markdown("t", [Section("s")], is_preliminary=True)
 
 
 def test_the_picture_shows_the_differences(tmp_path) -> None:
-    paths = write(tmp_path, "t", [SECTION], [COMPARISON])
-    assert [path.name for path in paths] == ["tables.md", "differences.svg"]
-    assert paths[0].read_text().endswith("![Paired differences](differences.svg)\n")
-    assert "2 (1.2 to 2.8)" in paths[1].read_text()
+    paths = write(tmp_path, "t", {"is_complete": True}, [SECTION], [COMPARISON])
+    assert [path.name for path in paths] == ["results.json", "tables.md", "differences.svg"]
+    assert paths[1].read_text().endswith("![Paired differences](differences.svg)\n")
+    assert "2 (1.2 to 2.8)" in paths[2].read_text()
 
 
 @pytest.mark.parametrize("values", [None, {"differences": [], "mean": None, "bootstrap": None}])
 def test_without_differences_there_is_no_picture(tmp_path, values) -> None:
-    paths = write(tmp_path, "t", [SECTION], [] if values is None else [COMPARISON | values])
-    assert [path.name for path in paths] == ["tables.md"]
-    assert "svg" not in paths[0].read_text()
+    compared = [] if values is None else [COMPARISON | values]
+    paths = write(tmp_path, "t", {"is_complete": True}, [SECTION], compared)
+    assert [path.name for path in paths] == ["results.json", "tables.md"]
+    assert "svg" not in paths[1].read_text()
 
 
 def test_cells_of_a_comparison() -> None:

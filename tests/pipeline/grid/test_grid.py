@@ -7,9 +7,8 @@ import yaml
 
 from common.config import to_plain
 from common.errors import UserError
-from pipeline.grid.cells import make_plan, merged_config
 from pipeline.grid.data import StudyData
-from pipeline.grid.grid import Level, Preset, read_grid, read_preset
+from pipeline.grid.grid import Level, Preset, make_plan, merged_config, read_grid, read_preset
 from pretrain.config import load_config
 from pretrain.model.method_check import refuse_without_gradient
 
@@ -152,12 +151,12 @@ def test_two_axes_do_not_set_the_same_key(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"seeds": 0}, "seeds is 0; give a whole number from 1 on"),
-        ({"metrics": ["top5"]}, "give some of knn, linear, online"),
+        ({"metrics": ["top5"]}, "give a list of some of knn, linear, online"),
         ({"base": "nothing.yaml"}, "nothing.yaml does not exist"),
         ({"sets": {"a": {}}}, "sets.a: recipe is missing"),
         ({"sedes": 3}, "unknown key sedes; did you mean seeds"),
         ({"sets": None}, "sets: None where keys"),
-        ({"metrics": "knn"}, "metrics is 'knn' where a list is expected"),
+        ({"metrics": "knn"}, "metrics 'knn': give a list of some of knn"),
     ],
 )
 def test_mistakes_in_a_preset_are_named(tmp_path: Path, change: dict, message: str) -> None:

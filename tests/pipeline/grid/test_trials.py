@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from common.errors import UserError
-from pipeline.grid import trial_tables, trials
+from pipeline.grid import data, trials
 from pipeline.grid.jobs import CommandJob
 from tests.pipeline.grid.stub import StubExecutor, finished
 from tools import run_trials
@@ -102,7 +102,7 @@ def test_tables_of_trials_by_an_older_version_have_dashes(words: list[str]) -> N
         del old["comparisons"][metric]
         for arm in old["arms"].values():
             del arm[metric]
-    found = trial_tables.sections(old)
+    found = trials.sections(old)
     overview = found[0].tables[0].rows[0]
     assert overview[5:8] == ("-", "-", "-")
     assert "COCO's metric" not in [section.title for section in found]
@@ -160,11 +160,11 @@ def test_weights_without_a_card_are_converted_once(
         Path(command[3]).with_suffix(".json").write_text("{}")
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
-    monkeypatch.setattr(trials.subprocess, "run", convert)
+    monkeypatch.setattr(data.subprocess, "run", convert)
     raw = tmp_path / "resnet.pth"
     raw.write_bytes(b"raw")
     protocol = trials.Protocol(tmp_path / "config.yaml", str(tmp_path / "data"), ())
-    arms = [trials.make_arm("x y", str(raw), s, protocol, tmp_path / "out", ROOT) for s in (0, 1)]
+    arms = [trials.make_arm("x y", str(raw), s, protocol, tmp_path / "out") for s in (0, 1)]
     assert len(calls) == 1
     assert calls[0][1:3] == [str(ROOT / "tools/convert_to_d2.py"), str(raw)]
     assert arms[0].weights == arms[1].weights
@@ -210,5 +210,5 @@ def test_a_result_without_figures_is_an_error(tmp_path: Path) -> None:
         trials.read_result(path)
     bad = tmp_path / "bad.yaml"
     bad.write_text("protocol: p\nrows: [{init: a, source: b, AP5: 1}]")
-    with pytest.raises(UserError, match="unknown key 'AP5'"):
+    with pytest.raises(UserError, match="unknown key AP5; did you mean AP75"):
         trials.read_published(bad)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.grid.cells import metric_steps, read_metrics
 from pipeline.grid.data import StudyData
+from pipeline.grid.study import metric_steps, read_metrics
 from tests.pipeline.report.run_fixture import dump, dump_lines
 from tools import linear_eval
 
