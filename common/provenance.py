@@ -84,16 +84,24 @@ def peak_memory_bytes() -> int:
     """
     scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return own + sum(_private_bytes(worker.pid) for worker in multiprocessing.active_children())
+    return own + sum(
+        memory_of(worker.pid, "Private_") for worker in multiprocessing.active_children()
+    )
 
 
-def _private_bytes(pid: int | None) -> int:
-    """Memory that a process shares with no other; 0 where the system does not tell."""
+def memory_of(pid: int | None, kind: str) -> int:
+    """Memory of a process in bytes; 0 where the system does not tell.
+
+    Args:
+        pid: The process.
+        kind: "Private_": what it shares with no other process. "Pss:": shared pages count once
+            among their users.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def _processor() -> str | None:

@@ -12,7 +12,6 @@ from common.errors import UserError
 
 Arm = Literal["random", "pretrained", "random_frozen", "pretrained_frozen"]
 ARMS: tuple[Arm, ...] = ("random", "pretrained", "random_frozen", "pretrained_frozen")
-SECTIONS = ("data", "shards", "probes", "pretrain", "convert", "detection")
 FREE_KEYS = (
     "data.options",
     "shards.options",

@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
+
+from common.provenance import memory_of
 
 GRACE_SECONDS = 30.0
 """Time between passing a signal on and ending the child for good."""
@@ -47,33 +49,25 @@ class Finished:
         return f"was ended by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
 
 
-class StopSignals:
-    """Notes SIGINT and SIGTERM within a `with` block instead of ending the process.
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM instead of ending the process; yields their numbers as they come."""
+    received: list[int] = []
 
-    Attributes:
-        received: Their numbers, in the order in which they came.
-    """
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
 
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received.append(number)
 
-    @property
-    def reason(self) -> str:
-        """Why to stop, or nothing."""
-        return f"stopped by {signal.Signals(self.received[0]).name}" if self.received else ""
+def stop_reason(received: Sequence[int]) -> str:
+    """Why to stop after these signals, or nothing."""
+    return f"stopped by {signal.Signals(received[0]).name}" if received else ""
 
 
 class LineLog:
@@ -186,7 +180,7 @@ class Child:
                     self._signal_group(signal.SIGKILL)
                 if now - memory_at >= _MEMORY_EVERY_SECONDS:
                     memory_at = now
-                    used = sum(map(memory_bytes, session_members(self._process.pid)))
+                    used = sum(memory_of(pid, "Pss:") for pid in session_members(self._process.pid))
                     peak_bytes = max(peak_bytes, used)
                 on_tick()
         self._process.returncode = os.waitstatus_to_exitcode(status)
@@ -222,12 +216,3 @@ def session_members(session: int) -> list[int]:
             if int(fields[3]) == session and fields[0] != "Z":
                 members.append(int(entry.parent.name))
     return members
-
-
-def memory_bytes(pid: int) -> int:
-    """Return the proportional memory of a process: shared pages count once among their users."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0

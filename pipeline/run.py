@@ -22,7 +22,7 @@ from typing import Any, Literal
 from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
 from common.files import inside, remove
-from pipeline.process import Child, Finished, StopSignals
+from pipeline.process import Child, Finished, signals_noted, stop_reason
 from pipeline.progress import Progress, clock
 from pipeline.stages import (
     Stage,
@@ -47,7 +47,6 @@ class Decision:
 
     action: Literal["skip", "run", "resume", "maybe"]
     reason: str
-    fingerprint: str = ""
     parts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,7 +70,7 @@ class Runner:
         self.go_on_command = shlex.join(go_on_command)
         self.store = StageStore(out)
         self.parallel = parallel
-        self._signals = StopSignals()
+        self._signals: list[int] = []
         self._between = threading.Lock()
 
     def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
@@ -115,7 +114,7 @@ class Runner:
         """
         names = [stage.name for stage in stages]
         todo = stages if until is None else stages[: names.index(until) + 1]
-        with lock(self.out) as descriptor, self._signals:
+        with lock(self.out) as descriptor, signals_noted() as self._signals:
             self.store.load()  # Another run may have written before the lock was ours.
             decisions = self.plan(stages)
             # Which stages belong to this run, and which records speak of its settings.
@@ -158,7 +157,6 @@ class Runner:
     def _decide(self, stage: Stage) -> Decision:
         made = {name: self.store.stages.get(name, {}).get("product") for name in stage.upstream}
         parts = fingerprint_parts(stage, self.root, self.out, made)
-        fingerprint = digest(parts)
         record = self.store.stages.get(stage.name)
         action: Literal["skip", "run", "resume"] = "run"
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
@@ -171,7 +169,7 @@ class Runner:
                         f"(stage {stage.name}); move it away or choose another --out"
                     )
             reason = "first run"
-        elif record.get("fingerprint") != fingerprint:
+        elif record.get("fingerprint") != digest(parts):
             reason = explain(record.get("parts") or {}, parts)
         elif record.get("status") == "finished" and not missing:
             action, reason = "skip", "unchanged"
@@ -181,7 +179,7 @@ class Runner:
             action, reason = "resume", "continues where it stopped"
         else:
             reason = "did not finish last time"
-        return Decision(action, reason, fingerprint, parts)
+        return Decision(action, reason, parts)
 
     def _run_stage(
         self, stage: Stage, decision: Decision, progress: Progress, descriptor: int
@@ -193,7 +191,7 @@ class Runner:
                 remove(self.out, name)
         self.store.update(
             stage.name,
-            fingerprint=decision.fingerprint,
+            fingerprint=digest(decision.parts),
             parts=decision.parts,
             status="running",
             seconds=before,
@@ -219,7 +217,7 @@ class Runner:
         if good:
             progress.finish(stage.name, f"finished in {clock(before + ended.seconds)}")
             return
-        others = "" if self._signals.received else ", ".join(progress.others(stage.name))
+        others = "" if self._signals else ", ".join(progress.others(stage.name))
         hint = f"; no further stage begins, these are let finish: {others}" if others else ""
         progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
         self._stop_if_asked()
@@ -249,7 +247,7 @@ class Runner:
 
             def tick() -> None:
                 nonlocal beat, passed_on
-                for number in self._signals.received[passed_on:]:
+                for number in self._signals[passed_on:]:
                     passed_on += 1
                     child.stop(number)
                 progress.tick(stage.name, before + child.seconds, child.lines.last_line)
@@ -275,9 +273,9 @@ class Runner:
         return message
 
     def _stop_if_asked(self) -> None:
-        if self._signals.received:
-            message = f"{self._signals.reason}\n  to go on: {self.go_on_command}"
-            raise StoppedBySignal(self._signals.received[0], message)
+        if self._signals:
+            message = f"{stop_reason(self._signals)}\n  to go on: {self.go_on_command}"
+            raise StoppedBySignal(self._signals[0], message)
 
 
 def run_in_order(jobs: Sequence[Callable[[], None]], workers: int) -> None:
@@ -289,25 +287,23 @@ def run_in_order(jobs: Sequence[Callable[[], None]], workers: int) -> None:
         RunFailed: For one or several failed stages.
         Exception: The first error of another kind.
     """
-    failed = threading.Event()
+    errors: list[BaseException] = []
 
     def begin(job: Callable[[], None]) -> None:
-        if failed.is_set():
-            return
-        try:
-            job()
-        except BaseException:
-            failed.set()
-            raise
+        if not errors:
+            try:
+                job()
+            except BaseException as error:
+                errors.append(error)
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        futures = [pool.submit(begin, job) for job in jobs]
-    errors = [error for future in futures if (error := future.exception()) is not None]
+        for job in jobs:
+            pool.submit(begin, job)
     for error in errors:
         if len(errors) == 1 or not isinstance(error, RunFailed):
             raise error
     if errors:
-        raise RunFailed("\nerror: ".join(map(str, errors)))
+        raise RunFailed("\nerror: ".join(sorted(map(str, errors))))
 
 
 def side_by_side(setting: int | Literal["auto"], num_arms: int) -> int:

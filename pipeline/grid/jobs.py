@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -114,13 +114,10 @@ class CommandJob:
         return submitit.helpers.DelayedSubmission(again)
 
     def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
-        now = time.monotonic()
-        is_first = self._stopped_at is None
-        self._stopped_at = now if self._stopped_at is None else self._stopped_at
-        if self._pid and is_first:
-            os.killpg(self._pid, signal.SIGTERM)
-        elif self._pid and now - self._stopped_at > _ECHO_SECONDS:
-            os.killpg(self._pid, signal.SIGKILL)
+        is_first, now = self._stopped_at is None, time.monotonic()
+        self._stopped_at = self._stopped_at or now
+        if self._pid and (is_first or now - self._stopped_at > _ECHO_SECONDS):
+            os.killpg(self._pid, signal.SIGTERM if is_first else signal.SIGKILL)
 
 
 def last_lines(log: Path) -> str:
@@ -168,65 +165,58 @@ class Executor(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What each run is given.
-
-    Attributes:
-        cluster: "local" or "slurm".
-        gpus: Of a run.
-        cpus: Of a run.
-        minutes: SLURM's time limit; then the job saves and is queued again.
-        partition: Of SLURM.
-        slurm_options: Further lines for sbatch.
-    """
-
-    cluster: str = "local"
-    gpus: int = 0
-    cpus: int = 1
-    minutes: int = 240
-    partition: str | None = None
-    slurm_options: Mapping[str, str] = field(default_factory=dict)
-
-
 class SubmititExecutor:
     """Runs as submitit jobs."""
 
-    def __init__(self, folder: Path, resources: Resources, root: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        root: Path,
+        *,
+        cluster: str = "local",
+        gpus: int = 0,
+        cpus: int = 1,
+        minutes: int = 240,
+        partition: str | None = None,
+        slurm_options: Mapping[str, str] | None = None,
+    ) -> None:
         """Get ready.
 
         Args:
             folder: Of submitit's files.
-            resources: Of each run.
             root: The repository; jobs find their code there.
+            cluster: "local" or "slurm".
+            gpus: Of each run.
+            cpus: Of each run.
+            minutes: SLURM's time limit; then the job saves and is queued again.
+            partition: Of SLURM.
+            slurm_options: Further lines for sbatch.
         Raises:
             UserError: If there is no such cluster.
         """
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
-        os.environ.setdefault("OMP_NUM_THREADS", str(resources.cpus))  # runs inherit it
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))  # runs inherit it
         path = os.environ.get("PYTHONPATH")
         if str(root) not in (path or "").split(os.pathsep):
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
         import submitit
 
         logging.getLogger("submitit").setLevel(logging.ERROR)  # else warns where nothing accounts
-        self._is_local = resources.cluster == "local"
-        extra = {"signal": "USR1@120", "requeue": True, **resources.slurm_options}
+        self._is_local = cluster == "local"
+        extra = {"signal": "USR1@120", "requeue": True, **(slurm_options or {})}
         try:
             self._executor = submitit.AutoExecutor(
-                folder=folder, cluster=resources.cluster,
+                folder=folder, cluster=cluster,
                 slurm_max_num_timeout=100, local_max_num_timeout=100,
             )  # fmt: skip
             self._executor.update_parameters(
-                name="cell", nodes=1, tasks_per_node=1, cpus_per_task=resources.cpus,
-                gpus_per_node=resources.gpus,
-                timeout_min=_LOCAL_MINUTES if self._is_local else resources.minutes,
-                slurm_partition=resources.partition, slurm_additional_parameters=extra,
+                name="cell", nodes=1, tasks_per_node=1, cpus_per_task=cpus,
+                gpus_per_node=gpus,
+                timeout_min=_LOCAL_MINUTES if self._is_local else minutes,
+                slurm_partition=partition, slurm_additional_parameters=extra,
             )  # fmt: skip
         except RuntimeError as error:  # no srun
-            raise UserError(
-                f"submitit cannot use --cluster {resources.cluster}: {error}"
-            ) from error
+            raise UserError(f"submitit cannot use --cluster {cluster}: {error}") from error
 
     def submit(self, job: CommandJob) -> Handle:
         """Start a job, or queue it.

@@ -24,12 +24,11 @@ from pipeline.grid.jobs import (
     CommandJob,
     Executor,
     Handle,
-    Resources,
     Step,
     SubmititExecutor,
     read_result,
 )
-from pipeline.process import StopSignals
+from pipeline.process import signals_noted, stop_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "job_results"
@@ -150,35 +149,30 @@ class Limits:
     deadline: float = float("inf")
 
 
+@dataclass
 class Scheduler:
-    """Runs work, keeps the store, and prints a line for each run that ended."""
+    """Runs work, keeps the store, and prints a line for each run that ended.
 
-    def __init__(
-        self,
-        store: Store,
-        executor: Executor,
-        limits: Limits,
-        working_folder: Path,
-        *,
-        code: str | None = None,
-        stop_requested: Callable[[], str] = lambda: "",
-    ) -> None:
-        """Start nothing yet.
+    Attributes:
+        store: Nobody else writes to it.
+        executor: Where jobs run.
+        limits: When to stop.
+        working_folder: Of the commands.
+        code: Commit, noted with each attempt.
+        stop_requested: Asked between polls: the reason to stop, or "".
+    """
 
-        Args:
-            store: Nobody else writes to it.
-            executor: Where jobs run.
-            limits: When to stop.
-            working_folder: Of the commands.
-            code: Commit, noted with each attempt.
-            stop_requested: Asked between polls: the reason to stop, or "".
-        """
-        self._store, self._executor, self._limits = store, executor, limits
-        self._working_folder, self._code = working_folder, code
-        self._stop_requested = stop_requested
-        self._running: list[tuple[Work, Handle]] = []
-        self._num_failed = self._num_ended = self._total = 0
-        self._started = time.monotonic()
+    store: Store
+    executor: Executor
+    limits: Limits
+    working_folder: Path
+    code: str | None = None
+    stop_requested: Callable[[], str] = lambda: ""
+    _running: list[tuple[Work, Handle]] = field(default_factory=list)
+    _num_failed: int = 0
+    _num_ended: int = 0
+    _total: int = 0
+    _started: float = 0.0
 
     def run(self, todo: Sequence[Work]) -> str:
         """Work off the list; running jobs are asked to save when a limit is met.
@@ -188,16 +182,16 @@ class Scheduler:
         """
         waiting, ended_early = list(todo)[::-1], ""
         self._total, self._started = len(todo), time.monotonic()
-        stop_at = self._limits.deadline - SAVE_SECONDS
+        stop_at = self.limits.deadline - SAVE_SECONDS
         while waiting or self._running:
-            reason = self._stop_requested() or ("time is up" if time.monotonic() > stop_at else "")
+            reason = self.stop_requested() or ("time is up" if time.monotonic() > stop_at else "")
             if reason:
                 self._stop_all()
                 return reason
-            if self._num_failed > self._limits.max_failures:
+            if self._num_failed > self.limits.max_failures:
                 waiting.clear()
-                ended_early = f"more than {self._limits.max_failures} runs failed"
-            while waiting and len(self._running) < self._limits.parallel:
+                ended_early = f"more than {self.limits.max_failures} runs failed"
+            while waiting and len(self._running) < self.limits.parallel:
                 self._start(waiting.pop())
             self._collect()
             if self._running:
@@ -205,13 +199,13 @@ class Scheduler:
         return ended_early
 
     def _start(self, work: Work) -> None:
-        attempts = self._store.row(work.fingerprint, work.seed).attempts + 1
-        self._store.update(
-            work.fingerprint, work.seed, status="running", attempts=attempts, code=self._code
+        attempts = self.store.row(work.fingerprint, work.seed).attempts + 1
+        self.store.update(
+            work.fingerprint, work.seed, status="running", attempts=attempts, code=self.code
         )
         (work.folder / RESULT).unlink(missing_ok=True)
-        job = CommandJob(work.steps, work.folder, self._working_folder)
-        self._running.append((work, self._executor.submit(job)))
+        job = CommandJob(work.steps, work.folder, self.working_folder)
+        self._running.append((work, self.executor.submit(job)))
 
     def _collect(self) -> None:
         """Note what the jobs that ended have left."""
@@ -225,8 +219,8 @@ class Scheduler:
                     metrics = work.read_metrics()
                 except ValueError as error:
                     result |= {"status": "failed", "error": str(error)}
-            row = self._store.row(work.fingerprint, work.seed)
-            row = self._store.update(
+            row = self.store.row(work.fingerprint, work.seed)
+            row = self.store.update(
                 *(work.fingerprint, work.seed),
                 status=result["status"], metrics=dict(metrics), error=result["error"],
                 seconds=row.seconds + float(result["seconds"]),
@@ -252,7 +246,7 @@ class Scheduler:
                 self._collect()
                 time.sleep(_POLL_SECONDS)
         for work, _ in self._running:
-            self._store.update(
+            self.store.update(
                 work.fingerprint,
                 work.seed,
                 status="stopped",
@@ -338,22 +332,21 @@ def run_work(
     if not todo:
         return Outcome()
     gpus = gpus if options.gpus_per_run is None else options.gpus_per_run
-    resources = Resources(
-        *(options.cluster, gpus, options.cpus_per_run, options.time_minutes),
-        *(options.partition, dict(options.slurm_option)),
-    )
     minutes = options.max_minutes or max_minutes
     deadline = started + 60 * minutes if minutes else float("inf")
     limits = Limits(options.parallel or parallel, options.max_failures, deadline)
-    executor = executor or SubmititExecutor(options.out / "submitit/%j", resources, ROOT)
+    executor = executor or SubmititExecutor(
+        *(options.out / "submitit/%j", ROOT), cluster=options.cluster, gpus=gpus,
+        cpus=options.cpus_per_run, minutes=options.time_minutes, partition=options.partition,
+        slurm_options=dict(options.slurm_option),
+    )  # fmt: skip
     print(f"{len(todo)} runs to do, {limits.parallel} at once", flush=True)
-    with StopSignals() as signals:
+    with signals_noted() as signals:
         scheduler = Scheduler(
             *(store, executor, limits, ROOT),
-            code=provenance.commit(ROOT), stop_requested=lambda: signals.reason,
+            code=provenance.commit(ROOT), stop_requested=lambda: stop_reason(signals),
         )  # fmt: skip
-        reason = scheduler.run(todo)
-    return Outcome(reason, signals.received[0] if signals.received else None)
+        return Outcome(scheduler.run(todo), signals[0] if signals else None)
 
 
 def exit_status(outcome: Outcome, counts: Mapping[str, int]) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +42,18 @@ def make_work(
         *(f"eval.probe_train={data.probe_train}", f"eval.probe_val={data.probe_val}"),
         "--resume",
     )
-    num_workers = int(cell.settings["config"].get("data", {}).get("num_workers", 2))
-    steps = (
-        Step("pretrain", command, folder / "run/summary.json"),
-        *metric_steps(metrics, folder, root, data, num_workers),
-    )
-    return Work(cell.fingerprint, seed, steps, folder, lambda: read_metrics(metrics, folder))
-
-
-def metric_steps(
-    metrics: Sequence[str], folder: Path, root: Path, data: StudyData, num_workers: int
-) -> Iterator[Step]:
-    """The commands after pretraining; kNN and the online probe need none.
-
-    Args:
-        metrics: Of grid.METRICS.
-        folder: Of the cell with its seed; the run lies in `run`.
-        root: The repository.
-        data: Where the labelled shards are.
-        num_workers: Loader processes, as in pretraining.
-    """
-    if "linear" in metrics:
-        out = folder / "linear"
+    steps = [Step("pretrain", command, folder / "run/summary.json")]
+    if "linear" in metrics:  # kNN and the online probe are measured while pretraining goes on
+        num_workers = int(cell.settings["config"].get("data", {}).get("num_workers", 2))
         command = (
             *(sys.executable, str(root / "tools/linear_eval.py")),
             *(str(folder / "run/checkpoint.pth"), "--train", str(data.probe_train)),
-            *("--val", str(data.probe_val), "--out", str(out), "--protocol", "cached"),
-            *("--resume", f"num_workers={num_workers}"),
+            *("--val", str(data.probe_val), "--out", str(folder / "linear")),
+            *("--protocol", "cached", "--resume", f"num_workers={num_workers}"),
         )
-        yield Step("linear", command, out / "linear.json")
+        steps.append(Step("linear", command, folder / "linear/linear.json"))
+    read = functools.partial(read_metrics, metrics, folder)
+    return Work(cell.fingerprint, seed, tuple(steps), folder, read)
 
 
 def read_metrics(metrics: Sequence[str], folder: Path) -> dict[str, float]:

@@ -29,8 +29,8 @@ from pipeline.stages import digest
 FORMAT = "fa-trials-1"
 METRICS = ("AP50", "AP", "AP75")
 COCO_METRICS = ("coco_AP50", "coco_AP", "coco_AP75")  # by COCO's metric, on the same boxes
-RANDOM = "random"
 ALL_METRICS = (*METRICS, *COCO_METRICS)
+RANDOM = "random"
 _PER_CLASS = {"AP": "per_class", "AP50": "per_class_AP50"}  # keys of result.json
 
 
@@ -179,16 +179,12 @@ def read_result(path: Path) -> dict[str, float]:
     if not isinstance(raw, dict) or not all(isinstance(raw.get(m), int | float) for m in METRICS):
         raise ValueError(f"{path.name}: lacks one of {', '.join(METRICS)}")
     found = {metric: float(raw[metric]) for metric in METRICS}
-    coco = raw.get("coco") or {}
-    for metric in COCO_METRICS:
-        value = coco.get(metric.removeprefix("coco_"))
-        if value is not None:
-            found[metric] = float(value)
+    coco = raw.get("coco") or {}  # not in results of older versions
+    further = {metric: coco.get(metric.removeprefix("coco_")) for metric in COCO_METRICS}
     for metric, key in _PER_CLASS.items():
-        for name, value in (raw.get(key) or {}).items():
-            if value is not None:  # a class without test objects has no AP
-                found[f"{metric}:{name}"] = float(value)
-    return found
+        further |= {f"{metric}:{name}": value for name, value in (raw.get(key) or {}).items()}
+    # A class without test objects has no AP.
+    return found | {key: float(value) for key, value in further.items() if value is not None}
 
 
 def read_pairs(words: Sequence[str], names: Sequence[str], control: str) -> list[tuple[str, str]]:
@@ -243,16 +239,19 @@ def summarise(
     names = {(arm.fingerprint, arm.seed): arm.name for arm in arms}
     mine = [row for row in rows if (row.fingerprint, row.seed) in names]
     # Metric -> arm -> seed -> value; `AP:dog` is a metric of its own.
-    values: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in ALL_METRICS}
+    values: dict[str, dict[str, dict[int, float]]] = {}
     for row in mine:
         if row.status == "finished":
             for metric, value in row.metrics.items():
-                by_arm = values.setdefault(metric, {})
-                by_arm.setdefault(names[row.fingerprint, row.seed], {})[row.seed] = value
+                of_metric = values.setdefault(metric, {})
+                of_metric.setdefault(names[row.fingerprint, row.seed], {})[row.seed] = value
     classes = sorted({metric.partition(":")[2] for metric in values if ":" in metric})
 
+    def by_arm(metric: str) -> dict[str, dict[int, float]]:
+        return values.get(metric, {})
+
     def contrasts(metric: str, prefix: str = "") -> list[Contrast]:
-        found = values.get(metric, {})
+        found = by_arm(metric)
         return [
             Contrast(f"{prefix}{a} - {b}", ((1, found.get(a, {})), (-1, found.get(b, {}))))
             for a, b in pairs
@@ -263,7 +262,7 @@ def summarise(
     for arm in arms:
         by_name[arm.name]["weights_sha256"][str(arm.seed)] = arm.weights_digest
     for name, summary in by_name.items():
-        summary |= {metric: _summary(values[metric].get(name, {})) for metric in ALL_METRICS}
+        summary |= {metric: _summary(by_arm(metric).get(name, {})) for metric in ALL_METRICS}
     return {
         "format": FORMAT,
         "rule": RULE,
@@ -275,10 +274,7 @@ def summarise(
         "per_class": {
             metric: {
                 "arms": {
-                    name: {
-                        arm: _summary(by_seed)
-                        for arm, by_seed in values.get(f"{metric}:{name}", {}).items()
-                    }
+                    name: {arm: _summary(v) for arm, v in by_arm(f"{metric}:{name}").items()}
                     for name in classes
                 },
                 # All classes and pairs are one family of comparisons.
@@ -304,33 +300,25 @@ def _summary(values: Mapping[int, float]) -> dict[str, Any]:
 
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
     """Write results.json and the tables beside it; returns the files."""
-    comparisons = [
-        {**row, "name": f"{metric}, {row['name']}"}
-        for metric in METRICS
-        for row in results["comparisons"][metric]
-    ]
-    title = f"Detection trials on {results['data']}"
-    return documents.write(out, title, results, sections(results), comparisons)
 
+    def named(metrics: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {**row, "name": f"{_word(metric)}, {row['name']}"}
+            for metric in metrics
+            for row in results["comparisons"][metric]
+        ]
 
-def sections(results: Mapping[str, Any]) -> list[Section]:
-    """The tables of trials."""
-    found = [_overview(results)]
+    sections = [_overview(results)]
     for metric in METRICS:
         if results["comparisons"][metric]:
             table = comparison_table("Paired differences", results["comparisons"][metric])
-            found.append(Section(metric, (), (table,)))
-    coco = [
-        {**row, "name": f"{_word(metric)}, {row['name']}"}
-        for metric in COCO_METRICS
-        for row in results["comparisons"].get(metric, [])
-        if row["n"]
-    ]
+            sections.append(Section(metric, (), (table,)))
+    coco = [row for row in named(COCO_METRICS) if row["n"]]
     if coco:
         caption = "Paired differences by COCO's metric; each of the three is a family of its own"
-        found.append(Section("COCO's metric", (), (comparison_table(caption, coco),)))
+        sections.append(Section("COCO's metric", (), (comparison_table(caption, coco),)))
+    arms = list(results["arms"])
     for metric, by_class in results["per_class"].items():
-        arms = list(results["arms"])
         rows = [
             (name, *(mean_text(by_arm.get(arm)) for arm in arms))
             for name, by_arm in by_class["arms"].items()
@@ -339,8 +327,9 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         if by_class["comparisons"]:
             tables.append(comparison_table("Paired differences", by_class["comparisons"]))
         if rows:
-            found.append(Section(f"{metric} by class", (), tables))
-    return found
+            sections.append(Section(f"{metric} by class", (), tables))
+    title = f"Detection trials on {results['data']}"
+    return documents.write(out, title, results, sections, named(METRICS))
 
 
 def _overview(results: Mapping[str, Any]) -> Section:
@@ -354,9 +343,8 @@ def _overview(results: Mapping[str, Any]) -> Section:
     ]
     if not results["is_complete"]:
         lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
-    # Results of an older version have no figures by COCO's metric.
     rows = [
-        (name, str(arm["AP50"]["n"]), *(mean_text(arm.get(m)) for m in ALL_METRICS), "measured")
+        (name, str(arm["AP50"]["n"]), *(mean_text(arm[m]) for m in ALL_METRICS), "measured")
         for name, arm in results["arms"].items()
     ]
     published = results["published"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pipeline.grid.jobs import CommandJob, Resources, Step, SubmititExecutor, read_result
+from pipeline.grid.jobs import CommandJob, Step, SubmititExecutor, read_result
 from tests.slurm.tiny_run import wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +24,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     with pytest.raises(UserError, match="submitit cannot use --cluster slurm"):
-        SubmititExecutor(tmp_path, Resources("slurm"), ROOT)
+        SubmititExecutor(tmp_path, ROOT, cluster="slurm")
 
 
 def test_a_local_job_is_stopped_and_says_so(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_local_job_is_stopped_and_says_so(tmp_path: Path) -> None:
         tmp_path / "cell", tmp_path,
     )  # fmt: skip
     before = signal.getsignal(signal.SIGINT)
-    handle = SubmititExecutor(tmp_path / "submitit/%j", Resources(cpus=3), ROOT).submit(job)
+    handle = SubmititExecutor(tmp_path / "submitit/%j", ROOT, cpus=3).submit(job)
     assert signal.getsignal(signal.SIGINT) is before
     wait_until((tmp_path / "ready").exists, 60, "the command")
     assert not handle.done()

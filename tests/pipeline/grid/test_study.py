@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.grid.data import StudyData
-from pipeline.grid.study import metric_steps, read_metrics
+from pipeline.grid.grid import Cell
+from pipeline.grid.study import make_work, read_metrics
 from tests.pipeline.report.run_fixture import dump, dump_lines
 from tools import linear_eval
 
-DATA = StudyData("s", {}, Path("/train"), Path("/val"), "d", {})
+DATA = StudyData("s", {1.0: (Path("/pool"),)}, Path("/train"), Path("/val"), "d", {})
 
 
 def test_figures_are_read_where_they_stand(tmp_path: Path) -> None:
@@ -35,10 +36,14 @@ def test_percent_where_a_share_belongs_is_an_error(tmp_path: Path) -> None:
 
 
 def test_linear_evaluation_takes_the_words_that_it_is_given(tmp_path: Path) -> None:
-    (step,) = metric_steps(("knn", "linear"), tmp_path, Path("/repo"), DATA, 3)
+    settings = {"config": {"data": {"num_workers": 3}}, "pool": 1.0}
+    cell = Cell("f" * 64, settings, {"grid": {"FA": "mask"}})
+    words = (cell, 0, tmp_path, Path("/repo"), DATA)
+    work = make_work(*words, ("knn", "linear"))
+    step = work.steps[1]
     options = linear_eval.build_parser().parse_intermixed_args(list(step.command[2:]))
-    assert options.checkpoint == str(tmp_path / "run/checkpoint.pth")
+    assert options.checkpoint == str(work.folder / "run/checkpoint.pth")
     assert (options.train, options.val, options.protocol) == ("/train", "/val", "cached")
     assert options.out / "linear.json" == step.product
     assert (options.overrides, options.resume) == (["num_workers=3"], True)
-    assert list(metric_steps(("knn", "online"), tmp_path, Path("/repo"), DATA, 3)) == []
+    assert len(make_work(*words, ("knn", "online")).steps) == 1

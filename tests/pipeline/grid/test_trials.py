@@ -94,20 +94,6 @@ def test_trials_from_runs_to_tables(words: list[str]) -> None:
     assert "COCO AP50, ours - byol" not in text
 
 
-def test_tables_of_trials_by_an_older_version_have_dashes(words: list[str]) -> None:
-    executor = StubExecutor(train)
-    assert run_trials.main([*words, "--seeds", "2"], executor) == 0
-    old = results(words)
-    for metric in trials.COCO_METRICS:
-        del old["comparisons"][metric]
-        for arm in old["arms"].values():
-            del arm[metric]
-    found = trials.sections(old)
-    overview = found[0].tables[0].rows[0]
-    assert overview[5:8] == ("-", "-", "-")
-    assert "COCO's metric" not in [section.title for section in found]
-
-
 def test_the_command_and_what_decides_that_a_run_is_done(words: list[str], tmp_path: Path) -> None:
     executor = StubExecutor(train)
     run = [*words, "--seeds", "2", "--", "--freeze", "SOLVER.MAX_ITER", "5"]
