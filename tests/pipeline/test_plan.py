@@ -189,7 +189,7 @@ def test_wrong_settings_are_named(override, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["pretrain.config", "detection.training.config"])
+@pytest.mark.parametrize("key", ["pretrain.config", "detection.config"])
 def test_missing_config_files_are_named(tmp_path, key):
     with pytest.raises(UserError, match=r"config file nowhere\.yaml does not exist"):
         stages_of(SMOKE, tmp_path, f"{key}=nowhere.yaml")
