@@ -7,19 +7,27 @@ detections lie on a grid of 1/8 pixel: every sum is exact, so that no metric dec
 equals its threshold by the way it rounds.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import contextlib
 import io
 import json
+import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_eval
+from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
-
-from detection.evaluation.stock_evaluator import StockEvaluator
 
 # Both libraries count recall levels in floating point: 3 * 0.1 is a little more than 0.3, so that a
 # recall of exactly 3/10 does not reach that level (nor 6/10 and 7/10 theirs).
@@ -340,19 +348,71 @@ def real_set(detections: Path) -> tuple[DetectionSet, list[str]]:
     return DetectionSet(len(rows), len(names), tuple(truth), tuple(found)), names
 
 
-def detectron2_evaluation(data: DetectionSet, folder: Path) -> StockEvaluator:
-    """Detectron2's evaluator on a set, whose annotations are written into an empty folder."""
-    (folder / "Annotations").mkdir(parents=True)
-    (folder / "ImageSets/Main").mkdir(parents=True)
-    names = [f"{image:06d}" for image in range(data.num_images)]
-    (folder / "ImageSets/Main/test.txt").write_text("\n".join(names) + "\n")
-    detections = {}
-    for image, name in enumerate(names):
-        text = "".join(_object_xml(item) for item in data.truth if item.image == image)
-        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
-        own = [item for item in data.found if item.image == image]
-        detections[name] = [(item.label, item.score, item.box) for item in own]
-    return StockEvaluator(folder, data.num_classes, detections)
+class Detectron2Evaluation:
+    """Detectron2's own VOC evaluator, as it is, after the last picture of a set."""
+
+    def __init__(self, data: DetectionSet, folder: Path) -> None:
+        """Write the annotations into an empty folder."""
+        (folder / "Annotations").mkdir(parents=True)
+        (folder / "ImageSets/Main").mkdir(parents=True)
+        self._data, self._folder = data, folder
+        self._names = [f"{image:06d}" for image in range(data.num_images)]
+        (folder / "ImageSets/Main/test.txt").write_text("\n".join(self._names) + "\n")
+        for image, name in enumerate(self._names):
+            text = "".join(_object_xml(item) for item in data.truth if item.image == image)
+            (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
+        self._lines = self._evaluator(2012)._predictions
+
+    def _evaluator(self, year: int) -> PascalVOCDetectionEvaluator:
+        """The evaluator of a year, with all detections processed."""
+        dataset = f"stock-{uuid.uuid4()}"
+        MetadataCatalog.get(dataset).set(
+            thing_classes=[f"class{label}" for label in range(self._data.num_classes)],
+            dirname=str(self._folder),
+            year=year,
+            split="test",
+        )
+        evaluator = PascalVOCDetectionEvaluator(dataset)
+        MetadataCatalog.remove(dataset)
+        evaluator.reset()
+        for image, name in enumerate(self._names):
+            found = [item for item in self._data.found if item.image == image]
+            instances = Instances((1, 1))
+            instances.pred_boxes = Boxes(torch.tensor([item.box for item in found]).reshape(-1, 4))
+            instances.scores = torch.tensor([item.score for item in found])
+            instances.pred_classes = torch.tensor([item.label for item in found]).long()
+            evaluator.process([{"image_id": name}], [{"instances": instances}])
+        return evaluator
+
+    def means(self, year: int) -> dict[str, float]:
+        """AP, AP50 and AP75 over all classes, in percent."""
+        result = self._evaluator(year).evaluate()
+        assert result is not None
+        return {key: float(value) for key, value in result["bbox"].items()}
+
+    def class_figures(self, label: int, threshold: float) -> tuple[np.ndarray, float, float]:
+        """Recall after each detection of a class, and its AP in 0..1 by 11 points and by area.
+
+        Without an object that counts it divides by zero: then no recall is a number.
+        """
+        lines = self._folder / f"class{label}.txt"
+        lines.write_text("\n".join(self._lines.get(label, [""])))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0
+            recall, precision, eleven = voc_eval(
+                str(lines),
+                str(self._folder / "Annotations" / "{}.xml"),
+                str(self._folder / "ImageSets/Main/test.txt"),
+                f"class{label}",
+                ovthresh=threshold,
+                use_07_metric=True,
+            )
+        return recall, float(eleven), float(voc_ap(recall, precision, use_07_metric=False))
+
+
+def forget_annotations() -> None:
+    """Empty Detectron2's cache, which keeps every annotation it has read."""
+    parse_rec.cache_clear()
 
 
 def _object_xml(item: TrueObject) -> str:

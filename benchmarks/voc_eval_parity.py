@@ -24,15 +24,15 @@ from benchmarks.reference_metrics import (
     VOC_2007,
     VOC_2012,
     DetectionSet,
+    Detectron2Evaluation,
     Rules,
     average_precisions,
-    detectron2_evaluation,
+    forget_annotations,
     pycocotools_evaluation,
     random_set,
     real_set,
     stable_order,
 )
-from detection.evaluation.stock_evaluator import forget_annotations
 
 EXAMPLE = """examples:
   .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
@@ -79,7 +79,7 @@ def voc_difference(data: DetectionSet, folder: Path, *, whole: bool) -> tuple[fl
         Largest difference of an AP in 0..1, over classes, thresholds and both years; infinite if
         one side says that AP is not defined and the other does not. And how many were compared.
     """
-    theirs = detectron2_evaluation(data, folder)
+    theirs = Detectron2Evaluation(data, folder)
     worst, count = 0.0, 0
     rows: dict[Rules, list[list[float]]] = {VOC_2007: [], VOC_2012: []}
     for label in range(data.num_classes):
