@@ -1,16 +1,20 @@
-"""VOC-layout sets: read and check every annotation once, then hand them to Detectron2.
+"""Data sets of VOC's layout or COCO's: every annotation is read and checked before any work.
 
-Checked before any work: the lists, the XML files, the boxes, the class names and the pictures. The
-first fault ends the run with one message that names the file and the remedy.
+Lists, annotation files, boxes, class names and pictures are checked. The first fault ends the run
+with one message that names the file and the remedy.
+
+VOC: ROOT/VOC2007/{ImageSets/Main/LIST.txt, Annotations/ID.xml, JPEGImages/ID.jpg}.
+COCO: ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.annotations.coco import read_instances
 from common.annotations.record import PictureRecord
 from common.annotations.voc import (
     VOC_CLASSES,
@@ -29,7 +33,7 @@ _OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
 
 @dataclass(frozen=True)
 class VocSplit:
-    """One list of pictures: FOLDER/ImageSets/Main/NAME.txt."""
+    """One list of pictures: FOLDER/ImageSets/Main/NAME.txt, or COCO's, FOLDER with its pictures."""
 
     folder: Path
     name: str
@@ -73,7 +77,7 @@ def read_set(
     train_split: str | None = None,
     test_split: str | None = None,
 ) -> VocSet:
-    """Read and check a data set.
+    """Read and check a data set of VOC's layout.
 
     Args:
         root: A folder with dataset.json and VOC2007/, or a VOC devkit (VOC2007/ and/or VOC2012/).
@@ -137,7 +141,10 @@ def read_test_set(
     official = _is_official(classes, description)
     split, year = _test_list(description, official, metric_year, test_split)
     folder, name = _split_folder(root, split)
-    own = set(description.get("classes") or _class_names_in(folder, name, set(classes)))
+    own = set(description.get("classes") or classes)
+    if not description:  # the detector's names, and whatever else the annotations hold
+        for image_id in read_list(folder, name):
+            own |= class_names(annotation_file(folder, image_id))
     unknown, missing = sorted(own - set(classes)), sorted(set(classes) - own)
     if unknown or missing:
         raise UserError(
@@ -156,14 +163,6 @@ def read_test_set(
     )
 
 
-def _class_names_in(folder: Path, split: str, known: set[str]) -> set[str]:
-    """The known names, and whatever else the annotations of a list hold."""
-    names = set(known)
-    for image_id in read_list(folder, split):
-        names |= class_names(annotation_file(folder, image_id))
-    return names
-
-
 def _is_official(classes: Sequence[str], description: dict[str, Any]) -> bool:
     """Whether a set is PASCAL's own, unpacked or imported by tools/make_dataset.py voc."""
     return tuple(classes) == VOC_CLASSES and (not description or description.get("kind") == "voc")
@@ -177,15 +176,12 @@ def _test_list(
     assert split is not None
     if "+" in split:
         raise UserError(f"--test-split {split}: give one list; AP is taken over one set")
-    year = year or description.get("metric_year") or _usual_year(official, split)
+    # 11 points for the official VOC2007, the area for everything else.
+    usual_year = 2007 if official and "2012" not in split else 2012
+    year = year or description.get("metric_year") or usual_year
     if year not in (2007, 2012):
         raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
     return split, year
-
-
-def _usual_year(official: bool, test_split: str) -> int:
-    """11 points for the official VOC2007, the area for everything else."""
-    return 2007 if official and "2012" not in test_split else 2012
 
 
 def _read_description(root: Path) -> dict[str, Any]:
@@ -252,6 +248,65 @@ def _read_split(root: Path, split: str, classes: tuple[str, ...], *, official: b
             "annotate them or choose another list"
         )
     return VocSplit(folder, name, pictures)
+
+
+def is_coco(root: Path) -> bool:
+    """Whether a folder looks like COCO's."""
+    return any((root / "annotations").glob("instances_*.json")) or any(
+        (root / name).is_dir() for name in ("train2017", "val2017")
+    )
+
+
+def read_coco(
+    root: Path, *, train_split: str | None = None, test_split: str | None = None
+) -> VocSet:
+    """Read and check the boxes of a COCO folder; masks are not used.
+
+    Args:
+        root: The folder.
+        train_split: Default: train2017. Crowds are left out of it, as Detectron2 does.
+        test_split: Default: val2017. Crowds stay in it; the evaluation ignores them.
+
+    Returns:
+        The set, pictures by number, classes ordered by COCO's numbers; `metric_year` is None:
+        COCO's metric.
+
+    Raises:
+        UserError: If a file is missing or does not hold what it must.
+    """
+    root = Path(root)
+    train, classes = _read_coco_list(root, train_split or "train2017", keeps_crowds=False)
+    test, test_classes = _read_coco_list(root, test_split or "val2017", keeps_crowds=True)
+    if classes != test_classes:
+        raise UserError(
+            f"{root / 'annotations'}: instances_{train.name}.json and instances_{test.name}.json "
+            "have different categories; take both from the same release"
+        )
+    return VocSet(root, root.resolve().name, classes, None, (train,), test)
+
+
+def _read_coco_list(
+    root: Path, name: str, *, keeps_crowds: bool
+) -> tuple[VocSplit, tuple[str, ...]]:
+    """One list and its class names."""
+    path = root / "annotations" / f"instances_{name}.json"
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
+        raise UserError(
+            f"{path}: no such file (annotation files there: {there}); a COCO folder holds "
+            "annotations/instances_train2017.json and instances_val2017.json, and the pictures in "
+            "train2017 and val2017: give that folder with --data, or name other lists with "
+            "--train-split and --test-split"
+        )
+    classes, pictures = read_instances(path, root / name)
+    if not keeps_crowds:
+        pictures = tuple(
+            replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
+            for picture in pictures
+        )
+    if not any(picture.objects for picture in pictures):
+        raise UserError(f"{path}: holds no object; download it again")
+    return VocSplit(root / name, name, pictures), classes
 
 
 def classes_without_objects(split: VocSplit, classes: Sequence[str]) -> list[str]:

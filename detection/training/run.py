@@ -22,8 +22,7 @@ from common import provenance
 from common.annotations.record import read_class_names
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
-from detection.coco_data import is_coco, read_coco
-from detection.dataset import VocSet, read_set
+from detection.dataset import VocSet, is_coco, read_coco, read_set
 from detection.evaluation.voc import curves_file, measured
 from detection.training.config import check_device, flatten, load_config
 from detection.training.data import register

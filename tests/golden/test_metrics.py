@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reference_metrics import DetectionSet, random_set
-from detection.coco_data import read_coco
-from detection.dataset import VocSplit, read_test_set
+from detection.dataset import VocSplit, read_coco, read_test_set
 from detection.evaluation.voc import curves_file, measured
 from detection.training.data import to_detectron2
 from tests.golden.detection_inputs import (

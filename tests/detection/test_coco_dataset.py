@@ -14,8 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.errors import UserError
-from detection.coco_data import is_coco, read_coco
-from detection.dataset import read_set
+from detection.dataset import is_coco, read_coco, read_set
 from detection.evaluation.coco import CocoEvaluator
 from detection.training.config import load_config
 from detection.training.data import to_detectron2
