@@ -83,7 +83,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
-    from detection.convert.conventions import parse_preprocessing
+    from detection.convert.source import parse_preprocessing
     from detection.convert.verify import TOLERANCE, text, verify
 
     report = verify(
@@ -102,8 +102,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert a file and print what became of it."""
-    from detection.convert.conventions import parse_preprocessing
-    from detection.convert.to_detectron2 import convert, read_source
+    from detection.convert.source import parse_preprocessing, read_source
+    from detection.convert.to_detectron2 import convert
 
     source = read_source(
         arguments.checkpoint,

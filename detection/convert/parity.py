@@ -1,5 +1,13 @@
-"""Is Detectron2's ResNet with the converted weights the same function? Compared on one picture."""
+"""Is Detectron2's ResNet with the converted weights the same function? Compared on one picture.
 
+The reference is a ResNet in torchvision's layout, of any widths; with the usual ones it equals
+torchvision's own (a test keeps this).
+"""
+
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +18,6 @@ from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from PIL import Image
 from torch import Tensor, nn
 
-import detection.compat  # noqa: F401  (before detectron2)
 from common.errors import UserError
 from common.pictures import BadPicture, decode
 from common.resnet import Arch
@@ -20,61 +27,48 @@ from detection.training.weights import load_backbone
 STAGES = ("res2", "res3", "res4", "res5")
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def _conv(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Conv2d:
     """A convolution without bias that keeps the size, up to its stride."""
     return nn.Conv2d(
         channels_in, channels_out, kernel, stride=stride, padding=kernel // 2, bias=False
     )
 
 
-def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential | None:
-    """Projection where the shape changes, nothing elsewhere."""
-    if stride == 1 and channels_in == channels_out:
-        return None
-    return nn.Sequential(_conv(channels_in, channels_out, 1, stride), nn.BatchNorm2d(channels_out))
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1; the first 3x3 has the stride."""
 
+    def __init__(self, channels: Sequence[int], stride: int) -> None:
+        """Build it.
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the first has the stride."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        Args:
+            channels: Of the input, and behind each of the two or three convolutions.
+            stride: Of the block.
+        """
         super().__init__()
-        self.conv1 = _conv(channels_in, channels_out, 3, stride)
-        self.bn1 = nn.BatchNorm2d(channels_out)
-        self.conv2 = _conv(channels_out, channels_out, 3)
-        self.bn2 = nn.BatchNorm2d(channels_out)
-        self.downsample = _shortcut(channels_in, channels_out, stride)
+        kernels = (3, 3) if len(channels) == 3 else (1, 3, 1)
+        self.num_convs = len(kernels)
+        for place, kernel in enumerate(kernels):
+            conv_stride = stride if place == kernels.index(3) else 1
+            conv = _conv(channels[place], channels[place + 1], kernel, conv_stride)
+            self.add_module(f"conv{place + 1}", conv)
+            self.add_module(f"bn{place + 1}", nn.BatchNorm2d(channels[place + 1]))
+        self.downsample = None
+        if stride != 1 or channels[0] != channels[-1]:
+            self.downsample = nn.Sequential(
+                _conv(channels[0], channels[-1], 1, stride), nn.BatchNorm2d(channels[-1])
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        y = self.bn1(self.conv1(x)).relu()
-        y = self.bn2(self.conv2(y))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu()
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1."""
-
-    def __init__(self, channels_in: int, width: int, channels_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv(channels_in, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv(width, channels_out, 1)
-        self.bn3 = nn.BatchNorm2d(channels_out)
-        self.downsample = _shortcut(channels_in, channels_out, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        y = self.bn1(self.conv1(x)).relu()
-        y = self.bn2(self.conv2(y)).relu()
-        y = self.bn3(self.conv3(y))
+        y = x
+        for number in range(1, self.num_convs + 1):
+            y = y.relu() if number > 1 else y
+            y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
         return (y + (x if self.downsample is None else self.downsample(x))).relu()
 
 
 class ReferenceResNet(nn.Module):
-    """A ResNet without its classifier."""
+    """A ResNet without its classifier, with torchvision's names."""
 
     def __init__(self, arch: Arch) -> None:
         """Build it.
@@ -88,17 +82,13 @@ class ReferenceResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = arch.stem_channels
         for stage, num_blocks in enumerate(arch.blocks_per_stage):
-            channels_out = arch.res2_channels << stage
-            blocks: list[nn.Module] = []
-            for block in range(num_blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                if arch.is_bottleneck:
-                    width = arch.width_per_group << stage
-                    blocks.append(Bottleneck(channels, width, channels_out, stride))
-                else:
-                    blocks.append(BasicBlock(channels, channels_out, stride))
-                channels = channels_out
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            width, out = arch.width_per_group << stage, arch.res2_channels << stage
+            layer = nn.Sequential()
+            for number in range(num_blocks):
+                inner = (width, width) if arch.is_bottleneck else (out,)
+                layer.append(Block((channels, *inner, out), 2 if stage > 0 and number == 0 else 1))
+                channels = out
+            self.add_module(f"layer{stage + 1}", layer)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute the four stages.
@@ -126,9 +116,6 @@ def tensor_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
-
-
-# isort: split
 
 
 def build_bare_resnet(arch: Arch, *, stride_in_1x1: bool = False) -> ResNet:
@@ -168,32 +155,6 @@ def comparison_picture(path: Path | None, size: int) -> Tensor:
     return torch.from_numpy((255 * np.clip(smooth + disc + noise, 0, 1)).astype(np.uint8))
 
 
-def compare(
-    arch: Arch,
-    reference_state: dict[str, Tensor],
-    detectron2_state: dict[str, Tensor],
-    image: Tensor,
-    *,
-    stride_in_1x1: bool = False,
-) -> dict[str, float]:
-    """Compare both networks stage by stage, fp32, evaluation mode.
-
-    Args:
-        arch: Architecture.
-        reference_state: Tensors under torchvision names.
-        detectron2_state: The same under Detectron2 names.
-        image: Normalised (1, 3, H, W).
-        stride_in_1x1: For tests: where Detectron2 puts the stride.
-
-    Returns:
-        {"res2": max|a - b| / max|a|, ..}; infinity where a stage is dead or of another shape.
-    """
-    return compare_features(
-        reference_features(arch, reference_state, image),
-        detectron2_features(arch, detectron2_state, image, stride_in_1x1=stride_in_1x1),
-    )
-
-
 def reference_features(arch: Arch, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
     """Features res2 to res5 of the reference ResNet with torchvision-named tensors."""
     return _features(ReferenceResNet(arch), state, image)
@@ -208,6 +169,7 @@ def detectron2_features(
 
 @torch.no_grad()
 def _features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    """In fp32 and evaluation mode; every tensor must find its place."""
     result = network.load_state_dict(state, strict=False)
     left = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
     assert not left, f"missing {left}"
@@ -215,40 +177,42 @@ def _features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> di
     return network.eval()(image)
 
 
-def compare_features(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, float]:
-    """Relative difference of each stage; see `compare`."""
-    return {stage: _relative_difference(first[stage], second[stage]) for stage in STAGES}
+def compare(reference: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
+    """Compare the features of two networks, stage by stage.
+
+    Returns:
+        {"res2": `relative_difference`, ..}; infinity where the reference's stage is dead, since
+        that proves nothing.
+    """
+    return {
+        stage: relative_difference(reference[stage], other[stage])
+        if reference[stage].any()
+        else float("inf")
+        for stage in STAGES
+    }
 
 
-def _relative_difference(expected: Tensor, found: Tensor) -> float:
-    scale = expected.abs().max().item()
-    if expected.shape != found.shape or not np.isfinite(scale) or scale == 0:
+def relative_difference(first: Tensor, second: Tensor) -> float:
+    """max|a - b| / max(|a|, |b|); 0 where both are 0, infinity where it is no number."""
+    if first.shape != second.shape:
         return float("inf")
-    difference = (expected - found).abs().max().item() / scale
+    if torch.equal(first, second):
+        return 0.0
+    scale = torch.maximum(first.abs().max(), second.abs().max()).double()
+    difference = ((first.double() - second.double()).abs().max() / scale).item()
     return difference if np.isfinite(difference) else float("inf")
-
-
-class _Detector(nn.Module):
-    """Just enough of a detector for the weights to be loaded as training loads them."""
-
-    def __init__(self, arch: Arch) -> None:
-        super().__init__()
-        self.backbone = build_bare_resnet(arch)
 
 
 def check_written(arch: Arch, path: Path, state: dict[str, Tensor]) -> None:
     """Load a written file as training does and compare every tensor with what was meant.
 
     Raises:
-        UserError: If a tensor did not land or changed on the way; the file is removed.
+        UserError: If a tensor did not land or changed on the way.
     """
-    detector = _Detector(arch)
-    try:
-        load_backbone(detector, path)
-        loaded = detector.backbone.state_dict()
-        changed = [name for name, value in state.items() if not torch.equal(loaded[name], value)]
-        if changed:
-            raise UserError(f"{path}: {changed[0]} changed on the way through the file")
-    except UserError:
-        path.unlink(missing_ok=True)
-        raise
+    detector = nn.Module()  # just enough of one for its checkpointer
+    detector.backbone = build_bare_resnet(arch)
+    load_backbone(detector, path)
+    loaded = detector.backbone.state_dict()
+    changed = [name for name, value in state.items() if not torch.equal(loaded[name], value)]
+    if changed:
+        raise UserError(f"{path}: {changed[0]} changed on the way through the file")

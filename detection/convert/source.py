@@ -1,5 +1,12 @@
-"""A checkpoint of any layout, read, named and checked: what conversion and verification work on."""
+"""A checkpoint of any layout, read, named and checked: what conversion and verification work on.
 
+What tensors do not say is found too: which pixels the network expects, and where its stride lies.
+It is known from the checkpoint, from the card beside it, from timm's config.json, or from the
+caller. Where nothing states it, a conversion from Detectron2 is refused; for the other layouts
+ImageNet's statistics are assumed, and the card says so.
+"""
+
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +18,97 @@ from torch import Tensor
 
 from common import checkpoints
 from common.errors import UserError
+from common.files import read_json_or_none, sha256_of
 from common.resnet import Arch, infer_arch, read_arch
-from detection.convert import conventions, keymap
-from detection.convert import keymap as variants
-from detection.convert.conventions import Preprocessing
+from detection.convert import keymap
 from detection.convert.parity import tensor_shapes
+from detection.training.weights import CARD_FORMAT as D2_CARD
 
-_BARE = ("torchvision", "timm")
+TORCHVISION_CARD = "fa-torchvision-1"
+_HUB_CONFIG = "pretrained_cfg of config.json"  # where `_with_hub_config` puts it
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COPY_AGAIN = "copy the checkpoint again, or take an older one"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Mean and standard deviation of red, green, blue for pixels in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def normalise(self, picture: Tensor) -> Tensor:
+        """uint8 RGB (H, W, 3) -> float32 (1, 3, H, W)."""
+        pixels = picture.permute(2, 0, 1)[None].to(torch.float32) / 255
+        mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+# Statistics of ImageNet, used by torchvision and nearly every self-supervised code.
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_NAMED = {"imagenet": IMAGENET, "half": Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+
+
+def parse_preprocessing(text: str) -> Preprocessing:
+    """Read "imagenet", "half", or "R,G,B/R,G,B" (mean/std in [0, 1]).
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    if text in _NAMED:
+        return _NAMED[text]
+    try:
+        mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
+    except ValueError:
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3:
+        raise UserError(
+            f"--preprocessing {text!r}: give imagenet, half, or mean/std in [0, 1] as "
+            "0.485,0.456,0.406/0.229,0.224,0.225"
+        )
+    return _checked(mean, std)
+
+
+def _checked(mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or max(*mean, *std) > 1 or min(mean) < 0:
+        raise UserError(
+            f"mean {mean} / std {std}: give three numbers each, for pixels in [0, 1], std above 0"
+        )
+    return Preprocessing((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+# -- the card beside a file -----------------------------------------------------------------------
+
+
+def read_own_card(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The card beside a weight file, if it is one of ours and describes this very file.
+
+    Returns:
+        (card, "") or (None, why there is none; "" if no such file lies there).
+    """
+    place = path.with_suffix(".json")
+    card = read_any_card(place)
+    if card is None:
+        return None, ""
+    if card["weights_sha256"] != sha256_of(path):
+        return None, f"{place.name} beside it describes another file (sha256 differs)"
+    return card, ""
+
+
+def read_any_card(place: Path) -> dict[str, Any] | None:
+    """A JSON file if it is a card of ours, whatever it describes."""
+    card = read_json_or_none(place)
+    if not isinstance(card, dict) or card.get("format") not in (D2_CARD, TORCHVISION_CARD):
+        return None
+    if not card.keys() >= {"arch", "preprocessing", "branch", "source", "weights_sha256"}:
+        return None
+    source, pixels = card["source"], card["preprocessing"]
+    if not isinstance(source, dict) or not isinstance(pixels, dict):
+        return None
+    return card if {"file", "sha256", "layout"} <= source.keys() else None
+
+
+# -- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -76,7 +165,7 @@ def read_source(
         layout: One of keymap.LAYOUTS, or "auto".
         branch: "online" or "ema".
         preprocessing: What the network was trained on; default: what the checkpoint or its card
-            says, and the ImageNet statistics for foreign ones.
+            says, and ImageNet's statistics for other projects' checkpoints.
         stride_in_1x1: Where a Detectron2 file without a card has the stride of its bottlenecks.
         assume: Go on with ImageNet's statistics and the stride in the 3x3 convolution where a
             Detectron2 file says neither, and without a card that describes another file; `notes`
@@ -91,23 +180,92 @@ def read_source(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    checkpoint = conventions.with_hub_config(path, checkpoints.read(path))
+    contents = _with_hub_config(path, checkpoints.read(path))
     try:
-        state, layout, claimed = _network(checkpoint, layout, branch)
+        state, layout, arch = _network(contents, layout, branch)
         mapped = keymap.to_torchvision(state, layout, branch)
-        _check_size(mapped.backbone, path.stat().st_size)
-        arch, tensors, cast = _backbone(mapped.backbone, claimed)
+        # Tensors that claim more bytes than the file has are refused before they are touched.
+        claimed = sum(
+            value.numel() * value.dtype.itemsize if isinstance(value, Tensor) else value.nbytes
+            for value in mapped.backbone.values()
+            if isinstance(value, Tensor | np.ndarray)
+        )
+        if claimed > path.stat().st_size:
+            raise UserError(
+                f"its tensors claim {claimed} bytes, the file has {path.stat().st_size}; "
+                f"{_COPY_AGAIN}"
+            )
+        shapes = {name: _shape(value) for name, value in mapped.backbone.items()}
+        keymap.refuse_other_networks(shapes)
+        arch = arch or infer_arch(shapes)
+        if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
+            raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
+        tensors, cast = _tensors(mapped.backbone, shapes, arch)
         counters = _counters(mapped.counters, tensors)
-        found = conventions.find(
-            path, layout, arch, checkpoint, preprocessing=preprocessing,
-            stride_in_1x1=stride_in_1x1, assume=assume,
-        )  # fmt: skip
+        card, fault = read_own_card(path)
+        if fault and not assume and preprocessing is None:
+            raise UserError(f"{fault}; convert again, or remove the card and give --preprocessing")
+
+        # Pixels: what the caller says, else what the file or its card says.
+        pixels, origin = _stated_pixels(layout, contents, card)
+        if preprocessing is not None:
+            pixels, origin = preprocessing, "option"
+
+        # Stride: only Detectron2 builds bottlenecks with it in either place.
+        stride, stride_origin = False, "layout"
+        if card is not None and layout == "detectron2":
+            stride, stride_origin = card["preprocessing"].get("stride_in_1x1", False), "card"
+            if type(stride) is not bool:
+                raise UserError(f"its card's stride_in_1x1 is {stride!r:.40}, not true or false")
+        elif layout == "detectron2" and arch.is_bottleneck:
+            stride = bool(stride_in_1x1)
+            stride_origin = "assumed" if stride_in_1x1 is None else "option"
+
+        origins = {"preprocessing": origin, "stride": stride_origin}
+        assumed = [what for what, known_from in origins.items() if known_from == "assumed"]
+        if layout == "detectron2" and assumed and card is None and not assume:
+            options = {"preprocessing": "--preprocessing", "stride": "--stride-in 3x3"}
+            raise UserError(
+                f"has no card beside it ({path.with_suffix('.json').name}), and a Detectron2 file "
+                "itself does not say which pixels the network expects or where its bottlenecks "
+                f"have their stride; give {' and '.join(options[what] for what in assumed)} if you "
+                "know (RGB only)"
+            )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    sentences = {
+        "preprocessing": "pixel statistics are ImageNet's by assumption: nothing states them",
+        "stride": "the stride is taken to lie in the 3x3 convolutions: nothing states it",
+    }
     return Source(
-        path, layout, branch, arch, tensors, mapped.dropped, counters, cast, contents=checkpoint,
-        **vars(found),
-    )  # fmt: skip
+        path=path,
+        layout=layout,
+        branch=branch,
+        arch=arch,
+        tensors=tensors,
+        dropped=mapped.dropped,
+        counters=counters,
+        cast=cast,
+        preprocessing=pixels,
+        stride_in_1x1=stride,
+        origins=origins,
+        card=card,
+        contents=contents,
+        notes=(*((fault,) if fault else ()), *(sentences[what] for what in assumed)),
+    )
+
+
+def _with_hub_config(path: Path, checkpoint: Any) -> Any:
+    """Add what timm's `config.json` beside published weights says: architecture and pixels."""
+    if path.suffix not in (".safetensors", ".bin") or not isinstance(checkpoint, Mapping):
+        return checkpoint
+    try:
+        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        name, stated = config["architecture"], config["pretrained_cfg"]
+        pixels = {key: stated[key] for key in ("mean", "std")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return checkpoint
+    return {"state_dict": checkpoint, "arch": str(name), _HUB_CONFIG: pixels}
 
 
 def _network(
@@ -128,121 +286,74 @@ def _network(
                 f"holds no {branch} network: this method keeps none; use --branch online"
             )
         return checkpoints.named(state), "ours", read_arch(checkpoint.get("arch"))
-    return *_foreign_network(checkpoint, layout, branch), None
 
-
-def _foreign_network(
-    checkpoint: Mapping[str, Any], layout: str, branch: str
-) -> tuple[Mapping[str, Any], str]:
-    """The same for a checkpoint that is not ours."""
+    # Other projects' files keep the network bare or under a key, and do not say their layout.
     state = checkpoints.named(checkpoints.nested(checkpoint, checkpoints.WRAPPERS) or checkpoint)
     if layout == "auto":
-        _refuse(variants.reason_by_name(state))
+        keymap.refuse_other_networks({name: _shape(value) for name, value in state.items()})
         layout = keymap.detect_layout(state)
-        is_timm = any(
-            key in checkpoint for key in ("state_dict_ema", "saver", conventions.HUB_CONFIG)
-        )
+        is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver", _HUB_CONFIG))
         layout = "timm" if layout == "torchvision" and is_timm else layout
-    if layout == "detectron2":  # see weights.write_weights
+    if layout == "detectron2":  # the counters lie beside the model, see weights.write_weights
         beside = checkpoint.get(keymap.COUNTER)
-        return {
-            **state,
-            **(checkpoints.named(beside) if isinstance(beside, Mapping) else {}),
-        }, layout
-    if layout not in _BARE:
-        return state, layout
-    _refuse(variants.reason_by_architecture(str(checkpoint.get("arch", ""))))
-    if branch == "ema":
-        average = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
-        if average is None:
-            raise UserError(
-                f"--branch ema: this {layout} checkpoint holds one network; leave it out"
-            )
-        state = checkpoints.named(average)
-    return state, layout
+        counters = checkpoints.named(beside) if isinstance(beside, Mapping) else {}
+        return {**state, **counters}, layout, None
+    if layout in ("torchvision", "timm"):
+        keymap.refuse_other_networks({}, architecture=str(checkpoint.get("arch", "")))
+        if branch == "ema":
+            state = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
+            if state is None:
+                raise UserError(
+                    f"--branch ema: this {layout} checkpoint holds one network; leave it out"
+                )
+            state = checkpoints.named(state)
+    return state, layout, None
 
 
-def _refuse(reason: str | None) -> None:
-    if reason is not None:
-        raise UserError(f"is no ResNet that converts: {reason}")
+def _tensors(
+    given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Arch
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Float32 tensors, all that the architecture needs, and which types they came from.
 
-
-def _check_size(given: Mapping[str, Any], num_bytes: int) -> None:
-    """Refuse tensors that claim more bytes than the file has, before they are touched."""
-    claimed = 0
-    for value in given.values():
-        if isinstance(value, Tensor):
-            claimed += value.numel() * value.dtype.itemsize
-        elif isinstance(value, np.ndarray):
-            claimed += value.nbytes
-    if claimed > num_bytes:
-        raise UserError(
-            f"its tensors claim {claimed} bytes, the file has {num_bytes}; {_COPY_AGAIN}"
-        )
-
-
-def _backbone(
-    given: Mapping[str, Any], claimed: Arch | None
-) -> tuple[Arch, dict[str, Tensor], dict[str, int]]:
-    """Architecture, float32 tensors, and which types they came from."""
-    shapes = {name: tuple(np.shape(value)) for name, value in given.items()}
-    _refuse(variants.reason_by_name(given) or variants.reason_by_shape(shapes))
-    arch = claimed or infer_arch(shapes)
-    if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
-        raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
-    return arch, *_checked(given, arch)
-
-
-def _checked(backbone: Mapping[str, Any], arch: Arch) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Compare names and shapes with the architecture and look for values that are no numbers."""
-    wanted = tensor_shapes(arch)
-    missing = [name for name in wanted if name not in backbone]
-    unknown = [name for name in backbone if name not in wanted]
+    Raises:
+        UserError: For a missing, unknown or misshapen tensor, and for values that are no numbers.
+    """
+    needed = tensor_shapes(arch)
+    missing = [name for name in needed if name not in given]
+    unknown = [name for name in given if name not in needed]
     if missing or unknown:
         faults = [f"lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
         faults += [f"has {unknown[0]} and {len(unknown) - 1} more beside"] if unknown else []
-        raise UserError(
-            f"is no {arch}: {'; '.join(faults)}{_what_it_looks_like(backbone, arch)}; {_COPY_AGAIN}"
-        )
+        try:
+            other = infer_arch(shapes)
+        except UserError:
+            other = arch
+        hint = "" if other == arch else f" (its tensors look like a {other})"
+        raise UserError(f"is no {arch}: {'; '.join(faults)}{hint}; {_COPY_AGAIN}")
     tensors, cast = {}, {}
-    for name, shape in wanted.items():
-        found = tuple(np.shape(backbone[name]))
-        if found != shape and isinstance(backbone[name], Tensor | np.ndarray):
+    for name, shape in needed.items():
+        value = given[name]
+        if isinstance(value, Tensor | np.ndarray) and shapes[name] != shape:
             hint = " (a CIFAR stem does not convert)" if name == "conv1.weight" else ""
-            raise UserError(f"{name} has shape {found}, a {arch} needs {shape}{hint}; "
+            raise UserError(f"{name} has shape {shapes[name]}, a {arch} needs {shape}{hint}; "
                             "its `arch` and its weights do not belong together")  # fmt: skip
-        value = _tensor(name, backbone[name])
-        if not torch.isfinite(value).all():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize <= 8:
+            native = value.dtype.newbyteorder("=")
+            value = torch.from_numpy(np.array(value, dtype=native, order="C"))
+        dense = value if isinstance(value, Tensor) and not value.is_meta else None
+        if dense is None or dense.layout != torch.strided or dense.dtype not in _WEIGHT_TYPES:
+            raise UserError(
+                f"{name} is {_kind(given[name])}, not a dense tensor of floating-point numbers"
+            )
+        if not torch.isfinite(dense).all():
             raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
-        tensors[name] = value.to(torch.float32).contiguous().clone()
-        if value.dtype != torch.float32:
-            kind = str(value.dtype).removeprefix("torch.")
+        tensors[name] = dense.detach().to(torch.float32).contiguous().clone()
+        if dense.dtype != torch.float32:
+            kind = str(dense.dtype).removeprefix("torch.")
             cast[kind] = cast.get(kind, 0) + 1
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{name} holds values beyond float32; save the weights as float32")
     return tensors, cast
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    """A weight as a dense tensor of floating-point numbers.
-
-    Raises:
-        UserError: If it is something else.
-    """
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize <= 8:
-        native = value.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(value, dtype=native, order="C"))
-    if isinstance(value, Tensor) and value.dtype in _WEIGHT_TYPES and not value.is_meta:
-        dense = value.detach()
-        if dense.layout == torch.strided:
-            return dense
-    raise UserError(f"{name} is {_kind(value)}, not a dense tensor of floating-point numbers")
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for a message."""
-    dtype = getattr(value, "dtype", None)
-    return f"{type(value).__name__}{'' if dtype is None else f' of {dtype}'}"
 
 
 def _counters(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -259,22 +370,59 @@ def _counters(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     counters = {}
     for name in (name for name in order if name in given):
         value = given[name]
-        plain = value.item() if isinstance(value, Tensor | np.ndarray) and _size(value) == 1 \
-            else value  # fmt: skip
-        if not isinstance(plain, int | np.integer) or not 0 <= plain < 2**63:
-            raise UserError(f"{name} is {_kind(value)} {plain!r:.40}, not a count of batches")
-        counters[name] = torch.tensor(int(plain))
+        is_one = isinstance(value, Tensor | np.ndarray) and _shape(value) in ((), (1,))
+        count = value.item() if is_one else value
+        if not isinstance(count, int | np.integer) or not 0 <= count < 2**63:
+            raise UserError(f"{name} is {_kind(value)} {count!r:.40}, not a count of batches")
+        counters[name] = torch.tensor(int(count))
     return counters
 
 
-def _size(value: Tensor | np.ndarray) -> int:
-    return value.numel() if isinstance(value, Tensor) else value.size
+def _stated_pixels(
+    layout: str, contents: Mapping[str, Any], card: Mapping[str, Any] | None
+) -> tuple[Preprocessing, str]:
+    """Pixel statistics and where they come from."""
+    if layout == "ours" and contents.get("preprocessing") is not None:
+        return _pixels(contents["preprocessing"]), "checkpoint"
+    if _HUB_CONFIG in contents:
+        return _pixels(contents[_HUB_CONFIG]), "config"
+    if card is None:
+        return IMAGENET, "assumed"
+    given = card["preprocessing"]
+    if card["format"] == D2_CARD:  # Detectron2 counts pixels from 0 to 255
+        try:
+            given = {new: [round(value / 255, 8) for value in given[old]]
+                     for new, old in (("mean", "pixel_mean"), ("std", "pixel_std"))} \
+                | {"order": given["input_format"]}  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise UserError(f"its card's preprocessing is incomplete ({error!r})") from error
+    earlier = card.get("origins")
+    is_assumed = isinstance(earlier, dict) and earlier.get("preprocessing") == "assumed"
+    return _pixels(given), "assumed" if is_assumed else "card"
 
 
-def _what_it_looks_like(backbone: Mapping[str, Any], arch: Arch) -> str:
-    """A remark when the tensors are another architecture's."""
+def _pixels(given: Any) -> Preprocessing:
+    """Mean and deviation as a checkpoint or a card states them.
+
+    Raises:
+        UserError: If they are no three numbers each, or the channels are not RGB.
+    """
     try:
-        found = infer_arch({name: tuple(np.shape(value)) for name, value in backbone.items()})
-    except UserError:
-        return ""
-    return "" if found == arch else f" (its tensors look like a {found})"
+        mean, std = (tuple(map(float, given[key])) for key in ("mean", "std"))
+        order = str(given.get("order", "RGB")).upper()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"preprocessing {given!r:.120}: no mean and std ({error!r})") from error
+    if order != "RGB":
+        raise UserError(f"preprocessing order {order!r}: only RGB networks convert")
+    return _checked(mean, std)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of a tensor or an array; () for anything else."""
+    return tuple(value.shape) if isinstance(value, Tensor | np.ndarray) else ()
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    dtype = getattr(value, "dtype", None)
+    return f"{type(value).__name__}{'' if dtype is None else f' of {dtype}'}"

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_atomically
-from detection.convert import card as model_card
-from detection.convert import keymap
-from detection.convert.conventions import read_own_card
-from detection.convert.source import Source, read_source
-
-__all__ = ["TARGETS", "convert", "read_source", "to_detectron2", "to_torchvision"]
+from detection.convert import card as cards
+from detection.convert import keymap, parity
+from detection.convert.source import Source, read_own_card, read_source
+from detection.training import weights
 
 MAX_RELATIVE_DIFFERENCE = 1e-5
-TARGETS = ("detectron2", "torchvision")
 _ENDINGS = {
     "detectron2": {".pkl": "Detectron2's classic", ".pth": "tensors only"},
     "torchvision": {".pth": "a state_dict", ".pt": "the same"},
@@ -31,8 +28,8 @@ _ENDINGS = {
 
 def to_detectron2(source: Source) -> dict[str, Tensor]:
     """The same tensors under Detectron2's names, in a fixed order; without batch counters."""
-    table = keymap.name_table(source.arch)
-    return {new: source.tensors[old] for old, new in sorted(table.items(), key=lambda x: x[1])}
+    renamed = {keymap.detectron2_name(name): value for name, value in source.tensors.items()}
+    return dict(sorted(renamed.items()))
 
 
 def to_torchvision(source: Source) -> dict[str, Tensor]:
@@ -60,7 +57,7 @@ def convert(
         source: From `read_source`.
         out: File ending in .pkl or .pth (to Detectron2), .pth or .pt (to torchvision); the cards
             are written beside it as .json and .md.
-        to: One of TARGETS.
+        to: "detectron2" or "torchvision".
         picture: Compare on this picture; default: a generated one.
         size: Side of the square the picture is brought to, in pixels.
 
@@ -78,22 +75,35 @@ def convert(
             f"{source.path}: its bottlenecks have their stride in the 1x1 convolution; torchvision "
             "and all layouts here have it in the 3x3 one, and no renaming moves it"
         )
-    from detection.convert import parity  # imports Detectron2
-
     began = time.perf_counter()
     image = source.preprocessing.normalise(parity.comparison_picture(picture, size))
-    stages = parity.compare(source.arch, source.tensors, to_detectron2(source), image)
+    state = to_detectron2(source)
+    stages = parity.compare(
+        parity.reference_features(source.arch, source.tensors, image),
+        parity.detectron2_features(source.arch, state, image),
+    )
     if not max(stages.values()) <= MAX_RELATIVE_DIFFERENCE:
-        shown = ", ".join(f"{stage} {value:.1e}" for stage, value in stages.items())
+        listed = ", ".join(f"{stage} {value:.1e}" for stage, value in stages.items())
         raise UserError(
-            f"{source.path}: Detectron2's features differ from the reference ({shown}; allowed "
+            f"{source.path}: Detectron2's features differ from the reference ({listed}; allowed "
             f"{MAX_RELATIVE_DIFFERENCE:.0e}); nothing was written. The weights were trained with "
             "another architecture or stride convention than the names say"
         )
-    write = _write_detectron2 if to == "detectron2" else _write_torchvision
-    write(source, out)
-    card = model_card.build(source, out, to, stages, time.perf_counter() - began)
-    model_card.write(out, card)
+    try:
+        if to == "detectron2":
+            counters = {
+                keymap.detectron2_name(name): int(value) for name, value in source.counters.items()
+            }
+            weights.write_weights(out, state, counters)
+            parity.check_written(source.arch, out, state)
+        else:
+            write_atomically(out, lambda file: torch.save(to_torchvision(source), file))
+        _compare_with_file(source, out, to)
+    except UserError:
+        out.unlink(missing_ok=True)
+        raise
+    card = cards.build(source, out, to, stages, time.perf_counter() - began)
+    cards.write(out, card)
     return card
 
 
@@ -101,8 +111,8 @@ def _check_out(source: Source, out: Path, to: str) -> None:
     """Refuse a name that says something else, and one that would destroy something."""
     endings = _ENDINGS[to]
     if out.suffix not in endings:
-        shown = " or ".join(f"{ending} ({what})" for ending, what in endings.items())
-        raise UserError(f"{out}: end the name in {shown}")
+        listed = " or ".join(f"{ending} ({what})" for ending, what in endings.items())
+        raise UserError(f"{out}: end the name in {listed}")
     if out.resolve() == source.path.resolve():
         raise UserError(f"{out}: is the checkpoint itself; choose another name")
     for suffix in {".pkl", ".pth", ".pt"} - {out.suffix}:
@@ -112,45 +122,22 @@ def _check_out(source: Source, out: Path, to: str) -> None:
                 f"{out}: its card would replace {out.with_suffix('.json').name}, which describes "
                 f"{sibling.name}; choose another name"
             )
-    model_card.check_places(out)
-
-
-def _write_detectron2(source: Source, out: Path) -> None:
-    """Write Detectron2's names and load the file as training does."""
-    from detection.convert import parity
-    from detection.training import weights
-
-    state = to_detectron2(source)
-    counters = {keymap.detectron2_name(name): int(value) for name, value in source.counters.items()}
-    weights.write_weights(out, state, counters)
-    parity.check_written(source.arch, out, state)
-    _compare_with_file(source, out, "detectron2")
-
-
-def _write_torchvision(source: Source, out: Path) -> None:
-    """Write a bare state_dict and read it back."""
-    state = to_torchvision(source)
-    write_atomically(out, lambda file: torch.save(state, file))
-    _compare_with_file(source, out, "torchvision")
+    cards.check_places(out)
 
 
 def _compare_with_file(source: Source, out: Path, layout: str) -> None:
-    """Read a written file with the reader of foreign files; every bit must be there.
+    """Read a written file as one of another project's is read; every bit must be there.
 
     Raises:
-        UserError: If one is not; the file is removed.
+        UserError: If one is not.
     """
-    try:
-        written = read_source(out, layout=layout, assume=True)
-        changed = [name for name, value in source.tensors.items()
-                   if not same_bits(value, written.tensors[name])]  # fmt: skip
-        changed += [name for name, value in source.counters.items()
-                    if not torch.equal(value, written.counters.get(name, value + 1))]  # fmt: skip
-        if changed or written.arch != source.arch:
-            raise UserError(f"{out}: {[*changed, 'arch'][0]} changed on the way through the file")
-    except UserError:
-        out.unlink(missing_ok=True)
-        raise
+    written = read_source(out, layout=layout, assume=True)
+    changed = [name for name, value in source.tensors.items()
+               if not same_bits(value, written.tensors[name])]  # fmt: skip
+    changed += [name for name, value in source.counters.items()
+                if not torch.equal(value, written.counters.get(name, value + 1))]  # fmt: skip
+    if changed or written.arch != source.arch:
+        raise UserError(f"{out}: {[*changed, 'arch'][0]} changed on the way through the file")
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
-import yaml
 from detectron2.config import get_cfg
 
 from common.files import sha256_of
-from common.resnet import Arch
-from detection.convert.card import UNKNOWN, place, plain, render
-from detection.convert.conventions import D2_CARD
+from detection.convert.card import place, plain, render
 from detection.convert.to_detectron2 import convert, read_source
 from detection.training.config import arch_of_config
 from detection.training.weights import CARD_FORMAT, check_card
@@ -66,20 +62,20 @@ def test_what_is_known_stands_in_both_cards(tmp_path: Path) -> None:
     assert card["source"]["sha256"] == sha256_of(path)
     assert (known["step"], known["num_steps"], known["epoch"]) == (4000, 20000, 40)
     assert known["commit"] == "c0ffee"
-    assert known["data"]["num_samples"] == 12345
-    assert known["figures"]["knn_top1"] == 0.625
-    assert known["method"]["feature_augmentation"] == "nn+noise"
-    for shown in ("0.625", "0.25", "12345", "c0ffee", "nn+noise", "parallel", "byol", "2.9.1",
-                  "40 of 200", "4000 of 20000", "f1a9", "asymmetric_strong", "160", "512",
-                  card["weights_sha256"], card["source"]["sha256"], known["config_sha256"],
-                  "from the checkpoint", "127.5, 102, 76.5"):  # fmt: skip
-        assert str(shown) in text, shown
-    assert UNKNOWN not in text
-    assert text.count("\n## ") == 8
-    listed = text.partition("## Not known\n")[2].partition("##")[0].strip().splitlines()
-    assert listed == ["- licence, consent and biases of the training pictures"]
-    config = text.partition("Locations are shortened.")[2]
-    assert yaml.safe_load(config) == known["config"]
+    assert known["data_fingerprint"] == "f1a9"
+    assert known["figures"] == {
+        "knn_top1": 0.625, "knn_top1_initial": 0.25, "num_samples": 12345, "seconds": 99.5,
+        "peak_memory_bytes": 10**9,
+    }  # fmt: skip
+    assert known["config"]["fa"] == CONFIG["fa"]
+    assert known["versions"] == {"torch": "2.9.1", "python": "3.12.1"}
+    for part in ("objective byol", "nn+noise", "architecture parallel", "steps 4000, of 20000",
+                 "epochs 40", "c0ffee", "knn_top1 0.625", "num_samples 12345", "sets/photos",
+                 card["weights_sha256"], card["source"]["sha256"], "127.5, 102.0, 76.5",
+                 "Pixels known from: checkpoint"):  # fmt: skip
+        assert part in text, part
+    assert "not known" not in text
+    assert len(text.splitlines()) < 16
 
 
 def test_places_and_secrets_do_not_travel(tmp_path: Path) -> None:
@@ -87,8 +83,8 @@ def test_places_and_secrets_do_not_travel(tmp_path: Path) -> None:
     for written in (json.dumps(card), text):
         for secret in ("secret", "token", "/data/someone", "u:"):
             assert secret not in written
-    shards = [item["place"] for item in card["pretraining"]["data"]["shards"]]
-    assert shards == ["sets/photos", "https://host.org/a/b"]
+    shards = card["pretraining"]["config"]["data"]["shards"]
+    assert shards == {"sets/photos": 1.0, "https://host.org/a/b": 0.5}
     assert card["pretraining"]["config"]["out"] == "runs/first"
 
 
@@ -111,24 +107,19 @@ def test_location_as_shown(location: str, shown: str) -> None:
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     card, text = cards(save(torchvision_state(), tmp_path / "a.pth"), tmp_path / "b.pkl")
-    known = card["pretraining"]
-    assert {key for key, value in known.items() if value} == set()
+    assert not any(card["pretraining"].values())
     assert card["origins"]["preprocessing"] == "assumed"
-    assert f"| Data | {UNKNOWN} |" in text
-    assert f"| Commit of the code | {UNKNOWN} |" in text
-    assert f"Figures: {UNKNOWN}." in text
-    for line in ("the training data", "the config", "the method", "figures of the training",
-                 "the pixel statistics of the training"):  # fmt: skip
-        assert f"\n- {line}" in text
-    assert "## Config of the training" not in text
+    for line in ("Training: not known", "Figures: not known", "Pixels known from: assumed",
+                 "Notes: pixel statistics are ImageNet's by assumption"):  # fmt: skip
+        assert f"\n- {line}" in text, line
+    assert "Training data" not in text
 
 
 def test_figures_of_another_step_are_left_out(tmp_path: Path) -> None:
     path = run_folder(tmp_path / "run", step=3000)
     card, text = cards(path, tmp_path / "b.pkl")
     assert card["pretraining"]["figures"] is None
-    assert card["pretraining"]["data"]["num_samples"] is None
-    assert "summary.json is of step 4000, the checkpoint of 3000" in text
+    assert "Figures: not known" in text
     older = path.parent / "checkpoints" / "step-4000.pth"
     older.parent.mkdir()
     run_folder(path.parent).rename(older)
@@ -141,11 +132,9 @@ def test_a_card_is_handed_on(tmp_path: Path) -> None:
     second, text = cards(tmp_path / "b.pkl", tmp_path / "c.pth", to="torchvision")
     assert second["pretraining"] == first["pretraining"]
     assert second["made_from"] == first["source"]
-    assert second["dropped_earlier"] == first["dropped_because"]
     assert second["preprocessing"] == {
         "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "order": "RGB", "pixel_range": [0, 1],
     }  # fmt: skip
-    assert "1 keys, in the conversion before: a head of pretraining" in text
     assert "c0ffee" in text
 
 
@@ -153,43 +142,18 @@ def test_assumption_stays_one_through_conversions(tmp_path: Path) -> None:
     cards(save(torchvision_state(), tmp_path / "a.pth"), tmp_path / "b.pkl")
     card, text = cards(tmp_path / "b.pkl", tmp_path / "c.pth", to="torchvision")
     assert card["origins"]["preprocessing"] == "assumed"
-    assert "assumed: the source does not say" in text
-
-
-def code_block(text: str, section: str) -> str:
-    lines = text.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
-    return "\n".join(line[4:] for line in lines if line.startswith("    "))
+    assert "Pixels known from: assumed" in text
 
 
 @pytest.mark.parametrize("ending", [".pkl", ".pth"])
 def test_keys_for_detectron2_are_the_right_ones(ending: str, tmp_path: Path) -> None:
     _, text = cards(run_folder(tmp_path / "run"), tmp_path / f"b{ending}")
     cfg = get_cfg()
-    given = tmp_path / "keys.yaml"
-    given.write_text(code_block(text, "How to use it"))
-    cfg.merge_from_file(str(given))
+    cfg.merge_from_list(text.partition("- For Detectron2: ")[2].split())
     assert arch_of_config(cfg) == TINY
     assert cfg.MODEL.WEIGHTS.partition("?")[0] == f"b{ending}"
     assert ("matching_heuristics" in cfg.MODEL.WEIGHTS) == (ending == ".pth")
     check_card(tmp_path / f"b{ending}", cfg)  # pixels, format, stride
-
-
-@pytest.mark.parametrize("arch", [Arch(18, 64, 64, 64), TINY], ids=str)
-def test_lines_for_torchvision_run(
-    arch: Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from detection.convert.parity import ReferenceResNet
-
-    state = torchvision_state(arch)
-    _, text = cards(save(state, tmp_path / "a.pth"), tmp_path / "b.pth", to="torchvision")
-    monkeypatch.chdir(tmp_path)
-    scope = {"torch": torch, "torchvision": torchvision, "Arch": Arch,
-             "ReferenceResNet": ReferenceResNet}  # fmt: skip
-    exec(code_block(text, "How to use it"), scope)
-    network = scope["network"]
-    assert isinstance(network, torch.nn.Module)
-    assert torch.equal(network.state_dict()["layer4.1.bn2.running_var"],
-                       state["layer4.1.bn2.running_var"])  # fmt: skip
 
 
 def test_strange_contents_stay_text(tmp_path: Path) -> None:
@@ -201,27 +165,27 @@ def test_strange_contents_stay_text(tmp_path: Path) -> None:
     card, text = cards(path, tmp_path / "b.pkl")
     assert card["pretraining"]["config"]["loss"] == "nan"
     assert card["pretraining"]["config"]["weights"] == "<Tensor>"
-    assert "| Objective | by/ol' ## Heading (b) |" in text
-    outside = [line for line in text.splitlines()[1:] if not line.startswith("    ")]
-    assert not [line for line in outside if "script" in line or "```" in line]
-    assert [line for line in outside if line.startswith("# ")] == ["# Model card: b.pkl"]
+    assert "objective by|ol' ## Heading (b)" in text
+    assert "script" not in text
+    lines = text.splitlines()[1:]
+    assert not [line for line in lines if "`" in line or "<" in line]
+    assert [line for line in lines if line.startswith("#")] == ["# Model card: b.pkl"]
 
 
 def test_malformed_card_of_a_source_breaks_nothing(tmp_path: Path) -> None:
     card, _ = cards(run_folder(tmp_path / "run"), tmp_path / "b.pkl")
-    for known in ({"data": 5, "figures": [1], "remarks": {"a": 1}, "config": "x"}, "text", None,
-                  {"data": {"shards": [1, {"place": "p"}]}, "figures": {"knn_top1": "high"}},
-                  {"remarks": 5, "step": {"a": 1}, "versions": 3}):  # fmt: skip
+    for known in ({"figures": [1], "config": "x"}, "text", None, {"step": {"a": 1}, "versions": 3},
+                  {"config": 1, "figures": {"knn_top1": "high", "seconds": None}}):  # fmt: skip
         (tmp_path / "b.json").write_text(json.dumps(card | {"pretraining": known}))
         again, text = cards(tmp_path / "b.pkl", tmp_path / "c.pth", to="torchvision")
         assert again["pretraining"]["config"] is None
-        assert "## Not known" in text
+        assert "\n- Network: " in text
 
 
 def test_card_alone_makes_the_text(tmp_path: Path) -> None:
     card, text = cards(run_folder(tmp_path / "run"), tmp_path / "b.pkl")
     assert render(card) == text
-    assert card["format"] == D2_CARD == CARD_FORMAT
+    assert card["format"] == CARD_FORMAT
 
 
 def test_plain_ends_somewhere() -> None:

@@ -16,6 +16,10 @@ ARCHS = {
 THIN = Arch(50, 16, 16, 64)
 
 
+def name_table(arch: Arch) -> dict[str, str]:
+    return {name: keymap.detectron2_name(name) for name in tensor_shapes(arch)}
+
+
 def without_counters(names) -> set[str]:
     return {name for name in names if not name.endswith("num_batches_tracked")}
 
@@ -26,7 +30,7 @@ def test_table_covers_torchvisions_own_network(depth: int) -> None:
         network = getattr(torchvision.models, f"resnet{depth}")()
     theirs = {name: tuple(value.shape) for name, value in network.state_dict().items()
               if not name.startswith("fc.")}  # fmt: skip
-    assert set(keymap.name_table(ARCHS[depth])) == without_counters(theirs)
+    assert set(name_table(ARCHS[depth])) == without_counters(theirs)
     shapes = tensor_shapes(ARCHS[depth])
     assert shapes == {name: theirs[name] for name in shapes}
     assert infer_arch(theirs) == ARCHS[depth]
@@ -34,7 +38,7 @@ def test_table_covers_torchvisions_own_network(depth: int) -> None:
 
 @pytest.mark.parametrize("arch", [*ARCHS.values(), THIN], ids=str)
 def test_table_covers_detectron2s_own_network(arch: Arch) -> None:
-    table = keymap.name_table(arch)
+    table = name_table(arch)
     with torch.device("meta"):
         theirs = build_bare_resnet(arch).state_dict()
     assert set(table.values()) == without_counters(theirs)
@@ -44,12 +48,12 @@ def test_table_covers_detectron2s_own_network(arch: Arch) -> None:
 
 
 def test_table_spells_out_the_hard_names() -> None:
-    table = keymap.name_table(ARCHS[50])
+    table = name_table(ARCHS[50])
     assert table["bn1.running_var"] == "stem.conv1.norm.running_var"
     assert table["layer1.0.downsample.0.weight"] == "res2.0.shortcut.weight"
     assert table["layer4.2.bn3.bias"] == "res5.2.conv3.norm.bias"
     assert len(table) == 265
-    assert len(keymap.name_table(ARCHS[18])) == 100
+    assert len(name_table(ARCHS[18])) == 100
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -84,7 +88,7 @@ def sequential(prefix: str) -> dict[str, int]:
 
 
 def in_detectron2(prefix: str, extra: dict[str, int] | None = None) -> dict[str, int]:
-    names = [*keymap.name_table(ARCHS[18]).values(), "stem.conv1.norm.num_batches_tracked"]
+    names = [*name_table(ARCHS[18]).values(), "stem.conv1.norm.num_batches_tracked"]
     return {f"{prefix}{name}": index for index, name in enumerate(names)} | (extra or {})
 
 

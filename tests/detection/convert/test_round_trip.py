@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import detection.training.heads  # noqa: F401  (registers the C4 head)
 from common.errors import UserError
 from common.resnet import Arch
-from detection.convert.conventions import IMAGENET
 from detection.convert.parity import build_bare_resnet
+from detection.convert.source import IMAGENET
 from detection.convert.to_detectron2 import convert, read_source
 from detection.training.config import load_config, set_arch
 from detection.training.weights import load_backbone
@@ -138,9 +138,9 @@ def test_other_types_become_float32_and_the_card_says_so(
                    to="torchvision", size=64)  # fmt: skip
     back = torch.load(tmp_path / "b.pth", weights_only=True)
     assert all(torch.equal(back[name], value.float()) for name, value in state.items())
-    assert card["cast_to_float32"] == {str(dtype).removeprefix("torch."): 265}
-    word = "rounded" if dtype == torch.float64 else "without loss"
-    assert f"({word})" in (tmp_path / "b.md").read_text()
+    kind = str(dtype).removeprefix("torch.")
+    assert card["cast_to_float32"] == {kind: 265}
+    assert f"- Brought to float32: {kind} 265\n" in (tmp_path / "b.md").read_text()
 
 
 def detector(config: str, arch: Arch) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.checkpoints import load_safetensors as load
 from common.errors import UserError
 from common.resnet import Arch
-from detection.convert import keymap as variants
+from detection.convert.keymap import refuse_other_networks
 from detection.convert.to_detectron2 import convert, read_source
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
@@ -114,8 +114,8 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
     assert list(online.dropped) == ["fc.weight"]
     assert torch.equal(ema.tensors["conv1.weight"], torchvision_state(seed=5)["conv1.weight"])
     card = convert(online, tmp_path / "b.pkl", size=64)
-    assert card["pretraining"]["stated_epoch"] == 3
-    assert "| Stated arch | resnet50 |" in (tmp_path / "b.md").read_text()
+    assert card["pretraining"]["epoch"] == 3
+    assert "epochs 3" in (tmp_path / "b.md").read_text()
     del checkpoint["state_dict_ema"]
     with pytest.raises(UserError, match="--branch ema: this timm checkpoint holds one network"):
         read_source(save(checkpoint, path), branch="ema")
@@ -156,10 +156,9 @@ def test_networks_that_only_look_like_a_resnet(
 @pytest.mark.parametrize("arch", [TINY, Arch(18, 64, 64, 64), Arch(101, 3, 2, 4)], ids=str)
 def test_plain_resnets_are_none_of_these(arch: Arch) -> None:
     shapes = {name: tuple(value.shape) for name, value in torchvision_state(arch).items()}
-    assert variants.reason_by_name(shapes) is None
-    assert variants.reason_by_shape(shapes) is None
-    assert variants.reason_by_architecture("resnet50") is None
-    assert variants.reason_by_architecture("seresnetaa50d")
+    refuse_other_networks(shapes, architecture="resnet50")
+    with pytest.raises(UserError, match="arch 'seresnetaa50d'"):
+        refuse_other_networks(shapes, architecture="seresnetaa50d")
 
 
 def test_arrays_in_foreign_byte_order_are_read(tmp_path: Path) -> None:

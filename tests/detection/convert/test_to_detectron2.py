@@ -15,8 +15,13 @@ from torch import Tensor
 from common.errors import UserError
 from common.resnet import Arch
 from detection.convert import to_detectron2 as conversion
-from detection.convert.conventions import IMAGENET, parse_preprocessing
-from detection.convert.parity import compare, comparison_picture
+from detection.convert.parity import (
+    compare,
+    comparison_picture,
+    detectron2_features,
+    reference_features,
+)
+from detection.convert.source import IMAGENET, parse_preprocessing
 from detection.convert.to_detectron2 import convert, read_source, to_detectron2
 from tests.detection.tiny_detection import ROOT, liven_norms, write_our_checkpoint
 from tools.convert_to_d2 import main
@@ -134,8 +139,14 @@ def test_wrong_stride_convention_is_caught_by_the_features(thin_checkpoint: Path
     source = read_source(thin_checkpoint)
     image = IMAGENET.normalise(comparison_picture(None, 128))
     state = to_detectron2(source)
-    right = compare(source.arch, source.tensors, state, image)
-    wrong = compare(source.arch, source.tensors, state, image, stride_in_1x1=True)
+    reference = reference_features(source.arch, source.tensors, image)
+    right, wrong = (
+        compare(
+            reference,
+            detectron2_features(source.arch, state, image, stride_in_1x1=stride_in_1x1),
+        )
+        for stride_in_1x1 in (False, True)
+    )
     assert max(right.values()) <= 1e-4
     assert wrong["res2"] <= 1e-4  # no stride there
     assert min(wrong["res3"], wrong["res4"], wrong["res5"]) > 0.01
