@@ -73,9 +73,10 @@ def open_source(path: str | Path, *, split: str | None = None, labels: Labels = 
         return _open_voc(root, split)
     if split is not None:
         if not (root / split).is_dir():
+            folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
             raise UserError(
                 f"{root}: has no folder {split!r} and is no VOC devkit; leave --split out, or "
-                "name one of: " + (", ".join(_subfolders(root)) or "(no sub-folders)")
+                "name one of: " + (", ".join(folders[:10]) or "(no sub-folders)")
             )
         root = root / split
     return _open_folder(root, labels)
@@ -89,10 +90,9 @@ def _open_voc(root: Path, split: str | None) -> Source:
             f"{root}: is a VOC devkit; choose a part with --split, one of: "
             f"{', '.join(names) or '(none)'}"
         )
+    # Where no folder has the list, reading it from the first says what is missing.
+    with_split = [year for year in years if list_file(year, split).exists()] or years[:1]
     pictures = []
-    with_split = [year for year in years if list_file(year, split).exists()]
-    if not with_split:
-        read_list(years[0], split)  # says what is missing
     for year in with_split:
         for image_id in read_list(year, split, class_wise=True):
             file = require_picture(year, image_id)
@@ -101,36 +101,32 @@ def _open_voc(root: Path, split: str | None) -> Source:
 
 
 def _open_folder(root: Path, labels: Labels) -> Source:
-    files, ignored = [], Counter()
+    names, ignored = [], Counter()
     for file in _walk(root):
-        if file.suffix.lower() in PICTURE_SUFFIXES:
-            files.append(file)
+        suffix = file.suffix.lower()
+        if suffix in PICTURE_SUFFIXES:
+            names.append(file.relative_to(root).as_posix())
         else:
-            ignored[file.suffix.lower() or "(no suffix)"] += 1
-    if not files:
-        found = (
-            ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common(3))
-            or "nothing at all"
-        )
+            ignored[suffix or "(no suffix)"] += 1
+    if not names:
+        found = [f"{count} {suffix}" for suffix, count in ignored.most_common(3)]
         raise UserError(
-            f"{root}: holds no pictures (found {found}); suffixes read: "
-            f"{' '.join(sorted(PICTURE_SUFFIXES))}"
+            f"{root}: holds no pictures (found {', '.join(found) or 'nothing at all'}); suffixes "
+            f"read: {' '.join(sorted(PICTURE_SUFFIXES))}"
         )
-    names = sorted(file.relative_to(root).as_posix() for file in files)
-    tops = {name.split("/")[0] for name in names if "/" in name}
+    tops = sorted({name.split("/")[0] for name in names if "/" in name})
     if len(tops) > 1 and {top.lower() for top in tops} <= SPLIT_NAMES:
         raise UserError(
-            f"{root}: its folders {', '.join(sorted(tops))} look like splits; choose one with "
-            "--split"
+            f"{root}: its folders {', '.join(tops)} look like splits; choose one with --split"
         )
-    classes = None
-    if labels == "auto" and len(tops) > 1 and all("/" in name for name in names):
-        classes = tuple(sorted(tops))
-    number = {name: i for i, name in enumerate(classes or ())}
-    pictures = [
-        Picture(str(root / name), name, number.get(name.split("/")[0], -1)) for name in names
-    ]
-    return Source("classes" if classes else "folder", tuple(pictures), classes, dict(ignored))
+    has_classes = labels == "auto" and len(tops) > 1 and all("/" in name for name in names)
+    number = {name: i for i, name in enumerate(tops if has_classes else ())}
+    pictures = tuple(
+        Picture(str(root / name), name, number.get(name.split("/")[0], -1))
+        for name in sorted(names)
+    )
+    kind, classes = ("classes", tuple(tops)) if has_classes else ("folder", None)
+    return Source(kind, pictures, classes, dict(ignored))
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -145,10 +141,4 @@ def _walk(root: Path) -> Iterator[Path]:
         subfolders[:] = sorted(
             name for name in subfolders if not name.startswith((".", "__MACOSX"))
         )
-        for name in files:
-            if not name.startswith("."):
-                yield Path(folder, name)
-
-
-def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())[:10]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))

@@ -1,10 +1,9 @@
 """What all generated sets can be asked for."""
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass
 
-import numpy as np
-
-from common.errors import UserError
+from common.errors import require
 
 
 @dataclass(frozen=True)
@@ -57,36 +56,17 @@ class SetOptions:
         Raises:
             UserError: Naming the option, its value and the remedy.
         """
-        for name, least in (("num_train", 1), ("num_test", 1), ("min_objects", 1)):
-            _at_least(self, name, least)
-        for name in ("num_pool", "num_probe_train", "num_probe_val", "seed", "clutter"):
-            _at_least(self, name, 0)
-        _at_least(self, "short_side", 32)
-        _at_least(self, "quality", 1)
-        _at_most(self, "quality", 100)
-        _at_most(self, "long_side", 8192)
-        for low, high in (
-            ("short_side", "long_side"),
-            ("min_object", "max_object"),
-            ("min_objects", "max_objects"),
-            ("pool_min_object", "pool_max_object"),
-            ("pool_min_objects", "pool_max_objects"),
-        ):
-            if getattr(self, low) > getattr(self, high):
-                raise UserError(
-                    f"{flag(low)} is {getattr(self, low)}, more than {flag(high)} "
-                    f"{getattr(self, high)}: give a range from small to large"
-                )
-        for name in ("min_object", "pool_min_object"):
-            _at_least(self, name, 0.05)
-        for name in ("max_object", "pool_max_object"):
-            _at_most(self, name, 2.0)
-        for name in ("max_objects", "pool_max_objects"):
-            _at_most(self, name, 20)
-
-    def total(self) -> int:
-        """Return the number of pictures."""
-        return sum(self.counts().values())
+        for name, (least, most) in _LIMITS.items():
+            value, flag = getattr(self, name), _flag(name)
+            require(value >= least, f"{flag} is {value}: give {least} or more")
+            require(value <= most, f"{flag} is {value}: give {most} or less")
+        for low, high in _RANGES:
+            smallest, largest = getattr(self, low), getattr(self, high)
+            require(
+                smallest <= largest,
+                f"{_flag(low)} is {smallest}, more than {_flag(high)} {largest}: "
+                "give a range from small to large",
+            )
 
     def counts(self) -> dict[str, int]:
         """Return the number of pictures of each part of the set."""
@@ -103,6 +83,32 @@ class SetOptions:
         return asdict(self)
 
 
+_LIMITS = {
+    "num_train": (1, math.inf),
+    "num_test": (1, math.inf),
+    "min_objects": (1, math.inf),
+    "num_pool": (0, math.inf),
+    "num_probe_train": (0, math.inf),
+    "num_probe_val": (0, math.inf),
+    "seed": (0, math.inf),
+    "clutter": (0, math.inf),
+    "short_side": (32, math.inf),
+    "long_side": (0, 8192),
+    "quality": (1, 100),
+    "min_object": (0.05, math.inf),
+    "pool_min_object": (0.05, math.inf),
+    "max_object": (0, 2.0),
+    "pool_max_object": (0, 2.0),
+    "max_objects": (0, 20),
+    "pool_max_objects": (0, 20),
+}
+_RANGES = (
+    ("short_side", "long_side"),
+    ("min_object", "max_object"),
+    ("min_objects", "max_objects"),
+    ("pool_min_object", "pool_max_object"),
+    ("pool_min_objects", "pool_max_objects"),
+)
 _FLAGS = {
     "short_side": "--image-size",
     "long_side": "--image-size (long side)",
@@ -113,68 +119,6 @@ _FLAGS = {
 }
 
 
-def flag(name: str) -> str:
-    """Return the command line option that sets a field."""
-    assert name in {field.name for field in fields(SetOptions)} or name
+def _flag(name: str) -> str:
+    """The command line option that sets a field."""
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
-
-
-def _at_least(options: SetOptions, name: str, least: float) -> None:
-    value = getattr(options, name)
-    if not value >= least:
-        raise UserError(f"{flag(name)} is {value}: give {least} or more")
-
-
-def _at_most(options: SetOptions, name: str, most: float) -> None:
-    value = getattr(options, name)
-    if not value <= most:
-        raise UserError(f"{flag(name)} is {value}: give {most} or less")
-
-
-def draw_shape(rng: np.random.Generator, options: SetOptions) -> tuple[int, int]:
-    """Return rows and columns of a picture: lying or upright with equal chance."""
-    short, long = options.short_side, options.long_side
-    return (short, long) if rng.random() < 0.5 else (long, short)
-
-
-def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Draw a number whose logarithm is uniform between two bounds."""
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
-
-
-def object_statistics(
-    rng: np.random.Generator, options: SetOptions, part: str
-) -> tuple[tuple[float, float], int]:
-    """Return the range of object sizes (shares of the short side) and a number of objects."""
-    if part in ("train", "test"):
-        sizes = (options.min_object, options.max_object)
-        return sizes, int(rng.integers(options.min_objects, options.max_objects + 1))
-    sizes = (options.pool_min_object, options.pool_max_object)
-    if part == "pool":
-        return sizes, int(rng.integers(options.pool_min_objects, options.pool_max_objects + 1))
-    return sizes, 1
-
-
-def is_held_out(part: str) -> bool:
-    """Tell whether a part shows objects, materials and scenes kept from training."""
-    return part in ("test", "probe/val")
-
-
-def finish(rng: np.random.Generator, image: np.ndarray, cast: float = 0.1) -> np.ndarray:
-    """Apply the camera: colour cast, exposure, a little blur and noise.
-
-    Args:
-        rng: Source of random numbers.
-        image: float32 (h, w, 3), about 0..255; changed in place.
-        cast: Largest relative change of one channel against the others.
-    Returns:
-        uint8 of the same shape.
-    """
-    import cv2  # not needed to parse a command line
-
-    image *= (rng.uniform(0.85, 1.2) * rng.uniform(1 - cast, 1 + cast, 3)).astype(np.float32)
-    if rng.random() < 0.4:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
-    sigma = np.float32(rng.uniform(0, 6))
-    image += sigma * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(image, 0, 255).astype(np.uint8)

@@ -3,23 +3,15 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
 
 from common.errors import UserError
-from pipeline.datasets import compose, shapes
-from pipeline.datasets.compose import CLUTTER, Placed, Scene, Sprite
-from pipeline.datasets.options import (
-    SetOptions,
-    draw_shape,
-    finish,
-    is_held_out,
-    log_uniform,
-    object_statistics,
-)
+from pipeline.datasets import scene, shapes
 from pipeline.datasets.packages import Library
-from pipeline.datasets.randomness import generator
+from pipeline.datasets.scene import Placed, Range, Scene, Source, Sprite, generator
 
 VERSION = 3  # raise it whenever the pictures of given options change
 CLASS_SETS = {
@@ -86,7 +78,7 @@ def split(library: Library, classes: str, split_seed: int) -> tuple[tuple[str, .
     for side in (0, 1):
         cutouts = tuple(tuple(divided[k][side] for k in kinds) for kinds in table.values())
         parts.append(Part(cutouts, grounds[side]))
-        for name, (_, kinds) in zip(table, enumerate(cutouts), strict=True):
+        for name, kinds in zip(table, cutouts, strict=True):
             if not all(kinds) or not grounds[side]:
                 raise UserError(f"class {name}: too few pictures to split; give the full packages")
     return tuple(table), parts[0], parts[1]
@@ -103,8 +95,8 @@ def _divide(groups: list[list[str]], share: float, rng: np.random.Generator) -> 
 
 
 @dataclass(frozen=True)
-class PhotoSource:
-    """Makes the pictures of a photo set; a picture is a function of (options, split, part, index).
+class PhotoSource(Source):
+    """Makes the pictures of a photo set.
 
     Attributes:
         options: Sizes and statistics.
@@ -114,35 +106,31 @@ class PhotoSource:
         unseen: Pictures for test and probe/val.
     """
 
-    options: SetOptions
-    class_names: tuple[str, ...]
+    kind: ClassVar[str] = "photos"
     root: Path
     seen: Part
     unseen: Part
 
-    def scene(self, part: str, index: int) -> Scene:
-        """Make picture `index` of a part; it always shows at least one labelled object."""
-        for attempt in range(100):
-            rng = generator(self.options.seed, "photos", part, index, attempt)
-            scene = self._attempt(rng, part, index)
-            if scene.objects:
-                return scene
-        raise RuntimeError(f"{part} picture {index}: no object stays visible; lower --clutter")
-
-    def probe_label(self, index: int) -> int:
-        """Return the class of a probe picture: all classes in turn."""
-        return index % len(self.class_names)
-
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
-        pictures = self.unseen if is_held_out(part) else self.seen
-        shape = draw_shape(rng, self.options)
+        pictures = self.unseen if scene.is_held_out(part) else self.seen
+        shape = scene.draw_shape(rng, self.options)
         ground = self._background(rng, pictures, shape)
-        items = self._objects(rng, pictures, ground, part, index)
+        tone = ground.mean(axis=(0, 1))
+
+        def draw(label: int, sizes: Range) -> Sprite:
+            kinds = pictures.cutouts[label]
+            files = kinds[int(rng.integers(len(kinds)))]
+            name = files[int(rng.integers(len(files)))]
+            size = min(shape) * scene.log_uniform(rng, *sizes)
+            levels = _load_cutout(self.root, name, self.options.long_side)
+            return _cut_out(rng, levels, size, tone)
+
+        items = self.place_objects(rng, shape, part, index, draw)
         items += self._occluders(rng, pictures, shape)
-        items, objects, masks = compose.settle(items, shape)
+        items, objects, masks = scene.settle(items, shape)
         shadow = (rng.uniform(-0.06, 0.06), rng.uniform(0.0, 0.06), rng.uniform(0.1, 0.45))
-        image = compose.paint(ground, items, shadow)
-        return Scene(finish(rng, image, cast=0.05), objects, masks)
+        image = scene.paint(ground, items, shadow)
+        return Scene(scene.finish(rng, image, cast=0.05), objects, masks)
 
     def _background(
         self, rng: np.random.Generator, pictures: Part, shape: tuple[int, int]
@@ -162,66 +150,30 @@ class PhotoSource:
             image = image[:, ::-1]
         return np.clip(_jitter(rng, np.ascontiguousarray(image), 0.15), 0, 255)
 
-    def _objects(
-        self,
-        rng: np.random.Generator,
-        pictures: Part,
-        ground: np.ndarray,
-        part: str,
-        index: int,
-    ) -> list[Placed]:
-        sizes, count = object_statistics(rng, self.options, part)
-        probe = part.startswith("probe/")
-        shape = ground.shape[:2]
-        tone = ground.mean(axis=(0, 1))
-        items: list[Placed] = []
-        taken: list[tuple[int, int, int, int]] = []
-        for _ in range(count):
-            label = self.probe_label(index) if probe else int(rng.integers(len(self.class_names)))
-            kinds = pictures.cutouts[label]
-            files = kinds[int(rng.integers(len(kinds)))]
-            name = files[int(rng.integers(len(files)))]
-            size = min(shape) * log_uniform(rng, *sizes)
-            levels = _load_cutout(self.root, name, self.options.long_side)
-            sprite = _cut_out(rng, levels, size, tone)
-            cut = 0.1 if probe else 0.25
-            x, y = compose.draw_place(rng, sprite.alpha.shape, shape, taken, cut)
-            items.append(Placed(sprite, x, y, label, name))
-        return items
-
     def _occluders(
         self, rng: np.random.Generator, pictures: Part, shape: tuple[int, int]
     ) -> list[Placed]:
         """Return soft-edged pieces of other scenes that lie in front of the objects."""
         items = []
         for _ in range(min(int(rng.poisson(0.3 * self.options.clutter)), 6)):
-            side = max(8, round(min(shape) * log_uniform(rng, 0.12, 0.35)))
+            side = max(8, round(min(shape) * scene.log_uniform(rng, 0.12, 0.35)))
             outline = shapes.blob(rng, int(rng.integers(4, 8)), 0.6) * (side * 0.45) + side / 2
-            mask = np.zeros((side, side), dtype=np.uint8)
-            points = np.round(outline * 16).astype(np.int32)
-            cv2.fillPoly(mask, [points], 255, lineType=cv2.LINE_AA, shift=4)
-            mask = cv2.blur(mask, (3, 3))
+            mask = cv2.blur(scene.filled((side, side), [outline]), (3, 3))
             piece = self._background(rng, pictures, (side, side))
             sprite = Sprite(piece, mask.astype(np.float32) / 255)
-            x, y = compose.draw_place(rng, (side, side), shape, [], 0.5)
-            items.append(Placed(sprite, x, y, CLUTTER))
+            x, y = scene.draw_place(rng, (side, side), shape, [], 0.5)
+            items.append(Placed(sprite, x, y))
         return items
 
 
 def _jitter(rng: np.random.Generator, image: np.ndarray, amount: float) -> np.ndarray:
-    """Change brightness, contrast and saturation by up to `amount`, in place."""
+    """Change brightness, contrast and saturation by up to `amount`."""
     grey = image.mean(axis=2, keepdims=True)
     saturation = np.float32(rng.uniform(1 - 2 * amount, 1 + amount))
-    image -= grey
-    image *= saturation
-    image += grey
+    image = (image - grey) * saturation + grey
     level = np.float32(image.mean())
     contrast, gain = rng.uniform(1 - amount, 1 + amount, 2).astype(np.float32)
-    image -= level
-    image *= contrast
-    image += level
-    image *= gain
-    return image
+    return ((image - level) * contrast + level) * gain
 
 
 def _cut_out(

@@ -1,29 +1,21 @@
 """Generated scenes: ten classes told apart by structure, in random materials, light and clutter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
 
-from pipeline.datasets import compose, materials, render, shapes
-from pipeline.datasets.compose import CLUTTER, Placed, Scene
-from pipeline.datasets.options import (
-    SetOptions,
-    draw_shape,
-    finish,
-    is_held_out,
-    log_uniform,
-    object_statistics,
-)
-from pipeline.datasets.randomness import ShapeDice, generator
+from pipeline.datasets import render, scene, shapes
+from pipeline.datasets.scene import Placed, Range, Scene, Source, Sprite, is_held_out, log_uniform
 
 VERSION = 4  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
 
 
 @dataclass(frozen=True)
-class ProceduralSource:
-    """Makes the pictures of a generated set; a picture is a function of (options, part, index).
+class ProceduralSource(Source):
+    """Makes the pictures of a generated set.
 
     Attributes:
         options: Sizes and statistics.
@@ -34,157 +26,113 @@ class ProceduralSource:
             world has no habits.
     """
 
-    options: SetOptions
-    class_names: tuple[str, ...] = field(default=tuple(shapes.CLASSES))
+    kind: ClassVar[str] = "procedural"
+    class_names: tuple[str, ...] = tuple(shapes.CLASSES)
     shifted_test: bool = False
     material_habit: float = 0.0
 
-    def scene(self, part: str, index: int) -> Scene:
-        """Make picture `index` of "train", "test", "pool", "probe/train" or "probe/val".
-
-        Every picture shows at least one object: one whose objects are all hidden is drawn anew.
-        """
-        for attempt in range(100):
-            scene = self._attempt(
-                generator(self.options.seed, "procedural", part, index, attempt), part, index
-            )
-            if scene.objects:
-                return scene
-        raise RuntimeError(f"{part} picture {index}: no object stays visible; lower --clutter")
-
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
-        shifted = self._is_shifted(part)
-        shape = draw_shape(rng, self.options)
-        light = _draw_light(rng)
+        shifted = self.shifted_test and is_held_out(part)
+        shape = scene.draw_shape(rng, self.options)
+        angle = rng.uniform(np.pi * 1.05, np.pi * 1.95)  # light comes from above
+        strength = rng.uniform(0.15, 0.8)
+        light = render.Light(float(np.cos(angle)), float(np.sin(angle)), strength)
         background = _background(rng, shape, shifted)
-        items = self._clutter(rng, shape, light, shifted, front=False)
-        items += self._objects(rng, shape, light, part, index)
-        items += self._clutter(rng, shape, light, shifted, front=True)
-        items, objects, masks = compose.settle(items, shape)
-        darkness = rng.uniform(0.15, 0.6) if rng.random() < 0.75 else 0.0
-        image = compose.paint(background, items, (-0.1 * light.x, -0.1 * light.y, darkness))
-        return Scene(finish(rng, image), objects, masks)
 
-    def _is_shifted(self, part: str) -> bool:
-        return self.shifted_test and is_held_out(part)
-
-    def probe_label(self, index: int) -> int:
-        """Return the class of a probe picture: all classes in turn."""
-        return index % len(self.class_names)
-
-    def _objects(
-        self,
-        rng: np.random.Generator,
-        shape: tuple[int, int],
-        light: render.Light,
-        part: str,
-        index: int,
-    ) -> list[Placed]:
-        options, held_out = self.options, is_held_out(part)
-        sizes, count = object_statistics(rng, options, part)
-        items: list[Placed] = []
-        taken: list[tuple[int, int, int, int]] = []
-        for _ in range(count):
-            probe = part.startswith("probe/")
-            label = self.probe_label(index) if probe else int(rng.integers(len(self.class_names)))
+        def draw(label: int, sizes: Range) -> Sprite:
             size = min(shape) * log_uniform(rng, *sizes)
-            parts = shapes.CLASSES[self.class_names[label]](ShapeDice(rng, held_out))
+            dice = shapes.ShapeDice(rng, is_held_out(part))
+            parts = shapes.CLASSES[self.class_names[label]](dice)
             turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
-            shifted = self._is_shifted(part)
-            habit = materials.habit_of(label, 0.0 if shifted else self.material_habit)
-            posed = render.pose(rng, parts, size, turn)
-            sprite = render.draw(rng, posed, light, shifted, habit)
-            cut = 0.1 if probe else 0.25
-            x, y = compose.draw_place(rng, sprite.alpha.shape, shape, taken, cut)
-            items.append(Placed(sprite, x, y, label))
-        return items
+            habit = render.habit_of(label, 0.0 if shifted else self.material_habit)
+            return render.draw(rng, render.pose(rng, parts, size, turn), light, shifted, habit)
+
+        items = self._clutter(rng, shape, light, shifted, front=False)
+        items += self.place_objects(rng, shape, part, index, draw)
+        items += self._clutter(rng, shape, light, shifted, front=True)
+        items, objects, masks = scene.settle(items, shape)
+        darkness = rng.uniform(0.15, 0.6) if rng.random() < 0.75 else 0.0
+        image = scene.paint(background, items, (-0.1 * light.x, -0.1 * light.y, darkness))
+        return Scene(scene.finish(rng, image), objects, masks)
 
     def _clutter(
         self,
         rng: np.random.Generator,
         shape: tuple[int, int],
         light: render.Light,
-        held_out: bool,
+        shifted: bool,
         front: bool,
     ) -> list[Placed]:
         mean = self.options.clutter * (0.4 if front else 3.0)
         items = []
         for _ in range(min(int(rng.poisson(mean)), 12)):
             size = min(shape) * log_uniform(rng, 0.08, 0.3 if front else 0.55)
-            parts = shapes.distractor(ShapeDice(rng, held_out))
-            sprite = render.draw(rng, render.pose(rng, parts, size, 180), light, held_out)
-            x, y = compose.draw_place(rng, sprite.alpha.shape, shape, [], 0.5)
-            items.append(Placed(sprite, x, y, CLUTTER))
+            parts = shapes.distractor(shapes.ShapeDice(rng, shifted))
+            sprite = render.draw(rng, render.pose(rng, parts, size, 180), light, shifted)
+            x, y = scene.draw_place(rng, sprite.alpha.shape, shape, [], 0.5)
+            items.append(Placed(sprite, x, y))
         return items
 
 
-def _draw_light(rng: np.random.Generator) -> render.Light:
-    angle = rng.uniform(np.pi * 1.05, np.pi * 1.95)  # from above
-    return render.Light(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.15, 0.8))
-
-
-def _background(rng: np.random.Generator, shape: tuple[int, int], held_out: bool) -> np.ndarray:
+def _background(rng: np.random.Generator, shape: tuple[int, int], shifted: bool) -> np.ndarray:
     """Paint a cluttered backdrop, float32 (h, w, 3); test pictures have layouts of their own."""
     height, width = shape
     unit = 0.8 * max(shape)
-    canvas = materials.surface(rng, height, width, unit, held_out).copy()
-    layouts = (_shelves, _mosaic) if held_out else (_room, _cuttings, _bokeh)
+    canvas = render.surface(rng, height, width, unit, shifted).copy()
+    layouts = (_shelves, _mosaic) if shifted else (_room, _cuttings, _bokeh)
     pick = int(rng.integers(len(layouts) + 1))
     if pick < len(layouts):
-        layouts[pick](rng, canvas, held_out)
+        layouts[pick](rng, canvas, shifted)
     shade = rng.uniform(0.75, 1.25, (2, 2)).astype(np.float32)
     lit = cv2.resize(shade, (width, height), interpolation=cv2.INTER_LINEAR)
     canvas *= lit[:, :, None]
     return canvas
 
 
-def _fill(
-    rng: np.random.Generator, canvas: np.ndarray, corners: np.ndarray, held_out: bool
-) -> None:
+def _fill(rng: np.random.Generator, canvas: np.ndarray, corners: np.ndarray, shifted: bool) -> None:
     """Fill a polygon (pixels) of the canvas with a new material, in place."""
     height, width = canvas.shape[:2]
     left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, (width - 1, height - 1))
     right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 1, (width, height))
     if right <= left or bottom <= top:
         return
-    mask = np.zeros((bottom - top, right - left), dtype=np.uint8)
-    points = np.round((corners - (left, top)) * 16).astype(np.int32)
-    cv2.fillPoly(mask, [points], 255, lineType=cv2.LINE_AA, shift=4)
+    mask = scene.filled((bottom - top, right - left), [corners - (left, top)])
     share = mask[:, :, None] * np.float32(1 / 255)
-    paint = materials.surface(rng, *mask.shape, 0.8 * max(canvas.shape[:2]), held_out)
+    unit = 0.8 * max(canvas.shape[:2])
+    paint = render.surface(rng, bottom - top, right - left, unit, shifted)
     target = canvas[top:bottom, left:right]
     target += share * (paint - target)
 
 
-def _room(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+def _room(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> None:
     """A floor below a tilted line, sometimes a second wall."""
     height, width = canvas.shape[:2]
     left, right = rng.uniform(0.35, 0.85, 2) * height
     floor = shapes.polygon((0, left), (width, right), (width, height), (0, height))
-    _fill(rng, canvas, floor, held_out)
+    _fill(rng, canvas, floor, shifted)
     if rng.random() < 0.5:
         edge = rng.uniform(0.2, 0.8) * width
         wall = shapes.polygon((0, 0), (edge, 0), (edge, (left + right) / 2), (0, left))
-        _fill(rng, canvas, wall, held_out)
+        _fill(rng, canvas, wall, shifted)
 
 
-def _cuttings(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+def _cuttings(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> None:
     """Large smooth patches over each other."""
     height, width = canvas.shape[:2]
     for _ in range(int(rng.integers(2, 6))):
         size = rng.uniform(0.15, 0.6) * max(height, width)
         patch = shapes.blob(rng, int(rng.integers(4, 9)), 0.6) * size
-        _fill(rng, canvas, patch + rng.random(2) * (width, height), held_out)
+        _fill(rng, canvas, patch + rng.random(2) * (width, height), shifted)
 
 
-def _bokeh(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+def _bokeh(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> None:
     """An out-of-focus backdrop."""
-    _cuttings(rng, canvas, held_out)
+    _cuttings(rng, canvas, shifted)
     radius = round(rng.uniform(0.02, 0.08) * min(canvas.shape[:2]))
     canvas[:] = cv2.blur(canvas, (2 * radius + 1, 2 * radius + 1))
 
 
-def _shelves(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+def _shelves(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> None:
     """Horizontal or upright boards at random distances."""
     height, width = canvas.shape[:2]
     upright = rng.random() < 0.3
@@ -194,10 +142,10 @@ def _shelves(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> No
         board = shapes.polygon(
             (0, spot), (length, spot + tilt), (length, spot + tilt + thick), (0, spot + thick)
         )
-        _fill(rng, canvas, board[:, ::-1] if upright else board, held_out)
+        _fill(rng, canvas, board[:, ::-1] if upright else board, shifted)
 
 
-def _mosaic(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> None:
+def _mosaic(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> None:
     """A grid of cells, some in another material."""
     height, width = canvas.shape[:2]
     rows, columns = rng.integers(2, 4, 2)
@@ -207,5 +155,4 @@ def _mosaic(rng: np.random.Generator, canvas: np.ndarray, held_out: bool) -> Non
                 x0, x1 = np.array([column, column + 1]) * width / columns
                 y0, y1 = np.array([row, row + 1]) * height / rows
                 jitter = rng.uniform(-0.08, 0.08, (4, 2)) * (width, height)
-                cell = shapes.rectangle(x0, y0, x1, y1) + jitter
-                _fill(rng, canvas, cell, held_out)
+                _fill(rng, canvas, shapes.rectangle(x0, y0, x1, y1) + jitter, shifted)

@@ -1,17 +1,216 @@
-"""From the parts of a shape to an antialiased, textured and shaded sprite."""
+"""From the parts of a shape to an antialiased, textured and shaded sprite.
 
-from collections.abc import Sequence
+Colours know nothing of what wears them; textures may follow what it tends to be made of.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from pipeline.datasets import materials
-from pipeline.datasets.compose import Sprite
+from pipeline.datasets.scene import Sprite, filled, log_uniform
 from pipeline.datasets.shapes import DARK, LIGHT, Part
 
+# -- materials ------------------------------------------------------------------------------------
+
+Image = np.ndarray
+
+SHARED_FAMILIES = ("plain", "gradient")
+TRAIN_FAMILIES = ("stripes", "checks", "wood", "clouds", "speckle")
+TEST_FAMILIES = ("dots", "zigzag", "bricks", "patches", "weave")
+
+
+def colour(rng: np.random.Generator) -> np.ndarray:
+    """Draw a colour (BGR, 0..255, float32) whose hue, saturation and value are independent."""
+    hue = rng.integers(0, 180)
+    saturation = round(15 + 215 * rng.random() ** 1.6)  # more muted than loud ones
+    value = rng.integers(70, 255)
+    pixel = np.array([[[hue, saturation, value]]], dtype=np.uint8)
+    return cv2.cvtColor(pixel, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
+
+
+def noise(rng: np.random.Generator, height: int, width: int, grain: float, octaves: int) -> Image:
+    """Return smooth noise in about 0..1.
+
+    Args:
+        rng: Source of random numbers.
+        height: Rows.
+        width: Columns.
+        grain: Size of the coarsest features in pixels.
+        octaves: How many times finer features are added at half the strength.
+    """
+    total = np.zeros((height, width), dtype=np.float32)
+    strength, weight = 1.0, 0.0
+    for _ in range(octaves):
+        rows = min(height, max(2, round(height / grain))) + 1
+        columns = min(width, max(2, round(width / grain))) + 1
+        grid = rng.random((rows, columns), dtype=np.float32)
+        layer = cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
+        total += strength * layer
+        weight += strength
+        strength, grain = strength / 2, max(1.0, grain / 2)
+    return total / weight
+
+
+def _axes(rng: np.random.Generator, height: int, width: int, period: float) -> tuple[Image, Image]:
+    """Return two perpendicular coordinates in periods, turned by a random angle."""
+    angle = rng.uniform(0, np.pi)
+    along, across = np.cos(angle) / period, np.sin(angle) / period
+    x = np.arange(width, dtype=np.float32)
+    y = np.arange(height, dtype=np.float32)[:, None]
+    shift = rng.random(2)
+    u = x * np.float32(along) + y * np.float32(across) + np.float32(shift[0])
+    v = x * np.float32(-across) + y * np.float32(along) + np.float32(shift[1])
+    return u, v
+
+
+def _wave(u: Image, sharpness: float) -> Image:
+    """Return a wave of period 1 in 0..1; a sharp one has flat tops."""
+    return np.clip(0.5 + sharpness * np.sin(np.float32(2 * np.pi) * u), 0, 1)
+
+
+def _triangle(v: Image) -> Image:
+    return np.abs(v - np.floor(v) - 0.5)
+
+
+def stripes(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Parallel stripes, soft or sharp."""
+    return _wave(_axes(rng, h, w, period)[0], rng.uniform(0.5, 3))
+
+
+def checks(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Squares in turn."""
+    u, v = _axes(rng, h, w, period)
+    return np.clip(0.5 + 4 * np.sin(np.pi * 2 * u) * np.sin(np.pi * 2 * v), 0, 1)
+
+
+def wood(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Stripes bent by noise."""
+    u, _ = _axes(rng, h, w, period)
+    return _wave(u + 1.5 * noise(rng, h, w, 3 * period, 2), 0.45)
+
+
+def clouds(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Smooth noise."""
+    return np.clip(2 * noise(rng, h, w, 2 * period, 3) - 0.5, 0, 1)
+
+
+def speckle(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Small grains."""
+    grain = noise(rng, h, w, max(1.5, period / 4), 1)
+    return np.clip(6 * (grain - rng.uniform(0.55, 0.75)), 0, 1)
+
+
+def dots(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Round dots on a grid."""
+    u, v = _axes(rng, h, w, period)
+    height = np.cos(2 * np.pi * u) + np.cos(2 * np.pi * v)
+    return np.clip(3 * (height - rng.uniform(0.3, 1.0)), 0, 1)
+
+
+def zigzag(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Stripes bent to and fro."""
+    u, v = _axes(rng, h, w, period)
+    return _wave(u + rng.uniform(0.6, 1.4) * _triangle(v), 2)
+
+
+def bricks(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Bricks in rows that are shifted by half a brick; the joints are 0."""
+    u, v = _axes(rng, h, w, period)
+    row = np.floor(v)
+    column = u / 2 + 0.5 * (row - 2 * np.floor(row / 2))
+    joint = np.minimum(0.5 - _triangle(v), 1.5 * (0.5 - _triangle(column)))
+    return np.clip(12 * (joint - 0.05), 0, 1)
+
+
+def patches(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Three levels of smooth noise."""
+    field = noise(rng, h, w, 2 * period, 2)
+    return np.floor(np.clip(6 * (field - 0.25), 0, 2.99)) / 2
+
+
+def weave(rng: np.random.Generator, h: int, w: int, period: float) -> Image:
+    """Two crossing waves."""
+    u, v = _axes(rng, h, w, period)
+    return np.maximum(_wave(u, 0.5), _wave(v, 0.5))
+
+
+_PATTERNS: dict[str, Callable[[np.random.Generator, int, int, float], Image]] = {
+    make.__name__: make
+    for make in (stripes, checks, wood, clouds, speckle, dots, zigzag, bricks, patches, weave)
+}
+
+
+@dataclass(frozen=True)
+class Habit:
+    """What a class of things tends to be made of, as wood is typical of chairs.
+
+    Attributes:
+        families: Its typical texture families.
+        strength: Probability that a material comes from them, 0..1.
+    """
+
+    families: tuple[str, ...] = ()
+    strength: float = 0.0
+
+
+def habit_of(label: int, strength: float) -> Habit:
+    """Return the habit of a class: two neighbouring families of all; classes share families."""
+    families = tuple(_PATTERNS)
+    first = 2 * label + label // (len(families) // 2)  # the sixth class overlaps two others
+    return Habit(tuple(families[(first + i) % len(families)] for i in range(2)), strength)
+
+
+NO_HABIT = Habit()
+
+
+def pick_family(rng: np.random.Generator, held_out: bool, habit: Habit = NO_HABIT) -> str:
+    """Draw a texture family: a typical one, else 40 % plain or shaded and 60 % the part's own."""
+    if habit.strength and rng.random() < habit.strength:
+        return habit.families[int(rng.integers(len(habit.families)))]
+    own = TEST_FAMILIES if held_out else TRAIN_FAMILIES
+    families = SHARED_FAMILIES if rng.random() < 0.4 else own
+    return families[int(rng.integers(len(families)))]
+
+
+def surface(
+    rng: np.random.Generator,
+    h: int,
+    w: int,
+    unit: float,
+    held_out: bool,
+    habit: Habit = NO_HABIT,
+) -> Image:
+    """Paint a rectangle with a random material.
+
+    Args:
+        rng: Source of random numbers.
+        h: Rows.
+        w: Columns.
+        unit: Size in pixels of what wears the material; patterns scale with it.
+        held_out: Whether to use the families kept for the test.
+        habit: What the wearer is typically made of.
+    Returns:
+        float32 (h, w, 3), BGR in 0..255.
+    """
+    family = pick_family(rng, held_out, habit)
+    first, second = colour(rng), colour(rng)
+    if family == "plain":
+        return np.broadcast_to(first, (h, w, 3)).astype(np.float32)
+    if family == "gradient":
+        share = np.clip(_axes(rng, h, w, max(h, w) * 1.2)[0], 0, 1)
+        second = first * np.float32(0.5) + second * np.float32(0.5)
+    else:
+        period = max(3.0, unit * log_uniform(rng, 0.06, 0.4))
+        share = _PATTERNS[family](rng, h, w, period)
+        second = first + (second - first) * np.float32(rng.uniform(0.3, 1))
+    return first + share.astype(np.float32)[:, :, None] * (second - first)
+
+
+# -- sprites --------------------------------------------------------------------------------------
+
 _NEIGHBOURS = np.ones((3, 3), dtype=np.uint8)
-_SHIFT = 4  # fractional bits of the coordinates handed to cv2.fillPoly
 
 
 @dataclass(frozen=True)
@@ -64,53 +263,6 @@ def pose(
     ]
 
 
-class Wardrobe:
-    """The materials of one object, made when a part first asks for its slot."""
-
-    def __init__(
-        self,
-        rng: np.random.Generator,
-        shape: tuple[int, int],
-        held_out: bool,
-        habit: materials.Habit,
-    ) -> None:
-        """Remember what to draw from; `shape` is the sprite's rows and columns."""
-        self._rng, self._shape, self._held_out, self._habit = rng, shape, held_out, habit
-        self._made: dict[int, np.ndarray] = {}
-
-    def __getitem__(self, slot: int) -> np.ndarray:
-        """Return the material of a slot, float32 of the sprite's shape."""
-        if slot not in self._made:
-            height, width = self._shape
-            if slot in (DARK, LIGHT):
-                level = (0.25, 0.1) if slot == DARK else (0.35, 0.55)
-                tint = materials.colour(self._rng) * np.float32(level[0])
-                plain = tint + np.float32(255 * level[1])
-                self._made[slot] = np.broadcast_to(plain, (height, width, 3))
-            else:
-                unit = max(height, width)
-                made = materials.surface(
-                    self._rng, height, width, unit, self._held_out, self._habit
-                )
-                self._made[slot] = made
-        return self._made[slot]
-
-
-def _part_mask(part: Part, canvas: tuple[int, int]) -> tuple[np.ndarray, int, int]:
-    """Return the mask (uint8) of a part on its own bounding box, and that box's corner x, y."""
-    everything = np.concatenate(list(part.contours))
-    left, top = np.maximum(np.floor(everything.min(axis=0)).astype(int) - 1, 0)
-    right, bottom = np.ceil(everything.max(axis=0)).astype(int) + 2
-    right, bottom = min(right, canvas[1]), min(bottom, canvas[0])
-    mask = np.zeros((max(bottom - top, 1), max(right - left, 1)), dtype=np.uint8)
-    scaled = [
-        np.round((points - (left, top)) * (1 << _SHIFT)).astype(np.int32)
-        for points in part.contours
-    ]
-    cv2.fillPoly(mask, scaled, 255, lineType=cv2.LINE_AA, shift=_SHIFT)
-    return mask, int(left), int(top)
-
-
 def _relief(mask: np.ndarray, light: Light, amount: float) -> np.ndarray:
     """Return the brightness factor (h, w) of a part that bulges towards the viewer."""
     radius = max(1, round(0.12 * min(mask.shape)))
@@ -133,7 +285,7 @@ def draw(
     parts: Sequence[Part],
     light: Light,
     held_out: bool,
-    habit: materials.Habit = materials.NO_HABIT,
+    habit: Habit = NO_HABIT,
 ) -> Sprite:
     """Draw posed parts as a sprite.
 
@@ -148,13 +300,24 @@ def draw(
     shape = (int(np.ceil(far[1])) + 3, int(np.ceil(far[0])) + 3)
     image = np.zeros((*shape, 3), dtype=np.float32)
     alpha = np.zeros(shape, dtype=np.float32)
-    wardrobe = Wardrobe(rng, shape, held_out, habit)
+    worn: dict[int, np.ndarray] = {}  # the materials, made when a part first wears them
     outline = rng.uniform(0.0, 0.35) if rng.random() < 0.6 else 0.0
     for part in parts:
-        shifted = Part([points + 1 for points in part.contours], part.slot, part.relief)
-        mask, x, y = _part_mask(shifted, shape)
-        rows, columns = slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])
-        paint = wardrobe[part.slot][rows, columns]
+        if part.slot in (DARK, LIGHT) and part.slot not in worn:
+            share, grey = (0.25, 0.1) if part.slot == DARK else (0.35, 0.55)
+            plain = colour(rng) * np.float32(share) + np.float32(255 * grey)
+            worn[part.slot] = np.broadcast_to(plain, (*shape, 3))
+        elif part.slot not in worn:
+            worn[part.slot] = surface(rng, *shape, max(shape), held_out, habit)
+        # The part's mask on its own bounding box.
+        contours = [points + 1 for points in part.contours]
+        corners = np.concatenate(contours)
+        x, y = np.maximum(np.floor(corners.min(axis=0)).astype(int) - 1, 0)
+        right, bottom = np.minimum(np.ceil(corners.max(axis=0)).astype(int) + 2, shape[::-1])
+        rows, columns = slice(y, max(bottom, y + 1)), slice(x, max(right, x + 1))
+        size = (rows.stop - y, columns.stop - x)
+        mask = filled(size, [points - (x, y) for points in contours])
+        paint = worn[part.slot][rows, columns]
         if part.relief > 0:
             paint = paint * _relief(mask, light, part.relief)[:, :, None]
         cover = mask.astype(np.float32) * np.float32(1 / 255)
@@ -167,12 +330,8 @@ def draw(
         below += cover * (1 - below)
     if light.strength > 0.3 and rng.random() < 0.4:
         _highlight(rng, image, alpha, light)
-    return Sprite(_spread(image, alpha), alpha)
-
-
-def _spread(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Undo the darkening of half covered edge pixels, whose colour was mixed with black."""
-    return image / np.maximum(alpha, 0.05)[:, :, None]
+    # The colour of half covered edge pixels was mixed with black.
+    return Sprite(image / np.maximum(alpha, 0.05)[:, :, None], alpha)
 
 
 def _highlight(

@@ -1,4 +1,8 @@
-"""The ten object classes of the generated world, and the things that belong to none."""
+"""The ten object classes of the generated world, and the things that belong to none.
+
+Shape parameters are drawn on [0, 1]. Training objects never take a value in HELD_OUT_BANDS, test
+and probe/val objects take nothing else: unseen objects with the same spread as the seen ones.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,9 +10,41 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline.datasets.randomness import ShapeDice
-
+HELD_OUT_BANDS = ((0.15, 0.35), (0.65, 0.85))
+_SEEN_BANDS = ((0.0, 0.15), (0.35, 0.65), (0.85, 1.0))
 BODY, SECOND, THIRD, DARK, LIGHT = range(5)
+
+
+@dataclass(frozen=True)
+class ShapeDice:
+    """Draws the parameters of one object's shape, either from the seen or from the held-out bands.
+
+    Attributes:
+        rng: Source of random numbers; advanced by every draw.
+        held_out: True for objects of the test and probe/val parts.
+    """
+
+    rng: np.random.Generator
+    held_out: bool = False
+
+    def uniform(self, low: float, high: float) -> float:
+        """Draw a length, ratio or angle in [low, high] from the bands of this part."""
+        bands = HELD_OUT_BANDS if self.held_out else _SEEN_BANDS
+        widths = [stop - start for start, stop in bands]
+        place = self.rng.random() * sum(widths)
+        for (start, _), width in zip(bands, widths, strict=True):
+            if place <= width:
+                return low + (high - low) * (start + place)
+            place -= width
+        return low + (high - low) * bands[-1][1]
+
+    def integer(self, low: int, high: int) -> int:
+        """Draw an integer in low..high, both included."""
+        return int(self.rng.integers(low, high + 1))
+
+    def chance(self, probability: float) -> bool:
+        """Return True with the given probability."""
+        return bool(self.rng.random() < probability)
 
 
 @dataclass(frozen=True)
@@ -48,13 +84,9 @@ def rectangle(x0: float, y0: float, x1: float, y1: float) -> Points:
 def rounded(x0: float, y0: float, x1: float, y1: float, radius: float) -> Points:
     """Return a rectangle whose corners are quarter circles of the given radius."""
     radius = min(radius, abs(x1 - x0) / 2, abs(y1 - y0) / 2)
-    corners = ((x1, y0, -90), (x1, y1, 0), (x0, y1, 90), (x0, y0, 180))
-    centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
-    pieces = []
-    for x, y, start in corners:
-        inward = np.sign(centre - (x, y)) * radius
-        pieces.append(arc(x + inward[0], y + inward[1], radius, radius, start, start + 90, 5))
-    return np.concatenate(pieces)
+    left, right, top, bottom = x0 + radius, x1 - radius, y0 + radius, y1 - radius
+    corners = ((right, top, -90), (right, bottom, 0), (left, bottom, 90), (left, top, 180))
+    return np.concatenate([arc(x, y, radius, radius, at, at + 90, 5) for x, y, at in corners])
 
 
 def arc(
@@ -80,12 +112,10 @@ def smooth(corners: Sequence[tuple[float, float]] | Points, rounds: int = 2) -> 
     return points
 
 
-def profile(pairs: Sequence[tuple[float, float]], rounds: int = 0) -> Points:
+def profile(pairs: Sequence[tuple[float, float]]) -> Points:
     """Return the outline symmetric about x = 0 that passes through (half width, y) pairs."""
     right = np.asarray(pairs, dtype=np.float64)
-    left = right[::-1] * (-1, 1)
-    outline = np.concatenate([right, left])
-    return smooth(outline, rounds) if rounds else outline
+    return np.concatenate([right, right[::-1] * (-1, 1)])
 
 
 def stroke(path: Points, width: float | tuple[float, float]) -> Points:
@@ -135,8 +165,20 @@ def car(dice: ShapeDice) -> list[Part]:
     ]
     wheel = dice.uniform(0.17, 0.26)
     axles = (-dice.uniform(0.5, 0.68), dice.uniform(0.5, 0.68))
-    parts = [part(smooth(polygon(*body), 1))]
-    parts += _car_windows(dice, cabin, boot, bonnet)
+    parts = [part(smooth(body, 1))]
+
+    # One to three windows inside the cabin's outline.
+    quad = np.array(cabin)
+    centre = quad.mean(axis=0)
+    glass = centre + (quad - centre) * (0.8, 0.68)
+    count = dice.integer(1, 3)
+    for left, right in pairwise(np.linspace(0, 1, count + 1)):
+        gap = 0.03 if count > 1 else 0.0
+        low = [glass[0] + t * (glass[3] - glass[0]) for t in (left + gap, right - gap)]
+        high = [glass[1] + t * (glass[2] - glass[1]) for t in (left + gap, right - gap)]
+        parts.append(part(np.array([low[0], high[0], high[1], low[1]]), slot=LIGHT, relief=0.2))
+
+    # A stripe, a lamp, wheels.
     if dice.chance(0.5):
         parts.append(part(rectangle(-0.97, 0.2, 0.97, sill), slot=SECOND, relief=0.3))
     parts.append(part(ellipse(0.9, bonnet + 0.16, 0.07, 0.05), slot=LIGHT))
@@ -145,23 +187,6 @@ def car(dice: ShapeDice) -> list[Part]:
         hub = wheel * dice.uniform(0.4, 0.7)
         parts.append(part(ellipse(x, sill, hub, hub), slot=THIRD))
     return parts
-
-
-def _car_windows(dice: ShapeDice, cabin: list, boot: float, bonnet: float) -> list[Part]:
-    """Return one to three windows inside the cabin's outline."""
-    quad = np.array(cabin)
-    centre = quad.mean(axis=0)
-    base = np.array([quad[0], quad[1], quad[2], quad[3]])
-    glass = centre + (base - centre) * (0.8, 0.68)
-    count = dice.integer(1, 3)
-    edges = np.linspace(0, 1, count + 1)
-    windows = []
-    for left, right in pairwise(edges):
-        gap = 0.03 if count > 1 else 0.0
-        low = [glass[0] + t * (glass[3] - glass[0]) for t in (left + gap, right - gap)]
-        high = [glass[1] + t * (glass[2] - glass[1]) for t in (left + gap, right - gap)]
-        windows.append(part(np.array([low[0], high[0], high[1], low[1]]), slot=LIGHT, relief=0.2))
-    return windows
 
 
 def fish(dice: ShapeDice) -> list[Part]:
@@ -173,9 +198,8 @@ def fish(dice: ShapeDice) -> list[Part]:
     belly = [(-0.35, depth * 0.5), (hump, depth * 0.9), (nose * 0.8, depth * 0.6)]
     body = smooth([*back, (-0.62, -0.07), (-0.62, 0.07), *belly], 2)
     flick = dice.uniform(-0.1, 0.1)
-    fin = polygon(
-        (-0.5, 0.04), (-1, tail + flick), (-0.85 + fork, flick), (-1, -tail + flick), (-0.5, -0.04)
-    )
+    tips = (-1, tail + flick), (-0.85 + fork, flick), (-1, -tail + flick)
+    fin = polygon((-0.5, 0.04), *tips, (-0.5, -0.04))
     start, rise = dice.uniform(0.05, 0.45), dice.uniform(0.12, 0.4)
     dorsal = polygon((start, -depth * 0.7), (start - 0.25, -depth - rise), (-0.4, -depth * 0.4))
     ventral = polygon((0.25, depth * 0.7), (0.05, depth + rise * 0.7), (-0.1, depth * 0.7))
@@ -188,9 +212,8 @@ def fish(dice: ShapeDice) -> list[Part]:
     eye = dice.uniform(0.05, 0.09)
     gill = arc(0.35, 0, 0.14, depth * 0.6, -60, 60, 8)
     parts.append(part(stroke(gill, 0.04), slot=DARK, relief=0))
-    parts.append(
-        part(stroke(curve((0.1, 0.08), (0, 0.2), (-0.15, 0.16), 6), (0.16, 0.04)), slot=slot)
-    )
+    side_fin = curve((0.1, 0.08), (0, 0.2), (-0.15, 0.16), 6)
+    parts.append(part(stroke(side_fin, (0.16, 0.04)), slot=slot))
     parts.append(part(ellipse(0.6, -depth * 0.2, eye, eye), slot=LIGHT, relief=0))
     parts.append(part(ellipse(0.6, -depth * 0.2, eye * 0.5, eye * 0.5), slot=DARK, relief=0))
     return parts
@@ -238,12 +261,8 @@ def house(dice: ShapeDice) -> list[Part]:
     parts.append(part(rectangle(-half, eaves, half, floor), relief=0.4))
     roof = [(-half - over, eaves + 0.04), (peak * half - flat, top), (peak * half + flat, top)]
     parts.append(part(polygon(*roof, (half + over, eaves + 0.04)), slot=SECOND, relief=0.6))
-    door, wide, high = (
-        dice.uniform(-0.6, 0.6) * half,
-        dice.uniform(0.1, 0.17),
-        dice.uniform(0.35, 0.55),
-    )
-    high = min(high, (floor - eaves) * 0.8)
+    door, wide = dice.uniform(-0.6, 0.6) * half, dice.uniform(0.1, 0.17)
+    high = min(dice.uniform(0.35, 0.55), (floor - eaves) * 0.8)
     frame = rectangle(door - wide, floor - high, door + wide, floor)
     parts.append(part(frame, slot=dice.integer(2, 3), relief=0.4))
     glass = dice.integer(3, 4)
@@ -360,7 +379,7 @@ def lamp(dice: ShapeDice) -> list[Part]:
     tall = dice.uniform(0.3, 0.6)
     shade = polygon((-top, -tall), (top, -tall), (bottom, 0), (-bottom, 0))
     if dice.chance(0.35):
-        shade = np.concatenate([arc(0, 0, bottom, tall, 180, 360, 14)])
+        shade = arc(0, 0, bottom, tall, 180, 360, 14)
     if dice.chance(0.5):
         arm = np.array([(0, 0.95), (0, -0.35)])
         place, tilt = np.array([0, -0.35]), dice.uniform(-5, 5)
@@ -417,9 +436,8 @@ def umbrella(dice: ShapeDice) -> list[Part]:
     sag, hook = dice.uniform(0.04, 0.14), dice.uniform(0.1, 0.22)
     thin, end = dice.uniform(0.04, 0.08), dice.uniform(0.65, 0.95)
     side = 1 if dice.chance(0.5) else -1
-    handle = arc(side * hook, end - hook, hook, hook, 180, 180 - side * 200, 12)
-    if side < 0:
-        handle = arc(-hook, end - hook, hook, hook, 0, 200, 12)
+    start, stop = (180, -20) if side > 0 else (0, 200)
+    handle = arc(side * hook, end - hook, hook, hook, start, stop, 12)
     parts = [
         part(stroke(np.array([(0, rim - high), (0, end - hook)]), thin), slot=SECOND),
         part(stroke(handle, thin * 1.5), slot=SECOND),
@@ -437,16 +455,8 @@ def umbrella(dice: ShapeDice) -> list[Part]:
 
 
 CLASSES: dict[str, Callable[[ShapeDice], list[Part]]] = {
-    "cup": cup,
-    "bottle": bottle,
-    "chair": chair,
-    "car": car,
-    "fish": fish,
-    "tree": tree,
-    "lamp": lamp,
-    "key": key,
-    "house": house,
-    "umbrella": umbrella,
+    make.__name__: make
+    for make in (cup, bottle, chair, car, fish, tree, lamp, key, house, umbrella)
 }
 
 

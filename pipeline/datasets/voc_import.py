@@ -3,30 +3,40 @@
 What comes out is a devkit with a dataset.json, which detection takes without further options.
 """
 
+import hashlib
+import os
+import re
 import shutil
 import sys
+import tarfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from common.annotations.record import PictureRecord
 from common.annotations.voc import (
     VOC_CLASSES,
     list_file,
     list_names,
     read_list,
     read_picture,
-    require_picture,
     year_folders,
 )
 from common.errors import UserError
-from common.files import write_json
 from common.pictures import BadPicture, decode_fast, read_header
-from pipeline.datasets.build import FORMAT, Card, DiskError, is_finished, only_one
-from pipeline.datasets.voc_sources import OFFICIAL_NAMES, damaged_archive, take
+from pipeline.datasets.build import Card, make_set
 
+# MD5 of the official archives, as torchvision lists them.
+OFFICIAL_TARS = {
+    "VOCtrainval_06-Nov-2007.tar": "c52e279531787c972589f7e41ab4ae64",
+    "VOCtest_06-Nov-2007.tar": "b6e924de25625d8de591ea690078ad9f",
+    "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
+}
+OFFICIAL_NAMES = ", ".join(OFFICIAL_TARS)
 # (pictures, objects that are not difficult) of the lists that detection uses, as the challenges'
 # pages state them: host.robots.ox.ac.uk/pascal/VOC/voc20{07,12}/dbstats.html
 OFFICIAL_COUNTS = {
@@ -34,7 +44,9 @@ OFFICIAL_COUNTS = {
     "VOC2007/test": (4_952, 12_032),
     "VOC2012/trainval": (11_540, 27_450),
 }
-_MAX_SHOWN = 10  # problems of a list
+_PARTS = ("Annotations", "JPEGImages", "ImageSets/Main")
+_YEAR = re.compile(r"VOC\d{4}")
+_MAX_PROBLEMS = 10  # that are told of a list
 _LICENCE = (
     "As the set states; PASCAL VOC: photographs from flickr under flickr's terms of use, for "
     "research. Not part of this project."
@@ -43,15 +55,6 @@ _NOTES = (
     "Objects marked difficult are trained on, as Detectron2 does; in the evaluation they are "
     "neither missed nor wrongly found, as in the devkit."
 )
-
-
-@dataclass(frozen=True)
-class ListCounts:
-    """One list of pictures: how many, and how many objects count or are difficult."""
-
-    pictures: int
-    objects: int
-    difficult: int
 
 
 @dataclass(frozen=True)
@@ -84,67 +87,107 @@ class Request:
             "any_count": self.any_count,
         }
 
+    def accept_or_refuse(self, problem: str) -> None:
+        """What is not official ends the import, or is said loudly with --any-count."""
+        if not self.any_count:
+            raise UserError(f"{problem}; or give --any-count, and compare with no published figure")
+        _warn(problem)
+        _warn(
+            "--any-count was given: results on this set are NOT comparable with published figures"
+        )
+
 
 def import_voc(request: Request, out: Path, *, overwrite: bool) -> bool:
     """Unpack or link, check and describe a set.
 
     Args:
         request: What, and from where.
-        out: Folder to make; while unfinished it is called `out`.partial.
+        out: Folder to make.
         overwrite: Whether a set made with other options is replaced.
     Returns:
         False if the set was there already and was kept.
     Raises:
         UserError: For the first source or list that is wrong.
-        DiskError: If the disk is full.
+        RunFailed: If the disk is full.
     """
     for source in request.sources:
         if not source.exists():
             raise UserError(f"{source}: no such file or folder; give {OFFICIAL_NAMES}, or folders")
-    partial = out.with_name(out.name + ".partial")
     card = Card(out.name, "voc", request.options(), _LICENCE, _NOTES)
-    with only_one(out):
-        if is_finished(card, out, overwrite):
-            return False
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            _fill(request, card, partial)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not isinstance(error, OSError):
-                raise
-            raise DiskError(f"{out}: importing failed ({error}); free some space?") from error
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    return True
+    return make_set(card, out, overwrite, lambda root: _fill(request, card, root))
 
 
-def _fill(request: Request, card: Card, partial: Path) -> None:
+def _fill(request: Request, card: Card, root: Path) -> None:
     """Make the whole set in a folder of its own."""
-    if request.classes is None:
-        for source in request.sources:
-            _accept_or_refuse(damaged_archive(source), request)
+    is_official = request.classes is None
+    for source in request.sources if is_official else ():
+        problem = _damage(source)
+        if problem is not None:
+            request.accept_or_refuse(problem)
     for source in request.sources:
-        print(f"{source}: {', '.join(take(source, partial))}")
-    train, test = _lists(request, partial)
+        take = _take_folder if source.is_dir() else _take_tar
+        print(f"{source}: {', '.join(take(source, root))}")
+
+    # Every list: its annotations, pictures and numbers.
     classes = request.classes or VOC_CLASSES
+    lists = _official_lists(root) if is_official else _own_lists(request, root)
+    tolerance_px = 1 if is_official else 0
     counts = {}
-    for year, split in [*train, test]:
-        counts[f"{year}/{split}"] = _checked(partial / year, split, classes, request)
-        _decode(partial / year, split, request.num_workers)
-    if request.classes is None:
-        for place, found in counts.items():
-            _compare_with_official(place, found, request)
-    _show(counts)
-    official = request.classes is None
-    _write_card(card, partial, classes, counts, [_name(*one, official) for one in [*train, test]])
+    for year, split in lists:
+        read = _read(root / year, split, classes, tolerance_px)
+        _decode([str(picture.file) for picture in read], f"{year}/{split}", request.num_workers)
+        marks = [item.difficult for picture in read for item in picture.objects]
+        difficult = sum(marks)
+        counts[f"{year}/{split}"] = {
+            "pictures": len(read),
+            "objects": len(marks) - difficult,
+            "difficult": difficult,
+        }
+    for place, found in counts.items() if is_official else ():
+        pictures, objects = OFFICIAL_COUNTS[place]
+        if found["pictures"] != pictures:
+            request.accept_or_refuse(
+                f"{place} has {found['pictures']} pictures, the official list {pictures}: this is "
+                f"a part or an altered copy. Unpack {OFFICIAL_NAMES} again"
+            )
+        elif found["objects"] != objects:
+            _warn(
+                f"{place} has {found['objects']} objects that count, the challenge's page says "
+                f"{objects}: the annotations may have been altered"
+            )
+    print(f"{'list':<20} {'pictures':>9} {'objects':>9} {'difficult':>9}")
+    for place, found in counts.items():
+        print(f"{place:<20}", *(f"{number:>9}" for number in found.values()))
+
+    # The official lists are named as Detectron2 does: voc_2007_test.
+    names = [
+        f"voc_{year.removeprefix('VOC')}_{split}" if is_official else split for year, split in lists
+    ]
+    has_official_classes = tuple(classes) == VOC_CLASSES
+    card.write(
+        root,
+        classes=list(classes),
+        metric_year=2007 if has_official_classes else 2012,
+        splits=dict(zip(names, (found["pictures"] for found in counts.values()), strict=True)),
+        train_split="+".join(names[:-1]),
+        test_split=names[-1],
+        objects=counts,
+        official_counts=has_official_classes
+        and all(OFFICIAL_COUNTS[place][0] == n["pictures"] for place, n in counts.items()),
+        pool=0,
+        probe={"train": 0, "val": 0},
+    )
 
 
-def _lists(request: Request, devkit: Path) -> tuple[list[tuple[str, str]], tuple[str, str]]:
-    """(folder, list) of the training lists and of the test list."""
-    if request.classes is None:
-        return _official_lists(devkit)
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+
+# -- lists, annotations, pictures -----------------------------------------------------------------
+
+
+def _own_lists(request: Request, devkit: Path) -> list[tuple[str, str]]:
+    """(folder, list) of the training list and of the test list of a set of one's own."""
     found = []
     for split in (request.train_split, request.test_split):
         years = [year.name for year in year_folders(devkit) if list_file(year, split).is_file()]
@@ -158,11 +201,11 @@ def _lists(request: Request, devkit: Path) -> tuple[list[tuple[str, str]], tuple
                 f"{', '.join(names[:20]) or 'none'}; choose with --train-split and --test-split"
             )
         found.append((years[0], split))
-    return [found[0]], found[1]
+    return found
 
 
-def _official_lists(devkit: Path) -> tuple[list[tuple[str, str]], tuple[str, str]]:
-    """What is there of PASCAL's lists: the test, and at least one to train on."""
+def _official_lists(devkit: Path) -> list[tuple[str, str]]:
+    """What is there of PASCAL's lists: at least one to train on, and the test, which is last."""
     keys = [(place.split("/")[0], place.split("/")[1]) for place in OFFICIAL_COUNTS]
     there = [key for key in keys if list_file(devkit / key[0], key[1]).is_file()]
     test = ("VOC2007", "test")
@@ -176,17 +219,11 @@ def _official_lists(devkit: Path) -> tuple[list[tuple[str, str]], tuple[str, str
             "VOC2012's own train and val: no import, but tools/train_voc.sh --data FOLDER "
             "--train-split voc_2012_train --test-split voc_2012_val"
         )
-    return train, test
+    return [*train, test]
 
 
-def _name(year: str, split: str, official: bool) -> str:
-    """A list as Detectron2 names the official ones, voc_2007_test; else its own name."""
-    return f"voc_{year.removeprefix('VOC')}_{split}" if official else split
-
-
-def _checked(year: Path, split: str, classes: Sequence[str], request: Request) -> ListCounts:
-    """Check one list with its annotations and pictures, and count."""
-    tolerance_px = 1 if request.classes is None else 0
+def _read(year: Path, split: str, classes: Sequence[str], tolerance_px: int) -> list[PictureRecord]:
+    """Read the annotations of a list, and the headers of its pictures."""
     pictures, problems = [], []
     for image_id in read_list(year, split):
         try:
@@ -200,30 +237,23 @@ def _checked(year: Path, split: str, classes: Sequence[str], request: Request) -
             "a class list of its own, give all names with --classes a,b,c or --classes FILE"
         )
     if problems:
-        more = len(problems) - _MAX_SHOWN
+        more = len(problems) - _MAX_PROBLEMS
         rest = [f"... and {more} more"] if more > 0 else []
-        raise UserError("\n".join(problems[:_MAX_SHOWN] + rest))
-    objects = [item for picture in pictures for item in picture.objects]
-    difficult = sum(item.difficult for item in objects)
-    return ListCounts(len(pictures), len(objects) - difficult, difficult)
+        raise UserError("\n".join(problems[:_MAX_PROBLEMS] + rest))
+    return pictures
 
 
-def _decode(year: Path, split: str, num_workers: int) -> None:
-    """Decode every picture of a list; the first that does not is an error."""
-    files = [str(require_picture(year, name)) for name in read_list(year, split)]
-    bar = {"total": len(files), "desc": f"{year.name}/{split}", "unit": " pictures"}
-    if num_workers == 1:
-        faults = [_fault(file) for file in tqdm(files, disable=None, **bar)]
-    else:
-        with ProcessPoolExecutor(num_workers) as pool:
-            results = pool.map(_fault, files, chunksize=64)
-            faults = list(tqdm(results, disable=None, **bar))
-    broken = [fault for fault in faults if fault]
+def _decode(files: Sequence[str], place: str, num_workers: int) -> None:
+    """Decode every picture of a list; one that does not is an error."""
+    with ProcessPoolExecutor(num_workers) as pool:
+        results = pool.map(_fault, files, chunksize=64)
+        bar = tqdm(results, total=len(files), desc=place, unit=" pictures", disable=None)
+        broken = [fault for fault in bar if fault]
     if broken:
         raise UserError(
             "\n".join(broken[:5])
-            + f"\n{len(broken)} of {len(files)} pictures of {year.name}/{split} do not decode; "
-            "unpack or download the set again"
+            + f"\n{len(broken)} of {len(files)} pictures of {place} do not decode; unpack or "
+            "download the set again"
         )
 
 
@@ -237,68 +267,145 @@ def _fault(file: str) -> str | None:
     return None
 
 
-def _compare_with_official(place: str, found: ListCounts, request: Request) -> None:
-    """Another number of pictures is refused; another number of objects is said."""
-    pictures, objects = OFFICIAL_COUNTS[place]
-    if found.pictures != pictures:
-        _accept_or_refuse(
-            f"{place} has {found.pictures} pictures, the official list {pictures}: this is a part "
-            f"or an altered copy. Unpack {OFFICIAL_NAMES} again",
-            request,
+# -- sources: the official tars, or folders that hold what they hold ------------------------------
+
+
+def _damage(source: Path) -> str | None:
+    """What is wrong with an archive that has an official name; None if nothing, or no such name."""
+    expected = OFFICIAL_TARS.get(source.name)
+    if expected is None or not source.is_file():
+        return None
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if digest == expected:
+        return None
+    return (
+        f"{source}: is not the official archive of that name (MD5 {digest} instead of "
+        f"{expected}, {source.stat().st_size} bytes); download it again"
+    )
+
+
+def _take_tar(source: Path, devkit: Path) -> list[str]:
+    """Unpack the annotations, pictures and lists of a tar, which may be compressed.
+
+    Args:
+        source: The archive; its VOC folders may lie at any depth.
+        devkit: Files go to devkit/VOC2007/JPEGImages and so on.
+    Returns:
+        Names of the VOC folders that were found.
+    Raises:
+        UserError: If the archive is damaged, unsafe or holds no VOC set, or a file that differs
+            from one of the same name that is there already.
+    """
+    years: set[str] = set()
+    names: list[str] = []
+    try:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                names.append(member.name)
+                place = _place(PurePosixPath(member.name))
+                if place is None or member.isdir():
+                    continue
+                if not member.isreg() or ".." in place.parts:
+                    raise UserError(
+                        f"{source}: {member.name} is a link or a device, or points outside the "
+                        "archive; the official archives hold no such thing: this is none of them"
+                    )
+                years.add(place.parts[0])
+                if (devkit / place).exists():
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    _check_same(devkit / place, file.read(), source)
+                else:
+                    named = member.replace(name=str(place), deep=False)
+                    archive.extract(named, devkit, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        if source.suffix.lower() == ".zip":
+            raise UserError(f"{source}: is a zip; unpack it and give the folder") from error
+        raise UserError(
+            f"{source}: cannot be read to its end as a tar ({error}); it is cut short or no tar: "
+            "download it again, or give the unpacked folder"
+        ) from error
+    if not years:
+        raise UserError(f"{source}: {_why_no_voc(names[:5])}")
+    return sorted(years)
+
+
+def _place(name: PurePosixPath) -> PurePosixPath | None:
+    """VOC2007/JPEGImages/x.jpg of an archive's member, however deep; None if it is not needed."""
+    parts = name.parts
+    years = [i for i, part in enumerate(parts) if _YEAR.fullmatch(part)]
+    if not years:
+        return None
+    place = PurePosixPath(*parts[years[0] :])
+    inner = "/".join(place.parts[1:])
+    if place.name.startswith("._") or not inner.startswith(tuple(f"{p}/" for p in _PARTS)):
+        return None
+    return place
+
+
+def _take_folder(source: Path, devkit: Path) -> list[str]:
+    """As `_take_tar`, from a folder: files become hard links where the file system has them.
+
+    Args:
+        source: Holds VOC2007 or the like at most three deep, or is a VOC folder itself (then it
+            becomes VOC2007 unless its name says otherwise).
+        devkit: Where the files go.
+    """
+    if (source / "JPEGImages").is_dir() or (source / "Annotations").is_dir():
+        name = source.resolve().name
+        years = [(name if _YEAR.fullmatch(name) else "VOC2007", source)]
+    else:
+        patterns = ("VOC*", "*/VOC*", "*/*/VOC*")
+        paths = [path for pattern in patterns for path in sorted(source.glob(pattern))]
+        years = [(p.name, p) for p in paths if _YEAR.fullmatch(p.name) and p.is_dir()]
+    if not years:
+        names = sorted(
+            str(path.relative_to(source)) for path in [*source.glob("*"), *source.glob("*/*.json")]
         )
-    elif found.objects != objects:
-        _warn(
-            f"{place} has {found.objects} objects that count, the challenge's page says {objects}: "
-            "the annotations may have been altered"
+        tars = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
+        if tars:
+            raise UserError(
+                f"{source}: holds archives, not an unpacked set; give them by name: "
+                + " ".join(str(source / name) for name in tars)
+            )
+        raise UserError(f"{source}: {_why_no_voc(names)}")
+    for name, folder in years:
+        for part in _PARTS:
+            for file in sorted((folder / part).glob("[!.]*")):
+                place = devkit / name / part / file.name
+                if not file.is_file():
+                    continue
+                if place.exists():
+                    _check_same(place, file.read_bytes(), source)
+                    continue
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(file.resolve(), place)  # of the file, not of a link to it
+                except OSError:
+                    shutil.copyfile(file, place)
+    return sorted({name for name, _ in years})
+
+
+def _check_same(place: Path, content: bytes, source: Path) -> None:
+    """A file may come twice, if it is the same."""
+    if place.read_bytes() != content:
+        raise UserError(
+            f"{source}: its {'/'.join(place.parts[-3:])} differs from the one that an earlier "
+            "source has brought; the sources are of different sets or editions: give one of them"
         )
 
 
-def _warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
-
-
-def _accept_or_refuse(problem: str | None, request: Request) -> None:
-    """What is not official ends the import, or is said loudly with --any-count."""
-    if problem is None:
-        return
-    if not request.any_count:
-        raise UserError(f"{problem}; or give --any-count, and compare with no published figure")
-    _warn(problem)
-    _warn("--any-count was given: results on this set are NOT comparable with published figures")
-
-
-def _show(counts: dict[str, ListCounts]) -> None:
-    print(f"{'list':<20} {'pictures':>9} {'objects':>9} {'difficult':>9}")
-    for place, one in counts.items():
-        print(f"{place:<20} {one.pictures:>9} {one.objects:>9} {one.difficult:>9}")
-
-
-def _write_card(
-    card: Card,
-    root: Path,
-    classes: Sequence[str],
-    counts: dict[str, ListCounts],
-    names: Sequence[str],
-) -> None:
-    """Write dataset.json; `names` are the training lists, and the test list last."""
-    official = tuple(classes) == VOC_CLASSES
-    published = {place: pictures for place, (pictures, _) in OFFICIAL_COUNTS.items()}
-    description = {
-        "format": FORMAT,
-        "name": card.name,
-        "kind": card.kind,
-        "classes": list(classes),
-        "metric_year": 2007 if official else 2012,
-        "splits": dict(zip(names, (one.pictures for one in counts.values()), strict=True)),
-        "train_split": "+".join(names[:-1]),
-        "test_split": names[-1],
-        "objects": {place: vars(one) for place, one in counts.items()},
-        "official_counts": official
-        and all(published[place] == one.pictures for place, one in counts.items()),
-        "pool": 0,
-        "probe": {"train": 0, "val": 0},
-        "options": card.options,
-        "licence": card.licence,
-        "notes": card.notes,
-    }
-    write_json(root / "dataset.json", description)
+def _why_no_voc(names: Sequence[str]) -> str:
+    """What is there instead of a VOC set."""
+    displayed = ", ".join(names[:5]) or "nothing"
+    if any("VOCcode" in name for name in names):
+        return f"is the devkit's program code, without pictures; give {OFFICIAL_NAMES}"
+    if any(name.endswith(".json") or "instances_" in name for name in names):
+        return (
+            f"looks like a COCO set (found {displayed}), not VOC: one XML file a picture is needed"
+        )
+    return (
+        f"holds no VOC set (found {displayed}); there must be a folder VOC2007 or VOC2012 with "
+        "JPEGImages, Annotations and ImageSets/Main"
+    )

@@ -17,7 +17,6 @@ import pytest
 
 from common.annotations.voc import read_list, read_picture
 from pipeline.datasets import build
-from pipeline.datasets import build as voc_writer
 from tools import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +196,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, capsys, monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(voc_writer, "write_jpeg", full)
+    monkeypatch.setattr(build, "write_jpeg", full)
     assert run("procedural", tmp_path / "out", *SIZES) == 1
     message = capsys.readouterr().err
     assert "No space left on device" in message

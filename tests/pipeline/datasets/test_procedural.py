@@ -4,17 +4,19 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.datasets import compose, materials, render, shapes
+from pipeline.datasets import render, shapes
+from pipeline.datasets import scene as composition
 from pipeline.datasets.options import SetOptions
 from pipeline.datasets.procedural import ProceduralSource
-from pipeline.datasets.randomness import HELD_OUT_BANDS, ShapeDice, generator
+from pipeline.datasets.scene import Scene, generator
+from pipeline.datasets.shapes import HELD_OUT_BANDS, ShapeDice
 from tools.make_dataset import main
 
 SMALL = SetOptions(short_side=64, long_side=80, clutter=0.5)
 
 
 @pytest.fixture(scope="module")
-def probes() -> dict[str, list[compose.Scene]]:
+def probes() -> dict[str, list[Scene]]:
     source = ProceduralSource(SMALL)
     return {
         "probe/train": [source.scene("probe/train", i) for i in range(300)],
@@ -29,27 +31,27 @@ def nearest(train: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.nd
     return distances.argmin(axis=1)
 
 
-def accuracy(probes: dict[str, list[compose.Scene]], feature) -> float:
+def accuracy(probes: dict[str, list[Scene]], feature) -> float:
     data = {part: np.stack([feature(s) for s in scenes]) for part, scenes in probes.items()}
     labels = {p: np.array([s.objects[0].label for s in scenes]) for p, scenes in probes.items()}
     found = nearest(data["probe/train"], labels["probe/train"], data["probe/val"])
     return float((found == labels["probe/val"]).mean())
 
 
-def colours_of_object(scene: compose.Scene) -> np.ndarray:
+def colours_of_object(scene: Scene) -> np.ndarray:
     pixels = scene.image[scene.masks[0]]
     bins = (pixels // 64) @ [16, 4, 1]
     return np.bincount(bins, minlength=64) / len(pixels)
 
 
-def colours_of_crop(scene: compose.Scene) -> np.ndarray:
+def colours_of_crop(scene: Scene) -> np.ndarray:
     x0, y0, x1, y1 = scene.objects[0].box
     hsv = cv2.cvtColor(scene.image[y0:y1, x0:x1], cv2.COLOR_BGR2HSV).reshape(-1, 3)
     counts = [np.bincount(hsv[:, c] // 16, minlength=16) for c in range(3)]
     return np.concatenate(counts) / len(hsv)
 
 
-def shape_of_object(scene: compose.Scene) -> np.ndarray:
+def shape_of_object(scene: Scene) -> np.ndarray:
     x0, y0, x1, y1 = scene.objects[0].box
     mask = scene.masks[0][y0:y1, x0:x1].astype(np.float32)
     small = cv2.resize(mask, (12, 12), interpolation=cv2.INTER_AREA).ravel()
@@ -91,8 +93,8 @@ def test_boxes_fit_their_masks_and_pictures(part):
             rows, columns = np.nonzero(mask)
             box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert item.box == box
-            assert item.visible >= compose.MIN_VISIBLE
-            assert item.difficult or item.visible >= compose.DIFFICULT_VISIBLE
+            assert item.visible >= composition.MIN_VISIBLE
+            assert item.difficult or item.visible >= composition.DIFFICULT_VISIBLE
 
 
 def test_sizes_and_counts_follow_the_options():
@@ -156,34 +158,34 @@ def test_held_out_shape_parameters_are_disjoint():
 
 def test_held_out_materials_are_disjoint():
     families = [
-        {materials.pick_family(generator(i), held_out) for i in range(300)}
+        {render.pick_family(generator(i), held_out) for i in range(300)}
         for held_out in (False, True)
     ]
-    assert families[0] & families[1] == set(materials.SHARED_FAMILIES)
-    assert families[0] - families[1] == set(materials.TRAIN_FAMILIES)
-    assert families[1] - families[0] == set(materials.TEST_FAMILIES)
+    assert families[0] & families[1] == set(render.SHARED_FAMILIES)
+    assert families[0] - families[1] == set(render.TRAIN_FAMILIES)
+    assert families[1] - families[0] == set(render.TEST_FAMILIES)
 
 
 def families_painted(monkeypatch, source: ProceduralSource, part: str) -> dict[int, list[str]]:
     """Texture families drawn for some pictures: by class number, -1 for all that is no object."""
     drawn: dict[int, list[str]] = {}
-    pick, habit_of = materials.pick_family, materials.habit_of
+    pick, habit_of = render.pick_family, render.habit_of
     wearer: dict[int, int] = {}
 
-    def noted_habit(label: int, strength: float) -> materials.Habit:
+    def noted_habit(label: int, strength: float) -> render.Habit:
         habit = habit_of(label, strength)
         wearer[id(habit)] = label
         kept.append(habit)
         return habit
 
-    def noted_family(rng, held_out, habit=materials.NO_HABIT) -> str:
+    def noted_family(rng, held_out, habit=render.NO_HABIT) -> str:
         family = pick(rng, held_out, habit)
         drawn.setdefault(wearer.get(id(habit), -1), []).append(family)
         return family
 
-    kept: list[materials.Habit] = []  # alive, so that no two share an id
-    monkeypatch.setattr(materials, "habit_of", noted_habit)
-    monkeypatch.setattr(materials, "pick_family", noted_family)
+    kept: list[render.Habit] = []  # alive, so that no two share an id
+    monkeypatch.setattr(render, "habit_of", noted_habit)
+    monkeypatch.setattr(render, "pick_family", noted_family)
     for index in range(24):
         source.scene(part, index)
     return drawn
@@ -195,28 +197,28 @@ def test_textures_of_objects_follow_the_habit_and_nothing_else_does(monkeypatch)
     background = drawn.pop(-1)
     assert len(drawn) > 5
     for label, families in drawn.items():
-        assert set(families) <= set(materials.habit_of(label, 1.0).families)
-    assert set(background) <= {*materials.SHARED_FAMILIES, *materials.TRAIN_FAMILIES}
+        assert set(families) <= set(render.habit_of(label, 1.0).families)
+    assert set(background) <= {*render.SHARED_FAMILIES, *render.TRAIN_FAMILIES}
 
 
 def test_without_a_habit_textures_know_nothing_of_the_class(monkeypatch):
     drawn = families_painted(monkeypatch, ProceduralSource(SMALL), "pool")
     used = {family for families in drawn.values() for family in families}
-    assert used <= {*materials.SHARED_FAMILIES, *materials.TRAIN_FAMILIES}
+    assert used <= {*render.SHARED_FAMILIES, *render.TRAIN_FAMILIES}
 
 
 def test_a_habit_is_followed_as_often_as_its_strength_says():
-    habit = materials.habit_of(3, 0.8)
-    picks = [materials.pick_family(generator(i), False, habit) for i in range(2000)]
+    habit = render.habit_of(3, 0.8)
+    picks = [render.pick_family(generator(i), False, habit) for i in range(2000)]
     typical = set(habit.families)
-    plain = [materials.pick_family(generator(i), False) for i in range(2000)]
+    plain = [render.pick_family(generator(i), False) for i in range(2000)]
     by_chance = sum(family in typical for family in plain) / 2000
     share = sum(family in typical for family in picks) / 2000
     assert abs(share - (0.8 + 0.2 * by_chance)) < 0.04
 
 
 def test_every_class_has_two_families_and_shares_at_least_one_of_them():
-    habits = [set(materials.habit_of(label, 0.8).families) for label in range(10)]
+    habits = [set(render.habit_of(label, 0.8).families) for label in range(10)]
     assert all(len(families) == 2 for families in habits)
     assert len({frozenset(families) for families in habits}) == 10
     for label, families in enumerate(habits):
@@ -243,14 +245,14 @@ def test_both_options_change_the_bytes_of_the_parts_that_they_name(part):
 
 @pytest.mark.parametrize("part", ["test", "probe/val"])
 def test_only_a_shifted_test_shows_families_of_its_own(monkeypatch, part):
-    own = set(materials.TEST_FAMILIES)
+    own = set(render.TEST_FAMILIES)
     usual = families_painted(monkeypatch, ProceduralSource(SMALL), part)
     assert own.isdisjoint(family for families in usual.values() for family in families)
     monkeypatch.undo()
     source = ProceduralSource(SMALL, shifted_test=True, material_habit=1.0)
     shifted = families_painted(monkeypatch, source, part)
     used = {family for families in shifted.values() for family in families}
-    assert used == own | set(materials.SHARED_FAMILIES)  # habits are off in a shifted world
+    assert used == own | set(render.SHARED_FAMILIES)  # habits are off in a shifted world
 
 
 @pytest.mark.parametrize("habit", ["-0.1", "1.5", "nan"])
@@ -267,10 +269,10 @@ def test_habits_and_a_shifted_test_exclude_each_other(tmp_path, capsys):
     assert not (tmp_path / "scenes").exists()
 
 
-@pytest.mark.parametrize("family", materials._PATTERNS)
+@pytest.mark.parametrize("family", render._PATTERNS)
 def test_patterns_stay_between_their_two_colours(family):
     for index in range(5):
-        share = materials._PATTERNS[family](generator(family, index), 33, 21, 7.0)
+        share = render._PATTERNS[family](generator(family, index), 33, 21, 7.0)
         assert share.shape == (33, 21)
         assert share.min() >= -1e-6
         assert share.max() <= 1 + 1e-6

@@ -16,10 +16,10 @@ from PIL import Image
 
 from common.annotations.voc import VOC_CLASSES
 from detection.dataset import read_set
-from pipeline.datasets import voc_import, voc_sources
+from pipeline.datasets import voc_import
 from tools import make_dataset
 
-TRAINVAL07, TEST07, TRAINVAL12 = voc_sources.OFFICIAL_TARS
+TRAINVAL07, TEST07, TRAINVAL12 = voc_import.OFFICIAL_TARS
 
 
 def jpeg(seed: int) -> bytes:
@@ -99,8 +99,8 @@ def small_is_official(monkeypatch: pytest.MonkeyPatch, tars: list[Path]) -> None
     counts = {"VOC2007/trainval": (6, 4), "VOC2007/test": (4, 2), "VOC2012/trainval": (5, 4)}
     monkeypatch.setattr(voc_import, "OFFICIAL_COUNTS", counts)
     for path in tars:
-        digest = voc_sources.hashlib.md5(path.read_bytes()).hexdigest()
-        monkeypatch.setitem(voc_sources.OFFICIAL_TARS, path.name, digest)
+        digest = voc_import.hashlib.md5(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(voc_import.OFFICIAL_TARS, path.name, digest)
 
 
 @pytest.mark.usefixtures("small_is_official")

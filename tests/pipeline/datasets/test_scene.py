@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from common.annotations.canonical import make_folders
-from pipeline.datasets import build as voc_writer
-from pipeline.datasets import compose
-from pipeline.datasets.compose import Annotation, Placed, Scene, Sprite
+from pipeline.datasets import scene
+from pipeline.datasets.build import write_scene
+from pipeline.datasets.scene import Annotation, Placed, Scene, Sprite
 
 CLASSES = ("cup", "bottle")
 
@@ -34,7 +34,7 @@ def test_boxes_are_one_based_and_include_both_edges(tmp_path: Path):
     whole = Annotation(1, (0, 0, 60, 40), True, False, 0.9)
     pixel = Annotation(0, (5, 7, 6, 8), False, True, 1.0)
     make_folders(tmp_path / "VOC2007")
-    voc_writer.write_scene(tmp_path, "a", Scene(image, [whole, pixel]), CLASSES, 90)
+    write_scene(tmp_path, "a", Scene(image, [whole, pixel]), CLASSES, 90)
     text = (tmp_path / "VOC2007/Annotations/a.xml").read_text()
     first, second = parse(text)
     corners = ("xmin", "ymin", "xmax", "ymax")
@@ -53,15 +53,15 @@ def test_boxes_are_one_based_and_include_both_edges(tmp_path: Path):
 def test_a_box_outside_the_picture_is_a_bug(tmp_path: Path):
     make_folders(tmp_path / "VOC2007")
     outside = Annotation(0, (0, 0, 61, 40), False, False, 1.0)
-    scene = Scene(np.zeros((40, 60, 3), np.uint8), [outside])
+    drawn = Scene(np.zeros((40, 60, 3), np.uint8), [outside])
     with pytest.raises(AssertionError):
-        voc_writer.write_scene(tmp_path, "a", scene, CLASSES, 90)
+        write_scene(tmp_path, "a", drawn, CLASSES, 90)
 
 
 def test_boxes_follow_what_is_seen():
     back = Placed(square(10, 20), x=5, y=5, label=0)
     front = Placed(square(10, 8), x=5, y=5, label=1)
-    stay, objects, masks = compose.settle([back, front], (40, 60))
+    stay, objects, masks = scene.settle([back, front], (40, 60))
     assert len(stay) == 2
     assert objects[0].box == (13, 5, 25, 15)
     assert objects[0].visible == pytest.approx(12 / 20)
@@ -74,9 +74,7 @@ def test_boxes_follow_what_is_seen():
 def test_less_than_half_is_difficult_and_less_than_a_quarter_is_taken_out():
     def covered(share: float) -> tuple[int, list[Annotation]]:
         back = Placed(square(20, 20), 0, 0, label=0)
-        stay, objects, _ = compose.settle(
-            [back, Placed(square(20, int(20 * share)), 0, 0)], (40, 60)
-        )
+        stay, objects, _ = scene.settle([back, Placed(square(20, int(20 * share)), 0, 0)], (40, 60))
         return len(stay), objects
 
     assert covered(0.4)[1][0].difficult is False
@@ -88,38 +86,38 @@ def test_an_object_that_only_hides_others_goes_first_if_it_is_hidden_itself():
     bottom = Placed(square(20, 20), 0, 0, label=0)
     middle = Placed(square(20, 18), 0, 0, label=0)
     top = Placed(square(20, 18), 0, 0)  # clutter over the middle one
-    stay, objects, _ = compose.settle([bottom, middle, top], (20, 20))
+    stay, objects, _ = scene.settle([bottom, middle, top], (20, 20))
     assert stay == [top]
     assert objects == []
 
 
 def test_truncated_means_cut_by_the_border():
-    inside = compose.settle([Placed(square(10, 10), 0, 0, 0)], (20, 20))[1][0]
-    cut = compose.settle([Placed(square(10, 10), -4, 0, 0)], (20, 20))[1][0]
+    inside = scene.settle([Placed(square(10, 10), 0, 0, 0)], (20, 20))[1][0]
+    cut = scene.settle([Placed(square(10, 10), -4, 0, 0)], (20, 20))[1][0]
     assert (inside.truncated, cut.truncated) == (False, True)
     assert cut.box == (0, 0, 6, 10)
 
 
 def test_tiny_objects_are_difficult():
-    side = compose.DIFFICULT_SIDE_PX
-    tiny = compose.settle([Placed(square(side - 1, side - 1), 2, 2, 0)], (40, 40))[1][0]
-    small = compose.settle([Placed(square(side, 3), 2, 2, 0)], (40, 40))[1][0]
+    side = scene.DIFFICULT_SIDE_PX
+    tiny = scene.settle([Placed(square(side - 1, side - 1), 2, 2, 0)], (40, 40))[1][0]
+    small = scene.settle([Placed(square(side, 3), 2, 2, 0)], (40, 40))[1][0]
     assert (tiny.difficult, small.difficult) == (True, False)
 
 
 def test_painting_changes_the_boxed_pixels_only():
     background = np.full((30, 40, 3), 50, np.float32)
     item = Placed(square(8, 6), 10, 12, 0)
-    painted = compose.paint(background, [item])
+    painted = scene.paint(background, [item])
     changed = np.abs(painted - background).max(axis=2) > 0
     rows, columns = np.nonzero(changed)
-    box = compose.settle([item], (30, 40))[1][0].box
+    box = scene.settle([item], (30, 40))[1][0].box
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
     assert (background == 50).all()
 
 
 def test_a_sprite_fully_outside_is_harmless():
     away = Placed(square(5, 5), 100, -50, 0)
-    assert compose.settle([away], (20, 20))[1] == []
+    assert scene.settle([away], (20, 20))[1] == []
     background = np.zeros((20, 20, 3), np.float32)
-    assert (compose.paint(background, [away], (0.1, 0.1, 0.5)) == 0).all()
+    assert (scene.paint(background, [away], (0.1, 0.1, 0.5)) == 0).all()
