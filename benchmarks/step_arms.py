@@ -1,6 +1,6 @@
 """Four ways to make the same BYOL step; each owns its networks and its optimiser.
 
-ours: the engine's own loop (``Run.steps``) with whatever the config switches on.
+ours: the engine's own loop (``Trainer.steps``) with whatever the config switches on.
 eager: written from the definition (arXiv 2006.07733) in plain PyTorch; fp32, TF32 where there is.
 solo-learn-like, lightly-like: the order of work, precision, memory format, LARS and EMA of their
 published BYOL recipes, written anew. Left out of both: the online classifier, the logging of
@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from pretrain.data.input_pipeline import Fed
 from pretrain.data.loader import TwoViewBatch
-from pretrain.engine.trainer import Run
+from pretrain.engine.trainer import Trainer
 from pretrain.features.row_random import fa_generator
 from pretrain.model.backbone import ResNet
 from pretrain.model.joint_embedding import FAContrastive
@@ -80,20 +79,19 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, run: Run, views: Tensor) -> None:
+    def __init__(self, run: Trainer, views: Tensor) -> None:
         self.run, self.flags = run, Flags.now()
         if run.config.engine.channels_last:
             views = torch.stack([v.permute(0, 2, 3, 1) for v in views]).permute(0, 1, 4, 2, 3)
         self.views, self._fed = views, fed_of(views)
-        self._bar = tqdm(disable=True)
 
     def steps(self, num: int) -> None:
         """So many optimiser steps."""
-        self.run.steps((self._fed for _ in range(num)), None, self._bar)
+        self.run.steps(self._fed for _ in range(num))
 
     def steps_on(self, batches: Iterable[Fed]) -> None:
         """A step on each batch."""
-        self.run.steps(batches, None, self._bar)
+        self.run.steps(batches)
 
     def loss(self) -> Tensor:
         """In fp32, with the graph; BN moves on."""
@@ -264,7 +262,7 @@ class LoopLARS(torch.optim.Optimizer):
 Arm = Ours | Rival
 
 
-def make_arms(run: Run, views: Tensor) -> dict[str, Arm]:
+def make_arms(run: Trainer, views: Tensor) -> dict[str, Arm]:
     """All arms from the weights of a freshly built run."""
     rivals = {name: Rival(name, recipe, run.model, views) for name, recipe in RECIPES.items()}
     return {"ours": Ours(run, views), **rivals}

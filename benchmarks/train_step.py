@@ -52,8 +52,10 @@ from pretrain.config import (
     PretrainConfig,
     load_config,
 )
+from pretrain.engine.device import choose_device
 from pretrain.engine.profiling import batches, count_flops, precision_of
-from pretrain.engine.trainer import Run, choose_device
+from pretrain.engine.trainer import Trainer
+from pretrain.run import make_trainer
 
 EXAMPLE = """\
 examples:
@@ -78,7 +80,7 @@ def make_shards(folder: Path, batch_size: int) -> Path:
 
 def build_run(
     folder: Path, sizes: Sizes, device: str, num_workers: int, settings: Sequence[str] = ()
-) -> Run:
+) -> Trainer:
     """A run of plain BYOL that never saves, probes or draws pictures.
 
     Args:
@@ -110,7 +112,7 @@ def build_run(
     )  # fmt: skip
     path = folder / f"run-{number}.yaml"
     path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
-    return Run(load_config(path, settings), resume=False)
+    return make_trainer(load_config(path, settings), resume=False)
 
 
 def random_views(sizes: Sizes, device: torch.device) -> torch.Tensor:
@@ -238,8 +240,7 @@ def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
         arms.clear()
         drained = 2 * options.workers + 2
         wall = wall_rates(ours, options.rounds, options.wall_steps, drained)
-        if run.lock is not None:
-            run.lock.close()
+        run.close()
     return {
         **result(measured, wall, sizes, per_picture, options.peak_tflops),
         "loss_in_fp32": losses,

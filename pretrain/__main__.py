@@ -52,17 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
     from common.config import to_plain  # after --help, which should not wait
-    from pretrain import collectives as dist
     from pretrain.config import load_config
-    from pretrain.engine import guards
-    from pretrain.engine.profiling import parse_num_steps, profile
-    from pretrain.engine.trainer import Run
+    from pretrain.engine import guards, profiling, rendezvous
+    from pretrain.run import make_trainer
 
     def work() -> int:
         config = None
         try:
             config = load_config(options.config, options.overrides)
-            num_profiled = None if options.profile is None else parse_num_steps(options.profile)
+            num_profiled = 0
+            if options.profile is not None:
+                num_profiled = profiling.parse_num_steps(options.profile)
             if num_profiled and options.resume:
                 raise UserError("--profile runs by itself: leave out --resume")
             if options.print_config:
@@ -70,16 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
             elif num_profiled:
-                profile(config, num_profiled)
+                trainer = make_trainer(profiling.only_steps(config), resume=False)
+                profiling.profile(trainer, num_profiled)
             else:
-                Run(config, resume=options.resume, allow_changes=options.allow_changes).train()
+                trainer = make_trainer(
+                    config, resume=options.resume, allow_changes=options.allow_changes
+                )
+                trainer.train()
         except (MemoryError, RuntimeError) as error:
             message = guards.out_of_memory(error, config)
             if message is None:
                 raise
             raise RunFailed(message) from error
         finally:
-            dist.stop()
+            rendezvous.stop()
         return 0
 
     return run_command(

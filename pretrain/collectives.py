@@ -1,15 +1,14 @@
-"""The few collective operations that pretraining needs; all are the identity in one process."""
+"""The few collective operations that pretraining needs; all are the identity in one process.
+
+``pretrain.engine.rendezvous`` starts and ends the process group.
+"""
 
 from __future__ import annotations
-
-import os
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.nn import functional as dist_functional
-
-from pretrain.engine import rendezvous as roll_call
 
 
 def is_on() -> bool:
@@ -25,24 +24,6 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number in the group; 0 without a group."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0
-
-
-def start(device_type: str) -> None:
-    """Join the group that torchrun describes in the environment, if there is one.
-
-    Raises:
-        UserError: If the processes do not meet (roll_call.py).
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
-        if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        roll_call.join("nccl" if device_type == "cuda" else "gloo")
-
-
-def stop() -> None:
-    """Leave the group."""
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
 
 
 def wait() -> None:

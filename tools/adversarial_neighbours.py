@@ -22,7 +22,7 @@ from common.pictures import decode
 from pretrain.data.crops import center_crop
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import choose_device
+from pretrain.engine.device import choose_device
 from pretrain.evaluation import robustness
 from pretrain.evaluation.robustness import Attacked, Study
 

@@ -108,8 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n after a signal.
     """
     arguments = build_parser().parse_intermixed_args(argv)
-    from pretrain import collectives as dist  # after --help, which should not wait
-    from pretrain.engine import guards
+    from pretrain.engine import guards, rendezvous  # after --help, which should not wait
 
     def work() -> int:
         try:
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             raise RunFailed(message) from error
         finally:
-            dist.stop()
+            rendezvous.stop()
         return 0
 
     return run_command(

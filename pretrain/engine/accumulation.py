@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from pretrain import collectives as dist
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.features.row_random import RowRandom
 from pretrain.model.adversarial import perturb
-from pretrain.model.joint_embedding import FAContrastive, StepOutput, Views
+from pretrain.model.joint_embedding import FAContrastive, Features, StepOutput, Views
+
+Compare = Callable[[Features], StepOutput]
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,10 @@ class Gradients:
             progress: Share of the training that is done.
         """
         parts = self._parts(views)
-        if len(parts) == 1:
-            with record_function("forward"), self.autocast():
-                output = self.model.step(views, generator(), self.forward, progress=progress)
-            with record_function("backward"):
-                self.scale(output.loss).backward()
-            return [output]
-        if self.optim.accumulation == "plain":
-            return self._plain(views, parts, generator, progress)
-        return [self._cached(views, parts, generator, progress)]
+        compare = partial(self._comparison, generator, progress, views.shape[1])
+        if len(parts) > 1 and self.optim.accumulation == "cached":
+            return [self._cached(views, parts, compare)]
+        return self._plain(views, parts, compare)
 
     def attacked(
         self,
@@ -92,36 +90,28 @@ class Gradients:
         for part in self._parts(views):
             _set_random_state(state, views.device)
             with _kept_buffers(self.model.online), _kept_buffers(ema):
-                loss_of = self._loss_of_view_1(views, part, generator, progress)
+                with self.autocast():
+                    t = self.model.ema_projections(views[:, part])
+                before, second = _random_state(views.device), views[1, part]
+
+                def loss_of(first: Tensor, part=part, t=t, before=before, second=second) -> Tensor:
+                    """With the same random numbers at every call."""
+                    _set_random_state(before, first.device)
+                    compare = self._comparison(generator, progress, views.shape[1], t, part)
+                    with self.autocast():
+                        return self.model.online(torch.stack([first, second]), compare).loss
+
                 views[0, part] = perturb(
-                    loss_of, views[0, part],
-                    epsilon=adversarial.epsilon, num_steps=adversarial.num_steps,
+                    loss_of,
+                    views[0, part],
+                    epsilon=adversarial.epsilon,
+                    num_steps=adversarial.num_steps,
                     step_size=adversarial.step_size,
-                    pixel_mean=data.pixel_mean, pixel_std=data.pixel_std,
-                )  # fmt: skip
+                    pixel_mean=data.pixel_mean,
+                    pixel_std=data.pixel_std,
+                )
         _set_random_state(state, views.device)
         return views
-
-    def _loss_of_view_1(
-        self,
-        views: Views,
-        part: slice,
-        generator: Callable[[], torch.Generator],
-        progress: float,
-    ) -> Callable[[Tensor], Tensor]:
-        """The loss of a micro-batch as a function of view 1, with the same draws at every look."""
-        with self.autocast():
-            t = self.model.ema_projections(views[:, part])
-        state, second = _random_state(views.device), views[1, part]
-
-        def loss_of(first: Tensor) -> Tensor:
-            _set_random_state(state, first.device)
-            random = self._random(generator(), part, views.shape[1])
-            compare = self.model.comparison(t, random, progress)
-            with self.autocast():
-                return self.model.online(torch.stack([first, second]), compare).loss
-
-        return loss_of
 
     def _parts(self, views: Views) -> list[slice]:
         """The local rows of each micro-batch."""
@@ -129,21 +119,29 @@ class Gradients:
         size = self.optim.micro_batch_size // dist.world_size() or n
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
-    def _plain(
+    def _comparison(
         self,
-        views: Views,
-        parts: list[slice],
         generator: Callable[[], torch.Generator],
         progress: float,
+        num_local: int,
+        t: Features | None,
+        part: slice,
+    ) -> Compare:
+        """What turns the projections of some local rows into their loss."""
+        first = dist.local_rows(num_local).start
+        rows = slice(first + part.start, first + part.stop)
+        random = RowRandom(generator(), rows, num_local * dist.world_size())
+        return self.model.comparison(t, random, progress)
+
+    def _plain(
+        self, views: Views, parts: list[slice], compare: Callable[..., Compare]
     ) -> list[StepOutput]:
         """The loss is a mean over samples: each micro-batch adds its share."""
         outputs, total = [], torch.zeros((), device=views.device)
         for part in parts:
-            random = self._random(generator(), part, views.shape[1])
             with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(views[:, part])
-                compare = self.model.comparison(t, random, progress)
-                output = self.forward(views[:, part], compare)
+                output = self.forward(views[:, part], compare(t, part))
                 share = output.loss / len(parts)
             with record_function("backward"), self._sync(part is parts[-1]):
                 self.scale(share).backward()
@@ -153,38 +151,30 @@ class Gradients:
         return outputs
 
     def _cached(
-        self,
-        views: Views,
-        parts: list[slice],
-        generator: Callable[[], torch.Generator],
-        progress: float,
+        self, views: Views, parts: list[slice], compare: Callable[..., Compare]
     ) -> StepOutput:
         """Cached gradients (GradCache, arXiv 2101.06983): the loss sees the whole batch.
 
-        First pass, without graph: all projections. Then FA, predictor and loss on the whole
-        batch, which leave gradients at the projections. Second pass, with graph: each micro-batch's
-        projections again, from the same random state, and the cached gradient through them. BN
-        statistics of the online network are those of the second pass alone.
+        BN statistics of the online network are those of the second pass alone.
         """
-        with (
-            record_function("forward"),
-            torch.no_grad(),
-            self.autocast(),
-            _kept_buffers(self.model.online),
-        ):
-            z, states = [], []
+        # First pass, without graph: all projections.
+        z, states = [], []
+        kept = _kept_buffers(self.model.online)
+        with record_function("forward"), torch.no_grad(), self.autocast(), kept:
             for part in parts:
                 states.append(_random_state(views.device))
                 z.append(self.model.online(views[:, part], _as_it_is))
-            online = [self.model.ema_projections(views[:, part]) for part in parts]
-        t = None if online[0] is None else torch.cat([x for x in online if x is not None], dim=1)
+            ema = [self.model.ema_projections(views[:, part]) for part in parts]
+        # FA, predictor and loss on the whole batch leave gradients at the projections.
+        t = None if ema[0] is None else torch.cat([x for x in ema if x is not None], dim=1)
         cached = torch.cat(z, dim=1).requires_grad_()
-        random = self._random(generator(), slice(0, views.shape[1]), views.shape[1])
         with record_function("forward"), self.autocast():
-            output = self.model.comparison(t, random, progress)(cached)
+            output = compare(t, slice(0, views.shape[1]))(cached)
         with record_function("backward"):
             self.scale(output.loss).backward()
         assert cached.grad is not None
+        # Second pass, with graph: each micro-batch's projections again, from the same random
+        # state, and the cached gradient through them.
         after = _random_state(views.device)
         for part, state in zip(parts, states, strict=True):
             _set_random_state(state, views.device)
@@ -203,11 +193,6 @@ class Gradients:
         parameters = [p for head in heads if head is not None for p in head.parameters()]
         zero = torch.zeros((), device=next(self.model.online.parameters()).device)
         return zero + sum(0 * p.sum() for p in parameters) if parameters else zero
-
-    def _random(self, generator: torch.Generator, part: slice, num_local: int) -> RowRandom:
-        first = dist.local_rows(num_local).start
-        rows = slice(first + part.start, first + part.stop)
-        return RowRandom(generator, rows, num_local * dist.world_size())
 
     def _sync(self, is_last: bool) -> contextlib.AbstractContextManager:
         """DDP averages gradients in the last backward pass only."""

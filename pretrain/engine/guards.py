@@ -1,4 +1,4 @@
-"""What ends a run before it does harm: values that are not finite, steps that hang, no memory.
+"""What keeps a run from harm: values that are not finite, steps that hang, no memory.
 
 docs/guards.md says what each guard looks at, when, and what it costs.
 """
@@ -8,24 +8,24 @@ from __future__ import annotations
 import faulthandler
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from common.errors import RunFailed
+from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.data.loader import TwoViewBatch
-from pretrain.engine import run_folder, saver
-from pretrain.engine.state import Position
+from pretrain.engine import checkpoint
+from pretrain.engine.checkpoint import Position
 
 FOLDER = "nonfinite"
-STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
 FORMAT = "fa-nonfinite-1"
+STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
+INITIAL = 2.0**16  # the first loss scale, torch's own: it falls within a few steps to one that fits
 _NONE = 1 << 62  # later than any step
 _CPU_MEMORY = "DefaultCPUAllocator"
 _KILLED_WORKER = ("is killed by signal: Killed", "is killed by signal: Bus error")
@@ -47,26 +47,23 @@ class NonFiniteLossError(RunFailed):
     def __str__(self) -> str:
         """What was seen, what is saved, what to change."""
         folder, what = self.args
-        path = folder / saver.NAME
+        path = folder / checkpoint.NAME
         saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
         return f"{what}; {saved}. Lower optim.base_lr or lengthen optim.warmup_epochs"
 
 
-@dataclass(frozen=True)
-class _Noted:
+class _Seen(NamedTuple):
     """What is kept of a step until it is looked at.
 
     Attributes:
         step: Its number, from 1 on.
         batch: The local samples; the pictures are not kept.
-        loss: Of the local rows.
-        norm: Of all gradients together.
+        figures: Loss of the local rows, and norm of all gradients together; float64, [2].
     """
 
     step: int
     batch: TwoViewBatch
-    loss: Float[Tensor, ""]
-    norm: Float[Tensor, ""]
+    figures: Tensor
 
 
 class NonFiniteGuard:
@@ -85,13 +82,16 @@ class NonFiniteGuard:
     """
 
     def __init__(
-        self, config: EngineConfig, folder: Path, networks: Iterable[nn.Module],
+        self,
+        config: EngineConfig,
+        folder: Path,
+        networks: Iterable[nn.Module],
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._folder, self._device = config, folder, device
         self._skips = config.on_nonfinite == "skip"
         self._is_always_due = self._skips or (device.type == "cpu" and not dist.is_on())
-        self._noted: list[_Noted] = []
+        self._seen: list[_Seen] = []
         buffers = [buffer for network in networks for buffer in network.buffers()]
         self._buffers = buffers if self._skips else []
         self._kept = [buffer.clone() for buffer in self._buffers]
@@ -120,74 +120,151 @@ class NonFiniteGuard:
             loss: Of this process's rows.
             parameters: With the gradients, which are the same in all processes.
             is_due: The device is waited for at this step anyway: it is logged or saved.
+
         Raises:
             NonFiniteLossError: With ``stop``, or after ``max_nonfinite_steps`` steps left out.
         """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self._noted.append(_Noted(position.step + 1, batch, loss.detach(), norm))
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        figures = torch.stack([loss.detach().double(), norm.double()])
+        self._seen.append(_Seen(position.step + 1, batch, figures))
         if not (self._is_always_due or is_due):
             return False
-        noted, self._noted = self._noted, []
-        first = self._first(noted)
+        # The first step that was not finite in any process.
+        seen, self._seen = self._seen, []
+        bad = (~torch.stack([x.figures for x in seen]).isfinite().all(dim=1)).tolist()
+        first = next((x.step for x, is_bad in zip(seen, bad, strict=True) if is_bad), _NONE)
+        if dist.is_on():
+            first = -int(dist.highest(torch.tensor(-first, device=self._device)))
         if first == _NONE:
             return False
-        what = self._write(next(x for x in noted if x.step == first), position)
+        what = self._write(next(x for x in seen if x.step == first), position)
+        what = f"{what} at step {first}"
+        file = self.file_of(first)
         if not self._skips:
-            raise self._error(f"{what} at step {first}", first)
+            raise NonFiniteLossError(self._folder, f"{what}; its batch is in {file}")
         if position.num_skipped_steps >= self._config.max_nonfinite_steps:
-            raise self._error(
-                f"{what} at step {first}, and {position.num_skipped_steps} steps were left out "
-                f"before, as many as engine.max_nonfinite_steps allows",
-                first,
+            raise NonFiniteLossError(
+                self._folder,
+                f"{what}, and {position.num_skipped_steps} steps were left out before, as many as "
+                f"engine.max_nonfinite_steps allows; its batch is in {file}",
             )
         position.num_skipped_steps += 1
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             buffer.copy_(kept)
         return True
 
-    def _first(self, noted: list[_Noted]) -> int:
-        """The first step that was not finite in any process."""
-        seen = torch.stack([torch.stack([x.loss.double(), x.norm.double()]) for x in noted])
-        bad = (~seen.isfinite().all(dim=1)).tolist()
-        first = next((x.step for x, is_bad in zip(noted, bad, strict=True) if is_bad), _NONE)
-        if not dist.is_on():
-            return first
-        return -int(dist.highest(torch.tensor(-first, device=self._device)))
+    def file_of(self, step: int) -> Path:
+        """Where the batch of a step that was not finite is written."""
+        return self._folder / FOLDER / f"step-{step:08d}.json"
 
-    def _write(self, noted: _Noted, position: Position) -> str:
-        """Write the step and its samples to a file; returns what was not finite."""
-        one = dist.gather(torch.stack([noted.loss.double(), noted.norm.double()]).unsqueeze(0))
-        losses, norm = one[:, 0].tolist(), float(one[:, 1].max())
+    def _write(self, seen: _Seen, position: Position) -> str:
+        """Write the step and the samples of all processes; returns what was not finite."""
+        figures = dist.gather(seen.figures.unsqueeze(0))
+        losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
         batch = {
-            name: dist.gather(getattr(noted.batch, name)).tolist()
+            name: dist.gather(getattr(seen.batch, name)).tolist()
             for name in ("sample_ids", "visits", "keys")
         }
+
+        def plain(value: float) -> float | str:  # JSON has no NaN
+            return value if math.isfinite(value) else str(value)
+
         if dist.rank() == 0:
-            path = file_of(self._folder, noted.step)
-            path.parent.mkdir(exist_ok=True)
             row = {
-                "format": FORMAT, "step": noted.step, "epoch": position.epoch,
-                "policy": self._config.on_nonfinite, "loss": [_plain(x) for x in losses],
-                "gradient_norm": _plain(norm), **batch,
-            }  # fmt: skip
-            run_folder.write_json(path, row)
+                "format": FORMAT,
+                "step": seen.step,
+                "epoch": position.epoch,
+                "policy": self._config.on_nonfinite,
+                "loss": [plain(x) for x in losses],
+                "gradient_norm": plain(norm),
+                **batch,
+            }
+            self.file_of(seen.step).parent.mkdir(exist_ok=True)
+            write_json(self.file_of(seen.step), row)
         loss = sum(losses) / len(losses)
         return f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
 
-    def _error(self, what: str, step: int) -> NonFiniteLossError:
-        file = file_of(self._folder, step)
-        return NonFiniteLossError(self._folder, f"{what}; its batch is in {file}")
 
+class LossScale:
+    """The loss scale of fp16: PyTorch's gradient scaler, with one reading of the device per step.
 
-def file_of(folder: Path, step: int) -> Path:
-    """Where the batch of a step that was not finite is written."""
-    return folder / FOLDER / f"step-{step:08d}.json"
+    It keeps gradients that are too small for fp16, and leaves out a step whose gradients are too
+    large. bf16 and fp32 need none: everything here is then the identity.
 
+    Args:
+        config: ``precision`` and ``min_loss_scale``.
+        folder: The run's, for errors.
+        device: Where steps run.
+    """
 
-def _plain(value: float) -> float | str:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else str(value)
+    def __init__(self, config: EngineConfig, folder: Path, device: torch.device) -> None:
+        self.is_on = config.precision == "fp16"
+        self.is_loss_bad = False
+        self._least, self._folder = config.min_loss_scale, folder
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL, enabled=self.is_on)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss that ``backward`` is called on."""
+        return self._scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """After the backward pass: the gradients of the loss itself; ``overflowed`` must follow."""
+        self._scaler.unscale_(optimizer)
+
+    def overflowed(
+        self, loss: Tensor, optimizer: torch.optim.Optimizer, position: Position
+    ) -> bool:
+        """Whether gradients were too large for the scale, so that the update must be left out.
+
+        The scale then falls to a half; after 2000 steps without it doubles. A loss that is not
+        finite is not the scale's fault: the scale stays, and ``is_loss_bad`` asks the guard to
+        look. All processes must call it; they decide alike.
+
+        Args:
+            loss: Of this process's rows.
+            optimizer: Its gradients are those of the loss itself.
+            position: Where steps that are left out here are counted.
+        Raises:
+            NonFiniteLossError: If the scale falls below ``min_loss_scale``.
+        """
+        if not self.is_on:
+            return False
+        (found,) = self._scaler._found_inf_per_device(optimizer).values()  # all on one device
+        is_bad = (~loss.detach().isfinite()).to(found)
+        seen = dist.highest(torch.stack([found.squeeze(), is_bad])).tolist()
+        has_overflowed, self.is_loss_bad = bool(seen[0]), bool(seen[1])
+        if self.is_loss_bad:
+            self._scaler.update(self._scaler.get_scale())
+            return False
+        self._scaler.update()
+        if has_overflowed:
+            position.num_overflow_steps += 1
+            scale = self._scaler.get_scale()
+            if scale < self._least:
+                raise NonFiniteLossError(
+                    self._folder,
+                    f"the loss scale has collapsed: it is {scale:g} at step {position.step + 1}, "
+                    f"below engine.min_loss_scale ({self._least:g}), after "
+                    f"{position.num_overflow_steps} steps whose gradients were not finite in fp16; "
+                    "use engine.precision=bf16 or fp32",
+                )
+        return has_overflowed
+
+    def figures(self, position: Position) -> dict[str, float]:
+        """For a row of the log: the scale, and the steps left out for it; nothing without one."""
+        if not self.is_on:
+            return {}
+        num = position.num_overflow_steps
+        return {"loss_scale": self._scaler.get_scale(), "num_overflow_steps": num}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Plain numbers for the checkpoint; None without a scale."""
+        return self._scaler.state_dict() if self.is_on else None
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint; one of a run in another precision has no scale to go on from."""
+        if self.is_on and state is not None:
+            self._scaler.load_state_dict(state)
 
 
 class HangTimer:
@@ -215,55 +292,36 @@ class HangTimer:
 
 
 def out_of_memory(error: BaseException, config: PretrainConfig | None) -> str | None:
-    """What to tell the user if an error says that memory has run out; None for any other error.
+    """The message for the user if an error says that memory has run out; None for any other error.
 
     Args:
         error: CUDA's, PyTorch's on a CPU, Python's, or that of a loader's worker that was killed.
         config: Of the run, for the values that now stand; None before it is read.
     """
-    told = " ".join(str(error).split())
-    is_worker = any(text in told for text in _KILLED_WORKER)
+    details = " ".join(str(error).split())
+    is_worker = any(text in details for text in _KILLED_WORKER)
     is_cuda = isinstance(error, torch.OutOfMemoryError)
-    is_cpu = isinstance(error, MemoryError) or _CPU_MEMORY in told
-    if not (is_cuda or is_cpu or is_worker):
+    if not (is_cuda or is_worker or isinstance(error, MemoryError) or _CPU_MEMORY in details):
         return None
     where = "on the GPU" if is_cuda else "in a loader's process" if is_worker else "of the CPU"
-    remedy = "; the last checkpoint is whole: the same command with --resume goes on from it"
-    changes = "" if config is None else f". Lower {_largest(config, is_worker=is_worker)}"
-    return f"out of memory {where} ({_start(told)}){changes}{remedy}"
-
-
-def _largest(config: PretrainConfig, *, is_worker: bool) -> str:
-    """The values that decide how much memory a step takes."""
-    data, optim = config.data, config.optim
-    sizes = f"data.batch_size ({data.batch_size}), data.image_size ({data.image_size})"
-    if is_worker:
-        return f"data.num_workers ({data.num_workers}), {sizes}"
-    micro = f"{optim.micro_batch_size}" if optim.micro_batch_size else "0: the whole batch at once"
-    engine = config.engine
-    thrifty = "" if engine.activation_checkpointing else ", engine.activation_checkpointing=true"
+    if len(details) > 200:
+        details = f"{details[:200]}.."
+    message = f"out of memory {where} ({details or 'no details'})"
+    if config is not None:
+        # The values that decide how much memory a step takes.
+        data, micro, engine = config.data, config.optim.micro_batch_size, config.engine
+        sizes = f"data.batch_size ({data.batch_size}), data.image_size ({data.image_size})"
+        if is_worker:
+            message += f". Lower data.num_workers ({data.num_workers}), {sizes}"
+        else:
+            message += (
+                f". Lower optim.micro_batch_size ({micro or '0: the whole batch at once'}), which "
+                f"keeps the batch, or {sizes}; or set engine.precision=bf16 (now "
+                f"{engine.precision})"
+            )
+            if not engine.activation_checkpointing:
+                message += ", engine.activation_checkpointing=true"
+            message += "; changes other than in engine need --allow-changes"
     return (
-        f"optim.micro_batch_size ({micro}), which keeps the batch, or {sizes}; or set "
-        f"engine.precision=bf16 (now {engine.precision}){thrifty}; changes other than in engine "
-        "need --allow-changes"
+        f"{message}; the last checkpoint is whole: the same command with --resume goes on from it"
     )
-
-
-def _start(text: str, most: int = 200) -> str:
-    """The beginning of an error's text."""
-    return (text if len(text) <= most else f"{text[:most]}..") or "no details"
-
-
-def value_or_sum(local: int, device: torch.device) -> int:
-    """A count summed over the processes; no tensor is made for one process."""
-    return int(dist.total(torch.tensor(local, device=device))) if dist.is_on() else local
-
-
-def describe_skip(folder: Path, position: Position, config: EngineConfig) -> dict[str, Any]:
-    """The row of kind ``event`` for the step that was left out just now."""
-    return {
-        "message": f"step {position.step} was left out: loss or gradients not finite "
-        f"({position.num_skipped_steps} of at most {config.max_nonfinite_steps}); its batch is in "
-        f"{file_of(folder, position.step)}",
-        "num_skipped_steps": position.num_skipped_steps,
-    }

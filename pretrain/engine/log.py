@@ -1,4 +1,7 @@
-"""metrics.jsonl, TensorBoard and Weights & Biases: without a seam after a resume."""
+"""metrics.jsonl, TensorBoard, Weights & Biases and the progress bar of a run.
+
+After a resume the rows go on as if the run had not been interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,20 @@ import importlib.util
 import json
 import math
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
+from common.config import to_plain
 from common.errors import require
 from common.files import read_json_lines, write_json, write_json_lines
-from pretrain.config import TrackingConfig
+from pretrain import collectives as dist
+from pretrain.config import PretrainConfig, TrackingConfig
+from pretrain.engine.checkpoint import Position
 
 WANDB_ID_FILE = "tracking.json"
 """In the run folder: the id of the W&B run, so that a resumed run continues it."""
@@ -67,6 +75,48 @@ def start_wandb(
     return run
 
 
+def open_log(
+    config: PretrainConfig, folder: Path, position: Position, steps_per_epoch: int
+) -> MetricLog:
+    """The log of a run that goes on at a position, without the rows that will be written again."""
+    is_new = position.step == 0
+    last = -1 if is_new else position.step
+    # A checkpoint at the end of an epoch is made before the probe that is due there.
+    probe_is_due = position.step_in_epoch == steps_per_epoch
+    wandb_run = start_wandb(config.tracking, folder, to_plain(config), is_new=is_new)
+    return MetricLog(folder, last, last - 1 if probe_is_due else last, wandb_run)
+
+
+def progress_bar(title: str, num_steps: int, num_done: int = 0) -> tqdm:
+    """On stderr, of the first process."""
+    return tqdm(
+        total=num_steps,
+        initial=num_done,
+        desc=title,
+        unit="step",
+        disable=dist.rank() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        file=sys.stderr,
+    )
+
+
+@dataclass
+class Meter:
+    """Images and waiting for data since the last logged row; seconds."""
+
+    num_images: int = 0
+    data_seconds: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+
+    def rates(self) -> dict[str, float]:
+        """Images per second, and the share of the time that was spent waiting for data."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "images_per_second": self.num_images / seconds,
+            "data_wait_share": self.data_seconds / seconds,
+        }
+
+
 class MetricLog:
     """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
 
@@ -93,8 +143,12 @@ class MetricLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row: ``{"kind": .., "step": .., ..}``; numbers go to TensorBoard as well."""
-        row = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(_finite(row)) + "\n")
+        row = {
+            # JSON has no NaN: such values become their name as text.
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in {"kind": kind, "step": step, **values}.items()
+        }
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -103,10 +157,7 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:
@@ -118,11 +169,3 @@ class MetricLog:
                 self._wandb_run.finish(exit_code=int(failed))
             except Exception as error:  # whatever its network raises; metrics.jsonl has every row
                 print(f"warning: tracking.wandb did not finish: {error}", file=sys.stderr)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: such values become their name as text."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }

@@ -26,16 +26,15 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import provenance
 from common.errors import UserError
+from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import Fed
-from pretrain.engine import run_folder
-from pretrain.engine.log import MetricLog
-from pretrain.engine.trainer import Run
+from pretrain.engine.log import MetricLog, progress_bar
+from pretrain.engine.trainer import Trainer
 from pretrain.model.joint_embedding import FAContrastive
 
 FORMAT = "fa-profile-2"
@@ -63,72 +62,67 @@ def parse_num_steps(text: str) -> int:
     return int(text)
 
 
-def profile(config: PretrainConfig, num_steps: int) -> dict[str, Any]:
+def only_steps(config: PretrainConfig) -> PretrainConfig:
+    """The config of a run that is profiled: no checkpoint, probe, picture or tracker."""
+    return replace(
+        config,
+        engine=replace(config.engine, checkpoint_every_steps=_NEVER, on_collapse="warn"),
+        eval=replace(config.eval, probe_train=None, probe_val=None, num_pictures=0),
+        tracking=replace(config.tracking, wandb=False),
+    )
+
+
+def profile(trainer: Trainer, num_steps: int) -> None:
     """Run warm-up steps, N timed ones and a few traced ones; write and print what they cost.
 
     ``OUT/profile/trace.json.gz`` opens in Perfetto (ui.perfetto.dev) or chrome://tracing;
     ``OUT/profile/summary.json`` has the figures. No checkpoint, no row of a log, no probe.
 
     Args:
-        config: The whole config; ``out`` must hold no run.
+        trainer: Fresh, of an ``only_steps`` config.
         num_steps: Timed steps.
-    Returns:
-        The summary; empty in all processes but the first.
+
     Raises:
-        UserError: As ``Run``, or if the run has fewer steps.
+        UserError: If the run has fewer steps.
     """
-    only_steps = replace(
-        config,
-        engine=replace(config.engine, checkpoint_every_steps=_NEVER, on_collapse="warn"),
-        eval=replace(config.eval, probe_train=None, probe_val=None, num_pictures=0),
-        tracking=replace(config.tracking, wandb=False, mlflow=False),
-    )
-    run = Run(only_steps, resume=False)
     num_traced = min(num_steps, MOST_TRACED)
     total = NUM_WARMUP + num_steps + num_traced
-    if run.num_steps < total:
+    if trainer.num_steps < total:
         raise UserError(
             f"--profile {num_steps} takes {total} steps ({NUM_WARMUP} of them to warm up, "
-            f"{num_traced} traced), and this run has {run.num_steps}: take fewer, or raise "
+            f"{num_traced} traced), and this run has {trainer.num_steps}: take fewer, or raise "
             "optim.epochs"
         )
-    fill_queues(run.model)
-    folder, is_main = run.folder / "profile", dist.rank() == 0
+    fill_queues(trainer.model)
+    folder, is_main = trainer.folder / "profile", dist.rank() == 0
     folder.mkdir(exist_ok=True)
     if is_main:
         print(f"profile: {total} steps, not a training run; weights are not kept", file=sys.stderr)
-    bar = tqdm(
-        total=total, desc="profile", unit="step", disable=not is_main,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )  # fmt: skip
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = stack.enter_context(MetricLog(scratch, -1, -1)) if is_main else None
-        stream = stack.enter_context(contextlib.closing(batches(run)))
-        stack.enter_context(bar)
-        stack.enter_context(run.hang_timer)
-        summary = _measure(run, stream, num_steps, num_traced, log, bar, folder)
+        if is_main:
+            trainer.log = stack.enter_context(MetricLog(scratch, -1, -1))
+        trainer.bar = stack.enter_context(progress_bar("profile", total))
+        stream = stack.enter_context(contextlib.closing(batches(trainer)))
+        stack.enter_context(trainer.hang_timer)
+        summary = _measure(trainer, stream, num_steps, num_traced, folder)
     if is_main:
-        run_folder.write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary)
         print_summary(summary, folder)
-    if run.lock is not None:
-        run.lock.close()
-    dist.stop()
-    return summary if is_main else {}
+    trainer.close()
 
 
 def _measure(
-    run: Run, stream: Iterator[Fed], num_steps: int, num_traced: int, log: MetricLog | None,
-    bar: tqdm, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    trainer: Trainer, stream: Iterator[Fed], num_steps: int, num_traced: int, folder: Path
+) -> dict[str, Any]:
     """Warm up, time, trace; the trace is written by the first process."""
-    device, batch_size = run.device, run.config.data.batch_size
+    device, data = trainer.device, trainer.config.data
     is_cuda = device.type == "cuda"
 
     def steps(num: int) -> float:
         """Seconds of one of so many steps."""
         started = time.perf_counter()
-        run.steps(itertools.islice(stream, num), log, bar)
+        trainer.steps(itertools.islice(stream, num))
         if is_cuda:
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / num
@@ -151,29 +145,30 @@ def _measure(
         plain.unlink()
         os.replace(partial, folder / "trace.json.gz")
     times = range_seconds(trace.events() or (), is_cuda=is_cuda)
+    ranges = [
+        {
+            "name": name,
+            "inside": "forward" if name in _INSIDE_FORWARD else None,
+            "ms": 1e3 * times[name] / num_traced,
+            "share": times[name] / (num_traced * traced_seconds),
+        }
+        for name in RANGES
+        if name in times
+    ]
     return {
         "format": FORMAT,
         "note": "a profile, not a training run; queues were filled with random features",
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
-        "precision": precision_of(run.gradients.autocast(), device),
+        "precision": precision_of(trainer.gradients.autocast(), device),
         "num_threads": torch.get_num_threads(),
         "num_processes": dist.world_size(),
-        "batch_size": batch_size,
-        "image_size": run.config.data.image_size,
+        "batch_size": data.batch_size,
+        "image_size": data.image_size,
         "num_warmup_steps": NUM_WARMUP,
         "num_steps": num_steps,
         "step_ms": 1e3 * seconds,
-        "images_per_second": batch_size / seconds,
-        "ranges": [
-            {
-                "name": name,
-                "inside": "forward" if name in _INSIDE_FORWARD else None,
-                "ms": 1e3 * times[name] / num_traced,
-                "share": times[name] / (num_traced * traced_seconds),
-            }
-            for name in RANGES
-            if name in times
-        ],
+        "images_per_second": data.batch_size / seconds,
+        "ranges": ranges,
         "flops_per_step_and_device": flops,
         "peak_memory_bytes": peak,
         "trace": {
@@ -200,11 +195,11 @@ def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str
     return seconds
 
 
-def batches(run: Run) -> Generator[Fed]:
+def batches(trainer: Trainer) -> Generator[Fed]:
     """The run's batches from where it stands; an epoch that ends is followed by the next."""
-    position = run.position
+    position = trainer.position
     while True:
-        yield from run.feed.epoch(position.epoch, position.step_in_epoch)
+        yield from trainer.feed.epoch(position.epoch, position.step_in_epoch)
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import TextIO
 
@@ -16,7 +17,7 @@ from common.config import to_plain
 from common.errors import UserError
 from common.files import lock_file, read_json_lines, remove_partial_files, write_json, write_text
 from pretrain.config import PretrainConfig
-from pretrain.engine.state import Position
+from pretrain.engine.checkpoint import Position
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
 
@@ -38,14 +39,19 @@ def prepare(config: PretrainConfig, *, resume: bool) -> Path:
     return folder
 
 
-def hold(folder: Path) -> TextIO:
-    """Hold the folder against a second run for as long as this process lives.
+class FolderLock:
+    """An open lock file: ``close`` frees the folder; so does the end of this object."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.close = weakref.finalize(self, file.close)
+
+
+def hold(folder: Path) -> FolderLock:
+    """Lock the folder against a second run.
 
     The lock is the process's own: the loader's workers do not inherit it, and the system frees it
     however the process ends.
 
-    Returns:
-        The open lock file; closing it gives the folder free.
     Raises:
         UserError: If another process holds it; a killed one may take a few seconds to go.
     """
@@ -59,7 +65,7 @@ def hold(folder: Path) -> TextIO:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        return file
+        return FolderLock(file)
     file.seek(0)
     owner = file.read().strip() or "unknown"
     file.close()

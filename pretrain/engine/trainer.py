@@ -1,13 +1,15 @@
-"""The pretraining loop, whole and visible."""
+"""The pretraining loop: ``Trainer.train``, ``steps`` and ``step``, and what a callback may add."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
-import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,221 +20,202 @@ from tqdm import tqdm
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import Fed, Feed
-from pretrain.engine import device as speed
-from pretrain.engine import guards, run_folder, saver
+from pretrain.data.loader import TwoViewBatch
+from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine.accumulation import Gradients
-from pretrain.engine.device import autocast_type, choose_device, uses_fused
-from pretrain.engine.guards import HangTimer, NonFiniteGuard
-from pretrain.engine.log import MetricLog, check_wandb
-from pretrain.engine.loss_scale import LossScale
-from pretrain.engine.optim import (
-    ema_tau,
-    lr_factor,
-    lr_schedule,
-    make_optimizer,
-    peak_lr,
-    set_lr,
-)
-from pretrain.engine.rows import Meter, Rows, Step
-from pretrain.engine.state import Position, restore, to_checkpoint
+from pretrain.engine.device import autocast_type
+from pretrain.engine.guards import HangTimer, LossScale, NonFiniteGuard, NonFiniteLossError
+from pretrain.engine.log import Meter, MetricLog, open_log, progress_bar
+from pretrain.engine.optim import ema_tau, lr_factor, lr_schedule, peak_lr, set_lr
 from pretrain.engine.stop import StopRequest, stopped
-from pretrain.evaluation.online_probe import OnlineProbe, evaluate, watched
-from pretrain.evaluation.probe import Probe
-from pretrain.evaluation.run_pictures import RunPictures
 from pretrain.features.row_random import fa_generator
-from pretrain.model.diagnostics import CollapseError
+from pretrain.model import diagnostics
 from pretrain.model.joint_embedding import FAContrastive, StepOutput
-from pretrain.model.method_check import refuse_without_gradient
 
 
-class Run:
-    """One pretraining run: built from a config, advanced by ``train``.
+class Callback:
+    """What a run does beside its steps. Each method does nothing unless a subclass says otherwise.
+
+    Every process has its own list of callbacks; a collective operation in a callback needs that
+    callback in all of them.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step; not in a run that is resumed."""
+
+    def on_forward_start(self) -> None:
+        """Before the forward passes that the gradients of a step come from."""
+
+    def on_forward_end(self) -> None:
+        """After them."""
+
+    def on_step_end(self, batch: TwoViewBatch) -> None:
+        """After an update of the weights, with this process's samples; not if it was left out."""
+
+    def figures(self) -> dict[str, float]:
+        """What the row of a logged step holds besides; asked in the first process only."""
+        return {}
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After the last step of each epoch."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last epoch, when the last checkpoint is written."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Entries of the checkpoint that this callback adds, of plain types and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """Go on from a checkpoint; returns what the user should know, if anything."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step leaves to look at.
+
+    Attributes:
+        output: Of the first micro-batch; its loss is that of all local rows.
+        lr: The scheduled learning rate.
+        queue: Figures of the support queue, in a logged step.
+        is_skipped: Loss or gradients were not finite, so that nothing was changed.
+    """
+
+    output: StepOutput
+    lr: float
+    queue: dict[str, float] = field(default_factory=dict)
+    is_skipped: bool = False
+
+
+class Trainer:
+    """One pretraining run. ``pretrain.run.make_trainer`` builds it from a config.
 
     Args:
-        config: The whole config; each part receives its own slice.
-        resume: Continue from ``out/checkpoint.pth`` if there is one.
-        allow_changes: Continue even with another config or other shards, where the weights fit.
+        config: The whole config.
+        folder: Of the run.
+        lock: Of the folder, in the first process; ``close`` frees it.
+        device: Of the model.
+        feed: The batches.
+        model: On its device.
+        optimizer: Of the online network's parameters.
+        callbacks: Called in this order.
 
     Raises:
-        UserError: Anything in config, shards or checkpoint that cannot work, before any step.
+        UserError: If the micro-batches cannot be shared out among the processes.
     """
 
     def __init__(
-        self, config: PretrainConfig, *, resume: bool, allow_changes: bool = False
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        lock: run_folder.FolderLock | None,
+        device: torch.device,
+        feed: Feed,
+        model: FAContrastive,
+        optimizer: torch.optim.Optimizer,
+        callbacks: Sequence[Callback],
     ) -> None:
-        self.config = config
-        check_wandb(config.tracking)
-        self.device = choose_device(config.engine.device)
-        self.autocast_type = autocast_type(config.engine.precision, self.device)
-        dist.start(self.device.type)
-        if config.engine.num_threads:
-            torch.set_num_threads(config.engine.num_threads)
-        self.folder = run_folder.prepare(config, resume=resume)
-        self.lock = run_folder.hold(self.folder) if dist.rank() == 0 else None
-        if self.lock is not None:
-            weakref.finalize(self, self.lock.close)  # however the run ends
-        self.feed = Feed(
-            config.data, seed=config.seed, device=self.device,
-            channels_last=config.engine.channels_last, folder=self.folder,
-        )  # fmt: skip
-        self.steps_per_epoch = self.feed.num_steps
-        self.num_steps = self.steps_per_epoch * config.optim.epochs
-        refuse_without_gradient(config.objective, config.fa, config.heads)
-        torch.manual_seed(config.seed)
-        self.model = FAContrastive(
-            config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
-        )
-        speed.prepare(self.model, config.engine, self.device)
-        self.optimizer = make_optimizer(
-            self.model.online, config.optim, peak_lr(config.optim, config.data.batch_size),
-            is_fused=uses_fused(config.engine.fused_optimizer, self.device),
-        )  # fmt: skip
-        self.schedule = lr_schedule(config.optim)
-        self.position = Position()
-        self.online_probe = OnlineProbe.open(
-            config.eval, self.feed.samples, self.model.online.backbone, self.device
-        )
-        self.loss_scale = LossScale(config.engine, self.folder, self.device)
+        self.config, self.folder, self.lock, self.device = config, folder, lock, device
+        self.feed, self.model, self.optimizer, self.callbacks = feed, model, optimizer, callbacks
+        self.num_steps = feed.num_steps * config.optim.epochs
+        self.position = checkpoint.Position()
         self.notes: list[str] = []
-        if resume and (self.folder / saver.NAME).exists():
-            self._restore(allow_changes)
-        self.saver = saver.CheckpointSaver(
-            self.folder, num_kept=config.engine.keep_checkpoints,
-            kept_every_steps=config.engine.keep_every_steps,
-            in_background=config.engine.async_checkpoints,
-        )  # fmt: skip
-        self.saver.check_space(self._state())
-        self.hang_timer = HangTimer(config.engine)
+        self.autocast_type = autocast_type(config.engine.precision, device)
+        self.schedule = lr_schedule(config.optim)
+        self.loss_scale = LossScale(config.engine, folder, device)
+        forward: torch.nn.Module = model.online
+        if dist.is_on():
+            devices = [device] if device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=devices, broadcast_buffers=False)
         self.gradients = Gradients(
-            self.model, self._forward_through_ddp(), config.optim, self._autocast,
-            self.loss_scale.scale,
-        )  # fmt: skip
-        networks = [n for n in (self.model.online, self.model.ema) if n is not None]
-        self.guard = NonFiniteGuard(config.engine, self.folder, networks, self.device)
-        self.num_new_bad_samples = 0  # of this process, not yet in the sum over all
-        self.probe = Probe.open(config.eval, config.data, self.device)
-        self.pictures = RunPictures(self.folder, config, self.feed.samples, self.probe, self.device)
-        self.rows = Rows(config, self.folder, self.steps_per_epoch, self.position)
-        self.stop = StopRequest()
-
-    def _restore(self, allow_changes: bool) -> None:
-        state, note = saver.load_newest(self.folder)
-        self.position, changes = restore(
-            state, self.config, self.model, self.optimizer, self.num_steps, self.feed.fingerprint,
-            allow_changes=allow_changes,
-        )  # fmt: skip
-        self.notes = [note] if note else []
-        self.notes += [f"going on with a changed config: {line}" for line in changes]
-        self.loss_scale.load(state["scaler"])
-        if self.online_probe and (note := self.online_probe.load(state.get("online_probe"))):
-            self.notes.append(note)
-
-    def _state(self) -> dict[str, Any]:
-        state = to_checkpoint(
-            self.config, self.model, self.optimizer, self.position, self.num_steps,
-            self.feed.fingerprint, self.loss_scale.state_dict(),
-        )  # fmt: skip
-        online = {"online_probe": self.online_probe.state_dict()} if self.online_probe else {}
-        return state | online
-
-    def _forward_through_ddp(self) -> torch.nn.Module:
-        if not dist.is_on():
-            return self.model.online
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model.online, device_ids=devices, broadcast_buffers=False
+            model, forward, config.optim, self._autocast, self.loss_scale.scale
         )
+        networks = [n for n in (model.online, model.ema) if n is not None]
+        self.guard = NonFiniteGuard(config.engine, folder, networks, device)
+        self.collapse_alarm = diagnostics.CollapseAlarm(config.engine)
+        self.saver = checkpoint.CheckpointSaver(folder, config.engine)
+        self.hang_timer = HangTimer(config.engine)
+        self.stop = StopRequest()
+        self.log: MetricLog | None = None  # of the first process, while it trains
+        self.bar = tqdm(disable=True)
+        self.num_new_bad_samples = 0  # of this process, not yet in the sum over all
 
     def train(self) -> None:
-        """Run to the end: epochs of steps, with logs, probes and checkpoints on their way."""
-        is_main = dist.rank() == 0
-        fresh = self.position.step == 0
-        log = self.rows.open_log(fresh=fresh) if is_main else None
-        bar = tqdm(
-            total=self.num_steps, initial=self.position.step, desc="pretrain", unit="step",
-            disable=not is_main, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr,
-        )  # fmt: skip
-        open_log = log or contextlib.nullcontext()
-        with bar, open_log, self.stop, self.saver, self.hang_timer:
+        """Run to the end: epochs of steps, with logs, callbacks and checkpoints on their way.
+
+        Raises:
+            UserError: If the disk has no room for the checkpoints.
+            RunFailed: If loss or weights are not finite, or the features collapse (both by config).
+            StoppedBySignal: After a signal; the checkpoint is saved.
+        """
+        position, is_fresh = self.position, self.position.step == 0
+        self.saver.check_space(self.state())
+        if dist.rank() == 0:
+            self.log = open_log(self.config, self.folder, position, self.feed.num_steps)
+        self.bar = progress_bar("pretrain", self.num_steps, position.step)
+        log = self.log or contextlib.nullcontext()
+        with self.bar, log, self.stop, self.saver, self.hang_timer:
             for note in self.notes:
-                if log is not None:
-                    self.rows.warn(log, bar, message=note)
-            if is_main:
+                self.warn(note)
+            if dist.rank() == 0:
                 run_folder.write_description(self.folder, self.config, self.device)
-            if fresh and log is not None:
-                self._probe(log)
-                self.pictures.at_start(self.model.online.backbone, self.feed)
-            while self.position.epoch < self.config.optim.epochs:
-                where = self.position
-                self.steps(self.feed.epoch(where.epoch, where.step_in_epoch), log, bar)
-                self._end_epoch(log)
-        if is_main:
-            self._finish()
-        if self.lock is not None:
-            self.lock.close()
-        dist.stop()
+            if is_fresh:
+                for callback in self.callbacks:
+                    callback.on_start(self)
+            while position.epoch < self.config.optim.epochs:
+                self.steps(self.feed.epoch(position.epoch, position.step_in_epoch))
+                position.epoch += 1
+                position.step_in_epoch = 0
+                for callback in self.callbacks:
+                    callback.on_epoch_end(self)
+                if position.epoch == self.config.optim.epochs:
+                    self.save()
+        for callback in self.callbacks:
+            callback.on_end(self)
+        if dist.rank() == 0:
+            run_folder.write_summary(self.folder, position, self.config, self.feed.num_samples)
+        self.close()
 
-    def _end_epoch(self, log: MetricLog | None) -> None:
-        self.position.epoch += 1
-        self.position.step_in_epoch = 0
-        is_last = self.position.epoch == self.config.optim.epochs
-        if log and (is_last or self.position.epoch % self.config.eval.knn_every_epochs == 0):
-            self._probe(log)
-        if is_last:
-            self._save_checkpoint()
-
-    def steps(self, batches: Iterable[Fed], log: MetricLog | None, bar: tqdm) -> None:
-        """One step on each batch, with all that belongs to it."""
-        meter = Meter()
+    def steps(self, batches: Iterable[Fed]) -> None:
+        """One step on each batch, then its rows, its checkpoint, and the end if a signal asks."""
+        position, meter = self.position, Meter()
         for fed in batches:
             self.hang_timer.restart()
             started = time.perf_counter()
-            is_logged = self._is_logged(self.position.step + 1)
-            done = self._step(fed, is_logged=is_logged)
-            self.position.step += 1
-            self.position.step_in_epoch += 1
-            self.num_new_bad_samples += fed.batch.num_bad
-            self.position.train_seconds += time.perf_counter() - started + fed.waited
-            meter.num_steps += 1
+            is_logged = self._is_logged(position.step + 1)
+            is_saved = self._is_saved(position.step + 1)
+            result = self.step(fed, is_logged=is_logged)
+            position.step += 1
+            position.step_in_epoch += 1
+            position.train_seconds += time.perf_counter() - started + fed.waited
             meter.num_images += self.config.data.batch_size
             meter.data_seconds += fed.waited
-            bar.update()
-            self._book(done, log, bar, is_logged=is_logged)
-            if is_logged and not done.is_skipped:
-                self._log(done, meter, log, bar)
+            self.bar.update()
+            # Several processes sum, and agree to stop, only where they wait for each other anyway.
+            self.num_new_bad_samples += fed.batch.num_bad
+            if is_logged or is_saved or not dist.is_on():
+                num = self.num_new_bad_samples
+                if dist.is_on():
+                    num = int(dist.total(torch.tensor(num, device=self.device)))
+                position.num_bad_samples += num
+                self.num_new_bad_samples = 0
+            if result.is_skipped:
+                self.warn(
+                    f"step {position.step} was left out: loss or gradients not finite "
+                    f"({position.num_skipped_steps} of at most "
+                    f"{self.config.engine.max_nonfinite_steps}); its batch is in "
+                    f"{self.guard.file_of(position.step)}",
+                    num_skipped_steps=position.num_skipped_steps,
+                )
+            elif is_logged:
+                self._log(result, meter)
                 meter = Meter()
-            if self._is_saved(self.position.step):
-                self._save_checkpoint()
-            if is_logged or not dist.is_on():  # several processes agree where they wait anyway
-                self._stop_if_asked(log)
+            if is_saved:
+                self.save()
+            if is_logged or not dist.is_on():
+                self._stop_if_asked()
 
-    def _book(self, done: Step, log: MetricLog | None, bar: tqdm, *, is_logged: bool) -> None:
-        """Sum the bad samples over the processes where rows or checkpoints tell; tell of a skip."""
-        if is_logged or self._is_saved(self.position.step) or not dist.is_on():
-            num = guards.value_or_sum(self.num_new_bad_samples, self.device)
-            self.position.num_bad_samples += num
-            self.num_new_bad_samples = 0
-        if done.is_skipped and log is not None:
-            event = guards.describe_skip(self.folder, self.position, self.config.engine)
-            self.rows.warn(log, bar, **event)
-
-    def _stop_if_asked(self, log: MetricLog | None) -> None:
-        """After a signal to any process: save, and leave together."""
-        number = self.stop.agreed(self.device)
-        if not number:
-            return
-        error = stopped(number, self.position.step)
-        self._save_checkpoint()
-        self.saver.wait()
-        if log is not None:
-            self.rows.write(log, "event", message=str(error))
-        raise error
-
-    def _autocast(self) -> torch.autocast:
-        kind = self.autocast_type
-        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
-
-    def _step(self, fed: Fed, *, is_logged: bool) -> Step:
+    def step(self, fed: Fed, *, is_logged: bool) -> StepResult:
         """One optimiser step: forward, loss, backward, update, EMA and queue."""
         config, step = self.config, self.position.step
         factor = lr_factor(self.schedule, step, self.num_steps)
@@ -240,85 +223,179 @@ class Run:
         with record_function("guards"):
             self.guard.keep()
         outputs = self.compute_gradients(fed, step)
-        loss = outputs[0].loss
+        first = outputs[0]
+        # The update is left out if fp16 overflowed, or if loss or gradients are not finite.
         with record_function("guards"):
-            if self.loss_scale.overflowed(loss, self.optimizer, self.position):
-                return Step(outputs[0], lr, {})
+            if self.loss_scale.overflowed(first.loss, self.optimizer, self.position):
+                return StepResult(first, lr)
             is_refused = self.guard.refuses(
-                self.position, fed.batch, loss, self.model.online.parameters(),
+                self.position,
+                fed.batch,
+                first.loss,
+                self.model.online.parameters(),
                 is_due=is_logged or self._is_saved(step + 1) or self.loss_scale.is_loss_bad,
-            )  # fmt: skip
+            )
         if is_refused:
-            return Step(outputs[0], lr, {}, is_skipped=True)
+            return StepResult(first, lr, is_skipped=True)
         with record_function("optimiser"):
             self.optimizer.step()
+        for callback in self.callbacks:
+            callback.on_step_end(fed.batch)
+        # The queue's figures are those before the batch itself enters.
         ids, labels = fed.batch.sample_ids, fed.batch.labels
-        if self.online_probe:
-            self.online_probe.step(labels)
-        first = slice(0, outputs[0].projection.shape[0])
-        queue = self.model.queue_report(outputs[0], ids[first], labels[first]) if is_logged else {}
+        num = len(first.projection)
+        queue = self.model.queue_report(first, ids[:num], labels[:num]) if is_logged else {}
         tau = ema_tau(config.objective, step, self.num_steps)
         self.model.after_optimizer_step(tau, outputs, ids, labels)
-        return Step(outputs[0], lr, queue)
+        return StepResult(first, lr, queue)
 
     def compute_gradients(self, fed: Fed, step: int) -> list[StepOutput]:
-        """Forward, loss and backward of one step, that follows on ``step`` finished ones."""
+        """Forward, loss and backward of the step that follows ``step`` finished ones."""
         config, progress = self.config, step / self.num_steps
         self.optimizer.zero_grad(set_to_none=True)
         generator = partial(fa_generator, config.seed, step, self.device)
         views = self.gradients.attacked(
             fed.views, generator, progress, config.adversarial, config.data
         )
-        with watched(self.online_probe):
-            outputs = self.gradients.compute(views, generator, progress)
+        for callback in self.callbacks:
+            callback.on_forward_start()
+        outputs = self.gradients.compute(views, generator, progress)
+        for callback in self.callbacks:
+            callback.on_forward_end()
         if step < self.model.frozen_prototype_steps and self.model.online.prototypes is not None:
             self.model.online.prototypes.weight.grad = None
         self.loss_scale.unscale(self.optimizer)
         return outputs
 
-    def _is_saved(self, step: int) -> bool:
-        return step % self.config.engine.checkpoint_every_steps == 0
+    def _autocast(self) -> torch.autocast:
+        kind = self.autocast_type
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.engine.log_every_steps == 0 or step == self.num_steps
 
-    def _log(self, done: Step, meter: Meter, log: MetricLog | None, bar: tqdm) -> None:
+    def _is_saved(self, step: int) -> bool:
+        return step % self.config.engine.checkpoint_every_steps == 0
+
+    # -- what is written --
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One row of the log, at the present step; only the first process has a log."""
+        if self.log is not None:
+            epoch = self.position.step / self.feed.num_steps
+            self.log.write(kind, self.position.step, epoch=epoch, **values)
+
+    def warn(self, message: str, **values: Any) -> None:
+        """A row of kind ``event``, and its message on the terminal."""
+        if self.log is not None:
+            self.write("event", message=message, **values)
+            self.bar.write(f"warning: {message}", file=sys.stderr)
+
+    def _log(self, result: StepResult, meter: Meter) -> None:
+        """The row of a step, and the alarm if the features have collapsed; in all processes."""
+        output, position, config = result.output, self.position, self.config.engine
+        collapse = None
         with record_function("logging"):
-            collapse = self.rows.step(
-                done, meter, log, bar, self.online_probe, self.loss_scale.figures(self.position)
-            )
-        if self.config.engine.on_collapse == "stop":
-            self._stop_together(collapse)
+            loss = float(dist.mean(output.loss.detach()))
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(self.folder, f"the loss is {loss} at step {position.step}")
+            rates = meter.rates()
+            self.bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{rates['images_per_second']:.0f}")
+            if self.log is not None:
+                figures = diagnostics.diagnose(output)
+                row = {"loss": loss, "lr": result.lr, **figures}
+                row |= {"fa_active": int(output.is_augmented), **result.queue}
+                for callback in self.callbacks:
+                    row |= callback.figures()
+                row |= self.loss_scale.figures(position)
+                row |= {
+                    "num_bad_samples": position.num_bad_samples,
+                    "num_skipped_steps": position.num_skipped_steps,
+                }
+                self.write("train", **row, **rates)
+                every = diagnostics.ROWS_PER_HISTOGRAM * config.log_every_steps
+                if position.step % every == 0 or position.step == self.num_steps:
+                    self.write("similarity", **diagnostics.similarity_histograms(output))
+                collapse = self.collapse_alarm.look(figures, output.projection, position.step)
+                if collapse is not None:
+                    self.warn(**self.collapse_alarm.event(figures, collapse))
+        if config.on_collapse == "stop":
+            # The first process saves before the others hear of it: their end may end it too.
+            if collapse is not None:
+                self.save()
+                self.saver.wait()
+            if dist.total(torch.tensor(float(collapse is not None), device=self.device)):
+                raise diagnostics.CollapseError(
+                    f"{collapse or 'the first process saw the features collapse'}; the checkpoint "
+                    "is saved: --resume with engine.on_collapse=warn goes on"
+                )
 
-    def _stop_together(self, collapse: str | None) -> None:
-        """The first process saves before the others hear of it: their end may end it too."""
-        if collapse is not None:
-            self._save_checkpoint()
+    def _stop_if_asked(self) -> None:
+        """After a signal to any process: save, and leave together."""
+        number = self.stop.agreed(self.device)
+        if number:
+            error = stopped(number, self.position.step)
+            self.save()
             self.saver.wait()
-        if dist.total(torch.tensor(float(collapse is not None), device=self.device)):
-            raise CollapseError(
-                f"{collapse or 'the first process saw the features collapse'}; the checkpoint is "
-                "saved: --resume with engine.on_collapse=warn goes on"
-            )
+            self.write("event", message=str(error))
+            raise error
 
-    def _probe(self, log: MetricLog) -> None:
-        if self.probe is None:
-            return
-        figures = evaluate(self.probe, self.model.online.backbone, self.online_probe)
-        self.rows.write(log, "knn", **figures)
-        if self.position.step == 0:
-            first = figures["knn_top1"]
-            log.write("event", 0, message="kNN before training", knn_top1_initial=first)
+    # -- the state --
 
-    def _save_checkpoint(self) -> None:
+    def state(self) -> dict[str, Any]:
+        """The checkpoint of the present step."""
+        state = checkpoint.to_checkpoint(
+            self.config,
+            self.model,
+            self.optimizer,
+            self.position,
+            self.num_steps,
+            self.feed.fingerprint,
+            self.loss_scale.state_dict(),
+        )
+        for callback in self.callbacks:
+            state |= callback.state_dict()
+        return state
+
+    def restore(self, *, allow_changes: bool) -> None:
+        """Go on from the newest whole checkpoint of the folder.
+
+        Args:
+            allow_changes: Even with another config or other shards, where the weights fit.
+
+        Raises:
+            UserError: If no checkpoint is whole, or it does not belong to this run.
+        """
+        state, note = checkpoint.load_newest(self.folder)
+        self.position, changes = checkpoint.restore(
+            state,
+            self.config,
+            self.model,
+            self.optimizer,
+            self.num_steps,
+            self.feed.fingerprint,
+            allow_changes=allow_changes,
+        )
+        self.loss_scale.load(state["scaler"])
+        notes = [note, *(f"going on with a changed config: {line}" for line in changes)]
+        notes += [callback.load_state_dict(state) for callback in self.callbacks]
+        self.notes = [note for note in notes if note]
+
+    def save(self) -> None:
+        """Write the checkpoint of the present step; the first process does so.
+
+        Raises:
+            NonFiniteLossError: If the weights are not finite; the checkpoint before stays.
+        """
         if dist.rank() != 0:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.model.online.parameters()):
             what = f"weights are no longer finite at step {self.position.step}"
-            raise guards.NonFiniteLossError(self.folder, what)
-        self.saver.save(self._state(), self.position.step)
+            raise NonFiniteLossError(self.folder, what)
+        self.saver.save(self.state(), self.position.step)
 
-    def _finish(self) -> None:
-        """The last pictures, and ``summary.json``, which says that the run is complete."""
-        self.pictures.at_end(self.model.online.backbone)
-        run_folder.write_summary(self.folder, self.position, self.config, self.feed.num_samples)
+    def close(self) -> None:
+        """Free the folder and leave the process group."""
+        if self.lock is not None:
+            self.lock.close()
+        rendezvous.stop()

@@ -5,24 +5,23 @@ What it reaches says how well classes can be told apart by now; the backbone nev
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.config import EvalConfig
+from pretrain.data.loader import TwoViewBatch
 from pretrain.data.mixture import Samples
-from pretrain.evaluation.probe import Probe
+from pretrain.engine.trainer import Callback
 from pretrain.model.backbone import ResNet
 
 
-class OnlineProbe:
+class OnlineProbe(Callback):
     """The classifier, its optimiser (Adam), and what it got right since the last look.
 
     It starts from zero weights, so that it draws no random number. All processes hold the same:
@@ -87,18 +86,21 @@ class OnlineProbe:
         num_classes = len(samples.classes) if samples.classes else most + 1
         return cls(backbone, num_classes, config.online_probe_lr, device, samples.classes)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Forward passes with gradient in this context are those that ``step`` learns from."""
+    def on_forward_start(self) -> None:
+        """From now on ``step`` learns from the outputs of forward passes with gradient."""
         self._outputs, self._is_watching = [], True
-        try:
-            yield
-        finally:
-            self._is_watching = False
+
+    def on_forward_end(self) -> None:
+        """The outputs of a step are complete."""
+        self._is_watching = False
 
     def _note(self, backbone: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if self._is_watching and torch.is_grad_enabled():  # cached micro-batches pass twice
             self._outputs.append(output.detach())
+
+    def on_step_end(self, batch: TwoViewBatch) -> None:
+        """Learn from the step."""
+        self.step(batch.labels)
 
     def step(self, labels: Int[Tensor, " n"]) -> None:
         """One step on the features of both views that were seen; rows labelled -1 are left out.
@@ -106,7 +108,11 @@ class OnlineProbe:
         So are rows that are not finite.
         A batch without any label has no gradient; Adam's momentum still moves the weights.
         """
-        features = self._features(len(labels))
+        # Rows in the order of the batch; the views take turns in the outputs.
+        views = [torch.cat(self._outputs[view::2]).float() for view in (0, 1)]
+        self._outputs = []
+        assert all(len(view) == len(labels) for view in views), [len(view) for view in views]
+        features = torch.cat(views)
         is_finite = features.isfinite().all(dim=1)  # the guards look at some steps only
         features = features.nan_to_num_(0, 0, 0)
         labels = labels.repeat(2).where(is_finite, -1)
@@ -123,14 +129,6 @@ class OnlineProbe:
         self.optimizer.step()
         self._counts += parts[-1]
 
-    def _features(self, num_rows: int) -> Float[Tensor, "2n d"]:
-        """Of view 1, then of view 2, rows in the order of the batch: the views take turns."""
-        assert self._outputs, "step() needs forward passes that were watched"
-        views = [torch.cat(self._outputs[view::2]).float() for view in (0, 1)]
-        self._outputs = []
-        assert all(len(view) == num_rows for view in views), [len(view) for view in views]
-        return torch.cat(views)
-
     def figures(self) -> dict[str, float]:
         """``online_top1`` and ``online_loss`` since the last call; nothing if no label was seen."""
         seen, right, loss = self._counts.tolist()
@@ -138,52 +136,24 @@ class OnlineProbe:
         return {"online_top1": right / seen, "online_loss": loss / seen} if seen else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, for the checkpoint."""
+        """Its entry of the checkpoint."""
         return {
-            "classifier": self.classifier.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "counts": self._counts,
+            "online_probe": {
+                "classifier": self.classifier.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "counts": self._counts,
+            }
         }
 
-    def load(self, state: dict[str, Any] | None) -> str | None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: From ``state_dict``; None from a run that had no such probe.
-
-        Returns:
-            What to tell where the classifier has to start anew.
-        """
-        shape = self.classifier.weight.shape
-        if state is None or state["classifier"]["weight"].shape != shape:
-            why = "none" if state is None else "one of another size"
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """Go on from a checkpoint; says so where the classifier has to start anew."""
+        own = state.get("online_probe")
+        if own is None or own["classifier"]["weight"].shape != self.classifier.weight.shape:
+            why = "none" if own is None else "one of another size"
             return f"eval.online_probe: the checkpoint holds {why}: the classifier starts anew"
-        self.classifier.load_state_dict(state["classifier"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.classifier.load_state_dict(own["classifier"])
+        self.optimizer.load_state_dict(own["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
-        self._counts.copy_(state["counts"])
+        self._counts.copy_(own["counts"])
         return None
-
-
-def watched(probe: OnlineProbe | None) -> contextlib.AbstractContextManager[None]:
-    """``probe.watching()``, or nothing."""
-    return contextlib.nullcontext() if probe is None else probe.watching()
-
-
-@torch.no_grad()
-def evaluate(probe: Probe, backbone: nn.Module, online: OnlineProbe | None) -> dict[str, float]:
-    """``knn_top1``, and ``online_top1_val`` of the online probe on the same validation set.
-
-    The latter needs the same classes in ``data.shards`` and ``eval.probe_val``.
-    """
-    if online is None or online.classes is None or online.classes != probe.val.classes:
-        return {"knn_top1": probe.top1(backbone)}
-    classifier, right = online.classifier, 0
-
-    def judge(features: Tensor, labels: Tensor) -> None:
-        nonlocal right
-        right += int((classifier(features).argmax(dim=1).cpu() == labels).sum())
-
-    top1 = probe.top1(backbone, judge)
-    return {"knn_top1": top1, "online_top1_val": right / probe.val.num_samples}

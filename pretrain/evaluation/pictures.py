@@ -1,4 +1,10 @@
-"""Pictures that a person looks at: the two views of some samples, and nearest neighbours."""
+"""Pictures that a person looks at, in ``pictures/`` of a run's folder.
+
+The two views of some samples, nearest neighbours before and after the training, and a map of the
+features in two dimensions: t-SNE, or PCA without scikit-learn. They are made by the first process
+alone. None of it moves a random state or the weights: a run without pictures ends with the same
+bits.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.files import write_json
 from common.pictures import decode
@@ -16,6 +24,7 @@ from pretrain.config import DataConfig
 from pretrain.data.crops import center_crop
 from pretrain.data.mixture import Samples, Subset
 from pretrain.data.shards import ShardIndex
+from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.knn import nearest_rows
 from pretrain.evaluation.probe import Probe, extract_features
 
@@ -23,7 +32,66 @@ TILE = 96  # pixels
 GAP = 4
 NUM_NEIGHBOURS = 6
 MAX_BANK = 2048  # pictures that neighbours are looked for among
+MIN_POINTS = 8  # of the map
+MAX_CLASSES = 20  # in the map's legend; the points of rarer classes are grey
 BEFORE, AFTER = "neighbours_before", "neighbours"  # files of the initial and of the last weights
+MAP = "pictures/feature_map.png"
+_PERPLEXITY = 30.0  # scikit-learn's default; less where there are few points
+
+
+@dataclass(frozen=True)
+class RunPictures(Callback):
+    """Views, galleries of neighbours before and after, and a map of the features.
+
+    ``eval.num_pictures`` and ``eval.num_map_points`` say how much there is.
+
+    Attributes:
+        probe: Labelled sets; None: there is no map, and neighbours are training pictures.
+    """
+
+    probe: Probe | None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Of the initial weights.
+
+        What an earlier run left in the folder goes, so that nothing is taken for this run's.
+        """
+        folder, config = trainer.folder, trainer.config
+        (folder / MAP).unlink(missing_ok=True)
+        for name in ("views", BEFORE, AFTER):
+            for kind in ("jpg", "json"):
+                (folder / "pictures" / f"{name}.{kind}").unlink(missing_ok=True)
+        num = config.eval.num_pictures
+        if num:
+            first = trainer.feed.first_batch()
+            ids, views = first.batch.sample_ids, first.views
+            save_views(folder, trainer.feed.samples, ids, views, num, config.data)
+            self._save_neighbours(trainer, BEFORE)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Of the last weights, again if a finished run is resumed."""
+        config = trainer.config
+        if not config.eval.num_pictures:
+            return
+        self._save_neighbours(trainer, AFTER)
+        if self.probe is not None and config.eval.num_map_points:
+            backbone = trainer.model.online.backbone
+            save_map(trainer.folder, backbone, self.probe, config.eval.num_map_points, config.seed)
+
+    def _save_neighbours(self, trainer: Trainer, name: str) -> None:
+        save_neighbours(
+            trainer.folder,
+            trainer.model.online.backbone,
+            trainer.feed.samples,
+            self.probe,
+            trainer.config.eval.num_pictures,
+            trainer.device,
+            trainer.config.data,
+            name=name,
+        )
+
+
+# -- views and neighbours --
 
 
 def save_views(
@@ -44,7 +112,7 @@ def save_views(
     for i in range(min(num_rows, views.shape[1])):
         sample = int(ids[i])
         both = ((views[:, i] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
-        pictures = [] if index is None else [picture(index, sample)]
+        pictures = [] if index is None else [_tile(index, sample)]
         rows.append([*pictures, *(view.cpu().numpy() for view in both)])
         described.append({"sample": str(sample) if index is None else index.key_name(sample)})
     _save_grid(folder / "pictures" / "views.jpg", rows)
@@ -83,92 +151,63 @@ def save_neighbours(
         data: Size and normalisation of pictures where there is no probe.
         name: Of the files, ``neighbours_before`` for those of the initial weights.
     """
+    excluded = None
     with torch.random.fork_rng(devices=[]):  # an evaluation loader draws a number
         if probe is not None:
-            queries, bank, excluded = _through_probe(backbone, probe, num_rows)
+            queries, bank = _spread(probe.val, num_rows), _spread(probe.train, MAX_BANK)
+            features, labels = probe.features(backbone, queries)
+            bank_features, bank_labels = probe.features(backbone, bank)
         elif index is not None:
-            queries, bank, excluded = _through_training_set(backbone, index, num_rows, device, data)
+            # The first pictures are queries among all that are looked through; none finds itself.
+            queries = bank = index
+            bank_features, bank_labels, _ = extract_features(
+                backbone,
+                index,
+                image_size=data.image_size,
+                mean=data.pixel_mean,
+                std=data.pixel_std,
+                device=device,
+                max_samples=MAX_BANK,
+            )
+            features, labels = bank_features[:num_rows], bank_labels[:num_rows]
+            excluded = torch.arange(len(features))
         else:
             return
-    k = min(NUM_NEIGHBOURS, len(bank.features) - (excluded is not None))
-    values, nearest = nearest_rows(
-        bank.features, queries.features, k, excluded=excluded, device=device
-    )
+    k = min(NUM_NEIGHBOURS, len(bank_features) - (excluded is not None))
+    values, nearest = nearest_rows(bank_features, features, k, excluded=excluded, device=device)
+
+    def class_of(samples: Samples, label: int) -> str | None:
+        if label < 0:
+            return None
+        return samples.classes[label] if samples.classes else str(label)
+
     rows, described = [], []
-    for query in range(len(queries.features)):
-        ids = [int(i) for i in nearest[query]]
-        rows.append([picture(queries.index, query), *(picture(bank.index, i) for i in ids)])
+    for query, neighbours in enumerate(nearest.tolist()):
+        rows.append([_tile(queries, query), *(_tile(bank, i) for i in neighbours)])
         described.append(
             {
-                "query": queries.index.key_name(query),
-                "query_label": queries.label_name(query),
-                "neighbours": [bank.index.key_name(i) for i in ids],
-                "neighbour_labels": [bank.label_name(i) for i in ids],
+                "query": queries.key_name(query),
+                "query_label": class_of(queries, int(labels[query])),
+                "neighbours": [bank.key_name(i) for i in neighbours],
+                "neighbour_labels": [class_of(bank, int(bank_labels[i])) for i in neighbours],
                 "similarities": [round(float(v), 4) for v in values[query]],
             }
         )
     _save_grid(folder / "pictures" / f"{name}.jpg", rows)
     write_json(
-        folder / "pictures" / f"{name}.json", {"num_bank": len(bank.features), "rows": described}
+        folder / "pictures" / f"{name}.json", {"num_bank": len(bank_features), "rows": described}
     )
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """Pictures and what the network makes of them.
-
-    Attributes:
-        index: Sample ``i`` has row ``i`` of the features.
-        features: [n, d].
-        labels: [n]; -1 where there is none.
-    """
-
-    index: Samples
-    features: Tensor
-    labels: Tensor
-
-    def label_name(self, i: int) -> str | None:
-        """The class of a sample, None where it is not known."""
-        label = int(self.labels[i])
-        if label < 0:
-            return None
-        return self.index.classes[label] if self.index.classes else str(label)
-
-
-def _through_probe(
-    backbone: nn.Module, probe: Probe, num_rows: int
-) -> tuple[_Looked, _Looked, None]:
-    """Queries of the validation set, bank of the training set."""
-    queries, bank = spread(probe.val, num_rows), spread(probe.train, MAX_BANK)
-    return (
-        _Looked(queries, *probe.features(backbone, queries)),
-        _Looked(bank, *probe.features(backbone, bank)),
-        None,
-    )
-
-
-def _through_training_set(
-    backbone: nn.Module, index: Samples, num_rows: int, device: torch.device, data: DataConfig
-) -> tuple[_Looked, _Looked, Tensor]:
-    """The first pictures are queries among all that are looked through; none finds itself."""
-    features, labels, _ = extract_features(
-        backbone, index, image_size=data.image_size, mean=data.pixel_mean, std=data.pixel_std,
-        device=device, max_samples=MAX_BANK,
-    )  # fmt: skip
-    num = min(num_rows, len(features))
-    bank = _Looked(index, features, labels)
-    return _Looked(index, features[:num], labels[:num]), bank, torch.arange(num)
-
-
-def spread(index: ShardIndex, most: int) -> Subset:
+def _spread(index: ShardIndex, most: int) -> Subset:
     """At most so many samples of a set, evenly over it, since it may be ordered by class."""
     num = min(most, index.num_samples)
     return Subset(index, np.linspace(0, index.num_samples - 1, num).astype(np.int64))
 
 
-def picture(index: Samples, sample: int, side: int = TILE) -> np.ndarray:
-    """A sample as the middle square of its picture, uint8 RGB [side, side, 3]."""
-    return center_crop(decode(index.read_bytes(sample), where=index.describe(sample)), side)
+def _tile(index: Samples, sample: int) -> np.ndarray:
+    """The middle square of a sample's picture, uint8 RGB [TILE, TILE, 3]."""
+    return center_crop(decode(index.read_bytes(sample), where=index.describe(sample)), TILE)
 
 
 def _save_grid(path: Path, rows: list[list[np.ndarray]]) -> None:
@@ -179,12 +218,99 @@ def _save_grid(path: Path, rows: list[list[np.ndarray]]) -> None:
         for c, tile in enumerate(row):
             tile = cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA)
             canvas[r * step : r * step + TILE, c * step : c * step + TILE] = tile
-    save_jpeg(path, canvas, quality=88)
-
-
-def save_jpeg(path: Path, rgb: np.ndarray, *, quality: int) -> None:
-    """Write uint8 RGB [h, w, 3]; the folder is made if need be."""
-    ok, data = cv2.imencode(".jpg", rgb[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    ok, data = cv2.imencode(".jpg", canvas[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
     assert ok, "OpenCV could not encode a JPEG"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.tobytes())
+
+
+# -- the map --
+
+
+def save_map(
+    folder: Path, backbone: nn.Module, probe: Probe, num_points: int, seed: int
+) -> Float[Tensor, "n 2"] | None:
+    """Write ``pictures/feature_map.png``. No random state moves.
+
+    Args:
+        folder: Of the run.
+        backbone: With its last weights.
+        probe: Its validation set is drawn.
+        num_points: At most so many, evenly over the set.
+        seed: Of t-SNE.
+    Returns:
+        The places; None, and no picture, where there are less than ``MIN_POINTS`` pictures.
+    """
+    samples = _spread(probe.val, num_points)
+    if samples.num_samples < MIN_POINTS:
+        return None
+    with torch.random.fork_rng(devices=[]):  # an evaluation loader draws a number
+        features, _ = probe.features(backbone, samples)
+    # Rows of length 1, so that Euclidean neighbours are those of the cosine.
+    features = functional.normalize(features.float(), dim=1)
+    method, places = "t-SNE", tsne(features, seed)
+    if places is None:
+        method, places = "PCA", principal_components(features)
+    names = dict(enumerate(samples.classes or []))
+    title = f"{method} of the features of {samples.num_samples} validation pictures"
+    _draw(folder / MAP, places, samples.labels, names, title)
+    return places
+
+
+def tsne(features: Float[Tensor, "n d"], seed: int) -> Float[Tensor, "n 2"] | None:
+    """Places by t-SNE (van der Maaten, Hinton, 2008), Barnes-Hut, from principal components.
+
+    One thread: with several the order of sums, and so the map, would depend on their number.
+    None where scikit-learn is not installed, or where all rows are the same.
+    """
+    try:
+        from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return None
+    if float(features.std(dim=0).norm()) < 1e-6:
+        return None
+    perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
+    with threadpool_limits(1):
+        places = TSNE(
+            n_components=2, perplexity=perplexity, init="pca", random_state=seed % 2**32
+        ).fit_transform(features.numpy())
+    return torch.from_numpy(np.asarray(places, np.float32))
+
+
+def principal_components(features: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
+    """The first two, each with its largest value positive; 0 where there is no second one."""
+    centred = (features - features.mean(dim=0)).double()
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    places = torch.zeros(len(features), 2, dtype=torch.float64)
+    num = min(2, len(s))
+    places[:, :num] = u[:, :num] * s[:num]
+    for column in places.T:
+        column *= 1 if column[column.abs().argmax()] >= 0 else -1
+    return places.float()
+
+
+def _draw(
+    path: Path, places: Tensor, labels: np.ndarray, names: dict[int, str], title: str
+) -> None:
+    """One colour and mark a class, the most frequent classes in the legend."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    found, counts = np.unique(labels, return_counts=True)
+    shown = sorted(found[np.argsort(-counts, kind="stable")][:MAX_CLASSES])
+    others = ~np.isin(labels, shown)
+    axes.scatter(*places[torch.from_numpy(others)].T, s=9, c="0.7", marker=".")
+    for i, label in enumerate(shown):
+        points = places[torch.from_numpy(labels == label)]
+        name = names.get(int(label), str(label)).replace("$", r"\$")
+        axes.scatter(
+            *points.T, s=14, color=colormaps["tab10"](i % 10), marker="os^vDP*"[i % 7], label=name
+        )
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.set_aspect("equal", adjustable="datalim")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""The kNN probe: two labelled shard sets that pretraining never sees."""
+"""The kNN probe: two labelled shard sets that pretraining never sees, looked at between epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.loader import eval_loader
 from pretrain.data.mixture import Samples
 from pretrain.data.shards import ShardIndex
+from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.knn import knn_top1
+from pretrain.evaluation.online_probe import OnlineProbe
 
 
 def normalise(
@@ -166,3 +168,45 @@ class Probe:
             temperature=self.config.knn_temperature,
             device=self.device,
         )
+
+
+@dataclass(frozen=True)
+class KnnCallback(Callback):
+    """Rows of kind ``knn``: before the first step and every ``knn_every_epochs`` epochs.
+
+    Attributes:
+        probe: Its sets are looked at by this process alone.
+        online: Its accuracy on the validation set stands beside, if the classes are the same.
+    """
+
+    probe: Probe
+    online: OnlineProbe | None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """The accuracy of the initial weights stands in an event as well."""
+        top1 = self._write_row(trainer)
+        if trainer.log is not None:
+            trainer.log.write("event", 0, message="kNN before training", knn_top1_initial=top1)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """If the epoch is one of those, or the last."""
+        epoch, config = trainer.position.epoch, trainer.config
+        if epoch == config.optim.epochs or epoch % config.eval.knn_every_epochs == 0:
+            self._write_row(trainer)
+
+    @torch.no_grad()
+    def _write_row(self, trainer: Trainer) -> float:
+        online, val, right = self.online, self.probe.val, 0
+        if online is not None and (online.classes is None or online.classes != val.classes):
+            online = None
+
+        def judge(features: Tensor, labels: Tensor) -> None:
+            nonlocal right
+            if online is not None:
+                right += int((online.classifier(features).argmax(dim=1).cpu() == labels).sum())
+
+        row = {"knn_top1": self.probe.top1(trainer.model.online.backbone, judge)}
+        if online is not None:
+            row["online_top1_val"] = right / val.num_samples
+        trainer.write("knn", **row)
+        return row["knn_top1"]

@@ -8,7 +8,7 @@ import torch
 
 from common.files import read_json_lines
 from pretrain.config import PretrainConfig, load_config
-from pretrain.engine.trainer import Run
+from pretrain.run import make_trainer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name.startswith("imagenet"))
@@ -45,7 +45,7 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_recipe_makes_two_steps(path, tmp_path, shards):
     config = tiny(load_config(path), tmp_path / "run", shards)
-    run = Run(config, resume=False)
+    run = make_trainer(config, resume=False)
     before = {k: v.clone() for k, v in run.model.online.named_parameters()}
     assert run.num_steps == SHARDS_HOLD // BATCH == 2
     run.train()

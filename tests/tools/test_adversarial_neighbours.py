@@ -12,8 +12,8 @@ from pretrain.data.pack.plan import SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import Run
 from pretrain.evaluation import robustness
+from pretrain.run import make_trainer
 from tools import adversarial_neighbours as tool
 
 CONFIG = """\
@@ -44,7 +44,7 @@ def work(tmp_path_factory):
     config = folder / "config.yaml"
     config.write_text(CONFIG)
     overrides = [f"out={folder / 'run'}", f"data.shards={folder / 'shards'}"]
-    Run(load_config(config, overrides), resume=False).train()
+    make_trainer(load_config(config, overrides), resume=False).train()
     return folder
 
 

@@ -16,10 +16,11 @@ import torch
 
 from common import provenance
 from common.errors import UserError
+from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.data.mixture import Subset
 from pretrain.data.shards import ShardIndex
-from pretrain.engine import checkpoint, run_folder
+from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine.device import choose_device
 from pretrain.evaluation.knn import knn_grid
 from pretrain.evaluation.linear import heads as cached
@@ -193,7 +194,7 @@ class Evaluation:
     def __init__(self, request: Request, config: LinearConfig) -> None:
         self.request, self.config = request, config
         self.device = choose_device(config.device)
-        dist.start(self.device.type)
+        rendezvous.start(self.device.type)
         _prepare(request)
         self.clock = Clock()
         with self.clock.part("open"):
@@ -221,7 +222,7 @@ class Evaluation:
             if not is_main or figures is None:
                 return None
             result = self._describe() | figures | self._costs()
-            run_folder.write_json(out / NAME, result)
+            write_json(out / NAME, result)
             return result
         finally:
             self.sets.close()
@@ -271,7 +272,7 @@ class Evaluation:
         if passes and len(self.sets.held_out):
             central = self._features("train", self.sets.chosen, 0, "extract_central")
         val = self._features("val", self.sets.val, 0)
-        dist.stop()  # the rest takes one process
+        rendezvous.stop()  # the rest takes one process
         if not is_main:
             return None
         if self.config.protocol == "knn":

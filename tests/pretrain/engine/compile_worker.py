@@ -22,6 +22,7 @@ from pretrain.config import (
     OptimConfig,
 )
 from pretrain.engine import device as speed
+from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
@@ -58,7 +59,7 @@ def gradients_of(micro_batch_size, is_compiled):
 
 def main(out, backend, micro_batch_size):
     torch.set_num_threads(1)
-    dist.start("cpu")
+    rendezvous.start("cpu")
     torch.compile = partial(torch.compile, backend=backend)
     plain, loss = gradients_of(int(micro_batch_size), False)
     compiled, again = gradients_of(int(micro_batch_size), True)
@@ -66,7 +67,7 @@ def main(out, backend, micro_batch_size):
         distance = float((compiled - plain).norm() / plain.norm())
         row = {"loss": loss, "compiled_loss": again, "distance": distance}
         Path(out).write_text(json.dumps(row))
-    dist.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

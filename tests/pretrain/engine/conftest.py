@@ -5,7 +5,7 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import load_config
-from pretrain.engine.trainer import Run
+from pretrain.run import make_trainer
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def start(config_file, shards, tmp_path, capsys):
 
 @pytest.fixture
 def make_run(config_file, shards, tmp_path):
-    """Build a `Run` without training: make_run("key=value", .., name="run")."""
+    """Build a `Trainer` without training: make_run("key=value", .., name="run")."""
 
     def make(*overrides, name="run"):
         options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-        return Run(load_config(config_file, options), resume=False)
+        return make_trainer(load_config(config_file, options), resume=False)
 
     return make

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import collectives as dist
 from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
+from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
@@ -71,10 +72,10 @@ def run_cell(objective, fa, optim):
 
 def main(out, cells):
     torch.set_num_threads(1)
-    dist.start("cpu")
+    rendezvous.start("cpu")
     results = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
     torch.save(results, f"{out}-{dist.world_size()}-{dist.rank()}.pth")
-    dist.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

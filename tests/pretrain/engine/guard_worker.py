@@ -16,7 +16,7 @@ import time
 import torch
 
 from pretrain.__main__ import main
-from pretrain.engine.trainer import Run
+from pretrain.engine.trainer import Trainer
 
 
 def stand_still():
@@ -37,7 +37,7 @@ def happen(what, run, fed):
 
 
 def meddle(what, rank, steps):
-    step, train = Run._step, Run.train
+    step, train = Trainer.step, Trainer.train
 
     def disturbed(self, fed, **options):
         if int(os.environ.get("RANK", "0")) == rank and self.position.step + 1 in steps:
@@ -51,7 +51,7 @@ def meddle(what, rank, steps):
             own = os.environ.get("RANK", "0")
             torch.save(self.model.state_dict(), self.folder / f"rank-{own}.pth")
 
-    Run._step, Run.train = disturbed, kept  # type: ignore[method-assign]
+    Trainer.step, Trainer.train = disturbed, kept  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

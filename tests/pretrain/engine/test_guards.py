@@ -16,8 +16,8 @@ from pretrain.__main__ import main
 from pretrain.config import PretrainConfig
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, guards
-from pretrain.engine.saver import copied
-from pretrain.engine.trainer import Run
+from pretrain.engine.checkpoint import copied
+from pretrain.engine.trainer import Trainer
 from tests.pretrain.engine.run_helpers import assert_same_state, start_pair
 
 BASE = {
@@ -72,7 +72,7 @@ def snapshot(run):
 @pytest.fixture
 def disturb(monkeypatch):
     """disturb({3: "picture", 5: "gradient"}): what goes wrong in which step, from 1 on."""
-    original = Run._step
+    original = Trainer.step
 
     def install(what):
         seen = Watched()
@@ -93,7 +93,7 @@ def disturb(monkeypatch):
             seen.after[number], seen.loss[number] = snapshot(self), float(done.output.loss.detach())
             return done
 
-        monkeypatch.setattr(Run, "_step", disturbed)
+        monkeypatch.setattr(Trainer, "step", disturbed)
         return seen
 
     return install
@@ -183,18 +183,18 @@ def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
     options = (SKIP, "engine.checkpoint_every_steps=4", *BYOL)
     disturb({3: "picture", 7: "gradient"})
     _, whole, _, _ = start("whole", *options)
-    disturbed = Run._step
+    disturbed = Trainer.step
 
     def interrupted(self, fed, **given):
         if self.position.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return disturbed(self, fed, **given)
 
-    monkeypatch.setattr(Run, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     status, cut, _, _ = start("cut", *options)
     assert status == 128 + signal.SIGTERM
     assert checkpoint.load(cut / "checkpoint.pth")["step"] == 5
-    monkeypatch.setattr(Run, "_step", disturbed)
+    monkeypatch.setattr(Trainer, "step", disturbed)
     status, _, _, err = start("cut", *options, "--resume")
     assert status == 0, err
     one, two = (checkpoint.load(f / "checkpoint.pth") for f in (whole, cut))
@@ -278,14 +278,14 @@ OUT_OF_MEMORY = {
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
-    step, error = Run._step, OUT_OF_MEMORY[kind]()
+    step, error = Trainer.step, OUT_OF_MEMORY[kind]()
 
     def failing(self, fed, **options):
         if self.position.step == 6:
             raise error
         return step(self, fed, **options)
 
-    monkeypatch.setattr(Run, "_step", failing)
+    monkeypatch.setattr(Trainer, "step", failing)
     status, folder, _, err = start("run", "engine.checkpoint_every_steps=4")
     message = error_of(status, err)
     where = {"cuda": "on the GPU", "worker": "in a loader's process"}.get(kind, "of the CPU")
@@ -309,7 +309,7 @@ def test_other_errors_are_no_lack_of_memory(start, monkeypatch):
     def failing(self, fed, **options):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(Run, "_step", failing)
+    monkeypatch.setattr(Trainer, "step", failing)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         start("run")
 

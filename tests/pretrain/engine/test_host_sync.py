@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.engine.trainer import Run
+from pretrain.run import make_trainer
 from tests.pretrain.engine.sync_counter import counted_syncs
 
 BASE = {
@@ -36,7 +36,7 @@ CASES = {
 def make_run(config_file, shards, tmp_path):
     def make(*overrides):
         options = [f"out={tmp_path / 'run'}", f"data.shards={shards}", *overrides]
-        return Run(load_config(config_file, options), resume=False)
+        return make_trainer(load_config(config_file, options), resume=False)
 
     return make
 
@@ -56,7 +56,7 @@ def on_cpu(make_run):
 
 def take_steps(run, num_steps=NUM_STEPS):
     for step, fed in zip(range(num_steps), run.feed.epoch(0), strict=False):
-        run._step(fed, is_logged=False)
+        run.step(fed, is_logged=False)
         run.position.step = step + 1
 
 
@@ -66,7 +66,7 @@ def test_plain_steps_read_nothing_to_the_host(on_cpu, case):
     batches = list(run.feed.epoch(0))
     with counted_syncs() as counter:
         for step, fed in enumerate(batches):
-            run._step(fed, is_logged=False)
+            run.step(fed, is_logged=False)
             run.position.step = step + 1
     assert counter.places == []
     if run.model.queue is not None:
@@ -92,7 +92,7 @@ def test_skip_reads_one_number_a_step(on_cpu):
     batches = list(run.feed.epoch(0))
     with counted_syncs() as counter:
         for fed in batches:
-            run._step(fed, is_logged=False)
+            run.step(fed, is_logged=False)
     assert len(counter.places) == len(batches) == NUM_STEPS
     assert all("Tensor.tolist" in place and "guards.py" in place for place in counter.places)
 
@@ -107,6 +107,6 @@ def test_plain_steps_do_not_wait_for_the_gpu(make_run, case):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for fed in batches:
-            run._step(fed, is_logged=False)
+            run.step(fed, is_logged=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")

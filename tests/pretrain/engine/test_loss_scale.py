@@ -9,8 +9,8 @@ import torch
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import load_config
-from pretrain.engine import checkpoint, loss_scale
-from pretrain.engine.trainer import Run
+from pretrain.engine import checkpoint, guards
+from pretrain.engine.trainer import Trainer
 from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
@@ -33,7 +33,7 @@ PLAIN = ["optim.micro_batch_size=4"]
 
 @pytest.fixture(autouse=True)
 def _start_low(monkeypatch):
-    monkeypatch.setattr(loss_scale, "INITIAL", START)
+    monkeypatch.setattr(guards, "INITIAL", START)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def overflow(monkeypatch):
     """overflow(3, 5): in these steps, from 1 on, a gradient is too large for the scale."""
 
     def install(*numbers, kind="gradient"):
-        original = Run._step
+        original = Trainer.step
 
         def disturbed(self, fed, **options):
             handle = None
@@ -55,7 +55,7 @@ def overflow(monkeypatch):
                 handle.remove()
             return done
 
-        monkeypatch.setattr(Run, "_step", disturbed)
+        monkeypatch.setattr(Trainer, "step", disturbed)
 
     return install
 
@@ -75,10 +75,10 @@ def test_the_scale_itself_changes_no_bit(make_run, monkeypatch, options):
         run = make_run(f"engine.precision={precision}", *options, name=precision)
         monkeypatch.setattr(run, "autocast_type", None)
         for step, fed in enumerate(run.feed.epoch(0)):
-            run._step(fed, is_logged=False)
+            run.step(fed, is_logged=False)
             run.position.step = step + 1
         assert run.loss_scale.is_on == (precision == "fp16")
-        states.append(run._state())
+        states.append(run.state())
     assert states[0]["scaler"] is None
     assert states[1]["scaler"]["scale"] == START
     for part in ("model", "ema", "optimizer", "queue"):
@@ -106,7 +106,7 @@ def test_a_run_in_fp16_goes_as_in_fp32(start):
 def test_precision_fp16_is_what_the_network_computes_in(make_run):
     run, seen = make_run(), []
     run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    output = run._step(next(iter(run.feed.epoch(0))), is_logged=False).output
+    output = run.step(next(iter(run.feed.epoch(0))), is_logged=False).output
     assert seen == [torch.float16] * 2
     assert output.loss.dtype == torch.float32
     for parameter in run.model.online.parameters():
@@ -190,7 +190,7 @@ def test_the_scale_goes_through_a_checkpoint(start, overflow):
 
 def test_the_first_scale_falls_until_it_fits(start, monkeypatch):
     """Nothing is made to happen: these gradients are too large for torch's first scale."""
-    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**17)
+    monkeypatch.setattr(guards, "INITIAL", 2.0**17)
     status, folder, err = start("run")
     assert status == 0, err
     rows = rows_of(folder)

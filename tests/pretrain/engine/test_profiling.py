@@ -19,10 +19,10 @@ from pretrain.config import load_config
 from pretrain.data.input_pipeline import Feed
 from pretrain.engine import profiling
 from pretrain.engine.optim import LARS
-from pretrain.engine.trainer import Run
 from pretrain.features.feature_augmentation import FeatureAugmenter
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.model.joint_embedding import OnlineNetwork
+from pretrain.run import make_trainer
 
 BASE = {
     "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
@@ -225,7 +225,7 @@ def test_queues_are_full_and_random_state_is_kept(config_file, shards, tmp_path)
         f"out={tmp_path}", f"data.shards={shards}", "objective.name=moco",
         "objective.num_negatives=50",
     ]  # fmt: skip
-    run = Run(load_config(config_file, options), resume=False)
+    run = make_trainer(load_config(config_file, options), resume=False)
     before = torch.get_rng_state()
     profiling.fill_queues(run.model)
     assert torch.equal(torch.get_rng_state(), before)

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from common.errors import UserError
 from pretrain import collectives as dist
-from pretrain.engine.rendezvous import join, roll_call
+from pretrain.engine.rendezvous import group_store, start
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,7 +38,7 @@ def meet(stores, world_size, late=()):
 
     def one(rank):
         time.sleep(0.3 * (rank in late))
-        return roll_call(stores(), rank, world_size, 15, f"rank {rank}")
+        return group_store(stores(), rank, world_size, 15, f"rank {rank}")
 
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(one, range(world_size)))
@@ -67,9 +67,9 @@ def test_group_may_grow_and_shrink(stores):
 def test_missing_rank_is_named(stores):
     meet(stores, 4)  # its answers are no answers to the next call
     with ThreadPoolExecutor(1) as pool:
-        present = pool.submit(roll_call, stores(), 2, 4, 1, "rank 2 of 4")
+        present = pool.submit(group_store, stores(), 2, 4, 1, "rank 2 of 4")
         with pytest.raises(UserError, match="rank 0 of 4: rank 1, 3 did not answer within 1 s"):
-            roll_call(stores(), 0, 4, 1, "rank 0 of 4")
+            group_store(stores(), 0, 4, 1, "rank 0 of 4")
         with pytest.raises(UserError, match="rank 2 of 4: rank 0 did not answer"):
             present.result()
 
@@ -77,7 +77,7 @@ def test_missing_rank_is_named(stores):
 def test_absent_first_rank_is_named(stores):
     meet(stores, 2)
     with pytest.raises(UserError, match="me: rank 0 did not answer within 1 s"):
-        roll_call(stores(), 1, 2, 1, "me")
+        group_store(stores(), 1, 2, 1, "me")
 
 
 def environment(port, rank=1):
@@ -98,7 +98,7 @@ def test_unreachable_place_is_told(monkeypatch, closed_port):
         monkeypatch.setenv(name, value)
     message = rf"rank 1 of 2 on .* does not reach 127.0.0.1:{closed_port}.* refused"
     with pytest.raises(UserError, match=message):
-        join("gloo", 0.5)
+        start("cpu", 0.5)
     assert not dist.is_on()
 
 
@@ -110,7 +110,7 @@ def test_name_that_does_not_resolve_is_told(monkeypatch, closed_port):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(UserError, match=rf"gpu-7:{closed_port}.* Name or service not known"):
-        join("gloo", 0.5)
+        start("cpu", 0.5)
 
 
 def test_lacking_variables_are_named(monkeypatch):
@@ -118,25 +118,26 @@ def test_lacking_variables_are_named(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK not: start"):
-        dist.start("cpu")
+        start("cpu")
 
 
 RESTARTED = """
 import os, signal, sys, time
 import torch
-from pretrain.engine import dist
+from pretrain import collectives as dist
+from pretrain.engine import rendezvous
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if attempt and rank == int(sys.argv[1]):
     time.sleep(3)  # the other one looks for its address meanwhile
-dist.start("cpu")
+rendezvous.start("cpu")
 found = int(dist.total(torch.tensor(rank + 1.0)))
 open(f"{sys.argv[2]}/{attempt}-{rank}", "w").write(str(found))
 if not attempt:
     if rank:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.total(torch.ones(1))
-dist.stop()
+rendezvous.stop()
 """
 
 
@@ -144,7 +145,7 @@ dist.stop()
 @pytest.mark.ddp
 @pytest.mark.parametrize("late", [0, 1])
 def test_job_whose_process_was_killed_meets_again(tmp_path, late):
-    """Without a roll call the quicker process dials the dead one's address until Gloo gives up."""
+    """Else the quicker process would dial the dead one's address until Gloo gives up."""
     script = tmp_path / "restarted.py"
     script.write_text(RESTARTED)
     command = [

@@ -10,7 +10,8 @@ from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import Run
+from pretrain.engine.trainer import Trainer
+from pretrain.run import make_trainer
 from tests.pretrain.engine.run_helpers import assert_same_state
 
 BASE = {
@@ -42,11 +43,11 @@ def options(tmp_path, shards):
 
 @pytest.fixture
 def build(options):
-    """A `Run` from the same: build("name", "key=value", .., resume=False)."""
+    """A `Trainer` from the same: build("name", "key=value", .., resume=False)."""
 
     def make(name, *overrides, resume=False):
         config_file, *rest = options(name, *overrides)
-        return Run(load_config(config_file, rest), resume=resume)
+        return make_trainer(load_config(config_file, rest), resume=resume)
 
     return make
 
@@ -73,14 +74,14 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
     whole = build("whole", *overrides)
     whole.train()
     cut = build("cut", *overrides)
-    step = Run._step
+    step = Trainer.step
 
     def dying_step(self, batch, **how):
         if self.position.step == 8:
             raise KeyboardInterrupt
         return step(self, batch, **how)
 
-    monkeypatch.setattr(Run, "_step", dying_step)
+    monkeypatch.setattr(Trainer, "step", dying_step)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     monkeypatch.undo()
@@ -106,7 +107,7 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
 def one_step(run):
     """The next step, and which of the weights it moved."""
     before = {k: v.clone() for k, v in run.model.online.named_parameters()}
-    done = run._step(next(iter(run.feed.epoch(0))), is_logged=True)
+    done = run.step(next(iter(run.feed.epoch(0))), is_logged=True)
     run.position.step += 1
     return done, {
         k for k, v in run.model.online.named_parameters() if not torch.equal(v, before[k])

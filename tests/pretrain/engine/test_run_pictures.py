@@ -5,9 +5,10 @@ import json
 import pytest
 
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import Run
-from pretrain.evaluation import feature_map
+from pretrain.engine.trainer import Trainer
+from pretrain.evaluation import pictures
 from pretrain.evaluation.pictures import save_neighbours
+from pretrain.evaluation.probe import Probe
 from tests.pretrain.engine.run_helpers import TINY, assert_same_state
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps
@@ -33,14 +34,14 @@ MAP = "pictures/feature_map.png"
 
 def interrupt(monkeypatch, step):
     """Let the next run die like one that is killed, before a step."""
-    step_of = Run._step
+    step_of = Trainer.step
 
     def dying(self, fed, *, is_logged):
         if self.position.step == step:
             raise KeyboardInterrupt
         return step_of(self, fed, is_logged=is_logged)
 
-    monkeypatch.setattr(Run, "_step", dying)
+    monkeypatch.setattr(Trainer, "step", dying)
 
 
 def test_a_run_with_pictures_ends_with_the_bits_of_one_without(start, probe):
@@ -59,12 +60,19 @@ def test_before_is_of_the_initial_and_after_of_the_last_weights(start, make_run,
     assert status == 0, err
     untrained = make_run(*OPTIONS, *probe, name="untrained")
     backbone = untrained.model.online.backbone
+    opened = Probe.open(untrained.config.eval, untrained.config.data, untrained.device)
     for name, state in (("neighbours_before", None), ("neighbours", state_of(folder)["model"])):
         if state is not None:
             untrained.model.online.load_state_dict(state)
         expected = tmp_path / name
         save_neighbours(
-            expected, backbone, None, untrained.probe, 3, untrained.device, untrained.config.data
+            expected,
+            backbone,
+            None,
+            opened,
+            3,
+            untrained.device,
+            untrained.config.data,
         )
         assert rows_of(folder, name) == rows_of(expected, "neighbours")
     before, after = rows_of(folder, "neighbours_before"), rows_of(folder, "neighbours")
@@ -116,7 +124,7 @@ def test_an_earlier_run_leaves_nothing_that_could_be_taken_for_this_one(start, p
 @pytest.mark.parametrize(("num", "expected"), [(0, []), (8, [8]), (100, [20])])
 def test_num_map_points_decides_the_points(start, probe, monkeypatch, num, expected):
     drawn = []
-    monkeypatch.setattr(feature_map, "_draw", lambda path, places, *rest: drawn.append(len(places)))
+    monkeypatch.setattr(pictures, "_draw", lambda path, places, *rest: drawn.append(len(places)))
     _, folder, err = start("run", *OPTIONS, *probe, f"eval.num_map_points={num}")
     assert (folder / "pictures" / "neighbours.json").exists(), err
     assert drawn == expected

@@ -8,8 +8,9 @@ import torch
 
 from common.errors import UserError
 from common.files import DiskFullError
-from pretrain.engine import checkpoint, saver
-from pretrain.engine.saver import CheckpointSaver, load_newest
+from pretrain.config import EngineConfig
+from pretrain.engine import checkpoint
+from pretrain.engine.checkpoint import CheckpointSaver, load_newest
 
 
 def state(value):
@@ -19,9 +20,11 @@ def state(value):
 
 
 def make(folder, *, in_background=True, num_kept=2, kept_every_steps=0):
-    return CheckpointSaver(
-        folder, num_kept=num_kept, kept_every_steps=kept_every_steps, in_background=in_background
-    )
+    config = EngineConfig(
+        keep_checkpoints=num_kept, keep_every_steps=kept_every_steps,
+        async_checkpoints=in_background,
+    )  # fmt: skip
+    return CheckpointSaver(folder, config)
 
 
 def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
@@ -36,10 +39,10 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
     writer.save(now, 1)
     now["model"]["w"].fill_(7)  # the next optimiser step, while the file is being written
     now["model"]["slots"][0]["m"].fill_(7)
-    assert not (tmp_path / saver.NAME).exists()
+    assert not (tmp_path / checkpoint.NAME).exists()
     release.set()
     writer.wait()
-    written = checkpoint.load(tmp_path / saver.NAME)["model"]
+    written = checkpoint.load(tmp_path / checkpoint.NAME)["model"]
     assert written["w"].tolist() == [1.0] * 1000
     assert written["slots"][0]["m"].tolist() == [0.0] * 3
 
@@ -50,7 +53,7 @@ def test_saves_follow_each_other_and_the_newest_stay(tmp_path, in_background):
     for step in range(1, 8):
         writer.save(state(step), step)
     writer.wait()
-    assert checkpoint.load(tmp_path / saver.NAME)["step"] == 7
+    assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 7
     kept = sorted(int(p.stem[5:]) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [3, 5, 6, 7]  # 3 and 6 for good, of the others the newest two
 
@@ -72,19 +75,19 @@ def test_a_failed_write_is_told_once(tmp_path, monkeypatch, in_background):
     monkeypatch.undo()
     writer.save(state(2), 2)
     writer.wait()
-    assert checkpoint.load(tmp_path / saver.NAME)["step"] == 2
+    assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 2
 
 
 def test_in_the_foreground_nothing_is_left_to_a_thread(tmp_path):
     writer, before = make(tmp_path, in_background=False), threading.active_count()
     writer.save(state(1), 1)
     assert threading.active_count() == before
-    assert checkpoint.load(tmp_path / saver.NAME)["step"] == 1
+    assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 1
 
 
 def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
     writer = make(tmp_path, num_kept=3)
-    size = saver.num_bytes(state(1))
+    size = checkpoint.num_bytes(state(1))
     assert size == 4 * 1000 + 4 * 3
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size))
@@ -100,7 +103,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):
         writer.save(state(step), step)
     writer.wait()
     assert load_newest(tmp_path)[1] is None
-    newest = tmp_path / saver.NAME
+    newest = tmp_path / checkpoint.NAME
     newest.write_bytes(newest.read_bytes()[:-2000])  # also damages its link, step-00000003.pth
     found, note = load_newest(tmp_path)
     assert found["step"] == 2

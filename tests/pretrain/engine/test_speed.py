@@ -109,7 +109,7 @@ def take_steps(run, num_steps):
     for fed in run.feed.epoch(0):
         if run.position.step >= num_steps:
             break
-        losses.append(float(run._step(fed, is_logged=False).output.loss.detach()))
+        losses.append(float(run.step(fed, is_logged=False).output.loss.detach()))
         run.position.step += 1
     return losses
 
@@ -130,7 +130,7 @@ def test_checkpointed_run_equals_the_plain_one(make_run, case):
     plain = make_run(*options, name="plain")
     thrifty = make_run(*options, "engine.activation_checkpointing=true", name="thrifty")
     assert take_steps(plain, 3) == take_steps(thrifty, 3)
-    one, two = plain._state(), thrifty._state()
+    one, two = plain.state(), thrifty.state()
     for part in ("model", "ema", "optimizer", "queue", "online_probe"):
         assert_same_state(one[part], two[part], part)
     gradients = [
@@ -202,7 +202,7 @@ def test_batch_norm_of_the_config_is_built(make_run):
         assert set(two) == {nn.SyncBatchNorm}
         assert len(one) == len(two) == (22 if network == "online" else 21)
     assert take_steps(plain, 3) == take_steps(synchronised, 3)
-    one, two = plain._state(), synchronised._state()
+    one, two = plain.state(), synchronised.state()
     for part in ("model", "ema", "optimizer"):
         assert_same_state(one[part], two[part], part)
 
@@ -300,7 +300,7 @@ def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, 
     backbones = [run.model.online.backbone.eval() for run in (plain, compiled)]
     assert torch.equal(backbones[0](images), backbones[1](images))
     assert len(quick_compiler) == num_calls
-    one, two = plain._state(), compiled._state()
+    one, two = plain.state(), compiled.state()
     for part in ("model", "ema", "optimizer", "queue", "online_probe"):
         assert_same_state(one[part], two[part], part)
 

@@ -9,8 +9,8 @@ from common.config import to_plain
 from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
+from pretrain.engine.checkpoint import DATA_NOT_COMPARED, Position, restore, to_checkpoint
 from pretrain.engine.optim import make_optimizer
-from pretrain.engine.state import DATA_NOT_COMPARED, Position, restore, to_checkpoint
 from pretrain.features.row_random import fa_generator
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)

@@ -26,7 +26,8 @@ from pretrain.data.augment import PRESETS, augment, draw_parameters
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16
-from pretrain.engine.trainer import Run
+from pretrain.engine.trainer import Trainer
+from pretrain.evaluation.probe import KnnCallback
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.engine.run_helpers import TINY, assert_same_state, error_of, train_rows
@@ -280,10 +281,10 @@ KILLED = """
 import os, signal, sys
 import torch
 from pretrain import __main__
-from pretrain.engine import train
+from pretrain.engine.trainer import Trainer
 
 where, number = sys.argv[1], int(sys.argv[2])
-step, save = train.Run._step, torch.save
+step, save = Trainer.step, torch.save
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -301,7 +302,7 @@ def killing_save(state, file):
         kill()
     save(state, file)
 
-train.Run._step, torch.save = killing_step, killing_save
+Trainer.step, torch.save = killing_step, killing_save
 sys.exit(__main__.main(sys.argv[3:]))
 """
 
@@ -357,14 +358,14 @@ def test_interrupted_at_an_epoch_s_end_probes_once(start, shards, monkeypatch):
     """A checkpoint at the end of an epoch is made before the probe that is due there."""
     options = ["engine.checkpoint_every_steps=5", f"eval.probe_train={shards}"]
     options += [f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
-    probe = Run._probe
+    probe = KnnCallback.on_epoch_end
 
-    def dying_probe(self, log):
-        probe(self, log)
-        if self.position.step == 5:
+    def dying_probe(self, trainer):
+        probe(self, trainer)
+        if trainer.position.step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "_probe", dying_probe)
+    monkeypatch.setattr(KnnCallback, "on_epoch_end", dying_probe)
     assert start("cut", *options)[0] == 130
     monkeypatch.undo()
     status, folder, err = start("cut", *options, "--resume")
@@ -434,14 +435,14 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(start):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_the_resumed_run_is_the_same(start, monkeypatch, number):
     _, whole, _ = start("whole", "data.num_workers=1")
-    step, handler = Run._step, signal.getsignal(number)
+    step, handler = Trainer.step, signal.getsignal(number)
 
     def interrupted(self, fed, **options):
         if self.position.step == 6:
             os.kill(os.getpid(), number)
         return step(self, fed, **options)
 
-    monkeypatch.setattr(Run, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     status, folder, err = start("cut", "data.num_workers=1")
     assert status == 128 + number
     assert f"stopped by {signal.Signals(number).name} after step 7; the checkpoint is saved" in err
@@ -647,7 +648,7 @@ def test_precision_decides_autocast(make_run, objective):
     for precision in ("fp32", "bf16"):
         run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
         run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-        output = run._step(next(iter(run.feed.epoch(0))), is_logged=False).output
+        output = run.step(next(iter(run.feed.epoch(0))), is_logged=False).output
         results[precision] = output.loss.item()
         assert output.loss.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2

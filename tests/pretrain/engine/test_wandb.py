@@ -14,7 +14,7 @@ from common.files import read_json_lines
 from pretrain.config import TrackingConfig, load_config
 from pretrain.engine import log as metrics
 from pretrain.engine.log import MetricLog, check_wandb, start_wandb
-from pretrain.engine.trainer import Run
+from pretrain.run import make_trainer
 
 WITH_WANDB = TrackingConfig(wandb=True, project="study")
 BASE = {
@@ -108,12 +108,12 @@ def test_a_run_starts_and_finishes_wandb(tmp_path, shards, wandb):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(BASE))
     config = load_config(path, [f"data.shards={shards}", f"out={tmp_path / 'run'}"])
-    Run(config, resume=False).train()
+    make_trainer(config, resume=False).train()
     (options,) = wandb.started
     assert (options["project"], options["sync_tensorboard"]) == ("study", True)
     assert options["config"]["optim"]["epochs"] == 1
     assert wandb.boards_before == [0]  # it copies only from writers that are made after it
     assert list((tmp_path / "run/tensorboard").iterdir())
     assert wandb.finished == [{"exit_code": 0}]
-    Run(config, resume=True).train()
+    make_trainer(config, resume=True).train()
     assert wandb.started[-1]["id"] == "w-1"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.config import DataConfig, EvalConfig
-from pretrain.evaluation.feature_map import principal_components, save_map, tsne
+from pretrain.evaluation.pictures import principal_components, save_map, tsne
 from pretrain.evaluation.probe import Probe
 
 CPU = torch.device("cpu")

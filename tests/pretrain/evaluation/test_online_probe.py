@@ -17,8 +17,9 @@ from pretrain.config import EvalConfig, load_config
 from pretrain.data.mixture import open_samples
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import Run
-from pretrain.evaluation.online_probe import OnlineProbe, watched
+from pretrain.evaluation.online_probe import OnlineProbe
+from pretrain.evaluation.probe import Probe
+from pretrain.run import make_trainer
 from tests.pretrain.engine.run_helpers import assert_same_state, wait_for_workers
 from tests.pretrain.engine.test_ddp import free_port
 
@@ -50,7 +51,7 @@ def run(tmp_path, shards):
         options = [f"out={tmp_path / name}", *overrides]
         if not any(o.startswith("data.shards=") for o in options):
             options.append(f"data.shards={shards}")
-        started = Run(load_config(path, options), resume=resume)
+        started = make_trainer(load_config(path, options), resume=resume)
         started.train()
         return started
 
@@ -76,9 +77,10 @@ class Backbone(nn.Module):
 
 def seen_by(probe, backbone, views):
     """Pass both views as training does, with graph."""
-    with probe.watching():
-        for view in views:
-            backbone(view.requires_grad_())
+    probe.on_forward_start()
+    for view in views:
+        backbone(view.requires_grad_())
+    probe.on_forward_end()
 
 
 # --- what one step does
@@ -130,9 +132,10 @@ def test_no_gradient_reaches_what_it_looks_at():
     probe = OnlineProbe(backbone, 3, 0.1, CPU)
     views = torch.randn(2, 4, 5)
     views.requires_grad_()
-    with probe.watching():
-        for view in views:
-            backbone(view)
+    probe.on_forward_start()
+    for view in views:
+        backbone(view)
+    probe.on_forward_end()
     probe.step(torch.tensor([0, 1, 2, 0]))
     assert views.grad is None
     assert float(probe.classifier.weight.detach().abs().max()) > 0
@@ -144,14 +147,16 @@ def test_only_watched_passes_with_gradient_count():
     probe = OnlineProbe(backbone, 3, 0.1, CPU)
     views = torch.randn(2, 4, 5)
     backbone(torch.zeros(9, 5))
-    with probe.watching():
-        with torch.no_grad():
-            backbone(torch.zeros(7, 5))
-        for part in (slice(0, 3), slice(3, 4)):  # micro-batches, the views in turn
-            for view in views:
-                backbone(view[part])
+    probe.on_forward_start()
+    with torch.no_grad():
+        backbone(torch.zeros(7, 5))
+    for part in (slice(0, 3), slice(3, 4)):  # micro-batches, the views in turn
+        for view in views:
+            backbone(view[part])
+    probe.on_forward_end()
     backbone(torch.zeros(9, 5))
-    assert torch.equal(probe._features(4), views.flatten(0, 1))
+    rows = [torch.cat(probe._outputs[view::2]) for view in (0, 1)]
+    assert torch.equal(torch.stack(rows), views)
 
 
 def test_rows_that_are_not_finite_are_left_out():
@@ -183,11 +188,6 @@ def test_it_draws_no_random_number():
     probe = OnlineProbe(Backbone(), 3, 0.1, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert not probe.classifier.weight.any()
-
-
-def test_watched_without_a_probe_is_nothing():
-    with watched(None):
-        assert torch.is_grad_enabled()
 
 
 # --- what it needs
@@ -262,9 +262,9 @@ def test_figures_stand_in_the_rows(run, shards):
 
 def test_validation_accuracy_equals_the_classifier_on_every_picture(run, shards):
     done = run("run", f"eval.probe_train={shards}", f"eval.probe_val={shards}")
-    assert done.online_probe is not None
-    assert done.probe is not None
-    features, labels = done.probe.features(done.model.online.backbone, done.probe.val)
+    probe = Probe.open(done.config.eval, done.config.data, done.device)
+    assert probe is not None
+    features, labels = probe.features(done.model.online.backbone, probe.val)
     weights = state_of(done)["online_probe"]["classifier"]
     scores = features.numpy() @ weights["weight"].numpy().T + weights["bias"].numpy()
     expected = (scores.argmax(axis=1) == labels.numpy()).mean()
@@ -319,23 +319,26 @@ def test_a_checkpoint_without_it_starts_it_anew(run):
 def test_another_number_of_classes_starts_it_anew():
     state = OnlineProbe(Backbone(), 3, 0.1, CPU).state_dict()
     fresh = OnlineProbe(Backbone(), 4, 0.1, CPU)
-    assert "holds one of another size: the classifier starts anew" in str(fresh.load(state))
-    assert fresh.load(OnlineProbe(Backbone(), 4, 0.1, CPU).state_dict()) is None
+    assert "holds one of another size: the classifier starts anew" in str(
+        fresh.load_state_dict(state)
+    )
+    assert fresh.load_state_dict(OnlineProbe(Backbone(), 4, 0.1, CPU).state_dict()) is None
 
 
 def test_a_changed_rate_holds_after_a_resume():
     state = OnlineProbe(Backbone(), 3, 0.1, CPU).state_dict()
     fresh = OnlineProbe(Backbone(), 3, 0.5, CPU)
-    fresh.load(state)
+    fresh.load_state_dict(state)
     assert fresh.optimizer.param_groups[0]["lr"] == 0.5
 
 
 WORKER = """
 import sys, torch
-from pretrain.engine import dist
+from pretrain import collectives as dist
+from pretrain.engine import rendezvous
 from tests.pretrain.evaluation.test_online_probe import CPU, Backbone, OnlineProbe, seen_by
 torch.set_num_threads(1)
-dist.start("cpu")
+rendezvous.start("cpu")
 probe = OnlineProbe(backbone := Backbone(), 3, 0.1, CPU)
 generator = torch.Generator().manual_seed(0)
 for step in range(4):
@@ -345,7 +348,7 @@ for step in range(4):
     seen_by(probe, backbone, views[:, own].clone())
     probe.step(labels[own])
 torch.save(probe.state_dict(), f"{sys.argv[1]}-{dist.world_size()}-{dist.rank()}.pth")
-dist.stop()
+rendezvous.stop()
 """
 
 

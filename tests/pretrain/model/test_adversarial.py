@@ -9,9 +9,9 @@ import torch
 from common.errors import UserError
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig, load_config
 from pretrain.engine.accumulation import Gradients
-from pretrain.engine.trainer import Run
 from pretrain.features.row_random import fa_generator
 from pretrain.model.adversarial import perturb, step_length
+from pretrain.run import make_trainer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SHAPE = (1, 3, 1, 1)
@@ -213,7 +213,7 @@ def test_option_of_a_run_changes_what_is_learnt(shards, tmp_path):
     )
 
     def weights(name, *overrides):
-        run = Run(load_config(path, [f"out={tmp_path / name}", *overrides]), resume=False)
+        run = make_trainer(load_config(path, [f"out={tmp_path / name}", *overrides]), resume=False)
         run.train()
         return torch.cat([p.detach().flatten() for p in run.model.online.parameters()])
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pretrain import collectives as dist
+from pretrain.engine import rendezvous
 from pretrain.objectives.losses import nt_xent_loss, sinkhorn
 from tests.pretrain.engine.run_helpers import wait_for_workers
 
@@ -48,7 +49,7 @@ def work(folder, rank):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     torch.save(compute(dist.local_rows(BATCH // 2)), f"{folder}/{rank}.pth")
-    dist.stop()
+    rendezvous.stop()
 
 
 def start_worker(folder, rank):
