@@ -42,21 +42,10 @@ DATA_NOT_COMPARED = (
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` so that ``path`` is always either the old checkpoint or the whole new one.
+    """Write plain types and tensors, with a checksum: ``path`` is always a whole checkpoint.
 
     Raises:
         DiskFullError: If the disk is full; the message says what to free and how to go on.
-    """
-    missing = set(FIELDS) - set(state)
-    assert not missing, f"checkpoint without {sorted(missing)}"
-    write(state, path)
-
-
-def write(state: dict[str, Any], path: Path) -> None:
-    """Write any state of plain types and tensors, with its checksum, whole or not at all.
-
-    Raises:
-        DiskFullError: As ``save``.
     """
     state = {**state, "checksum": checksum(state)}
     write_atomically(
@@ -281,128 +270,132 @@ class Position:
     train_seconds: float = 0.0
 
 
-def to_checkpoint(
-    config: PretrainConfig,
-    model: FAContrastive,
-    optimizer: torch.optim.Optimizer,
-    position: Position,
-    num_steps: int,
-    data_fingerprint: str | None = None,
-    scaler: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything that the next step depends on.
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the next step of a run depends on, to and from a checkpoint.
 
-    ``data_fingerprint`` says which samples the run sees; None where that cannot be known.
-    ``scaler`` is the state of the loss scale; None without one.
-    """
-    negatives = model.objective.negatives
-    return {
-        "format": FORMAT,
-        "arch": to_plain(config.arch),
-        "preprocessing": {
-            "mean": list(config.data.pixel_mean),
-            "std": list(config.data.pixel_std),
-            "order": "RGB",
-        },
-        "model": model.online.state_dict(),
-        "ema": None if model.ema is None else model.ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler,
-        "schedule": {"num_steps": num_steps, "data_fingerprint": data_fingerprint},
-        "queue": None if model.queue is None else model.queue.state_dict(),
-        "negatives": None if negatives is None else negatives.state_dict(),
-        "random": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-        "position": dict(vars(position)),
-        "config": to_plain(config),
-        "step": position.step,
-        "versions": provenance.versions(),
-    }
-
-
-def restore(
-    state: dict[str, Any],
-    config: PretrainConfig,
-    model: FAContrastive,
-    optimizer: torch.optim.Optimizer,
-    num_steps: int,
-    data_fingerprint: str | None = None,
-    *,
-    allow_changes: bool = False,
-) -> tuple[Position, list[str]]:
-    """Bring a freshly built run into the state of a checkpoint.
-
-    Args:
-        state: From ``load``.
-        config: Of the run that goes on.
-        model: Takes the weights, the EMA, the queues.
-        optimizer: Takes its state.
+    Attributes:
+        config: Of the run.
+        model: Its weights, EMA and queues.
+        optimizer: Its state.
         num_steps: Steps that the run has in all.
         data_fingerprint: Which samples the run sees; None where that cannot be known.
-        allow_changes: Go on with another config or other shards where the weights fit.
-
-    Returns:
-        Where the run stands, and the changes that were allowed, a line each.
-
-    Raises:
-        UserError: A changed config or changed shards (the differences are shown), or weights that
-            do not fit.
     """
-    changes = _changes(state, config, num_steps, data_fingerprint)
-    if changes and not allow_changes:
-        raise UserError(
-            f"the checkpoint was made with another config: {'; '.join(changes)}. Restore these "
-            "values to resume, allow them with --allow-changes, or start a new run with another "
-            "out=DIR"
-        )
-    try:
-        model.online.load_state_dict(state["model"])
-        if model.ema is not None:
-            model.ema.load_state_dict(state["ema"])
-        if model.queue is not None:
-            model.queue.load_state_dict(state["queue"])
-        if model.objective.negatives is not None:
-            model.objective.negatives.load_state_dict(state["negatives"])
-        load_state(optimizer, state["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the checkpoint does not fit this config ({'; '.join(changes) or 'no change seen'}): "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    torch.set_rng_state(state["random"]["torch"])
-    if torch.cuda.is_available():  # perhaps with fewer devices than before
-        for device, cuda_state in enumerate(state["random"]["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, device)
-    position = Position(**state["position"])
-    if changes:
-        steps_per_epoch = num_steps // config.optim.epochs
-        position.epoch, position.step_in_epoch = divmod(position.step, steps_per_epoch)
-    return position, changes
 
+    config: PretrainConfig
+    model: FAContrastive
+    optimizer: torch.optim.Optimizer
+    num_steps: int
+    data_fingerprint: str | None = None
 
-def _changes(
-    state: dict[str, Any], config: PretrainConfig, num_steps: int, data_fingerprint: str | None
-) -> list[str]:
-    """What differs from the run that the checkpoint was made by, a line each."""
+    def to_checkpoint(
+        self, position: Position, scaler: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Plain types and tensors, not copied.
 
-    def compared(plain: dict[str, Any]) -> dict[str, Any]:
-        data = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
-        engine = {k: plain["engine"].get(k, old) for k, old in ENGINE_COMPARED.items()}
-        others = {k: v for k, v in plain.items() if k not in NOT_COMPARED}
-        return others | {"data": data, "engine": engine}
+        Args:
+            position: Where the run stands.
+            scaler: State of the loss scale; None without one.
+        """
+        ema, queue, negatives = self.model.ema, self.model.queue, self.model.objective.negatives
+        return {
+            "format": FORMAT,
+            "arch": to_plain(self.config.arch),
+            "preprocessing": {
+                "mean": list(self.config.data.pixel_mean),
+                "std": list(self.config.data.pixel_std),
+                "order": "RGB",
+            },
+            "model": self.model.online.state_dict(),
+            "ema": None if ema is None else ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler,
+            "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
+            "queue": None if queue is None else queue.state_dict(),
+            "negatives": None if negatives is None else negatives.state_dict(),
+            "random": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            "position": dict(vars(position)),
+            "config": to_plain(self.config),
+            "step": position.step,
+            "versions": provenance.versions(),
+        }
 
-    changes = different_keys(compared(state["config"]), compared(to_plain(config)))
-    schedule = state["schedule"]
-    if schedule["num_steps"] != num_steps and not changes:
-        changes.append(
-            f"it was made for {schedule['num_steps']} steps, the shards now give {num_steps}"
-        )
-    known = schedule.get("data_fingerprint")
-    if known is not None and data_fingerprint is not None and known != data_fingerprint:
-        changes.append("data.shards: other shards, or other weights of them")
-    return changes
+    def restore(
+        self, state: dict[str, Any], *, allow_changes: bool = False
+    ) -> tuple[Position, list[str]]:
+        """Bring a freshly built run into the state of a checkpoint.
+
+        Args:
+            state: From ``load``.
+            allow_changes: Go on with another config or other shards where the weights fit.
+
+        Returns:
+            Where the run stands, and the changes that were allowed, a line each.
+
+        Raises:
+            UserError: A changed config or changed shards (the differences are shown), or weights
+                that do not fit.
+        """
+        changes = self._changes(state)
+        if changes and not allow_changes:
+            raise UserError(
+                f"the checkpoint was made with another config: {'; '.join(changes)}. Restore "
+                "these values to resume, allow them with --allow-changes, or start a new run with "
+                "another out=DIR"
+            )
+        try:
+            self.model.online.load_state_dict(state["model"])
+            if self.model.ema is not None:
+                self.model.ema.load_state_dict(state["ema"])
+            if self.model.queue is not None:
+                self.model.queue.load_state_dict(state["queue"])
+            if self.model.objective.negatives is not None:
+                self.model.objective.negatives.load_state_dict(state["negatives"])
+            load_state(self.optimizer, state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                "the checkpoint does not fit this config "
+                f"({'; '.join(changes) or 'no change seen'}): {' '.join(str(error).split())[:200]}"
+            ) from error
+        torch.set_rng_state(state["random"]["torch"])
+        if torch.cuda.is_available():  # perhaps with fewer devices than before
+            for device, cuda_state in enumerate(
+                state["random"]["cuda"][: torch.cuda.device_count()]
+            ):
+                torch.cuda.set_rng_state(cuda_state, device)
+        position = Position(**state["position"])
+        if changes:
+            steps_per_epoch = self.num_steps // self.config.optim.epochs
+            position.epoch, position.step_in_epoch = divmod(position.step, steps_per_epoch)
+        return position, changes
+
+    def _changes(self, state: dict[str, Any]) -> list[str]:
+        """What differs from the run that the checkpoint was made by, a line each."""
+
+        def compared(plain: dict[str, Any]) -> dict[str, Any]:
+            data = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
+            engine = {k: plain["engine"].get(k, old) for k, old in ENGINE_COMPARED.items()}
+            others = {k: v for k, v in plain.items() if k not in NOT_COMPARED}
+            return others | {"data": data, "engine": engine}
+
+        changes = different_keys(compared(state["config"]), compared(to_plain(self.config)))
+        schedule = state["schedule"]
+        if schedule["num_steps"] != self.num_steps and not changes:
+            changes.append(
+                f"it was made for {schedule['num_steps']} steps, the shards now give "
+                f"{self.num_steps}"
+            )
+        known = schedule.get("data_fingerprint")
+        if (
+            known is not None
+            and self.data_fingerprint is not None
+            and known != self.data_fingerprint
+        ):
+            changes.append("data.shards: other shards, or other weights of them")
+        return changes
 
 
 def different_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -15,25 +15,27 @@ from pretrain.model.backbone import ResNet
 from pretrain.model.joint_embedding import FAContrastive, OnlineNetwork
 
 
-def choose_products(*, tf32: bool, device: torch.device) -> None:
-    """Whether fp32 products and convolutions of a GPU may be rounded to TF32's 10 bits.
-
-    It is a setting of the process. Neighbours are searched in exact fp32 in either case.
-    """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
-
-
 def prepare(model: FAContrastive, config: EngineConfig, device: torch.device) -> None:
     """Set up a fresh model, before there is an optimiser; names of weights stay as they are.
 
     Raises:
         UserError: If the device cannot do what is asked for.
     """
-    choose_products(tf32=config.tf32, device=device)
+    if device.type == "cuda":
+        # A setting of the process: fp32 products and convolutions may be rounded to TF32's 10 bits.
+        # Neighbours are searched in exact fp32 in either case.
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32
     if config.batch_norm == "synchronised":
-        _synchronise_batch_norm(model, device)
+        require(
+            device.type == "cuda" or not dist.is_on(),
+            "engine.batch_norm=synchronised: torch has it for GPUs only; on a CPU use "
+            "engine.batch_norm=per_process, or one process",
+        )
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        model.online = cast(OnlineNetwork, convert(model.online))
+        if model.ema is not None:
+            model.ema = cast(OnlineNetwork, convert(model.ema))
     model.online.backbone.checkpoints_stages = config.activation_checkpointing
     model.to(device)
     if config.channels_last:
@@ -67,19 +69,6 @@ def _compile(backbone: ResNet) -> None:
             ) from error
 
     backbone.forward = forward  # type: ignore[method-assign]
-
-
-def _synchronise_batch_norm(model: FAContrastive, device: torch.device) -> None:
-    """Statistics of the rows of all processes, in the online and in the EMA network."""
-    require(
-        device.type == "cuda" or not dist.is_on(),
-        "engine.batch_norm=synchronised: torch has it for GPUs only; on a CPU use "
-        "engine.batch_norm=per_process, or one process",
-    )
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    model.online = cast(OnlineNetwork, convert(model.online))
-    if model.ema is not None:
-        model.ema = cast(OnlineNetwork, convert(model.ema))
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 # pyright: reportPrivateImportUsage=false
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from fvcore.common.param_scheduler import (
-    CompositeParamScheduler,
-    CosineParamScheduler,
-    LinearParamScheduler,
-    ParamScheduler,
-)
 from torch import Tensor, nn
 
 from pretrain.config import ObjectiveConfig, OptimConfig
@@ -32,8 +26,8 @@ class LARS(torch.optim.Optimizer):
         params: Groups; ``adapt`` (bool) in each says whether trust ratios apply.
         lr: Learning rate.
         momentum: mu.
-        weight_decay: wd.
         eta: Trust coefficient.
+        weight_decay: wd, of groups without their own.
         clip: Whether the trust ratio is clipped.
     """
 
@@ -43,8 +37,8 @@ class LARS(torch.optim.Optimizer):
         *,
         lr: float,
         momentum: float,
-        weight_decay: float,
         eta: float,
+        weight_decay: float = 0.0,
         clip: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
@@ -56,7 +50,13 @@ class LARS(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for weights in _at_once([w for w in group["params"] if w.grad is not None]):
+            weights = [w for w in group["params"] if w.grad is not None]
+            if weights and weights[0].device.type == "cpu":
+                # One layer after the other: its weights are then in the cache for the whole update.
+                for w in weights:
+                    self._update([w], group)
+            elif weights:
+                # All together, since each launch costs time on a GPU.
                 self._update(weights, group)
         return loss
 
@@ -88,17 +88,6 @@ class LARS(torch.optim.Optimizer):
         return torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled)).unbind()
 
 
-def _at_once(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """What one call of a foreach operation takes: all on a GPU, where each launch costs time.
-
-    On a CPU one layer after the other: its weights are then in the cache for the whole update.
-    """
-    if weights and weights[0].device.type == "cpu":
-        yield from ([w] for w in weights)
-    elif weights:
-        yield weights
-
-
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Weights, and biases and normalisation parameters; of the backbone, the heads, the predictor.
 
@@ -106,13 +95,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     left out.
     """
     parts = {name: list(part.parameters()) for name, part in model.named_children()}
-    head_decay = (
-        config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
-    )
+    decay, head_decay = config.weight_decay, config.head_weight_decay
+    if head_decay is None:
+        head_decay = decay
     groups = []
     for is_weight in (True, False):
-        for names, decay, follows in (
-            (("backbone",), config.weight_decay, True),
+        for names, part_decay, follows in (
+            (("backbone",), decay, True),
             (("projector", "prototypes"), head_decay, True),
             (("predictor",), head_decay, not config.predictor_constant_lr),
         ):
@@ -120,7 +109,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
             is_treated = is_weight or not config.exclude_bias_and_norm
             group = {
                 "params": [p for p in chosen if p.requires_grad],
-                "weight_decay": decay if is_treated else 0.0,
+                "weight_decay": part_decay if is_treated else 0.0,
                 "adapt": is_treated,
                 "follows_schedule": follows,
             }
@@ -137,14 +126,8 @@ def make_optimizer(
     """
     groups = parameter_groups(model, config)
     if config.name == "lars":
-        return LARS(
-            groups,
-            lr=lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            eta=config.lars_eta,
-            clip=config.lars_clip,
-        )
+        options = {"momentum": config.momentum, "eta": config.lars_eta, "clip": config.lars_clip}
+        return LARS(groups, lr=lr, **options)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=is_fused or None)
     return torch.optim.AdamW(groups, lr=lr, fused=is_fused or None)
@@ -171,22 +154,15 @@ def peak_lr(config: OptimConfig, batch_size: int) -> float:
     return config.base_lr * batch_size / 256
 
 
-def lr_schedule(config: OptimConfig) -> ParamScheduler:
-    """Factor of the peak rate against the share of training done: linear warm-up, cosine to 0."""
-    cosine = CosineParamScheduler(1.0, 0.0)
-    if config.warmup_epochs == 0:
-        return cosine
-    warmup = config.warmup_epochs / config.epochs
-    return CompositeParamScheduler(
-        [LinearParamScheduler(0.0, 1.0), cosine],
-        lengths=[warmup, 1 - warmup],
-        interval_scaling=["rescaled", "rescaled"],
-    )
+def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Share of the peak rate in step 0..num_steps-1: linear warm-up, then cosine to 0.
 
-
-def lr_factor(schedule: ParamScheduler, step: int, num_steps: int) -> float:
-    """The factor of step 0..num_steps-1, at the middle of the step so that none has rate 0."""
-    return float(schedule((step + 0.5) / num_steps))
+    Taken at the middle of the step, so that none has rate 0.
+    """
+    done, warmup = (step + 0.5) / num_steps, config.warmup_epochs / config.epochs
+    if done < warmup:
+        return done / warmup
+    return (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
 
 def ema_tau(config: ObjectiveConfig, step: int, num_steps: int) -> float:

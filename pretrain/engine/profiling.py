@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,30 +94,11 @@ def profile(trainer: Trainer, num_steps: int) -> None:
             "optim.epochs"
         )
     fill_queues(trainer.model)
-    folder, is_main = trainer.folder / "profile", dist.rank() == 0
+    device, data, is_main = trainer.device, trainer.config.data, dist.rank() == 0
+    is_cuda, folder = device.type == "cuda", trainer.folder / "profile"
     folder.mkdir(exist_ok=True)
     if is_main:
         print(f"profile: {total} steps, not a training run; weights are not kept", file=sys.stderr)
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if is_main:
-            trainer.log = stack.enter_context(MetricLog(scratch, -1, -1))
-        trainer.bar = stack.enter_context(progress_bar("profile", total))
-        stream = stack.enter_context(contextlib.closing(batches(trainer)))
-        stack.enter_context(trainer.hang_timer)
-        summary = _measure(trainer, stream, num_steps, num_traced, folder)
-    if is_main:
-        write_json(folder / "summary.json", summary)
-        print_summary(summary, folder)
-    trainer.close()
-
-
-def _measure(
-    trainer: Trainer, stream: Iterator[Fed], num_steps: int, num_traced: int, folder: Path
-) -> dict[str, Any]:
-    """Warm up, time, trace; the trace is written by the first process."""
-    device, data = trainer.device, trainer.config.data
-    is_cuda = device.type == "cuda"
 
     def steps(num: int) -> float:
         """Seconds of one of so many steps."""
@@ -127,23 +108,34 @@ def _measure(
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / num
 
-    flops = count_flops(lambda: steps(1))
-    steps(NUM_WARMUP - 1)
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = steps(num_steps)
-    peak = torch.cuda.max_memory_allocated(device) if is_cuda else provenance.peak_memory_bytes()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with torch_profile(activities=activities) as trace:
-        traced_seconds = steps(num_traced)
-    if dist.rank() == 0:
-        # torch's own export to ``.gz`` takes ten times as long
-        plain, partial = folder / "trace.partial.json", folder / "trace.partial.gz"
-        trace.export_chrome_trace(str(plain))
-        with open(plain, "rb") as source, gzip.open(partial, "wb", compresslevel=6) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        plain.unlink()
-        os.replace(partial, folder / "trace.json.gz")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        MetricLog(Path(scratch), -1, -1) if is_main else contextlib.nullcontext() as trainer.log,
+        progress_bar("profile", total) as trainer.bar,
+        contextlib.closing(batches(trainer)) as stream,
+        trainer.hang_timer,
+    ):
+        flops = count_flops(lambda: steps(1))
+        steps(NUM_WARMUP - 1)
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = steps(num_steps)
+        peak = provenance.peak_memory_bytes()
+        if is_cuda:
+            peak = torch.cuda.max_memory_allocated(device)
+        with torch_profile(activities=activities) as trace:
+            traced_seconds = steps(num_traced)
+    if not is_main:
+        trainer.close()
+        return
+    # torch's own export to ``.gz`` takes ten times as long.
+    plain, partial = folder / "trace.partial.json", folder / "trace.partial.gz"
+    trace.export_chrome_trace(str(plain))
+    with open(plain, "rb") as source, gzip.open(partial, "wb", compresslevel=6) as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    plain.unlink()
+    os.replace(partial, folder / "trace.json.gz")
     times = range_seconds(trace.events() or (), is_cuda=is_cuda)
     ranges = [
         {
@@ -155,7 +147,7 @@ def _measure(
         for name in RANGES
         if name in times
     ]
-    return {
+    summary = {
         "format": FORMAT,
         "note": "a profile, not a training run; queues were filled with random features",
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
@@ -177,6 +169,9 @@ def _measure(
             "step_ms": 1e3 * traced_seconds,
         },
     }
+    write_json(folder / "summary.json", summary)
+    print_summary(summary, folder)
+    trainer.close()
 
 
 def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str, float]:

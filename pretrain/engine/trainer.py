@@ -26,7 +26,7 @@ from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import autocast_type
 from pretrain.engine.guards import HangTimer, LossScale, NonFiniteGuard, NonFiniteLossError
 from pretrain.engine.log import Meter, MetricLog, open_log, progress_bar
-from pretrain.engine.optim import ema_tau, lr_factor, lr_schedule, peak_lr, set_lr
+from pretrain.engine.optim import ema_tau, lr_factor, peak_lr, set_lr
 from pretrain.engine.stop import StopRequest, stopped
 from pretrain.features.row_random import fa_generator
 from pretrain.model import diagnostics
@@ -118,10 +118,12 @@ class Trainer:
         self.config, self.folder, self.lock, self.device = config, folder, lock, device
         self.feed, self.model, self.optimizer, self.callbacks = feed, model, optimizer, callbacks
         self.num_steps = feed.num_steps * config.optim.epochs
+        self.run_state = checkpoint.RunState(
+            config, model, optimizer, self.num_steps, feed.fingerprint
+        )
         self.position = checkpoint.Position()
         self.notes: list[str] = []
         self.autocast_type = autocast_type(config.engine.precision, device)
-        self.schedule = lr_schedule(config.optim)
         self.loss_scale = LossScale(config.engine, folder, device)
         forward: torch.nn.Module = model.online
         if dist.is_on():
@@ -218,7 +220,7 @@ class Trainer:
     def step(self, fed: Fed, *, is_logged: bool) -> StepResult:
         """One optimiser step: forward, loss, backward, update, EMA and queue."""
         config, step = self.config, self.position.step
-        factor = lr_factor(self.schedule, step, self.num_steps)
+        factor = lr_factor(config.optim, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
         with record_function("guards"):
             self.guard.keep()
@@ -344,15 +346,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The checkpoint of the present step."""
-        state = checkpoint.to_checkpoint(
-            self.config,
-            self.model,
-            self.optimizer,
-            self.position,
-            self.num_steps,
-            self.feed.fingerprint,
-            self.loss_scale.state_dict(),
-        )
+        state = self.run_state.to_checkpoint(self.position, self.loss_scale.state_dict())
         for callback in self.callbacks:
             state |= callback.state_dict()
         return state
@@ -367,15 +361,7 @@ class Trainer:
             UserError: If no checkpoint is whole, or it does not belong to this run.
         """
         state, note = checkpoint.load_newest(self.folder)
-        self.position, changes = checkpoint.restore(
-            state,
-            self.config,
-            self.model,
-            self.optimizer,
-            self.num_steps,
-            self.feed.fingerprint,
-            allow_changes=allow_changes,
-        )
+        self.position, changes = self.run_state.restore(state, allow_changes=allow_changes)
         self.loss_scale.load(state["scaler"])
         notes = [note, *(f"going on with a changed config: {line}" for line in changes)]
         notes += [callback.load_state_dict(state) for callback in self.callbacks]

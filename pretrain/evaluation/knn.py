@@ -25,9 +25,8 @@ def working_bytes(num_queries: int, dim: int, k: int) -> int:
     """
     chunks = 4 * dim * (QUERY_CHUNK + BANK_CHUNK)
     similarities = 4 * QUERY_CHUNK * BANK_CHUNK
-    found = (4 + 8) * 4 * QUERY_CHUNK * k  # of a chunk, joined with those before, and chosen
-    lists = (4 + 8) * num_queries * k
-    return chunks + similarities + found + lists + _ALLOCATOR_BYTES
+    best = (4 + 8) * 4 * QUERY_CHUNK * k  # of a chunk, joined with those before, and chosen
+    return chunks + similarities + best + (4 + 8) * num_queries * k + _ALLOCATOR_BYTES
 
 
 @torch.no_grad()
@@ -37,8 +36,6 @@ def nearest_rows(
     k: int,
     *,
     excluded: Int[Tensor, " n"] | None = None,
-    chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
     device: torch.device | None = None,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k rows of the bank with the highest cosine similarity to each query, highest first.
@@ -52,8 +49,6 @@ def nearest_rows(
         queries: Features, of any length.
         k: At most the number of rows.
         excluded: For each query a row that it must not find, itself for instance.
-        chunk: Queries looked at together.
-        bank_chunk: Bank rows looked at together.
         device: Where chunks are compared; that of the bank if None.
 
     Returns:
@@ -63,10 +58,10 @@ def nearest_rows(
     n, m = len(queries), len(bank)
     best = torch.full((n, k), -float("inf"))
     rows = torch.zeros((n, k), dtype=torch.int64)
-    for start in range(0, m, bank_chunk):
-        entries = _unit(bank[start : start + bank_chunk], device)
-        for first in range(0, n, chunk):
-            part = slice(first, min(first + chunk, n))
+    for start in range(0, m, BANK_CHUNK):
+        entries = _unit(bank[start : start + BANK_CHUNK], device)
+        for first in range(0, n, QUERY_CHUNK):
+            part = slice(first, min(first + QUERY_CHUNK, n))
             avoided = None if excluded is None else excluded[part] - start
             values, found = _best(_unit(queries[part], device), entries, k, avoided)
             values = torch.cat([best[part], values], dim=1)
@@ -106,8 +101,6 @@ def knn_top1(
     *,
     k: int,
     temperature: float,
-    chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
     device: torch.device | None = None,
 ) -> float:
     """Share of queries classified right by exp(similarity / temperature) votes of the k nearest.
@@ -120,11 +113,8 @@ def knn_top1(
     Raises:
         ValueError: If a set is empty or the bank has fewer than k entries.
     """
-    grid = knn_grid(
-        bank, bank_labels, queries, query_labels, ks=[k], temperatures=[temperature], chunk=chunk,
-        bank_chunk=bank_chunk, device=device,
-    )  # fmt: skip
-    return grid[0][0]
+    ks, temperatures, sets = [k], [temperature], (bank, bank_labels, queries, query_labels)
+    return knn_grid(*sets, ks=ks, temperatures=temperatures, device=device)[0][0]
 
 
 @torch.no_grad()
@@ -136,8 +126,6 @@ def knn_grid(
     *,
     ks: Sequence[int],
     temperatures: Sequence[float],
-    chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
     device: torch.device | None = None,
 ) -> list[list[float]]:
     """``knn_top1`` for every k with every temperature, in one pass over the similarities.
@@ -153,14 +141,12 @@ def knn_grid(
         raise ValueError(
             f"kNN with k={largest} needs queries and a bank of at least k, got {len(bank)}"
         )
-    similarity, rows = nearest_rows(
-        bank, queries, largest, chunk=chunk, bank_chunk=bank_chunk, device=device
-    )
+    similarity, rows = nearest_rows(bank, queries, largest, device=device)
     bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
     correct = [[0] * len(temperatures) for _ in ks]
-    for start in range(0, len(queries), chunk):
-        part = slice(start, start + chunk)
+    for start in range(0, len(queries), QUERY_CHUNK):
+        part = slice(start, start + QUERY_CHUNK)
         found = bank_labels[rows[part]]
         for column, temperature in enumerate(temperatures):
             weights = (similarity[part] / temperature).exp_()

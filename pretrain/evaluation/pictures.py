@@ -79,15 +79,10 @@ class RunPictures(Callback):
             save_map(trainer.folder, backbone, self.probe, config.eval.num_map_points, config.seed)
 
     def _save_neighbours(self, trainer: Trainer, name: str) -> None:
+        config, sets = trainer.config, (trainer.feed.samples, self.probe)
+        num, backbone = config.eval.num_pictures, trainer.model.online.backbone
         save_neighbours(
-            trainer.folder,
-            trainer.model.online.backbone,
-            trainer.feed.samples,
-            self.probe,
-            trainer.config.eval.num_pictures,
-            trainer.device,
-            trainer.config.data,
-            name=name,
+            trainer.folder, backbone, *sets, num, trainer.device, config.data, name=name
         )
 
 

@@ -157,17 +157,10 @@ class Probe:
         self, backbone: nn.Module, each_batch: Callable[[Tensor, Tensor], None] | None = None
     ) -> float:
         """Accuracy of the kNN classifier, in [0, 1]; ``each_batch`` sees the validation set."""
-        bank, bank_labels = self.features(backbone, self.train)
-        queries, labels = self.features(backbone, self.val, each_batch)
-        return knn_top1(
-            bank,
-            bank_labels,
-            queries,
-            labels,
-            k=self.config.knn_k,
-            temperature=self.config.knn_temperature,
-            device=self.device,
-        )
+        config, bank = self.config, self.features(backbone, self.train)
+        queries = self.features(backbone, self.val, each_batch)
+        k, temperature = config.knn_k, config.knn_temperature
+        return knn_top1(*bank, *queries, k=k, temperature=temperature, device=self.device)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pretrain.config import (
     OptimConfig,
 )
 from pretrain.engine.accumulation import Gradients
-from pretrain.engine.optim import ema_tau, lr_factor, lr_schedule, make_optimizer, peak_lr, set_lr
+from pretrain.engine.optim import ema_tau, lr_factor, make_optimizer, peak_lr, set_lr
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 from tests.golden.gate import digest
@@ -173,7 +173,6 @@ def run(cell: Cell, num_steps: int = NUM_STEPS) -> tuple[dict[str, Any], str]:
     if model.ema is not None:
         fill_weights(model.ema)
     optimizer = make_optimizer(model.online, optim, peak_lr(optim, BATCH))
-    schedule = lr_schedule(optim)
     forward: nn.Module = model.online
     if dist.is_on():
         forward = DistributedDataParallel(model.online, broadcast_buffers=False)
@@ -182,7 +181,7 @@ def run(cell: Cell, num_steps: int = NUM_STEPS) -> tuple[dict[str, Any], str]:
     labels = torch.arange(BATCH)[local]
     losses, rates, taus, active = [], [], [], []
     for step in range(num_steps):
-        factor = lr_factor(schedule, step, num_steps)
+        factor = lr_factor(optim, step, num_steps)
         rates.append(set_lr(optimizer, peak_lr(optim, BATCH), factor))
         optimizer.zero_grad(set_to_none=True)
         generator = partial(fa_generator, SEED, step, torch.device("cpu"))

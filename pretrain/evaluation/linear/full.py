@@ -109,7 +109,7 @@ class FullTraining:
                 "curve": {"top1": self.curve, "num_right": self._num_right,
                           "num_seen": self._num_seen},
             }  # fmt: skip
-            checkpoint.write(state, self._path)
+            checkpoint.save(state, self._path)
 
     def train(self) -> None:
         """To the end of the last epoch.

@@ -14,7 +14,6 @@ from pretrain.engine.optim import (
     LARS,
     ema_tau,
     lr_factor,
-    lr_schedule,
     make_optimizer,
     parameter_groups,
     peak_lr,
@@ -298,9 +297,9 @@ def test_biases_and_normalisation_layers_may_be_treated_like_weights(name):
 def test_predictor_constant_lr_over_a_schedule(name, constant):
     net = network()
     settings = config(name=name, warmup_epochs=2.0, predictor_constant_lr=constant)
-    optimizer, schedule = make_optimizer(net, settings, lr=0.4), lr_schedule(settings)
+    optimizer = make_optimizer(net, settings, lr=0.4)
     for step in range(20):
-        factor = lr_factor(schedule, step, 20)
+        factor = lr_factor(settings, step, 20)
         assert set_lr(optimizer, 0.4, factor) == 0.4 * factor
         rates = {n: g["lr"] for g in optimizer.param_groups for n in names_of(net, g)}
         for key, rate in rates.items():
@@ -361,7 +360,7 @@ def test_peak_rate_scales_with_the_global_batch():
 )
 @pytest.mark.parametrize("steps_per_epoch", [1, 7, 100])
 def test_rate_equals_the_closed_form(epochs, warmup, steps_per_epoch):
-    schedule = lr_schedule(config(epochs=epochs, warmup_epochs=warmup))
+    settings = config(epochs=epochs, warmup_epochs=warmup)
     num_steps = epochs * steps_per_epoch
     for step in range(num_steps):
         epoch = (step + 0.5) / steps_per_epoch
@@ -369,13 +368,13 @@ def test_rate_equals_the_closed_form(epochs, warmup, steps_per_epoch):
             expected = epoch / warmup
         else:
             expected = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
-        assert lr_factor(schedule, step, num_steps) == pytest.approx(expected, abs=1e-4), step
-        assert lr_factor(schedule, step, num_steps) > 0
+        assert lr_factor(settings, step, num_steps) == pytest.approx(expected, abs=1e-4), step
+        assert lr_factor(settings, step, num_steps) > 0
 
 
 def test_rate_rises_through_warm_up_and_falls_after_it():
-    schedule = lr_schedule(config(epochs=10, warmup_epochs=3.0))
-    rates = [lr_factor(schedule, step, 1000) for step in range(1000)]
+    settings = config(epochs=10, warmup_epochs=3.0)
+    rates = [lr_factor(settings, step, 1000) for step in range(1000)]
     assert rates[:300] == sorted(rates[:300])
     assert rates[300:] == sorted(rates[300:], reverse=True)
     assert max(rates) == pytest.approx(1.0, abs=2e-3)

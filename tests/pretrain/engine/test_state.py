@@ -9,7 +9,7 @@ from common.config import to_plain
 from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
-from pretrain.engine.checkpoint import DATA_NOT_COMPARED, Position, restore, to_checkpoint
+from pretrain.engine.checkpoint import DATA_NOT_COMPARED, Position, RunState
 from pretrain.engine.optim import make_optimizer
 from pretrain.features.row_random import fa_generator
 
@@ -68,11 +68,11 @@ def test_round_trip_goes_on_bit_equal(
     config, model, optim = build(make_model, objective, method, optimizer)
     train(model, optim, make_views, range(2))
     position = Position(step=2, epoch=1, step_in_epoch=0, num_bad_samples=3, train_seconds=1.5)
-    checkpoint.save(to_checkpoint(config, model, optim, position, 100), path)
+    checkpoint.save(RunState(config, model, optim, 100).to_checkpoint(position), path)
     expected = train(model, optim, make_views, range(2, 4))
 
     _, fresh, fresh_optim = build(make_model, objective, method, optimizer)
-    assert restore(checkpoint.load(path), config, fresh, fresh_optim, 100)[0] == position
+    assert RunState(config, fresh, fresh_optim, 100).restore(checkpoint.load(path))[0] == position
     assert train(fresh, fresh_optim, make_views, range(2, 4)) == expected
     for (name, a), (_, b) in zip(
         model.state_dict().items(), fresh.state_dict().items(), strict=True
@@ -84,7 +84,7 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
     path = tmp_path / "checkpoint.pth"
     config, model, optim = build(make_model)
     train(model, optim, make_views, range(1))
-    state = to_checkpoint(config, model, optim, Position(step=1), 10)
+    state = RunState(config, model, optim, 10).to_checkpoint(Position(step=1))
     checkpoint.save(state, path)
     loaded = torch.load(path, weights_only=True)
     assert_plain(loaded)
@@ -104,7 +104,7 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
 
 def test_parts_that_a_method_lacks_are_none(make_model, tmp_path):
     config, model, optim = build(make_model, "infonce", "mask")
-    state = to_checkpoint(config, model, optim, Position(), 10)
+    state = RunState(config, model, optim, 10).to_checkpoint(Position())
     assert state["ema"] is None
     assert state["queue"] is None
     assert state["scaler"] is None
@@ -114,7 +114,7 @@ def test_parts_that_a_method_lacks_are_none(make_model, tmp_path):
 def saved(make_model, tmp_path):
     path = tmp_path / "checkpoint.pth"
     config, model, optim = build(make_model)
-    checkpoint.save(to_checkpoint(config, model, optim, Position(), 100), path)
+    checkpoint.save(RunState(config, model, optim, 100).to_checkpoint(Position()), path)
     return path, config, model, optim
 
 
@@ -125,7 +125,7 @@ def test_another_config_is_refused_and_the_difference_shown(saved):
         data=replace(config.data, batch_size=64),
     )  # fmt: skip
     with pytest.raises(UserError) as caught:
-        restore(checkpoint.load(path), other, model, optim, 100)
+        RunState(other, model, optim, 100).restore(checkpoint.load(path))
     message = str(caught.value)
     assert "was made with another config" in message
     for line in ("seed: 0 -> 5", "objective.ema_tau: 0.99 -> 0.5", "data.batch_size: 256 -> 64"):
@@ -141,7 +141,7 @@ def test_what_decides_no_gradient_may_change(saved):
         eval=replace(config.eval, knn_k=3),
         data=replace(config.data, shards="moved", num_workers=7, cache_gb=3, read_retries=1),
     )  # fmt: skip
-    assert restore(checkpoint.load(path), other, model, optim, 100)[0] == Position()
+    assert RunState(other, model, optim, 100).restore(checkpoint.load(path))[0] == Position()
 
 
 def test_whose_rows_bn_sees_may_not_change(saved):
@@ -149,11 +149,11 @@ def test_whose_rows_bn_sees_may_not_change(saved):
     other = replace(config, engine=replace(config.engine, batch_norm="synchronised"))
     state = checkpoint.load(path)
     with pytest.raises(UserError, match=r"engine\.batch_norm: 'per_process' -> 'synchronised'"):
-        restore(state, other, model, optim, 100)
+        RunState(other, model, optim, 100).restore(state)
     del state["config"]["engine"]["batch_norm"]  # as checkpoints were before there was a choice
-    assert restore(state, config, model, optim, 100)[1] == []
+    assert RunState(config, model, optim, 100).restore(state)[1] == []
     with pytest.raises(UserError, match=r"'per_process' -> 'synchronised'"):
-        restore(state, other, model, optim, 100)
+        RunState(other, model, optim, 100).restore(state)
 
 
 def test_every_other_key_is_compared(saved):
@@ -168,7 +168,7 @@ def test_every_other_key_is_compared(saved):
             saved_value = changed["config"][section][key]
             changed["config"][section][key] = "other"
             with pytest.raises(UserError, match=rf"{section}\.{key}: 'other' -> "):
-                restore(changed, config, model, optim, 100)
+                RunState(config, model, optim, 100).restore(changed)
             changed["config"][section][key] = saved_value
             num_compared += 1
     assert num_compared > 30
@@ -177,27 +177,29 @@ def test_every_other_key_is_compared(saved):
 def test_other_shards_are_refused(saved):
     path, config, model, optim = saved
     with pytest.raises(UserError, match=r"made for 100 steps, the shards now give 90"):
-        restore(checkpoint.load(path), config, model, optim, 90)
+        RunState(config, model, optim, 90).restore(checkpoint.load(path))
 
 
 def test_random_state_is_restored(saved):
     path, config, model, optim = saved
     expected = torch.load(path, weights_only=True)["random"]["torch"]
     torch.manual_seed(12345)
-    restore(checkpoint.load(path), config, model, optim, 100)
+    RunState(config, model, optim, 100).restore(checkpoint.load(path))
     assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_shards_of_another_fingerprint_are_refused(make_model, tmp_path):
     config, model, optim = build(make_model)
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(to_checkpoint(config, model, optim, Position(), 100, "one"), path)
-    assert restore(checkpoint.load(path), config, model, optim, 100, "one")[0] == Position()
+    checkpoint.save(RunState(config, model, optim, 100, "one").to_checkpoint(Position()), path)
     assert (
-        restore(checkpoint.load(path), config, model, optim, 100)[0] == Position()
+        RunState(config, model, optim, 100, "one").restore(checkpoint.load(path))[0] == Position()
+    )
+    assert (
+        RunState(config, model, optim, 100).restore(checkpoint.load(path))[0] == Position()
     )  # a stream has no fingerprint
     with pytest.raises(UserError, match=r"data\.shards: other shards, or other weights of them"):
-        restore(checkpoint.load(path), config, model, optim, 100, "other")
+        RunState(config, model, optim, 100, "other").restore(checkpoint.load(path))
 
 
 def test_allowed_changes_are_told_and_weights_must_fit(saved, make_model):
@@ -205,10 +207,12 @@ def test_allowed_changes_are_told_and_weights_must_fit(saved, make_model):
     state = checkpoint.load(path)
     state["position"] |= {"step": 30, "epoch": 1, "step_in_epoch": 5}
     other = replace(config, optim=replace(config.optim, epochs=20))
-    position, changes = restore(state, other, model, optim, 100, allow_changes=True)
+    position, changes = RunState(other, model, optim, 100).restore(state, allow_changes=True)
     assert changes == ["optim.epochs: 100 -> 20"]
     assert (position.step, position.epoch, position.step_in_epoch) == (30, 6, 0)
     _, wider, wider_optim = build(make_model, "infonce")
     wider.online.projector[0] = torch.nn.Linear(256, 30)
     with pytest.raises(UserError, match=r"does not fit this config \(seed: 0 -> 5\): .*projector"):
-        restore(state, replace(config, seed=5), wider, wider_optim, 100, allow_changes=True)
+        RunState(replace(config, seed=5), wider, wider_optim, 100).restore(
+            state, allow_changes=True
+        )
