@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -128,13 +129,10 @@ def line_chart(
             axes.legend()
         if from_zero:
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        words = [
-            f"{line.label}: from {short_number(line.points[0][1])} to "
-            f"{short_number(line.points[-1][1])}"
-            for line in lines
-            if not line.thin
-        ]
-        return _svg(figure, title, "; ".join(words))
+        ends = [(line.label, line.points[0][1], line.points[-1][1])
+                for line in lines if not line.thin]  # fmt: skip
+        texts = [f"{name}: from {short_number(a)} to {short_number(b)}" for name, a, b in ends]
+        return _svg(figure, title, "; ".join(texts))
 
 
 def slope_chart(title: str, pairs: Sequence[tuple[int, float, float]]) -> Markup | None:
@@ -153,9 +151,8 @@ def slope_chart(title: str, pairs: Sequence[tuple[int, float, float]]) -> Markup
             axes.plot([0], [random], "o", color=LIGHT["random"], fillstyle="none")
             axes.plot([1], [pretrained], "o", color=LIGHT["pretrained"])
         if len(pairs) > 1:
-            means = [
-                math.fsum(column) / len(pairs) for column in list(zip(*pairs, strict=True))[1:]
-            ]
+            _, *columns = zip(*pairs, strict=True)
+            means = list(map(fmean, columns))
             axes.plot([0, 1], means, color=LIGHT["pretrained"], linewidth=3)
         axes.set_xticks([0, 1], ["random", "pretrained"])
         axes.set_xlim(-0.3, 1.3)
@@ -284,19 +281,19 @@ def thin_out(points: Sequence[tuple[float, ...]], most: int = _MAX_POINTS) -> li
         return list(points)
     size = math.ceil(len(points) / (most - 1))
     groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
-    means = [tuple(math.fsum(c) / len(group) for c in zip(*group, strict=True)) for group in groups]
-    return [*means, points[-1]]
+    return [*(tuple(map(fmean, zip(*group, strict=True))) for group in groups), points[-1]]
+
+
+def css_variables(colours: Mapping[str, str]) -> str:
+    """Colours as declarations of a style sheet."""
+    return "".join(f"--{name}:{colour};" for name, colour in colours.items())
 
 
 def standalone(svg: Markup) -> str:
     """A chart as a file of its own, in the theme of the system."""
-    light, dark = (
-        "".join(f"--{name}:{colour};" for name, colour in colours.items())
-        for colours in (LIGHT, DARK)
-    )
     style = (
-        f"svg{{{light}background:var(--card);font-family:sans-serif}}"
-        f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+        f"svg{{{css_variables(LIGHT)}background:var(--card);font-family:sans-serif}}"
+        f"@media(prefers-color-scheme:dark){{svg{{{css_variables(DARK)}}}}}"
     )
     return f"{svg[: svg.index('>') + 1]}<style>{style}</style>{svg[svg.index('>') + 1 :]}"
 

@@ -88,7 +88,7 @@ def render(out: Path) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     return environment.get_template("report.html.j2").render(
-        context(data.Run.load(out)),
+        context(data.PipelineRun.load(out)),
         policy=policy,
         style=Markup(palette() + (HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -97,15 +97,12 @@ def render(out: Path) -> str:
 
 def palette() -> str:
     """The colours as CSS: the system's theme, unless one was chosen; light on paper."""
-    light, dark = (
-        "; ".join(f"--{name}: {colour}" for name, colour in colours.items())
-        for colours in (charts.LIGHT, charts.DARK)
-    )
+    light, dark = charts.css_variables(charts.LIGHT), charts.css_variables(charts.DARK)
     return (
-        f":root {{ color-scheme: light; {light}; }}\n"
+        f":root {{ color-scheme: light; {light} }}\n"
         "@media screen and (prefers-color-scheme: dark) {\n"
-        f'  :root:not([data-theme="light"]) {{ color-scheme: dark; {dark}; }}\n}}\n'
-        f'@media screen {{ :root[data-theme="dark"] {{ color-scheme: dark; {dark}; }} }}\n'
+        f'  :root:not([data-theme="light"]) {{ color-scheme: dark; {dark} }}\n}}\n'
+        f'@media screen {{ :root[data-theme="dark"] {{ color-scheme: dark; {dark} }} }}\n'
     )
 
 
@@ -119,9 +116,9 @@ def signed(value: Any, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
-def context(run: data.Run) -> dict[str, Any]:
+def context(run: data.PipelineRun) -> dict[str, Any]:
     """Everything that the template shows of the run itself."""
-    ledger, summary = run.ledger, run.results["summary"]
+    record, summary = run.record, run.results["summary"]
     stages = data.stage_rows(run)
     detection = run.results["detection"]
     has_coco = any(summary[arm][metric]["n"] for arm in ARMS for metric in results.COCO_METRICS)
@@ -129,10 +126,10 @@ def context(run: data.Run) -> dict[str, Any]:
     errors = data.error_rows(run)
     bars = [(row["words"], {k: row["counts"][k] for k in data.ERROR_KINDS}) for row in errors]
     return {
-        "name": ledger.get("name") or run.out.name,
-        "ledger": ledger,
-        "command": " ".join(ledger.get("command") or []),
-        "config": yaml.safe_dump(ledger.get("config") or {}, sort_keys=False, allow_unicode=True),
+        "name": record.get("name") or run.out.name,
+        "record": record,
+        "command": " ".join(record.get("command") or []),
+        "config": yaml.safe_dump(record.get("config") or {}, sort_keys=False, allow_unicode=True),
         "metrics": results.ALL_METRICS if has_coco else results.METRICS,
         "verdicts": [v for p in results.PAIRS if (v := results.verdict(run.results, p))],
         "arms": arm_rows(detection),
@@ -188,7 +185,7 @@ def paired(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]
     ]
 
 
-def pair_charts(run: data.Run, pair: Mapping[str, Any]) -> dict[str, Any]:
+def pair_charts(run: data.PipelineRun, pair: Mapping[str, Any]) -> dict[str, Any]:
     """What is drawn of a pair of arms of the run itself, and precision by class."""
     title = pair["title"].lower()
     ap_lines = []
@@ -232,7 +229,7 @@ def pair_charts(run: data.Run, pair: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pretraining_charts(run: data.Run) -> list[tuple[str, str, Markup]]:
+def pretraining_charts(run: data.PipelineRun) -> list[tuple[str, str, Markup]]:
     """(title, what it says, chart) of every metric that was logged, and of the cosines."""
     curves, outlines = data.metric_curves(run), data.last_histogram(run)
     drawn = [

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from common.files import is_number, read_json_lines, read_json_or_none, sha256_of
 from pipeline import results
@@ -57,15 +59,21 @@ Detection = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Run:
-    """The small files of a run's folder."""
+class PipelineRun:
+    """The small files of a run's folder.
+
+    Attributes:
+        out: The folder.
+        record: Content of `stages.json`.
+        results: As `results.assemble` gives them.
+    """
 
     out: Path
-    ledger: dict[str, Any]
+    record: dict[str, Any]
     results: dict[str, Any]
 
     @classmethod
-    def load(cls, out: Path) -> Run:
+    def load(cls, out: Path) -> PipelineRun:
         """Read `stages.json` and assemble the results."""
         return cls(out, read_json_or_none(out / "stages.json") or {}, results.assemble(out))
 
@@ -78,9 +86,14 @@ class Run:
         found = read_json_or_none(self.out / name)
         return found if isinstance(found, dict) else {}
 
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows that pretraining logged."""
+        return read_json_lines(self.out / "pretrain/metrics.jsonl")
+
     def dataset(self) -> Path:
         """The folder of the VOC-layout set."""
-        return (self.out / (self.ledger.get("dataset") or "data")).resolve()
+        return (self.out / (self.record.get("dataset") or "data")).resolve()
 
     def seed_folders(self, arm: str) -> list[Path]:
         """The folders of an arm's finished seeds."""
@@ -88,27 +101,20 @@ class Run:
         return [self.out / f"detection/{arm}/seed-{row['seed']}" for row in rows]
 
 
-def stage_rows(run: Run) -> list[dict[str, Any]]:
-    """One row per planned stage: status, seconds, memory."""
-    records = run.ledger.get("stages") or {}
+def stage_rows(run: PipelineRun) -> list[dict[str, Any]]:
+    """One row per planned stage: status, seconds, memory; the report itself is being written."""
     rows = []
-    for name in run.ledger.get("plan") or []:
-        record = records.get(name) or {}
-        status = record.get("status", "not run")
-        if name == "report":
-            continue  # It is just being written.
-        if record and not record.get("current"):
+    for name in run.record.get("plan") or []:
+        entry = (run.record.get("stages") or {}).get(name) or {}
+        status = entry.get("status", "not run")
+        if entry and not entry.get("current"):
             status = "not run with these settings"
-        known = status == "finished"
-        rows.append(
-            {
-                "name": name,
-                "status": status,
-                "seconds": record.get("seconds") if known else None,
-                "memory": record.get("peak_memory_bytes") if known else None,
-                "resumed": bool(record.get("resumed")) and known,
-            }
-        )
+        row = {"name": name, "status": status, "seconds": None, "memory": None, "resumed": False}
+        if status == "finished":
+            row["seconds"], row["memory"] = entry.get("seconds"), entry.get("peak_memory_bytes")
+            row["resumed"] = bool(entry.get("resumed"))
+        if name != "report":
+            rows.append(row)
     return rows
 
 
@@ -118,43 +124,33 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
 def mean(values: Iterable[Any]) -> float | None:
     """The mean of the numbers among some values."""
     known = [float(value) for value in values if is_number(value)]
-    return math.fsum(known) / len(known) if known else None
+    return fmean(known) if known else None
 
 
-def ap_curves(run: Run, arm: str, metric: str) -> dict[int, list[Point]]:
-    """(iteration, AP) of every finished seed of an arm."""
-    curves = {}
-    for row in run.results["detection"][arm]:
-        path = run.out / f"detection/{arm}/seed-{row['seed']}/curve.jsonl"
-        points: dict[float, float] = {}
-        for line in read_json_lines(path):
-            x, y = line.get("iteration"), line.get(metric)
-            if is_number(x) and is_number(y):
-                points[float(x)] = float(y)
-        if points:
-            curves[row["seed"]] = sorted(points.items())
-    return curves
+def ap_curves_of_pair(
+    run: PipelineRun, pair: str, metric: str
+) -> dict[str, tuple[dict[int, list[Point]], list[Point]]]:
+    """(iteration, AP) of `random` and of `pretrained`: every finished seed's, and their mean."""
+    curves_of = {}
+    for tone, arm in zip(("pretrained", "random"), results.PAIRS[pair], strict=True):
+        curves = {}
+        for row, folder in zip(run.results["detection"][arm], run.seed_folders(arm), strict=True):
+            points = {
+                float(line["iteration"]): float(line[metric])
+                for line in read_json_lines(folder / "curve.jsonl")
+                if is_number(line.get("iteration")) and is_number(line.get(metric))
+            }
+            if points:
+                curves[row["seed"]] = sorted(points.items())
+        curves_of[tone] = (curves, mean_curve(list(curves.values())))
+    return {tone: curves_of[tone] for tone in ("random", "pretrained")}
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     """The mean at the iterations that all curves have."""
-    if not curves:
-        return []
     tables = [dict(curve) for curve in curves]
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
-    return [(x, math.fsum(table[x] for table in tables) / len(tables)) for x in shared]
-
-
-def ap_curves_of_pair(
-    run: Run, pair: str, metric: str
-) -> dict[str, tuple[dict[int, list[Point]], list[Point]]]:
-    """(iteration, AP) of `random` and of `pretrained`: every seed's, and their mean."""
-    treated, control = results.PAIRS[pair]
-    seeds = {
-        "random": ap_curves(run, control, metric),
-        "pretrained": ap_curves(run, treated, metric),
-    }
-    return {tone: (curves, mean_curve(list(curves.values()))) for tone, curves in seeds.items()}
+    shared = sorted(set.intersection(*map(set, tables))) if tables else []
+    return [(x, fmean(table[x] for table in tables)) for x in shared]
 
 
 def seed_rows(detection: Detection, pair: str, metric: str) -> list[tuple[int, float, float]]:
@@ -189,13 +185,12 @@ def per_class_rows(
     return [row for row in rows if row[1:] != (None, None)]
 
 
-def precision_curves(run: Run, arm: str) -> dict[str, list[float]]:
+def precision_curves(run: PipelineRun, arm: str) -> dict[str, list[float]]:
     """Class -> precision at 101 levels of recall at an overlap of 0.5, mean over the seeds."""
     found: dict[str, list[list[float]]] = {}
     for folder in run.seed_folders(arm):
-        for name, curves in (
-            _formatted(folder / "pr.json", "fa-pr-1").get("classes") or {}
-        ).items():
+        content = _formatted(folder / "pr.json", "fa-pr-1")
+        for name, curves in (content.get("classes") or {}).items():
             values = (curves.get("0.50") or {}).get("precision") or []
             if len(values) == 101 and all(map(is_number, values)):
                 found.setdefault(name, []).append(values)
@@ -204,7 +199,7 @@ def precision_curves(run: Run, arm: str) -> dict[str, list[float]]:
 
 def mean_levels(curves: Sequence[Sequence[float]]) -> list[float]:
     """The mean at each level of recall; empty without curves."""
-    return [math.fsum(column) / len(curves) for column in zip(*curves, strict=True)]
+    return [fmean(column) for column in zip(*curves, strict=True)]
 
 
 def reached(curve: Sequence[float]) -> list[Point]:
@@ -231,7 +226,7 @@ def _formatted(path: Path, form: str) -> dict[str, Any]:
 # Kinds of errors
 
 
-def error_rows(run: Run) -> list[dict[str, Any]]:
+def error_rows(run: PipelineRun) -> list[dict[str, Any]]:
     """What the detections of each arm are, means over its seeds; arms without `errors.json` not.
 
     `counts`: of the best-scored ones by kind, and `missed`; `gained`: AP50 if a kind were mended;
@@ -239,16 +234,13 @@ def error_rows(run: Run) -> list[dict[str, Any]]:
     """
     rows = []
     for arm in ARMS:
-        files = [
-            _formatted(folder / "errors.json", "fa-errors-1") for folder in run.seed_folders(arm)
-        ]
+        files = [_formatted(f / "errors.json", "fa-errors-1") for f in run.seed_folders(arm)]
         tables = [table for table in files if table]
         if not tables:
             continue
-        pairs: dict[tuple[str, str], float] = {}
+        pairs: dict[tuple[str, str], float] = defaultdict(float)
         for entry in (entry for table in tables for entry in table.get("confusions") or []):
-            key = (entry["object"], entry["taken_for"])
-            pairs[key] = pairs.get(key, 0.0) + entry["count"] / len(tables)
+            pairs[entry["object"], entry["taken_for"]] += entry["count"] / len(tables)
         kinds = (*ERROR_KINDS, "missed")
         best = [table.get("best_scored") or {} for table in tables]
         gained = [table.get("AP50_gained") or {} for table in tables]
@@ -268,10 +260,10 @@ def error_rows(run: Run) -> list[dict[str, Any]]:
 
 def confusion_rows(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The most frequent confusions, by their sum over the arms of `error_rows`."""
-    totals: dict[tuple[str, str], float] = {}
+    totals: dict[tuple[str, str], float] = defaultdict(float)
     for arm in arms:
         for key, count in arm["confusions"].items():
-            totals[key] = totals.get(key, 0.0) + count
+            totals[key] += count
     best = sorted(totals, key=lambda key: (-totals[key], key))[:NUM_CONFUSIONS]
     return [{"pair": k, "counts": [arm["confusions"].get(k, 0.0) for arm in arms]} for k in best]
 
@@ -280,7 +272,7 @@ def confusion_rows(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedPicture:
     """A picture that travels inside the page."""
 
     uri: str
@@ -288,23 +280,19 @@ class Picture:
     height: int
 
 
-def embed(path: Path, max_side: int) -> Picture | None:
-    """The picture as a JPEG data URI, made smaller if need be; None if it does not open."""
-    try:
-        with Image.open(path) as opened:
-            return embed_image(opened.convert("RGB"), max_side)
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return None
-
-
-def embed_image(picture: Image.Image, max_side: int) -> Picture:
-    """An opened picture as `embed` does."""
-    picture = picture.copy()
+def embed(picture: Path | Image.Image, max_side: int) -> EmbeddedPicture | None:
+    """A picture as a JPEG data URI, made smaller if need be; None if its file does not open."""
+    if isinstance(picture, Path):
+        try:
+            with Image.open(picture) as opened:
+                picture = opened.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return None
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=85, optimize=True)
     text = base64.b64encode(stream.getvalue()).decode()
-    return Picture(f"data:image/jpeg;base64,{text}", picture.width, picture.height)
+    return EmbeddedPicture(f"data:image/jpeg;base64,{text}", picture.width, picture.height)
 
 
 def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -320,7 +308,7 @@ def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def detection_pictures(
-    run: Run, detection: Detection, file: str, dataset: Path | None
+    run: PipelineRun, detection: Detection, file: str, dataset: Path | None
 ) -> dict[str, Any]:
     """Test pictures with the boxes of both arms of a pair, of their lowest seed.
 
@@ -389,7 +377,7 @@ def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str
 # Other sets, as `tools/train_voc.sh --eval-on` left them
 
 
-def other_sets(run: Run) -> list[dict[str, Any]]:
+def other_sets(run: PipelineRun) -> list[dict[str, Any]]:
     """Figures of every arm on each other set, in the order of the sets' names.
 
     `detection`: rows of each arm; `outdated`: seeds that were trained again since, as
@@ -405,10 +393,14 @@ def other_sets(run: Run) -> list[dict[str, Any]]:
             for seed, folder in zip(
                 run.results["detection"][arm], run.seed_folders(arm), strict=True
             ):
-                result = read_json_or_none(folder / f"eval-on-{name}.json")
+                path = folder / f"eval-on-{name}.json"
+                result = read_json_or_none(path)
                 if not isinstance(result, dict):
                     continue
-                if is_outdated(folder, name, result):
+                # Trained again since? Without a model the folder is a copy of the figures alone.
+                model = folder / "model_final.pth"
+                is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
+                if is_newer and sha256_of(model) != result.get("model_sha256"):
                     outdated.append(f"{arm}/{folder.name}")
                 else:
                     kept = ("per_class", "num_test_images")
@@ -423,28 +415,13 @@ def other_sets(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def is_outdated(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
-    """Whether the detector was trained again after it was evaluated on a set.
-
-    Args:
-        folder: Of the seed.
-        name: Of the set.
-        result: Content of eval-on-NAME.json.
-    """
-    model = folder / "model_final.pth"
-    if not model.is_file():  # a copy of the figures alone
-        return False
-    written = (folder / f"eval-on-{name}.json").stat().st_mtime
-    return model.stat().st_mtime > written and sha256_of(model) != result.get("model_sha256")
-
-
 # Pretraining
 
 
-def metric_curves(run: Run) -> dict[str, list[Point]]:
+def metric_curves(run: PipelineRun) -> dict[str, list[Point]]:
     """Every metric of pretraining over epochs (over steps where no epoch is given)."""
     curves: dict[str, list[Point]] = {}
-    for row in read_json_lines(run.out / "pretrain/metrics.jsonl"):
+    for row in run.metrics:
         x = row.get("epoch", row.get("step"))
         if row.get("kind") not in ("train", "knn") or not is_number(x):
             continue
@@ -454,16 +431,15 @@ def metric_curves(run: Run) -> dict[str, list[Point]]:
     return curves
 
 
-def collapse_alarms(run: Run) -> list[str]:
+def collapse_alarms(run: PipelineRun) -> list[str]:
     """What the alarm of pretraining said, first alarm first."""
-    rows = read_json_lines(run.out / "pretrain/metrics.jsonl")
-    return [str(row.get("message")) for row in rows if row.get("collapse")]
+    return [str(row.get("message")) for row in run.metrics if row.get("collapse")]
 
 
-def last_histogram(run: Run) -> dict[str, list[Point]]:
+def last_histogram(run: PipelineRun) -> dict[str, list[Point]]:
     """The outlines of pretraining's last histograms of cosines: (cosine, share of pairs)."""
     outlines: dict[str, list[Point]] = {}
-    for row in read_json_lines(run.out / "pretrain/metrics.jsonl"):
+    for row in run.metrics:
         if row.get("kind") != "similarity":
             continue
         for name in ("positives", "negatives"):
@@ -479,7 +455,7 @@ def last_histogram(run: Run) -> dict[str, list[Point]]:
     return outlines
 
 
-def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
+def picture_rows(run: PipelineRun, name: str) -> list[dict[str, Any]]:
     """The rows of a picture that pretraining left: `tiles` with what is known `about` them.
 
     Where rows and tiles cannot be told apart the whole picture is one tile.
@@ -494,21 +470,16 @@ def picture_rows(run: Run, name: str) -> list[dict[str, Any]]:
     step, rest = divmod(whole.height + _TILE_GAP, max(len(described), 1))
     columns, rest_across = divmod(whole.width + _TILE_GAP, step)
     if not described or rest or rest_across:
-        return [{"tiles": [embed_image(whole, 1400)], "about": {}}]
+        return [{"tiles": [embed(whole, 1400)], "about": {}}]
     side = step - _TILE_GAP
-    return [
-        {
-            "tiles": [
-                embed_image(whole.crop((x, y, x + side, y + side)), 400)
-                for x in range(0, columns * step, step)
-            ],
-            "about": about,
-        }
-        for y, about in zip(range(0, len(described) * step, step), described, strict=True)
-    ]
+    rows = []
+    for y, about in zip(range(0, len(described) * step, step), described, strict=True):
+        boxes = [(x, y, x + side, y + side) for x in range(0, columns * step, step)]
+        rows.append({"tiles": [embed(whole.crop(box), 400) for box in boxes], "about": about})
+    return rows
 
 
-def neighbours(run: Run) -> dict[str, Any]:
+def neighbours(run: PipelineRun) -> dict[str, Any]:
     """Neighbours of the same queries before and after pretraining; empty without pictures.
 
     `rows`: for each query its class and its `states`, each with `tiles` (with their labels) and
@@ -564,21 +535,22 @@ class Item:
 
 def skipped_groups(items: Iterable[Item]) -> list[dict[str, Any]]:
     """Entries by kind, gravest first: `kind`, `words`, `count`, `rows` (the first ones)."""
-    found = list(items)
-    groups = []
-    for kind, words in SKIPPED_KINDS.items():
-        rows = [item for item in found if item.kind == kind]
-        if rows:
-            group = {"kind": kind, "words": words, "count": len(rows)}
-            groups.append(group | {"rows": rows[:MOST_OF_A_KIND]})
-    return groups
+    by_kind: dict[str, list[Item]] = {kind: [] for kind in SKIPPED_KINDS}
+    for item in items:
+        by_kind[item.kind].append(item)
+    return [
+        {"kind": kind, "words": SKIPPED_KINDS[kind], "count": len(rows)}
+        | {"rows": rows[:MOST_OF_A_KIND]}
+        for kind, rows in by_kind.items()
+        if rows
+    ]
 
 
-def skipped_of_pipeline(run: Run) -> list[Item]:
+def skipped_of_pipeline(run: PipelineRun) -> list[Item]:
     """Entries of a pipeline's own stages and of its pretraining."""
     items = []
     for row in stage_rows(run):
-        record = (run.ledger.get("stages") or {}).get(row["name"]) or {}
+        record = (run.record.get("stages") or {}).get(row["name"]) or {}
         if row["status"] == "failed":
             log = run.out / "logs" / f"{row['name']}.log"
             lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
@@ -604,7 +576,7 @@ def skipped_of_pipeline(run: Run) -> list[Item]:
     return items
 
 
-def _unused_by_detection(run: Run) -> list[Item]:
+def _unused_by_detection(run: PipelineRun) -> list[Item]:
     """Pictures and classes that detection did not use; the arms share their set."""
     num_test = (run.json("data/dataset.json").get("splits") or {}).get("test")
     found = []

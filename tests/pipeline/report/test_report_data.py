@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.report import report_data
-from pipeline.report.report_data import Run, ap_curves_of_pair, per_class_rows, seed_rows
+from pipeline.report.report_data import PipelineRun, ap_curves_of_pair, per_class_rows, seed_rows
 from tests.pipeline.report.run_fixture import (
     ARM_LEVELS,
     CLASSES,
@@ -28,8 +28,8 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(run_folder) -> Run:
-    return Run.load(run_folder)
+def run(run_folder) -> PipelineRun:
+    return PipelineRun.load(run_folder)
 
 
 def stored(out: Path, arm: str, file: str) -> list[dict]:
@@ -58,7 +58,7 @@ def test_curves_of_a_pair_are_those_of_its_arms_and_their_means(tmp_path, pair, 
             rows = [{"iteration": i, "AP50": ap * i / 100, "AP": 1.0} for i in (100, 200)]
             dump_lines(tmp_path / f"detection/{arm}/seed-{seed}/curve.jsonl", rows)
     detection = {arm: [{"seed": 0}, {"seed": 1}] for arm in levels}
-    curves = ap_curves_of_pair(Run(tmp_path, {}, {"detection": detection}), pair, "AP50")
+    curves = ap_curves_of_pair(PipelineRun(tmp_path, {}, {"detection": detection}), pair, "AP50")
     assert curves == {
         "random": ({0: [(100, 10), (200, 20)], 1: [(100, 20), (200, 40)]}, [(100, 15), (200, 30)]),
         "pretrained": (
@@ -158,7 +158,7 @@ def test_results_of_an_older_version_leave_errors_and_curves_empty(tmp_path, dam
             path.unlink()
             if damage is not None:
                 path.write_text(damage)
-    found = Run.load(out)
+    found = PipelineRun.load(out)
     assert report_data.error_rows(found) == []
     assert report_data.precision_curves(found, "random") == {}
 
@@ -167,7 +167,7 @@ def test_results_of_an_older_version_leave_errors_and_curves_empty(tmp_path, dam
 
 
 def pictures(out: Path) -> dict:
-    found = Run.load(out)
+    found = PipelineRun.load(out)
     return report_data.detection_pictures(
         found, found.results["detection"], "detections.json", found.dataset()
     )
@@ -250,7 +250,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def test_figures_are_those_of_the_other_set(elsewhere):
-    (other,) = report_data.other_sets(Run.load(elsewhere))
+    (other,) = report_data.other_sets(PipelineRun.load(elsewhere))
     assert (other["name"], other["outdated"]) == ("real_scenes", [])
     for arm, rows in other["detection"].items():
         assert [row["seed"] for row in rows] == [0, 1, 2]
@@ -265,30 +265,30 @@ def test_a_detector_trained_again_does_not_count(elsewhere):
     model.write_bytes(b"trained again")
     later = (seed / "eval-on-real_scenes.json").stat().st_mtime + 10
     os.utime(model, (later, later))
-    (other,) = report_data.other_sets(Run.load(elsewhere))
+    (other,) = report_data.other_sets(PipelineRun.load(elsewhere))
     assert other["outdated"] == ["random/seed-1"]
     assert [row["seed"] for row in other["detection"]["random"]] == [0, 2]
     result = json.loads((seed / "eval-on-real_scenes.json").read_text())
     same = {"model_sha256": hashlib.sha256(b"trained again").hexdigest()}
     dump(seed / "eval-on-real_scenes.json", result | same)
     os.utime(model, (later + 99, later + 99))
-    (other,) = report_data.other_sets(Run.load(elsewhere))
+    (other,) = report_data.other_sets(PipelineRun.load(elsewhere))
     assert other["outdated"] == [], "only copied"
 
 
 def test_names_that_look_like_other_files(elsewhere, tmp_path):
     evaluate_elsewhere(elsewhere, "typing-errors", tmp_path / "typing-errors")
-    names = [other["name"] for other in report_data.other_sets(Run.load(elsewhere))]
+    names = [other["name"] for other in report_data.other_sets(PipelineRun.load(elsewhere))]
     assert names == ["real_scenes", "typing-errors"]
 
 
 def test_sets_without_pictures_and_no_set_at_all(elsewhere, tmp_path):
     (tmp_path / "real_scenes").rename(tmp_path / "gone")
-    (other,) = report_data.other_sets(Run.load(elsewhere))
+    (other,) = report_data.other_sets(PipelineRun.load(elsewhere))
     assert other["pictures"]["first"] == []
     for path in elsewhere.glob("detection/*/seed-*/eval-on-*"):
         path.unlink()
-    assert report_data.other_sets(Run.load(elsewhere)) == []
+    assert report_data.other_sets(PipelineRun.load(elsewhere)) == []
 
 
 # Pretraining
@@ -314,7 +314,7 @@ def test_histograms_that_are_none_are_left_out(tmp_path, shares):
         row | {"positives": shares, "negatives": shares} if row["kind"] == "similarity" else row
         for row in rows
     ])  # fmt: skip
-    assert report_data.last_histogram(Run.load(out)) == {}
+    assert report_data.last_histogram(PipelineRun.load(out)) == {}
 
 
 def test_the_last_histogram_is_drawn_as_its_outline(run):
@@ -358,7 +358,7 @@ def galleries(tmp_path) -> Path:
 
 
 def test_neighbours_of_the_same_queries_with_their_counts(galleries):
-    found = report_data.neighbours(Run.load(galleries))
+    found = report_data.neighbours(PipelineRun.load(galleries))
     assert (len(found["rows"]), found["bank"]) == (4, 321)
     for i, row in enumerate(found["rows"]):
         assert row["query"] == CLASSES[i % 3]
@@ -371,10 +371,10 @@ def test_neighbours_of_the_same_queries_with_their_counts(galleries):
 
 def test_neighbours_before_of_other_queries_are_left_out(galleries):
     make_gallery(galleries, "neighbours_before", 2, num_rows=3)
-    found = report_data.neighbours(Run.load(galleries))
+    found = report_data.neighbours(PipelineRun.load(galleries))
     assert [list(row["states"]) for row in found["rows"]] == [["After pretraining"]] * 4
     (galleries / "pretrain/pictures/neighbours.jpg").unlink()
-    assert report_data.neighbours(Run.load(galleries)) == {}
+    assert report_data.neighbours(PipelineRun.load(galleries)) == {}
 
 
 def test_without_labels_nothing_is_counted(galleries):
@@ -384,7 +384,7 @@ def test_without_labels_nothing_is_counted(galleries):
         for row in found["rows"]:
             row["query_label"], row["neighbour_labels"] = None, [None] * 6
         dump(path, found)
-    found = report_data.neighbours(Run.load(galleries))
+    found = report_data.neighbours(PipelineRun.load(galleries))
     assert found["totals"] == []
     assert found["rows"][0]["states"]["After pretraining"]["num_same"] is None
 
@@ -403,7 +403,7 @@ def clean(tmp_path) -> Path:
 
 def items(out: Path) -> list[tuple[str, str, str, str]]:
     """Every entry, gravest first."""
-    groups = report_data.skipped_groups(report_data.skipped_of_pipeline(Run.load(out)))
+    groups = report_data.skipped_groups(report_data.skipped_of_pipeline(PipelineRun.load(out)))
     return [(i.kind, i.where, i.what, i.why) for group in groups for i in group["rows"]]
 
 
@@ -459,7 +459,7 @@ def test_alarms_and_notes_are_told_and_figures_are_not(clean):
         ("alarm", "pretrain", "step 1000", "collapsed"),
         ("noted", "pretrain", "step 1000", "wandb went away"),
     ]
-    assert report_data.collapse_alarms(Run.load(clean)) == ["collapsed"]
+    assert report_data.collapse_alarms(PipelineRun.load(clean)) == ["collapsed"]
 
 
 def test_what_detection_did_not_use_is_told_once(clean):
@@ -496,5 +496,5 @@ def test_every_replaced_sample_is_told_once(clean):
 def test_many_of_a_kind_are_counted(clean):
     entries = [{"file": f"{i}.jpg", "reason": "does not decode"} for i in range(70)]
     dump(clean / "shards/index.json", {"skipped": entries})
-    (group,) = report_data.skipped_groups(report_data.skipped_of_pipeline(Run.load(clean)))
+    (group,) = report_data.skipped_groups(report_data.skipped_of_pipeline(PipelineRun.load(clean)))
     assert (group["count"], len(group["rows"])) == (70, report_data.MOST_OF_A_KIND)
