@@ -104,11 +104,17 @@ def line_chart(
         is_log: Whether the horizontal axis is spaced by logarithm.
         chosen: Marked by an upright line.
     """
-    lines = [line for line in map(_drawable, series) if line.points]
+    lines = []
+    for line in series:
+        points, band = (
+            thin_out([values for values in rows if all(map(math.isfinite, values))])
+            for rows in (line.points, line.band)
+        )
+        if points:
+            lines.append(replace(line, points=points, band=band))
     if not lines:
         return None
-    with _figure(WIDTH, HEIGHT) as figure:
-        axes = figure.subplots()
+    with _axes(WIDTH, HEIGHT) as axes:
         for line in sorted(lines, key=lambda line: not line.thin):
             colour = LIGHT[line.tone]
             if line.band:
@@ -132,7 +138,7 @@ def line_chart(
         ends = [(line.label, line.points[0][1], line.points[-1][1])
                 for line in lines if not line.thin]  # fmt: skip
         texts = [f"{name}: from {short_number(a)} to {short_number(b)}" for name, a, b in ends]
-        return _svg(figure, title, "; ".join(texts))
+        return _svg(axes.figure, title, "; ".join(texts))
 
 
 def slope_chart(title: str, pairs: Sequence[tuple[int, float, float]]) -> Markup | None:
@@ -144,8 +150,7 @@ def slope_chart(title: str, pairs: Sequence[tuple[int, float, float]]) -> Markup
     """
     if not pairs:
         return None
-    with _figure(WIDTH, HEIGHT) as figure:
-        axes = figure.subplots()
+    with _axes(WIDTH, HEIGHT) as axes:
         for _, random, pretrained in pairs:
             axes.plot([0, 1], [random, pretrained], color=LIGHT["border"], linewidth=1.2)
             axes.plot([0], [random], "o", color=LIGHT["random"], fillstyle="none")
@@ -157,7 +162,7 @@ def slope_chart(title: str, pairs: Sequence[tuple[int, float, float]]) -> Markup
         axes.set_xticks([0, 1], ["random", "pretrained"])
         axes.set_xlim(-0.3, 1.3)
         text = "; ".join(f"seed {seed}: {low:.1f} to {high:.1f}" for seed, low, high in pairs)
-        return _svg(figure, title, text)
+        return _svg(axes.figure, title, text)
 
 
 def stacked_bars(
@@ -172,8 +177,7 @@ def stacked_bars(
     """
     if not any(size > 0 for _, parts in rows for size in parts.values()):
         return None
-    with _figure(720, 120 + 40 * len(rows), _left([name for name, _ in rows]), 34) as figure:
-        axes = figure.subplots()
+    with _axes(720, 120 + 40 * len(rows), [name for name, _ in rows]) as axes:
         ends = [0.0] * len(rows)
         tones = ("good", "pretrained", "run-1", "run-3", "run-4", "muted")
         for part, tone, hatch in zip(rows[0][1], tones, HATCHES, strict=False):
@@ -183,10 +187,9 @@ def stacked_bars(
                 facecolor=LIGHT["soft"], edgecolor=LIGHT[tone],
             )  # fmt: skip
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-        _rows_of(axes, [name for name, _ in rows])
         axes.set_xlabel(x_label)
-        figure.legend(loc="upper left", ncols=6)
-        return _svg(figure, title, "Values stand in the table below.")
+        axes.figure.legend(loc="upper left", ncols=6)
+        return _svg(axes.figure, title, "Values stand in the table below.")
 
 
 def interval_chart(
@@ -205,26 +208,24 @@ def interval_chart(
     """
     if not any(values or mean is not None for _, values, mean, _ in rows):
         return None
-    words = []
-    width = WIDTH if max(len(name) for name, *_ in rows) < 20 else 720
-    with _figure(width, 110 + 24 * len(rows), _left([name for name, *_ in rows]), 34) as figure:
-        axes = figure.subplots()
+    texts = []
+    labels = [name for name, *_ in rows]
+    width = WIDTH if max(map(len, labels)) < 20 else 720
+    with _axes(width, 110 + 24 * len(rows), labels) as axes:
         axes.axvline(0, color=LIGHT["muted"], linestyle="--", linewidth=1)
         for place, (name, values, mean, interval) in enumerate(rows):
-            words.append(f"{name}: {short_number(mean) if mean is not None else 'no value'}")
+            texts.append(f"{name}: {short_number(mean) if mean is not None else 'no value'}")
             if interval is not None:
                 axes.plot(interval, [place] * 2, color=LIGHT["border"], linewidth=3)
-                words[-1] += f" ({' to '.join(map(short_number, interval))})"
+                texts[-1] += f" ({' to '.join(map(short_number, interval))})"
             rings = axes.plot(values, [place] * len(values), "o", color=LIGHT["random"])
             rings[0].set(markerfacecolor=LIGHT["card"], markersize=7)
             known = [] if mean is None else [mean]
-            dots = axes.plot(known, [place] * len(known), "D")
-            dots[0].set(color=LIGHT["pretrained"])
+            dots = axes.plot(known, [place] * len(known), "D", color=LIGHT["pretrained"])
             if place == 0:
-                figure.legend([*rings, *dots], names, loc="upper left", ncols=2)
-        _rows_of(axes, [name for name, *_ in rows])
+                axes.figure.legend([*rings, *dots], names, loc="upper left", ncols=2)
         axes.set_xlabel(x_label)
-        return _svg(figure, title, "; ".join(words))
+        return _svg(axes.figure, title, "; ".join(texts))
 
 
 def linear_chart(result: Mapping[str, Any]) -> str | None:
@@ -298,39 +299,28 @@ def standalone(svg: Markup) -> str:
     return f"{svg[: svg.index('>') + 1]}<style>{style}</style>{svg[svg.index('>') + 1 :]}"
 
 
-def _drawable(line: Series) -> Series:
-    """The line without what is not finite, thinned out to what a chart can show."""
-    points, band = (
-        thin_out([values for values in rows if all(map(math.isfinite, values))])
-        for rows in (line.points, line.band)
-    )
-    return replace(line, points=points, band=band)
-
-
-def _left(names: Sequence[str]) -> float:
-    """Pixels that the names of rows need."""
-    return 20 + 7.5 * min(40, max(map(len, names)))
-
-
-def _rows_of(axes: Any, names: Sequence[str]) -> None:
-    """Names of the rows at the left, the first one at the top."""
-    axes.set_yticks(range(len(names)), [n if len(n) <= 40 else n[:39] + "\u2026" for n in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-
-
 @contextmanager
-def _figure(width: int, height: int, left: float = 60, top: float = 14) -> Iterator[Any]:
-    """A figure of so many pixels in the style of the page, with margins for labels."""
+def _axes(width: int, height: int, rows: Sequence[str] = ()) -> Iterator[Any]:
+    """Axes of a figure of so many pixels in the style of the page, with margins for labels.
+
+    With `rows` these names stand at the left, the first one at the top, and a legend fits above.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
+    left, top = (20 + 7.5 * min(40, max(map(len, rows))), 34) if rows else (60, 14)
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # The browser has its own fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(width / 72, height / 72))
         figure.subplots_adjust(left / width, 46 / height, 1 - 14 / width, 1 - top / height)
-        yield figure
+        axes = figure.subplots()
+        if rows:
+            texts = [name if len(name) <= 40 else name[:39] + "\u2026" for name in rows]
+            axes.set_yticks(range(len(rows)), texts)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.grid(visible=False, axis="y")
+        yield axes
 
 
 def _svg(figure: Any, title: str, description: str) -> Markup:

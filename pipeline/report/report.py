@@ -178,7 +178,7 @@ def paired(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]
             "id": pair,
             "title": results.PAIR_TITLES[pair],
             "difference": results.compare(detection, *results.PAIRS[pair]),
-            "classes": data.per_class_rows(detection, pair, "per_class"),
+            "classes": data.per_class_rows(detection, pair),
         }
         for pair, arms in results.PAIRS.items()
         if any(detection[arm] for arm in arms)
@@ -246,12 +246,13 @@ def pretraining_charts(run: data.PipelineRun) -> list[tuple[str, str, Markup]]:
         band = [(x, max(y - stds[x], -1), min(y + stds[x], 1)) for x, y in means if x in stds]
         over_time.append(Series(name, means, tone, dash=dash, band=band))
         at_the_end.append(Series(name, outlines.get(name) or [], tone, dash=dash))
+    about = "mean and deviation; positives: two views of one picture, negatives: of two pictures"
     title = "Cosine of pairs of views"
-    drawn.append((title, "mean and deviation; positives: two views of one picture, negatives: "
-                  "of two pictures", charts.line_chart(title, over_time, "epoch")))  # fmt: skip
+    drawn.append((title, about, charts.line_chart(title, over_time, "epoch")))
+    about = "share of the pairs in each bin, last batch that was looked at"
     title = "Cosines at the end"
     chart = charts.line_chart(title, at_the_end, "cosine", from_zero=True)
-    drawn.append((title, "share of the pairs in each bin, last batch that was looked at", chart))
+    drawn.append((title, about, chart))
     return [(title, about, chart) for title, about, chart in drawn if chart is not None]
 
 

@@ -165,18 +165,15 @@ def seed_rows(detection: Detection, pair: str, metric: str) -> list[tuple[int, f
     return [(seed, control[seed], treated[seed]) for seed in sorted(treated.keys() & control)]
 
 
-def per_class_rows(
-    detection: Detection, pair: str, key: str
-) -> list[tuple[str, float | None, float | None]]:
+def per_class_rows(detection: Detection, pair: str) -> list[tuple[str, float | None, float | None]]:
     """(class, random, pretrained): means over the seeds, classes in alphabetical order.
 
     Args:
         detection: Rows of each arm.
         pair: Of `results.PAIRS`.
-        key: The table of a row that has a figure for every class.
     """
     treated, control = (
-        [row.get(key) or {} for row in detection[arm]] for arm in results.PAIRS[pair]
+        [row.get("per_class") or {} for row in detection[arm]] for arm in results.PAIRS[pair]
     )
     rows = [
         (name, mean(t.get(name) for t in control), mean(t.get(name) for t in treated))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import statistics
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.files import is_number, read_json_lines
+from common.files import is_number, lock_file, read_json_lines
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
 """A folder that holds one of these is a run."""
@@ -107,9 +106,7 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     has_summary = (folder / "summary.json").exists()
     summary = _mapping(folder / "summary.json", problems) if has_summary else {}
     rows = _rows(folder / "metrics.jsonl", problems)
-    updated = None
-    if rows:
-        updated = (folder / "metrics.jsonl").stat().st_mtime
+    updated = (folder / "metrics.jsonl").stat().st_mtime if rows else None
     age = float("inf") if updated is None else (time.time() if now is None else now) - updated
     state, reason = _state(folder, summary if has_summary else None, rows, age)
     commit = environment.get("commit")
@@ -142,8 +139,7 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
     rows = read_json_lines(path)
     whole = [row for row in rows if isinstance(row.get("kind"), str) and is_number(row.get("step"))]
-    text = path.read_bytes()
-    num_bad = text.count(b"\n") - len(whole)
+    num_bad = path.read_bytes().count(b"\n") - len(whole)
     if num_bad > 0:
         problems.append(f"{path.name} has {num_bad} damaged lines")
     return whole
@@ -174,12 +170,11 @@ def is_held(lock: Path) -> bool:
     """Whether a living process of this machine trains there; the run does not notice the look."""
     try:
         with lock.open(encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not lock_file(file, lock.parent, shared=True, of_process=True)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return False
 
 
 def _figures(
@@ -218,8 +213,6 @@ def differences(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     configs = [flat(run.config) for run in runs]
     found = {}
     for key in sorted(set().union(*configs)):
-        values = [config.get(key) for config in configs]
-        present = [repr(config.get(key)) for config in configs if config]
-        if len(set(present)) > 1:
-            found[key] = values
+        if len({repr(config.get(key)) for config in configs if config}) > 1:
+            found[key] = [config.get(key) for config in configs]
     return found

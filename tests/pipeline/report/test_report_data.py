@@ -89,7 +89,7 @@ def test_figures_per_class_are_means_over_the_seeds_random_first():
         ],
         "pretrained": [{"per_class": {"cat": 50.0, "dog": 7.0}}, {"per_class": {"cat": 60.0}}],
     }
-    assert per_class_rows(detection, "fine_tuned", "per_class") == [
+    assert per_class_rows(detection, "fine_tuned") == [
         ("ant", 1.0, None),
         ("cat", 30.0, 55.0),
         ("dog", None, 7.0),
