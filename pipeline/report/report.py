@@ -124,7 +124,7 @@ def context(run: data.PipelineRun) -> dict[str, Any]:
     has_coco = any(summary[arm][metric]["n"] for arm in ARMS for metric in results.COCO_METRICS)
     pretrained = run.finished("pretrain")
     errors = data.error_rows(run)
-    bars = [(row["words"], {k: row["counts"][k] for k in data.ERROR_KINDS}) for row in errors]
+    bars = [(row["title"], {k: row["counts"][k] for k in data.ERROR_KINDS}) for row in errors]
     return {
         "name": record.get("name") or run.out.name,
         "record": record,
@@ -133,7 +133,7 @@ def context(run: data.PipelineRun) -> dict[str, Any]:
         "metrics": results.ALL_METRICS if has_coco else results.METRICS,
         "verdicts": [v for p in results.PAIRS if (v := results.verdict(run.results, p))],
         "arms": arm_rows(detection),
-        "arm_words": data.ARM_WORDS,
+        "arm_titles": data.ARM_TITLES,
         "pairs": [pair | pair_charts(run, pair) for pair in paired(detection)],
         "pictures": data.detection_pictures(run, detection, "detections.json", run.dataset()),
         "sentence": data.sentence,
@@ -165,7 +165,7 @@ def context(run: data.PipelineRun) -> dict[str, Any]:
 def arm_rows(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row per arm that ran, with mean and deviation of every metric."""
     return [
-        {"arm": arm, "words": data.ARM_WORDS[arm], "metrics": results.summarise(detection[arm])}
+        {"arm": arm, "title": data.ARM_TITLES[arm], "metrics": results.summarise(detection[arm])}
         for arm in ARMS
         if detection[arm]
     ]

@@ -22,7 +22,7 @@ from pipeline.report import runs
 from pipeline.report.charts import Point
 from pipeline.report.runs import RunInfo
 
-ARM_WORDS = {
+ARM_TITLES = {
     "random": "Random initialisation",
     "pretrained": "Pretrained",
     "random_frozen": "Random, backbone frozen",
@@ -83,8 +83,8 @@ class PipelineRun:
 
     def json(self, name: str) -> dict[str, Any]:
         """A file's JSON, or an empty dictionary."""
-        found = read_json_or_none(self.out / name)
-        return found if isinstance(found, dict) else {}
+        content = read_json_or_none(self.out / name)
+        return content if isinstance(content, dict) else {}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -184,14 +184,14 @@ def per_class_rows(detection: Detection, pair: str) -> list[tuple[str, float | N
 
 def precision_curves(run: PipelineRun, arm: str) -> dict[str, list[float]]:
     """Class -> precision at 101 levels of recall at an overlap of 0.5, mean over the seeds."""
-    found: dict[str, list[list[float]]] = {}
+    by_class: dict[str, list[list[float]]] = {}
     for folder in run.seed_folders(arm):
         content = _formatted(folder / "pr.json", "fa-pr-1")
         for name, curves in (content.get("classes") or {}).items():
             values = (curves.get("0.50") or {}).get("precision") or []
             if len(values) == 101 and all(map(is_number, values)):
-                found.setdefault(name, []).append(values)
-    return {name: mean_levels(curves) for name, curves in found.items()}
+                by_class.setdefault(name, []).append(values)
+    return {name: mean_levels(curves) for name, curves in by_class.items()}
 
 
 def mean_levels(curves: Sequence[Sequence[float]]) -> list[float]:
@@ -216,8 +216,8 @@ def precision_figures(curve: Sequence[float] | None) -> list[float | None]:
 
 def _formatted(path: Path, form: str) -> dict[str, Any]:
     """A file's content if it is of the right form, else nothing."""
-    found = read_json_or_none(path)
-    return found if isinstance(found, dict) and found.get("format") == form else {}
+    content = read_json_or_none(path)
+    return content if isinstance(content, dict) and content.get("format") == form else {}
 
 
 # Kinds of errors
@@ -244,7 +244,7 @@ def error_rows(run: PipelineRun) -> list[dict[str, Any]]:
         rows.append(
             {
                 "arm": arm,
-                "words": ARM_WORDS[arm],
+                "title": ARM_TITLES[arm],
                 "n": len(tables),
                 "num_objects": tables[0].get("num_objects"),
                 "counts": {kind: mean(t.get(kind) for t in best) or 0.0 for kind in kinds},
@@ -299,8 +299,8 @@ def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     truth = picture.get("ground_truth") or []
     most = max(1, sum(not item.get("difficult") for item in truth))
-    found = sorted(picture.get("detections") or [], key=lambda d: -d["score"])
-    counted = [d for d in found if d.get("kind", "ignored") != "ignored"]
+    detections = sorted(picture.get("detections") or [], key=lambda d: -d["score"])
+    counted = [d for d in detections if d.get("kind", "ignored") != "ignored"]
     return [{**d, "correct": d["kind"] == "correct"} for d in counted[:most]]
 
 
@@ -334,8 +334,8 @@ def detection_pictures(
     for name, item in by_arm[next(iter(by_arm))].items() if by_arm else ():
         if all(name in entries for entries in by_arm.values()):
             boxes = {arm: displayed(entries[name]) for arm, entries in by_arm.items()}
-            found = [sum(box["correct"] for box in boxes[arm]) for arm in by_arm]
-            lead = found[1] - found[0] if len(found) == 2 else 0
+            num_found = [sum(box["correct"] for box in boxes[arm]) for arm in by_arm]
+            lead = num_found[1] - num_found[0] if len(num_found) == 2 else 0
             saved.append({"item": item, "arms": boxes, "lead": lead})
     first = _opened(saved, dataset, NUM_FIRST)
     names = {row["item"]["file_name"] for row in first}
@@ -367,8 +367,8 @@ def _opened(rows: Sequence[dict[str, Any]], dataset: Path | None, count: int) ->
 def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str:
     """What a picture shows, for those who do not see it."""
     truth = ", ".join(obj["class"] for obj in item.get("ground_truth") or []) or "nothing"
-    told = ", ".join(f"{box['class']} {box['score']:.2f} {box['kind']}" for box in boxes)
-    return f"Labelled: {truth}. Detected: {told or 'nothing'}."
+    detected = ", ".join(f"{box['class']} {box['score']:.2f} {box['kind']}" for box in boxes)
+    return f"Labelled: {truth}. Detected: {detected or 'nothing'}."
 
 
 # Other sets, as `tools/train_voc.sh --eval-on` left them
@@ -382,7 +382,7 @@ def other_sets(run: PipelineRun) -> list[dict[str, Any]]:
     """
     stems = {path.stem for path in run.out.glob("detection/*/seed-*/eval-on-*.json")}
     beside = {stem + end for stem in stems for end in ("-pr", "-errors", "-detections")}
-    found = []
+    sets = []
     for name in sorted(stem.removeprefix("eval-on-") for stem in stems - beside):
         rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
         outdated = []
@@ -406,10 +406,10 @@ def other_sets(run: PipelineRun) -> list[dict[str, Any]]:
         folder = next((Path(s["set"]) for s in summaries if s.get("set")), None)
         pictures = detection_pictures(run, rows, f"eval-on-{name}-detections.json", folder)
         if any(rows.values()) or outdated:
-            found.append(
+            sets.append(
                 {"name": name, "detection": rows, "outdated": outdated, "pictures": pictures}
             )
-    return found
+    return sets
 
 
 # Pretraining
@@ -455,7 +455,7 @@ def last_histogram(run: PipelineRun) -> dict[str, list[Point]]:
 def picture_rows(run: PipelineRun, name: str) -> list[dict[str, Any]]:
     """The rows of a picture that pretraining left: `tiles` with what is known `about` them.
 
-    Where rows and tiles cannot be told apart the whole picture is one tile.
+    Where rows and tiles do not fit together the whole picture is one tile.
     """
     path = run.out / f"pretrain/pictures/{name}.jpg"
     described = (read_json_or_none(path.with_suffix(".json")) or {}).get("rows") or []
@@ -483,16 +483,14 @@ def neighbours(run: PipelineRun) -> dict[str, Any]:
     `num_same` of `k` neighbours that have the query's class, None where labels are not known;
     `totals`: (title, same, all) of each state. Neighbours before of other queries are left out.
     """
-    found = {"After pretraining": picture_rows(run, "neighbours")}
-    if not found["After pretraining"]:
+    before, after = picture_rows(run, "neighbours_before"), picture_rows(run, "neighbours")
+    if not after:
         return {}
-    before = picture_rows(run, "neighbours_before")
-    queries = [
-        [row["about"].get("query") for row in rows] for rows in (before, found["After pretraining"])
-    ]
-    if queries[0] == queries[1] and None not in queries[0]:
-        found = {"Before pretraining": before, **found}
-    states = {title: [_labelled(row) for row in rows] for title, rows in found.items()}
+    galleries = {"After pretraining": after}
+    queries = [row["about"].get("query") for row in after]
+    if None not in queries and queries == [row["about"].get("query") for row in before]:
+        galleries = {"Before pretraining": before, **galleries}
+    states = {title: [_labelled(row) for row in rows] for title, rows in galleries.items()}
     totals = [
         (title, sum(row["num_same"] for row in rows), sum(row["k"] for row in rows))
         for title, rows in states.items()
@@ -500,7 +498,7 @@ def neighbours(run: PipelineRun) -> dict[str, Any]:
     ]
     rows = [
         {"query": row["about"].get("query_label"), "states": {t: states[t][i] for t in states}}
-        for i, row in enumerate(found["After pretraining"])
+        for i, row in enumerate(after)
     ]
     return {
         "rows": rows,
@@ -531,12 +529,12 @@ class Item:
 
 
 def skipped_groups(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Entries by kind, gravest first: `kind`, `words`, `count`, `rows` (the first ones)."""
+    """Entries by kind, gravest first: `kind`, `title`, `count`, `rows` (the first ones)."""
     by_kind: dict[str, list[Item]] = {kind: [] for kind in SKIPPED_KINDS}
     for item in items:
         by_kind[item.kind].append(item)
     return [
-        {"kind": kind, "words": SKIPPED_KINDS[kind], "count": len(rows)}
+        {"kind": kind, "title": SKIPPED_KINDS[kind], "count": len(rows)}
         | {"rows": rows[:MOST_OF_A_KIND]}
         for kind, rows in by_kind.items()
         if rows
@@ -576,21 +574,21 @@ def skipped_of_pipeline(run: PipelineRun) -> list[Item]:
 def _unused_by_detection(run: PipelineRun) -> list[Item]:
     """Pictures and classes that detection did not use; the arms share their set."""
     num_test = (run.json("data/dataset.json").get("splits") or {}).get("test")
-    found = []
+    unused = []
     for folder in (folder for arm in ARMS for folder in run.seed_folders(arm)):
         result = read_json_or_none(folder / "result.json") or {}
-        found += [
+        unused += [
             (f"class {name}", "no object in the test pictures")
             for name in result.get("classes_without_test_objects") or []
         ]
         tested = result.get("num_test_images")
         if is_number(num_test) and is_number(tested) and tested < num_test:
-            found.append((f"{num_test - tested} of {num_test} test pictures", "TEST.NUM_IMAGES"))
+            unused.append((f"{num_test - tested} of {num_test} test pictures", "TEST.NUM_IMAGES"))
         log = folder / "log.txt"
         numbers = _EMPTY_PICTURES.findall(log.read_text(errors="replace")) if log.is_file() else []
         if numbers and int(numbers[-1]):
-            found.append((f"{int(numbers[-1])} training pictures", "no object in them"))
-    return [Item("left out", "detection", what, why) for what, why in dict.fromkeys(found)]
+            unused.append((f"{int(numbers[-1])} training pictures", "no object in them"))
+    return [Item("left out", "detection", what, why) for what, why in dict.fromkeys(unused)]
 
 
 def skipped_of_run(run: RunInfo, where: str) -> list[Item]:
@@ -611,7 +609,7 @@ def skipped_of_run(run: RunInfo, where: str) -> list[Item]:
         elif "num_skipped_steps" in event:
             if step not in steps:
                 items.append(Item("not finite", where, f"step {step}, left out", message))
-        # A figure and the run's state are told elsewhere.
+        # The page shows a figure and the run's state elsewhere.
         elif "knn_top1_initial" not in event and not message.startswith("stopped by "):
             items.append(Item("noted", where, f"step {step}", message))
     overflows = run.last_row.get("num_overflow_steps")

@@ -123,11 +123,11 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
     """A file of YAML or JSON; empty, and named among the problems, where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
-        found = None
-    if isinstance(found, dict):
-        return found
+        content = None
+    if isinstance(content, dict):
+        return content
     problems.append(f"{path.name} is {'damaged' if path.exists() else 'missing'}")
     return {}
 
@@ -198,11 +198,11 @@ def _figures(
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
+        flattened |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flattened
 
 
 def differences(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
@@ -211,8 +211,8 @@ def differences(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     A run whose config cannot be read has None everywhere and makes no difference by that.
     """
     configs = [flat(run.config) for run in runs]
-    found = {}
+    differing = {}
     for key in sorted(set().union(*configs)):
         if len({repr(config.get(key)) for config in configs if config}) > 1:
-            found[key] = [config.get(key) for config in configs]
-    return found
+            differing[key] = [config.get(key) for config in configs]
+    return differing
