@@ -14,6 +14,7 @@ from pipeline.grid.grid import METRICS, Plan, Preset, make_plan, read_grid, read
 from pipeline.grid.jobs import Executor
 from pipeline.grid.schedule import (
     FOLDER,
+    Key,
     Store,
     Work,
     add_run_options,
@@ -91,9 +92,9 @@ def _run(options: argparse.Namespace, executor: Executor | None, started: float)
     }
     check_cells(plan, work)
     store = Store(options.out / FOLDER)
-    for name, seed in work:
-        cell = plan.cells[name]
-        store.plan(name, seed, cell.label, cell.axes, cell.settings)
+    for key in work:
+        cell = plan.cells[key[0]]
+        store.plan(key, cell.label, cell.axes, cell.settings)
     if options.list:
         show_list(plan, preset, store)
         return 0
@@ -134,7 +135,7 @@ def chosen_preset(options: argparse.Namespace) -> tuple[Preset, str]:
     return replace(preset, metrics=metrics, seeds=seeds), set_name
 
 
-def check_cells(plan: Plan, work: dict[tuple[str, int], Work]) -> None:
+def check_cells(plan: Plan, work: dict[Key, Work]) -> None:
     """Refuse, before any run, every cell whose config does not load or that cannot train.
 
     Raises:
@@ -159,11 +160,11 @@ def is_due(
     store: Store, work: Work, plan: Plan, preset: Preset, options: argparse.Namespace
 ) -> bool:
     """Whether a cell is to be run by this call; one that lacks a metric asked for is."""
-    row = store.row(work.fingerprint, work.seed)
+    row = store.row(work.key)
     if options.only:
         names = [
             text
-            for grid, levels in plan.cells[work.fingerprint].axes.items()
+            for grid, levels in plan.cells[row.fingerprint].axes.items()
             for text in (grid, ", ".join(levels.values()))
         ]
         if not any(part in name for part in options.only for name in names):
@@ -180,7 +181,7 @@ def show_list(plan: Plan, preset: Preset, store: Store) -> None:
         print(f"{grid.name}: {grid.title}")
         for axes, _ in grid.cells():
             name = plan.fingerprint(grid, axes)
-            states = [store.row(name, seed).status for seed in range(preset.seeds)]
+            states = [store.row((name, seed)).status for seed in range(preset.seeds)]
             others = [other for other in plan.cells[name].axes if other != grid.name]
             shared = f"  (also in {', '.join(others)})" if others else ""
             print(f"  {name[:12]}  {', '.join(axes.values())}: {' '.join(states)}{shared}")

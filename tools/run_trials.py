@@ -13,6 +13,7 @@ from pipeline.grid import trials
 from pipeline.grid.jobs import Executor
 from pipeline.grid.schedule import (
     FOLDER,
+    Key,
     Store,
     add_run_options,
     check_run_options,
@@ -105,7 +106,7 @@ def _run(
     for arm in arms:
         work = trials.make_work(arm, protocol, options.out, ROOT)
         settings = {"weights": arm.weights_digest, "words": list(words)}
-        row = store.plan(arm.fingerprint, arm.seed, arm.name, {}, settings)
+        row = store.plan(arm.key, arm.name, {}, settings)
         is_finished = row.status == "finished" and work.steps[0].product.exists()
         if not is_finished and (row.status != "failed" or options.retry_failed):
             todo.append(work)
@@ -144,9 +145,9 @@ def refuse_twins(arms: Sequence[Arm]) -> None:
     Raises:
         UserError: Naming them.
     """
-    seen: dict[tuple[str, int], str] = {}
+    seen: dict[Key, str] = {}
     for arm in arms:
-        other = seen.setdefault((arm.fingerprint, arm.seed), arm.name)
+        other = seen.setdefault(arm.key, arm.name)
         if other != arm.name:
             raise UserError(f"--init {arm.name}: the same weights as {other}")
 

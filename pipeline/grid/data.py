@@ -165,17 +165,17 @@ def _split_pool(pool: Path) -> None:
         rest = [path for path in rest if path not in chosen]
 
 
-def run_tool(script: str, *words: str | Path) -> None:
+def run_tool(script: str, *words: str | Path, where: str = "") -> None:
     """Run one of our tools.
 
     Raises:
-        UserError: With its last words, if it fails.
+        UserError: With the last line that it printed, if it fails, after `where`.
     """
     command = [sys.executable, str(ROOT / script), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-        raise UserError(f"{script} failed: {reason.removeprefix('error: ')}")
+        raise UserError(f"{where}{script} failed: {reason.removeprefix('error: ')}")
 
 
 # -- Fashion-MNIST --------------------------------------------------------------------------------

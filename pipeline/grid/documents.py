@@ -81,6 +81,20 @@ def to_markdown(title: str, sections: Sequence[Section], *, is_preliminary: bool
     return "\n".join(lines) + "\n"
 
 
+def overview(
+    results: Mapping[str, Any], state: str, table: Table, further: Sequence[str] = ()
+) -> Section:
+    """The first section: what ran, the rule of the verdicts, the main table, runs that failed."""
+    lines = [state, results["rule"], *further]
+    if not results["is_complete"]:
+        lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
+    tables = [table]
+    if results["failures"]:
+        rows = [[str(value or DASH) for value in entry.values()] for entry in results["failures"]]
+        tables.append(Table("Failed runs", list(results["failures"][0]), rows))
+    return Section("Overview", lines, tables)
+
+
 def comparison_table(caption: str, comparisons: Sequence[Mapping[str, Any]]) -> Table:
     """A row a comparison."""
     rows = [

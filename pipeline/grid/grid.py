@@ -95,17 +95,16 @@ class Level:
         Raises:
             UserError: If both set the same thing.
         """
-        twice = [key for key in other.overrides if key in self.overrides]
-        twice += [key for key in other.scale if key in self.scale]
+        twice = [*(self.overrides.keys() & other.overrides), *(self.scale.keys() & other.scale)]
         for name in ("paradigm", "pool"):
-            if None not in (getattr(self, name), getattr(other, name)):
+            if getattr(self, name) and getattr(other, name):
                 twice.append(name)
         if twice:
             raise UserError(f"{where}: two axes set {twice[0]}; one of them must leave it alone")
         return Level(
             self.overrides | other.overrides,
-            self.paradigm if other.paradigm is None else other.paradigm,
-            self.pool if other.pool is None else other.pool,
+            self.paradigm or other.paradigm,
+            self.pool or other.pool,
             self.scale | other.scale,
         )
 

@@ -38,6 +38,10 @@ _STOP_PATIENCE_SECONDS = 60.0  # after that they are asked for the last time
 _POLL_SECONDS = 0.2
 
 
+Key = tuple[str, int]
+"""Fingerprint and seed of a run."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One cell with one seed, as stored.
@@ -62,6 +66,11 @@ class Row:
     error: str | None = None
     code: str | None = None
 
+    @property
+    def key(self) -> Key:
+        """What the store finds it by."""
+        return self.fingerprint, self.seed
+
 
 class Store:
     """The rows by cell and seed; each change is written at once, by rename.
@@ -76,7 +85,7 @@ class Store:
             UserError: Naming a file that is no such row.
         """
         self._folder = folder
-        self._rows: dict[tuple[str, int], Row] = {}
+        self._rows: dict[Key, Row] = {}
         for path in sorted(folder.glob("*.json")):
             try:
                 row = Row(**json.loads(path.read_text(encoding="utf-8")))
@@ -85,27 +94,25 @@ class Store:
                     f"{path}: is no result of a study ({error}); delete it, and its cell is looked "
                     "at again, or choose another --out"
                 ) from None
-            self._rows[row.fingerprint, row.seed] = row
+            self._rows[row.key] = row
             if row.status == "running":
                 error = "killed together with the program that started it"
-                self.update(row.fingerprint, row.seed, status="stopped", error=error)
+                self.update(row.key, status="stopped", error=error)
 
-    def plan(
-        self, fingerprint: str, seed: int, label: str, axes: Mapping, settings: Mapping
-    ) -> Row:
+    def plan(self, key: Key, label: str, axes: Mapping, settings: Mapping) -> Row:
         """Enter a cell, or add its names where it is there already; returns it."""
-        known = self._rows.pop((fingerprint, seed), None)  # rows stand in the order of planning
+        known = self._rows.pop(key, None)  # rows stand in the order of planning
         if known is None:
-            return self._put(Row(fingerprint, seed, label, dict(axes), dict(settings)))
+            return self._put(Row(*key, label, dict(axes), dict(settings)))
         return self._put(replace(known, label=label, axes=known.axes | dict(axes)))
 
-    def update(self, fingerprint: str, seed: int, **changes: Any) -> Row:
+    def update(self, key: Key, **changes: Any) -> Row:
         """Set fields of a row; returns it."""
-        return self._put(replace(self._rows[fingerprint, seed], **changes))
+        return self._put(replace(self._rows[key], **changes))
 
-    def row(self, fingerprint: str, seed: int) -> Row:
+    def row(self, key: Key) -> Row:
         """One cell with one seed."""
-        return self._rows[fingerprint, seed]
+        return self._rows[key]
 
     def rows(self) -> list[Row]:
         """All of them, in the order in which they were planned last."""
@@ -114,7 +121,7 @@ class Store:
     def _put(self, row: Row) -> Row:
         text = json.dumps(asdict(row), indent=1, sort_keys=True) + "\n"
         write_text(self._folder / f"{row.fingerprint}-{row.seed}.json", text)
-        self._rows[row.fingerprint, row.seed] = row
+        self._rows[row.key] = row
         return row
 
 
@@ -133,20 +140,10 @@ class Work:
         read_metrics: What the finished run measured; raises ValueError if it left no figures.
     """
 
-    fingerprint: str
-    seed: int
+    key: Key
     steps: tuple[Step, ...]
     folder: Path
     read_metrics: Callable[[], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When to stop; `deadline` on time.monotonic's clock."""
-
-    parallel: int = 1
-    max_failures: int = 0
-    deadline: float = float("inf")
 
 
 @dataclass
@@ -156,16 +153,20 @@ class Scheduler:
     Attributes:
         store: Nobody else writes to it.
         executor: Where jobs run.
-        limits: When to stop.
         working_folder: Of the commands.
+        parallel: Runs at once.
+        max_failures: After more than these nothing more is started.
+        deadline: On time.monotonic's clock.
         code: Commit, noted with each attempt.
         stop_requested: Asked between polls: the reason to stop, or "".
     """
 
     store: Store
     executor: Executor
-    limits: Limits
     working_folder: Path
+    parallel: int = 1
+    max_failures: int = 0
+    deadline: float = float("inf")
     code: str | None = None
     stop_requested: Callable[[], str] = lambda: ""
     _running: list[tuple[Work, Handle]] = field(default_factory=list)
@@ -182,16 +183,16 @@ class Scheduler:
         """
         waiting, ended_early = list(todo)[::-1], ""
         self._total, self._started = len(todo), time.monotonic()
-        stop_at = self.limits.deadline - SAVE_SECONDS
+        stop_at = self.deadline - SAVE_SECONDS
         while waiting or self._running:
             reason = self.stop_requested() or ("time is up" if time.monotonic() > stop_at else "")
             if reason:
                 self._stop_all()
                 return reason
-            if self._num_failed > self.limits.max_failures:
+            if self._num_failed > self.max_failures:
                 waiting.clear()
-                ended_early = f"more than {self.limits.max_failures} runs failed"
-            while waiting and len(self._running) < self.limits.parallel:
+                ended_early = f"more than {self.max_failures} runs failed"
+            while waiting and len(self._running) < self.parallel:
                 self._start(waiting.pop())
             self._collect()
             if self._running:
@@ -199,10 +200,8 @@ class Scheduler:
         return ended_early
 
     def _start(self, work: Work) -> None:
-        attempts = self.store.row(work.fingerprint, work.seed).attempts + 1
-        self.store.update(
-            work.fingerprint, work.seed, status="running", attempts=attempts, code=self.code
-        )
+        attempts = self.store.row(work.key).attempts + 1
+        self.store.update(work.key, status="running", attempts=attempts, code=self.code)
         (work.folder / RESULT).unlink(missing_ok=True)
         job = CommandJob(work.steps, work.folder, self.working_folder)
         self._running.append((work, self.executor.submit(job)))
@@ -219,11 +218,10 @@ class Scheduler:
                     metrics = work.read_metrics()
                 except ValueError as error:
                     result |= {"status": "failed", "error": str(error)}
-            row = self.store.row(work.fingerprint, work.seed)
+            seconds = self.store.row(work.key).seconds + float(result["seconds"])
             row = self.store.update(
-                *(work.fingerprint, work.seed),
-                status=result["status"], metrics=dict(metrics), error=result["error"],
-                seconds=row.seconds + float(result["seconds"]),
+                work.key, status=result["status"], metrics=dict(metrics), seconds=seconds,
+                error=result["error"],
             )  # fmt: skip
             self._num_failed += row.status == "failed"
             self._num_ended += 1
@@ -246,13 +244,8 @@ class Scheduler:
                 self._collect()
                 time.sleep(_POLL_SECONDS)
         for work, _ in self._running:
-            self.store.update(
-                work.fingerprint,
-                work.seed,
-                status="stopped",
-                metrics={},
-                error="did not end in time",
-            )
+            error = "did not end in time"
+            self.store.update(work.key, status="stopped", metrics={}, error=error)
 
 
 # -- what tools/ablate.py and tools/run_trials.py share -------------------------------------------
@@ -333,17 +326,17 @@ def run_work(
         return Outcome()
     gpus = gpus if options.gpus_per_run is None else options.gpus_per_run
     minutes = options.max_minutes or max_minutes
-    deadline = started + 60 * minutes if minutes else float("inf")
-    limits = Limits(options.parallel or parallel, options.max_failures, deadline)
+    parallel = options.parallel or parallel
     executor = executor or SubmititExecutor(
         *(options.out / "submitit/%j", ROOT), cluster=options.cluster, gpus=gpus,
         cpus=options.cpus_per_run, minutes=options.time_minutes, partition=options.partition,
         slurm_options=dict(options.slurm_option),
     )  # fmt: skip
-    print(f"{len(todo)} runs to do, {limits.parallel} at once", flush=True)
+    print(f"{len(todo)} runs to do, {parallel} at once", flush=True)
     with signals_noted() as signals:
         scheduler = Scheduler(
-            *(store, executor, limits, ROOT),
+            *(store, executor, ROOT, parallel, options.max_failures),
+            deadline=started + 60 * minutes if minutes else float("inf"),
             code=provenance.commit(ROOT), stop_requested=lambda: stop_reason(signals),
         )  # fmt: skip
         return Outcome(scheduler.run(todo), signals[0] if signals else None)

@@ -15,13 +15,14 @@ from common.files import read_json, read_json_lines, write_text
 from common.stats import RULE, Contrast, claim_verdict, compare, mean_std
 from pipeline.grid import documents
 from pipeline.grid.data import StudyData
-from pipeline.grid.documents import DASH, Section, Table, comparison_table, mean_text
+from pipeline.grid.documents import Section, Table, comparison_table, mean_text, overview
 from pipeline.grid.grid import METRICS, Cell, Grid, Plan, Preset
 from pipeline.grid.jobs import Step
 from pipeline.grid.schedule import Row, Work, count_statuses
 
 FORMAT = "fa-study-1"
 _NAME_LENGTH = 12  # of a fingerprint in names of folders
+_KEPT = ("fingerprint", "seed", "status", "metrics", "seconds", "attempts", "error", "code")
 
 
 # -- commands and figures -------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def make_work(
         )
         steps.append(Step("linear", command, folder / "linear/linear.json"))
     read = functools.partial(read_metrics, metrics, folder)
-    return Work(cell.fingerprint, seed, tuple(steps), folder, read)
+    return Work((cell.fingerprint, seed), tuple(steps), folder, read)
 
 
 def read_metrics(metrics: Sequence[str], folder: Path) -> dict[str, float]:
@@ -119,17 +120,7 @@ def summarise(
             _table(grid, plan, mine, metric) for grid in plan.grids for metric in preset.metrics
         ],
         "cells": [
-            {
-                "fingerprint": row.fingerprint,
-                "seed": row.seed,
-                "axes": plan.cells[row.fingerprint].axes,
-                "status": row.status,
-                "metrics": row.metrics,
-                "seconds": row.seconds,
-                "attempts": row.attempts,
-                "error": row.error,
-                "code": row.code,
-            }
+            {key: getattr(row, key) for key in _KEPT} | {"axes": plan.cells[row.fingerprint].axes}
             for row in mine
         ],
         "failures": [
@@ -177,39 +168,26 @@ def _table(grid: Grid, plan: Plan, rows: Sequence[Row], metric: str) -> dict[str
 
 def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
     """Write results.json and the tables beside it; returns the files."""
+    finished, cells = results["counts"].get("finished", 0), results["counts"]["cells"]
+    hours = results["seconds"] / 3600
+    claims = [
+        (table["claim"], results["metrics"][table["metric"]], table["verdict"])
+        for table in results["tables"]
+    ]
+    state = f"{finished} of {cells} runs are finished ({hours:.2f} hours of running)."
+    first = overview(results, state, Table("Claims", ("claim", "metric", "verdict"), claims))
+    sections = [first, *(_section(table, results["metrics"]) for table in results["tables"])]
     comparisons = [
         {**row, "name": f"{table['name']}, {table['metric']}: {row['name']}"}
         for table in results["tables"]
         for row in table["comparisons"]
     ]
     title = f"Study {results['preset']} on {results['data']}"
-    sections = [_overview(results), *(_section(table, results) for table in results["tables"])]
     return documents.write(out, title, results, sections, comparisons)
 
 
-def _overview(results: Mapping[str, Any]) -> Section:
-    finished, cells = results["counts"].get("finished", 0), results["counts"]["cells"]
-    hours = results["seconds"] / 3600
-    lines = [f"{finished} of {cells} runs are finished ({hours:.2f} hours of running)."]
-    if not results["is_complete"]:
-        lines.insert(0, "PRELIMINARY: the study is not complete; nothing here is a result yet.")
-    lines.append(results["rule"])
-    rows = [
-        (table["claim"], results["metrics"][table["metric"]], table["verdict"])
-        for table in results["tables"]
-    ]
-    tables = [Table("Claims", ("claim", "metric", "verdict"), rows)]
-    if results["failures"]:
-        failed = [
-            (entry["cell"], str(entry["seed"]), str(entry["attempts"]), entry["reason"] or DASH)
-            for entry in results["failures"]
-        ]
-        tables.append(Table("Failed runs", ("cell", "seed", "attempts", "reason"), failed))
-    return Section("Overview", lines, tables)
-
-
-def _section(table: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
-    metric = results["metrics"][table["metric"]]
+def _section(table: Mapping[str, Any], metrics: Mapping[str, str]) -> Section:
+    metric = metrics[table["metric"]]
     paragraphs = [f"Claim: {table['claim']}. Verdict by {metric}: {table['verdict']}."]
     paragraphs += [
         f"Left out: {', '.join(entry['cells'].values())} ({entry['reason']})."

@@ -20,9 +20,9 @@ from common.files import read_json_or_none, sha256_of
 from common.stats import RULE, Contrast, compare, mean_std
 from pipeline.grid import documents
 from pipeline.grid.data import run_tool
-from pipeline.grid.documents import DASH, Section, Table, comparison_table, mean_text
+from pipeline.grid.documents import DASH, Section, Table, comparison_table, mean_text, overview
 from pipeline.grid.jobs import Step
-from pipeline.grid.schedule import Row, Work, count_statuses
+from pipeline.grid.schedule import Key, Row, Work, count_statuses
 from pipeline.plan import config_bases
 from pipeline.stages import digest
 
@@ -53,6 +53,11 @@ class Arm:
     weights_digest: str
     data: Path
     fingerprint: str
+
+    @property
+    def key(self) -> Key:
+        """Of its row in the store."""
+        return self.fingerprint, self.seed
 
 
 @dataclass(frozen=True)
@@ -104,33 +109,19 @@ def make_arm(name: str, file: str | None, seed: int, protocol: Protocol, out: Pa
             weights = out / "weights" / f"{slug(name)}-{weights_digest[:8]}.pkl"
         if not (weights.is_file() and weights.with_suffix(".json").is_file()):
             weights.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                run_tool("tools/convert_to_d2.py", given, weights)
-            except UserError as error:
-                raise UserError(f"--init {name}: {error}") from None
+            run_tool("tools/convert_to_d2.py", given, weights, where=f"--init {name}: ")
     data = Path(protocol.data.replace("{seed}", str(seed))).resolve()
-    fingerprint = digest(
-        {
-            "weights": weights_digest,
-            "config": config_digest(protocol.config),
-            "data": data_digest(data),
-            "words": list(protocol.words),
-        }
-    )
-    return Arm(name, seed, weights, weights_digest, data, fingerprint)
+    configs = [read_yaml(path) for path in (protocol.config, *config_bases(protocol.config))]
+    decides = {
+        "weights": weights_digest,
+        "config": digest({"configs": json.loads(json.dumps(configs, default=str))}),
+        "data": data_digest(data),
+        "words": list(protocol.words),
+    }
+    return Arm(name, seed, weights, weights_digest, data, digest(decides))
 
 
 _bytes_digest = functools.cache(sha256_of)
-
-
-def config_digest(config: Path) -> str:
-    """Hash of a config and of those that it is based on (_BASE_).
-
-    Raises:
-        UserError: If one is missing.
-    """
-    texts = [read_yaml(path) for path in (config, *config_bases(config))]
-    return digest({"configs": json.loads(json.dumps(texts, default=str))})
 
 
 @functools.cache
@@ -164,7 +155,7 @@ def make_work(arm: Arm, protocol: Protocol, out: Path, root: Path) -> Work:
         *("--arm", arm.name, *protocol.words),
     )
     steps = (Step("train_voc", command, result),)
-    return Work(arm.fingerprint, seed, steps, result.parent, lambda: read_result(result))
+    return Work(arm.key, steps, result.parent, lambda: read_result(result))
 
 
 def read_result(path: Path) -> dict[str, float]:
@@ -236,15 +227,15 @@ def summarise(
         mean, std, values}}}, `comparisons`: {metric: rows of `compare`}, `per_class`: {metric:
         {"arms": {class: {arm: ..}}, "comparisons": [..]}}, `failures`, and `about`.
     """
-    names = {(arm.fingerprint, arm.seed): arm.name for arm in arms}
-    mine = [row for row in rows if (row.fingerprint, row.seed) in names]
+    names = {arm.key: arm.name for arm in arms}
+    mine = [row for row in rows if row.key in names]
     # Metric -> arm -> seed -> value; `AP:dog` is a metric of its own.
     values: dict[str, dict[str, dict[int, float]]] = {}
     for row in mine:
         if row.status == "finished":
             for metric, value in row.metrics.items():
                 of_metric = values.setdefault(metric, {})
-                of_metric.setdefault(names[row.fingerprint, row.seed], {})[row.seed] = value
+                of_metric.setdefault(names[row.key], {})[row.seed] = value
     classes = sorted({metric.partition(":")[2] for metric in values if ":" in metric})
 
     def by_arm(metric: str) -> dict[str, dict[int, float]]:
@@ -333,23 +324,21 @@ def write(out: Path, results: Mapping[str, Any]) -> list[Path]:
 
 
 def _overview(results: Mapping[str, Any]) -> Section:
-    counts = results["counts"]
-    lines = [
-        f"{counts.get('finished', 0)} of {counts['cells']} runs are finished. Seeds "
+    finished, total = results["counts"].get("finished", 0), results["counts"]["cells"]
+    state = (
+        f"{finished} of {total} runs are finished. Seeds "
         f"{', '.join(map(str, results['seeds']))}; set {results['data']}, config "
         f"{results['config']}. Intervals cover what differs between the seeds: the detector's "
-        "training, and pretraining or split where their names hold {seed}.",
-        results["rule"],
-    ]
-    if not results["is_complete"]:
-        lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
+        "training, and pretraining or split where their names hold {seed}."
+    )
     rows = [
         (name, str(arm["AP50"]["n"]), *(mean_text(arm[m]) for m in ALL_METRICS), "measured")
         for name, arm in results["arms"].items()
     ]
+    further = []
     published = results["published"]
     if published is not None:
-        lines.append(
+        further.append(
             f"Published rows: {published['protocol']}. [M]: recalled, not checked against the "
             "source. They compare with the measured ones only if the protocol is the same."
         )
@@ -359,11 +348,7 @@ def _overview(results: Mapping[str, Any]) -> Section:
             rows.append((row["init"], DASH, *figures, source))
     head = ("initialisation", "n", *map(_word, ALL_METRICS), "source")
     caption = "Percent, mean ± std over seeds, by the set's metric and by COCO's on the same boxes"
-    tables = [Table(caption, head, rows)]
-    if results["failures"]:
-        failed = [(e["arm"], str(e["seed"]), e["reason"] or DASH) for e in results["failures"]]
-        tables.append(Table("Failed runs", ("initialisation", "seed", "reason"), failed))
-    return Section("Overview", lines, tables)
+    return overview(results, state, Table(caption, head, rows), further)
 
 
 def _word(metric: str) -> str:
