@@ -101,7 +101,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     stages.append(
         Stage(
             name="pretrain",
-            command=call("tools/pretrain.sh", own_yaml, *words),
+            command=call("tools/pretrain.sh", own_yaml, *words, "--resume"),
             outputs=("pretrain/checkpoint.pth", "pretrain/summary.json"),
             owns=("pretrain",),
             products=("pretrain/checkpoint.pth",),
@@ -111,7 +111,6 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
             code_version=CODE_VERSIONS["pretrain"],
             libraries=PRETRAIN_LIBRARIES,
             resumable=True,
-            resume_arguments=("--resume",),
         )
     )
 

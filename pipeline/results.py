@@ -18,13 +18,8 @@ PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen",
 PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 
 
-def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
-    """Return the figures of the run in `out`; what did not run is empty or None.
-
-    Args:
-        out: The run's folder.
-        skipped: Stages that the present call left as they were.
-    """
+def assemble(out: Path) -> dict[str, Any]:
+    """Return the figures of the run in `out`; what did not run is empty or None."""
     store = read_json_or_none(out / "stages.json") or {}
     plan, records = store.get("plan") or [], store.get("stages") or {}
     # Finished stages whose records speak of the present settings.
@@ -60,7 +55,7 @@ def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
         "stages": {
             name: {
                 "seconds": record.get("seconds"),
-                "skipped": name in skipped,
+                "skipped": record.get("skipped", False),
                 "peak_memory_bytes": record.get("peak_memory_bytes"),
             }
             for name, record in good.items()
@@ -73,9 +68,9 @@ def assemble(out: Path, skipped: Collection[str] = ()) -> dict[str, Any]:
     }
 
 
-def write(out: Path, skipped: Collection[str] = ()) -> None:
+def write(out: Path) -> None:
     """Write `out/results.json`, and each arm's summary over all its finished seeds."""
-    results = assemble(out, skipped)
+    results = assemble(out)
     write_json(out / "results.json", results)
     for arm, rows in results["detection"].items():
         if rows:

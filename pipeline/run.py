@@ -117,10 +117,12 @@ class Runner:
         with lock(self.out) as descriptor, signals_noted() as self._signals:
             self.store.load()  # Another run may have written before the lock was ours.
             decisions = self.plan(stages)
-            # Which stages belong to this run, and which records speak of its settings.
+            # Which stages belong to this run, and which records speak of its settings. What is
+            # skipped is known only when its turn comes.
             self.store.data["plan"] = names
             for name, record in self.store.stages.items():
                 record["current"] = name in decisions and decisions[name].action == "skip"
+                record["skipped"] = False
             self.store.write()
             before_first()
 
@@ -144,8 +146,7 @@ class Runner:
         self._stop_if_asked()
         decision = self._decide(stage)
         if decision.action == "skip":
-            self.store.skipped.add(stage.name)
-            self.store.update(stage.name, current=True)
+            self.store.update(stage.name, current=True, skipped=True)
             progress.skip(number, stage.name, self.store.stages[stage.name].get("seconds", 0.0))
             return
         progress.start(number, stage.name, decision.reason)
@@ -201,7 +202,43 @@ class Runner:
             current=True,
             commit=provenance.commit(self.root),
         )
-        ended = self._run_child(stage, resumed, before, progress, descriptor)
+
+        # Run the stage as a child process, with its share of the cores. The share follows from
+        # `parallel`, not from how many stages happen to run.
+        own = {}
+        if stage.group and self.parallel > 1 and not os.environ.get("OMP_NUM_THREADS"):
+            own["OMP_NUM_THREADS"] = str(max(1, provenance.usable_cores() // self.parallel))
+        path = self.log_path(stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beat, passed_on = time.monotonic(), 0
+        with path.open("a" if resumed else "w", encoding="utf-8") as log:
+            shown = [*(f"{name}={value}" for name, value in own.items()), *stage.command]
+            log.write(f"# {now()} {shlex.join(shown)}\n")
+            child = Child(
+                stage.command,
+                folder=self.root,
+                log=log,
+                environment=os.environ | {"PYTHONUNBUFFERED": "1"} | own,
+                keep_open=[descriptor],
+            )
+
+            def tick() -> None:
+                nonlocal beat, passed_on
+                for number in self._signals[passed_on:]:
+                    passed_on += 1
+                    child.stop(number)
+                progress.tick(stage.name, before + child.seconds, child.lines.last_line)
+                if time.monotonic() - beat > _HEARTBEAT_SECONDS:
+                    beat = time.monotonic()
+                    self.store.update(stage.name, seconds=round(before + child.seconds, 2))
+
+            try:
+                ended = child.wait(tick)
+            except BaseException:
+                child.stop(signal.SIGKILL)
+                raise
+
+        # Note and say how it ended.
         missing = [name for name in stage.outputs if not (self.out / name).exists()]
         good = ended.exit_status == 0 and not missing and ended.stopped_by is None
         status = "finished" if good else "stopped" if ended.stopped_by else "failed"
@@ -222,44 +259,6 @@ class Runner:
         progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
         self._stop_if_asked()
         raise RunFailed(self._failure(stage, ended, missing))
-
-    def _run_child(
-        self, stage: Stage, resumed: bool, before: float, progress: Progress, descriptor: int
-    ) -> Finished:
-        command = (*stage.command, *(stage.resume_arguments if resumed else ()))
-        own = {}
-        if stage.group and self.parallel > 1 and not os.environ.get("OMP_NUM_THREADS"):
-            # The share follows from `parallel`, not from how many stages happen to run.
-            own["OMP_NUM_THREADS"] = str(max(1, provenance.usable_cores() // self.parallel))
-        path = self.log_path(stage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beat, passed_on = time.monotonic(), 0
-        with path.open("a" if resumed else "w", encoding="utf-8") as log:
-            shown = [*(f"{name}={value}" for name, value in own.items()), *command]
-            log.write(f"# {now()} {shlex.join(shown)}\n")
-            child = Child(
-                command,
-                folder=self.root,
-                log=log,
-                environment=os.environ | {"PYTHONUNBUFFERED": "1"} | own,
-                keep_open=[descriptor],
-            )
-
-            def tick() -> None:
-                nonlocal beat, passed_on
-                for number in self._signals[passed_on:]:
-                    passed_on += 1
-                    child.stop(number)
-                progress.tick(stage.name, before + child.seconds, child.lines.last_line)
-                if time.monotonic() - beat > _HEARTBEAT_SECONDS:
-                    beat = time.monotonic()
-                    self.store.update(stage.name, seconds=round(before + child.seconds, 2))
-
-            try:
-                return child.wait(tick)
-            except BaseException:
-                child.stop(signal.SIGKILL)
-                raise
 
     def _failure(self, stage: Stage, ended: Finished, missing: Sequence[str]) -> str:
         log = self.log_path(stage)

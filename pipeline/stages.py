@@ -47,8 +47,7 @@ class Stage:
         files: Inputs from outside: files count by content, folders by their listing.
         config: The settings that this stage sees.
         libraries: Distributions whose versions count.
-        resumable: Whether an interrupted run of the same fingerprint is continued in place.
-        resume_arguments: What is appended to `command` to continue.
+        resumable: Whether the same command continues an interrupted run of the same fingerprint.
         group: Neighbours in the list with the same group may run side by side; they do not read
             each other. Empty: runs alone.
     """
@@ -64,7 +63,6 @@ class Stage:
     config: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
     resumable: bool = False
-    resume_arguments: tuple[str, ...] = ()
     group: str = ""
 
 
@@ -110,13 +108,10 @@ def input_digest(path: Path) -> str | None:
     if not path.is_dir():
         return None
     total = hashlib.sha256()
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        for name in sorted(names):
-            file = Path(folder, name)
-            status = file.stat() if file.exists() else file.lstat()
-            entry = (file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
-            total.update(repr(entry).encode())
+    for file in sorted(entry for entry in path.rglob("*") if not entry.is_dir()):
+        status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
+        entry = (file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
+        total.update(repr(entry).encode())
     return total.hexdigest()
 
 
@@ -166,7 +161,6 @@ class StageStore:
             UserError: If the file is there but is not such a record.
         """
         self.path = out / "stages.json"
-        self.skipped: set[str] = set()
         self.data: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.load()

@@ -79,7 +79,7 @@ def run(parsed: argparse.Namespace) -> int:
             Progress(shown),
             until=until,
             before_first=lambda: describe(runner, config, path, command),
-            after_each=lambda: results.write(out, runner.store.skipped),
+            after_each=lambda: results.write(out),
         )
     except RunFailed:
         print(closing_lines(runner, out))
@@ -145,7 +145,7 @@ def closing_lines(runner: Runner, out: Path) -> str:
     seconds = sum(record.get("seconds") or 0.0 for record in records if record.get("current"))
     peak = max((record.get("peak_memory_bytes") or 0 for record in records), default=0)
     lines = [f"\nstages: {clock(seconds)} added up, peak memory of one {peak / 2**30:.2f} GiB"]
-    lines += results.verdicts(results.assemble(out, runner.store.skipped))
+    lines += results.verdicts(results.assemble(out))
     for name in ("results.json", "report.html"):
         if (out / name).exists():
             lines.append(f"{name.partition('.')[0]}: {out / name}")

@@ -41,11 +41,12 @@ def test_every_preset_says_purpose_command_time_and_result(path):
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_pretraining_accepts_the_overrides_of_every_preset(path, tmp_path):
     command = stages_of(path, tmp_path)["pretrain"].command
+    assert command[-1] == "--resume"
     program = "import json, sys; from common.config import *; from pretrain.config import *; " + (
         "print(json.dumps(to_plain(load_config(sys.argv[1], sys.argv[2:]))))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *command[2:]], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", program, *command[2:-1]], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     config = json.loads(done.stdout)

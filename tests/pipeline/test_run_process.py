@@ -15,8 +15,9 @@ SLOW = """
 import pathlib, sys, time
 out = pathlib.Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)
+resumed = (out / "starts.txt").exists()
 with (out / "starts.txt").open("a") as stream:
-    stream.write(("resumed" if "--resume" in sys.argv else "fresh") + "\\n")
+    stream.write(("resumed" if resumed else "fresh") + "\\n")
 while not (out.parent / "release").exists():
     time.sleep(0.05)
 (out / "done").write_text("x")
@@ -31,7 +32,7 @@ from pipeline.run import Runner
 script, out = sys.argv[1], Path(sys.argv[2])
 stage = Stage(name="slow", command=(sys.executable, script, str(out / "slow")),
               outputs=("slow/done",), owns=("slow",),
-              resumable=sys.argv[3] == "True", resume_arguments=("--resume",))
+              resumable=sys.argv[3] == "True")
 try:
     Runner(Path(script).parent, out, ["again"]).run([stage], Progress(1))
 except StoppedBySignal as error:
