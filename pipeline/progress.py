@@ -65,21 +65,17 @@ class Progress:
                 stage.shown_at, stage.shown_line = now, line
                 self._write(f"{text}\n")
 
-    def finish(self, name: str, text: str) -> None:
-        """A stage ended."""
+    def finish(self, name: str, text: str = "") -> None:
+        """A stage ended; says how, if it is known and was not said yet."""
         with self._lock:
-            label = self._running.pop(name).label
-            self._write(f"{label}: {text}\n")
+            stage = self._running.pop(name, None)
+            if stage is not None and text:
+                self._write(f"{stage.label}: {text}\n")
 
     def others(self, name: str) -> list[str]:
         """Return the stages that run beside this one."""
         with self._lock:
             return [other for other in self._running if other != name]
-
-    def forget(self, name: str) -> None:
-        """A stage ended, however; shows nothing."""
-        with self._lock:
-            self._running.pop(name, None)
 
     def skip(self, number: int, name: str, seconds: float) -> None:
         """A stage is left as it is."""

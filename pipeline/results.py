@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json_or_none, write_json
+from common.files import is_number, read_json_or_none, write_json
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS
 
@@ -99,12 +98,7 @@ def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dic
 
 def values(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
     """Return one metric by seed; seeds where it is missing or not a number are left out."""
-    pairs = ((row["seed"], row.get(metric)) for row in rows)
-    return {
-        seed: float(value)
-        for seed, value in pairs
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    return {row["seed"]: float(row[metric]) for row in rows if is_number(row.get(metric))}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,11 +138,8 @@ def verdict(results: Mapping[str, Any], pair: str, metric: str = "AP50") -> dict
         return {"kind": "single", "text": text}
     low, high = difference["student_t"]
     kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
-    lead = {
-        "better": "Pretraining helps",
-        "worse": "Pretraining hurts",
-        "unclear": "No clear difference",
-    }[kind]
+    leads = {"better": "Pretraining helps", "worse": "Pretraining hurts"}
+    lead = leads.get(kind, "No clear difference")
     interval = f"95 % interval {low:+.1f} to {high:+.1f}, {difference['n']} paired seeds"
     return {"kind": kind, "text": f"{lead} ({words}): {change}, {gain} ({interval})."}
 

@@ -153,7 +153,7 @@ class Runner:
         try:
             self._run_stage(stage, decision, progress, descriptor)
         finally:
-            progress.forget(stage.name)
+            progress.finish(stage.name)
 
     def _decide(self, stage: Stage) -> Decision:
         made = {name: self.store.stages.get(name, {}).get("product") for name in stage.upstream}

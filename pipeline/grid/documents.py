@@ -12,7 +12,6 @@ from common.files import write_json, write_text
 from pipeline.report.charts import interval_chart, standalone
 
 DASH = "-"
-PICTURE = "differences.svg"
 COMPARISON_HEAD = (
     "comparison", "n", "difference", "95 % bootstrap", "95 % Student t", "p (t)", "p (sign)",
     "p (Holm)", "verdict",
@@ -54,9 +53,9 @@ def write(
     rows = [(row["name"], row["differences"], row["mean"], row["bootstrap"]) for row in comparisons]
     picture = interval_chart(title, rows, "difference, points (bar: bootstrap 95 %)")
     if picture is not None:
-        paths.append(folder / PICTURE)
-        write_text(folder / PICTURE, standalone(picture) + "\n")
-        text += f"![Paired differences]({PICTURE})\n"
+        paths.append(folder / "differences.svg")
+        write_text(paths[-1], standalone(picture) + "\n")
+        text += "![Paired differences](differences.svg)\n"
     write_text(folder / "tables.md", text)
     return paths
 
