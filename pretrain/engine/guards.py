@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.data.loader import TwoViewBatch
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import Position
+from pretrain.model.joint_embedding import FAContrastive
 
 FOLDER = "nonfinite"
 FORMAT = "fa-nonfinite-1"
@@ -58,12 +58,18 @@ class _Seen(NamedTuple):
     Attributes:
         step: Its number, from 1 on.
         batch: The local samples; the pictures are not kept.
-        figures: Loss of the local rows, and norm of all gradients together; float64, [2].
+        loss: Of the local rows.
+        norm: Of all gradients together.
     """
 
     step: int
     batch: TwoViewBatch
-    figures: Tensor
+    loss: Tensor
+    norm: Tensor
+
+    def figures(self) -> Tensor:
+        """Loss and norm, float64 [2]."""
+        return torch.stack([self.loss.double(), self.norm.double()])
 
 
 class NonFiniteGuard:
@@ -77,23 +83,20 @@ class NonFiniteGuard:
     Args:
         config: ``on_nonfinite`` and ``max_nonfinite_steps``.
         folder: The run's folder.
-        networks: Their buffers (BN statistics) are what a forward pass changes.
+        model: Buffers of its networks (BN statistics) are what a forward pass changes.
         device: Where steps run.
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        folder: Path,
-        networks: Iterable[nn.Module],
-        device: torch.device,
+        self, config: EngineConfig, folder: Path, model: FAContrastive, device: torch.device
     ) -> None:
         self._config, self._folder, self._device = config, folder, device
         self._skips = config.on_nonfinite == "skip"
         self._is_always_due = self._skips or (device.type == "cpu" and not dist.is_on())
         self._seen: list[_Seen] = []
-        buffers = [buffer for network in networks for buffer in network.buffers()]
-        self._buffers = buffers if self._skips else []
+        self._parameters = list(model.online.parameters())
+        networks = [n for n in (model.online, model.ema) if n is not None and self._skips]
+        self._buffers = [buffer for network in networks for buffer in network.buffers()]
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
@@ -104,13 +107,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def refuses(
-        self,
-        position: Position,
-        batch: TwoViewBatch,
-        loss: Tensor,
-        parameters: Iterable[nn.Parameter],
-        *,
-        is_due: bool,
+        self, position: Position, batch: TwoViewBatch, loss: Tensor, *, is_due: bool
     ) -> bool:
         """After the backward pass: whether the update must be left out.
 
@@ -118,28 +115,26 @@ class NonFiniteGuard:
             position: Before this step; a step that is left out is counted there.
             batch: This process's samples.
             loss: Of this process's rows.
-            parameters: With the gradients, which are the same in all processes.
             is_due: The device is waited for at this step anyway: it is logged or saved.
 
         Raises:
             NonFiniteLossError: With ``stop``, or after ``max_nonfinite_steps`` steps left out.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        figures = torch.stack([loss.detach().double(), norm.double()])
-        self._seen.append(_Seen(position.step + 1, batch, figures))
+        # The gradients are the same in all processes.
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self._seen.append(_Seen(position.step + 1, batch, loss.detach(), norm))
         if not (self._is_always_due or is_due):
             return False
         # The first step that was not finite in any process.
         seen, self._seen = self._seen, []
-        bad = (~torch.stack([x.figures for x in seen]).isfinite().all(dim=1)).tolist()
+        bad = (~torch.stack([x.figures() for x in seen]).isfinite().all(dim=1)).tolist()
         first = next((x.step for x, is_bad in zip(seen, bad, strict=True) if is_bad), _NONE)
         if dist.is_on():
             first = -int(dist.highest(torch.tensor(-first, device=self._device)))
         if first == _NONE:
             return False
         what = self._write(next(x for x in seen if x.step == first), position)
-        what = f"{what} at step {first}"
-        file = self.file_of(first)
+        what, file = f"{what} at step {first}", self.file_of(first)
         if not self._skips:
             raise NonFiniteLossError(self._folder, f"{what}; its batch is in {file}")
         if position.num_skipped_steps >= self._config.max_nonfinite_steps:
@@ -159,7 +154,7 @@ class NonFiniteGuard:
 
     def _write(self, seen: _Seen, position: Position) -> str:
         """Write the step and the samples of all processes; returns what was not finite."""
-        figures = dist.gather(seen.figures.unsqueeze(0))
+        figures = dist.gather(seen.figures().unsqueeze(0))
         losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
         batch = {
             name: dist.gather(getattr(seen.batch, name)).tolist()

@@ -60,7 +60,7 @@ class Callback:
         """After the last step of each epoch."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last epoch, when the last checkpoint is written."""
+        """After the last epoch: the last checkpoint is written, the log is closed."""
 
     def state_dict(self) -> dict[str, Any]:
         """Entries of the checkpoint that this callback adds, of plain types and tensors."""
@@ -132,8 +132,7 @@ class Trainer:
         self.gradients = Gradients(
             model, forward, config.optim, self._autocast, self.loss_scale.scale
         )
-        networks = [n for n in (model.online, model.ema) if n is not None]
-        self.guard = NonFiniteGuard(config.engine, folder, networks, device)
+        self.guard = NonFiniteGuard(config.engine, folder, model, device)
         self.collapse_alarm = diagnostics.CollapseAlarm(config.engine)
         self.saver = checkpoint.CheckpointSaver(folder, config.engine)
         self.hang_timer = HangTimer(config.engine)
@@ -230,15 +229,9 @@ class Trainer:
         with record_function("guards"):
             if self.loss_scale.overflowed(first.loss, self.optimizer, self.position):
                 return StepResult(first, lr)
-            is_refused = self.guard.refuses(
-                self.position,
-                fed.batch,
-                first.loss,
-                self.model.online.parameters(),
-                is_due=is_logged or self._is_saved(step + 1) or self.loss_scale.is_loss_bad,
-            )
-        if is_refused:
-            return StepResult(first, lr, is_skipped=True)
+            is_due = is_logged or self._is_saved(step + 1) or self.loss_scale.is_loss_bad
+            if self.guard.refuses(self.position, fed.batch, first.loss, is_due=is_due):
+                return StepResult(first, lr, is_skipped=True)
         with record_function("optimiser"):
             self.optimizer.step()
         for callback in self.callbacks:
