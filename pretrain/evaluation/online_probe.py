@@ -1,6 +1,7 @@
 """A linear classifier that learns beside the run from the backbone's features, without gradient.
 
-What it reaches says how well classes can be told apart by now; the backbone never hears of it.
+Its accuracy says how well the features separate the classes by now; no gradient reaches the
+backbone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from common.errors import UserError
 from pretrain import collectives as dist
@@ -44,8 +46,7 @@ class OnlineProbe(Callback):
         classes: list[str] | None = None,
     ) -> None:
         self.classes, self._lr = classes, lr
-        linear = nn.Linear(backbone.output_dim, num_classes, device="meta")  # draws nothing there
-        self.classifier = linear.to_empty(device=device)
+        self.classifier = skip_init(nn.Linear, backbone.output_dim, num_classes, device=device)
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr)

@@ -111,10 +111,8 @@ def save_views(
         rows.append([*pictures, *(view.cpu().numpy() for view in both)])
         described.append({"sample": str(sample) if index is None else index.key_name(sample)})
     _save_grid(folder / "pictures" / "views.jpg", rows)
-    write_json(
-        folder / "pictures" / "views.json",
-        {"columns": ["picture", "view 1", "view 2"][index is None :], "rows": described},
-    )
+    columns = ["picture", "view 1", "view 2"][index is None :]
+    write_json(folder / "pictures" / "views.json", {"columns": columns, "rows": described})
 
 
 def save_neighbours(
@@ -189,9 +187,8 @@ def save_neighbours(
             }
         )
     _save_grid(folder / "pictures" / f"{name}.jpg", rows)
-    write_json(
-        folder / "pictures" / f"{name}.json", {"num_bank": len(bank_features), "rows": described}
-    )
+    report = {"num_bank": len(bank_features), "rows": described}
+    write_json(folder / "pictures" / f"{name}.json", report)
 
 
 def _spread(index: ShardIndex, most: int) -> Subset:
@@ -294,16 +291,15 @@ def _draw(
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    found, counts = np.unique(labels, return_counts=True)
-    shown = sorted(found[np.argsort(-counts, kind="stable")][:MAX_CLASSES])
-    others = ~np.isin(labels, shown)
+    classes, counts = np.unique(labels, return_counts=True)
+    frequent = sorted(classes[np.argsort(-counts, kind="stable")][:MAX_CLASSES])
+    others = ~np.isin(labels, frequent)
     axes.scatter(*places[torch.from_numpy(others)].T, s=9, c="0.7", marker=".")
-    for i, label in enumerate(shown):
-        points = places[torch.from_numpy(labels == label)]
+    for i, label in enumerate(frequent):
+        points = places[torch.from_numpy(labels == label)].T
         name = names.get(int(label), str(label)).replace("$", r"\$")
-        axes.scatter(
-            *points.T, s=14, color=colormaps["tab10"](i % 10), marker="os^vDP*"[i % 7], label=name
-        )
+        colour, mark = colormaps["tab10"](i % 10), "os^vDP*"[i % 7]
+        axes.scatter(*points, s=14, color=colour, marker=mark, label=name)
     axes.set(title=title, xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)

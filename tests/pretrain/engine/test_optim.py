@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from pretrain.config import ObjectiveConfig, OptimConfig
-from pretrain.engine import optim
 from pretrain.engine.optim import (
     LARS,
     ema_tau,
@@ -122,6 +121,13 @@ def layer_by_layer(w, m, g, group):
     return w.add(m, alpha=-group["lr"]), m
 
 
+@torch.no_grad()
+def step_as_on_a_gpu(optimizer):
+    """All layers of a group together; a CPU takes one after the other."""
+    for group in optimizer.param_groups:
+        optimizer._update([w for w in group["params"] if w.grad is not None], group)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("where", ["layers in turn", "all at once"])
 @pytest.mark.parametrize("clip", [False, True])
@@ -129,7 +135,7 @@ def layer_by_layer(w, m, g, group):
 def test_lars_in_fp32_equals_single_tensors_bit_for_bit(monkeypatch, weight_decay, clip, where):
     """The foreach operations, as a CPU takes them and as a GPU does; gradients stay as they are."""
     if where == "all at once":
-        monkeypatch.setattr(optim, "_at_once", lambda weights: [weights] if weights else [])
+        monkeypatch.setattr(LARS, "step", step_as_on_a_gpu)
     net = network().float()
     settings = config(weight_decay=weight_decay, lars_eta=0.02, lars_clip=clip)
     optimizer = make_optimizer(net, settings, lr=0.03)
@@ -151,7 +157,7 @@ def test_lars_in_fp32_equals_single_tensors_bit_for_bit(monkeypatch, weight_deca
 
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_a_step_reads_no_value_to_the_host(monkeypatch, name):
-    monkeypatch.setattr(optim, "_at_once", lambda weights: [weights] if weights else [])
+    monkeypatch.setattr(LARS, "step", step_as_on_a_gpu)
     net = network()
     optimizer = make_optimizer(net, config(name=name, lars_clip=True), lr=0.5)
     set_gradients(net, 0)
