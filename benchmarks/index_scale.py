@@ -30,7 +30,7 @@ from benchmarks.harness import (
     two_view_dataset,
     write_files,
 )
-from pretrain.data.index import NO_LABEL, SAMPLE_DTYPE, write_index
+from pretrain.data.index import NO_LABEL, SAMPLE_DTYPE, ShardPart, write_index
 from pretrain.data.loader import Loader
 from pretrain.data.shards import ShardIndex
 
@@ -47,7 +47,6 @@ _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for 
 _CHILD = """
 import json, sys, time
 from pathlib import Path
-from pretrain.data.mixture import source_sizes
 from pretrain.data.order import epoch_samples, global_batch
 from pretrain.data.shards import ShardIndex
 
@@ -58,7 +57,7 @@ def peak_mebibytes():
 before, start = peak_mebibytes(), time.perf_counter()
 index = ShardIndex.open(sys.argv[1])
 opened = time.perf_counter()
-epoch = epoch_samples(source_sizes(index), seed=0, epoch=0, window=16384)
+epoch = epoch_samples(index.sources, seed=0, epoch=0, window=16384)
 batch = global_batch(epoch, 0, 256)
 ordered = time.perf_counter()
 assert len(batch.sample_ids) == 256
@@ -75,18 +74,19 @@ def simulate(folder: Path, num_shards: int, num_samples: int) -> None:
     sizes = np.full(num_shards, base, np.int64)
     sizes[:extra] += 1
     table = np.zeros(num_samples, SAMPLE_DTYPE)
-    table["shard"] = np.repeat(np.arange(num_shards), sizes)
     row_in_shard = np.arange(num_samples) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     table["offset"] = row_in_shard * _STRIDE + _TAR_BLOCK
     table["size"], table["label"] = _PICTURE_BYTES, NO_LABEL
     table["key"] = np.random.default_rng(0).integers(0, 2**63, num_samples, np.int64)
-    shards = []
+    parts, first = [], 0
     for number, size in enumerate(sizes.tolist()):
         name, num_bytes = f"shard-{number:06d}.tar", size * _STRIDE + 2 * _TAR_BLOCK
         with open(folder / name, "wb") as stream:
             os.truncate(stream.fileno(), num_bytes)
-        shards.append({"name": name, "num_samples": size, "bytes": num_bytes, "sha256": "0" * 64})
-    write_index(folder, table, shards, classes=None, options={}, skipped=[])
+        shard = {"name": name, "num_samples": size, "bytes": num_bytes, "sha256": "0" * 64}
+        parts.append(ShardPart(table[first : first + size], shard, []))
+        first += size
+    write_index(folder, parts, classes=None, options={})
 
 
 def scale(folder: Path, num_shards: int, num_samples: int, num_rounds: int) -> dict[str, Any]:

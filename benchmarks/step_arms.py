@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.data.input_pipeline import Fed
+from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import TwoViewBatch
 from pretrain.engine.trainer import Trainer
 from pretrain.features.row_random import fa_generator
@@ -89,7 +89,7 @@ class Ours:
         """So many optimiser steps."""
         self.run.steps(self._fed for _ in range(num))
 
-    def steps_on(self, batches: Iterable[Fed]) -> None:
+    def steps_on(self, batches: Iterable[DeviceBatch]) -> None:
         """A step on each batch."""
         self.run.steps(batches)
 
@@ -103,7 +103,7 @@ class Ours:
         return [self.run.model.online, *([self.run.model.ema] if self.run.model.ema else [])]
 
 
-def fed_of(views: Tensor) -> Fed:
+def fed_of(views: Tensor) -> DeviceBatch:
     """Views as the loop takes them: samples 0 .. n - 1, without labels."""
     n, device = views.shape[1], views.device
     numbers = torch.arange(n, device=device)
@@ -112,7 +112,7 @@ def fed_of(views: Tensor) -> Fed:
         visits=torch.zeros_like(numbers), labels=torch.full_like(numbers, -1), num_bad=0,
         is_augmented=True,
     )  # fmt: skip
-    return Fed(batch, views, 0.0)
+    return DeviceBatch(batch, views, 0.0)
 
 
 @dataclass(frozen=True)

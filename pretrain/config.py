@@ -21,6 +21,7 @@ from pretrain.config_method import (
 )
 from pretrain.data.order import LastBatch
 from pretrain.data.sources.cache import CacheOptions
+from pretrain.data.sources.remote import Patience
 
 AugmentationName = Literal[
     "none", "symmetric_weak", "symmetric_strong", "asymmetric", "asymmetric_strong"
@@ -119,8 +120,7 @@ class DataConfig:
         return CacheOptions(
             folder=None if self.cache_dir is None else Path(self.cache_dir),
             max_bytes=round(self.cache_gb * 1e9),
-            read_retries=self.read_retries,
-            read_timeout_seconds=self.read_timeout_seconds,
+            patience=Patience(self.read_retries, self.read_timeout_seconds),
         )
 
 

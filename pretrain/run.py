@@ -6,7 +6,7 @@ import torch
 
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.data.input_pipeline import Feed
+from pretrain.data.input_pipeline import InputPipeline
 from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine import device as devices
 from pretrain.engine.log import check_wandb
@@ -38,7 +38,7 @@ def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = 
         torch.set_num_threads(engine.num_threads)
     folder = run_folder.prepare(config, resume=resume)
     lock = run_folder.hold(folder) if dist.rank() == 0 else None
-    feed = Feed(
+    feed = InputPipeline(
         config.data,
         seed=config.seed,
         device=device,

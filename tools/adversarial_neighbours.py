@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.errors import UserError, run_command
 from common.files import write_json
 from common.pictures import decode
-from pretrain.data.crops import center_crop
+from pretrain.data.decode import center_crop
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.device import choose_device

@@ -4,17 +4,22 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.errors import UserError, printable, run_command
+from common.errors import UserError, printable, require, run_command
 from common.files import write_json
 from common.slurm import add_slurm_option
-from pipeline.datasets.importers import Source, open_source
-from pretrain.data.pack.cluster import Cluster
-from pretrain.data.pack.info import format_info, gather_info, save_pictures, verify_shards
+from pipeline.datasets.importers import open_source
+from pretrain.data.pack.info import (
+    VerifyReport,
+    format_info,
+    gather_info,
+    save_pictures,
+    verify_shards,
+)
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import WriteReport, write_shards
+from pretrain.data.pack.writer import Cluster, WriteReport, write_shards
 from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
@@ -47,15 +52,17 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", choices=("auto", "none"), default="auto",
         help="auto: class folders become labels (default); none: no labels")  # fmt: skip
     add("--max-samples-per-shard", type=int, default=default.max_samples_per_shard, metavar="N",
-        help=f"most samples in a shard (default: {default.max_samples_per_shard})")  # fmt: skip
+        help="most samples in a shard (default: %(default)s)")  # fmt: skip
     add("--shard-size-mb", type=float, default=default.shard_size_mb, metavar="MB",
-        help=f"about the largest shard, MB (default: {default.shard_size_mb:g})")  # fmt: skip
+        help="about the largest shard, MB (default: %(default)g)")  # fmt: skip
     add("--resize-short", type=int, metavar="S", help="shrink pictures to this short side, pixels")
     add("--quality", type=int, default=default.quality, metavar="Q",
-        help=f"JPEG quality of shrunk pictures (default: {default.quality})")  # fmt: skip
-    add("--shuffle-seed", type=int, default=default.shuffle_seed, metavar="N",
-        help=f"seed of the order over all shards (default: {default.shuffle_seed})")  # fmt: skip
-    add("--no-shuffle", action="store_true", help="keep the order of names")
+        help="JPEG quality of shrunk pictures (default: %(default)s)")  # fmt: skip
+    order = main_parser.add_mutually_exclusive_group()
+    order.add_argument("--shuffle-seed", type=int, default=default.shuffle_seed, metavar="N",
+                       help="seed of the order over all shards (default: %(default)s)")  # fmt: skip
+    order.add_argument("--no-shuffle", action="store_const", const=None, dest="shuffle_seed",
+                       help="keep the order of names")  # fmt: skip
     add("--num-workers", type=int, metavar="N",
         help="processes; the shards do not depend on it (default: all cores; with --submitit: 1 "
         "per task)")  # fmt: skip
@@ -66,11 +73,6 @@ def parser() -> argparse.ArgumentParser:
     add("--info", action="store_true", help="say what a set holds: sizes, formats, classes")
     add("--json", type=Path, metavar="FILE", help="with --info: write it as JSON too")
     add("--pictures", type=Path, metavar="FILE", help="with --info: write a sheet of pictures too")
-    _add_cluster(main_parser)
-    return main_parser
-
-
-def _add_cluster(main_parser: argparse.ArgumentParser) -> None:
     group = main_parser.add_argument_group("several tasks, through submitit")
     add = group.add_argument
     add("--submitit", choices=("local", "slurm"), help="where tasks run; OUT must be shared")
@@ -80,6 +82,7 @@ def _add_cluster(main_parser: argparse.ArgumentParser) -> None:
         help="time limit of a task; at its end it is queued again (default: 240)")  # fmt: skip
     add("--slurm-mem-gb", type=float, metavar="GB", help="memory of a task")
     add_slurm_option(group)
+    return main_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,37 +93,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit status."""
-    if (options.json or options.pictures) and not options.info:
-        raise UserError("--json and --pictures need --info")
+    require(options.info or not (options.json or options.pictures),
+            "--json and --pictures need --info")  # fmt: skip
+    require(options.max_bad >= 0, "--max-bad must not be negative")
+    num_workers = options.num_workers
+    if num_workers is None:
+        num_workers = 1 if options.submitit else os.cpu_count() or 1
+    require(num_workers >= 0, "--num-workers must not be negative")
     if options.out is not None:
-        pack(options)
+        pack(options, num_workers)
     elif not (options.verify or options.info):
         raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify or --info (--help)")
     shards = str(options.out or options.source)
-    if options.verify and "://" in shards:
-        raise UserError(
-            f"{shards}: --verify reads every byte of a local folder; copy the set first"
-        )
-    status = verify(Path(shards), workers_of(options)) if options.verify else 0
+    status = verify(shards, num_workers) if options.verify else 0
     if options.info:
-        info(shards, options.json, options.pictures)
+        index = ShardIndex.open(shards)
+        info = gather_info(index)
+        print(printable(format_info(info)))
+        if options.json is not None:
+            write_json(options.json, asdict(info))
+        if options.pictures is not None:
+            count = save_pictures(index, options.pictures)
+            print(f"{options.pictures}: {count} pictures")
     return status
 
 
-def pack(options: argparse.Namespace) -> None:
+def pack(options: argparse.Namespace, num_workers: int) -> None:
     """Write the shards and say what was done."""
-    if options.max_bad < 0:
-        raise UserError("--max-bad must not be negative")
-    cluster, num_workers = cluster_of(options), workers_of(options)
-    shard_options = ShardOptions(
-        max_samples_per_shard=options.max_samples_per_shard,
-        shard_size_mb=options.shard_size_mb,
-        resize_short=options.resize_short,
-        quality=options.quality,
-        shuffle_seed=None if options.no_shuffle else options.shuffle_seed,
-    )
+    cluster = cluster_of(options)
+    names = [field.name for field in fields(ShardOptions)]
+    shard_options = ShardOptions(**{name: getattr(options, name) for name in names})
     source = open_source(options.source, split=options.split, labels=options.labels)
-    print(printable(describe(source, options.source)), flush=True)
+    kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
+    labels = f"{len(source.classes)} classes" if source.classes else "no labels"
+    text = f"{options.source}: {kind}, {len(source.pictures)} pictures, {labels}"
+    if source.ignored:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(source.ignored.items()))
+        text += f"; other files ignored: {counts}"
+    print(printable(text), flush=True)
+
     report = write_shards(
         [SourcePicture(picture.path, picture.name, picture.label) for picture in source.pictures],
         options.out,
@@ -132,29 +143,30 @@ def pack(options: argparse.Namespace) -> None:
         progress=True,
         cluster=cluster,
     )
-    print(printable(summary(report, options.out)))
+    text = f"{options.out}: {size_of(report)}"
+    if report.num_shards_kept:
+        text += f" ({report.num_shards_kept} shards were finished before)"
+    if report.skipped:
+        reasons = "\n".join(f"  {item['reason']}" for item in report.skipped)
+        text += f"\nleft out {len(report.skipped)} pictures (also listed in index.json):\n{reasons}"
+    print(printable(text))
 
 
-def workers_of(options: argparse.Namespace) -> int:
-    """Processes of this command, or of each of its tasks."""
-    if options.num_workers is None:
-        return 1 if options.submitit else os.cpu_count() or 1
-    if options.num_workers < 0:
-        raise UserError("--num-workers must not be negative")
-    return options.num_workers
+def size_of(report: WriteReport | VerifyReport) -> str:
+    """Samples, shards and bytes of a set."""
+    size = f"{report.num_bytes / 1e6:.1f} MB"
+    return f"{report.num_samples} samples in {report.num_shards} shards, {size}"
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster | None:
     """Where tasks run; None to work in this process."""
-    asked = [name for name in vars(options) if name.startswith("slurm_") and getattr(options, name)]
-    if asked and options.submitit != "slurm":
-        raise UserError(f"--{asked[0].replace('_', '-')} needs --submitit slurm")
+    given = [name for name in vars(options) if name.startswith("slurm_") and getattr(options, name)]
+    if given and options.submitit != "slurm":
+        raise UserError(f"--{given[0].replace('_', '-')} needs --submitit slurm")
     if options.submitit is None:
-        if options.num_tasks is not None:
-            raise UserError("--num-tasks needs --submitit local or slurm")
+        require(options.num_tasks is None, "--num-tasks needs --submitit local or slurm")
         return None
-    if options.num_tasks is None:
-        raise UserError(f"--submitit {options.submitit} needs --num-tasks N")
+    require(options.num_tasks is not None, f"--submitit {options.submitit} needs --num-tasks N")
     return Cluster(
         kind=options.submitit,
         num_tasks=options.num_tasks,
@@ -165,58 +177,18 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
     )
 
 
-def describe(source: Source, path: str) -> str:
-    """One line on what the source turned out to be."""
-    kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
-    labels = f"{len(source.classes)} classes" if source.classes else "no labels"
-    text = f"{path}: {kind}, {len(source.pictures)} pictures, {labels}"
-    if source.ignored:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(source.ignored.items()))
-        text += f"; other files ignored: {counts}"
-    return text
-
-
-def summary(report: WriteReport, out: Path) -> str:
-    """What was written, kept and left out."""
-    text = (
-        f"{out}: {report.num_samples} samples in {report.num_shards} shards, "
-        f"{report.num_bytes / 1e6:.1f} MB"
+def verify(shards: str, num_workers: int) -> int:
+    """Check shards and say what is wrong; returns the exit status."""
+    require(
+        "://" not in shards,
+        f"{shards}: --verify reads every byte of a local folder; copy the set first",
     )
-    if report.num_shards_kept:
-        text += f" ({report.num_shards_kept} shards were finished before)"
-    if report.skipped:
-        listed = "\n".join(f"  {item['reason']}" for item in report.skipped)
-        text += f"\nleft out {len(report.skipped)} pictures (also listed in index.json):\n{listed}"
-    return text
-
-
-def verify(path: Path, num_workers: int) -> int:
-    """Check shards; returns the exit status."""
-    report = verify_shards(path, num_workers=num_workers, progress=True)
+    report = verify_shards(shards, num_workers=num_workers, progress=True)
     for problem in report.problems:
         print(f"error: {problem}", file=sys.stderr)
-    size = (
-        f"{report.num_samples} samples in {report.num_shards} shards, "
-        f"{report.num_bytes / 1e6:.1f} MB"
-    )
-    print(
-        f"{path}: {size}: "
-        + ("all as the index says" if report.ok else f"{len(report.problems)} faults")
-    )
-    return 0 if report.ok else 1
-
-
-def info(shards: str, json_file: Path | None, pictures: Path | None) -> None:
-    """Say what a set holds; write it as JSON and as a sheet of pictures where asked for."""
-    index = ShardIndex.open(shards)
-    found = gather_info(index)
-    print(printable(format_info(found)))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_file, asdict(found))
-    if pictures is not None:
-        count = save_pictures(index, pictures)
-        print(f"{pictures}: {count} pictures")
+    verdict = f"{len(report.problems)} faults" if report.problems else "all as the index says"
+    print(f"{shards}: {size_of(report)}: {verdict}")
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

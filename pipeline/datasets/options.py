@@ -57,14 +57,14 @@ class SetOptions:
             UserError: Naming the option, its value and the remedy.
         """
         for name, (least, most) in _LIMITS.items():
-            value, flag = getattr(self, name), _flag(name)
+            value, flag = getattr(self, name), flag(name)
             require(value >= least, f"{flag} is {value}: give {least} or more")
             require(value <= most, f"{flag} is {value}: give {most} or less")
         for low, high in _RANGES:
             smallest, largest = getattr(self, low), getattr(self, high)
             require(
                 smallest <= largest,
-                f"{_flag(low)} is {smallest}, more than {_flag(high)} {largest}: "
+                f"{flag(low)} is {smallest}, more than {flag(high)} {largest}: "
                 "give a range from small to large",
             )
 
@@ -119,6 +119,6 @@ _FLAGS = {
 }
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     """The command line option that sets a field."""
     return _FLAGS.get(name, "--" + name.replace("_", "-"))

@@ -1,38 +1,40 @@
-"""Where each sample lies inside its tar: the table, and how it is made from any shard."""
+"""What tars hold: their files in order, the table of samples, and index.json.
 
+A shard set is a row of WebDataset tars with samples.npy (where each picture lies) and index.json
+(the shards with their sizes and hashes). Everything that is read here may come from somebody else,
+so damage and impossible entries are refused by name.
+"""
+
+import itertools
 import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
 from common.errors import UserError
-from common.files import sha256_of, write_atomically, write_json
+from common.files import read_json_or_none, sha256_of, write_atomically, write_json
 from pretrain.data.order import stable_hash
 
 FORMAT = "fa-shards-1"
 SAMPLE_DTYPE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u8")]
 )
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 NO_LABEL = -1
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL
 )  # WebDataset's rule: first dot of the name
+_SKIP_BYTES = 1 << 20  # read at once where bytes are passed over
+_REMEDY = "delete index.json and run again to index the tars, or make the shards again"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One sample of a shard."""
-
-    name: str  # WebDataset key
-    offset: int  # of the picture's bytes inside the tar
-    size: int  # of the picture, bytes
-    label: int  # -1: none
+# -- names ----------------------------------------------------------------------------------------
 
 
 def key_hash(name: str) -> int:
@@ -46,145 +48,348 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def scan_shard(
-    path: Path | str, stream: BinaryIO | None = None
-) -> tuple[list[Entry], list[dict[str, str]]]:
+def is_picture(suffix: str) -> bool:
+    """Whether a member with this suffix is a sample's picture; "left.jpg" is one too."""
+    return suffix.rsplit(".", 1)[-1] in _IMAGE_SUFFIXES
+
+
+# -- the files of one tar -------------------------------------------------------------------------
+
+
+class ByteStream(Protocol):
+    """Bytes in their order."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        ...
+
+
+class _Forward:
+    """A stream as `tarfile` wants it: with positions, though it may move forward only.
+
+    Attributes:
+        last: What the last `read` gave.
+    """
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream, self._position, self.last = stream, 0, b""
+        self.is_seekable = hasattr(stream, "seek")
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, /) -> int:
+        if self.is_seekable:
+            self._position = cast(IO[bytes], self._stream).seek(position)
+            return position
+        assert position >= self._position, "tarfile went back"
+        while self._position < position and self.read(min(_SKIP_BYTES, position - self._position)):
+            pass
+        return self._position
+
+    def read(self, size: int, /) -> bytes:
+        """`size` bytes, fewer only at the end."""
+        data = self._stream.read(size)
+        if len(data) < size:
+            parts = [data]
+            while parts[-1] and (missing := size - sum(map(len, parts))):
+                parts.append(self._stream.read(missing))
+            data = b"".join(parts)
+        self._position += len(data)
+        self.last = data
+        return data
+
+
+def tar_files(
+    stream: ByteStream, name: str, is_needed: Callable[[str], bool]
+) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The files of one tar, in their order; GNU and pax long names are fine.
+
+    A tar is taken for whole only if it ends with a block of zeros: `tarfile` alone, and with it
+    webdataset's own reader, takes a damaged header or a cut between two files for the end. A stream
+    that cannot seek is read to its end after the last file, so that a command's exit status is
+    heard of.
+
+    Args:
+        stream: The tar, at its beginning.
+        name: What to call it in messages.
+        is_needed: Given a file's name; the bytes of others are passed over.
+    Yields:
+        Each file and its bytes, none where they are not needed.
+    Raises:
+        UserError: If the tar is compressed, damaged, cut short, or cannot be read.
+    """
+
+    def cut_short(how: object) -> UserError:
+        return UserError(
+            f"{name}: the tar is cut short or damaged ({how}); copy or make this shard again"
+        )
+
+    forward = _Forward(stream)
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], forward), mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                cast(Any, tar).members.clear()  # kept for random access
+                if not member.isfile():
+                    continue
+                data = b""
+                if is_needed(member.name):
+                    forward.seek(member.offset_data)
+                    data = forward.read(member.size)
+                    if len(data) < member.size:
+                        raise cut_short(f"it ends in the middle of {member.name!r}")
+                yield member, data
+    except tarfile.TarError as error:
+        if forward.tell() > tarfile.BLOCKSIZE:  # it began as a tar
+            raise cut_short(error) from error
+        raise UserError(
+            f"{name}: not an uncompressed tar ({error}): unpack it first (gunzip, zstd -d) or take "
+            "it away"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error}); check the file") from error
+    if forward.last != bytes(tarfile.BLOCKSIZE):
+        is_block = len(forward.last) == tarfile.BLOCKSIZE
+        raise cut_short("a damaged header" if is_block else "no end mark")
+    while not forward.is_seekable and forward.read(_SKIP_BYTES):
+        pass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a shard."""
+
+    name: str  # WebDataset key
+    offset: int  # of the picture's bytes inside the tar
+    size: int  # of the picture, bytes
+    label: int  # -1: none
+
+
+def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str, str]]]:
     """Find the samples of one tar: consecutive members with the same key, one of them a picture.
 
     Args:
-        path: An uncompressed tar; GNU and pax long names are fine.
-        stream: The tar, already open; `path` then only names it in messages.
+        name: What to call the tar in messages.
+        stream: An uncompressed tar.
     Returns:
         The samples in the tar's order, and what was skipped as {"file", "reason"}.
     Raises:
-        UserError: If the file is no tar, is compressed, or ends in the middle of a member.
+        UserError: As `tar_files`.
     """
-    if stream is None:
-        with open(path, "rb") as stream:
-            return scan_shard(path, stream)
     entries: list[Entry] = []
     skipped: list[dict[str, str]] = []
-    group: dict[str, Any] = {}
-    name, size = os.path.basename(path), os.fstat(stream.fileno()).st_size
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > size:
-                    raise UserError(_truncated(path, f"in the middle of {member.name!r}"))
-                parts = split_name(member.name)
-                if parts is None:
-                    skipped.append(
-                        {"file": f"{name}/{member.name}", "reason": "a name without a suffix"}
-                    )
-                    continue
-                if group and group["name"] != parts[0]:
-                    _close_group(group, name, entries, skipped)
-                    group = {}
-                group = group or {"name": parts[0]}
-                _add_member(group, parts[1], member, tar)
-            _require_end_mark(path, tar, stream)
-    except tarfile.ReadError as error:
-        if "unexpected end of data" in str(error):
-            raise UserError(_truncated(path, "in the middle of a member")) from error
-        raise UserError(
-            f"{path}: not an uncompressed tar ({error}): unpack it first (gunzip, zstd -d) or "
-            "take it away"
-        ) from error
-    if group:
-        _close_group(group, name, entries, skipped)
+
+    def skip(file: str, reason: str) -> None:
+        skipped.append({"file": f"{os.path.basename(name)}/{file}", "reason": reason})
+
+    def named_members() -> Iterator[tuple[str, str, tarfile.TarInfo, bytes]]:
+        for member, data in tar_files(stream, name, lambda file: file.lower().endswith(".cls")):
+            parts = split_name(member.name)
+            if parts is None:
+                skip(member.name, "a name without a suffix")
+            else:
+                yield *parts, member, data
+
+    for key, group in itertools.groupby(named_members(), key=lambda named: named[0]):
+        picture, label = None, NO_LABEL
+        for _, suffix, member, data in group:
+            if is_picture(suffix):
+                picture = picture or member
+            elif suffix == "cls":
+                try:
+                    label = int(data[:32].decode())
+                except ValueError:
+                    reason = f"label {data[:32]!r} is not an integer; kept without a label"
+                    skip(f"{key}.cls", reason)
+        if picture is None:
+            skip(key, "no picture")
+        else:
+            entries.append(Entry(key, picture.offset_data, picture.size, label))
     return entries, skipped
 
 
-def _require_end_mark(path: Path | str, tar: tarfile.TarFile, stream: BinaryIO) -> None:
-    """A whole tar ends with blocks of zeros; one that was cut between two members does not."""
-    stream.seek(tar.offset)
-    block = stream.read(tarfile.BLOCKSIZE)
-    if block != bytes(tarfile.BLOCKSIZE):
-        raise UserError(_truncated(path, "without its end mark"))
+def to_table(entries: Sequence[Entry]) -> np.ndarray:
+    """The samples of one shard, SAMPLE_DTYPE [n]; their shard number is 0."""
+    rows = [(0, one.offset, one.size, one.label, key_hash(one.name)) for one in entries]
+    return np.array(rows, dtype=SAMPLE_DTYPE)
 
 
-def _truncated(path: Path | str, where: str) -> str:
-    return f"{path}: the tar ends {where}: it was cut short; copy or make this shard again"
+# -- index.json and samples.npy -------------------------------------------------------------------
 
 
-def _add_member(
-    group: dict[str, Any], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile
-) -> None:
-    if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES and "offset" not in group:
-        group["offset"], group["size"] = member.offset_data, member.size
-    elif suffix == "cls":
-        stream = tar.extractfile(member)
-        group["cls"] = stream.read(32) if stream is not None else b""
+@dataclass(frozen=True)
+class ShardPart:
+    """What one tar gives to the index of its set.
 
-
-def _close_group(
-    group: dict[str, Any], shard: str, entries: list[Entry], skipped: list[dict[str, str]]
-) -> None:
-    key = group["name"]
-    if "offset" not in group:
-        skipped.append({"file": f"{shard}/{key}", "reason": "no picture"})
-        return
-    label = NO_LABEL
-    if "cls" in group:
-        try:
-            label = int(group["cls"].decode())
-        except (ValueError, UnicodeDecodeError):
-            reason = f"label {group['cls'][:32]!r} is not an integer; kept without a label"
-            skipped.append({"file": f"{shard}/{key}.cls", "reason": reason})
-    entries.append(Entry(key, group["offset"], group["size"], label))
-
-
-def to_table(shards: list[list[Entry]]) -> np.ndarray:
-    """Join the entries of all shards into one structured array."""
-    table = np.empty(sum(map(len, shards)), dtype=SAMPLE_DTYPE)
-    row = 0
-    for number, entries in enumerate(shards):
-        for entry in entries:
-            table[row] = (number, entry.offset, entry.size, entry.label, key_hash(entry.name))
-            row += 1
-    return table
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """Read index.json.
-
-    Raises:
-        UserError: If it cannot be read or is of another format.
+    Attributes:
+        table: SAMPLE_DTYPE [num_samples]; the shard's number is not set yet.
+        shard: Its entry in index.json: name, num_samples, bytes, sha256.
+        skipped: What is no sample: [{"file", "reason"}].
     """
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as an index ({error}); delete it and make the shards again"
-        ) from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: not an index of format {FORMAT!r}; delete it, or make the shards again"
-        )
-    return index
+
+    table: np.ndarray
+    shard: dict[str, Any]
+    skipped: list[dict[str, str]]
+
+    @classmethod
+    def of(
+        cls, name: str, entries: Sequence[Entry], skipped: list[dict[str, str]], size: int,
+        sha256: str,
+    ) -> "ShardPart":  # fmt: skip
+        """The part of a tar with its bytes' number and hash."""
+        shard = {"name": name, "num_samples": len(entries), "bytes": size, "sha256": sha256}
+        return cls(to_table(entries), shard, skipped)
+
+    def save(self, path: Path, fingerprint: str = "") -> None:
+        """Leave it for a later run as PATH.npy and PATH.json.
+
+        Args:
+            path: Without the suffix.
+            fingerprint: Of what the tar was made of.
+        """
+        write_atomically(Path(f"{path}.npy"), lambda file: np.save(file, self.table))
+        facts = {"fingerprint": fingerprint, "shard": self.shard, "skipped": self.skipped}
+        write_json(Path(f"{path}.json"), facts)
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str = "") -> "ShardPart | None":
+        """What `save` left; None if there is nothing whole with this fingerprint."""
+        try:
+            facts: Any = read_json_or_none(Path(f"{path}.json"))
+            if facts["fingerprint"] != fingerprint:
+                return None
+            part = cls(np.load(f"{path}.npy"), facts["shard"], facts["skipped"])
+            is_whole = part.table.dtype == SAMPLE_DTYPE
+            return part if is_whole and len(part.table) == part.shard["num_samples"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def scan_file(path: Path) -> ShardPart:
+    """The part of a local tar; raises as `tar_files`, and OSError."""
+    with open(path, "rb") as stream:
+        entries, skipped = scan_shard(str(path), stream)
+    return ShardPart.of(path.name, entries, skipped, path.stat().st_size, sha256_of(path))
 
 
 def write_index(
-    folder: Path,
-    table: np.ndarray,
-    shards: list[dict[str, Any]],
-    *,
-    classes: list[str] | None,
-    options: dict[str, Any],
-    skipped: list[dict[str, str]],
-) -> None:
-    """Write samples.npy, then index.json, each by rename."""
+    folder: Path, parts: Iterable[ShardPart], *, classes: list[str] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Join the parts of a set; write samples.npy, then index.json, each by rename.
+
+    Args:
+        folder: Where to.
+        parts: Of all shards, at least one, in their order.
+        classes: Class names, or None.
+        options: What the set was made with.
+    Returns:
+        index.json.
+    """
+    parts = list(parts)
+    table = np.concatenate([part.table for part in parts])
+    table["shard"] = np.repeat(np.arange(len(parts)), [len(part.table) for part in parts])
     write_atomically(folder / "samples.npy", lambda file: np.save(file, table))
     index = {
         "format": FORMAT,
         "num_samples": len(table),
         "classes": classes,
-        "shards": shards,
+        "shards": [part.shard for part in parts],
         "options": options,
-        "skipped": skipped,
+        "skipped": [item for part in parts for item in part.skipped],
         "samples": "samples.npy",
         "samples_sha256": sha256_of(folder / "samples.npy"),
     }
     write_json(folder / "index.json", index)
+    return index
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read a folder's index.json; raises as `parse_index`."""
+    path = folder / "index.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as an index ({error}); {_REMEDY}") from error
+    return parse_index(data, str(path))
+
+
+def parse_index(data: bytes, where: str) -> dict[str, Any]:
+    """An index, wherever it comes from.
+
+    Raises:
+        UserError: If it is no index, or of another format, or its entries are missing, of another
+            kind, or lead out of the folder; naming the first such entry.
+    """
+    try:
+        index = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as an index ({error}); {_REMEDY}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"{where}: not an index of format {FORMAT!r}; {_REMEDY}")
+    try:
+        for shard in index["shards"]:
+            check_name(shard["name"], where)
+            is_hash = len(shard["sha256"]) == 64 and set(shard["sha256"]) <= set("0123456789abcdef")
+            if not is_hash or int(shard["bytes"]) < 0:
+                raise ValueError(f"shard {shard['name']!r}: bytes or sha256 are impossible")
+        total = sum(int(shard["num_samples"]) for shard in index["shards"])
+        if total != int(index["num_samples"]):
+            raise ValueError(f"{total} samples in the shards, num_samples {index['num_samples']}")
+        if "/" in check_name(index["samples"], where):
+            raise ValueError("samples must be a file beside index.json")
+        for name in ("classes", "skipped", "options", "samples_sha256"):
+            if name not in index:
+                raise KeyError(name)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{where}: damaged index ({type(error).__name__}: {error}); {_REMEDY}"
+        ) from None
+    return index
+
+
+def check_name(name: object, where: str) -> str:
+    """A file name out of an index: it must stay below the folder of the index.
+
+    Raises:
+        UserError: If it is absolute, climbs out of the folder, or names another place.
+    """
+    is_plain = (
+        isinstance(name, str)
+        and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
+        and not re.search(r"[\\\x00-\x1f]", name)
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
+    if not is_plain:
+        raise UserError(
+            f"{where}: names the file {name!r}, which does not lie below the folder; such an index "
+            "is not trusted: get the set from its maker again"
+        )
+    return str(name)
+
+
+def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
+    """The table of samples of an index, mapped into memory.
+
+    Raises:
+        UserError: If it is missing, unreadable, of another length, or of another hash.
+    """
+    path = folder / index["samples"]
+    if not path.exists():
+        raise UserError(f"{path}: missing; {_REMEDY}")
+    try:
+        table = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+    if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
+        raise UserError(
+            f"{path}: does not fit index.json ({index['num_samples']} samples); {_REMEDY}"
+        )
+    if sha256_of(path) != index["samples_sha256"]:
+        raise UserError(f"{path}: its SHA-256 is not the one in index.json; {_REMEDY}")
+    sizes = [shard["num_samples"] for shard in index["shards"]]
+    is_inside = not len(table) or int(table["shard"].max()) < len(sizes)
+    if not is_inside or (np.bincount(table["shard"], minlength=len(sizes)) != sizes).any():
+        raise UserError(f"{path}: its shards are not those of index.json; {_REMEDY}")
+    return table

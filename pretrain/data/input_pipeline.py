@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from common.errors import UserError
+from common.files import read_json_lines
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
 from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
-from pretrain.data.mixture import Samples, open_samples
+from pretrain.data.shards import open_samples
 from pretrain.data.streaming.loader import StreamingLoader
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
 
 @dataclass(frozen=True)
-class Fed:
+class DeviceBatch:
     """A batch and what the model sees of it.
 
     Attributes:
@@ -40,8 +41,8 @@ class Fed:
     waited: float
 
 
-class Feed:
-    """What the training loop eats.
+class InputPipeline:
+    """The batches of a run, on the device.
 
     Args:
         data: The data section of the config.
@@ -54,6 +55,8 @@ class Feed:
         num_samples: How many there are; of a stream what an epoch takes.
         num_steps: Global batches per epoch.
         fingerprint: Which samples these are, and with which weights; None for a stream.
+    Raises:
+        UserError: If nothing is named, or what is named cannot be read.
     """
 
     def __init__(
@@ -65,18 +68,23 @@ class Feed:
         channels_last: bool,
         folder: Path,
     ) -> None:
+        if data.shards is None:
+            raise UserError(
+                "data.shards is not set: name the folder that tools/make_shards.py wrote, "
+                "e.g. data.shards=data/shards"
+            )
         self._data, self._seed, self._device = data, seed, device
         self._channels_last = channels_last
         self._presets = PRESETS[data.augmentation]
         self._bad_path = folder / BAD_SAMPLES
-        self.samples = None if data.streaming else _open(data)
+        self.samples = None if data.streaming else open_samples(data.shards, data.cache)
         self._loader = self._make_loader(data.num_workers)
         self._num_listed = len(self._loader.bad_samples)
         self.num_steps = self._loader.num_steps
-        self.fingerprint = None if self.samples is None else self.samples.fingerprint
-        self.num_samples = (
-            data.samples_per_epoch if self.samples is None else self.samples.num_samples
-        )
+        self.fingerprint, self.num_samples = None, data.samples_per_epoch
+        if self.samples is not None:
+            self.fingerprint = self.samples.fingerprint
+            self.num_samples = self.samples.num_samples
 
     def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
         data = self._data
@@ -86,13 +94,15 @@ class Feed:
             "seed": self._seed,
             "photometric": self._presets if in_workers(data.photometric, self._device) else None,
         }
+        # Bad samples that earlier parts of the run met, of all processes, count too.
+        known_bad = {row["sample"]: row["reason"] for row in read_json_lines(self._bad_path)}
         batches: dict[str, Any] = {
             "batch_size": data.batch_size,
             "rank": dist.rank(),
             "world_size": dist.world_size(),
             "num_workers": num_workers,
             "max_bad_samples": data.max_bad_samples,
-            "known_bad": _read_bad(self._bad_path),
+            "known_bad": known_bad,
         }
         if self.samples is not None:
             return Loader(
@@ -102,8 +112,9 @@ class Feed:
                 **batches,
             )
         num_readers = dist.world_size() * max(1, num_workers)
+        assert data.shards is not None
         return StreamingLoader(
-            _named(data),
+            data.shards,
             samples_per_epoch=data.samples_per_epoch,
             shuffle_buffer=max(1, data.shuffle_window // num_readers),
             patience=data.cache.patience,
@@ -111,20 +122,60 @@ class Feed:
             **batches,
         )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Fed]:
-        """Batches `start_step` .. of an epoch, ready on the device."""
-        batches = self._loader.epoch(epoch, start_step)
-        return prepared_ahead(timed(self._listing_bad(batches)), self._prepare, self._device)
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[DeviceBatch]:
+        """Batches `start_step` .. of an epoch, ready on the device.
 
-    def first_batch(self) -> Fed:
+        On a GPU each is prepared while the one before it is in use, on a stream of its own: its
+        copy to the device and its photometric changes run beside the step.
+        """
+        batches = self._timed(self._loader.epoch(epoch, start_step))
+        if self._device.type != "cuda":
+            yield from itertools.starmap(self._prepare, batches)
+            return
+        side = torch.cuda.Stream(self._device)
+        ready: tuple[DeviceBatch, torch.cuda.Event] | None = None
+        for batch, waited in batches:
+            with torch.cuda.stream(side):
+                coming = self._prepare(batch, waited)
+                done = torch.cuda.Event()
+                done.record(side)
+            if ready is not None:
+                yield _handed_over(*ready)
+            ready = coming, done
+        if ready is not None:
+            yield _handed_over(*ready)
+
+    def first_batch(self) -> DeviceBatch:
         """The first batch of the first epoch, read in this process."""
         return self._prepare(next(iter(self._make_loader(num_workers=0).epoch(0))), 0.0)
 
-    def _prepare(self, batch: TwoViewBatch, waited: float) -> Fed:
+    def _timed(self, batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float]]:
+        """Each batch with the seconds until it was there; bad samples met for it are listed."""
+        while True:
+            started = time.perf_counter()
+            with record_function("loader"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            self._list_bad()
+            yield batch, time.perf_counter() - started
+
+    def _list_bad(self) -> None:
+        """Write each bad sample to the run folder when it is met first."""
+        bad = self._loader.bad_samples
+        if len(bad) == self._num_listed:
+            return
+        with open(self._bad_path, "a", encoding="utf-8") as stream:
+            for sample, reason in itertools.islice(bad.items(), self._num_listed, None):
+                row = {"sample": sample, "reason": reason, "rank": dist.rank()}
+                stream.write(json.dumps(row) + "\n")
+        self._num_listed = len(bad)
+
+    def _prepare(self, batch: TwoViewBatch, waited: float) -> DeviceBatch:
         with record_function("transfer"):
             moved = batch.to(self._device)
         with record_function("augmentation"):
-            return Fed(moved, self.views(moved, batch), waited)
+            return DeviceBatch(moved, self.views(moved, batch), waited)
 
     @torch.no_grad()
     def views(self, moved: TwoViewBatch, batch: TwoViewBatch) -> Tensor:
@@ -143,102 +194,23 @@ class Feed:
             parameters = draw_parameters(
                 preset, batch.keys, batch.visits, seed=self._seed, view_index=number
             )
-            images = augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std)
-            if self._channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            views.append(images)
-        return _stack_nhwc(views) if self._channels_last else torch.stack(views)
-
-    def _listing_bad(self, batches: Iterator[TwoViewBatch]) -> Iterator[TwoViewBatch]:
-        """Write each bad sample to the run folder when it is met first."""
-        for batch in batches:
-            bad = self._loader.bad_samples
-            if len(bad) > self._num_listed:
-                rows = [
-                    {"sample": sample, "reason": reason, "rank": dist.rank()}
-                    for sample, reason in itertools.islice(bad.items(), self._num_listed, None)
-                ]
-                with open(self._bad_path, "a", encoding="utf-8") as stream:
-                    stream.writelines(json.dumps(row) + "\n" for row in rows)
-                self._num_listed = len(bad)
-            yield batch
+            views.append(augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std))
+        if not self._channels_last:
+            return torch.stack(views)
+        # Stacked so that each view lies channels-last in memory.
+        return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
 
 
-def timed(batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float]]:
-    """Each batch with the seconds that went by until it was there."""
-    iterator = iter(batches)
-    while True:
-        started = time.perf_counter()
-        with record_function("loader"):
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - started
-
-
-def prepared_ahead(
-    batches: Iterator[tuple[TwoViewBatch, float]],
-    prepare: Callable[[TwoViewBatch, float], Fed],
-    device: torch.device,
-) -> Iterator[Fed]:
-    """Prepare each batch; on a GPU one batch ahead, on a stream of its own.
-
-    The copy to the device and the photometric changes of the next batch then run beside the step.
-    """
-    if device.type != "cuda":
-        yield from itertools.starmap(prepare, batches)
-        return
-    side = torch.cuda.Stream(device)
-    ready: tuple[Fed, torch.cuda.Event] | None = None
-    for batch, waited in batches:
-        with torch.cuda.stream(side):
-            coming = prepare(batch, waited)
-            done = torch.cuda.Event()
-            done.record(side)
-        if ready is not None:
-            yield _handed_over(*ready)
-        ready = coming, done
-    if ready is not None:
-        yield _handed_over(*ready)
-
-
-def _handed_over(fed: Fed, done: torch.cuda.Event) -> Fed:
+def _handed_over(ready: DeviceBatch, done: torch.cuda.Event) -> DeviceBatch:
     """Let the current stream wait until a batch is there, and keep its memory while it is used."""
-    current = torch.cuda.current_stream(fed.views.device)
+    current = torch.cuda.current_stream(ready.views.device)
     with record_function("wait for views"):
         current.wait_event(done)
-    for tensor in (fed.views, fed.batch.sample_ids, fed.batch.labels):
+    for tensor in (ready.views, ready.batch.sample_ids, ready.batch.labels):
         tensor.record_stream(current)
-    return fed
-
-
-def _stack_nhwc(views: list[Tensor]) -> Tensor:
-    """Stack so that each view keeps its channels-last memory."""
-    return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
+    return ready
 
 
 def in_workers(photometric: str, device: torch.device) -> bool:
     """Whether the loader's processes make the photometric changes; ``auto``: without a GPU."""
     return photometric == "workers" or (photometric == "auto" and device.type == "cpu")
-
-
-def _named(data: DataConfig) -> str | list[str] | dict[str, float]:
-    if data.shards is None:
-        raise UserError(
-            "data.shards is not set: name the folder that tools/make_shards.py wrote, "
-            "e.g. data.shards=data/shards"
-        )
-    return data.shards
-
-
-def _open(data: DataConfig) -> Samples:
-    return open_samples(_named(data), data.cache)
-
-
-def _read_bad(path: Path) -> dict[int, str]:
-    """Bad samples that earlier parts of the run met, of all processes."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
-    return {int(row["sample"]): str(row["reason"]) for row in rows}

@@ -1,7 +1,7 @@
-"""From a shard index to batches of two uint8 views, in an order that follows from (seed, epoch).
+"""From shards to batches of uint8 views, in an order that follows from (seed, epoch).
 
-One request to a worker is a whole batch of one rank: (step, sample numbers, visits). Workers keep
-no state, so their number changes nothing but the speed.
+One request to a worker is a whole batch of one rank: sample numbers and visits. Workers keep no
+state, so their number changes nothing but the speed.
 """
 
 import atexit
@@ -10,12 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing.sharedctypes import Synchronized
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,27 +23,25 @@ import torch
 import torch.utils.data
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.errors import UserError
-from common.pictures import BadPicture, Header, decode, decode_fast, read_header
-from pretrain.data import augment_uint8 as photometric_uint8
-from pretrain.data.augment import ReusedMemory, ViewAugment, draw_parameters
-from pretrain.data.augment_uint8 import Changes, changes_of
-from pretrain.data.crops import center_crop, crop, draw_crops, reductions_for
-from pretrain.data.mixture import Samples, source_sizes
+from common.errors import UserError, require
+from common.pictures import BadPicture, decode
+from pretrain.data.augment import ReusedMemory
+from pretrain.data.decode import Sample, ViewWriter, center_crop
 from pretrain.data.order import (
-    Epoch,
     LastBatch,
+    OrderedSamples,
     SourceSizes,
     counter_rng,
     epoch_samples,
     global_batch,
     num_steps_per_epoch,
     rank_slice,
+    share_of_rank,
 )
+from pretrain.data.shards import Samples
 
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
-_MAX_REPLACEMENTS = 32  # draws of a stand-in for one bad sample before giving up
-NUM_VIEWS = 2
+_MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
 _MEMORY = ReusedMemory()
 
 
@@ -80,21 +78,6 @@ class TwoViewBatch:
     def _map(self, function: Any) -> "TwoViewBatch":
         names = ("views", "keys", "sample_ids", "visits", "labels")
         return replace(self, **{name: function(getattr(self, name)) for name in names})
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a worker is asked for: these samples, in this order.
-
-    Attributes:
-        step: Global batch of the epoch.
-        sample_ids: int64 [n].
-        visits: int64 [n], how often each sample was due before.
-    """
-
-    step: int
-    sample_ids: np.ndarray
-    visits: np.ndarray
 
 
 @dataclass
@@ -144,173 +127,108 @@ class BadSamples:
             raise UserError(reply.error)
 
 
-class TwoViewDataset(Dataset):
-    """Random resized crops of each picture, two as a rule; photometric changes too, if asked.
+class BatchDataset(Dataset):
+    """What a worker does: decode samples into a batch of views, and replace those that are bad.
 
     Args:
-        index: The shards.
-        image_size: Side of a view in pixels.
-        crop_scales: For each view, the range of the crop's area as a share of the picture's. One
-            range: one view, for linear evaluation.
-        seed: Seed of the run.
-        flip_probability: Probability of a horizontal flip.
-        photometric: For each view, the changes done here, on uint8; None leaves them to the device.
+        views: Decodes, crops and changes.
     """
 
-    def __init__(
-        self,
-        index: Samples,
-        *,
-        image_size: int,
-        crop_scales: tuple[tuple[float, float], ...],
-        seed: int,
-        flip_probability: float = 0.5,
-        photometric: tuple[ViewAugment, ViewAugment] | None = None,
-    ) -> None:
-        if image_size < 1:
-            raise UserError(f"image size {image_size}: must be at least 1 pixel")
-        for low, high in crop_scales:
-            if not 0 < low <= high <= 1:
-                raise UserError(f"crop scale ({low}, {high}): must satisfy 0 < low <= high <= 1")
-        self.index = index
-        self.image_size = image_size
-        self.crop_scales = crop_scales
-        self.seed = seed
-        self.flip_probability = flip_probability
-        self.photometric = photometric
+    def __init__(self, views: ViewWriter) -> None:
+        self.views = views
 
-    def __getitem__(self, request: Request) -> Reply:
-        """The views of one request; a bad picture or shard is told in the reply, not raised."""
-        reply = Reply()
-        try:
-            reply.batch = self._batch(request, reply.bad)
-        except UserError as error:
-            reply.error = str(error)
-        return reply
-
-    def _batch(self, request: Request, bad: dict[int, str]) -> TwoViewBatch:
-        num, size = len(request.sample_ids), self.image_size
-        views = empty_uint8((len(self.crop_scales), num, size, size, 3))
-        used = np.array(request.sample_ids, np.int64)
-        visits = np.array(request.visits, np.int64)
-        for start in range(0, num, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            self._fill(used[part], visits[part], views.numpy()[:, part], bad)
-        rows = self.index.samples[used]
-        return TwoViewBatch(
-            views=views.permute(0, 1, 4, 2, 3),
-            keys=torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
-            sample_ids=torch.from_numpy(used),
-            visits=torch.from_numpy(visits),
-            labels=torch.from_numpy(rows["label"].astype(np.int64)),
-            num_bad=int((used != request.sample_ids).sum()),
-            is_augmented=self.photometric is not None,
-        )
-
-    def _fill(
-        self, used: np.ndarray, visits: np.ndarray, out: np.ndarray, bad: dict[int, str]
-    ) -> None:
-        """Write the views of samples; those of a stand-in, noted in `used`, where one is bad."""
-        failed = self.write_views(used, visits, out)
-        for row, reason in failed.items():
-            sample_id, visit = int(used[row]), int(visits[row])
-            bad[sample_id] = reason
-            for attempt in range(_MAX_REPLACEMENTS):
-                draw = counter_rng("replacement", self.seed, visit, sample_id, attempt)
-                used[row] = draw.integers(self.index.num_samples)
-                if int(used[row]) in bad:
-                    continue
-                one = slice(row, row + 1)
-                failed_too = self.write_views(used[one], visits[one], out[:, one])
-                if not failed_too:
-                    break
-                bad[int(used[row])] = failed_too[0]
-            else:
-                raise UserError(
-                    f"{reason}; {_MAX_REPLACEMENTS} samples drawn in its place were bad too"
-                )
-
-    def write_views(
-        self, sample_ids: np.ndarray, visits: np.ndarray, out: np.ndarray
-    ) -> dict[int, str]:
-        """Decode samples once each and write their views.
+    def make_batch(self, take: Callable[[slice], list[Sample]], num: int, reply: Reply) -> None:
+        """Put a batch into a reply, or why there is none.
 
         Args:
-            sample_ids: int64 [n].
-            visits: int64 [n].
-            out: uint8 [views, n, s, s, 3], written in place.
-        Returns:
-            {row: reason} of the pictures that do not decode.
+            take: Gives the samples of some rows; rows come in their order.
+            num: Samples of the batch.
+            reply: Where bad samples are noted, too.
         """
-        pictures = self.index.read_many(sample_ids)
-        failed: dict[int, str] = {}
-        headers: dict[int, Header] = {}
-        for row, data in enumerate(pictures):
-            try:
-                headers[row] = read_header(data, where="picture")
-            except BadPicture as error:
-                failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
-        plans = self._plans(sample_ids, visits, headers)
-        for row, (reduction, num_rows, views) in plans.items():
-            try:
-                image, reduction = decode_fast(
-                    pictures[row], headers[row], reduction, where="picture", num_rows=num_rows
-                )
-            except BadPicture as error:
-                failed[row] = f"{self.index.describe(int(sample_ids[row]))}: {error}"
+        size, num_bad = self.views.image_size, 0
+        out = _empty_uint8((len(self.views.crop_scales), num, size, size, 3))
+        numbers: list[tuple[int, int, int, int]] = []
+        try:
+            for start in range(0, num, _CHUNK):
+                rows = slice(start, min(start + _CHUNK, num))
+                chunk, into = take(rows), out.numpy()[:, rows]
+                failed = self.views.write(chunk, into)
+                for row, why in failed.items():
+                    chunk[row] = self._replace(chunk[row], why, into[:, row : row + 1], reply.bad)
+                num_bad += len(failed)
+                numbers += [sample[:4] for sample in chunk]
+        except UserError as error:
+            reply.error = str(error)
+            return
+        sample_ids, keys, visits, labels = zip(*numbers, strict=True) if numbers else [()] * 4
+        reply.batch = TwoViewBatch(
+            views=out.permute(0, 1, 4, 2, 3),
+            keys=torch.from_numpy(np.array(keys, np.uint64).view(np.int64)),
+            sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
+            visits=torch.tensor(visits, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            num_bad=num_bad,
+            is_augmented=self.views.photometric is not None,
+        )
+
+    def _replace(self, sample: Sample, why: str, out: np.ndarray, bad: dict[int, str]) -> Sample:
+        """Note a bad sample, write the views of a stand-in, and return that."""
+        reason = bad[sample.sample_id] = f"{self.describe(sample)}: {why}"
+        for attempt in range(_MAX_REPLACEMENTS):
+            other = self.stand_in(sample, attempt)
+            if other.sample_id in bad:
                 continue
-            for view, plan in enumerate(views):
-                plan.write(image, reduction, out[view, row])
-        return failed
+            failed = self.views.write([other], out)
+            if not failed:
+                return other
+            bad[other.sample_id] = f"{self.describe(other)}: {failed[0]}"
+        raise UserError(f"{reason}; {_MAX_REPLACEMENTS} samples taken in its place were bad too")
 
-    def _plans(
-        self, sample_ids: np.ndarray, visits: np.ndarray, headers: dict[int, Header]
-    ) -> dict[int, tuple[int, int, list["_ViewPlan"]]]:
-        """For each row with a header: decode how much smaller, how many rows, into what views."""
-        rows = np.fromiter(headers, np.int64, len(headers))
-        if len(rows) == 0:
-            return {}
-        keys = self.index.samples[sample_ids[rows]]["key"].astype(np.uint64).view(np.int64)
-        own_visits = visits[rows]
-        sizes = np.array([(headers[row].height, headers[row].width) for row in headers], np.int64)
-        crops = draw_crops(
-            sizes, keys, own_visits, seed=self.seed, scales=dict(enumerate(self.crop_scales)),
-            flip_probability=self.flip_probability,
-        )  # fmt: skip
-        plans = []
-        for number, drawn in enumerate(crops):
-            changes: list[Changes | None] = [None] * len(rows)
-            if self.photometric is not None:
-                params = draw_parameters(
-                    self.photometric[number], keys, own_visits, seed=self.seed, view_index=number
-                )
-                changes = [*changes_of(params, self.image_size)]
-            both = zip(drawn.boxes.tolist(), drawn.flips.tolist(), changes, strict=True)
-            plans.append([_ViewPlan(*plan) for plan in both])
-        sides = np.min([drawn.boxes[:, 2:] for drawn in crops], axis=(0, 2))
-        reductions = reductions_for(sides, self.image_size)
-        bottoms = np.max([drawn.boxes[:, 0] + drawn.boxes[:, 2] for drawn in crops], axis=0)
-        views = [list(both) for both in zip(*plans, strict=True)]
-        own = zip(reductions.tolist(), bottoms.tolist(), views, strict=True)
-        return dict(zip(headers, own, strict=True))
+    def stand_in(self, sample: Sample, attempt: int) -> Sample:
+        """Another sample for a bad one."""
+        raise NotImplementedError
+
+    def describe(self, sample: Sample) -> str:
+        """What to call a sample in a message."""
+        raise NotImplementedError
 
 
-class _ViewPlan(NamedTuple):
-    """One view of one picture: where it is cut, whether it is flipped, what becomes of it."""
+class TwoViewDataset(BatchDataset):
+    """Views of samples by their numbers.
 
-    box: tuple[int, int, int, int]
-    is_flipped: bool
-    changes: Changes | None
+    Args:
+        index: The samples.
+        views: As `ViewWriter` takes them.
+    """
 
-    def write(self, image: np.ndarray, reduction: int, out: np.ndarray) -> None:
-        """Make the view from the decoded picture, into uint8 [s, s, 3]."""
-        size = len(out)
-        crop(image, self.box, size, is_flipped=self.is_flipped, reduction=reduction, out=out)
-        if self.changes is not None:
-            photometric_uint8.apply(out, self.changes)
+    def __init__(self, index: Samples, **views: Any) -> None:
+        super().__init__(ViewWriter(**views))
+        self.index = index
+
+    def __getitem__(self, request: OrderedSamples) -> Reply:
+        """The views of one request; a bad picture or shard is told in the reply, not raised."""
+        reply = Reply()
+        self.make_batch(lambda rows: self._read(request[rows]), len(request), reply)
+        return reply
+
+    def _read(self, request: OrderedSamples) -> list[Sample]:
+        rows = self.index.samples[request.sample_ids]
+        columns = (request.sample_ids, rows["key"], request.visits, rows["label"])
+        pictures = self.index.read_many(request.sample_ids)
+        return [*map(Sample, *(column.tolist() for column in columns), pictures)]
+
+    def stand_in(self, sample: Sample, attempt: int) -> Sample:
+        """A sample drawn by the run's seed and the bad sample."""
+        rng = counter_rng("replacement", self.views.seed, sample.visit, sample.sample_id, attempt)
+        drawn = int(rng.integers(self.index.num_samples))
+        return self._read(OrderedSamples(np.array([drawn]), np.array([sample.visit])))[0]
+
+    def describe(self, sample: Sample) -> str:
+        """See `BatchDataset`."""
+        return self.index.describe(sample.sample_id)
 
 
-def empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
+def _empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
     """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing."""
     if torch.utils.data.get_worker_info() is None:
         return _MEMORY.tensor(shape, np.uint8)
@@ -318,43 +236,33 @@ def empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
-def decode_sample(index: Samples, sample_id: int) -> np.ndarray:
-    """Decode sample `sample_id`, uint8 [height, width, 3].
-
-    Raises:
-        BadPicture: If it does not decode; the message names sample and shard.
-    """
-    data = index.read_bytes(sample_id)
-    try:
-        return decode(data, where="picture")
-    except BadPicture as error:
-        raise BadPicture(f"{index.describe(sample_id)}: {error}") from error
-
-
 class EvalDataset(Dataset):
-    """Central crops in index order, for features and the kNN probe."""
+    """Central crops, for features and the kNN probe.
+
+    Args:
+        index: The samples.
+        image_size: Side of a crop in pixels.
+    """
 
     def __init__(self, index: Samples, image_size: int) -> None:
-        self.index = index
-        self.image_size = image_size
+        self.index, self.image_size = index, image_size
 
-    def __getitem__(self, sample_ids: np.ndarray) -> Reply:
+    def __getitem__(self, sample_ids: Sequence[int] | np.ndarray) -> Reply:
         """Crops, labels and numbers of some samples; a bad one is told in the reply."""
-        images = np.empty((len(sample_ids), self.image_size, self.image_size, 3), np.uint8)
+        ids = np.asarray(sample_ids, np.int64)
+        images = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
         try:
-            for row, sample_id in enumerate(sample_ids):
-                images[row] = center_crop(
-                    decode_sample(self.index, int(sample_id)), self.image_size
-                )
-        except (BadPicture, UserError) as error:
+            for row, i in enumerate(ids.tolist()):
+                try:
+                    image = decode(self.index.read_bytes(i), where="picture")
+                except BadPicture as error:
+                    raise UserError(f"{self.index.describe(i)}: {error}") from error
+                images[row] = center_crop(image, self.image_size)
+        except UserError as error:
             return Reply(error=f"{error}; repair or remove it and make the shards again")
-        labels = self.index.samples["label"][sample_ids].astype(np.int64)
-        tensors = (
-            torch.from_numpy(images).permute(0, 3, 1, 2),
-            torch.from_numpy(labels),
-            torch.from_numpy(sample_ids),
-        )
-        return Reply(batch=tensors)
+        labels = self.index.samples[ids]["label"].astype(np.int64)
+        crops = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return Reply(batch=(crops, torch.from_numpy(labels), torch.from_numpy(ids)))
 
 
 class FetchAhead:
@@ -417,16 +325,6 @@ class FetchAhead:
                 return
 
 
-__all__ = [
-    "EvalDataset",
-    "Loader",
-    "TwoViewBatch",
-    "TwoViewDataset",
-    "eval_loader",
-    "make_loader",
-]
-
-
 class RequestSampler(Sampler):
     """The requests of one rank from `start_step` of `epoch` on; set both before iterating.
 
@@ -458,20 +356,20 @@ class RequestSampler(Sampler):
         self.num_steps = num_steps_per_epoch(num_due, batch_size, last_batch)
         self.epoch = 0
         self.start_step = 0
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}")
-        whole = np.arange(batch_size)
-        rank_slice(Epoch(whole, whole), rank, world_size)  # what does not divide is refused now
+        require(
+            0 <= rank < world_size,
+            f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}",
+        )
+        share_of_rank(batch_size, world_size)  # what does not divide is refused now
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[OrderedSamples]:
         epoch = epoch_samples(self._sources, seed=self._seed, epoch=self.epoch, window=self._window)
         for step in range(self.start_step, self.num_steps):
             batch = global_batch(epoch, step, self._batch_size, self._last_batch)
-            own = rank_slice(batch, self._rank, self._world_size)
-            yield Request(step, own.sample_ids, own.visits)
+            yield rank_slice(batch, self._rank, self._world_size)
 
 
 class Loader:
@@ -506,8 +404,8 @@ class Loader:
         known_bad: Mapping[int, str] | None = None,
     ) -> None:
         self._sampler = RequestSampler(
-            source_sizes(dataset.index),
-            seed=dataset.seed,
+            dataset.index.sources,
+            seed=dataset.views.seed,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -528,22 +426,18 @@ class Loader:
         """
         self._sampler.epoch, self._sampler.start_step = epoch, start_step
         replies = iter(self._loader)  # starts the workers, before there is a thread
-        with self._fetch_ahead() as ahead:
+        coming = (one.sample_ids for one in self._sampler) if self._index.is_remote else iter(())
+        with FetchAhead(self._index.fetch, coming, self._window) as ahead:
             for reply in replies:
                 self._bad.check(reply)
                 yield reply.batch
                 ahead.advance()
 
-    def _fetch_ahead(self) -> FetchAhead:
-        """The thread that brings remote shards of the coming batches into the cache."""
-        requests = iter(self._sampler) if self._index.is_remote else iter(())
-        return FetchAhead(self._index.fetch, (request.sample_ids for request in requests),
-                          self._window)  # fmt: skip
 
-
-def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataLoader:
+def start_workers(dataset: Dataset, sampler: Iterable, num_workers: int) -> DataLoader:
     """A DataLoader whose items are whole batches, in the sampler's order."""
-    _end_opencv_threads(num_workers)
+    if num_workers:  # a forked worker would wait for ever for threads that only its parent has
+        cv2.setNumThreads(1)  # 0 would keep them
     return DataLoader(
         dataset,
         batch_size=None,
@@ -552,17 +446,11 @@ def start_workers(dataset: Dataset, sampler: Sampler, num_workers: int) -> DataL
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # its own: an epoch's start must not move dropout's draws
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(_quiet_worker, _leaving()),
+        worker_init_fn=partial(_set_up_worker, _leaving()),
     )
 
 
-def _end_opencv_threads(num_workers: int) -> None:
-    """Before workers are forked: one would wait for ever for threads that only its parent has."""
-    if num_workers:
-        cv2.setNumThreads(1)  # 0 would keep them
-
-
-def _quiet_worker(leaving: Synchronized, _: int) -> None:
+def _set_up_worker(leaving: Synchronized, _: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -586,28 +474,6 @@ def _leaving() -> Synchronized:
     return flag
 
 
-def make_loader(
-    dataset: TwoViewDataset, *, epoch: int, start_step: int = 0, **options: Any
-) -> Iterator[TwoViewBatch]:
-    """The batches of one epoch from one step on; for several epochs keep a `Loader`."""
-    return Loader(dataset, **options).epoch(epoch, start_step)
-
-
-class _Chunks(Sampler):
-    """Consecutive sample numbers, the last chunk shorter."""
-
-    def __init__(self, num_samples: int, batch_size: int) -> None:
-        self._starts = range(0, num_samples, batch_size)
-        self._num_samples, self._batch_size = num_samples, batch_size
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for start in self._starts:
-            yield np.arange(start, min(start + self._batch_size, self._num_samples), dtype=np.int64)
-
-
 def eval_loader(
     index: Samples, image_size: int, batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -618,16 +484,9 @@ def eval_loader(
     Raises:
         UserError: If a sample does not decode.
     """
-    dataset = EvalDataset(index, image_size)
-    _end_opencv_threads(num_workers)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Chunks(index.num_samples, batch_size),
-        num_workers=num_workers,
-        worker_init_fn=partial(_quiet_worker, _leaving()),
-    )
-    for reply in loader:
+    numbers = range(index.num_samples)
+    batches = [numbers[start : start + batch_size] for start in numbers[::batch_size]]
+    for reply in start_workers(EvalDataset(index, image_size), batches, num_workers):
         if reply.error is not None:
             raise UserError(reply.error)
         yield reply.batch

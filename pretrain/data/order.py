@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, require
 
 
 def stable_hash(*parts: int | str, num_bytes: int = 16) -> bytes:
@@ -89,8 +89,8 @@ def _concatenate_ranges(starts: np.ndarray, sizes: np.ndarray, picked: np.ndarra
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """The row of samples of one epoch.
+class OrderedSamples:
+    """Samples of an epoch or of a batch, in their order.
 
     Attributes:
         sample_ids: int64 [n], numbers in the sources joined end to end.
@@ -103,6 +103,9 @@ class Epoch:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    def __getitem__(self, rows: slice) -> "OrderedSamples":
+        return OrderedSamples(self.sample_ids[rows], self.visits[rows])
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ class SourceSizes:
         return round(self.weight * self.num_samples)
 
 
-def epoch_samples(sources: Sequence[SourceSizes], *, seed: int, epoch: int, window: int) -> Epoch:
+def epoch_samples(
+    sources: Sequence[SourceSizes], *, seed: int, epoch: int, window: int
+) -> OrderedSamples:
     """Samples and visits of one epoch of one or several sources.
 
     The samples of a source form an endless row of cycles, each cycle one `epoch_order`. With
@@ -145,36 +150,27 @@ def epoch_samples(sources: Sequence[SourceSizes], *, seed: int, epoch: int, wind
     """
     if len(sources) == 1 and sources[0].weight == 1:
         order = epoch_order(sources[0].shard_sizes, seed=seed, epoch=epoch, window=window)
-        return Epoch(order, np.broadcast_to(np.int64(epoch), len(order)))
+        return OrderedSamples(order, np.broadcast_to(np.int64(epoch), len(order)))
     total = max(1, sum(source.num_due for source in sources))
-    rows, first = [], 0
+    ids, visits, places, first = [], [], [], 0
     for number, source in enumerate(sources):
-        own = window if window < 1 else max(1, round(window * source.num_due / total))
-        row = _source_row(source, number, seed=seed, epoch=epoch, window=own)
-        rows.append(Epoch(row.sample_ids + first, row.visits))
-        first += source.num_samples
-    places = np.concatenate([(np.arange(len(row)) + 0.5) / max(1, len(row)) for row in rows])
-    merged = np.argsort(places, kind="stable")
-    return Epoch(
-        np.concatenate([row.sample_ids for row in rows])[merged],
-        np.concatenate([row.visits for row in rows])[merged],
-    )
-
-
-def _source_row(source: SourceSizes, number: int, *, seed: int, epoch: int, window: int) -> Epoch:
-    """What one source of a mixture gives to an epoch, in the source's own sample numbers."""
-    size, due = source.num_samples, source.num_due
-    if due == 0:
-        return Epoch(np.empty(0, np.int64), np.empty(0, np.int64))
-    start, stop = epoch * due, (epoch + 1) * due
-    ids, visits = [], []
-    for cycle in range(start // size, (stop - 1) // size + 1):
+        # Of the source's endless row of cycles, this epoch takes the samples start .. stop - 1.
+        size, due = source.num_samples, source.num_due
+        own_window = window if window < 1 else max(1, round(window * due / total))
         own_seed = int.from_bytes(stable_hash("source", seed, number, num_bytes=7), "little")
-        order = epoch_order(source.shard_sizes, seed=own_seed, epoch=cycle, window=window)
-        piece = order[max(0, start - cycle * size) : stop - cycle * size]
-        ids.append(piece)
-        visits.append(np.full(len(piece), cycle, np.int64))
-    return Epoch(np.concatenate(ids), np.concatenate(visits))
+        start, stop = epoch * due, (epoch + 1) * due
+        for cycle in range(start // size, (stop - 1) // size + 1) if due else ():
+            order = epoch_order(source.shard_sizes, seed=own_seed, epoch=cycle, window=own_window)
+            piece = order[max(0, start - cycle * size) : stop - cycle * size]
+            ids.append(piece + first)
+            visits.append(np.full(len(piece), cycle, np.int64))
+        places.append((np.arange(due) + 0.5) / max(1, due))
+        first += size
+    merged = np.argsort(np.concatenate(places), kind="stable")
+    nothing = np.empty(0, np.int64)
+    return OrderedSamples(
+        np.concatenate([nothing, *ids])[merged], np.concatenate([nothing, *visits])[merged]
+    )
 
 
 LastBatch = Literal["drop", "pad"]
@@ -202,7 +198,9 @@ def num_steps_per_epoch(num_samples: int, batch_size: int, last_batch: LastBatch
     return -(-num_samples // batch_size) if last_batch == "pad" else num_samples // batch_size
 
 
-def global_batch(epoch: Epoch, k: int, batch_size: int, last_batch: LastBatch = "drop") -> Epoch:
+def global_batch(
+    epoch: OrderedSamples, k: int, batch_size: int, last_batch: LastBatch = "drop"
+) -> OrderedSamples:
     """The k-th global batch: `batch_size` samples with their visits.
 
     The visits of samples that pad the last batch are negative, so that their views differ from
@@ -214,25 +212,30 @@ def global_batch(epoch: Epoch, k: int, batch_size: int, last_batch: LastBatch = 
     num_steps = num_steps_per_epoch(len(epoch), batch_size, last_batch)
     if not 0 <= k < num_steps:
         raise IndexError(f"batch {k} of an epoch with {num_steps} batches")
-    piece = slice(k * batch_size, (k + 1) * batch_size)
-    ids, visits = epoch.sample_ids[piece], epoch.visits[piece]
-    if missing := batch_size - len(ids):
-        ids = np.concatenate([ids, epoch.sample_ids[:missing]])
-        visits = np.concatenate([visits, -1 - epoch.visits[:missing]])
-    return Epoch(ids, visits)
+    batch = epoch[k * batch_size : (k + 1) * batch_size]
+    if missing := batch_size - len(batch):
+        return OrderedSamples(
+            np.concatenate([batch.sample_ids, epoch.sample_ids[:missing]]),
+            np.concatenate([batch.visits, -1 - epoch.visits[:missing]]),
+        )
+    return batch
 
 
-def rank_slice(batch: Epoch, rank: int, world_size: int) -> Epoch:
-    """The contiguous part of a global batch that one rank takes.
+def rank_slice(batch: OrderedSamples, rank: int, world_size: int) -> OrderedSamples:
+    """The contiguous part of a global batch that one rank takes; raises as `share_of_rank`."""
+    share = share_of_rank(len(batch), world_size)
+    return batch[rank * share : (rank + 1) * share]
+
+
+def share_of_rank(batch_size: int, world_size: int) -> int:
+    """Samples of a global batch that each rank takes.
 
     Raises:
         UserError: If the batch does not divide evenly among the ranks.
     """
-    if len(batch) % world_size:
-        raise UserError(
-            f"global batch of {len(batch)} samples does not divide among {world_size} ranks: "
-            f"choose a batch size that is a multiple of {world_size}"
-        )
-    share = len(batch) // world_size
-    piece = slice(rank * share, (rank + 1) * share)
-    return Epoch(batch.sample_ids[piece], batch.visits[piece])
+    require(
+        batch_size % world_size == 0,
+        f"global batch of {batch_size} samples does not divide among {world_size} ranks: "
+        f"choose a batch size that is a multiple of {world_size}",
+    )
+    return batch_size // world_size

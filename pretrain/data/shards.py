@@ -1,53 +1,148 @@
-"""Samples of WebDataset shards by number: the index, its checks, random access inside tars."""
+"""Samples by number: one shard set, chosen samples of it, or several sets mixed by weight.
+
+All three read as `Samples`. Each sample lies in a tar of a `ShardIndex`, which reads it by its
+place; the other two only translate numbers.
+"""
 
 import hashlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, require
 from pretrain.data.index import NO_LABEL, scan_shard
+from pretrain.data.order import SourceSizes, stable_hash
 from pretrain.data.sources.cache import CacheOptions
-from pretrain.data.sources.opening import Source, open_source
+from pretrain.data.sources.opening import RemoteTars, Source, open_source
+from pretrain.data.sources.remote import displayed
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
+_MAX_NAMED_SHARDS = 8  # whose keys are kept in memory
 _TOUCH_SECONDS = 1.0  # how often the cache hears that an open shard is used
 _TAR_BLOCK = 512
 
 
-class ShardIndex:
-    """The samples of a shard set, by number.
+class Samples:
+    """Samples by number; what is not defined here asks the sets that hold them.
+
+    Attributes:
+        num_samples: How many there are.
+        classes: Class names, or None.
+        samples: Table with one row per sample (SAMPLE_DTYPE), indexed by numbers or slices.
+        skipped: What was left out when the sets were made: [{"file", "reason"}].
+        sources: Sizes and weights for the order of an epoch.
+        is_remote: True if shards pass through the cache.
+        fingerprint: Hash of what the samples are, wherever they lie.
+    """
+
+    num_samples: int
+    classes: list[str] | None
+    samples: Any
+    skipped: list[dict[str, str]]
+    sources: list[SourceSizes]
+    is_remote: bool
+    fingerprint: str
+
+    def places(self, sample_ids: np.ndarray) -> list[tuple["ShardIndex", np.ndarray, np.ndarray]]:
+        """For each set that holds some samples: itself, their rows here, their numbers there.
+
+        Args:
+            sample_ids: int64 [n].
+        Raises:
+            IndexError: If there is no such sample.
+        """
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all samples, int64 [num_samples]; -1 where there is none."""
+        return self.samples[:]["label"].astype(np.int64)
+
+    @property
+    def has_labels(self) -> bool:
+        """True if every sample has a label."""
+        return self.num_samples > 0 and bool((self.labels != NO_LABEL).all())
+
+    def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
+        """The encoded pictures of some samples, in the order asked for, not copied.
+
+        They are read shard by shard in the order of their place, after the system was told of all.
+
+        Args:
+            sample_ids: Numbers of samples [n]; one may come twice.
+        Raises:
+            UserError: If a shard has changed or vanished since it was opened.
+        """
+        pictures = [memoryview(b"")] * len(sample_ids)
+        for index, rows, own in self.places(np.asarray(sample_ids, np.int64)):
+            for row, data in zip(rows.tolist(), index.read_many(own), strict=True):
+                pictures[row] = data
+        return pictures
+
+    def read_bytes(self, i: int) -> bytes:
+        """The encoded picture of sample `i`; raises as `read_many`."""
+        return bytes(self.read_many([i])[0])
+
+    def fetch(self, sample_ids: Sequence[int] | np.ndarray) -> None:
+        """Make sure that the shards of these samples are in the cache; local ones are here already.
+
+        Shards that the cache cannot hold together are left to their readers.
+
+        Raises:
+            UserError: If a shard cannot be fetched.
+        """
+        for index, _, own in self.places(np.asarray(sample_ids, np.int64)):
+            index.fetch(own)
+
+    def key_name(self, i: int) -> str:
+        """WebDataset key of sample `i`; reads the headers of its shard once."""
+        ((index, _, own),) = self.places(np.array([i]))
+        return index.key_name(int(own[0]))
+
+    def describe(self, i: int) -> str:
+        """What to call sample `i` in a message: its number, key, shard and place."""
+        ((index, _, own),) = self.places(np.array([i]))
+        return index.describe(int(own[0]))
+
+    def close(self) -> None:
+        """Close the open shards; they open again when needed."""
+        raise NotImplementedError
+
+
+class ShardIndex(Samples):
+    """The samples of a shard set.
 
     Attributes:
         name: What the user called the set, without passwords and tokens.
         folder: Where the tars are; if they are not in one local folder, where the index is.
-        num_samples: Number of samples.
         shard_names: File names of the shards.
         shard_sizes: Number of samples of each shard.
         shard_bytes: Bytes of each shard's tar.
-        options: What the set was made with; {"foreign": True} if another tool made it.
-        classes: Class names, or None.
-        samples: Memory-mapped table, one row per sample (SAMPLE_DTYPE).
-        skipped: What was left out when the index was made: [{"file", "reason"}].
+        options: What the set was made with; {"external": True} if another tool made it.
+        samples: Memory-mapped.
     """
 
     def __init__(self, source: Source) -> None:
         index = source.index
         self._source, self._tars = source, source.tars
         self.name, self.folder = source.name, source.folder
-        self.num_samples: int = index["num_samples"]
-        self.classes: list[str] | None = index["classes"]
-        self.skipped: list[dict[str, str]] = index["skipped"]
+        self.num_samples = index["num_samples"]
+        self.classes = index["classes"]
+        self.skipped = index["skipped"]
         self.shard_names: list[str] = [shard["name"] for shard in index["shards"]]
         self.shard_sizes: list[int] = [shard["num_samples"] for shard in index["shards"]]
         self.shard_bytes: list[int] = [shard["bytes"] for shard in index["shards"]]
+        self.sources = [SourceSizes(self.shard_sizes)]
         self.options: dict[str, Any] = index["options"]
         self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
+        self.is_remote = source.tars.is_remote
+        hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
+        self.fingerprint = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._used: dict[int, float] = {}  # shard: when the cache heard of its use
         self._files_owner, self._swept = os.getpid(), time.monotonic()
@@ -69,88 +164,46 @@ class ShardIndex:
         """
         return cls(open_source(path, cache or CacheOptions()))
 
-    @property
-    def is_remote(self) -> bool:
-        """True if the shards pass through the cache."""
-        return self._tars.is_remote
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what the samples and the bytes of their shards are, wherever they lie."""
-        index = self._source.index
-        hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
-        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels of all samples, int64 [num_samples]; -1 where there is none."""
-        return self.samples["label"].astype(np.int64)
-
-    @property
-    def has_labels(self) -> bool:
-        """True if every sample has a label."""
-        return self.num_samples > 0 and bool((self.samples["label"] != NO_LABEL).all())
-
-    def read_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample `i`.
-
-        Raises:
-            UserError: If the shard has changed or vanished since it was opened.
-        """
-        row = self.samples[i]
-        data = self._read(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
-        self._sweep()
-        return bytes(data)
-
     def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
-        """The encoded pictures of some samples, in the order asked for, not copied.
-
-        They are read shard by shard in the order of their place, after the system was told of all.
-
-        Args:
-            sample_ids: Numbers of samples [n]; one may come twice.
-        Raises:
-            UserError: As `read_bytes`.
-        """
-        ids = np.asarray(sample_ids, dtype=np.int64)
+        """See `Samples`."""
+        ids = np.asarray(sample_ids, np.int64)
         rows = self.samples[ids]
         order = np.lexsort((rows["offset"], rows["shard"]))
         columns = (order, ids[order], *(rows[name][order] for name in ("shard", "offset", "size")))
         places = list(zip(*(column.tolist() for column in columns), strict=True))
         if hasattr(os, "posix_fadvise"):
             for _, _, shard, offset, size in places:
-                self._announce(shard, offset, size)
-        found = [memoryview(b"")] * len(ids)
+                start, num_bytes = offset - _TAR_BLOCK, size + _TAR_BLOCK
+                try:
+                    file = self._file(shard)
+                    os.posix_fadvise(file, start, num_bytes, os.POSIX_FADV_WILLNEED)
+                except OSError:
+                    continue  # what fails here is reported when it is read
+        pictures = [memoryview(b"")] * len(ids)
         for k, i, shard, offset, size in places:
-            found[k] = self._read(i, shard, offset, size)
+            pictures[k] = self._read(i, shard, offset, size)
         self._sweep()
-        return found
+        return pictures
 
     def fetch(self, sample_ids: Sequence[int] | np.ndarray) -> None:
-        """Make sure that the shards of these samples are in the cache; local ones are here already.
-
-        Shards that the cache cannot hold together are left to their readers.
-
-        Raises:
-            UserError: If a shard cannot be fetched.
-        """
-        if self.is_remote:
-            shards = self.samples["shard"][np.asarray(sample_ids, dtype=np.int64)]
+        """See `Samples`."""
+        if isinstance(self._tars, RemoteTars):
+            shards = self.samples["shard"][np.asarray(sample_ids, np.int64)]
             self._tars.ensure([int(shard) for shard in dict.fromkeys(shards.tolist())])
 
     def key_name(self, i: int) -> str:
-        """WebDataset key of sample `i`; reads the headers of its shard once."""
+        """See `Samples`."""
         shard = int(self.samples[i]["shard"])
         if shard not in self._names:
             with os.fdopen(self._tars.open(shard), "rb") as stream:
                 entries, _ = scan_shard(self._tars.name(shard), stream)
-            if len(self._names) > 8:
+            if len(self._names) >= _MAX_NAMED_SHARDS:
                 self._names.clear()
             self._names[shard] = {entry.offset: entry.name for entry in entries}
         return self._names[shard].get(int(self.samples[i]["offset"]), f"sample-{i}")
 
     def describe(self, i: int) -> str:
-        """What to call sample `i` in a message: its number, key, shard and place."""
+        """See `Samples`."""
         row = self.samples[i]
         try:
             key = f" {self.key_name(i)!r}"
@@ -159,7 +212,7 @@ class ShardIndex:
         return f"sample {i}{key} in {self._tars.name(int(row['shard']))} at byte {row['offset']}"
 
     def close(self) -> None:
-        """Close the open shards; they open again when needed."""
+        """See `Samples`."""
         if self._files_owner == os.getpid():
             while self._files:
                 os.close(self._files.popitem()[1])
@@ -176,27 +229,19 @@ class ShardIndex:
                 f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?"
             ) from error
         if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
+            index = self._source.index_folder / "index.json"
+            remedy = f"make the shard again, or delete {index} to index the tars again"
+            if self.is_remote:
+                remedy = "delete the copy to fetch it again; if that changes nothing, delete "
+                remedy += f"{index} too"
             raise UserError(
                 f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
-                f"or cut short: {self._remedy()}"
+                f"or cut short: {remedy}"
             )
         return memoryview(data)[_TAR_BLOCK:]
 
-    def _remedy(self) -> str:
-        path = self._source.index_folder / "index.json"
-        if self.is_remote:
-            return f"delete the copy to fetch it again; if that changes nothing, delete {path} too"
-        return f"make the shard again, or delete {path} to index the tars again"
-
-    def _announce(self, shard: int, offset: int, size: int) -> None:
-        """Tell the system that a sample will be read; what fails here is told when it is read."""
-        start, size = offset - _TAR_BLOCK, size + _TAR_BLOCK
-        try:
-            os.posix_fadvise(self._file(shard), start, size, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            return
-
     def _file(self, shard: int) -> int:
+        """The descriptor of a shard, opened if need be."""
         if self._files_owner != os.getpid():  # a forked worker leaves its parent's files alone
             self._files, self._files_owner = OrderedDict(), os.getpid()
         now = time.monotonic()
@@ -205,7 +250,7 @@ class ShardIndex:
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard] = self._tars.open(shard)
             self._used[shard] = now
-        elif self.is_remote and now - self._used[shard] > _TOUCH_SECONDS:
+        elif isinstance(self._tars, RemoteTars) and now - self._used[shard] > _TOUCH_SECONDS:
             self._tars.touch(self._files[shard])
             self._used[shard] = now
         self._files.move_to_end(shard)
@@ -234,3 +279,144 @@ def _header_fits(data: bytes, size: int) -> bool:
         return int(field.strip(b" \0") or b"0", 8) == size
     except ValueError:
         return False
+
+
+class Subset(Samples):
+    """Chosen samples of a shard set, numbered anew in the order of their numbers there.
+
+    Keys stay those of the samples, so that each is augmented as in the whole set.
+
+    Args:
+        parent: The whole set.
+        sample_ids: int64 [n], the chosen ones, each once.
+    Attributes:
+        sample_ids: int64 [n], ascending: the number in the whole set of each sample here.
+    """
+
+    def __init__(self, parent: ShardIndex, sample_ids: np.ndarray) -> None:
+        self.parent = parent
+        self.sample_ids = np.unique(np.asarray(sample_ids, np.int64))
+        assert len(self.sample_ids) == len(sample_ids), "a sample is chosen twice"
+        self.name, self.classes, self.skipped = parent.name, parent.classes, parent.skipped
+        self.num_samples, self.is_remote = len(self.sample_ids), parent.is_remote
+        self.samples = parent.samples[self.sample_ids]
+        counts = np.bincount(self.samples["shard"]).tolist()
+        self.sources = [SourceSizes([count for count in counts if count])]
+        self.fingerprint = stable_hash(parent.fingerprint, self.sample_ids.tobytes().hex()).hex()
+
+    def places(self, sample_ids: np.ndarray) -> list[tuple[ShardIndex, np.ndarray, np.ndarray]]:
+        """See `Samples`."""
+        return [(self.parent, np.arange(len(sample_ids)), self.sample_ids[sample_ids])]
+
+    def close(self) -> None:
+        """See `Samples`."""
+        self.parent.close()
+
+
+class Mixture(Samples):
+    """Samples of several shard sets under one row of numbers.
+
+    Keys of all but the first set are mixed with the set's number, so that pictures of the same name
+    in two sets are augmented independently. Labels are kept only if all sets have the same classes.
+
+    Args:
+        sets: In the order of their sample numbers.
+        weights: For each set, how often each of its samples comes per epoch; above 0.
+    """
+
+    def __init__(self, sets: Sequence[ShardIndex], weights: Sequence[float]) -> None:
+        self.sets = list(sets)
+        sizes = [one.num_samples for one in sets]
+        self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.num_samples = int(self._first[-1])
+        self.skipped = [item for one in sets for item in one.skipped]
+        pairs = list(zip(sets, weights, strict=True))
+        self.sources = [SourceSizes(one.shard_sizes, weight) for one, weight in pairs]
+        self.has_common_classes = all(one.classes == sets[0].classes for one in sets)
+        self.classes = sets[0].classes if self.has_common_classes else None
+        self.is_remote = any(one.is_remote for one in sets)
+        parts = [f"{one.fingerprint} {float(weight)!r}" for one, weight in pairs]
+        self.fingerprint = stable_hash(*parts).hex()
+        self.samples = _MixedTable(self)
+
+    def places(self, sample_ids: np.ndarray) -> list[tuple[ShardIndex, np.ndarray, np.ndarray]]:
+        """See `Samples`."""
+        wrong = (sample_ids < 0) | (sample_ids >= self.num_samples)
+        if wrong.any():
+            raise IndexError(f"sample {sample_ids[wrong][0]} of {self.num_samples}")
+        which = np.searchsorted(self._first, sample_ids, side="right") - 1
+        found = []
+        for number in np.unique(which).tolist():
+            rows = np.flatnonzero(which == number)
+            found.append((self.sets[number], rows, sample_ids[rows] - self._first[number]))
+        return found
+
+    def close(self) -> None:
+        """See `Samples`."""
+        for one in self.sets:
+            one.close()
+
+
+class _MixedTable:
+    """The table of a mixture, one part per set; nothing is copied until rows are asked for."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+
+    def __getitem__(self, which: Any) -> np.ndarray:
+        mixture = self._mixture
+        ids = np.arange(mixture.num_samples)[which] if isinstance(which, slice) else which
+        row_ids = np.atleast_1d(np.asarray(ids, np.int64))
+        table = np.empty(len(row_ids), mixture.sets[0].samples.dtype)
+        for index, rows, own in mixture.places(row_ids):
+            part = index.samples[own]
+            if number := mixture.sets.index(index):
+                salt = np.frombuffer(stable_hash("source", number, num_bytes=8), "<u8")
+                part["key"] ^= salt[0]
+            if not mixture.has_common_classes:
+                part["label"] = NO_LABEL
+            table[rows] = part
+        return table if np.ndim(ids) else table[0]
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights of a mixture that are not above 0.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    for name, weight in weights.items():
+        require(
+            bool(np.isfinite(weight) and weight > 0),
+            f"data.shards: weight {weight} of {displayed(name)}: must be above 0; 1 shows each "
+            "sample once per epoch (in streaming mode it is the share of the samples that come "
+            "from there)",
+        )
+
+
+def open_samples(
+    spec: str | Sequence[str] | Mapping[str, float], cache: CacheOptions | None = None
+) -> Samples:
+    """Open one shard set, or several as a mixture.
+
+    Args:
+        spec: What `ShardIndex.open` takes; a list of such; or a mapping from such to weights.
+        cache: Where remote shards are kept; all sets share it.
+    Raises:
+        UserError: If there is nothing to open, a set is named twice, a weight is not above 0; and
+            all that `ShardIndex.open` refuses.
+    """
+    if isinstance(spec, str):
+        return ShardIndex.open(spec, cache)
+    weights = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(spec, 1.0)
+    require(bool(weights), "data.shards: an empty list; name at least one shard set")
+    if len(weights) < len(spec):
+        twice = next(name for name in weights if list(spec).count(name) > 1)
+        raise UserError(
+            f"data.shards: {twice} is listed twice; give it a weight instead: {{{twice}: 2}}"
+        )
+    check_weights(weights)
+    sets = [ShardIndex.open(name, cache) for name in weights]
+    if list(weights.values()) == [1.0]:
+        return sets[0]
+    return Mixture(sets, list(weights.values()))

@@ -32,7 +32,7 @@ from common.errors import UserError
 from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.data.input_pipeline import Fed
+from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.engine.log import MetricLog, progress_bar
 from pretrain.engine.trainer import Trainer
 from pretrain.model.joint_embedding import FAContrastive
@@ -190,7 +190,7 @@ def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str
     return seconds
 
 
-def batches(trainer: Trainer) -> Generator[Fed]:
+def batches(trainer: Trainer) -> Generator[DeviceBatch]:
     """The run's batches from where it stands; an epoch that ends is followed by the next."""
     position = trainer.position
     while True:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.data.input_pipeline import Fed, Feed
+from pretrain.data.input_pipeline import DeviceBatch, InputPipeline
 from pretrain.data.loader import TwoViewBatch
 from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine.accumulation import Gradients
@@ -110,7 +110,7 @@ class Trainer:
         folder: Path,
         lock: run_folder.FolderLock | None,
         device: torch.device,
-        feed: Feed,
+        feed: InputPipeline,
         model: FAContrastive,
         optimizer: torch.optim.Optimizer,
         callbacks: Sequence[Callback],
@@ -177,7 +177,7 @@ class Trainer:
             run_folder.write_summary(self.folder, position, self.config, self.feed.num_samples)
         self.close()
 
-    def steps(self, batches: Iterable[Fed]) -> None:
+    def steps(self, batches: Iterable[DeviceBatch]) -> None:
         """One step on each batch, then its rows, its checkpoint, and the end if a signal asks."""
         position, meter = self.position, Meter()
         for fed in batches:
@@ -216,7 +216,7 @@ class Trainer:
             if is_logged or not dist.is_on():
                 self._stop_if_asked()
 
-    def step(self, fed: Fed, *, is_logged: bool) -> StepResult:
+    def step(self, fed: DeviceBatch, *, is_logged: bool) -> StepResult:
         """One optimiser step: forward, loss, backward, update, EMA and queue."""
         config, step = self.config, self.position.step
         factor = lr_factor(config.optim, step, self.num_steps)
@@ -244,7 +244,7 @@ class Trainer:
         self.model.after_optimizer_step(tau, outputs, ids, labels)
         return StepResult(first, lr, queue)
 
-    def compute_gradients(self, fed: Fed, step: int) -> list[StepOutput]:
+    def compute_gradients(self, fed: DeviceBatch, step: int) -> list[StepOutput]:
         """Forward, loss and backward of the step that follows ``step`` finished ones."""
         config, progress = self.config, step / self.num_steps
         self.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.config import EvalConfig
 from pretrain.data.loader import TwoViewBatch
-from pretrain.data.mixture import Samples
+from pretrain.data.shards import Samples
 from pretrain.engine.trainer import Callback
 from pretrain.model.backbone import ResNet
 

@@ -22,8 +22,7 @@ from common.files import write_json
 from common.pictures import decode
 from pretrain.config import DataConfig
 from pretrain.data.crops import center_crop
-from pretrain.data.mixture import Samples, Subset
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import Samples, ShardIndex, Subset
 from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.knn import nearest_rows
 from pretrain.evaluation.probe import Probe, extract_features

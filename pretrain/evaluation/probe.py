@@ -14,8 +14,7 @@ from torch.nn import functional
 from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.loader import eval_loader
-from pretrain.data.mixture import Samples
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import Samples, ShardIndex
 from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.knn import knn_top1
 from pretrain.evaluation.online_probe import OnlineProbe

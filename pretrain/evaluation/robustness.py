@@ -17,7 +17,7 @@ from torch.nn import functional
 from common.errors import UserError, require
 from pretrain.config import ArchConfig, FAConfig, HeadConfig
 from pretrain.data.loader import eval_loader
-from pretrain.data.mixture import Samples
+from pretrain.data.shards import Samples
 from pretrain.evaluation.probe import normalise
 from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
 from pretrain.features.memory_bank import UNKNOWN, Distance, SupportQueue

@@ -133,7 +133,7 @@ def test_ours_is_the_engines_step(arms, folder):
     other = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
     other.model.load_state_dict(ours.run.model.state_dict())
     ours.steps(1)
-    done = other._step(step_arms.fed_of(ours.views), is_logged=False)
+    done = other.step(step_arms.fed_of(ours.views), is_logged=False)
     other.lock.close()
     assert not done.is_skipped
     assert ours.run.position.step == 1

@@ -7,7 +7,7 @@ from PIL import Image
 
 from common import pictures
 from common.pictures import BadPicture, decode, decode_fast, read_header
-from pretrain.data.crops import center_crop
+from pretrain.data.decode import center_crop
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pretrain.data.loader import Loader, RequestSampler, TwoViewDataset
-from pretrain.data.mixture import open_samples
 from pretrain.data.order import LastBatch, SourceSizes
+from pretrain.data.shards import open_samples
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 

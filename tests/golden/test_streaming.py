@@ -13,7 +13,7 @@ import yaml
 from pretrain.__main__ import main
 from pretrain.config import DataConfig
 from pretrain.data.index import key_hash
-from pretrain.data.input_pipeline import Feed
+from pretrain.data.input_pipeline import InputPipeline
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 
@@ -40,12 +40,14 @@ def tars(tmp_path: Path) -> Path:
     return folder
 
 
-def feed_of(shards: Any, folder: Path, num_workers: int) -> Feed:
+def pipeline_of(shards: Any, folder: Path, num_workers: int) -> InputPipeline:
     data = DataConfig(
         shards=shards, image_size=16, batch_size=8, augmentation="symmetric_strong",
         streaming=True, samples_per_epoch=34, shuffle_window=12, num_workers=num_workers,
     )  # fmt: skip
-    return Feed(data, seed=5, device=torch.device("cpu"), channels_last=True, folder=folder)
+    return InputPipeline(
+        data, seed=5, device=torch.device("cpu"), channels_last=True, folder=folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,15 +55,15 @@ def feed_of(shards: Any, folder: Path, num_workers: int) -> Feed:
 )
 def test_batches(tars: Path, tmp_path: Path, shards: str, num_workers: int) -> None:
     """Two epochs, and the second again from its middle; also of fewer tars than workers."""
-    feed = feed_of(str(tars / shards), tmp_path, num_workers)
+    pipeline = pipeline_of(str(tars / shards), tmp_path, num_workers)
     measured, bits = {}, []
     for epoch, start_step in ((0, 0), (1, 0), (1, 2)):
         batches = []
-        for fed in feed.epoch(epoch, start_step):
-            names = [NAMES[key % 2**64] for key in fed.batch.keys.tolist()]
-            assert fed.batch.labels.tolist() == [int(name[0]) for name in names]
-            batches.append({"names": names, "visits": fed.batch.visits.tolist()})
-            bits.append(digest(fed.views.contiguous().numpy().tobytes()))
+        for one in pipeline.epoch(epoch, start_step):
+            names = [NAMES[key % 2**64] for key in one.batch.keys.tolist()]
+            assert one.batch.labels.tolist() == [int(name[0]) for name in names]
+            batches.append({"names": names, "visits": one.batch.visits.tolist()})
+            bits.append(digest(one.views.contiguous().numpy().tobytes()))
         measured[f"epoch {epoch} from step {start_step}"] = batches
     source = "one_tar" if shards == "part-0.tar" else "three_tars"
     check(f"streaming_{source}_{num_workers}_workers", measured, bits=bits)
@@ -69,10 +71,10 @@ def test_batches(tars: Path, tmp_path: Path, shards: str, num_workers: int) -> N
 
 def test_sets_with_weights(tars: Path, tmp_path: Path) -> None:
     shards = {str(tars / "part-0.tar"): 1.0, str(tars / "part-[12].tar"): 3.0}
-    feed = feed_of(shards, tmp_path, num_workers=1)
+    pipeline = pipeline_of(shards, tmp_path, num_workers=1)
     measured = [
-        {"numbers": fed.batch.sample_ids.tolist(), "tars": fed.batch.labels.tolist()}
-        for fed in feed.epoch(0)
+        {"numbers": one.batch.sample_ids.tolist(), "tars": one.batch.labels.tolist()}
+        for one in pipeline.epoch(0)
     ]
     check("streaming_weights", measured)
 

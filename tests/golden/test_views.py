@@ -9,9 +9,9 @@ import torch
 
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, draw_parameters
-from pretrain.data.crops import draw_crops
+from pretrain.data.decode import draw_crops
 from pretrain.data.index import key_hash
-from pretrain.data.input_pipeline import Feed
+from pretrain.data.input_pipeline import InputPipeline
 from tests.golden.gate import check, digest
 from tests.golden.pictures import encode, pixels, png, write_tar
 
@@ -52,10 +52,12 @@ def views_of(shards: str, folder: Path, preset: str, place: str) -> tuple[list[i
         shards=shards, image_size=SIZE, batch_size=NUM, augmentation=preset, photometric=place,
         num_workers=0,
     )  # fmt: skip
-    feed = Feed(data, seed=SEED, device=torch.device("cpu"), channels_last=True, folder=folder)
-    (fed,) = feed.epoch(1)
+    pipeline = InputPipeline(
+        data, seed=SEED, device=torch.device("cpu"), channels_last=True, folder=folder
+    )
+    (one,) = pipeline.epoch(1)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.pixel_mean, data.pixel_std))
-    return fed.batch.sample_ids.tolist(), (fed.views * std + mean) * 255
+    return one.batch.sample_ids.tolist(), (one.views * std + mean) * 255
 
 
 def figures(view: torch.Tensor) -> list[float]:

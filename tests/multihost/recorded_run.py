@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from pretrain import collectives as dist
 from pretrain.__main__ import main
-from pretrain.data.input_pipeline import Fed, Feed
+from pretrain.data.input_pipeline import DeviceBatch, InputPipeline
 
-plain_epoch = Feed.epoch
+plain_epoch = InputPipeline.epoch
 
 
-def recorded_epoch(self: Feed, epoch: int, start_step: int = 0) -> Iterator[Fed]:
+def recorded_epoch(self: InputPipeline, epoch: int, start_step: int = 0) -> Iterator[DeviceBatch]:
     """The same batches; a line for each."""
     with open(sys.argv[1], "a", encoding="utf-8") as stream:
         for step, fed in enumerate(plain_epoch(self, epoch, start_step), start_step):
@@ -31,5 +31,5 @@ def recorded_epoch(self: Feed, epoch: int, start_step: int = 0) -> Iterator[Fed]
 
 
 if __name__ == "__main__":
-    Feed.epoch = recorded_epoch
+    InputPipeline.epoch = recorded_epoch
     sys.exit(main(sys.argv[2:]))

@@ -14,12 +14,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.files import sha256_of
+from common.errors import UserError, require
 from common.pictures import BadPicture, decode
-from pretrain.data.index import NO_LABEL, SAMPLE_DTYPE, read_index, scan_shard, to_table
+from pretrain.data.index import NO_LABEL, load_table, read_index, scan_file
 from pretrain.data.order import counter_rng
 from pretrain.data.shards import ShardIndex
+
+MAX_LOOKED_AT = 1000  # pictures whose headers are read
+MAX_REMOTE_SHARDS = 16  # they lie in so many shards where each must be fetched whole
+MAX_CLASS_ROWS = 30
+_BAR = 40  # characters of the longest bar
+_TILE, _CAPTION, _GAP = 160, 16, 4  # pixels of the contact sheet
+_SHEET_COLUMNS, _SHEET_ROWS = 8, 5
 
 
 @dataclass
@@ -30,11 +36,6 @@ class VerifyReport:
     num_samples: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """True if nothing is wrong."""
-        return not self.problems
 
 
 def verify_shards(
@@ -50,104 +51,64 @@ def verify_shards(
         UserError: If there is no readable index at all.
     """
     folder = Path(path)
-    if not (folder / "index.json").exists():
-        raise UserError(
-            f"{folder / 'index.json'}: missing, so there is nothing to verify against; make the "
-            "shards first"
-        )
-    index = read_index(folder / "index.json")
-    report = VerifyReport(
-        len(index["shards"]), index["num_samples"], sum(s["bytes"] for s in index["shards"])
+    require(
+        (folder / "index.json").exists(),
+        f"{folder / 'index.json'}: missing, so there is nothing to verify against; make the shards "
+        "first",
     )
-    table = _load_table(folder, index, report)
-    listed = {shard["name"] for shard in index["shards"]}
-    for tar in sorted(folder.glob("*.tar")):
-        if tar.name not in listed:
-            report.problems.append(
-                f"{tar}: not in the index; take it away, or make the index again"
-            )
-    if sum(s["num_samples"] for s in index["shards"]) != index["num_samples"]:
-        report.problems.append(
-            f"{folder / 'index.json'}: the shards' counts do not add up to num_samples"
-        )
+    index = read_index(folder)
+    shards = index["shards"]
+    report = VerifyReport(len(shards), index["num_samples"], sum(s["bytes"] for s in shards))
+    table = None
+    try:
+        table = load_table(folder, index)
+    except UserError as error:
+        report.problems.append(str(error))
+    listed = {folder / shard["name"] for shard in shards}
+    report.problems += [
+        f"{tar}: not in the index; take it away, or make the index again"
+        for tar in sorted({*folder.glob("*.tar")} - listed)
+    ]
 
-    def check(item: tuple[int, dict[str, Any]]) -> str | None:
-        return _check_shard(folder, item[0], item[1], table)
+    def check(number: int) -> str | None:
+        rows = None
+        if table is not None:
+            rows = table[table["shard"] == number]
+            rows["shard"] = 0
+        return _problem(folder / shards[number]["name"], shards[number], rows)
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        results = pool.map(check, enumerate(index["shards"]))
-        for problem in tqdm(
-            results, total=len(listed), desc="verifying", unit="shard", disable=not progress
-        ):
-            if problem is not None:
-                report.problems.append(problem)
+        found = pool.map(check, range(len(shards)))
+        bar = tqdm(found, total=len(shards), desc="verifying", unit="shard", disable=not progress)
+        report.problems += [problem for problem in bar if problem is not None]
     return report
 
 
-def _load_table(folder: Path, index: dict[str, Any], report: VerifyReport) -> np.ndarray | None:
-    path = folder / index["samples"]
-    try:
-        table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        report.problems.append(
-            f"{path}: cannot be read ({error}); delete index.json to index the tars again"
-        )
-        return None
-    if (
-        table.dtype != SAMPLE_DTYPE
-        or len(table) != index["num_samples"]
-        or sha256_of(path) != index["samples_sha256"]
-    ):
-        report.problems.append(
-            f"{path}: differs from what index.json says; delete index.json to index the tars again"
-        )
-        return None
-    return table
+def _problem(path: Path, shard: dict[str, Any], rows: np.ndarray | None) -> str | None:
+    """What is wrong with a shard; None if nothing is.
 
-
-def _check_shard(
-    folder: Path, number: int, shard: dict[str, Any], table: np.ndarray | None
-) -> str | None:
-    path = folder / shard["name"]
+    Args:
+        path: Of its tar.
+        shard: Its entry in index.json.
+        rows: Its rows of the table, with 0 for the shard, if the table can be read.
+    """
+    again = "copy it again or make the shards again"
     if not path.exists():
-        return f"{path}: missing; copy it back or make the shards again"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        return (
-            f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; copy it again or make "
-            "the shards again"
-        )
-    if sha256_of(path) != shard["sha256"]:
-        return (
-            f"{path}: its SHA-256 is not the one in the index; copy it again or make the shards "
-            "again"
-        )
+        return f"{path}: missing; {again}"
+    if (size := path.stat().st_size) != shard["bytes"]:
+        return f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; {again}"
     try:
-        entries, _ = scan_shard(path)
+        part = scan_file(path)
     except UserError as error:
         return str(error)
-    if len(entries) != shard["num_samples"]:
+    if part.shard["sha256"] != shard["sha256"]:
+        return f"{path}: its SHA-256 is not the one in the index; {again}"
+    if rows is not None and not np.array_equal(part.table, rows):
         return (
-            f"{path}: {len(entries)} samples, the index says {shard['num_samples']}; make the "
-            "index again"
+            f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index the "
+            "tars again"
         )
-    if table is not None:
-        found = to_table([entries])
-        found["shard"] = number
-        if not np.array_equal(found, table[table["shard"] == number]):
-            return (
-                f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index "
-                "the tars again"
-            )
     return None
-
-
-MAX_LOOKED_AT = 1000  # pictures whose headers are read
-MAX_REMOTE_SHARDS = 16  # they lie in so many shards where each must be fetched whole
-MAX_CLASS_ROWS = 30
-_BAR = 40  # characters of the longest bar
-_TILE, _CAPTION, _GAP = 160, 16, 4  # pixels of the contact sheet
-_SHEET_COLUMNS, _SHEET_ROWS = 8, 5
 
 
 @dataclass(frozen=True)
@@ -162,6 +123,11 @@ class Spread:
     def of(cls, values: Sequence[float] | np.ndarray) -> "Spread":
         """The spread of at least one number."""
         return cls(float(np.min(values)), float(np.median(values)), float(np.max(values)))
+
+    def text(self, spec: str, unit: float = 1) -> str:
+        """The three numbers in a unit, by a format specification."""
+        numbers = (self.min, self.median, self.max)
+        return " / ".join(format(number / unit, spec) for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -219,13 +185,25 @@ def gather_info(index: ShardIndex, *, seed: int = 0, look_at: int = MAX_LOOKED_A
     Raises:
         UserError: If the set is empty, or a shard cannot be read.
     """
-    if not index.num_samples:
-        raise UserError(f"{index.name}: holds no samples")
+    require(index.num_samples > 0, f"{index.name}: holds no samples")
     chosen = choose_samples(index, look_at, seed)
-    sizes, formats = _read_headers(index, chosen)
+    sizes, formats = [], Counter()
+    for i in chosen.tolist():
+        data = io.BytesIO(index.read_bytes(i))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(data) as picture:
+                    sizes.append(picture.size)
+                    formats[f"{picture.format} {picture.mode}"] += 1
+        except Exception:  # Pillow raises many kinds, OSError and SyntaxError among them
+            formats["unreadable"] += 1
     pixels = np.array(sizes, dtype=np.int64).reshape(-1, 2)
     median, p95 = np.percentile(index.samples["size"], (50, 95))
-    counts, num_unlabelled = _count_classes(index)
+    labels, counts = np.unique(index.samples["label"], return_counts=True)
+    count_of = dict(zip(labels.tolist(), counts.tolist(), strict=True))
+    num_unlabelled = count_of.pop(NO_LABEL, 0)
+    names = _class_names(index, count_of)
     return ShardInfo(
         name=index.name,
         num_samples=index.num_samples,
@@ -241,7 +219,7 @@ def gather_info(index: ShardIndex, *, seed: int = 0, look_at: int = MAX_LOOKED_A
         heights=Spread.of(pixels[:, 1]) if len(pixels) else None,
         megapixels=Spread.of(pixels.prod(axis=1) / 1e6) if len(pixels) else None,
         formats=dict(formats.most_common()),
-        class_counts=counts,
+        class_counts={name: count_of.get(label, 0) for label, name in names.items()},
         num_unlabelled=num_unlabelled,
         skipped=index.skipped,
         options=index.options,
@@ -261,34 +239,6 @@ def choose_samples(index: ShardIndex, count: int, seed: int) -> np.ndarray:
     return np.sort(rng.choice(there, min(count, len(there)), replace=False))
 
 
-def _read_headers(
-    index: ShardIndex, chosen: np.ndarray
-) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """Width and height of each picture that opens, and how many there are of each format."""
-    sizes, formats = [], Counter()
-    for i in chosen.tolist():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(index.read_bytes(i))) as picture:
-                    sizes.append(picture.size)
-                    formats[f"{picture.format} {picture.mode}"] += 1
-        except UserError:
-            raise
-        except Exception:  # Pillow raises many kinds, OSError and SyntaxError among them
-            formats["unreadable"] += 1
-    return sizes, formats
-
-
-def _count_classes(index: ShardIndex) -> tuple[dict[str, int], int]:
-    """Samples of each class, in the order of the labels, and samples without a label."""
-    labels, counts = np.unique(index.samples["label"], return_counts=True)
-    found = dict(zip(labels.tolist(), counts.tolist(), strict=True))
-    num_unlabelled = found.pop(NO_LABEL, 0)
-    names = _class_names(index, found)
-    return {name: found.get(label, 0) for label, name in names.items()}, num_unlabelled
-
-
 def _class_names(index: ShardIndex, labels: Iterable[int]) -> dict[int, str]:
     """Names by label, in the order of the labels: of all classes, and the number where it has none.
 
@@ -302,63 +252,50 @@ def _class_names(index: ShardIndex, labels: Iterable[int]) -> dict[int, str]:
 
 def format_info(info: ShardInfo) -> str:
     """The description as text for a terminal."""
-    shards, sizes = info.samples_per_shard, info.shard_bytes
-    looked = f"{info.num_looked_at:,} of {info.num_samples:,} pictures looked at, from "
-    looked += f"{info.num_shards_looked_at:,} of {info.num_shards:,} shards"
     lines = [
         f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards, "
         f"{info.num_bytes / 1e6:,.1f} MB",
-        f"samples per shard   {shards.min:,.0f} / {shards.median:,.0f} / {shards.max:,.0f}"
-        "  (min / median / max)",
-        f"shards, MB          {sizes.min / 1e6:,.2f} / {sizes.median / 1e6:,.2f} / "
-        f"{sizes.max / 1e6:,.2f}",
+        f"samples per shard   {info.samples_per_shard.text(',.0f')}  (min / median / max)",
+        f"shards, MB          {info.shard_bytes.text(',.2f', 1e6)}",
         f"pictures, kB        {info.picture_bytes_median / 1e3:,.1f} (median), "
         f"{info.picture_bytes_p95 / 1e3:,.1f} (95 %)",
-        looked + ":",
+        f"{info.num_looked_at:,} of {info.num_samples:,} pictures looked at, from "
+        f"{info.num_shards_looked_at:,} of {info.num_shards:,} shards:",
     ]
     if info.widths and info.heights and info.megapixels:
-        for name, spread in (("width", info.widths), ("height", info.heights)):
-            lines.append(
-                f"  {name + ', pixels':16s}  {spread.min:,.0f} / {spread.median:,.0f} / "
-                f"{spread.max:,.0f}"
-            )
-        pixels = info.megapixels
-        lines.append(
-            f"  {'megapixels':16s}  {pixels.min:.3g} / {pixels.median:.3g} / {pixels.max:.3g}"
-        )
+        lines += [
+            f"  width, pixels     {info.widths.text(',.0f')}",
+            f"  height, pixels    {info.heights.text(',.0f')}",
+            f"  megapixels        {info.megapixels.text('.3g')}",
+        ]
     shares = [f"{name} {n / info.num_looked_at:.1%}" for name, n in info.formats.items()]
-    lines += [f"  {'formats':16s}  {', '.join(shares)}", *_class_lines(info), *_made_lines(info)]
-    return "\n".join(lines)
+    lines.append(f"  formats           {', '.join(shares)}")
 
-
-def _class_lines(info: ShardInfo) -> list[str]:
-    if not info.class_counts:
-        return ["no labels"]
+    # Classes, the largest with bars.
     ordered = sorted(info.class_counts.items(), key=lambda item: -item[1])
-    shown, rest = ordered[:MAX_CLASS_ROWS], ordered[MAX_CLASS_ROWS:]
-    longest, width = max(1, ordered[0][1]), max(len(name[:_BAR]) for name, _ in shown)
-    lines = [f"{len(ordered):,} classes, largest first:"]
-    for name, count in shown:
-        bar = "#" * math.ceil(_BAR * count / longest)
+    listed, rest = ordered[:MAX_CLASS_ROWS], ordered[MAX_CLASS_ROWS:]
+    lines.append(f"{len(ordered):,} classes, largest first:" if ordered else "no labels")
+    width = max((len(name[:_BAR]) for name, _ in listed), default=0)
+    for name, count in listed:
+        bar = "#" * math.ceil(_BAR * count / max(1, ordered[0][1]))
         lines.append(f"  {name[:_BAR]:{width}s}  {count:9,d}  {bar}")
     if rest:
         lines.append(f"  and {len(rest):,} more, {sum(count for _, count in rest):,} samples")
-    if info.num_unlabelled:
+    if ordered and info.num_unlabelled:
         lines.append(f"  without a label: {info.num_unlabelled:,}")
-    return lines
 
-
-def _made_lines(info: ShardInfo) -> list[str]:
-    options = {name: value for name, value in info.options.items() if name != "fingerprint"}
-    words = ", ".join(f"{name} {value}" for name, value in options.items())
-    made = "made by another tool" if options.get("foreign") else f"made with: {words}"
+    # How the set was made.
+    options = [f"{name} {value}" for name, value in info.options.items() if name != "fingerprint"]
+    is_ours = "fingerprint" in info.options
+    lines.append(f"made with: {', '.join(options)}" if is_ours else "made by another tool")
     if not info.skipped:
-        return [made, "nothing was left out when the set was made"]
-    lines = [made, f"left out when the set was made: {len(info.skipped):,}"]
+        lines.append("nothing was left out when the set was made")
+        return "\n".join(lines)
+    lines.append(f"left out when the set was made: {len(info.skipped):,}")
     lines += [f"  {item['file']}: {item['reason']}" for item in info.skipped[:10]]
     if len(info.skipped) > 10:
         lines.append(f"  and {len(info.skipped) - 10:,} more")
-    return lines
+    return "\n".join(lines)
 
 
 def save_pictures(index: ShardIndex, path: Path, *, seed: int = 0) -> int:
@@ -373,8 +310,10 @@ def save_pictures(index: ShardIndex, path: Path, *, seed: int = 0) -> int:
     Raises:
         UserError: If the name ends otherwise, or a shard cannot be read.
     """
-    if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-        raise UserError(f"{path}: give a name that ends in .jpg or .png")
+    require(
+        path.suffix.lower() in (".jpg", ".jpeg", ".png"),
+        f"{path}: give a name that ends in .jpg or .png",
+    )
     chosen = choose_samples(index, _SHEET_COLUMNS * _SHEET_ROWS, seed).tolist()
     columns = min(_SHEET_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -384,30 +323,18 @@ def save_pictures(index: ShardIndex, path: Path, *, seed: int = 0) -> int:
     names = _class_names(index, np.unique(index.samples["label"][chosen]).tolist())
     for number, i in enumerate(chosen):
         x, y = _GAP + number % columns * step_x, _GAP + number // columns * step_y
-        tile = _tile(index, i)
+        try:
+            tile = Image.fromarray(decode(index.read_bytes(i), where=index.describe(i)))
+            tile.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+        except BadPicture:
+            tile = Image.new("RGB", (_TILE, _TILE), "lightgrey")
+            ImageDraw.Draw(tile).text((8, _TILE // 2 - 8), "does not decode", "black")
         sheet.paste(tile, (x + (_TILE - tile.width) // 2, y + (_TILE - tile.height) // 2))
         label = int(index.samples[i]["label"])
         caption = index.key_name(i) if label == NO_LABEL else names[label]
-        draw.text((x, y + _TILE + 1), _fit(caption, draw, font), "black", font)
+        while draw.textlength(caption, font) > _TILE and len(caption) > 1:
+            caption = caption[:-2] + "\u2026"
+        draw.text((x, y + _TILE + 1), caption, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=88)
     return len(chosen)
-
-
-def _tile(index: ShardIndex, i: int) -> Image.Image:
-    """The picture at the size of a tile; a grey one that says so if it does not decode."""
-    try:
-        tile = Image.fromarray(decode(index.read_bytes(i), where=index.describe(i)))
-    except BadPicture:
-        tile = Image.new("RGB", (_TILE, _TILE), "lightgrey")
-        ImageDraw.Draw(tile).text((8, _TILE // 2 - 8), "does not decode", "black")
-        return tile
-    tile.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return tile
-
-
-def _fit(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
-    """As much of a text as fits below a tile."""
-    while draw.textlength(text, font) > _TILE and len(text) > 1:
-        text = text[:-2] + "\u2026"
-    return text

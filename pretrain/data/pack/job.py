@@ -1,9 +1,9 @@
 """Make one shard: the job of one worker process."""
 
+import contextlib
 import errno
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -15,12 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import numpy as np
-
 from common.errors import RunFailed, UserError, printable
-from common.files import write_atomically, write_json
+from common.files import write_atomically
 from common.pictures import BadPicture
-from pretrain.data.index import Entry, to_table
+from pretrain.data.index import Entry, ShardPart
 from pretrain.data.pack.plan import ShardOptions, ShardPlan, prepare
 
 Item = TypeVar("Item")
@@ -44,7 +42,9 @@ def map_unordered(
         for item in items:
             yield item, function(item, *rest)
         return
-    pool = make_pool(min(num_workers, len(items)))
+    context = multiprocessing.get_context("spawn")  # no copies of this process's threads
+    num_workers = min(num_workers, len(items))
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     pending: dict[Future[Result], Item] = {}
     waiting = iter(items)
     try:
@@ -64,13 +64,8 @@ def map_unordered(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def make_pool(num_workers: int) -> ProcessPoolExecutor:
-    """Fresh processes (no copies of this one's threads) that leave Ctrl-C to the parent."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-
-
 def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -83,58 +78,12 @@ def _exit_with_parent() -> None:
 
 
 PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
-_TAR_BLOCK = 512
-
-
-def write_shard(
-    plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: int
-) -> dict[str, Any]:
-    """Make one shard and leave its part of the index; both appear by rename.
-
-    Raises:
-        UserError: If more than `max_bad` of its pictures are bad, or the disk is full.
-    """
-    skipped: list[dict[str, str]] = []
-    entries: list[Entry] = []
-
-    hashing = _HashingStream()
-
-    def write(stream: BinaryIO) -> None:
-        hashing.stream = stream
-        entries.extend(_write_tar(hashing, plan, options, max_bad, skipped))
-
-    try:
-        write_atomically(folder / plan.name, write)
-        part = {
-            "fingerprint": plan.fingerprint,
-            "name": plan.name,
-            "num_samples": len(entries),
-            "bytes": hashing.num_bytes,
-            "sha256": hashing.digest.hexdigest(),
-            "skipped": skipped,
-        }
-        table = to_table([entries])
-        write_atomically(folder / PARTS / f"{plan.name}.npy", lambda file: np.save(file, table))
-        write_json(folder / PARTS / f"{plan.name}.json", part)
-        return part
-    except OSError as error:
-        raise disk_error(error, folder) from error
-
-
-def read_part(folder: Path, plan: ShardPlan) -> dict[str, Any] | None:
-    """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
-    try:
-        part = json.loads((folder / PARTS / f"{plan.name}.json").read_text(encoding="utf-8"))
-        is_whole = (folder / plan.name).stat().st_size == part["bytes"]
-    except (OSError, ValueError):
-        return None
-    return part if is_whole and part["fingerprint"] == plan.fingerprint else None
 
 
 class _HashingStream:
     """A file that only grows, with its SHA-256."""
 
-    stream: BinaryIO
+    file: BinaryIO
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
@@ -143,40 +92,63 @@ class _HashingStream:
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.num_bytes += len(data)
-        return self.stream.write(data)
+        return self.file.write(data)
 
     def tell(self) -> int:
         return self.num_bytes
 
 
-def _write_tar(
-    stream: _HashingStream,
-    plan: ShardPlan,
-    options: ShardOptions,
-    max_bad: int,
-    skipped: list[dict[str, str]],
-) -> list[Entry]:
-    entries = []
-    with tarfile.open(fileobj=cast(BinaryIO, stream), mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for picture, key in zip(plan.pictures, plan.keys, strict=True):
-            try:
-                suffix, data = prepare(picture.path, options.resize_short, options.quality)
-            except BadPicture as error:
-                skipped.append({"file": printable(picture.name), "reason": printable(str(error))})
-                check_bad(skipped, max_bad)
-                continue
-            _add(tar.addfile, f"{key}.{suffix}", data)
-            padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
-            entries.append(Entry(key, stream.num_bytes - padded, len(data), picture.label))
-            if picture.label >= 0:
-                _add(tar.addfile, f"{key}.cls", str(picture.label).encode())
-    return entries
+def write_shard(plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: int) -> ShardPart:
+    """Make one shard and leave its part of the index; both appear by rename.
+
+    Raises:
+        UserError: If more than `max_bad` of its pictures are bad, or the disk is full.
+    """
+    skipped: list[dict[str, str]] = []
+    entries: list[Entry] = []
+    stream = _HashingStream()
+
+    def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(data), 0o644
+        tar.addfile(member, io.BytesIO(data))
+
+    def write(file: BinaryIO) -> None:
+        stream.file = file
+        kind = tarfile.USTAR_FORMAT
+        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="w", format=kind) as tar:
+            for picture, key in zip(plan.pictures, plan.keys, strict=True):
+                try:
+                    suffix, data = prepare(picture.path, options.resize_short, options.quality)
+                except BadPicture as error:
+                    reason = printable(str(error))
+                    skipped.append({"file": printable(picture.name), "reason": reason})
+                    check_bad(skipped, max_bad)
+                    continue
+                add(tar, f"{key}.{suffix}", data)
+                padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                entries.append(Entry(key, stream.num_bytes - padded, len(data), picture.label))
+                if picture.label >= 0:
+                    add(tar, f"{key}.cls", str(picture.label).encode())
+
+    try:
+        write_atomically(folder / plan.name, write)
+        part = ShardPart.of(
+            plan.name, entries, skipped, stream.num_bytes, stream.digest.hexdigest()
+        )
+        part.save(folder / PARTS / plan.name, plan.fingerprint)
+        return part
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
-def _add(addfile: Callable[[tarfile.TarInfo, BinaryIO], None], name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    addfile(member, io.BytesIO(data))
+def read_part(folder: Path, plan: ShardPlan) -> ShardPart | None:
+    """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
+    part = ShardPart.load(folder / PARTS / plan.name, plan.fingerprint)
+    with contextlib.suppress(OSError):
+        if part is not None and (folder / plan.name).stat().st_size == part.shard["bytes"]:
+            return part
+    return None
 
 
 def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
@@ -186,9 +158,9 @@ def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
         UserError: Naming up to ten of them, and the remedy.
     """
     if len(skipped) > max_bad:
-        shown = "\n".join(f"  {item['reason']}" for item in skipped[:10])
+        reasons = "\n".join(f"  {item['reason']}" for item in skipped[:10])
         raise UserError(
-            f"{len(skipped)} pictures cannot be used, allowed are {max_bad}:\n{shown}\n"
+            f"{len(skipped)} pictures cannot be used, allowed are {max_bad}:\n{reasons}\n"
             "repair or remove them, or allow more with --max-bad N to leave them out; then run "
             "the command again"
         )

@@ -4,7 +4,7 @@ FOLDER/shards/SHA256.tar    whole shards, named by their content; the time of ch
 FOLDER/partial/NAME         downloads in flight, as large as the space they have reserved
 FOLDER/locks/NAME           one lock per download; held while it is in flight, so a partial file
                             whose lock is free was left by a killed process
-FOLDER/book.lock            held for a moment while space is reserved, given back, or counted
+FOLDER/space.lock           held for a moment while space is reserved, given back, or counted
 FOLDER/indexes/             indexes of remote sets, not counted in the bound
 
 A shard that another process has open stays readable when it is thrown out: only its name goes.
@@ -19,26 +19,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from common.errors import UserError, require
 from common.files import lock_file, locked, unlock
 from pretrain.data.order import stable_hash
-from pretrain.data.sources.remote import Patience, RemoteFile, download, look, shown
+from pretrain.data.sources.remote import Patience, RemoteFile, displayed, download, look
 
 _GROWTH_BYTES = 64 << 20  # reserved at a time for a download of unknown size
-
-
-class Space(Protocol):
-    """What hands out the cache's space."""
-
-    folder: Path
-    max_bytes: int
-
-    def reserve(self, partial: Path, extra: int, *, is_growing: bool) -> None:
-        """Reserve bytes for a download."""
 
 
 class TooMuchError(Exception):
@@ -54,7 +43,7 @@ class PartialFile:
 
     GROWING = ".growing"  # ends the name if the size is not known
 
-    def __init__(self, cache: Space, path: Path, size: int | None) -> None:
+    def __init__(self, cache: "ShardCache", path: Path, size: int | None) -> None:
         self._cache, self._size = cache, size
         self.path = path if size is not None else path.with_name(path.name + self.GROWING)
         self.path.unlink(missing_ok=True)  # of a killed process
@@ -121,6 +110,18 @@ def disk_error(error: OSError, folder: Path) -> UserError:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
 def touch(file: int) -> None:
     """Mark a cached shard as just used."""
     with contextlib.suppress(OSError):  # a cache of somebody else's: order of use is a hint
@@ -136,14 +137,6 @@ def files_of(folder: Path) -> list[tuple[int, int, Path]]:
             status = path.stat()
             found.append((status.st_mtime_ns, status.st_size, path))
     return found
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def extend(path: Path, extra: int) -> None:
@@ -175,23 +168,15 @@ class CacheOptions:
     Attributes:
         folder: None: ``$XDG_CACHE_HOME/fa-shards``, or ``~/.cache/fa-shards``.
         max_bytes: Bound of all whole shards and downloads in flight together.
-        read_retries: Further tries after a failed read.
-        read_timeout_seconds: A connection that brings no byte for so long has failed.
+        patience: How long to keep trying.
     """
 
     folder: Path | None = None
     max_bytes: int = 64_000_000_000
-    read_retries: int = 5
-    read_timeout_seconds: float = 60.0
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         require(self.max_bytes > 0, f"data.cache_gb: {self.max_bytes / 1e9}: must be above 0")
-        Patience(self.read_retries, self.read_timeout_seconds)  # its checks are ours
-
-    @property
-    def patience(self) -> Patience:
-        """How long to keep trying."""
-        return Patience(self.read_retries, self.read_timeout_seconds)
 
     @property
     def place(self) -> Path:
@@ -203,7 +188,7 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RemoteShard:
     """A remote shard as an index knows it."""
 
     url: str
@@ -236,10 +221,10 @@ class ShardCache:
         self.folder, self.max_bytes = options.place, options.max_bytes
         self.statistics = CacheStatistics()
         self._shards, self._partial = self.folder / "shards", self.folder / "partial"
+        for folder in (self._shards, self._partial, self.folder / "locks"):
+            make_folder(folder)
         try:
-            for folder in (self._shards, self._partial, self.folder / "locks"):
-                folder.mkdir(parents=True, exist_ok=True)
-            with self._book():
+            with self._space_lock():
                 pass  # the folder is writable and its disk knows locks
         except OSError as error:
             raise disk_error(error, self.folder) from error
@@ -261,34 +246,34 @@ class ShardCache:
 
     # -- what a reader needs ----------------------------------------------------------------------
 
-    def path(self, wanted: Wanted) -> Path:
+    def path(self, shard: RemoteShard) -> Path:
         """Where the shard lies if it is in the cache."""
-        return self._shards / f"{wanted.sha256}.tar"
+        return self._shards / f"{shard.sha256}.tar"
 
-    def open(self, wanted: Wanted) -> int:
+    def open(self, shard: RemoteShard) -> int:
         """A file descriptor of the whole shard, fetched first if need be; the caller closes it.
 
         Raises:
             UserError: If it cannot be fetched, is not what the index says, or finds no room.
         """
-        found = self._open_cached(wanted)
+        found = self._open_cached(shard)
         if found is None:
-            with self.lock(wanted.sha256):
-                found = self._open_cached(wanted)
+            with self.lock(shard.sha256):
+                found = self._open_cached(shard)
                 if found is None:
-                    return self._fetch_known(wanted)
+                    return self._fetch_known(shard)
         self.statistics.hits += 1
         return found
 
-    def ensure(self, wanted: list[Wanted]) -> None:
+    def ensure(self, shards: list[RemoteShard]) -> None:
         """Fetch what is missing, several shards side by side; as many as the bound holds.
 
         Raises:
             UserError: As `open`.
         """
-        missing: list[Wanted] = []
+        missing: list[RemoteShard] = []
         room = self.options.max_bytes
-        for shard in wanted:
+        for shard in shards:
             room -= shard.size
             if room < 0:
                 break  # it would throw out what was fetched a moment ago
@@ -303,13 +288,13 @@ class ShardCache:
         elif missing:
             os.close(self.open(missing[0]))
 
-    def _open_cached(self, wanted: Wanted) -> int | None:
-        path = self.path(wanted)
+    def _open_cached(self, shard: RemoteShard) -> int | None:
+        path = self.path(shard)
         try:
             found = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(found).st_size != wanted.size:  # somebody meddled with it
+        if os.fstat(found).st_size != shard.size:  # somebody meddled with it
             os.close(found)
             path.unlink(missing_ok=True)
             return None
@@ -318,13 +303,13 @@ class ShardCache:
 
     # -- fetching ---------------------------------------------------------------------------------
 
-    def _fetch_known(self, wanted: Wanted) -> int:
-        file = RemoteFile(wanted.url, wanted.size, "")
-        if _is_web(wanted.url):
-            file = look(wanted.url, self.options.patience)
-        if file.size is not None and file.size != wanted.size:
-            raise self._changed(wanted, f"{file.size:,} bytes instead of {wanted.size:,}")
-        return self._fetch(file, wanted.size, wanted.sha256, wanted)[0]
+    def _fetch_known(self, shard: RemoteShard) -> int:
+        file = RemoteFile(shard.url, shard.size, "")
+        if not shard.url.startswith("pipe:"):
+            file = look(shard.url, self.options.patience)
+        if file.size is not None and file.size != shard.size:
+            raise self._changed(shard, f"{file.size:,} bytes instead of {shard.size:,}")
+        return self._fetch(file, shard.size, shard.sha256, shard)[0]
 
     def fetch_unknown(self, file: RemoteFile) -> tuple[int, int, str]:
         """Fetch a shard that no index describes yet.
@@ -335,19 +320,19 @@ class ShardCache:
             UserError: As `open`; also if the file changes meanwhile.
         """
         if file.size is not None and file.size > self.options.max_bytes:
-            raise self._too_large(file.url, file.size)
+            raise self._too_large(displayed(file.url), file.size)
         name = stable_hash(file.url, file.version).hex()
         with self.lock(name):
             found, (num_bytes, sha256) = self._fetch(file, file.size, name, None)
-        if _is_web(file.url):
+        if not file.url.startswith("pipe:"):
             now = look(file.url, self.options.patience)
             if (now.size, now.version) != (file.size, file.version):
                 os.close(found)
-                raise UserError(f"{shown(file.url)}: changed while it was fetched; run again")
+                raise UserError(f"{displayed(file.url)}: changed while it was fetched; run again")
         return found, num_bytes, sha256
 
     def _fetch(
-        self, file: RemoteFile, size: int | None, name: str, wanted: Wanted | None
+        self, file: RemoteFile, size: int | None, name: str, shard: RemoteShard | None
     ) -> tuple[int, tuple[int, str]]:
         """Download under the lock `name`, which the caller holds; give the descriptor and facts."""
         while True:
@@ -355,13 +340,13 @@ class ShardCache:
             try:
                 download(file, sink, self.options.patience)
                 facts = sink.finish()
-                if wanted is not None and facts != (wanted.size, wanted.sha256):
-                    what = f"{facts[0]:,} bytes instead of {wanted.size:,}"
-                    if facts[0] == wanted.size:
+                if shard is not None and facts != (shard.size, shard.sha256):
+                    what = f"{facts[0]:,} bytes instead of {shard.size:,}"
+                    if facts[0] == shard.size:
                         what = "its SHA-256 is not the one in the index"
-                    raise self._changed(wanted, what)
+                    raise self._changed(shard, what)
                 found = os.open(sink.path, os.O_RDONLY)  # before others may throw it out
-                with self._book():
+                with self._space_lock():
                     os.replace(sink.path, self._shards / f"{facts[1]}.tar")
                 touch(found)
                 self.statistics.fetches += 1
@@ -371,10 +356,10 @@ class ShardCache:
                 sink.discard()
                 time.sleep(20 * _WAIT_SECONDS)
             except TooMuchError:
-                if wanted is not None:
-                    raise self._changed(wanted, f"more than {wanted.size:,} bytes") from None
+                if shard is not None:
+                    raise self._changed(shard, f"more than {shard.size:,} bytes") from None
                 raise UserError(
-                    f"{shown(file.url)}: more bytes than announced; run again"
+                    f"{displayed(file.url)}: more bytes than announced; run again"
                 ) from None
             except OSError as error:
                 raise disk_error(error, self.folder) from error
@@ -396,7 +381,8 @@ class ShardCache:
             if not others:  # nobody to wait for, unless the last one has just finished
                 if self._make_room(extra, partial):
                     return
-                raise self._too_large(None, extra + size_of(partial))
+                size = partial.stat().st_size if partial.exists() else 0
+                raise self._too_large("a shard", extra + size)
             growing = all(path.name.endswith(PartialFile.GROWING) for path in others)
             if is_growing and growing and others and others[0] < partial:
                 raise YieldError
@@ -404,7 +390,7 @@ class ShardCache:
 
     def _make_room(self, extra: int, partial: Path | None) -> bool:
         """Extend `partial` by `extra` bytes if they fit; true if so."""
-        with self._book():
+        with self._space_lock():
             self._remove_leftovers()
             whole = files_of(self._shards)
             too_much = extra - self.options.max_bytes
@@ -428,8 +414,8 @@ class ShardCache:
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _book(self) -> Iterator[None]:
-        with open(self.folder / "book.lock", "ab") as stream:
+    def _space_lock(self) -> Iterator[None]:
+        with open(self.folder / "space.lock", "ab") as stream:
             lock_file(stream, self.folder, wait=True)
             try:
                 yield
@@ -449,20 +435,15 @@ class ShardCache:
 
     # -- messages ---------------------------------------------------------------------------------
 
-    def _changed(self, wanted: Wanted, what: str) -> UserError:
+    def _changed(self, shard: RemoteShard, what: str) -> UserError:
         return UserError(
-            f"{shown(wanted.url)}: {what}: the shard was changed or cut short, or the index is "
+            f"{displayed(shard.url)}: {what}: the shard was changed or cut short, or the index is "
             f"stale; {self.remedy}"
         )
 
-    def _too_large(self, url: str | None, size: int) -> UserError:
-        name = shown(url) if url else "a shard"
+    def _too_large(self, name: str, size: int) -> UserError:
         return UserError(
             f"{name}: {size:,} bytes or more do not fit into the cache of "
             f"{self.options.max_bytes:,} bytes ({self.folder}); raise data.cache_gb, or make "
             "smaller shards"
         )
-
-
-def _is_web(url: str) -> bool:
-    return not url.startswith("pipe:")

@@ -6,7 +6,6 @@ row of tars: one tar, braces (`train-{000..099}.tar`), a glob, or `pipe:` comman
 
 import glob
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from braceexpand import braceexpand
 
-from common.errors import UserError
-from pretrain.data.sources.remote import Patience, find_tars, read_if_there, shown
+from common.errors import UserError, require
+from pretrain.data.index import parse_index
+from pretrain.data.sources.remote import Patience, displayed, find_tars, read_if_there
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "pipe")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?=//)|(pipe):")
@@ -77,7 +77,7 @@ def parse(spec: str | Path) -> Location:
 def _parse_local(path: str) -> Location:
     if Path(path).is_dir():
         return Location("file", True, path)
-    is_pattern = _has_braces(path) or _GLOB.search(path) or path.endswith(".tar")
+    is_pattern = _BRACES.search(path) or _GLOB.search(path) or path.endswith(".tar")
     if not is_pattern and not _COMPRESSED.search(path):
         return Location("file", True, path)  # missing: whoever opens it says so
     _require_tar(path, path)
@@ -93,17 +93,17 @@ def _parse_remote(text: str, scheme: str) -> Location:
         raise UserError(f"{text}: names no {'server' if is_web else 'bucket'}")
     if is_web and "*" in path:
         raise UserError(
-            f"{shown(text)}: a web server cannot be searched; name the tars with braces, as in "
+            f"{displayed(text)}: a web server cannot be searched; name the tars with braces, as in "
             "train-{000000..000099}.tar"
         )
     is_folder = not path.endswith(".tar") and not _COMPRESSED.search(path)
-    if is_folder and (_has_braces(path) or (not is_web and _GLOB.search(path))):
+    if is_folder and (_BRACES.search(path) or (not is_web and _GLOB.search(path))):
         raise UserError(
-            f"{shown(text)}: braces and globs name tars, not folders; end it with .tar, or name "
-            "several sources"
+            f"{displayed(text)}: braces and globs name tars, not folders; end it with .tar, or "
+            "name several sources"
         )
     if not is_folder:
-        _require_tar(path, shown(text))
+        _require_tar(path, displayed(text))
     return Location(scheme, is_folder, url)
 
 
@@ -114,10 +114,6 @@ def _require_tar(path: str, name: str) -> None:
         )
     if not path.endswith(".tar"):
         raise UserError(f"{name}: a pattern must name .tar files; end it with .tar")
-
-
-def _has_braces(text: str) -> bool:
-    return _BRACES.search(text) is not None
 
 
 def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
@@ -135,44 +131,45 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
     location = parse(spec)
     patience = patience or Patience()
     if location.is_folder:
-        return list_folder(location, patience)
+        url = join(location.text, "index.json")
+        if location.is_remote:
+            data = read_if_there(url, patience)
+        else:
+            data = Path(url).read_bytes() if Path(url).exists() else None
+        if data is None:
+            return list_tars(location, patience)
+        names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
+        return [join(location.text, name) for name in names]
+    texts = [location.text]
+    if _BRACES.search(location.text) and not Path(location.text).exists():
+        try:
+            texts = list(itertools.islice(braceexpand(location.text), _MAX_SHARDS + 1))
+        except ValueError:
+            raise UserError(
+                f"{displayed(location.text)}: a brace is not closed; write \\{{ for one that "
+                "stands for itself"
+            ) from None
+        require(
+            len(texts) <= _MAX_SHARDS,
+            f"{displayed(location.text)}: the braces name more than {_MAX_SHARDS:,} shards",
+        )
     tars: list[str] = []
-    for text in _expand_braces(location.text):
-        tars += _expand_glob(text, location.scheme, patience)
+    for text in texts:
+        found = [text]
+        if _GLOB.search(text) and location.scheme in ("s3", "gs"):
+            found = find_tars(text, patience)
+        elif _GLOB.search(text) and location.scheme == "file" and not Path(text).exists():
+            found = sorted(glob.glob(text))
+        require(bool(found), f"{text}: no file fits this pattern; check the folder and the name")
+        tars += found
     if len(set(tars)) < len(tars):
         twice = next(tar for tar, group in itertools.groupby(sorted(tars)) if len(list(group)) > 1)
-        raise UserError(f"{shown(location.text)}: names {shown(twice)} more than once")
+        raise UserError(f"{displayed(location.text)}: names {displayed(twice)} more than once")
     return tars
 
 
-def _expand_braces(text: str) -> list[str]:
-    if Path(text).exists() or not _has_braces(text):
-        return [text]  # braces that stand for themselves, as in an awk program
-    try:
-        found = list(itertools.islice(braceexpand(text), _MAX_SHARDS + 1))
-    except ValueError:
-        raise UserError(
-            f"{shown(text)}: a brace is not closed; write \\{{ for one that stands for itself"
-        ) from None
-    if len(found) > _MAX_SHARDS:
-        raise UserError(f"{shown(text)}: the braces name more than {_MAX_SHARDS:,} shards")
-    return found
-
-
-def _expand_glob(text: str, scheme: str, patience: Patience) -> list[str]:
-    if scheme in ("http", "https", "pipe") or not _GLOB.search(text):
-        return [text]
-    if scheme == "file":
-        found = [text] if Path(text).exists() else sorted(glob.glob(text))
-    else:
-        found = find_tars(text, patience)
-    if not found:
-        raise UserError(f"{text}: no file fits this pattern; check the folder and the name")
-    return found
-
-
 def join(folder: str, name: str) -> str:
-    """URL of a file in a folder's URL; a query of the folder (a token, say) is kept."""
+    """Path or URL of a file in a folder; a query of the folder's URL (a token, say) is kept."""
     if urlsplit(folder).scheme not in ("http", "https"):
         return f"{folder.rstrip('/')}/{name}"
     parts = urlsplit(folder)
@@ -180,80 +177,29 @@ def join(folder: str, name: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
-def check_name(name: object, where: str) -> str:
-    """A file name out of an index: it must stay below the folder of the index.
-
-    Raises:
-        UserError: If it is absolute, climbs out of the folder, or names another place.
-    """
-    is_plain = (
-        isinstance(name, str)
-        and name != ""
-        and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
-        and not re.search(r"[\\\x00-\x1f]", name)
-        and all(part not in ("", ".", "..") for part in name.split("/"))
-    )
-    if not is_plain:
-        raise UserError(
-            f"{where}: names the file {name!r}, which does not lie below the folder; such an index "
-            "is not trusted: get the set from its maker again"
-        )
-    return str(name)
-
-
-def list_folder(location: Location, patience: Patience) -> list[str]:
-    """Tars of a folder: those of its index.json, or all of them.
+def list_tars(location: Location, patience: Patience) -> list[str]:
+    """All tars of a folder that has no index.json.
 
     Raises:
         UserError: If the folder is missing, holds no tar, or cannot be listed.
     """
+    text = displayed(location.text)
+    remedy = "check the address"
     if not location.is_remote:
-        return _list_local(Path(location.text))
-    url = join(location.text, "index.json")
-    if (data := read_if_there(url, patience)) is not None:
-        return [join(location.text, name) for name in _names_of(data, url)]
-    return list_without_index(location, patience)
-
-
-def list_without_index(location: Location, patience: Patience) -> list[str]:
-    """All tars of a remote folder that has no index.json.
-
-    Raises:
-        UserError: If there is none, or the server cannot list.
-    """
-    if location.scheme in ("http", "https"):
+        folder = Path(location.text)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: no such folder of shards; make one with tools/make_shards.py"
+            )
+        found = sorted(str(path) for path in folder.glob("*.tar"))
+        remedy = f"make shards with tools/make_shards.py SOURCE {folder}"
+    elif location.scheme in ("http", "https"):
         raise UserError(
-            f"{shown(location.text)}: there is no index.json, and a web server cannot be "
-            "searched; name the tars with braces, as in train-{000000..000099}.tar"
+            f"{text}: there is no index.json, and a web server cannot be searched; name the tars "
+            "with braces, as in train-{000000..000099}.tar"
         )
-    found = find_tars(join(location.text, "*.tar"), patience)
+    else:
+        found = find_tars(join(location.text, "*.tar"), patience)
     if not found:
-        raise UserError(
-            f"{shown(location.text)}: holds neither index.json nor .tar files; check the address"
-        )
+        raise UserError(f"{text}: holds neither index.json nor .tar files; {remedy}")
     return found
-
-
-def _list_local(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of shards; make one with tools/make_shards.py")
-    path = folder / "index.json"
-    if path.exists():
-        return [str(folder / name) for name in _names_of(path.read_bytes(), str(path))]
-    tars = sorted(str(path) for path in folder.glob("*.tar"))
-    if not tars:
-        raise UserError(
-            f"{folder}: holds neither index.json nor .tar files; make shards with "
-            f"tools/make_shards.py SOURCE {folder}"
-        )
-    return tars
-
-
-def _names_of(data: bytes, where: str) -> list[str]:
-    try:
-        names = [shard["name"] for shard in json.loads(data)["shards"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{shown(where)}: cannot be read as an index ({error}); make the shards again"
-        ) from None
-    return [check_name(name, shown(where)) for name in names]

@@ -1,163 +1,60 @@
-"""Open what a user named as shards: find or make its index, and say how its tars are read."""
+"""Open what a user named as shards: find its index or make one, and say how its tars are read.
 
-import contextlib
+Shards that another tool made have no index: they are scanned on first use. The index of remote
+shards is kept in the cache's folder, and so is that of a pattern or of a folder that is read-only.
+"""
+
 import hashlib
-import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import numpy as np
+from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import sha256_of, write_bytes
-from pretrain.data.index import SAMPLE_DTYPE, read_index
-from pretrain.data.sources import foreign
-from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted, touch
-from pretrain.data.sources.locations import (
-    Location,
-    check_name,
-    expand,
-    join,
-    list_without_index,
-    parse,
+from common.files import write_bytes
+from pretrain.data.index import (
+    SAMPLE_DTYPE,
+    ShardPart,
+    load_table,
+    parse_index,
+    read_index,
+    scan_file,
+    scan_shard,
+    write_index,
 )
+from pretrain.data.order import stable_hash
+from pretrain.data.sources.cache import (
+    NUM_FETCHERS,
+    CacheOptions,
+    RemoteShard,
+    ShardCache,
+    make_folder,
+    touch,
+)
+from pretrain.data.sources.locations import Location, expand, join, list_tars, parse
 from pretrain.data.sources.remote import (
-    BytesSink,
-    Patience,
     RemoteFile,
-    download,
-    look,
+    displayed,
     look_at_all,
     read_if_there,
-    shown,
+    read_small,
 )
 
-_REMEDY = "delete index.json and run again to index the tars, or make the shards again"
+_MAX_SCANS = 8  # local tars scanned side by side
+_T = TypeVar("_T")
 
 
-def check_index(index: dict[str, Any], where: str) -> None:
-    """Refuse an index whose entries are missing, of another kind, or lead out of the folder.
-
-    Raises:
-        UserError: Naming the first such entry.
-    """
-    try:
-        for shard in index["shards"]:
-            check_name(shard["name"], where)
-            is_hash = len(shard["sha256"]) == 64 and set(shard["sha256"]) <= set("0123456789abcdef")
-            if not is_hash or int(shard["bytes"]) < 0:
-                raise ValueError(f"shard {shard['name']!r}: bytes or sha256 are impossible")
-        total = sum(int(shard["num_samples"]) for shard in index["shards"])
-        if total != int(index["num_samples"]):
-            raise ValueError(f"{total} samples in the shards, num_samples {index['num_samples']}")
-        if "/" in check_name(index["samples"], where):
-            raise ValueError("samples must be a file beside index.json")
-        for name in ("classes", "skipped", "samples_sha256"):
-            if name not in index:
-                raise KeyError(name)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{where}: damaged index ({type(error).__name__}: {error}); make the shards again"
-        ) from None
-
-
-def check_table(folder: Path, index: dict[str, Any]) -> None:
-    """Refuse a table of samples that does not fit its index.
-
-    Raises:
-        UserError: If it is missing, unreadable, of another length, or of another hash.
-    """
-    path = folder / index["samples"]
-    if not path.exists():
-        raise UserError(f"{path}: missing; {_REMEDY}")
-    try:
-        table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-    if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
-        raise UserError(
-            f"{path}: does not fit index.json ({index['num_samples']} samples); {_REMEDY}"
-        )
-    if sha256_of(path) != index["samples_sha256"]:
-        raise UserError(f"{path}: its SHA-256 is not the one in index.json; {_REMEDY}")
-    sizes = [shard["num_samples"] for shard in index["shards"]]
-    is_inside = not len(table) or int(table["shard"].max()) < len(sizes)
-    if not is_inside or (np.bincount(table["shard"], minlength=len(sizes)) != sizes).any():
-        raise UserError(f"{path}: its shards are not those of index.json; {_REMEDY}")
-
-
-def check_local_shards(paths: list[Path], index_folder: Path, index: dict[str, Any]) -> None:
-    """Refuse shards that are missing, or of another size than the index says.
-
-    Raises:
-        UserError: Naming the first such shard.
-    """
-    for shard, path in zip(index["shards"], paths, strict=True):
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise UserError(
-                f"{path}: shard is missing; copy it back, or make the shards again with "
-                "tools/make_shards.py"
-            ) from None
-        if size < shard["bytes"]:
-            raise UserError(
-                f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make "
-                "it again"
-            )
-        if size > shard["bytes"]:
-            raise stale(path, index_folder, f"{size:,} bytes instead of {shard['bytes']:,}")
-
-
-def check_no_others(folder: Path, index_folder: Path, index: dict[str, Any]) -> None:
-    """Refuse tars in the folder that the index does not know.
-
-    Raises:
-        UserError: Naming the first such tar.
-    """
-    known = {shard["name"] for shard in index["shards"]}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in known:
-            raise stale(path, index_folder, "a shard that the index does not know")
-
-
-def stale(path: Path, index_folder: Path, what: str) -> UserError:
-    """The error about an index that no longer fits its shards."""
-    return UserError(
-        f"{path}: {what}: the index is stale; delete {index_folder / 'index.json'} to index the "
-        "tars again"
-    )
-
-
-class Tars(Protocol):
-    """The tars of a source, by number. They travel to workers by pickling."""
-
-    @property
-    def is_remote(self) -> bool:
-        """True if they must be fetched."""
-        ...
-
-    def open(self, number: int) -> int:
-        """A file descriptor that the caller closes."""
-        ...
-
-    def name(self, number: int) -> str:
-        """What to call a tar in messages."""
-        ...
-
-    def ensure(self, numbers: list[int]) -> None:
-        """Make sure that these are on this machine."""
-
-    def touch(self, descriptor: int) -> None:
-        """Say that an open tar is being used."""
+# -- tars by number -------------------------------------------------------------------------------
 
 
 class LocalTars:
-    """Tars on the local disk."""
+    """Tars on the local disk. They travel to workers by pickling, as `RemoteTars` do."""
 
     is_remote = False
 
@@ -165,18 +62,12 @@ class LocalTars:
         self._paths = paths
 
     def open(self, number: int) -> int:
-        """Open the tar; raises OSError."""
+        """A file descriptor that the caller closes; raises OSError."""
         return os.open(self._paths[number], os.O_RDONLY)
 
     def name(self, number: int) -> str:
-        """The path."""
+        """What to call a tar in messages."""
         return str(self._paths[number])
-
-    def ensure(self, numbers: list[int]) -> None:
-        """They are here already."""
-
-    def touch(self, descriptor: int) -> None:
-        """Nobody asks when a local tar was used."""
 
 
 class RemoteTars:
@@ -184,29 +75,32 @@ class RemoteTars:
 
     is_remote = True
 
-    def __init__(self, wanted: list[Wanted], options: CacheOptions, remedy: str) -> None:
-        self._wanted, self._options, self._remedy = wanted, options, remedy
+    def __init__(self, shards: list[RemoteShard], options: CacheOptions, remedy: str) -> None:
+        self._shards, self._options, self._remedy = shards, options, remedy
         self.cache = ShardCache(options, remedy)
 
     def open(self, number: int) -> int:
-        """Open the shard in the cache, fetched first if need be; raises UserError."""
-        return self.cache.open(self._wanted[number])
+        """A file descriptor of the shard in the cache, fetched first if need be; raises UserError.
+
+        The caller closes it.
+        """
+        return self.cache.open(self._shards[number])
 
     def name(self, number: int) -> str:
         """The URL, and where the copy lies."""
-        wanted = self._wanted[number]
-        return f"{shown(wanted.url)} (copy: {self.cache.path(wanted)})"
+        shard = self._shards[number]
+        return f"{displayed(shard.url)} (copy: {self.cache.path(shard)})"
 
     def ensure(self, numbers: list[int]) -> None:
         """Fetch what is missing; raises UserError."""
-        self.cache.ensure([self._wanted[number] for number in numbers])
+        self.cache.ensure([self._shards[number] for number in numbers])
 
     def touch(self, descriptor: int) -> None:
-        """The least recently used goes first."""
+        """Say that an open tar is being used: the least recently used goes first."""
         touch(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteTars, (self._wanted, self._options, self._remedy)
+        return RemoteTars, (self._shards, self._options, self._remedy)
 
 
 @dataclass
@@ -217,14 +111,14 @@ class Source:
         name: What the user called it, without secrets.
         folder: Where the tars are, if they are in one local folder; else where the index is.
         index_folder: Where index.json and samples.npy are.
-        index: index.json.
         tars: The tars.
+        index: index.json.
     """
 
     name: str
     folder: Path
     index_folder: Path
-    tars: Tars
+    tars: LocalTars | RemoteTars
     index: dict[str, Any] = field(repr=False)
 
 
@@ -235,68 +129,183 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
         UserError: If anything is missing, damaged, stale, or not allowed.
     """
     location = parse(spec)
-    if location.is_remote:
-        return _open_remote(location, options)
+    return _open_remote(location, options) if location.is_remote else _open_local(location, options)
+
+
+# -- local tars -----------------------------------------------------------------------------------
+
+
+def _open_local(location: Location, options: CacheOptions) -> Source:
     if location.is_folder:
-        return _open_folder(Path(location.text), options)
-    paths = [Path(path) for path in expand(spec)]
-    index_folder = foreign.index_files(paths, options.place, location.text)
-    index = _read(index_folder)
-    check_local_shards(paths, index_folder, index)
-    folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        folder = index_folder = Path(location.text)
+        if not (folder / "index.json").exists():
+            index_folder = _index_local(expand(folder), folder, options.place, folder.name)
+        index = _read_whole_index(index_folder)
+        paths = [folder / shard["name"] for shard in index["shards"]]
+    else:
+        paths = [Path(path) for path in expand(location.text)]
+        folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        index_folder = _index_local(paths, None, options.place, location.text)
+        index = _read_whole_index(index_folder)
+
+    def stale(path: Path, what: str) -> UserError:
+        return UserError(
+            f"{path}: {what}: the index is stale; delete {index_folder / 'index.json'} to index "
+            "the tars again"
+        )
+
+    # Every shard must be there in the size that the index says, and in a folder no other one.
+    for shard, path in zip(index["shards"], paths, strict=True):
+        size = _size_of(path)
+        if size < shard["bytes"]:
+            raise UserError(
+                f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make "
+                "it again"
+            )
+        if size > shard["bytes"]:
+            raise stale(path, f"{size:,} bytes instead of {shard['bytes']:,}")
+    if location.is_folder:
+        for path in sorted({*folder.glob("*.tar")} - {*paths}):
+            raise stale(path, "a shard that the index does not know")
     return Source(location.text, folder, index_folder, LocalTars(paths), index)
 
 
-def _open_folder(folder: Path, options: CacheOptions) -> Source:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of shards; make one with tools/make_shards.py")
-    index_folder = folder
-    if not (folder / "index.json").exists():
-        index_folder = foreign.index_folder(folder, options.place)
-    index = _read(index_folder)
-    paths = [folder / shard["name"] for shard in index["shards"]]
-    check_local_shards(paths, index_folder, index)
-    check_no_others(folder, index_folder, index)
-    return Source(str(folder), folder, index_folder, LocalTars(paths), index)
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(
+            f"{path}: shard is missing ({error.strerror}); copy it back, correct the pattern, or "
+            "make the shards again with tools/make_shards.py"
+        ) from None
 
 
-def _read(index_folder: Path) -> dict[str, Any]:
-    index = read_index(index_folder / "index.json")
-    check_index(index, str(index_folder / "index.json"))
-    check_table(index_folder, index)
+def _read_whole_index(folder: Path) -> dict[str, Any]:
+    index = read_index(folder)
+    load_table(folder, index)
     return index
 
 
+def _index_local(
+    tars: Sequence[str | Path], folder: Path | None, cache_folder: Path, name: str
+) -> Path:
+    """Index local tars on first use.
+
+    Args:
+        tars: Their paths, in the order of the index.
+        folder: Where the index belongs, if it can be written.
+        cache_folder: The cache's folder, for other indexes.
+        name: What the progress bar calls them.
+    Returns:
+        The folder of the index; in the cache it depends on the tars' paths, sizes and times.
+    Raises:
+        UserError: If one is missing or damaged, or none holds a picture.
+    """
+    paths = [Path(tar) for tar in tars]
+    target = folder if folder is not None and _is_writable(folder) else None
+    if target is None:
+        parts: list[int | str] = []
+        for path in paths:
+            parts += [str(path.resolve()), _size_of(path), path.stat().st_mtime_ns]
+        target = cache_folder / "indexes" / stable_hash(*parts).hex()
+    if not (target / "index.json").exists():
+        make_folder(target)
+        _scan_all(scan_file, paths, target, name, min(_MAX_SCANS, os.cpu_count() or 1))
+    return target
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-"):
+            return True
+    except OSError:
+        return False
+
+
+def _scan_all(
+    scan: Callable[[_T], ShardPart], shards: Sequence[_T], target: Path, name: str, num_threads: int
+) -> None:
+    """Scan all shards side by side and write the index; after a failure no further scan begins."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(scan, shard) for shard in shards]
+        try:
+            bar = tqdm(futures, desc=f"indexing {name}", unit="shard")
+            parts = [future.result() for future in bar]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if not any(len(part.table) for part in parts):
+        raise UserError(
+            f"{name}: {len(parts)} tars without a single picture; are they WebDataset shards?"
+        )
+    write_index(target, parts, classes=None, options={"external": True})
+
+
+# -- remote tars ----------------------------------------------------------------------------------
+
+
 def _open_remote(location: Location, options: CacheOptions) -> Source:
-    name, cache = shown(location.text), ShardCache(options)
-    index_folder, urls = None, []
-    if location.is_folder:
-        index_folder = _fetch_index(location, cache)
-        if index_folder is None:
-            urls = list_without_index(location, options.patience)
-    else:
-        urls = expand(location.text, options.patience)
-    if index_folder is None:
-        index_folder = foreign.index_remote(_files(urls, options.patience), cache, name)
-        remedy = f"run again: the shards are indexed anew (or delete {index_folder})"
-    else:
+    name, cache = displayed(location.text), ShardCache(options)
+    index_folder = _fetch_index(location, cache) if location.is_folder else None
+    if index_folder is not None:
+        index = _read_whole_index(index_folder)
+        urls = [join(location.text, shard["name"]) for shard in index["shards"]]
         remedy = "upload the shards and index.json of one run of tools/make_shards.py again"
-    index = _read(index_folder)
-    urls = urls or [join(location.text, shard["name"]) for shard in index["shards"]]
-    pairs = zip(urls, index["shards"], strict=True)
-    wanted = [Wanted(url, shard["bytes"], shard["sha256"]) for url, shard in pairs]
-    cache.check_bound([shard.size for shard in wanted])
-    tars = RemoteTars(wanted, options, remedy)
+    else:
+        patience = options.patience
+        urls = (
+            list_tars(location, patience) if location.is_folder else expand(location.text, patience)
+        )
+        if location.scheme == "pipe":
+            files = [RemoteFile(url, None, "") for url in urls]
+        else:
+            files = look_at_all(urls, patience)
+        index_folder = _index_remote(files, cache, name)
+        index = _read_whole_index(index_folder)
+        remedy = f"run again: the shards are indexed anew (or delete {index_folder})"
+    shards = [
+        RemoteShard(url, shard["bytes"], shard["sha256"])
+        for url, shard in zip(urls, index["shards"], strict=True)
+    ]
+    cache.check_bound([shard.size for shard in shards])
+    tars = RemoteTars(shards, options, remedy)
     return Source(name, index_folder, index_folder, tars, index)
 
 
-def _files(urls: list[str], patience: Patience) -> list[RemoteFile]:
-    if urls[0].startswith("pipe:"):
-        return [RemoteFile(url, None, "") for url in urls]
-    return look_at_all(urls, patience)
+def _index_remote(files: list[RemoteFile], cache: ShardCache, name: str) -> Path:
+    """Index shards behind URLs or commands: each passes through the cache once.
 
+    A killed run goes on where it was. Of several processes one works, the others wait.
 
-# -- the index of a remote folder -----------------------------------------------------------------
+    Args:
+        files: The shards, in the order of the index.
+        cache: Where they pass through.
+        name: What the progress bar calls them.
+    Returns:
+        The folder of the index; it depends on the shards' URLs, sizes and versions.
+    Raises:
+        UserError: If one cannot be fetched or is damaged, or none holds a picture.
+    """
+    key = stable_hash(*(f"{file.url}\n{file.size}\n{file.version}" for file in files)).hex()
+    target = cache.folder / "indexes" / key
+
+    def scan(file: RemoteFile) -> ShardPart:
+        saved = target / "parts" / stable_hash(file.url, file.version).hex()
+        if (known := ShardPart.load(saved)) is not None:
+            return known
+        descriptor, size, sha256 = cache.fetch_unknown(file)
+        with os.fdopen(descriptor, "rb") as stream:
+            entries, skipped = scan_shard(displayed(file.url), stream)
+        base = displayed(file.url).rpartition("/")[2] or "shard.tar"
+        part = ShardPart.of(base, entries, skipped, size, sha256)
+        part.save(saved)
+        return part
+
+    with cache.lock(f"index-{key}"):
+        if not (target / "index.json").exists():
+            make_folder(target / "parts")
+            _scan_all(scan, files, target, name, NUM_FETCHERS)
+            shutil.rmtree(target / "parts")
+    return target
 
 
 def _fetch_index(location: Location, cache: ShardCache) -> Path | None:
@@ -305,57 +314,32 @@ def _fetch_index(location: Location, cache: ShardCache) -> Path | None:
     The index is asked for at every opening. Its shards are looked at when this version of it is
     seen for the first time; later each is checked when it is fetched.
     """
-    url = join(location.text, "index.json")
-    data = read_if_there(url, cache.options.patience)
+    url, patience = join(location.text, "index.json"), cache.options.patience
+    data = read_if_there(url, patience)
     if data is None:
         return None
     key = hashlib.sha256(location.text.encode() + b"\n" + data).hexdigest()
     target = cache.folder / "indexes" / key
     with cache.lock(f"index-{key}"):
-        if not (target / "index.json").exists():
-            foreign.make_folder(target)
-            index = _parse(data, url)
-            _fetch_table(location, index, target, cache.options.patience)
-            _check_remote_shards(location, index, cache.options.patience)
-            write_bytes(target / "index.json", data)
-    return target
-
-
-def _parse(data: bytes, url: str) -> dict[str, Any]:
-    try:
-        index = json.loads(data)
-    except ValueError as error:
-        raise UserError(
-            f"{shown(url)}: cannot be read as an index ({error}); upload it again"
-        ) from None
-    if not isinstance(index, dict):
-        raise UserError(f"{shown(url)}: cannot be read as an index; upload it again")
-    check_index(index, shown(url))
-    return index
-
-
-def _fetch_table(
-    location: Location, index: dict[str, Any], target: Path, patience: Patience
-) -> None:
-    url = join(location.text, index["samples"])
-    limit = index["num_samples"] * SAMPLE_DTYPE.itemsize + 4096  # a header is 128 bytes
-    sink = BytesSink(url, limit)
-    download(look(url, patience), sink, patience)
-    if hashlib.sha256(sink.data).hexdigest() != index["samples_sha256"]:
-        raise UserError(
-            f"{shown(url)}: its SHA-256 is not the one in index.json: one of them is stale; upload "
-            "both again"
-        )
-    with contextlib.suppress(FileNotFoundError):
-        (target / index["samples"]).unlink()
-    write_bytes(target / index["samples"], bytes(sink.data))
-
-
-def _check_remote_shards(location: Location, index: dict[str, Any], patience: Patience) -> None:
-    urls = [join(location.text, shard["name"]) for shard in index["shards"]]
-    for shard, file in zip(index["shards"], look_at_all(urls, patience), strict=True):
-        if file.size is not None and file.size != shard["bytes"]:
+        if (target / "index.json").exists():
+            return target
+        make_folder(target)
+        index = parse_index(data, displayed(url))
+        table_url = join(location.text, index["samples"])
+        limit = index["num_samples"] * SAMPLE_DTYPE.itemsize + 4096  # a header is 128 bytes
+        table = read_small(table_url, patience, limit)
+        if hashlib.sha256(table).hexdigest() != index["samples_sha256"]:
             raise UserError(
-                f"{shown(file.url)}: {file.size:,} bytes instead of {shard['bytes']:,}: the shard "
-                "was cut short or changed, or index.json is stale; upload both again"
+                f"{displayed(table_url)}: its SHA-256 is not the one in index.json: one of them is "
+                "stale; upload both again"
             )
+        write_bytes(target / index["samples"], table)
+        urls = [join(location.text, shard["name"]) for shard in index["shards"]]
+        for shard, file in zip(index["shards"], look_at_all(urls, patience), strict=True):
+            if file.size is not None and file.size != shard["bytes"]:
+                raise UserError(
+                    f"{displayed(file.url)}: {file.size:,} bytes instead of {shard['bytes']:,}: "
+                    "the shard was cut short or changed, or index.json is stale; upload both again"
+                )
+        write_bytes(target / "index.json", data)
+    return target

@@ -27,6 +27,9 @@ PACKAGES = {  # scheme: module that fsspec needs, requirement for pip
 _FIRST_DELAY_SECONDS = 0.5  # doubled from try to try, up to
 _LONGEST_DELAY_SECONDS = 30.0
 _NUM_LOOKERS = 16  # files looked at side by side
+_VERSION_NAMES = (
+    "ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "updated",
+)  # fmt: skip
 _RETRIED_STATUS = {408, 425, 429}  # the other 4xx will not change
 _JITTER = random.SystemRandom()  # never the seeded generator of the run
 _T = TypeVar("_T")
@@ -74,7 +77,7 @@ class NotThereError(UserError):
     """The server says that there is no such file."""
 
 
-def shown(url: str) -> str:
+def displayed(url: str) -> str:
     """The URL for messages: without password and query, which may hold secrets."""
     if not url.startswith(("http://", "https://")):
         return url
@@ -93,7 +96,7 @@ def filesystem(url: str, patience: Patience) -> Any:
     module, requirement = PACKAGES[scheme]
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"{shown(url)}: {scheme}:// needs a package that is not installed; "
+            f"{displayed(url)}: {scheme}:// needs a package that is not installed; "
             f"run: pip install '{requirement}'"
         )
     key = (os.getpid(), scheme.removesuffix("s"), patience.timeout_seconds)
@@ -139,32 +142,33 @@ def retried(action: Callable[[], _T], url: str, patience: Patience) -> _T:
         try:
             return action()
         except Exception as error:
-            cause = _cause(error)
+            cause: BaseException = error
+            while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+                cause = cause.__cause__  # fsspec's HTTP reports every failed look so
             if isinstance(cause, UserError) or not _is_of_transport(cause):
                 raise
-            if _is_absent(cause):
+            status = _status(cause)
+            if isinstance(cause, FileNotFoundError) or status in (404, 410):
                 raise NotThereError(
-                    f"{shown(url)}: there is no such file (HTTP 404); check the address"
+                    f"{displayed(url)}: there is no such file (HTTP 404); check the address"
                 ) from error
-            if final := _why_final(cause):
-                raise UserError(f"{shown(url)}: {final}") from error
+            if final := _why_final(cause, status):
+                raise UserError(f"{displayed(url)}: {final}") from error
             if attempt + 1 == num_tries:
+                if status is not None:
+                    reason = f"HTTP {status}"
+                elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
+                    reason = f"no byte for {patience.timeout_seconds:g} s (timeout)"
+                else:
+                    reason = f"{type(cause).__name__}: {cause}"
                 raise UserError(
-                    f"{shown(url)}: could not be fetched in {num_tries} tries, the last one: "
-                    f"{_reason(cause, patience)}; look after the server, the network or the "
-                    "command and run again (data.read_retries and data.read_timeout_seconds say "
-                    "how long to try)"
+                    f"{displayed(url)}: could not be fetched in {num_tries} tries, the last one: "
+                    f"{reason}; look after the server, the network or the command and run again "
+                    "(data.read_retries and data.read_timeout_seconds say how long to try)"
                 ) from error
         delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**attempt)
         time.sleep(delay * _JITTER.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What happened: fsspec's HTTP reports every failed look as FileNotFoundError."""
-    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _is_of_transport(error: BaseException) -> bool:
@@ -187,13 +191,8 @@ def _status(error: BaseException) -> int | None:
     return int(str(status)) if str(status).isdigit() else None
 
 
-def _is_absent(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) or _status(error) in (404, 410)
-
-
-def _why_final(error: BaseException) -> str | None:
+def _why_final(error: BaseException, status: int | None) -> str | None:
     """Why another try is useless; None if it may help."""
-    status = _status(error)
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         return (
             "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile), or "
@@ -205,15 +204,6 @@ def _why_final(error: BaseException) -> str | None:
     if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
         return f"the server refuses (HTTP {status}: {error})"
     return None
-
-
-def _reason(error: BaseException, patience: Patience) -> str:
-    status = _status(error)
-    if status is not None:
-        return f"HTTP {status}"
-    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-        return f"no byte for {patience.timeout_seconds:g} s (timeout)"
-    return f"{type(error).__name__}: {error}"
 
 
 # -- what is there --------------------------------------------------------------------------------
@@ -229,13 +219,9 @@ def look(url: str, patience: Patience) -> RemoteFile:
 
 
 def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
+    versions = [str(info[name]) for name in _VERSION_NAMES if info.get(name)]
     size = info.get("size", info.get("Size"))
-    version = next(
-        (str(info[name]) for name in ("ETag", "etag", "generation", "LastModified",
-                                      "Last-Modified", "mtime", "updated") if info.get(name)),
-        "",
-    )  # fmt: skip
-    return RemoteFile(url, size, version, info.get("partial", True))
+    return RemoteFile(url, size, versions[0] if versions else "", info.get("partial", True))
 
 
 def look_at_all(urls: list[str], patience: Patience) -> list[RemoteFile]:
@@ -245,21 +231,21 @@ def look_at_all(urls: list[str], patience: Patience) -> list[RemoteFile]:
         UserError: As `look`, for the first file that fails.
     """
     known: dict[str, RemoteFile] = {}
-    if urls and urlsplit(urls[0]).scheme in ("s3", "gs"):
-        for folder in sorted({url.rpartition("/")[0] for url in urls}):
-            try:
-                known.update(_listing(folder + "/", patience))
-            except UserError:  # perhaps reading is allowed, listing is not
-                continue
+    scheme = urlsplit(urls[0]).scheme if urls else ""
+    for folder in sorted({url.rpartition("/")[0] + "/" for url in urls}):
+        if scheme not in ("s3", "gs"):
+            break
+
+        def listing(folder: str = folder) -> list[dict[str, Any]]:
+            return filesystem(folder, patience).ls(folder, detail=True)
+
+        with contextlib.suppress(UserError):  # perhaps reading is allowed, listing is not
+            for item in retried(listing, folder, patience):
+                url = f"{scheme}://{item['name']}"
+                if item["type"] == "file":
+                    known[url] = _remote_file(url, item)
     with ThreadPoolExecutor(min(_NUM_LOOKERS, len(urls) or 1)) as pool:
         return list(pool.map(lambda url: known.get(url) or look(url, patience), urls))
-
-
-def _listing(folder: str, patience: Patience) -> dict[str, RemoteFile]:
-    scheme = urlsplit(folder).scheme
-    items = retried(lambda: filesystem(folder, patience).ls(folder, detail=True), folder, patience)
-    urls = {f"{scheme}://{item['name']}": item for item in items if item["type"] == "file"}
-    return {url: _remote_file(url, item) for url, item in urls.items()}
 
 
 def find_tars(pattern: str, patience: Patience) -> list[str]:
@@ -303,18 +289,15 @@ def download(file: RemoteFile, sink: Sink, patience: Patience) -> None:
         return
     if file.size is not None and file.has_ranges:
         try:
-            _fetch_parts(file, file.size, sink, patience)
+            sink.restart()
+            for start in range(0, file.size, CHUNK_BYTES):
+                end = min(start + CHUNK_BYTES, file.size)
+                part = partial(_fetch_part, file, start, end, patience)
+                sink.write(retried(part, file.url, patience))
             return
         except _NoRangesError:
             pass
     retried(lambda: _fetch_stream(file, sink, patience), file.url, patience)
-
-
-def _fetch_parts(file: RemoteFile, size: int, sink: Sink, patience: Patience) -> None:
-    sink.restart()
-    for start in range(0, size, CHUNK_BYTES):
-        part = partial(_fetch_part, file, start, min(start + CHUNK_BYTES, size), patience)
-        sink.write(retried(part, file.url, patience))
 
 
 def _fetch_part(file: RemoteFile, start: int, end: int, patience: Patience) -> bytes:
@@ -370,53 +353,52 @@ def _run_command(file: RemoteFile, sink: Sink, patience: Patience) -> None:
         with contextlib.suppress(OSError):  # its exit status says that it was killed
             pipe.close()
         raise
-    _end_command(pipe, file.url)
-    _check_number(num_bytes, file.size)
-
-
-def _end_command(pipe: Any, url: str) -> None:
     try:
         pipe.close()
     except OSError:
         if pipe.status in (126, 127):  # the shell's own words
             raise UserError(
-                f"{shown(url)}: the command cannot be run (exit status {pipe.status}); check its "
-                "name and whether it is installed"
+                f"{displayed(file.url)}: the command cannot be run (exit status {pipe.status}); "
+                "check its name and whether it is installed"
             ) from None
         raise OSError(f"the command ended with exit status {pipe.status}") from None
+    _check_number(num_bytes, file.size)
 
 
 class BytesSink:
-    """Keeps what comes in memory, up to a bound.
-
-    Raises:
-        UserError: On `write`, if the file is larger than the bound.
-    """
+    """Keeps what comes in memory, up to a bound."""
 
     def __init__(self, url: str, max_bytes: int) -> None:
         self.data = bytearray()
         self._url, self._max_bytes = url, max_bytes
 
     def write(self, data: bytes) -> None:
-        """Append bytes."""
+        """Append bytes; raises UserError above the bound."""
         self.data += data
-        if len(self.data) > self._max_bytes:
-            raise UserError(f"{shown(self._url)}: larger than {self._max_bytes:,} bytes")
+        require(
+            len(self.data) <= self._max_bytes,
+            f"{displayed(self._url)}: larger than {self._max_bytes:,} bytes",
+        )
 
     def restart(self) -> None:
         """Forget everything."""
         self.data.clear()
 
 
-def read_if_there(url: str, patience: Patience) -> bytes | None:
-    """The bytes of a small file, an index for instance; None if there is no such file.
+def read_small(url: str, patience: Patience, max_bytes: int = _MAX_BYTES_IN_MEMORY) -> bytes:
+    """The bytes of a small file, an index for instance.
 
     Raises:
-        UserError: If it cannot be fetched, or is larger than 1 GiB.
+        UserError: If it cannot be fetched, or is larger than `max_bytes`.
     """
-    sink = BytesSink(url, _MAX_BYTES_IN_MEMORY)
+    sink = BytesSink(url, max_bytes)
+    download(look(url, patience), sink, patience)
+    return bytes(sink.data)
+
+
+def read_if_there(url: str, patience: Patience) -> bytes | None:
+    """As `read_small`; None if there is no such file."""
     try:
-        download(look(url, patience), sink, patience)
+        return read_small(url, patience)
     except NotThereError:
         return None
-    return bytes(sink.data)

@@ -1,6 +1,7 @@
 """The loader for shards that cannot be cached: they are read from front to end, again and again.
 
-It stands on webdataset's pieces, and promises less than `stream`, which knows all samples:
+It stands on webdataset's pieces, and promises less than `pretrain.data.loader`, which knows all
+samples:
 
 - Within one pass over a source each sample comes once, to one of all readers (workers of all
   ranks). But an epoch is a number of batches, not a pass: it may end within one, and the readers do
@@ -16,38 +17,22 @@ docs/streaming.md says when to use it and what it costs.
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import torch.utils.data
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from common.errors import UserError, require
-from pretrain.data.augment import ViewAugment
-from pretrain.data.index import SAMPLE_DTYPE
-from pretrain.data.loader import (
-    NUM_VIEWS,
-    BadSamples,
-    Reply,
-    TwoViewBatch,
-    TwoViewDataset,
-    empty_uint8,
-    start_workers,
-)
-from pretrain.data.mixture import Samples
-from pretrain.data.order import Epoch, rank_slice
+from common.errors import require
+from pretrain.data.decode import Sample, ViewWriter
+from pretrain.data.loader import BadSamples, BatchDataset, Reply, TwoViewBatch, start_workers
+from pretrain.data.order import share_of_rank
 from pretrain.data.sources.remote import Patience
-from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
+from pretrain.data.streaming.reader import Reader, StreamSource, open_sources
 
-_CHUNK = 64  # samples that are decoded together
-_MAX_REPLACEMENTS = 32  # bad samples in a row before giving up
 _MAX_PASSES = 1 << 20  # per epoch; visits count epochs and passes in one number
 
 
-@dataclass(frozen=True)
-class StreamRequest:
+class StreamRequest(NamedTuple):
     """What a worker is asked for: its next batch.
 
     Attributes:
@@ -75,38 +60,11 @@ class _Requests(Sampler):
         return itertools.repeat(self.first, len(self))
 
 
-class HeldSamples:
-    """Samples in memory, in the face of a shard index: what `TwoViewDataset.write_views` needs.
-
-    Attributes:
-        samples: The table of the samples; only their keys are set.
-    """
-
-    def __init__(self) -> None:
-        self.samples = np.empty(0, SAMPLE_DTYPE)
-        self._row: Sequence[StreamSample] = ()
-
-    def hold(self, row: Sequence[StreamSample]) -> None:
-        """Hold these samples, and no others."""
-        self._row = row
-        self.samples = np.zeros(len(row), SAMPLE_DTYPE)
-        self.samples["key"] = [sample.key for sample in row]
-
-    def read_many(self, sample_ids: np.ndarray) -> list[bytes]:
-        """The encoded pictures of some samples, by their places in the row."""
-        return [self._row[i].data or b"" for i in sample_ids]
-
-    def describe(self, i: int) -> str:
-        """What to call sample `i` in a message."""
-        return self._row[i].where
-
-
-class StreamDataset(Dataset):
+class StreamDataset(BatchDataset):
     """What a worker does: it keeps a stream of samples, and makes each request a batch of them.
 
     Args:
         sources: Where samples come from.
-        held: What `views` reads.
         views: Decodes, crops and changes.
         num_steps: Global batches per epoch.
         batch_size: Batch size of one rank.
@@ -119,8 +77,7 @@ class StreamDataset(Dataset):
     def __init__(
         self,
         sources: Sequence[StreamSource],
-        held: HeldSamples,
-        views: TwoViewDataset,
+        views: ViewWriter,
         *,
         num_steps: int,
         batch_size: int,
@@ -129,12 +86,12 @@ class StreamDataset(Dataset):
         shuffle_buffer: int,
         patience: Patience,
     ) -> None:
-        self._sources, self._held, self._views = sources, held, views
-        self._num_steps, self._batch_size = num_steps, batch_size
+        super().__init__(views)
+        self._sources, self._num_steps, self._batch_size = sources, num_steps, batch_size
         self._rank, self._world_size = rank, world_size
         self._shuffle_buffer, self._patience = shuffle_buffer, patience
         self._run = -1
-        self._stream: Iterator[StreamSample] = iter(())
+        self._stream: Iterator[Sample] = iter(())
         self._error: str | None = None
 
     def __getitem__(self, request: StreamRequest) -> Reply:
@@ -144,11 +101,12 @@ class StreamDataset(Dataset):
             self._stream = self._reader(request).samples()
         reply = Reply(error=self._error)
         if reply.error is None:
-            try:
-                reply.batch = self._batch(reply.bad)
-            except UserError as error:  # there is no going on with a stream that broke
-                reply.error = self._error = str(error)
+            self.make_batch(self._take, self._batch_size, reply)
+            self._error = reply.error  # there is no going on with a stream that broke
         return reply
+
+    def _take(self, rows: slice) -> list[Sample]:
+        return list(itertools.islice(self._stream, rows.stop - rows.start))
 
     def _reader(self, request: StreamRequest) -> Reader:
         worker = torch.utils.data.get_worker_info()
@@ -158,59 +116,19 @@ class StreamDataset(Dataset):
             self._sources,
             number=number * self._world_size + self._rank,
             num_readers=num_workers * self._world_size,
-            seed=(self._views.seed, request.epoch, request.start_step),
+            seed=(self.views.seed, request.epoch, request.start_step),
             first_visit=first_step * _MAX_PASSES,
             shuffle_buffer=self._shuffle_buffer,
             patience=self._patience,
         )
 
-    def _batch(self, bad: dict[int, str]) -> TwoViewBatch:
-        num, size = self._batch_size, self._views.image_size
-        views = empty_uint8((NUM_VIEWS, num, size, size, 3))
-        row: list[StreamSample] = []
-        num_bad = 0
-        for start in range(0, num, _CHUNK):
-            taken, num_replaced = self._fill(views.numpy()[:, start : start + _CHUNK], bad)
-            row += taken
-            num_bad += num_replaced
-        keys = np.array([sample.key for sample in row], np.uint64)
-        return TwoViewBatch(
-            views=views.permute(0, 1, 4, 2, 3),
-            keys=torch.from_numpy(keys.view(np.int64)),
-            sample_ids=torch.tensor([sample.sample_id for sample in row]),
-            visits=torch.tensor([sample.visit for sample in row]),
-            labels=torch.tensor([sample.label for sample in row]),
-            num_bad=num_bad,
-            is_augmented=self._views.photometric is not None,
-        )
+    def stand_in(self, sample: Sample, attempt: int) -> Sample:
+        """The next one of the stream."""
+        return next(self._stream)
 
-    def _fill(self, out: np.ndarray, bad: dict[int, str]) -> tuple[list[StreamSample], int]:
-        """Write the views of the next samples, without the bad ones; how many rows had one."""
-        row = list(itertools.islice(self._stream, out.shape[1]))
-        failed = self._write(row, out)
-        for place, reason in failed.items():
-            bad[row[place].sample_id] = reason
-            for _ in range(_MAX_REPLACEMENTS):
-                row[place] = next(self._stream)
-                failed_too = self._write([row[place]], out[:, place : place + 1])
-                if not failed_too:
-                    break
-                bad[row[place].sample_id] = failed_too[0]
-            else:
-                raise UserError(
-                    f"{reason}; {_MAX_REPLACEMENTS} samples that came in its place were bad too"
-                )
-        return row, len(failed)
-
-    def _write(self, row: Sequence[StreamSample], out: np.ndarray) -> dict[int, str]:
-        """Write the views of samples; the reasons where this fails."""
-        self._held.hold(row)
-        visits = np.array([sample.visit for sample in row], np.int64)
-        failed = self._views.write_views(np.arange(len(row)), visits, out)
-        for place in failed:
-            if row[place].data is None:
-                failed[place] = f"{row[place].where}: holds no picture"
-        return failed
+    def describe(self, sample: Sample) -> str:
+        """See `BatchDataset`."""
+        return sample.name
 
 
 class StreamingLoader:
@@ -225,9 +143,6 @@ class StreamingLoader:
 
     Args:
         spec: What to read: one set, several in a list (read as one), or sets with their shares.
-        image_size: Side of a view in pixels.
-        crop_scales: For each view, the range of the crop's area as a share of the picture's.
-        seed: Seed of the run.
         batch_size: Global batch size, over all ranks.
         samples_per_epoch: What an epoch is; the remainder below one batch is left out.
         rank: Number of this rank.
@@ -236,8 +151,8 @@ class StreamingLoader:
         shuffle_buffer: Encoded samples that a worker holds back to mix them.
         max_bad_samples: How many different bad samples this rank replaces before it stops.
         known_bad: Bad samples that an earlier part of the run met: {sample number: reason}.
-        photometric: For each view, the changes done here, on uint8; None leaves them to the device.
         patience: How long to keep trying to read a shard.
+        views: As `ViewWriter` takes them.
     Attributes:
         num_steps: Global batches per epoch.
         bad_samples: What was replaced so far: {sample number: reason}.
@@ -249,9 +164,6 @@ class StreamingLoader:
         self,
         spec: str | Sequence[str] | Mapping[str, float],
         *,
-        image_size: int,
-        crop_scales: tuple[tuple[float, float], tuple[float, float]],
-        seed: int,
         batch_size: int,
         samples_per_epoch: int,
         rank: int = 0,
@@ -260,8 +172,8 @@ class StreamingLoader:
         shuffle_buffer: int = 2048,
         max_bad_samples: int = 0,
         known_bad: Mapping[int, str] | None = None,
-        photometric: tuple[ViewAugment, ViewAugment] | None = None,
         patience: Patience | None = None,
+        **views: Any,
     ) -> None:
         require(batch_size >= 1, f"data.batch_size: {batch_size}: must be at least 1")
         require(
@@ -271,28 +183,17 @@ class StreamingLoader:
         require(
             shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1 sample"
         )
-        whole = np.arange(batch_size)
-        rank_slice(Epoch(whole, whole), rank, world_size)  # what does not divide is refused now
         patience = patience or Patience()
         self._sources = open_sources(spec, patience)
         self._num_readers, self._rank = world_size * max(1, num_workers), rank
         self.num_steps = samples_per_epoch // batch_size
         self._bad = BadSamples(max_bad_samples, known_bad)
         self.bad_samples = self._bad.found
-        held = HeldSamples()
-        views = TwoViewDataset(
-            cast(Samples, held),
-            image_size=image_size,
-            crop_scales=crop_scales,
-            seed=seed,
-            photometric=photometric,
-        )
         dataset = StreamDataset(
             self._sources,
-            held,
-            views,
+            ViewWriter(**views),
             num_steps=self.num_steps,
-            batch_size=batch_size // world_size,
+            batch_size=share_of_rank(batch_size, world_size),
             rank=rank,
             world_size=world_size,
             shuffle_buffer=shuffle_buffer,

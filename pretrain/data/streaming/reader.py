@@ -1,5 +1,6 @@
 """Samples of shards that are read from front to end, pass after pass, on webdataset's pieces."""
 
+import contextlib
 import itertools
 import random
 import re
@@ -8,18 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-import numpy as np
 from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import SimpleShardList
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError, require
-from pretrain.data.index import IMAGE_SUFFIXES, NO_LABEL, key_hash, split_name
+from pretrain.data.decode import Sample
+from pretrain.data.index import NO_LABEL, is_picture, key_hash, split_name, tar_files
 from pretrain.data.order import stable_hash
+from pretrain.data.shards import check_weights
 from pretrain.data.sources.locations import expand
-from pretrain.data.sources.remote import Patience, shown
-from pretrain.data.streaming.tar import TarStream
+from pretrain.data.sources.remote import Patience, displayed
+from pretrain.data.streaming.byte_stream import open_stream
 
 MAX_BUFFER_BYTES = 256 * 2**20  # of one reader's encoded pictures, by the size of its first ones
 _NUM_LOOKED_AT = 64  # samples from which their size is judged
@@ -40,30 +42,6 @@ class StreamSource:
     share: float = 1.0
 
 
-@dataclass(frozen=True)
-class StreamSample:
-    """A sample as it came out of its tar.
-
-    Attributes:
-        key: 64-bit hash of its name, as in the exact loader.
-        label: -1 if there is none, or if it is no integer.
-        visit: Which pass over the source this was; see `StreamingLoader`.
-        data: The encoded picture; None if the sample has none.
-        where: What to call it in a message.
-    """
-
-    key: int
-    label: int
-    visit: int
-    data: bytes | None
-    where: str
-
-    @property
-    def sample_id(self) -> int:
-        """63-bit number from the key; two names in 2**63 share it."""
-        return self.key & (2**63 - 1)
-
-
 def open_sources(
     spec: str | Sequence[str] | Mapping[str, float], patience: Patience
 ) -> list[StreamSource]:
@@ -80,16 +58,11 @@ def open_sources(
     tars: dict[str, int] = {}
     for number, name in enumerate(names):
         for tar in expand(name, patience):
-            require(tar not in tars, f"data.shards: {shown(tar)} is named twice; name it once")
+            require(tar not in tars, f"data.shards: {displayed(tar)} is named twice; name it once")
             tars[tar] = number
     if not isinstance(spec, Mapping):
         return [StreamSource(tars)]
-    for name, weight in spec.items():
-        require(
-            bool(np.isfinite(weight) and weight > 0),
-            f"data.shards: weight {weight} of {shown(name)}: must be above 0; in streaming mode it "
-            "is the share of the samples that come from there",
-        )
+    check_weights(spec)
     return [
         StreamSource({tar: of for tar, of in tars.items() if of == number}, weight)
         for number, weight in enumerate(spec.values())
@@ -119,7 +92,7 @@ class Reader:
     shuffle_buffer: int
     patience: Patience
 
-    def samples(self) -> Iterator[StreamSample]:
+    def samples(self) -> Iterator[Sample]:
         """Samples without end.
 
         Raises:
@@ -133,15 +106,13 @@ class Reader:
         initial = min(_MAX_INITIAL, max(1, size // 4))
         yield from shuffle(size, initial=initial, rng=rng)(itertools.chain(first, mixed))
 
-    def _mixed(
-        self, streams: list[Iterator[StreamSample]], rng: random.Random
-    ) -> Iterator[StreamSample]:
+    def _mixed(self, streams: list[Iterator[Sample]], rng: random.Random) -> Iterator[Sample]:
         """Draw from the sources; webdataset's RandomMix would use the process's one generator."""
         shares = list(itertools.accumulate(source.share for source in self.sources))
         while True:
             yield next(rng.choices(streams, cum_weights=shares)[0])
 
-    def _endless(self, source: int) -> Iterator[StreamSample]:
+    def _endless(self, source: int) -> Iterator[Sample]:
         for number in itertools.count():
             yield from self._one_pass(source, number)
 
@@ -168,36 +139,41 @@ class Reader:
     def _files(
         self, shards: Iterator[dict[str, str]], *, opened: list[str]
     ) -> Iterator[dict[str, Any]]:
-        """Open shards and take their files out, as webdataset's own stages do (see `TarStream`)."""
+        """Open shards and take their files out, as webdataset's own stages do (see `tar_files`)."""
         for shard in shards:
             url, num_files = shard["url"], 0
             opened[:] = [url]
-            with TarStream(url, self.patience, _is_needed) as tar:
-                for name, data in tar:
-                    if _META.match(name):
-                        continue
-                    num_files += 1
-                    yield {"fname": name, "data": data, "__url__": url}
+            stream = open_stream(url, self.patience)
+            with contextlib.closing(stream):
+                for member, data in tar_files(stream, displayed(url), _is_needed):
+                    if not _META.match(member.name):
+                        num_files += 1
+                        yield {"fname": member.name, "data": data, "__url__": url}
             require(
                 num_files > 0,
-                f"{shown(url)}: holds no files; make it again or leave it out",
+                f"{displayed(url)}: holds no files; make it again or leave it out",
             )
             yield {}  # what follows belongs to another shard
 
     def _to_samples(
         self, groups: Iterator[dict[str, Any]], *, tars: Mapping[str, int], visit: int
-    ) -> Iterator[StreamSample]:
+    ) -> Iterator[Sample]:
         for group in groups:
             name, url = group["__key__"], group["__url__"]
             key = key_hash(name)
             if tars[url]:
                 key ^= int.from_bytes(stable_hash("source", tars[url], num_bytes=8), "little")
-            data = next((group[suffix] for suffix in group if _is_picture(suffix)), None)
-            where = f"sample {name!r} in {shown(url)}"
-            yield StreamSample(key, _label(group.get("cls")), visit, data, where)
+            data = next((group[suffix] for suffix in group if is_picture(suffix)), None)
+            try:
+                label = int(group["cls"][:32].decode()) if "cls" in group else NO_LABEL
+            except ValueError:
+                label = NO_LABEL
+            # Numbers are 63 bits of the hash: two names in 2**63 share one.
+            where = f"sample {name!r} in {displayed(url)}"
+            yield Sample(key & (2**63 - 1), key, visit, label, data, where)
 
 
-def buffer_size(first: Sequence[StreamSample], asked: int) -> int:
+def buffer_size(first: Sequence[Sample], asked: int) -> int:
     """How many samples a reader holds back: as many as asked for, where they fit in its memory.
 
     Args:
@@ -219,7 +195,7 @@ def _every(items: Iterator[Any], *, first: int, step: int) -> Iterator[Any]:
 def _refuse(opened: list[str], error: Exception) -> NoReturn:
     """What becomes of an error that webdataset finds, a file that comes twice: it ends the run."""
     reason = str(error.args[0]).partition(" dict_keys")[0]
-    raise UserError(f"{shown(opened[0])}: {reason}; make this shard again") from error
+    raise UserError(f"{displayed(opened[0])}: {reason}; make this shard again") from error
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -229,15 +205,4 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 def _is_needed(name: str) -> bool:
     suffix = _key_and_suffix(name)[1]
-    return suffix == "cls" or _is_picture(suffix)
-
-
-def _is_picture(suffix: str) -> bool:
-    return suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES
-
-
-def _label(data: bytes | None) -> int:
-    try:
-        return NO_LABEL if data is None else int(data[:32].decode())
-    except ValueError:
-        return NO_LABEL
+    return suffix == "cls" or is_picture(suffix)

@@ -26,9 +26,9 @@ from common.errors import UserError
 from common.files import read_json_lines, sha256_of, write_json
 from common.resnet import Arch, infer_arch
 from pretrain import collectives as dist
-from pretrain.data.loader import EvalDataset, Reply, Request, TwoViewDataset, start_workers
-from pretrain.data.mixture import Samples
-from pretrain.data.order import stable_hash
+from pretrain.data.loader import EvalDataset, Reply, TwoViewDataset, start_workers
+from pretrain.data.order import OrderedSamples, stable_hash
+from pretrain.data.shards import Samples
 from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16
 from pretrain.evaluation.linear.config import LinearConfig
@@ -466,7 +466,7 @@ class Blocks(Dataset):
             reply = self._central[ids]
             return reply if reply.error else Reply(batch=(reply.batch[0], reply.batch[2]))
         assert self._random is not None
-        reply = self._random[Request(block, ids, visits)]
+        reply = self._random[OrderedSamples(ids, visits)]
         if reply.error or reply.bad:
             reason = reply.error or next(iter(reply.bad.values()))
             return Reply(error=f"{reason}; repair or remove it and make the shards again")

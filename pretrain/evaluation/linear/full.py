@@ -12,7 +12,7 @@ import torch
 from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.data.loader import Loader, TwoViewDataset
-from pretrain.data.mixture import Subset
+from pretrain.data.shards import Subset
 from pretrain.engine import checkpoint
 from pretrain.engine.stop import StopRequest, stopped
 from pretrain.evaluation.linear.config import LinearConfig

@@ -18,8 +18,7 @@ from common import provenance
 from common.errors import UserError
 from common.files import write_json
 from pretrain import collectives as dist
-from pretrain.data.mixture import Subset
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import ShardIndex, Subset
 from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine.device import choose_device
 from pretrain.evaluation.knn import knn_grid

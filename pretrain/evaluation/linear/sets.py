@@ -11,8 +11,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import write_text
 from pretrain.data.augment import draw_uniforms
-from pretrain.data.mixture import Subset
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig
 
 _NUM_SHOWN = 3  # names in a message

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.pictures import decode
-from pretrain.data.crops import center_crop
+from pretrain.data.decode import center_crop
 from pretrain.data.index import key_hash
 from pretrain.data.loader import (
     Loader,
@@ -27,11 +27,9 @@ from pretrain.data.loader import (
     TwoViewBatch,
     TwoViewDataset,
     eval_loader,
-    make_loader,
 )
-from pretrain.data.mixture import Mixture, Samples, open_samples
-from pretrain.data.order import SourceSizes, epoch_order
-from pretrain.data.shards import ShardIndex
+from pretrain.data.order import OrderedSamples, SourceSizes, epoch_order
+from pretrain.data.shards import Mixture, Samples, ShardIndex, open_samples
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 
 SIZE = 16
@@ -42,8 +40,9 @@ def dataset(index: Samples, seed: int = 3) -> TwoViewDataset:
 
 
 def load(index: Samples, **options: Any) -> list[TwoViewBatch]:
-    arguments = {"batch_size": 8, "epoch": 0, "shuffle_window": 20} | options
-    return list(make_loader(dataset(index), **arguments))
+    arguments = {"batch_size": 8, "shuffle_window": 20} | options
+    epoch, start_step = arguments.pop("epoch", 0), arguments.pop("start_step", 0)
+    return list(Loader(dataset(index), **arguments).epoch(epoch, start_step))
 
 
 def same(one: list[TwoViewBatch], other: list[TwoViewBatch]) -> bool:
@@ -287,9 +286,8 @@ def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) 
 
 def test_crops_change_with_epoch_seed_and_view_but_not_with_place(index: ShardIndex) -> None:
     def crops(seed: int, epoch: int) -> np.ndarray:
-        out = np.empty((2, SIZE, SIZE, 3), np.uint8)
-        dataset(index, seed).write_views(np.array([7]), np.array([epoch]), out[:, None])
-        return out
+        reply = dataset(index, seed)[OrderedSamples(np.array([7]), np.array([epoch]))]
+        return reply.batch.views[:, 0].numpy()
 
     np.testing.assert_array_equal(crops(1, 4), crops(1, 4))
     assert not np.array_equal(crops(1, 4), crops(1, 5))
@@ -354,7 +352,7 @@ def test_nothing_but_bad_samples(tmp_path: Path) -> None:
             member = tarfile.TarInfo(f"{i}.jpg")
             member.size = 100
             tar.addfile(member, io.BytesIO(b"x" * 100))
-    with pytest.raises(UserError, match="samples drawn in its place were bad too"):
+    with pytest.raises(UserError, match="samples taken in its place were bad too"):
         load(ShardIndex.open(tmp_path), batch_size=2, max_bad_samples=9)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from pretrain.data.order import (
-    Epoch,
+    OrderedSamples,
     SourceSizes,
     counter_rng,
     epoch_order,
@@ -63,8 +63,8 @@ def test_each_sample_once_and_repeatable(
     np.testing.assert_array_equal(order, again)
 
 
-def as_epoch(order: np.ndarray) -> Epoch:
-    return Epoch(order, np.full(len(order), 3))
+def as_epoch(order: np.ndarray) -> OrderedSamples:
+    return OrderedSamples(order, np.full(len(order), 3))
 
 
 @seeded

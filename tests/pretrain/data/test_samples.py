@@ -6,7 +6,9 @@ from common.pictures import decode
 from pretrain.data import augment_uint8 as photometric_uint8
 from pretrain.data import loader as samples
 from pretrain.data.augment import PRESETS, draw_parameters
-from pretrain.data.loader import Loader, Request, TwoViewBatch, TwoViewDataset
+from pretrain.data.decode import crop, draw_crops
+from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
+from pretrain.data.order import OrderedSamples
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 
@@ -26,7 +28,7 @@ def dataset(index: ShardIndex, *, in_workers: bool, size: int = SIZE) -> TwoView
 
 
 def batch_of(data: TwoViewDataset, ids: np.ndarray, visits: np.ndarray) -> TwoViewBatch:
-    reply = data[Request(0, ids, visits)]
+    reply = data[OrderedSamples(ids, visits)]
     assert reply.error is None
     assert reply.batch is not None
     return reply.batch
@@ -79,12 +81,10 @@ def test_views_of_reduced_pictures_show_the_same(index: ShardIndex, size: int) -
     shapes = np.array([image.shape[:2] for image in whole])
     num_reduced, differences = 0, []
     for number, scale in enumerate(SCALES):
-        (drawn,) = samples.draw_crops(
-            shapes, batch.keys.numpy(), VISITS, seed=3, scales={number: scale}
-        )
+        (drawn,) = draw_crops(shapes, batch.keys.numpy(), VISITS, seed=3, scales={number: scale})
         num_reduced += int((drawn.boxes[:, 2:].min(axis=1) >= 2 * (size + 1)).sum())
         for row, box in enumerate(drawn.boxes.tolist()):
-            view = samples.crop(whole[row], tuple(box), size, is_flipped=bool(drawn.flips[row]))
+            view = crop(whole[row], tuple(box), size, is_flipped=bool(drawn.flips[row]))
             got = batch.views[number, row].permute(1, 2, 0).numpy().astype(int)
             assert np.abs(got - view).mean() < np.abs(got - view[:, ::-1]).mean() / 2
             differences.append(np.abs(got - view).mean())

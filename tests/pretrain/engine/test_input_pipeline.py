@@ -1,4 +1,4 @@
-"""What the loop is fed: keys of `data`, bad samples through a resume, batches ahead on a GPU."""
+"""The input pipeline: keys of `data`, bad samples through a resume, batches ahead on a GPU."""
 
 import functools
 import http.server
@@ -13,53 +13,53 @@ import torch
 
 from common.errors import UserError
 from pretrain.config import DataConfig
-from pretrain.data import input_pipeline as feed_module
+from pretrain.data import input_pipeline
 from pretrain.data.augment import ViewAugment
-from pretrain.data.input_pipeline import BAD_SAMPLES, Feed, in_workers
+from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline, in_workers
 from pretrain.data.shards import ShardIndex
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def make_feed(shards, tmp_path):
-    """A factory: make_feed(batch_size=10, ..)."""
+def make_pipeline(shards, tmp_path):
+    """A factory: make_pipeline(batch_size=10, ..)."""
 
     def make(device=CPU, **options):
         options = {"shards": str(shards), "image_size": 32, "batch_size": 8, "num_workers": 0} | (
             options
         )
-        return Feed(
+        return InputPipeline(
             DataConfig(**options), seed=0, device=device, channels_last=False, folder=tmp_path
         )
 
     return make
 
 
-def ids_of(feed, epoch=0, start_step=0):
-    return torch.cat([fed.batch.sample_ids for fed in feed.epoch(epoch, start_step)]).tolist()
+def ids_of(pipeline, epoch=0, start_step=0):
+    return torch.cat([one.batch.sample_ids for one in pipeline.epoch(epoch, start_step)]).tolist()
 
 
-def test_last_batch_of_the_config_decides_the_steps(make_feed):
-    assert make_feed(batch_size=12).num_steps == 3
-    padded = make_feed(batch_size=12, last_batch="pad")
+def test_last_batch_of_the_config_decides_the_steps(make_pipeline):
+    assert make_pipeline(batch_size=12).num_steps == 3
+    padded = make_pipeline(batch_size=12, last_batch="pad")
     assert padded.num_steps == 4
     assert sorted(ids_of(padded)[:40]) == list(range(40))
 
 
-def test_shards_of_the_config_may_be_a_mixture(make_feed, shards, make_shards):
+def test_shards_of_the_config_may_be_a_mixture(make_pipeline, shards, make_shards):
     other = str(make_shards("fewer", num=10))
-    assert make_feed(shards=[str(shards), other]).samples.num_samples == 50
-    weighted = make_feed(shards={str(shards): 0.5, other: 2.0}, batch_size=10)
+    assert make_pipeline(shards=[str(shards), other]).samples.num_samples == 50
+    weighted = make_pipeline(shards={str(shards): 0.5, other: 2.0}, batch_size=10)
     assert weighted.num_steps == 4
     counts = torch.bincount(torch.tensor(ids_of(weighted)), minlength=50)
     assert counts[:40].sum() == 20
     assert counts[40:].tolist() == [2] * 10
 
 
-def test_no_shards_named(make_feed):
+def test_no_shards_named(make_pipeline):
     with pytest.raises(UserError, match=r"data\.shards is not set"):
-        make_feed(shards=None)
+        make_pipeline(shards=None)
 
 
 def damage(folder, number):
@@ -71,31 +71,31 @@ def damage(folder, number):
         stream.write(bytes(int(row["size"])))
 
 
-def test_bad_samples_are_listed_and_counted_through_a_resume(make_feed, shards, tmp_path):
+def test_bad_samples_are_listed_and_counted_through_a_resume(make_pipeline, shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "bad")
     damage(folder, 13)
     options = {"shards": str(folder), "max_bad_samples": 1}
-    assert 13 not in ids_of(make_feed(**options))
+    assert 13 not in ids_of(make_pipeline(**options))
     rows = [json.loads(line) for line in (tmp_path / BAD_SAMPLES).read_text().splitlines()]
     assert [(row["sample"], row["rank"]) for row in rows] == [(13, 0)]
     assert "does not decode" in rows[0]["reason"] or "not a picture" in rows[0]["reason"]
-    ids_of(make_feed(**options), epoch=1)  # a resumed run lists it once
+    ids_of(make_pipeline(**options), epoch=1)  # a resumed run lists it once
     assert len((tmp_path / BAD_SAMPLES).read_text().splitlines()) == 1
     damage(folder, 14)
     with pytest.raises(UserError, match="2 bad samples, allowed are 1"):
-        ids_of(make_feed(**options), epoch=2)
+        ids_of(make_pipeline(**options), epoch=2)
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(make_feed, tmp_path):
+def test_a_line_cut_off_by_a_kill_is_left_out(make_pipeline, tmp_path):
     row = {"sample": 3, "reason": "does not decode", "rank": 0}
     (tmp_path / BAD_SAMPLES).write_text(json.dumps(row) + "\n" + '{"sample": 4, "rea')
     with pytest.raises(UserError, match="1 bad samples, allowed are 0"):
-        ids_of(make_feed())
-    ids_of(make_feed(max_bad_samples=1))
+        ids_of(make_pipeline())
+    ids_of(make_pipeline(max_bad_samples=1))
 
 
-def test_waiting_is_the_time_until_the_pictures_are_there(make_feed):
-    waits = [fed.waited for fed in make_feed().epoch(0)]
+def test_waiting_is_the_time_until_the_pictures_are_there(make_pipeline):
+    waits = [one.waited for one in make_pipeline().epoch(0)]
     assert len(waits) == 5
     assert all(0 < wait < 60 for wait in waits)
 
@@ -103,30 +103,30 @@ def test_waiting_is_the_time_until_the_pictures_are_there(make_feed):
 # --- where photometric changes are made
 
 
-def test_photometric_decides_who_makes_the_changes(make_feed):
+def test_photometric_decides_who_makes_the_changes(make_pipeline):
     """The workers change uint8 pixels, the device floats; both by the same parameters."""
     seen = {}
     for place in ("workers", "device", "auto"):
-        fed = next(iter(make_feed(photometric=place).epoch(0)))
-        seen[place] = fed
-        assert fed.batch.is_augmented == (place != "device")
-        assert fed.views.shape == (2, 8, 3, 32, 32)
+        one = next(iter(make_pipeline(photometric=place).epoch(0)))
+        seen[place] = one
+        assert one.batch.is_augmented == (place != "device")
+        assert one.views.shape == (2, 8, 3, 32, 32)
     assert torch.equal(seen["auto"].views, seen["workers"].views)
     difference = (seen["workers"].views - seen["device"].views).abs() * 0.225 * 255  # in levels
     assert 0 < difference.mean() < 2
-    crops = next(iter(make_feed(photometric="device", augmentation="none").epoch(0)))
+    crops = next(iter(make_pipeline(photometric="device", augmentation="none").epoch(0)))
     changed = (crops.views - seen["workers"].views).abs() * 0.225 * 255
     assert changed.mean() > 10  # so that agreeing within 2 levels means something
 
 
-def test_each_view_has_its_own_crop_scale(make_feed, monkeypatch):
+def test_each_view_has_its_own_crop_scale(make_pipeline, monkeypatch):
     """A crop of 1 % is enlarged 10 times each way: neighbouring pixels hardly differ."""
     scales = ((1.0, 1.0), (0.01, 0.01))
     for order in (scales, scales[::-1]):
         preset = tuple(ViewAugment(crop_scale=scale) for scale in order)
-        monkeypatch.setitem(feed_module.PRESETS, "none", preset)
-        fed = next(iter(make_feed(augmentation="none").epoch(0)))
-        detail = fed.views.diff(dim=-1).abs().mean(dim=(1, 2, 3, 4))
+        monkeypatch.setitem(input_pipeline.PRESETS, "none", preset)
+        one = next(iter(make_pipeline(augmentation="none").epoch(0)))
+        detail = one.views.diff(dim=-1).abs().mean(dim=(1, 2, 3, 4))
         whole, tiny = (detail[order.index(scale)] for scale in scales)
         assert whole > 2 * tiny
 
@@ -141,22 +141,22 @@ def test_auto_takes_the_device_where_there_is_a_gpu():
 # --- streams and servers
 
 
-def test_streaming_reads_the_same_pictures_without_an_index(make_feed, shards, tmp_path):
+def test_streaming_reads_the_same_pictures_without_an_index(make_pipeline, shards, tmp_path):
     folder = tmp_path / "tars"
     folder.mkdir()
     for tar in sorted(shards.glob("*.tar")):
         shutil.copy(tar, folder)
     spec = f"{folder}/shard-{{000000..000003}}.tar"
-    feed = make_feed(shards=spec, streaming=True, samples_per_epoch=120, shuffle_window=16)
-    assert feed.samples is None
-    assert feed.fingerprint is None
-    assert (feed.num_steps, feed.num_samples) == (15, 120)
-    streamed = [fed.batch for fed in feed.epoch(0)]
-    exact = [fed.batch for fed in make_feed().epoch(0)]
+    pipeline = make_pipeline(shards=spec, streaming=True, samples_per_epoch=120, shuffle_window=16)
+    assert pipeline.samples is None
+    assert pipeline.fingerprint is None
+    assert (pipeline.num_steps, pipeline.num_samples) == (15, 120)
+    streamed = [one.batch for one in pipeline.epoch(0)]
+    exact = [one.batch for one in make_pipeline().epoch(0)]
     keys = [set(torch.cat([b.keys for b in part]).tolist()) for part in (streamed, exact)]
     assert keys[0] == keys[1]  # passes run into each other, but three of them show all
     assert not list(folder.glob("*.json"))
-    assert make_feed(shards=spec, streaming=True, samples_per_epoch=16).num_steps == 2
+    assert make_pipeline(shards=spec, streaming=True, samples_per_epoch=16).num_steps == 2
 
 
 @pytest.fixture
@@ -178,31 +178,31 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_remote_shards_are_cached_where_the_config_says(make_feed, server, tmp_path):
+def test_remote_shards_are_cached_where_the_config_says(make_pipeline, server, tmp_path):
     options = {"shards": server, "cache_dir": str(tmp_path / "cache")}
-    assert ids_of(make_feed(**options)) == ids_of(make_feed())
+    assert ids_of(make_pipeline(**options)) == ids_of(make_pipeline())
     assert len(list((tmp_path / "cache").rglob("*.tar"))) == 4
     with pytest.raises(UserError, match=r"data\.cache_gb: 1e-06 is too small"):
-        make_feed(**options | {"cache_gb": 1e-6, "cache_dir": str(tmp_path / "small")})
+        make_pipeline(**options | {"cache_gb": 1e-6, "cache_dir": str(tmp_path / "small")})
 
 
-def test_reads_are_tried_again_as_often_as_the_config_says(make_feed, tmp_path):
+def test_reads_are_tried_again_as_often_as_the_config_says(make_pipeline, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     for retries, tries in ((0, "1"), (1, "2")):
         with pytest.raises(UserError, match=rf"(?i)\b{tries} (time|tr)"):
-            make_feed(shards=address, cache_dir=str(tmp_path), read_retries=retries)
+            make_pipeline(shards=address, cache_dir=str(tmp_path), read_retries=retries)
 
 
-def test_a_server_that_says_nothing_is_given_up_in_time(make_feed, tmp_path):
+def test_a_server_that_says_nothing_is_given_up_in_time(make_pipeline, tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         started = time.monotonic()
         with pytest.raises(UserError, match=address):
-            make_feed(
+            make_pipeline(
                 shards=address, cache_dir=str(tmp_path), read_retries=0, read_timeout_seconds=0.3
             )
         assert time.monotonic() - started < 20
@@ -210,10 +210,10 @@ def test_a_server_that_says_nothing_is_given_up_in_time(make_feed, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_prepared_ahead_on_a_gpu_are_those_of_the_cpu(make_feed):
+def test_batches_prepared_ahead_on_a_gpu_are_those_of_the_cpu(make_pipeline):
     options = {"photometric": "device", "num_workers": 1}
-    expected = list(make_feed(**options).epoch(0))
-    found = list(make_feed(torch.device("cuda", 0), **options).epoch(0))
+    expected = list(make_pipeline(**options).epoch(0))
+    found = list(make_pipeline(torch.device("cuda", 0), **options).epoch(0))
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.batch.sample_ids.cpu(), theirs.batch.sample_ids)

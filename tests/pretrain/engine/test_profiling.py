@@ -16,7 +16,8 @@ import yaml
 from common.files import read_json_lines
 from pretrain.__main__ import main, parse
 from pretrain.config import load_config
-from pretrain.data.input_pipeline import Feed
+from pretrain.data.input_pipeline import InputPipeline
+from pretrain.data.loader import Loader
 from pretrain.engine import profiling
 from pretrain.engine.optim import LARS
 from pretrain.features.feature_augmentation import FeatureAugmenter
@@ -130,8 +131,8 @@ def test_trace_has_every_label_in_every_step(profiled):
 def test_what_is_slow_shows_in_its_row(start, monkeypatch):
     """Each part sleeps, far longer than it works; that parts add up is shown above."""
     part = 0.03
-    monkeypatch.setattr(Feed, "_listing_bad", slow_iterator(Feed._listing_bad, part))
-    monkeypatch.setattr(Feed, "views", slow(Feed.views, part))
+    monkeypatch.setattr(Loader, "epoch", slow_iterator(Loader.epoch, part))
+    monkeypatch.setattr(InputPipeline, "views", slow(InputPipeline.views, part))
     monkeypatch.setattr(OnlineNetwork, "project", slow_if_frozen(OnlineNetwork.project, part))
     monkeypatch.setattr(OnlineNetwork, "predict", slow(OnlineNetwork.predict, part))
     monkeypatch.setattr(FeatureAugmenter, "forward", slow(FeatureAugmenter.forward, part))

@@ -241,14 +241,15 @@ def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
     assert len(rows) == 2 * n
     assert (rows[:n] - rows[n:]).abs().amax(1).min() > 0
     frozen = load(str(weights), branch="online", seed=0)
-    from pretrain.data.loader import Request, TwoViewDataset  # the loader's own crops
+    from pretrain.data.loader import TwoViewDataset  # the loader's own crops
+    from pretrain.data.order import OrderedSamples
 
     dataset = TwoViewDataset(
         index, image_size=32, crop_scales=((0.3, 0.9),), seed=4, flip_probability=1.0
     )
     ids = np.array([5, 250])
     for visit in (0, 1):
-        views = dataset[Request(0, ids, np.full(2, visit))].batch.views[0]
+        views = dataset[OrderedSamples(ids, np.full(2, visit))].batch.views[0]
         expected = frozen.backbone(normalise(views, frozen.mean, frozen.std))
         torch.testing.assert_close(file.read(visit * n + ids), expected)
 

@@ -6,10 +6,10 @@ import pytest
 
 from common.errors import UserError
 from pretrain.data.loader import Loader, TwoViewDataset
-from pretrain.data.mixture import Subset
+from pretrain.data.order import OrderedSamples, SourceSizes
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.sets import balanced, listed, open_sets, stratified, write_list
 
@@ -194,8 +194,8 @@ def test_a_subset_reads_the_samples_it_is_made_of(shards):
     subset = Subset(index, np.array([31, 2, 5, 18]))
     ids = [2, 5, 18, 31]
     assert subset.sample_ids.tolist() == ids
-    assert subset.num_samples == sum(subset.shard_sizes) == 4
-    assert subset.shard_sizes == [2, 1, 1]
+    assert subset.num_samples == 4
+    assert subset.sources == [SourceSizes([2, 1, 1])]
     assert subset.labels.tolist() == index.labels[ids].tolist()
     assert subset.has_labels
     assert [subset.key_name(i) for i in range(4)] == [index.key_name(i) for i in ids]
@@ -214,7 +214,6 @@ def test_a_loader_gives_each_sample_of_a_subset_the_crops_it_has_in_the_whole_se
     assert sorted(ids[batch.sample_ids.numpy()]) == ids.tolist()
     assert batch.views.shape == (1, 6, 3, 32, 32)
     whole = TwoViewDataset(index, **options)
-    out = np.zeros((1, 6, 32, 32, 3), np.uint8)
-    assert whole.write_views(ids[batch.sample_ids.numpy()], batch.visits.numpy(), out) == {}
-    assert (batch.views.numpy() == out.transpose(0, 1, 4, 2, 3)).all()
+    asked = OrderedSamples(ids[batch.sample_ids.numpy()], batch.visits.numpy())
+    assert (batch.views == whole[asked].batch.views).all()
     assert (batch.labels.numpy() == index.labels[ids[batch.sample_ids.numpy()]]).all()

@@ -14,8 +14,7 @@ from torch import nn
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import EvalConfig, load_config
-from pretrain.data.mixture import open_samples
-from pretrain.data.shards import ShardIndex
+from pretrain.data.shards import ShardIndex, open_samples
 from pretrain.engine import checkpoint
 from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.probe import Probe

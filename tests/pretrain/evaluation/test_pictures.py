@@ -11,7 +11,7 @@ from torch import nn
 
 from common.pictures import decode
 from pretrain.config import DataConfig, EvalConfig
-from pretrain.data.crops import center_crop
+from pretrain.data.decode import center_crop
 from pretrain.data.loader import Loader, TwoViewDataset
 from pretrain.data.shards import ShardIndex
 from pretrain.evaluation import pictures

@@ -14,19 +14,18 @@ import pytest
 
 from common import files as common_files
 from common.errors import UserError
-from pretrain.data.index import write_json
-from pretrain.data.pack import cluster as shard_lock
-from pretrain.data.pack.cluster import (
+from common.files import write_json
+from pretrain.data.pack import writer as shard_lock
+from pretrain.data.pack.job import PARTS
+from pretrain.data.pack.plan import ShardOptions, make_plan
+from pretrain.data.pack.writer import (
     Cluster,
     ShareOfShards,
     TaskError,
-    offer_to_tasks,
     only_writer,
     run_tasks,
+    write_shards,
 )
-from pretrain.data.pack.job import PARTS
-from pretrain.data.pack.plan import ShardOptions, make_plan
-from pretrain.data.pack.writer import write_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import contents, sources, write_pictures
 from tools import make_shards
@@ -165,18 +164,18 @@ def begun(picture_folder: Path, tmp_path: Path) -> Iterator[ShareOfShards]:
     (tmp_path / PARTS).mkdir()
     write_json(tmp_path / PARTS / "plan.json", {"fingerprint": "f", "run": "this-run"})
     with only_writer(tmp_path):
-        offer_to_tasks(tmp_path)
+        (tmp_path / PARTS / "tasks.lock").touch()
         plans = make_plan(sources(picture_folder), TEN)
         yield ShareOfShards(tmp_path, "this-run", plans, TEN, max_bad=0, num_workers=1)
 
 
 def test_task_makes_what_is_missing_and_no_more(begun: ShareOfShards) -> None:
-    assert begun().error is None
+    assert begun() is None
     tars = sorted(begun.folder.glob("*.tar"))
     assert len(tars) == 4
     before = [tar.stat().st_mtime_ns for tar in tars]
     tars[1].unlink()
-    assert begun().error is None
+    assert begun() is None
     after = [tar.stat().st_mtime_ns for tar in tars]
     assert [b == a for b, a in zip(before, after, strict=True)] == [True, False, True, True]
 
@@ -184,15 +183,15 @@ def test_task_makes_what_is_missing_and_no_more(begun: ShareOfShards) -> None:
 def test_task_that_submitit_queues_again_goes_on(begun: ShareOfShards) -> None:
     again = begun.checkpoint()
     assert again.function is begun
-    assert again.result().error is None
+    assert again.result() is None
 
 
 def test_late_task_of_a_run_that_was_replaced_ends(begun: ShareOfShards) -> None:
     write_json(begun.folder / PARTS / "plan.json", {"fingerprint": "f", "run": "another-run"})
-    assert "has ended or was replaced" in str(begun().error)
+    assert "has ended or was replaced" in str(begun())
     (begun.folder / PARTS / "plan.json").unlink()
     (begun.folder / PARTS / "tasks.lock").unlink()
-    assert "has ended or was replaced" in str(begun().error)
+    assert "has ended or was replaced" in str(begun())
     assert not list(begun.folder.glob("*.tar"))
     assert not list((begun.folder / PARTS).iterdir())
 

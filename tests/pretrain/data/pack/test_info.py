@@ -115,20 +115,18 @@ def test_the_choice_is_seeded(index: ShardIndex) -> None:
     assert (choose_samples(index, 99, seed=1) == np.arange(40)).all()
 
 
-def test_few_shards_of_a_remote_set_are_touched(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_shards_of_a_remote_set_are_touched(picture_folder: Path, tmp_path: Path) -> None:
     files = sorted(picture_folder.rglob("*.jpg"))
     pictures = [SourcePicture(str(file), file.name) for file in files]
     write_shards(pictures, tmp_path, options=ShardOptions(max_samples_per_shard=2))
     index = ShardIndex.open(tmp_path)
-    monkeypatch.setattr(ShardIndex, "is_remote", True)
+    index.is_remote = True
     chosen = choose_samples(index, 1000, seed=0)
     assert len(np.unique(index.samples["shard"][chosen])) == MAX_REMOTE_SHARDS == 16
     assert len(chosen) == 32
 
 
-def foreign_set(folder: Path, labels: list[int | None]) -> None:
+def external_set(folder: Path, labels: list[int | None]) -> None:
     """A tar by another tool's hand: no index, labels without names, one picture cut short."""
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
@@ -143,8 +141,8 @@ def foreign_set(folder: Path, labels: list[int | None]) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-def test_foreign_tars(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    foreign_set(tmp_path / "set", [5, 5, 7, None])
+def test_external_tars(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    external_set(tmp_path / "set", [5, 5, 7, None])
     words = [str(tmp_path / "set"), "--info", "--pictures", str(tmp_path / "sheet.jpg")]
     assert make_shards.main(words) == 0
     said = capsys.readouterr().out
@@ -158,7 +156,7 @@ def test_foreign_tars(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_many_classes_are_cut_to_the_largest(tmp_path: Path) -> None:
     labels: list[int | None] = [label for label in range(40) for _ in range(1 + (label == 33))]
-    foreign_set(tmp_path / "set", labels)
+    external_set(tmp_path / "set", labels)
     lines = format_info(gather_info(ShardIndex.open(tmp_path / "set"))).splitlines()
     start = lines.index("40 classes, largest first:")
     assert lines[start + 1].split()[:2] == ["33", "2"]

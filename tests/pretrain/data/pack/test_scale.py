@@ -147,7 +147,8 @@ WRITE = (
     + """
 import sys
 from pathlib import Path
-from pretrain.data.shards import ShardOptions, SourcePicture, write_shards
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
 source, out, num, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 files = sorted(source.rglob("*.jpg"))
 pictures = [SourcePicture(str(files[i % len(files)]), f"{i:06d}.jpg") for i in range(num)]

@@ -21,10 +21,9 @@ from common.files import DiskFullError
 from common.pictures import decode
 from pretrain.data.index import split_name
 from pretrain.data.pack import job, writer
-from pretrain.data.pack.cluster import only_writer
 from pretrain.data.pack.info import verify_shards
 from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_keys, make_plan
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack.writer import only_writer, write_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import (
     contents,
@@ -149,7 +148,7 @@ def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> 
         write_shards(pictures, tmp_path, options=ShardOptions(max_samples_per_shard=9))
     report = write_shards(pictures[:30], tmp_path, options=TEN, overwrite=True)
     assert report.num_shards == 3
-    assert verify_shards(tmp_path).ok
+    assert not verify_shards(tmp_path).problems
     (tmp_path / "index.json").unlink()
     with pytest.raises(UserError, match=r"shard-000000.tar: a tar that this run did not make"):
         write_shards(pictures, tmp_path, options=TEN)
@@ -158,7 +157,10 @@ def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> 
 def test_unfinished_run_with_other_options(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_run", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "map_unordered", stop)
     with pytest.raises(KeyboardInterrupt):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     monkeypatch.undo()
@@ -218,9 +220,11 @@ def test_folder_that_is_a_file(picture_folder: Path, tmp_path: Path) -> None:
 
 FILL = """
 import sys
+from types import SimpleNamespace
 from pretrain.data.pack import writer
 from tools import make_shards
-writer._check_space = lambda *arguments: None  # as if others filled the disk meanwhile
+# as if others filled the disk meanwhile
+writer.shutil.disk_usage = lambda path: SimpleNamespace(free=10**9)
 words = ["--max-samples-per-shard", "10", "--num-workers", "2"]
 sys.exit(make_shards.main([*sys.argv[1:], *words]))
 """
@@ -396,7 +400,7 @@ def test_odd_names_become_samples(tmp_path: Path) -> None:
         (source / name).write_bytes(content)
     pictures = [SourcePicture(str(source / name), name) for name in names]
     write_shards(pictures, tmp_path / "out", options=ShardOptions(shuffle_seed=None))
-    assert verify_shards(tmp_path / "out").ok
+    assert not verify_shards(tmp_path / "out").problems
     index = ShardIndex.open(tmp_path / "out")
     assert [index.read_bytes(i) for i in range(9)] == [data[name] for name in sorted(names)]
     assert len({index.key_name(i).lower() for i in range(9)}) == 9

@@ -18,8 +18,8 @@ import pytest
 from common.errors import UserError
 from pretrain.data.sources import cache as cache_module
 from pretrain.data.sources import remote
-from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted
-from pretrain.data.sources.remote import RemoteFile, look
+from pretrain.data.sources.cache import CacheOptions, RemoteShard, ShardCache
+from pretrain.data.sources.remote import Patience, RemoteFile, look
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 SIZE = 100_000
@@ -41,17 +41,17 @@ def content(i: int) -> bytes:
     return bytes([i, 255 - i]) * (SIZE // 2)
 
 
-def wanted(server: Faulty, i: int) -> Wanted:
-    return Wanted(f"{server.url}/{i}.tar", SIZE, hashlib.sha256(content(i)).hexdigest())
+def wanted(server: Faulty, i: int) -> RemoteShard:
+    return RemoteShard(f"{server.url}/{i}.tar", SIZE, hashlib.sha256(content(i)).hexdigest())
 
 
 def make(tmp_path: Path, num: float = 4, **options: float) -> ShardCache:
     """A cache that holds `num` shards."""
-    kept = CacheOptions(tmp_path / "cache", int(num * SIZE), read_retries=2, **options)
+    kept = CacheOptions(tmp_path / "cache", int(num * SIZE), patience=Patience(2), **options)
     return ShardCache(kept, remedy="make it again")
 
 
-def read(cache: ShardCache, shard: Wanted) -> bytes:
+def read(cache: ShardCache, shard: RemoteShard) -> bytes:
     with os.fdopen(cache.open(shard), "rb") as stream:
         return stream.read()
 
@@ -62,7 +62,7 @@ def held(cache: ShardCache, server: Faulty) -> list[int]:
 
 def num_bytes(folder: Path) -> int:
     """Bytes of shards and downloads in flight, while nobody moves them."""
-    with open(folder / "book.lock", "ab") as stream:
+    with open(folder / "space.lock", "ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         files = [*(folder / "shards").iterdir(), *(folder / "partial").iterdir()]
         return sum(path.stat().st_size for path in files)
@@ -196,11 +196,11 @@ def test_output_of_a_command_is_named_by_its_content(server: Faulty, tmp_path: P
     file = RemoteFile(f"pipe:cat {server.root}/0.tar", None, "")
     descriptor, size, sha256 = cache.fetch_unknown(file)
     os.close(descriptor)
-    shard = Wanted(file.url, SIZE, hashlib.sha256(content(0)).hexdigest())
+    shard = RemoteShard(file.url, SIZE, hashlib.sha256(content(0)).hexdigest())
     assert (size, sha256) == (SIZE, shard.sha256)
     assert read(cache, shard) == content(0)
     assert cache.statistics.fetches == 1
-    again = Wanted(f"pipe:cat {server.root}/1.tar", SIZE - 2, "0" * 64)
+    again = RemoteShard(f"pipe:cat {server.root}/1.tar", SIZE - 2, "0" * 64)
     with pytest.raises(UserError, match="more than 99,998 bytes: the shard was changed or cut"):
         cache.open(again)
     with pytest.raises(UserError, match=r"do not fit into the cache of 50,000 bytes"):
@@ -249,14 +249,16 @@ def test_file_that_changes_while_it_is_fetched(server: Faulty, tmp_path: Path) -
 READER = """
 import hashlib, json, os, random, sys
 from pathlib import Path
-from pretrain.data.sources.cache import CacheOptions, ShardCache, Wanted
+from pretrain.data.sources.remote import Patience
+from pretrain.data.sources.cache import CacheOptions, ShardCache, RemoteShard
 folder, bound, url, seed, num, hashes = sys.argv[1:7]
-cache = ShardCache(CacheOptions(Path(folder), int(bound), read_retries=2))
+cache = ShardCache(CacheOptions(Path(folder), int(bound), patience=Patience(2)))
 hashes = json.loads(hashes)
 chosen = random.Random(int(seed)).choices(range(len(hashes)), k=int(num))
 print("ready", flush=True)
 for i in chosen:
-    with os.fdopen(cache.open(Wanted(f"{url}/{i}.tar?{seed}", 100_000, hashes[i])), "rb") as stream:
+    shard = RemoteShard(f"{url}/{i}.tar?{seed}", 100_000, hashes[i])
+    with os.fdopen(cache.open(shard), "rb") as stream:
         assert hashlib.sha256(stream.read()).hexdigest() == hashes[i]
 print(json.dumps(vars(cache.statistics)))
 """

@@ -14,6 +14,7 @@ from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import remote
 from pretrain.data.sources import remote as download
 from pretrain.data.sources.cache import CacheOptions
+from pretrain.data.sources.remote import Patience
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 from tests.pretrain.data.sources.test_http import same_pictures
 
@@ -76,14 +77,14 @@ def test_folders_braces_and_globs(
     gs: Faulty, index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
-    options = CacheOptions(tmp_path / "cache", read_retries=1)
+    options = CacheOptions(tmp_path / "cache", patience=Patience(1))
     found = ShardIndex.open(f"gs://shards/{name}", options)
     assert found.fingerprint == index.fingerprint
     assert same_pictures(found, index)
 
 
 def test_missing_and_closed(gs: Faulty, tmp_path: Path) -> None:
-    options = CacheOptions(tmp_path / "cache", read_retries=1)
+    options = CacheOptions(tmp_path / "cache", patience=Patience(1))
     found = ShardIndex.open("gs://shards/", options)
     for status, message in [
         (404, r"^gs://shards/shard-000000.tar: there is no such file \(HTTP 404\)"),

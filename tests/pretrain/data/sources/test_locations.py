@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from pretrain.data.index import FORMAT, check_name
 from pretrain.data.sources import locations, remote
-from pretrain.data.sources.locations import Location, check_name, expand, join, parse
-from pretrain.data.sources.remote import Patience, shown
+from pretrain.data.sources.locations import Location, expand, join, parse
+from pretrain.data.sources.remote import Patience, displayed
 from tests.pretrain.data.sources.servers import faulty
 
 
@@ -99,9 +100,17 @@ def test_local_globs_and_folders_are_sorted(tmp_path: Path) -> None:
     assert expand(f"{tmp_path}/{{b,c/*}}.tar") == [f"{tmp_path}/b.tar", f"{tmp_path}/c/a.tar"]
 
 
+def index_of(name: str) -> str:
+    """The index.json of a set with one shard."""
+    shard = {"name": name, "num_samples": 0, "bytes": 0, "sha256": "0" * 64}
+    rest = {"classes": None, "options": {}, "skipped": [], "samples": "samples.npy"}
+    hashes = {"samples_sha256": "0" * 64}
+    return json.dumps({"format": FORMAT, "num_samples": 0, "shards": [shard], **rest, **hashes})
+
+
 def test_folder_with_index_gives_its_order(tmp_path: Path) -> None:
     touch(tmp_path, "a.tar", "b.tar")
-    (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "b.tar"}]}))
+    (tmp_path / "index.json").write_text(index_of("b.tar"))
     assert expand(tmp_path) == [str(tmp_path / "b.tar")]
 
 
@@ -132,9 +141,9 @@ def test_web_folder_needs_an_index(tmp_path: Path) -> None:
     with faulty(tmp_path) as server:
         with pytest.raises(UserError, match=r"no index.json, and a web server cannot be searched"):
             expand(server.url)
-        (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "a b.tar"}]}))
+        (tmp_path / "index.json").write_text(index_of("a b.tar"))
         assert expand(server.url + "/") == [f"{server.url}/a%20b.tar"]
-        (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "../a.tar"}]}))
+        (tmp_path / "index.json").write_text(index_of("../a.tar"))
         with pytest.raises(UserError, match=r"index.json: names the file '../a.tar'.*not trusted"):
             expand(server.url)
         (tmp_path / "index.json").write_text("{")
@@ -167,8 +176,8 @@ def test_join_quotes_names_and_keeps_the_query() -> None:
 
 
 def test_messages_hide_passwords_and_tokens() -> None:
-    assert shown("https://me:secret@host:81/a.tar?token=secret") == "https://host:81/a.tar?..."
-    assert shown("/local/a.tar") == "/local/a.tar"
+    assert displayed("https://me:secret@host:81/a.tar?token=secret") == "https://host:81/a.tar?..."
+    assert displayed("/local/a.tar") == "/local/a.tar"
 
 
 @pytest.mark.parametrize(

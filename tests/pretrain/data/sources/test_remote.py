@@ -18,6 +18,7 @@ from pretrain.data.sources.remote import (
     look,
     look_at_all,
     read_if_there,
+    read_small,
     retried,
 )
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
@@ -173,7 +174,7 @@ def test_small_file_or_none(server: Faulty) -> None:
     assert read_if_there(f"{server.url}/a.tar", PATIENCE) == DATA
     assert read_if_there(f"{server.url}/b.tar", PATIENCE) is None
     with pytest.raises(UserError, match="larger than 1,000 bytes"):
-        download(look(f"{server.url}/a.tar", PATIENCE), BytesSink("x", 1000), PATIENCE)
+        read_small(f"{server.url}/a.tar", PATIENCE, 1000)
 
 
 def test_delays_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

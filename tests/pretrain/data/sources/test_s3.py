@@ -64,7 +64,7 @@ def s3(client, address: str, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def cache(tmp_path: Path, **options: float) -> CacheOptions:
-    return CacheOptions(**{"folder": tmp_path / "cache", "read_retries": 2, **options})
+    return CacheOptions(**{"folder": tmp_path / "cache", "patience": Patience(2), **options})
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
@@ -207,7 +207,7 @@ def test_failed_parts_are_fetched_again(
     act: Callable[[Handler], bool],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
-    found = ShardIndex.open("s3://shards/", cache(tmp_path, read_timeout_seconds=0.5))
+    found = ShardIndex.open("s3://shards/", cache(tmp_path, patience=Patience(2, 0.5)))
     failing.faults = lambda handler, count: count in (1, 2) and act(handler)
     assert found.read_bytes(3) == index.read_bytes(3)
     size = (index.folder / "shard-000000.tar").stat().st_size
@@ -226,7 +226,7 @@ def test_failed_parts_are_fetched_again(
 def test_one_clear_error(
     failing: Faulty, tmp_path: Path, act: Callable[[Handler], bool], message: str, num: int
 ) -> None:
-    found = ShardIndex.open("s3://shards/", cache(tmp_path, read_timeout_seconds=0.2))
+    found = ShardIndex.open("s3://shards/", cache(tmp_path, patience=Patience(2, 0.2)))
     failing.faults = lambda handler, count: act(handler)
     with pytest.raises(UserError, match=rf"^s3://shards/shard-000000.tar: .*{message}"):
         found.fetch([3])

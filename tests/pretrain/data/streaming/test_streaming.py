@@ -20,15 +20,16 @@ from webdataset.filters import shuffle
 
 from common.errors import UserError
 from pretrain.data.augment import PRESETS, ViewAugment
+from pretrain.data.decode import Sample
 from pretrain.data.index import key_hash
 from pretrain.data.loader import TwoViewBatch, TwoViewDataset
-from pretrain.data.mixture import open_samples
-from pretrain.data.shards import ShardIndex
+from pretrain.data.order import OrderedSamples
+from pretrain.data.shards import ShardIndex, open_samples
 from pretrain.data.sources import remote
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming import reader as reader_module
 from pretrain.data.streaming.loader import StreamingLoader
-from pretrain.data.streaming.reader import Reader, StreamSample, StreamSource, open_sources
+from pretrain.data.streaming.reader import Reader, StreamSource, open_sources
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
 from tests.pretrain.data.sources.servers import faulty, s3_server
 
@@ -81,7 +82,7 @@ def reader(sources: list[StreamSource], number: int = 0, num: int = 1, **options
     return Reader(sources, number=number, num_readers=num, **(defaults | options))
 
 
-def in_pass(samples: Iterator[StreamSample], number: int) -> list[StreamSample]:
+def in_pass(samples: Iterator[Sample], number: int) -> list[Sample]:
     """The samples of one pass; those of earlier passes must have been taken."""
     return list(itertools.takewhile(lambda sample: sample.visit <= number, samples))
 
@@ -121,7 +122,7 @@ def test_readers_of_whole_shards_share_none(shard_folder: Path) -> None:
     shards = []
     for number in range(3):
         own = in_pass(reader(sources, number, 3).samples(), 0)
-        shards.append({sample.where.split(" in ")[1] for sample in own})
+        shards.append({sample.name.split(" in ")[1] for sample in own})
     assert sorted(map(len, shards)) == [1, 1, 2]
     assert len(set.union(*shards)) == 4
 
@@ -149,8 +150,8 @@ def test_shuffle_buffer_mixes_shards(shard_folder: Path) -> None:
         for buffer in (1, 30)
     )
 
-    def num_changes(samples: list[StreamSample]) -> int:
-        shards = [sample.where.split(" in ")[1] for sample in samples]
+    def num_changes(samples: list[Sample]) -> int:
+        shards = [sample.name.split(" in ")[1] for sample in samples]
         return sum(one != other for one, other in itertools.pairwise(shards))
 
     assert num_changes(plain) == 3
@@ -227,9 +228,8 @@ def test_batches_hold_what_the_exact_loader_would_make(
         assert batch.views.shape == (2, 8, 3, SIZE, SIZE)
         assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
         ids = np.array([places[key] for key in keys_of([batch])])
-        expected = np.empty((2, 8, SIZE, SIZE, 3), np.uint8)
-        assert exact.write_views(ids, batch.visits.numpy(), expected) == {}
-        np.testing.assert_array_equal(batch.views.permute(0, 1, 3, 4, 2), expected)
+        expected = exact[OrderedSamples(ids, batch.visits.numpy())].batch
+        np.testing.assert_array_equal(batch.views, expected.views)
         np.testing.assert_array_equal(batch.labels, index.labels[ids])
         assert batch.sample_ids.tolist() == [key % 2**63 for key in keys_of([batch])]
         assert batch.keys.dtype == batch.labels.dtype == batch.visits.dtype == torch.int64
@@ -389,7 +389,7 @@ def test_bad_samples_of_earlier_parts_count(bad_tar: str) -> None:
 def test_nothing_but_bad_samples_ends(tmp_path: Path) -> None:
     spec = write_tar(tmp_path / "a.tar", {"a.jpg": b"no picture", "b.cls": b"1"})
     streaming = loader(spec, max_bad_samples=5)
-    assert "32 samples that came in its place were bad too" in refusal(streaming.epoch(0))
+    assert "32 samples taken in its place were bad too" in refusal(streaming.epoch(0))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -436,14 +436,14 @@ def test_shard_without_files_and_file_that_comes_twice(tmp_path: Path) -> None:
 def test_the_buffer_of_large_pictures_is_smaller_than_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def sample(num_bytes: int) -> StreamSample:
-        return StreamSample(0, -1, 0, bytes(num_bytes), "here")
+    def sample(num_bytes: int) -> Sample:
+        return Sample(0, 0, 0, -1, bytes(num_bytes))
 
     monkeypatch.setattr(reader_module, "MAX_BUFFER_BYTES", 1000)
     assert reader_module.buffer_size([sample(10), sample(30)], 16384) == 50  # of 20 bytes
     assert reader_module.buffer_size([sample(10), sample(30)], 40) == 40
     assert reader_module.buffer_size([sample(5000)], 16384) == 1
-    assert reader_module.buffer_size([StreamSample(0, -1, 0, None, "no picture")], 7) == 7
+    assert reader_module.buffer_size([Sample(0, 0, 0, -1, None)], 7) == 7
 
 
 def test_a_reader_holds_no_more_than_its_memory(

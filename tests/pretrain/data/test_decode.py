@@ -8,9 +8,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from common.pictures import decode_fast, read_header
-from pretrain.data import crops
+from pretrain.data import decode as crops
 from pretrain.data.augment import draw_uniforms
-from pretrain.data.crops import RATIO, boxes_from_draws, crop, draw_crops, reductions_for, resize
+from pretrain.data.decode import RATIO, boxes_from_draws, crop, draw_crops, reductions_for, resize
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)

@@ -1,19 +1,23 @@
-"""Random resized crops: boxes and flips of a whole batch drawn by counter, and the resizing.
+"""From encoded pictures to uint8 views: decoding, random resized crops, changes in the worker.
 
-A box is a function of (seed, visit, key, view) and the picture's size, with the distribution of
-torchvision's RandomResizedCrop.
+Boxes and flips of many samples are drawn together, by counter: a box is a function of (seed, visit,
+key, view) and the picture's size, with the distribution of torchvision's RandomResizedCrop.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch.nn import functional
 
-from pretrain.data.augment import stream_bases, uniforms
+from common.errors import require
+from common.pictures import BadPicture, decode_fast, read_header
+from pretrain.data import augment_uint8
+from pretrain.data.augment import ViewAugment, draw_parameters, stream_bases, uniforms
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
@@ -22,6 +26,121 @@ _NO_BLUR = 1.55  # shrinking by less: bilinear alone, nearly as close to an anti
 _BLUR_TOO = 1.2  # by more than this the other axis is blurred too: closer, and faster than one
 _CUBIC = 1.7  # below, a binomial blur is a little too much, and bicubic sharpens it back
 _MAX_BINOMIAL = 2.6  # above, one binomial blur is too little
+
+
+class Sample(NamedTuple):
+    """A sample that is to be decoded.
+
+    Attributes:
+        sample_id: Its number.
+        key: 64-bit hash of its name.
+        visit: How often it was due before.
+        label: -1 if there is none.
+        data: The encoded picture; None if the sample has none.
+        name: What to call it in messages, if it was not looked up by its number.
+    """
+
+    sample_id: int
+    key: int
+    visit: int
+    label: int
+    data: bytes | memoryview | None
+    name: str = ""
+
+
+class ViewWriter:
+    """Random resized crops of each picture, two as a rule; photometric changes too, if asked.
+
+    Args:
+        image_size: Side of a view in pixels.
+        crop_scales: For each view, the range of the crop's area as a share of the picture's. One
+            range: one view, for linear evaluation.
+        seed: Seed of the run.
+        flip_probability: Probability of a horizontal flip.
+        photometric: For each view, the changes done here, on uint8; None leaves them to the device.
+    Raises:
+        UserError: If a size or a range is impossible.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        crop_scales: tuple[tuple[float, float], ...],
+        seed: int,
+        flip_probability: float = 0.5,
+        photometric: tuple[ViewAugment, ViewAugment] | None = None,
+    ) -> None:
+        require(image_size >= 1, f"image size {image_size}: must be at least 1 pixel")
+        for low, high in crop_scales:
+            require(
+                0 < low <= high <= 1,
+                f"crop scale ({low}, {high}): must satisfy 0 < low <= high <= 1",
+            )
+        self.image_size, self.crop_scales, self.seed = image_size, crop_scales, seed
+        self.flip_probability, self.photometric = flip_probability, photometric
+
+    def write(self, samples: Sequence[Sample], out: np.ndarray) -> dict[int, str]:
+        """Decode samples once each and write their views.
+
+        Args:
+            samples: n of them.
+            out: uint8 [views, n, s, s, 3], written in place.
+        Returns:
+            {row: reason} of the pictures that do not decode.
+        """
+        # The sizes come first: they decide the crops, and these how much must be decoded.
+        failed: dict[int, str] = {}
+        rows, headers, sizes = [], [], []
+        for row, sample in enumerate(samples):
+            if sample.data is None:
+                failed[row] = "holds no picture"
+                continue
+            try:
+                header = read_header(sample.data, where="picture")
+            except BadPicture as error:
+                failed[row] = str(error)
+                continue
+            rows.append(row)
+            headers.append(header)
+            sizes.append((header.height, header.width))
+        if not rows:
+            return failed
+        keys = np.array([samples[row].key for row in rows], np.uint64).view(np.int64)
+        visits = np.array([samples[row].visit for row in rows], np.int64)
+        crops = draw_crops(
+            np.array(sizes, np.int64), keys, visits, seed=self.seed,
+            scales=dict(enumerate(self.crop_scales)), flip_probability=self.flip_probability,
+        )  # fmt: skip
+        changes: list[list[augment_uint8.Changes]] = []
+        for number, view in enumerate(self.photometric or ()):
+            drawn = draw_parameters(view, keys, visits, seed=self.seed, view_index=number)
+            changes.append(augment_uint8.changes_of(drawn, self.image_size))
+        sides = np.min([view.boxes[:, 2:] for view in crops], axis=(0, 2))
+        reductions = reductions_for(sides, self.image_size).tolist()
+        bottoms = np.max([view.boxes[:, 0] + view.boxes[:, 2] for view in crops], axis=0).tolist()
+        boxes = [view.boxes.tolist() for view in crops]
+        flips = [view.flips.tolist() for view in crops]
+        # Each picture is decoded down to its lowest crop, and no larger than its smallest one asks.
+        for k, row in enumerate(rows):
+            data = samples[row].data
+            assert data is not None
+            try:
+                image, reduction = decode_fast(
+                    data, headers[k], reductions[k], where="picture", num_rows=bottoms[k]
+                )
+            except BadPicture as error:
+                failed[row] = str(error)
+                continue
+            for view, target in enumerate(out[:, row]):
+                box, is_flipped = boxes[view][k], flips[view][k]
+                crop(
+                    image, box, self.image_size, is_flipped=is_flipped, reduction=reduction,
+                    out=target,
+                )  # fmt: skip
+                if changes:
+                    augment_uint8.apply(target, changes[view][k])
+        return failed
 
 
 @dataclass(frozen=True)
@@ -147,7 +266,7 @@ def reductions_for(sides: np.ndarray, size: int) -> np.ndarray:
 
 def crop(
     image: np.ndarray,
-    box: tuple[int, int, int, int],
+    box: Sequence[int],
     size: int,
     *,
     is_flipped: bool = False,

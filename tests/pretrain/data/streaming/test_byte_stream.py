@@ -1,3 +1,4 @@
+import contextlib
 import io
 import shlex
 import tarfile
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from pretrain.data.index import tar_files
 from pretrain.data.sources import remote
 from pretrain.data.sources import remote as download
 from pretrain.data.sources.remote import Patience
-from pretrain.data.streaming.tar import RemoteStream, TarStream
+from pretrain.data.streaming.byte_stream import RemoteStream, open_stream
 from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
 
 PATIENCE = Patience(retries=2, timeout_seconds=2)
@@ -55,8 +57,9 @@ def write_tar(path: Path, files: dict[str, bytes], kind: int = tarfile.PAX_FORMA
 
 
 def read(url: str | Path, *, wanted: str = "", patience: Patience = PATIENCE) -> dict[str, bytes]:
-    with TarStream(str(url), patience, lambda name: name.endswith(wanted)) as tar:
-        found = list(tar)
+    with contextlib.closing(open_stream(str(url), patience)) as stream:
+        files = tar_files(stream, str(url), lambda name: name.endswith(wanted))
+        found = [(member.name, data) for member, data in files]
     assert len(dict(found)) == len(found)
     return dict(found)
 
