@@ -1,7 +1,7 @@
 """Photometric augmentation in batches on the device, with parameters of their own for each sample.
 
-Drawing is a pure function of (seed, epoch, key, view); what is drawn is applied by the operations
-of `photometric`, in the order jitter, grey, blur, solarise, normalise.
+The parameters are a pure function of (seed, visit, key, view). They are applied in the order
+jitter, grey, blur, solarise, normalise.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -210,57 +210,23 @@ class ViewAugment:
     solarize_probability: float = 0.0
 
 
-def _jittered(
-    scale: tuple[float, float],
-    jitter: tuple[float, float, float, float],
-    blur_probability: float = 0.0,
-    solarize_probability: float = 0.0,
-) -> ViewAugment:
-    brightness, contrast, saturation, hue = jitter
-    return ViewAugment(
-        crop_scale=scale,
-        jitter_probability=0.8,
-        brightness=brightness,
-        contrast=contrast,
-        saturation=saturation,
-        hue=hue,
-        gray_probability=0.2,
-        blur_probability=blur_probability,
-        solarize_probability=solarize_probability,
-    )
-
-
-_WEAK = _jittered((0.2, 1.0), (0.4, 0.4, 0.4, 0.1))
-_STRONG = _jittered((0.08, 1.0), (0.8, 0.8, 0.8, 0.2), blur_probability=0.5)
-_BYOL = (0.4, 0.4, 0.2, 0.1)
+_WEAK = ViewAugment(
+    crop_scale=(0.2, 1.0), jitter_probability=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
+    hue=0.1, gray_probability=0.2,
+)  # fmt: skip
+_STRONG = replace(
+    _WEAK, crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2,
+    blur_probability=0.5,
+)  # fmt: skip
+_BYOL = replace(_WEAK, crop_scale=(0.08, 1.0), saturation=0.2, blur_probability=1.0)
 PRESETS: dict[str, tuple[ViewAugment, ViewAugment]] = {
     "none": (ViewAugment(crop_scale=(1.0, 1.0)), ViewAugment(crop_scale=(1.0, 1.0))),
     "symmetric_weak": (_WEAK, _WEAK),
     "symmetric_strong": (_STRONG, _STRONG),
-    "asymmetric": (
-        _jittered((0.08, 1.0), _BYOL, blur_probability=1.0),
-        _jittered((0.08, 1.0), _BYOL, blur_probability=0.1, solarize_probability=0.2),
-    ),
-    "asymmetric_strong": (
-        _WEAK,
-        _jittered(
-            (0.08, 1.0), (0.8, 0.8, 0.8, 0.2), blur_probability=0.5, solarize_probability=0.2
-        ),
-    ),
+    "asymmetric": (_BYOL, replace(_BYOL, blur_probability=0.1, solarize_probability=0.2)),
+    "asymmetric_strong": (_WEAK, replace(_STRONG, solarize_probability=0.2)),
 }
-
-_DRAWS = (
-    "jitter",
-    "jitter_order",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "gray",
-    "blur",
-    "blur_sigma",
-    "solarize",
-)
+_DRAWN = "jitter jitter_order brightness contrast saturation hue gray blur blur_sigma solarize"
 
 
 def draw_parameters(
@@ -284,8 +250,9 @@ def draw_parameters(
         (0: none), "jitter_order" (number of a permutation in JITTER_ORDERS), "gray", "solarize" (0
         or 1), "blur_sigma" (pixels, 0: no blur).
     """
-    draws = draw_uniforms("augment", keys, visits, len(_DRAWS), seed=seed, view_index=view_index)
-    u: dict[str, np.ndarray] = dict(zip(_DRAWS, draws, strict=True))
+    names = _DRAWN.split()
+    draws = draw_uniforms("augment", keys, visits, len(names), seed=seed, view_index=view_index)
+    u: dict[str, np.ndarray] = dict(zip(names, draws, strict=True))
     jitter = u["jitter"] < view.jitter_probability
 
     def factor(name: str, spread: float) -> np.ndarray:

@@ -48,10 +48,11 @@ class Sample(NamedTuple):
     name: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
 class ViewWriter:
     """Random resized crops of each picture, two as a rule; photometric changes too, if asked.
 
-    Args:
+    Attributes:
         image_size: Side of a view in pixels.
         crop_scales: For each view, the range of the crop's area as a share of the picture's. One
             range: one view, for linear evaluation.
@@ -62,23 +63,18 @@ class ViewWriter:
         UserError: If a size or a range is impossible.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        crop_scales: tuple[tuple[float, float], ...],
-        seed: int,
-        flip_probability: float = 0.5,
-        photometric: tuple[ViewAugment, ViewAugment] | None = None,
-    ) -> None:
-        require(image_size >= 1, f"image size {image_size}: must be at least 1 pixel")
-        for low, high in crop_scales:
-            require(
-                0 < low <= high <= 1,
-                f"crop scale ({low}, {high}): must satisfy 0 < low <= high <= 1",
-            )
-        self.image_size, self.crop_scales, self.seed = image_size, crop_scales, seed
-        self.flip_probability, self.photometric = flip_probability, photometric
+    image_size: int
+    crop_scales: tuple[tuple[float, float], ...]
+    seed: int
+    flip_probability: float = 0.5
+    photometric: tuple[ViewAugment, ViewAugment] | None = None
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        require(size >= 1, f"image size {size}: must be at least 1 pixel")
+        for low, high in self.crop_scales:
+            is_range = 0 < low <= high <= 1
+            require(is_range, f"crop scale ({low}, {high}): must satisfy 0 < low <= high <= 1")
 
     def write(self, samples: Sequence[Sample], out: np.ndarray) -> dict[int, str]:
         """Decode samples once each and write their views.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing.sharedctypes import Synchronized
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import cv2
@@ -294,10 +294,7 @@ class FetchAhead:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -325,10 +322,11 @@ class FetchAhead:
                 return
 
 
+@dataclass(kw_only=True)
 class RequestSampler(Sampler):
     """The requests of one rank from `start_step` of `epoch` on; set both before iterating.
 
-    Args:
+    Attributes:
         sources: Sizes and weights of what is read.
         seed: Seed of the run.
         batch_size: Global batch size, over all ranks.
@@ -336,40 +334,38 @@ class RequestSampler(Sampler):
         world_size: Number of ranks.
         window: Window of the shuffle, in samples.
         last_batch: What becomes of the remainder below one batch.
+        epoch: Epoch, counted from 0.
+        start_step: First global batch that is yielded.
+        num_steps: Global batches per epoch.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceSizes],
-        *,
-        seed: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        window: int,
-        last_batch: LastBatch = "drop",
-    ) -> None:
-        self._sources, self._seed, self._window = sources, seed, window
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._last_batch: LastBatch = last_batch
-        num_due = sum(source.num_due for source in sources)
-        self.num_steps = num_steps_per_epoch(num_due, batch_size, last_batch)
-        self.epoch = 0
-        self.start_step = 0
+    sources: Sequence[SourceSizes]
+    seed: int
+    batch_size: int
+    rank: int
+    world_size: int
+    window: int
+    last_batch: LastBatch = "drop"
+    epoch: int = 0
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        num_due = sum(source.num_due for source in self.sources)
+        self.num_steps = num_steps_per_epoch(num_due, self.batch_size, self.last_batch)
         require(
-            0 <= rank < world_size,
-            f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}",
+            0 <= self.rank < self.world_size,
+            f"rank {self.rank} of {self.world_size}: must be from 0 to {self.world_size - 1}",
         )
-        share_of_rank(batch_size, world_size)  # what does not divide is refused now
+        share_of_rank(self.batch_size, self.world_size)  # what does not divide is refused now
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[OrderedSamples]:
-        epoch = epoch_samples(self._sources, seed=self._seed, epoch=self.epoch, window=self._window)
+        epoch = epoch_samples(self.sources, seed=self.seed, epoch=self.epoch, window=self.window)
         for step in range(self.start_step, self.num_steps):
-            batch = global_batch(epoch, step, self._batch_size, self._last_batch)
-            yield rank_slice(batch, self._rank, self._world_size)
+            batch = global_batch(epoch, step, self.batch_size, self.last_batch)
+            yield rank_slice(batch, self.rank, self.world_size)
 
 
 class Loader:
@@ -404,7 +400,7 @@ class Loader:
         known_bad: Mapping[int, str] | None = None,
     ) -> None:
         self._sampler = RequestSampler(
-            dataset.index.sources,
+            sources=dataset.index.sources,
             seed=dataset.views.seed,
             batch_size=batch_size,
             rank=rank,

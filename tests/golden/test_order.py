@@ -36,7 +36,7 @@ def epochs_of(
     """
     sources, batch_size, window = SOURCES[name]
     sampler = RequestSampler(
-        sources, seed=SEED, batch_size=batch_size, rank=rank, world_size=world_size,
+        sources=sources, seed=SEED, batch_size=batch_size, rank=rank, world_size=world_size,
         window=window, last_batch=last_batch,
     )  # fmt: skip
     epochs = []

@@ -14,12 +14,18 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from common.errors import UserError
+from common.errors import UserError, require
 from common.pictures import BadPicture, decode
 from pretrain.data.order import stable_hash
 
 MAX_FILE_BYTES = 2**30  # far above any picture of MAX_PIXELS pixels that is compressed
 _RATIO_SAMPLES = 16  # pictures that are shrunk on trial to plan the sizes of shards
+_UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")
+_MAX_KEY_LENGTH = 90  # with a suffix, a plain tar header holds 100 characters
+_OVERHEAD = 2048  # bytes of tar headers and padding per sample, at most
+_STAT_THREADS = 16  # a network file system answers many at once
+_STAT_CHUNK = 4096  # files per thread and turn
+_MORE_SHARDS = 12  # attempts, each with a percent more shards, to keep all below their limits
 
 
 def stored_suffix(data: bytes) -> str | None:
@@ -48,19 +54,6 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
         BadPicture: If the file cannot be read, is empty, no plain file or larger than
             MAX_FILE_BYTES, or does not decode.
     """
-    data = _read(path)
-    image = decode(data, where=path)
-    if resize_short is not None and min(image.shape[:2]) > resize_short:
-        return "jpg", _encode_jpeg(shrink(image, resize_short), quality)
-    suffix = stored_suffix(data)
-    if suffix is not None:
-        return suffix, data
-    import cv2
-
-    return "png", cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
-def _read(path: str) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
@@ -74,7 +67,16 @@ def _read(path: str) -> bytes:
         raise BadPicture(f"{path}: cannot be read ({error.strerror})") from error
     if not data:
         raise BadPicture(f"{path}: is empty (0 bytes)")
-    return data
+    image = decode(data, where=path)
+    if resize_short is not None and min(image.shape[:2]) > resize_short:
+        small = np.ascontiguousarray(shrink(image, resize_short))
+        return "jpg", simplejpeg.encode_jpeg(small, quality, "RGB", "420", fastdct=False)
+    suffix = stored_suffix(data)
+    if suffix is not None:
+        return suffix, data
+    import cv2  # not needed to parse a command line
+
+    return "png", cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def shrink(image: np.ndarray, short_side: int) -> np.ndarray:
@@ -85,10 +87,6 @@ def shrink(image: np.ndarray, short_side: int) -> np.ndarray:
     import cv2
 
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-
-
-def _encode_jpeg(image: np.ndarray, quality: int) -> bytes:
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420", fastdct=False)
 
 
 def shrink_ratio(paths: Sequence[str], resize_short: int | None, quality: int) -> float:
@@ -103,14 +101,6 @@ def shrink_ratio(paths: Sequence[str], resize_short: int | None, quality: int) -
         except BadPicture:
             continue
     return after / before if before else 1.0
-
-
-_UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")
-_MAX_KEY_LENGTH = 90  # with a suffix, a plain tar header holds 100 characters
-_OVERHEAD = 2048  # bytes of tar headers and padding per sample, at most
-_STAT_THREADS = 16  # a network file system answers many at once
-_STAT_CHUNK = 4096  # files per thread and turn
-_MORE_SHARDS = 12  # attempts, each with a percent more shards, to keep all below their limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +139,11 @@ class ShardOptions:
     shuffle_seed: int | None = 0
 
     def __post_init__(self) -> None:
-        if self.max_samples_per_shard < 1:
-            raise UserError(f"{self.max_samples_per_shard} samples per shard: must be at least 1")
-        if not self.shard_size_mb > 0:
-            raise UserError(f"shard size {self.shard_size_mb} MB: must be above 0")
-        if self.resize_short is not None and self.resize_short < 1:
-            raise UserError(f"short side {self.resize_short}: must be at least 1 pixel")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"JPEG quality {self.quality}: must be from 1 to 100")
+        most, short = self.max_samples_per_shard, self.resize_short
+        require(most >= 1, f"{most} samples per shard: must be at least 1")
+        require(self.shard_size_mb > 0, f"shard size {self.shard_size_mb} MB: must be above 0")
+        require(short is None or short >= 1, f"short side {short}: must be at least 1 pixel")
+        require(1 <= self.quality <= 100, f"JPEG quality {self.quality}: must be from 1 to 100")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +174,14 @@ def make_plan(pictures: Sequence[SourcePicture], options: ShardOptions) -> list[
     Raises:
         UserError: If there is no picture, or a name occurs twice.
     """
-    if not pictures:
-        raise UserError("no pictures to pack")
+    require(bool(pictures), "no pictures to pack")
     ordered = sorted(pictures, key=lambda picture: picture.name)
     keys = make_keys([picture.name for picture in ordered])
-    order = _order([picture.name for picture in ordered], options.shuffle_seed)
-    ordered, keys = [ordered[i] for i in order], [keys[i] for i in order]
+    if options.shuffle_seed is not None:  # over all shards, by hashes of the names
+        hashes = [stable_hash("shard order", options.shuffle_seed, p.name) for p in ordered]
+        first, second = np.frombuffer(b"".join(hashes), dtype=">u8").reshape(-1, 2).T
+        order = np.lexsort((second, first)).tolist()
+        ordered, keys = [ordered[i] for i in order], [keys[i] for i in order]
     sizes = _file_sizes([picture.path for picture in ordered])
     ratio = shrink_ratio([p.path for p in ordered], options.resize_short, options.quality)
     stored = (sizes * ratio).astype(np.int64) + _OVERHEAD
@@ -208,15 +197,6 @@ def make_plan(pictures: Sequence[SourcePicture], options: ShardOptions) -> list[
         )
         for number, (start, end) in enumerate(pairwise(bounds))
     ]
-
-
-def _order(names: list[str], seed: int | None) -> Sequence[int]:
-    """Order of the samples over all shards, as positions in `names`, which is sorted."""
-    if seed is None:
-        return range(len(names))
-    hashes = b"".join(stable_hash("shard order", seed, name) for name in names)
-    first, second = np.frombuffer(hashes, dtype=">u8").reshape(-1, 2).T
-    return np.lexsort((second, first)).tolist()
 
 
 def split_evenly(stored_bytes: np.ndarray, options: ShardOptions) -> list[int]:
@@ -265,20 +245,20 @@ def _fingerprint(pictures: list[SourcePicture], sizes: np.ndarray, options: Shar
 
 
 def _file_sizes(paths: list[str]) -> np.ndarray:
-    """Bytes of each file, int64; 0 for one that is not there: told when its turn comes."""
-    chunks = [paths[i : i + _STAT_CHUNK] for i in range(0, len(paths), _STAT_CHUNK)]
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        return np.concatenate(list(pool.map(_sizes_of, chunks)))
+    """Bytes of each file, int64; 0 for one that is not there: reported when its turn comes."""
 
-
-def _sizes_of(paths: list[str]) -> np.ndarray:
-    sizes = np.zeros(len(paths), dtype=np.int64)
-    for i, path in enumerate(paths):
+    def size_of(path: str) -> int:
         try:
-            sizes[i] = os.stat(path).st_size
+            return os.stat(path).st_size
         except OSError:
-            continue
-    return sizes
+            return 0
+
+    def sizes_of(start: int) -> np.ndarray:
+        chunk = paths[start : start + _STAT_CHUNK]
+        return np.fromiter(map(size_of, chunk), np.int64, len(chunk))
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return np.concatenate(list(pool.map(sizes_of, range(0, len(paths), _STAT_CHUNK))))
 
 
 def make_keys(names: Sequence[str]) -> list[str]:
@@ -292,17 +272,11 @@ def make_keys(names: Sequence[str]) -> list[str]:
     """
     stems = [os.path.splitext(name)[0] for name in names]
     plain = [_UNSAFE.sub("_", stem) for stem in stems]
-    shared = Counter(
-        key.lower() for key in plain
-    )  # also told apart where a file system ignores case
+    shared = Counter(key.lower() for key in plain)  # told apart where file systems ignore case
     keys = []
     for name, stem, key in zip(names, stems, plain, strict=True):
-        if (
-            key != stem
-            or len(key) > _MAX_KEY_LENGTH
-            or shared[key.lower()] > 1
-            or key.startswith("/")
-        ):
+        is_changed = key != stem or len(key) > _MAX_KEY_LENGTH or key.startswith("/")
+        if is_changed or shared[key.lower()] > 1:
             tail = key.strip("/")[-(_MAX_KEY_LENGTH - 17) :].lstrip("/")
             key = f"{tail}-{stable_hash(name, num_bytes=8).hex()}"
         keys.append(key)

@@ -200,13 +200,26 @@ def run_tasks(
                 del waiting[plan.name]
                 yield plan, part
             if all_ended:
-                reasons = [_why_ended(job) for job in jobs]
-                deadline = deadline or time.monotonic() + _VISIBLE_SECONDS
                 if not waiting:
                     return
+                reasons = [_why_ended(job) for job in jobs]
+                deadline = deadline or time.monotonic() + _VISIBLE_SECONDS
                 if any(reasons) or time.monotonic() > deadline:
-                    raise _task_error(jobs, shares, reasons, waiting)
+                    break
             time.sleep(_POLL_SECONDS)
+
+        # What went wrong in each task that did not finish.
+        lines = []
+        for number, (job, share, reason) in enumerate(zip(jobs, shares, reasons, strict=True), 1):
+            missing = sum(plan.name in waiting for plan in share.plans)
+            if missing or reason:
+                lines.append(
+                    f"task {number} of {len(jobs)} (job {job.job_id}), {missing} of "
+                    f"{len(share.plans)} shards missing: "
+                    f"{reason or 'its shards are not to be seen here'}\n  log: {job.paths.stderr}"
+                )
+        lines.append("the same command goes on with what the tasks have made")
+        raise TaskError("\n".join(lines))
     finally:
         for job in jobs:
             if not job.done():
@@ -263,25 +276,6 @@ def _why_ended(job: Any) -> str | None:
     # submitit's message holds the task's traceback between two lines of dashes.
     lines = [line for line in str(error).split("-" * 22)[1:2] for line in line.split("\n") if line]
     return f"failed ({lines[-1].strip() if lines else error})"
-
-
-def _task_error(
-    jobs: list[Any],
-    shares: list[ShareOfShards],
-    reasons: list[str | None],
-    waiting: dict[str, ShardPlan],
-) -> TaskError:
-    """What went wrong in each task that did not finish."""
-    lines = []
-    for number, (job, share, reason) in enumerate(zip(jobs, shares, reasons, strict=True), 1):
-        missing = sum(plan.name in waiting for plan in share.plans)
-        if missing or reason:
-            lines.append(
-                f"task {number} of {len(jobs)} (job {job.job_id}), {missing} of "
-                f"{len(share.plans)} shards missing: "
-                f"{reason or 'its shards are not to be seen here'}\n  log: {job.paths.stderr}"
-            )
-    return TaskError("\n".join([*lines, "the same command goes on with what the tasks have made"]))
 
 
 # -- the whole set --------------------------------------------------------------------------------
@@ -347,18 +341,51 @@ def write_shards(
             if not overwrite and (folder / "index.json").exists():
                 index = _finished_index(folder, fingerprint)
                 check_bad(index["skipped"], max_bad)
-                report = WriteReport.of(index, len(plans))
+                shutil.rmtree(folder / PARTS, ignore_errors=True)
+                return WriteReport.of(index, len(plans))
+            _prepare_folder(folder, fingerprint, run_id, overwrite)
+
+            # What an earlier run has finished is kept.
+            found = {plan.name: read_part(folder, plan) for plan in plans}
+            done = {name: part for name, part in found.items() if part is not None}
+            num_kept, todo = len(done), [plan for plan in plans if plan.name not in done]
+            needed = sum(plan.estimated_bytes for plan in todo)
+            free = shutil.disk_usage(folder).free
+            require(
+                needed <= free,
+                f"{folder}: the shards need about {needed / 1e6:,.1f} MB, only {free / 1e6:,.1f} "
+                "MB are free; free some space, choose another disk, or shrink pictures with "
+                "--resize-short",
+            )
+
+            # The rest is made here or in tasks; bad pictures count over all shards.
+            rest = (todo, num_workers, folder, options, max_bad)
+            if cluster is None or not todo:
+                made = map_unordered(write_shard, *rest)
             else:
-                _prepare_folder(folder, fingerprint, run_id, overwrite)
-                parts, num_kept = _make_all(
-                    folder, plans, options, run_id, cluster, num_workers, max_bad, progress
-                )
-                stored_options = {**asdict(options), "fingerprint": fingerprint}
-                # The set counts as complete from the rename of index.json.
-                index = write_index(folder, parts, classes=classes, options=stored_options)
-                report = WriteReport.of(index, num_kept)
+                made = run_tasks(cluster, run_id, *rest)
+            num_done = len(pictures) - sum(len(plan.pictures) for plan in todo)
+            bar = tqdm(
+                total=len(pictures), initial=num_done, desc="packing", unit="picture",
+                disable=not progress,
+            )  # fmt: skip
+            skipped = [item for part in done.values() for item in part.skipped]
+            check_bad(skipped, max_bad)
+            with bar, closing(made):
+                for plan, part in made:
+                    done[plan.name] = part
+                    bar.update(len(plan.pictures))
+                    skipped += part.skipped
+                    check_bad(skipped, max_bad)
+            if not any(len(part.table) for part in done.values()):
+                raise UserError(f"none of {len(skipped)} pictures decodes; {skipped[0]['reason']}")
+
+            # The set counts as complete from the rename of index.json.
+            stored_options = {**asdict(options), "fingerprint": fingerprint}
+            parts = [done[plan.name] for plan in plans]
+            index = write_index(folder, parts, classes=classes, options=stored_options)
             shutil.rmtree(folder / PARTS, ignore_errors=True)
-            return report
+            return WriteReport.of(index, num_kept)
     except OSError as error:
         raise disk_error(error, folder) from error
 
@@ -404,47 +431,3 @@ def _prepare_folder(folder: Path, fingerprint: str, run_id: str, overwrite: bool
     remove_partial_files(folder)
     remove_partial_files(parts)
     write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})
-
-
-def _make_all(
-    folder: Path,
-    plans: list[ShardPlan],
-    options: ShardOptions,
-    run_id: str,
-    cluster: Cluster | None,
-    num_workers: int,
-    max_bad: int,
-    progress: bool,
-) -> tuple[list[ShardPart], int]:
-    """Make the shards that are not there yet; the parts of all, and how many were there."""
-    done = {plan.name: part for plan in plans if (part := read_part(folder, plan)) is not None}
-    num_kept = len(done)
-    todo = [plan for plan in plans if plan.name not in done]
-    needed = sum(plan.estimated_bytes for plan in todo)
-    free = shutil.disk_usage(folder).free
-    require(
-        needed <= free,
-        f"{folder}: the shards need about {needed / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB are "
-        "free; free some space, choose another disk, or shrink pictures with --resize-short",
-    )
-    total = sum(len(plan.pictures) for plan in plans)
-    skipped: list[dict[str, str]] = []
-    with tqdm(total=total, desc="packing", unit="picture", disable=not progress) as bar:
-        bar.update(total - sum(len(plan.pictures) for plan in todo))
-        rest = (todo, num_workers, folder, options, max_bad)
-        if cluster is None or not todo:
-            made = map_unordered(write_shard, *rest)
-        else:
-            made = run_tasks(cluster, run_id, *rest)
-        with closing(made):
-            while True:
-                names = [plan.name for plan in plans if plan.name in done]
-                skipped = [item for name in names for item in done[name].skipped]
-                check_bad(skipped, max_bad)
-                if (finished := next(made, None)) is None:
-                    break
-                plan, done[plan.name] = finished[0], finished[1]
-                bar.update(len(plan.pictures))
-    if not any(len(part.table) for part in done.values()):
-        raise UserError(f"none of {len(skipped)} pictures decodes; {skipped[0]['reason']}")
-    return [done[plan.name] for plan in plans], num_kept

@@ -196,16 +196,6 @@ class RemoteShard:
     sha256: str
 
 
-@dataclass
-class CacheStatistics:
-    """What one process did with the cache since it opened it."""
-
-    hits: int = 0
-    fetches: int = 0
-    bytes_fetched: int = 0
-    evictions: int = 0
-
-
 class ShardCache:
     """The cache, as one process sees it; threads may share it.
 
@@ -219,7 +209,6 @@ class ShardCache:
     def __init__(self, options: CacheOptions, remedy: str = "") -> None:
         self.options, self.remedy = options, remedy
         self.folder, self.max_bytes = options.place, options.max_bytes
-        self.statistics = CacheStatistics()
         self._shards, self._partial = self.folder / "shards", self.folder / "partial"
         for folder in (self._shards, self._partial, self.folder / "locks"):
             make_folder(folder)
@@ -256,14 +245,17 @@ class ShardCache:
         Raises:
             UserError: If it cannot be fetched, is not what the index says, or finds no room.
         """
-        found = self._open_cached(shard)
-        if found is None:
-            with self.lock(shard.sha256):
-                found = self._open_cached(shard)
-                if found is None:
-                    return self._fetch_known(shard)
-        self.statistics.hits += 1
-        return found
+        if (found := self._open_cached(shard)) is not None:
+            return found
+        with self.lock(shard.sha256):
+            if (found := self._open_cached(shard)) is not None:
+                return found
+            file = RemoteFile(shard.url, shard.size, "")
+            if not shard.url.startswith("pipe:"):
+                file = look(shard.url, self.options.patience)
+            if file.size is not None and file.size != shard.size:
+                raise self._changed(shard, f"{file.size:,} bytes instead of {shard.size:,}")
+            return self._fetch(file, shard.size, shard.sha256, shard)[0]
 
     def ensure(self, shards: list[RemoteShard]) -> None:
         """Fetch what is missing, several shards side by side; as many as the bound holds.
@@ -303,14 +295,6 @@ class ShardCache:
 
     # -- fetching ---------------------------------------------------------------------------------
 
-    def _fetch_known(self, shard: RemoteShard) -> int:
-        file = RemoteFile(shard.url, shard.size, "")
-        if not shard.url.startswith("pipe:"):
-            file = look(shard.url, self.options.patience)
-        if file.size is not None and file.size != shard.size:
-            raise self._changed(shard, f"{file.size:,} bytes instead of {shard.size:,}")
-        return self._fetch(file, shard.size, shard.sha256, shard)[0]
-
     def fetch_unknown(self, file: RemoteFile) -> tuple[int, int, str]:
         """Fetch a shard that no index describes yet.
 
@@ -349,8 +333,6 @@ class ShardCache:
                 with self._space_lock():
                     os.replace(sink.path, self._shards / f"{facts[1]}.tar")
                 touch(found)
-                self.statistics.fetches += 1
-                self.statistics.bytes_fetched += facts[0]
                 return found, facts
             except YieldError:
                 sink.discard()
@@ -399,7 +381,6 @@ class ShardCache:
                 if too_much <= 0:
                     break
                 path.unlink(missing_ok=True)
-                self.statistics.evictions += 1
                 too_much -= size
             if too_much > 0:
                 return False

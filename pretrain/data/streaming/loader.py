@@ -16,18 +16,18 @@ docs/streaming.md says when to use it and what it costs.
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.utils.data
-from torch.utils.data import Sampler
 
 from common.errors import require
 from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.loader import BadSamples, BatchDataset, Reply, TwoViewBatch, start_workers
 from pretrain.data.order import share_of_rank
 from pretrain.data.sources.remote import Patience
-from pretrain.data.streaming.reader import Reader, StreamSource, open_sources
+from pretrain.data.streaming.reader import Reader, open_sources
 
 _MAX_PASSES = 1 << 20  # per epoch; visits count epochs and passes in one number
 
@@ -46,50 +46,31 @@ class StreamRequest(NamedTuple):
     start_step: int
 
 
-class _Requests(Sampler):
-    """As many requests as there are batches; set `first` and `num_steps` before iterating."""
-
-    def __init__(self) -> None:
-        self.first = StreamRequest(0, 0, 0)
-        self.num_steps = 0
-
-    def __len__(self) -> int:
-        return max(0, self.num_steps - self.first.start_step)
-
-    def __iter__(self) -> Iterator[StreamRequest]:
-        return itertools.repeat(self.first, len(self))
-
-
 class StreamDataset(BatchDataset):
     """What a worker does: it keeps a stream of samples, and makes each request a batch of them.
 
     Args:
-        sources: Where samples come from.
+        make_reader: Makes the reader of a stream, but for its number, seed and first visit.
         views: Decodes, crops and changes.
         num_steps: Global batches per epoch.
         batch_size: Batch size of one rank.
         rank: Number of this rank.
         world_size: Number of ranks.
-        shuffle_buffer: Encoded samples that a worker holds back to mix them.
-        patience: How long to keep trying to read a shard.
     """
 
     def __init__(
         self,
-        sources: Sequence[StreamSource],
+        make_reader: Callable[..., Reader],
         views: ViewWriter,
         *,
         num_steps: int,
         batch_size: int,
         rank: int,
         world_size: int,
-        shuffle_buffer: int,
-        patience: Patience,
     ) -> None:
         super().__init__(views)
-        self._sources, self._num_steps, self._batch_size = sources, num_steps, batch_size
+        self._make_reader, self._num_steps, self._batch_size = make_reader, num_steps, batch_size
         self._rank, self._world_size = rank, world_size
-        self._shuffle_buffer, self._patience = shuffle_buffer, patience
         self._run = -1
         self._stream: Iterator[Sample] = iter(())
         self._error: str | None = None
@@ -98,7 +79,16 @@ class StreamDataset(BatchDataset):
         """The next batch; what is wrong is told in the reply, not raised."""
         if request.run != self._run:
             self._run, self._error = request.run, None
-            self._stream = self._reader(request).samples()
+            worker = torch.utils.data.get_worker_info()
+            number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+            first_step = request.epoch * self._num_steps + request.start_step
+            reader = self._make_reader(
+                number=number * self._world_size + self._rank,
+                num_readers=num_workers * self._world_size,
+                seed=(self.views.seed, request.epoch, request.start_step),
+                first_visit=first_step * _MAX_PASSES,
+            )
+            self._stream = reader.samples()
         reply = Reply(error=self._error)
         if reply.error is None:
             self.make_batch(self._take, self._batch_size, reply)
@@ -107,20 +97,6 @@ class StreamDataset(BatchDataset):
 
     def _take(self, rows: slice) -> list[Sample]:
         return list(itertools.islice(self._stream, rows.stop - rows.start))
-
-    def _reader(self, request: StreamRequest) -> Reader:
-        worker = torch.utils.data.get_worker_info()
-        number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        first_step = request.epoch * self._num_steps + request.start_step
-        return Reader(
-            self._sources,
-            number=number * self._world_size + self._rank,
-            num_readers=num_workers * self._world_size,
-            seed=(self.views.seed, request.epoch, request.start_step),
-            first_visit=first_step * _MAX_PASSES,
-            shuffle_buffer=self._shuffle_buffer,
-            patience=self._patience,
-        )
 
     def stand_in(self, sample: Sample, attempt: int) -> Sample:
         """The next one of the stream."""
@@ -190,16 +166,15 @@ class StreamingLoader:
         self._bad = BadSamples(max_bad_samples, known_bad)
         self.bad_samples = self._bad.found
         dataset = StreamDataset(
-            self._sources,
+            partial(Reader, self._sources, shuffle_buffer=shuffle_buffer, patience=patience),
             ViewWriter(**views),
             num_steps=self.num_steps,
             batch_size=share_of_rank(batch_size, world_size),
             rank=rank,
             world_size=world_size,
-            shuffle_buffer=shuffle_buffer,
-            patience=patience,
         )
-        self._requests, self._num_runs = _Requests(), 0
+        self._requests: list[StreamRequest] = []  # of the epoch that is read
+        self._num_runs = 0
         self._loader = start_workers(dataset, self._requests, num_workers)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[TwoViewBatch]:
@@ -208,16 +183,6 @@ class StreamingLoader:
         Raises:
             UserError: If more bad samples were met than allowed, or a shard cannot be read.
         """
-        self._tell_of_few_shards()
-        self._num_runs += 1
-        self._requests.first = StreamRequest(self._num_runs, epoch, start_step)
-        self._requests.num_steps = self.num_steps
-        for reply in self._loader:
-            self._bad.check(reply)
-            yield reply.batch
-
-    def _tell_of_few_shards(self) -> None:
-        """Say once that every reader fetches everything."""
         num_tars = min(len(source.tars) for source in self._sources)
         if self._num_runs == 0 and self._rank == 0 and num_tars < self._num_readers:
             print(
@@ -226,3 +191,9 @@ class StreamingLoader:
                 f"{self._num_readers}; more shards or fewer workers cost less",
                 file=sys.stderr,
             )
+        self._num_runs += 1
+        request = StreamRequest(self._num_runs, epoch, start_step)
+        self._requests[:] = [request] * (self.num_steps - start_step)
+        for reply in self._loader:
+            self._bad.check(reply)
+            yield reply.batch

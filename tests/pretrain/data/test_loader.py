@@ -174,7 +174,12 @@ def test_requests_are_the_same_for_any_ranks_and_resume_points(
         ranks = []
         for rank in range(world_size):
             sampler = RequestSampler(
-                sources, seed=5, batch_size=batch_size, rank=rank, world_size=world_size, window=25
+                sources=sources,
+                seed=5,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                window=25,
             )
             sampler.epoch, sampler.start_step = epoch, start_step
             ranks.append([request.sample_ids for request in sampler])

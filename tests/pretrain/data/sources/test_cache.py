@@ -82,9 +82,7 @@ def test_least_recently_used_goes_first(server: Faulty, tmp_path: Path) -> None:
         assert read(cache, wanted(server, i)) == content(i)
         assert held(cache, server) == left
         assert num_bytes(cache.folder) == 4 * SIZE
-    found = cache.statistics
-    assert (found.fetches, found.hits, found.evictions) == (7, 3, 3)
-    assert found.bytes_fetched == 7 * SIZE
+    assert server.gets.total() == 7
     assert empty(cache)
 
 
@@ -113,7 +111,6 @@ def test_one_fetch_for_many_threads(server: Faulty, tmp_path: Path) -> None:
         found = list(pool.map(lambda _: read(cache, wanted(server, 0)), range(8)))
     assert found == [content(0)] * 8
     assert server.gets.total() == 1
-    assert (cache.statistics.fetches, cache.statistics.hits) == (1, 7)
 
 
 # -- faults ---------------------------------------------------------------------------------------
@@ -199,7 +196,6 @@ def test_output_of_a_command_is_named_by_its_content(server: Faulty, tmp_path: P
     shard = RemoteShard(file.url, SIZE, hashlib.sha256(content(0)).hexdigest())
     assert (size, sha256) == (SIZE, shard.sha256)
     assert read(cache, shard) == content(0)
-    assert cache.statistics.fetches == 1
     again = RemoteShard(f"pipe:cat {server.root}/1.tar", SIZE - 2, "0" * 64)
     with pytest.raises(UserError, match="more than 99,998 bytes: the shard was changed or cut"):
         cache.open(again)
@@ -260,7 +256,6 @@ for i in chosen:
     shard = RemoteShard(f"{url}/{i}.tar?{seed}", 100_000, hashes[i])
     with os.fdopen(cache.open(shard), "rb") as stream:
         assert hashlib.sha256(stream.read()).hexdigest() == hashes[i]
-print(json.dumps(vars(cache.statistics)))
 """
 
 
@@ -306,7 +301,7 @@ def test_many_processes_one_killed(server: Faulty, tmp_path: Path) -> None:
         return False
 
     server.faults = faults
-    most, results = 0, {}
+    most = 0
     with contextlib.ExitStack() as stack:
         readers = {i: stack.enter_context(reader(server, cache.folder, i, 150)) for i in range(3)}
         victim = stack.enter_context(reader(server, cache.folder, 9, 100_000))
@@ -316,14 +311,12 @@ def test_many_processes_one_killed(server: Faulty, tmp_path: Path) -> None:
                 victim.send_signal(signal.SIGKILL)
                 victim.wait()
             time.sleep(0.002)
-        for i, process in readers.items():
-            results[i] = json.loads(process.stdout.read().splitlines()[-1])
+        assert all(process.returncode == 0 for process in readers.values())
     assert victim.returncode == -signal.SIGKILL
     assert 4 * SIZE <= most <= 5 * SIZE
-    for i, result in results.items():
-        assert result["fetches"] + result["hits"] == 150
+    for i in readers:
         served = sum(n for path, n in server.gets.items() if path.endswith(f"?{i}"))
-        assert result["fetches"] == served > 0
+        assert 0 < served < 150, "each reader fetches some shards and finds some"
     cache.ensure([wanted(server, i) for i in range(5)])
     assert held(cache, server) == [0, 1, 2, 3, 4]  # the victim's leftover takes no room
     assert empty(cache)
