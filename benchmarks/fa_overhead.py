@@ -23,16 +23,21 @@ from tqdm import tqdm
 
 from benchmarks.harness import add_sizes, make_parser, run_and_report, versions
 from common.errors import UserError
-from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
-from pretrain.config_method import ObjectiveName
+from common.resnet import Arch
+from pretrain.config import (
+    FAConfig,
+    HeadConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    OptimConfig,
+)
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import choose_device, uses_bf16
 from pretrain.engine.optim import make_optimizer
-from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
+from pretrain.features.feature_augmentation import AugmentationContext, FeatureAugmenter
 from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.joint_embedding import FAContrastive
-from pretrain.model.method_check import refuse_without_gradient
-from pretrain.objectives.method_spec import resolve
+from pretrain.objectives.method_spec import refuse_without_gradient, resolve
 
 ARCHITECTURES = ("basic", "pre", "post", "parallel")
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,10 +79,10 @@ class Sizes:
     dim: int = 256
     hidden_dim: int = 4096
 
-    def arch(self) -> ArchConfig:
+    def arch(self) -> Arch:
         """The ResNet."""
         last = 4 * self.width if self.depth == 50 else self.width
-        return ArchConfig(self.depth, self.width, self.width, last)  # type: ignore[arg-type]
+        return Arch(self.depth, self.width, self.width, last)  # type: ignore[arg-type]
 
     def heads(self) -> HeadConfig:
         """Projector and predictor."""
@@ -167,7 +172,7 @@ class Group:
     def use(self, method: str) -> None:
         """Make the network that of the cell with this method."""
         self.model.fa, self.model.augmenter = self.fa[method], self.augmenters[method]
-        self.model.cell = resolve(self.objective, self.fa[method])
+        self.model.spec = resolve(self.objective, self.fa[method])
         assert self.model.augmenter.is_ready(), method
 
     def step(self) -> None:
@@ -183,7 +188,7 @@ class Group:
         """FA alone, as often as a step does it: both views, and the batch enters the queue."""
         self.num_steps += 1
         random = RowRandom.whole(self._generator(), self.sizes.batch_size)
-        draw, augmenter = Draw(random, 1.0), self.model.augmenter
+        draw, augmenter = AugmentationContext(random, 1.0), self.model.augmenter
         augmenter(self.features[0], self.features[1], draw)
         augmenter(self.features[1], self.features[0], draw)
         if augmenter.queue is not None:
@@ -267,7 +272,7 @@ def chosen_cells(patterns: str) -> tuple[dict[tuple[str, str], list[str]], dict[
         base, architecture, method = name.split("/")
         objective: Any = ObjectiveConfig(name=base)  # type: ignore[arg-type]
         try:
-            refuse_without_gradient(objective, tiny.fa(architecture, method), tiny.heads())
+            refuse_without_gradient(objective, tiny.fa(architecture, method))
         except UserError as error:
             refused[name] = str(error)
         else:

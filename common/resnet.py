@@ -25,10 +25,10 @@ class Arch:
     `res2_channels` are output channels.
     """
 
-    depth: int
-    width_per_group: int
-    stem_channels: int
-    res2_channels: int
+    depth: int = 50
+    width_per_group: int = 64
+    stem_channels: int = 64
+    res2_channels: int = 256
 
     @property
     def is_bottleneck(self) -> bool:

@@ -9,56 +9,187 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import read_settings
 from common.errors import UserError, require
-from pretrain.config_method import (
-    FA_PARTNER_LINKS,
-    FAConfig,
-    HeadConfig,
-    ObjectiveConfig,
-)
+from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.data.order import LastBatch
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.remote import Patience
 
+ObjectiveName = Literal["simclr", "infonce", "moco", "byol", "simsiam", "swav"]
+FA_PARTNER_LINKS = ("mixup", "cutmix", "extrapolate")
+FA_LINKS = ("none", "identity", "nn", "mask", "noise", *FA_PARTNER_LINKS)
 AugmentationName = Literal[
     "none", "symmetric_weak", "symmetric_strong", "asymmetric", "asymmetric_strong"
 ]
 
 
 @dataclass(frozen=True)
-class ArchConfig:
-    """A ResNet: depth and widths. ``thin`` R50 is depth 50 with 16, 16, 64."""
+class HeadConfig:
+    """Projector g and predictor q: MLPs with ReLU between the layers."""
 
-    depth: Literal[18, 34, 50, 101, 152] = 50
-    width_per_group: int = 64  # channels of the 3x3 convolution in res2
-    stem_channels: int = 64
-    res2_channels: int = 256  # channels that res2 puts out; doubled per stage
+    projector_layers: int = 2
+    projector_hidden_dim: int = 4096
+    projector_hidden_bn: bool = True  # BN after each hidden layer; MoCo v2 has none
+    projector_last_bn: bool = False  # BN after the last layer as well: NNCLR, SimSiam
+    projector_last_bn_affine: bool = True  # whether that BN has a weight and a bias; SimSiam: no
+    predictor_hidden_dim: int = 4096
+    output_dim: int = 256
+    dropout: float = 0.0  # after each hidden layer of both heads
 
     def __post_init__(self) -> None:
-        for name in ("width_per_group", "stem_channels", "res2_channels"):
+        _at_least(self, "heads", projector_layers=1, projector_hidden_dim=1)
+        _at_least(self, "heads", predictor_hidden_dim=1, output_dim=1)
+        require(0 <= self.dropout < 1, f"heads.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class BaseMethod:
+    """What distinguishes the base methods.
+
+    Attributes:
+        has_ema: The target branch is an EMA copy of backbone and projector (BYOL, MoCo).
+        stops_target: No gradient through the target branch.
+        architecture: Where the method is published: with a predictor, or without.
+        is_per_sample: The loss of a batch is the mean over its samples, each by itself.
+    """
+
+    has_ema: bool
+    stops_target: bool
+    architecture: str
+    is_per_sample: bool
+
+
+BASE_METHODS = {
+    "simclr": BaseMethod(False, False, "basic", False),  # arXiv 2002.05709
+    "infonce": BaseMethod(False, False, "parallel", False),  # NNCLR's loss, arXiv 2104.14548
+    "moco": BaseMethod(True, True, "basic", True),  # v2+: arXiv 2003.04297, symmetric
+    "byol": BaseMethod(True, True, "parallel", True),  # arXiv 2006.07733
+    "simsiam": BaseMethod(False, True, "parallel", True),  # arXiv 2011.10566
+    "swav": BaseMethod(False, True, "basic", False),  # arXiv 2006.09882
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective: a loss and its target branch (pretrain/objectives/method_spec.py)."""
+
+    name: ObjectiveName = "byol"
+    temperature: float = 0.2  # all but byol, simsiam
+    ema_tau: float = 0.99  # byol, moco: tau_0 of the schedule that ends at ema_tau_end
+    ema_tau_end: float = 1.0  # MoCo v2+ of solo-learn ends at 0.999
+    stop_gradient: bool | None = None  # on the target; null: as the base method has it
+    num_negatives: int = 65536  # moco: entries of each of the two queues of keys
+    num_prototypes: int = 3000  # swav
+    sinkhorn_epsilon: float = 0.05  # swav
+    sinkhorn_iterations: int = 3  # swav
+    frozen_prototype_steps: int = 313  # swav: the prototypes stand still for so many steps
+
+    def __post_init__(self) -> None:
+        _positive(self, "objective", "temperature", "sinkhorn_epsilon")
+        _within_0_and_1(self, "objective", "ema_tau", "ema_tau_end")
+        _at_least(self, "objective", num_negatives=1, num_prototypes=1)
+        _at_least(self, "objective", sinkhorn_iterations=1, frozen_prototype_steps=0)
+        require(
+            self.stop_gradient is not False or self.name not in ("byol", "moco", "swav"),
+            f"objective.stop_gradient=false: the target of {self.name} has no gradient to let "
+            "through (an EMA network's projection, or assigned codes); leave it out",
+        )
+
+
+@dataclass(frozen=True)
+class FAConfig:
+    """Feature augmentation A: what it does, where it acts, and which gradient it lets through."""
+
+    method: str = "nn"  # "nn", "nn+noise" (one after another), "mask|mixup" (a random one per row)
+    architecture: Literal["auto", "basic", "pre", "post", "parallel"] = "auto"
+    side: Literal["auto", "target", "online"] = "auto"  # auto: as the architecture draws it
+    views: Literal["both", "first", "second"] = "both"  # whose features A takes
+    stop_gradient: bool = True  # on the features that A takes; 'none' applies neither
+    num_features: int = 1  # N augmented features per sample
+    feature_loss: Literal["mean", "free"] = "mean"  # free: the sum over the N terms
+    partner: Literal["batch", "view", "queue"] = "batch"  # mixup, cutmix, extrapolate: z_j
+    strength: float = 1.0  # scales every method; 0 is the identity
+    strength_start: float | None = None  # at the first step, if the strength shall move
+    strength_curve: Literal["linear", "cosine"] = "linear"  # from strength_start to strength
+    queue_size: int = 65536  # entries of the support queue
+    queue_dtype: Literal["fp32", "fp16"] = "fp32"
+    min_fill: int = 1024  # A's links that read the queue are the identity until it holds so many
+    top_k: int = 1  # nn: how many nearest to choose from
+    nn_choice: Literal["random", "consensus"] = "random"  # nn: of the top_k; N > 1: the N nearest
+    nn_distance: Literal["cosine", "truncated"] = "cosine"  # truncated: resists outlier dimensions
+    mask_ratio: float = 0.2  # mask: share of dimensions set to zero
+    noise_sigma: float = 0.2  # noise: relative to the norm of the feature
+    mixup_alpha: float = 1.0  # mixup: l ~ Beta(alpha, alpha), lambda = max(l, 1 - l)
+    cutmix_ratio: float = 0.2  # cutmix: share of dimensions taken from the partner
+    extrapolate_scale: float = 0.5  # extrapolate: lambda = scale * Beta(2, 2)
+    extrapolate_per_dimension: bool = False  # a lambda for each dimension, or one for each row
+
+    def __post_init__(self) -> None:
+        links = self.links()
+        _at_least(self, "fa", num_features=1, noise_sigma=0, extrapolate_scale=0)
+        for name in ("mask_ratio", "cutmix_ratio"):
             value = getattr(self, name)
-            require(value > 0, f"arch.{name} must be positive, got {value}")
-        if self.depth in (18, 34):
+            require(0 <= value < 1, f"fa.{name} must be in [0, 1), got {value}")
+        _positive(self, "fa", "mixup_alpha")
+        _within_0_and_1(self, "fa", "strength", "strength_start")
+        require(
+            self.num_features == 1 or not links <= {"none", "identity"},
+            f"fa.num_features={self.num_features} needs a method that draws; {self.method!r} "
+            "gives the same feature each time",
+        )
+        if "nn" in links:
             require(
-                self.res2_channels == self.width_per_group,
-                f"arch: depth {self.depth} has basic blocks, so res2_channels must equal "
-                f"width_per_group ({self.width_per_group}), got {self.res2_channels}",
-            )
-        else:
-            require(
-                self.res2_channels % 4 == 0,
-                f"arch.res2_channels must be a multiple of 4 at depth {self.depth}, "
-                f"got {self.res2_channels}",
+                1 <= self.top_k <= self.min_fill,
+                f"fa: 1 <= top_k ({self.top_k}) <= min_fill ({self.min_fill}) must hold",
             )
             require(
-                256 * self.width_per_group % self.res2_channels == 0,
-                f"arch: 256 * width_per_group ({self.width_per_group}) must be a multiple of "
-                f"res2_channels ({self.res2_channels}) for depth {self.depth}, e.g. 64 and 256, "
-                "16 and 64",
+                self.num_features == 1 or self.top_k >= self.num_features,
+                f"fa: nn with num_features={self.num_features} takes the N nearest and needs "
+                f"top_k >= N, got top_k={self.top_k}",
             )
+            require(
+                self.num_features == 1 or self.nn_choice == "random",
+                "fa: nn_choice=consensus makes one feature of the top_k, so num_features must be "
+                f"1, got {self.num_features}",
+            )
+        if self.uses_queue():
+            require(
+                1 <= self.min_fill <= self.queue_size,
+                f"fa: 1 <= min_fill ({self.min_fill}) <= queue_size ({self.queue_size}) must hold",
+            )
+
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """The method as its alternatives, each a chain of links: "a+b|c" -> ((a, b), (c,)).
+
+        Raises:
+            UserError: An unknown link, or `none` or `identity` beside others.
+        """
+        chains = tuple(
+            tuple(name.strip() for name in chain.split("+")) for chain in self.method.split("|")
+        )
+        for name in (name for chain in chains for name in chain):
+            require(
+                name in FA_LINKS,
+                f"fa.method={self.method!r}: {name!r} is none of {', '.join(FA_LINKS)}; join them "
+                "with + (one after another) and | (one at random)",
+            )
+            require(
+                name not in ("none", "identity") or chains == ((name,),),
+                f"fa.method={self.method!r}: {name!r} stands alone",
+            )
+        return chains
+
+    def links(self) -> set[str]:
+        """The names of all links of all chains."""
+        return {name for chain in self.chains() for name in chain}
+
+    def uses_queue(self) -> bool:
+        """Whether a support queue is kept: for neighbours, or for partners."""
+        links = self.links()
+        return "nn" in links or (self.partner == "queue" and bool(links & set(FA_PARTNER_LINKS)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +199,7 @@ class InitConfig:
     residual_gamma: float = 1.0  # last BN weight of each residual block; see models/backbone.py
 
     def __post_init__(self) -> None:
-        require(self.residual_gamma >= 0, f"init.residual_gamma: {self.residual_gamma} is < 0")
+        _at_least(self, "init", residual_gamma=0)
 
 
 @dataclass(frozen=True)
@@ -94,11 +225,8 @@ class DataConfig:
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 2, f"data.batch_size must be >= 2, got {self.batch_size}")
-        require(self.image_size >= 16, f"data.image_size must be >= 16, got {self.image_size}")
-        require(self.shuffle_window >= 1, f"data.shuffle_window: {self.shuffle_window} is < 1")
-        require(self.num_workers >= 0, f"data.num_workers: {self.num_workers} is < 0")
-        require(self.max_bad_samples >= 0, f"data.max_bad_samples: {self.max_bad_samples} is < 0")
+        _at_least(self, "data", batch_size=2, image_size=16, shuffle_window=1)
+        _at_least(self, "data", num_workers=0, max_bad_samples=0)
         require(
             all(s > 0 for s in self.pixel_std),
             f"data.pixel_std must be positive, got {self.pixel_std}",
@@ -143,13 +271,9 @@ class OptimConfig:
     accumulation: Literal["plain", "cached"] = "plain"  # how micro-batches make one batch
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"optim.epochs must be >= 1, got {self.epochs}")
+        _at_least(self, "optim", epochs=1, weight_decay=0, head_weight_decay=0)
+        _positive(self, "optim", "lars_eta", "base_lr")
         require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
-        require(self.lars_eta > 0, f"optim.lars_eta must be > 0, got {self.lars_eta}")
-        require(self.base_lr > 0, f"optim.base_lr must be > 0, got {self.base_lr}")
-        for name in ("weight_decay", "head_weight_decay"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"optim.{name}: {value} is < 0")
         require(
             0 <= self.warmup_epochs < self.epochs,
             f"optim.warmup_epochs ({self.warmup_epochs}) must be >= 0 and below optim.epochs "
@@ -181,8 +305,8 @@ class EngineConfig:
     keep_checkpoints: int = 2  # the newest ones stay in checkpoints/; 2: one to fall back on
     keep_every_steps: int = 0  # checkpoints at multiples of this stay for good; 0: none
     on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/model/diagnostics.py
-    collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine of samples 0.99
-    collapse_rank: float = 2.0  # alarm below this effective rank
+    collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine 0.99; 0: never
+    collapse_rank: float = 2.0  # alarm below this effective rank; 0: never
     collapse_patience: int = 5  # logged rows in a row until the alarm
     on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradients that are (docs/guards.md)
     max_nonfinite_steps: int = 10  # so many are skipped in a run; one more stops it
@@ -190,25 +314,16 @@ class EngineConfig:
     on_hang: Literal["warn", "stop"] = "warn"  # stop: the process ends, torchrun may start again
 
     def __post_init__(self) -> None:
-        for name in (
-            "log_every_steps", "checkpoint_every_steps", "collapse_patience", "max_nonfinite_steps",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value >= 1, f"engine.{name} must be >= 1, got {value}")
+        _at_least(self, "engine", log_every_steps=1, checkpoint_every_steps=1)
+        _at_least(self, "engine", collapse_patience=1, max_nonfinite_steps=1, num_threads=0)
+        _at_least(self, "engine", keep_checkpoints=0, keep_every_steps=0)
+        _at_least(self, "engine", collapse_std=0, collapse_rank=0, watchdog_seconds=0)
+        _positive(self, "engine", "min_loss_scale")
         require(
             not (self.compile and self.activation_checkpointing),
             "engine.compile=true and engine.activation_checkpointing=true do not go together: a "
             "compiled graph decides itself what it keeps; set one to false",
         )
-        require(
-            self.min_loss_scale > 0, f"engine.min_loss_scale must be > 0, got {self.min_loss_scale}"
-        )
-        require(self.num_threads >= 0, f"engine.num_threads: {self.num_threads} is < 0")
-        for name in ("keep_checkpoints", "keep_every_steps"):
-            require(getattr(self, name) >= 0, f"engine.{name}: {getattr(self, name)} is < 0")
-        for name in ("collapse_std", "collapse_rank", "watchdog_seconds"):
-            value = getattr(self, name)
-            require(value >= 0, f"engine.{name} must be >= 0 (0: never), got {value}")
 
 
 @dataclass(frozen=True)
@@ -225,11 +340,8 @@ class AdversarialConfig:
             f"adversarial.epsilon must be in [0, 255] (1/255 of a pixel's range), "
             f"got {self.epsilon}",
         )
-        require(self.num_steps >= 1, f"adversarial.num_steps must be >= 1, got {self.num_steps}")
-        require(
-            self.step_size is None or self.step_size > 0,
-            f"adversarial.step_size must be > 0 or null, got {self.step_size}",
-        )
+        _at_least(self, "adversarial", num_steps=1)
+        _positive(self, "adversarial", "step_size")
 
 
 @dataclass(frozen=True)
@@ -249,15 +361,12 @@ class EvalConfig:
     num_map_points: int = 1000  # of the picture of the probe's features; 0: none
 
     def __post_init__(self) -> None:
-        require(self.knn_every_epochs >= 1, f"eval.knn_every_epochs: {self.knn_every_epochs} < 1")
-        require(self.knn_k >= 1, f"eval.knn_k must be >= 1, got {self.knn_k}")
-        require(self.knn_temperature > 0, f"eval.knn_temperature: {self.knn_temperature} <= 0")
-        require(self.online_probe_lr > 0, f"eval.online_probe_lr: {self.online_probe_lr} <= 0")
+        _at_least(self, "eval", knn_every_epochs=1, knn_k=1, num_pictures=0)
+        _positive(self, "eval", "knn_temperature", "online_probe_lr")
         require(
             self.image_size == 0 or self.image_size >= 16,
             f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
         )
-        require(self.num_pictures >= 0, f"eval.num_pictures: {self.num_pictures} is < 0")
         require(
             self.num_map_points == 0 or 8 <= self.num_map_points <= 3000,
             f"eval.num_map_points must be 0 (no map) or from 8 to 3000, got {self.num_map_points}",
@@ -285,7 +394,7 @@ class PretrainConfig:
 
     out: str | None = None
     seed: int = 0
-    arch: ArchConfig = field(default_factory=ArchConfig)
+    arch: Arch = field(default_factory=Arch)
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -298,10 +407,7 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        self._check_micro_batches()
-        self._check_engine()
-
-    def _check_engine(self) -> None:
+        _check_arch(self.arch)
         require(
             self.engine.fused_optimizer is not True or self.optim.name != "lars",
             "engine.fused_optimizer=true: optim.name=lars has no fused kernel, it is computed in "
@@ -312,8 +418,6 @@ class PretrainConfig:
             "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "
             "lost in fp16; use bf16 or fp32",
         )
-
-    def _check_micro_batches(self) -> None:
         micro, batch = self.optim.micro_batch_size, self.data.batch_size
         if micro == 0:
             return
@@ -323,17 +427,16 @@ class PretrainConfig:
         )
         if self.optim.accumulation == "cached":
             return
-        cached = "use optim.accumulation=cached"
+        # Plain accumulation adds up losses of micro-batches that know nothing of each other.
         require(
-            self.objective.name in ("byol", "simsiam", "moco"),
+            BASE_METHODS[self.objective.name].is_per_sample,
             f"optim.accumulation=plain: the loss of {self.objective.name} compares all samples of "
-            f"the batch, so it is not the sum over micro-batches; {cached}",
+            "the batch, so it is not the sum over micro-batches; use optim.accumulation=cached",
         )
-        links = {name for chain in self.fa.chains() for name in chain}
         require(
-            self.fa.partner != "batch" or not links & set(FA_PARTNER_LINKS),
-            f"optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
-            f"{cached}, or fa.partner=view or queue",
+            self.fa.partner != "batch" or not self.fa.links() & set(FA_PARTNER_LINKS),
+            "optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
+            "use optim.accumulation=cached, or fa.partner=view or queue",
         )
 
 
@@ -346,3 +449,50 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist; see configs/pretrain/ for examples")
     return read_settings(PretrainConfig, Path(path), overrides)
+
+
+def _at_least(settings: Any, section: str, **lowest: float) -> None:
+    """Refuse numbers below their bound; None is not checked."""
+    for name, bound in lowest.items():
+        value = getattr(settings, name)
+        require(
+            value is None or value >= bound, f"{section}.{name} must be >= {bound}, got {value}"
+        )
+
+
+def _positive(settings: Any, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value > 0, f"{section}.{name} must be > 0, got {value}")
+
+
+def _within_0_and_1(settings: Any, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        require(
+            value is None or 0 <= value <= 1, f"{section}.{name} must be in [0, 1], got {value}"
+        )
+
+
+def _check_arch(arch: Arch) -> None:
+    """Refuse widths that torchvision's blocks, of which the backbone is built, cannot have."""
+    depths = ", ".join(map(str, BLOCKS_PER_STAGE))
+    require(arch.depth in BLOCKS_PER_STAGE, f"arch.depth {arch.depth}: give {depths}")
+    _positive(arch, "arch", "width_per_group", "stem_channels", "res2_channels")
+    if not arch.is_bottleneck:
+        require(
+            arch.res2_channels == arch.width_per_group,
+            f"arch: depth {arch.depth} has basic blocks, so res2_channels must equal "
+            f"width_per_group ({arch.width_per_group}), got {arch.res2_channels}",
+        )
+        return
+    require(
+        arch.res2_channels % 4 == 0,
+        f"arch.res2_channels must be a multiple of 4 at depth {arch.depth}, "
+        f"got {arch.res2_channels}",
+    )
+    require(
+        256 * arch.width_per_group % arch.res2_channels == 0,
+        f"arch: 256 * width_per_group ({arch.width_per_group}) must be a multiple of "
+        f"res2_channels ({arch.res2_channels}) for depth {arch.depth}, e.g. 64 and 256, 16 and 64",
+    )

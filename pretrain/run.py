@@ -16,7 +16,7 @@ from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import KnnCallback, Probe
 from pretrain.model.joint_embedding import FAContrastive
-from pretrain.model.method_check import refuse_without_gradient
+from pretrain.objectives.method_spec import refuse_without_gradient
 
 
 def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = False) -> Trainer:
@@ -46,7 +46,7 @@ def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = 
         folder=folder,
     )
     # The model and its optimiser.
-    refuse_without_gradient(config.objective, config.fa, config.heads)
+    refuse_without_gradient(config.objective, config.fa)
     torch.manual_seed(config.seed)
     model = FAContrastive(
         config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma

@@ -57,9 +57,9 @@ class SetOptions:
             UserError: Naming the option, its value and the remedy.
         """
         for name, (least, most) in _LIMITS.items():
-            value, flag = getattr(self, name), flag(name)
-            require(value >= least, f"{flag} is {value}: give {least} or more")
-            require(value <= most, f"{flag} is {value}: give {most} or less")
+            value, option = getattr(self, name), flag(name)
+            require(value >= least, f"{option} is {value}: give {least} or more")
+            require(value <= most, f"{option} is {value}: give {most} or less")
         for low, high in _RANGES:
             smallest, largest = getattr(self, low), getattr(self, high)
             require(

@@ -21,11 +21,11 @@ from torch.nn import functional
 from common.files import write_json
 from common.pictures import decode
 from pretrain.config import DataConfig
-from pretrain.data.crops import center_crop
+from pretrain.data.decode import center_crop
 from pretrain.data.shards import Samples, ShardIndex, Subset
 from pretrain.engine.trainer import Callback, Trainer
-from pretrain.evaluation.knn import nearest_rows
 from pretrain.evaluation.probe import Probe, extract_features
+from pretrain.features.memory_bank import top_k
 
 TILE = 96  # pixels
 GAP = 4
@@ -166,7 +166,9 @@ def save_neighbours(
         else:
             return
     k = min(NUM_NEIGHBOURS, len(bank_features) - (excluded is not None))
-    values, nearest = nearest_rows(bank_features, features, k, excluded=excluded, device=device)
+    values, nearest = top_k(
+        features, bank_features, k, is_unit=False, excluded=excluded, device=device
+    )
 
     def class_of(samples: Samples, label: int) -> str | None:
         if label < 0:

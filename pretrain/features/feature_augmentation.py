@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain import collectives as dist
-from pretrain.config_method import FAConfig
-from pretrain.features import operations as feature_aug
+from pretrain.config import FAConfig
+from pretrain.features import operations
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.features.row_random import RowRandom
 
@@ -19,8 +19,8 @@ _QUEUE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What A may use beside the features: random numbers and how strong it shall be."""
+class AugmentationContext:
+    """What A uses beside the features: random numbers, and its strength in [0, 1]."""
 
     random: RowRandom
     strength: float
@@ -41,11 +41,6 @@ class FeatureAugmenter(nn.Module):
         if fa.uses_queue():
             self.queue = SupportQueue(fa.queue_size, dim, dtype=_QUEUE_DTYPES[fa.queue_dtype])
 
-    @property
-    def is_none(self) -> bool:
-        """Whether there is no FA at all: the base method."""
-        return self.chains == (("none",),)
-
     def is_ready(self) -> bool:
         """Whether every link acts: those that read the queue wait until it is filled."""
         return self.queue is None or self.queue.num_entries >= self.fa.min_fill
@@ -60,41 +55,41 @@ class FeatureAugmenter(nn.Module):
         return start + (end - start) * progress
 
     def forward(
-        self, z: Float[Tensor, "n d"], other_view: Float[Tensor, "n d"], draw: Draw
+        self,
+        z: Float[Tensor, "n d"],
+        other_view: Float[Tensor, "n d"],
+        context: AugmentationContext,
     ) -> Float[Tensor, "N n d"]:
         """A(z). The one place where FA's gradient stops.
 
         Args:
             z: Features of one view.
             other_view: The same samples' features of the other view, for ``partner: view``.
-            draw: Random numbers and strength.
+            context: Random numbers and strength.
         """
-        if self.is_none:
+        if self.chains == (("none",),):  # the base method
             return z.unsqueeze(0)
         if self.fa.stop_gradient:
             z, other_view = z.detach(), other_view.detach()
+        # Where the first link is a search, its result serves all N features.
         nearest = self._nearest(z) if self.chains[0][0] == "nn" else None
         features = []
         for number in range(self.fa.num_features):
-            made = [
-                self._chain(chain, z, other_view, nearest, number, draw) for chain in self.chains
-            ]
-            features.append(self._one_per_row(made, draw))
+            alternatives = []
+            for chain in self.chains:
+                x = z
+                for name in chain:
+                    found = nearest if x is z else None
+                    x = self._link(name, x, other_view, found, number, context)
+                alternatives.append(x)
+            if len(alternatives) == 1:
+                features += alternatives
+                continue
+            # One of the alternatives for each row, at random.
+            which = context.random.integers(len(alternatives))
+            rows = torch.arange(len(which), device=which.device)
+            features.append(torch.stack(alternatives)[which, rows])
         return torch.stack(features)
-
-    def _chain(
-        self,
-        chain: tuple[str, ...],
-        z: Tensor,
-        other_view: Tensor,
-        nearest: Tensor | None,
-        number: int,
-        draw: Draw,
-    ) -> Tensor:
-        x = z
-        for name in chain:
-            x = self._link(name, x, other_view, nearest if x is z else None, number, draw)
-        return x
 
     def _link(
         self,
@@ -103,33 +98,33 @@ class FeatureAugmenter(nn.Module):
         other_view: Tensor,
         nearest: Tensor | None,
         number: int,
-        draw: Draw,
+        context: AugmentationContext,
     ) -> Tensor:
-        fa, random, strength = self.fa, draw.random, draw.strength
+        fa, random, strength = self.fa, context.random, context.strength
         if name == "identity":
             return x
         if name == "mask":
-            return feature_aug.mask(x, random, ratio=fa.mask_ratio, strength=strength)
+            return operations.mask(x, random, ratio=fa.mask_ratio, strength=strength)
         if name == "noise":
-            return feature_aug.noise(x, random, sigma=fa.noise_sigma, strength=strength)
+            return operations.noise(x, random, sigma=fa.noise_sigma, strength=strength)
         if name == "nn":
             if not self.is_ready():
                 return x
             nearest = self._nearest(x) if nearest is None else nearest
             assert nearest is not None
             rank = number if fa.num_features > 1 else None
-            return feature_aug.neighbour(
+            return operations.neighbour(
                 x, nearest, random, choice=fa.nn_choice, number=rank, strength=strength
             )
         partner = self._partner(x, other_view, random)
         if partner is None:
             return x
         if name == "mixup":
-            return feature_aug.mixup(x, partner, random, alpha=fa.mixup_alpha, strength=strength)
+            return operations.mixup(x, partner, random, alpha=fa.mixup_alpha, strength=strength)
         if name == "cutmix":
-            return feature_aug.cutmix(x, partner, random, ratio=fa.cutmix_ratio, strength=strength)
+            return operations.cutmix(x, partner, random, ratio=fa.cutmix_ratio, strength=strength)
         assert name == "extrapolate"
-        return feature_aug.extrapolate(
+        return operations.extrapolate(
             x, partner, random, scale=fa.extrapolate_scale,
             per_dimension=fa.extrapolate_per_dimension, strength=strength,
         )  # fmt: skip
@@ -154,16 +149,8 @@ class FeatureAugmenter(nn.Module):
             if not self.is_ready():
                 return None
             entries = self.queue.features[random.integers(self.queue.num_entries)]
-            return feature_aug.keep_norm(entries.to(x.dtype), x.detach())
+            return operations.keep_norm(entries.to(x.dtype), x.detach())
         batch, first = dist.gather(x), random.rows.start
         assert batch.shape[0] == random.num_rows, "partners come from the whole batch"
         rows = torch.arange(first, first + x.shape[0], device=x.device)
         return batch[(rows + random.shift()) % batch.shape[0]]
-
-    def _one_per_row(self, made: list[Tensor], draw: Draw) -> Tensor:
-        """One of the alternatives for each row, at random; with one, that."""
-        if len(made) == 1:
-            return made[0]
-        which = draw.random.integers(len(made))
-        rows = torch.arange(which.shape[0], device=which.device)
-        return torch.stack(made)[which, rows]

@@ -44,9 +44,13 @@ def top_k(
     distance: Distance = "cosine",
     truncation: float = 2.0,
     shortlist: int | None = None,
+    is_unit: bool = True,
+    excluded: Int[Tensor, " n"] | None = None,
     chunk_rows: int | None = None,
+    chunk_entries: int | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k entries nearest to each row, nearest first.
+    """The k entries nearest to each row, nearest first, in bounded memory.
 
     ``cosine``: similarity cos(z, b). ``truncated``: a distance in which no single dimension counts
     for more than c^2, c = truncation / sqrt(d), however far apart the vectors are there:
@@ -56,47 +60,96 @@ def top_k(
     of vectors of unit length; where nothing is truncated, this is the cosine again. It is computed
     for the nearest by cosine only: exact within the shortlist, blind to what lies outside it.
 
+    The bank passes once, in chunks, and each row's nearest are kept on the way. Which of several
+    equally similar entries come in is not defined.
+
     Args:
-        z: Queries of any length.
-        bank: Entries of unit length, in fp32, fp16 or bf16.
+        z: Queries of any length and precision.
+        bank: Entries in fp32, fp16 or bf16; they are compared in fp32.
         k: Neighbours for each query.
         distance: What "nearest" means.
         truncation: In units of 1 / sqrt(d), the typical size of a component.
         shortlist: Entries that ``truncated`` ranks; 4 k, and 64 at least, unless given.
+        is_unit: Whether the entries have unit length already.
+        excluded: For each query an entry that it must not find, itself for instance.
         chunk_rows: Queries that are compared at once, at most; unless given, as many as keep the
             similarities within ``SEARCH_BYTES``. The result does not depend on it, but for the
             rounding of a matrix product of a few rows.
+        chunk_entries: Entries that are compared at once; unless given, all where they need no
+            copy, otherwise as many as fit into ``CAST_BYTES`` in fp32.
+        device: Where to compare; where the queries are, unless given.
     Returns:
-        Similarities in fp32, in [-1, 1] but for rounding, and positions in the bank.
+        Similarities in fp32, in [-1, 1] but for rounding, and positions in the bank, both where
+        the queries are.
     Raises:
         ValueError: If the bank holds fewer than k entries, or an argument is out of its range.
     """
     num_entries, dim = bank.shape
+    device = device or z.device
     if k > num_entries:
         raise ValueError(f"asked for the {k} nearest of {num_entries} valid entries")
     if min(k, 1 if chunk_rows is None else chunk_rows) < 1:
         raise ValueError(f"k and chunk_rows must be at least 1, got {k} and {chunk_rows}")
-    num_ranked = k
-    if distance == "truncated":
-        num_ranked = _shortlist_length(k, num_entries, shortlist)
-        if not truncation > 0:
-            raise ValueError(f"truncation must be positive, got {truncation}")
-    elif distance != "cosine":
+    if distance not in ("cosine", "truncated"):
         raise ValueError(f"distance must be 'cosine' or 'truncated', got {distance!r}")
-    width = num_entries if distance == "cosine" else max(num_entries, num_ranked * dim)
-    most = chunk_rows or max(1, SEARCH_BYTES // (4 * width))
-    found = []
-    with exact_products(z.device):
-        z = functional.normalize(z.detach().float(), dim=1)
-        for rows in z.split(_even_length(len(z), most)):
-            similarity, indices = _by_cosine(rows, bank, num_ranked)
-            if distance == "truncated":
-                similarity = _truncated_similarity(rows, bank, indices, truncation / math.sqrt(dim))
-                similarity, order = similarity.topk(k, dim=1)
-                indices = indices.gather(1, order)
-            found.append((similarity, indices))
-    similarities, positions = zip(*found, strict=True)
+    if not truncation > 0:
+        raise ValueError(f"truncation must be positive, got {truncation}")
+    is_truncated, num_ranked = distance == "truncated", k
+    if is_truncated:
+        num_ranked = shortlist or max(MIN_SHORTLIST, SHORTLIST_PER_NEIGHBOUR * k)
+        if num_ranked < k:
+            raise ValueError(f"a shortlist of {shortlist} cannot hold the {k} nearest")
+        num_ranked = min(num_ranked, num_entries)
+    if chunk_entries is None:
+        needs_no_copy = is_unit and bank.dtype == torch.float32 and bank.device == device
+        chunk_entries = num_entries if needs_no_copy else max(1, CAST_BYTES // (4 * dim))
+    # As few chunks of queries as the memory allows, all about as long.
+    width = max(min(num_entries, chunk_entries), num_ranked * dim if is_truncated else 0)
+    num_chunks = math.ceil(max(1, len(z)) / (chunk_rows or max(1, SEARCH_BYTES // (4 * width))))
+    length = max(1, math.ceil(len(z) / num_chunks))
+    queries = z.detach().split(length)
+    avoided = [None] * len(queries) if excluded is None else excluded.split(length)
+    best = [
+        (z.new_empty(len(rows), 0, dtype=torch.float32), z.new_empty(len(rows), 0).long())
+        for rows in queries
+    ]
+    with exact_products(device):
+        for start in range(0, num_entries, chunk_entries):
+            entries = bank[start : start + chunk_entries]
+            entries = entries.to(device, torch.float32) if is_unit else _unit(entries, device)
+            for number, rows in enumerate(queries):
+                similarity = _unit(rows, device) @ entries.T
+                if (own := avoided[number]) is not None:
+                    column = own.to(device) - start
+                    inside = (column >= 0) & (column < len(entries))
+                    similarity[inside.nonzero()[:, 0], column[inside]] = -torch.inf
+                values, found = similarity.topk(min(num_ranked, len(entries)), dim=1)
+                del similarity
+                values = torch.cat([best[number][0], values.to(z.device)], dim=1)
+                found = torch.cat([best[number][1], found.to(z.device) + start], dim=1)
+                if start:  # the best of this chunk and of those before
+                    values, order = values.topk(min(num_ranked, values.shape[1]), dim=1)
+                    found = found.gather(1, order)
+                best[number] = values, found
+            del entries  # before the next chunk is made
+        if is_truncated:
+            limit = truncation / math.sqrt(dim)
+            for number, rows in enumerate(queries):
+                found = best[number][1]
+                # In place, on one block [n, s, d].
+                difference = bank[found].float().sub_(_unit(rows, z.device).unsqueeze(1))
+                distances = difference.clamp_(-limit, limit).square_().sum(dim=2)
+                del difference
+                values, order = (1 - distances / 2).topk(k, dim=1)
+                best[number] = values, found.gather(1, order)
+    similarities, positions = zip(*best, strict=True)
     return torch.cat(similarities), torch.cat(positions)
+
+
+def _unit(rows: Float[Tensor, "n d"], device: torch.device) -> Float[Tensor, "n d"]:
+    """A copy in fp32 with rows of length 1; a row of zeros stays one."""
+    copy = rows.to(device, torch.float32, copy=True)
+    return copy.div_(copy.norm(dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 @torch.no_grad()
@@ -140,28 +193,6 @@ def consensus(
         return torch.where(length > 1e-6, functional.normalize(centre, dim=1), fallback)
 
 
-def _by_cosine(
-    z: Float[Tensor, "n d"], bank: Float[Tensor, "m d"], k: int
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k entries of the largest inner product; a bank in fp32 is multiplied in one piece."""
-    num_entries, dim = bank.shape
-    step = num_entries if bank.dtype == torch.float32 else max(1, CAST_BYTES // (4 * dim))
-    similarity = z.new_empty(len(z), num_entries)
-    for start in range(0, num_entries, step):
-        part = bank[start : start + step].float()
-        torch.mm(z, part.T, out=similarity[:, start : start + step])
-    values, indices = similarity.topk(k, dim=1)
-    return values, indices
-
-
-def _truncated_similarity(
-    z: Float[Tensor, "n d"], bank: Float[Tensor, "m d"], indices: Int[Tensor, "n s"], limit: float
-) -> Float[Tensor, "n s"]:
-    """1 - D / 2 with D truncated at limit^2 per dimension; in place, on one block [n, s, d]."""
-    difference = bank[indices].float().sub_(z.unsqueeze(1))
-    return 1 - difference.clamp_(-limit, limit).square_().sum(dim=2) / 2
-
-
 def _median_of_others(unit: Float[Tensor, "n k d"]) -> Float[Tensor, "n k"]:
     """Median similarity of each of k > 1 vectors to the k - 1 others."""
     num_others = unit.shape[1] - 1
@@ -169,18 +200,6 @@ def _median_of_others(unit: Float[Tensor, "n k d"]) -> Float[Tensor, "n k"]:
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # sorted behind the others
     ranked = similarity.sort(dim=2, descending=True).values
     return (ranked[..., (num_others - 1) // 2] + ranked[..., num_others // 2]) / 2
-
-
-def _shortlist_length(k: int, num_entries: int, wanted: int | None) -> int:
-    length = max(MIN_SHORTLIST, SHORTLIST_PER_NEIGHBOUR * k) if wanted is None else wanted
-    if length < k:
-        raise ValueError(f"a shortlist of {length} cannot hold the {k} nearest")
-    return min(length, num_entries)
-
-
-def _even_length(num_rows: int, most: int) -> int:
-    """Rows of a chunk: as few chunks of at most ``most`` as can be, all about as long."""
-    return max(1, math.ceil(num_rows / math.ceil(max(1, num_rows) / most)))
 
 
 UNKNOWN = -1  # sample id or label of an entry that came without one
@@ -269,30 +288,15 @@ class SupportQueue(nn.Module):
         self.num_entries = min(self.num_entries + n, self.size)
         self.count.fill_(self.num_entries)
 
-    @torch.no_grad()
-    def nearest(self, z: Float[Tensor, "n d"], k: int) -> Float[Tensor, "n k d"]:
-        """The k entries of highest cosine similarity to each row, in fp32, nearest first.
-
-        Raises:
-            ValueError: If fewer than k entries are valid.
-        """
-        return self.features[self.nearest_indices(z, k)].float()
-
     def nearest_indices(
-        self,
-        z: Float[Tensor, "n d"],
-        k: int,
-        *,
-        distance: Distance = "cosine",
-        truncation: float = 2.0,
+        self, z: Float[Tensor, "n d"], k: int, *, distance: Distance = "cosine"
     ) -> Int[Tensor, "n k"]:
         """Positions of the k nearest entries in the buffer, nearest first; see ``top_k``.
 
         Raises:
             ValueError: If fewer than k entries are valid.
         """
-        valid = self.features[: self.num_entries]
-        return top_k(z, valid, k, distance=distance, truncation=truncation)[1]
+        return top_k(z, self.features[: self.num_entries], k, distance=distance)[1]
 
     @torch.no_grad()
     def report(

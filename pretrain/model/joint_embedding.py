@@ -21,8 +21,8 @@ from torch.profiler import record_function
 
 from common.resnet import Arch
 from pretrain import collectives as dist
-from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
-from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
+from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig
+from pretrain.features.feature_augmentation import AugmentationContext, FeatureAugmenter
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.features.row_random import RowRandom
 from pretrain.model.backbone import ResNet
@@ -40,7 +40,7 @@ class OnlineNetwork(nn.Module):
 
     def __init__(
         self,
-        arch: ArchConfig,
+        arch: Arch,
         heads: HeadConfig,
         residual_gamma: float,
         *,
@@ -48,10 +48,7 @@ class OnlineNetwork(nn.Module):
         num_prototypes: int,
     ) -> None:
         super().__init__()
-        self.backbone = ResNet(
-            Arch(arch.depth, arch.width_per_group, arch.stem_channels, arch.res2_channels),
-            residual_gamma,
-        )
+        self.backbone = ResNet(arch, residual_gamma)
         self.projector = mlp(
             self.backbone.output_dim,
             heads.projector_hidden_dim,
@@ -129,29 +126,27 @@ class FAContrastive(nn.Module):
 
     def __init__(
         self,
-        arch: ArchConfig,
+        arch: Arch,
         heads: HeadConfig,
         objective: ObjectiveConfig,
         fa: FAConfig,
         residual_gamma: float = 1.0,
     ) -> None:
         super().__init__()
-        self.cell, self.fa = resolve(objective, fa), fa
+        self.spec, self.fa = resolve(objective, fa), fa
         self.online = OnlineNetwork(
             arch,
             heads,
             residual_gamma,
-            has_predictor=self.cell.has_predictor,
+            has_predictor=self.spec.has_predictor,
             num_prototypes=objective.num_prototypes if objective.name == "swav" else 0,
         )
-        self.ema = self._make_ema() if self.cell.has_ema else None
+        self.ema: OnlineNetwork | None = None
+        if self.spec.has_ema:
+            self.ema = copy.deepcopy(self.online).requires_grad_(False)
+            del self.ema.predictor
         self.objective = Objective(objective, heads.output_dim)
         self.augmenter = FeatureAugmenter(fa, heads.output_dim)
-
-    def _make_ema(self) -> OnlineNetwork:
-        ema = copy.deepcopy(self.online)
-        del ema.predictor
-        return ema.requires_grad_(False)
 
     @property
     def frozen_prototype_steps(self) -> int:
@@ -196,18 +191,18 @@ class FAContrastive(nn.Module):
         self, t: Features | None, random: RowRandom, progress: float
     ) -> Callable[[Features], StepOutput]:
         """What turns the projections of these rows into their loss."""
-        draw = Draw(random, self.augmenter.strength(progress))
-        return lambda z: self.compare(z, z if t is None else t, draw)
+        context = AugmentationContext(random, self.augmenter.strength(progress))
+        return lambda z: self.compare(z, z if t is None else t, context)
 
-    def compare(self, z: Features, t: Features, draw: Draw) -> StepOutput:
+    def compare(self, z: Features, t: Features, context: AugmentationContext) -> StepOutput:
         """FA, predictor and loss: view 2 predicts view 1, and view 1 predicts view 2."""
-        if self.cell.stops_target:
+        if self.spec.stops_target:
             t = t.detach()
-        p = self.online.predict(z) if self.cell.architecture in ("post", "parallel") else z
+        p = self.online.predict(z) if self.spec.architecture in ("post", "parallel") else z
         with torch.autocast(z.device.type, enabled=False):  # bf16 cannot rank neighbours
             z, p, t = z.float(), p.float(), t.float()
-        two_to_one = self._direction(1, 0, z, p, t, draw)
-        one_to_two = self._direction(0, 1, z, p, t, draw)
+        two_to_one = self._direction(1, 0, z, p, t, context)
+        one_to_two = self._direction(0, 1, z, p, t, context)
         loss = self.objective.scale * (one_to_two.loss + two_to_one.loss)
         entering = self._taken(z, p, t)[1 if self.fa.views == "second" else 0]
         return StepOutput(
@@ -223,46 +218,38 @@ class FAContrastive(nn.Module):
         )
 
     def _direction(
-        self, a: int, b: int, z: Features, p: Features, t: Features, draw: Draw
+        self, a: int, b: int, z: Features, p: Features, t: Features, context: AugmentationContext
     ) -> Direction:
         """View a predicts view b: the figure of the paper, one line for each architecture."""
         with torch.autocast(z.device.type, enabled=False):
-            taken, is_target = self._taken(z, p, t), self.cell.side == "target"
+            taken, is_target = self._taken(z, p, t), self.spec.side == "target"
             view = b if is_target else a
             with record_function("FA"):
-                augmented = self._augment(taken, view, draw)
+                if self.fa.views in ("both", ("first", "second")[view]):
+                    augmented = self.augmenter(taken[view], taken[1 - view], context)
+                else:
+                    augmented = taken[view].unsqueeze(0)
             if is_target:  # basic, parallel
                 online, target = p[a].unsqueeze(0), augmented
             else:  # basic with FA online, pre, post
                 online, target = augmented, t[b].unsqueeze(0)
-        if self.cell.architecture == "pre":
+        if self.spec.architecture == "pre":
             online = self.online.predict(online)
         with torch.autocast(z.device.type, enabled=False), record_function("loss"):
-            loss = self._loss(online.float(), target, t[b], b)
+            # Mean over the N augmented features, or their sum (the free loss).
+            num = max(len(online), len(target))
+            pairs = zip(online.float().expand(num, -1, -1), target.expand(num, -1, -1), strict=True)
+            losses = torch.stack(
+                [self.objective(o, a, t[b], b, self.online.prototypes) for o, a in pairs]
+            )
+            loss = losses.sum() if self.fa.feature_loss == "free" else losses.mean()
         return Direction(loss, online, target, taken[view], augmented[0])
 
     def _taken(self, z: Features, p: Features, t: Features) -> Features:
-        """The features that A takes in this cell."""
-        if self.cell.side == "target":
+        """The features that A takes."""
+        if self.spec.side == "target":
             return t
-        return p if self.cell.architecture == "post" else z
-
-    def _augment(self, features: Features, view: int, draw: Draw) -> Many:
-        """A of one view's features, or the features themselves where A leaves that view alone."""
-        if self.fa.views not in ("both", ("first", "second")[view]):
-            return features[view].unsqueeze(0)
-        return self.augmenter(features[view], features[1 - view], draw)
-
-    def _loss(
-        self, online: Many, target: Many, plain_target: Tensor, view: int
-    ) -> Float[Tensor, ""]:
-        """Mean over the N augmented features, or their sum (the free loss)."""
-        num = max(len(online), len(target))
-        pairs = zip(online.expand(num, -1, -1), target.expand(num, -1, -1), strict=True)
-        each = torch.stack(
-            [self.objective(o, a, plain_target, view, self.online.prototypes) for o, a in pairs]
-        )
-        return each.sum() if self.fa.feature_loss == "free" else each.mean()
+        return p if self.spec.architecture == "post" else z
 
     @torch.no_grad()
     def queue_report(
@@ -298,17 +285,12 @@ class FAContrastive(nn.Module):
             with record_function("EMA update"):
                 torch._foreach_lerp_(ema, online, 1 - tau)  # type: ignore
         with record_function("queue"):
-            self._enter_queues(outputs, sample_ids, labels)
-
-    def _enter_queues(
-        self, outputs: Sequence[StepOutput], sample_ids: Tensor | None, labels: Tensor | None
-    ) -> None:
-        if self.queue is not None:
-            ids, classes = (None if x is None else dist.gather(x) for x in (sample_ids, labels))
-            self.queue.put(dist.gather(torch.cat([o.entering for o in outputs])), ids, classes)
-        if self.objective.negatives is not None:
-            keys = torch.cat([o.keys for o in outputs], dim=1)
-            self.objective.put(torch.stack([dist.gather(view) for view in keys]))
+            if self.queue is not None:
+                ids, classes = (None if x is None else dist.gather(x) for x in (sample_ids, labels))
+                self.queue.put(dist.gather(torch.cat([o.entering for o in outputs])), ids, classes)
+            if self.objective.negatives is not None:
+                keys = torch.cat([o.keys for o in outputs], dim=1)
+                self.objective.put(torch.stack([dist.gather(view) for view in keys]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain import collectives as dist
-from pretrain.config_method import ObjectiveConfig
+from pretrain.config import ObjectiveConfig
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.objectives import losses
 

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig
+from common.resnet import Arch
+from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.model.joint_embedding import FAContrastive
 
-THIN = ArchConfig(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
+THIN = Arch(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)
 
 

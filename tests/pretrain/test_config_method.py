@@ -5,7 +5,7 @@ import re
 import pytest
 
 from common.errors import UserError
-from pretrain.config_method import FAConfig
+from pretrain.config import FAConfig
 
 REFUSED = [
     ({"method": "rotate"}, "fa.method='rotate': 'rotate' is none of none, identity, nn, mask, "),

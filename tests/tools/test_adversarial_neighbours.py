@@ -1,4 +1,4 @@
-"""The study of fooled neighbours, from a real run's checkpoint to JSON, table and picture."""
+"""The study of fooled neighbours, from a real run's checkpoint to JSON and table."""
 
 import json
 
@@ -13,6 +13,7 @@ from pretrain.data.pack.writer import write_shards
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.evaluation import robustness
+from pretrain.evaluation.robustness import NeighbourStudy
 from pretrain.run import make_trainer
 from tools import adversarial_neighbours as tool
 
@@ -30,7 +31,7 @@ NUM = 32
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with ``shards``, ``plain`` (without labels) and ``run/checkpoint.pth``."""
+    """A folder with ``shards`` and ``run/checkpoint.pth``."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("robustness")
     pictures = []
@@ -40,7 +41,6 @@ def work(tmp_path_factory):
         cv2.imwrite(str(path), cv2.resize(coarse, (48, 40), interpolation=cv2.INTER_CUBIC))
         pictures.append(SourcePicture(str(path), path.name, i % 2))
     write_shards(pictures, folder / "shards", classes=["even", "odd"])
-    write_shards([SourcePicture(p.path, p.name) for p in pictures], folder / "plain")
     config = folder / "config.yaml"
     config.write_text(CONFIG)
     overrides = [f"out={folder / 'run'}", f"data.shards={folder / 'shards'}"]
@@ -51,105 +51,79 @@ def work(tmp_path_factory):
 @pytest.fixture
 def study(work):
     state = checkpoint.load(work / "run" / "checkpoint.pth")
-    return robustness.prepare(
-        state, ShardIndex.open(work / "shards"), num_queries=8, device=torch.device("cpu"),
-        batch_size=5,
-    )  # fmt: skip
+    index = ShardIndex.open(work / "shards")
+    return NeighbourStudy(state, index, 8, torch.device("cpu"))
 
 
-def call(work, *options, shards="shards"):
-    arguments = [str(work / "run" / "checkpoint.pth"), str(work / shards), "--device", "cpu"]
+def call(work, *options):
+    arguments = [str(work / "run" / "checkpoint.pth"), str(work / "shards"), "--device", "cpu"]
     return tool.main([*arguments, *options])
 
 
-def test_json_table_and_picture(work, tmp_path, capsys):
-    out, picture = tmp_path / "r.json", tmp_path / "r.jpg"
-    options = ["--num", "8", "--epsilon", "1,16", "--json", str(out), "--picture", str(picture)]
+def test_json_and_table(work, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    options = ["--num", "8", "--steps", "5", "--epsilon", "1,16", "--json", str(out)]
     assert call(work, *options) == 0
     figures = json.loads(out.read_text())
     assert (figures["num_queries"], figures["num_entries"]) == (8, NUM - 8)
-    assert [row["epsilon"] for row in figures["rows"]] == [1, 16]
-    for row in figures["rows"]:
-        for kind in ("control", "attack"):
-            found = row[kind]
-            assert set(found["cosine"]) == set(robustness.MITIGATIONS)
-            assert set(found["neighbour_flip"]) == set(robustness.DISTANCES)
-            assert all(0 <= value <= 1 for value in found["neighbour_flip"].values())
-            assert all(0 <= value <= 1 for value in found["label_flip"].values())
-            assert all(-1.001 <= value <= 1.001 for value in found["cosine"].values())
-    printed = capsys.readouterr().out
-    assert "8 queries, 24 entries in the queue, FGSM" in printed
-    assert all(name in printed for name in robustness.MITIGATIONS)
-    sheet = cv2.imread(str(picture))
-    assert sheet.shape == (6 * 100 - 4, 5 * 100 - 4, 3)
+    weak, strong = figures["neighbour_flip"]
+    assert (weak["epsilon"], strong["epsilon"]) == (1, 16)
+    assert weak["attack"] <= strong["attack"]
+    assert 0 <= strong["control"] < strong["attack"] <= 1
+    assert f"{strong['attack']:.1%}" in capsys.readouterr().out
+    assert call(work, *options) == 0
+    assert json.loads(out.read_text()) == figures
 
 
-def test_without_labels_there_is_no_label_flip(work, tmp_path):
-    out = tmp_path / "r.json"
-    options = ["--num", "4", "--epsilon", "2", "--json", str(out)]
-    assert call(work, *options, shards="plain") == 0
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["attack"]["label_flip"] == {"cosine": None, "truncated": None}
-
-
-def test_attack_moves_further_than_the_control(study):
-    seen, control = (
-        robustness.look(study, 8.0, num_steps=5, is_control=which) for which in (False, True)
-    )
-    assert seen.cosine["identity"].mean() < control.cosine["identity"].mean()
-
-
-def test_figures_equal_their_definition(study):
-    seen = robustness.look(study, 8.0, num_steps=3)
+def test_the_figure_equals_its_definition(study, monkeypatch):
+    monkeypatch.setattr(robustness, "BATCH_SIZE", 5)
     with torch.no_grad():
-        clean = study.network.project(study.clean(slice(None)))
-        attacked = study.network.project(seen.images)
+        clean = study.network.project(study.images)
+        attacked = study.network.project(study.changed(study.images, 8.0, 3))
     bank = study.queue.features
     before = (torch.nn.functional.normalize(clean, dim=1) @ bank.T).argmax(dim=1)
     after = (torch.nn.functional.normalize(attacked, dim=1) @ bank.T).argmax(dim=1)
-    figures = robustness.summary(study, seen)
-    flip = (before != after).double().mean().item()
-    assert figures["neighbour_flip"]["cosine"] == pytest.approx(flip)
-    found = torch.nn.functional.cosine_similarity(bank[before], bank[after]).mean().item()
-    assert figures["cosine"]["nn"] == pytest.approx(found, abs=1e-5)
-    assert figures["neighbour_cosine"]["cosine"] == pytest.approx(found, abs=1e-5)
-    labels = study.queue.labels
-    label_flip = (labels[before] != labels[after]).double().mean().item()
-    assert figures["label_flip"]["cosine"] == pytest.approx(label_flip)
+    assert study.flips(8.0, 3) == pytest.approx((before != after).double().mean().item())
+    assert study.flips(0.0, 1) == 0
+
+
+def test_the_attack_lowers_the_similarity_to_the_neighbour_more_than_the_control(study):
+    entries = study.queue.features[study.nearest(study.images)]
+    generator = torch.Generator().manual_seed(0)
+    moved = (study.changed(study.images, 8.0, 5), study.changed(study.images, 8.0, 1, generator))
+    with torch.no_grad():
+        attacked, control = (
+            torch.nn.functional.cosine_similarity(study.network.project(x), entries).mean()
+            for x in moved
+        )
+    assert attacked < control
 
 
 def test_queries_are_not_in_the_queue(work, study):
-    assert set(study.query_ids.tolist()).isdisjoint(study.queue.sample_ids.tolist())
-    index = ShardIndex.open(work / "shards")
-    for ids, labels in (
-        (study.query_ids, study.labels),
-        (study.queue.sample_ids, study.queue.labels),
-    ):
-        assert labels.tolist() == index.labels[ids.numpy()].tolist()
+    assert int(study.is_query.sum()) == len(study.images) == 8
+    assert study.queue.num_entries == NUM - 8
+    own = torch.nn.functional.normalize(study.network.project(study.images), dim=1)
+    assert float((own @ study.queue.features.T).max()) < 1 - 1e-6
 
 
 def test_pictures_stay_within_the_bound(study):
-    seen = robustness.look(study, 4.0, num_steps=4)
     std = torch.tensor(study.std).view(1, 3, 1, 1)
-    change = ((seen.images - study.clean(slice(None))) * std).abs()
-    assert 0 < change.max() <= 4 / 255 + 1e-5
-
-
-def test_same_draws_give_the_same_features(study):
-    """Without a change of the picture every mitigation makes the same of it twice."""
-    seen = robustness.look(study, 1e-6, num_steps=1)
-    for name, cosine in seen.cosine.items():
-        torch.testing.assert_close(cosine, torch.ones_like(cosine), atol=1e-3, rtol=0, msg=name)
+    generator = torch.Generator().manual_seed(0)
+    for moved in (
+        study.changed(study.images, 4.0, 4),
+        study.changed(study.images, 4.0, 1, generator),
+    ):
+        change = ((moved - study.images) * std).abs()
+        assert 0 < change.max() <= 4 / 255 + 1e-5
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num", "30"], "30 queries of 32 samples leave 2 for the queue"),
-        (["--num", "0"], "--num 0: give at least 1"),
+        (["--num", "32"], "32 queries of 32 samples leave 0 for the queue"),
+        (["--num", "0"], "0 queries of 32 samples"),
         (["--steps", "0"], "--steps 0: give at least 1"),
-        (["--picture", "r.gif"], "ends in .jpg or .png"),
-        (["--json", "no/such/r.json"], "its folder does not exist"),
+        (["--json", "no/such/r.json"], "no such folder"),
     ],
 )
 def test_wrong_arguments(work, options, message, capsys):

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import (
-    ArchConfig,
     EngineConfig,
     FAConfig,
     HeadConfig,
@@ -34,7 +34,7 @@ def gradients_of(micro_batch_size, is_compiled):
     """All gradients of the second step from the same weights, in one row; the loss."""
     torch.manual_seed(0)
     model = FAContrastive(
-        ArchConfig(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
+        Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         ObjectiveConfig(name="byol"),
         FAConfig(method="none"),

@@ -10,8 +10,9 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common.resnet import Arch
 from pretrain import collectives as dist
-from pretrain.config import ArchConfig, FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
+from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
@@ -23,7 +24,7 @@ NUM_STEPS, BATCH = 3, 8
 def make_model(objective, fa):
     torch.manual_seed(0)
     model = FAContrastive(
-        ArchConfig(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
+        Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         ObjectiveConfig(name=objective, num_negatives=20, num_prototypes=6),
         FAConfig(**({"queue_size": 20, "min_fill": 8} | fa)),

@@ -22,7 +22,6 @@ from pretrain.engine import checkpoint
 from pretrain.engine import device as speed
 from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
-from pretrain.evaluation.knn import nearest_rows
 from pretrain.features.memory_bank import consensus, top_k
 from tests.pretrain.engine.run_helpers import (
     ROOT,
@@ -238,7 +237,7 @@ def test_tf32_of_the_config_is_a_setting_of_gpus(make_model, monkeypatch, value)
 
 
 @pytest.mark.usefixtures("_products_as_before")
-@pytest.mark.parametrize("search", ["top_k", "consensus", "knn"])
+@pytest.mark.parametrize("search", ["top_k", "consensus"])
 def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
     torch.set_float32_matmul_precision("high")
     seen = []
@@ -253,10 +252,8 @@ def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
     with Products():
         if search == "top_k":
             top_k(z, bank, 3)
-        elif search == "consensus":
-            consensus(bank.view(4, 10, 5), z[:4])
         else:
-            nearest_rows(bank, z, 3)
+            consensus(bank.view(4, 10, 5), z[:4])
     assert seen
     assert set(seen) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"

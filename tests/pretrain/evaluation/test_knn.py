@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pretrain.evaluation import knn as knn_module
-from pretrain.evaluation.knn import knn_grid, knn_top1, nearest_rows, working_bytes
+from pretrain.evaluation.knn import knn_grid, knn_top1, working_bytes
+from pretrain.features.memory_bank import top_k
 
 ROOT = Path(__file__).parents[3]
 
@@ -59,25 +60,14 @@ def test_equals_a_loop(k, temperature, seed):
 @pytest.mark.parametrize("chunk", [7, 1024])
 def test_a_grid_equals_a_loop_in_each_cell_and_compares_once(chunk, monkeypatch):
     calls = []
-    compare = knn_module.nearest_rows
-    monkeypatch.setattr(
-        knn_module, "nearest_rows", lambda *a, **o: calls.append(a[2]) or compare(*a, **o)
-    )
-    sets, ks, temperatures = data(), [20, 1, 5], [0.07, 1.0]
+    monkeypatch.setattr(knn_module, "top_k", lambda *a, **o: calls.append(a[2]) or top_k(*a, **o))
     monkeypatch.setattr(knn_module, "QUERY_CHUNK", chunk)
+    sets, ks, temperatures = data(), [20, 1, 5], [0.07, 1.0]
     grid = knn_grid(*sets, ks=ks, temperatures=temperatures)
     assert calls == [20]
     for row, k in zip(grid, ks, strict=True):
         for value, temperature in zip(row, temperatures, strict=True):
             assert value == pytest.approx(by_hand(*sets, k, temperature))
-
-
-def test_chunks_change_nothing(monkeypatch):
-    sets = data()
-    whole = knn_top1(*sets, k=5, temperature=0.07)
-    for chunk in (1, 7, 25):
-        monkeypatch.setattr(knn_module, "QUERY_CHUNK", chunk)
-        assert knn_top1(*sets, k=5, temperature=0.07) == whole
 
 
 def by_numpy(bank, queries, k):
@@ -93,12 +83,12 @@ def by_numpy(bank, queries, k):
 @pytest.mark.parity
 @pytest.mark.parametrize("k", [1, 7, 60])
 @pytest.mark.parametrize(("chunk", "bank_chunk"), [(1, 1), (4, 7), (25, 60), (7, 59), (100, 100)])
-def test_nearest_rows_equal_numpy_whatever_the_chunks(k, chunk, bank_chunk, monkeypatch):
+def test_nearest_equal_numpy_whatever_the_chunks(k, chunk, bank_chunk):
     """Also where a bank chunk holds fewer rows than k."""
-    monkeypatch.setattr(knn_module, "QUERY_CHUNK", chunk)
-    monkeypatch.setattr(knn_module, "BANK_CHUNK", bank_chunk)
     bank, _, queries, _ = data()
-    values, rows = nearest_rows(bank, queries, k)
+    values, rows = top_k(
+        queries, bank, k, is_unit=False, chunk_rows=chunk, chunk_entries=bank_chunk
+    )
     expected, order = by_numpy(bank, queries, k)
     np.testing.assert_allclose(values.numpy(), expected, atol=1e-6)
     assert rows.tolist() == order.tolist()
@@ -109,8 +99,7 @@ def test_half_precision_is_within_its_rounding(dtype, tolerance, monkeypatch):
     """Both rows of a pair of unit vectors are rounded: similarities move by 2 x 2^-11, 2 x 2^-8."""
     bank, bank_labels, queries, labels = data(m=3000, n=400, d=8)
     bank, queries = (x / x.norm(dim=1, keepdim=True) for x in (bank, queries))
-    monkeypatch.setattr(knn_module, "BANK_CHUNK", 500)
-    values, _ = nearest_rows(bank.to(dtype), queries.to(dtype), 20)
+    values, _ = top_k(queries.to(dtype), bank.to(dtype), 20, is_unit=False, chunk_entries=500)
     expected, _ = by_numpy(bank, queries, 20)
     difference = np.abs(values.numpy() - expected).max()
     assert 0 < difference <= tolerance
@@ -133,7 +122,7 @@ def test_excluded_rows_are_not_found(bank_chunk, monkeypatch):
     monkeypatch.setattr(knn_module, "BANK_CHUNK", bank_chunk)
     bank, *_ = data()
     itself = torch.arange(len(bank))
-    values, rows = nearest_rows(bank, bank, 59, excluded=itself)
+    values, rows = top_k(bank, bank, 59, is_unit=False, excluded=itself, chunk_entries=bank_chunk)
     expected, order = by_numpy(bank, bank, 60)
     assert order[:, 0].tolist() == itself.tolist()
     assert rows.tolist() == order[:, 1:].tolist()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config_method import FAConfig
+from pretrain.config import FAConfig
 from pretrain.features import operations as feature_aug
-from pretrain.features.feature_augmentation import Draw, FeatureAugmenter
+from pretrain.features.feature_augmentation import AugmentationContext as Context
+from pretrain.features.feature_augmentation import FeatureAugmenter
 from pretrain.features.row_random import RowRandom
 
 N, DIM = 40, 16
@@ -38,7 +39,7 @@ def augmenter(method, filled=30, **options):
 
 def run(method, *, z=Z, other=OTHER, seed=0, strength=1.0, rows=slice(0, N), filled=30, **options):
     made = augmenter(method, filled, **options)
-    return made(z[rows], other[rows], Draw(random_of(seed, rows), strength))
+    return made(z[rows], other[rows], Context(random_of(seed, rows), strength))
 
 
 def nearest_entries(made, z, k):
@@ -132,7 +133,7 @@ def test_options_reach_their_method(name):
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"nn_choice": "consensus", "top_k": 4}])
 def test_nn_finds_the_nearest_entries(options):
     made = augmenter("nn", **options)
-    out = made(Z, OTHER, Draw(random_of(4), 1.0))[0]
+    out = made(Z, OTHER, Context(random_of(4), 1.0))[0]
     nearest = nearest_entries(made, Z, options.get("top_k", 1))
     choice = options.get("nn_choice", "random")
     equal(out, feature_aug.neighbour(Z, nearest, random_of(4), choice=choice))
@@ -148,7 +149,7 @@ def test_nn_distance_is_handed_on(distance, found):
     wild[0, 1:13] = -1.0  # twelve others disagree
     made = augmenter("nn", filled=0, min_fill=2, nn_distance=distance)
     made.queue.put(torch.cat([wild, calm]))
-    out = made(z, z, Draw(random_of(), 1.0))[0]
+    out = made(z, z, Context(random_of(), 1.0))[0]
     equal(out, feature_aug.keep_norm((wild, calm)[found], z), atol=1e-5)
     assert made.nearest_indices(z, 2)[0, 0] == found
 
@@ -157,14 +158,14 @@ def test_nn_never_takes_an_empty_slot():
     made = augmenter("nn", filled=0, min_fill=3)
     made.queue.put(-torch.ones(3, DIM))  # worse than the zeros of empty slots
     z = torch.ones(2, DIM)
-    equal(made(z, z, Draw(random_of(), 1.0))[0], -z)
+    equal(made(z, z, Context(random_of(), 1.0))[0], -z)
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_queue_dtype_is_what_entries_are_stored_in(name):
     made = augmenter("nn", queue_dtype=name)
     assert made.queue.features.dtype == {"fp32": torch.float32, "fp16": torch.float16}[name]
-    out = made(Z, OTHER, Draw(random_of(), 1.0))[0]
+    out = made(Z, OTHER, Context(random_of(), 1.0))[0]
     assert out.dtype == Z.dtype
     torch.testing.assert_close(out.norm(dim=1), Z.norm(dim=1), rtol=1e-6, atol=0)
     equal(out, run("nn")[0], atol=1e-6 if name == "fp32" else 2**-11 * float(Z.norm(dim=1).max()))
@@ -212,7 +213,7 @@ def test_partner_queue_is_any_entry_as_long_as_the_row(method):
         entry = bank[random.integers(30)]
         return entry / entry.norm(dim=1, keepdim=True) * Z.norm(dim=1, keepdim=True)
 
-    partners_read_off(method, partner, made(Z, OTHER, Draw(random_of(6), 1.0)))
+    partners_read_off(method, partner, made(Z, OTHER, Context(random_of(6), 1.0)))
 
 
 @pytest.mark.parametrize("rows", [slice(0, 15), slice(15, N)])
@@ -244,7 +245,7 @@ def test_a_chain_is_one_link_after_another(links):
     out = run("+".join(links), seed=8, top_k=3)
     random, x = random_of(8), Z
     for link in links:
-        x = augmenter(link, top_k=3)(x, OTHER, Draw(random, 1.0))[0]
+        x = augmenter(link, top_k=3)(x, OTHER, Context(random, 1.0))[0]
     equal(out[0], x, atol=1e-12)
 
 
@@ -265,7 +266,7 @@ def test_alternatives_are_chosen_by_row_equally_often():
 
 def test_n_features_of_nn_are_the_n_nearest_in_order():
     made = augmenter("nn", top_k=6, num_features=3)
-    out = made(Z, OTHER, Draw(random_of(), 1.0))
+    out = made(Z, OTHER, Context(random_of(), 1.0))
     equal(out, nearest_entries(made, Z, 3).transpose(0, 1))
 
 
@@ -292,10 +293,10 @@ def test_n_features_of_a_drawing_method_are_n_draws(method):
 def test_links_that_read_the_queue_wait_until_it_is_filled(method, options, until_then):
     made = augmenter(method, filled=19, **options)
     assert not made.is_ready()
-    assert torch.equal(made(Z, OTHER, Draw(random_of(2), 1.0)), run(until_then, seed=2))
+    assert torch.equal(made(Z, OTHER, Context(random_of(2), 1.0)), run(until_then, seed=2))
     made.queue.put(features(4, 1))
     assert made.is_ready()
-    assert not torch.allclose(made(Z, OTHER, Draw(random_of(2), 1.0)), run(until_then, seed=2))
+    assert not torch.allclose(made(Z, OTHER, Context(random_of(2), 1.0)), run(until_then, seed=2))
 
 
 def test_without_a_queue_a_is_always_ready():

@@ -257,8 +257,8 @@ def test_differences_of_a_shortlist_stay_within_the_budget(dtype, monkeypatch):
     with MemoryWatch() as watch:
         top_k(z, bank, 2, distance="truncated")
     assert watch.largest <= 2**20
-    # Beside one block: a block in the stored precision, z, shortlists.
-    assert watch.peak <= 2**20 * (1.25 if dtype == torch.float32 else 1.75)
+    # Beside one block: a block in the stored precision, and the shortlists of all rows.
+    assert watch.peak <= 2**20 * (1.35 if dtype == torch.float32 else 1.75)
 
 
 # --- consensus

@@ -6,7 +6,7 @@ written out here.
 
 import torch
 
-from pretrain.features.feature_augmentation import Draw
+from pretrain.features.feature_augmentation import AugmentationContext
 from pretrain.features.row_random import RowRandom, fa_generator
 
 
@@ -163,7 +163,7 @@ def loss_of_cell(model, views, formula, seed=0, number=0, stops=None):
     z = projections(model, views)
     t = targets(model, views, z, stops)
     generator = fa_generator(seed, number, views.device)
-    draw = Draw(RowRandom.whole(generator, views.shape[1]), 1.0)
+    draw = AugmentationContext(RowRandom.whole(generator, views.shape[1]), 1.0)
     total = 0
     for a, b in ((1, 0), (0, 1)):
         view = b if formula in A_TAKES_THE_TARGET else a

@@ -192,8 +192,8 @@ def test_rank_is_judged_where_there_is_room_for_one(shape, alarms):
     ("override", "message"),
     [
         ("engine.on_collapse=panic", "on_collapse"),
-        ("engine.collapse_std=-1", r"engine\.collapse_std must be >= 0 \(0: never\), got -1"),
-        ("engine.collapse_rank=-1", r"engine\.collapse_rank must be >= 0 \(0: never\), got -1"),
+        ("engine.collapse_std=-1", r"engine\.collapse_std must be >= 0, got -1"),
+        ("engine.collapse_rank=-1", r"engine\.collapse_rank must be >= 0, got -1"),
         ("engine.collapse_patience=0", r"engine\.collapse_patience must be >= 1, got 0"),
     ],
 )

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from pretrain.features.feature_augmentation import Draw
+from pretrain.features.feature_augmentation import AugmentationContext
 from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.joint_embedding import mean_cosine
 from tests.pretrain.model.references import (
@@ -271,7 +271,7 @@ def test_n_features_are_drawn_apart(make_model, make_views, method):
     model = make_model(method=method, num_features=4, mixup_alpha=0.5)
     z = model.online(make_views(), lambda z: z)
     generator = fa_generator(0, 0, torch.device("cpu"))
-    augmented = model.augmenter(z[0], z[1], Draw(RowRandom.whole(generator, 8), 1.0))
+    augmented = model.augmenter(z[0], z[1], AugmentationContext(RowRandom.whole(generator, 8), 1.0))
     assert augmented.shape == (4, 8, 12)
     for a in range(4):
         for b in range(a):

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from pretrain.config import ArchConfig, FAConfig, ObjectiveConfig
+from common.resnet import Arch
+from pretrain.config import FAConfig, ObjectiveConfig
 from pretrain.model.joint_embedding import mean_cosine
 from pretrain.objectives import losses
 from pretrain.objectives.method_spec import resolve
@@ -25,7 +26,7 @@ from tests.pretrain.model.references import (
     unit,
 )
 
-TINY = ArchConfig(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
+TINY = Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
 OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
 OWN = dict.fromkeys(("infonce", "byol", "simsiam"), "parallel") | dict.fromkeys(
     ("simclr", "moco", "swav"), "basic"
@@ -293,7 +294,7 @@ def test_the_targets_gradient_can_be_stopped_or_let_through(
     options = {"stop_gradient": stops}
     model = make(objective, method="none", architecture=architecture, options=options)
     twin, views = copy.deepcopy(model), make_views()
-    assert model.cell.stops_target == stops
+    assert model.spec.stops_target == stops
     expected = loss_of_cell(twin, views, architecture, stops=stops)
     assert_same(model, twin, step(model, views).loss, expected)
 
