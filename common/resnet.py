@@ -47,6 +47,15 @@ class Arch:
         )
 
 
+NAMED = {
+    "R18": Arch(18, 64, 64, 64),
+    "R34": Arch(34, 64, 64, 64),
+    "R50": Arch(50, 64, 64, 256),
+    "R101": Arch(101, 64, 64, 256),
+    "thin_R50": Arch(50, 16, 16, 64),
+}
+
+
 def read_arch(value: Any) -> Arch:
     """Check the `arch` of a checkpoint or a card.
 

@@ -78,7 +78,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from common.files import write_text
     from pipeline.report.charts import linear_chart
     from pretrain.evaluation.linear.config import LinearConfig
-    from pretrain.evaluation.linear.run import Evaluation, Request, table
+    from pretrain.evaluation.linear.run import Evaluation, EvaluationRequest, table
 
     path = arguments.config
     if path is None and arguments.protocol == "full":
@@ -88,7 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = read_settings(
         LinearConfig, None if path is None else Path(path), overrides_of(arguments)
     )
-    request = Request(
+    request = EvaluationRequest(
         arguments.checkpoint, arguments.train, arguments.val, arguments.out,
         arguments.branch, arguments.features, arguments.resume,
     )  # fmt: skip

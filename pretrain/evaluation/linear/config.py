@@ -8,7 +8,6 @@ from typing import Literal
 
 from common.errors import require
 
-Protocol = Literal["cached", "full", "knn"]
 _LONGEST_ROW = 1000  # rates, values of k, temperatures
 _LOWEST_TEMPERATURE = 0.02
 
@@ -17,7 +16,7 @@ _LOWEST_TEMPERATURE = 0.02
 class LinearConfig:
     """Everything that decides the figures, besides the weights and the shards."""
 
-    protocol: Protocol = "cached"
+    protocol: Literal["cached", "full", "knn"] = "cached"
     seed: int = 0  # of the subset, the held-out part, the order, crops, and random weights
     image_size: int = 0  # side of a crop, pixels; 0: as in pretraining, 224 without a config
     # Which labels are used.
@@ -63,42 +62,36 @@ class LinearConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("passes", "num_workers", "init_std", "weight_decay", "momentum"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
-        require(self.image_size == 0 or self.image_size >= 16,
-                f"image_size={self.image_size}: must be at least 16, or 0")  # fmt: skip
-        require(0 < self.fraction <= 1, f"fraction={self.fraction}: must be above 0, at most 1")
-        require(0 <= self.holdout < 1, f"holdout={self.holdout}: must be from 0 to below 1")
-        require(
-            0 < self.lr_min <= self.lr_max < math.inf,
-            f"lr_min={self.lr_min}, lr_max={self.lr_max}: must be 0 < lr_min <= lr_max",
-        )
+
+        def check(condition: bool, name: str, rule: str) -> None:
+            require(condition, f"{name}={getattr(self, name)}: must be {rule}")
+
+        check(self.image_size == 0 or self.image_size >= 16, "image_size", "at least 16, or 0")
+        check(0 < self.fraction <= 1, "fraction", "above 0, at most 1")
+        check(0 <= self.holdout < 1, "holdout", "from 0 to below 1")
+        check(0 < self.lr_min < math.inf, "lr_min", "above 0")
+        check(self.lr_min <= self.lr_max < math.inf, "lr_max", f"at least lr_min={self.lr_min}")
         low, high = self.crop_scale
-        require(0 < low <= high <= 1, f"crop_scale={self.crop_scale}: must be 0 < low <= high <= 1")
-        require(0 <= self.flip_probability <= 1,
-                f"flip_probability={self.flip_probability}: must be from 0 to 1")  # fmt: skip
+        check(0 < low <= high <= 1, "crop_scale", "0 < low <= high <= 1")
+        check(0 <= self.flip_probability <= 1, "flip_probability", "from 0 to 1")
         require(self.subset_list is None or self.fraction == 1,
                 "fraction and subset_list both choose the training samples: give one")  # fmt: skip
         require(not self.nesterov or (self.momentum > 0 and self.optimizer == "sgd"),
                 "nesterov=true needs optimizer=sgd and momentum above 0")  # fmt: skip
         require((self.schedule == "step") == bool(self.milestones),
                 "milestones go with schedule=step: give both or neither")  # fmt: skip
-        self._check_rows()
-
-    def _check_rows(self) -> None:
         for name in ("lrs", "knn_k", "knn_temperature"):
             row = getattr(self, name)
-            if row is None:
-                continue
-            require(0 < len(row) <= _LONGEST_ROW and all(0 < x < math.inf for x in row)
-                    and len(set(row)) == len(row),
-                    f"{name}={row}: give some different numbers above 0")  # fmt: skip
+            is_plain = row is None or (
+                len(set(row)) == len(row) <= _LONGEST_ROW and all(0 < x < math.inf for x in row)
+            )
+            require(is_plain and row != [], f"{name}={row}: give some different numbers above 0")
         for temperature in self.knn_temperature or []:
             require(
                 temperature >= _LOWEST_TEMPERATURE,
                 f"knn_temperature={temperature}: exp(1 / temperature) does not fit float32 below "
                 f"{_LOWEST_TEMPERATURE}",
             )
-        for k in self.knn_k or []:
-            require(k >= 1, f"knn_k={k}: must be at least 1")
         require(
             self.protocol == "knn" or len(self.rates()) == 1 or self.holdout > 0,
             f"holdout=0 leaves nothing to select one of {len(self.rates())} rates with (the "
@@ -131,8 +124,3 @@ class LinearConfig:
         if self.schedule == "cosine":
             done = (step + 0.5) / (steps_per_epoch * self.epochs)
         return 0.5 * (1 + math.cos(math.pi * done))
-
-    @property
-    def needs_holdout(self) -> bool:
-        """Whether there is a choice to make."""
-        return len(self.rates()) > 1

@@ -7,7 +7,7 @@ are written out (softmax minus one-hot): nothing is kept for a backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain import collectives as dist
 from pretrain.data.order import counter_rng
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.extract import bar
+from pretrain.evaluation.linear.extract import FeatureFile, bar
 
 
 class LinearHeads:
@@ -39,14 +39,10 @@ class LinearHeads:
     """
 
     def __init__(
-        self,
-        config: LinearConfig,
-        dim: int,
-        num_classes: int,
-        rates: Sequence[float],
+        self, config: LinearConfig, dim: int, num_classes: int, rates: Sequence[float],
         device: torch.device,
-    ) -> None:
-        self._config = config
+    ) -> None:  # fmt: skip
+        self.config = config
         generator = torch.Generator().manual_seed(config.seed)
         start = torch.randn(num_classes, dim, generator=generator) * config.init_std
         self.weight = start.to(device).repeat(len(rates), 1, 1)
@@ -83,14 +79,9 @@ class LinearHeads:
         delta.scatter_add_(1, own, delta.new_full((1, 1, 1), -1.0).expand_as(own))
         delta = delta.div_(n * dist.world_size()).view(heads * classes, n)
         gradients = [(delta @ features).view(heads, classes, dim), delta.sum(dim=1).view(heads, -1)]
-        if dist.is_on():
-            gradients = [dist.total(gradient) for gradient in gradients]
-        self._update(gradients, lr_factor)
-        return losses
-
-    def _update(self, gradients: list[Tensor], lr_factor: float) -> None:
-        config, rates = self._config, self._rates * lr_factor
+        config, rates = self.config, self._rates * lr_factor
         for w, g, kept in zip((self.weight, self.bias), gradients, self._momentum, strict=True):
+            g = dist.total(g)
             per_head = (-1, *[1] * (w.ndim - 1))
             if config.weight_decay:
                 g = g.add(w, alpha=config.weight_decay)
@@ -102,6 +93,7 @@ class LinearHeads:
             kept.mul_(config.momentum).add_(g)
             change = g + config.momentum * kept if config.nesterov else kept
             w.sub_(change * rates.view(per_head))
+        return losses
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and momentum."""
@@ -148,11 +140,11 @@ class Score:
         self._seen.index_add_(0, labels, torch.ones_like(labels))
 
     def figures(self) -> dict[str, Any]:
-        """Over all processes: ``n``, ``top1`` and ``top5`` [heads], ``per_class`` [heads][classes].
+        """``n``, ``top1`` and ``top5`` [heads], ``per_class`` [heads][classes].
 
         A class without samples has None; ``top5`` is None where there are no more than 5 classes.
         """
-        right, top, seen = (dist.total(x).cpu() for x in (self._right, self._right_top, self._seen))
+        right, top, seen = (x.cpu() for x in (self._right, self._right_top, self._seen))
         n = int(seen.sum())
         share = right.double() / seen.clamp_min(1)
         per_class = [
@@ -173,47 +165,26 @@ def best(top1: Sequence[float], rates: Sequence[float]) -> int:
     return min(range(len(rates)), key=lambda i: (-top1[i], rates[i]))
 
 
-_MAX_LOGITS = 1 << 22
-"""Numbers in the logits of one batch of an evaluation: 17 MB."""
-
-
-class Rows(Protocol):
-    """Features by row, on the disk or in memory."""
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        """Float32 [n, dim], on the CPU."""
-        ...
+_MAX_LOGITS = 1 << 22  # numbers in the logits of one batch of an evaluation: 17 MB
 
 
 def train(
-    features: Rows,
-    labels: np.ndarray,
-    samples: np.ndarray,
-    *,
-    config: LinearConfig,
-    rates: Sequence[float],
-    dim: int,
-    num_classes: int,
-    device: torch.device,
+    heads: LinearHeads, features: FeatureFile, labels: np.ndarray, samples: np.ndarray, *,
     title: str = "sweep",
-) -> LinearHeads:
-    """Classifiers trained on some samples.
+) -> None:  # fmt: skip
+    """Train classifiers on some samples.
 
     Each epoch takes the samples in another order; with several passes of random crops, epoch e
     takes pass e modulo their number. The last batch of an epoch is shorter where need be.
 
     Args:
+        heads: The classifiers, which hold the config.
         features: Row p * n + i holds sample i in pass p.
         labels: int64 [n], of all samples.
         samples: int64, numbers of those to train on.
-        config: Epochs, batch, optimiser, schedule, seed.
-        rates: Peak learning rates.
-        dim: Of a feature.
-        num_classes: Of the labels.
-        device: Where the classifiers are.
         title: Of the progress bar.
     """
-    heads = LinearHeads(config, dim, num_classes, rates, device)
+    config, device = heads.config, heads.weight.device
     steps_per_epoch = -(-len(samples) // config.batch_size)
     step = 0
     with bar(config.epochs * steps_per_epoch, title, "step") as progress:
@@ -227,22 +198,21 @@ def train(
                 heads.step(x, y, config.lr_factor(step, steps_per_epoch))
                 step += 1
             progress.update(steps_per_epoch)
-    return heads
 
 
 def score(
     heads: LinearHeads,
-    features: Rows,
+    features: FeatureFile,
     labels: np.ndarray,
-    samples: np.ndarray,
-    device: torch.device,
-) -> dict:
-    """Accuracies of each classifier on some samples; see ``Score.figures``."""
+    samples: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Accuracies of each classifier on some samples, or on all; see ``Score.figures``."""
+    samples = np.arange(len(labels)) if samples is None else samples
     num_heads, num_classes, _ = heads.weight.shape
-    score = Score(num_heads, num_classes, device)
+    score = Score(num_heads, num_classes, heads.weight.device)
     chunk = max(1, min(1024, _MAX_LOGITS // (num_heads * num_classes)))
     for start in range(0, len(samples), chunk):
         part = samples[start : start + chunk]
-        logits = heads.logits(features.read(part).to(device))
-        score.add(logits, torch.from_numpy(labels[part]).to(device))
+        logits = heads.logits(features.read(part).to(heads.weight.device))
+        score.add(logits, torch.from_numpy(labels[part]).to(logits.device))
     return score.figures()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import require
 from common.files import write_text
 from pretrain.data.augment import draw_uniforms
 from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig
 
-_NUM_SHOWN = 3  # names in a message
+_NUM_LISTED = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -53,63 +53,54 @@ def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
         UserError: Samples without labels, other classes in the two sets, a subset list that does
             not fit, too few samples to hold any out.
     """
-    train_index, val_index = ShardIndex.open(train), ShardIndex.open(val)
-    for option, index in (("--train", train_index), ("--val", val_index)):
+    indexes = [ShardIndex.open(folder) for folder in (train, val)]
+    for option, index in zip(("--train", "--val"), indexes, strict=True):
         unlabelled = int((index.labels < 0).sum())
-        if unlabelled or index.num_samples == 0:
-            raise UserError(
-                f"{option} {index.name}: {unlabelled} of {index.num_samples} samples have no "
-                "label; make the shards of class folders with tools/make_shards.py"
-            )
-    _check_classes(train_index, val_index)
-    labels = train_index.labels
-    num_classes = int(max(labels.max(), val_index.labels.max())) + 1
-    if train_index.classes is not None:
-        num_classes = len(train_index.classes)
+        require(
+            unlabelled == 0 < index.num_samples,
+            f"{option} {index.name}: {unlabelled} of {index.num_samples} samples have no label; "
+            "make the shards of class folders with tools/make_shards.py",
+        )
+    train_index, val_index = indexes
+    classes, labels = train_index.classes, train_index.labels
+    require(
+        classes == val_index.classes,
+        f"classes differ: --train {train_index.name} has {_listing(classes)}, --val "
+        f"{val_index.name} has {_listing(val_index.classes)}; make both of the same class folders",
+    )
+    unseen = np.setdiff1d(val_index.labels, labels)
+    names = [classes[i] for i in unseen] if classes else unseen.tolist()
+    require(
+        not names,
+        f"--val {val_index.name} has {_listing(names)}, of which --train {train_index.name} has no "
+        "sample; nothing can be learnt of that class",
+    )
+    hashes = train_index.samples["key"].astype(np.uint64).view(np.int64)
     chosen = np.arange(len(labels))
     if config.subset_list is not None:
         chosen = listed(train_index, Path(config.subset_list))
     elif config.fraction < 1:
-        chosen = balanced(labels, _keys(train_index), config.fraction, seed=config.seed)
+        chosen = balanced(labels, hashes, config.fraction, seed=config.seed)
     held_out = np.empty(0, np.int64)
-    if config.protocol != "knn" and config.needs_holdout:
-        keys = _keys(train_index)[chosen]
-        held_out = chosen[stratified(labels[chosen], keys, config.holdout, seed=config.seed)]
-        if len(held_out) == 0:
-            raise UserError(
-                f"holdout={config.holdout}: no class of {train_index.name} has the two samples "
-                f"that it takes to hold one out ({len(chosen)} are chosen); use more labels, or a "
-                "single rate in lrs"
-            )
-    return Sets(
-        train_index, val_index, num_classes, np.setdiff1d(chosen, held_out), np.sort(held_out)
-    )
-
-
-def _keys(index: ShardIndex) -> np.ndarray:
-    return index.samples["key"].astype(np.uint64).view(np.int64)
-
-
-def _check_classes(train: ShardIndex, val: ShardIndex) -> None:
-    if train.classes != val.classes:
-        raise UserError(
-            f"classes differ: --train {train.name} has {_shown(train.classes)}, --val {val.name} "
-            f"has {_shown(val.classes)}; make both of the same class folders"
+    if config.protocol != "knn" and len(config.rates()) > 1:
+        part = stratified(labels[chosen], hashes[chosen], config.holdout, seed=config.seed)
+        held_out = chosen[part]
+        require(
+            len(held_out) > 0,
+            f"holdout={config.holdout}: no class of {train_index.name} has the two samples that "
+            f"it takes to hold one out ({len(chosen)} are chosen); use more labels, or a single "
+            "rate in lrs",
         )
-    unseen = np.setdiff1d(val.labels, train.labels)
-    if len(unseen):
-        names = [train.classes[i] for i in unseen] if train.classes else unseen.tolist()
-        raise UserError(
-            f"--val {val.name} has {_shown(names)}, of which --train {train.name} has no sample; "
-            "nothing can be learnt of that class"
-        )
+    num_classes = len(classes) if classes is not None else int(labels.max()) + 1
+    fitted = np.setdiff1d(chosen, held_out)
+    return Sets(train_index, val_index, num_classes, fitted, np.sort(held_out))
 
 
-def _shown(names: Sequence[object] | None) -> str:
+def _listing(names: Sequence[object] | None) -> str:
     if names is None:
         return "no class names"
-    listed = ", ".join(str(name) for name in names[:_NUM_SHOWN])
-    return f"{len(names)} classes ({listed}{', ..' if len(names) > _NUM_SHOWN else ''})"
+    first = ", ".join(str(name) for name in names[:_NUM_LISTED])
+    return f"{len(names)} classes ({first}{', ..' if len(names) > _NUM_LISTED else ''})"
 
 
 def balanced(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -> np.ndarray:
@@ -130,11 +121,11 @@ def balanced(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -
     """
     classes = np.unique(labels)
     each = round(share * len(labels) / len(classes))
-    if each < 1:
-        raise UserError(
-            f"fraction={share:g} of {len(labels)} samples is less than one sample for each of "
-            f"{len(classes)} classes; use at least {len(classes) / len(labels):.3g}"
-        )
+    require(
+        each >= 1,
+        f"fraction={share:g} of {len(labels)} samples is less than one sample for each of "
+        f"{len(classes)} classes; use at least {len(classes) / len(labels):.3g}",
+    )
     return np.flatnonzero(_rank_in_class(labels, keys, "label-fraction", seed) < each)
 
 
@@ -172,34 +163,27 @@ def listed(index: ShardIndex, path: Path) -> np.ndarray:
     Raises:
         UserError: File missing or empty, or a line that names no sample, or several.
     """
-    if not path.is_file():
-        raise UserError(f"subset list {path} does not exist")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    wanted = {line for line in lines if line and not line.startswith("#")}
+    require(path.is_file(), f"subset list {path} does not exist")
+    lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
     by_name: dict[str, list[int]] = {}
     for sample in range(index.num_samples):
         key = index.key_name(sample)
         for name in {key, key.rpartition("/")[2]}:
             by_name.setdefault(name, []).append(sample)
     found: set[int] = set()
-    for line in sorted(wanted):
-        samples = by_name.get(line) or by_name.get(_stem(line)) or []
-        if len(samples) != 1:
-            what = "no sample" if not samples else f"{len(samples)} samples"
-            raise UserError(
-                f"subset list {path}: {line!r} names {what} of {index.name} (whose first key is "
-                f"{index.key_name(0)!r}); each line must be the key of one sample"
-            )
+    for line in sorted(line for line in lines if line and not line.startswith("#")):
+        folder, slash, last = line.rpartition("/")
+        without_suffix = f"{folder}{slash}{last.rpartition('.')[0] or last}"
+        samples = by_name.get(line) or by_name.get(without_suffix) or []
+        require(
+            len(samples) == 1,
+            f"subset list {path}: {line!r} names {len(samples) or 'no'} "
+            f"{'samples' if samples else 'sample'} of {index.name} (whose first key is "
+            f"{index.key_name(0)!r}); each line must be the key of one sample",
+        )
         found.add(samples[0])
-    if not found:
-        raise UserError(f"subset list {path} is empty")
+    require(bool(found), f"subset list {path} is empty")
     return np.array(sorted(found), np.int64)
-
-
-def _stem(name: str) -> str:
-    """Without a suffix after the last dot, and without folders that the keys may lack."""
-    folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{last.rpartition('.')[0] or last}"
 
 
 def write_list(index: ShardIndex, sample_ids: np.ndarray, path: Path) -> None:

@@ -1,9 +1,6 @@
 """Frozen networks, and their features on the disk."""
 
-import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,21 +11,18 @@ import torchvision
 from torch import nn
 
 from common.errors import UserError
-from common.resnet import Arch
+from common.resnet import NAMED, Arch
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.evaluation.linear import extract as cache
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.extract import (
     BLOCK_ROWS,
-    NAMED,
     Blocks,
     Extractor,
     FeatureFile,
-    Identity,
     extract,
     load,
-    pictures,
 )
 from pretrain.evaluation.probe import extract_features, normalise
 from pretrain.model.backbone import ResNet
@@ -148,9 +142,15 @@ def without(name, state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: without("layer3.1.bn2.running_var", s), "layer3.1.bn2.running_var is missing"),
-        (lambda s: {**s, "layer1.0.se.weight": s["bn1.bias"]}, "layer1.0.se.weight is not known"),
-        (lambda s: {**s, "layer4.1.conv2.weight": torch.zeros(3, 3)}, r"is \(3, 3\) instead of"),
+        (lambda s: without("layer3.1.bn2.running_var", s), "Missing key.*layer3.1.bn2.running_var"),
+        (
+            lambda s: {**s, "layer1.0.se.weight": s["bn1.bias"]},
+            "Unexpected key.*layer1.0.se.weight",
+        ),
+        (
+            lambda s: {**s, "layer4.1.conv2.weight": torch.zeros(3, 3)},
+            r"size mismatch for layer4.1.conv2.weight",
+        ),
         (
             lambda s: {**s, "layer3.2.conv1.weight": torch.zeros(1)},
             r"\(2, 2, 3, 2\) blocks per stage",
@@ -208,12 +208,9 @@ def features_of(index, weights, folder, *, config=CONFIG, passes=0, stop_after=N
         load(str(weights), branch="online", seed=0), config, CPU, stop_after=stop_after
     )
     blocks = Blocks(index, extractor.image_size, passes, config)
-    view = extractor.view() | {"passes": passes}
-    identity = Identity(
-        load(str(weights), branch="online", seed=0).weights_hash, index.fingerprint,
-        blocks.num_rows, extractor.dim, config.feature_dtype, view,
-    )  # fmt: skip
-    file = FeatureFile(folder, "train", identity)
+    facts = {"passes": passes, "samples": index.fingerprint, "view": extractor.view}
+    facts["weights_hash"] = load(str(weights), branch="online", seed=0).weights_hash
+    file = FeatureFile(folder, "train", blocks.num_rows, extractor.dim, config.feature_dtype, facts)
     extract(extractor, blocks, file, "train", config.num_workers)
     return file, extractor
 
@@ -227,9 +224,9 @@ def test_features_are_those_of_the_central_crops(many, weights, tmp_path):
     )
     assert ids.tolist() == list(range(index.num_samples))
     torch.testing.assert_close(file.read(slice(None)), expected)
-    assert torch.equal(file.whole(), file.read(slice(None)))
+    assert np.array_equal(file.whole(), file.read(slice(None)))
     chosen = np.array([200, 3, 3, 77])
-    assert torch.equal(file.read(chosen), file.whole()[chosen])
+    assert np.array_equal(file.read(chosen), file.whole()[chosen])
 
 
 def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
@@ -239,7 +236,7 @@ def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
     n = index.num_samples
     rows = file.whole()
     assert len(rows) == 2 * n
-    assert (rows[:n] - rows[n:]).abs().amax(1).min() > 0
+    assert np.abs(rows[:n] - rows[n:]).max(axis=1).min() > 0
     frozen = load(str(weights), branch="online", seed=0)
     from pretrain.data.loader import TwoViewDataset  # the loader's own crops
     from pretrain.data.order import OrderedSamples
@@ -290,7 +287,7 @@ def test_a_journal_cut_by_a_kill_costs_its_last_block(many, weights, tmp_path):
         _, extractor = features_of(index, weights, tmp_path)
         assert extractor.num_pictures in {expected, 30}  # a line glued to the cut one is lost too
     assert extractor.num_pictures == 0
-    assert torch.isfinite(file.whole()).all()
+    assert np.isfinite(file.whole()).all()
 
 
 def test_other_weights_shards_or_sizes_have_a_file_of_their_own(many, shards, weights, tmp_path):
@@ -311,88 +308,48 @@ def test_half_precision_is_half_the_size_and_within_its_rounding(many, weights, 
     exact, _ = features_of(index, weights, tmp_path)
     half, _ = features_of(index, weights, tmp_path, config=replace(CONFIG, feature_dtype="float16"))
     assert 2 * half.path.stat().st_size == exact.path.stat().st_size
-    error = (half.read(slice(None)) - exact.whole()).abs()
-    assert 0 < error.max() <= 2**-11 * exact.whole().abs().max()
+    error = np.abs(half.read(slice(None)).numpy() - exact.whole())
+    assert 0 < error.max() <= 2**-11 * np.abs(exact.whole()).max()
 
 
-def identity(num_rows=10, dtype="float32"):
-    return Identity("w", "s", num_rows, 4, dtype, {})
+def file_of(folder, num_rows=10, dtype="float32"):
+    return FeatureFile(folder, "train", num_rows, 4, dtype, {})
 
 
 def test_values_that_do_not_fit_are_refused(tmp_path):
-    file = FeatureFile(tmp_path, "train", identity(dtype="float16"))
+    file = file_of(tmp_path, dtype="float16")
     with pytest.raises(UserError, match=r"rows 0 to 9 are not finite in float16.*float32"):
         file.write(0, torch.full((10, 4), 1e5))
     with pytest.raises(UserError, match="not finite in float32: the weights are damaged"):
-        FeatureFile(tmp_path, "train", identity()).write(0, torch.full((10, 4), torch.nan))
+        file_of(tmp_path).write(0, torch.full((10, 4), torch.nan))
 
 
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"100,000 pictures need 2 MB, only 1 MB are free"):
-        FeatureFile(tmp_path, "train", identity(100_000))
-
-
-def test_workers_give_the_same_pictures(many):
-    index = ShardIndex.open(many)
-    for passes in (0, 1):
-        blocks = Blocks(index, 32, passes, CONFIG)
-        own = list(pictures(blocks, [2, 0], 0))
-        theirs = list(pictures(blocks, [2, 0], 1))
-        assert [number for number, *_ in own] == [2, 0]
-        for (_, a, i), (_, b, j) in zip(own, theirs, strict=True):
-            assert torch.equal(a, b)
-            assert torch.equal(i, j)
+        file_of(tmp_path, 100_000)
 
 
 @pytest.mark.parametrize("passes", [0, 1])
-def test_a_bad_picture_is_named(shards, tmp_path, passes):
+def test_workers_give_the_same_features(many, weights, tmp_path, passes):
+    index = ShardIndex.open(many)
+    files = [
+        features_of(
+            index, weights, tmp_path / f"{num}", config=replace(CONFIG, num_workers=num),
+            passes=passes,
+        )[0]
+        for num in (0, 1)
+    ]  # fmt: skip
+    assert files[0].path.read_bytes() == files[1].path.read_bytes()
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_bad_picture_is_named(shards, weights, tmp_path, passes):
     folder = shutil.copytree(shards, tmp_path / "bad")
     row = ShardIndex.open(folder).samples[3]
     with open(folder / "shard-000000.tar", "r+b") as tar:
         tar.seek(int(row["offset"]))
         tar.write(bytes(int(row["size"])))
     with pytest.raises(UserError, match=r"sample 3 .*repair or remove it and make the"):
-        list(pictures(Blocks(ShardIndex.open(folder), 32, passes, CONFIG), [0], 0))
-
-
-MEASURED = """
-import json, sys
-from pathlib import Path
-import numpy as np, torch
-from pretrain.evaluation.linear import cache
-from pretrain.evaluation.linear.extract import FeatureFile, Identity
-
-def resident():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {k: 1024 * int(v.split()[0]) for k, v in (x.split(":") for x in lines) if k == "VmHWM"}
-
-cache.RESIDENT_BYTES = 16 << 20
-file = FeatureFile(Path(sys.argv[1]), "train", Identity("w", "s", 100_000, 512, "float32", {}))
-for block in file.own_blocks():
-    rows = file.rows_of(block)
-    file.write(block, torch.full((rows.stop - rows.start, 512), float(block)))
-file.finish()
-before = resident()["VmHWM"]
-rng = np.random.default_rng(0)
-file.read(np.arange(256))
-for _ in range(300):
-    rows = rng.integers(100_000, size=256)
-    assert bool((file.read(rows)[:, 7].numpy() == rows // cache.BLOCK_ROWS).all())
-print(json.dumps({"grown": resident()["VmHWM"] - before, "whole": file.identity.num_bytes,
-                  "before": before}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_reading_a_large_file_takes_bounded_memory(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["whole"] == 204_800_000
-    assert found["grown"] < 25_000_000, found
+        features_of(ShardIndex.open(folder), weights, tmp_path, passes=passes)

@@ -37,10 +37,8 @@ def problem():
 
 def sweep(problem, config, samples=None, features=None):
     rows, labels = features or Recorded(problem[0]), problem[1]
-    heads = cached.train(
-        rows, labels, np.arange(len(labels)) if samples is None else samples, config=config,
-        rates=config.peak_rates(), dim=DIM, num_classes=CLASSES, device=CPU,
-    )  # fmt: skip
+    heads = LinearHeads(config, DIM, CLASSES, config.peak_rates(), CPU)
+    cached.train(heads, rows, labels, np.arange(len(labels)) if samples is None else samples)
     return heads, rows
 
 
@@ -130,7 +128,7 @@ def test_a_converged_classifier_is_the_one_that_lbfgs_finds(problem):
     torch.testing.assert_close(heads.weight[0].double(), weight.detach(), atol=1e-5, rtol=0)
     torch.testing.assert_close(heads.bias[0].double(), bias.detach(), atol=1e-5, rtol=0)
     right = (features @ weight.T + bias).argmax(1) == labels
-    figures = cached.score(heads, Recorded(problem[0]), problem[1], np.arange(NUM), CPU)
+    figures = cached.score(heads, Recorded(problem[0]), problem[1], np.arange(NUM))
     assert 0.4 < figures["top1"][0] < 0.95
     assert figures["top1"][0] == pytest.approx(right.double().mean().item())
 
@@ -231,10 +229,10 @@ def test_top5_of_five_classes_says_nothing():
 
 def test_large_logits_are_scored_in_chunks(problem, monkeypatch):
     heads, rows = sweep(problem, LinearConfig(epochs=2, batch_size=32))
-    whole = cached.score(heads, rows, problem[1], np.arange(NUM), CPU)
+    whole = cached.score(heads, rows, problem[1], np.arange(NUM))
     monkeypatch.setattr(cached, "_MAX_LOGITS", 7 * 10 * CLASSES)
     rows.batches.clear()
-    assert cached.score(heads, rows, problem[1], np.arange(NUM), CPU) == whole
+    assert cached.score(heads, rows, problem[1], np.arange(NUM)) == whole
     assert max(map(len, rows.batches)) == 7
 
 

@@ -22,7 +22,7 @@ from pretrain.evaluation.knn import knn_top1
 from pretrain.evaluation.linear import full, run
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.extract import load
-from pretrain.evaluation.linear.run import Clock, Evaluation, Request, table
+from pretrain.evaluation.linear.run import Evaluation, EvaluationRequest, table
 from pretrain.evaluation.probe import extract_features
 from pretrain.model.backbone import ResNet
 
@@ -58,7 +58,7 @@ def evaluate(weights, shards, val, tmp_path):
 
     def run_one(config, out="out", **options):
         request = {"train": str(shards), "val": str(val), "source": str(weights)} | options
-        return Evaluation(Request(out=tmp_path / out, **request), config).run()
+        return Evaluation(EvaluationRequest(out=tmp_path / out, **request), config).run()
 
     return run_one
 
@@ -129,7 +129,8 @@ def test_val_accuracy_is_that_of_the_trained_classifier_on_central_crops(
 
 
 def test_the_backbone_stays_as_it_was_bit_for_bit(weights, shards, val, tmp_path):
-    evaluation = Evaluation(Request(str(weights), str(shards), str(val), tmp_path / "out"), FULL)
+    request = EvaluationRequest(str(weights), str(shards), str(val), tmp_path / "out")
+    evaluation = Evaluation(request, FULL)
     evaluation.run()
     assert not evaluation.frozen.backbone.training
     before = torch.load(weights)
@@ -146,14 +147,14 @@ def test_full_goes_on_bit_for_bit_from_its_last_checkpoint(evaluate, tmp_path, m
     """Steps since the checkpoint are lost and done again."""
     config = replace(FULL, checkpoint_every_steps=2)
     whole = evaluate(config, "whole")
-    train_step = full.FullTraining._step
+    train_step = full.FullTraining._train_step
 
     def until(self, *arguments):
-        if self.position.step == step:
+        if self.step == step:
             raise Killed
         return train_step(self, *arguments)
 
-    monkeypatch.setattr(full.FullTraining, "_step", until)
+    monkeypatch.setattr(full.FullTraining, "_train_step", until)
     with pytest.raises(Killed):
         evaluate(config, "parts")
     monkeypatch.undo()
@@ -170,14 +171,14 @@ def test_full_goes_on_bit_for_bit_from_its_last_checkpoint(evaluate, tmp_path, m
 
 
 def test_a_signal_saves_first(evaluate, tmp_path, monkeypatch):
-    train_step = full.FullTraining._step
+    train_step = full.FullTraining._train_step
 
     def signalled(self, *arguments):
-        if self.position.step == 5:
+        if self.step == 5:
             self.stop.number = 15
         return train_step(self, *arguments)
 
-    monkeypatch.setattr(full.FullTraining, "_step", signalled)
+    monkeypatch.setattr(full.FullTraining, "_train_step", signalled)
     with pytest.raises(StoppedBySignal, match=r"SIGTERM after step 6; .*--resume"):
         evaluate(FULL)
     assert checkpoint.read(tmp_path / "out" / full.NAME)["position"]["step"] == 6
@@ -240,7 +241,7 @@ def test_the_held_out_part_is_judged_on_central_crops(evaluate, monkeypatch):
     score = run.cached.score
 
     def noted(heads, features, *arguments):
-        seen.append(features.identity.view)
+        seen.append(features.facts["view"])
         return score(heads, features, *arguments)
 
     monkeypatch.setattr(run.cached, "score", noted)
@@ -257,10 +258,8 @@ def test_features_are_shared_between_evaluations(evaluate, tmp_path):
     second = evaluate(replace(CONFIG, epochs=2), "b", features=folder)
     third = evaluate(replace(CONFIG, protocol="knn"), "c", features=folder)
     assert first["num_feature_rows_found"] == 0
-    assert first["cost_over_one_pass"] > 1
     for result in (second, third):
         assert result["num_feature_rows_found"] == 64
-        assert result["cost_over_one_pass"] is None
 
 
 def test_a_fraction_is_written_down_and_can_be_named_again(evaluate, tmp_path):
@@ -325,7 +324,7 @@ def test_the_result_says_what_it_was_made_of(evaluate, weights, tmp_path):
     assert len(description["file_sha256"]) == 64
     assert result["preprocessing"]["image_size"] == 32
     assert result["peak_memory_bytes"] > 50e6
-    assert set(result["processor_seconds"]) == {
+    assert set(result["seconds"]) == {
         "open", "extract_train", "extract_val", "sweep", "evaluate", "refit",
     }  # fmt: skip
     text = table(result)
@@ -340,14 +339,6 @@ def test_a_rate_at_the_end_of_the_sweep_is_told(evaluate):
         changed = result | {"chosen": number, "chosen_base_lr": result["rates"][number]["base_lr"]}
         assert ("there may be a better one" in table(changed)) == (advice is not None)
         assert advice is None or advice in table(changed)
-
-
-def test_the_clock_counts_processor_time_and_adds_up():
-    clock = Clock()
-    for _ in range(2):
-        with clock.part("work"):
-            sum(i * i for i in range(200_000))
-    assert 0 < clock.processor_seconds["work"] < 2 * clock.seconds["work"] + 0.1
 
 
 # --- configuration
@@ -381,9 +372,8 @@ def test_every_key_changes_the_classifiers(evaluate, key, monkeypatch):
     train = run.cached.train
 
     def noted(*arguments, **options):
-        heads = train(*arguments, **options)
-        trained.append((heads.weight, heads.bias))
-        return heads
+        train(*arguments, **options)
+        trained.append((arguments[0].weight, arguments[0].bias))
 
     monkeypatch.setattr(run.cached, "train", noted)
     evaluate(CONFIG, "a")
@@ -421,14 +411,14 @@ def test_the_window_changes_the_order(evaluate, tmp_path):
         ({"holdout": 0.0}, r"holdout=0 leaves nothing to select one of 10 rates with"),
         ({"epochs": 0}, "epochs=0: must be at least 1"),
         ({"passes": -1}, "passes=-1: must not be negative"),
-        ({"lr_min": 2.0, "lr_max": 1.0}, "must be 0 < lr_min <= lr_max"),
+        ({"lr_min": 2.0, "lr_max": 1.0}, "lr_max=1.0: must be at least lr_min=2.0"),
         ({"lrs": [0.1, 0.1]}, r"lrs=\[0.1, 0.1\]: give some different numbers above 0"),
         ({"lrs": []}, r"lrs=\[\]"),
         ({"knn_temperature": [0.01]}, r"knn_temperature=0.01: .* does not fit float32"),
         ({"schedule": "step"}, "milestones go with schedule=step"),
         ({"milestones": [3]}, "milestones go with schedule=step"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov=true needs optimizer=sgd and momentum"),
-        ({"crop_scale": (0.5, 0.1)}, "0 < low <= high <= 1"),
+        ({"crop_scale": (0.5, 0.1)}, r"crop_scale=.* must be 0 < low <= high <= 1"),
         ({"flip_probability": 1.5}, "flip_probability=1.5"),
         ({"image_size": 8}, "image_size=8: must be at least 16, or 0"),
         ({"holdout": 1.0}, "holdout=1.0: must be from 0 to below 1"),
