@@ -43,12 +43,10 @@ def effective_rank(z: Float[Tensor, "n d"]) -> float:
     return float(torch.exp(torch.special.entr(shares).sum()))
 
 
-NUM_BINS = 20
-"""Of the histograms, from cosine -1 to 1."""
-ROWS_PER_HISTOGRAM = 10
-"""A histogram goes with every tenth logged row, and with the last."""
+NUM_BINS = 20  # of the histograms, from cosine -1 to 1
+ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
+# The rank is judged where batch and width leave room for so many times the rank that alarms.
 _ROOM = 4
-"""The rank is judged where batch and width leave room for so many times the rank that alarms."""
 
 
 class CollapseError(RunFailed):
@@ -115,31 +113,23 @@ class CollapseAlarm:
 
     def look(self, figures: dict[str, float], projection: Tensor, step: int) -> str | None:
         """What there is to say after this row; None most of the time."""
-        if not self._is_sign(figures, projection):
+        num_rows, dim = projection.shape
+        highest, least = min(num_rows - 1, dim), self.config.collapse_rank  # of centred rows
+        is_flat = highest >= _ROOM * least and figures["effective_rank"] < least
+        if not (is_flat or figures["feature_std"] < self.config.collapse_std):
             self.num_rows = 0
             return None
         self.num_rows += 1
         if self.num_rows != self.config.collapse_patience:
             return None
-        dim, std = projection.shape[1], figures["feature_std"]
+        std = figures["feature_std"]
         return (
             f"features have collapsed: std {std * dim**-0.5:.2g} of {dim**-0.5:.2g} expected for "
             f"spread features, effective rank {figures['effective_rank']:.2g} of "
-            f"{_most_rank(projection)} possible, for {self.num_rows} logged rows up to step {step}"
+            f"{highest} possible, for {self.num_rows} logged rows up to step {step}"
         )
 
     def event(self, figures: dict[str, float], message: str) -> dict[str, Any]:
         """The row of kind ``event`` for a message."""
         seen = {key: figures[key] for key in ("feature_std", "effective_rank")}
         return {"message": message, "collapse": {**seen, "num_rows": self.num_rows}}
-
-    def _is_sign(self, figures: dict[str, float], projection: Tensor) -> bool:
-        least = self.config.collapse_rank
-        has_room = _most_rank(projection) >= _ROOM * least
-        is_flat = has_room and figures["effective_rank"] < least
-        return is_flat or figures["feature_std"] < self.config.collapse_std
-
-
-def _most_rank(projection: Float[Tensor, "n d"]) -> int:
-    """The highest rank that n centred rows can have."""
-    return min(projection.shape[0] - 1, projection.shape[1])

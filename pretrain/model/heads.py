@@ -27,14 +27,7 @@ def mlp(
         last_bn_affine: Whether that BN has a scale and shift (SimSiam's projector: no).
         hidden_bn: BN in the hidden layers; without it they have a bias (MoCo v2's projector).
         dropout: Share of hidden units set to 0 in training, after each ReLU; no layer if 0.
-
-    Raises:
-        ValueError: If ``num_layers`` is below 1 or ``dropout`` outside [0, 1).
     """
-    if num_layers < 1:
-        raise ValueError(f"an MLP needs at least one layer, got num_layers={num_layers}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got dropout={dropout}")
     layers: list[nn.Module] = []
     for _ in range(num_layers - 1):
         layers.append(nn.Linear(input_dim, hidden_dim, bias=not hidden_bn))

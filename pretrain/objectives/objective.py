@@ -24,18 +24,10 @@ class Prototypes(nn.Module):
     Args:
         num_prototypes: Rows K of ``weight``.
         dim: Width d of a feature.
-
-    Raises:
-        ValueError: If either is below 1.
     """
 
     def __init__(self, num_prototypes: int, dim: int) -> None:
         super().__init__()
-        if num_prototypes < 1 or dim < 1:
-            raise ValueError(
-                "prototypes need at least one row and column, "
-                f"got num_prototypes={num_prototypes}, dim={dim}"
-            )
         self.weight = nn.Parameter(functional.normalize(torch.randn(num_prototypes, dim), dim=1))
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n K"]:

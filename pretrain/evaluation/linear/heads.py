@@ -108,56 +108,45 @@ class LinearHeads:
             mine.copy_(saved)
 
 
-class Score:
-    """How often each classifier is right, counted batch by batch.
+TOP = 5
 
-    Args:
-        num_heads: Classifiers.
-        num_classes: Of the labels.
-        device: Where logits come from.
+
+@torch.no_grad()
+def places(
+    logits: Float[Tensor, "n heads classes"], labels: Int[Tensor, " n"]
+) -> Int[Tensor, "n heads"]:
+    """Place of the right class in each classifier's order, from 0.
+
+    Of equal logits the lower number comes first; a right class whose logit is not finite is last.
     """
+    logits = logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    labels = labels.view(-1, 1, 1)
+    own = logits.gather(2, labels.expand(-1, logits.shape[1], 1))
+    numbers = torch.arange(logits.shape[2], device=labels.device)
+    is_before = (logits > own) | ((logits == own) & (numbers < labels))
+    return is_before.sum(dim=2).masked_fill(~own.squeeze(2).isfinite(), logits.shape[2])
 
-    TOP = 5
 
-    def __init__(self, num_heads: int, num_classes: int, device: torch.device) -> None:
-        self._right = torch.zeros(num_heads, num_classes, dtype=torch.int64, device=device)
-        self._right_top = torch.zeros_like(self._right)
-        self._seen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+def accuracies(
+    place: Int[Tensor, "n heads"], labels: Int[Tensor, " n"], num_classes: int
+) -> dict[str, Any]:
+    """``n``, ``top1`` and ``top5`` [heads], ``per_class`` [heads][classes], in [0, 1].
 
-    @torch.no_grad()
-    def add(self, logits: Float[Tensor, "n heads classes"], labels: Int[Tensor, " n"]) -> None:
-        """Count one batch; a classifier whose logits are not finite is wrong."""
-        logits = logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
-        own = logits.gather(2, labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1))
-        # Its place: classes with a higher logit, and of equal ones those with a lower number.
-        numbers = torch.arange(logits.shape[2], device=labels.device)
-        is_before = (logits > own) | ((logits == own) & (numbers < labels.view(-1, 1, 1)))
-        place = is_before.sum(dim=2)
-        finite = own.squeeze(2).isfinite()
-        for counts, top in ((self._right, 1), (self._right_top, self.TOP)):
-            right = ((place < top) & finite).to(torch.int64)
-            counts.index_add_(1, labels, right.T)
-        self._seen.index_add_(0, labels, torch.ones_like(labels))
-
-    def figures(self) -> dict[str, Any]:
-        """``n``, ``top1`` and ``top5`` [heads], ``per_class`` [heads][classes].
-
-        A class without samples has None; ``top5`` is None where there are no more than 5 classes.
-        """
-        right, top, seen = (x.cpu() for x in (self._right, self._right_top, self._seen))
-        n = int(seen.sum())
-        share = right.double() / seen.clamp_min(1)
-        per_class = [
-            [value if num else None for value, num in zip(row, seen.tolist(), strict=True)]
-            for row in share.tolist()
-        ]
-        is_top_known = len(seen) > self.TOP
-        return {
-            "n": n,
-            "top1": (right.sum(dim=1).double() / max(n, 1)).tolist(),
-            "top5": (top.sum(dim=1).double() / max(n, 1)).tolist() if is_top_known else None,
-            "per_class": per_class,
-        }
+    A class without samples has None; ``top5`` is None where there are no more than 5 classes.
+    """
+    right = (place == 0).double()
+    seen = labels.bincount(minlength=num_classes)
+    of_class = right.new_zeros(num_classes, place.shape[1]).index_add_(0, labels, right)
+    shares = (of_class / seen.clamp_min(1)[:, None]).T.tolist()
+    return {
+        "n": len(labels),
+        "top1": right.mean(dim=0).tolist(),
+        "top5": (place < TOP).double().mean(dim=0).tolist() if num_classes > TOP else None,
+        "per_class": [
+            [share if num else None for share, num in zip(row, seen.tolist(), strict=True)]
+            for row in shares
+        ],
+    }
 
 
 def best(top1: Sequence[float], rates: Sequence[float]) -> int:
@@ -206,13 +195,13 @@ def score(
     labels: np.ndarray,
     samples: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Accuracies of each classifier on some samples, or on all; see ``Score.figures``."""
+    """Accuracies of each classifier on some samples, or on all; see ``accuracies``."""
     samples = np.arange(len(labels)) if samples is None else samples
     num_heads, num_classes, _ = heads.weight.shape
-    score = Score(num_heads, num_classes, heads.weight.device)
     chunk = max(1, min(1024, _MAX_LOGITS // (num_heads * num_classes)))
+    found, right = [], torch.from_numpy(labels[samples])
     for start in range(0, len(samples), chunk):
-        part = samples[start : start + chunk]
-        logits = heads.logits(features.read(part).to(heads.weight.device))
-        score.add(logits, torch.from_numpy(labels[part]).to(logits.device))
-    return score.figures()
+        part = slice(start, start + chunk)
+        logits = heads.logits(features.read(samples[part]).to(heads.weight.device))
+        found.append(places(logits, right[part].to(logits.device)).cpu())
+    return accuracies(torch.cat(found), right, num_classes)

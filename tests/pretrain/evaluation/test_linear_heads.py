@@ -9,7 +9,7 @@ from torch.nn import functional
 from pretrain.engine.optim import LARS
 from pretrain.evaluation.linear import heads as cached
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.heads import LinearHeads, Score, best
+from pretrain.evaluation.linear.heads import LinearHeads, accuracies, best, places
 
 CPU = torch.device("cpu")
 DIM, CLASSES, NUM = 12, 5, 90
@@ -188,10 +188,7 @@ def test_score_equals_topk_and_counts_by_class():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 3, 9, generator=generator)
     labels = torch.randint(8, (200,), generator=generator)  # nothing of class 8
-    score = Score(3, 9, CPU)
-    for start in range(0, 200, 64):
-        score.add(logits[start : start + 64], labels[start : start + 64])
-    figures = score.figures()
+    figures = accuracies(places(logits, labels), labels, 9)
     assert figures["n"] == 200
     for head in range(3):
         found = logits[:, head].topk(5, dim=1).indices == labels[:, None]
@@ -205,26 +202,23 @@ def test_score_equals_topk_and_counts_by_class():
 
 def test_equal_logits_do_not_make_a_classifier_right():
     """All classes equal: the first one is predicted, as argmax does."""
-    score = Score(1, 7, CPU)
-    score.add(torch.zeros(7, 1, 7), torch.arange(7))
-    figures = score.figures()
+    labels = torch.arange(7)
+    figures = accuracies(places(torch.zeros(7, 1, 7), labels), labels, 7)
     assert figures["top1"] == [pytest.approx(1 / 7)]
     assert figures["top5"] == [pytest.approx(5 / 7)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_classifier_that_diverged_is_wrong(value):
-    score = Score(2, 7, CPU)
     logits = torch.full((4, 2, 7), value)
     logits[:, 1] = torch.eye(7)[:4]
-    score.add(logits, torch.arange(4))
-    assert score.figures()["top1"] == [0.0, 1.0]
+    labels = torch.arange(4)
+    assert accuracies(places(logits, labels), labels, 7)["top1"] == [0.0, 1.0]
 
 
 def test_top5_of_five_classes_says_nothing():
-    score = Score(1, 5, CPU)
-    score.add(torch.randn(4, 1, 5), torch.arange(4))
-    assert score.figures()["top5"] is None
+    labels = torch.arange(4)
+    assert accuracies(places(torch.randn(4, 1, 5), labels), labels, 5)["top5"] is None
 
 
 def test_large_logits_are_scored_in_chunks(problem, monkeypatch):
