@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import skip_init
 
 from common.errors import UserError
 from pretrain import collectives as dist
@@ -46,7 +45,8 @@ class OnlineProbe(Callback):
         classes: list[str] | None = None,
     ) -> None:
         self.classes, self._lr = classes, lr
-        self.classifier = skip_init(nn.Linear, backbone.output_dim, num_classes, device=device)
+        linear = nn.Linear(backbone.output_dim, num_classes, device="meta")  # draws nothing there
+        self.classifier = linear.to_empty(device=device)
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr)
