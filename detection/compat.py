@@ -1,4 +1,4 @@
-"""The only door to Detectron2: import this module before any name of `detectron2`.
+"""Entry point to Detectron2: import this module before any name of `detectron2`.
 
 Detectron2's last release is of 2021. What a current torch, numpy, Pillow or setuptools needs mended
 is mended here, at run time, and nowhere else. Each mend is named, looks first whether it is needed,

@@ -216,9 +216,9 @@ def _split_folder(root: Path, split: str) -> tuple[Path, str]:
     found = [folder for folder in found if (folder / "ImageSets" / "Main").is_dir()]
     holders = [folder for folder in found if list_file(folder, name).is_file()]
     if not found:
-        wanted = " or ".join(f"VOC{year}/ImageSets/Main" for year in years)
+        needed = " or ".join(f"VOC{year}/ImageSets/Main" for year in years)
         raise UserError(
-            f"{root}: holds no {wanted}; give the folder that holds VOC2007 (a VOC devkit), a data "
+            f"{root}: holds no {needed}; give the folder that holds VOC2007 (a VOC devkit), a data "
             "set made by tools/make_dataset.py, or a COCO folder (annotations/instances_*.json)"
         )
     if not holders:

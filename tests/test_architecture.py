@@ -188,7 +188,7 @@ def test_common_needs_torch_for_checkpoints_only() -> None:
 
 def test_detection_enters_detectron2_through_compat() -> None:
     """A module that imports detectron2 imports detection.compat first."""
-    for path in sources("detection"):
+    for path in sources("detection", "benchmarks"):
         names = list(imported_names(path))
         lines = [line for line, name in names if package_of(name) == "detectron2"]
         compat = [line for line, name in names if name.startswith("detection.compat")]

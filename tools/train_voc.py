@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from common.errors import RunFailed, UserError, run_command
 
@@ -78,28 +79,62 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         try:
-            arguments.seed_list = parse_seeds(arguments.seeds) if arguments.seeds else None
-            if arguments.eval_on is not None:
-                from detection.training.other_sets import evaluate_on
-
-                summary = evaluate_on(arguments)
-            else:
-                from detection.training.run import run_arm
-
-                arguments.seed_list = arguments.seed_list or [0]
-                summary = run_arm(arguments)
+            seeds = parse_seeds(arguments.seeds) if arguments.seeds else None
+            summary = run(arguments, seeds)
         except UserError as error:
-            raise UserError(last_words(error)) from error
+            raise UserError(message_of(error)) from error
         except (FloatingPointError, ProcessException) as error:
-            raise RunFailed(last_words(error)) from error
+            raise RunFailed(message_of(error)) from error
         except OutOfMemoryError as error:
-            reason = last_words(error).splitlines()[0]
+            reason = message_of(error).splitlines()[0]
             raise RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
         print(json.dumps(summary["mean"]))
         return 0
 
     return run_command(
         work, when_interrupted="stopped; the same command goes on from the last checkpoint"
+    )
+
+
+def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any]:
+    """Train, or evaluate what is trained; returns the summary."""
+    from detection.training.other_sets import evaluate_on
+    from detection.training.run import ArmSettings, run_arm
+
+    trained = None
+    if arguments.config is not None:
+        trained = ArmSettings(
+            weights=None if arguments.weights == "random" else Path(arguments.weights),
+            config=arguments.config,
+            data=arguments.data,
+            overrides=tuple(arguments.opts),
+            freeze=arguments.freeze,
+            name=arguments.arm,
+            eval_every=arguments.eval_every,
+            num_eval_images=arguments.num_eval_images,
+            train_split=arguments.train_split,
+            test_split=arguments.test_split,
+            classes=arguments.classes,
+            metric_year=arguments.metric_year,
+            num_gpus=arguments.num_gpus,
+            needs_card=not arguments.no_card,
+        )
+    how: dict[str, Any] = {"num_threads": arguments.threads, "overwrite": arguments.overwrite}
+    if arguments.eval_on is None:
+        assert trained is not None
+        return run_arm(trained, arguments.out, seeds or [0], **how)
+    overrides = [] if trained is not None else list(arguments.opts)
+    if arguments.num_eval_images is not None:
+        overrides += ["TEST.NUM_IMAGES", str(arguments.num_eval_images)]
+    return evaluate_on(
+        arguments.eval_on,
+        arguments.out,
+        seeds,
+        split=arguments.eval_split,
+        metric_year=arguments.metric_year,
+        overrides=overrides,
+        trained=trained,
+        **how,
     )
 
 
@@ -113,7 +148,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data": arguments.data,
     }
     if arguments.eval_on is not None and arguments.config is None:
-        # Then the first word can be no weights: the words are KEY VALUE pairs.
+        # Then the first argument is no weights file: the arguments are KEY VALUE pairs.
         if arguments.weights is not None:
             arguments.opts = [arguments.weights, *arguments.opts]
             arguments.weights = needed["weights"] = None
@@ -128,7 +163,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def last_words(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """An error's message; of one that came through a loader or another process, the end of it."""
     text = str(error).strip()
     if "Traceback (most recent call last)" not in text:
@@ -136,9 +171,9 @@ def last_words(error: Exception) -> str:
     return text.splitlines()[-1].removeprefix("common.errors.UserError: ")
 
 
-def _num_gpus(text: str) -> int | str:
-    """A number, or "auto"."""
-    return text if text == "auto" else int(text)
+def _num_gpus(text: str) -> int | None:
+    """A number; None for "auto"."""
+    return None if text == "auto" else int(text)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -300,7 +300,7 @@ def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def detect_layout(state: Mapping[str, Any]) -> str:
-    """Tell which foreign layout a state_dict has, by its names.
+    """Find the layout of another project that a state_dict has, by its names.
 
     timm names its plain ResNets as torchvision does: these are "torchvision" here.
 
@@ -322,5 +322,5 @@ def detect_layout(state: Mapping[str, Any]) -> str:
         return "lightly"
     if firsts & {"backbone", "encoder"}:
         return "solo-learn"
-    shown = ", ".join(sorted(firsts)[:8]) or "nothing"
-    raise UserError(f"no known layout: the keys begin with {shown}; choose one with --layout")
+    listed = ", ".join(sorted(firsts)[:8]) or "nothing"
+    raise UserError(f"no known layout: the keys begin with {listed}; choose one with --layout")

@@ -2,6 +2,13 @@
 
 Our own keys stand beside Detectron2's (see `add_keys`). A schedule is kept whole: whoever shortens
 SOLVER.MAX_ITER gets STEPS and WARMUP_ITERS shortened in proportion, or says them too.
+
+A config that names its number of GPUs (SOLVER.REFERENCE_WORLD_SIZE) is a protocol: its values
+belong together and are scaled linearly to the GPUs at hand. With a batch b times as large, the
+learning rate is multiplied by b, and what is counted in iterations divided by b, so that as many
+pictures are seen (Goyal et al., 2017). Detectron2 does the same for the number of GPUs; here a
+batch that is given counts too, the number of iterations for precise batch norm follows, and what
+is done is shown.
 """
 
 import detection.compat  # noqa: F401  (before detectron2)
@@ -9,6 +16,7 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import difflib
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +25,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from common.errors import UserError
 from common.resnet import Arch
-from detection.training.protocol import scale_schedule
 
+_SYNCHRONISED_NORMS = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 # Keys that the command line decides otherwise -> how.
 _NOT_HERE = {
     "MODEL.WEIGHTS": "give the weights as the first argument",
@@ -72,7 +80,7 @@ def load_config(
     Args:
         path: YAML in Detectron2's format; `_BASE_` is followed.
         overrides: KEY, VALUE, KEY, VALUE, ..
-        num_gpus: Scale a protocol's schedule to so many GPUs (detection.training.protocol), and to
+        num_gpus: Scale a protocol's schedule to so many GPUs (`scale_schedule`), and to
             SOLVER.IMS_PER_BATCH if it is overridden; other overrides stay as they are. Default: no
             scaling.
 
@@ -106,8 +114,7 @@ def load_config(
         scale_schedule(before, num_gpus, cfg.SOLVER.IMS_PER_BATCH if is_given else None)
         cfg = _merged(before, overrides)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
-    _keep_schedule_whole(cfg, before, set(overrides[::2]))
-    _check_schedule(cfg)
+    _check_schedule(cfg, before.SOLVER, set(overrides[::2]))
     return cfg
 
 
@@ -129,14 +136,10 @@ def check_device(cfg: CfgNode) -> None:
     """
     if cfg.MODEL.DEVICE != "cpu":
         return
-    norms = {
-        "MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM,
-        "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM,
-        "MODEL.ROI_BOX_HEAD.NORM": cfg.MODEL.ROI_BOX_HEAD.NORM,
-    }
-    for key, norm in norms.items():
+    for part in ("RESNETS", "FPN", "ROI_BOX_HEAD"):
+        norm = cfg.MODEL[part].NORM
         if norm in ("SyncBN", "nnSyncBN"):
-            raise UserError(f"{key} {norm}: runs on GPUs only; use naiveSyncBN or BN")
+            raise UserError(f"MODEL.{part}.NORM {norm}: runs on GPUs only; use naiveSyncBN or BN")
     if cfg.SOLVER.AMP.ENABLED:
         raise UserError("SOLVER.AMP.ENABLED: Detectron2's mixed precision needs a GPU; set False")
 
@@ -165,35 +168,113 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
     return f"unknown key {unknown}; {hint}"
 
 
-def _keep_schedule_whole(cfg: CfgNode, before: CfgNode, overridden: set[str]) -> None:
-    """Scale STEPS and WARMUP_ITERS with an overridden MAX_ITER, unless they are overridden too."""
-    old, new = before.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER
-    if old == new or new <= 0:
-        return
-    if "SOLVER.STEPS" not in overridden:
-        steps = {int(step * new / old) for step in before.SOLVER.STEPS}
-        # A few iterations hold no schedule: drops that would fall together or on 0 become one.
-        cfg.SOLVER.STEPS = tuple(sorted(step for step in steps if 0 < step < new))
-    if "SOLVER.WARMUP_ITERS" not in overridden:
-        cfg.SOLVER.WARMUP_ITERS = int(before.SOLVER.WARMUP_ITERS * new / old)
+def _check_schedule(cfg: CfgNode, before: CfgNode, overridden: set[str]) -> None:
+    """Keep a schedule whole, and refuse one that the iterations do not hold.
 
-
-def _check_schedule(cfg: CfgNode) -> None:
-    """Refuse a learning-rate schedule that the iterations do not hold."""
+    Args:
+        cfg: Its SOLVER is changed: STEPS and WARMUP_ITERS are scaled with an overridden MAX_ITER,
+            unless they are overridden too.
+        before: SOLVER without the overrides.
+        overridden: Their keys.
+    """
     solver = cfg.SOLVER
-    steps, last = list(solver.STEPS), solver.MAX_ITER
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if solver[key] < 1:
             raise UserError(f"SOLVER.{key} {solver[key]}: give at least 1")
-    if any(step >= last for step in steps) and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+    old, last = before.MAX_ITER, solver.MAX_ITER
+    if old != last and "SOLVER.STEPS" not in overridden:
+        steps = {int(step * last / old) for step in before.STEPS}
+        # A few iterations hold no schedule: drops that would fall together or on 0 become one.
+        solver.STEPS = tuple(sorted(step for step in steps if 0 < step < last))
+    if old != last and "SOLVER.WARMUP_ITERS" not in overridden:
+        solver.WARMUP_ITERS = int(before.WARMUP_ITERS * last / old)
+    is_stepwise = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    if is_stepwise and any(step >= last for step in solver.STEPS):
         raise UserError(
-            f"SOLVER.STEPS {tuple(steps)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 would "
-            "leave those drops out; give steps below MAX_ITER, or MAX_ITER alone and they are "
-            "scaled"
+            f"SOLVER.STEPS {tuple(solver.STEPS)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 "
+            "would leave those drops out; give steps below MAX_ITER, or MAX_ITER alone and they "
+            "are scaled"
         )
     if last <= solver.WARMUP_ITERS and last > 1:
         raise UserError(
-            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of "
-            f"SOLVER.MAX_ITER {last}; shorten it, or give MAX_ITER alone and it is "
-            "scaled"
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of SOLVER.MAX_ITER {last}; "
+            "shorten it, or give MAX_ITER alone and it is scaled"
         )
+
+
+def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = None) -> Fraction:
+    """Scale a protocol in place; a config that names no number of GPUs is left alone.
+
+    Args:
+        cfg: Its SOLVER.IMS_PER_BATCH pictures are meant for SOLVER.REFERENCE_WORLD_SIZE GPUs (0:
+            not a protocol). That key becomes `num_gpus`: Detectron2 will not scale once more.
+        num_gpus: GPUs at hand, or 1 for a CPU.
+        images_per_batch: Pictures a batch over all GPUs; default: as many a GPU as in the protocol.
+
+    Returns:
+        New pictures per batch, as a multiple of the protocol's.
+
+    Raises:
+        UserError: If the pictures do not divide.
+    """
+    solver, test = cfg.SOLVER, cfg.TEST
+    if solver.REFERENCE_WORLD_SIZE <= 0:
+        return Fraction(1)
+    if images_per_batch is None:
+        per_gpu = Fraction(solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE)
+        if per_gpu.denominator != 1:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} does not divide by "
+                f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE}; change one of them"
+            )
+        images_per_batch = int(per_gpu) * num_gpus
+    if images_per_batch < 1:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {images_per_batch}: give at least 1")
+    factor = Fraction(images_per_batch, solver.IMS_PER_BATCH)
+
+    def scaled(count: int) -> int:
+        return round(count / factor)
+
+    solver.REFERENCE_WORLD_SIZE = num_gpus
+    solver.IMS_PER_BATCH = images_per_batch
+    solver.BASE_LR = solver.BASE_LR * float(factor)
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        solver[key] = max(1, scaled(solver[key])) if solver[key] else 0
+    solver.STEPS = tuple(scaled(step) for step in solver.STEPS)
+    test.EVAL_PERIOD = scaled(test.EVAL_PERIOD)
+    test.PRECISE_BN.NUM_ITER = max(1, scaled(test.PRECISE_BN.NUM_ITER))
+    return factor
+
+
+def schedule_table(protocol: CfgNode, cfg: CfgNode, num_gpus: int) -> str:
+    """The schedule of a protocol beside the one that is run, for people.
+
+    Args:
+        protocol: As its file has it.
+        cfg: What is run.
+        num_gpus: GPUs at hand, or 1 for a CPU.
+    """
+    columns = []
+    runs = (("protocol", protocol, protocol.SOLVER.REFERENCE_WORLD_SIZE), ("here", cfg, num_gpus))
+    for title, given, count in runs:
+        solver, precise = given.SOLVER, given.TEST.PRECISE_BN
+        is_synchronised = given.MODEL.RESNETS.NORM in _SYNCHRONISED_NORMS
+        per_statistic = solver.IMS_PER_BATCH / (1 if is_synchronised else count)
+        num_precise = precise.NUM_ITER * solver.IMS_PER_BATCH
+        columns.append({
+            "": f"{title}, {count} GPU{'s' if count != 1 else ''}",
+            "pictures per batch": f"{solver.IMS_PER_BATCH}",
+            "pictures per batch-norm statistic": f"{per_statistic:g}",
+            "learning rate": f"{solver.BASE_LR:g}",
+            "warm-up iterations": f"{solver.WARMUP_ITERS}",
+            "learning rate drops at": ", ".join(map(str, solver.STEPS)) or "-",
+            "iterations": f"{solver.MAX_ITER}",
+            "pictures in all": f"{solver.MAX_ITER * solver.IMS_PER_BATCH}",
+            "pictures for precise batch norm": f"{num_precise}" if precise.ENABLED else "-",
+        })  # fmt: skip
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    widths = [max(len(row[place]) for row in rows) for place in range(3)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

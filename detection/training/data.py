@@ -5,6 +5,9 @@ Position p is the p-th training picture of the run. Its index and its augmentati
 the uninterrupted run would have seen, with any number of loader workers.
 """
 
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import functools
 import hashlib
 from collections.abc import Iterator
@@ -24,7 +27,6 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import detection.compat  # noqa: F401  (before detectron2)
 from common.errors import UserError
 from detection.dataset import VocSet, VocSplit
 
@@ -46,8 +48,6 @@ def derive_seed(*parts: int | str, bits: int = 32) -> int:
 
 # Detectron2 makes these at run time.
 # pyright: reportCallIssue=false, reportOptionalCall=false, reportReturnType=false
-
-# isort: split
 
 
 class CheckedMapper(DatasetMapper):
@@ -90,7 +90,7 @@ def to_detectron2(split: VocSplit, classes: tuple[str, ...]) -> list[dict[str, A
 
 
 def register(voc: VocSet) -> tuple[tuple[str, ...], str]:
-    """Register a set's lists under names of their own, with the set's classes and metric year.
+    """Register a set's lists under names of their own, with the set's classes.
 
     Returns:
         Names of the training lists and of the test list.
@@ -103,12 +103,7 @@ def register(voc: VocSet) -> tuple[tuple[str, ...], str]:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         DatasetCatalog.register(name, functools.partial(to_detectron2, split, voc.classes))
-        MetadataCatalog.get(name).set(
-            thing_classes=list(voc.classes),
-            dirname=str(split.folder),
-            year=voc.metric_year,
-            split=split.name,
-        )
+        MetadataCatalog.get(name).set(thing_classes=list(voc.classes))
         return name
 
     return tuple(add("train", split) for split in voc.train), add("test", voc.test)

@@ -6,7 +6,6 @@ Nothing is trained and nothing of a seed's own files changes; the result is writ
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
-import argparse
 import logging
 import re
 from collections.abc import Sequence
@@ -20,25 +19,41 @@ from detectron2.modeling import build_model
 from common import checkpoints, provenance
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
-from detection.dataset import VocSet, classes_without_objects, read_test_set
+from detection.dataset import read_test_set
 from detection.evaluation.voc import curves_file, evaluate_detector, measured
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
-from detection.training.run import is_finished, log_to, prepare, summarise
-from detection.training.trainer import evaluated_part
+from detection.training.run import ArmSettings, is_finished, log_to, prepare, summarise
 
 logger = logging.getLogger(__name__)
 _MODEL = "model_final.pth"
 _REPEAT = "train it first, with the same command without --eval-on"
 
 
-def evaluate_on(arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate_on(
+    root: Path,
+    out: Path,
+    seeds: Sequence[int] | None,
+    *,
+    split: str | None = None,
+    metric_year: int | None = None,
+    overrides: Sequence[str] = (),
+    trained: ArmSettings | None = None,
+    num_threads: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Evaluate every finished seed of an arm on another set.
 
     Args:
-        arguments: As tools.train_voc parses them, with `eval_on`; `seed_list` None means all seeds
-            that are finished. If weights, config and data are given too, the seeds must have been
-            trained with them.
+        root: The set.
+        out: Holds the seeds.
+        seeds: Which ones; None: all that are finished.
+        split: The list; None: the set's test list.
+        metric_year: 2007 or 2012; None: as in training.
+        overrides: KEY, VALUE, .. of the detector's config; keys of TEST only.
+        trained: If given, the seeds must have been trained with these settings.
+        num_threads: On the CPU; None: PyTorch's choice.
+        overwrite: Whether a result that was made with another model or set is replaced.
 
     Returns:
         What OUT/eval-on-NAME.json holds: mean, standard deviation and number of seeds.
@@ -46,39 +61,69 @@ def evaluate_on(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: If a seed is not finished, or the set does not fit the detector.
     """
-    folders = _finished_seeds(arguments)
+    folders = _finished_seeds(out, seeds)
+    if trained is not None:
+        compared = prepare(trained).compared
+        for folder in folders:
+            if not is_finished(folder, compared, overwrite=False):
+                raise UserError(
+                    f"{folder}: has no run.json, so its settings are unknown; {_REPEAT}"
+                )
     results = [read_json(folder / "result.json") for folder in folders]
     classes = _common_classes(folders, results)
-    voc = read_test_set(
-        arguments.eval_on,
-        classes,
-        metric_year=arguments.metric_year or results[0]["metric_year"],
-        test_split=arguments.eval_split,
-    )
-    name = result_name(arguments.eval_on, arguments.eval_split)
-    overrides = [] if arguments.config else list(arguments.opts)
-    if arguments.num_eval_images is not None:
-        overrides += ["TEST.NUM_IMAGES", str(arguments.num_eval_images)]
+    year = metric_year or results[0]["metric_year"]
+    voc = read_test_set(root, classes, metric_year=year, test_split=split)
+    name = result_name(root, split)
     rows = []
-    for folder, trained in zip(folders, results, strict=True):
+    for folder, result in zip(folders, results, strict=True):
+        file = folder / f"eval-on-{name}.json"
         made_with = {
             "data_sha256": voc.digest(),
             "model_sha256": sha256_of(folder / _MODEL),
-            "overrides": overrides,
+            "overrides": list(overrides),
         }
-        file = folder / f"eval-on-{name}.json"
-        if not _is_made(file, made_with, overwrite=arguments.overwrite):
-            if arguments.threads:
-                torch.set_num_threads(arguments.threads)
+        if file.is_file() and not overwrite:
+            old = read_json(file)
+            changed = [key for key, value in made_with.items() if old.get(key) != value]
+            if changed:
+                raise UserError(
+                    f"{file}: was made with another {', '.join(changed)} (a set of the same folder "
+                    "name?); rename the folder, or replace the result with --overwrite"
+                )
+        else:
+            if num_threads:
+                torch.set_num_threads(num_threads)
             log_to(folder)
-            _evaluate_seed(folder, voc, name, trained, made_with)
+            cfg = _saved_config(folder, overrides)
+            cfg.DATASETS.TEST = (register(voc)[1],)
+            cfg.freeze()
+            model = _load_detector(cfg, folder / _MODEL)
+            loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
+            last = evaluate_detector(cfg, model, loader, voc)
+            write_json(file.with_stem(f"{file.stem}-detections"), last["detections"])
+            write_json(file.with_stem(f"{file.stem}-pr"), curves_file(last, voc.metric_year))
+            write_json(file.with_stem(f"{file.stem}-errors"), last["errors"])
+            found = {
+                "name": name,
+                "arm": result["arm"],
+                "seed": result["seed"],
+                **measured(last),
+                "classes": list(voc.classes),
+                "classes_without_test_objects": last["absent"],
+                "metric_year": voc.metric_year,
+                **made_with,
+                "versions": provenance.versions(),
+            }
+            write_json(file, found)  # last: its presence says "finished"
+            figures = (found[key] for key in ("AP", "AP50", "AP75"))
+            logger.info("%s on %s: AP %.1f  AP50 %.1f  AP75 %.1f", folder.name, name, *figures)
         rows.append(read_json(file))
     summary = {
         "name": name,
         "set": str(voc.root.resolve()),
         **summarise(rows, [row["seed"] for row in rows]),
     }
-    write_json(arguments.out / f"eval-on-{name}.json", summary)
+    write_json(out / f"eval-on-{name}.json", summary)
     return summary
 
 
@@ -88,9 +133,8 @@ def result_name(root: Path, split: str | None) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
 
 
-def _finished_seeds(arguments: argparse.Namespace) -> list[Path]:
+def _finished_seeds(out: Path, seeds: Sequence[int] | None) -> list[Path]:
     """Folders of the seeds that shall be evaluated, all of them finished."""
-    out, seeds = arguments.out, arguments.seed_list
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; --out must hold trained seeds (seed-0, ..)")
     if seeds is None:
@@ -104,13 +148,6 @@ def _finished_seeds(arguments: argparse.Namespace) -> list[Path]:
         for needed in ("result.json", "config.yaml", _MODEL):
             if not (folder / needed).is_file():
                 raise UserError(f"{folder}: is not finished, {needed} is missing; {_REPEAT}")
-    if arguments.config is not None:
-        settings = prepare(arguments).settings
-        for folder in folders:
-            if not is_finished(folder, settings, overwrite=False):
-                raise UserError(
-                    f"{folder}: has no run.json, so its settings are unknown; {_REPEAT}"
-                )
     return folders
 
 
@@ -130,63 +167,6 @@ def _common_classes(folders: Sequence[Path], results: Sequence[dict[str, Any]]) 
     if any(names != lists[0] for names in lists):
         raise UserError(f"{folders[0].parent}: its seeds have different classes; give --seeds")
     return lists[0]
-
-
-def _is_made(file: Path, made_with: dict[str, Any], *, overwrite: bool) -> bool:
-    """Whether a result is there and made with the same model, set and overrides."""
-    if overwrite or not file.is_file():
-        return False
-    old = read_json(file)
-    changed = [key for key, value in made_with.items() if old.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{file}: was made with another {', '.join(changed)} (a set of the same folder name?); "
-            "rename the folder, or replace the result with --overwrite"
-        )
-    return True
-
-
-def _evaluate_seed(
-    folder: Path, voc: VocSet, name: str, trained: dict[str, Any], made_with: dict[str, Any]
-) -> None:
-    """Evaluate one detector; the result is written last."""
-    cfg = _saved_config(folder, made_with["overrides"])
-    cfg.DATASETS.TEST = (register(voc)[1],)
-    cfg.freeze()
-    split = evaluated_part(voc.test, cfg.TEST.NUM_IMAGES)
-    absent = classes_without_objects(split, voc.classes)
-    if len(absent) == len(voc.classes):
-        raise UserError(
-            f"{voc.root}: no object of the detector's classes in the pictures evaluated, so there "
-            "is no AP; choose another list with --eval-split"
-        )
-    last = evaluate_detector(
-        cfg,
-        _load_detector(cfg, folder / _MODEL),
-        build_test_loader(cfg, cfg.DATASETS.TEST[0]),
-        split,
-        voc.classes,
-        metric_year=voc.metric_year,
-        root=voc.root,
-        absent=absent,
-    )
-    write_json(folder / f"eval-on-{name}-detections.json", last["detections"])
-    write_json(folder / f"eval-on-{name}-pr.json", curves_file(last, voc.metric_year))
-    write_json(folder / f"eval-on-{name}-errors.json", last["errors"])
-    result = {
-        "name": name,
-        "arm": trained["arm"],
-        "seed": trained["seed"],
-        **measured(last),
-        "classes": list(voc.classes),
-        "classes_without_test_objects": absent,
-        "metric_year": voc.metric_year,
-        **made_with,
-        "versions": provenance.versions(),
-    }
-    write_json(folder / f"eval-on-{name}.json", result)
-    shown = (result[key] for key in ("AP", "AP50", "AP75"))
-    logger.info("%s on %s: AP %.1f  AP50 %.1f  AP75 %.1f", folder.name, name, *shown)
 
 
 def _saved_config(folder: Path, overrides: Sequence[str]) -> CfgNode:

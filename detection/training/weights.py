@@ -4,8 +4,9 @@ Detectron2's checkpointer warns and goes on when names or shapes do not match; a
 compare random with random. Here its own matching is used and its outcome is checked.
 """
 
-import json
-import os
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,14 +19,11 @@ from detectron2.layers import FrozenBatchNorm2d
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
-import detection.compat  # noqa: F401  (before detectron2)
 from common import checkpoints
 from common.errors import UserError
-from common.files import sha256_of, write_atomically, write_json, write_text
+from common.files import read_json, sha256_of, write_atomically, write_text
 from common.resnet import read_arch
 from detection.training.config import arch_of_config
-
-# isort: split
 
 
 class _ImagesToBackbone(nn.Module):
@@ -64,35 +62,24 @@ def calibrate_frozen_norms(
         return 0
     was_training = {module: module.training for module in path.modules()}
     path.eval()
-    measured = {name: _as_batch_norm(module) for name, module in frozen.items()}
-    for name, module in measured.items():
-        _replace(path.backbone, name, module)
+    # Each frozen norm gives its place to a batch norm in training mode, is measured, comes back.
+    measured = {}
+    for name, module in frozen.items():
+        scale = module.get_buffer("weight")
+        norm = nn.BatchNorm2d(module.num_features, eps=module.eps, device=scale.device)
+        norm.weight.data.copy_(scale)
+        norm.bias.data.copy_(module.get_buffer("bias"))
+        measured[name] = norm.train()
+        path.backbone.set_submodule(name, measured[name])
     with torch.no_grad():
         update_bn_stats(path, batches, num_batches)
     for name, module in frozen.items():
         for field in ("running_mean", "running_var"):
             module.get_buffer(field).copy_(measured[name].get_buffer(field))
-        _replace(path.backbone, name, module)
+        path.backbone.set_submodule(name, module)
     for module, training in was_training.items():
         module.training = training
     return len(frozen)
-
-
-def _as_batch_norm(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
-    """A batch norm in training mode with a frozen one's scale and shift, on its device."""
-    scale = frozen.get_buffer("weight")
-    norm = nn.BatchNorm2d(frozen.num_features, eps=frozen.eps, device=scale.device)
-    norm.weight.data.copy_(scale)
-    norm.bias.data.copy_(frozen.get_buffer("bias"))
-    return norm.train()
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
-
-
-# isort: split
 
 
 CARD_FORMAT = "fa-d2-1"
@@ -127,17 +114,17 @@ class WeightsCheckpointer(RunCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         num_given = len(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        wanted = backbone_tensor_names(self.model)
-        missing = sorted(wanted & set(incompatible.missing_keys))
+        needed = backbone_tensor_names(self.model)
+        missing = sorted(needed & set(incompatible.missing_keys))
         unexpected = sorted(incompatible.unexpected_keys)
         wrong_shape = [
             f"{name} {tuple(given)} instead of {tuple(own)}"
             for name, given, own in incompatible.incorrect_shapes
         ]
         if missing or unexpected or wrong_shape:
-            loaded = len(wanted) - len(missing) - len(wrong_shape)
+            loaded = len(needed) - len(missing) - len(wrong_shape)
             raise UserError(
-                f"only {loaded} of the detector's {len(wanted)} backbone tensors match the "
+                f"only {loaded} of the detector's {len(needed)} backbone tensors match the "
                 f"{num_given} in the file{_listed('missing', missing)}"
                 f"{_listed('not in the detector', unexpected)}"
                 f"{_listed('wrong shape', wrong_shape)}; use the config of the backbone's depth "
@@ -202,11 +189,27 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
         UserError: If there is no card, the weights are not the ones it describes, or the config
             would feed them other pixels or another architecture.
     """
-    card = read_card(weights)
+    path = weights.with_suffix(".json")
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such weights; {_CONVERT}, or say `random`")
+    if not path.is_file():
+        raise UserError(
+            f"{weights}: has no preprocessing card {path.name} beside it, so its pixel statistics "
+            f"cannot be checked; {_CONVERT}, or trust the config with --no-card"
+        )
+    card = read_json(path)
+    try:
+        if card["format"] != CARD_FORMAT:
+            raise UserError(
+                f"{path}: format {card['format']!r}, expected {CARD_FORMAT!r}; {_CONVERT} again"
+            )
+        _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], read_arch(card["arch"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a card ({error}); {_CONVERT} again") from error
     if card["weights_sha256"] != sha256_of(weights):
         raise UserError(
-            f"{weights}: is not the file that {card_path(weights).name} describes "
-            f"(sha256 differs); {_CONVERT} again"
+            f"{weights}: is not the file that {path.name} describes (sha256 differs); {_CONVERT} "
+            "again"
         )
     pixels = card["preprocessing"]
     arch, own = read_arch(card["arch"]), arch_of_config(cfg)
@@ -225,41 +228,6 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
     if faults:
         raise UserError(f"{weights}: does not fit the config: {'; '.join(faults)}")
     return card
-
-
-def card_path(weights: Path) -> Path:
-    """backbone.pkl -> backbone.json."""
-    return Path(weights).with_suffix(".json")
-
-
-def read_card(weights: Path) -> dict[str, Any]:
-    """Read the card beside a weight file."""
-    path = card_path(weights)
-    if not Path(weights).is_file():
-        raise UserError(f"{weights}: no such weights; {_CONVERT}, or say `random`")
-    if not path.is_file():
-        raise UserError(
-            f"{weights}: has no preprocessing card {path.name} beside it, so its "
-            f"pixel statistics cannot be checked; {_CONVERT}, or trust the config "
-            "with --no-card"
-        )
-    try:
-        card = json.loads(path.read_text())
-        if card["format"] != CARD_FORMAT:
-            raise UserError(
-                f"{path}: format {card['format']!r}, expected {CARD_FORMAT!r}; {_CONVERT} again"
-            )
-        _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], read_arch(card["arch"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a card ({error}); {_CONVERT} again") from error
-    return card
-
-
-def remove_stale_pointer(folder: Path) -> None:
-    """Forget last_checkpoint if the file it names is gone."""
-    pointer = folder / "last_checkpoint"
-    if pointer.is_file() and not (folder / pointer.read_text().strip()).is_file():
-        os.remove(pointer)
 
 
 def _listed(title: str, names: list[str]) -> str:
@@ -291,8 +259,3 @@ def write_weights(path: Path, state: dict[str, Tensor], counters: dict[str, int]
     else:
         data = {"model": dict(state), "num_batches_tracked": counters}
         write_atomically(path, lambda file: torch.save(data, file))
-
-
-def write_card(weights: Path, card: dict[str, Any]) -> None:
-    """Write the card beside a weight file."""
-    write_json(card_path(weights), card)

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.errors import UserError
 from detection.dataset import is_coco, read_coco, read_set
-from detection.evaluation.coco import CocoEvaluator
+from detection.evaluation.coco import coco_metric
 from detection.training.config import load_config
 from detection.training.data import to_detectron2
-from tests.detection.tiny_detection import CONFIGS, make_voc
+from tests.detection.tiny_detection import CONFIGS, collect, make_voc
 from tests.detection.training.test_other_sets import _TINY
 from tools.train_voc import main
 
@@ -79,19 +77,17 @@ def test_boxes_classes_and_crowds(coco_root: Path) -> None:
 def test_figures_equal_pycocotools_on_the_files_themselves(coco_root: Path) -> None:
     coco = read_coco(coco_root)
     draw = np.random.default_rng(0)
-    evaluator = CocoEvaluator(coco.test, coco.classes)
-    evaluator.reset()
-    rows = []
+    rows, given = [], []
     for picture in coco.test.pictures:
         boxes, labels, scores = [], [], draw.random(6).astype(np.float32).tolist()
         for item in picture.objects * 6:
             moved = np.array(item.box) + draw.integers(-40, 40, 4) / 8
             boxes.append(moved.tolist())
             labels.append((coco.classes.index(item.class_name) + int(draw.random() < 0.2)) % 3)
-        instances = Instances((96, 96))
-        instances.pred_boxes = Boxes(torch.tensor(boxes))
-        instances.scores, instances.pred_classes = torch.tensor(scores), torch.tensor(labels)
-        evaluator.process([{"image_id": picture.image_id}], [{"instances": instances}])
+        given += [
+            (picture.image_id, label, score, box)
+            for label, score, box in zip(labels, scores, boxes, strict=True)
+        ]
         rows += [
             {
                 "image_id": int(picture.image_id),
@@ -101,19 +97,20 @@ def test_figures_equal_pycocotools_on_the_files_themselves(coco_root: Path) -> N
             }
             for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True)
         ]
-    result = evaluator.evaluate()
-    assert result is not None
+    found = collect(coco.test, given)
+    columns = (found.image, found.label, found.score, found.box)
+    figures, classes = coco_metric(coco.test, coco.classes, *columns)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(coco_root / "annotations/instances_val2017.json"))
-        found = truth.loadRes(rows)  # pyright: ignore[reportArgumentType]
-        evaluation = COCOeval(truth, found, "bbox")
+        loaded = truth.loadRes(rows)  # pyright: ignore[reportArgumentType]
+        evaluation = COCOeval(truth, loaded, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     for key, value in zip(("AP", "AP50", "AP75", "APs", "APm"), evaluation.stats, strict=False):
-        assert result["coco"][key] == pytest.approx(100 * value), key
-    assert 0 < result["coco"]["APs"] < 100, "small by its mask, not by its box"
-    for name, row in result["coco_classes"].items():
+        assert figures[key] == pytest.approx(100 * value), key
+    assert 0 < figures["APs"] < 100, "small by its mask, not by its box"
+    for name, row in classes.items():
         curve = row["curves"]["0.50"]["precision"]
         assert row["AP50"] == pytest.approx(100 * np.mean(curve), abs=0.01), name
 

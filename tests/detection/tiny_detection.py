@@ -6,15 +6,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
 from common.resnet import Arch
 from detection.convert.parity import ReferenceResNet
+from detection.dataset import VocSplit
+from detection.evaluation.voc import Collector, Found
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "detection"
 CLASSES = ("disc", "box", "bar")
+Detection = tuple[str, int, float, list[float]]  # picture, class, score, [x0, y0, x1, y1]
+
+
+def instances_of(rows: Sequence[Detection], image_id: str) -> Instances:
+    """What a detector says about a picture of 96 x 96."""
+    own = [row for row in rows if row[0] == image_id]
+    instances = Instances((96, 96))
+    instances.pred_boxes = Boxes(torch.tensor([row[3] for row in own]).reshape(-1, 4))
+    instances.scores = torch.tensor([row[2] for row in own])
+    instances.pred_classes = torch.tensor([row[1] for row in own], dtype=torch.int64)
+    return instances
+
+
+def collect(split: VocSplit, rows: Sequence[Detection]) -> Found:
+    """The detections as an evaluation collects them."""
+    collector = Collector(split)
+    collector.reset()
+    for picture in split.pictures:
+        instances = instances_of(rows, picture.image_id)
+        collector.process([{"image_id": picture.image_id}], [{"instances": instances}])
+    result = collector.evaluate()
+    assert result is not None
+    return result["found"]
 
 
 def annotation(size: int, objects: Sequence[tuple[str, int, int, int, int]]) -> str:

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
-from detection.dataset import VocSet, classes_without_objects
+from detection.dataset import VocSet
 from detection.evaluation.voc import evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
@@ -205,13 +205,5 @@ def evaluate(voc: VocSet, found: Mapping[str, Sequence[FoundBox]], folder: Path)
     """What the evaluation of a detector gives, its detections fixed."""
     cfg = load_config(CONFIG, ["INPUT.MIN_SIZE_TEST", "32", "TEST.NUM_SAVED_IMAGES", "2"])
     cfg.DATASETS.TEST = (register(voc)[1],)
-    return evaluate_detector(
-        cfg,
-        FixedDetector(found),
-        build_test_loader(cfg, cfg.DATASETS.TEST[0]),
-        voc.test,
-        voc.classes,
-        metric_year=voc.metric_year,
-        root=voc.root,
-        absent=classes_without_objects(voc.test, voc.classes),
-    )
+    loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    return evaluate_detector(cfg, FixedDetector(found), loader, voc)

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from detectron2.structures import Boxes, Instances
 
 from benchmarks.reference_metrics import (
     COCO,
@@ -16,10 +14,8 @@ from benchmarks.reference_metrics import (
     average_precisions,
 )
 from detection.dataset import VocSet, VocSplit, read_set
-from detection.evaluation.coco import CocoEvaluator
-from tests.detection.tiny_detection import make_voc
-
-Detection = tuple[str, int, float, list[float]]  # picture, class, score, [x0, y0, x1, y1]
+from detection.evaluation.coco import coco_metric
+from tests.detection.tiny_detection import Detection, collect, make_voc
 
 
 def made_difficult(split: VocSplit, number: int) -> VocSplit:
@@ -43,18 +39,8 @@ def make_detections(voc: VocSet, seed: int) -> list[Detection]:
 
 
 def coco(voc: VocSet, split: VocSplit, rows: list[Detection]) -> dict:
-    evaluator = CocoEvaluator(split, voc.classes)
-    evaluator.reset()
-    for picture in split.pictures:
-        own = [row for row in rows if row[0] == picture.image_id]
-        instances = Instances((picture.height, picture.width))
-        instances.pred_boxes = Boxes(torch.tensor([row[3] for row in own]).reshape(-1, 4))
-        instances.scores = torch.tensor([row[2] for row in own])
-        instances.pred_classes = torch.tensor([row[1] for row in own], dtype=torch.int64)
-        evaluator.process([{"image_id": picture.image_id}], [{"instances": instances}])
-    result = evaluator.evaluate()
-    assert result is not None
-    return result["coco"]
+    found = collect(split, rows)
+    return coco_metric(split, voc.classes, found.image, found.label, found.score, found.box)[0]
 
 
 def as_set(voc: VocSet, split: VocSplit, rows: list[Detection]) -> DetectionSet:

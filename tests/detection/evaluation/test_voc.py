@@ -1,27 +1,18 @@
 """AP: Detectron2's evaluator against a computation written from the definition."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
-from detectron2.structures import Boxes, Instances
 
-from detection.dataset import VocSet, classes_without_objects, read_set
-from detection.evaluation.error_analysis import ErrorEvaluator
-from detection.evaluation.voc import (
-    ClasswiseVOCEvaluator,
-    DetectionRecorder,
-    curve_points,
-    spread_evenly,
-)
-from detection.training.data import register
-from tests.detection.tiny_detection import CLASSES, make_voc
-
-Detection = tuple[str, int, float, list[float]]  # picture, class, score, [x0, y0, x1, y1]
+from detection.dataset import VocSet, read_set
+from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
+from detection.evaluation.voc import curve_points, detection_rows, voc_metric
+from tests.detection.tiny_detection import CLASSES, Detection, collect, instances_of, make_voc
 
 
 def make_detections(voc: VocSet, seed: int = 0) -> list[Detection]:
@@ -82,16 +73,17 @@ def average_precision(
     return 100 * float(area)
 
 
-def feed(evaluator: Any, voc: VocSet, detections: list[Detection]) -> Any:
-    evaluator.reset()
-    for picture in voc.test.pictures:
-        rows = [row for row in detections if row[0] == picture.image_id]
-        instances = Instances((picture.height, picture.width))
-        instances.pred_boxes = Boxes(torch.tensor([row[3] for row in rows]).reshape(-1, 4))
-        instances.scores = torch.tensor([row[2] for row in rows])
-        instances.pred_classes = torch.tensor([row[1] for row in rows], dtype=torch.int64)
-        evaluator.process([{"image_id": picture.image_id}], [{"instances": instances}])
-    return evaluator.evaluate()
+def metric(voc: VocSet, detections: list[Detection]) -> dict[str, Any]:
+    assert voc.metric_year is not None
+    return voc_metric(voc.test, voc.classes, collect(voc.test, detections), voc.metric_year)
+
+
+def rows_of(voc: VocSet, detections: list[Detection], **options: Any) -> list[dict[str, Any]]:
+    """Rows of detections.json, with the kinds that the analysis of errors gives."""
+    found = collect(voc.test, detections)
+    verdicts = judge(objects_of(voc.test, voc.classes), found.in_voc())
+    kinds = [ALL_KINDS[kind] for kind in verdicts.kind]
+    return detection_rows(voc.test, voc, found, kinds, **options)
 
 
 @pytest.fixture
@@ -99,21 +91,12 @@ def tiny(tmp_path: Path) -> VocSet:
     return read_set(make_voc(tmp_path / "data", num_train=2, num_test=12))
 
 
-@pytest.fixture
-def classwise(tmp_path: Path) -> Callable[[VocSet], ClasswiseVOCEvaluator]:
-    def build(voc: VocSet) -> ClasswiseVOCEvaluator:
-        absent = classes_without_objects(voc.test, voc.classes)
-        return ClasswiseVOCEvaluator(register(voc)[1], voc.test, absent)
-
-    return build
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("year", [2007, 2012])
-def test_ap_equals_an_independent_computation(tmp_path: Path, year: int, classwise) -> None:
+def test_ap_equals_an_independent_computation(tmp_path: Path, year: int) -> None:
     voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
     detections = make_detections(voc)
-    result = feed(classwise(voc), voc, detections)
+    result = metric(voc, detections)
     thresholds = [value / 100 for value in range(50, 100, 5)]
     for label, name in enumerate(voc.classes):
         aps = [average_precision(voc, detections, label, value, year) for value in thresholds]
@@ -124,17 +107,26 @@ def test_ap_equals_an_independent_computation(tmp_path: Path, year: int, classwi
 
 
 @pytest.mark.parity
-def test_means_equal_detectron2s_own_evaluator(tiny: VocSet, classwise) -> None:
+def test_means_equal_detectron2s_own_evaluator(tiny: VocSet) -> None:
     detections = make_detections(tiny, seed=1)
-    stock = feed(PascalVOCDetectionEvaluator(register(tiny)[1]), tiny, detections)
-    ours = feed(classwise(tiny), tiny, detections)
-    assert ours["bbox"] == pytest.approx(dict(stock["bbox"]))
+    MetadataCatalog.get("tiny-stock").set(
+        thing_classes=list(CLASSES), dirname=str(tiny.root / "VOC2007"), year=2012, split="test"
+    )
+    stock = PascalVOCDetectionEvaluator("tiny-stock")
+    MetadataCatalog.remove("tiny-stock")
+    stock.reset()
+    for picture in tiny.test.pictures:
+        instances = instances_of(detections, picture.image_id)
+        stock.process([{"image_id": picture.image_id}], [{"instances": instances}])
+    theirs = stock.evaluate()
+    assert theirs is not None
+    assert metric(tiny, detections)["bbox"] == pytest.approx(dict(theirs["bbox"]))
 
 
 @pytest.mark.parity
-def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path, classwise) -> None:
+def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path) -> None:
     voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=2007)
-    result = feed(classwise(voc), voc, make_detections(voc))
+    result = metric(voc, make_detections(voc))
     for name in voc.classes:
         for threshold, key in (("0.50", "per_class_AP50"), ("0.75", "per_class_AP75")):
             precision = result["curves"][name][threshold]["precision"]
@@ -145,36 +137,34 @@ def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path, classw
 
 @pytest.mark.parity
 @pytest.mark.parametrize("year", [2007, 2012])
-def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int, classwise) -> None:
+def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int) -> None:
     """Equal scores, boxes between the tenths of a pixel: the order and the matches are the same."""
     voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
     detections = [
         (image_id, label, round(score, 1), [value + 0.0625 for value in box])
         for image_id, label, score, box in make_detections(voc, seed=2)
     ]
-    result = feed(classwise(voc), voc, detections)
-    found = feed(ErrorEvaluator(voc.test, voc.classes, year), voc, detections)
+    result = metric(voc, detections)
+    objects, found = objects_of(voc.test, voc.classes), collect(voc.test, detections).in_voc()
+    table = error_table(objects, found, judge(objects, found), voc.classes, 12, year)
     assert 0 < result["bbox"]["AP50"] < 100
-    assert found["errors"]["AP50"] == pytest.approx(result["bbox"]["AP50"], abs=1e-9)
+    assert table["AP50"] == pytest.approx(result["bbox"]["AP50"], abs=1e-9)
     for name, ap in result["per_class_AP50"].items():
-        assert found["errors"]["classes"][name]["AP50"] == pytest.approx(ap, abs=1e-9)
+        assert table["classes"][name]["AP50"] == pytest.approx(ap, abs=1e-9)
 
 
-def test_kinds_come_in_the_order_of_the_detections(tiny: VocSet) -> None:
-    """Worst score first on purpose; the recorder sorts, and keeps each detection's place."""
+def test_each_detection_keeps_its_kind(tiny: VocSet) -> None:
+    """Worst score first on purpose: rows are sorted, and kinds go with them."""
     detections: list[Detection] = []
     for number, picture in enumerate(tiny.test.pictures):
         item = picture.objects[0]
         label, box = tiny.classes.index(item.class_name), list(item.box)
         detections += [(picture.image_id, label, 0.2, box), (picture.image_id, label, 0.9, box)]
         detections += [(picture.image_id, (label + 1) % 3, 0.4, box)] * (number % 2)
-    kinds = feed(ErrorEvaluator(tiny.test, tiny.classes, 2012), tiny, detections)["kinds"]
-    image_ids = [picture.image_id for picture in tiny.test.pictures]
-    for number, image_id in enumerate(image_ids):
-        assert kinds[image_id] == ["duplicate", "correct", "confusion"][: 2 + number % 2]
-    recorder = DetectionRecorder(tiny.test, image_ids, tiny.classes, tiny.root, 0.0)
-    rows = feed(recorder, tiny, detections)["detections"]
-    assert [found["place"] for found in rows[1]["detections"]] == [1, 2, 0]
+    for number, row in enumerate(rows_of(tiny, detections, num_saved=99, score_thresh=0.0)):
+        found = [(item["score"], item["kind"]) for item in row["detections"]]
+        confusions = [(0.4, "confusion")] * (number % 2)
+        assert found == [(0.9, "correct"), *confusions, (0.2, "duplicate")]
 
 
 def test_curve_points_by_hand() -> None:
@@ -186,9 +176,7 @@ def test_curve_points_by_hand() -> None:
     assert nothing == {"precision": [0.0] * 101, "max_recall": 0.0}
 
 
-def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(
-    tmp_path: Path, classwise
-) -> None:
+def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(tmp_path: Path) -> None:
     """The trap: AP over names that do not occur is a mean with zeros (or NaN)."""
     root = make_voc(tmp_path / "set", num_train=2, num_test=12)
     voc = read_set(root, classes=[*CLASSES, "unicorn"])
@@ -197,21 +185,20 @@ def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(
         for picture in voc.test.pictures
         for item in picture.objects
     ]
-    result = feed(classwise(voc), voc, detections)
+    result = metric(voc, detections)
     assert result["bbox"]["AP"] == pytest.approx(100)
     assert set(result["per_class"]) == set(CLASSES)
 
 
-def test_no_detections_at_all(tiny: VocSet, classwise) -> None:
-    result = feed(classwise(tiny), tiny, [])
+def test_no_detections_at_all(tiny: VocSet) -> None:
+    result = metric(tiny, [])
     assert result["bbox"] == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
 
-def test_recorder_keeps_what_the_report_shows(tiny: VocSet) -> None:
-    image_ids = spread_evenly([picture.image_id for picture in tiny.test.pictures], 4)
-    recorder = DetectionRecorder(tiny.test, image_ids, tiny.classes, tiny.root, 0.3)
+def test_rows_hold_what_the_report_shows(tiny: VocSet) -> None:
     detections = make_detections(tiny)
-    rows = feed(recorder, tiny, detections)["detections"]
+    rows = rows_of(tiny, detections, num_saved=4, score_thresh=0.3)
+    image_ids = [tiny.test.pictures[place].image_id for place in (0, 3, 6, 9)]
     assert [Path(row["file_name"]).stem for row in rows] == image_ids
     for row in rows:
         assert (tiny.root / row["file_name"]).is_file()
@@ -220,12 +207,12 @@ def test_recorder_keeps_what_the_report_shows(tiny: VocSet) -> None:
         scores = [found["score"] for found in row["detections"]]
         assert scores == sorted(scores, reverse=True)
         assert all(score >= 0.3 for score in scores)
-    wanted = [row for row in detections if row[0] == image_ids[0] and row[2] >= 0.3]
-    assert len(rows[0]["detections"]) == len(wanted)
+    kept = [row for row in detections if row[0] == image_ids[0] and row[2] >= 0.3]
+    assert len(rows[0]["detections"]) == len(kept)
 
 
-def test_spread_evenly() -> None:
-    letters = list("abcdefghij")
-    assert spread_evenly(letters, 3) == ["a", "d", "g"]
-    assert spread_evenly(letters, 20) == letters
-    assert spread_evenly(letters, 0) == []
+@pytest.mark.parametrize(("num_saved", "places"), [(5, [0, 2, 4, 7, 9]), (20, range(12)), (0, [])])
+def test_pictures_are_spread_evenly(tiny: VocSet, num_saved: int, places: Sequence[int]) -> None:
+    rows = rows_of(tiny, [], num_saved=num_saved, score_thresh=0.0)
+    expected = [tiny.test.pictures[place].image_id for place in places]
+    assert [Path(row["file_name"]).stem for row in rows] == expected

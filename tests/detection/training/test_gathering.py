@@ -1,4 +1,4 @@
-"""Evaluators whose pictures are spread over two processes give what one process gives."""
+"""An evaluation whose pictures are spread over two processes gives what one process gives."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
-from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import spawn
 
 from detection.dataset import VocSet, read_set
-from detection.evaluation.coco import CocoEvaluator
-from detection.evaluation.error_analysis import ErrorEvaluator
-from detection.evaluation.voc import DetectionRecorder
+from detection.evaluation.coco import coco_metric
+from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
+from detection.evaluation.voc import Collector, detection_rows, voc_metric
 from tests.detection.tiny_detection import make_voc
 
 NUM_PROCESSES = 2
@@ -40,18 +39,27 @@ def detections(voc: VocSet, number: int) -> Instances:
 
 
 def evaluate(root: Path, rank: int, num_processes: int) -> dict[str, Any] | None:
-    """Every `num_processes`-th picture, from `rank` on, given to the evaluators of a run."""
+    """Figures of every `num_processes`-th picture, from `rank` on, of all processes."""
     voc = read_set(root)
     names = [picture.image_id for picture in voc.test.pictures]
-    evaluator = DatasetEvaluators([
-        CocoEvaluator(voc.test, voc.classes),
-        ErrorEvaluator(voc.test, voc.classes, 2012),
-        DetectionRecorder(voc.test, names, voc.classes, voc.root, 0.0),
-    ])  # fmt: skip
-    evaluator.reset()
+    collector = Collector(voc.test)
+    collector.reset()
     for number in range(rank, len(names), num_processes):
-        evaluator.process([{"image_id": names[number]}], [{"instances": detections(voc, number)}])
-    return evaluator.evaluate()
+        collector.process([{"image_id": names[number]}], [{"instances": detections(voc, number)}])
+    result = collector.evaluate()
+    if result is None:
+        return None
+    found = result["found"]
+    columns = (found.image, found.label, found.score, found.box)
+    objects, in_voc = objects_of(voc.test, voc.classes), found.in_voc()
+    verdicts = judge(objects, in_voc)
+    kinds = [ALL_KINDS[kind] for kind in verdicts.kind]
+    return {
+        "coco": coco_metric(voc.test, voc.classes, *columns)[0],
+        "voc": voc_metric(voc.test, voc.classes, found, 2012),
+        "errors": error_table(objects, in_voc, verdicts, voc.classes, len(names), 2012),
+        "rows": detection_rows(voc.test, voc, found, kinds, num_saved=12, score_thresh=0.0),
+    }
 
 
 @contextlib.contextmanager

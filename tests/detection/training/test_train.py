@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
@@ -98,6 +99,12 @@ class Killed(BaseException):
     """Not an Exception: nothing in the loop may catch it, as nothing catches SIGKILL."""
 
 
+def close_files(trainer: Trainer) -> None:
+    for hook in trainer._hooks:
+        for writer in hook._writers if isinstance(hook, PeriodicWriter) else ():
+            writer.close()
+
+
 def test_interrupted_run_ends_as_the_uninterrupted_one(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +118,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
         run_step(self)
 
     monkeypatch.setattr(Trainer, "run_step", die_at_3)
-    monkeypatch.setattr(Trainer, "after_train", lambda self: None)  # a killed process does nothing
+    monkeypatch.setattr(Trainer, "after_train", close_files)  # a killed process does nothing else
     with pytest.raises(Killed):
         train("random", *schedule, out="killed")
     monkeypatch.undo()
@@ -260,10 +267,10 @@ def test_diverging_training_is_no_users_mistake(
     assert "error: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
 
 
-def test_last_words_of_an_error_from_a_worker() -> None:
+def test_message_of_an_error_from_a_worker() -> None:
     text = "Traceback (most recent call last)\n  x\ncommon.errors.UserError: a.jpg: bad"
-    assert command.last_words(ValueError(text)) == "a.jpg: bad"
-    assert command.last_words(ValueError("plain")) == "plain"
+    assert command.message_of(ValueError(text)) == "a.jpg: bad"
+    assert command.message_of(ValueError("plain")) == "plain"
 
 
 def shell(*arguments: object) -> list[str]:
