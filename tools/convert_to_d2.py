@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layout-b", choices=layouts, help="the same for B of --verify (auto)")
     add("--image", type=Path, help="picture to compare on (default: a generated one)")
     add("--size", type=int, default=224, help="its side in pixels (default: 224)")
-    add("--preprocessing", metavar="SPEC", help="imagenet (default for other projects), half, or mean/std "
-        "in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
+    add("--preprocessing", metavar="SPEC", help="imagenet (other projects' default), half, or "
+        "mean/std in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
     add("--stride-in", choices=("3x3", "1x1"), help="where the bottlenecks of a Detectron2 file "
         "without a card have their stride")  # fmt: skip
     add("--tolerance", type=float, help="of --verify: largest relative difference that counts as "
