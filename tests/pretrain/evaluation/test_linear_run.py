@@ -209,7 +209,7 @@ def test_cached_chooses_on_the_held_out_part_alone(evaluate, monkeypatch):
     assert len(set(held_out)) > 1
     assert first["rates"][first["chosen"]]["held_out_top1"] == max(held_out)
     assert first["top1"] == first["rates"][first["chosen"]]["val_top1"]
-    labels = vars(ShardIndex)["labels"].fget
+    labels = ShardIndex.labels.fget
 
     def turned(index):
         own = labels(index)
