@@ -1,53 +1,64 @@
-"""What the benchmarks share: pictures, our two views, turns of candidates, command line.
+"""What the benchmarks share: command line, report, turns of candidates, sizes, pictures, peers.
 
-Candidates take turns, round by round; rivals do so in processes of their own. What is counted is
-processor time of a whole process, all its threads together, so that other work on the machine
-disturbs the figures little and nobody gains by a thread of his own.
+Candidates take turns, round by round, so that whatever else the machine does hits all alike; peers
+do so in processes of their own. What is counted on a CPU is processor time of a whole process, all
+its threads together, so that nobody gains by a thread of its own.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import simplejpeg
 import torch
+from tqdm import tqdm
 
-from common.errors import UserError
-from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
-from pretrain.data.loader import TwoViewBatch, TwoViewDataset
+from common.errors import UserError, require, run_command
+from common.files import write_json
+from common.pictures import BadPicture, decode
+from common.provenance import versions
+from common.resnet import Arch
+from pretrain.config import HeadConfig
+from pretrain.data.augment import PRESETS
+from pretrain.data.loader import TwoViewDataset
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.data.shards import ShardIndex
+from pretrain.engine.device import choose_device
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
+_SPECTRUM = ((4, 45), (8, 35), (16, 25), (32, 18), (64, 12), (128, 9), (250, 6))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEWS = PRESETS["asymmetric"]  # BYOL's
 SEED = 0
 ROOT = Path(__file__).resolve().parents[1]
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
-# -- the command line ------------------------------------------------------------------------------
+# -- command line and report ----------------------------------------------------------------------
 
 
 def make_parser(
-    description: str | None, epilog: str, counts: Sequence[tuple[str, int, str]]
+    description: str | None, counts: Sequence[tuple[str, int, str]]
 ) -> argparse.ArgumentParser:
     """A parser with ``--json`` and whole numbers: (name, default, what it is)."""
     parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog="Exit status: 0 done, 1 it went wrong, 2 wrong arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
     for name, default, text in counts:
@@ -57,47 +68,46 @@ def make_parser(
     return parser
 
 
-def add_sizes(
-    parser: argparse.ArgumentParser, cpu: Mapping[str, int], gpu: Mapping[str, int]
-) -> None:
-    """An option for each size of the networks and the batch; None where it is not given."""
-    for name, value in gpu.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=int, metavar="N",
-            choices=(18, 34, 50, 101) if name == "depth" else None,
-            help=f"{cpu[name]} on a CPU, {value} on a GPU",
-        )  # fmt: skip
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    """``--pictures FOLDER``, for `chosen_photos`."""
+    text = "real pictures, shrunk to 500 x 375; default: generated ones"
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=text)
 
 
 def run_and_report(
     measure: Callable[[], dict[str, Any]],
     out: Path | None,
+    is_success: Callable[[dict[str, Any]], bool] = lambda _: True,
 ) -> int:
     """Measure, write the figures, print them.
 
+    Args:
+        measure: Returns the figures, by name.
+        out: The file of ``--json``.
+        is_success: Whether these figures are as they must be.
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
     """
-    try:
-        if out is not None and not out.absolute().parent.is_dir():
-            raise UserError(f"--json {out}: its folder does not exist")
+
+    def work() -> int:
+        has_folder = out is None or out.absolute().parent.is_dir()
+        require(has_folder, f"--json {out}: its folder does not exist")
         figures = measure()
         if out is not None:
-            out.write_text(json.dumps(figures, indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:  # a full disk, a GPU without memory
-        print(f"error: it went wrong: {error}", file=sys.stderr)
-        return 1
-    print_figures(figures)
-    return 0
+            write_json(out, figures)
+        print_figures(figures)
+        return 0 if is_success(figures) else 1
+
+    # A RuntimeError is a GPU without memory, for instance.
+    return run_command(work, failures=(RuntimeError,), when_interrupted="stopped")
 
 
-def print_figures(figures: Mapping[str, Any], depth: int = 0) -> None:
+def print_figures(figures: Mapping[Any, Any], depth: int = 0) -> None:
     """A line for each figure, named as in the JSON."""
     for name, value in figures.items():
-        label = "  " * depth + name
+        label = "  " * depth + str(name)
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             print(label)
             print_figures(value, depth + 1)
@@ -106,40 +116,177 @@ def print_figures(figures: Mapping[str, Any], depth: int = 0) -> None:
             print(f"{label:56}{text}")
 
 
-def versions() -> dict[str, str]:
-    """Of Python and torch."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
+def context() -> dict[str, Any]:
+    """What else was going on, and with which libraries."""
+    return {"load_average": os.getloadavg()[0], "versions": versions()}
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def one_thread() -> None:
+    """Let OpenCV and torch work in the calling thread alone."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
 
 
-# -- pictures and shards ---------------------------------------------------------------------------
+# -- turns of candidates --------------------------------------------------------------------------
 
 
-def photo(seed: int) -> np.ndarray:
-    """uint8 [375, 500, 3] with the falling spectrum of photographs; about 52 kB as JPEG."""
-    rng = np.random.default_rng(seed)
-    image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
-    for cells, amplitude in ((4, 45), (8, 35), (16, 25), (32, 18), (64, 12), (128, 9), (250, 6)):
-        noise = rng.standard_normal((cells, cells, 3)).astype(np.float32)
-        noise = 0.3 * noise + 0.7 * noise.mean(axis=2, keepdims=True)
-        image += amplitude * cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    image += 3 * rng.standard_normal((HEIGHT, WIDTH, 1)).astype(np.float32)
-    return np.clip(image, 0, 255).astype(np.uint8)
+def take_turns(
+    candidates: Mapping[K, Callable[[], T]], num_rounds: int, *, num_warmups: int = 1
+) -> dict[K, list[T]]:
+    """What each candidate gives in each round; `num_warmups` rounds before them do not count."""
+    given: dict[K, list[T]] = {name: [] for name in candidates}
+    total = (num_rounds + num_warmups) * len(candidates)
+    with tqdm(total=total, unit="turn", mininterval=1 if sys.stderr.isatty() else 10) as bar:
+        for number in range(-num_warmups, num_rounds):
+            for name, turn in candidates.items():
+                bar.set_postfix_str(str(name))
+                value = turn()
+                if number >= 0:
+                    given[name].append(value)
+                bar.update()
+    return given
 
 
-def encode(image: np.ndarray) -> bytes:
-    """JPEG of quality 90 with halved colour planes, as cameras and ImageNet have it."""
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), QUALITY, "RGB", "420")
+def picture_rate(
+    work: Callable[[], object], num_pictures: int, min_seconds: float = 0.0
+) -> Callable[[], float]:
+    """A candidate that works in this process.
+
+    Args:
+        work: Takes all pictures once.
+        num_pictures: How many those are.
+        min_seconds: Processor time of a turn; the work is repeated until it is reached.
+    Returns:
+        Gives source pictures per second of processor time.
+    """
+
+    def turn() -> float:
+        start, repeats, seconds = time.process_time(), 0, 0.0
+        while not repeats or seconds < min_seconds:
+            work()
+            repeats += 1
+            seconds = time.process_time() - start
+        return repeats * num_pictures / seconds
+
+    return turn
+
+
+class Clock:
+    """Milliseconds per call: CUDA events, processor time of one thread, or wall-clock time."""
+
+    def __init__(self, device: torch.device, num_calls: int) -> None:
+        self.device, self.num_calls = device, num_calls
+        self.name = "cuda events" if device.type == "cuda" else "wall"
+        if device.type == "cpu" and torch.get_num_threads() == 1:
+            self.name = "processor"
+
+    def __call__(self, work: Callable[[], None]) -> float:
+        """Run it ``num_calls`` times without waiting in between."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                before.record()
+                for _ in range(self.num_calls):
+                    work()
+                after.record()
+                torch.cuda.synchronize()
+                return before.elapsed_time(after) / self.num_calls
+        now = time.process_time if self.name == "processor" else time.perf_counter
+        start = now()
+        for _ in range(self.num_calls):
+            work()
+        return 1e3 * (now() - start) / self.num_calls
+
+
+# -- sizes of networks and batches ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step works on; the defaults are those of a CPU."""
+
+    depth: int = 18
+    width: int = 64
+    image_size: int = 64  # pixels
+    batch_size: int = 128
+    queue_size: int = 16384
+    dim: int = 256
+    hidden_dim: int = 4096
+
+    def arch(self) -> Arch:
+        """The ResNet."""
+        last = 4 * self.width if self.depth == 50 else self.width
+        return Arch(self.depth, self.width, self.width, last)  # type: ignore[arg-type]
+
+    def heads(self) -> HeadConfig:
+        """Projector and predictor."""
+        return HeadConfig(
+            projector_hidden_dim=self.hidden_dim,
+            predictor_hidden_dim=self.hidden_dim,
+            output_dim=self.dim,
+        )
+
+
+CUDA_SIZES = Sizes(depth=50, image_size=224, batch_size=256, queue_size=98304)
+
+
+def add_sizes(parser: argparse.ArgumentParser, cpu: Sizes) -> None:
+    """``--device``, and an option for each size; None where it is not given."""
+    devices = ("auto", "cpu", "cuda")
+    parser.add_argument("--device", choices=devices, default="auto", help="default: auto")
+    for name, value in asdict(CUDA_SIZES).items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=int, metavar="N",
+            choices=(18, 34, 50, 101) if name == "depth" else None,
+            help=f"{getattr(cpu, name)} on a CPU, {value} on a GPU",
+        )  # fmt: skip
+
+
+def chosen_sizes(options: argparse.Namespace, cpu: Sizes) -> tuple[torch.device, Sizes]:
+    """The device, and the sizes that were given or are usual there.
+
+    Raises:
+        UserError: For an impossible value.
+    """
+    device = choose_device(options.device)
+    given = {name: getattr(options, name) for name in asdict(cpu)}
+    sizes = replace(
+        CUDA_SIZES if device.type == "cuda" else cpu,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    least = {"batch_size": 2, "image_size": 16, "queue_size": 64}
+    for name, value in asdict(sizes).items():
+        smallest = least.get(name, 1)
+        require(value >= smallest, f"--{name.replace('_', '-')} must be >= {smallest}, not {value}")
+    return device, sizes
+
+
+def device_context(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Where a step ran, and on what."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "sizes": asdict(sizes),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+# -- pictures and shards --------------------------------------------------------------------------
 
 
 def encoded_photos(num: int) -> list[bytes]:
-    """Generated photographs as JPEGs."""
-    return [encode(photo(seed)) for seed in range(num)]
+    """Generated photographs, 500 x 375 with real ones' falling spectrum, as 52-kB JPEGs."""
+    found = []
+    for seed in range(num):
+        rng = np.random.default_rng(seed)
+        image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
+        for cells, amplitude in _SPECTRUM:
+            noise = rng.standard_normal((cells, cells, 3)).astype(np.float32)
+            noise = 0.3 * noise + 0.7 * noise.mean(axis=2, keepdims=True)
+            image += amplitude * cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        image += 3 * rng.standard_normal((HEIGHT, WIDTH, 1)).astype(np.float32)
+        found.append(_encode(np.clip(image, 0, 255).astype(np.uint8)))
+    return found
 
 
 def photos_of_folder(folder: Path, num: int) -> list[bytes]:
@@ -153,11 +300,20 @@ def photos_of_folder(folder: Path, num: int) -> list[bytes]:
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-        if image is not None and image.shape[0] >= HEIGHT and image.shape[1] >= WIDTH:
-            found.append(encode(_fitted(image)))
-            if len(found) == num:
-                break
+        try:
+            image = decode(path.read_bytes(), where=str(path))
+        except BadPicture:
+            continue
+        height, width = image.shape[:2]
+        if height < HEIGHT or width < WIDTH:
+            continue
+        scale = max(HEIGHT / height, WIDTH / width)
+        size = (max(WIDTH, round(width * scale)), max(HEIGHT, round(height * scale)))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        top, left = (small.shape[0] - HEIGHT) // 2, (small.shape[1] - WIDTH) // 2
+        found.append(_encode(small[top : top + HEIGHT, left : left + WIDTH]))
+        if len(found) == num:
+            break
     if not found:
         raise UserError(
             f"--pictures {folder}: no JPEG, PNG or WebP of at least {WIDTH} x {HEIGHT} pixels there"
@@ -165,13 +321,14 @@ def photos_of_folder(folder: Path, num: int) -> list[bytes]:
     return [found[number % len(found)] for number in range(num)]
 
 
-def _fitted(image: np.ndarray) -> np.ndarray:
-    """The middle of a picture, shrunk by area averaging until it just covers 500 x 375."""
-    scale = max(HEIGHT / image.shape[0], WIDTH / image.shape[1])
-    size = (max(WIDTH, round(image.shape[1] * scale)), max(HEIGHT, round(image.shape[0] * scale)))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    top, left = (small.shape[0] - HEIGHT) // 2, (small.shape[1] - WIDTH) // 2
-    return small[top : top + HEIGHT, left : left + WIDTH]
+def _encode(image: np.ndarray) -> bytes:
+    """JPEG of quality 90 with halved colour planes, as cameras and ImageNet have it."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), QUALITY, "RGB", "420")
+
+
+def chosen_photos(folder: Path | None, num: int) -> list[bytes]:
+    """Photographs of a folder (``--pictures``), or generated ones."""
+    return encoded_photos(num) if folder is None else photos_of_folder(folder, num)
 
 
 def write_files(jpegs: Sequence[bytes], folder: Path) -> list[Path]:
@@ -196,14 +353,6 @@ def open_as_shards(
     return ShardIndex.open(str(folder))
 
 
-def chosen_photos(folder: Path | None, num: int) -> list[bytes]:
-    """Photographs of a folder (``--pictures``), or generated ones."""
-    return encoded_photos(num) if folder is None else photos_of_folder(folder, num)
-
-
-# -- our two views ---------------------------------------------------------------------------------
-
-
 def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> TwoViewDataset:
     """BYOL's two views; photometric changes in the loader on uint8, or none yet."""
     scales = (VIEWS[0].crop_scale, VIEWS[1].crop_scale)
@@ -213,77 +362,15 @@ def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> TwoVi
     )  # fmt: skip
 
 
-def finish(batch: TwoViewBatch) -> list[torch.Tensor]:
-    """What is left to do with a batch of the loader: both views as normalised floats."""
-    if batch.is_augmented:
-        return [normalize(view, MEAN, STD) for view in batch.views]
-    return [
-        augment(
-            view, draw_parameters(VIEWS[n], batch.keys, batch.visits, seed=SEED, view_index=n),
-            MEAN, STD,
-        )
-        for n, view in enumerate(batch.views)
-    ]  # fmt: skip
-
-
-# -- turns of candidates ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lap:
-    """What one turn of a candidate cost and gave."""
-
-    seconds: float  # processor time
-    num_pictures: int
-
-    @property
-    def rate(self) -> float:
-        """Source pictures per second of processor time."""
-        return self.num_pictures / self.seconds
-
-
-Candidate = Callable[[], Lap]
-
-
-def in_process(
-    work: Callable[[], object], num_pictures: int, min_seconds: float = 0.0
-) -> Candidate:
-    """A candidate that works in this process.
-
-    Args:
-        work: Takes all pictures once.
-        num_pictures: How many those are.
-        min_seconds: Processor time of a turn; the work is repeated until it is reached.
-    """
-
-    def turn() -> Lap:
-        start, repeats, seconds = time.process_time(), 0, 0.0
-        while not repeats or seconds < min_seconds:
-            work()
-            repeats += 1
-            seconds = time.process_time() - start
-        return Lap(seconds, repeats * num_pictures)
-
-    return turn
-
-
-def rates(candidates: Mapping[str, Candidate], num_rounds: int) -> dict[str, list[float]]:
-    """Pictures per second of each candidate in each round, after a round that warms up."""
-    measured: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(num_rounds + 1):
-        for name, turn in candidates.items():
-            lap = turn()
-            if number:
-                measured[name].append(lap.rate)
-    return measured
+# -- peers ----------------------------------------------------------------------------------------
 
 
 class Peer:
-    """A process that runs rivals' recipes when it is asked to; `greet` it first.
+    """A process that runs another library's recipes when it is asked to; `greet` it first.
 
     Args:
-        python: The interpreter; its environment has the rival's library.
-        library: Name of a module in benchmarks/peers, without "_recipes".
+        python: The interpreter; its environment has the library.
+        library: Its name in benchmarks/peers/serve.py.
         folder: Folder of JPEG files.
     Attributes:
         missing: Why the library cannot be used; None if it can.
@@ -318,53 +405,45 @@ class Peer:
         self.missing = hello.get("missing")
         self.version, self.recipes = hello.get("version", ""), hello.get("recipes", [])
 
-    def candidate(self, recipe: str, size: int) -> Candidate:
-        """One recipe at one size of the views."""
+    def candidate(self, recipe: str, size: int) -> Callable[[], float]:
+        """One recipe at one size of the views: source pictures per second of processor time."""
 
-        def turn() -> Lap:
-            return Lap(**self._ask({"recipe": recipe, "size": size}))
+        def turn() -> float:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({"recipe": recipe, "size": size}) + "\n")
+            self._process.stdin.flush()
+            answer = self._read()
+            return answer["num_pictures"] / answer["seconds"]
 
         return turn
 
-    def _ask(self, question: dict) -> dict:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict:
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
         status = self._process.wait()
         self._errors.seek(0)
-        tail = self._errors.read().strip().splitlines()[-5:]
-        self.close()
-        raise UserError(
-            f"the process of {self._library} ended with status {status}: " + " | ".join(tail)
-        )
+        tail = " | ".join(self._errors.read().strip().splitlines()[-5:])
+        raise UserError(f"the process of {self._library} ended with status {status}: {tail}")
 
     def close(self) -> None:
-        """End the process."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None and not stream.closed:
-                stream.close()
-        self._process.wait()  # it ends at the end of its input
+        """End the process, which ends at the end of its input."""
+        self._process.communicate()
         self._errors.close()
 
 
-def start_peers(python: str | None, folder: Path) -> dict[str, Peer]:
-    """Rivals by library: torchvision from this environment, the others from that of `python`."""
-    peers: dict[str, Peer] = {}
-    try:
-        peers["torchvision"] = Peer(sys.executable, "torchvision", folder)
-        for library in ("lightly", "dali", "ffcv") if python is not None else ():
-            peers[library] = Peer(python, library, folder)  # type: ignore[arg-type]
+@contextmanager
+def start_peers(python: str | None, folder: Path) -> Iterator[dict[str, Peer]]:
+    """Peers by library: torchvision from this environment, the others from that of `python`."""
+    interpreters = {"torchvision": sys.executable}
+    if python is not None:
+        interpreters |= dict.fromkeys(("lightly", "dali", "ffcv"), python)
+    with ExitStack() as stack:
+        peers = {
+            library: stack.enter_context(closing(Peer(interpreter, library, folder)))
+            for library, interpreter in interpreters.items()
+        }
         for peer in peers.values():
             peer.greet()
-    except BaseException:
-        for peer in peers.values():
-            peer.close()
-        raise
-    return peers
+        yield peers

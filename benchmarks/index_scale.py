@@ -5,9 +5,13 @@ index of as many samples as asked for. It is opened in fresh processes without t
 memory is that of opening and ordering. The first batch is timed on a small set of photographs, at
 step 0 and in the middle of the epoch in turns, each time with a loader of its own that reads in
 this process.
+
+Example:
+  .venv/bin/python benchmarks/index_scale.py --json index_scale.json
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -15,30 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
 
-from benchmarks.harness import (
-    encoded_photos,
-    make_parser,
-    open_as_shards,
-    run_and_report,
-    two_view_dataset,
-    write_files,
-)
+from benchmarks import harness
 from pretrain.data.index import NO_LABEL, SAMPLE_DTYPE, ShardPart, write_index
 from pretrain.data.loader import Loader
 from pretrain.data.shards import ShardIndex
 
-EXAMPLE = """\
-example:
-  .venv/bin/python benchmarks/index_scale.py --json index_scale.json
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
-"""
 LIMITS = {"open_seconds": 5.0, "peak_mebibytes": 1024.0}
 _PICTURE_BYTES, _TAR_BLOCK = 54_000, 512
 _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for a label
@@ -47,6 +38,7 @@ _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for 
 _CHILD = """
 import json, sys, time
 from pathlib import Path
+from pretrain.data.shards import source_sizes
 from pretrain.data.order import epoch_samples, global_batch
 from pretrain.data.shards import ShardIndex
 
@@ -57,7 +49,7 @@ def peak_mebibytes():
 before, start = peak_mebibytes(), time.perf_counter()
 index = ShardIndex.open(sys.argv[1])
 opened = time.perf_counter()
-epoch = epoch_samples(index.sources, seed=0, epoch=0, window=16384)
+epoch = epoch_samples(source_sizes(index), seed=0, epoch=0, window=16384)
 batch = global_batch(epoch, 0, 256)
 ordered = time.perf_counter()
 assert len(batch.sample_ids) == 256
@@ -103,26 +95,30 @@ def scale(folder: Path, num_shards: int, num_samples: int, num_rounds: int) -> d
 
 def first_batches(index: ShardIndex, batch_size: int, num_rounds: int) -> dict[str, Any]:
     """Milliseconds to the first batch at step 0 and at resume in the middle, in turns."""
-    dataset = two_view_dataset(index, 224, in_workers=False)
+    dataset = harness.two_view_dataset(index, 224, in_workers=False)
     middle = Loader(dataset, batch_size=batch_size).num_steps // 2
-    times: dict[int, list[tuple[float, float]]] = {0: [], middle: []}
-    for epoch in range(num_rounds + 1):
-        for step, taken in times.items():
+    epochs = itertools.count()
+
+    def turn(step: int) -> Callable[[], tuple[float, float]]:
+        def milliseconds() -> tuple[float, float]:
             wall, processor = time.perf_counter(), time.process_time()
-            next(iter(Loader(dataset, batch_size=batch_size).epoch(epoch, step)))
-            ended = time.perf_counter() - wall, time.process_time() - processor
-            if epoch:  # the first warms up
-                taken.append(ended)
-    start, resumed = (np.median(times[step], axis=0) * 1e3 for step in (0, middle))
+            next(iter(Loader(dataset, batch_size=batch_size).epoch(next(epochs), step)))
+            return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - processor)
+
+        return milliseconds
+
+    clocks = ("wall", "processor")
+    times = harness.take_turns({"start": turn(0), "resume": turn(middle)}, num_rounds)
+    medians = {
+        name: dict(zip(clocks, np.median(values, axis=0).tolist(), strict=True))
+        for name, values in times.items()
+    }
     return {
         "batch_size": batch_size,
         "resume_step": middle,
-        "start_ms": {"wall": float(start[0]), "processor": float(start[1])},
-        "resume_ms": {"wall": float(resumed[0]), "processor": float(resumed[1])},
-        "ratio": {
-            "wall": float(resumed[0] / start[0]),
-            "processor": float(resumed[1] / start[1]),
-        },
+        "start_ms": medians["start"],
+        "resume_ms": medians["resume"],
+        "ratio": {clock: medians["resume"][clock] / medians["start"][clock] for clock in clocks},
     }
 
 
@@ -132,8 +128,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         (folder / "large").mkdir()
         large = scale(folder / "large", options.shards, options.samples, options.rounds)
-        files = write_files(encoded_photos(64), folder / "files")
-        index = open_as_shards(files, folder / "small", options.pictures, per_shard=256)
+        files = harness.write_files(harness.encoded_photos(64), folder / "files")
+        index = harness.open_as_shards(files, folder / "small", options.pictures, per_shard=256)
         first = first_batches(index, options.batch_size, options.batches)
         index.close()
     return {
@@ -144,13 +140,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "within_limits": all(large[name] <= limit for name, limit in LIMITS.items()),
         "first_batch": {"num_pictures": options.pictures, **first},
         "num_rounds": options.rounds,
-        "load_average": os.getloadavg()[0],
+        **harness.context(),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = make_parser(__doc__, EXAMPLE, (
+    parser = harness.make_parser(__doc__, (
         ("shards", 10_000, "simulated shards"),
         ("samples", 10_000_000, "simulated samples"),
         ("rounds", 3, "fresh processes that open them"),
@@ -163,9 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("all numbers must be at least 1")
     if options.samples < 256 or options.pictures < 2 * options.batch_size:
         parser.error("--samples must be at least 256, --pictures two batches")
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    return run_and_report(lambda: run(options), options.json)
+    harness.one_thread()
+    return harness.run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

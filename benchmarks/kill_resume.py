@@ -4,10 +4,11 @@ Two processes under torchrun train a small BYOL with nearest-neighbour FA on gen
 Each trial starts anew, is killed with all its processes in one of three phases (between steps,
 while a checkpoint is written, in the kNN probe), is resumed, and must end with the same loss at
 every step and the same weights, EMA, optimiser state and queue as a run that nobody disturbed.
+
+Example:
+  .venv/bin/python benchmarks/kill_resume.py --kills 20 --json kill.json
 """
 
-import argparse
-import json
 import os
 import random
 import signal
@@ -24,14 +25,15 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks import harness
 from common.checkpoints import checksum
+from common.errors import RunFailed
 from common.files import read_json_lines
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = "example:\n  .venv/bin/python benchmarks/kill_resume.py --kills 20 --json kill.json\n"
 PHASES = ("training", "checkpoint", "evaluation")
 NUM_PICTURES, BATCH, EPOCHS = 96, 16, 4
 STEPS_PER_EPOCH = NUM_PICTURES // BATCH
@@ -129,11 +131,11 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def wait_for_moment(job: Job, phase: str, draw: random.Random) -> bool:
-    """Return in the middle of the wanted phase; false if the run has ended before."""
-    step = draw.randrange(1, EPOCHS * STEPS_PER_EPOCH - 2)
+def wait_for_moment(job: Job, phase: str, moment: random.Random) -> bool:
+    """Return in the middle of the phase; false if the run has ended before."""
+    step = moment.randrange(1, EPOCHS * STEPS_PER_EPOCH - 2)
     if phase == "evaluation":
-        step = STEPS_PER_EPOCH * draw.randrange(1, EPOCHS)
+        step = STEPS_PER_EPOCH * moment.randrange(1, EPOCHS)
     while job.last_step() < step:
         if job.process.poll() is not None:
             return False
@@ -143,23 +145,19 @@ def wait_for_moment(job: Job, phase: str, draw: random.Random) -> bool:
             if job.process.poll() is not None:
                 return False
     else:
-        time.sleep(draw.uniform(0.0, 0.15))
+        time.sleep(moment.uniform(0.0, 0.15))
     return job.process.poll() is None
 
 
 def identical(one: Path, other: Path) -> bool:
     """Whether two runs ended in the same state after the same losses, bit for bit."""
-    states = [checkpoint.load(folder / "checkpoint.pth") for folder in (one, other)]
-    for state in states:
+    states, curves = [], []
+    for folder in (one, other):
+        state = checkpoint.load(folder / "checkpoint.pth")
         state["position"].pop("train_seconds")
-    curves = [
-        [
-            (r["step"], r["loss"])
-            for r in read_json_lines(f / "metrics.jsonl")
-            if r["kind"] == "train"
-        ]
-        for f in (one, other)
-    ]
+        states.append(state)
+        rows = read_json_lines(folder / "metrics.jsonl")
+        curves.append([(row["step"], row["loss"]) for row in rows if row["kind"] == "train"])
     return curves[0] == curves[1] and all(
         checksum({"part": states[0][part]}) == checksum({"part": states[1][part]})
         for part in COMPARED
@@ -168,12 +166,12 @@ def identical(one: Path, other: Path) -> bool:
 
 def trial(number: int, seed: int, scratch: Path, config_path: Path, shards: Path) -> Trial:
     """One run: started, killed, resumed, compared with the whole one."""
-    draw = random.Random(f"{seed} {number}")
+    moment = random.Random(f"{seed} {number}")
     phase = PHASES[number % len(PHASES)]
     for attempt in range(5):  # a run may be faster than the look at it
         out = scratch / f"trial-{number}-{attempt}"
         job = Job(config_path, shards, out, resume=False)
-        if wait_for_moment(job, phase, draw):
+        if wait_for_moment(job, phase, moment):
             job.kill()
             break
         job.wait()
@@ -184,19 +182,12 @@ def trial(number: int, seed: int, scratch: Path, config_path: Path, shards: Path
     return Trial(phase, step, resumed, resumed and identical(scratch / "whole", out))
 
 
-def main() -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="default: 20")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the moments; default: 0"
-    )
-    options = parser.parse_args()
-    if options.kills < 1:
-        parser.error(f"--kills {options.kills}: must be at least 1")
+def run(num_kills: int, seed: int) -> dict[str, Any]:
+    """Kill and compare; the figures for JSON.
+
+    Raises:
+        RunFailed: If the run that nobody disturbs fails.
+    """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -205,13 +196,12 @@ def main() -> int:
         config_path.write_text(yaml.safe_dump(config()))
         whole = Job(config_path, shards, scratch / "whole", resume=False)
         if not whole.wait():
-            print(f"error: the undisturbed run failed:\n{whole.log.read_text()}", file=sys.stderr)
-            return 1
+            raise RunFailed(f"the undisturbed run failed:\n{whole.log.read_text()}")
         trials = []
-        for number in range(options.kills):
-            trials.append(trial(number, options.seed, scratch, config_path, shards))
+        for number in range(num_kills):
+            trials.append(trial(number, seed, scratch, config_path, shards))
             print(f"{number + 1:3d}  {trials[-1]}", flush=True)
-    figures = {
+    return {
         "kills": len(trials),
         "resumed": sum(t.resumed for t in trials),
         "identical": sum(t.identical for t in trials),
@@ -219,11 +209,20 @@ def main() -> int:
         "seconds": time.monotonic() - started,
         "torch": torch.__version__,
     }
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{figures['kills']} kills, {figures['resumed']} resumed, "
-          f"{figures['identical']} identical, {figures['seconds']:.0f} s")  # fmt: skip
-    return 0 if figures["identical"] == len(trials) else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 also if a run was not identical."""
+    counts = (("kills", 20, "runs that are killed"), ("seed", 0, "of the moments"))
+    parser = harness.make_parser(__doc__, counts)
+    options = parser.parse_args(arguments)
+    if options.kills < 1:
+        parser.error(f"--kills {options.kills}: must be at least 1")
+    return harness.run_and_report(
+        lambda: run(options.kills, options.seed),
+        options.json,
+        is_success=lambda figures: figures["identical"] == figures["kills"],
+    )
 
 
 if __name__ == "__main__":

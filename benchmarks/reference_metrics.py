@@ -12,7 +12,6 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import contextlib
 import io
-import json
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +27,10 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_e
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
+
+from common.annotations.canonical import coco_content, write_annotations
+from common.annotations.record import ObjectRecord, PictureRecord
+from common.files import read_json
 
 # Both libraries count recall levels in floating point: 3 * 0.1 is a little more than 0.3, so that a
 # recall of exactly 3/10 does not reach that level (nor 6/10 and 7/10 theirs).
@@ -281,59 +284,59 @@ def _average(verdicts: Sequence[bool], num_counted: int, rules: Rules) -> float:
 
 def random_set(seed: int) -> DetectionSet:
     """Objects (some difficult, some doubled) and detections (moved, doubled, wrong, or none)."""
-    draw = np.random.default_rng(seed)
-    crowded = draw.random() < 0.04  # more detections in a picture than COCO looks at
-    num_images = 1 if crowded else int(draw.integers(1, 7))
-    num_classes = 1 if crowded else int(draw.integers(1, 5))
-    share_difficult = float(draw.choice([0.0, 0.2, 0.5]))
-    levels = int(draw.choice(_SCORE_LEVELS))
+    rng = np.random.default_rng(seed)
+    crowded = rng.random() < 0.04  # more detections in a picture than COCO looks at
+    num_images = 1 if crowded else int(rng.integers(1, 7))
+    num_classes = 1 if crowded else int(rng.integers(1, 5))
+    share_difficult = float(rng.choice([0.0, 0.2, 0.5]))
+    levels = int(rng.choice(_SCORE_LEVELS))
     truth: list[TrueObject] = []
     found: list[Found] = []
-    silent = draw.random() < 0.05  # a detector that finds nothing
+    silent = rng.random() < 0.05  # a detector that finds nothing
     for image in range(num_images):
-        for _ in range(int(draw.integers(0, 7)) + (40 if crowded else 0)):
-            label = int(draw.integers(num_classes))  # a class may end without objects
-            item = TrueObject(image, label, _box(draw), bool(draw.random() < share_difficult))
-            truth += [item] * (2 if draw.random() < 0.08 else 1)
+        for _ in range(int(rng.integers(0, 7)) + (40 if crowded else 0)):
+            label = int(rng.integers(num_classes))  # a class may end without objects
+            item = TrueObject(image, label, _box(rng), bool(rng.random() < share_difficult))
+            truth += [item] * (2 if rng.random() < 0.08 else 1)
         near = [item for item in truth if item.image == image]
-        num_found = 0 if silent else int(draw.integers(0, 25)) + (150 if crowded else 0)
+        num_found = 0 if silent else int(rng.integers(0, 25)) + (150 if crowded else 0)
         for _ in range(num_found):
-            found += _detection(draw, image, num_classes, near, levels)
+            found += _detection(rng, image, num_classes, near, levels)
     return DetectionSet(num_images, num_classes, tuple(truth), tuple(found))
 
 
-def _box(draw: np.random.Generator) -> tuple[int, int, int, int]:
-    side = int(draw.choice([30, 90, _SIDE]))  # below and above COCO's area limits
-    xmin, ymin = (int(value) for value in draw.integers(1, _SIDE - 4, 2))
-    width, height = (int(value) for value in draw.integers(1, side, 2))
+def _box(rng: np.random.Generator) -> tuple[int, int, int, int]:
+    side = int(rng.choice([30, 90, _SIDE]))  # below and above COCO's area limits
+    xmin, ymin = (int(value) for value in rng.integers(1, _SIDE - 4, 2))
+    width, height = (int(value) for value in rng.integers(1, side, 2))
     return xmin, ymin, min(xmin + width, _SIDE), min(ymin + height, _SIDE)
 
 
 def _detection(
-    draw: np.random.Generator, image: int, num_classes: int, near: list[TrueObject], levels: int
+    rng: np.random.Generator, image: int, num_classes: int, near: list[TrueObject], levels: int
 ) -> list[Found]:
     """One detection, sometimes twice: most are a moved object, exact, or anywhere."""
-    label, box = int(draw.integers(num_classes)), np.array(_box(draw), dtype=float)
-    if near and draw.random() < 0.85:
-        item = near[int(draw.integers(len(near)))]
-        label = item.label if draw.random() < 0.85 else label
+    label, box = int(rng.integers(num_classes)), np.array(_box(rng), dtype=float)
+    if near and rng.random() < 0.85:
+        item = near[int(rng.integers(len(near)))]
+        label = item.label if rng.random() < 0.85 else label
         xmin, ymin, xmax, ymax = item.box
-        spread = float(draw.choice([0.0, 0.04, 0.12])) * np.array([xmax - xmin, ymax - ymin] * 2)
+        spread = float(rng.choice([0.0, 0.04, 0.12])) * np.array([xmax - xmin, ymax - ymin] * 2)
         box = np.array([xmin - 1, ymin - 1, xmax, ymax], dtype=float)
-        if draw.random() < 0.1:  # an overlap of exactly 1/2 or 3/4
-            box[2] -= (xmax - xmin + 1) * float(draw.choice([0.25, 0.5]))
+        if rng.random() < 0.1:  # an overlap of exactly 1/2 or 3/4
+            box[2] -= (xmax - xmin + 1) * float(rng.choice([0.25, 0.5]))
         else:
-            box += draw.normal(0, 1, 4) * spread
+            box += rng.normal(0, 1, 4) * spread
     box = np.round(8 * box) / 8
     box[2:] = np.maximum(box[2:], box[:2] + 0.125)
-    score = float(np.float32(draw.integers(1, levels + 1) / levels))
+    score = float(np.float32(rng.integers(1, levels + 1) / levels))
     one = Found(image, label, score, tuple(box.tolist()))
-    return [one] * (2 if draw.random() < 0.1 else 1)
+    return [one] * (2 if rng.random() < 0.1 else 1)
 
 
 def real_set(detections: Path) -> tuple[DetectionSet, list[str]]:
     """The pictures of a detections.json (docs/architecture.md, section 5), and the class names."""
-    rows = json.loads(detections.read_text())
+    rows = read_json(detections)
     boxes = [item for row in rows for key in ("ground_truth", "detections") for item in row[key]]
     names = sorted({item["class"] for item in boxes})
     truth, found = [], []
@@ -348,19 +351,28 @@ def real_set(detections: Path) -> tuple[DetectionSet, list[str]]:
     return DetectionSet(len(rows), len(names), tuple(truth), tuple(found)), names
 
 
+def picture_records(data: DetectionSet) -> list[PictureRecord]:
+    """The pictures of a random set as readers give them; classes are class0, class1, .."""
+    pictures = []
+    for image in range(data.num_images):
+        objects = []
+        for item in (item for item in data.truth if item.image == image):
+            xmin, ymin, xmax, ymax = item.box
+            box = (xmin - 1, ymin - 1, xmax, ymax)
+            objects.append(ObjectRecord(f"class{item.label}", box, difficult=item.difficult))
+        file = Path(f"{image}.jpg")
+        pictures.append(PictureRecord(str(image), file, _SIDE, _SIDE, tuple(objects), ""))
+    return pictures
+
+
 class Detectron2Evaluation:
     """Detectron2's own VOC evaluator, as it is, after the last picture of a set."""
 
     def __init__(self, data: DetectionSet, folder: Path) -> None:
         """Write the annotations into an empty folder."""
-        (folder / "Annotations").mkdir(parents=True)
-        (folder / "ImageSets/Main").mkdir(parents=True)
+        write_annotations(folder, "test", picture_records(data))
         self._data, self._folder = data, folder
-        self._names = [f"{image:06d}" for image in range(data.num_images)]
-        (folder / "ImageSets/Main/test.txt").write_text("\n".join(self._names) + "\n")
-        for image, name in enumerate(self._names):
-            text = "".join(_object_xml(item) for item in data.truth if item.image == image)
-            (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
+        self._names = [str(image) for image in range(data.num_images)]
         self._lines = self._evaluator(2012)._predictions
 
     def _evaluator(self, year: int) -> PascalVOCDetectionEvaluator:
@@ -415,38 +427,12 @@ def forget_annotations() -> None:
     parse_rec.cache_clear()
 
 
-def _object_xml(item: TrueObject) -> str:
-    corners = zip(("xmin", "ymin", "xmax", "ymax"), item.box, strict=True)
-    box = "".join(f"<{name}>{value}</{name}>" for name, value in corners)
-    return (
-        f"<object><name>class{item.label}</name><pose>Unspecified</pose><truncated>0</truncated>"
-        f"<difficult>{int(item.difficult)}</difficult><bndbox>{box}</bndbox></object>"
-    )
-
-
-def _indexed(images: Any, annotations: Any, categories: Any) -> CocoSet:
-    """Annotations as pycocotools wants them."""
-    coco = CocoSet()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    coco.createIndex()
-    return coco
-
-
 def pycocotools_evaluation(data: DetectionSet) -> COCOeval:
     """Pycocotools on a set, difficult objects as crowds; its `eval["precision"]` is filled."""
-    images = [{"id": image + 1} for image in range(data.num_images)]
-    categories: list[dict[str, Any]] = [
-        {"id": label + 1, "name": f"class{label}"} for label in range(data.num_classes)
-    ]
-    annotations = []
-    for number, item in enumerate(data.truth, start=1):
-        xmin, ymin, xmax, ymax = item.box
-        width, height = xmax - xmin + 1, ymax - ymin + 1
-        annotations.append({
-            "id": number, "image_id": item.image + 1, "category_id": item.label + 1,
-            "bbox": [xmin - 1, ymin - 1, width, height], "area": width * height,
-            "iscrowd": int(item.difficult),
-        })  # fmt: skip
+    truth: Any = CocoSet()
+    found: Any = CocoSet()
+    classes = [f"class{label}" for label in range(data.num_classes)]
+    truth.dataset = coco_content(picture_records(data), classes)
     rows = []
     for item in data.found:
         x0, y0, x1, y1 = item.box
@@ -455,9 +441,11 @@ def pycocotools_evaluation(data: DetectionSet) -> COCOeval:
             "bbox": [x0, y0, x1 - x0, y1 - y0],
         })  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _indexed(images, annotations, categories)
-        # Its loadRes takes a list, too, whatever its type says; but not an empty one.
-        found = truth.loadRes(rows) if rows else _indexed(images, [], categories)  # pyright: ignore[reportArgumentType]
+        truth.createIndex()
+        found.dataset = truth.dataset | {"annotations": []}
+        found.createIndex()
+        if rows:  # loadRes takes no empty list
+            found = truth.loadRes(rows)
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()

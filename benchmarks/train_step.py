@@ -1,24 +1,42 @@
 """Images per second of a BYOL step: the engine's own, a plain one, and two libraries' recipes.
 
 Four arms start from the same weights and the same synthetic batch on the device; before anything is
-timed their losses are compared in fp32. They take turns, round by round, so that whatever else the
-machine does hits all alike (benchmarks/step_arms.py says what each does). Then the engine's step is
+timed their losses are compared in fp32. They take turns, round by round. Then the engine's step is
 fed from shards by its own loader.
+
+ours: the engine's own loop (``Trainer.steps``) with whatever the config switches on.
+eager: written from the definition (arXiv 2006.07733) in plain PyTorch; fp32, TF32 where there is.
+solo-learn-like, lightly-like: the order of work, precision, memory format, LARS and EMA of their
+published BYOL recipes, written anew. Left out of both: the online classifier, the logging of
+metrics and Lightning's own hooks, so that a rival is rather faster here than it is at home.
+
+Sources (read 2026): solo-learn ``scripts/pretrain/imagenet/byol.yaml`` (precision 16, LARS),
+``main_pretrain.py`` (channels-last unless ``performance.disable_channel_last``),
+``solo/methods/byol.py``, ``solo/utils/{lars,momentum}.py``; lightly
+``benchmarks/imagenet/resnet50/{main,byol}.py`` (precision 16-mixed, contiguous memory,
+``set_float32_matmul_precision("high")``), ``lightly/utils/lars.py``. On a CPU Lightning takes
+bf16-mixed for 16-mixed; so do the two here.
 
 "images_per_second" are medians over rounds, "ratios" medians of ours / rival in the same round.
 "mfu": FLOPs of the plain step over the rate that --peak-tflops states for the device.
 "from_shards_share": the rate from shards over the rate on synthetic data, wall-clock time.
+
+Examples:
+  OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_step.py --json step.json
+  .venv/bin/python benchmarks/train_step.py --workers 12 --set engine.precision=bf16
 """
 
 import argparse
+import contextlib
+import copy
 import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,22 +44,13 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn import functional
 
-from benchmarks.fa_overhead import CUDA_SIZES, Clock, Sizes
-from benchmarks.harness import (
-    add_sizes,
-    encoded_photos,
-    make_parser,
-    open_as_shards,
-    run_and_report,
-    synchronize,
-    versions,
-    write_files,
-)
-from benchmarks.step_arms import Arm, Ours, check_same_loss, make_arms
+from benchmarks import harness
+from benchmarks.harness import Clock, Sizes
 from common.config import to_plain
-from common.errors import UserError
+from common.errors import require
 from pretrain.config import (
     DataConfig,
     EngineConfig,
@@ -52,29 +61,288 @@ from pretrain.config import (
     PretrainConfig,
     load_config,
 )
-from pretrain.engine.device import choose_device
+from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.data.loader import TwoViewBatch
 from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
+from pretrain.features.row_random import fa_generator
+from pretrain.model.backbone import ResNet
+from pretrain.model.joint_embedding import FAContrastive
 from pretrain.run import make_trainer
-
-EXAMPLE = """\
-examples:
-  OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_step.py --json step.json
-  .venv/bin/python benchmarks/train_step.py --json step.json --workers 12 \\
-      --set engine.precision=bf16
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
-"""
-
 
 CPU_SIZES = Sizes(batch_size=32)
 BATCHES_PER_EPOCH = 8
 _NUM_PHOTOS, _NEVER = 16, 1 << 40
+# Of the rivals.
+LR, MOMENTUM, WEIGHT_DECAY, ETA, TAU = 0.1, 0.9, 1e-6, 1e-3, 0.99
+
+
+# -- arms -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flags:
+    """PyTorch's global switches that an arm runs under."""
+
+    cudnn_benchmark: bool
+    cudnn_tf32: bool
+    matmul_tf32: bool
+
+    @classmethod
+    def now(cls) -> "Flags":
+        """As they stand."""
+        cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+        return cls(cudnn.benchmark, cudnn.allow_tf32, bool(cuda.matmul.allow_tf32))
+
+    def set(self) -> None:
+        """Make them stand so."""
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.matmul_tf32
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """These in the context, what was before after it."""
+        before = Flags.now()
+        self.set()
+        try:
+            yield
+        finally:
+            before.set()
+
+
+FAST = Flags(cudnn_benchmark=False, cudnn_tf32=True, matmul_tf32=True)
+LIGHTNING = Flags(cudnn_benchmark=False, cudnn_tf32=True, matmul_tf32=False)
+
+
+class Ours:
+    """The engine's own loop on a batch that lies on the device.
+
+    Args:
+        run: Freshly built.
+        views: [2, n, 3, s, s], normalised.
+    """
+
+    name = "ours"
+
+    def __init__(self, run: Trainer, views: Tensor) -> None:
+        self.run, self.flags = run, Flags.now()
+        if run.config.engine.channels_last:
+            views = torch.stack([v.permute(0, 2, 3, 1) for v in views]).permute(0, 1, 4, 2, 3)
+        self.views, self._fed = views, fed_of(views)
+
+    def steps(self, num: int) -> None:
+        """So many optimiser steps."""
+        self.run.steps(self._fed for _ in range(num))
+
+    def steps_on(self, batches: Iterable[DeviceBatch]) -> None:
+        """A step on each batch."""
+        self.run.steps(batches)
+
+    def loss(self) -> Tensor:
+        """In fp32, with the graph; BN moves on."""
+        model, views = self.run.model, self._fed.views
+        return model.step(views, fa_generator(0, 0, views.device)).loss
+
+    def networks(self) -> list[nn.Module]:
+        """The trained one first, then its EMA."""
+        return [self.run.model.online, *([self.run.model.ema] if self.run.model.ema else [])]
+
+
+def fed_of(views: Tensor) -> DeviceBatch:
+    """Views as the loop takes them: samples 0 .. n - 1, without labels."""
+    n, device = views.shape[1], views.device
+    numbers = torch.arange(n, device=device)
+    batch = TwoViewBatch(
+        views=torch.empty(0, dtype=torch.uint8, device=device), keys=numbers, sample_ids=numbers,
+        visits=torch.zeros_like(numbers), labels=torch.full_like(numbers, -1), num_bad=0,
+        is_augmented=True,
+    )  # fmt: skip
+    return DeviceBatch(batch, views, 0.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What distinguishes the rivals.
+
+    Attributes:
+        is_mixed: fp16 autocast with a gradient scaler; bf16 on a CPU. Otherwise fp32.
+        is_channels_last: Weights, and each batch as it comes.
+        is_ema_first: The EMA network moves before the forward passes, not after the update.
+        flags: PyTorch's global switches.
+    """
+
+    is_mixed: bool
+    is_channels_last: bool
+    is_ema_first: bool
+    flags: Flags
+
+
+EAGER = Recipe(is_mixed=False, is_channels_last=False, is_ema_first=False, flags=FAST)
+SOLO_LEARN = Recipe(is_mixed=True, is_channels_last=True, is_ema_first=False, flags=LIGHTNING)
+LIGHTLY = Recipe(is_mixed=True, is_channels_last=False, is_ema_first=True, flags=FAST)
+RECIPES = {"eager": EAGER, "solo-learn-like": SOLO_LEARN, "lightly-like": LIGHTLY}
+
+
+class Rival:
+    """A BYOL step after a recipe.
+
+    Args:
+        name: Of the arm.
+        recipe: How it goes about it.
+        model: Its networks are copied.
+        views: [2, n, 3, s, s]; contiguous, as their loaders give them.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, model: FAContrastive, views: Tensor) -> None:
+        assert model.ema is not None
+        self.name, self.recipe, self.flags = name, recipe, recipe.flags
+        self._online: Any = plain_copy(model.online)
+        self._target: Any = plain_copy(model.ema)
+        layout = torch.channels_last if recipe.is_channels_last else torch.contiguous_format
+        for network in (self._online, self._target):
+            network.to(memory_format=layout)  # type: ignore[call-overload]
+        self._views, self._device = views.contiguous(), views.device
+        self.optimizer = LoopLARS(self._online)
+        is_scaled = recipe.is_mixed and self._device.type == "cuda"
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=is_scaled)
+
+    def steps(self, num: int) -> None:
+        """So many optimiser steps."""
+        for _ in range(num):
+            self._step()
+
+    def _step(self) -> None:
+        if self.recipe.is_ema_first:
+            self._move_target()
+        with self.autocast():
+            loss = self.loss()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if not self.recipe.is_ema_first:
+            self._move_target()
+
+    def autocast(self) -> torch.autocast:
+        """A context for a forward pass."""
+        kind = torch.float16 if self._device.type == "cuda" else torch.bfloat16
+        return torch.autocast(self._device.type, dtype=kind, enabled=self.recipe.is_mixed)
+
+    def loss(self) -> Tensor:
+        """Sum over both directions of the mean of 2 - 2 cos(q(z_a), t_b)."""
+        views = list(self._views)
+        if self.recipe.is_channels_last:
+            views = [view.to(memory_format=torch.channels_last) for view in views]
+        online, target = self._online, self._target
+        assert online.predictor is not None
+        with torch.no_grad():
+            t = [target.projector(target.backbone(view)) for view in views]
+        p = [online.predictor(online.projector(online.backbone(view))) for view in views]
+        return _distance(p[0], t[1]) + _distance(p[1], t[0])
+
+    @torch.no_grad()
+    def _move_target(self) -> None:
+        """Each weight by itself, into new memory, as both libraries do."""
+        pairs = (
+            (self._online.backbone, self._target.backbone),
+            (self._online.projector, self._target.projector),
+        )
+        for online, target in pairs:
+            for new, old in zip(online.parameters(), target.parameters(), strict=True):
+                old.data = TAU * old.data + (1 - TAU) * new.data
+
+    def networks(self) -> list[nn.Module]:
+        """The trained one first, then its EMA."""
+        return [self._online, self._target]
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy that computes as its classes say: not compiled, nothing checkpointed.
+
+    A compiled forward pass stands in the module itself and would lead back to the original.
+    """
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        part.__dict__.pop("forward", None)
+        if isinstance(part, ResNet):
+            part.checkpoints_stages = False
+    return copied
+
+
+def _distance(p: Tensor, t: Tensor) -> Tensor:
+    return 2 - 2 * functional.cosine_similarity(p, t.detach(), dim=-1).mean()
+
+
+class LoopLARS(torch.optim.Optimizer):
+    """LARS weight by weight (arXiv 1708.03888), as both libraries have it from Lightning Bolts.
+
+    Norms are compared with 0 in Python, which waits for a GPU twice for each weight matrix. Biases
+    and norm parameters are neither scaled nor decayed.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(
+            list(network.parameters()), {"lr": LR, "momentum": MOMENTUM, "decay": WEIGHT_DECAY}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                change, w_norm, g_norm = w.grad, torch.norm(w), torch.norm(w.grad)
+                if w.ndim > 1 and w_norm != 0 and g_norm != 0:
+                    ratio = ETA * w_norm / (g_norm + group["decay"] * w_norm + 1e-8)
+                    change = ratio * change.add(w, alpha=group["decay"])
+                state = self.state[w]
+                if "velocity" not in state:
+                    state["velocity"] = change.clone()
+                else:
+                    state["velocity"].mul_(group["momentum"]).add_(change)
+                w.add_(state["velocity"], alpha=-group["lr"])
+
+
+Arm = Ours | Rival
+
+
+def make_arms(run: Trainer, views: Tensor) -> dict[str, Arm]:
+    """All arms from the weights of a freshly built run."""
+    rivals = {name: Rival(name, recipe, run.model, views) for name, recipe in RECIPES.items()}
+    return {"ours": Ours(run, views), **rivals}
+
+
+def check_same_loss(arms: dict[str, Arm], tolerance: float = 1e-4) -> dict[str, float]:
+    """Each arm's loss in exact fp32, before any step.
+
+    BN's running statistics are put back.
+
+    Raises:
+        RuntimeError: If one differs from ours by more than the tolerance, relative.
+    """
+    losses: dict[str, Any] = {}
+    exact = replace(FAST, cudnn_tf32=False, matmul_tf32=False)
+    with exact.kept(), torch.no_grad():
+        for name, arm in arms.items():
+            before = [(b, b.clone()) for network in arm.networks() for b in network.buffers()]
+            losses[name] = float(arm.loss())
+            for buffer, value in before:
+                buffer.copy_(value)
+    for name, loss in losses.items():
+        if not abs(loss - losses["ours"]) <= tolerance * abs(losses["ours"]):
+            raise RuntimeError(f"{name} has loss {loss}, ours is {losses['ours']}: not one step")
+    return losses
+
+
+# -- measuring ------------------------------------------------------------------------------------
 
 
 def make_shards(folder: Path, batch_size: int) -> Path:
     """Shards of generated photographs, 500 x 375, some batches of them."""
-    files = write_files(encoded_photos(_NUM_PHOTOS), folder / "files")
-    open_as_shards(files, folder / "shards", BATCHES_PER_EPOCH * batch_size).close()
+    files = harness.write_files(harness.encoded_photos(_NUM_PHOTOS), folder / "files")
+    harness.open_as_shards(files, folder / "shards", BATCHES_PER_EPOCH * batch_size).close()
     return folder / "shards"
 
 
@@ -124,19 +392,20 @@ def random_views(sizes: Sizes, device: torch.device) -> torch.Tensor:
 def timed_rounds(
     arms: dict[str, Arm], clock: Clock, num_rounds: int, num_steps: int, num_warmup: int
 ) -> dict[str, list[float]]:
-    """Milliseconds per step of each arm in each round; the first turns warm up."""
-    measured: dict[str, list[float]] = {name: [] for name in arms}
-    with tqdm(total=num_rounds * len(arms), unit="turn", mininterval=10) as bar:
-        for arm in arms.values():
+    """Milliseconds per step of each arm in each round, after warm-up steps of all."""
+
+    def turn(arm: Arm) -> Callable[[], float]:
+        def milliseconds() -> float:
             with arm.flags.kept():
-                arm.steps(num_warmup)
-        for _ in range(num_rounds):
-            for name, arm in arms.items():
-                bar.set_postfix_str(name)
-                with arm.flags.kept():
-                    measured[name].append(clock(partial(arm.steps, num_steps)) / num_steps)
-                bar.update()
-    return measured
+                return clock(partial(arm.steps, num_steps)) / num_steps
+
+        return milliseconds
+
+    for arm in arms.values():
+        with arm.flags.kept():
+            arm.steps(num_warmup)
+    turns = {name: turn(arm) for name, arm in arms.items()}
+    return harness.take_turns(turns, num_rounds, num_warmups=0)
 
 
 def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) -> dict[str, Any]:
@@ -147,11 +416,15 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
     device, batch_size = ours.run.device, ours.run.config.data.batch_size
     stream, found = batches(ours.run), {"synthetic": [], "shards": []}
 
-    def rate(steps: Any) -> float:
-        synchronize(device)
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def rate(steps: Callable[[], None]) -> float:
+        wait()
         start = time.perf_counter()
         steps()
-        synchronize(device)
+        wait()
         return num_steps * batch_size / (time.perf_counter() - start)
 
     with ours.flags.kept():
@@ -223,7 +496,7 @@ def precisions(arms: dict[str, Arm], device: torch.device) -> dict[str, str]:
 
 
 def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """The contract's figures."""
+    """All figures but where they were measured."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_shards(folder, sizes.batch_size)
@@ -240,7 +513,8 @@ def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
         arms.clear()
         drained = 2 * options.workers + 2
         wall = wall_rates(ours, options.rounds, options.wall_steps, drained)
-        run.close()
+        if run.lock is not None:
+            run.lock.close()
     return {
         **result(measured, wall, sizes, per_picture, options.peak_tflops),
         "loss_in_fp32": losses,
@@ -254,21 +528,38 @@ def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
     }
 
 
-def context(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on and with."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for; the figures for JSON.
+
+    Raises:
+        UserError: For an impossible value.
+    """
+    device, sizes = harness.chosen_sizes(options, CPU_SIZES)
+    is_gpu = device.type == "cuda"
+    counts = (options.calls, options.wall_steps, options.workers, options.warmup)
+    require(
+        options.rounds >= 1 and min(counts) >= 0,
+        "--rounds must be at least 1, the other numbers 0 or more",
+    )
+    require(
+        options.peak_tflops is None or 0 < options.peak_tflops < math.inf,
+        f"--peak-tflops {options.peak_tflops}: must be more than 0",
+    )
+    options.calls = options.calls or (10 if is_gpu else 1)
+    options.warmup = max(options.warmup, 10 if is_gpu else 1)
+    options.wall_steps = options.wall_steps or (40 if is_gpu else 6)
+    options.workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "sizes": asdict(sizes),
-        "num_threads": torch.get_num_threads(),
+        **harness.device_context(device, sizes),
         "num_cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
+        **harness.context(),
+        **compare(options, sizes, device),
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = make_parser(__doc__, EXAMPLE, (
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = harness.make_parser(__doc__, (
         ("rounds", 5, "rounds in which every arm takes its turn"),
         ("warmup", 2, "steps of each arm before the first round (GPU 10)"),
         ("calls", 0, "steps of one turn; 0: 1 on a CPU, 10 on a GPU"),
@@ -276,51 +567,13 @@ def build_parser() -> argparse.ArgumentParser:
         ("workers", 0, "of the loader; 0: one less than cores, at least 1"),
     ))  # fmt: skip
     add = parser.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
         help="of the engine's config, e.g. engine.compile=true; again for more")  # fmt: skip
     add("--peak-tflops", type=float, metavar="X",
         help="dense rate of the device, from its data sheet: the MFU is printed too")  # fmt: skip
-    add_sizes(parser, asdict(CPU_SIZES), asdict(CUDA_SIZES))
-    return parser
-
-
-def checked(options: argparse.Namespace) -> tuple[Sizes, torch.device]:
-    """The sizes and the device; defaults that depend on the device are filled in.
-
-    Raises:
-        UserError: An impossible value.
-    """
-    device = choose_device(options.device)
-    is_gpu = device.type == "cuda"
-    given = {name: getattr(options, name) for name in asdict(CUDA_SIZES)}
-    sizes = replace(
-        CUDA_SIZES if is_gpu else CPU_SIZES, **{k: v for k, v in given.items() if v is not None}
-    )
-    counts = (options.calls, options.wall_steps, options.workers, options.warmup)
-    if options.rounds < 1 or min(counts) < 0 or min(asdict(sizes).values()) < 1:
-        raise UserError("--rounds and all sizes must be at least 1, the other numbers 0 or more")
-    if sizes.batch_size < 2 or sizes.image_size < 16 or sizes.queue_size < 64:
-        raise UserError("--batch-size must be >= 2, --image-size >= 16, --queue-size >= 64")
-    if options.peak_tflops is not None and not 0 < options.peak_tflops < math.inf:
-        raise UserError(f"--peak-tflops {options.peak_tflops}: must be more than 0")
-    options.calls = options.calls or (10 if is_gpu else 1)
-    options.warmup = max(options.warmup, 10 if is_gpu else 1)
-    options.wall_steps = options.wall_steps or (40 if is_gpu else 6)
-    options.workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
-    return sizes, device
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for; the figures for JSON."""
-    sizes, device = checked(options)
-    return context(sizes, device) | compare(options, sizes, device)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(argv)
-    return run_and_report(lambda: run(options), options.json)
+    harness.add_sizes(parser, CPU_SIZES)
+    options = parser.parse_args(argv)
+    return harness.run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

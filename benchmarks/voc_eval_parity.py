@@ -2,10 +2,12 @@
 
 What separates the two metrics is measured too: from the VOC rules to the COCO rules, one rule after
 another, each also alone (docs/metrics.md explains the rules).
+
+Examples:
+  .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
+  .venv/bin/python benchmarks/voc_eval_parity.py --sets 100 --detections runs/a/detections.json
 """
 
-import argparse
-import json
 import math
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from benchmarks.reference_metrics import (
     COCO,
     ELEVEN_EXACT_POINTS,
@@ -34,11 +37,6 @@ from benchmarks.reference_metrics import (
     stable_order,
 )
 
-EXAMPLE = """examples:
-  .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
-  .venv/bin/python benchmarks/voc_eval_parity.py --sets 100 --detections runs/a/detections.json
-Exit status: 0 equal within the tolerance, 1 not, 2 wrong arguments.
-"""
 TOLERANCE = 1e-6
 VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 COCO_AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
@@ -213,51 +211,30 @@ def compare(num_sets: int, first_seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def show(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows of effects as a markdown table."""
-    print(f"\n| {name} | AP: mean | size | largest | AP50: mean | size | largest |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [
-            f"{row[key][kind]:.3f}" if row[key] else "-"
-            for key in ("AP", "AP50")
-            for kind in ("mean", "mean_size", "max_size")
-        ]
-        print(f"| {row['rule']} | {' | '.join(cells)} |")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
-    parser.add_argument("--sets", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first set")
+    """Run the command line; returns the exit status, 1 also if the metrics differ."""
+    counts = (("sets", 1000, "random sets"), ("seed", 0, "of the first set"))
+    parser = harness.make_parser(__doc__, counts)
     parser.add_argument(
-        "--detections",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
+        "--detections", type=Path, action="append", default=[], metavar="FILE",
         help="a detections.json: what the rules are worth there, too (may be given several times)",
-    )
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.sets < 1:
         parser.error(f"--sets {options.sets}: give 1 or more")
-    with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
-        result = compare(options.sets, options.seed, Path(folder))
-    sets = [random_set(options.seed + number) for number in range(options.sets)]
-    result["separation"] = separation(sets)
-    if options.detections:
-        result["separation_real"] = separation([real_set(file)[0] for file in options.detections])
-    for key in ("separation", "separation_real"):
-        for kind, rows in result.get(key, {}).items():
-            show(f"{key}, {kind}", rows)
-    print(json.dumps({key: value for key, value in result.items() if "separation" not in key}))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if result["max_difference"] <= TOLERANCE else 1
+
+    def measure() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
+            result = compare(options.sets, options.seed, Path(folder))
+        sets = [random_set(options.seed + number) for number in range(options.sets)]
+        result["separation"] = separation(sets)
+        if options.detections:
+            result["separation_real"] = separation([real_set(f)[0] for f in options.detections])
+        return result
+
+    return harness.run_and_report(
+        measure, options.json, is_success=lambda figures: figures["max_difference"] <= TOLERANCE
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ Private memory is what a worker alone holds (Private_Clean + Private_Dirty of
 among them batches on their way in shared memory that nobody else has mapped yet. Growth is the
 slope, by least squares, of what each worker holds at rest, at the end of an epoch, from the second
 epoch on.
+
+Example:
+  .venv/bin/python benchmarks/worker_memory.py --json worker_memory.json
 """
 
 import argparse
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -17,38 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from benchmarks.harness import (
-    chosen_photos,
-    make_parser,
-    open_as_shards,
-    run_and_report,
-    two_view_dataset,
-    versions,
-    write_files,
-)
+from benchmarks import harness
+from common.provenance import memory_of
 from pretrain.data.loader import Loader, TwoViewDataset
-from pretrain.data.shards import ShardIndex
 
-EXAMPLE = """\
-example:
-  .venv/bin/python benchmarks/worker_memory.py --json worker_memory.json
-Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
-"""
 LIMIT_MEBIBYTES = 400
 MODES = {"device": False, "workers": True}  # where photometric changes are made
 _NUM_FILES = 64
-
-
-def private_mebibytes(pid: int) -> float:
-    """What a process holds alone, in MiB."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    own = [line for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))]
-    return sum(int(line.split()[1]) for line in own) / 1024
 
 
 @dataclass
@@ -63,20 +43,22 @@ def watch(
     dataset: TwoViewDataset, num_epochs: int, batch_size: int, num_workers: int
 ) -> dict[int, Watched]:
     """Run epochs through worker processes and look at them; {process id: what was seen}."""
-    before = {process.pid for process in multiprocessing.active_children()}
+    before = set(multiprocessing.active_children())
     loader = Loader(dataset, batch_size=batch_size, num_workers=num_workers)
     found: dict[int, Watched] = defaultdict(Watched)
 
-    def workers() -> set[int]:
-        pids = {process.pid for process in multiprocessing.active_children()} - before
-        return {pid for pid in pids if pid is not None}
+    def held() -> list[tuple[Watched, float]]:
+        """What each worker holds now, in MiB."""
+        workers = [one for one in multiprocessing.active_children() if one not in before]
+        pids = [worker.pid for worker in workers if worker.pid is not None]
+        return [(found[pid], memory_of(pid, "Private_") / 2**20) for pid in pids]
 
     for epoch in tqdm(range(num_epochs), unit="epoch", disable=not sys.stderr.isatty()):
         for _ in loader.epoch(epoch):
-            for pid in workers():
-                found[pid].largest = max(found[pid].largest, private_mebibytes(pid))
-        for pid in workers():
-            found[pid].at_rest.append(private_mebibytes(pid))
+            for worker, memory in held():
+                worker.largest = max(worker.largest, memory)
+        for worker, memory in held():
+            worker.at_rest.append(memory)
     return dict(found)
 
 
@@ -99,11 +81,17 @@ def summary(found: dict[int, Watched]) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure both modes; the figures for JSON."""
-    jpegs = chosen_photos(options.pictures, _NUM_FILES)
+    jpegs = harness.chosen_photos(options.pictures, _NUM_FILES)
+    modes = {}
     with tempfile.TemporaryDirectory() as name:
-        files = write_files(jpegs, Path(name, "files"))
-        index = open_as_shards(files, Path(name, "shards"), options.num_samples, per_shard=256)
-        modes = {mode: summary(_watch_mode(index, mode, options)) for mode in MODES}
+        files = harness.write_files(jpegs, Path(name, "files"))
+        shards = Path(name, "shards")
+        index = harness.open_as_shards(files, shards, options.num_samples, per_shard=256)
+        for mode, in_workers in MODES.items():
+            dataset = harness.two_view_dataset(index, options.image_size, in_workers=in_workers)
+            modes[mode] = summary(
+                watch(dataset, options.epochs, options.batch_size, options.workers)
+            )
         index.close()
     largest = max(found["largest_mebibytes"] for found in modes.values())
     return {
@@ -116,27 +104,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "num_samples": options.num_samples,
         "batch_size": options.batch_size,
         "image_size": options.image_size,
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
+        **harness.context(),
     }
-
-
-def _watch_mode(index: ShardIndex, mode: str, options: argparse.Namespace) -> dict[int, Watched]:
-    dataset = two_view_dataset(index, options.image_size, in_workers=MODES[mode])
-    return watch(dataset, options.epochs, options.batch_size, options.workers)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = make_parser(__doc__, EXAMPLE, (
+    parser = harness.make_parser(__doc__, (
         ("epochs", 20, "epochs"),
         ("num-samples", 1024, "pictures per epoch"),
         ("batch-size", 128, "samples in a batch"),
         ("image-size", 224, "side of a view in pixels"),
         ("workers", 2, "worker processes"),
     ))  # fmt: skip
-    real = "real pictures, shrunk to 500 x 375; default: generated ones"
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=real)
+    harness.add_pictures(parser)
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.image_size, options.workers) < 1 or options.epochs < 3:
         parser.error("all numbers must be at least 1, --epochs at least 3")
@@ -144,9 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--num-samples must fill a batch of {options.batch_size}")
     if not Path("/proc/self/smaps_rollup").exists():
         parser.error("this system has no /proc/PID/smaps_rollup (Linux 4.14 or newer has)")
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    return run_and_report(lambda: run(options), options.json)
+    harness.one_thread()
+    return harness.run_and_report(lambda: run(options), options.json)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ ahead, so that no work falls between the turns.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import nvidia.dali  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
 from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
 
-VERSION = nvidia.dali.__version__
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BATCH = 16
 
@@ -69,4 +67,4 @@ def byol(files: Sequence[str], size: int) -> Callable[[], None]:
     return epoch
 
 
-RECIPES = {"NVIDIA DALI, CPU": byol}
+RECIPES = {"dali": {"NVIDIA DALI, CPU": byol}}

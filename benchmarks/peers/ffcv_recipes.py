@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
-import ffcv  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
 import numpy as np
 from ffcv.fields import RGBImageField  # pyright: ignore[reportMissingImports]
 from ffcv.fields.rgb_image import (  # pyright: ignore[reportMissingImports]
@@ -22,7 +21,6 @@ from ffcv.transforms import (  # pyright: ignore[reportMissingImports]
 )
 from ffcv.writer import DatasetWriter  # pyright: ignore[reportMissingImports]
 
-VERSION = ffcv.__version__
 FIELDS = ("view1", "view2")
 BATCH = 16
 
@@ -64,4 +62,4 @@ def crops(files: Sequence[str], size: int) -> Callable[[], None]:
     return epoch
 
 
-RECIPES = {"FFCV, two crops": crops}
+RECIPES = {"ffcv": {"FFCV, two crops": crops}}

@@ -1,7 +1,6 @@
-"""One rival in a process of its own: run a recipe over all pictures whenever a line asks for it.
+"""A library in a process of its own: run a recipe over all pictures whenever a line asks for it.
 
-Started by benchmarks/harness.py with -m in the rival's environment, where this project is not
-installed. Input, line by line:
+Started by benchmarks/harness.py in the library's environment. Input, line by line:
 {"recipe": name, "size": pixels}; answer: {"seconds": processor time, "num_pictures": n}.
 """
 
@@ -15,6 +14,14 @@ from pathlib import Path
 
 import torch
 
+# Library -> what is imported, and the module here that holds its recipes.
+LIBRARIES = {
+    "torchvision": ("torchvision", "transform_recipes"),
+    "lightly": ("lightly", "transform_recipes"),
+    "dali": ("nvidia.dali", "dali_recipes"),
+    "ffcv": ("ffcv", "ffcv_recipes"),
+}
+
 
 def main(library: str, folder: str) -> None:
     """Say hello, then answer until the input ends."""
@@ -27,19 +34,21 @@ def main(library: str, folder: str) -> None:
     def answer(**values: object) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
+    package, module = LIBRARIES[library]
     try:
-        module = importlib.import_module(f"benchmarks.peers.{library}_recipes")
+        version = importlib.import_module(package).__version__
+        recipes = importlib.import_module(f"benchmarks.peers.{module}").RECIPES[library]
     except (ImportError, OSError) as error:
         answer(missing=str(error))
         return
-    answer(version=module.VERSION, recipes=list(module.RECIPES))
+    answer(version=version, recipes=list(recipes))
     files = sorted(str(path) for path in Path(folder).glob("*.jpg"))
     made = {}
     for line in sys.stdin:
         question = json.loads(line)
         name = question["recipe"], question["size"]
         if name not in made:
-            made[name] = module.RECIPES[question["recipe"]](files, question["size"])
+            made[name] = recipes[question["recipe"]](files, question["size"])
         start = time.process_time()
         made[name]()
         answer(seconds=time.process_time() - start, num_pictures=len(files))

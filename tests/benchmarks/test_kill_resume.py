@@ -77,16 +77,14 @@ def test_one_difference_is_seen(two_runs, part):
 def test_a_kill_while_a_checkpoint_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kill_resume, "PHASES", ("checkpoint",))
     out = tmp_path / "kill.json"
-    monkeypatch.setattr(sys, "argv", ["kill_resume.py", "--kills", "1", "--json", str(out)])
-    assert kill_resume.main() == 0, capsys.readouterr().err
+    assert kill_resume.main(["--kills", "1", "--json", str(out)]) == 0, capsys.readouterr().err
     figures = json.loads(out.read_text())
     assert (figures["kills"], figures["resumed"], figures["identical"]) == (1, 1, 1)
     assert figures["trials"][0]["phase"] == "checkpoint"
 
 
-def test_no_kills_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kill_resume.py", "--kills", "0"])
+def test_no_kills_are_refused(capsys):
     with pytest.raises(SystemExit) as error:
-        kill_resume.main()
+        kill_resume.main(["--kills", "0"])
     assert error.value.code == 2
     assert "--kills 0: must be at least 1" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import closing, nullcontext
 
 import cv2
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 
 from benchmarks import harness, loader
-from benchmarks.harness import finish, two_view_dataset
-from benchmarks.peers import torchvision_recipes
+from benchmarks.harness import two_view_dataset
+from benchmarks.loader import finish
+from benchmarks.peers import transform_recipes
 from common.errors import UserError
 from pretrain.data.loader import Loader
 
@@ -89,7 +91,7 @@ def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch, capsy
 
 def test_without_peers_the_ratio_is_null_and_said_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader, "SIZES", (224,))
-    monkeypatch.setattr(loader, "start_peers", lambda python, folder: {})
+    monkeypatch.setattr(harness, "start_peers", lambda python, folder: nullcontext({}))
     monkeypatch.setattr(loader, "ours", lambda index, size: {
         name.format(px): lambda: spin(0.001) for name in (loader.CROPS, loader.WHOLE)
         for px in (224, 64)
@@ -107,9 +109,10 @@ def test_a_slower_candidate_has_a_lower_rate_and_takes_its_turns():
     turns = []
 
     def candidate(name, seconds):
-        return harness.in_process(lambda: (turns.append(name), spin(seconds)), 10)
+        return harness.picture_rate(lambda: (turns.append(name), spin(seconds)), 10)
 
-    found = harness.rates({"fast": candidate("fast", 0.01), "slow": candidate("slow", 0.03)}, 3)
+    candidates = {"fast": candidate("fast", 0.01), "slow": candidate("slow", 0.03)}
+    found = harness.take_turns(candidates, 3)
     assert turns == ["fast", "slow"] * 4  # the first turn of each warms up
     assert [len(values) for values in found.values()] == [3, 3]
     ratio = statistics.median(found["fast"]) / statistics.median(found["slow"])
@@ -118,14 +121,15 @@ def test_a_slower_candidate_has_a_lower_rate_and_takes_its_turns():
 
 
 def test_a_turn_counts_processor_time_not_waiting():
-    lap = harness.in_process(lambda: (time.sleep(0.3), spin(0.02)), 1)()
-    assert 0.02 <= lap.seconds < 0.2
+    rate = harness.picture_rate(lambda: (time.sleep(0.3), spin(0.02)), 1)()
+    assert 0.02 <= 1 / rate < 0.2
 
 
 def test_a_short_turn_is_repeated_and_counted():
-    lap = harness.in_process(lambda: spin(0.01), 5, min_seconds=0.045)()
-    assert lap.num_pictures == 25
-    assert lap.rate == pytest.approx(500, rel=0.1)
+    calls = []
+    turn = harness.picture_rate(lambda: calls.append(spin(0.01)), 5, min_seconds=0.045)
+    assert turn() == pytest.approx(500, rel=0.1)
+    assert len(calls) == 5
 
 
 def test_a_peer_that_breaks_is_told_with_its_last_words(tmp_path):
@@ -135,7 +139,10 @@ def test_a_peer_that_breaks_is_told_with_its_last_words(tmp_path):
     assert peer.missing is None
     assert peer.version
     turn = peer.candidate("torchvision v1 on Pillow", 32)
-    with pytest.raises(UserError, match=r"torchvision ended with status 1: .*cannot identify"):
+    with (
+        closing(peer),
+        pytest.raises(UserError, match=r"torchvision ended with status 1: .*cannot identify"),
+    ):
         turn()
 
 
@@ -148,9 +155,9 @@ def test_the_pillow_recipe_does_what_it_says():
     """Both views: all operations happen, as often as the documented settings say."""
     flat = Image.fromarray(np.full((64, 64, 3), (200, 60, 90), np.uint8))
     mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in (torchvision_recipes.MEAN, torchvision_recipes.STD)
+        torch.tensor(v).view(3, 1, 1) for v in (transform_recipes.MEAN, transform_recipes.STD)
     )
-    first, second = torchvision_recipes.pillow_views(32)
+    first, second = transform_recipes.pillow_views(32)
     made = torch.stack([first(flat) for _ in range(300)]) * std + mean
     gray = (made.amax(1) - made.amin(1)).amax((1, 2)) < 1e-3
     assert 0.12 < gray.float().mean() < 0.28  # 0.2

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import step_arms, train_step
-from benchmarks.fa_overhead import Sizes
-from benchmarks.step_arms import FAST, LIGHTNING, RECIPES, Flags, Rival
+from benchmarks import train_step
+from benchmarks.harness import Sizes
+from benchmarks.train_step import FAST, LIGHTNING, RECIPES, Flags, Rival
 
 SIZES = Sizes(
     depth=18, width=4, image_size=32, batch_size=4, queue_size=64, dim=8, hidden_dim=8
@@ -36,12 +36,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def arms(folder):
     run = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
-    yield step_arms.make_arms(run, train_step.random_views(SIZES, run.device))
+    yield train_step.make_arms(run, train_step.random_views(SIZES, run.device))
     run.lock.close()
 
 
 def test_all_arms_have_one_loss_and_one_gradient(arms):
-    losses = step_arms.check_same_loss(arms)
+    losses = train_step.check_same_loss(arms)
     assert set(losses) == {"ours", "eager", "solo-learn-like", "lightly-like"}
     gradients = {}
     for name, arm in arms.items():
@@ -57,14 +57,14 @@ def test_all_arms_have_one_loss_and_one_gradient(arms):
 
 def test_the_check_leaves_bn_as_it_was_and_refuses_another_loss(arms):
     before = [copy.deepcopy(arm.networks()[0].state_dict()) for arm in arms.values()]
-    step_arms.check_same_loss(arms)
+    train_step.check_same_loss(arms)
     for state, arm in zip(before, arms.values(), strict=True):
         for key, value in arm.networks()[0].state_dict().items():
             assert torch.equal(value, state[key]), key
     with torch.no_grad():
         arms["lightly-like"].networks()[0].predictor[0].weight.mul_(2).add_(0.1)
     with pytest.raises(RuntimeError, match=r"lightly-like has loss .*, ours is .*: not one step"):
-        step_arms.check_same_loss(arms)
+        train_step.check_same_loss(arms)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -79,7 +79,7 @@ def test_a_rival_trains_and_moves_its_target(arms, name):
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     source = before if rival.recipe.is_ema_first else [p.detach() for p in after]
     for old, new, came in zip(standing, target.backbone.parameters(), source, strict=True):
-        torch.testing.assert_close(new, step_arms.TAU * old + (1 - step_arms.TAU) * came)
+        torch.testing.assert_close(new, train_step.TAU * old + (1 - train_step.TAU) * came)
     first = float(rival.loss().detach())
     rival.steps(20)
     assert float(rival.loss().detach()) < first
@@ -91,15 +91,15 @@ def test_loop_lars_by_hand():
     with torch.no_grad():
         network.weight.fill_(2.0)
         network.bias.fill_(1.0)
-    optimizer = step_arms.LoopLARS(network)
+    optimizer = train_step.LoopLARS(network)
     w, b, v_w, v_b = 2.0, 1.0, 0.0, 0.0
     for g in (4.0, -1.0):
         network.weight.grad, network.bias.grad = torch.full((1, 1), g), torch.full((1,), g)
         optimizer.step()
-        ratio = step_arms.ETA * abs(w) / (abs(g) + step_arms.WEIGHT_DECAY * abs(w) + 1e-8)
-        v_w = step_arms.MOMENTUM * v_w + ratio * (g + step_arms.WEIGHT_DECAY * w)
-        v_b = step_arms.MOMENTUM * v_b + g
-        w, b = w - step_arms.LR * v_w, b - step_arms.LR * v_b
+        ratio = train_step.ETA * abs(w) / (abs(g) + train_step.WEIGHT_DECAY * abs(w) + 1e-8)
+        v_w = train_step.MOMENTUM * v_w + ratio * (g + train_step.WEIGHT_DECAY * w)
+        v_b = train_step.MOMENTUM * v_b + g
+        w, b = w - train_step.LR * v_w, b - train_step.LR * v_b
     assert network.weight.item() == pytest.approx(w, rel=1e-6)
     assert network.bias.item() == pytest.approx(b, rel=1e-6)
 
@@ -133,7 +133,7 @@ def test_ours_is_the_engines_step(arms, folder):
     other = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
     other.model.load_state_dict(ours.run.model.state_dict())
     ours.steps(1)
-    done = other.step(step_arms.fed_of(ours.views), is_logged=False)
+    done = other.step(train_step.fed_of(ours.views), is_logged=False)
     other.lock.close()
     assert not done.is_skipped
     assert ours.run.position.step == 1
@@ -179,7 +179,7 @@ def test_figures_come_from_the_times_of_each_round():
     ("arguments", "message"),
     [
         (["--peak-tflops", "-1"], "--peak-tflops -1.0: must be more than 0"),
-        (["--rounds", "0"], "--rounds and all sizes must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
         (["--batch-size", "1"], "--batch-size must be >= 2"),
         (["--json", "no/such/folder/step.json"], "its folder does not exist"),
         (["--set", "engine.precision=fp8"], "precision"),
@@ -212,7 +212,7 @@ def test_a_rival_keeps_its_own_copy(arms, monkeypatch):
     assert isinstance(arms["eager"], Rival)
     before = copy.deepcopy(ours.state_dict())
     monkeypatch.setattr(ours.backbone, "forward", None)
-    made = Rival("eager", step_arms.EAGER, arms["ours"].run.model, arms["ours"].views)
+    made = Rival("eager", train_step.EAGER, arms["ours"].run.model, arms["ours"].views)
     made.steps(1)
     arms["eager"].steps(1)
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())

@@ -210,6 +210,7 @@ def test_cached_chooses_on_the_held_out_part_alone(evaluate, monkeypatch):
     assert first["rates"][first["chosen"]]["held_out_top1"] == max(held_out)
     assert first["top1"] == first["rates"][first["chosen"]]["val_top1"]
     labels = ShardIndex.labels.fget
+    assert labels is not None
 
     def turned(index):
         own = labels(index)

@@ -1,8 +1,9 @@
-"""BYOL's two views by torchvision: on Pillow pictures as solo-learn sets it up, and on tensors.
+"""BYOL's two views by libraries of transforms: torchvision, and lightly with its own defaults.
 
-Settings of solo-learn (its documented `asymmetric` augmentation for ImageNet): crops of 8-100 % of
-the area, bicubic; jitter 0.4, 0.4, 0.2, 0.1 with probability 0.8; grey 0.2; Pillow's blur of a
-random radius from 0.1 to 2 with probability 1 and 0.1; solarisation 0 and 0.2; flip.
+torchvision works on Pillow pictures as solo-learn sets it up, and on tensors. Settings of
+solo-learn (its documented `asymmetric` augmentation for ImageNet): crops of 8-100 % of the area,
+bicubic; jitter 0.4, 0.4, 0.2, 0.1 with probability 0.8; grey 0.2; Pillow's blur of a random radius
+from 0.1 to 2 with probability 1 and 0.1; solarisation 0 and 0.2; flip.
 """
 
 import random
@@ -16,7 +17,6 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-VERSION = torchvision.__version__
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.4, 0.4, 0.2, 0.1)
 BLUR_SIGMA = (0.1, 2.0)
@@ -136,8 +136,28 @@ def tensors(files: Sequence[str], size: int) -> Callable[[], None]:
     return epoch
 
 
+def lightly(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Read, decode and make both views of every file, as lightly does by default."""
+    from lightly.transforms import byol_transform  # pyright: ignore[reportMissingImports]
+
+    transform = byol_transform.BYOLTransform(
+        byol_transform.BYOLView1Transform(input_size=size),
+        byol_transform.BYOLView2Transform(input_size=size),
+    )
+
+    def epoch() -> None:
+        for path in files:
+            with Image.open(path) as picture:
+                transform(picture.convert("RGB"))
+
+    return epoch
+
+
 RECIPES = {
-    "torchvision v1 on Pillow": pillow,
-    "torchvision v1 on Pillow, its own blur": pillow_with_torchvision_blur,
-    "torchvision v2 on tensors": tensors,
+    "torchvision": {
+        "torchvision v1 on Pillow": pillow,
+        "torchvision v1 on Pillow, its own blur": pillow_with_torchvision_blur,
+        "torchvision v2 on tensors": tensors,
+    },
+    "lightly": {"lightly": lightly},
 }
