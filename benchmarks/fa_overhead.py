@@ -133,10 +133,8 @@ def measure(
     def turn(method: str) -> Callable[[], tuple[float, list[float]]]:
         def times() -> tuple[float, list[float]]:
             group.use(method)
-            step = clock(group.step)
-            return step, [
-                clock(group.augment) for _ in range(fa_repeats if method != "none" else 0)
-            ]
+            num_repeats = fa_repeats if method != "none" else 0
+            return clock(group.step), [clock(group.augment) for _ in range(num_repeats)]
 
         return times
 

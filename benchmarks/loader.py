@@ -233,28 +233,6 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = harness.make_parser(__doc__, (
-        ("num-photos", 64, "photographs"),
-        ("batch-size", 64, "of our loader"),
-        ("num-rounds", 5, "turns of each candidate"),
-        ("workers", 0, "also rates through N worker processes, in wall-clock time"),
-        ("epoch-pictures", 1024, "pictures per epoch with --workers"),
-    ))  # fmt: skip
-    harness.add_pictures(parser)
-    environment = "interpreter of the other libraries' environment (peers/make_env.sh)"
-    parser.add_argument("--peers", metavar="PYTHON", help=environment)
-    options = parser.parse_args(arguments)
-    if options.batch_size < 16 or options.batch_size % 16 or options.num_rounds < 1:
-        parser.error("--batch-size must be a multiple of 16, --num-rounds at least 1")
-    if options.num_photos < options.batch_size or options.num_photos % options.batch_size:
-        parser.error(f"--num-photos must be a multiple of the batch size, {options.batch_size}")
-    if options.workers and options.epoch_pictures < WALL_BATCH:
-        parser.error(f"--epoch-pictures must fill a batch of {WALL_BATCH}")
-    return options
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON."""
     jpegs = harness.chosen_photos(options.pictures, options.num_photos)
@@ -286,7 +264,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = parse(arguments)
+    parser = harness.make_parser(__doc__, (
+        ("num-photos", 64, "photographs"),
+        ("batch-size", 64, "of our loader"),
+        ("num-rounds", 5, "turns of each candidate"),
+        ("workers", 0, "also rates through N worker processes, in wall-clock time"),
+        ("epoch-pictures", 1024, "pictures per epoch with --workers"),
+    ))  # fmt: skip
+    harness.add_pictures(parser)
+    environment = "interpreter of the other libraries' environment (peers/make_env.sh)"
+    parser.add_argument("--peers", metavar="PYTHON", help=environment)
+    options = parser.parse_args(arguments)
+    if options.batch_size < 16 or options.batch_size % 16 or options.num_rounds < 1:
+        parser.error("--batch-size must be a multiple of 16, --num-rounds at least 1")
+    if options.num_photos < options.batch_size or options.num_photos % options.batch_size:
+        parser.error(f"--num-photos must be a multiple of the batch size, {options.batch_size}")
+    if options.workers and options.epoch_pictures < WALL_BATCH:
+        parser.error(f"--epoch-pictures must fill a batch of {WALL_BATCH}")
     harness.one_thread()
     return harness.run_and_report(lambda: run(options), options.json)
 

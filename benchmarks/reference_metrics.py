@@ -84,7 +84,7 @@ def numpy_order(scores: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rules:
-    """What makes a metric.
+    """What makes a metric; the defaults are COCO's.
 
     Attributes:
         rounded: Scores to 3 decimals and corners to 0.1 pixels first, as a VOC results file.
@@ -102,19 +102,20 @@ class Rules:
         order: How detections are sorted; what happens to equal scores.
     """
 
-    rounded: bool
-    origin: Literal[0, 1]
-    extra_pixel: bool
-    reached: bool
-    matching: Literal["best", "free"]
-    counted_first: bool
-    crowd_overlap: bool
-    recall_points: tuple[float, ...] | None
-    max_detections: int | None = None
+    rounded: bool = False
+    origin: Literal[0, 1] = 0
+    extra_pixel: bool = False
+    reached: bool = True
+    matching: Literal["best", "free"] = "free"
+    counted_first: bool = True
+    crowd_overlap: bool = True
+    recall_points: tuple[float, ...] | None = POINTS_101
+    max_detections: int | None = 100
     area_range: tuple[float, float] = (0.0, 1e10)
     order: Order = stable_order
 
 
+COCO = Rules()
 VOC_2007 = Rules(
     rounded=True,
     origin=1,
@@ -124,20 +125,10 @@ VOC_2007 = Rules(
     counted_first=False,
     crowd_overlap=False,
     recall_points=ELEVEN_POINTS,
+    max_detections=None,
     order=numpy_order,
 )
 VOC_2012 = replace(VOC_2007, recall_points=None)
-COCO = Rules(
-    rounded=False,
-    origin=0,
-    extra_pixel=False,
-    reached=True,
-    matching="free",
-    counted_first=True,
-    crowd_overlap=True,
-    recall_points=POINTS_101,
-    max_detections=100,
-)
 
 
 def average_precisions(
@@ -239,14 +230,12 @@ def _verdicts(
         one, taken = truth[claim.image], used[claim.image]
         enough = claim.overlaps >= threshold if rules.reached else claim.overlaps > threshold
         match = _match(claim.overlaps, enough, one, taken, rules)
-        if match is None:
-            if claim.in_area_range:
-                verdicts.append(False)
-        elif not one.ignored[match]:
-            verdicts.append(not taken[match])
+        if match is not None:
+            if not one.ignored[match]:
+                verdicts.append(not taken[match])
             taken[match] = True
-        else:
-            taken[match] = True
+        elif claim.in_area_range:
+            verdicts.append(False)
     return verdicts
 
 

@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,18 +49,8 @@ from torch.nn import functional
 
 from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
-from common.config import to_plain
 from common.errors import require
-from pretrain.config import (
-    DataConfig,
-    EngineConfig,
-    EvalConfig,
-    FAConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PretrainConfig,
-    load_config,
-)
+from pretrain.config import load_config
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import TwoViewBatch
 from pretrain.engine.profiling import batches, count_flops, precision_of
@@ -123,21 +113,21 @@ class Ours:
         views: [2, n, 3, s, s], normalised.
     """
 
-    name = "ours"
-
     def __init__(self, run: Trainer, views: Tensor) -> None:
-        self.run, self.flags = run, Flags.now()
+        self.run, self.flags, self.optimizer = run, Flags.now(), run.optimizer
+        self.autocast = run.gradients.autocast
         if run.config.engine.channels_last:
             views = torch.stack([v.permute(0, 2, 3, 1) for v in views]).permute(0, 1, 4, 2, 3)
         self.views, self._fed = views, fed_of(views)
 
     def steps(self, num: int) -> None:
         """So many optimiser steps."""
-        self.run.steps(self._fed for _ in range(num))
+        self.steps_on(self._fed for _ in range(num))
 
     def steps_on(self, batches: Iterable[DeviceBatch]) -> None:
         """A step on each batch."""
-        self.run.steps(batches)
+        with self.flags.kept():
+            self.run.steps(batches)
 
     def loss(self) -> Tensor:
         """In fp32, with the graph; BN moves on."""
@@ -188,15 +178,14 @@ class Rival:
     """A BYOL step after a recipe.
 
     Args:
-        name: Of the arm.
         recipe: How it goes about it.
         model: Its networks are copied.
         views: [2, n, 3, s, s]; contiguous, as their loaders give them.
     """
 
-    def __init__(self, name: str, recipe: Recipe, model: FAContrastive, views: Tensor) -> None:
+    def __init__(self, recipe: Recipe, model: FAContrastive, views: Tensor) -> None:
         assert model.ema is not None
-        self.name, self.recipe, self.flags = name, recipe, recipe.flags
+        self.recipe, self.flags = recipe, recipe.flags
         self._online: Any = plain_copy(model.online)
         self._target: Any = plain_copy(model.ema)
         layout = torch.channels_last if recipe.is_channels_last else torch.contiguous_format
@@ -209,20 +198,18 @@ class Rival:
 
     def steps(self, num: int) -> None:
         """So many optimiser steps."""
-        for _ in range(num):
-            self._step()
-
-    def _step(self) -> None:
-        if self.recipe.is_ema_first:
-            self._move_target()
-        with self.autocast():
-            loss = self.loss()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        if not self.recipe.is_ema_first:
-            self._move_target()
+        with self.flags.kept():
+            for _ in range(num):
+                if self.recipe.is_ema_first:
+                    self._move_target()
+                with self.autocast():
+                    loss = self.loss()
+                self.optimizer.zero_grad(set_to_none=True)
+                self._scaler.scale(loss).backward()
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
+                if not self.recipe.is_ema_first:
+                    self._move_target()
 
     def autocast(self) -> torch.autocast:
         """A context for a forward pass."""
@@ -235,22 +222,18 @@ class Rival:
         if self.recipe.is_channels_last:
             views = [view.to(memory_format=torch.channels_last) for view in views]
         online, target = self._online, self._target
-        assert online.predictor is not None
         with torch.no_grad():
             t = [target.projector(target.backbone(view)) for view in views]
         p = [online.predictor(online.projector(online.backbone(view))) for view in views]
-        return _distance(p[0], t[1]) + _distance(p[1], t[0])
+        cosines = [functional.cosine_similarity(p[i], t[1 - i], dim=-1).mean() for i in (0, 1)]
+        return 4 - 2 * (cosines[0] + cosines[1])
 
     @torch.no_grad()
     def _move_target(self) -> None:
         """Each weight by itself, into new memory, as both libraries do."""
-        pairs = (
-            (self._online.backbone, self._target.backbone),
-            (self._online.projector, self._target.projector),
-        )
-        for online, target in pairs:
-            for new, old in zip(online.parameters(), target.parameters(), strict=True):
-                old.data = TAU * old.data + (1 - TAU) * new.data
+        online = dict(self._online.named_parameters())
+        for name, old in self._target.named_parameters():  # it has no predictor
+            old.data = TAU * old.data + (1 - TAU) * online[name].data
 
     def networks(self) -> list[nn.Module]:
         """The trained one first, then its EMA."""
@@ -268,10 +251,6 @@ def plain_copy(module: nn.Module) -> nn.Module:
         if isinstance(part, ResNet):
             part.checkpoints_stages = False
     return copied
-
-
-def _distance(p: Tensor, t: Tensor) -> Tensor:
-    return 2 - 2 * functional.cosine_similarity(p, t.detach(), dim=-1).mean()
 
 
 class LoopLARS(torch.optim.Optimizer):
@@ -310,7 +289,7 @@ Arm = Ours | Rival
 
 def make_arms(run: Trainer, views: Tensor) -> dict[str, Arm]:
     """All arms from the weights of a freshly built run."""
-    rivals = {name: Rival(name, recipe, run.model, views) for name, recipe in RECIPES.items()}
+    rivals = {name: Rival(recipe, run.model, views) for name, recipe in RECIPES.items()}
     return {"ours": Ours(run, views), **rivals}
 
 
@@ -360,26 +339,26 @@ def build_run(
     Raises:
         UserError: If a setting is refused.
     """
-    kind: Any = device
     number = sum(1 for _ in folder.glob("run-*"))
-    config = PretrainConfig(
-        out=str(folder / f"run-{number}"),
-        arch=sizes.arch(),
-        heads=sizes.heads(),
-        data=DataConfig(
-            shards=str(folder / "shards"), image_size=sizes.image_size,
-            batch_size=sizes.batch_size, num_workers=num_workers, shuffle_window=4096,
-        ),
-        objective=ObjectiveConfig(name="byol"),
-        fa=FAConfig(method="none"),
-        optim=OptimConfig(epochs=100_000),
-        engine=EngineConfig(
-            device=kind, checkpoint_every_steps=_NEVER, log_every_steps=50, watchdog_seconds=0,
-        ),
-        eval=EvalConfig(num_pictures=0),
-    )  # fmt: skip
+    config: dict[str, Any] = {
+        "out": str(folder / f"run-{number}"),
+        "arch": asdict(sizes.arch()),
+        "heads": asdict(sizes.heads()),
+        "data": {
+            "shards": str(folder / "shards"), "image_size": sizes.image_size,
+            "batch_size": sizes.batch_size, "num_workers": num_workers, "shuffle_window": 4096,
+        },
+        "objective": {"name": "byol"},
+        "fa": {"method": "none"},
+        "optim": {"epochs": 100_000},
+        "engine": {
+            "device": device, "checkpoint_every_steps": _NEVER, "log_every_steps": 50,
+            "watchdog_seconds": 0,
+        },
+        "eval": {"num_pictures": 0},
+    }  # fmt: skip
     path = folder / f"run-{number}.yaml"
-    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(config))
     return make_trainer(load_config(path, settings), resume=False)
 
 
@@ -393,19 +372,11 @@ def timed_rounds(
     arms: dict[str, Arm], clock: Clock, num_rounds: int, num_steps: int, num_warmup: int
 ) -> dict[str, list[float]]:
     """Milliseconds per step of each arm in each round, after warm-up steps of all."""
-
-    def turn(arm: Arm) -> Callable[[], float]:
-        def milliseconds() -> float:
-            with arm.flags.kept():
-                return clock(partial(arm.steps, num_steps)) / num_steps
-
-        return milliseconds
-
     for arm in arms.values():
-        with arm.flags.kept():
-            arm.steps(num_warmup)
-    turns = {name: turn(arm) for name, arm in arms.items()}
-    return harness.take_turns(turns, num_rounds, num_warmups=0)
+        arm.steps(num_warmup)
+    turns = {name: partial(clock, partial(arm.steps, num_steps)) for name, arm in arms.items()}
+    measured = harness.take_turns(turns, num_rounds, num_warmups=0)
+    return {name: [ms / num_steps for ms in times] for name, times in measured.items()}
 
 
 def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) -> dict[str, Any]:
@@ -427,11 +398,10 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
         wait()
         return num_steps * batch_size / (time.perf_counter() - start)
 
-    with ours.flags.kept():
-        for _ in range(num_rounds):
-            found["synthetic"].append(rate(lambda: ours.steps(num_steps)))
-            ours.steps_on(islice(stream, num_drained))
-            found["shards"].append(rate(lambda: ours.steps_on(islice(stream, num_steps))))
+    for _ in range(num_rounds):
+        found["synthetic"].append(rate(lambda: ours.steps(num_steps)))
+        ours.steps_on(islice(stream, num_drained))
+        found["shards"].append(rate(lambda: ours.steps_on(islice(stream, num_steps))))
     stream.close()
     return found
 
@@ -440,19 +410,15 @@ def gpu_memory_bytes(arms: dict[str, Arm], device: torch.device) -> dict[str, in
     """Each arm's own tensors between steps, and what one more step adds at its peak."""
     found = {}
     for name, arm in arms.items():
-        optimizer = arm.run.optimizer if isinstance(arm, Ours) else arm.optimizer
         tensors = [t for network in arm.networks() for t in network.state_dict().values()]
         tensors += [p.grad for n in arm.networks() for p in n.parameters() if p.grad is not None]
-        tensors += [
-            t for state in optimizer.state.values() for t in state.values()
-            if isinstance(t, torch.Tensor)
-        ]  # fmt: skip
+        kept = [value for state in arm.optimizer.state.values() for value in state.values()]
+        tensors += [value for value in kept if isinstance(value, Tensor)]
         own = sum(t.numel() * t.element_size() for t in tensors)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        with arm.flags.kept():
-            arm.steps(1)
+        arm.steps(1)
         torch.cuda.synchronize(device)
         found[name] = own + torch.cuda.max_memory_allocated(device) - before
     return found
@@ -489,9 +455,8 @@ def precisions(arms: dict[str, Arm], device: torch.device) -> dict[str, str]:
     """What each arm computes in."""
     found = {}
     for name, arm in arms.items():
-        context = arm.run.gradients.autocast() if isinstance(arm, Ours) else arm.autocast()
         with arm.flags.kept():
-            found[name] = precision_of(context, device)
+            found[name] = precision_of(arm.autocast(), device)
     return found
 
 

@@ -19,23 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.reference_metrics import (
-    COCO,
-    ELEVEN_EXACT_POINTS,
-    ELEVEN_POINTS,
-    POINTS_101,
-    VOC_2007,
-    VOC_2012,
-    DetectionSet,
-    Detectron2Evaluation,
-    Rules,
-    average_precisions,
-    forget_annotations,
-    pycocotools_evaluation,
-    random_set,
-    real_set,
-    stable_order,
-)
+from benchmarks import reference_metrics as metrics
+from benchmarks.reference_metrics import COCO, VOC_2007, VOC_2012, DetectionSet, Rules
 
 TOLERANCE = 1e-6
 VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -45,19 +30,23 @@ _WHOLE_EVALUATOR_EVERY = 10  # sets; it computes each class and threshold once m
 # From the rules of VOC 2012 to those of COCO, in this order; after the last one all are COCO's.
 PATH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("scores and corners not rounded", {"rounded": False}),
-    ("equal scores in a fixed order", {"order": stable_order}),
+    ("equal scores in a fixed order", {"order": metrics.stable_order}),
     ("an overlap equal to the threshold matches", {"reached": True}),
     ("lengths from 0, no extra pixel", {"origin": 0, "extra_pixel": False}),
     ("a claimed object is not claimed again", {"matching": "free"}),
     ("counted objects before difficult ones", {"counted_first": True}),
     ("difficult: overlap with the detection only", {"crowd_overlap": True}),
-    ("101 recall levels, not the area", {"recall_points": POINTS_101}),
+    ("101 recall levels, not the area", {"recall_points": metrics.POINTS_101}),
     ("at most 100 detections a picture and class", {"max_detections": 100}),
 )
 ALONE: tuple[tuple[str, Rules, dict[str, Any]], ...] = (
     *((name, VOC_2012, change) for name, change in PATH),
-    ("11 recall levels, not the area", VOC_2012, {"recall_points": ELEVEN_POINTS}),
-    ("11 levels as decimals, not as 3 * 0.1", VOC_2007, {"recall_points": ELEVEN_EXACT_POINTS}),
+    ("11 recall levels, not the area", VOC_2012, {"recall_points": metrics.ELEVEN_POINTS}),
+    (
+        "11 levels as decimals, not as 3 * 0.1",
+        VOC_2007,
+        {"recall_points": metrics.ELEVEN_EXACT_POINTS},
+    ),
     ("mistake: the extra pixel forgotten", VOC_2012, {"extra_pixel": False}),
     ("COCO: small objects only", COCO, {"area_range": COCO_AREAS[1]}),
     ("COCO: medium objects only", COCO, {"area_range": COCO_AREAS[2]}),
@@ -65,7 +54,7 @@ ALONE: tuple[tuple[str, Rules, dict[str, Any]], ...] = (
 )
 
 
-def voc_difference(data: DetectionSet, folder: Path, *, whole: bool) -> tuple[float, int]:
+def voc_differences(data: DetectionSet, folder: Path, *, whole: bool) -> list[float]:
     """Compare with Detectron2's VOC evaluator on one set.
 
     Args:
@@ -74,33 +63,35 @@ def voc_difference(data: DetectionSet, folder: Path, *, whole: bool) -> tuple[fl
         whole: Whether the means of the whole evaluator are compared too, beside its `voc_eval`.
 
     Returns:
-        Largest difference of an AP in 0..1, over classes, thresholds and both years; infinite if
-        one side says that AP is not defined and the other does not. And how many were compared.
+        Difference of each AP in 0..1, of classes, thresholds and both years; infinite if one side
+        says that AP is not defined and the other does not.
     """
-    theirs = Detectron2Evaluation(data, folder)
-    worst, count = 0.0, 0
-    rows: dict[Rules, list[list[float]]] = {VOC_2007: [], VOC_2012: []}
+    theirs = metrics.Detectron2Evaluation(data, folder)
+    ours = {rules: by_class(data, rules) for rules in (VOC_2007, VOC_2012)}
+    differences = []
     for label in range(data.num_classes):
-        ours = {rules: average_precisions(data, label, VOC_THRESHOLDS, rules) for rules in rows}
         for place, threshold in enumerate(VOC_THRESHOLDS):
             recall, *values = theirs.class_figures(label, threshold)
             # Without an object that counts its recall is no number; its 11-point sum makes 0 of it.
-            is_undefined = ours[VOC_2012] is None and not np.isfinite(recall).any()
-            for own, value in zip(ours.values(), values, strict=True):
-                mine = None if own is None else own[place]
-                worst = max(worst, _apart(mine, None if is_undefined else value))
-                count += 1
-        for rules, own in ours.items():
-            if own is not None:
-                rows[rules].append(own)
-    if whole and len(rows[VOC_2012]) == data.num_classes:
-        for year, rules in ((2007, VOC_2007), (2012, VOC_2012)):
+            is_undefined = ours[VOC_2012][label] is None and not np.isfinite(recall).any()
+            for rows, value in zip(ours.values(), values, strict=True):
+                row = rows[label]
+                mine = None if row is None else row[place]
+                differences.append(_apart(mine, None if is_undefined else value))
+    for year, rows in zip((2007, 2012), ours.values(), strict=True) if whole else ():
+        defined = [row for row in rows if row is not None]
+        if len(defined) == data.num_classes:
             stock = theirs.means(year)
-            for key, value in _means(rows[rules]).items():
-                worst = max(worst, abs(stock[key] / 100 - value))
-                count += 1
+            means = _means(defined)
+            differences += [abs(stock[key] / 100 - value) for key, value in means.items()]
     forget_annotations()
-    return worst, count
+    return differences
+
+
+def by_class(data: DetectionSet, rules: Rules) -> list[list[float] | None]:
+    """AP of each class at VOC_THRESHOLDS, in 0..1; None if none of its objects counts."""
+    labels = range(data.num_classes)
+    return [metrics.average_precisions(data, label, VOC_THRESHOLDS, rules) for label in labels]
 
 
 def _apart(ours: float | None, theirs: float | None) -> float:
@@ -109,21 +100,20 @@ def _apart(ours: float | None, theirs: float | None) -> float:
     return abs(ours - theirs)
 
 
-def coco_difference(data: DetectionSet) -> tuple[float, int]:
+def coco_differences(data: DetectionSet) -> list[float]:
     """Compare with pycocotools on one set, over classes, thresholds and areas."""
-    evaluation = pycocotools_evaluation(data)
+    evaluation = metrics.pycocotools_evaluation(data)
     thresholds = evaluation.params.iouThrs.tolist()
-    worst, count = 0.0, 0
+    differences = []
     for area, limits in enumerate(COCO_AREAS):
         rules = replace(COCO, area_range=limits)
         for label in range(data.num_classes):
             theirs = evaluation.eval["precision"][:, :, label, area, -1].mean(axis=1)
-            ours = average_precisions(data, label, thresholds, rules)
+            ours = metrics.average_precisions(data, label, thresholds, rules)
             for place, value in enumerate(theirs.tolist()):
                 own = None if ours is None else ours[place]
-                worst = max(worst, _apart(own, None if value < 0 else value))
-                count += 1
-    return worst, count
+                differences.append(_apart(own, None if value < 0 else value))
+    return differences
 
 
 def _means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -138,10 +128,7 @@ def _means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def figures(data: DetectionSet, rules: Rules) -> dict[str, float] | None:
     """AP, AP50 and AP75 of a set in percent; None if no class has an object that counts."""
-    rows = [
-        average_precisions(data, label, VOC_THRESHOLDS, rules) for label in range(data.num_classes)
-    ]
-    defined = [row for row in rows if row is not None]
+    defined = [row for row in by_class(data, rules) if row is not None]
     return {key: 100 * value for key, value in _means(defined).items()} if defined else None
 
 
@@ -189,25 +176,20 @@ def separation(sets: Sequence[DetectionSet]) -> dict[str, Any]:
 
 def compare(num_sets: int, first_seed: int, folder: Path) -> dict[str, Any]:
     """Both comparisons on sets first_seed, first_seed + 1, .."""
-    worst = {"voc": 0.0, "coco": 0.0}
-    counts = {"voc": 0, "coco": 0}
+    differences: dict[str, list[float]] = {"voc": [], "coco": []}
     for number in range(num_sets):
-        data = random_set(first_seed + number)
+        data = metrics.random_set(first_seed + number)
         whole = number % _WHOLE_EVALUATOR_EVERY == 0
-        results = {
-            "voc": voc_difference(data, folder / str(number), whole=whole),
-            "coco": coco_difference(data),
-        }
-        for key, (difference, count) in results.items():
-            worst[key] = max(worst[key], difference)
-            counts[key] += count
+        differences["voc"] += voc_differences(data, folder / str(number), whole=whole)
+        differences["coco"] += coco_differences(data)
+    worst = {name: max(values, default=0.0) for name, values in differences.items()}
     return {
         "sets": num_sets,
         "max_difference": max(worst.values()),
         "max_difference_voc": worst["voc"],
         "max_difference_coco": worst["coco"],
-        "num_compared_voc": counts["voc"],
-        "num_compared_coco": counts["coco"],
+        "num_compared_voc": len(differences["voc"]),
+        "num_compared_coco": len(differences["coco"]),
     }
 
 
@@ -226,10 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def measure() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
             result = compare(options.sets, options.seed, Path(folder))
-        sets = [random_set(options.seed + number) for number in range(options.sets)]
+        sets = [metrics.random_set(options.seed + number) for number in range(options.sets)]
         result["separation"] = separation(sets)
         if options.detections:
-            result["separation_real"] = separation([real_set(f)[0] for f in options.detections])
+            result["separation_real"] = separation(
+                [metrics.real_set(f)[0] for f in options.detections]
+            )
         return result
 
     return harness.run_and_report(

@@ -212,7 +212,7 @@ def test_a_rival_keeps_its_own_copy(arms, monkeypatch):
     assert isinstance(arms["eager"], Rival)
     before = copy.deepcopy(ours.state_dict())
     monkeypatch.setattr(ours.backbone, "forward", None)
-    made = Rival("eager", train_step.EAGER, arms["ours"].run.model, arms["ours"].views)
+    made = Rival(train_step.EAGER, arms["ours"].run.model, arms["ours"].views)
     made.steps(1)
     arms["eager"].steps(1)
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())

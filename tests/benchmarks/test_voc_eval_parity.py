@@ -8,6 +8,7 @@ import pytest
 from benchmarks import voc_eval_parity
 from benchmarks.reference_metrics import (
     COCO,
+    ELEVEN_POINTS,
     POINTS_101,
     VOC_2012,
     DetectionSet,
@@ -95,7 +96,7 @@ def test_interpolations_by_hand():
     found = [Found(0, 0, 0.9, (60.0, 60.0, 80.0, 80.0)), Found(0, 0, 0.8, (0.0, 0.0, 50.0, 50.0))]
     data = one_picture(objects, found)
     assert average_precisions(data, 0, (0.5,), VOC_2012) == pytest.approx([0.25])
-    eleven = replace(VOC_2012, recall_points=voc_eval_parity.ELEVEN_POINTS)
+    eleven = replace(VOC_2012, recall_points=ELEVEN_POINTS)
     assert average_precisions(data, 0, (0.5,), eleven) == pytest.approx([6 * 0.5 / 11])
     hundred = replace(VOC_2012, recall_points=POINTS_101)
     assert average_precisions(data, 0, (0.5,), hundred) == pytest.approx([51 * 0.5 / 101])
