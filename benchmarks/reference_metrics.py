@@ -53,7 +53,7 @@ class TrueObject:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundBox:
     """A detection; `box` is (x0, y0, x1, y1) in continuous pixel coordinates from 0."""
 
     image: int
@@ -69,7 +69,7 @@ class DetectionSet:
     num_images: int
     num_classes: int
     truth: tuple[TrueObject, ...]
-    found: tuple[Found, ...]
+    found: tuple[FoundBox, ...]
 
 
 def stable_order(scores: np.ndarray) -> np.ndarray:
@@ -280,7 +280,7 @@ def random_set(seed: int) -> DetectionSet:
     share_difficult = float(rng.choice([0.0, 0.2, 0.5]))
     levels = int(rng.choice(_SCORE_LEVELS))
     truth: list[TrueObject] = []
-    found: list[Found] = []
+    found: list[FoundBox] = []
     silent = rng.random() < 0.05  # a detector that finds nothing
     for image in range(num_images):
         for _ in range(int(rng.integers(0, 7)) + (40 if crowded else 0)):
@@ -303,7 +303,7 @@ def _box(rng: np.random.Generator) -> tuple[int, int, int, int]:
 
 def _detection(
     rng: np.random.Generator, image: int, num_classes: int, near: list[TrueObject], levels: int
-) -> list[Found]:
+) -> list[FoundBox]:
     """One detection, sometimes twice: most are a moved object, exact, or anywhere."""
     label, box = int(rng.integers(num_classes)), np.array(_box(rng), dtype=float)
     if near and rng.random() < 0.85:
@@ -319,7 +319,7 @@ def _detection(
     box = np.round(8 * box) / 8
     box[2:] = np.maximum(box[2:], box[:2] + 0.125)
     score = float(np.float32(rng.integers(1, levels + 1) / levels))
-    one = Found(image, label, score, tuple(box.tolist()))
+    one = FoundBox(image, label, score, tuple(box.tolist()))
     return [one] * (2 if rng.random() < 0.1 else 1)
 
 
@@ -336,7 +336,7 @@ def real_set(detections: Path) -> tuple[DetectionSet, list[str]]:
             truth.append(TrueObject(image, label, (x0 + 1, y0 + 1, x1, y1), item["difficult"]))
         for item in row["detections"]:
             box = tuple(item["box"])
-            found.append(Found(image, names.index(item["class"]), item["score"], box))
+            found.append(FoundBox(image, names.index(item["class"]), item["score"], box))
     return DetectionSet(len(rows), len(names), tuple(truth), tuple(found)), names
 
 

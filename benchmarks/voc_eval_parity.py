@@ -84,7 +84,7 @@ def voc_differences(data: DetectionSet, folder: Path, *, whole: bool) -> list[fl
             stock = theirs.means(year)
             means = _means(defined)
             differences += [abs(stock[key] / 100 - value) for key, value in means.items()]
-    forget_annotations()
+    metrics.forget_annotations()
     return differences
 
 

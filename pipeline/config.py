@@ -24,7 +24,7 @@ FREE_KEYS = (
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataStageConfig:
     """Where the pictures come from.
 
     Attributes:
@@ -56,7 +56,7 @@ class ShardsConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainStageConfig:
     """Pretraining: its own YAML and what this pipeline changes in it."""
 
     config: str = "configs/pretrain/demo.yaml"
@@ -97,10 +97,10 @@ class PipelineConfig:
     """Everything that one run of the pipeline is a function of."""
 
     name: str
-    data: DataConfig = DataConfig()
+    data: DataStageConfig = DataStageConfig()
     shards: ShardsConfig = ShardsConfig()
     probes: ShardsConfig = ShardsConfig()
-    pretrain: PretrainConfig = PretrainConfig()
+    pretrain: PretrainStageConfig = PretrainStageConfig()
     convert: ConvertConfig = ConvertConfig()
     detection: DetectionConfig = DetectionConfig()
 

@@ -17,7 +17,7 @@ from common import provenance
 from common.errors import UserError
 from common.files import is_number, read_json_or_none, sha256_of, write_json, write_text
 from common.resnet import Arch
-from detection.convert.source import D2_CARD, TORCHVISION_CARD, Source, read_any_card
+from detection.convert.source import D2_CARD, TORCHVISION_CARD, SourceCheckpoint, read_any_card
 
 MARK = "<!-- model card of feature-augmented pretraining -->"
 _TRAINING = ("step", "num_steps", "epoch", "data_fingerprint", "config", "versions", "commit",
@@ -29,7 +29,7 @@ _MAX_DEPTH = 12
 
 
 def build(
-    source: Source, out: Path, to: str, stages: dict[str, float], seconds: float
+    source: SourceCheckpoint, out: Path, to: str, stages: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """The card as plain JSON.
 
@@ -79,7 +79,7 @@ def build(
     }
 
 
-def pretraining(source: Source) -> dict[str, Any]:
+def pretraining(source: SourceCheckpoint) -> dict[str, Any]:
     """What is known about the training, as plain JSON.
 
     Args:

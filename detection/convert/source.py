@@ -112,7 +112,7 @@ def read_any_card(place: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint's backbone and what is known about it.
 
     Attributes:
@@ -157,7 +157,7 @@ def read_source(
     preprocessing: Preprocessing | None = None,
     stride_in_1x1: bool | None = None,
     assume: bool = False,
-) -> Source:
+) -> SourceCheckpoint:
     """Read a checkpoint and check every tensor of its backbone.
 
     Args:
@@ -237,7 +237,7 @@ def read_source(
         "preprocessing": "pixel statistics are ImageNet's by assumption: nothing states them",
         "stride": "the stride is taken to lie in the 3x3 convolutions: nothing states it",
     }
-    return Source(
+    return SourceCheckpoint(
         path=path,
         layout=layout,
         branch=branch,

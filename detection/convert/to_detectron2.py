@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from detection.convert import card as cards
 from detection.convert import keymap, parity
-from detection.convert.source import Source, read_own_card, read_source
+from detection.convert.source import SourceCheckpoint, read_own_card, read_source
 from detection.training import weights
 
 MAX_RELATIVE_DIFFERENCE = 1e-5
@@ -26,13 +26,13 @@ _ENDINGS = {
 }
 
 
-def to_detectron2(source: Source) -> dict[str, Tensor]:
+def to_detectron2(source: SourceCheckpoint) -> dict[str, Tensor]:
     """The same tensors under Detectron2's names, in a fixed order; without batch counters."""
     renamed = {keymap.detectron2_name(name): value for name, value in source.tensors.items()}
     return dict(sorted(renamed.items()))
 
 
-def to_torchvision(source: Source) -> dict[str, Tensor]:
+def to_torchvision(source: SourceCheckpoint) -> dict[str, Tensor]:
     """A state_dict with torchvision's names in torchvision's order, batch counters in place."""
     state = {}
     for name, value in source.tensors.items():
@@ -44,7 +44,7 @@ def to_torchvision(source: Source) -> dict[str, Tensor]:
 
 
 def convert(
-    source: Source,
+    source: SourceCheckpoint,
     out: Path,
     *,
     to: str = "detectron2",
@@ -107,7 +107,7 @@ def convert(
     return card
 
 
-def _check_out(source: Source, out: Path, to: str) -> None:
+def _check_out(source: SourceCheckpoint, out: Path, to: str) -> None:
     """Refuse a name that says something else, and one that would destroy something."""
     endings = _ENDINGS[to]
     if out.suffix not in endings:
@@ -125,7 +125,7 @@ def _check_out(source: Source, out: Path, to: str) -> None:
     cards.check_places(out)
 
 
-def _compare_with_file(source: Source, out: Path, layout: str) -> None:
+def _compare_with_file(source: SourceCheckpoint, out: Path, layout: str) -> None:
     """Read a written file as one of another project's is read; every bit must be there.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import sha256_of
 from detection.convert import keymap, parity
-from detection.convert.source import Preprocessing, Source, read_source
+from detection.convert.source import Preprocessing, SourceCheckpoint, read_source
 from detection.convert.to_detectron2 import same_bits, to_detectron2
 
 TOLERANCE = 1e-5
@@ -58,7 +58,7 @@ def verify(
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint")
     report: dict[str, Any] = {"same": False, "refused": None, "tolerance": tolerance}
-    sources: list[Source] = []
+    sources: list[SourceCheckpoint] = []
     for name, path, layout, branch in zip("ab", (first, second), layouts, branches, strict=True):
         try:
             source = read_source(

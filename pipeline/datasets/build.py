@@ -25,7 +25,7 @@ from common.annotations.voc import annotation_file
 from common.errors import RunFailed, UserError, require
 from common.files import locked, read_json_or_none, write_json
 from pipeline.datasets.options import SetOptions
-from pipeline.datasets.scene import Scene, Source
+from pipeline.datasets.scene import Scene, SceneSource
 
 FORMAT = "fa-dataset-1"
 METRIC_YEAR = 2012  # area under the precision-recall curve, not VOC2007's 11 points
@@ -132,7 +132,7 @@ def _is_finished(card: Card, out: Path, overwrite: bool) -> bool:
 # -- generated sets -------------------------------------------------------------------------------
 
 
-def build(source: Source, card: Card, out: Path, num_workers: int, overwrite: bool) -> bool:
+def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrite: bool) -> bool:
     """Write a generated set to `out`.
 
     Args:
@@ -189,7 +189,7 @@ def bytes_needed(options: SetOptions) -> int:
     return int(total * (picture + _BLOCK / 2) + labelled * _BLOCK)
 
 
-def _render_all(source: Source, root: Path, num_workers: int) -> None:
+def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
     counts = source.options.counts()
     tasks = [
         (part, range(start, min(start + _CHUNK, count)))
@@ -228,7 +228,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _render_chunk(source: Source, root: Path, part: str, indices: range) -> int:
+def _render_chunk(source: SceneSource, root: Path, part: str, indices: range) -> int:
     """Make pictures and write each where its part belongs; return how many."""
     quality = source.options.quality
     for index in indices:

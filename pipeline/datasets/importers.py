@@ -35,7 +35,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Source:
+class PictureSource:
     """What a folder turned out to be.
 
     Attributes:
@@ -52,7 +52,9 @@ class Source:
     ignored: dict[str, int]
 
 
-def open_source(path: str | Path, *, split: str | None = None, labels: Labels = "auto") -> Source:
+def open_source(
+    path: str | Path, *, split: str | None = None, labels: Labels = "auto"
+) -> PictureSource:
     """Find out what a folder holds and list its pictures.
 
     Args:
@@ -82,7 +84,7 @@ def open_source(path: str | Path, *, split: str | None = None, labels: Labels = 
     return _open_folder(root, labels)
 
 
-def _open_voc(root: Path, split: str | None) -> Source:
+def _open_voc(root: Path, split: str | None) -> PictureSource:
     years = year_folders(root)
     if split is None:
         names = sorted({name for year in years for name in list_names(year) if "_" not in name})
@@ -97,10 +99,10 @@ def _open_voc(root: Path, split: str | None) -> Source:
         for image_id in read_list(year, split, class_wise=True):
             file = require_picture(year, image_id)
             pictures.append(Picture(str(file), f"{year.name}/{file.name}", -1))
-    return Source("voc", tuple(sorted(pictures, key=lambda picture: picture.name)), None, {})
+    return PictureSource("voc", tuple(sorted(pictures, key=lambda picture: picture.name)), None, {})
 
 
-def _open_folder(root: Path, labels: Labels) -> Source:
+def _open_folder(root: Path, labels: Labels) -> PictureSource:
     names, ignored = [], Counter()
     for file in _walk(root):
         suffix = file.suffix.lower()
@@ -126,7 +128,7 @@ def _open_folder(root: Path, labels: Labels) -> Source:
         for name in sorted(names)
     )
     kind, classes = ("classes", tuple(tops)) if has_classes else ("folder", None)
-    return Source(kind, pictures, classes, dict(ignored))
+    return PictureSource(kind, pictures, classes, dict(ignored))
 
 
 def _walk(root: Path) -> Iterator[Path]:

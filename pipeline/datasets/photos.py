@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import UserError
 from pipeline.datasets import scene, shapes
 from pipeline.datasets.packages import Library
-from pipeline.datasets.scene import Placed, Range, Scene, Source, Sprite, generator
+from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, generator
 
 VERSION = 3  # raise it whenever the pictures of given options change
 CLASS_SETS = {
@@ -95,7 +95,7 @@ def _divide(groups: list[list[str]], share: float, rng: np.random.Generator) -> 
 
 
 @dataclass(frozen=True)
-class PhotoSource(Source):
+class PhotoSource(SceneSource):
     """Makes the pictures of a photo set.
 
     Attributes:

@@ -7,14 +7,22 @@ import cv2
 import numpy as np
 
 from pipeline.datasets import render, scene, shapes
-from pipeline.datasets.scene import Placed, Range, Scene, Source, Sprite, is_held_out, log_uniform
+from pipeline.datasets.scene import (
+    Placed,
+    Range,
+    Scene,
+    SceneSource,
+    Sprite,
+    is_held_out,
+    log_uniform,
+)
 
 VERSION = 4  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
 
 
 @dataclass(frozen=True)
-class ProceduralSource(Source):
+class ProceduralSource(SceneSource):
     """Makes the pictures of a generated set.
 
     Attributes:

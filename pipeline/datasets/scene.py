@@ -84,7 +84,7 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Source(ABC):
+class SceneSource(ABC):
     """Makes the pictures of a set.
 
     Attributes:

@@ -12,7 +12,7 @@ from benchmarks.reference_metrics import (
     POINTS_101,
     VOC_2012,
     DetectionSet,
-    Found,
+    FoundBox,
     TrueObject,
     average_precisions,
     random_set,
@@ -64,7 +64,7 @@ def test_comparison_would_see_a_wrong_rule(name: str, change: dict[str, object])
         assert largest > 1e-4, name
 
 
-def one_picture(truth: list[TrueObject], found: list[Found]) -> DetectionSet:
+def one_picture(truth: list[TrueObject], found: list[FoundBox]) -> DetectionSet:
     return DetectionSet(1, 1, tuple(truth), tuple(found))
 
 
@@ -75,7 +75,7 @@ def test_matching_rules_on_a_picture_drawn_by_hand():
         TrueObject(0, 0, (41, 1, 140, 100), False),
     ]
     boxes = [(0.0, 0.0, 100.0, 100.0), (16.0, 0.0, 116.0, 100.0)]  # IoU with 1: 1, .72; with 2: .60
-    found = [Found(0, 0, 0.9, boxes[0]), Found(0, 0, 0.8, boxes[1])]
+    found = [FoundBox(0, 0, 0.9, boxes[0]), FoundBox(0, 0, 0.8, boxes[1])]
     data = one_picture(objects, found)
     assert average_precisions(data, 0, (0.5,), VOC_2012) == pytest.approx([0.5])
     assert average_precisions(data, 0, (0.5,), replace(VOC_2012, matching="free")) == [1.0]
@@ -83,7 +83,7 @@ def test_matching_rules_on_a_picture_drawn_by_hand():
 
 def test_difficult_objects_neither_help_nor_harm():
     easy, hard = (TrueObject(0, 0, (1 + x, 1, 50 + x, 50), x > 0) for x in (0, 100))
-    hit, on_hard = (Found(0, 0, 0.9 - x / 1e3, (x, 0.0, x + 50.0, 50.0)) for x in (0.0, 100.0))
+    hit, on_hard = (FoundBox(0, 0, 0.9 - x / 1e3, (x, 0.0, x + 50.0, 50.0)) for x in (0.0, 100.0))
     for rules in (VOC_2012, COCO):
         full = average_precisions(one_picture([easy, hard], [hit, on_hard]), 0, (0.5,), rules)
         assert full == average_precisions(one_picture([easy], [hit]), 0, (0.5,), rules) == [1.0]
@@ -93,7 +93,10 @@ def test_difficult_objects_neither_help_nor_harm():
 def test_interpolations_by_hand():
     """The second of two detections finds one of two objects: precision 1/2 up to recall 1/2."""
     objects = [TrueObject(0, 0, (1 + x, 1, 50 + x, 50), False) for x in (0, 100)]
-    found = [Found(0, 0, 0.9, (60.0, 60.0, 80.0, 80.0)), Found(0, 0, 0.8, (0.0, 0.0, 50.0, 50.0))]
+    found = [
+        FoundBox(0, 0, 0.9, (60.0, 60.0, 80.0, 80.0)),
+        FoundBox(0, 0, 0.8, (0.0, 0.0, 50.0, 50.0)),
+    ]
     data = one_picture(objects, found)
     assert average_precisions(data, 0, (0.5,), VOC_2012) == pytest.approx([0.25])
     eleven = replace(VOC_2012, recall_points=ELEVEN_POINTS)
