@@ -9,7 +9,7 @@ import pytest
 from benchmarks.reference_metrics import (
     COCO,
     DetectionSet,
-    Found,
+    FoundBox,
     TrueObject,
     average_precisions,
 )
@@ -55,7 +55,7 @@ def as_set(voc: VocSet, split: VocSplit, rows: list[Detection]) -> DetectionSet:
         for picture in split.pictures
         for item in picture.objects
     ]
-    found = [Found(numbers[row[0]], row[1], row[2], tuple(row[3])) for row in rows]
+    found = [FoundBox(numbers[row[0]], row[1], row[2], tuple(row[3])) for row in rows]
     return DetectionSet(len(numbers), len(voc.classes), tuple(truth), tuple(found))
 
 
