@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import re
+import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,23 @@ def read_settings(
     for key, value in (defaults or {}).items():
         raw.setdefault(key, value)
     _check_keys(schema, raw, where, "", free)
-    return _build(schema, raw, where)
+
+    # jsonargparse reads text under Any as YAML once more ("010" would become 10): free mappings
+    # whose values are not theirs to check pass by it.
+    passed_on: dict[str, Any] = {}
+    for key in free:
+        section, name = key.split(".")
+        value = raw.get(section, {}).pop(name, None)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{where}{key} is {value!r}; it holds keys with values")
+        passed_on[key] = value
+    settings = _build(schema, raw, where)
+    for key, value in passed_on.items():
+        if value is not None:
+            section, name = key.split(".")
+            changed = dataclasses.replace(getattr(settings, section), **{name: value})
+            settings = dataclasses.replace(settings, **{section: changed})  # type: ignore[type-var]
+    return settings
 
 
 def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -197,7 +214,8 @@ def _is_text(schema: type, parts: Sequence[str]) -> bool:
     kind: Any = schema
     for part in parts:
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
-    kinds = {kind, *typing.get_args(kind)}
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(kind)) if is_union else {kind}
     return str in kinds and not kinds & {bool, int, float}
 
 

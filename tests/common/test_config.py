@@ -62,6 +62,16 @@ def test_free_keys_are_handed_on_flat(path):
     assert found.inner.options == {"train.epochs": 3, "lr": 0.5}
 
 
+def test_free_values_stay_as_they_are_written(path):
+    path.write_text("inner: {options: {name: '010', flag: 'true', number: 10, items: [1, '2']}}\n")
+    expected = {"name": "010", "flag": "true", "number": 10, "items": [1, "2"]}
+    assert read(path).inner.options == expected
+    assert read(path, "inner.options.name='7'").inner.options["name"] == "7"
+    assert read(path, "count=2").inner.rate == 0.1
+    with pytest.raises(UserError, match=r"inner\.options is 3; it holds keys with values"):
+        read(path, "inner.options=3")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
