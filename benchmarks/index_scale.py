@@ -38,7 +38,6 @@ _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for 
 _CHILD = """
 import json, sys, time
 from pathlib import Path
-from pretrain.data.shards import source_sizes
 from pretrain.data.order import epoch_samples, global_batch
 from pretrain.data.shards import ShardIndex
 
@@ -49,7 +48,7 @@ def peak_mebibytes():
 before, start = peak_mebibytes(), time.perf_counter()
 index = ShardIndex.open(sys.argv[1])
 opened = time.perf_counter()
-epoch = epoch_samples(source_sizes(index), seed=0, epoch=0, window=16384)
+epoch = epoch_samples(index.sources, seed=0, epoch=0, window=16384)
 batch = global_batch(epoch, 0, 256)
 ordered = time.perf_counter()
 assert len(batch.sample_ids) == 256

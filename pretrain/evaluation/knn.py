@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pretrain.features.memory_bank import top_k
 
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 512
 BANK_CHUNK = 8192
-"""Rows looked at together: similarities never take more than 1024 x 8192 x 4 bytes, 34 MB."""
-_ALLOCATOR_BYTES = 40_000_000
-"""What the C library's allocator keeps of what was freed; 15 to 35 MB were measured."""
+"""Rows looked at together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
+_ALLOCATOR_BYTES = 60_000_000
+"""What the C library's allocator keeps of what was freed; 15 to 55 MB were measured."""
 
 
 def working_bytes(num_queries: int, dim: int, k: int) -> int:
