@@ -346,7 +346,8 @@ for step in range(4):
     own = dist.local_rows(8 // dist.world_size())
     seen_by(probe, backbone, views[:, own].clone())
     probe.step(labels[own])
-torch.save(probe.state_dict()["online_probe"], f"{sys.argv[1]}-{dist.world_size()}-{dist.rank()}.pth")
+state = probe.state_dict()["online_probe"]
+torch.save(state, f"{sys.argv[1]}-{dist.world_size()}-{dist.rank()}.pth")
 rendezvous.stop()
 """
 
