@@ -104,7 +104,10 @@ def finish(batch: TwoViewBatch) -> list[torch.Tensor]:
         return [normalize(view, MEAN, STD) for view in batch.views]
     return [
         augment(
-            view, draw_parameters(VIEWS[n], batch.keys, batch.visits, seed=SEED, view_index=n),
+            view,
+            draw_parameters(
+                VIEWS[n], batch.sample_hashes, batch.repeats, seed=SEED, view_index=n
+            ),
             MEAN, STD,
         )
         for n, view in enumerate(batch.views)

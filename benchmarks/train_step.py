@@ -2,7 +2,7 @@
 
 Four arms start from the same weights and the same synthetic batch on the device; before anything is
 timed their losses are compared in fp32. They take turns, round by round. Then the engine's step is
-fed from shards by its own loader.
+batch from shards by its own loader.
 
 ours: the engine's own loop (``Trainer.steps``) with whatever the config switches on.
 eager: written from the definition (arXiv 2006.07733) in plain PyTorch; fp32, TF32 where there is.
@@ -144,8 +144,9 @@ def fed_of(views: Tensor) -> DeviceBatch:
     n, device = views.shape[1], views.device
     numbers = torch.arange(n, device=device)
     batch = TwoViewBatch(
-        views=torch.empty(0, dtype=torch.uint8, device=device), keys=numbers, sample_ids=numbers,
-        visits=torch.zeros_like(numbers), labels=torch.full_like(numbers, -1), num_bad=0,
+        views=torch.empty(0, dtype=torch.uint8, device=device),
+        sample_hashes=numbers, sample_ids=numbers,
+        repeats=torch.zeros_like(numbers), labels=torch.full_like(numbers, -1), num_bad=0,
         is_augmented=True,
     )  # fmt: skip
     return DeviceBatch(batch, views, 0.0)

@@ -38,7 +38,7 @@ def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = 
         torch.set_num_threads(engine.num_threads)
     folder = run_folder.prepare(config, resume=resume)
     lock = run_folder.hold(folder) if dist.rank() == 0 else None
-    feed = InputPipeline(
+    input_pipeline = InputPipeline(
         config.data,
         seed=config.seed,
         device=device,
@@ -60,7 +60,9 @@ def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = 
     )
     # What goes on beside the steps. The first process alone looks at the probe's sets.
     callbacks: list[Callback] = []
-    online_probe = OnlineProbe.open(config.eval, feed.samples, model.online.backbone, device)
+    online_probe = OnlineProbe.open(
+        config.eval, input_pipeline.samples, model.online.backbone, device
+    )
     if online_probe is not None:
         callbacks.append(online_probe)
     probe = Probe.open(config.eval, config.data, device)
@@ -68,7 +70,7 @@ def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = 
         if probe is not None:
             callbacks.append(KnnCallback(probe, online_probe))
         callbacks.append(RunPictures(probe))
-    trainer = Trainer(config, folder, lock, device, feed, model, optimizer, callbacks)
+    trainer = Trainer(config, folder, lock, device, input_pipeline, model, optimizer, callbacks)
     if resume and (folder / checkpoint.NAME).exists():
         trainer.restore(allow_changes=allow_changes)
     return trainer

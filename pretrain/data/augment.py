@@ -1,6 +1,6 @@
 """Photometric augmentation in batches on the device, with parameters of their own for each sample.
 
-The parameters are a pure function of (seed, visit, key, view). They are applied in the order
+The parameters are a pure function of (seed, repeat, hash, view). They are applied in the order
 jitter, grey, blur, solarise, normalise.
 """
 
@@ -231,18 +231,18 @@ _DRAWN = "jitter jitter_order brightness contrast saturation hue gray blur blur_
 
 def draw_parameters(
     view: ViewAugment,
-    keys: Tensor | np.ndarray,
-    visits: Tensor | np.ndarray | int,
+    sample_hashes: Tensor | np.ndarray,
+    repeats: Tensor | np.ndarray | int,
     *,
     seed: int,
     view_index: int,
 ) -> dict[str, Tensor]:
-    """Parameters of each sample of a batch: a pure function of (seed, visit, key, view).
+    """Parameters of each sample of a batch: a pure function of (seed, repeat, hash, view).
 
     Args:
         view: The distribution.
-        keys: int64 [n], the samples' hashed names.
-        visits: int64 [n], how often each sample was due before; or one number for all.
+        sample_hashes: int64 [n], the samples' hashed names.
+        repeats: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
         view_index: 0 or 1.
     Returns:
@@ -251,7 +251,9 @@ def draw_parameters(
         or 1), "blur_sigma" (pixels, 0: no blur).
     """
     names = _DRAWN.split()
-    draws = draw_uniforms("augment", keys, visits, len(names), seed=seed, view_index=view_index)
+    draws = draw_uniforms(
+        "augment", sample_hashes, repeats, len(names), seed=seed, view_index=view_index
+    )
     u: dict[str, np.ndarray] = dict(zip(names, draws, strict=True))
     jitter = u["jitter"] < view.jitter_probability
 
@@ -277,64 +279,68 @@ def draw_parameters(
 
 def draw_uniforms(
     purpose: str,
-    keys: Tensor | np.ndarray,
-    visits: Tensor | np.ndarray | int,
+    sample_hashes: Tensor | np.ndarray,
+    repeats: Tensor | np.ndarray | int,
     num_draws: int,
     *,
     seed: int,
     view_index: int,
 ) -> np.ndarray:
-    """Uniform numbers for each sample: a function of (purpose, seed, visit, key, view, draw) alone.
+    """Uniform numbers for each sample: a function of its arguments and the draw alone.
 
     Args:
         purpose: What the numbers are for; two purposes draw independently.
-        keys: int64 [n], the samples' hashed names.
-        visits: int64 [n], or one number for all samples.
+        sample_hashes: int64 [n], the samples' hashed names.
+        repeats: int64 [n], or one number for all samples.
         num_draws: Draws per sample.
         seed: Seed of the run.
         view_index: 0 or 1.
     Returns:
         float64 [num_draws, n] in [0, 1).
     """
-    keys = keys.detach().cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
-    visits = visits.detach().cpu().numpy() if isinstance(visits, Tensor) else np.asarray(visits)
+    sample_hashes = (
+        sample_hashes.detach().cpu().numpy()
+        if isinstance(sample_hashes, Tensor)
+        else np.asarray(sample_hashes)
+    )
+    repeats = repeats.detach().cpu().numpy() if isinstance(repeats, Tensor) else np.asarray(repeats)
     return uniforms(
-        keys, stream_bases(purpose, visits, seed=seed, view_index=view_index), num_draws
+        sample_hashes, stream_bases(purpose, repeats, seed=seed, view_index=view_index), num_draws
     )
 
 
-def stream_bases(purpose: str, visits: np.ndarray, *, seed: int, view_index: int) -> np.ndarray:
+def stream_bases(purpose: str, repeats: np.ndarray, *, seed: int, view_index: int) -> np.ndarray:
     """Numbers of the streams that `uniforms` draws from, a function of all its arguments.
 
     Args:
         purpose: What the numbers are for.
-        visits: int64 [n] or one number.
+        repeats: int64 [n] or one number.
         seed: Seed of the run.
         view_index: 0 or 1.
     Returns:
-        uint64, of the shape of `visits`, or one number if all visits are equal.
+        uint64, of the shape of `repeats`, or one number if all repeats are equal.
     """
-    if visits.size and (visits == visits.flat[0]).all():
-        visits = np.asarray(visits.flat[0])  # as nearly always; finding the kinds would cost more
-    kinds, which = np.unique(visits, return_inverse=True)
+    if repeats.size and (repeats == repeats.flat[0]).all():
+        repeats = np.asarray(repeats.flat[0])  # as nearly always; finding the kinds would cost more
+    kinds, which = np.unique(repeats, return_inverse=True)
     bases = [stable_hash(purpose, seed, int(kind), view_index, num_bytes=8) for kind in kinds]
     base = np.array([int.from_bytes(b, "little") for b in bases], np.uint64)
-    return base[which.reshape(visits.shape)]
+    return base[which.reshape(repeats.shape)]
 
 
-def uniforms(keys: np.ndarray, base: np.ndarray | int, num_draws: int) -> np.ndarray:
-    """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, key, draw).
+def uniforms(sample_hashes: np.ndarray, base: np.ndarray | int, num_draws: int) -> np.ndarray:
+    """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, hash, draw).
 
     Args:
-        keys: int64 or uint64 [n].
-        base: 64-bit number of the stream; or uint64 [n], one for each key.
-        num_draws: Draws per key.
+        sample_hashes: int64 or uint64 [n].
+        base: 64-bit number of the stream; or uint64 [n], one for each hash.
+        num_draws: Draws per hash.
     Returns:
         float64 [num_draws, n], multiples of 2**-53.
     """
-    keys = np.ascontiguousarray(keys).view(np.uint64)
+    sample_hashes = np.ascontiguousarray(sample_hashes).view(np.uint64)
     counters = np.arange(1, num_draws + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
-    state = _mix(_mix(keys ^ np.asarray(base, np.uint64))[None, :] + counters)
+    state = _mix(_mix(sample_hashes ^ np.asarray(base, np.uint64))[None, :] + counters)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,7 +1,8 @@
 """From encoded pictures to uint8 views: decoding, random resized crops, changes in the worker.
 
-Boxes and flips of many samples are drawn together, by counter: a box is a function of (seed, visit,
-key, view) and the picture's size, with the distribution of torchvision's RandomResizedCrop.
+Boxes and flips of many samples are drawn together, by counter: a box is a function of the seed, the
+sample's hash and repeat index, the view and the picture's size. Its distribution is that of
+torchvision's RandomResizedCrop.
 """
 
 import math
@@ -33,16 +34,16 @@ class Sample(NamedTuple):
 
     Attributes:
         sample_id: Its number.
-        key: 64-bit hash of its name.
-        visit: How often it was due before.
+        sample_hash: 64-bit hash of its name.
+        repeat: How often it was due before.
         label: -1 if there is none.
         data: The encoded picture; None if the sample has none.
         name: What to call it in messages, if it was not looked up by its number.
     """
 
     sample_id: int
-    key: int
-    visit: int
+    sample_hash: int
+    repeat: int
     label: int
     data: bytes | memoryview | None
     name: str = ""
@@ -102,15 +103,17 @@ class ViewWriter:
             sizes.append((header.height, header.width))
         if not rows:
             return failed
-        keys = np.array([samples[row].key for row in rows], np.uint64).view(np.int64)
-        visits = np.array([samples[row].visit for row in rows], np.int64)
+        sample_hashes = np.array([samples[row].sample_hash for row in rows], np.uint64).view(
+            np.int64
+        )
+        repeats = np.array([samples[row].repeat for row in rows], np.int64)
         crops = draw_crops(
-            np.array(sizes, np.int64), keys, visits, seed=self.seed,
+            np.array(sizes, np.int64), sample_hashes, repeats, seed=self.seed,
             scales=dict(enumerate(self.crop_scales)), flip_probability=self.flip_probability,
         )  # fmt: skip
         changes: list[list[augment_uint8.Changes]] = []
         for number, view in enumerate(self.photometric or ()):
-            drawn = draw_parameters(view, keys, visits, seed=self.seed, view_index=number)
+            drawn = draw_parameters(view, sample_hashes, repeats, seed=self.seed, view_index=number)
             changes.append(augment_uint8.changes_of(drawn, self.image_size))
         sides = np.min([view.boxes[:, 2:] for view in crops], axis=(0, 2))
         reductions = reductions_for(sides, self.image_size).tolist()
@@ -154,20 +157,20 @@ class Crops:
 
 def draw_crops(
     sizes: np.ndarray,
-    keys: np.ndarray,
-    visits: np.ndarray | int,
+    sample_hashes: np.ndarray,
+    repeats: np.ndarray | int,
     *,
     seed: int,
     scales: Mapping[int, tuple[float, float]],
     ratio: tuple[float, float] = RATIO,
     flip_probability: float = 0.5,
 ) -> list[Crops]:
-    """Crops of each view of each picture: a function of (seed, visit, key, view) and its size.
+    """Crops of each view of each picture: a function of (seed, repeat, hash, view) and its size.
 
     Args:
         sizes: int64 [n, 2], height and width in pixels.
-        keys: int64 [n], the samples' hashed names.
-        visits: int64 [n], how often each sample was due before; or one number for all.
+        sample_hashes: int64 [n], the samples' hashed names.
+        repeats: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
         scales: For each view by its number, the range of the crop's area as a share of the
             picture's.
@@ -176,17 +179,20 @@ def draw_crops(
     Returns:
         One for each view, in the order of `scales`.
     """
-    num, num_views = len(keys), len(scales)
-    visits = np.asarray(visits)
-    bases = [stream_bases("crop", visits, seed=seed, view_index=view) for view in scales]
+    num, num_views = len(sample_hashes), len(scales)
+    repeats = np.asarray(repeats)
+    bases = [stream_bases("crop", repeats, seed=seed, view_index=view) for view in scales]
     base = np.concatenate([np.broadcast_to(part, num) for part in bases])
-    keys, sizes = np.tile(keys, num_views), np.tile(sizes, (num_views, 1))  # views one by one
+    sample_hashes, sizes = (
+        np.tile(sample_hashes, num_views),
+        np.tile(sizes, (num_views, 1)),
+    )  # views one by one
     low, high = np.repeat(np.array([*scales.values()]).T, num, axis=1)
-    draws = uniforms(keys, base, 1 + 4)
+    draws = uniforms(sample_hashes, base, 1 + 4)
     boxes, fits = boxes_from_draws(draws[1:], sizes, (low, high), ratio)
     again = np.flatnonzero(~fits)  # the other attempts are drawn for these rows alone
     if len(again):
-        more = uniforms(keys[again], base[again], 1 + 4 * _ATTEMPTS)
+        more = uniforms(sample_hashes[again], base[again], 1 + 4 * _ATTEMPTS)
         scale = (low[again], high[again])
         boxes[again], _ = boxes_from_draws(more[1:], sizes[again], scale, ratio)
     flips = draws[0] < flip_probability

@@ -37,7 +37,7 @@ _REMEDY = "delete index.json and run again to index the tars, or make the shards
 # -- names ----------------------------------------------------------------------------------------
 
 
-def key_hash(name: str) -> int:
+def sample_hash(name: str) -> int:
     """64-bit number of a sample's name, the same wherever the sample is stored."""
     return int.from_bytes(stable_hash(name, num_bytes=8), "little")
 
@@ -210,7 +210,7 @@ def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str
 
 def to_table(entries: Sequence[Entry]) -> np.ndarray:
     """The samples of one shard, SAMPLE_DTYPE [n]; their shard number is 0."""
-    rows = [(0, one.offset, one.size, one.label, key_hash(one.name)) for one in entries]
+    rows = [(0, one.offset, one.size, one.label, sample_hash(one.name)) for one in entries]
     return np.array(rows, dtype=SAMPLE_DTYPE)
 
 

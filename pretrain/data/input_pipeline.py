@@ -31,12 +31,12 @@ class DeviceBatch:
     """A batch and what the model sees of it.
 
     Attributes:
-        batch: As the loader made it; its small tensors on the device.
+        samples: As the loader made it; its small tensors on the device.
         views: float32 [2, n, 3, s, s], normalised, on the device.
         waited: Seconds that the loop stood still for this batch's pictures.
     """
 
-    batch: TwoViewBatch
+    samples: TwoViewBatch
     views: Tensor
     waited: float
 
@@ -192,7 +192,7 @@ class InputPipeline:
         views = []
         for number, preset in enumerate(self._presets):
             parameters = draw_parameters(
-                preset, batch.keys, batch.visits, seed=self._seed, view_index=number
+                preset, batch.sample_hashes, batch.repeats, seed=self._seed, view_index=number
             )
             views.append(augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std))
         if not self._channels_last:
@@ -206,7 +206,7 @@ def _handed_over(ready: DeviceBatch, done: torch.cuda.Event) -> DeviceBatch:
     current = torch.cuda.current_stream(ready.views.device)
     with record_function("wait for views"):
         current.wait_event(done)
-    for tensor in (ready.views, ready.batch.sample_ids, ready.batch.labels):
+    for tensor in (ready.views, ready.samples.sample_ids, ready.samples.labels):
         tensor.record_stream(current)
     return ready
 

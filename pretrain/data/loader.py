@@ -1,6 +1,6 @@
 """From shards to batches of uint8 views, in an order that follows from (seed, epoch).
 
-One request to a worker is a whole batch of one rank: sample numbers and visits. Workers keep no
+One request to a worker is a whole batch of one rank: sample numbers and repeats. Workers keep no
 state, so their number changes nothing but the speed.
 """
 
@@ -51,18 +51,18 @@ class TwoViewBatch:
 
     Attributes:
         views: uint8 [views, n, 3, s, s], RGB; each view lies channels-last in memory.
-        keys: int64 [n], 64-bit hashes of the samples' names (the bits of an unsigned number).
+        sample_hashes: int64 [n], 64-bit hashes of the samples' names (bits of unsigned numbers).
         sample_ids: int64 [n], numbers in the shard index.
-        visits: int64 [n], how often each sample was due before (docs/architecture.md).
+        repeats: int64 [n], how often each sample was due before (docs/architecture.md).
         labels: int64 [n], -1 where there is none.
         num_bad: How many samples of this batch stand in for bad ones.
         is_augmented: True if photometric changes are done; what is left is to normalise.
     """
 
     views: torch.Tensor
-    keys: torch.Tensor
+    sample_hashes: torch.Tensor
     sample_ids: torch.Tensor
-    visits: torch.Tensor
+    repeats: torch.Tensor
     labels: torch.Tensor
     num_bad: int
     is_augmented: bool = False
@@ -76,7 +76,7 @@ class TwoViewBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Any) -> "TwoViewBatch":
-        names = ("views", "keys", "sample_ids", "visits", "labels")
+        names = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
@@ -160,12 +160,14 @@ class BatchDataset(Dataset):
         except UserError as error:
             reply.error = str(error)
             return
-        sample_ids, keys, visits, labels = zip(*numbers, strict=True) if numbers else [()] * 4
+        sample_ids, sample_hashes, repeats, labels = (
+            zip(*numbers, strict=True) if numbers else [()] * 4
+        )
         reply.batch = TwoViewBatch(
             views=out.permute(0, 1, 4, 2, 3),
-            keys=torch.from_numpy(np.array(keys, np.uint64).view(np.int64)),
+            sample_hashes=torch.from_numpy(np.array(sample_hashes, np.uint64).view(np.int64)),
             sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
-            visits=torch.tensor(visits, dtype=torch.int64),
+            repeats=torch.tensor(repeats, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             num_bad=num_bad,
             is_augmented=self.views.photometric is not None,
@@ -213,15 +215,15 @@ class TwoViewDataset(BatchDataset):
 
     def _read(self, request: OrderedSamples) -> list[Sample]:
         rows = self.index.samples[request.sample_ids]
-        columns = (request.sample_ids, rows["key"], request.visits, rows["label"])
+        columns = (request.sample_ids, rows["key"], request.repeats, rows["label"])
         pictures = self.index.read_many(request.sample_ids)
         return [*map(Sample, *(column.tolist() for column in columns), pictures)]
 
     def stand_in(self, sample: Sample, attempt: int) -> Sample:
         """A sample drawn by the run's seed and the bad sample."""
-        rng = counter_rng("replacement", self.views.seed, sample.visit, sample.sample_id, attempt)
+        rng = counter_rng("replacement", self.views.seed, sample.repeat, sample.sample_id, attempt)
         drawn = int(rng.integers(self.index.num_samples))
-        return self._read(OrderedSamples(np.array([drawn]), np.array([sample.visit])))[0]
+        return self._read(OrderedSamples(np.array([drawn]), np.array([sample.repeat])))[0]
 
     def describe(self, sample: Sample) -> str:
         """See `BatchDataset`."""

@@ -94,18 +94,18 @@ class OrderedSamples:
 
     Attributes:
         sample_ids: int64 [n], numbers in the sources joined end to end.
-        visits: int64 [n], how often each was due before; it decides the augmentation, so that a
+        repeats: int64 [n], how often each was due before; it decides the augmentation, so that a
             sample that comes again is cropped in another way.
     """
 
     sample_ids: np.ndarray
-    visits: np.ndarray
+    repeats: np.ndarray
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def __getitem__(self, rows: slice) -> "OrderedSamples":
-        return OrderedSamples(self.sample_ids[rows], self.visits[rows])
+        return OrderedSamples(self.sample_ids[rows], self.repeats[rows])
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class SourceSizes:
 def epoch_samples(
     sources: Sequence[SourceSizes], *, seed: int, epoch: int, window: int
 ) -> OrderedSamples:
-    """Samples and visits of one epoch of one or several sources.
+    """Samples and repeats of one epoch of one or several sources.
 
     The samples of a source form an endless row of cycles, each cycle one `epoch_order`. With
     m = round(weight * size), epoch e takes the m samples from number e * m on. A weight of 1 is
@@ -152,7 +152,7 @@ def epoch_samples(
         order = epoch_order(sources[0].shard_sizes, seed=seed, epoch=epoch, window=window)
         return OrderedSamples(order, np.broadcast_to(np.int64(epoch), len(order)))
     total = max(1, sum(source.num_due for source in sources))
-    ids, visits, places, first = [], [], [], 0
+    ids, repeats, places, first = [], [], [], 0
     for number, source in enumerate(sources):
         # Of the source's endless row of cycles, this epoch takes the samples start .. stop - 1.
         size, due = source.num_samples, source.num_due
@@ -163,13 +163,13 @@ def epoch_samples(
             order = epoch_order(source.shard_sizes, seed=own_seed, epoch=cycle, window=own_window)
             piece = order[max(0, start - cycle * size) : stop - cycle * size]
             ids.append(piece + first)
-            visits.append(np.full(len(piece), cycle, np.int64))
+            repeats.append(np.full(len(piece), cycle, np.int64))
         places.append((np.arange(due) + 0.5) / max(1, due))
         first += size
     merged = np.argsort(np.concatenate(places), kind="stable")
     nothing = np.empty(0, np.int64)
     return OrderedSamples(
-        np.concatenate([nothing, *ids])[merged], np.concatenate([nothing, *visits])[merged]
+        np.concatenate([nothing, *ids])[merged], np.concatenate([nothing, *repeats])[merged]
     )
 
 
@@ -201,9 +201,9 @@ def num_steps_per_epoch(num_samples: int, batch_size: int, last_batch: LastBatch
 def global_batch(
     epoch: OrderedSamples, k: int, batch_size: int, last_batch: LastBatch = "drop"
 ) -> OrderedSamples:
-    """The k-th global batch: `batch_size` samples with their visits.
+    """The k-th global batch: `batch_size` samples with their repeats.
 
-    The visits of samples that pad the last batch are negative, so that their views differ from
+    The repeats of samples that pad the last batch are negative, so that their views differ from
     those at the epoch's beginning.
 
     Raises:
@@ -216,7 +216,7 @@ def global_batch(
     if missing := batch_size - len(batch):
         return OrderedSamples(
             np.concatenate([batch.sample_ids, epoch.sample_ids[:missing]]),
-            np.concatenate([batch.visits, -1 - epoch.visits[:missing]]),
+            np.concatenate([batch.repeats, -1 - epoch.repeats[:missing]]),
         )
     return batch
 

@@ -158,7 +158,7 @@ class NonFiniteGuard:
         losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
         batch = {
             name: dist.gather(getattr(seen.batch, name)).tolist()
-            for name in ("sample_ids", "visits", "keys")
+            for name in ("sample_ids", "repeats", "sample_hashes")
         }
 
         def plain(value: float) -> float | str:  # JSON has no NaN

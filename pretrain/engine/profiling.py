@@ -194,7 +194,7 @@ def batches(trainer: Trainer) -> Generator[DeviceBatch]:
     """The run's batches from where it stands; an epoch that ends is followed by the next."""
     position = trainer.position
     while True:
-        yield from trainer.feed.epoch(position.epoch, position.step_in_epoch)
+        yield from trainer.input_pipeline.epoch(position.epoch, position.step_in_epoch)
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
 

@@ -95,7 +95,7 @@ class Trainer:
         folder: Of the run.
         lock: Of the folder, in the first process; ``close`` frees it.
         device: Of the model.
-        feed: The batches.
+        input_pipeline: The batches.
         model: On its device.
         optimizer: Of the online network's parameters.
         callbacks: Called in this order.
@@ -110,16 +110,21 @@ class Trainer:
         folder: Path,
         lock: run_folder.FolderLock | None,
         device: torch.device,
-        feed: InputPipeline,
+        input_pipeline: InputPipeline,
         model: FAContrastive,
         optimizer: torch.optim.Optimizer,
         callbacks: Sequence[Callback],
     ) -> None:
         self.config, self.folder, self.lock, self.device = config, folder, lock, device
-        self.feed, self.model, self.optimizer, self.callbacks = feed, model, optimizer, callbacks
-        self.num_steps = feed.num_steps * config.optim.epochs
+        self.input_pipeline, self.model, self.optimizer, self.callbacks = (
+            input_pipeline,
+            model,
+            optimizer,
+            callbacks,
+        )
+        self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.run_state = checkpoint.RunState(
-            config, model, optimizer, self.num_steps, feed.fingerprint
+            config, model, optimizer, self.num_steps, input_pipeline.fingerprint
         )
         self.position = checkpoint.Position()
         self.notes: list[str] = []
@@ -152,7 +157,7 @@ class Trainer:
         position, is_fresh = self.position, self.position.step == 0
         self.saver.check_space(self.state())
         if dist.rank() == 0:
-            self.log = open_log(self.config, self.folder, position, self.feed.num_steps)
+            self.log = open_log(self.config, self.folder, position, self.input_pipeline.num_steps)
         self.bar = progress_bar("pretrain", self.num_steps, position.step)
         log = self.log or contextlib.nullcontext()
         with self.bar, log, self.stop, self.saver, self.hang_timer:
@@ -164,7 +169,7 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_start(self)
             while position.epoch < self.config.optim.epochs:
-                self.steps(self.feed.epoch(position.epoch, position.step_in_epoch))
+                self.steps(self.input_pipeline.epoch(position.epoch, position.step_in_epoch))
                 position.epoch += 1
                 position.step_in_epoch = 0
                 for callback in self.callbacks:
@@ -174,26 +179,28 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self)
         if dist.rank() == 0:
-            run_folder.write_summary(self.folder, position, self.config, self.feed.num_samples)
+            run_folder.write_summary(
+                self.folder, position, self.config, self.input_pipeline.num_samples
+            )
         self.close()
 
     def steps(self, batches: Iterable[DeviceBatch]) -> None:
         """One step on each batch, then its rows, its checkpoint, and the end if a signal asks."""
         position, meter = self.position, Meter()
-        for fed in batches:
+        for batch in batches:
             self.hang_timer.restart()
             started = time.perf_counter()
             is_logged = self._is_logged(position.step + 1)
             is_saved = self._is_saved(position.step + 1)
-            result = self.step(fed, is_logged=is_logged)
+            result = self.step(batch, is_logged=is_logged)
             position.step += 1
             position.step_in_epoch += 1
-            position.train_seconds += time.perf_counter() - started + fed.waited
+            position.train_seconds += time.perf_counter() - started + batch.waited
             meter.num_images += self.config.data.batch_size
-            meter.data_seconds += fed.waited
+            meter.data_seconds += batch.waited
             self.bar.update()
             # Several processes sum, and agree to stop, only where they wait for each other anyway.
-            self.num_new_bad_samples += fed.batch.num_bad
+            self.num_new_bad_samples += batch.samples.num_bad
             if is_logged or is_saved or not dist.is_on():
                 num = self.num_new_bad_samples
                 if dist.is_on():
@@ -216,41 +223,41 @@ class Trainer:
             if is_logged or not dist.is_on():
                 self._stop_if_asked()
 
-    def step(self, fed: DeviceBatch, *, is_logged: bool) -> StepResult:
+    def step(self, batch: DeviceBatch, *, is_logged: bool) -> StepResult:
         """One optimiser step: forward, loss, backward, update, EMA and queue."""
         config, step = self.config, self.position.step
         factor = lr_factor(config.optim, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
         with record_function("guards"):
             self.guard.keep()
-        outputs = self.compute_gradients(fed, step)
+        outputs = self.compute_gradients(batch, step)
         first = outputs[0]
         # The update is left out if fp16 overflowed, or if loss or gradients are not finite.
         with record_function("guards"):
             if self.loss_scale.overflowed(first.loss, self.optimizer, self.position):
                 return StepResult(first, lr)
             is_due = is_logged or self._is_saved(step + 1) or self.loss_scale.is_loss_bad
-            if self.guard.refuses(self.position, fed.batch, first.loss, is_due=is_due):
+            if self.guard.refuses(self.position, batch.samples, first.loss, is_due=is_due):
                 return StepResult(first, lr, is_skipped=True)
         with record_function("optimiser"):
             self.optimizer.step()
         for callback in self.callbacks:
-            callback.on_step_end(fed.batch)
+            callback.on_step_end(batch.samples)
         # The queue's figures are those before the batch itself enters.
-        ids, labels = fed.batch.sample_ids, fed.batch.labels
+        ids, labels = batch.samples.sample_ids, batch.samples.labels
         num = len(first.projection)
         queue = self.model.queue_report(first, ids[:num], labels[:num]) if is_logged else {}
         tau = ema_tau(config.objective, step, self.num_steps)
         self.model.after_optimizer_step(tau, outputs, ids, labels)
         return StepResult(first, lr, queue)
 
-    def compute_gradients(self, fed: DeviceBatch, step: int) -> list[StepOutput]:
+    def compute_gradients(self, batch: DeviceBatch, step: int) -> list[StepOutput]:
         """Forward, loss and backward of the step that follows ``step`` finished ones."""
         config, progress = self.config, step / self.num_steps
         self.optimizer.zero_grad(set_to_none=True)
         generator = partial(fa_generator, config.seed, step, self.device)
         views = self.gradients.attacked(
-            fed.views, generator, progress, config.adversarial, config.data
+            batch.views, generator, progress, config.adversarial, config.data
         )
         for callback in self.callbacks:
             callback.on_forward_start()
@@ -277,7 +284,7 @@ class Trainer:
     def write(self, kind: str, **values: Any) -> None:
         """One row of the log, at the present step; only the first process has a log."""
         if self.log is not None:
-            epoch = self.position.step / self.feed.num_steps
+            epoch = self.position.step / self.input_pipeline.num_steps
             self.log.write(kind, self.position.step, epoch=epoch, **values)
 
     def warn(self, message: str, **values: Any) -> None:

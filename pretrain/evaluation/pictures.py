@@ -62,9 +62,9 @@ class RunPictures(Callback):
                 (folder / "pictures" / f"{name}.{kind}").unlink(missing_ok=True)
         num = config.eval.num_pictures
         if num:
-            first = trainer.feed.first_batch()
-            ids, views = first.batch.sample_ids, first.views
-            save_views(folder, trainer.feed.samples, ids, views, num, config.data)
+            first = trainer.input_pipeline.first_batch()
+            ids, views = first.samples.sample_ids, first.views
+            save_views(folder, trainer.input_pipeline.samples, ids, views, num, config.data)
             self._save_neighbours(trainer, BEFORE)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -78,7 +78,7 @@ class RunPictures(Callback):
             save_map(trainer.folder, backbone, self.probe, config.eval.num_map_points, config.seed)
 
     def _save_neighbours(self, trainer: Trainer, name: str) -> None:
-        config, sets = trainer.config, (trainer.feed.samples, self.probe)
+        config, sets = trainer.config, (trainer.input_pipeline.samples, self.probe)
         num, backbone = config.eval.num_pictures, trainer.model.online.backbone
         save_neighbours(
             trainer.folder, backbone, *sets, num, trainer.device, config.data, name=name

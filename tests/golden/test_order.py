@@ -30,7 +30,7 @@ def epochs_of(
     name: str, *, rank: int = 0, world_size: int = 1, last_batch: LastBatch = "drop",
     start: tuple[int, int] = (0, 0),
 ) -> list[np.ndarray]:  # fmt: skip
-    """int64 [steps, 2, batch of the rank] for epochs 0 and 1: numbers and visits of the samples.
+    """int64 [steps, 2, batch of the rank] for epochs 0 and 1: numbers and repeats of the samples.
 
     `start` is the epoch and step that a resumed run begins with.
     """
@@ -42,7 +42,7 @@ def epochs_of(
     epochs = []
     for epoch in range(start[0], 2):
         sampler.epoch, sampler.start_step = epoch, start[1] if epoch == start[0] else 0
-        requests = [np.stack([one.sample_ids, one.visits]) for one in sampler]
+        requests = [np.stack([one.sample_ids, one.repeats]) for one in sampler]
         epochs.append(np.array(requests, dtype="<i8"))
     return epochs
 
@@ -109,13 +109,14 @@ def test_batches_of_the_loader(two_sets: list[str]) -> None:
             last_batch="pad",
         )  # fmt: skip
         made = loader.epoch(epoch, start_step)
-        return [[b.sample_ids.tolist(), b.visits.tolist(), b.keys.tolist()] for b in made]
+        return [[b.sample_ids.tolist(), b.repeats.tolist(), b.sample_hashes.tolist()] for b in made]
 
     measured = {}
     for epoch in (0, 1):
         whole = batches(0, 1, epoch)
         measured[f"epoch {epoch}"] = [
-            {"numbers": numbers, "visits": visits, "keys": keys} for numbers, visits, keys in whole
+            {"numbers": numbers, "visits": repeats, "keys": keys}
+            for numbers, repeats, keys in whole
         ]
         for world_size in (3, 4):
             ranks = [batches(rank, world_size, epoch) for rank in range(world_size)]

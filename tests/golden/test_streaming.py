@@ -12,7 +12,7 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import DataConfig
-from pretrain.data.index import key_hash
+from pretrain.data.index import sample_hash
 from pretrain.data.input_pipeline import InputPipeline
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
@@ -20,7 +20,7 @@ from tests.golden.pictures import pixels, png, write_tar
 ROOT = Path(__file__).parents[2]
 NUM_PER_TAR = (12, 7, 9)
 NAMES = {
-    key_hash(name): name
+    sample_hash(name): name
     for tar, num in enumerate(NUM_PER_TAR)
     for name in (f"{tar}-{i:02d}" for i in range(num))
 }
@@ -60,9 +60,9 @@ def test_batches(tars: Path, tmp_path: Path, shards: str, num_workers: int) -> N
     for epoch, start_step in ((0, 0), (1, 0), (1, 2)):
         batches = []
         for one in pipeline.epoch(epoch, start_step):
-            names = [NAMES[key % 2**64] for key in one.batch.keys.tolist()]
-            assert one.batch.labels.tolist() == [int(name[0]) for name in names]
-            batches.append({"names": names, "visits": one.batch.visits.tolist()})
+            names = [NAMES[key % 2**64] for key in one.samples.sample_hashes.tolist()]
+            assert one.samples.labels.tolist() == [int(name[0]) for name in names]
+            batches.append({"names": names, "visits": one.samples.repeats.tolist()})
             bits.append(digest(one.views.contiguous().numpy().tobytes()))
         measured[f"epoch {epoch} from step {start_step}"] = batches
     source = "one_tar" if shards == "part-0.tar" else "three_tars"
@@ -73,7 +73,7 @@ def test_sets_with_weights(tars: Path, tmp_path: Path) -> None:
     shards = {str(tars / "part-0.tar"): 1.0, str(tars / "part-[12].tar"): 3.0}
     pipeline = pipeline_of(shards, tmp_path, num_workers=1)
     measured = [
-        {"numbers": one.batch.sample_ids.tolist(), "tars": one.batch.labels.tolist()}
+        {"numbers": one.samples.sample_ids.tolist(), "tars": one.samples.labels.tolist()}
         for one in pipeline.epoch(0)
     ]
     check("streaming_weights", measured)

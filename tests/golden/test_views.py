@@ -10,7 +10,7 @@ import torch
 from pretrain.config import DataConfig
 from pretrain.data.augment import PRESETS, draw_parameters
 from pretrain.data.decode import draw_crops
-from pretrain.data.index import key_hash
+from pretrain.data.index import sample_hash
 from pretrain.data.input_pipeline import InputPipeline
 from tests.golden.gate import check, digest
 from tests.golden.pictures import encode, pixels, png, write_tar
@@ -57,7 +57,7 @@ def views_of(shards: str, folder: Path, preset: str, place: str) -> tuple[list[i
     )
     (one,) = pipeline.epoch(1)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.pixel_mean, data.pixel_std))
-    return one.batch.sample_ids.tolist(), (one.views * std + mean) * 255
+    return one.samples.sample_ids.tolist(), (one.views * std + mean) * 255
 
 
 def figures(view: torch.Tensor) -> list[float]:
@@ -87,16 +87,16 @@ def test_pixels(shards: str, tmp_path: Path, preset: str, place: str) -> None:
 
 def test_crop_boxes_and_random_parameters() -> None:
     """Exactly, by digests of all and the numbers of the first samples."""
-    keys = np.array([key_hash(f"picture-{i:02d}") for i in range(NUM)], np.uint64).view(np.int64)
-    visits = np.arange(NUM) % 3
+    keys = np.array([sample_hash(f"picture-{i:02d}") for i in range(NUM)], np.uint64).view(np.int64)
+    repeats = np.arange(NUM) % 3
     sizes = np.stack([40 + 7 * np.arange(NUM), 500 - 7 * np.arange(NUM)], axis=1)
     measured = {}
     for name, presets in PRESETS.items():
         scales = {number: preset.crop_scale for number, preset in enumerate(presets)}
-        crops = draw_crops(sizes, keys, visits, seed=SEED, scales=scales)
+        crops = draw_crops(sizes, keys, repeats, seed=SEED, scales=scales)
         for number, (preset, drawn) in enumerate(zip(presets, crops, strict=True)):
             boxes = np.column_stack([drawn.boxes, drawn.flips]).astype(np.int64)
-            parameters = draw_parameters(preset, keys, visits, seed=SEED, view_index=number)
+            parameters = draw_parameters(preset, keys, repeats, seed=SEED, view_index=number)
             measured[f"{name}, view {number + 1}"] = {
                 "boxes and flips": digest(boxes.astype("<i8").tobytes()),
                 "first boxes and flips": boxes[:4].tolist(),

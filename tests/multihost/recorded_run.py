@@ -17,17 +17,17 @@ plain_epoch = InputPipeline.epoch
 def recorded_epoch(self: InputPipeline, epoch: int, start_step: int = 0) -> Iterator[DeviceBatch]:
     """The same batches; a line for each."""
     with open(sys.argv[1], "a", encoding="utf-8") as stream:
-        for step, fed in enumerate(plain_epoch(self, epoch, start_step), start_step):
+        for step, batch in enumerate(plain_epoch(self, epoch, start_step), start_step):
             row = {
                 "epoch": epoch,
                 "step": step,
                 "rank": dist.rank(),
                 "world_size": dist.world_size(),
-                "samples": fed.batch.sample_ids.tolist(),
+                "samples": batch.samples.sample_ids.tolist(),
             }
             stream.write(json.dumps(row) + "\n")
             stream.flush()
-            yield fed
+            yield batch
 
 
 if __name__ == "__main__":

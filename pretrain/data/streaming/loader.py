@@ -29,7 +29,7 @@ from pretrain.data.order import share_of_rank
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming.reader import Reader, open_sources
 
-_MAX_PASSES = 1 << 20  # per epoch; visits count epochs and passes in one number
+_MAX_PASSES = 1 << 20  # per epoch; repeats count epochs and passes in one number
 
 
 class StreamRequest(NamedTuple):
@@ -50,7 +50,7 @@ class StreamDataset(BatchDataset):
     """What a worker does: it keeps a stream of samples, and makes each request a batch of them.
 
     Args:
-        make_reader: Makes the reader of a stream, but for its number, seed and first visit.
+        make_reader: Makes the reader of a stream, but for its number, seed and first repeat.
         views: Decodes, crops and changes.
         num_steps: Global batches per epoch.
         batch_size: Batch size of one rank.
@@ -86,7 +86,7 @@ class StreamDataset(BatchDataset):
                 number=number * self._world_size + self._rank,
                 num_readers=num_workers * self._world_size,
                 seed=(self.views.seed, request.epoch, request.start_step),
-                first_visit=first_step * _MAX_PASSES,
+                first_repeat=first_step * _MAX_PASSES,
             )
             self._stream = reader.samples()
         reply = Reply(error=self._error)

@@ -16,7 +16,7 @@ from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError, require
 from pretrain.data.decode import Sample
-from pretrain.data.index import NO_LABEL, is_picture, key_hash, split_name, tar_files
+from pretrain.data.index import NO_LABEL, is_picture, sample_hash, split_name, tar_files
 from pretrain.data.order import stable_hash
 from pretrain.data.shards import check_weights
 from pretrain.data.sources.locations import expand
@@ -78,7 +78,7 @@ class Reader:
         number: Number of this reader.
         num_readers: Of how many.
         seed: Everything random follows from it.
-        first_visit: Visit of the first pass.
+        first_repeat: Repeat index of the first pass.
         shuffle_buffer: Encoded samples held back to be mixed; fewer where these would take more
             than MAX_BUFFER_BYTES.
         patience: How long to keep trying to read a shard.
@@ -88,7 +88,7 @@ class Reader:
     number: int
     num_readers: int
     seed: tuple[int, ...]
-    first_visit: int
+    first_repeat: int
     shuffle_buffer: int
     patience: Patience
 
@@ -132,7 +132,7 @@ class Reader:
             None if is_by_sample else own,
             partial(self._files, opened=opened),
             partial(group_by_keys, keys=_key_and_suffix, handler=partial(_refuse, opened)),
-            partial(self._to_samples, tars=tars, visit=self.first_visit + number),
+            partial(self._to_samples, tars=tars, repeat=self.first_repeat + number),
             own if is_by_sample else None,
         )
 
@@ -156,11 +156,11 @@ class Reader:
             yield {}  # what follows belongs to another shard
 
     def _to_samples(
-        self, groups: Iterator[dict[str, Any]], *, tars: Mapping[str, int], visit: int
+        self, groups: Iterator[dict[str, Any]], *, tars: Mapping[str, int], repeat: int
     ) -> Iterator[Sample]:
         for group in groups:
             name, url = group["__key__"], group["__url__"]
-            key = key_hash(name)
+            key = sample_hash(name)
             if tars[url]:
                 key ^= int.from_bytes(stable_hash("source", tars[url], num_bytes=8), "little")
             data = next((group[suffix] for suffix in group if is_picture(suffix)), None)
@@ -170,7 +170,7 @@ class Reader:
                 label = NO_LABEL
             # Numbers are 63 bits of the hash: two names in 2**63 share one.
             where = f"sample {name!r} in {displayed(url)}"
-            yield Sample(key & (2**63 - 1), key, visit, label, data, where)
+            yield Sample(key & (2**63 - 1), key, repeat, label, data, where)
 
 
 def buffer_size(first: Sequence[Sample], asked: int) -> int:

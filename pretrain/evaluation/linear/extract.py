@@ -214,11 +214,11 @@ class Blocks(Dataset):
         """Pictures, uint8 [n, 3, s, s], or the reason why not."""
         start = block * BLOCK_ROWS
         rows = np.arange(start, min(start + BLOCK_ROWS, self.num_rows))
-        ids, visits = rows % self._num_samples, rows // self._num_samples
+        ids, repeats = rows % self._num_samples, rows // self._num_samples
         if self._central is not None:
             reply = self._central[ids]
             return reply if reply.error else Reply(batch=reply.batch[0])
-        reply = self._random[OrderedSamples(ids, visits)]
+        reply = self._random[OrderedSamples(ids, repeats)]
         if reply.error or reply.bad:
             reason = reply.error or next(iter(reply.bad.values()))
             return Reply(error=f"{reason}; repair or remove it and make the shards again")

@@ -46,7 +46,7 @@ KEYS = torch.arange(1000)
 
 
 def drawn(view: ViewAugment, keys: Tensor = KEYS, **changes: Any) -> dict[str, Tensor]:
-    arguments = {"visits": 0, "seed": 0, "view_index": 0} | changes
+    arguments = {"repeats": 0, "seed": 0, "view_index": 0} | changes
     return draw_parameters(view, keys, **arguments)
 
 
@@ -198,27 +198,27 @@ def test_normalize_is_what_remains_of_no_augmentation(shape: tuple[int, ...], la
 # -- drawing --------------------------------------------------------------------------------------
 
 
-def test_draws_depend_on_seed_visit_key_and_view_alone() -> None:
+def test_draws_depend_on_seed_repeat_hash_and_view_alone() -> None:
     view = PRESETS["asymmetric_strong"][1]
     one = drawn(view)
     for name, values in drawn(view, KEYS.flip(0)).items():
         assert torch.equal(values.flip(0), one[name])
         assert values.dtype == torch.float32
         assert values.shape == (1000,)
-    for change in ({"seed": 1}, {"visits": 1}, {"visits": -1}, {"view_index": 1}):
+    for change in ({"seed": 1}, {"repeats": 1}, {"repeats": -1}, {"view_index": 1}):
         other = drawn(view, KEYS, **change)
         assert (other["brightness"] == one["brightness"]).float().mean() < 0.2
     assert (drawn(view, KEYS + 10**6)["hue"] == one["hue"]).float().mean() < 0.2
 
 
-def test_each_row_is_drawn_by_its_own_visit() -> None:
+def test_each_row_is_drawn_by_its_own_repeat_index() -> None:
     view = PRESETS["asymmetric_strong"][1]
-    visits = torch.arange(1000) % 3 - 1
-    mixed = drawn(view, visits=visits)
-    for visit in (-1, 0, 1):
-        whole = drawn(view, visits=visit)
+    repeats = torch.arange(1000) % 3 - 1
+    mixed = drawn(view, repeats=repeats)
+    for repeat in (-1, 0, 1):
+        whole = drawn(view, repeats=repeat)
         for name, values in mixed.items():
-            assert torch.equal(values[visits == visit], whole[name][visits == visit])
+            assert torch.equal(values[repeats == repeat], whole[name][repeats == repeat])
 
 
 def test_draws_keep_their_values_from_version_to_version() -> None:

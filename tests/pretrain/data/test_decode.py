@@ -97,29 +97,29 @@ def test_later_attempts_are_drawn_as_if_all_were_drawn_at_once() -> None:
     np.testing.assert_array_equal(drawn.boxes, boxes)
 
 
-def test_crops_depend_on_seed_visit_key_view_and_size_alone() -> None:
-    keys, visits = np.arange(50) * 7919, np.arange(50) % 3
+def test_crops_depend_on_seed_repeat_hash_view_and_size_alone() -> None:
+    keys, repeats = np.arange(50) * 7919, np.arange(50) % 3
     shapes = np.random.default_rng(0).integers(50, 400, (50, 2))
-    whole = draw_one(shapes, keys, visits, **SEED)
+    whole = draw_one(shapes, keys, repeats, **SEED)
     rows = np.array([31, 4, 4, 17])
-    part = draw_one(shapes[rows], keys[rows], visits[rows], **SEED)
+    part = draw_one(shapes[rows], keys[rows], repeats[rows], **SEED)
     np.testing.assert_array_equal(part.boxes, whole.boxes[rows])
     np.testing.assert_array_equal(part.flips, whole.flips[rows])
     for change in ({"seed": 4}, {"view_index": 1}):
-        other = draw_one(shapes, keys, visits, **SEED | change)
+        other = draw_one(shapes, keys, repeats, **SEED | change)
         assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
-    for other_keys, other_visits in ((keys + 1, visits), (keys, visits + 1)):
-        other = draw_one(shapes, other_keys, other_visits, **SEED)
+    for other_keys, other_repeats in ((keys + 1, repeats), (keys, repeats + 1)):
+        other = draw_one(shapes, other_keys, other_repeats, **SEED)
         assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
 
 
 def test_views_drawn_together_are_those_drawn_alone() -> None:
-    keys, visits = np.arange(60) * 7919, np.arange(60) % 3
+    keys, repeats = np.arange(60) * 7919, np.arange(60) % 3
     shapes = np.random.default_rng(0).integers(50, 400, (60, 2))
     scales = {0: (0.08, 1.0), 1: (0.2, 0.5)}
-    together = draw_crops(shapes, keys, visits, seed=3, scales=scales)
+    together = draw_crops(shapes, keys, repeats, seed=3, scales=scales)
     for drawn, (view_index, scale) in zip(together, scales.items(), strict=True):
-        alone = draw_one(shapes, keys, visits, seed=3, view_index=view_index, scale=scale)
+        alone = draw_one(shapes, keys, repeats, seed=3, view_index=view_index, scale=scale)
         np.testing.assert_array_equal(drawn.boxes, alone.boxes)
         np.testing.assert_array_equal(drawn.flips, alone.flips)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.pictures import decode
 from pretrain.data.decode import center_crop
-from pretrain.data.index import key_hash
+from pretrain.data.index import sample_hash
 from pretrain.data.loader import (
     Loader,
     RequestSampler,
@@ -46,7 +46,7 @@ def load(index: Samples, **options: Any) -> list[TwoViewBatch]:
 
 
 def same(one: list[TwoViewBatch], other: list[TwoViewBatch]) -> bool:
-    fields = ("views", "keys", "sample_ids", "visits", "labels")
+    fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(one, other, strict=True)
@@ -63,9 +63,9 @@ def test_batch_holds_what_it_says(index: ShardIndex) -> None:
     assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
     for row, sample_id in enumerate(batch.sample_ids.tolist()):
         name = index.key_name(sample_id)
-        assert batch.keys[row].item() % 2**64 == key_hash(name)
+        assert batch.sample_hashes[row].item() % 2**64 == sample_hash(name)
         assert batch.labels[row].item() == int(name[6])
-    assert batch.keys.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.sample_hashes.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
     assert batch.num_bad == 0
     assert not torch.equal(batch.views[0], batch.views[1])
 
@@ -265,7 +265,7 @@ def test_loader_of_a_mixture(shard_folder: Path, other_folder: Path) -> None:
     assert same(batches[3:], load(mixed, batch_size=10, start_step=3))
     views = torch.cat([batch.views for batch in batches], dim=1)
     first, second = (ids == ids[ids >= 40][0]).nonzero()[:2, 0].tolist()
-    assert not torch.equal(views[:, first], views[:, second])  # another visit, another crop
+    assert not torch.equal(views[:, first], views[:, second])  # another repeat, another crop
 
 
 def test_fingerprint_knows_samples_and_weights(shard_folder: Path, other_folder: Path) -> None:

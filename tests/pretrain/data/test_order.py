@@ -90,13 +90,13 @@ def test_ranks_and_resume_see_the_same_batches(
         batch = global_batch(again, step, 12, last_batch)
         seen += [rank_slice(batch, rank, size) for rank in range(size)]
     ids = np.concatenate([part.sample_ids for part in seen])
-    visits = np.concatenate([part.visits for part in seen])
+    repeats = np.concatenate([part.repeats for part in seen])
     num_whole = min(len(whole), len(ids))
     np.testing.assert_array_equal(ids[:num_whole], whole.sample_ids[:num_whole])
-    np.testing.assert_array_equal(visits[:num_whole], whole.visits[:num_whole])
+    np.testing.assert_array_equal(repeats[:num_whole], whole.repeats[:num_whole])
     assert len(ids) - len(whole) in range(12) if last_batch == "pad" else len(ids) <= len(whole)
     np.testing.assert_array_equal(ids[num_whole:], whole.sample_ids[: len(ids) - num_whole])
-    assert len(set(zip(ids.tolist(), visits.tolist(), strict=True))) == len(ids)  # no view twice
+    assert len(set(zip(ids.tolist(), repeats.tolist(), strict=True))) == len(ids)  # no view twice
 
 
 # -- mixtures -------------------------------------------------------------------------------------
@@ -130,9 +130,9 @@ def test_weights_say_how_often_each_sample_comes(
     assert counts[sum(one) :].sum() == expected.sum()
     assert counts[sum(one) :].max() - counts[sum(one) :].min() <= 1
     assert sorted(counts[sum(one) :]) == sorted(expected)
-    visits = np.concatenate([epoch.visits for epoch in epochs])
-    for sample in np.unique(ids):  # visits count up: 0, 1, 2, ..
-        assert visits[ids == sample].tolist() == list(range(counts[sample]))
+    repeats = np.concatenate([epoch.repeats for epoch in epochs])
+    for sample in np.unique(ids):  # repeats count up: 0, 1, 2, ..
+        assert repeats[ids == sample].tolist() == list(range(counts[sample]))
 
 
 def test_every_batch_has_about_the_same_mixture() -> None:
@@ -147,7 +147,7 @@ def test_one_source_of_weight_one_is_the_plain_order() -> None:
     epoch = epoch_samples([SourceSizes([30, 20])], seed=7, epoch=2, window=10)
     expected = epoch_order([30, 20], seed=7, epoch=2, window=10)
     np.testing.assert_array_equal(epoch.sample_ids, expected)
-    assert set(epoch.visits.tolist()) == {2}
+    assert set(epoch.repeats.tolist()) == {2}
 
 
 def test_sources_of_equal_sizes_are_shuffled_differently() -> None:
@@ -204,7 +204,7 @@ def test_remainder_is_dropped_or_padded() -> None:
     assert num_steps_per_epoch(9, 3, "pad") == 3
     padded = global_batch(epoch, 3, 3, "pad")
     assert padded.sample_ids.tolist() == [9, 0, 1]
-    assert padded.visits.tolist() == [3, -4, -4]
+    assert padded.repeats.tolist() == [3, -4, -4]
     with pytest.raises(IndexError, match="batch 4 of an epoch with 4 batches"):
         global_batch(epoch, 4, 3, "pad")
 

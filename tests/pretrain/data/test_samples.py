@@ -27,26 +27,26 @@ def dataset(index: ShardIndex, *, in_workers: bool, size: int = SIZE) -> TwoView
     )
 
 
-def batch_of(data: TwoViewDataset, ids: np.ndarray, visits: np.ndarray) -> TwoViewBatch:
-    reply = data[OrderedSamples(ids, visits)]
+def batch_of(data: TwoViewDataset, ids: np.ndarray, repeats: np.ndarray) -> TwoViewBatch:
+    reply = data[OrderedSamples(ids, repeats)]
     assert reply.error is None
     assert reply.batch is not None
     return reply.batch
 
 
 IDS = np.random.default_rng(0).permutation(NUM_PICTURES)
-VISITS = np.arange(NUM_PICTURES) % 3
+REPEATS = np.arange(NUM_PICTURES) % 3
 
 
 def test_workers_make_the_changes_that_the_device_would_draw(index: ShardIndex) -> None:
-    plain = batch_of(dataset(index, in_workers=False), IDS, VISITS)
-    done = batch_of(dataset(index, in_workers=True), IDS, VISITS)
+    plain = batch_of(dataset(index, in_workers=False), IDS, REPEATS)
+    done = batch_of(dataset(index, in_workers=True), IDS, REPEATS)
     assert not plain.is_augmented
     assert done.is_augmented
     assert done.to("cpu").is_augmented
     num_changed = 0
     for number, view in enumerate(VIEWS):
-        drawn = draw_parameters(view, plain.keys, plain.visits, seed=3, view_index=number)
+        drawn = draw_parameters(view, plain.sample_hashes, plain.repeats, seed=3, view_index=number)
         for row, changes in enumerate(photometric_uint8.changes_of(drawn, SIZE)):
             image = np.ascontiguousarray(plain.views[number, row].permute(1, 2, 0).numpy())
             before = image.copy()
@@ -59,15 +59,17 @@ def test_workers_make_the_changes_that_the_device_would_draw(index: ShardIndex) 
 def test_a_sample_does_not_know_its_batch(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = batch_of(dataset(index, in_workers=True), IDS, VISITS)
+    whole = batch_of(dataset(index, in_workers=True), IDS, REPEATS)
     for row in (0, 7, 39):
-        alone = batch_of(dataset(index, in_workers=True), IDS[row : row + 1], VISITS[row : row + 1])
+        alone = batch_of(
+            dataset(index, in_workers=True), IDS[row : row + 1], REPEATS[row : row + 1]
+        )
         assert torch.equal(alone.views[:, 0], whole.views[:, row])
     monkeypatch.setattr(samples, "_CHUNK", 7)
-    assert torch.equal(batch_of(dataset(index, in_workers=True), IDS, VISITS).views, whole.views)
+    assert torch.equal(batch_of(dataset(index, in_workers=True), IDS, REPEATS).views, whole.views)
 
 
-def test_the_same_sample_twice_is_augmented_by_its_visit(index: ShardIndex) -> None:
+def test_the_same_sample_twice_is_augmented_by_its_repeat_index(index: ShardIndex) -> None:
     batch = batch_of(dataset(index, in_workers=True), np.array([5, 5, 5]), np.array([0, 1, 0]))
     assert torch.equal(batch.views[:, 0], batch.views[:, 2])
     assert not torch.equal(batch.views[:, 0], batch.views[:, 1])
@@ -76,12 +78,14 @@ def test_the_same_sample_twice_is_augmented_by_its_visit(index: ShardIndex) -> N
 @pytest.mark.parametrize("size", [8, 16])
 def test_views_of_reduced_pictures_show_the_same(index: ShardIndex, size: int) -> None:
     """Small views are cut from pictures decoded smaller: nearly those cut from whole ones."""
-    batch = batch_of(dataset(index, in_workers=False, size=size), IDS, VISITS)
+    batch = batch_of(dataset(index, in_workers=False, size=size), IDS, REPEATS)
     whole = [decode(index.read_bytes(int(i)), where="") for i in IDS]
     shapes = np.array([image.shape[:2] for image in whole])
     num_reduced, differences = 0, []
     for number, scale in enumerate(SCALES):
-        (drawn,) = draw_crops(shapes, batch.keys.numpy(), VISITS, seed=3, scales={number: scale})
+        (drawn,) = draw_crops(
+            shapes, batch.sample_hashes.numpy(), REPEATS, seed=3, scales={number: scale}
+        )
         num_reduced += int((drawn.boxes[:, 2:].min(axis=1) >= 2 * (size + 1)).sum())
         for row, box in enumerate(drawn.boxes.tolist()):
             view = crop(whole[row], tuple(box), size, is_flipped=bool(drawn.flips[row]))

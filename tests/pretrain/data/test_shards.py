@@ -15,7 +15,7 @@ from webdataset.writer import ShardWriter
 
 from common.errors import UserError
 from common.pictures import decode
-from pretrain.data.index import key_hash
+from pretrain.data.index import sample_hash
 from pretrain.data.pack.info import verify_shards
 from pretrain.data.shards import ShardIndex
 from pretrain.data.sources import opening
@@ -32,7 +32,7 @@ def test_index_gives_every_picture(index: ShardIndex, picture_folder: Path) -> N
         name = index.key_name(i)
         assert index.read_bytes(i) == (picture_folder / f"{name}.jpg").read_bytes()
         assert index.labels[i] == int(name[6])
-        assert int(index.samples["key"][i]) == key_hash(name)
+        assert int(index.samples["key"][i]) == sample_hash(name)
 
 
 def test_describe_names_sample_key_shard_and_place(index: ShardIndex) -> None:

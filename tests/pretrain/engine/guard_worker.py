@@ -23,9 +23,9 @@ def stand_still():
     time.sleep(600)
 
 
-def happen(what, run, fed):
+def happen(what, run, batch):
     if what == "poison":
-        fed.views[0, 1, 2, 3, 4] = torch.nan
+        batch.views[0, 1, 2, 3, 4] = torch.nan
     elif what == "sleep":
         stand_still()
     elif what == "pause":
@@ -39,10 +39,10 @@ def happen(what, run, fed):
 def meddle(what, rank, steps):
     step, train = Trainer.step, Trainer.train
 
-    def disturbed(self, fed, **options):
+    def disturbed(self, batch, **options):
         if int(os.environ.get("RANK", "0")) == rank and self.position.step + 1 in steps:
-            happen(what, self, fed)
-        return step(self, fed, **options)
+            happen(what, self, batch)
+        return step(self, batch, **options)
 
     def kept(self):
         try:

@@ -56,7 +56,7 @@ class Watched:
     """What was seen of each step: the batch, and the state before and after it."""
 
     def __init__(self):
-        self.fed, self.before, self.after, self.loss = {}, {}, {}, {}
+        self.batch, self.before, self.after, self.loss = {}, {}, {}, {}
 
 
 def snapshot(run):
@@ -77,17 +77,17 @@ def disturb(monkeypatch):
     def install(what):
         seen = Watched()
 
-        def disturbed(self, fed, **options):
+        def disturbed(self, batch, **options):
             number = self.position.step + 1
             kind = what.get(number)
             if kind == "picture":
-                fed.views[0, 1, 2, 3, 4] = torch.nan
+                batch.views[0, 1, 2, 3, 4] = torch.nan
             handle = None
             if kind == "gradient":
                 weight = self.model.online.projector[0].weight
                 handle = weight.register_hook(lambda g: torch.full_like(g, torch.inf))
-            seen.fed[number], seen.before[number] = fed, snapshot(self)
-            done = original(self, fed, **options)
+            seen.batch[number], seen.before[number] = batch, snapshot(self)
+            done = original(self, batch, **options)
             if handle is not None:
                 handle.remove()
             seen.after[number], seen.loss[number] = snapshot(self), float(done.output.loss.detach())
@@ -185,10 +185,10 @@ def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
     _, whole, _, _ = start("whole", *options)
     disturbed = Trainer.step
 
-    def interrupted(self, fed, **given):
+    def interrupted(self, batch, **given):
         if self.position.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return disturbed(self, fed, **given)
+        return disturbed(self, batch, **given)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     status, cut, _, _ = start("cut", *options)
@@ -227,9 +227,9 @@ def test_stop_names_the_step_and_keeps_its_batch(start, disturb, kind):
     what = "the loss is nan" if kind == "picture" else "the gradient norm is (inf|nan)"
     assert re.search(rf"{what} at step 4; its batch is in \S+step-00000004\.json", message)
     assert "holds an earlier state. Lower optim.base_lr" in message
-    row, batch = written(folder, 4), seen.fed[4].batch
+    row, batch = written(folder, 4), seen.batch[4].samples
     assert (row["format"], row["step"], row["epoch"]) == ("fa-nonfinite-1", 4, 0)
-    for name in ("sample_ids", "visits", "keys"):
+    for name in ("sample_ids", "repeats", "sample_hashes"):
         assert row[name] == getattr(batch, name).tolist(), name
     state = checkpoint.load(folder / "checkpoint.pth")
     assert state["step"] == 3
@@ -255,7 +255,7 @@ def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
     status, folder, _, err = start("run", *options)
     assert "the loss is nan at step 3; its batch is in" in error_of(status, err)
     assert sorted(seen.before) == [1, 2, 3, 4, 5]
-    assert written(folder, 3)["sample_ids"] == seen.fed[3].batch.sample_ids.tolist()
+    assert written(folder, 3)["sample_ids"] == seen.batch[3].samples.sample_ids.tolist()
     assert not (folder / "checkpoint.pth").exists()
 
 
@@ -280,10 +280,10 @@ OUT_OF_MEMORY = {
 def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
     step, error = Trainer.step, OUT_OF_MEMORY[kind]()
 
-    def failing(self, fed, **options):
+    def failing(self, batch, **options):
         if self.position.step == 6:
             raise error
-        return step(self, fed, **options)
+        return step(self, batch, **options)
 
     monkeypatch.setattr(Trainer, "step", failing)
     status, folder, _, err = start("run", "engine.checkpoint_every_steps=4")
@@ -306,7 +306,7 @@ def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
 def test_other_errors_are_no_lack_of_memory(start, monkeypatch):
     assert guards.out_of_memory(RuntimeError("shape mismatch"), PretrainConfig()) is None
 
-    def failing(self, fed, **options):
+    def failing(self, batch, **options):
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setattr(Trainer, "step", failing)

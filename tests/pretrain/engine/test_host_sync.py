@@ -55,18 +55,18 @@ def on_cpu(make_run):
 
 
 def take_steps(run, num_steps=NUM_STEPS):
-    for step, fed in zip(range(num_steps), run.feed.epoch(0), strict=False):
-        run.step(fed, is_logged=False)
+    for step, batch in zip(range(num_steps), run.input_pipeline.epoch(0), strict=False):
+        run.step(batch, is_logged=False)
         run.position.step = step + 1
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_plain_steps_read_nothing_to_the_host(on_cpu, case):
     run = on_cpu(*CASES[case])
-    batches = list(run.feed.epoch(0))
+    batches = list(run.input_pipeline.epoch(0))
     with counted_syncs() as counter:
-        for step, fed in enumerate(batches):
-            run.step(fed, is_logged=False)
+        for step, batch in enumerate(batches):
+            run.step(batch, is_logged=False)
             run.position.step = step + 1
     assert counter.places == []
     if run.model.queue is not None:
@@ -89,10 +89,10 @@ def test_the_counter_sees_what_it_is_for():
 
 def test_skip_reads_one_number_a_step(on_cpu):
     run = on_cpu("engine.on_nonfinite=skip", is_lazy=False)
-    batches = list(run.feed.epoch(0))
+    batches = list(run.input_pipeline.epoch(0))
     with counted_syncs() as counter:
-        for fed in batches:
-            run.step(fed, is_logged=False)
+        for batch in batches:
+            run.step(batch, is_logged=False)
     assert len(counter.places) == len(batches) == NUM_STEPS
     assert all("Tensor.tolist" in place and "guards.py" in place for place in counter.places)
 
@@ -103,10 +103,10 @@ def test_skip_reads_one_number_a_step(on_cpu):
 def test_plain_steps_do_not_wait_for_the_gpu(make_run, case):
     run = make_run("engine.device=cuda", *CASES[case])
     take_steps(run, 3)  # warm: cuDNN's and NCCL's own first calls may wait
-    batches = list(run.feed.epoch(1))
+    batches = list(run.input_pipeline.epoch(1))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for fed in batches:
-            run.step(fed, is_logged=False)
+        for batch in batches:
+            run.step(batch, is_logged=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -37,7 +37,7 @@ def make_pipeline(shards, tmp_path):
 
 
 def ids_of(pipeline, epoch=0, start_step=0):
-    return torch.cat([one.batch.sample_ids for one in pipeline.epoch(epoch, start_step)]).tolist()
+    return torch.cat([one.samples.sample_ids for one in pipeline.epoch(epoch, start_step)]).tolist()
 
 
 def test_last_batch_of_the_config_decides_the_steps(make_pipeline):
@@ -109,7 +109,7 @@ def test_photometric_decides_who_makes_the_changes(make_pipeline):
     for place in ("workers", "device", "auto"):
         one = next(iter(make_pipeline(photometric=place).epoch(0)))
         seen[place] = one
-        assert one.batch.is_augmented == (place != "device")
+        assert one.samples.is_augmented == (place != "device")
         assert one.views.shape == (2, 8, 3, 32, 32)
     assert torch.equal(seen["auto"].views, seen["workers"].views)
     difference = (seen["workers"].views - seen["device"].views).abs() * 0.225 * 255  # in levels
@@ -151,9 +151,9 @@ def test_streaming_reads_the_same_pictures_without_an_index(make_pipeline, shard
     assert pipeline.samples is None
     assert pipeline.fingerprint is None
     assert (pipeline.num_steps, pipeline.num_samples) == (15, 120)
-    streamed = [one.batch for one in pipeline.epoch(0)]
-    exact = [one.batch for one in make_pipeline().epoch(0)]
-    keys = [set(torch.cat([b.keys for b in part]).tolist()) for part in (streamed, exact)]
+    streamed = [one.samples for one in pipeline.epoch(0)]
+    exact = [one.samples for one in make_pipeline().epoch(0)]
+    keys = [set(torch.cat([b.sample_hashes for b in part]).tolist()) for part in (streamed, exact)]
     assert keys[0] == keys[1]  # passes run into each other, but three of them show all
     assert not list(folder.glob("*.json"))
     assert make_pipeline(shards=spec, streaming=True, samples_per_epoch=16).num_steps == 2
@@ -216,5 +216,5 @@ def test_batches_prepared_ahead_on_a_gpu_are_those_of_the_cpu(make_pipeline):
     found = list(make_pipeline(torch.device("cuda", 0), **options).epoch(0))
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours.batch.sample_ids.cpu(), theirs.batch.sample_ids)
+        assert torch.equal(ours.samples.sample_ids.cpu(), theirs.samples.sample_ids)
         torch.testing.assert_close(ours.views.cpu(), theirs.views, atol=2e-4, rtol=0)

@@ -43,14 +43,14 @@ def overflow(monkeypatch):
     def install(*numbers, kind="gradient"):
         original = Trainer.step
 
-        def disturbed(self, fed, **options):
+        def disturbed(self, batch, **options):
             handle = None
             if self.position.step + 1 in numbers and kind == "gradient":
                 weight = self.model.online.projector[0].weight
                 handle = weight.register_hook(lambda g: torch.full_like(g, torch.inf))
             elif self.position.step + 1 in numbers:
-                fed.views[0, 1, 2, 3, 4] = torch.nan
-            done = original(self, fed, **options)
+                batch.views[0, 1, 2, 3, 4] = torch.nan
+            done = original(self, batch, **options)
             if handle is not None:
                 handle.remove()
             return done
@@ -74,8 +74,8 @@ def test_the_scale_itself_changes_no_bit(make_run, monkeypatch, options):
     for precision in ("fp32", "fp16"):
         run = make_run(f"engine.precision={precision}", *options, name=precision)
         monkeypatch.setattr(run, "autocast_type", None)
-        for step, fed in enumerate(run.feed.epoch(0)):
-            run.step(fed, is_logged=False)
+        for step, batch in enumerate(run.input_pipeline.epoch(0)):
+            run.step(batch, is_logged=False)
             run.position.step = step + 1
         assert run.loss_scale.is_on == (precision == "fp16")
         states.append(run.state())
@@ -106,7 +106,7 @@ def test_a_run_in_fp16_goes_as_in_fp32(start):
 def test_precision_fp16_is_what_the_network_computes_in(make_run):
     run, seen = make_run(), []
     run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    output = run.step(next(iter(run.feed.epoch(0))), is_logged=False).output
+    output = run.step(next(iter(run.input_pipeline.epoch(0))), is_logged=False).output
     assert seen == [torch.float16] * 2
     assert output.loss.dtype == torch.float32
     for parameter in run.model.online.parameters():
@@ -212,7 +212,7 @@ def test_gradients_are_those_of_the_loss_itself_whatever_the_scale(make_run):
     norms = {}
     for precision in ("fp32", "fp16"):
         run = make_run(f"engine.precision={precision}", name=precision)
-        run.compute_gradients(next(iter(run.feed.epoch(0))), 0)
+        run.compute_gradients(next(iter(run.input_pipeline.epoch(0))), 0)
         gradients = [p.grad for p in run.model.online.parameters()]
         norms[precision] = float(torch.nn.utils.get_total_norm(gradients))
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05)

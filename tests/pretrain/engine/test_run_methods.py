@@ -107,7 +107,7 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
 def one_step(run):
     """The next step, and which of the weights it moved."""
     before = {k: v.clone() for k, v in run.model.online.named_parameters()}
-    done = run.step(next(iter(run.feed.epoch(0))), is_logged=True)
+    done = run.step(next(iter(run.input_pipeline.epoch(0))), is_logged=True)
     run.position.step += 1
     return done, {
         k for k, v in run.model.online.named_parameters() if not torch.equal(v, before[k])

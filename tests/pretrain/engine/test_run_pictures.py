@@ -36,10 +36,10 @@ def interrupt(monkeypatch, step):
     """Let the next run die like one that is killed, before a step."""
     step_of = Trainer.step
 
-    def dying(self, fed, *, is_logged):
+    def dying(self, batch, *, is_logged):
         if self.position.step == step:
             raise KeyboardInterrupt
-        return step_of(self, fed, is_logged=is_logged)
+        return step_of(self, batch, is_logged=is_logged)
 
     monkeypatch.setattr(Trainer, "step", dying)
 

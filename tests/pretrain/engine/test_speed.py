@@ -105,10 +105,10 @@ def test_fused_goes_on_where_unfused_stopped_and_the_other_way_round(name, was_f
 def take_steps(run, num_steps):
     """Losses of the first steps; the run stands after them."""
     losses = []
-    for fed in run.feed.epoch(0):
+    for batch in run.input_pipeline.epoch(0):
         if run.position.step >= num_steps:
             break
-        losses.append(float(run.step(fed, is_logged=False).output.loss.detach()))
+        losses.append(float(run.step(batch, is_logged=False).output.loss.detach()))
         run.position.step += 1
     return losses
 

@@ -114,13 +114,13 @@ def test_files_of_a_run(start, shards):
 
 def test_data_wait_share_is_the_time_waited_for_pictures(make_run, monkeypatch):
     run = make_run("optim.epochs=1", "engine.log_every_steps=2", name="waits")
-    epoch = run.feed.epoch
+    epoch = run.input_pipeline.epoch
 
     def waiting(*where):
-        for number, fed in enumerate(epoch(*where)):
-            yield replace(fed, waited=100.0 + number)
+        for number, batch in enumerate(epoch(*where)):
+            yield replace(batch, waited=100.0 + number)
 
-    monkeypatch.setattr(run.feed, "epoch", waiting)
+    monkeypatch.setattr(run.input_pipeline, "epoch", waiting)
     run.train()
     rows = train_rows(run.folder)
     images = {2: 16, 4: 16}  # of two steps each; both rates of a row divide by the same seconds
@@ -150,7 +150,7 @@ def closed_form_lr(epoch, base_lr, epochs, warmup):
 def views_again(run, batch, epoch):
     views = []
     for number, view in enumerate(PRESETS["asymmetric"]):
-        parameters = draw_parameters(view, batch.keys, epoch, seed=0, view_index=number)
+        parameters = draw_parameters(view, batch.sample_hashes, epoch, seed=0, view_index=number)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         views.append(augment(batch.views[number], parameters, mean, std))
     return views
@@ -254,9 +254,9 @@ def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
     run = make_run(*overrides)
     again, curve, step = Again(run.config), [], 0
     for epoch in range(2):
-        for number, fed in enumerate(run.feed.epoch(epoch)):
+        for number, batch in enumerate(run.input_pipeline.epoch(epoch)):
             before = {k: v.clone() for k, v in again.net.state_dict().items()}
-            views = views_again(run, fed.batch, epoch)
+            views = views_again(run, batch.samples, epoch)
             curve.append(again.step(views, epoch + number / STEPS_PER_EPOCH))
             step += 1
             state = checkpoint.load(folder / "checkpoints" / f"step-{step:08d}.pth")
@@ -437,10 +437,10 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(start, monkeypatch, numb
     _, whole, _ = start("whole", "data.num_workers=1")
     step, handler = Trainer.step, signal.getsignal(number)
 
-    def interrupted(self, fed, **options):
+    def interrupted(self, batch, **options):
         if self.position.step == 6:
             os.kill(os.getpid(), number)
-        return step(self, fed, **options)
+        return step(self, batch, **options)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     status, folder, err = start("cut", "data.num_workers=1")
@@ -560,11 +560,11 @@ def test_augmentation_preset_reaches_crops_and_colours(make_run):
     seen = {}
     for name, preset in PRESETS.items():
         run = make_run(f"data.augmentation={name}", "data.photometric=device")
-        fed = next(iter(run.feed.epoch(0)))
-        batch, views = fed.batch, fed.views
+        batch = next(iter(run.input_pipeline.epoch(0)))
+        batch, views = batch.samples, batch.views
         again = []
         for number, view in enumerate(preset):
-            parameters = draw_parameters(view, batch.keys, 0, seed=0, view_index=number)
+            parameters = draw_parameters(view, batch.sample_hashes, 0, seed=0, view_index=number)
             data = run.config.data
             again.append(augment(batch.views[number], parameters, data.pixel_mean, data.pixel_std))
         torch.testing.assert_close(views, torch.stack(again))
@@ -579,8 +579,8 @@ def test_views_have_the_size_and_normalisation_of_the_config(make_run):
         "data.augmentation=none", "data.image_size=48",
         "data.pixel_mean=[0.1,0.2,0.3]", "data.pixel_std=[0.4,0.5,0.6]",
     )  # fmt: skip
-    fed = next(iter(run.feed.epoch(0)))
-    batch, views = fed.batch, fed.views
+    batch = next(iter(run.input_pipeline.epoch(0)))
+    batch, views = batch.samples, batch.views
     assert views.shape == (2, 8, 3, 48, 48)
     raw = batch.views.double() / 255
     expected = (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -592,9 +592,9 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
 
     def views_of(sample, epoch):
         """The two views of one sample, wherever it stands in the epoch."""
-        for fed in run.feed.epoch(epoch):
-            if sample in (ids := fed.batch.sample_ids.tolist()):
-                return fed.views[:, ids.index(sample)]
+        for batch in run.input_pipeline.epoch(epoch):
+            if sample in (ids := batch.samples.sample_ids.tolist()):
+                return batch.views[:, ids.index(sample)]
         raise AssertionError(sample)
 
     first = views_of(7, 0)
@@ -606,7 +606,9 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
 def test_shuffle_window_decides_the_order(make_run):
     def order(window):
         run = make_run(f"data.shuffle_window={window}")
-        return torch.cat([fed.batch.sample_ids for fed in run.feed.epoch(0)]).tolist()
+        return torch.cat(
+            [batch.samples.sample_ids for batch in run.input_pipeline.epoch(0)]
+        ).tolist()
 
     by_shard, shuffled = order(1), order(16384)
     assert sorted(by_shard) == sorted(shuffled) == list(range(40))
@@ -648,7 +650,7 @@ def test_precision_decides_autocast(make_run, objective):
     for precision in ("fp32", "bf16"):
         run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
         run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-        output = run.step(next(iter(run.feed.epoch(0))), is_logged=False).output
+        output = run.step(next(iter(run.input_pipeline.epoch(0))), is_logged=False).output
         results[precision] = output.loss.item()
         assert output.loss.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
@@ -670,7 +672,7 @@ def test_channels_last_changes_memory_not_meaning(make_run):
     results = {}
     for flag in (True, False):
         run = make_run(f"engine.channels_last={str(flag).lower()}")
-        views = next(iter(run.feed.epoch(0))).views
+        views = next(iter(run.input_pipeline.epoch(0))).views
         weight = run.model.online.backbone.get_submodule("layer1.0").conv2.weight
         for tensor in (views[0], views[1], weight):
             assert tensor.is_contiguous(memory_format=torch.channels_last) == flag

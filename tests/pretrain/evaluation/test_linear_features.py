@@ -245,10 +245,10 @@ def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
         index, image_size=32, crop_scales=((0.3, 0.9),), seed=4, flip_probability=1.0
     )
     ids = np.array([5, 250])
-    for visit in (0, 1):
-        views = dataset[OrderedSamples(ids, np.full(2, visit))].batch.views[0]
+    for repeat in (0, 1):
+        views = dataset[OrderedSamples(ids, np.full(2, repeat))].batch.views[0]
         expected = frozen.backbone(normalise(views, frozen.mean, frozen.std))
-        torch.testing.assert_close(file.read(visit * n + ids), expected)
+        torch.testing.assert_close(file.read(repeat * n + ids), expected)
 
 
 def test_an_interrupted_file_is_gone_on_with(many, weights, tmp_path):

@@ -21,7 +21,7 @@ from webdataset.filters import shuffle
 from common.errors import UserError
 from pretrain.data.augment import PRESETS, ViewAugment
 from pretrain.data.decode import Sample
-from pretrain.data.index import key_hash
+from pretrain.data.index import sample_hash
 from pretrain.data.loader import TwoViewBatch, TwoViewDataset
 from pretrain.data.order import OrderedSamples
 from pretrain.data.shards import ShardIndex, open_samples
@@ -65,7 +65,7 @@ def loader(spec: Any, **options: Any) -> StreamingLoader:
 
 
 def same(one: Sequence[TwoViewBatch], other: Sequence[TwoViewBatch]) -> bool:
-    fields = ("views", "keys", "sample_ids", "visits", "labels")
+    fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(one, other, strict=True)
@@ -74,17 +74,17 @@ def same(one: Sequence[TwoViewBatch], other: Sequence[TwoViewBatch]) -> bool:
 
 
 def keys_of(batches: Sequence[TwoViewBatch]) -> list[int]:
-    return [key % 2**64 for batch in batches for key in batch.keys.tolist()]
+    return [key % 2**64 for batch in batches for key in batch.sample_hashes.tolist()]
 
 
 def reader(sources: list[StreamSource], number: int = 0, num: int = 1, **options: Any) -> Reader:
-    defaults = {"seed": (3, 0, 0), "first_visit": 0, "shuffle_buffer": 1, "patience": PATIENCE}
+    defaults = {"seed": (3, 0, 0), "first_repeat": 0, "shuffle_buffer": 1, "patience": PATIENCE}
     return Reader(sources, number=number, num_readers=num, **(defaults | options))
 
 
 def in_pass(samples: Iterator[Sample], number: int) -> list[Sample]:
     """The samples of one pass; those of earlier passes must have been taken."""
-    return list(itertools.takewhile(lambda sample: sample.visit <= number, samples))
+    return list(itertools.takewhile(lambda sample: sample.repeat <= number, samples))
 
 
 def refusal(batches: Iterator[TwoViewBatch]) -> str:
@@ -107,13 +107,13 @@ def test_each_pass_deals_each_sample_to_one_reader(
     for number, size in enumerate(sizes):
         write_tar(folder / f"{number}.tar", {f"{number}-{i}.jpg": b"x" for i in range(size)})
     names = [f"{number}-{i}" for number, size in enumerate(sizes) for i in range(size)]
-    expected = Counter(key_hash(name) for name in names)
+    expected = Counter(sample_hash(name) for name in names)
     sources = open_sources(str(folder), PATIENCE)
     passes: dict[int, Counter[int]] = {number: Counter() for number in range(3)}
     for number in range(num_readers):
         endless = reader(sources, number, num_readers).samples()
-        for sample in itertools.takewhile(lambda sample: sample.visit < 3, endless):
-            passes[sample.visit][sample.key] += 1
+        for sample in itertools.takewhile(lambda sample: sample.repeat < 3, endless):
+            passes[sample.repeat][sample.sample_hash] += 1
     assert all(found == expected for found in passes.values())
 
 
@@ -132,7 +132,7 @@ def test_order_follows_from_the_seed_and_changes_with_the_pass(shard_folder: Pat
 
     def order(num: int = 3 * NUM_PICTURES, **options: Any) -> list[int]:
         endless = reader(sources, **options).samples()
-        return [sample.key for sample in itertools.islice(endless, num)]
+        return [sample.sample_hash for sample in itertools.islice(endless, num)]
 
     plain = order()
     assert order() == plain
@@ -162,7 +162,7 @@ def test_two_readers_shuffle_in_two_ways(tmp_path: Path) -> None:
     files = {f"{i:02}.jpg": b"x" for i in range(40)}
     tars = {write_tar(tmp_path / f"{i}.tar", files): 0 for i in range(2)}
     orders = [
-        [sample.key for sample in itertools.islice(each.samples(), 20)]
+        [sample.sample_hash for sample in itertools.islice(each.samples(), 20)]
         for each in (reader([StreamSource(tars)], i, 2, shuffle_buffer=20) for i in range(2))
     ]
     assert orders[0] != orders[1]
@@ -174,11 +174,11 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
         files = {f"{name}{i}.jpg": b"x" for i in range(num)}
         names[write_tar(tmp_path / f"{name}.tar", files)] = weight
     sources = open_sources(names, PATIENCE)
-    own = [key_hash(f"a{i}") for i in range(5)]
-    drawn = [sample.key for sample in itertools.islice(reader(sources).samples(), 2000)]
+    own = [sample_hash(f"a{i}") for i in range(5)]
+    drawn = [sample.sample_hash for sample in itertools.islice(reader(sources).samples(), 2000)]
     share = sum(key in own for key in drawn) / len(drawn)
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
-    again = [sample.key for sample in itertools.islice(reader(sources).samples(), 2000)]
+    again = [sample.sample_hash for sample in itertools.islice(reader(sources).samples(), 2000)]
     assert drawn == again
 
 
@@ -193,7 +193,7 @@ def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(
     names = [str(shard_folder), str(more)]
     found = in_pass(reader(open_sources(names, PATIENCE)).samples(), 0)
     expected = open_samples(names).samples[np.arange(NUM_PICTURES + 3)]["key"]
-    assert sorted(sample.key for sample in found) == sorted(expected.tolist())
+    assert sorted(sample.sample_hash for sample in found) == sorted(expected.tolist())
 
 
 def test_impossible_sources(shard_folder: Path) -> None:
@@ -228,11 +228,11 @@ def test_batches_hold_what_the_exact_loader_would_make(
         assert batch.views.shape == (2, 8, 3, SIZE, SIZE)
         assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
         ids = np.array([places[key] for key in keys_of([batch])])
-        expected = exact[OrderedSamples(ids, batch.visits.numpy())].batch
+        expected = exact[OrderedSamples(ids, batch.repeats.numpy())].batch
         np.testing.assert_array_equal(batch.views, expected.views)
         np.testing.assert_array_equal(batch.labels, index.labels[ids])
         assert batch.sample_ids.tolist() == [key % 2**63 for key in keys_of([batch])]
-        assert batch.keys.dtype == batch.labels.dtype == batch.visits.dtype == torch.int64
+        assert batch.sample_hashes.dtype == batch.labels.dtype == batch.repeats.dtype == torch.int64
         assert batch.num_bad == 0
         assert batch.is_augmented == (photometric is not None)
 
@@ -243,7 +243,9 @@ def test_sample_that_comes_again_is_cropped_in_another_way(tmp_path: Path) -> No
     batches = [*streaming.epoch(0), *streaming.epoch(1), *streaming.epoch(1, 1)]
     assert len(batches) == 3 + 3 + 2
     pairs = [
-        (k, v) for b in batches for k, v in zip(b.keys.tolist(), b.visits.tolist(), strict=True)
+        (k, v)
+        for b in batches
+        for k, v in zip(b.sample_hashes.tolist(), b.repeats.tolist(), strict=True)
     ]
     views = {b.views[:, i].numpy().tobytes() for b in batches for i in range(2)}
     assert len(set(pairs)) == len(pairs) == len(views) == 16
@@ -280,7 +282,7 @@ def test_fewer_shards_than_workers(tmp_path: Path, capsys: pytest.CaptureFixture
     options = {"batch_size": 4, "samples_per_epoch": 16, "shuffle_buffer": 1}
     streaming = loader(spec, num_workers=2, **options)
     batches = list(streaming.epoch(0))
-    assert set(keys_of(batches)) == {key_hash(str(i)) for i in range(16)}
+    assert set(keys_of(batches)) == {sample_hash(str(i)) for i in range(16)}
     assert "fewer shards (1) than readers (2: ranks x workers)" in capsys.readouterr().err
     list(streaming.epoch(1))
     assert capsys.readouterr().err == ""
@@ -356,7 +358,7 @@ def bad_tar(tmp_path: Path) -> str:
 def test_bad_samples_are_replaced_and_counted(bad_tar: str) -> None:
     streaming = loader(bad_tar, max_bad_samples=3, batch_size=10, samples_per_epoch=10)
     (batch,) = streaming.epoch(0)
-    good = {key_hash(f"good-{i}") for i in range(10)}
+    good = {sample_hash(f"good-{i}") for i in range(10)}
     assert set(keys_of([batch])) <= good
     everything = list(loader(bad_tar, max_bad_samples=3, samples_per_epoch=80).epoch(0))
     assert set(keys_of(everything)) == good
@@ -364,9 +366,9 @@ def test_bad_samples_are_replaced_and_counted(bad_tar: str) -> None:
     more = loader(bad_tar, max_bad_samples=3, samples_per_epoch=80)
     list(more.epoch(0))
     names = ("broken", "none", "README")
-    assert set(more.bad_samples) == {key_hash(name) % 2**63 for name in names}
+    assert set(more.bad_samples) == {sample_hash(name) % 2**63 for name in names}
     for name in names:
-        reason = more.bad_samples[key_hash(name) % 2**63]
+        reason = more.bad_samples[sample_hash(name) % 2**63]
         assert reason.startswith(f"sample {name!r} in {bad_tar}: ")
         assert ("holds no picture" in reason) == (name != "broken")
 
@@ -458,7 +460,7 @@ def test_a_reader_holds_no_more_than_its_memory(
 
     monkeypatch.setattr(reader_module, "shuffle", noting)
     options: dict[str, Any] = {
-        "seed": (0,), "first_visit": 0, "shuffle_buffer": 30, "patience": PATIENCE,
+        "seed": (0,), "first_repeat": 0, "shuffle_buffer": 30, "patience": PATIENCE,
     }  # fmt: skip
     whole = Reader(source, number=0, num_readers=1, **options).samples()
     first = [next(whole) for _ in range(30)]
@@ -468,4 +470,4 @@ def test_a_reader_holds_no_more_than_its_memory(
     row = [next(small) for _ in range(30)]
     assert held[0] == 30
     assert held[1] < 30
-    assert len({sample.key for sample in row}) == 30  # still each sample once
+    assert len({sample.sample_hash for sample in row}) == 30  # still each sample once
