@@ -96,7 +96,10 @@ def read_settings(
     """An instance of a frozen dataclass from a YAML file, or none, and overrides.
 
     Args:
-        schema: The dataclass; fields that are dataclasses are sections.
+        schema: The dataclass; fields that are dataclasses are sections. A section that is the base
+            of a ``Registry`` is an instance of the class that its key ``name`` says. A section
+            with ``short_key`` may be given by that key's value alone; one with ``defaults_for``
+            takes what its keys leave open from there.
         path: YAML file, or None for overrides alone.
         overrides: ``key=value`` with dotted keys; the values are YAML. The last one wins.
         free: Dotted keys of mappings whose own keys are not checked, since another program reads
@@ -108,18 +111,16 @@ def read_settings(
             and the key.
     """
     where = "" if path is None else f"{path}: "
-    raw = {} if path is None else read_yaml(path, pattern)
+    raw = _named(schema, {} if path is None else read_yaml(path, pattern))
     _flatten(raw, free)
+    _leave_behind(schema, raw, _applied(schema, {}, overrides, free), where)
+    raw = _applied(schema, raw, overrides, free)
     for override in overrides:
-        alone: dict[str, Any] = {}
-        _apply(schema, alone, override, free)
-        _flatten(alone, free)
-        _check_keys(schema, alone, f"override {override!r}: ", "", free)
-        _apply(schema, raw, override, free)
-    _flatten(raw, free)
+        alone = _applied(schema, {}, [override], free)
+        _check_keys(schema, alone, f"override {override!r}: ", "", free, raw)
     for key, value in (defaults or {}).items():
         raw.setdefault(key, value)
-    _check_keys(schema, raw, where, "", free)
+    _check_keys(schema, raw, where, "", free, raw)
 
     # jsonargparse reads text under Any as YAML once more ("010" would become 10): free mappings
     # whose values are not theirs to check pass by it.
@@ -165,16 +166,16 @@ def check_keys(raw: Any, known: Collection[str] | None, needed: set[str], where:
         raise UserError(f"{where}: {raw!r} where keys with values are expected")
     for key in raw:
         if known is not None and key not in known:
-            raise UserError(f"{where}: {unknown_key(str(key), known)}")
+            raise UserError(f"{where}: {unknown(f'key {key}', str(key), known)}")
     for key in sorted(needed - set(raw)):
         raise UserError(f"{where}: {key} is missing")
 
 
-def unknown_key(key: str, known: Collection[str], prefix: str = "") -> str:
-    """What to say of a key that nobody reads: the nearest known one, else all."""
-    near = difflib.get_close_matches(key, sorted(known), n=1)
+def unknown(what: str, name: str, known: Collection[str], prefix: str = "") -> str:
+    """What to say of a name that nobody knows: the nearest known one, else all."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
     remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-    return f"unknown key {prefix}{key}; {remedy}"
+    return f"unknown {what}; {remedy}"
 
 
 def one_line(error: BaseException) -> str:
@@ -188,6 +189,17 @@ def _flatten(raw: dict[str, Any], free: Collection[str]) -> None:
         node = raw.get(section)
         if isinstance(node, dict) and isinstance(node.get(name), dict):
             node[name] = dotted(node[name])
+
+
+def _applied(
+    schema: type, raw: dict[str, Any], overrides: Sequence[str], free: Collection[str]
+) -> dict[str, Any]:
+    """Settings with overrides applied in their order."""
+    for override in overrides:
+        _apply(schema, raw, override, free)
+        raw = _named(schema, raw)
+        _flatten(raw, free)
+    return raw
 
 
 def _apply(schema: type, raw: dict[str, Any], override: str, free: Collection[str]) -> None:
@@ -219,43 +231,128 @@ def _is_text(schema: type, parts: Sequence[str]) -> bool:
     return str in kinds and not kinds & {bool, int, float}
 
 
-def _sections(schema: type) -> Iterator[tuple[str, type | None]]:
-    """Each field's name, and its dataclass where it is a section."""
+# -- sections: dataclasses as they are, or chosen by a registry
+
+
+def _sections(schema: type) -> Iterator[tuple[dataclasses.Field, type]]:
+    """The fields that are sections, each with its dataclass, or with the base of a registry."""
     hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
         kind = hints[item.name]
-        yield item.name, kind if dataclasses.is_dataclass(kind) else None  # type: ignore[misc]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield item, kind
+
+
+def _is_choice(kind: type) -> bool:
+    """Whether ``name`` in the section chooses one of a registry's classes."""
+    registry = getattr(kind, "registry", None)
+    return registry is not None and registry.base is kind
+
+
+def _chosen(item: dataclasses.Field, kind: type, raw: Any, where: str) -> type:
+    """The class of a section: its own, or the one that its ``name``, or else the default, says."""
+    if not _is_choice(kind):
+        return kind
+    if isinstance(raw, dict) and "name" in raw:
+        try:
+            return kind.registry[str(raw["name"])]  # type: ignore[attr-defined]
+        except UserError as error:
+            raise UserError(f"{where}{item.name}: {error}") from None
+    is_factory = item.default is dataclasses.MISSING
+    return type(item.default_factory() if is_factory else item.default)  # type: ignore[misc]
+
+
+def _named(schema: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """``objective: byol`` for ``objective: {name: byol}``, wherever a section has a short form."""
+    for item, kind in _sections(schema):
+        value = raw.get(item.name)
+        short = "name" if _is_choice(kind) else getattr(kind, "short_key", None)
+        if isinstance(value, str) and short:
+            raw[item.name] = {short: value}
+        elif isinstance(value, dict) and not _is_choice(kind):
+            raw[item.name] = _named(kind, value)
+    return raw
+
+
+def _leave_behind(schema: type, raw: dict[str, Any], overrides: dict[str, Any], where: str) -> None:
+    """Drop a file's settings of a choice that an override replaces by another one.
+
+    ``objective.name=byol`` for a file with SimCLR's temperature: BYOL has none.
+    """
+    for item, kind in _sections(schema):
+        own, other = raw.get(item.name), overrides.get(item.name)
+        if not (isinstance(own, dict) and isinstance(other, dict)):
+            continue
+        if not _is_choice(kind):
+            _leave_behind(kind, own, other, where)
+        elif "name" in other:
+            names = [
+                {field.name for field in dataclasses.fields(_chosen(item, kind, node, where))}
+                for node in (own, other)
+            ]
+            for key in set(own) & (names[0] - names[1]):
+                del own[key]
 
 
 def _check_keys(
-    schema: type, raw: dict[str, Any], where: str, prefix: str, free: Collection[str]
+    schema: type, raw: dict[str, Any], where: str, prefix: str, free: Collection[str], whole: Any
 ) -> None:
-    sections = dict(_sections(schema))
+    """Refuse unknown keys. ``whole`` has the names that choose classes, which ``raw`` may lack."""
+    sections = {item.name: (item, kind) for item, kind in _sections(schema)}
+    known = [item.name for item in dataclasses.fields(schema)]
     for key, value in raw.items():
+        if key not in known:
+            what = f"key {prefix}{key}"
+            raise UserError(f"{where}{unknown(what, str(key), known, prefix)}")
         if key not in sections:
-            raise UserError(f"{where}{unknown_key(str(key), sections, prefix)}")
-        section = sections[key]
-        if section is None:
             continue
         if not isinstance(value, dict):
             raise UserError(f"{where}{prefix}{key} is {value!r}; it holds settings of its own")
-        _check_keys(section, value, where, f"{prefix}{key}.", free)
+        inner = whole.get(key) if isinstance(whole, dict) else None
+        chosen = _chosen(*sections[key], inner, f"{where}{prefix}")
+        _check_keys(chosen, value, where, f"{prefix}{key}.", free, inner)
 
 
-def _build(schema: type[Schema], raw: dict[str, Any], where: str) -> Schema:
+def _build(schema: type[Schema], raw: dict[str, Any], where: str, prefix: str = "") -> Schema:
+    """The dataclass of checked keys; the sections first, each by itself."""
     from jsonargparse import ArgumentParser  # slow to import: --help does without
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(schema, None, fail_untyped=True)
+    values: dict[str, Any] = {}
+    # A section may have defaults that depend on one of its keys, as a preset.
+    if defaults_for := getattr(schema, "defaults_for", None):
+        try:
+            raw = _overlaid(defaults_for(raw), raw)
+        except UserError as error:
+            raise UserError(f"{where}{prefix.removesuffix('.')}: {error}") from None
+    sections = {item.name: (item, kind) for item, kind in _sections(schema)}
+    hints, parser = typing.get_type_hints(schema), ArgumentParser(exit_on_error=False)
+    for item in dataclasses.fields(schema):  # type: ignore[arg-type]
+        name, has_default = item.name, item.default is not item.default_factory
+        if name in sections and name in raw:
+            chosen = _chosen(*sections[name], raw[name], f"{where}{prefix}")
+            values[name] = _build(chosen, raw[name], where, f"{prefix}{name}.")
+        elif name in raw:
+            parser.add_argument(f"--{name}", type=hints[name])
+        elif not has_default:  # both are dataclasses.MISSING
+            raise UserError(f"{where}{prefix}{name} is missing")
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            # The method was renamed in jsonargparse 4.49; older ones know only the second name.
-            make = getattr(parser, "instantiate", None) or parser.instantiate_classes
-            values = make(parser.parse_object(raw))
-            return schema(**{f.name: values[f.name] for f in dataclasses.fields(schema)})  # type: ignore[arg-type]
+            leaves = parser.parse_object({key: raw[key] for key in raw if key not in values})
+        return schema(**values, **{key: leaves[key] for key in raw if key not in values})
     except Exception as error:  # jsonargparse raises several kinds, all about the settings
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        raise UserError(f"{where}{one_line(cause)}") from None
+        text = one_line(cause).replace('Parser key "', f'Parser key "{prefix}')
+        raise UserError(f"{where}{text}") from None
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; of two values the one above counts."""
+    both = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(both.get(key), Mapping):
+            value = _overlaid(both[key], value)
+        both[key] = value
+    return both
 
 
 def _plain(value: Any) -> Any:
