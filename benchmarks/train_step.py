@@ -4,7 +4,7 @@ Four arms start from the same weights and the same synthetic batch on the device
 timed their losses are compared in fp32. They take turns, round by round. Then the engine's step is
 batch from shards by its own loader.
 
-ours: the engine's own loop (``Trainer.steps``) with whatever the config switches on.
+ours: the engine's own loop (``Trainer.step``) with whatever the config switches on.
 eager: written from the definition (arXiv 2006.07733) in plain PyTorch; fp32, TF32 where there is.
 solo-learn-like, lightly-like: the order of work, precision, memory format, LARS and EMA of their
 published BYOL recipes, written anew. Left out of both: the online classifier, the logging of
@@ -53,6 +53,7 @@ from common.errors import require
 from pretrain.config import load_config
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import TwoViewBatch
+from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
 from pretrain.features.row_random import fa_generator
@@ -113,10 +114,10 @@ class Ours:
         views: [2, n, 3, s, s], normalised.
     """
 
-    def __init__(self, run: Trainer, views: Tensor) -> None:
-        self.run, self.flags, self.optimizer = run, Flags.now(), run.optimizer
-        self.autocast = run.gradients.autocast
-        if run.config.engine.channels_last:
+    def __init__(self, run: Trainer[ContrastiveTask], views: Tensor) -> None:
+        self.run, self.flags, self.optimizer = run, Flags.now(), run.task.optimizer
+        self.autocast = run.task.autocast
+        if run.task.config.engine.channels_last:
             views = torch.stack([v.permute(0, 2, 3, 1) for v in views]).permute(0, 1, 4, 2, 3)
         self.views, self._fed = views, fed_of(views)
 
@@ -127,16 +128,20 @@ class Ours:
     def steps_on(self, batches: Iterable[DeviceBatch]) -> None:
         """A step on each batch."""
         with self.flags.kept():
-            self.run.steps(batches)
+            for callback in self.run.callbacks:
+                callback.on_epoch_start()
+            for batch in batches:
+                self.run.step(batch)
 
     def loss(self) -> Tensor:
         """In fp32, with the graph; BN moves on."""
-        model, views = self.run.model, self._fed.views
+        model, views = self.run.task.model, self._fed.views
         return model.step(views, fa_generator(0, 0, views.device)).loss
 
     def networks(self) -> list[nn.Module]:
         """The trained one first, then its EMA."""
-        return [self.run.model.online, *([self.run.model.ema] if self.run.model.ema else [])]
+        model = self.run.task.model
+        return [model.online, *([model.ema] if model.ema else [])]
 
 
 def fed_of(views: Tensor) -> DeviceBatch:
@@ -288,9 +293,9 @@ class LoopLARS(torch.optim.Optimizer):
 Arm = Ours | Rival
 
 
-def make_arms(run: Trainer, views: Tensor) -> dict[str, Arm]:
+def make_arms(run: Trainer[ContrastiveTask], views: Tensor) -> dict[str, Arm]:
     """All arms from the weights of a freshly built run."""
-    rivals = {name: Rival(recipe, run.model, views) for name, recipe in RECIPES.items()}
+    rivals = {name: Rival(recipe, run.task.model, views) for name, recipe in RECIPES.items()}
     return {"ours": Ours(run, views), **rivals}
 
 
@@ -328,7 +333,7 @@ def make_shards(folder: Path, batch_size: int) -> Path:
 
 def build_run(
     folder: Path, sizes: Sizes, device: str, num_workers: int, settings: Sequence[str] = ()
-) -> Trainer:
+) -> Trainer[ContrastiveTask]:
     """A run of plain BYOL that never saves, probes or draws pictures.
 
     Args:
@@ -385,7 +390,7 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
 
     Batches that the workers made while the other one had its turn are used up first.
     """
-    device, batch_size = ours.run.device, ours.run.config.data.batch_size
+    device, batch_size = ours.run.device, ours.run.task.config.data.batch_size
     stream, found = batches(ours.run), {"synthetic": [], "shards": []}
 
     def wait() -> None:
@@ -479,8 +484,6 @@ def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
         arms.clear()
         drained = 2 * options.workers + 2
         wall = wall_rates(ours, options.rounds, options.wall_steps, drained)
-        if run.lock is not None:
-            run.lock.close()
     return {
         **result(measured, wall, sizes, per_picture, options.peak_tflops),
         "loss_in_fp32": losses,

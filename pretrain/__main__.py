@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common.errors import RunFailed, UserError, run_command
+from common.errors import require, run_command
 
 EXAMPLE = """\
 example:
@@ -57,31 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pretrain.run import make_trainer
 
     def work() -> int:
-        config = None
-        try:
-            config = load_config(options.config, options.overrides)
-            num_profiled = 0
-            if options.profile is not None:
-                num_profiled = profiling.parse_num_steps(options.profile)
-            if num_profiled and options.resume:
-                raise UserError("--profile runs by itself: leave out --resume")
-            if options.print_config:
-                import yaml
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            import yaml
 
-                print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
-            elif num_profiled:
-                trainer = make_trainer(profiling.only_steps(config), resume=False)
-                profiling.profile(trainer, num_profiled)
-            else:
-                trainer = make_trainer(
-                    config, resume=options.resume, allow_changes=options.allow_changes
-                )
-                trainer.train()
-        except (MemoryError, RuntimeError) as error:
-            message = guards.out_of_memory(error, config)
-            if message is None:
-                raise
-            raise RunFailed(message) from error
+            print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
+            return 0
+        try:
+            with guards.out_of_memory_explained(config):
+                if options.profile is None:
+                    make_trainer(
+                        config, resume=options.resume, allow_changes=options.allow_changes
+                    ).train()
+                else:
+                    num_steps = profiling.parse_num_steps(options.profile)
+                    require(not options.resume, "--profile runs by itself: leave out --resume")
+                    run = make_trainer(profiling.only_steps(config), resume=False)
+                    profiling.profile(run, num_steps)
         finally:
             rendezvous.stop()
         return 0

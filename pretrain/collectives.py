@@ -64,3 +64,10 @@ def highest(x: Tensor) -> Tensor:
     if is_on():
         torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX)
     return x
+
+
+def total_of(number: float, device: torch.device) -> float:
+    """Sum of a number over the processes; one process does not wait for its device."""
+    if not is_on():
+        return number
+    return float(total(torch.tensor(float(number), device=device)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from pretrain import collectives as dist
@@ -9,8 +11,14 @@ from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import InputPipeline
 from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine import device as devices
-from pretrain.engine.log import check_wandb
+from pretrain.engine.checkpoint import Checkpoints
+from pretrain.engine.collapse import CollapseAlarm, SimilarityRows
+from pretrain.engine.contrastive_task import ContrastiveTask
+from pretrain.engine.guards import HangTimer
+from pretrain.engine.log import ProgressLog, check_wandb, open_log
 from pretrain.engine.optim import make_optimizer, peak_lr
+from pretrain.engine.run_folder import RunFolder
+from pretrain.engine.stop import StopOnSignal
 from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.pictures import RunPictures
@@ -19,7 +27,9 @@ from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.method_spec import refuse_without_gradient
 
 
-def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = False) -> Trainer:
+def make_trainer(
+    config: PretrainConfig, *, resume: bool, allow_changes: bool = False
+) -> Trainer[ContrastiveTask]:
     """A run that stands before its first step, or where its checkpoint left it.
 
     Args:
@@ -58,19 +68,46 @@ def make_trainer(config: PretrainConfig, *, resume: bool, allow_changes: bool = 
         peak_lr(config.optim, config.data.batch_size),
         is_fused=devices.uses_fused(engine.fused_optimizer, device),
     )
-    # What goes on beside the steps. The first process alone looks at the probe's sets.
-    callbacks: list[Callback] = []
-    online_probe = OnlineProbe.open(
-        config.eval, input_pipeline.samples, model.online.backbone, device
+    task = ContrastiveTask(
+        config,
+        model,
+        optimizer,
+        num_steps=input_pipeline.num_steps * config.optim.epochs,
+        data_fingerprint=input_pipeline.fingerprint,
+        folder=folder,
+        device=device,
     )
-    if online_probe is not None:
-        callbacks.append(online_probe)
+    # What goes on beside the steps. The first process alone looks at the probe's sets.
+    backbone, is_main = model.online.backbone, dist.rank() == 0
+    log = ProgressLog("pretrain", partial(open_log, config, folder))
+    checkpoints = Checkpoints(folder, engine, list(model.online.parameters()))
+    online_probe = OnlineProbe.open(config.eval, input_pipeline.samples, backbone, device)
     probe = Probe.open(config.eval, config.data, device)
-    if dist.rank() == 0:
-        if probe is not None:
-            callbacks.append(KnnCallback(probe, online_probe))
-        callbacks.append(RunPictures(probe))
-    trainer = Trainer(config, folder, lock, device, input_pipeline, model, optimizer, callbacks)
+    # A step's row comes before its checkpoint: a killed run writes again only what comes after it.
+    # The probe's row of an epoch comes before the last checkpoint, the pictures after it.
+    callbacks: list[Callback | None] = [
+        online_probe,
+        log,
+        SimilarityRows(engine, log),
+        CollapseAlarm(engine, log, checkpoints),
+        StopOnSignal(log, checkpoints),
+        KnnCallback(probe, online_probe, backbone, log) if is_main and probe else None,
+        checkpoints,
+        HangTimer(engine),
+        RunPictures(config, folder, backbone, input_pipeline, probe) if is_main else None,
+        RunFolder(folder, lock, config, input_pipeline.num_samples) if lock else None,
+    ]
+    trainer = Trainer(
+        task,
+        input_pipeline,
+        [callback for callback in callbacks if callback is not None],
+        num_epochs=config.optim.epochs,
+        log_every_steps=engine.log_every_steps,
+        checkpoint_every_steps=engine.checkpoint_every_steps,
+        device=device,
+    )
     if resume and (folder / checkpoint.NAME).exists():
-        trainer.restore(allow_changes=allow_changes)
+        state, note = checkpoint.load_newest(folder)
+        changes = trainer.load_state_dict(state, allow_changes=allow_changes)
+        log.notes = [*([note] if note else []), *changes]
     return trainer

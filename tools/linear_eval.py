@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import RunFailed, UserError, run_command
+from common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,12 +112,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         try:
-            evaluate(arguments)
-        except (MemoryError, RuntimeError) as error:
-            message = guards.out_of_memory(error, None)
-            if message is None:
-                raise
-            raise RunFailed(message) from error
+            with guards.out_of_memory_explained():
+                evaluate(arguments)
         finally:
             rendezvous.stop()
         return 0

@@ -9,33 +9,46 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import provenance
 from common.checkpoints import FORMAT, check_sum, checksum
-from common.config import to_plain
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from common.files import write_atomically
-from pretrain.config import EngineConfig, PretrainConfig
-from pretrain.engine.optim import load_state
-from pretrain.model.joint_embedding import FAContrastive
+from pretrain import collectives as dist
+from pretrain.config import EngineConfig
+from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine.trainer import Callback, StepResult
 
 NAME = "checkpoint.pth"
 FIELDS = (
     "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
     "negatives", "random", "position", "config", "step", "versions",
 )  # fmt: skip
-# May change when a run goes on: they decide no gradient, or its rounding only.
-NOT_COMPARED = ("out", "engine", "eval", "tracking")
-ENGINE_COMPARED = {"batch_norm": "per_process"}  # but for these; values of older checkpoints
-# Where the shards lie, and how they are read; that they are the same is seen by their fingerprint.
-DATA_NOT_COMPARED = (
-    "shards", "num_workers", "cache_dir", "cache_gb", "read_retries", "read_timeout_seconds",
-)  # fmt: skip
+
+
+class NonFiniteLossError(RunFailed):
+    """Loss, gradients or weights are NaN or infinite: going on would only destroy the weights.
+
+    The message looks for the checkpoint when it is read: one that was being written is there then.
+
+    Args:
+        folder: Of the run.
+        what: What was seen, and at which step.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(folder, what)
+
+    def __str__(self) -> str:
+        """What was seen, what is saved, what to change."""
+        folder, what = self.args
+        path = folder / NAME
+        saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
+        return f"{what}; {saved}. Lower optim.base_lr or lengthen optim.warmup_epochs"
 
 
 # -- the file --
@@ -118,8 +131,8 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], str | None]:
     raise first
 
 
-class CheckpointSaver:
-    """Writes one checkpoint at a time while the steps go on.
+class Checkpoints(Callback):
+    """Writes one checkpoint at a time while the steps go on; the first process does so.
 
     The state is copied in memory before ``save`` returns, so that it costs a step that copy and a
     second state in memory. What goes wrong in the thread is raised by the next call.
@@ -128,14 +141,18 @@ class CheckpointSaver:
         folder: The run's folder.
         config: ``keep_checkpoints``, ``keep_every_steps``, and ``async_checkpoints`` (false writes
             before ``save`` returns).
+        parameters: What must be finite in a checkpoint.
     """
 
-    def __init__(self, folder: Path, config: EngineConfig) -> None:
-        self._path, self._config = folder / NAME, config
+    def __init__(
+        self, folder: Path, config: EngineConfig, parameters: Sequence[torch.Tensor] = ()
+    ) -> None:
+        self._path, self._config, self._parameters = folder / NAME, config, parameters
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def __enter__(self) -> CheckpointSaver:
+    def __enter__(self) -> Checkpoints:
+        self.check_space(self.trainer.state_dict())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -144,6 +161,33 @@ class CheckpointSaver:
             self.wait()
         elif self._thread is not None:
             self._thread.join()
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """At its interval."""
+        if self.trainer.is_saved(self.trainer.position.step):
+            self.save()
+
+    def on_epoch_end(self) -> None:
+        """After the last one, when the probe has written its row."""
+        if self.trainer.position.epoch == self.trainer.num_epochs:
+            self.save()
+
+    def save(self, *, waits: bool = False) -> None:
+        """Write the checkpoint of the present step.
+
+        Raises:
+            NonFiniteLossError: If the weights are not finite; the checkpoint before stays.
+            DiskFullError: If the one before did not fit, or this one, where it is waited for.
+        """
+        if dist.rank() != 0:
+            return
+        step = self.trainer.position.step
+        if not all(bool(torch.isfinite(p).all()) for p in self._parameters):
+            what = f"weights are no longer finite at step {step}"
+            raise NonFiniteLossError(self._path.parent, what)
+        self.write(self.trainer.state_dict(), step)
+        if waits:
+            self.wait()
 
     def check_space(self, state: dict[str, Any]) -> None:
         """Refuse to start where the checkpoints of this run cannot fit.
@@ -164,7 +208,7 @@ class CheckpointSaver:
                 "space, choose another out=DIR, or lower engine.keep_checkpoints"
             )
 
-    def save(self, state: dict[str, Any], step: int) -> None:
+    def write(self, state: dict[str, Any], step: int) -> None:
         """Write a state; waits for the one before.
 
         Raises:
@@ -242,160 +286,6 @@ def num_bytes(value: Any) -> int:
     if isinstance(value, dict | list | tuple):
         return sum(map(num_bytes, value.values() if isinstance(value, dict) else value))
     return value.nbytes if isinstance(value, torch.Tensor) else 0
-
-
-# -- the state of a run --
-
-
-@dataclass
-class Position:
-    """Where the run stands.
-
-    Attributes:
-        step: Finished steps, those that were left out included.
-        epoch: Finished epochs.
-        step_in_epoch: Finished steps of the epoch that has begun.
-        num_bad_samples: Pictures that were replaced, in all processes.
-        num_skipped_steps: Steps left out since loss or gradients were not finite.
-        num_overflow_steps: Steps left out since the loss scale of fp16 was too high.
-        train_seconds: Time spent in steps and in waiting for data.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    num_bad_samples: int = 0
-    num_skipped_steps: int = 0
-    num_overflow_steps: int = 0
-    train_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Everything that the next step of a run depends on, to and from a checkpoint.
-
-    Attributes:
-        config: Of the run.
-        model: Its weights, EMA and queues.
-        optimizer: Its state.
-        num_steps: Steps that the run has in all.
-        data_fingerprint: Which samples the run sees; None where that cannot be known.
-    """
-
-    config: PretrainConfig
-    model: FAContrastive
-    optimizer: torch.optim.Optimizer
-    num_steps: int
-    data_fingerprint: str | None = None
-
-    def to_checkpoint(
-        self, position: Position, scaler: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Plain types and tensors, not copied.
-
-        Args:
-            position: Where the run stands.
-            scaler: State of the loss scale; None without one.
-        """
-        ema, queue, negatives = self.model.ema, self.model.queue, self.model.objective.negatives
-        return {
-            "format": FORMAT,
-            "arch": to_plain(self.config.arch),
-            "preprocessing": {
-                "mean": list(self.config.data.pixel_mean),
-                "std": list(self.config.data.pixel_std),
-                "order": "RGB",
-            },
-            "model": self.model.online.state_dict(),
-            "ema": None if ema is None else ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": scaler,
-            "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
-            "queue": None if queue is None else queue.state_dict(),
-            "negatives": None if negatives is None else negatives.state_dict(),
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-            "position": dict(vars(position)),
-            "config": to_plain(self.config),
-            "step": position.step,
-            "versions": provenance.versions(),
-        }
-
-    def restore(
-        self, state: dict[str, Any], *, allow_changes: bool = False
-    ) -> tuple[Position, list[str]]:
-        """Bring a freshly built run into the state of a checkpoint.
-
-        Args:
-            state: From ``load``.
-            allow_changes: Go on with another config or other shards where the weights fit.
-
-        Returns:
-            Where the run stands, and the changes that were allowed, a line each.
-
-        Raises:
-            UserError: A changed config or changed shards (the differences are shown), or weights
-                that do not fit.
-        """
-        changes = self._changes(state)
-        if changes and not allow_changes:
-            raise UserError(
-                f"the checkpoint was made with another config: {'; '.join(changes)}. Restore "
-                "these values to resume, allow them with --allow-changes, or start a new run with "
-                "another out=DIR"
-            )
-        try:
-            self.model.online.load_state_dict(state["model"])
-            if self.model.ema is not None:
-                self.model.ema.load_state_dict(state["ema"])
-            if self.model.queue is not None:
-                self.model.queue.load_state_dict(state["queue"])
-            if self.model.objective.negatives is not None:
-                self.model.objective.negatives.load_state_dict(state["negatives"])
-            load_state(self.optimizer, state["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                "the checkpoint does not fit this config "
-                f"({'; '.join(changes) or 'no change seen'}): {' '.join(str(error).split())[:200]}"
-            ) from error
-        torch.set_rng_state(state["random"]["torch"])
-        if torch.cuda.is_available():  # perhaps with fewer devices than before
-            for device, cuda_state in enumerate(
-                state["random"]["cuda"][: torch.cuda.device_count()]
-            ):
-                torch.cuda.set_rng_state(cuda_state, device)
-        position = Position(**state["position"])
-        if changes:
-            steps_per_epoch = self.num_steps // self.config.optim.epochs
-            position.epoch, position.step_in_epoch = divmod(position.step, steps_per_epoch)
-        return position, changes
-
-    def _changes(self, state: dict[str, Any]) -> list[str]:
-        """What differs from the run that the checkpoint was made by, a line each."""
-
-        def compared(plain: dict[str, Any]) -> dict[str, Any]:
-            data = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
-            engine = {k: plain["engine"].get(k, old) for k, old in ENGINE_COMPARED.items()}
-            others = {k: v for k, v in plain.items() if k not in NOT_COMPARED}
-            return others | {"data": data, "engine": engine}
-
-        changes = different_keys(compared(state["config"]), compared(to_plain(self.config)))
-        schedule = state["schedule"]
-        if schedule["num_steps"] != self.num_steps and not changes:
-            changes.append(
-                f"it was made for {schedule['num_steps']} steps, the shards now give "
-                f"{self.num_steps}"
-            )
-        known = schedule.get("data_fingerprint")
-        if (
-            known is not None
-            and self.data_fingerprint is not None
-            and known != self.data_fingerprint
-        ):
-            changes.append("data.shards: other shards, or other weights of them")
-        return changes
 
 
 def different_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,8 +5,10 @@ docs/guards.md says what each guard looks at, when, and what it costs.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,8 @@ from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.data.loader import TwoViewBatch
-from pretrain.engine import checkpoint
-from pretrain.engine.checkpoint import Position
+from pretrain.engine.checkpoint import NonFiniteLossError
+from pretrain.engine.trainer import Callback, Position
 from pretrain.model.joint_embedding import FAContrastive
 
 FOLDER = "nonfinite"
@@ -29,27 +31,6 @@ INITIAL = 2.0**16  # the first loss scale, torch's own: it falls within a few st
 _NONE = 1 << 62  # later than any step
 _CPU_MEMORY = "DefaultCPUAllocator"
 _KILLED_WORKER = ("is killed by signal: Killed", "is killed by signal: Bus error")
-
-
-class NonFiniteLossError(RunFailed):
-    """Loss, gradients or weights are NaN or infinite: going on would only destroy the weights.
-
-    The message looks for the checkpoint when it is read: one that was being written is there then.
-
-    Args:
-        folder: Of the run.
-        what: What was seen, and at which step.
-    """
-
-    def __init__(self, folder: Path, what: str) -> None:
-        super().__init__(folder, what)
-
-    def __str__(self) -> str:
-        """What was seen, what is saved, what to change."""
-        folder, what = self.args
-        path = folder / checkpoint.NAME
-        saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
-        return f"{what}; {saved}. Lower optim.base_lr or lengthen optim.warmup_epochs"
 
 
 class _Seen(NamedTuple):
@@ -106,15 +87,15 @@ class NonFiniteGuard:
             kept.copy_(buffer)
 
     @torch.no_grad()
-    def refuses(
-        self, position: Position, batch: TwoViewBatch, loss: Tensor, *, is_due: bool
-    ) -> bool:
-        """After the backward pass: whether the update must be left out.
+    def refusal(
+        self, batch: TwoViewBatch, loss: Tensor, position: Position, *, is_due: bool
+    ) -> str | None:
+        """After the backward pass: the message if the update must be left out, else None.
 
         Args:
-            position: Before this step; a step that is left out is counted there.
             batch: This process's samples.
-            loss: Of this process's rows.
+            loss: Of this process's rows, without graph.
+            position: Before this step; only read.
             is_due: The device is waited for at this step anyway: it is logged or saved.
 
         Raises:
@@ -122,9 +103,9 @@ class NonFiniteGuard:
         """
         # The gradients are the same in all processes.
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        self._seen.append(_Seen(position.step + 1, batch, loss.detach(), norm))
+        self._seen.append(_Seen(position.step + 1, batch, loss, norm))
         if not (self._is_always_due or is_due):
-            return False
+            return None
         # The first step that was not finite in any process.
         seen, self._seen = self._seen, []
         bad = (~torch.stack([x.figures() for x in seen]).isfinite().all(dim=1)).tolist()
@@ -132,27 +113,27 @@ class NonFiniteGuard:
         if dist.is_on():
             first = -int(dist.highest(torch.tensor(-first, device=self._device)))
         if first == _NONE:
-            return False
-        what = self._write(next(x for x in seen if x.step == first), position)
-        what, file = f"{what} at step {first}", self.file_of(first)
+            return None
+        file = self._folder / FOLDER / f"step-{first:08d}.json"
+        what = self._write(next(x for x in seen if x.step == first), position.epoch, file)
+        what, num = f"{what} at step {first}", position.num_skipped_steps
         if not self._skips:
             raise NonFiniteLossError(self._folder, f"{what}; its batch is in {file}")
-        if position.num_skipped_steps >= self._config.max_nonfinite_steps:
+        most = self._config.max_nonfinite_steps
+        if num >= most:
             raise NonFiniteLossError(
                 self._folder,
-                f"{what}, and {position.num_skipped_steps} steps were left out before, as many as "
+                f"{what}, and {num} steps were left out before, as many as "
                 f"engine.max_nonfinite_steps allows; its batch is in {file}",
             )
-        position.num_skipped_steps += 1
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             buffer.copy_(kept)
-        return True
+        return (
+            f"step {first} was left out: loss or gradients not finite ({num + 1} of at most "
+            f"{most}); its batch is in {file}"
+        )
 
-    def file_of(self, step: int) -> Path:
-        """Where the batch of a step that was not finite is written."""
-        return self._folder / FOLDER / f"step-{step:08d}.json"
-
-    def _write(self, seen: _Seen, position: Position) -> str:
+    def _write(self, seen: _Seen, epoch: int, file: Path) -> str:
         """Write the step and the samples of all processes; returns what was not finite."""
         figures = dist.gather(seen.figures().unsqueeze(0))
         losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
@@ -168,16 +149,30 @@ class NonFiniteGuard:
             row = {
                 "format": FORMAT,
                 "step": seen.step,
-                "epoch": position.epoch,
+                "epoch": epoch,
                 "policy": self._config.on_nonfinite,
                 "loss": [plain(x) for x in losses],
                 "gradient_norm": plain(norm),
                 **batch,
             }
-            self.file_of(seen.step).parent.mkdir(exist_ok=True)
-            write_json(self.file_of(seen.step), row)
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, row)
         loss = sum(losses) / len(losses)
         return f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+
+
+class Overflow(NamedTuple):
+    """What the loss scale has seen in a step.
+
+    Attributes:
+        is_found: Gradients were too large for the scale: the update must be left out.
+        is_loss_bad: A process's loss is not finite: the guard must look.
+        figures: For a row of the log: the scale, and the steps left out for it.
+    """
+
+    is_found: bool
+    is_loss_bad: bool
+    figures: dict[str, float]
 
 
 class LossScale:
@@ -194,7 +189,6 @@ class LossScale:
 
     def __init__(self, config: EngineConfig, folder: Path, device: torch.device) -> None:
         self.is_on = config.precision == "fp16"
-        self.is_loss_bad = False
         self._least, self._folder = config.min_loss_scale, folder
         self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL, enabled=self.is_on)
 
@@ -202,67 +196,51 @@ class LossScale:
         """The loss that ``backward`` is called on."""
         return self._scaler.scale(loss)
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """After the backward pass: the gradients of the loss itself; ``overflowed`` must follow."""
-        self._scaler.unscale_(optimizer)
-
-    def overflowed(
+    def update(
         self, loss: Tensor, optimizer: torch.optim.Optimizer, position: Position
-    ) -> bool:
-        """Whether gradients were too large for the scale, so that the update must be left out.
+    ) -> Overflow:
+        """After the backward pass: gradients become those of the loss itself, the scale moves.
 
-        The scale then falls to a half; after 2000 steps without it doubles. A loss that is not
-        finite is not the scale's fault: the scale stays, and ``is_loss_bad`` asks the guard to
-        look. All processes must call it; they decide alike.
+        It falls to a half if gradients were too large; after 2000 steps without it doubles. A loss
+        that is not finite is not the scale's fault: the scale stays. All processes must call it;
+        they decide alike.
 
         Args:
-            loss: Of this process's rows.
-            optimizer: Its gradients are those of the loss itself.
-            position: Where steps that are left out here are counted.
+            loss: Of this process's rows, without graph.
+            optimizer: Of the weights.
+            position: Before this step; only read.
         Raises:
             NonFiniteLossError: If the scale falls below ``min_loss_scale``.
         """
         if not self.is_on:
-            return False
+            return Overflow(is_found=False, is_loss_bad=False, figures={})
+        self._scaler.unscale_(optimizer)
         (found,) = self._scaler._found_inf_per_device(optimizer).values()  # all on one device
-        is_bad = (~loss.detach().isfinite()).to(found)
+        is_bad = (~loss.isfinite()).to(found)
         seen = dist.highest(torch.stack([found.squeeze(), is_bad])).tolist()
-        has_overflowed, self.is_loss_bad = bool(seen[0]), bool(seen[1])
-        if self.is_loss_bad:
-            self._scaler.update(self._scaler.get_scale())
-            return False
-        self._scaler.update()
-        if has_overflowed:
-            position.num_overflow_steps += 1
-            scale = self._scaler.get_scale()
-            if scale < self._least:
-                raise NonFiniteLossError(
-                    self._folder,
-                    f"the loss scale has collapsed: it is {scale:g} at step {position.step + 1}, "
-                    f"below engine.min_loss_scale ({self._least:g}), after "
-                    f"{position.num_overflow_steps} steps whose gradients were not finite in fp16; "
-                    "use engine.precision=bf16 or fp32",
-                )
-        return has_overflowed
-
-    def figures(self, position: Position) -> dict[str, float]:
-        """For a row of the log: the scale, and the steps left out for it; nothing without one."""
-        if not self.is_on:
-            return {}
-        num = position.num_overflow_steps
-        return {"loss_scale": self._scaler.get_scale(), "num_overflow_steps": num}
+        is_loss_bad, is_found = bool(seen[1]), bool(seen[0]) and not seen[1]
+        self._scaler.update(self._scaler.get_scale() if is_loss_bad else None)
+        scale, num = self._scaler.get_scale(), position.num_overflow_steps + is_found
+        if is_found and scale < self._least:
+            raise NonFiniteLossError(
+                self._folder,
+                f"the loss scale has collapsed: it is {scale:g} at step {position.step + 1}, below "
+                f"engine.min_loss_scale ({self._least:g}), after {num} steps whose gradients were "
+                "not finite in fp16; use engine.precision=bf16 or fp32",
+            )
+        return Overflow(is_found, is_loss_bad, {"loss_scale": scale, "num_overflow_steps": num})
 
     def state_dict(self) -> dict[str, Any] | None:
         """Plain numbers for the checkpoint; None without a scale."""
         return self._scaler.state_dict() if self.is_on else None
 
-    def load(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; one of a run in another precision has no scale to go on from."""
         if self.is_on and state is not None:
             self._scaler.load_state_dict(state)
 
 
-class HangTimer:
+class HangTimer(Callback):
     """Prints the stacks of all threads to stderr when no step ends for ``engine.watchdog_seconds``.
 
     The timer is faulthandler's own thread, which needs no lock of the interpreter. With
@@ -274,49 +252,56 @@ class HangTimer:
     def __init__(self, config: EngineConfig) -> None:
         self._seconds, self._stops = config.watchdog_seconds, config.on_hang == "stop"
 
-    def restart(self) -> None:
-        """Count from now; called when a batch has come, so that waiting for the next one counts."""
+    def on_step_start(self) -> None:
+        """Count from now, so that waiting for the next batch counts."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, exit=self._stops, file=STDERR)
-
-    def __enter__(self) -> HangTimer:
-        return self
 
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def out_of_memory(error: BaseException, config: PretrainConfig | None) -> str | None:
-    """The message for the user if an error says that memory has run out; None for any other error.
+@contextlib.contextmanager
+def out_of_memory_explained(config: PretrainConfig | None = None) -> Iterator[None]:
+    """A context in which memory that has run out is reported with what to change.
+
+    It knows the errors of CUDA, of PyTorch on a CPU, of Python, and of a loader's worker that was
+    killed.
 
     Args:
-        error: CUDA's, PyTorch's on a CPU, Python's, or that of a loader's worker that was killed.
-        config: Of the run, for the values that now stand; None before it is read.
+        config: Of the run, for the values that now stand.
+
+    Raises:
+        RunFailed: Instead of these errors; any other goes through.
     """
-    details = " ".join(str(error).split())
-    is_worker = any(text in details for text in _KILLED_WORKER)
-    is_cuda = isinstance(error, torch.OutOfMemoryError)
-    if not (is_cuda or is_worker or isinstance(error, MemoryError) or _CPU_MEMORY in details):
-        return None
-    where = "on the GPU" if is_cuda else "in a loader's process" if is_worker else "of the CPU"
-    if len(details) > 200:
-        details = f"{details[:200]}.."
-    message = f"out of memory {where} ({details or 'no details'})"
-    if config is not None:
-        # The values that decide how much memory a step takes.
-        data, micro, engine = config.data, config.optim.micro_batch_size, config.engine
-        sizes = f"data.batch_size ({data.batch_size}), data.image_size ({data.image_size})"
-        if is_worker:
-            message += f". Lower data.num_workers ({data.num_workers}), {sizes}"
-        else:
-            message += (
-                f". Lower optim.micro_batch_size ({micro or '0: the whole batch at once'}), which "
-                f"keeps the batch, or {sizes}; or set engine.precision=bf16 (now "
-                f"{engine.precision})"
-            )
-            if not engine.activation_checkpointing:
-                message += ", engine.activation_checkpointing=true"
-            message += "; changes other than in engine need --allow-changes"
-    return (
-        f"{message}; the last checkpoint is whole: the same command with --resume goes on from it"
-    )
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        details = " ".join(str(error).split())
+        is_worker = any(text in details for text in _KILLED_WORKER)
+        is_cuda = isinstance(error, torch.OutOfMemoryError)
+        if not (is_cuda or is_worker or isinstance(error, MemoryError) or _CPU_MEMORY in details):
+            raise
+        where = "on the GPU" if is_cuda else "in a loader's process" if is_worker else "of the CPU"
+        if len(details) > 200:
+            details = f"{details[:200]}.."
+        message = f"out of memory {where} ({details or 'no details'})"
+        if config is not None:
+            # The values that decide how much memory a step takes.
+            data, micro, engine = config.data, config.optim.micro_batch_size, config.engine
+            sizes = f"data.batch_size ({data.batch_size}), data.image_size ({data.image_size})"
+            if is_worker:
+                message += f". Lower data.num_workers ({data.num_workers}), {sizes}"
+            else:
+                message += (
+                    f". Lower optim.micro_batch_size ({micro or '0: the whole batch at once'}), "
+                    f"which keeps the batch, or {sizes}; or set engine.precision=bf16 (now "
+                    f"{engine.precision})"
+                )
+                if not engine.activation_checkpointing:
+                    message += ", engine.activation_checkpointing=true"
+                message += "; changes other than in engine need --allow-changes"
+        raise RunFailed(
+            f"{message}; the last checkpoint is whole: the same command with --resume goes on "
+            "from it"
+        ) from error

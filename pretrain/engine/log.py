@@ -11,10 +11,11 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -23,7 +24,8 @@ from common.errors import require
 from common.files import read_json_lines, write_json, write_json_lines
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig, TrackingConfig
-from pretrain.engine.checkpoint import Position
+from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine.trainer import Callback, Position, StepResult
 
 WANDB_ID_FILE = "tracking.json"
 """In the run folder: the id of the W&B run, so that a resumed run continues it."""
@@ -75,52 +77,8 @@ def start_wandb(
     return run
 
 
-def open_log(
-    config: PretrainConfig, folder: Path, position: Position, steps_per_epoch: int
-) -> MetricLog:
-    """The log of a run that goes on at a position, without the rows that will be written again."""
-    is_new = position.step == 0
-    last = -1 if is_new else position.step
-    # A checkpoint at the end of an epoch is made before the probe that is due there.
-    probe_is_due = position.step_in_epoch == steps_per_epoch
-    wandb_run = start_wandb(config.tracking, folder, to_plain(config), is_new=is_new)
-    return MetricLog(folder, last, last - 1 if probe_is_due else last, wandb_run)
-
-
-def progress_bar(title: str, num_steps: int, num_done: int = 0) -> tqdm:
-    """On stderr, of the first process."""
-    return tqdm(
-        total=num_steps,
-        initial=num_done,
-        desc=title,
-        unit="step",
-        disable=dist.rank() != 0,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        file=sys.stderr,
-    )
-
-
-@dataclass
-class Meter:
-    """Images and waiting for data since the last logged row; seconds."""
-
-    num_images: int = 0
-    data_seconds: float = 0.0
-    start: float = field(default_factory=time.perf_counter)
-
-    def rates(self) -> dict[str, float]:
-        """Images per second, and the share of the time that was spent waiting for data."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "images_per_second": self.num_images / seconds,
-            "data_wait_share": self.data_seconds / seconds,
-        }
-
-
 class MetricLog:
     """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
-
-    In a context: its end tells W&B whether the run failed.
 
     Args:
         folder: The run's folder.
@@ -154,12 +112,6 @@ class MetricLog:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def __enter__(self) -> MetricLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
-
     def close(self, *, failed: bool = False) -> None:
         """Flush all, and let W&B send what is left."""
         self._file.close()
@@ -169,3 +121,100 @@ class MetricLog:
                 self._wandb_run.finish(exit_code=int(failed))
             except Exception as error:  # whatever its network raises; metrics.jsonl has every row
                 print(f"warning: tracking.wandb did not finish: {error}", file=sys.stderr)
+
+
+def open_log(
+    config: PretrainConfig, folder: Path, position: Position, steps_per_epoch: int
+) -> MetricLog:
+    """The log of a run that goes on at a position, without the rows that will be written again."""
+    is_new = position.step == 0
+    last = -1 if is_new else position.step
+    # A checkpoint at the end of an epoch is made before the probe that is due there.
+    probe_is_due = position.step_in_epoch == steps_per_epoch
+    wandb_run = start_wandb(config.tracking, folder, to_plain(config), is_new=is_new)
+    return MetricLog(folder, last, last - 1 if probe_is_due else last, wandb_run)
+
+
+class ProgressLog(Callback):
+    """The progress bar on stderr and the rows of a run, both of the first process.
+
+    Args:
+        title: Of the bar.
+        open_rows: Makes the log of a run that goes on at a position, whose epochs have so many
+            steps; None: no rows are written.
+    Attributes:
+        notes: Reported as warnings when the run begins.
+    """
+
+    def __init__(
+        self, title: str, open_rows: Callable[[Position, int], MetricLog] | None = None
+    ) -> None:
+        self.title, self.open_rows, self.notes = title, open_rows, []
+        self._rows: MetricLog | None = None  # while the run goes on
+        self._bar = tqdm(disable=True)
+        self._start_row()
+
+    def __enter__(self) -> ProgressLog:
+        trainer, is_main = self.trainer, dist.rank() == 0
+        if is_main and self.open_rows is not None:
+            self._rows = self.open_rows(trainer.position, trainer.batches.num_steps)
+        self._bar = tqdm(
+            total=trainer.num_steps,
+            initial=trainer.position.step,
+            desc=self.title,
+            unit="step",
+            disable=not is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            file=sys.stderr,
+        )
+        for note in self.notes:
+            self.warn(note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """W&B hears whether the run failed."""
+        if self._rows is not None:
+            self._rows.close(failed=kind is not None)
+        self._rows = None
+        self._bar.close()
+
+    def on_epoch_start(self) -> None:
+        """What went on between two epochs is no part of a row's rates."""
+        self._start_row()
+
+    def _start_row(self) -> None:
+        self._started, self._num_images, self._data_seconds = time.perf_counter(), 0, 0.0
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """The row of a logged step, or the event that it was left out."""
+        position = self.trainer.position
+        self._bar.update()
+        self._num_images += len(batch.samples.labels) * dist.world_size()
+        self._data_seconds += batch.waited
+        if result.refusal is not None:
+            self.warn(result.refusal, num_skipped_steps=position.num_skipped_steps)
+        elif self.trainer.is_logged(position.step):
+            with record_function("logging"):
+                loss = float(dist.mean(result.loss))
+                seconds = max(time.perf_counter() - self._started, 1e-9)
+                speed, wait_share = self._num_images / seconds, self._data_seconds / seconds
+                self._bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{speed:.0f}")
+                if self._rows is not None:
+                    row = {"loss": loss, **result.figures}
+                    for callback in self.trainer.callbacks:
+                        row |= callback.figures()
+                    row["num_bad_samples"] = position.num_bad_samples
+                    row["num_skipped_steps"] = position.num_skipped_steps
+                    self.write("train", **row, images_per_second=speed, data_wait_share=wait_share)
+            self._start_row()
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One row at the present step."""
+        if self._rows is not None:
+            step = self.trainer.position.step
+            self._rows.write(kind, step, epoch=step / self.trainer.batches.num_steps, **values)
+
+    def warn(self, message: str, **values: Any) -> None:
+        """A row of kind ``event``, and its message on the terminal."""
+        self.write("event", message=message, **values)
+        self._bar.write(f"warning: {message}", file=sys.stderr)

@@ -33,7 +33,11 @@ from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import DeviceBatch
-from pretrain.engine.log import MetricLog, progress_bar
+from pretrain.engine.checkpoint import Checkpoints
+from pretrain.engine.contrastive_task import ContrastiveTask
+from pretrain.engine.log import MetricLog, ProgressLog
+from pretrain.engine.run_folder import RunFolder
+from pretrain.engine.stop import StopOnSignal
 from pretrain.engine.trainer import Trainer
 from pretrain.model.joint_embedding import FAContrastive
 
@@ -44,6 +48,7 @@ RANGES = (
     "backward", "guards", "optimiser", "EMA update", "queue", "logging",
 )  # fmt: skip
 _INSIDE_FORWARD = ("EMA forward", "FA", "loss")
+_LEFT_OUT = (Checkpoints, RunFolder, StopOnSignal)  # callbacks
 _NEVER = 1 << 40
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -72,7 +77,7 @@ def only_steps(config: PretrainConfig) -> PretrainConfig:
     )
 
 
-def profile(trainer: Trainer, num_steps: int) -> None:
+def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
     """Run warm-up steps, N timed ones and a few traced ones; write and print what they cost.
 
     ``OUT/profile/trace.json.gz`` opens in Perfetto (ui.perfetto.dev) or chrome://tracing;
@@ -93,9 +98,9 @@ def profile(trainer: Trainer, num_steps: int) -> None:
             f"{num_traced} traced), and this run has {trainer.num_steps}: take fewer, or raise "
             "optim.epochs"
         )
-    fill_queues(trainer.model)
-    device, data, is_main = trainer.device, trainer.config.data, dist.rank() == 0
-    is_cuda, folder = device.type == "cuda", trainer.folder / "profile"
+    task, device, is_main = trainer.task, trainer.device, dist.rank() == 0
+    data, is_cuda, folder = task.config.data, device.type == "cuda", task.folder / "profile"
+    fill_queues(task.model)
     folder.mkdir(exist_ok=True)
     if is_main:
         print(f"profile: {total} steps, not a training run; weights are not kept", file=sys.stderr)
@@ -103,19 +108,27 @@ def profile(trainer: Trainer, num_steps: int) -> None:
     def steps(num: int) -> float:
         """Seconds of one of so many steps."""
         started = time.perf_counter()
-        trainer.steps(itertools.islice(stream, num))
+        for batch in itertools.islice(stream, num):
+            trainer.step(batch)
         if is_cuda:
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / num
 
+    # Nothing is saved, and a signal ends it at once.
+    callbacks = [c for c in trainer.callbacks if not isinstance(c, _LEFT_OUT)]
+    trainer.callbacks = callbacks
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with (
         tempfile.TemporaryDirectory() as scratch,
-        MetricLog(Path(scratch), -1, -1) if is_main else contextlib.nullcontext() as trainer.log,
-        progress_bar("profile", total) as trainer.bar,
         contextlib.closing(batches(trainer)) as stream,
-        trainer.hang_timer,
+        contextlib.ExitStack() as stack,
     ):
+        for callback in callbacks:
+            if isinstance(callback, ProgressLog):
+                callback.title = "profile"
+                callback.open_rows = lambda *_: MetricLog(Path(scratch), -1, -1)
+            stack.enter_context(callback)
+            callback.on_epoch_start()
         flops = count_flops(lambda: steps(1))
         steps(NUM_WARMUP - 1)
         if is_cuda:
@@ -127,7 +140,6 @@ def profile(trainer: Trainer, num_steps: int) -> None:
         with torch_profile(activities=activities) as trace:
             traced_seconds = steps(num_traced)
     if not is_main:
-        trainer.close()
         return
     # torch's own export to ``.gz`` takes ten times as long.
     plain, partial = folder / "trace.partial.json", folder / "trace.partial.gz"
@@ -151,7 +163,7 @@ def profile(trainer: Trainer, num_steps: int) -> None:
         "format": FORMAT,
         "note": "a profile, not a training run; queues were filled with random features",
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
-        "precision": precision_of(trainer.gradients.autocast(), device),
+        "precision": precision_of(task.autocast(), device),
         "num_threads": torch.get_num_threads(),
         "num_processes": dist.world_size(),
         "batch_size": data.batch_size,
@@ -171,7 +183,6 @@ def profile(trainer: Trainer, num_steps: int) -> None:
     }
     write_json(folder / "summary.json", summary)
     print_summary(summary, folder)
-    trainer.close()
 
 
 def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str, float]:
@@ -190,11 +201,11 @@ def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str
     return seconds
 
 
-def batches(trainer: Trainer) -> Generator[DeviceBatch]:
+def batches(trainer: Trainer[Any]) -> Generator[DeviceBatch]:
     """The run's batches from where it stands; an epoch that ends is followed by the next."""
     position = trainer.position
     while True:
-        yield from trainer.input_pipeline.epoch(position.epoch, position.step_in_epoch)
+        yield from trainer.batches.epoch(position.epoch, position.step_in_epoch)
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
 

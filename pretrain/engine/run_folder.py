@@ -17,7 +17,7 @@ from common.config import to_plain
 from common.errors import UserError
 from common.files import lock_file, read_json_lines, remove_partial_files, write_json, write_text
 from pretrain.config import PretrainConfig
-from pretrain.engine.checkpoint import Position
+from pretrain.engine.trainer import Callback, Position
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
 
@@ -107,3 +107,29 @@ def write_summary(
         "peak_memory_bytes": provenance.peak_memory_bytes(),
     }
     write_json(folder / "summary.json", summary)
+
+
+class RunFolder(Callback):
+    """Writes what stands beside a run, in the first process, and frees the folder at the end.
+
+    Args:
+        folder: Of the run.
+        lock: Of the folder.
+        config: Of the run.
+        num_samples: How many pictures there are.
+    """
+
+    def __init__(
+        self, folder: Path, lock: FolderLock, config: PretrainConfig, num_samples: int
+    ) -> None:
+        self._folder, self._lock, self._config = folder, lock, config
+        self._num_samples = num_samples
+
+    def __enter__(self) -> RunFolder:
+        write_description(self._folder, self._config, self.trainer.device)
+        return self
+
+    def on_end(self) -> None:
+        """The summary says that the run is complete."""
+        write_summary(self._folder, self.trainer.position, self._config, self._num_samples)
+        self._lock.close()

@@ -11,6 +11,10 @@ import torch
 
 from common.errors import StoppedBySignal
 from pretrain import collectives as dist
+from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine.checkpoint import Checkpoints
+from pretrain.engine.log import ProgressLog
+from pretrain.engine.trainer import Callback, StepResult
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.
@@ -63,3 +67,30 @@ class StopRequest:
         if not dist.is_on():
             return self.number
         return int(dist.highest(torch.tensor(float(self.number), device=device)))
+
+
+class StopOnSignal(StopRequest, Callback):
+    """After a signal to any process: save, and leave together.
+
+    Several processes agree only at logged steps, where they wait for each other anyway.
+
+    Args:
+        log: Where the event is written.
+        checkpoints: Saves before the run ends.
+    """
+
+    def __init__(self, log: ProgressLog, checkpoints: Checkpoints) -> None:
+        super().__init__()
+        self._log, self._checkpoints = log, checkpoints
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """Raises ``StoppedBySignal`` when the checkpoint is on the disk."""
+        step = self.trainer.position.step
+        if dist.is_on() and not self.trainer.is_logged(step):
+            return
+        number = self.agreed(self.trainer.device)
+        if number:
+            error = stopped(number, step)
+            self._checkpoints.save(waits=True)
+            self._log.write("event", message=str(error))
+            raise error

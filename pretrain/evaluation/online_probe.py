@@ -16,9 +16,9 @@ from torch.nn import functional
 from common.errors import UserError
 from pretrain import collectives as dist
 from pretrain.config import EvalConfig
-from pretrain.data.loader import TwoViewBatch
+from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.shards import Samples
-from pretrain.engine.trainer import Callback
+from pretrain.engine.trainer import Callback, StepResult
 from pretrain.model.backbone import ResNet
 
 
@@ -52,7 +52,6 @@ class OnlineProbe(Callback):
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr)
         self._counts = torch.zeros(3, dtype=torch.float64, device=device)  # seen, right, loss
         self._outputs: list[Tensor] = []
-        self._is_watching = False
         backbone.register_forward_hook(self._note)
 
     @classmethod
@@ -87,21 +86,15 @@ class OnlineProbe(Callback):
         num_classes = len(samples.classes) if samples.classes else most + 1
         return cls(backbone, num_classes, config.online_probe_lr, device, samples.classes)
 
-    def on_forward_start(self) -> None:
-        """From now on ``step`` learns from the outputs of forward passes with gradient."""
-        self._outputs, self._is_watching = [], True
-
-    def on_forward_end(self) -> None:
-        """The outputs of a step are complete."""
-        self._is_watching = False
-
     def _note(self, backbone: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        if self._is_watching and torch.is_grad_enabled():  # cached micro-batches pass twice
+        if torch.is_grad_enabled():  # cached micro-batches pass twice
             self._outputs.append(output.detach())
 
-    def on_step_end(self, batch: TwoViewBatch) -> None:
-        """Learn from the step."""
-        self.step(batch.labels)
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """Learn from the step, if it was made."""
+        if result.refusal is None and not result.has_overflowed:
+            self.step(batch.samples.labels)
+        self._outputs = []
 
     def step(self, labels: Int[Tensor, " n"]) -> None:
         """One step on the features of both views that were seen; rows labelled -1 are left out.
@@ -109,9 +102,12 @@ class OnlineProbe(Callback):
         So are rows that are not finite.
         A batch without any label has no gradient; Adam's momentum still moves the weights.
         """
+        # The step's own forward passes are the last ones; those of an attack come before them.
+        outputs: list[Tensor] = []
+        while sum(map(len, outputs)) < 2 * len(labels):
+            outputs.insert(0, self._outputs.pop())
         # Rows in the order of the batch; the views take turns in the outputs.
-        views = [torch.cat(self._outputs[view::2]).float() for view in (0, 1)]
-        self._outputs = []
+        views = [torch.cat(outputs[view::2]).float() for view in (0, 1)]
         assert all(len(view) == len(labels) for view in views), [len(view) for view in views]
         features = torch.cat(views)
         is_finite = features.isfinite().all(dim=1)  # the guards look at some steps only

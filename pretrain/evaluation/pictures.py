@@ -8,7 +8,6 @@ bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -20,10 +19,11 @@ from torch.nn import functional
 
 from common.files import write_json
 from common.pictures import decode
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, PretrainConfig
 from pretrain.data.decode import center_crop
+from pretrain.data.input_pipeline import InputPipeline
 from pretrain.data.shards import Samples, ShardIndex, Subset
-from pretrain.engine.trainer import Callback, Trainer
+from pretrain.engine.trainer import Callback
 from pretrain.evaluation.probe import Probe, extract_features
 from pretrain.features.memory_bank import top_k
 
@@ -38,50 +38,65 @@ MAP = "pictures/feature_map.png"
 _PERPLEXITY = 30.0  # scikit-learn's default; less where there are few points
 
 
-@dataclass(frozen=True)
 class RunPictures(Callback):
     """Views, galleries of neighbours before and after, and a map of the features.
 
     ``eval.num_pictures`` and ``eval.num_map_points`` say how much there is.
 
-    Attributes:
+    Args:
+        config: Of the run.
+        folder: Of the run.
+        backbone: Whose features are looked at.
+        input_pipeline: Of the run.
         probe: Labelled sets; None: there is no map, and neighbours are training pictures.
     """
 
-    probe: Probe | None
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        backbone: nn.Module,
+        input_pipeline: InputPipeline,
+        probe: Probe | None,
+    ) -> None:
+        self._config, self._folder, self._backbone = config, folder, backbone
+        self._input_pipeline, self._probe = input_pipeline, probe
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self) -> None:
         """Of the initial weights.
 
         What an earlier run left in the folder goes, so that nothing is taken for this run's.
         """
-        folder, config = trainer.folder, trainer.config
-        (folder / MAP).unlink(missing_ok=True)
+        (self._folder / MAP).unlink(missing_ok=True)
         for name in ("views", BEFORE, AFTER):
             for kind in ("jpg", "json"):
-                (folder / "pictures" / f"{name}.{kind}").unlink(missing_ok=True)
-        num = config.eval.num_pictures
+                (self._folder / "pictures" / f"{name}.{kind}").unlink(missing_ok=True)
+        num, pipeline = self._config.eval.num_pictures, self._input_pipeline
         if num:
-            first = trainer.input_pipeline.first_batch()
+            first = pipeline.first_batch()
             ids, views = first.samples.sample_ids, first.views
-            save_views(folder, trainer.input_pipeline.samples, ids, views, num, config.data)
-            self._save_neighbours(trainer, BEFORE)
+            save_views(self._folder, pipeline.samples, ids, views, num, self._config.data)
+            self._save_neighbours(BEFORE)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self) -> None:
         """Of the last weights, again if a finished run is resumed."""
-        config = trainer.config
+        config, num_points = self._config, self._config.eval.num_map_points
         if not config.eval.num_pictures:
             return
-        self._save_neighbours(trainer, AFTER)
-        if self.probe is not None and config.eval.num_map_points:
-            backbone = trainer.model.online.backbone
-            save_map(trainer.folder, backbone, self.probe, config.eval.num_map_points, config.seed)
+        self._save_neighbours(AFTER)
+        if self._probe is not None and num_points:
+            save_map(self._folder, self._backbone, self._probe, num_points, config.seed)
 
-    def _save_neighbours(self, trainer: Trainer, name: str) -> None:
-        config, sets = trainer.config, (trainer.input_pipeline.samples, self.probe)
-        num, backbone = config.eval.num_pictures, trainer.model.online.backbone
+    def _save_neighbours(self, name: str) -> None:
         save_neighbours(
-            trainer.folder, backbone, *sets, num, trainer.device, config.data, name=name
+            self._folder,
+            self._backbone,
+            self._input_pipeline.samples,
+            self._probe,
+            self._config.eval.num_pictures,
+            self.trainer.device,
+            self._config.data,
+            name=name,
         )
 
 

@@ -15,7 +15,8 @@ from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.loader import eval_loader
 from pretrain.data.shards import Samples, ShardIndex
-from pretrain.engine.trainer import Callback, Trainer
+from pretrain.engine.log import ProgressLog
+from pretrain.engine.trainer import Callback
 from pretrain.evaluation.knn import knn_top1
 from pretrain.evaluation.online_probe import OnlineProbe
 
@@ -162,43 +163,46 @@ class Probe:
         return knn_top1(*bank, *queries, k=k, temperature=temperature, device=self.device)
 
 
-@dataclass(frozen=True)
 class KnnCallback(Callback):
     """Rows of kind ``knn``: before the first step and every ``knn_every_epochs`` epochs.
 
-    Attributes:
+    Args:
         probe: Its sets are looked at by this process alone.
         online: Its accuracy on the validation set stands beside, if the classes are the same.
+        backbone: Whose features are looked at.
+        log: Where rows are written.
     """
 
-    probe: Probe
-    online: OnlineProbe | None
+    def __init__(
+        self, probe: Probe, online: OnlineProbe | None, backbone: nn.Module, log: ProgressLog
+    ) -> None:
+        if online is None or online.classes is None or online.classes != probe.val.classes:
+            online = None
+        self._probe, self._online, self._backbone, self._log = probe, online, backbone, log
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self) -> None:
         """The accuracy of the initial weights stands in an event as well."""
-        top1 = self._write_row(trainer)
-        if trainer.log is not None:
-            trainer.log.write("event", 0, message="kNN before training", knn_top1_initial=top1)
+        top1 = self._write_row()
+        self._log.write("event", message="kNN before training", knn_top1_initial=top1)
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self) -> None:
         """If the epoch is one of those, or the last."""
-        epoch, config = trainer.position.epoch, trainer.config
-        if epoch == config.optim.epochs or epoch % config.eval.knn_every_epochs == 0:
-            self._write_row(trainer)
+        epoch, every = self.trainer.position.epoch, self._probe.config.knn_every_epochs
+        if epoch == self.trainer.num_epochs or epoch % every == 0:
+            self._write_row()
 
     @torch.no_grad()
-    def _write_row(self, trainer: Trainer) -> float:
-        online, val, right = self.online, self.probe.val, 0
-        if online is not None and (online.classes is None or online.classes != val.classes):
-            online = None
+    def _write_row(self) -> float:
+        online, num_right = self._online, 0
 
         def judge(features: Tensor, labels: Tensor) -> None:
-            nonlocal right
+            nonlocal num_right
             if online is not None:
-                right += int((online.classifier(features).argmax(dim=1).cpu() == labels).sum())
+                predicted = online.classifier(features).argmax(dim=1).cpu()
+                num_right += int((predicted == labels).sum())
 
-        row = {"knn_top1": self.probe.top1(trainer.model.online.backbone, judge)}
+        row = {"knn_top1": self._probe.top1(self._backbone, judge)}
         if online is not None:
-            row["online_top1_val"] = right / val.num_samples
-        trainer.write("knn", **row)
+            row["online_top1_val"] = num_right / self._probe.val.num_samples
+        self._log.write("knn", **row)
         return row["knn_top1"]

@@ -1,4 +1,4 @@
-"""What the features look like while they train, and an alarm for when they collapse.
+"""What the features look like while they train.
 
 All figures are of the direction 1 -> 2 and of this process's rows, in one micro-batch where there
 are several: ``n`` rows of width ``d``.
@@ -6,15 +6,11 @@ are several: ``n`` rows of width ``d``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from common.errors import RunFailed
-from pretrain.config import EngineConfig
 from pretrain.model.joint_embedding import StepOutput, mean_cosine
 
 
@@ -44,13 +40,6 @@ def effective_rank(z: Float[Tensor, "n d"]) -> float:
 
 
 NUM_BINS = 20  # of the histograms, from cosine -1 to 1
-ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
-# The rank is judged where batch and width leave room for so many times the rank that alarms.
-_ROOM = 4
-
-
-class CollapseError(RunFailed):
-    """The features have collapsed and ``engine.on_collapse`` is ``stop``."""
 
 
 def diagnose(output: StepOutput) -> dict[str, float]:
@@ -93,43 +82,3 @@ def _cosines(output: StepOutput) -> dict[str, Tensor]:
     cosines: Float[Tensor, "n n"] = (online @ target.T).clamp(-1, 1)
     others = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     return {"positive": cosines.diagonal(), "negative": cosines[others]}
-
-
-class CollapseAlarm:
-    """Says once per episode that the features have collapsed, and what it saw.
-
-    A logged row is a sign of collapse if the projections are the same for all samples
-    (``feature_std``, 1 for spread features, below ``collapse_std``) or use next to no direction
-    (``effective_rank`` below ``collapse_rank``; not judged where n rows of width d can hardly show
-    more). ``collapse_patience`` such rows in a row make an episode, any other row ends it.
-
-    The count of rows is no part of a checkpoint: after a resume it starts anew, so that the alarm
-    comes late by some rows, and once more for an episode that was reported before.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.num_rows = 0
-
-    def look(self, figures: dict[str, float], projection: Tensor, step: int) -> str | None:
-        """What there is to say after this row; None most of the time."""
-        num_rows, dim = projection.shape
-        highest, least = min(num_rows - 1, dim), self.config.collapse_rank  # of centred rows
-        is_flat = highest >= _ROOM * least and figures["effective_rank"] < least
-        if not (is_flat or figures["feature_std"] < self.config.collapse_std):
-            self.num_rows = 0
-            return None
-        self.num_rows += 1
-        if self.num_rows != self.config.collapse_patience:
-            return None
-        std = figures["feature_std"]
-        return (
-            f"features have collapsed: std {std * dim**-0.5:.2g} of {dim**-0.5:.2g} expected for "
-            f"spread features, effective rank {figures['effective_rank']:.2g} of "
-            f"{highest} possible, for {self.num_rows} logged rows up to step {step}"
-        )
-
-    def event(self, figures: dict[str, float], message: str) -> dict[str, Any]:
-        """The row of kind ``event`` for a message."""
-        seen = {key: figures[key] for key in ("feature_std", "effective_rank")}
-        return {"message": message, "collapse": {**seen, "num_rows": self.num_rows}}

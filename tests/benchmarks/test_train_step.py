@@ -131,14 +131,13 @@ def test_ours_is_the_engines_step(arms, folder):
     """The same weights as the engine's parts give when they are called one by one."""
     ours = arms["ours"]
     other = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
-    other.model.load_state_dict(ours.run.model.state_dict())
+    other.task.model.load_state_dict(ours.run.task.model.state_dict())
     ours.steps(1)
-    done = other.step(train_step.fed_of(ours.views), is_logged=False)
-    other.lock.close()
-    assert not done.is_skipped
+    done = other.step(train_step.fed_of(ours.views))
+    assert done.refusal is None
     assert ours.run.position.step == 1
-    for key, value in ours.run.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[key]), key
+    for key, value in ours.run.task.model.state_dict().items():
+        assert torch.equal(value, other.task.model.state_dict()[key]), key
 
 
 def test_contract(tmp_path, capsys):
@@ -212,7 +211,7 @@ def test_a_rival_keeps_its_own_copy(arms, monkeypatch):
     assert isinstance(arms["eager"], Rival)
     before = copy.deepcopy(ours.state_dict())
     monkeypatch.setattr(ours.backbone, "forward", None)
-    made = Rival(train_step.EAGER, arms["ours"].run.model, arms["ours"].views)
+    made = Rival(train_step.EAGER, arms["ours"].run.task.model, arms["ours"].views)
     made.steps(1)
     arms["eager"].steps(1)
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())

@@ -46,16 +46,16 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
 def test_recipe_makes_two_steps(path, tmp_path, shards):
     config = tiny(load_config(path), tmp_path / "run", shards)
     run = make_trainer(config, resume=False)
-    before = {k: v.clone() for k, v in run.model.online.named_parameters()}
+    before = {k: v.clone() for k, v in run.task.model.online.named_parameters()}
     assert run.num_steps == SHARDS_HOLD // BATCH == 2
     run.train()
     rows = [r for r in read_json_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in rows] == [1, 2]
-    for name, parameter in run.model.online.named_parameters():
+    for name, parameter in run.task.model.online.named_parameters():
         assert bool(torch.isfinite(parameter).all()), name
-    moved = {n.partition(".")[0] for n, p in run.model.online.named_parameters()
+    moved = {n.partition(".")[0] for n, p in run.task.model.online.named_parameters()
              if not torch.equal(p, before[n])}  # fmt: skip
-    assert moved == {n for n, _ in run.model.online.named_children()}
+    assert moved == {n for n, _ in run.task.model.online.named_children()}
     if config.fa.uses_queue():
         assert [r["fa_active"] for r in rows] == [0, 1]
 

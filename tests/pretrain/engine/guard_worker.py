@@ -31,7 +31,7 @@ def happen(what, run, batch):
     elif what == "pause":
         time.sleep(5)
     elif what == "sleep-in-forward":
-        run.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
+        run.task.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
     elif what == "hold":
         ctypes.PyDLL(None).sleep(600)
 
@@ -39,17 +39,17 @@ def happen(what, run, batch):
 def meddle(what, rank, steps):
     step, train = Trainer.step, Trainer.train
 
-    def disturbed(self, batch, **options):
+    def disturbed(self, batch):
         if int(os.environ.get("RANK", "0")) == rank and self.position.step + 1 in steps:
             happen(what, self, batch)
-        return step(self, batch, **options)
+        return step(self, batch)
 
     def kept(self):
         try:
             train(self)
         finally:
             own = os.environ.get("RANK", "0")
-            torch.save(self.model.state_dict(), self.folder / f"rank-{own}.pth")
+            torch.save(self.task.model.state_dict(), self.task.folder / f"rank-{own}.pth")
 
     Trainer.step, Trainer.train = disturbed, kept  # type: ignore[method-assign]
 

@@ -45,6 +45,14 @@ def assert_same_state(a, b, where=""):
         assert a == b, where
 
 
+def one_step(run, *, is_logged=False):
+    """The next step of the run's task on the first batch, without callbacks."""
+    batch = next(iter(run.batches.epoch(0)))
+    result = run.task.step(batch, run.position, is_logged=is_logged, is_saved=False)
+    run.position.step += 1
+    return result
+
+
 def wait_for_workers(workers: list[subprocess.Popen], timeout: float) -> None:
     """All must end well; none outlives the first that does not."""
     try:

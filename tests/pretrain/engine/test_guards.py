@@ -13,7 +13,6 @@ import torch
 
 from common.files import read_json_lines
 from pretrain.__main__ import main
-from pretrain.config import PretrainConfig
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.checkpoint import copied
@@ -60,10 +59,10 @@ class Watched:
 
 
 def snapshot(run):
-    negatives = run.model.objective.negatives
+    negatives = run.task.model.objective.negatives
     parts = {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict()["state"],
+        "model": run.task.model.state_dict(),
+        "optimizer": run.task.optimizer.state_dict()["state"],
         "negatives": {} if negatives is None else negatives.state_dict(),
     }
     return copied(parts)
@@ -77,20 +76,20 @@ def disturb(monkeypatch):
     def install(what):
         seen = Watched()
 
-        def disturbed(self, batch, **options):
+        def disturbed(self, batch):
             number = self.position.step + 1
             kind = what.get(number)
             if kind == "picture":
                 batch.views[0, 1, 2, 3, 4] = torch.nan
             handle = None
             if kind == "gradient":
-                weight = self.model.online.projector[0].weight
+                weight = self.task.model.online.projector[0].weight
                 handle = weight.register_hook(lambda g: torch.full_like(g, torch.inf))
             seen.batch[number], seen.before[number] = batch, snapshot(self)
-            done = original(self, batch, **options)
+            done = original(self, batch)
             if handle is not None:
                 handle.remove()
-            seen.after[number], seen.loss[number] = snapshot(self), float(done.output.loss.detach())
+            seen.after[number], seen.loss[number] = snapshot(self), float(done.loss)
             return done
 
         monkeypatch.setattr(Trainer, "step", disturbed)
@@ -185,10 +184,10 @@ def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
     _, whole, _, _ = start("whole", *options)
     disturbed = Trainer.step
 
-    def interrupted(self, batch, **given):
+    def interrupted(self, batch):
         if self.position.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return disturbed(self, batch, **given)
+        return disturbed(self, batch)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     status, cut, _, _ = start("cut", *options)
@@ -280,10 +279,10 @@ OUT_OF_MEMORY = {
 def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
     step, error = Trainer.step, OUT_OF_MEMORY[kind]()
 
-    def failing(self, batch, **options):
+    def failing(self, batch):
         if self.position.step == 6:
             raise error
-        return step(self, batch, **options)
+        return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", failing)
     status, folder, _, err = start("run", "engine.checkpoint_every_steps=4")
@@ -304,9 +303,7 @@ def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
 
 
 def test_other_errors_are_no_lack_of_memory(start, monkeypatch):
-    assert guards.out_of_memory(RuntimeError("shape mismatch"), PretrainConfig()) is None
-
-    def failing(self, batch, **options):
+    def failing(self, batch):
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setattr(Trainer, "step", failing)

@@ -14,7 +14,10 @@ BASE = {
     "objective": {"name": "byol", "num_negatives": 20, "num_prototypes": 6},
     "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
     "optim": {"name": "lars", "epochs": 4, "base_lr": 0.05, "warmup_epochs": 0.5},
-    "engine": {"log_every_steps": 1000, "checkpoint_every_steps": 1000, "num_threads": 1},
+    "engine": {
+        "log_every_steps": 1000, "checkpoint_every_steps": 1000, "num_threads": 1,
+        "watchdog_seconds": 0,
+    },
     "eval": {"num_pictures": 0},
 }  # fmt: skip
 NUM_STEPS = 5  # the queue holds 16 entries before the third
@@ -48,29 +51,27 @@ def on_cpu(make_run):
     def make(*overrides, is_lazy=True):
         run = make_run("engine.device=cpu", "engine.precision=fp32", *overrides)
         if is_lazy:
-            run.guard._is_always_due = False
+            run.task.guard._is_always_due = False
         return run
 
     return make
 
 
 def take_steps(run, num_steps=NUM_STEPS):
-    for step, batch in zip(range(num_steps), run.input_pipeline.epoch(0), strict=False):
-        run.step(batch, is_logged=False)
-        run.position.step = step + 1
+    for _, batch in zip(range(num_steps), run.batches.epoch(0), strict=False):
+        run.step(batch)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_plain_steps_read_nothing_to_the_host(on_cpu, case):
     run = on_cpu(*CASES[case])
-    batches = list(run.input_pipeline.epoch(0))
+    batches = list(run.batches.epoch(0))
     with counted_syncs() as counter:
-        for step, batch in enumerate(batches):
-            run.step(batch, is_logged=False)
-            run.position.step = step + 1
+        for batch in batches:
+            run.step(batch)
     assert counter.places == []
-    if run.model.queue is not None:
-        assert run.model.augmenter.is_ready()
+    if run.task.model.queue is not None:
+        assert run.task.model.augmenter.is_ready()
 
 
 def test_the_counter_sees_what_it_is_for():
@@ -89,10 +90,10 @@ def test_the_counter_sees_what_it_is_for():
 
 def test_skip_reads_one_number_a_step(on_cpu):
     run = on_cpu("engine.on_nonfinite=skip", is_lazy=False)
-    batches = list(run.input_pipeline.epoch(0))
+    batches = list(run.batches.epoch(0))
     with counted_syncs() as counter:
         for batch in batches:
-            run.step(batch, is_logged=False)
+            run.step(batch)
     assert len(counter.places) == len(batches) == NUM_STEPS
     assert all("Tensor.tolist" in place and "guards.py" in place for place in counter.places)
 
@@ -103,10 +104,10 @@ def test_skip_reads_one_number_a_step(on_cpu):
 def test_plain_steps_do_not_wait_for_the_gpu(make_run, case):
     run = make_run("engine.device=cuda", *CASES[case])
     take_steps(run, 3)  # warm: cuDNN's and NCCL's own first calls may wait
-    batches = list(run.input_pipeline.epoch(1))
+    batches = list(run.batches.epoch(1))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            run.step(batch, is_logged=False)
+            run.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -10,8 +10,9 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import load_config
 from pretrain.engine import checkpoint, guards
+from pretrain.engine.checkpoint import copied
 from pretrain.engine.trainer import Trainer
-from tests.pretrain.engine.run_helpers import assert_same_state
+from tests.pretrain.engine.run_helpers import assert_same_state, one_step
 
 BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
@@ -22,7 +23,7 @@ BASE = {
     "optim": {"name": "lars", "epochs": 2, "base_lr": 0.5, "warmup_epochs": 0.5},
     "engine": {
         "device": "cpu", "precision": "fp16", "log_every_steps": 1, "checkpoint_every_steps": 100,
-        "num_threads": 1,
+        "num_threads": 1, "watchdog_seconds": 0,
     },
     "eval": {"num_pictures": 0, "knn_k": 5},
 }  # fmt: skip
@@ -43,14 +44,14 @@ def overflow(monkeypatch):
     def install(*numbers, kind="gradient"):
         original = Trainer.step
 
-        def disturbed(self, batch, **options):
+        def disturbed(self, batch):
             handle = None
             if self.position.step + 1 in numbers and kind == "gradient":
-                weight = self.model.online.projector[0].weight
+                weight = self.task.model.online.projector[0].weight
                 handle = weight.register_hook(lambda g: torch.full_like(g, torch.inf))
             elif self.position.step + 1 in numbers:
                 batch.views[0, 1, 2, 3, 4] = torch.nan
-            done = original(self, batch, **options)
+            done = original(self, batch)
             if handle is not None:
                 handle.remove()
             return done
@@ -73,12 +74,11 @@ def test_the_scale_itself_changes_no_bit(make_run, monkeypatch, options):
     states = []
     for precision in ("fp32", "fp16"):
         run = make_run(f"engine.precision={precision}", *options, name=precision)
-        monkeypatch.setattr(run, "autocast_type", None)
-        for step, batch in enumerate(run.input_pipeline.epoch(0)):
-            run.step(batch, is_logged=False)
-            run.position.step = step + 1
-        assert run.loss_scale.is_on == (precision == "fp16")
-        states.append(run.state())
+        monkeypatch.setattr(run.task, "autocast_type", None)
+        for batch in run.batches.epoch(0):
+            run.step(batch)
+        assert run.task.loss_scale.is_on == (precision == "fp16")
+        states.append(copied(run.state_dict()))
     assert states[0]["scaler"] is None
     assert states[1]["scaler"]["scale"] == START
     for part in ("model", "ema", "optimizer", "queue"):
@@ -105,11 +105,11 @@ def test_a_run_in_fp16_goes_as_in_fp32(start):
 
 def test_precision_fp16_is_what_the_network_computes_in(make_run):
     run, seen = make_run(), []
-    run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    output = run.step(next(iter(run.input_pipeline.epoch(0))), is_logged=False).output
+    run.task.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    output = one_step(run).output
     assert seen == [torch.float16] * 2
     assert output.loss.dtype == torch.float32
-    for parameter in run.model.online.parameters():
+    for parameter in run.task.model.online.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
 
 
@@ -212,8 +212,8 @@ def test_gradients_are_those_of_the_loss_itself_whatever_the_scale(make_run):
     norms = {}
     for precision in ("fp32", "fp16"):
         run = make_run(f"engine.precision={precision}", name=precision)
-        run.compute_gradients(next(iter(run.input_pipeline.epoch(0))), 0)
-        gradients = [p.grad for p in run.model.online.parameters()]
+        one_step(run)
+        gradients = [p.grad for p in run.task.model.online.parameters()]
         norms[precision] = float(torch.nn.utils.get_total_norm(gradients))
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05)
 

@@ -228,8 +228,8 @@ def test_queues_are_full_and_random_state_is_kept(config_file, shards, tmp_path)
     ]  # fmt: skip
     run = make_trainer(load_config(config_file, options), resume=False)
     before = torch.get_rng_state()
-    profiling.fill_queues(run.model)
+    profiling.fill_queues(run.task.model)
     assert torch.equal(torch.get_rng_state(), before)
-    assert run.model.augmenter.is_ready()
-    queues = run.model.objective.negatives or []
+    assert run.task.model.augmenter.is_ready()
+    queues = run.task.model.objective.negatives or []
     assert [int(queue.count) for queue in queues] == [50, 50]

@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import run_folder
-from pretrain.engine.checkpoint import Position
+from pretrain.engine.trainer import Position
 
 
 def write_rows(folder, *rows):

@@ -12,7 +12,7 @@ from pretrain.config import load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Trainer
 from pretrain.run import make_trainer
-from tests.pretrain.engine.run_helpers import assert_same_state
+from tests.pretrain.engine.run_helpers import assert_same_state, one_step
 
 BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
@@ -53,7 +53,7 @@ def build(options):
 
 
 def rows_of(run):
-    rows = read_json_lines(run.folder / "metrics.jsonl")
+    rows = read_json_lines(run.task.folder / "metrics.jsonl")
     return [row for row in rows if row["kind"] == "train"]
 
 
@@ -76,10 +76,10 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
     cut = build("cut", *overrides)
     step = Trainer.step
 
-    def dying_step(self, batch, **how):
+    def dying_step(self, batch):
         if self.position.step == 8:
             raise KeyboardInterrupt
-        return step(self, batch, **how)
+        return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", dying_step)
     with pytest.raises(KeyboardInterrupt):
@@ -95,7 +95,7 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
         for run in (whole, resumed)
     )
     assert first == second
-    one, two = (checkpoint.load(run.folder / "checkpoint.pth") for run in (whole, resumed))
+    one, two = (checkpoint.load(run.task.folder / "checkpoint.pth") for run in (whole, resumed))
     for part in ("model", "ema", "optimizer", "queue", "negatives", "random", "schedule"):
         assert_same_state(one[part], two[part], part)
     assert (one["negatives"] is None) == (name != "moco")
@@ -104,13 +104,12 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
 # --- schedules within a run
 
 
-def one_step(run):
+def moved_by_step(run):
     """The next step, and which of the weights it moved."""
-    before = {k: v.clone() for k, v in run.model.online.named_parameters()}
-    done = run.step(next(iter(run.input_pipeline.epoch(0))), is_logged=True)
-    run.position.step += 1
+    before = {k: v.clone() for k, v in run.task.model.online.named_parameters()}
+    done = one_step(run, is_logged=True)
     return done, {
-        k for k, v in run.model.online.named_parameters() if not torch.equal(v, before[k])
+        k for k, v in run.task.model.online.named_parameters() if not torch.equal(v, before[k])
     }
 
 
@@ -119,7 +118,7 @@ def test_prototypes_stand_still_for_so_many_steps(build, num_frozen):
     run = build("r", "objective.name=swav", f"objective.frozen_prototype_steps={num_frozen}",
                 "fa.method=none", "optim.weight_decay=0.1")  # fmt: skip
     for step in range(4):
-        _, moved = one_step(run)
+        _, moved = moved_by_step(run)
         assert ("prototypes.weight" in moved) == (step >= num_frozen), step
         assert "projector.0.weight" in moved
 
@@ -128,16 +127,16 @@ def test_the_predictor_s_rate_is_constant_within_a_run(build):
     rates = {}
     for constant in ("true", "false"):
         run = build("r", "objective.name=simsiam", f"optim.predictor_constant_lr={constant}")
-        named = {id(p): name for name, p in run.model.online.named_parameters()}
+        named = {id(p): name for name, p in run.task.model.online.named_parameters()}
         seen = []
         for _ in range(3):
-            done, _ = one_step(run)
-            groups = run.optimizer.param_groups
+            done, _ = moved_by_step(run)
+            groups = run.task.optimizer.param_groups
             (rate,) = {g["lr"] for g in groups for p in g["params"]
                        if named[id(p)].startswith("predictor.")}  # fmt: skip
             (other,) = {g["lr"] for g in groups for p in g["params"]
                         if not named[id(p)].startswith("predictor.")}  # fmt: skip
-            assert other == done.lr
+            assert other == done.figures["lr"]
             seen.append((rate, other))
         rates[constant] = seen
     assert [rate for rate, _ in rates["true"]] == [0.5 * 8 / 256] * 3
@@ -172,7 +171,7 @@ def test_options_of_the_heads_reach_the_network(build):
     run = build("r", "heads.projector_layers=3", "heads.projector_hidden_bn=false",
                 "heads.projector_last_bn=true", "heads.projector_last_bn_affine=false",
                 "heads.dropout=0.25")  # fmt: skip
-    projector, predictor = run.model.online.projector, run.model.online.predictor
+    projector, predictor = run.task.model.online.projector, run.task.model.online.predictor
     (norm,) = [m for m in projector if isinstance(m, torch.nn.BatchNorm1d)]
     assert norm is projector[-1]
     assert not norm.affine
@@ -183,12 +182,12 @@ def test_options_of_the_heads_reach_the_network(build):
 
 def test_sizes_of_the_objective_reach_the_model(build):
     run = build("a", "objective.name=moco", "objective.num_negatives=21")
-    assert [queue.features.shape for queue in run.model.objective.negatives] == [(21, 12)] * 2
+    assert [queue.features.shape for queue in run.task.model.objective.negatives] == [(21, 12)] * 2
     for step in range(3):
-        assert int(run.model.objective.negatives[0].count) == min(8 * step, 21)
+        assert int(run.task.model.objective.negatives[0].count) == min(8 * step, 21)
         one_step(run)
     run = build("b", "objective.name=swav", "objective.num_prototypes=5")
-    assert run.model.online.prototypes.weight.shape == (5, 12)
+    assert run.task.model.online.prototypes.weight.shape == (5, 12)
 
 
 @pytest.mark.parametrize("option", ["sinkhorn_epsilon=0.5", "sinkhorn_iterations=1"])
@@ -196,8 +195,8 @@ def test_sinkhorn_options_reach_the_codes(build, option):
     losses = []
     for overrides in ([], [f"objective.{option}"]):
         run = build("r", "objective.name=swav", "fa.method=none", *overrides)
-        done, _ = one_step(run)
-        losses.append(float(done.output.loss.detach()))
+        done, _ = moved_by_step(run)
+        losses.append(float(done.loss))
     assert losses[0] != losses[1]
 
 
@@ -206,8 +205,8 @@ def test_micro_batches_of_a_run_pass_through_the_network_alone(build, accumulati
     run = build("r", "objective.name=byol", "fa.method=mask", "optim.micro_batch_size=4",
                 f"optim.accumulation={accumulation}")  # fmt: skip
     sizes = []
-    run.model.online.backbone.register_forward_hook(lambda *a: sizes.append(len(a[2])))
-    done, _ = one_step(run)
+    run.task.model.online.backbone.register_forward_hook(lambda *a: sizes.append(len(a[2])))
+    done, _ = moved_by_step(run)
     passes = 1 if accumulation == "plain" else 2
     assert sizes == [4] * (4 * passes)
     assert bool(torch.isfinite(done.output.loss.detach()))

@@ -36,10 +36,10 @@ def interrupt(monkeypatch, step):
     """Let the next run die like one that is killed, before a step."""
     step_of = Trainer.step
 
-    def dying(self, batch, *, is_logged):
+    def dying(self, batch):
         if self.position.step == step:
             raise KeyboardInterrupt
-        return step_of(self, batch, is_logged=is_logged)
+        return step_of(self, batch)
 
     monkeypatch.setattr(Trainer, "step", dying)
 
@@ -59,11 +59,11 @@ def test_before_is_of_the_initial_and_after_of_the_last_weights(start, make_run,
     status, folder, err = start("run", *OPTIONS, *probe)
     assert status == 0, err
     untrained = make_run(*OPTIONS, *probe, name="untrained")
-    backbone = untrained.model.online.backbone
-    opened = Probe.open(untrained.config.eval, untrained.config.data, untrained.device)
+    backbone = untrained.task.model.online.backbone
+    opened = Probe.open(untrained.task.config.eval, untrained.task.config.data, untrained.device)
     for name, state in (("neighbours_before", None), ("neighbours", state_of(folder)["model"])):
         if state is not None:
-            untrained.model.online.load_state_dict(state)
+            untrained.task.model.online.load_state_dict(state)
         expected = tmp_path / name
         save_neighbours(
             expected,
@@ -72,7 +72,7 @@ def test_before_is_of_the_initial_and_after_of_the_last_weights(start, make_run,
             opened,
             3,
             untrained.device,
-            untrained.config.data,
+            untrained.task.config.data,
         )
         assert rows_of(folder, name) == rows_of(expected, "neighbours")
     before, after = rows_of(folder, "neighbours_before"), rows_of(folder, "neighbours")

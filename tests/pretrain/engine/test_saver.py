@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.files import DiskFullError
 from pretrain.config import EngineConfig
 from pretrain.engine import checkpoint
-from pretrain.engine.checkpoint import CheckpointSaver, load_newest
+from pretrain.engine.checkpoint import Checkpoints, load_newest
 
 
 def state(value):
@@ -24,7 +24,7 @@ def make(folder, *, in_background=True, num_kept=2, kept_every_steps=0):
         keep_checkpoints=num_kept, keep_every_steps=kept_every_steps,
         async_checkpoints=in_background,
     )  # fmt: skip
-    return CheckpointSaver(folder, config)
+    return Checkpoints(folder, config)
 
 
 def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
@@ -36,7 +36,7 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save", slow)
     writer, now = make(tmp_path), state(1)
-    writer.save(now, 1)
+    writer.write(now, 1)
     now["model"]["w"].fill_(7)  # the next optimiser step, while the file is being written
     now["model"]["slots"][0]["m"].fill_(7)
     assert not (tmp_path / checkpoint.NAME).exists()
@@ -51,7 +51,7 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
 def test_saves_follow_each_other_and_the_newest_stay(tmp_path, in_background):
     writer = make(tmp_path, in_background=in_background, num_kept=2, kept_every_steps=3)
     for step in range(1, 8):
-        writer.save(state(step), step)
+        writer.write(state(step), step)
     writer.wait()
     assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 7
     kept = sorted(int(p.stem[5:]) for p in (tmp_path / "checkpoints").iterdir())
@@ -59,7 +59,7 @@ def test_saves_follow_each_other_and_the_newest_stay(tmp_path, in_background):
 
 
 def save_and_wait(writer, step):
-    writer.save(state(step), step)
+    writer.write(state(step), step)
     writer.wait()
 
 
@@ -73,14 +73,14 @@ def test_a_failed_write_is_told_once(tmp_path, monkeypatch, in_background):
     with pytest.raises(DiskFullError, match="disk full"):
         save_and_wait(writer, 1)
     monkeypatch.undo()
-    writer.save(state(2), 2)
+    writer.write(state(2), 2)
     writer.wait()
     assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 2
 
 
 def test_in_the_foreground_nothing_is_left_to_a_thread(tmp_path):
     writer, before = make(tmp_path, in_background=False), threading.active_count()
-    writer.save(state(1), 1)
+    writer.write(state(1), 1)
     assert threading.active_count() == before
     assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 1
 
@@ -100,7 +100,7 @@ def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):
     writer = make(tmp_path)
     for step in (1, 2, 3):
-        writer.save(state(step), step)
+        writer.write(state(step), step)
     writer.wait()
     assert load_newest(tmp_path)[1] is None
     newest = tmp_path / checkpoint.NAME

@@ -39,7 +39,7 @@ BASE = {
     "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
     "engine": {
         "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
-        "num_threads": 1,
+        "num_threads": 1, "watchdog_seconds": 0,
     },
     "eval": {"num_pictures": 0, "knn_k": 5},
 }  # fmt: skip
@@ -57,7 +57,7 @@ def test_fused_optimizer_of_the_config_decides(make_run, name):
     flags = {}
     for value in ("auto", "true", "false"):
         run = make_run(f"engine.fused_optimizer={value}", f"optim.name={name}", name=value)
-        flags[value] = flags_of(run.optimizer)
+        flags[value] = flags_of(run.task.optimizer)
     assert flags == {"auto": {(None, None)}, "true": {(True, None)}, "false": {(None, None)}}
 
 
@@ -105,11 +105,10 @@ def test_fused_goes_on_where_unfused_stopped_and_the_other_way_round(name, was_f
 def take_steps(run, num_steps):
     """Losses of the first steps; the run stands after them."""
     losses = []
-    for batch in run.input_pipeline.epoch(0):
+    for batch in run.batches.epoch(0):
         if run.position.step >= num_steps:
             break
-        losses.append(float(run.step(batch, is_logged=False).output.loss.detach()))
-        run.position.step += 1
+        losses.append(float(run.step(batch).loss))
     return losses
 
 
@@ -129,11 +128,11 @@ def test_checkpointed_run_equals_the_plain_one(make_run, case):
     plain = make_run(*options, name="plain")
     thrifty = make_run(*options, "engine.activation_checkpointing=true", name="thrifty")
     assert take_steps(plain, 3) == take_steps(thrifty, 3)
-    one, two = plain.state(), thrifty.state()
+    one, two = plain.state_dict(), thrifty.state_dict()
     for part in ("model", "ema", "optimizer", "queue", "online_probe"):
         assert_same_state(one[part], two[part], part)
     gradients = [
-        {n: p.grad for n, p in run.model.online.named_parameters()} for run in (plain, thrifty)
+        {n: p.grad for n, p in run.task.model.online.named_parameters()} for run in (plain, thrifty)
     ]
     assert_same_state(*gradients)
     num_views = 2 * (2 if case in ("plain", "cached") else 1)
@@ -196,12 +195,12 @@ def test_batch_norm_of_the_config_is_built(make_run):
     plain = make_run(name="plain")
     synchronised = make_run("engine.batch_norm=synchronised", name="synchronised")
     for network in ("online", "ema"):
-        one, two = (norms_of(getattr(run.model, network)) for run in (plain, synchronised))
+        one, two = (norms_of(getattr(run.task.model, network)) for run in (plain, synchronised))
         assert nn.SyncBatchNorm not in one
         assert set(two) == {nn.SyncBatchNorm}
         assert len(one) == len(two) == (22 if network == "online" else 21)
     assert take_steps(plain, 3) == take_steps(synchronised, 3)
-    one, two = plain.state(), synchronised.state()
+    one, two = plain.state_dict(), synchronised.state_dict()
     for part in ("model", "ema", "optimizer"):
         assert_same_state(one[part], two[part], part)
 
@@ -294,10 +293,10 @@ def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, 
     assert sorted(quick_compiler) == sorted(2 * passes)
     num_calls = len(quick_compiler)
     images = torch.randn(3, 3, 40, 40)
-    backbones = [run.model.online.backbone.eval() for run in (plain, compiled)]
+    backbones = [run.task.model.online.backbone.eval() for run in (plain, compiled)]
     assert torch.equal(backbones[0](images), backbones[1](images))
     assert len(quick_compiler) == num_calls
-    one, two = plain.state(), compiled.state()
+    one, two = plain.state_dict(), compiled.state_dict()
     for part in ("model", "ema", "optimizer", "queue", "online_probe"):
         assert_same_state(one[part], two[part], part)
 
@@ -356,7 +355,7 @@ def test_two_steps_compiled_for_real_equal_those_that_are_not(make_run, case):
     tolerance = 1e-4 if case == "whole" else 0.06
     assert take_steps(compiled, 2) == pytest.approx(take_steps(plain, 2), abs=tolerance)
     if case == "whole":
-        ours, expected = (run.model.online.state_dict() for run in (compiled, plain))
+        ours, expected = (run.task.model.online.state_dict() for run in (compiled, plain))
         assert list(ours) == list(expected)
         for name, value in expected.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)

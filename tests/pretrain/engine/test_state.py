@@ -1,6 +1,8 @@
 """The state of a run: complete, plain, and refused where it does not belong."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from common.config import to_plain
 from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import checkpoint
-from pretrain.engine.checkpoint import DATA_NOT_COMPARED, Position, RunState
+from pretrain.engine.contrastive_task import DATA_NOT_COMPARED, ContrastiveTask
 from pretrain.engine.optim import make_optimizer
+from pretrain.engine.trainer import Position, Trainer
 from pretrain.features.row_random import fa_generator
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
@@ -26,6 +29,20 @@ def build(make_model, objective="byol", method="nn", optimizer="lars"):
         optim=replace(config.optim, name=optimizer),
     )
     return config, model, make_optimizer(model.online, config.optim, 0.1)
+
+
+def run_of(config, model, optimizer, num_steps=100, fingerprint=None):
+    """A run without data, which stands before its first step."""
+    cpu = torch.device("cpu")
+    task = ContrastiveTask(
+        config, model, optimizer, num_steps=num_steps, data_fingerprint=fingerprint,
+        folder=Path("none"), device=cpu,
+    )  # fmt: skip
+    batches = SimpleNamespace(num_steps=num_steps // config.optim.epochs)
+    return Trainer(
+        task, batches, [], num_epochs=config.optim.epochs, log_every_steps=1,
+        checkpoint_every_steps=1, device=cpu,
+    )  # fmt: skip
 
 
 def train(model, optimizer, make_views, steps):
@@ -67,12 +84,15 @@ def test_round_trip_goes_on_bit_equal(
     path = tmp_path / "checkpoint.pth"
     config, model, optim = build(make_model, objective, method, optimizer)
     train(model, optim, make_views, range(2))
-    position = Position(step=2, epoch=1, step_in_epoch=0, num_bad_samples=3, train_seconds=1.5)
-    checkpoint.save(RunState(config, model, optim, 100).to_checkpoint(position), path)
+    run = run_of(config, model, optim)
+    run.position = Position(step=2, epoch=1, num_bad_samples=3, train_seconds=1.5)
+    checkpoint.save(run.state_dict(), path)
     expected = train(model, optim, make_views, range(2, 4))
 
     _, fresh, fresh_optim = build(make_model, objective, method, optimizer)
-    assert RunState(config, fresh, fresh_optim, 100).restore(checkpoint.load(path))[0] == position
+    again = run_of(config, fresh, fresh_optim)
+    assert again.load_state_dict(checkpoint.load(path)) == []
+    assert again.position == run.position
     assert train(fresh, fresh_optim, make_views, range(2, 4)) == expected
     for (name, a), (_, b) in zip(
         model.state_dict().items(), fresh.state_dict().items(), strict=True
@@ -84,8 +104,9 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
     path = tmp_path / "checkpoint.pth"
     config, model, optim = build(make_model)
     train(model, optim, make_views, range(1))
-    state = RunState(config, model, optim, 10).to_checkpoint(Position(step=1))
-    checkpoint.save(state, path)
+    run = run_of(config, model, optim)
+    run.position = Position(step=1)
+    checkpoint.save(run.state_dict(), path)
     loaded = torch.load(path, weights_only=True)
     assert_plain(loaded)
     assert set(loaded) == {*checkpoint.FIELDS, "checksum"}
@@ -104,7 +125,7 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
 
 def test_parts_that_a_method_lacks_are_none(make_model, tmp_path):
     config, model, optim = build(make_model, "infonce", "mask")
-    state = RunState(config, model, optim, 10).to_checkpoint(Position())
+    state = run_of(config, model, optim).state_dict()
     assert state["ema"] is None
     assert state["queue"] is None
     assert state["scaler"] is None
@@ -114,7 +135,7 @@ def test_parts_that_a_method_lacks_are_none(make_model, tmp_path):
 def saved(make_model, tmp_path):
     path = tmp_path / "checkpoint.pth"
     config, model, optim = build(make_model)
-    checkpoint.save(RunState(config, model, optim, 100).to_checkpoint(Position()), path)
+    checkpoint.save(run_of(config, model, optim).state_dict(), path)
     return path, config, model, optim
 
 
@@ -125,7 +146,7 @@ def test_another_config_is_refused_and_the_difference_shown(saved):
         data=replace(config.data, batch_size=64),
     )  # fmt: skip
     with pytest.raises(UserError) as caught:
-        RunState(other, model, optim, 100).restore(checkpoint.load(path))
+        run_of(other, model, optim).load_state_dict(checkpoint.load(path))
     message = str(caught.value)
     assert "was made with another config" in message
     for line in ("seed: 0 -> 5", "objective.ema_tau: 0.99 -> 0.5", "data.batch_size: 256 -> 64"):
@@ -141,7 +162,7 @@ def test_what_decides_no_gradient_may_change(saved):
         eval=replace(config.eval, knn_k=3),
         data=replace(config.data, shards="moved", num_workers=7, cache_gb=3, read_retries=1),
     )  # fmt: skip
-    assert RunState(other, model, optim, 100).restore(checkpoint.load(path))[0] == Position()
+    assert run_of(other, model, optim).load_state_dict(checkpoint.load(path)) == []
 
 
 def test_whose_rows_bn_sees_may_not_change(saved):
@@ -149,11 +170,11 @@ def test_whose_rows_bn_sees_may_not_change(saved):
     other = replace(config, engine=replace(config.engine, batch_norm="synchronised"))
     state = checkpoint.load(path)
     with pytest.raises(UserError, match=r"engine\.batch_norm: 'per_process' -> 'synchronised'"):
-        RunState(other, model, optim, 100).restore(state)
+        run_of(other, model, optim).load_state_dict(state)
     del state["config"]["engine"]["batch_norm"]  # as checkpoints were before there was a choice
-    assert RunState(config, model, optim, 100).restore(state)[1] == []
+    assert run_of(config, model, optim).load_state_dict(state) == []
     with pytest.raises(UserError, match=r"'per_process' -> 'synchronised'"):
-        RunState(other, model, optim, 100).restore(state)
+        run_of(other, model, optim).load_state_dict(state)
 
 
 def test_every_other_key_is_compared(saved):
@@ -168,7 +189,7 @@ def test_every_other_key_is_compared(saved):
             saved_value = changed["config"][section][key]
             changed["config"][section][key] = "other"
             with pytest.raises(UserError, match=rf"{section}\.{key}: 'other' -> "):
-                RunState(config, model, optim, 100).restore(changed)
+                run_of(config, model, optim).load_state_dict(changed)
             changed["config"][section][key] = saved_value
             num_compared += 1
     assert num_compared > 30
@@ -177,29 +198,29 @@ def test_every_other_key_is_compared(saved):
 def test_other_shards_are_refused(saved):
     path, config, model, optim = saved
     with pytest.raises(UserError, match=r"made for 100 steps, the shards now give 90"):
-        RunState(config, model, optim, 90).restore(checkpoint.load(path))
+        run_of(config, model, optim, 90).load_state_dict(checkpoint.load(path))
 
 
 def test_random_state_is_restored(saved):
     path, config, model, optim = saved
     expected = torch.load(path, weights_only=True)["random"]["torch"]
     torch.manual_seed(12345)
-    RunState(config, model, optim, 100).restore(checkpoint.load(path))
+    run_of(config, model, optim).load_state_dict(checkpoint.load(path))
     assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_shards_of_another_fingerprint_are_refused(make_model, tmp_path):
     config, model, optim = build(make_model)
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(RunState(config, model, optim, 100, "one").to_checkpoint(Position()), path)
+    checkpoint.save(run_of(config, model, optim, fingerprint="one").state_dict(), path)
     assert (
-        RunState(config, model, optim, 100, "one").restore(checkpoint.load(path))[0] == Position()
+        run_of(config, model, optim, fingerprint="one").load_state_dict(checkpoint.load(path)) == []
     )
     assert (
-        RunState(config, model, optim, 100).restore(checkpoint.load(path))[0] == Position()
+        run_of(config, model, optim).load_state_dict(checkpoint.load(path)) == []
     )  # a stream has no fingerprint
     with pytest.raises(UserError, match=r"data\.shards: other shards, or other weights of them"):
-        RunState(config, model, optim, 100, "other").restore(checkpoint.load(path))
+        run_of(config, model, optim, fingerprint="other").load_state_dict(checkpoint.load(path))
 
 
 def test_allowed_changes_are_told_and_weights_must_fit(saved, make_model):
@@ -207,12 +228,14 @@ def test_allowed_changes_are_told_and_weights_must_fit(saved, make_model):
     state = checkpoint.load(path)
     state["position"] |= {"step": 30, "epoch": 1, "step_in_epoch": 5}
     other = replace(config, optim=replace(config.optim, epochs=20))
-    position, changes = RunState(other, model, optim, 100).restore(state, allow_changes=True)
-    assert changes == ["optim.epochs: 100 -> 20"]
+    run = run_of(other, model, optim)
+    notes = run.load_state_dict(state, allow_changes=True)
+    assert notes == ["going on with a changed config: optim.epochs: 100 -> 20"]
+    position = run.position
     assert (position.step, position.epoch, position.step_in_epoch) == (30, 6, 0)
     _, wider, wider_optim = build(make_model, "infonce")
     wider.online.projector[0] = torch.nn.Linear(256, 30)
     with pytest.raises(UserError, match=r"does not fit this config \(seed: 0 -> 5\): .*projector"):
-        RunState(replace(config, seed=5), wider, wider_optim, 100).restore(
+        run_of(replace(config, seed=5), wider, wider_optim).load_state_dict(
             state, allow_changes=True
         )

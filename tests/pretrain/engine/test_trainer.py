@@ -30,7 +30,13 @@ from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.probe import KnnCallback
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
-from tests.pretrain.engine.run_helpers import TINY, assert_same_state, error_of, train_rows
+from tests.pretrain.engine.run_helpers import (
+    TINY,
+    assert_same_state,
+    error_of,
+    one_step,
+    train_rows,
+)
 
 ROOT = Path(__file__).parents[3]
 BASE = TINY
@@ -114,15 +120,15 @@ def test_files_of_a_run(start, shards):
 
 def test_data_wait_share_is_the_time_waited_for_pictures(make_run, monkeypatch):
     run = make_run("optim.epochs=1", "engine.log_every_steps=2", name="waits")
-    epoch = run.input_pipeline.epoch
+    epoch = run.batches.epoch
 
     def waiting(*where):
         for number, batch in enumerate(epoch(*where)):
             yield replace(batch, waited=100.0 + number)
 
-    monkeypatch.setattr(run.input_pipeline, "epoch", waiting)
+    monkeypatch.setattr(run.batches, "epoch", waiting)
     run.train()
-    rows = train_rows(run.folder)
+    rows = train_rows(run.task.folder)
     images = {2: 16, 4: 16}  # of two steps each; both rates of a row divide by the same seconds
     seconds = [images[r["step"]] / r["images_per_second"] for r in rows if r["step"] in images]
     shares = [r["data_wait_share"] for r in rows if r["step"] in images]
@@ -252,9 +258,9 @@ def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
     status, folder, err = start("golden", *overrides, *keep)
     assert status == 0, err
     run = make_run(*overrides)
-    again, curve, step = Again(run.config), [], 0
+    again, curve, step = Again(run.task.config), [], 0
     for epoch in range(2):
-        for number, batch in enumerate(run.input_pipeline.epoch(epoch)):
+        for number, batch in enumerate(run.batches.epoch(epoch)):
             before = {k: v.clone() for k, v in again.net.state_dict().items()}
             views = views_again(run, batch.samples, epoch)
             curve.append(again.step(views, epoch + number / STEPS_PER_EPOCH))
@@ -264,7 +270,7 @@ def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
             filled = state["queue"]["features"][: len(again.bank)]
             ring = torch.roll(filled, -int(state["queue"]["position"]) % len(filled), 0)
             torch.testing.assert_close(
-                ring if len(filled) == run.config.fa.queue_size else filled,
+                ring if len(filled) == run.task.config.fa.queue_size else filled,
                 again.bank, rtol=0, atol=1e-3,
             )  # fmt: skip
             if objective == "byol":
@@ -281,6 +287,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from pretrain import __main__
+from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.trainer import Trainer
 
 where, number = sys.argv[1], int(sys.argv[2])
@@ -289,11 +296,13 @@ step, save = Trainer.step, torch.save
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def killing_step(self, batch, **options):
+def killing_step(self, batch):
     if where == "step" and self.position.step == number:
-        self.saver.wait()  # so that it is known which checkpoint is there
+        for callback in self.callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.wait()  # so that it is known which checkpoint is there
         kill()
-    return step(self, batch, **options)
+    return step(self, batch)
 
 def killing_save(state, file):
     if where == "save" and state["step"] == number:
@@ -360,9 +369,9 @@ def test_interrupted_at_an_epoch_s_end_probes_once(start, shards, monkeypatch):
     options += [f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
     probe = KnnCallback.on_epoch_end
 
-    def dying_probe(self, trainer):
-        probe(self, trainer)
-        if trainer.position.step == 5:
+    def dying_probe(self):
+        probe(self)
+        if self.trainer.position.step == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(KnnCallback, "on_epoch_end", dying_probe)
@@ -437,10 +446,10 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(start, monkeypatch, numb
     _, whole, _ = start("whole", "data.num_workers=1")
     step, handler = Trainer.step, signal.getsignal(number)
 
-    def interrupted(self, batch, **options):
+    def interrupted(self, batch):
         if self.position.step == 6:
             os.kill(os.getpid(), number)
-        return step(self, batch, **options)
+        return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     status, folder, err = start("cut", "data.num_workers=1")
@@ -560,12 +569,12 @@ def test_augmentation_preset_reaches_crops_and_colours(make_run):
     seen = {}
     for name, preset in PRESETS.items():
         run = make_run(f"data.augmentation={name}", "data.photometric=device")
-        batch = next(iter(run.input_pipeline.epoch(0)))
+        batch = next(iter(run.batches.epoch(0)))
         batch, views = batch.samples, batch.views
         again = []
         for number, view in enumerate(preset):
             parameters = draw_parameters(view, batch.sample_hashes, 0, seed=0, view_index=number)
-            data = run.config.data
+            data = run.task.config.data
             again.append(augment(batch.views[number], parameters, data.pixel_mean, data.pixel_std))
         torch.testing.assert_close(views, torch.stack(again))
         seen[name] = (batch.views.float().sum().item(), views.sum().item())
@@ -579,7 +588,7 @@ def test_views_have_the_size_and_normalisation_of_the_config(make_run):
         "data.augmentation=none", "data.image_size=48",
         "data.pixel_mean=[0.1,0.2,0.3]", "data.pixel_std=[0.4,0.5,0.6]",
     )  # fmt: skip
-    batch = next(iter(run.input_pipeline.epoch(0)))
+    batch = next(iter(run.batches.epoch(0)))
     batch, views = batch.samples, batch.views
     assert views.shape == (2, 8, 3, 48, 48)
     raw = batch.views.double() / 255
@@ -592,7 +601,7 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
 
     def views_of(sample, epoch):
         """The two views of one sample, wherever it stands in the epoch."""
-        for batch in run.input_pipeline.epoch(epoch):
+        for batch in run.batches.epoch(epoch):
             if sample in (ids := batch.samples.sample_ids.tolist()):
                 return batch.views[:, ids.index(sample)]
         raise AssertionError(sample)
@@ -606,9 +615,7 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_call(make_run):
 def test_shuffle_window_decides_the_order(make_run):
     def order(window):
         run = make_run(f"data.shuffle_window={window}")
-        return torch.cat(
-            [batch.samples.sample_ids for batch in run.input_pipeline.epoch(0)]
-        ).tolist()
+        return torch.cat([batch.samples.sample_ids for batch in run.batches.epoch(0)]).tolist()
 
     by_shard, shuffled = order(1), order(16384)
     assert sorted(by_shard) == sorted(shuffled) == list(range(40))
@@ -622,13 +629,13 @@ def test_arch_of_the_config_is_built(make_run):
         "arch.depth=18", "arch.width_per_group=12", "arch.res2_channels=12",
         "arch.stem_channels=10", "init.residual_gamma=0.25",
     )  # fmt: skip
-    state = run.model.online.backbone.state_dict()
+    state = run.task.model.online.backbone.state_dict()
     assert state["conv1.weight"].shape[0] == 10
     assert state["layer1.0.conv1.weight"].shape == (12, 10, 3, 3)
     assert "layer1.0.conv3.weight" not in state
     assert torch.equal(state["layer3.1.bn2.weight"], torch.full((48,), 0.25))
     assert "layer1.2.conv1.weight" not in state
-    assert run.model.online.backbone.output_dim == 96
+    assert run.task.model.online.backbone.output_dim == 96
 
 
 def test_heads_of_the_config_are_built(make_run):
@@ -636,12 +643,12 @@ def test_heads_of_the_config_are_built(make_run):
         "heads.projector_layers=3", "heads.projector_hidden_dim=20", "heads.output_dim=6",
         "heads.projector_last_bn=true", "heads.predictor_hidden_dim=10",
     )  # fmt: skip
-    linear = [m for m in run.model.online.projector if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in run.task.model.online.projector if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(256, 20), (20, 20), (20, 6)]
-    assert isinstance(run.model.online.projector[-1], torch.nn.BatchNorm1d)
-    linear = [m for m in run.model.online.predictor if isinstance(m, torch.nn.Linear)]
+    assert isinstance(run.task.model.online.projector[-1], torch.nn.BatchNorm1d)
+    linear = [m for m in run.task.model.online.predictor if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(6, 10), (10, 6)]
-    assert run.model.queue.features.shape == (32, 6)
+    assert run.task.model.queue.features.shape == (32, 6)
 
 
 @pytest.mark.parametrize("objective", ["infonce", "byol"])
@@ -649,8 +656,8 @@ def test_precision_decides_autocast(make_run, objective):
     seen, results = [], {}
     for precision in ("fp32", "bf16"):
         run = make_run(f"engine.precision={precision}", f"objective.name={objective}")
-        run.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-        output = run.step(next(iter(run.input_pipeline.epoch(0))), is_logged=False).output
+        run.task.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+        output = one_step(run).output
         results[precision] = output.loss.item()
         assert output.loss.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
@@ -672,12 +679,12 @@ def test_channels_last_changes_memory_not_meaning(make_run):
     results = {}
     for flag in (True, False):
         run = make_run(f"engine.channels_last={str(flag).lower()}")
-        views = next(iter(run.input_pipeline.epoch(0))).views
-        weight = run.model.online.backbone.get_submodule("layer1.0").conv2.weight
+        views = next(iter(run.batches.epoch(0))).views
+        weight = run.task.model.online.backbone.get_submodule("layer1.0").conv2.weight
         for tensor in (views[0], views[1], weight):
             assert tensor.is_contiguous(memory_format=torch.channels_last) == flag
         assert views.shape == (2, 8, 3, 32, 32)
-        results[flag] = (views, run.model.step(views, fa_generator(0, 0, run.device)).loss)
+        results[flag] = (views, run.task.model.step(views, fa_generator(0, 0, run.device)).loss)
     assert torch.equal(results[True][0], results[False][0])
     torch.testing.assert_close(results[True][1], results[False][1], rtol=1e-4, atol=1e-5)
 

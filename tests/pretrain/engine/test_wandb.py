@@ -86,10 +86,8 @@ def test_a_resumed_run_continues_the_same_run(tmp_path, wandb):
 
 
 def test_the_end_of_the_log_says_whether_the_run_failed(tmp_path, wandb):
-    with MetricLog(tmp_path, -1, -1, wandb):
-        pass
-    with pytest.raises(RuntimeError), MetricLog(tmp_path, -1, -1, wandb):
-        raise RuntimeError("the run")
+    for is_failed in (False, True):
+        MetricLog(tmp_path, -1, -1, wandb).close(failed=is_failed)
     assert wandb.finished == [{"exit_code": 0}, {"exit_code": 1}]
 
 
@@ -98,8 +96,9 @@ def test_a_failure_at_the_end_is_a_warning(tmp_path, wandb, monkeypatch, capsys)
         raise ConnectionError("no route")
 
     monkeypatch.setattr(wandb, "finish", fails)
-    with MetricLog(tmp_path, -1, -1, wandb) as log:
-        log.write("train", 1, loss=0.5)
+    log = MetricLog(tmp_path, -1, -1, wandb)
+    log.write("train", 1, loss=0.5)
+    log.close()
     assert [row["loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0.5]
     assert "warning: tracking.wandb did not finish: no route" in capsys.readouterr().err
 

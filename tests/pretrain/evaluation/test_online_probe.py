@@ -58,11 +58,11 @@ def run(tmp_path, shards):
 
 
 def state_of(run):
-    return checkpoint.load(run.folder / "checkpoint.pth")
+    return checkpoint.load(run.task.folder / "checkpoint.pth")
 
 
 def rows_of(run, kind):
-    return [r for r in read_json_lines(run.folder / "metrics.jsonl") if r["kind"] == kind]
+    return [r for r in read_json_lines(run.task.folder / "metrics.jsonl") if r["kind"] == kind]
 
 
 class Backbone(nn.Module):
@@ -76,10 +76,8 @@ class Backbone(nn.Module):
 
 def seen_by(probe, backbone, views):
     """Pass both views as training does, with graph."""
-    probe.on_forward_start()
     for view in views:
         backbone(view.requires_grad_())
-    probe.on_forward_end()
 
 
 # --- what one step does
@@ -131,31 +129,30 @@ def test_no_gradient_reaches_what_it_looks_at():
     probe = OnlineProbe(backbone, 3, 0.1, CPU)
     views = torch.randn(2, 4, 5)
     views.requires_grad_()
-    probe.on_forward_start()
     for view in views:
         backbone(view)
-    probe.on_forward_end()
     probe.step(torch.tensor([0, 1, 2, 0]))
     assert views.grad is None
     assert float(probe.classifier.weight.detach().abs().max()) > 0
 
 
-def test_only_watched_passes_with_gradient_count():
-    """Not those of evaluation, nor the first pass of cached micro-batches."""
-    backbone = Backbone()
-    probe = OnlineProbe(backbone, 3, 0.1, CPU)
-    views = torch.randn(2, 4, 5)
-    backbone(torch.zeros(9, 5))
-    probe.on_forward_start()
-    with torch.no_grad():
-        backbone(torch.zeros(7, 5))
-    for part in (slice(0, 3), slice(3, 4)):  # micro-batches, the views in turn
-        for view in views:
-            backbone(view[part])
-    probe.on_forward_end()
-    backbone(torch.zeros(9, 5))
-    rows = [torch.cat(probe._outputs[view::2]) for view in (0, 1)]
-    assert torch.equal(torch.stack(rows), views)
+def test_only_the_last_passes_with_gradient_count():
+    """Not those of an attack before them, nor the first pass of cached micro-batches."""
+    views, labels, states = torch.randn(2, 4, 5), torch.tensor([0, 1, 2, 0]), []
+    for is_disturbed in (False, True):
+        backbone = Backbone()
+        probe = OnlineProbe(backbone, 3, 0.1, CPU)
+        if is_disturbed:
+            backbone(torch.ones(9, 5))
+        with torch.no_grad():
+            backbone(torch.ones(7, 5))
+        parts = (slice(0, 3), slice(3, 4)) if is_disturbed else (slice(0, 4),)
+        for part in parts:  # micro-batches, the views in turn
+            for view in views:
+                backbone(view[part])
+        probe.step(labels)
+        states.append(probe.state_dict())
+    assert_same_state(*states)
 
 
 def test_rows_that_are_not_finite_are_left_out():
@@ -261,9 +258,9 @@ def test_figures_stand_in_the_rows(run, shards):
 
 def test_validation_accuracy_equals_the_classifier_on_every_picture(run, shards):
     done = run("run", f"eval.probe_train={shards}", f"eval.probe_val={shards}")
-    probe = Probe.open(done.config.eval, done.config.data, done.device)
+    probe = Probe.open(done.task.config.eval, done.task.config.data, done.device)
     assert probe is not None
-    features, labels = probe.features(done.model.online.backbone, probe.val)
+    features, labels = probe.features(done.task.model.online.backbone, probe.val)
     weights = state_of(done)["online_probe"]["classifier"]
     scores = features.numpy() @ weights["weight"].numpy().T + weights["bias"].numpy()
     expected = (scores.argmax(axis=1) == labels.numpy()).mean()
@@ -309,7 +306,7 @@ def test_resume_is_bit_exact(run, monkeypatch):
 
 def test_a_checkpoint_without_it_starts_it_anew(run):
     before = run("run", "eval.online_probe=false")
-    (before.folder / "summary.json").unlink()
+    (before.task.folder / "summary.json").unlink()
     after = run("run", resume=True)
     events = [r["message"] for r in rows_of(after, "event")]
     assert "eval.online_probe: the checkpoint holds none: the classifier starts anew" in events

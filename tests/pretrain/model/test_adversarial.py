@@ -215,7 +215,7 @@ def test_option_of_a_run_changes_what_is_learnt(shards, tmp_path):
     def weights(name, *overrides):
         run = make_trainer(load_config(path, [f"out={tmp_path / name}", *overrides]), resume=False)
         run.train()
-        return torch.cat([p.detach().flatten() for p in run.model.online.parameters()])
+        return torch.cat([p.detach().flatten() for p in run.task.model.online.parameters()])
 
     off = weights("off")
     assert torch.equal(off, weights("zero", "adversarial.epsilon=0", "adversarial.num_steps=3"))

@@ -17,9 +17,10 @@ from pretrain import collectives as dist
 from pretrain.__main__ import main
 from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint
+from pretrain.engine.collapse import CollapseAlarm
 from pretrain.engine.log import MetricLog
 from pretrain.model import diagnostics
-from pretrain.model.diagnostics import CollapseAlarm, diagnose, similarity_histograms
+from pretrain.model.diagnostics import diagnose, similarity_histograms
 from pretrain.model.joint_embedding import StepOutput
 
 ROOT = Path(__file__).parents[3]
@@ -141,12 +142,14 @@ def test_histograms_hold_the_ends_of_the_range():
 SPREAD = {"feature_std": 0.9, "effective_rank": 50.0}
 CONSTANT = {"feature_std": 0.004, "effective_rank": 40.0}
 LINE = {"feature_std": 0.9, "effective_rank": 1.3}
-WIDE = torch.zeros(65, 128)
 
 
-def look(rows, projection=WIDE, **config):
-    alarm = CollapseAlarm(EngineConfig(**config))
-    return [alarm.look(row, projection, 10 * number) for number, row in enumerate(rows, 1)]
+def look(rows, shape=(65, 128), **config):
+    alarm = CollapseAlarm(EngineConfig(**config), log=None, checkpoints=None)
+    return [
+        alarm.look(row["feature_std"], row["effective_rank"], shape, 10 * number)
+        for number, row in enumerate(rows, 1)
+    ]
 
 
 @pytest.mark.parametrize("row", [CONSTANT, LINE], ids=["constant", "line"])
@@ -182,9 +185,9 @@ def test_thresholds_of_the_config_decide(config, alarms):
     ("shape", "alarms"), [((8, 128), False), ((9, 128), True), ((65, 7), False), ((65, 8), True)]
 )
 def test_rank_is_judged_where_there_is_room_for_one(shape, alarms):
-    (said,) = look([LINE], torch.zeros(shape), collapse_patience=1)
+    (said,) = look([LINE], shape, collapse_patience=1)
     assert bool(said) == alarms
-    (said,) = look([CONSTANT], torch.zeros(shape), collapse_patience=1)
+    (said,) = look([CONSTANT], shape, collapse_patience=1)
     assert said, "a constant output needs no room"
 
 
@@ -306,7 +309,7 @@ def test_stop_ends_the_run_with_a_checkpoint_and_warn_goes_on(start):
 
 def test_other_processes_stop_with_the_first(start, monkeypatch):
     """What rank 1 does: nothing of its own to say, but the sum over the processes is not 0."""
-    monkeypatch.setattr(dist, "total", lambda x: x + 1)
+    monkeypatch.setattr(dist, "total_of", lambda x, device: x + 1)
     options = ["objective.name=infonce", "engine.on_collapse=stop"]
     status, _, err = start("run", *options)
     assert status == 1
@@ -316,11 +319,12 @@ def test_other_processes_stop_with_the_first(start, monkeypatch):
 def test_the_checkpoint_is_there_before_the_others_hear_of_it(start, monkeypatch, tmp_path):
     saved = []
 
-    def total(x):
-        saved.append((float(x), (tmp_path / "run" / "checkpoint.pth").exists()))
-        return x
+    def total_of(number, device):
+        if isinstance(number, bool):  # the alarm's; the other sum counts bad samples
+            saved.append((number, (tmp_path / "run" / "checkpoint.pth").exists()))
+        return number
 
-    monkeypatch.setattr(dist, "total", total)
+    monkeypatch.setattr(dist, "total_of", total_of)
     assert start("run", *ALWAYS, "engine.on_collapse=stop")[0] == 1
     assert saved == [(0, False), (1, True)]
 

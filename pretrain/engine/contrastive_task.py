@@ -1,0 +1,206 @@
+"""What pretraining trains: the contrastive model, one step of it, and its part of a checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from common.checkpoints import FORMAT
+from common.config import to_plain
+from common.errors import UserError, require
+from pretrain import collectives as dist
+from pretrain.config import PretrainConfig
+from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine.accumulation import Gradients
+from pretrain.engine.checkpoint import different_keys
+from pretrain.engine.device import autocast_type
+from pretrain.engine.guards import LossScale, NonFiniteGuard
+from pretrain.engine.optim import ema_tau, load_state, lr_factor, peak_lr, set_lr
+from pretrain.engine.trainer import Position, StepResult
+from pretrain.features.row_random import fa_generator
+from pretrain.model.diagnostics import diagnose
+from pretrain.model.joint_embedding import FAContrastive
+
+# May change when a run goes on: they decide no gradient, or its rounding only.
+NOT_COMPARED = ("out", "engine", "eval", "tracking")
+ENGINE_COMPARED = {"batch_norm": "per_process"}  # but for these; values of older checkpoints
+# Where the shards lie, and how they are read; that they are the same is seen by their fingerprint.
+DATA_NOT_COMPARED = (
+    "shards", "num_workers", "cache_dir", "cache_gb", "read_retries", "read_timeout_seconds",
+)  # fmt: skip
+
+
+class ContrastiveTask:
+    """A contrastive model with its optimiser.
+
+    Args:
+        config: The whole config.
+        model: On its device.
+        optimizer: Of the online network's parameters.
+        num_steps: Of the whole run.
+        data_fingerprint: Which samples the run sees; None where that cannot be known.
+        folder: Of the run.
+        device: Of the model.
+
+    Raises:
+        UserError: If the micro-batches cannot be shared out among the processes.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: FAContrastive,
+        optimizer: torch.optim.Optimizer,
+        *,
+        num_steps: int,
+        data_fingerprint: str | None,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.num_steps, self.data_fingerprint = num_steps, data_fingerprint
+        self.folder, self.device = folder, device
+        self.autocast_type = autocast_type(config.engine.precision, device)
+        self.loss_scale = LossScale(config.engine, folder, device)
+        self.guard = NonFiniteGuard(config.engine, folder, model, device)
+        forward: nn.Module = model.online
+        if dist.is_on():
+            devices = [device] if device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=devices, broadcast_buffers=False)
+        self.gradients = Gradients(
+            model, forward, config.optim, self.autocast, self.loss_scale.scale
+        )
+
+    def autocast(self) -> torch.autocast:
+        """A fresh context in which forward passes run."""
+        kind = self.autocast_type
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
+
+    def step(
+        self, batch: DeviceBatch, position: Position, *, is_logged: bool, is_saved: bool
+    ) -> StepResult:
+        """One optimiser step: forward, loss, backward, update, EMA and queue; see ``Task``.
+
+        Raises:
+            NonFiniteLossError: Loss or gradients are not finite, and the config says to stop.
+        """
+        config, step, progress = self.config, position.step, position.step / self.num_steps
+        factor = lr_factor(config.optim, step, self.num_steps)
+        lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
+        # The gradients of the batch, with the loss scale still on them.
+        with record_function("guards"):
+            self.guard.keep()
+        self.optimizer.zero_grad(set_to_none=True)
+        generator = partial(fa_generator, config.seed, step, self.device)
+        views = self.gradients.attacked(
+            batch.views, generator, progress, config.adversarial, config.data
+        )
+        outputs = self.gradients.compute(views, generator, progress)
+        first, prototypes = outputs[0], self.model.online.prototypes
+        if step < self.model.frozen_prototype_steps and prototypes is not None:
+            prototypes.weight.grad = None
+        # The update is left out if fp16 overflowed, or if loss or gradients are not finite.
+        loss, refusal = first.loss.detach(), None
+        with record_function("guards"):
+            overflow = self.loss_scale.update(loss, self.optimizer, position)
+            is_due = is_logged or is_saved or overflow.is_loss_bad
+            if not overflow.is_found:
+                refusal = self.guard.refusal(batch.samples, loss, position, is_due=is_due)
+        if refusal is not None:
+            return StepResult(loss, refusal=refusal)
+        queue = {}
+        if not overflow.is_found:
+            with record_function("optimiser"):
+                self.optimizer.step()
+            # The queue's figures are those before the batch itself enters.
+            ids, labels = batch.samples.sample_ids, batch.samples.labels
+            if is_logged:
+                num = len(first.projection)
+                queue = self.model.queue_report(first, ids[:num], labels[:num])
+            tau = ema_tau(config.objective, step, self.num_steps)
+            self.model.after_optimizer_step(tau, outputs, ids, labels)
+        figures = {}
+        if is_logged and dist.rank() == 0:
+            with record_function("logging"):
+                figures = {"lr": lr, **diagnose(first), "fa_active": int(first.is_augmented)}
+                figures |= queue | overflow.figures
+        return StepResult(loss, figures, has_overflowed=overflow.is_found, output=first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but position and random state, which the loop adds."""
+        ema, queue, negatives = self.model.ema, self.model.queue, self.model.objective.negatives
+        return {
+            "format": FORMAT,
+            "arch": to_plain(self.config.arch),
+            "preprocessing": {
+                "mean": list(self.config.data.pixel_mean),
+                "std": list(self.config.data.pixel_std),
+                "order": "RGB",
+            },
+            "model": self.model.online.state_dict(),
+            "ema": None if ema is None else ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.loss_scale.state_dict(),
+            "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
+            "queue": None if queue is None else queue.state_dict(),
+            "negatives": None if negatives is None else negatives.state_dict(),
+            "config": to_plain(self.config),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, allow_changes: bool = False) -> list[str]:
+        """Bring a freshly built model into the state of a checkpoint; see ``Task``.
+
+        Raises:
+            UserError: A changed config or changed shards (the differences are shown), or weights
+                that do not fit.
+        """
+        changes = self._changes(state)
+        require(
+            allow_changes or not changes,
+            f"the checkpoint was made with another config: {'; '.join(changes)}. Restore these "
+            "values to resume, allow them with --allow-changes, or start a new run with another "
+            "out=DIR",
+        )
+        try:
+            self.model.online.load_state_dict(state["model"])
+            if self.model.ema is not None:
+                self.model.ema.load_state_dict(state["ema"])
+            if self.model.queue is not None:
+                self.model.queue.load_state_dict(state["queue"])
+            if self.model.objective.negatives is not None:
+                self.model.objective.negatives.load_state_dict(state["negatives"])
+            load_state(self.optimizer, state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                "the checkpoint does not fit this config "
+                f"({'; '.join(changes) or 'no change seen'}): {' '.join(str(error).split())[:200]}"
+            ) from error
+        self.loss_scale.load_state_dict(state["scaler"])
+        return changes
+
+    def _changes(self, state: dict[str, Any]) -> list[str]:
+        """What differs from the run that the checkpoint was made by, a line each."""
+
+        def compared(plain: dict[str, Any]) -> dict[str, Any]:
+            data = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
+            engine = {k: plain["engine"].get(k, old) for k, old in ENGINE_COMPARED.items()}
+            others = {k: v for k, v in plain.items() if k not in NOT_COMPARED}
+            return others | {"data": data, "engine": engine}
+
+        changes = different_keys(compared(state["config"]), compared(to_plain(self.config)))
+        num_steps, fingerprint = (
+            state["schedule"].get(key) for key in ("num_steps", "data_fingerprint")
+        )
+        if num_steps != self.num_steps and not changes:
+            changes.append(
+                f"it was made for {num_steps} steps, the shards now give {self.num_steps}"
+            )
+        if None not in (fingerprint, own := self.data_fingerprint) and fingerprint != own:
+            changes.append("data.shards: other shards, or other weights of them")
+        return changes
