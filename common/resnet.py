@@ -1,4 +1,4 @@
-"""ResNets: blocks of each depth, and the four numbers that a checkpoint's `arch` holds."""
+"""ResNets: blocks of each depth, the four numbers of a checkpoint's `arch`, shapes of tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def read_arch(value: Any) -> Arch:
 
 
 def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
-    """Tell the architecture from a torchvision-named backbone's shapes.
+    """The architecture that a torchvision-named backbone's shapes belong to.
 
     Args:
         shapes: Tensor name -> shape; conv1.weight, layer1.0.conv1.weight ..
@@ -107,3 +107,31 @@ def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
                 }
             )
     raise UserError(f"{num_blocks} blocks per stage fit none of ResNet-18, 34, 50, 101, 152")
+
+
+def tensor_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a ResNet without classifier and without batch counters.
+
+    Names and order are those of torchvision's state_dict.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(conv: str, norm: str, out: int, channels: int, kernel: int) -> None:
+        shapes[f"{conv}.weight"] = (out, channels, kernel, kernel)
+        for field in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{norm}.{field}"] = (out,)
+
+    add("conv1", "bn1", arch.stem_channels, 3, 7)
+    channels = arch.stem_channels
+    for stage, num_blocks in enumerate(arch.blocks_per_stage):
+        width, out = arch.width_per_group << stage, arch.res2_channels << stage
+        for block in range(num_blocks):
+            prefix, inner = f"layer{stage + 1}.{block}", channels
+            convs = [(width, 1), (width, 3), (out, 1)] if arch.is_bottleneck else [(out, 3)] * 2
+            for number, (conv_out, kernel) in enumerate(convs, start=1):
+                add(f"{prefix}.conv{number}", f"{prefix}.bn{number}", conv_out, inner, kernel)
+                inner = conv_out
+            if block == 0 and (stage > 0 or channels != out):
+                add(f"{prefix}.downsample.0", f"{prefix}.downsample.1", out, channels, 1)
+            channels = out
+    return shapes

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError, run_command
 from common.files import write_json
-from detection.convert import keymap
+from common.layouts import BRANCHES, LAYOUTS
 
 _EXAMPLE = """\
 examples:
@@ -36,15 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    layouts = ("auto", *keymap.LAYOUTS)
+    layouts = ("auto", *LAYOUTS)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file to convert")
     add("out", type=Path, nargs="?", help="file to write")
     add("--to", choices=("detectron2", "torchvision"), help="target (default: detectron2)")
     add("--verify", type=Path, nargs=2, metavar=("A", "B"), help="compare two files instead")
-    add("--branch", choices=keymap.BRANCHES, default="online", help="which network (online)")
+    add("--branch", choices=BRANCHES, default="online", help="which network (online)")
     add("--layout", choices=layouts, default="auto", help="key names (auto)")
-    add("--branch-b", choices=keymap.BRANCHES, help="the same for B of --verify (online)")
+    add("--branch-b", choices=BRANCHES, help="the same for B of --verify (online)")
     add("--layout-b", choices=layouts, help="the same for B of --verify (auto)")
     add("--image", type=Path, help="picture to compare on (default: a generated one)")
     add("--size", type=int, default=224, help="its side in pixels (default: 224)")
@@ -83,7 +83,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
-    from detection.convert.source import parse_preprocessing
+    from common.backbone import parse_preprocessing
     from detection.convert.verify import TOLERANCE, text, verify
 
     report = verify(
@@ -102,10 +102,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert a file and print what became of it."""
-    from detection.convert.source import parse_preprocessing, read_source
+    from common.backbone import parse_preprocessing, read_backbone
     from detection.convert.to_detectron2 import convert
 
-    source = read_source(
+    source = read_backbone(
         arguments.checkpoint,
         layout=arguments.layout,
         branch=arguments.branch,

@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from common import provenance
+from common.backbone import D2_CARD, TORCHVISION_CARD, BackboneCheckpoint, read_any_card
 from common.errors import UserError
 from common.files import is_number, read_json_or_none, sha256_of, write_json, write_text
 from common.resnet import Arch
-from detection.convert.source import D2_CARD, TORCHVISION_CARD, SourceCheckpoint, read_any_card
 
 MARK = "<!-- model card of feature-augmented pretraining -->"
 _TRAINING = ("step", "num_steps", "epoch", "data_fingerprint", "config", "versions", "commit",
@@ -29,7 +29,7 @@ _MAX_DEPTH = 12
 
 
 def build(
-    source: SourceCheckpoint, out: Path, to: str, stages: dict[str, float], seconds: float
+    source: BackboneCheckpoint, out: Path, to: str, stages: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """The card as plain JSON.
 
@@ -79,7 +79,7 @@ def build(
     }
 
 
-def pretraining(source: SourceCheckpoint) -> dict[str, Any]:
+def pretraining(source: BackboneCheckpoint) -> dict[str, Any]:
     """What is known about the training, as plain JSON.
 
     Args:

@@ -107,19 +107,14 @@ class ReferenceResNet(nn.Module):
         return features
 
 
-def tensor_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
-    """Every tensor that an architecture needs: torchvision name -> shape, without counters."""
-    with torch.device("meta"):
-        state = ReferenceResNet(arch).state_dict()
-    return {
-        name: tuple(value.shape)
-        for name, value in state.items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
 def build_bare_resnet(arch: Arch, *, stride_in_1x1: bool = False) -> ResNet:
-    """Detectron2's ResNet with all four stages as outputs (a C4 detector's own stops at res4)."""
+    """Detectron2's ResNet with all four stages as outputs (a C4 detector's own stops at res4).
+
+    Raises:
+        UserError: If Detectron2 builds no ResNet of these widths.
+    """
+    if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
+        raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
     cfg = get_cfg()
     set_arch(cfg, arch)
     cfg.MODEL.RESNETS.NORM = "BN"

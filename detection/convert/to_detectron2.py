@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.backbone import BackboneCheckpoint, read_backbone, read_own_card
 from common.errors import UserError
 from common.files import write_atomically
+from common.layouts import COUNTER, detectron2_name
 from detection.convert import card as cards
-from detection.convert import keymap, parity
-from detection.convert.source import SourceCheckpoint, read_own_card, read_source
+from detection.convert import parity
 from detection.training import weights
 
 MAX_RELATIVE_DIFFERENCE = 1e-5
@@ -26,25 +27,25 @@ _ENDINGS = {
 }
 
 
-def to_detectron2(source: SourceCheckpoint) -> dict[str, Tensor]:
+def to_detectron2(source: BackboneCheckpoint) -> dict[str, Tensor]:
     """The same tensors under Detectron2's names, in a fixed order; without batch counters."""
-    renamed = {keymap.detectron2_name(name): value for name, value in source.tensors.items()}
+    renamed = {detectron2_name(name): value for name, value in source.tensors.items()}
     return dict(sorted(renamed.items()))
 
 
-def to_torchvision(source: SourceCheckpoint) -> dict[str, Tensor]:
+def to_torchvision(source: BackboneCheckpoint) -> dict[str, Tensor]:
     """A state_dict with torchvision's names in torchvision's order, batch counters in place."""
     state = {}
     for name, value in source.tensors.items():
         state[name] = value
-        counter = f"{name.removesuffix('running_var')}{keymap.COUNTER}"
+        counter = f"{name.removesuffix('running_var')}{COUNTER}"
         if name.endswith("running_var") and counter in source.counters:
             state[counter] = source.counters[counter]
     return state
 
 
 def convert(
-    source: SourceCheckpoint,
+    source: BackboneCheckpoint,
     out: Path,
     *,
     to: str = "detectron2",
@@ -54,7 +55,7 @@ def convert(
     """Convert, compare, write, read back, write the cards.
 
     Args:
-        source: From `read_source`.
+        source: From `read_backbone`.
         out: File ending in .pkl or .pth (to Detectron2), .pth or .pt (to torchvision); the cards
             are written beside it as .json and .md.
         to: "detectron2" or "torchvision".
@@ -92,7 +93,7 @@ def convert(
     try:
         if to == "detectron2":
             counters = {
-                keymap.detectron2_name(name): int(value) for name, value in source.counters.items()
+                detectron2_name(name): int(value) for name, value in source.counters.items()
             }
             weights.write_weights(out, state, counters)
             parity.check_written(source.arch, out, state)
@@ -107,7 +108,7 @@ def convert(
     return card
 
 
-def _check_out(source: SourceCheckpoint, out: Path, to: str) -> None:
+def _check_out(source: BackboneCheckpoint, out: Path, to: str) -> None:
     """Refuse a name that says something else, and one that would destroy something."""
     endings = _ENDINGS[to]
     if out.suffix not in endings:
@@ -125,13 +126,13 @@ def _check_out(source: SourceCheckpoint, out: Path, to: str) -> None:
     cards.check_places(out)
 
 
-def _compare_with_file(source: SourceCheckpoint, out: Path, layout: str) -> None:
+def _compare_with_file(source: BackboneCheckpoint, out: Path, layout: str) -> None:
     """Read a written file as one of another project's is read; every bit must be there.
 
     Raises:
         UserError: If one is not.
     """
-    written = read_source(out, layout=layout, assume=True)
+    written = read_backbone(out, layout=layout, assume=True)
     changed = [name for name, value in source.tensors.items()
                if not same_bits(value, written.tensors[name])]  # fmt: skip
     changed += [name for name, value in source.counters.items()

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.backbone import BackboneCheckpoint, Preprocessing, read_backbone
 from common.errors import UserError
 from common.files import sha256_of
-from detection.convert import keymap, parity
-from detection.convert.source import Preprocessing, SourceCheckpoint, read_source
+from common.layouts import detectron2_name
+from detection.convert import parity
 from detection.convert.to_detectron2 import same_bits, to_detectron2
 
 TOLERANCE = 1e-5
@@ -38,7 +39,7 @@ def verify(
     Args:
         first: File A.
         second: File B.
-        layouts: Of A and B; see keymap.LAYOUTS, or "auto".
+        layouts: Of A and B; see common.layouts.LAYOUTS, or "auto".
         branches: Of A and B.
         stride_in_1x1: For Detectron2 files whose card does not say it.
         preprocessing: The picture's; default: what A says, or B.
@@ -58,10 +59,10 @@ def verify(
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint")
     report: dict[str, Any] = {"same": False, "refused": None, "tolerance": tolerance}
-    sources: list[SourceCheckpoint] = []
+    sources: list[BackboneCheckpoint] = []
     for name, path, layout, branch in zip("ab", (first, second), layouts, branches, strict=True):
         try:
-            source = read_source(
+            source = read_backbone(
                 path, layout=layout, branch=branch, stride_in_1x1=stride_in_1x1, assume=True
             )
         except UserError as error:
@@ -117,7 +118,7 @@ def verify(
     reasons = []
     changed = [name for name, row in tensors.items() if differs(row["relative_difference"])]
     if changed:
-        places = {keymap.detectron2_name(name).partition(".")[0] for name in changed}
+        places = {detectron2_name(name).partition(".")[0] for name in changed}
         reasons.append(f"{len(changed)} of {len(tensors)} tensors differ "
                        f"({', '.join(sorted(places))}), first {changed[0]}")  # fmt: skip
     changed = [stage for stage, value in stages.items() if differs(value)]

@@ -20,6 +20,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
 from common import checkpoints
+from common.backbone import D2_CARD
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_atomically, write_text
 from common.resnet import read_arch
@@ -82,7 +83,6 @@ def calibrate_frozen_norms(
     return len(frozen)
 
 
-CARD_FORMAT = "fa-d2-1"
 _CONVERT = "convert the checkpoint with tools/convert_to_d2.py"
 _BACKBONE_PREFIXES = ("backbone.stem.", "backbone.res", "backbone.bottom_up.", "roi_heads.res5.")
 
@@ -199,9 +199,9 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
         )
     card = read_json(path)
     try:
-        if card["format"] != CARD_FORMAT:
+        if card["format"] != D2_CARD:
             raise UserError(
-                f"{path}: format {card['format']!r}, expected {CARD_FORMAT!r}; {_CONVERT} again"
+                f"{path}: format {card['format']!r}, expected {D2_CARD!r}; {_CONVERT} again"
             )
         _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], read_arch(card["arch"])
     except (KeyError, TypeError) as error:

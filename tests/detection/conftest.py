@@ -47,10 +47,11 @@ def thin_checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def thin_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted weights of a thin ResNet-50, with their card."""
-    from detection.convert.to_detectron2 import convert, read_source
+    from common.backbone import read_backbone
+    from detection.convert.to_detectron2 import convert
 
     folder = tmp_path_factory.mktemp("thin")
-    source = read_source(write_our_checkpoint(folder / "checkpoint.pth"))
+    source = read_backbone(write_our_checkpoint(folder / "checkpoint.pth"))
     convert(source, folder / "backbone.pkl", size=96)
     return folder / "backbone.pkl"
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
+from common.backbone import D2_CARD, read_backbone
 from common.files import sha256_of
 from detection.convert.card import place, plain, render
-from detection.convert.to_detectron2 import convert, read_source
+from detection.convert.to_detectron2 import convert
 from detection.training.config import arch_of_config
-from detection.training.weights import CARD_FORMAT, check_card
+from detection.training.weights import check_card
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 
 CONFIG = {
@@ -49,7 +50,7 @@ def run_folder(folder: Path, **changes: Any) -> Path:
 
 
 def cards(path: Path, out: Path, **options: Any) -> tuple[dict[str, Any], str]:
-    convert(read_source(path), out, size=64, **options)
+    convert(read_backbone(path), out, size=64, **options)
     return json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
 
 
@@ -185,7 +186,7 @@ def test_malformed_card_of_a_source_breaks_nothing(tmp_path: Path) -> None:
 def test_card_alone_makes_the_text(tmp_path: Path) -> None:
     card, text = cards(run_folder(tmp_path / "run"), tmp_path / "b.pkl")
     assert render(card) == text
-    assert card["format"] == CARD_FORMAT
+    assert card["format"] == D2_CARD
 
 
 def test_plain_ends_somewhere() -> None:

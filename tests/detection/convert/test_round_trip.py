@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import detection.training.heads  # noqa: F401  (registers the C4 head)
+from common.backbone import IMAGENET, read_backbone
 from common.errors import UserError
 from common.resnet import Arch
 from detection.convert.parity import build_bare_resnet
-from detection.convert.source import IMAGENET
-from detection.convert.to_detectron2 import convert, read_source
+from detection.convert.to_detectron2 import convert
 from detection.training.config import load_config, set_arch
 from detection.training.weights import load_backbone
 from tests.detection.tiny_detection import CONFIGS, liven_norms
@@ -29,8 +29,8 @@ STAGES = ("res2", "res3", "res4", "res5")
 def there_and_back(path: Path, ending: str, size: int = 64) -> dict[str, Tensor]:
     """The state_dict after both conversions."""
     folder = path.parent
-    convert(read_source(path), folder / f"there{ending}", size=size)
-    back = read_source(folder / f"there{ending}")
+    convert(read_backbone(path), folder / f"there{ending}", size=size)
+    back = read_backbone(folder / f"there{ending}")
     convert(back, folder / "back.pth", to="torchvision", size=size)
     return torch.load(folder / "back.pth", weights_only=True)
 
@@ -90,7 +90,7 @@ def test_torchvisions_own_forward_equals_detectron2s(depth: int, tmp_path: Path)
     state = {n: v for n, v in network.state_dict().items() if not n.startswith("fc.")}
     assert_same_bits(back, state)
     detector = nn.Module()
-    arch = read_source(path).arch
+    arch = read_backbone(path).arch
     detector.backbone = build_bare_resnet(arch)
     num_weights = sum(not name.endswith("num_batches_tracked") for name in state)
     assert load_backbone(detector, tmp_path / "there.pkl") == num_weights
@@ -122,7 +122,9 @@ def test_counters_that_are_not_there_are_left_out(tmp_path: Path) -> None:
 
 def test_detectron2_itself_reads_counters_beside_the_model(tmp_path: Path) -> None:
     """They lie beside "model": within it, a frozen norm would have no place for them."""
-    convert(read_source(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    convert(
+        read_backbone(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64
+    )
     data = pickle.loads((tmp_path / "b.pkl").read_bytes())
     assert not [name for name in data["model"] if name.endswith("num_batches_tracked")]
     assert data["num_batches_tracked"]["stem.conv1.norm.num_batches_tracked"] == 1000
@@ -134,7 +136,7 @@ def test_other_types_become_float32_and_the_card_says_so(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in torchvision_state().items()}
-    card = convert(read_source(save(state, tmp_path / "a.pth")), tmp_path / "b.pth",
+    card = convert(read_backbone(save(state, tmp_path / "a.pth")), tmp_path / "b.pth",
                    to="torchvision", size=64)  # fmt: skip
     back = torch.load(tmp_path / "b.pth", weights_only=True)
     assert all(torch.equal(back[name], value.float()) for name, value in state.items())
@@ -155,11 +157,11 @@ def detector(config: str, arch: Arch) -> nn.Module:
 )
 def test_backbone_comes_out_of_a_whole_detector(config: str, arch: Arch, tmp_path: Path) -> None:
     state = torchvision_state(arch, 3)
-    convert(read_source(save(state, tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    convert(read_backbone(save(state, tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
     model = detector(config, arch)
     load_backbone(model, tmp_path / "b.pkl")
     path = save({"model": model.state_dict(), "iteration": 7}, tmp_path / "model_final.pth")
-    source = read_source(path, preprocessing=IMAGENET, stride_in_1x1=False)
+    source = read_backbone(path, preprocessing=IMAGENET, stride_in_1x1=False)
     assert source.layout == "detectron2"
     assert source.arch == arch
     for name, value in source.tensors.items():
@@ -172,7 +174,7 @@ def test_backbone_comes_out_of_a_whole_detector(config: str, arch: Arch, tmp_pat
 def test_resnet101_lands_in_a_detector(tmp_path: Path) -> None:
     arch = Arch(101, 16, 16, 64)
     state = torchvision_state(arch)
-    convert(read_source(save(state, tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    convert(read_backbone(save(state, tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
     model = detector("thin_R50_C4.yaml", arch)
     assert load_backbone(model, tmp_path / "b.pkl") == 520
     landed = model.state_dict()["backbone.res4.22.conv3.norm.running_var"]
@@ -180,40 +182,44 @@ def test_resnet101_lands_in_a_detector(tmp_path: Path) -> None:
 
 
 def test_file_without_card_must_be_explained(tmp_path: Path) -> None:
-    convert(read_source(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    convert(
+        read_backbone(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64
+    )
     (tmp_path / "b.json").unlink()
     with pytest.raises(UserError, match=r"no card beside it \(b.json\).*--preprocessing and --str"):
-        read_source(tmp_path / "b.pkl")
-    with pytest.raises(UserError, match=r"give --stride-in 3x3 if you know"):
-        read_source(tmp_path / "b.pkl", preprocessing=IMAGENET)
-    source = read_source(tmp_path / "b.pkl", preprocessing=IMAGENET, stride_in_1x1=False)
+        read_backbone(tmp_path / "b.pkl")
+    with pytest.raises(UserError, match=r"give --stride-in 3x3 to tools"):
+        read_backbone(tmp_path / "b.pkl", preprocessing=IMAGENET)
+    source = read_backbone(tmp_path / "b.pkl", preprocessing=IMAGENET, stride_in_1x1=False)
     assert source.origins == {"preprocessing": "option", "stride": "option"}
-    wrong = read_source(tmp_path / "b.pkl", preprocessing=IMAGENET, stride_in_1x1=True)
+    wrong = read_backbone(tmp_path / "b.pkl", preprocessing=IMAGENET, stride_in_1x1=True)
     with pytest.raises(UserError, match=r"stride in the 1x1 convolution.*no renaming moves it"):
         convert(wrong, tmp_path / "c.pth", to="torchvision")
     assert not (tmp_path / "c.pth").exists()
 
 
 def test_card_of_another_file_is_no_help(tmp_path: Path) -> None:
-    convert(read_source(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    convert(
+        read_backbone(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64
+    )
     data = pickle.loads((tmp_path / "b.pkl").read_bytes())
     data["model"]["stem.conv1.weight"] = data["model"]["stem.conv1.weight"] * np.float32(2)
     (tmp_path / "b.pkl").write_bytes(pickle.dumps(data))
     with pytest.raises(UserError, match=r"b.json beside it describes another file"):
-        read_source(tmp_path / "b.pkl")
+        read_backbone(tmp_path / "b.pkl")
 
 
 def test_pixel_statistics_come_back(tmp_path: Path) -> None:
     path = save(our_checkpoint(torchvision_state()), tmp_path / "checkpoint.pth")
     there_and_back(path, ".pkl")
-    back = read_source(tmp_path / "back.pth").preprocessing
-    assert back == read_source(path).preprocessing
+    back = read_backbone(tmp_path / "back.pth").preprocessing
+    assert back == read_backbone(path).preprocessing
     assert back.mean == (0.5, 0.4, 0.3)
 
 
 def test_nothing_is_overwritten_that_is_no_card(tmp_path: Path) -> None:
     path = save(torchvision_state(), tmp_path / "a.pth")
-    source = read_source(path)
+    source = read_backbone(path)
     with pytest.raises(UserError, match="is the checkpoint itself"):
         convert(source, path, to="torchvision")
     (tmp_path / "summary.json").write_text('{"steps": 5}')

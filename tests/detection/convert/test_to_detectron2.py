@@ -12,6 +12,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
+from common.backbone import IMAGENET, parse_preprocessing, read_backbone
 from common.errors import UserError
 from common.resnet import Arch
 from detection.convert import to_detectron2 as conversion
@@ -21,8 +22,7 @@ from detection.convert.parity import (
     detectron2_features,
     reference_features,
 )
-from detection.convert.source import IMAGENET, parse_preprocessing
-from detection.convert.to_detectron2 import convert, read_source, to_detectron2
+from detection.convert.to_detectron2 import convert, to_detectron2
 from tests.detection.tiny_detection import ROOT, liven_norms, write_our_checkpoint
 from tools.convert_to_d2 import main
 
@@ -43,7 +43,7 @@ def r18(tmp_path: Path) -> Path:
 def test_card_says_how_the_conversion_was_proved(depth: int, tmp_path: Path) -> None:
     state = torchvision_state(depth)
     torch.save(state, tmp_path / "x.pth")
-    card = convert(read_source(tmp_path / "x.pth"), tmp_path / "out.pkl", size=128)
+    card = convert(read_backbone(tmp_path / "x.pth"), tmp_path / "out.pkl", size=128)
     assert card["num_tensors"] == {18: 100, 50: 265}[depth]
     assert set(card["stages"]) == {"res2", "res3", "res4", "res5"}
     assert card["max_relative_difference"] == max(card["stages"].values()) <= 1e-5
@@ -92,7 +92,7 @@ class Stopper:
 def test_foreign_checkpoints_give_the_same_tensors(wrap, layout: str, tmp_path: Path) -> None:
     state = torchvision_state(18)
     torch.save(wrap(state), tmp_path / "foreign.ckpt")
-    source = read_source(tmp_path / "foreign.ckpt")
+    source = read_backbone(tmp_path / "foreign.ckpt")
     assert source.layout == layout
     assert source.arch == Arch(18, 64, 64, 64)
     assert source.preprocessing == IMAGENET
@@ -101,8 +101,8 @@ def test_foreign_checkpoints_give_the_same_tensors(wrap, layout: str, tmp_path: 
 
 
 def test_our_checkpoint_and_its_branches(thin_checkpoint: Path, tmp_path: Path) -> None:
-    online = read_source(thin_checkpoint)
-    ema = read_source(thin_checkpoint, branch="ema")
+    online = read_backbone(thin_checkpoint)
+    ema = read_backbone(thin_checkpoint, branch="ema")
     assert online.layout == "ours"
     assert online.arch == Arch(50, 16, 16, 64)
     assert not torch.equal(online.tensors["bn1.weight"], ema.tensors["bn1.weight"])
@@ -117,7 +117,7 @@ def test_our_checkpoint_and_its_branches(thin_checkpoint: Path, tmp_path: Path) 
 def test_same_tensors_give_the_same_bytes(
     ending: str, thin_checkpoint: Path, tmp_path: Path
 ) -> None:
-    source = read_source(thin_checkpoint)
+    source = read_backbone(thin_checkpoint)
     written = []
     for name in ("one", "two"):
         convert(source, tmp_path / name / f"out{ending}", size=64)
@@ -126,7 +126,7 @@ def test_same_tensors_give_the_same_bytes(
 
 
 def test_pkl_is_what_detectron2_expects(thin_checkpoint: Path, tmp_path: Path) -> None:
-    convert(read_source(thin_checkpoint), tmp_path / "out.pkl", size=64)
+    convert(read_backbone(thin_checkpoint), tmp_path / "out.pkl", size=64)
     data = pickle.loads((tmp_path / "out.pkl").read_bytes())
     assert data["matching_heuristics"] is True
     assert data["__author__"]
@@ -136,7 +136,7 @@ def test_pkl_is_what_detectron2_expects(thin_checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.parity
 def test_wrong_stride_convention_is_caught_by_the_features(thin_checkpoint: Path) -> None:
-    source = read_source(thin_checkpoint)
+    source = read_backbone(thin_checkpoint)
     image = IMAGENET.normalise(comparison_picture(None, 128))
     state = to_detectron2(source)
     reference = reference_features(source.arch, source.tensors, image)
@@ -155,7 +155,7 @@ def test_wrong_stride_convention_is_caught_by_the_features(thin_checkpoint: Path
 def test_nothing_is_written_when_features_differ(
     thin_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = read_source(thin_checkpoint)
+    source = read_backbone(thin_checkpoint)
     swapped = dict(to_detectron2(source))
     swapped["res4.0.conv1.weight"] = swapped["res4.0.conv1.weight"].flip(0)
     monkeypatch.setattr(conversion, "to_detectron2", lambda _: swapped)
@@ -176,7 +176,7 @@ def test_bad_checkpoints_are_named(tmp_path: Path) -> None:
     def refused(match: str, **changes: object) -> None:
         torch.save({**good, **changes}, path)
         with pytest.raises(UserError, match=match) as caught:
-            read_source(path)
+            read_backbone(path)
         assert str(path) in str(caught.value)
 
     model = good["model"]
@@ -198,30 +198,30 @@ def test_bad_checkpoints_are_named(tmp_path: Path) -> None:
     refused(r"no key begins with 'backbone.'", model={"projector.weight": torch.ones(1)})
     torch.save({**good, "ema": None}, path)
     with pytest.raises(UserError, match=r"no ema network.*--branch online"):
-        read_source(path, branch="ema")
+        read_backbone(path, branch="ema")
     with pytest.raises(UserError, match="use --layout auto"):
-        read_source(path, layout="moco")
+        read_backbone(path, layout="moco")
 
 
 def test_truncated_missing_and_foreign_files(r18: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
-        read_source(tmp_path / "none.pth")
+        read_backbone(tmp_path / "none.pth")
     r18.write_bytes(r18.read_bytes()[:100_000])
     with pytest.raises(UserError, match=r"r18\.pth: not a readable"):
-        read_source(r18)
+        read_backbone(r18)
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
     with pytest.raises(UserError, match="holds Tensor, not a state_dict"):
-        read_source(tmp_path / "tensor.pth")
+        read_backbone(tmp_path / "tensor.pth")
     torch.save({}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="holds nothing, not a state_dict"):
-        read_source(tmp_path / "empty.pth")
+        read_backbone(tmp_path / "empty.pth")
     blobs = {"blobs": {"conv1_w": np.ones((64, 3, 7, 7), np.float32)}}
     (tmp_path / "detectron1.pkl").write_bytes(pickle.dumps(blobs))
     with pytest.raises(UserError, match="conv1_w: Caffe2's names"):
-        read_source(tmp_path / "detectron1.pkl")
+        read_backbone(tmp_path / "detectron1.pkl")
     torch.save({0: torch.ones(3)}, tmp_path / "numbers.pth")
     with pytest.raises(UserError, match="not names of tensors"):
-        read_source(tmp_path / "numbers.pth")
+        read_backbone(tmp_path / "numbers.pth")
 
 
 def test_cifar_stem_is_explained(tmp_path: Path) -> None:
@@ -229,12 +229,12 @@ def test_cifar_stem_is_explained(tmp_path: Path) -> None:
     state["conv1.weight"] = torch.ones(64, 3, 3, 3)
     torch.save(state, tmp_path / "cifar.pth")
     with pytest.raises(UserError, match="CIFAR stem does not convert"):
-        read_source(tmp_path / "cifar.pth")
+        read_backbone(tmp_path / "cifar.pth")
 
 
 def test_out_must_say_what_it_is(thin_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"end the name in \.pkl"):
-        convert(read_source(thin_checkpoint), tmp_path / "out.bin")
+        convert(read_backbone(thin_checkpoint), tmp_path / "out.bin")
 
 
 @pytest.mark.parametrize("text", ["", "1,2/3", "0.5,0.5,0.5/0,1,1", "123,116,103/58,57,57", "x/y"])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.backbone import read_backbone
 from common.files import sha256_of
 from common.resnet import Arch
-from detection.convert.to_detectron2 import convert, read_source
+from detection.convert.to_detectron2 import convert
 from detection.convert.verify import text, verify
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
@@ -26,7 +27,7 @@ def ours(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pkl(ours: Path, tmp_path: Path) -> Path:
-    convert(read_source(ours), tmp_path / "b.pkl", size=64)
+    convert(read_backbone(ours), tmp_path / "b.pkl", size=64)
     return tmp_path / "b.pkl"
 
 
@@ -42,7 +43,7 @@ def change(pkl: Path, alter: Callable[[dict[str, Any]], object]) -> Path:
 
 def test_every_layout_of_one_network_is_the_same(ours: Path, pkl: Path, tmp_path: Path) -> None:
     state = torchvision_state()
-    convert(read_source(pkl), tmp_path / "back.pth", to="torchvision", size=64)
+    convert(read_backbone(pkl), tmp_path / "back.pth", to="torchvision", size=64)
     moco = {f"module.encoder_q.{name}": value for name, value in state.items()}
     files = [
         pkl,

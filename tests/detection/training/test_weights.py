@@ -13,8 +13,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 import detection.training.heads  # noqa: F401  (registers the C4 head)
+from common.backbone import read_backbone
 from common.errors import UserError
-from detection.convert.to_detectron2 import convert, read_source, to_detectron2
+from detection.convert.to_detectron2 import convert, to_detectron2
 from detection.training.config import load_config
 from detection.training.weights import (
     RunCheckpointer,
@@ -37,7 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         network = liven_norms(getattr(torchvision.models, f"resnet{depth}")(), depth)
         torch.save(network.state_dict(), folder / "source.pth")
         found[depth] = folder / f"r{depth}.pth"
-        convert(read_source(folder / "source.pth"), found[depth], size=64)
+        convert(read_backbone(folder / "source.pth"), found[depth], size=64)
     return found
 
 
@@ -184,4 +185,4 @@ def test_run_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_converted_names_are_those_of_the_table(thin_checkpoint: Path) -> None:
-    assert set(to_detectron2(read_source(thin_checkpoint))) >= {"stem.conv1.weight"}
+    assert set(to_detectron2(read_backbone(thin_checkpoint))) >= {"stem.conv1.weight"}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 
-# What a key of the network betrays -> the reason. The first that fits is told.
+# Pattern of a tensor's name -> why such a network does not convert. The first match is reported.
 _BY_NAME = (
     (
         r"(^|\.)(res)?_?conv1_(w|bn_s)$|_branch2a_",
@@ -19,7 +19,7 @@ _BY_NAME = (
     ),
     (
         r"(^|\.)(patch_embed|cls_token|pos_embed)",
-        "a vision transformer; Detectron2's backbone here is a ResNet",
+        "a vision transformer; only ResNets are read",
     ),
     (
         r"(^|\.)(stem\.conv(\d\.conv)?\.weight$|stages\.\d)",
@@ -27,8 +27,8 @@ _BY_NAME = (
     ),
     (
         r"(^|\.)conv1\.0\.weight$",
-        "a deep stem of three 3x3 convolutions (timm's resnet..d, ..c, ..s, ..t); Detectron2's "
-        "ResNet here has one 7x7",
+        "a deep stem of three 3x3 convolutions (timm's resnet..d, ..c, ..s, ..t); a "
+        "plain ResNet has one 7x7",
     ),
     (
         r"layer\d\.\d+\.se\.|layer\d\.\d+\.se_module\.",
@@ -48,7 +48,7 @@ _SAME_TENSORS = re.compile(r"^(se)?resnet(aa|blur)\d+")
 
 
 def refuse_other_networks(shapes: Mapping[str, tuple[int, ...]], *, architecture: str = "") -> None:
-    """Say what kind of network this is, if it is one that does not convert.
+    """Refuse a network that is no plain ResNet, and name its kind.
 
     Args:
         shapes: Of its tensors, under the names of any layout.
@@ -65,21 +65,21 @@ def refuse_other_networks(shapes: Mapping[str, tuple[int, ...]], *, architecture
     ]
     stem, inner = shapes.get("conv1.weight", ()), shapes.get("layer1.0.conv2.weight", ())
     if len(stem) == 4 and stem[1] != 3:
-        reasons.append(f"conv1.weight: {stem[1]} input channels; Detectron2 feeds three")
+        reasons.append(f"conv1.weight: {stem[1]} input channels; pictures have three")
     if "layer1.0.conv3.weight" in shapes and len(inner) == 4 and 0 < inner[1] < inner[0]:
         reasons.append(
             f"layer1.0.conv2.weight: {inner[0]} channels in {inner[0] // inner[1]} groups "
-            "(ResNeXt); only ResNets without groups convert"
+            "(ResNeXt); only ResNets without groups are read"
         )
     if "bn1.weight" in shapes and "bn1.running_mean" not in shapes:
         reasons.append("bn1: no running statistics (group norm, or norms that were folded away)")
     if _SAME_TENSORS.match(architecture):
         reasons.append(
             f"arch {architecture!r}: its tensors have a plain ResNet's names and shapes, but it "
-            "pools against aliasing, which Detectron2's ResNet does not: the features would differ"
+            "pools against aliasing, which a plain ResNet does not: the features would differ"
         )
     if reasons:
-        raise UserError(f"is no ResNet that converts: {reasons[0]}")
+        raise UserError(f"is no plain ResNet: {reasons[0]}")
 
 
 LAYOUTS = ("ours", "torchvision", "timm", "moco", "solo-learn", "lightly", "detectron2")
@@ -105,7 +105,7 @@ class Mapped(NamedTuple):
         """Take a tensor in.
 
         Raises:
-            UserError: If there is one of that name, which would be replaced unseen.
+            UserError: If there is one of that name, which would be replaced silently.
         """
         place = self.counters if name.endswith(COUNTER) else self.backbone
         if name in place:
@@ -140,10 +140,10 @@ def torchvision_name(name: str) -> str | None:
 
     Only what `detectron2_name` gives back letter by letter counts.
     """
-    found = _DETECTRON2.fullmatch(name)
-    if found is None:
+    match = _DETECTRON2.fullmatch(name)
+    if match is None:
         return None
-    place, conv, norm, field = found.groups()
+    place, conv, norm, field = match.groups()
     kind = conv.replace("conv", "bn") if norm else conv
     if conv == "shortcut":
         kind = "downsample.1" if norm else "downsample.0"

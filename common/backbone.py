@@ -1,9 +1,11 @@
-"""A checkpoint of any layout, read, named and checked: what conversion and verification work on.
+"""The ResNet in a checkpoint of any layout: read, named as torchvision does, checked.
 
-What tensors do not say is found too: which pixels the network expects, and where its stride lies.
-It is known from the checkpoint, from the card beside it, from timm's config.json, or from the
-caller. Where nothing states it, a conversion from Detectron2 is refused; for the other layouts
-ImageNet's statistics are assumed, and the card says so.
+Conversion, verification and linear evaluation all read weights through `read_backbone`.
+
+Tensors do not say which pixels a network expects, nor where its bottlenecks have their stride.
+That comes from the checkpoint, from the card beside it, from timm's config.json, or from the
+caller. If nothing states it, a Detectron2 file is refused; for the other layouts ImageNet's
+statistics are assumed, and `notes` says so.
 """
 
 import json
@@ -19,13 +21,11 @@ from torch import Tensor
 from common import checkpoints
 from common.errors import UserError
 from common.files import read_json_or_none, sha256_of
-from common.resnet import Arch, infer_arch, read_arch
-from detection.convert import keymap
-from detection.convert.parity import tensor_shapes
-from detection.training.weights import CARD_FORMAT as D2_CARD
+from common.layouts import COUNTER, detect_layout, refuse_other_networks, to_torchvision
+from common.resnet import Arch, infer_arch, read_arch, tensor_shapes
 
-TORCHVISION_CARD = "fa-torchvision-1"
-_HUB_CONFIG = "pretrained_cfg of config.json"  # where `_with_hub_config` puts it
+D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"  # formats of cards
+_HUB_CONFIG = "pretrained_cfg of config.json"  # the key under which its pixel statistics are kept
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COPY_AGAIN = "copy the checkpoint again, or take an older one"
 
@@ -84,7 +84,7 @@ def read_own_card(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The card beside a weight file, if it is one of ours and describes this very file.
 
     Returns:
-        (card, "") or (None, why there is none; "" if no such file lies there).
+        (card, "") or (None, why there is none; "" if no card lies there).
     """
     place = path.with_suffix(".json")
     card = read_any_card(place)
@@ -112,20 +112,21 @@ def read_any_card(place: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class SourceCheckpoint:
+class BackboneCheckpoint:
     """A checkpoint's backbone and what is known about it.
 
     Attributes:
         path: The file.
-        layout: One of keymap.LAYOUTS.
+        layout: One of layouts.LAYOUTS.
         branch: "online" or "ema".
         arch: Depth and widths.
         tensors: torchvision name -> float32, complete and finite.
         dropped: Key -> reason.
         counters: torchvision name -> int64 scalar: `num_batches_tracked` of each norm, where kept.
-        cast: Type -> number of tensors that were brought from it to float32.
+        cast: Type -> number of tensors that were converted from it to float32.
         preprocessing: What the network expects of its pixels.
-        stride_in_1x1: Whether a bottleneck's stride lies in its first convolution.
+        stride_in_1x1: Whether a bottleneck's stride lies in its first convolution. torchvision's
+            ResNet has it in the 3x3 one: with True the tensors fit, but the features differ.
         origins: Where "preprocessing" and "stride" come from: checkpoint, card, config (timm's
             config.json), option, layout (its only convention), or assumed.
         card: The card beside the file, if it describes it.
@@ -149,7 +150,7 @@ class SourceCheckpoint:
     notes: tuple[str, ...]
 
 
-def read_source(
+def read_backbone(
     path: Path,
     *,
     layout: str = "auto",
@@ -157,19 +158,19 @@ def read_source(
     preprocessing: Preprocessing | None = None,
     stride_in_1x1: bool | None = None,
     assume: bool = False,
-) -> SourceCheckpoint:
+) -> BackboneCheckpoint:
     """Read a checkpoint and check every tensor of its backbone.
 
     Args:
         path: Checkpoint file.
-        layout: One of keymap.LAYOUTS, or "auto".
+        layout: One of layouts.LAYOUTS, or "auto".
         branch: "online" or "ema".
         preprocessing: What the network was trained on; default: what the checkpoint or its card
             says, and ImageNet's statistics for other projects' checkpoints.
         stride_in_1x1: Where a Detectron2 file without a card has the stride of its bottlenecks.
-        assume: Go on with ImageNet's statistics and the stride in the 3x3 convolution where a
-            Detectron2 file says neither, and without a card that describes another file; `notes`
-            says so. For looking at a file; a conversion must know.
+        assume: Go on with ImageNet's statistics and the stride in the 3x3 convolution if a
+            Detectron2 file says neither, and if the card describes another file; `notes` says so.
+            For looking at a file; a conversion must know.
 
     Returns:
         float32 tensors under torchvision names, complete and finite.
@@ -183,7 +184,7 @@ def read_source(
     contents = _with_hub_config(path, checkpoints.read(path))
     try:
         state, layout, arch = _network(contents, layout, branch)
-        mapped = keymap.to_torchvision(state, layout, branch)
+        mapped = to_torchvision(state, layout, branch)
         # Tensors that claim more bytes than the file has are refused before they are touched.
         claimed = sum(
             value.numel() * value.dtype.itemsize if isinstance(value, Tensor) else value.nbytes
@@ -196,10 +197,8 @@ def read_source(
                 f"{_COPY_AGAIN}"
             )
         shapes = {name: _shape(value) for name, value in mapped.backbone.items()}
-        keymap.refuse_other_networks(shapes)
+        refuse_other_networks(shapes)
         arch = arch or infer_arch(shapes)
-        if not arch.is_bottleneck and (arch.res2_channels, arch.stem_channels) != (64, 64):
-            raise UserError(f"{arch}: Detectron2 builds ResNet-18/34 with 64 channels only")
         tensors, cast = _tensors(mapped.backbone, shapes, arch)
         counters = _counters(mapped.counters, tensors)
         card, fault = read_own_card(path)
@@ -222,22 +221,22 @@ def read_source(
             stride_origin = "assumed" if stride_in_1x1 is None else "option"
 
         origins = {"preprocessing": origin, "stride": stride_origin}
-        assumed = [what for what, known_from in origins.items() if known_from == "assumed"]
+        assumed = [name for name, known_from in origins.items() if known_from == "assumed"]
         if layout == "detectron2" and assumed and card is None and not assume:
             options = {"preprocessing": "--preprocessing", "stride": "--stride-in 3x3"}
             raise UserError(
                 f"has no card beside it ({path.with_suffix('.json').name}), and a Detectron2 file "
                 "itself does not say which pixels the network expects or where its bottlenecks "
-                f"have their stride; give {' and '.join(options[what] for what in assumed)} if you "
-                "know (RGB only)"
+                "have their stride; if you know (RGB only), give "
+                f"{' and '.join(options[name] for name in assumed)} to tools/convert_to_d2.py"
             )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     sentences = {
         "preprocessing": "pixel statistics are ImageNet's by assumption: nothing states them",
-        "stride": "the stride is taken to lie in the 3x3 convolutions: nothing states it",
+        "stride": "the stride is assumed to lie in the 3x3 convolutions: nothing states it",
     }
-    return SourceCheckpoint(
+    return BackboneCheckpoint(
         path=path,
         layout=layout,
         branch=branch,
@@ -251,7 +250,7 @@ def read_source(
         origins=origins,
         card=card,
         contents=contents,
-        notes=(*((fault,) if fault else ()), *(sentences[what] for what in assumed)),
+        notes=(*((fault,) if fault else ()), *(sentences[name] for name in assumed)),
     )
 
 
@@ -276,7 +275,7 @@ def _network(
         kind = "nothing" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise UserError(f"holds {kind}, not a state_dict; {_COPY_AGAIN}")
     is_ours = checkpoint.get("format") == checkpoints.FORMAT
-    if is_ours != (layout == "ours") and (is_ours or layout == "ours") and layout != "auto":
+    if layout != "auto" and is_ours != (layout == "ours"):
         raise UserError(f"--layout {layout}: format is {checkpoint.get('format')!r}, ours is "
                         f"{checkpoints.FORMAT!r}; use --layout auto")  # fmt: skip
     if is_ours:
@@ -290,16 +289,16 @@ def _network(
     # Other projects' files keep the network bare or under a key, and do not say their layout.
     state = checkpoints.named(checkpoints.nested(checkpoint, checkpoints.WRAPPERS) or checkpoint)
     if layout == "auto":
-        keymap.refuse_other_networks({name: _shape(value) for name, value in state.items()})
-        layout = keymap.detect_layout(state)
+        refuse_other_networks({name: _shape(value) for name, value in state.items()})
+        layout = detect_layout(state)
         is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver", _HUB_CONFIG))
         layout = "timm" if layout == "torchvision" and is_timm else layout
     if layout == "detectron2":  # the counters lie beside the model, see weights.write_weights
-        beside = checkpoint.get(keymap.COUNTER)
+        beside = checkpoint.get(COUNTER)
         counters = checkpoints.named(beside) if isinstance(beside, Mapping) else {}
         return {**state, **counters}, layout, None
     if layout in ("torchvision", "timm"):
-        keymap.refuse_other_networks({}, architecture=str(checkpoint.get("arch", "")))
+        refuse_other_networks({}, architecture=str(checkpoint.get("arch", "")))
         if branch == "ema":
             state = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
             if state is None:
@@ -363,7 +362,7 @@ def _counters(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         UserError: For a counter without a norm, or one that is no whole number.
     """
     norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
-    order = [f"{norm}{keymap.COUNTER}" for norm in norms]
+    order = [f"{norm}{COUNTER}" for norm in norms]
     stray = next((name for name in given if name not in order), None)
     if stray is not None:
         raise UserError(f"{stray}: a batch counter of no norm; {_COPY_AGAIN}")
@@ -388,32 +387,32 @@ def _stated_pixels(
         return _pixels(contents[_HUB_CONFIG]), "config"
     if card is None:
         return IMAGENET, "assumed"
-    given = card["preprocessing"]
+    stated = card["preprocessing"]
     if card["format"] == D2_CARD:  # Detectron2 counts pixels from 0 to 255
         try:
-            given = {new: [round(value / 255, 8) for value in given[old]]
-                     for new, old in (("mean", "pixel_mean"), ("std", "pixel_std"))} \
-                | {"order": given["input_format"]}  # fmt: skip
+            stated = {new: [round(value / 255, 8) for value in stated[old]]
+                      for new, old in (("mean", "pixel_mean"), ("std", "pixel_std"))} \
+                | {"order": stated["input_format"]}  # fmt: skip
         except (KeyError, TypeError) as error:
             raise UserError(f"its card's preprocessing is incomplete ({error!r})") from error
     earlier = card.get("origins")
     is_assumed = isinstance(earlier, dict) and earlier.get("preprocessing") == "assumed"
-    return _pixels(given), "assumed" if is_assumed else "card"
+    return _pixels(stated), "assumed" if is_assumed else "card"
 
 
-def _pixels(given: Any) -> Preprocessing:
+def _pixels(stated: Any) -> Preprocessing:
     """Mean and deviation as a checkpoint or a card states them.
 
     Raises:
         UserError: If they are no three numbers each, or the channels are not RGB.
     """
     try:
-        mean, std = (tuple(map(float, given[key])) for key in ("mean", "std"))
-        order = str(given.get("order", "RGB")).upper()
+        mean, std = (tuple(map(float, stated[key])) for key in ("mean", "std"))
+        order = str(stated.get("order", "RGB")).upper()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"preprocessing {given!r:.120}: no mean and std ({error!r})") from error
+        raise UserError(f"preprocessing {stated!r:.120}: no mean and std ({error!r})") from error
     if order != "RGB":
-        raise UserError(f"preprocessing order {order!r}: only RGB networks convert")
+        raise UserError(f"preprocessing order {order!r}: only RGB networks are read")
     return _checked(mean, std)
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.backbone import read_backbone
 from common.checkpoints import load_safetensors as load
 from common.errors import UserError
+from common.layouts import refuse_other_networks
 from common.resnet import Arch
-from detection.convert.keymap import refuse_other_networks
-from detection.convert.to_detectron2 import convert, read_source
+from detection.convert.to_detectron2 import convert
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
 
@@ -87,7 +88,7 @@ def test_timm_hub_folder(tmp_path: Path) -> None:
     config = {"architecture": "resnet50", "num_classes": 1000,
               "pretrained_cfg": {"mean": [0.5, 0.5, 0.4], "std": [0.5, 0.5, 0.6]}}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    source = read_source(path)
+    source = read_backbone(path)
     assert source.layout == "timm"
     assert source.preprocessing.mean == (0.5, 0.5, 0.4)
     assert source.origins["preprocessing"] == "config"
@@ -96,9 +97,9 @@ def test_timm_hub_folder(tmp_path: Path) -> None:
     assert card["preprocessing"]["pixel_mean"] == [127.5, 127.5, 102.0]
     (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "resnetaa50"}))
     with pytest.raises(UserError, match="arch 'resnetaa50': its tensors have a plain ResNet's"):
-        read_source(path)
+        read_backbone(path)
     (tmp_path / "config.json").write_text("{}")
-    assert read_source(path).origins["preprocessing"] == "assumed"
+    assert read_backbone(path).origins["preprocessing"] == "assumed"
 
 
 def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
         "state_dict_ema": {f"module.{n}": v for n, v in torchvision_state(seed=5).items()},
     }  # fmt: skip
     path = save(checkpoint, tmp_path / "last.pth.tar")
-    online, ema = read_source(path), read_source(path, branch="ema")
+    online, ema = read_backbone(path), read_backbone(path, branch="ema")
     assert online.layout == ema.layout == "timm"
     assert list(online.dropped) == ["fc.weight"]
     assert torch.equal(ema.tensors["conv1.weight"], torchvision_state(seed=5)["conv1.weight"])
@@ -118,9 +119,9 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
     assert "epochs 3" in (tmp_path / "b.md").read_text()
     del checkpoint["state_dict_ema"]
     with pytest.raises(UserError, match="--branch ema: this timm checkpoint holds one network"):
-        read_source(save(checkpoint, path), branch="ema")
+        read_backbone(save(checkpoint, path), branch="ema")
     with pytest.raises(UserError, match="arch 'resnetblur50'"):
-        read_source(save(checkpoint | {"arch": "resnetblur50"}, path))
+        read_backbone(save(checkpoint | {"arch": "resnetblur50"}, path))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
         ({"layer1.0.conv1.conv.weight": (2, 3, 1, 1)}, "selective kernels"),
         ({"layer1.0.convs.0.weight": (2, 2, 3, 3)}, "Res2Net"),
         ({"layer1.0.conv2.weight": (2, 1, 3, 3)}, r"2 channels in 2 groups \(ResNeXt\)"),
-        ({"conv1.weight": (3, 1, 7, 7)}, "1 input channels; Detectron2 feeds three"),
+        ({"conv1.weight": (3, 1, 7, 7)}, "1 input channels; pictures have three"),
         ({"bn1.running_mean": None}, "no running statistics .group norm"),
         ({"stages.0.blocks.0.conv1.weight": (1,)}, "another family"),
         ({"stem.conv1.conv.weight": (1, 3, 3, 3)}, "another family"),
@@ -149,8 +150,8 @@ def test_networks_that_only_look_like_a_resnet(
         state.pop(name, None)
         if shape is not None:
             state[name] = torch.ones(shape)
-    with pytest.raises(UserError, match=rf"is no ResNet that converts: .*{reason}"):
-        read_source(save(state, tmp_path / "a.pth"))
+    with pytest.raises(UserError, match=rf"is no plain ResNet: .*{reason}"):
+        read_backbone(save(state, tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize("arch", [TINY, Arch(18, 64, 64, 64), Arch(101, 3, 2, 4)], ids=str)
@@ -162,12 +163,14 @@ def test_plain_resnets_are_none_of_these(arch: Arch) -> None:
 
 
 def test_arrays_in_foreign_byte_order_are_read(tmp_path: Path) -> None:
-    convert(read_source(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    convert(
+        read_backbone(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64
+    )
     data = {"model": {n: v.numpy() for n, v in torchvision_state().items()}}
     data["model"]["conv1.weight"] = data["model"]["conv1.weight"].astype(">f4")
     data["model"]["bn1.bias"] = np.asfortranarray(data["model"]["bn1.bias"])
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(data))
-    source = read_source(tmp_path / "c.pkl")
+    source = read_backbone(tmp_path / "c.pkl")
     assert torch.equal(source.tensors["conv1.weight"], torchvision_state()["conv1.weight"])
 
 
@@ -183,10 +186,10 @@ def test_arrays_in_foreign_byte_order_are_read(tmp_path: Path) -> None:
 def test_counter_that_is_none_is_refused(value: object, reason: str, tmp_path: Path) -> None:
     state: dict[str, Any] = {**torchvision_state(), "bn1.num_batches_tracked": value}
     with pytest.raises(UserError, match=reason):
-        read_source(save(state, tmp_path / "a.pth"))
+        read_backbone(save(state, tmp_path / "a.pth"))
     state = {**torchvision_state(), "bn9.num_batches_tracked": torch.tensor(1)}
     with pytest.raises(UserError, match=r"bn9.num_batches_tracked: a batch counter of no norm"):
-        read_source(save(state, tmp_path / "a.pth"))
+        read_backbone(save(state, tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_counter_that_is_none_is_refused(value: object, reason: str, tmp_path: P
 def test_weight_that_is_no_dense_tensor_is_refused(value: object, tmp_path: Path) -> None:
     state = torchvision_state() | {"bn1.weight": value}
     with pytest.raises(UserError, match=r"bn1.weight is .*not a dense tensor of floating-point"):
-        read_source(save(state, tmp_path / "a.pth"))
+        read_backbone(save(state, tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_weight_that_is_no_dense_tensor_is_refused(value: object, tmp_path: Path
 def test_preprocessing_that_is_none_is_refused(given: object, tmp_path: Path) -> None:
     path = save(our_checkpoint(torchvision_state(), preprocessing=given), tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a.pth: preprocessing "):
-        read_source(path)
+        read_backbone(path)
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pkl", ".safetensors"])
@@ -222,7 +225,7 @@ def test_damaged_bytes_give_a_message_never_a_traceback(ending: str, tmp_path: P
     if ending == ".safetensors":
         write_safetensors(path, state)
     else:
-        convert(read_source(source), path, size=64)
+        convert(read_backbone(source), path, size=64)
     whole, draw = path.read_bytes(), random.Random(5)
     refusals: list[str] = []
     for _ in range(120):
@@ -232,7 +235,7 @@ def test_damaged_bytes_give_a_message_never_a_traceback(ending: str, tmp_path: P
             content[place] = draw.randrange(256)
         path.write_bytes(content[: draw.choice([len(content)] * 3 + [draw.randrange(len(whole))])])
         try:
-            read_source(path, assume=True)
+            read_backbone(path, assume=True)
         except UserError as error:
             refusals.append(str(error))
     assert len(refusals) > 30
@@ -245,7 +248,7 @@ def test_command_refuses_without_a_traceback(
     path = save({"conv1.0.weight": torch.ones(1)}, tmp_path / "a.pth")
     assert main([str(path), str(tmp_path / "b.pkl")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: is no ResNet that converts: conv1.0.weight")
+    assert error.startswith(f"error: {path}: is no plain ResNet: conv1.0.weight")
     assert main([str(path), str(tmp_path / "b.pkl"), "--branch-b", "ema"]) == 2
     assert "--branch-b goes with --verify" in capsys.readouterr().err
     good = save(torchvision_state(), tmp_path / "good.pth")
@@ -254,8 +257,10 @@ def test_command_refuses_without_a_traceback(
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "c.json").read_text())
 
 
-def test_a_narrow_resnet_18_is_refused(tmp_path: Path) -> None:
+def test_a_narrow_resnet_18_is_read_but_not_converted(tmp_path: Path) -> None:
     arch = Arch(18, 64, 16, 64)
     path = save(our_checkpoint(torchvision_state(arch), arch), tmp_path / "narrow.pth")
+    source = read_backbone(path)
+    assert source.arch == arch
     with pytest.raises(UserError, match="Detectron2 builds ResNet-18/34 with 64 channels only"):
-        read_source(path)
+        convert(source, tmp_path / "b.pkl", size=64)
