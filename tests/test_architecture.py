@@ -25,6 +25,11 @@ FORBIDDEN = {  # folder -> what no file in it imports, at any place in the file
     "common": ("pretrain", "detection", "pipeline", "tools", "benchmarks", "detectron2"),
     "pretrain": ("detection", "pipeline", "tools", "benchmarks", "detectron2"),
     "detection": ("pretrain", "pipeline", "tools", "benchmarks"),
+    # An evaluation computes from records, and reads only files that it wrote in canonical form.
+    "detection/evaluation": (
+        *("common.annotations.formats", "common.annotations.labelled_format", "common.files"),
+        *("json", "xml", "detection.training"),
+    ),
     "pipeline": ("pretrain", "detection", "tools", "benchmarks", "detectron2", "torch"),
     "tools": ("benchmarks", "tests", "detectron2"),
     "benchmarks": ("tests",),  # detectron2 through detection.compat, which a test below checks

@@ -3,9 +3,12 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.annotations.labelled_format import FORMATS
+from common.annotations.record import SetChoice, read_class_names
 from common.errors import RunFailed, UserError, run_command
 
 _EXAMPLE = """\
@@ -13,7 +16,7 @@ examples:
   tools/train_voc.sh runs/convert/backbone.pkl --config configs/detection/thin_R50_C4.yaml \\
       --data data/scenes --out runs/pretrained --seeds 0,1,2
   tools/train_voc.sh random --config configs/detection/thin_R50_C4.yaml --data data/scenes \\
-      --out runs/random_frozen --freeze SOLVER.MAX_ITER 200
+      --out runs/random_frozen --freeze SOLVER.MAX_ITER=200
   tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
 
 Run it again after an interruption: finished seeds are kept, the others go on from their last
@@ -32,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, help="a YAML of configs/detection/")
     add("--data", type=Path, help="set with dataset.json, a VOC devkit or a COCO folder")
+    add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")
     add("--out", type=Path, required=True, help="folder for the results")
     add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
     add(
@@ -63,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
-    add("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    add("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config; also KEY VALUE")
     return parser
 
 
@@ -98,43 +102,55 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any]:
     """Train, or evaluate what is trained; returns the summary."""
+    from detection.training.config import parse_overrides
     from detection.training.other_sets import evaluate_on
     from detection.training.run import ArmSettings, run_arm
 
-    trained = None
+    overrides = parse_overrides(arguments.opts)
+    for option, key in ((arguments.eval_every, "TEST.EVAL_PERIOD"),
+                        (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip
+        if option is not None:
+            overrides[key] = str(option)
+    choice = SetChoice(format=arguments.format, metric_year=arguments.metric_year)
+    settings = None
     if arguments.config is not None:
-        trained = ArmSettings(
+        settings = ArmSettings(
             weights=None if arguments.weights == "random" else Path(arguments.weights),
             config=arguments.config,
             data=arguments.data,
-            overrides=tuple(arguments.opts),
+            choice=replace(
+                choice,
+                format=None if arguments.eval_on else arguments.format,
+                classes=tuple(read_class_names(arguments.classes)) if arguments.classes else None,
+                train_split=arguments.train_split,
+                test_split=arguments.test_split,
+            ),
+            overrides=overrides,
             freeze=arguments.freeze,
             name=arguments.arm,
-            eval_every=arguments.eval_every,
-            num_eval_images=arguments.num_eval_images,
-            train_split=arguments.train_split,
-            test_split=arguments.test_split,
-            classes=arguments.classes,
-            metric_year=arguments.metric_year,
             num_gpus=arguments.num_gpus,
             needs_card=not arguments.no_card,
         )
-    how: dict[str, Any] = {"num_threads": arguments.threads, "overwrite": arguments.overwrite}
     if arguments.eval_on is None:
-        assert trained is not None
-        return run_arm(trained, arguments.out, seeds or [0], **how)
-    overrides = [] if trained is not None else list(arguments.opts)
-    if arguments.num_eval_images is not None:
-        overrides += ["TEST.NUM_IMAGES", str(arguments.num_eval_images)]
+        assert settings is not None
+        return run_arm(
+            settings,
+            arguments.out,
+            seeds or [0],
+            num_threads=arguments.threads,
+            overwrite=arguments.overwrite,
+        )
+    if settings is not None:  # the overrides are those of the training
+        overrides = {key: x for key, x in overrides.items() if key == "TEST.NUM_IMAGES"}
     return evaluate_on(
         arguments.eval_on,
         arguments.out,
         seeds,
-        split=arguments.eval_split,
-        metric_year=arguments.metric_year,
+        choice=replace(choice, test_split=arguments.eval_split),
         overrides=overrides,
-        trained=trained,
-        **how,
+        trained=settings,
+        num_threads=arguments.threads,
+        overwrite=arguments.overwrite,
     )
 
 

@@ -1,4 +1,4 @@
-"""Annotations as this project writes them: a VOC devkit with whole boxes, COCO's rows unrounded."""
+"""Annotations as this project writes them: a VOC devkit with whole boxes, COCO's JSON unrounded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 from common.annotations.record import ObjectRecord, PictureRecord
-from common.annotations.voc import annotation_file, list_file
 
 YEAR_FOLDER = "VOC2007"
+
+
+def annotation_file(folder: Path, image_id: str) -> Path:
+    """Where the annotation of a picture is in a VOC folder."""
+    return folder / "Annotations" / f"{image_id}.xml"
+
+
+def list_file(folder: Path, name: str) -> Path:
+    """Where the list NAME of a VOC folder is."""
+    return folder / "ImageSets" / "Main" / f"{name}.txt"
 
 
 def make_folders(folder: Path) -> None:
@@ -18,7 +27,7 @@ def make_folders(folder: Path) -> None:
 
 
 def annotation_xml(picture: str, width: int, height: int, objects: Sequence[ObjectRecord]) -> bytes:
-    """The annotation of one picture, with every field that Detectron2's evaluator reads.
+    """The annotation of one picture, with every field that Detectron2's evaluator needs.
 
     Args:
         picture: File name with its suffix.

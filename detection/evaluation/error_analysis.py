@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.dataset import VocSplit
+from common.annotations.record import LabelledSplit
 
 MATCH_IOU, NEAR_IOU = 0.5, 0.1
 KINDS = ("correct", "localisation", "confusion", "both", "duplicate", "background")
@@ -335,7 +335,7 @@ def _confusions(
     ]
 
 
-def objects_of(split: VocSplit, classes: Sequence[str]) -> Objects:
+def objects_of(split: LabelledSplit, classes: Sequence[str]) -> Objects:
     """The objects of a list, in the order of the annotations."""
     rows = [
         (number, classes.index(item.class_name), item.voc_box, item.is_ignored)

@@ -1,22 +1,13 @@
-"""Detectron2 configs: load a YAML, apply KEY VALUE pairs, refuse what would train wrongly.
+"""Detectron2 configs: load a YAML, apply overrides, refuse what would train wrongly.
 
-Our own keys stand beside Detectron2's (see `add_keys`). A schedule is kept whole: whoever shortens
-SOLVER.MAX_ITER gets STEPS and WARMUP_ITERS shortened in proportion, or says them too.
-
-A config that names its number of GPUs (SOLVER.REFERENCE_WORLD_SIZE) is a protocol: its values
-belong together and are scaled linearly to the GPUs at hand. With a batch b times as large, the
-learning rate is multiplied by b, and what is counted in iterations divided by b, so that as many
-pictures are seen (Goyal et al., 2017). Detectron2 does the same for the number of GPUs; here a
-batch that is given counts too, the number of iterations for precise batch norm follows, and what
-is done is shown.
+Our own keys stand beside Detectron2's (see `add_keys`); `protocol` keeps schedules consistent.
 """
 
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
 import difflib
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +16,10 @@ from detectron2.config import CfgNode, get_cfg
 
 from common.errors import UserError
 from common.resnet import Arch
+from detection.training.protocol import check_schedule, scale_schedule
 
-_SYNCHRONISED_NORMS = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
-# Keys that the command line decides otherwise -> how.
-_NOT_HERE = {
+# Keys that an argument of the command decides -> which one.
+_BY_ARGUMENT = {
     "MODEL.WEIGHTS": "give the weights as the first argument",
     "MODEL.ROI_HEADS.NUM_CLASSES": "it follows from the data set's class list",
     "DATASETS.TRAIN": "use --data and --train-split",
@@ -62,8 +53,8 @@ def add_keys(cfg: CfgNode) -> None:
       norms from this many batches of training pictures (0: leave them). The same for every arm.
     - TEST.IMS_PER_BATCH: pictures per forward pass in evaluation.
     - TEST.NUM_IMAGES: evaluate on the first so many pictures of the test list (0: all).
-    - TEST.NUM_SAVED_IMAGES: how many test pictures detections.json shows, evenly spread.
-    - TEST.SAVED_SCORE_THRESH: lowest score shown there.
+    - TEST.NUM_SAVED_IMAGES: how many test pictures detections.json holds, evenly spread.
+    - TEST.SAVED_SCORE_THRESH: lowest score in it.
     """
     cfg.MODEL.BACKBONE.CALIBRATE_BN_BATCHES = 0
     cfg.TEST.IMS_PER_BATCH = 1
@@ -72,15 +63,30 @@ def add_keys(cfg: CfgNode) -> None:
     cfg.TEST.SAVED_SCORE_THRESH = 0.05
 
 
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """Overrides from a command line: KEY=VALUE, and Detectron2's KEY VALUE; the last one wins.
+
+    Raises:
+        UserError: For a key without a value.
+    """
+    overrides, rest = {}, list(words)
+    while rest:
+        key, is_pair, value = rest.pop(0).partition("=")
+        if not is_pair and not rest:
+            raise UserError(f"{key}: this key has no value; give KEY=VALUE or KEY VALUE")
+        overrides[key] = value if is_pair else rest.pop(0)
+    return overrides
+
+
 def load_config(
-    path: Path, overrides: Sequence[str] = (), *, num_gpus: int | None = None
+    path: Path, overrides: Mapping[str, str] | None = None, *, num_gpus: int | None = None
 ) -> CfgNode:
     """Load a config file and apply overrides.
 
     Args:
         path: YAML in Detectron2's format; `_BASE_` is followed.
-        overrides: KEY, VALUE, KEY, VALUE, ..
-        num_gpus: Scale a protocol's schedule to so many GPUs (`scale_schedule`), and to
+        overrides: Dotted key -> value as text.
+        num_gpus: Scale a protocol's schedule to so many GPUs (`protocol.scale_schedule`), and to
             SOLVER.IMS_PER_BATCH if it is overridden; other overrides stay as they are. Default: no
             scaling.
 
@@ -91,7 +97,7 @@ def load_config(
         UserError: For a missing file, an unknown key, a value of the wrong kind, or a schedule
             whose parts do not fit.
     """
-    cfg = get_cfg()
+    cfg, overrides = get_cfg(), overrides or {}
     add_keys(cfg)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config; see configs/detection/")
@@ -99,32 +105,28 @@ def load_config(
         cfg.merge_from_file(str(path))
     except (KeyError, ValueError, AssertionError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {_explain(cfg, error)}") from error
-    if len(overrides) % 2:
-        raise UserError(
-            f"{' '.join(overrides)!r}: give pairs, KEY VALUE KEY VALUE ..; the last "
-            "key has no value"
-        )
-    for key in overrides[::2]:
-        if key in _NOT_HERE:
-            raise UserError(f"{key}: {_NOT_HERE[key]}")
+    for key in overrides:
+        if key in _BY_ARGUMENT:
+            raise UserError(f"{key}: {_BY_ARGUMENT[key]}")
     before, cfg = cfg, _merged(cfg, overrides)
     if num_gpus is not None and cfg.SOLVER.REFERENCE_WORLD_SIZE > 0:
         before.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
-        is_given = "SOLVER.IMS_PER_BATCH" in overrides[::2]
+        is_given = "SOLVER.IMS_PER_BATCH" in overrides
         scale_schedule(before, num_gpus, cfg.SOLVER.IMS_PER_BATCH if is_given else None)
         cfg = _merged(before, overrides)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
-    _check_schedule(cfg, before.SOLVER, set(overrides[::2]))
+    check_schedule(cfg, before.SOLVER, overrides.keys())
     return cfg
 
 
-def _merged(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
+def _merged(cfg: CfgNode, overrides: Mapping[str, str]) -> CfgNode:
     """A copy with overrides applied."""
     copy = cfg.clone()
-    try:
-        copy.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"{' '.join(overrides)!r}: {_explain(cfg, error)}") from error
+    for key, value in overrides.items():
+        try:
+            copy.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError, TypeError) as error:
+            raise UserError(f"override {key}={value}: {_explain(cfg, error)}") from error
     return copy
 
 
@@ -158,123 +160,10 @@ def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
     """A yacs message, with the nearest known key if the key is unknown."""
-    text = str(error.args[0] if error.args else error).splitlines()[0]
-    unknown = text.partition("key:")[2].strip()
-    if "on-existent" not in text or not unknown:
-        return text
-    known = list(flatten(cfg))
-    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    message = str(error.args[0] if error.args else error).splitlines()[0]
+    unknown = message.partition("key:")[2].strip()
+    if "on-existent" not in message or not unknown:
+        return message
+    near = difflib.get_close_matches(unknown, list(flatten(cfg)), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see configs/detection/ for the keys in use"
     return f"unknown key {unknown}; {hint}"
-
-
-def _check_schedule(cfg: CfgNode, before: CfgNode, overridden: set[str]) -> None:
-    """Keep a schedule whole, and refuse one that the iterations do not hold.
-
-    Args:
-        cfg: Its SOLVER is changed: STEPS and WARMUP_ITERS are scaled with an overridden MAX_ITER,
-            unless they are overridden too.
-        before: SOLVER without the overrides.
-        overridden: Their keys.
-    """
-    solver = cfg.SOLVER
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if solver[key] < 1:
-            raise UserError(f"SOLVER.{key} {solver[key]}: give at least 1")
-    old, last = before.MAX_ITER, solver.MAX_ITER
-    if old != last and "SOLVER.STEPS" not in overridden:
-        steps = {int(step * last / old) for step in before.STEPS}
-        # A few iterations hold no schedule: drops that would fall together or on 0 become one.
-        solver.STEPS = tuple(sorted(step for step in steps if 0 < step < last))
-    if old != last and "SOLVER.WARMUP_ITERS" not in overridden:
-        solver.WARMUP_ITERS = int(before.WARMUP_ITERS * last / old)
-    is_stepwise = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
-    if is_stepwise and any(step >= last for step in solver.STEPS):
-        raise UserError(
-            f"SOLVER.STEPS {tuple(solver.STEPS)} reaches beyond SOLVER.MAX_ITER {last}: Detectron2 "
-            "would leave those drops out; give steps below MAX_ITER, or MAX_ITER alone and they "
-            "are scaled"
-        )
-    if last <= solver.WARMUP_ITERS and last > 1:
-        raise UserError(
-            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of SOLVER.MAX_ITER {last}; "
-            "shorten it, or give MAX_ITER alone and it is scaled"
-        )
-
-
-def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = None) -> Fraction:
-    """Scale a protocol in place; a config that names no number of GPUs is left alone.
-
-    Args:
-        cfg: Its SOLVER.IMS_PER_BATCH pictures are meant for SOLVER.REFERENCE_WORLD_SIZE GPUs (0:
-            not a protocol). That key becomes `num_gpus`: Detectron2 will not scale once more.
-        num_gpus: GPUs at hand, or 1 for a CPU.
-        images_per_batch: Pictures a batch over all GPUs; default: as many a GPU as in the protocol.
-
-    Returns:
-        New pictures per batch, as a multiple of the protocol's.
-
-    Raises:
-        UserError: If the pictures do not divide.
-    """
-    solver, test = cfg.SOLVER, cfg.TEST
-    if solver.REFERENCE_WORLD_SIZE <= 0:
-        return Fraction(1)
-    if images_per_batch is None:
-        per_gpu = Fraction(solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE)
-        if per_gpu.denominator != 1:
-            raise UserError(
-                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} does not divide by "
-                f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE}; change one of them"
-            )
-        images_per_batch = int(per_gpu) * num_gpus
-    if images_per_batch < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {images_per_batch}: give at least 1")
-    factor = Fraction(images_per_batch, solver.IMS_PER_BATCH)
-
-    def scaled(count: int) -> int:
-        return round(count / factor)
-
-    solver.REFERENCE_WORLD_SIZE = num_gpus
-    solver.IMS_PER_BATCH = images_per_batch
-    solver.BASE_LR = solver.BASE_LR * float(factor)
-    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
-        solver[key] = max(1, scaled(solver[key])) if solver[key] else 0
-    solver.STEPS = tuple(scaled(step) for step in solver.STEPS)
-    test.EVAL_PERIOD = scaled(test.EVAL_PERIOD)
-    test.PRECISE_BN.NUM_ITER = max(1, scaled(test.PRECISE_BN.NUM_ITER))
-    return factor
-
-
-def schedule_table(protocol: CfgNode, cfg: CfgNode, num_gpus: int) -> str:
-    """The schedule of a protocol beside the one that is run, for people.
-
-    Args:
-        protocol: As its file has it.
-        cfg: What is run.
-        num_gpus: GPUs at hand, or 1 for a CPU.
-    """
-    columns = []
-    runs = (("protocol", protocol, protocol.SOLVER.REFERENCE_WORLD_SIZE), ("here", cfg, num_gpus))
-    for title, given, count in runs:
-        solver, precise = given.SOLVER, given.TEST.PRECISE_BN
-        is_synchronised = given.MODEL.RESNETS.NORM in _SYNCHRONISED_NORMS
-        per_statistic = solver.IMS_PER_BATCH / (1 if is_synchronised else count)
-        num_precise = precise.NUM_ITER * solver.IMS_PER_BATCH
-        columns.append({
-            "": f"{title}, {count} GPU{'s' if count != 1 else ''}",
-            "pictures per batch": f"{solver.IMS_PER_BATCH}",
-            "pictures per batch-norm statistic": f"{per_statistic:g}",
-            "learning rate": f"{solver.BASE_LR:g}",
-            "warm-up iterations": f"{solver.WARMUP_ITERS}",
-            "learning rate drops at": ", ".join(map(str, solver.STEPS)) or "-",
-            "iterations": f"{solver.MAX_ITER}",
-            "pictures in all": f"{solver.MAX_ITER * solver.IMS_PER_BATCH}",
-            "pictures for precise batch norm": f"{num_precise}" if precise.ENABLED else "-",
-        })  # fmt: skip
-    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
-    widths = [max(len(row[place]) for row in rows) for place in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )

@@ -27,8 +27,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.annotations.record import LabelledSet, LabelledSplit
 from common.errors import UserError
-from detection.dataset import VocSet, VocSplit
 
 
 def derive_seed(*parts: int | str, bits: int = 32) -> int:
@@ -64,7 +64,7 @@ class CheckedMapper(DatasetMapper):
             ) from error
 
 
-def to_detectron2(split: VocSplit, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+def to_detectron2(split: LabelledSplit, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """Annotations in Detectron2's format; "difficult" objects are trained on, as Detectron2 does.
 
     Returns:
@@ -89,24 +89,24 @@ def to_detectron2(split: VocSplit, classes: tuple[str, ...]) -> list[dict[str, A
     ]
 
 
-def register(voc: VocSet) -> tuple[tuple[str, ...], str]:
+def register(data: LabelledSet) -> tuple[tuple[str, ...], str]:
     """Register a set's lists under names of their own, with the set's classes.
 
     Returns:
         Names of the training lists and of the test list.
     """
-    mark = voc.digest()[:12]
+    mark = data.digest()[:12]
 
-    def add(role: str, split: VocSplit) -> str:
-        name = f"{voc.name}-{role}-{split.folder.name}-{split.name}-{mark}"
+    def add(role: str, split: LabelledSplit) -> str:
+        name = f"{data.name}-{role}-{split.folder.name}-{split.name}-{mark}"
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, functools.partial(to_detectron2, split, voc.classes))
-        MetadataCatalog.get(name).set(thing_classes=list(voc.classes))
+        DatasetCatalog.register(name, functools.partial(to_detectron2, split, data.classes))
+        MetadataCatalog.get(name).set(thing_classes=list(data.classes))
         return name
 
-    return tuple(add("train", split) for split in voc.train), add("test", voc.test)
+    return tuple(add("train", split) for split in data.train), add("test", data.test)
 
 
 class PositionedPictures(Dataset):

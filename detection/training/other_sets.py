@@ -1,4 +1,4 @@
-"""A trained detector on another set with the same class names: `tools/train_voc.sh --eval-on DIR`.
+"""A trained detector on another set of the same classes: `tools/train_voc.sh --eval-on DIR`.
 
 Nothing is trained and nothing of a seed's own files changes; the result is written beside them.
 """
@@ -8,7 +8,8 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from common import checkpoints, provenance
+from common.annotations.labelled_format import read_set
+from common.annotations.record import SetChoice
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
-from detection.dataset import read_test_set
-from detection.evaluation.voc import curves_file, evaluate_detector, measured
+from detection.evaluation.evaluate import evaluate_detector
+from detection.evaluation.results import METRICS
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
-from detection.training.run import ArmSettings, is_finished, log_to, prepare, summarise
+from detection.training.run import (
+    ArmSettings,
+    is_finished,
+    log_to,
+    prepare,
+    summarise,
+    write_details,
+)
 
 logger = logging.getLogger(__name__)
 _MODEL = "model_final.pth"
@@ -35,9 +45,8 @@ def evaluate_on(
     out: Path,
     seeds: Sequence[int] | None,
     *,
-    split: str | None = None,
-    metric_year: int | None = None,
-    overrides: Sequence[str] = (),
+    choice: SetChoice | None = None,
+    overrides: Mapping[str, str] | None = None,
     trained: ArmSettings | None = None,
     num_threads: int | None = None,
     overwrite: bool = False,
@@ -48,9 +57,8 @@ def evaluate_on(
         root: The set.
         out: Holds the seeds.
         seeds: Which ones; None: all that are finished.
-        split: The list; None: the set's test list.
-        metric_year: 2007 or 2012; None: as in training.
-        overrides: KEY, VALUE, .. of the detector's config; keys of TEST only.
+        choice: Its format, test list and metric (default: the one of the training).
+        overrides: Dotted key of the detector's config -> value; keys of TEST only.
         trained: If given, the seeds must have been trained with these settings.
         num_threads: On the CPU; None: PyTorch's choice.
         overwrite: Whether a result that was made with another model or set is replaced.
@@ -71,16 +79,19 @@ def evaluate_on(
                 )
     results = [read_json(folder / "result.json") for folder in folders]
     classes = _common_classes(folders, results)
-    year = metric_year or results[0]["metric_year"]
-    voc = read_test_set(root, classes, metric_year=year, test_split=split)
-    name = result_name(root, split)
+    choice, overrides = choice or SetChoice(), overrides or {}
+    data = read_set(root, replace(choice, classes=tuple(classes), test_only=True))
+    trained_year = results[0]["metric_year"]
+    if choice.metric_year is None and None not in (data.metric_year, trained_year):
+        data = replace(data, metric_year=trained_year)
+    name = result_name(root, choice.test_split)
     rows = []
     for folder, result in zip(folders, results, strict=True):
         file = folder / f"eval-on-{name}.json"
         made_with = {
-            "data_sha256": voc.digest(),
+            "data_sha256": data.digest(),
             "model_sha256": sha256_of(folder / _MODEL),
-            "overrides": list(overrides),
+            "overrides": [word for pair in overrides.items() for word in pair],
         }
         if file.is_file() and not overwrite:
             old = read_json(file)
@@ -95,32 +106,31 @@ def evaluate_on(
                 torch.set_num_threads(num_threads)
             log_to(folder)
             cfg = _saved_config(folder, overrides)
-            cfg.DATASETS.TEST = (register(voc)[1],)
+            cfg.DATASETS.TEST = (register(data)[1],)
             cfg.freeze()
             model = _load_detector(cfg, folder / _MODEL)
             loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
-            last = evaluate_detector(cfg, model, loader, voc)
-            write_json(file.with_stem(f"{file.stem}-detections"), last["detections"])
-            write_json(file.with_stem(f"{file.stem}-pr"), curves_file(last, voc.metric_year))
-            write_json(file.with_stem(f"{file.stem}-errors"), last["errors"])
-            found = {
+            evaluation = evaluate_detector(cfg, model, loader, data)
+            assert evaluation is not None  # one process
+            write_details(evaluation, folder, f"{file.stem}-")
+            row = {
                 "name": name,
                 "arm": result["arm"],
                 "seed": result["seed"],
-                **measured(last),
-                "classes": list(voc.classes),
-                "classes_without_test_objects": last["absent"],
-                "metric_year": voc.metric_year,
+                **evaluation.to_json(),
+                "classes": list(data.classes),
+                "classes_without_test_objects": evaluation.absent,
+                "metric_year": data.metric_year,
                 **made_with,
                 "versions": provenance.versions(),
             }
-            write_json(file, found)  # last: its presence says "finished"
-            figures = (found[key] for key in ("AP", "AP50", "AP75"))
+            write_json(file, row)  # last: its presence says "finished"
+            figures = (row[key] for key in METRICS)
             logger.info("%s on %s: AP %.1f  AP50 %.1f  AP75 %.1f", folder.name, name, *figures)
         rows.append(read_json(file))
     summary = {
         "name": name,
-        "set": str(voc.root.resolve()),
+        "set": str(data.root.resolve()),
         **summarise(rows, [row["seed"] for row in rows]),
     }
     write_json(out / f"eval-on-{name}.json", summary)
@@ -169,9 +179,9 @@ def _common_classes(folders: Sequence[Path], results: Sequence[dict[str, Any]]) 
     return lists[0]
 
 
-def _saved_config(folder: Path, overrides: Sequence[str]) -> CfgNode:
+def _saved_config(folder: Path, overrides: Mapping[str, str]) -> CfgNode:
     """The config a seed was trained with; only TEST keys may be changed."""
-    for key in overrides[::2]:
+    for key in overrides:
         if not key.startswith("TEST."):
             raise UserError(
                 f"{key}: with --eval-on the detector's own config is used, only keys of TEST may "

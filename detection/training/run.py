@@ -7,8 +7,8 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from common import provenance
-from common.annotations.record import read_class_names
+from common.annotations.labelled_format import read_set
+from common.annotations.record import LabelledSet, SetChoice
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
-from detection.dataset import VocSet, is_coco, read_coco, read_set
-from detection.evaluation.voc import curves_file, measured
-from detection.training.config import check_device, flatten, load_config, schedule_table
+from detection.evaluation.results import METRICS, Evaluation
+from detection.training.config import check_device, flatten, load_config
 from detection.training.data import register
+from detection.training.protocol import schedule_table
 from detection.training.trainer import Trainer
 from detection.training.weights import check_card
 
 logger = logging.getLogger(__name__)
-_METRICS = ("AP", "AP50", "AP75")
 # Config keys that change no result: where it runs, where it writes, names made from hashes.
 _NOT_COMPARED = (
     *("OUTPUT_DIR", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "DATASETS.TEST"),
@@ -49,16 +49,11 @@ class ArmSettings:
     Attributes:
         weights: A converted backbone, None: random.
         config: A YAML of configs/detection/.
-        data: A set of VOC's layout or COCO's.
-        overrides: KEY, VALUE, KEY, VALUE, .. of the config.
+        data: A labelled set.
+        choice: Its format, lists, classes and metric.
+        overrides: Dotted key of the config -> value as text.
         freeze: Whether the whole backbone before the ROI head is frozen.
         name: In the results; None: made from weights and `freeze`.
-        eval_every: Evaluate every so many iterations (0: at the end); None: the config says it.
-        num_eval_images: Evaluate the first so many test pictures; None: the config says it.
-        train_split: Lists joined by "+"; None: the set's.
-        test_split: One list; None: the set's.
-        classes: "a,b,c" or a file with one name a line; None: the set's.
-        metric_year: 2007 or 2012; None: the set's.
         num_gpus: Processes, one GPU each; None: all GPUs that are there.
         needs_card: Whether weights without a card are refused.
     """
@@ -66,15 +61,10 @@ class ArmSettings:
     weights: Path | None
     config: Path
     data: Path
-    overrides: tuple[str, ...] = ()
+    choice: SetChoice = SetChoice()  # noqa: RUF009 (frozen)
+    overrides: Mapping[str, str] = field(default_factory=dict)
     freeze: bool = False
     name: str | None = None
-    eval_every: int | None = None
-    num_eval_images: int | None = None
-    train_split: str | None = None
-    test_split: str | None = None
-    classes: str | None = None
-    metric_year: int | None = None
     num_gpus: int | None = 1
     needs_card: bool = True
 
@@ -88,7 +78,7 @@ class Arm:
 
     name: str
     cfg: CfgNode
-    voc: VocSet
+    data: LabelledSet
     weights: Path | None
     num_gpus: int
     compared: dict[str, Any]
@@ -119,10 +109,10 @@ def run_arm(
     """
     arm = prepare(settings)
 
-    # A protocol's schedule is shown beside the one that is run; other configs have none.
-    key, given = "SOLVER.REFERENCE_WORLD_SIZE", settings.overrides
-    pairs = dict(zip(given[::2], given[1::2], strict=True))
-    protocol = load_config(settings.config, [key, pairs[key]] if key in pairs else [])
+    # A protocol's schedule is printed beside the one that is run; other configs have none.
+    key = "SOLVER.REFERENCE_WORLD_SIZE"
+    own = {key: settings.overrides[key]} if key in settings.overrides else {}
+    protocol = load_config(settings.config, own)
     if protocol.SOLVER.REFERENCE_WORLD_SIZE > 0:
         print(schedule_table(protocol, arm.cfg, arm.num_gpus), flush=True)
 
@@ -132,8 +122,8 @@ def run_arm(
         if not is_finished(folder, arm.compared, overwrite=overwrite):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "run.json", {"settings": arm.compared, "seed": seed})
-            work = (arm, seed, folder, num_threads)
-            launch(_train_seed, arm.num_gpus, dist_url="auto", args=work)
+            arguments = (arm, seed, folder, num_threads)
+            launch(_train_seed, arm.num_gpus, dist_url="auto", args=arguments)
         results.append(read_json(folder / "result.json"))
     summary = summarise(results, seeds)
     write_json(out / "summary.json", summary)
@@ -151,17 +141,13 @@ def prepare(settings: ArmSettings) -> Arm:
         num_gpus = max(1, torch.cuda.device_count())
     if num_gpus < 1:
         raise UserError(f"--num-gpus {num_gpus}: give 1 or more; 1 is right for the CPU")
-    voc = _read_data(settings)
+    data = read_set(settings.data, settings.choice)
 
     # The config: file, overrides, data set and device filled in.
     cfg = load_config(settings.config, settings.overrides, num_gpus=num_gpus)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(voc.classes)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
     if settings.freeze:
         cfg.MODEL.BACKBONE.FREEZE_AT = 5 if "fpn" in cfg.MODEL.BACKBONE.NAME else 4
-    if settings.eval_every is not None:
-        cfg.TEST.EVAL_PERIOD = settings.eval_every
-    if settings.num_eval_images is not None:
-        cfg.TEST.NUM_IMAGES = settings.num_eval_images
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_device(cfg)
@@ -179,31 +165,17 @@ def prepare(settings: ArmSettings) -> Arm:
     start = "random" if weights is None else "pretrained"
     compared = {key: value for key, value in flatten(cfg).items() if key not in _NOT_COMPARED} | {
         "weights_sha256": sha256_of(weights) if weights else "random",
-        "data_sha256": voc.digest(),
+        "data_sha256": data.digest(),
         "num_gpus": num_gpus,
     }
     return Arm(
         settings.name or start + ("_frozen" if settings.freeze else ""),
         cfg,
-        voc,
+        data,
         weights,
         num_gpus,
         json.loads(json.dumps(compared)),  # as run.json gives it back
     )
-
-
-def _read_data(settings: ArmSettings) -> VocSet:
-    """The set, of VOC's layout or of COCO's."""
-    lists = {"train_split": settings.train_split, "test_split": settings.test_split}
-    if not is_coco(settings.data):
-        classes = read_class_names(settings.classes) if settings.classes else None
-        return read_set(settings.data, metric_year=settings.metric_year, classes=classes, **lists)
-    if settings.classes or settings.metric_year:
-        raise UserError(
-            f"{settings.data}: is a COCO folder, whose annotations name the classes and whose "
-            "metric is COCO's; leave --classes and --metric-year out"
-        )
-    return read_coco(settings.data, **lists)
 
 
 def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> bool:
@@ -234,9 +206,9 @@ def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> b
 
 def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> None:
     """Train and evaluate one seed; runs in every process of a distributed run."""
-    cfg, voc = arm.cfg.clone(), arm.voc
+    cfg, data = arm.cfg.clone(), arm.data
     cfg.SEED, cfg.OUTPUT_DIR = seed, str(folder)
-    cfg.DATASETS.TRAIN, test = register(voc)
+    cfg.DATASETS.TRAIN, test = register(data)
     cfg.DATASETS.TEST = (test,)
     cfg.freeze()
     if num_threads:
@@ -246,32 +218,31 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
         write_text(folder / "config.yaml", cfg.dump())
     logger.info(
         "%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
-        *(arm.name, seed, voc.num_train, len(voc.test.pictures), len(voc.classes)),
+        *(arm.name, seed, data.num_train, len(data.test.pictures), len(data.classes)),
         *(cfg.SOLVER.MAX_ITER, cfg.MODEL.DEVICE),
     )
     seed_all_rng(seed)
-    trainer = Trainer(cfg, voc)
+    trainer = Trainer(cfg, data)
     trainer.start(arm.weights)
     trainer.train()
     if not comm.is_main_process():
         return
     last = trainer.curve.last
-    write_json(folder / "detections.json", last["detections"])
-    write_json(folder / "pr.json", curves_file(last, voc.metric_year))
-    write_json(folder / "errors.json", last["errors"])
+    assert last is not None
+    write_details(last, folder)
     result = {
         "arm": arm.name,
         "seed": seed,
-        **measured(last),
-        "classes": list(voc.classes),
-        "classes_without_test_objects": last["absent"],
+        **last.to_json(),
+        "classes": list(data.classes),
+        "classes_without_test_objects": last.absent,
         "iterations": trainer.max_iter,
         "seconds": trainer.clock.seconds(),
         "weights": arm.weights.name if arm.weights else "random",
         "weights_sha256": arm.compared["weights_sha256"],
         "frozen": cfg.MODEL.BACKBONE.FREEZE_AT >= 4,
-        "metric_year": voc.metric_year,
-        "num_train_images": voc.num_train,
+        "metric_year": data.metric_year,
+        "num_train_images": data.num_train,
         "peak_memory_bytes": provenance.peak_memory_bytes(),
         "num_threads": torch.get_num_threads(),
         "versions": provenance.versions(),
@@ -281,12 +252,19 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
         checkpoint.unlink()
 
 
+def write_details(evaluation: Evaluation, folder: Path, prefix: str = "") -> None:
+    """Write detections.json, pr.json (curves) and errors.json."""
+    write_json(folder / f"{prefix}detections.json", evaluation.detections)
+    write_json(folder / f"{prefix}pr.json", evaluation.curves_to_json())
+    write_json(folder / f"{prefix}errors.json", evaluation.errors)
+
+
 def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1; null for one seed) of AP, AP50 and AP75 in percent.
 
     "coco" holds the means by COCO's metric, where every seed has it.
     """
-    columns = {key: [result[key] for result in results] for key in _METRICS}
+    columns = {key: [result[key] for result in results] for key in METRICS}
     summary = {
         "n": len(results),
         "mean": {key: statistics.fmean(values) for key, values in columns.items()},
@@ -298,7 +276,7 @@ def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, 
     }
     if all("coco" in result for result in results):  # an older version made none
         coco = [result["coco"] for result in results]
-        summary["coco"] = {key: statistics.fmean(row[key] for row in coco) for key in _METRICS}
+        summary["coco"] = {key: statistics.fmean(row[key] for row in coco) for key in METRICS}
     return summary
 
 

@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -19,9 +18,10 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
 import detection.training.heads  # noqa: F401  (registers the C4 head)
+from common.annotations.record import LabelledSet
 from common.files import read_json_lines, remove_partial_files, write_json_lines
-from detection.dataset import VocSet
-from detection.evaluation.voc import evaluate_detector, evaluated_split
+from detection.evaluation.evaluate import evaluate_detector, evaluated_split
+from detection.evaluation.results import Evaluation
 from detection.training.data import build_test_loader, build_train_loader, derive_seed
 from detection.training.weights import (
     RunCheckpointer,
@@ -89,63 +89,63 @@ class CurveHook(hooks.EvalHook):
     """Evaluates every so often and after training; keeps curve.jsonl, also across a kill."""
 
     def __init__(
-        self, period: int, evaluate: Callable[[], dict[str, Any]], curve_file: Path
+        self, period: int, evaluate: Callable[[], Evaluation | None], curve_file: Path
     ) -> None:
-        super().__init__(period, self._evaluate_and_note)
+        super().__init__(period, self._evaluate_now)
         self._evaluate, self._file = evaluate, curve_file
-        self.last: dict[str, Any] = {}
+        self.last: Evaluation | None = None
 
     def before_train(self) -> None:
-        """Drop points later than the checkpoint; make up one that the kill took."""
-        start, due = self.trainer.start_iter, False
+        """Drop points later than the checkpoint; evaluate now if a kill lost the point of now."""
+        start, is_due = self.trainer.start_iter, False
         if comm.is_main_process():
             rows = [row for row in read_json_lines(self._file) if row["iteration"] <= start]
             write_json_lines(self._file, rows)
-            due = (
+            is_due = (
                 self._period > 0
                 and 0 < start < self.trainer.max_iter
                 and start % self._period == 0
                 and all(row["iteration"] != start for row in rows)
             )
-        if any(comm.all_gather(due)):
-            self._note(self._evaluate(), start)
+        if any(comm.all_gather(is_due)):
+            self._add_point(start)
             comm.synchronize()
 
-    def _evaluate_and_note(self) -> dict[str, Any]:
-        result = self._evaluate()
-        return self._note(result, min(self.trainer.iter + 1, self.trainer.max_iter))
+    def _evaluate_now(self) -> dict[str, dict[str, float]]:
+        return self._add_point(min(self.trainer.iter + 1, self.trainer.max_iter))
 
-    def _note(self, result: dict[str, Any], iteration: int) -> dict[str, Any]:
-        """Append a point and log it; the storage gets the means only."""
-        if not comm.is_main_process():
+    def _add_point(self, iteration: int) -> dict[str, dict[str, float]]:
+        """Evaluate, append a point to the file and log it; Detectron2 gets the means."""
+        result = self._evaluate()
+        if result is None:
             return {}
-        self.last, box = result, result["bbox"]
-        point = {"iteration": iteration, **{key: box[key] for key in ("AP", "AP50", "AP75")}}
+        self.last = result
+        point = {"iteration": iteration, **result.means}
         rows = [row for row in read_json_lines(self._file) if row["iteration"] != iteration]
         write_json_lines(self._file, [*rows, point])
         logger.info(
             "iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %.1f s)",
             *point.values(),
-            *(result["num_images"], result["seconds"]),
+            *(result.num_images, result.seconds),
         )
-        return {"bbox": box}
+        return {"bbox": result.means}
 
 
 class Trainer(DefaultTrainer):
     """Trains one detector on one seed and evaluates it."""
 
-    def __init__(self, cfg: CfgNode, voc: VocSet) -> None:
+    def __init__(self, cfg: CfgNode, data: LabelledSet) -> None:
         """Build model, optimiser, loader and hooks.
 
         Args:
-            cfg: Complete and frozen; DATASETS name lists registered from `voc`.
-            voc: The set they come from.
+            cfg: Complete and frozen; DATASETS name lists registered from `data`.
+            data: The set they come from.
 
         Raises:
             UserError: If no picture that is evaluated holds an object that counts.
         """
-        self.voc, self.folder = voc, Path(cfg.OUTPUT_DIR)
-        evaluated_split(cfg, voc)  # before hours of training
+        self.data, self.folder = data, Path(cfg.OUTPUT_DIR)
+        evaluated_split(cfg, data)  # before hours of training
         self.clock = RunClock()
         super().__init__(cfg)
 
@@ -225,14 +225,10 @@ class Trainer(DefaultTrainer):
             period = min(_PRINT_PERIOD, self.max_iter)
             self.register_hooks([hooks.PeriodicWriter(writers, period=period)])
 
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate the detector as it is.
-
-        Returns:
-            What `evaluate_detector` gives; {} on other ranks than the first.
-        """
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate the detector as it is; None on other ranks than the first."""
         loader = build_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])
-        return evaluate_detector(self.cfg, self.model, loader, self.voc)
+        return evaluate_detector(self.cfg, self.model, loader, self.data)
 
 
 def _without_workers(cfg: CfgNode) -> CfgNode:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.annotations.voc import list_file, list_names, read_list, require_picture, year_folders
+from common.annotations.canonical import list_file
+from common.annotations.formats.voc import list_names, read_list, require_picture, year_folders
 from common.errors import UserError
 
 PICTURE_SUFFIXES = frozenset(

@@ -17,15 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from common.annotations.record import PictureRecord
-from common.annotations.voc import (
-    VOC_CLASSES,
-    list_file,
-    list_names,
-    read_list,
-    read_picture,
-    year_folders,
-)
+from common.annotations.canonical import list_file
+from common.annotations.formats.voc import VOC_CLASSES, list_names, read_split, year_folders
 from common.errors import UserError
 from common.pictures import BadPicture, decode_fast, read_header
 from pipeline.datasets.build import Card, make_set
@@ -46,7 +39,6 @@ OFFICIAL_COUNTS = {
 }
 _PARTS = ("Annotations", "JPEGImages", "ImageSets/Main")
 _YEAR = re.compile(r"VOC\d{4}")
-_MAX_PROBLEMS = 10  # that are told of a list
 _LICENCE = (
     "As the set states; PASCAL VOC: photographs from flickr under flickr's terms of use, for "
     "research. Not part of this project."
@@ -131,10 +123,9 @@ def _fill(request: Request, card: Card, root: Path) -> None:
     # Every list: its annotations, pictures and numbers.
     classes = request.classes or VOC_CLASSES
     lists = _official_lists(root) if is_official else _own_lists(request, root)
-    tolerance_px = 1 if is_official else 0
     counts = {}
     for year, split in lists:
-        read = _read(root / year, split, classes, tolerance_px)
+        read = read_split(root / year, split, classes, tolerance_px=int(is_official)).pictures
         _decode([str(picture.file) for picture in read], f"{year}/{split}", request.num_workers)
         marks = [item.difficult for picture in read for item in picture.objects]
         difficult = sum(marks)
@@ -220,27 +211,6 @@ def _official_lists(devkit: Path) -> list[tuple[str, str]]:
             "--train-split voc_2012_train --test-split voc_2012_val"
         )
     return [*train, test]
-
-
-def _read(year: Path, split: str, classes: Sequence[str], tolerance_px: int) -> list[PictureRecord]:
-    """Read the annotations of a list, and the headers of its pictures."""
-    pictures, problems = [], []
-    for image_id in read_list(year, split):
-        try:
-            pictures.append(read_picture(year, image_id, classes, tolerance_px=tolerance_px))
-        except UserError as error:
-            problems.append(str(error))
-    unknown = [line for line in problems if "unknown class" in line]
-    if unknown:
-        raise UserError(
-            f"{unknown[0]}\n{len(unknown)} pictures hold a class that is not known; if the set has "
-            "a class list of its own, give all names with --classes a,b,c or --classes FILE"
-        )
-    if problems:
-        more = len(problems) - _MAX_PROBLEMS
-        rest = [f"... and {more} more"] if more > 0 else []
-        raise UserError("\n".join(problems[:_MAX_PROBLEMS] + rest))
-    return pictures
 
 
 def _decode(files: Sequence[str], place: str, num_workers: int) -> None:

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from common.annotations.canonical import annotation_xml, coco_content, write_annotations
-from common.annotations.coco import read_instances
+from common.annotations.formats.coco import read_instances
+from common.annotations.formats.voc import read_list, read_picture
 from common.annotations.record import ObjectRecord, read_class_names
-from common.annotations.voc import read_list, read_picture
 from common.errors import UserError
 
 FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>1</difficult>"

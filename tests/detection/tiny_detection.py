@@ -1,5 +1,7 @@
 """Made for the detection tests: a tiny VOC set, random backbones with lively norms."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +12,17 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
+from common.annotations.labelled_format import read_set
+from common.annotations.record import LabelledSplit
 from common.resnet import Arch
 from detection.convert.parity import ReferenceResNet
-from detection.dataset import VocSplit
-from detection.evaluation.voc import Collector, Found
+from detection.evaluation.evaluate import Collector
+from detection.evaluation.results import DetectedBoxes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "detection"
 CLASSES = ("disc", "box", "bar")
+NUMBERS = {"disc": 7, "box": 3, "bar": 90}  # as COCO's, with gaps and out of order
 Detection = tuple[str, int, float, list[float]]  # picture, class, score, [x0, y0, x1, y1]
 
 
@@ -31,7 +36,7 @@ def instances_of(rows: Sequence[Detection], image_id: str) -> Instances:
     return instances
 
 
-def collect(split: VocSplit, rows: Sequence[Detection]) -> Found:
+def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
     """The detections as an evaluation collects them."""
     collector = Collector(split)
     collector.reset()
@@ -40,7 +45,7 @@ def collect(split: VocSplit, rows: Sequence[Detection]) -> Found:
         collector.process([{"image_id": picture.image_id}], [{"instances": instances}])
     result = collector.evaluate()
     assert result is not None
-    return result["found"]
+    return result["boxes"]
 
 
 def annotation(size: int, objects: Sequence[tuple[str, int, int, int, int]]) -> str:
@@ -79,6 +84,30 @@ def make_voc(root: Path, num_train: int = 8, num_test: int = 4, size: int = 96) 
         '{"format": "fa-dataset-1", "name": "tiny", "classes": ["disc", "box", "bar"], '
         '"metric_year": 2012}'
     )
+    return root
+
+
+def make_coco(root: Path) -> Path:
+    """The tiny VOC set (as_voc beside it) as COCO: one crowd a list, masks of half a box."""
+    voc = read_set(make_voc(root.parent / "as_voc", num_train=6, num_test=5))
+    (root / "annotations").mkdir(parents=True)
+    for split, name in ((voc.train[0], "train2017"), (voc.test, "val2017")):
+        (root / name).mkdir()
+        images, annotations = [], []
+        for number, picture in enumerate(split.pictures, start=100):
+            shutil.copy(picture.file, root / name)
+            images.append({"id": number, "file_name": picture.file.name, "width": 96, "height": 96})
+            for item in picture.objects:
+                x0, y0, x1, y1 = list(item.box)
+                area = (x1 - x0) * (y1 - y0) / (1 if item.class_name == "disc" else 2)
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": number,
+                    "category_id": NUMBERS[item.class_name], "iscrowd": int(number == 101),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area,
+                })  # fmt: skip
+        categories = [{"id": number, "name": key} for key, number in NUMBERS.items()]
+        content = {"images": images[::-1], "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{name}.json").write_text(json.dumps(content))
     return root
 
 

@@ -17,8 +17,9 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
-from detection.dataset import VocSet
-from detection.evaluation.voc import evaluate_detector
+from common.annotations.record import LabelledSet
+from detection.evaluation.evaluate import evaluate_detector
+from detection.evaluation.results import Evaluation
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 
@@ -201,9 +202,11 @@ class FixedDetector(nn.Module):
         return outputs
 
 
-def evaluate(voc: VocSet, found: Mapping[str, Sequence[FoundBox]], folder: Path) -> dict[str, Any]:
+def evaluate(voc: LabelledSet, found: Mapping[str, Sequence[FoundBox]], folder: Path) -> Evaluation:
     """What the evaluation of a detector gives, its detections fixed."""
-    cfg = load_config(CONFIG, ["INPUT.MIN_SIZE_TEST", "32", "TEST.NUM_SAVED_IMAGES", "2"])
+    cfg = load_config(CONFIG, {"INPUT.MIN_SIZE_TEST": "32", "TEST.NUM_SAVED_IMAGES": "2"})
     cfg.DATASETS.TEST = (register(voc)[1],)
     loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
-    return evaluate_detector(cfg, FixedDetector(found), loader, voc)
+    result = evaluate_detector(cfg, FixedDetector(found), loader, voc)
+    assert result is not None
+    return result

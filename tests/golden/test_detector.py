@@ -9,8 +9,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from detection.dataset import read_set
-from detection.evaluation.voc import curves_file, measured
+from common.annotations.labelled_format import read_set
 from tests.golden.detection_inputs import (
     CONFIG,
     TrueBox,
@@ -51,12 +50,12 @@ def test_fixed_detections(year: int, tmp_path: Path) -> None:
     voc = read_set(tmp_path / "data")
     assert voc.metric_year == year
     last = evaluate(voc, found, tmp_path)
-    figures = {key: value for key, value in measured(last).items() if key not in _TIMES}
-    curves = curves_file(last, year)["classes"]
+    figures = {key: value for key, value in last.to_json().items() if key not in _TIMES}
+    curves = last.curves_to_json()["classes"]
     values = {
         "figures": figures,
-        "errors": last["errors"],
-        "detections": last["detections"],
+        "errors": last.errors,
+        "detections": last.detections,
         "max_recall": {
             name: {key: curve["max_recall"] for key, curve in row.items()}
             for name, row in curves.items()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.reference_metrics import DetectionSet, random_set
-from detection.dataset import VocSplit, read_coco, read_test_set
-from detection.evaluation.voc import curves_file, measured
+from common.annotations.labelled_format import read_set
+from common.annotations.record import LabelledSplit, SetChoice
 from detection.training.data import to_detectron2
 from tests.golden.detection_inputs import (
     FoundBox,
@@ -63,9 +63,9 @@ def figures_of_set(seed: int, folder: Path) -> tuple[dict[str, Any] | None, list
     values: dict[str, Any] = {}
     digests = []
     for year in (2007, 2012):
-        voc = read_test_set(folder / "data", classes, metric_year=year)
+        voc = read_set(folder / "data", SetChoice(None, tuple(classes), year, test_only=True))
         last = evaluate(voc, found, folder)
-        result, errors = measured(last), last["errors"]
+        result, errors = last.to_json(), last.errors
         values[f"voc {year}"] = {
             "means": in_order(result, _METRICS),
             "AP": in_order(result["per_class"], classes),
@@ -79,7 +79,7 @@ def figures_of_set(seed: int, folder: Path) -> tuple[dict[str, Any] | None, list
             "AP": in_order(result["coco"]["per_class"], classes),
         }
         values["errors"] = {key: errors[key] for key in ("best_scored", "all")}
-        digests.append(digest(repr((last["coco"], errors, curves_file(last, year))).encode()))
+        digests.append(digest(repr((last.coco, errors, last.curves_to_json())).encode()))
     return values, digests
 
 
@@ -94,7 +94,7 @@ def test_random_sets(first: int, tmp_path: Path) -> None:
     check(f"metrics_random_{first}", values, rtol=1e-9, atol=1e-9, bits=digests)
 
 
-def records(split: VocSplit, classes: tuple[str, ...]) -> list[list[Any]]:
+def records(split: LabelledSplit, classes: tuple[str, ...]) -> list[list[Any]]:
     """Pictures of a list: name, file, size, objects as read and as the detector trains on them."""
     return [
         [
@@ -126,9 +126,9 @@ def test_coco_folder(tmp_path: Path) -> None:
         for key in places["val2017"]
     }  # fmt: skip
     found["510"].append(FoundBox(labels[label], 0.99, (30.0, 30.0, 90.0, 90.0)))  # in the crowd
-    coco = read_coco(root)
+    coco = read_set(root)
     last = evaluate(coco, found, tmp_path)
-    result = measured(last)
+    result = last.to_json()
     del result["evaluation_seconds"]
     assert 0 < result["AP75"] < result["AP50"] < 100
     values = {
@@ -137,12 +137,12 @@ def test_coco_folder(tmp_path: Path) -> None:
         "train": records(coco.train[0], coco.classes),
         "test": records(coco.test, coco.classes),
         "result": result,
-        "errors": last["errors"],
-        "detections": last["detections"],
+        "errors": last.errors,
+        "detections": last.detections,
         "curves": {
             name: [(curve["max_recall"], float(np.mean(curve["precision"])))
                    for _, curve in sorted(row.items())]
-            for name, row in curves_file(last, None)["classes"].items()
+            for name, row in last.curves_to_json()["classes"].items()
         },
     }  # fmt: skip
     check("metrics_coco", values, rtol=1e-9, atol=1e-9)

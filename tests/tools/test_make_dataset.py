@@ -15,7 +15,7 @@ from xml.dom import minidom
 import cv2
 import pytest
 
-from common.annotations.voc import read_list, read_picture
+from common.annotations.formats.voc import read_list, read_picture
 from pipeline.datasets import build
 from tools import make_dataset
 

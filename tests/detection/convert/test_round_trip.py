@@ -146,7 +146,7 @@ def test_other_types_become_float32_and_the_card_says_so(
 
 
 def detector(config: str, arch: Arch) -> nn.Module:
-    cfg = load_config(CONFIGS / config, ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(CONFIGS / config, {"MODEL.DEVICE": "cpu"})
     set_arch(cfg, arch)
     return build_model(cfg)
 

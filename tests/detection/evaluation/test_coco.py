@@ -13,20 +13,21 @@ from benchmarks.reference_metrics import (
     TrueObject,
     average_precisions,
 )
-from detection.dataset import VocSet, VocSplit, read_set
+from common.annotations.labelled_format import read_set
+from common.annotations.record import LabelledSet, LabelledSplit
 from detection.evaluation.coco import coco_metric
 from tests.detection.tiny_detection import Detection, collect, make_voc
 
 
-def made_difficult(split: VocSplit, number: int) -> VocSplit:
+def made_difficult(split: LabelledSplit, number: int) -> LabelledSplit:
     """A split whose picture `number` has difficult objects only."""
     pictures = list(split.pictures)
     hard = tuple(replace(item, difficult=True) for item in pictures[number].objects)
     pictures[number] = replace(pictures[number], objects=hard)
-    return VocSplit(split.folder, split.name, tuple(pictures))
+    return LabelledSplit(split.folder, split.name, tuple(pictures))
 
 
-def make_detections(voc: VocSet, seed: int) -> list[Detection]:
+def make_detections(voc: LabelledSet, seed: int) -> list[Detection]:
     draw = np.random.default_rng(seed)
     rows: list[Detection] = []
     for picture in voc.test.pictures:
@@ -38,12 +39,11 @@ def make_detections(voc: VocSet, seed: int) -> list[Detection]:
     return rows
 
 
-def coco(voc: VocSet, split: VocSplit, rows: list[Detection]) -> dict:
-    found = collect(split, rows)
-    return coco_metric(split, voc.classes, found.image, found.label, found.score, found.box)[0]
+def coco(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> dict:
+    return coco_metric(split, voc.classes, collect(split, rows))[0]
 
 
-def as_set(voc: VocSet, split: VocSplit, rows: list[Detection]) -> DetectionSet:
+def as_set(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> DetectionSet:
     numbers = {picture.image_id: i for i, picture in enumerate(split.pictures)}
     truth = [
         TrueObject(

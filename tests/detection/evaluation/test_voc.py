@@ -9,13 +9,16 @@ import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 
-from detection.dataset import VocSet, read_set
+from common.annotations.labelled_format import read_set
+from common.annotations.record import LabelledSet, SetChoice
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
-from detection.evaluation.voc import curve_points, detection_rows, voc_metric
+from detection.evaluation.evaluate import detection_rows
+from detection.evaluation.results import ClassFigures, Curve
+from detection.evaluation.voc import curve_points, voc_metric
 from tests.detection.tiny_detection import CLASSES, Detection, collect, instances_of, make_voc
 
 
-def make_detections(voc: VocSet, seed: int = 0) -> list[Detection]:
+def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
     """Ground truth moved about, doubles, wrong classes and boxes at random."""
     generator = np.random.default_rng(seed)
     found: list[Detection] = []
@@ -42,7 +45,7 @@ def iou(a: list[float], b: list[float]) -> float:
 
 
 def average_precision(
-    voc: VocSet, detections: list[Detection], label: int, threshold: float, year: int
+    voc: LabelledSet, detections: list[Detection], label: int, threshold: float, year: int
 ) -> float:
     """AP of one class in percent: greedy matching by score, then the area or 11 points."""
     truth = {picture.image_id: [[*item.voc_box] for item in picture.objects
@@ -73,12 +76,12 @@ def average_precision(
     return 100 * float(area)
 
 
-def metric(voc: VocSet, detections: list[Detection]) -> dict[str, Any]:
+def metric(voc: LabelledSet, detections: list[Detection]) -> dict[str, ClassFigures]:
     assert voc.metric_year is not None
     return voc_metric(voc.test, voc.classes, collect(voc.test, detections), voc.metric_year)
 
 
-def rows_of(voc: VocSet, detections: list[Detection], **options: Any) -> list[dict[str, Any]]:
+def rows_of(voc: LabelledSet, detections: list[Detection], **options: Any) -> list[dict[str, Any]]:
     """Rows of detections.json, with the kinds that the analysis of errors gives."""
     found = collect(voc.test, detections)
     verdicts = judge(objects_of(voc.test, voc.classes), found.in_voc())
@@ -86,28 +89,38 @@ def rows_of(voc: VocSet, detections: list[Detection], **options: Any) -> list[di
     return detection_rows(voc.test, voc, found, kinds, **options)
 
 
+def of_year(folder: Path, year: int) -> LabelledSet:
+    root = make_voc(folder / "set", num_train=2, num_test=12)
+    return read_set(root, SetChoice(metric_year=year))
+
+
 @pytest.fixture
-def tiny(tmp_path: Path) -> VocSet:
+def tiny(tmp_path: Path) -> LabelledSet:
     return read_set(make_voc(tmp_path / "data", num_train=2, num_test=12))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("year", [2007, 2012])
 def test_ap_equals_an_independent_computation(tmp_path: Path, year: int) -> None:
-    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
+    voc = read_set(
+        make_voc(tmp_path / "set", num_train=2, num_test=12), SetChoice(metric_year=year)
+    )
     detections = make_detections(voc)
     result = metric(voc, detections)
     thresholds = [value / 100 for value in range(50, 100, 5)]
     for label, name in enumerate(voc.classes):
         aps = [average_precision(voc, detections, label, value, year) for value in thresholds]
-        assert result["per_class_AP50"][name] == pytest.approx(aps[0])
-        assert result["per_class_AP75"][name] == pytest.approx(aps[5])
-        assert result["per_class"][name] == pytest.approx(np.mean(aps))
-    assert 0 < result["bbox"]["AP75"] < result["bbox"]["AP50"] < 100
+        assert result[name].ap50 == pytest.approx(aps[0])
+        assert result[name].ap75 == pytest.approx(aps[5])
+        assert result[name].ap == pytest.approx(np.mean(aps))
+    at_50, at_75 = (
+        np.mean(x) for x in zip(*((r.ap50, r.ap75) for r in result.values()), strict=True)
+    )
+    assert 0 < at_75 < at_50 < 100
 
 
 @pytest.mark.parity
-def test_means_equal_detectron2s_own_evaluator(tiny: VocSet) -> None:
+def test_means_equal_detectron2s_own_evaluator(tiny: LabelledSet) -> None:
     detections = make_detections(tiny, seed=1)
     MetadataCatalog.get("tiny-stock").set(
         thing_classes=list(CLASSES), dirname=str(tiny.root / "VOC2007"), year=2012, split="test"
@@ -120,26 +133,32 @@ def test_means_equal_detectron2s_own_evaluator(tiny: VocSet) -> None:
         stock.process([{"image_id": picture.image_id}], [{"instances": instances}])
     theirs = stock.evaluate()
     assert theirs is not None
-    assert metric(tiny, detections)["bbox"] == pytest.approx(dict(theirs["bbox"]))
+    rows = metric(tiny, detections).values()
+    ours = [np.mean(values) for values in zip(*((r.ap, r.ap50, r.ap75) for r in rows), strict=True)]
+    assert ours == pytest.approx([theirs["bbox"][key] for key in ("AP", "AP50", "AP75")])
 
 
 @pytest.mark.parity
 def test_curves_hold_the_eleven_points_of_the_2007_metric(tmp_path: Path) -> None:
-    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=2007)
+    voc = read_set(
+        make_voc(tmp_path / "set", num_train=2, num_test=12), SetChoice(metric_year=2007)
+    )
     result = metric(voc, make_detections(voc))
     for name in voc.classes:
-        for threshold, key in (("0.50", "per_class_AP50"), ("0.75", "per_class_AP75")):
-            precision = result["curves"][name][threshold]["precision"]
+        for threshold, ap in (("0.50", result[name].ap50), ("0.75", result[name].ap75)):
+            precision = result[name].curves[threshold].precision
             assert len(precision) == 101
             # Five objects a class at most: no recall of 3/10, 6/10 or 7/10, where rounding decides.
-            assert np.mean(precision[::10]) == pytest.approx(result[key][name] / 100, abs=1e-4)
+            assert np.mean(precision[::10]) == pytest.approx(ap / 100, abs=1e-4)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("year", [2007, 2012])
 def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int) -> None:
     """Equal scores, boxes between the tenths of a pixel: the order and the matches are the same."""
-    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12), metric_year=year)
+    voc = read_set(
+        make_voc(tmp_path / "set", num_train=2, num_test=12), SetChoice(metric_year=year)
+    )
     detections = [
         (image_id, label, round(score, 1), [value + 0.0625 for value in box])
         for image_id, label, score, box in make_detections(voc, seed=2)
@@ -147,13 +166,14 @@ def test_errors_are_measured_against_the_same_ap50(tmp_path: Path, year: int) ->
     result = metric(voc, detections)
     objects, found = objects_of(voc.test, voc.classes), collect(voc.test, detections).in_voc()
     table = error_table(objects, found, judge(objects, found), voc.classes, 12, year)
-    assert 0 < result["bbox"]["AP50"] < 100
-    assert table["AP50"] == pytest.approx(result["bbox"]["AP50"], abs=1e-9)
-    for name, ap in result["per_class_AP50"].items():
-        assert table["classes"][name]["AP50"] == pytest.approx(ap, abs=1e-9)
+    mean = np.mean([row.ap50 for row in result.values()])
+    assert 0 < mean < 100
+    assert table["AP50"] == pytest.approx(mean, abs=1e-9)
+    for name, row in result.items():
+        assert table["classes"][name]["AP50"] == pytest.approx(row.ap50, abs=1e-9)
 
 
-def test_each_detection_keeps_its_kind(tiny: VocSet) -> None:
+def test_each_detection_keeps_its_kind(tiny: LabelledSet) -> None:
     """Worst score first on purpose: rows are sorted, and kinds go with them."""
     detections: list[Detection] = []
     for number, picture in enumerate(tiny.test.pictures):
@@ -170,32 +190,30 @@ def test_each_detection_keeps_its_kind(tiny: VocSet) -> None:
 def test_curve_points_by_hand() -> None:
     """Hit, miss, hit, of four objects: recall 1/4, 1/4, 1/2; precision 1, 1/2, 2/3."""
     curve = curve_points(np.array([0.25, 0.25, 0.5]), np.array([1, 0.5, 2 / 3]))
-    assert curve["precision"] == [1.0] * 26 + [0.6667] * 25 + [0.0] * 50
-    assert curve["max_recall"] == 0.5
-    nothing = curve_points(np.empty(0), np.empty(0))
-    assert nothing == {"precision": [0.0] * 101, "max_recall": 0.0}
+    assert curve == Curve([1.0] * 26 + [0.6667] * 25 + [0.0] * 50, 0.5)
+    assert curve_points(np.empty(0), np.empty(0)) == Curve([0.0] * 101, 0.0)
 
 
 def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(tmp_path: Path) -> None:
     """The trap: AP over names that do not occur is a mean with zeros (or NaN)."""
     root = make_voc(tmp_path / "set", num_train=2, num_test=12)
-    voc = read_set(root, classes=[*CLASSES, "unicorn"])
+    voc = read_set(root, SetChoice(classes=(*CLASSES, "unicorn")))
     detections = [
         (picture.image_id, voc.classes.index(item.class_name), 0.9, list(item.box))
         for picture in voc.test.pictures
         for item in picture.objects
     ]
     result = metric(voc, detections)
-    assert result["bbox"]["AP"] == pytest.approx(100)
-    assert set(result["per_class"]) == set(CLASSES)
+    assert {name: row.ap for name, row in result.items()} == pytest.approx(
+        dict.fromkeys(CLASSES, 100)
+    )
 
 
-def test_no_detections_at_all(tiny: VocSet) -> None:
-    result = metric(tiny, [])
-    assert result["bbox"] == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+def test_no_detections_at_all(tiny: LabelledSet) -> None:
+    assert {(row.ap, row.ap50, row.ap75) for row in metric(tiny, []).values()} == {(0, 0, 0)}
 
 
-def test_rows_hold_what_the_report_shows(tiny: VocSet) -> None:
+def test_rows_hold_what_the_report_draws(tiny: LabelledSet) -> None:
     detections = make_detections(tiny)
     rows = rows_of(tiny, detections, num_saved=4, score_thresh=0.3)
     image_ids = [tiny.test.pictures[place].image_id for place in (0, 3, 6, 9)]
@@ -212,7 +230,9 @@ def test_rows_hold_what_the_report_shows(tiny: VocSet) -> None:
 
 
 @pytest.mark.parametrize(("num_saved", "places"), [(5, [0, 2, 4, 7, 9]), (20, range(12)), (0, [])])
-def test_pictures_are_spread_evenly(tiny: VocSet, num_saved: int, places: Sequence[int]) -> None:
+def test_pictures_are_spread_evenly(
+    tiny: LabelledSet, num_saved: int, places: Sequence[int]
+) -> None:
     rows = rows_of(tiny, [], num_saved=num_saved, score_thresh=0.0)
     expected = [tiny.test.pictures[place].image_id for place in places]
     assert [Path(row["file_name"]).stem for row in rows] == expected

@@ -10,7 +10,7 @@ from tests.detection.tiny_detection import CONFIGS
 
 
 def test_each_module_keeps_its_training_mode():
-    overrides = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", "4"]
+    overrides = {"MODEL.DEVICE": "cpu", "MODEL.BACKBONE.FREEZE_AT": "4"}
     detector = build_model(load_config(CONFIGS / "thin_R50_C4.yaml", overrides)).train()
     detector.get_submodule("backbone.res3").eval()
     before = {name: module.training for name, module in detector.named_modules()}

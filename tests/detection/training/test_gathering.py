@@ -14,16 +14,18 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import spawn
 
-from detection.dataset import VocSet, read_set
+from common.annotations.labelled_format import read_set
+from common.annotations.record import LabelledSet
 from detection.evaluation.coco import coco_metric
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
-from detection.evaluation.voc import Collector, detection_rows, voc_metric
+from detection.evaluation.evaluate import Collector, detection_rows
+from detection.evaluation.voc import voc_metric
 from tests.detection.tiny_detection import make_voc
 
 NUM_PROCESSES = 2
 
 
-def detections(voc: VocSet, number: int) -> Instances:
+def detections(voc: LabelledSet, number: int) -> Instances:
     """Moved objects, some of another class, of one picture; every score is another."""
     draw = np.random.default_rng(number)
     picture = voc.test.pictures[number]
@@ -49,13 +51,12 @@ def evaluate(root: Path, rank: int, num_processes: int) -> dict[str, Any] | None
     result = collector.evaluate()
     if result is None:
         return None
-    found = result["found"]
-    columns = (found.image, found.label, found.score, found.box)
+    found = result["boxes"]
     objects, in_voc = objects_of(voc.test, voc.classes), found.in_voc()
     verdicts = judge(objects, in_voc)
     kinds = [ALL_KINDS[kind] for kind in verdicts.kind]
     return {
-        "coco": coco_metric(voc.test, voc.classes, *columns)[0],
+        "coco": coco_metric(voc.test, voc.classes, found)[0],
         "voc": voc_metric(voc.test, voc.classes, found, 2012),
         "errors": error_table(objects, in_voc, verdicts, voc.classes, len(names), 2012),
         "rows": detection_rows(voc.test, voc, found, kinds, num_saved=12, score_thresh=0.0),

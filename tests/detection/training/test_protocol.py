@@ -8,7 +8,8 @@ import pytest
 from detectron2.engine import DefaultTrainer
 
 from common.errors import UserError
-from detection.training.config import load_config, scale_schedule, schedule_table
+from detection.training.config import load_config, parse_overrides
+from detection.training.protocol import scale_schedule, schedule_table
 from tests.detection.tiny_detection import CONFIGS
 
 PROTOCOL = CONFIGS / "voc0712_R50_C4_24k.yaml"
@@ -17,7 +18,7 @@ Schedule = tuple[int, float, int, tuple[int, ...], int]
 
 
 def schedule(*overrides: str, num_gpus: int | None, path: Path = PROTOCOL) -> Schedule:
-    solver = load_config(path, overrides, num_gpus=num_gpus).SOLVER
+    solver = load_config(path, parse_overrides(overrides), num_gpus=num_gpus).SOLVER
     return (
         solver.IMS_PER_BATCH,
         solver.BASE_LR,
@@ -88,9 +89,9 @@ def test_config_that_is_no_protocol_is_left_alone() -> None:
 
 def test_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"IMS_PER_BATCH 16 does not divide by .*WORLD_SIZE 3"):
-        load_config(PROTOCOL, ["SOLVER.REFERENCE_WORLD_SIZE", "3"], num_gpus=1)
+        load_config(PROTOCOL, {"SOLVER.REFERENCE_WORLD_SIZE": "3"}, num_gpus=1)
     with pytest.raises(UserError, match="IMS_PER_BATCH 0: give at least 1"):
-        load_config(PROTOCOL, ["SOLVER.IMS_PER_BATCH", "0"], num_gpus=1)
+        load_config(PROTOCOL, {"SOLVER.IMS_PER_BATCH": "0"}, num_gpus=1)
 
 
 def test_table() -> None:

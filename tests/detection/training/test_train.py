@@ -17,8 +17,8 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
-from detection.dataset import read_set
-from detection.training.config import load_config
+from common.annotations.labelled_format import read_set
+from detection.training.config import load_config, parse_overrides
 from detection.training.data import build_train_loader, register
 from detection.training.trainer import Trainer
 from detection.training.weights import calibrate_frozen_norms
@@ -186,7 +186,7 @@ def test_calibration_measures_what_a_training_forward_sees(voc_root: Path) -> No
     networks = []
     for freeze_at in (4, 0):
         overrides = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", str(freeze_at)]
-        cfg = load_config(CONFIGS / "thin_R50_C4.yaml", overrides)
+        cfg = load_config(CONFIGS / "thin_R50_C4.yaml", parse_overrides(overrides))
         cfg.DATASETS.TRAIN = register(voc)[0]
         torch.manual_seed(0)
         networks.append(build_model(cfg))
@@ -205,7 +205,7 @@ def test_calibration_measures_what_a_training_forward_sees(voc_root: Path) -> No
 
 
 def test_training_positions_do_not_depend_on_where_one_starts(voc_root: Path) -> None:
-    cfg = load_config(CONFIGS / "thin_R50_C4.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(CONFIGS / "thin_R50_C4.yaml", {"MODEL.DEVICE": "cpu"})
     cfg.DATASETS.TRAIN, cfg.SEED = register(read_set(voc_root))[0], 7
 
     def batches(start: int) -> list[list[tuple[str, int]]]:

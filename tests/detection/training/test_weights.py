@@ -16,7 +16,7 @@ import detection.training.heads  # noqa: F401  (registers the C4 head)
 from common.backbone import read_backbone
 from common.errors import UserError
 from detection.convert.to_detectron2 import convert, to_detectron2
-from detection.training.config import load_config
+from detection.training.config import load_config, parse_overrides
 from detection.training.weights import (
     RunCheckpointer,
     backbone_tensor_names,
@@ -28,7 +28,9 @@ from tests.detection.tiny_detection import CONFIGS, liven_norms
 
 def detector(config: str, *overrides: str) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(load_config(CONFIGS / config, ["MODEL.DEVICE", "cpu", *overrides]))
+    return build_model(
+        load_config(CONFIGS / config, parse_overrides(["MODEL.DEVICE=cpu", *overrides]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_card_is_compared_with_the_config(thin_weights: Path, tmp_path: Path) ->
     def refused(match: str, *overrides: str, **changes: object) -> None:
         path.with_suffix(".json").write_text(json.dumps({**card, **changes}))
         with pytest.raises(UserError, match=match):
-            check_card(path, load_config(config, overrides))
+            check_card(path, load_config(config, parse_overrides(overrides)))
 
     refused("INPUT.FORMAT must be 'RGB', not 'BGR'", "INPUT.FORMAT", "BGR")
     refused("MODEL.PIXEL_MEAN must be", "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]")

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.annotations.voc import VOC_CLASSES
-from detection.dataset import read_set
+from common.annotations.formats.voc import VOC_CLASSES
+from common.annotations.labelled_format import read_set
+from common.annotations.record import SetChoice
 from pipeline.datasets import voc_import
 from tools import make_dataset
 
@@ -205,7 +206,7 @@ def test_set_of_ones_own_needs_one_option(tmp_path: Path, capsys) -> None:
     message = "list 'val' is not there; lists in the sources: VOC2007/aeroplane_test"
     assert message in capsys.readouterr().err
     # Detection takes it as it is, too.
-    assert read_set(source, classes=names).num_train == 5
+    assert read_set(source, SetChoice(classes=tuple(names))).num_train == 5
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_wrong_sources_are_explained(tmp_path: Path, capsys, make, message: str)
         ),
         ("Annotations/2007_000002.xml", b"<annotation>", "not readable as XML"),
         ("Annotations/2007_000002.xml", annotation("cat", box=(1, 1, 63, 40)), "outside the pict"),
-        ("Annotations/2007_000002.xml", annotation("unicorn"), "a class that is not known"),
+        ("Annotations/2007_000002.xml", annotation("unicorn"), "unknown class 'unicorn'"),
         ("ImageSets/Main/test.txt", None, "VOC2007/test is needed too"),
     ],
 )

@@ -8,10 +8,20 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from common.annotations.record import ObjectRecord, PictureRecord, checked_class_name
+from common.annotations.canonical import annotation_file, list_file
+from common.annotations.labelled_format import LabelledFormat, check_same_classes
+from common.annotations.record import (
+    LabelledSet,
+    LabelledSplit,
+    ObjectRecord,
+    PictureRecord,
+    SetChoice,
+    checked_class_name,
+)
 from common.errors import UserError
-from common.files import read_text
+from common.files import read_json, read_text
 from common.pictures import BadPicture, picture_size
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
@@ -20,12 +30,149 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
+_OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
+_MAX_PROBLEMS = 10  # wrong annotations of a list that one message names
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _MAX_XML_BYTES = 16 << 20
 _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>]*\?>""")
 # What Chinese programs call by the older names is often the wider set, which holds all of theirs.
 _CODECS = {"gb2312": "gb18030", "gbk": "gb18030", "utf-8": "utf-8-sig", "utf8": "utf-8-sig"}
+
+
+# -- sets -----------------------------------------------------------------------------------------
+
+
+class Voc(LabelledFormat):
+    """ROOT/VOC2007/{ImageSets/Main/LIST.txt, Annotations/ID.xml, JPEGImages/ID.jpg}.
+
+    The folder is a VOC devkit (VOC2007/ and/or VOC2012/), or a set made by tools/make_dataset.py,
+    whose dataset.json says the classes, the lists and the metric.
+    """
+
+    holds = "VOC2007/ImageSets/Main or VOC2012/ImageSets/Main, or a dataset.json beside them"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        """Whether there is a dataset.json or a VOC folder."""
+        return (root / "dataset.json").is_file() or bool(_devkit_folders(root))
+
+    @classmethod
+    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+        """Read and check the chosen lists; see `LabelledFormat.read`.
+
+        Classes: the choice, else dataset.json, else the 20 VOC names. The metric of the 20 VOC
+        names in VOC2007 is the 11-point AP, that of any other set the area.
+        """
+        description: dict[str, Any] = {}
+        path = root / "dataset.json"
+        if path.is_file():
+            description = read_json(path)
+            if not isinstance(description, dict) or not description.get("classes"):
+                raise UserError(
+                    f"{path}: has no list 'classes'; make the data set again with "
+                    "tools/make_dataset.py"
+                )
+        classes = tuple(choice.classes or description.get("classes") or VOC_CLASSES)
+        if len(set(classes)) != len(classes) or not all(classes):
+            raise UserError(
+                f"class list {', '.join(classes)!r}: names must be different and not empty"
+            )
+        if choice.test_only and description:
+            check_same_classes(root, description["classes"], classes)
+
+        # PASCAL's own set, unpacked or imported, has its own lists, metric and tolerance.
+        is_official = classes == VOC_CLASSES and (
+            not description or description.get("kind") == "voc"
+        )
+        train_split = choice.train_split or description.get("train_split")
+        train_split = train_split or ("voc_2007_trainval" if is_official else "train")
+        test_split = choice.test_split or description.get("test_split")
+        test_split = test_split or ("voc_2007_test" if is_official else "test")
+        if "+" in test_split:
+            raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
+        usual_year = 2007 if is_official and "2012" not in test_split else 2012
+        year = choice.metric_year or description.get("metric_year") or usual_year
+        if year not in (2007, 2012):
+            raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+
+        def read(name: str) -> LabelledSplit:
+            return read_split(*_find_list(root, name), classes, tolerance_px=int(is_official))
+
+        return LabelledSet(
+            root=root,
+            name=str(description.get("name") or root.name),
+            classes=classes,
+            metric_year=year,
+            train=() if choice.test_only else tuple(map(read, train_split.split("+"))),
+            test=read(test_split),
+        )
+
+
+def read_split(
+    folder: Path, name: str, classes: Collection[str], *, tolerance_px: int = 0
+) -> LabelledSplit:
+    """Read a list and every annotation that it names.
+
+    Args:
+        folder: VOC2007 or the like.
+        name: Of the list.
+        classes: Names that may occur.
+        tolerance_px: See `read_picture`.
+
+    Raises:
+        UserError: For a missing or empty list, for up to ten wrong annotations together, and if
+            no picture holds an object.
+    """
+    pictures, problems = [], []
+    for image_id in read_list(folder, name):
+        try:
+            pictures.append(read_picture(folder, image_id, classes, tolerance_px=tolerance_px))
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) > _MAX_PROBLEMS:
+        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
+    if problems:
+        raise UserError("\n".join(problems))
+    if not any(picture.objects for picture in pictures):
+        raise UserError(
+            f"{list_file(folder, name)}: none of its {len(pictures)} pictures holds an object; "
+            "annotate them or choose another list"
+        )
+    return LabelledSplit(folder, name, tuple(pictures))
+
+
+def _devkit_folders(root: Path) -> list[Path]:
+    """VOC folders with lists: the folder itself, those in it, and those in ROOT/VOCdevkit."""
+    folders = [*year_folders(root), *year_folders(root / "VOCdevkit")]
+    return [folder for folder in folders if list_file(folder, "x").parent.is_dir()]
+
+
+def _find_list(root: Path, split: str) -> tuple[Path, str]:
+    """Where a list is: "train" -> (ROOT/VOC2007, "train"), "voc_2012_val" -> (.../VOC2012, "val").
+
+    Raises:
+        UserError: If there is no such list, or several and the name does not say which.
+    """
+    match = _OFFICIAL_SPLIT.fullmatch(split)
+    name = match[2] if match else split
+    folders = _devkit_folders(root)
+    if match:
+        folders = [folder for folder in folders if folder.name == f"VOC{match[1]}"]
+    holders = [folder for folder in folders if list_file(folder, name).is_file()]
+    if not holders:
+        there = sorted(f"{folder.name}/{x}" for folder in folders for x in list_names(folder))
+        needed = list_file(folders[0] if folders else root / "VOC2007", name)
+        raise UserError(
+            f"{needed}: no such list; lists there: {', '.join(there[:20]) or 'none'}; choose with "
+            "--train-split / --test-split / --eval-split"
+        )
+    if len(holders) > 1:
+        raise UserError(
+            f"list {split!r} is in {holders[0].name} and in {holders[1].name}; say "
+            f"voc_2007_{name} or voc_2012_{name} with --train-split / --test-split"
+        )
+    return holders[0], name
 
 
 # -- lists ----------------------------------------------------------------------------------------
@@ -40,11 +187,6 @@ def year_folders(root: Path) -> list[Path]:
         for path in root.glob("VOC*")
         if path.is_dir() and ((path / "ImageSets").is_dir() or (path / "JPEGImages").is_dir())
     )
-
-
-def list_file(folder: Path, name: str) -> Path:
-    """Where the list NAME of a VOC folder is."""
-    return folder / "ImageSets" / "Main" / f"{name}.txt"
 
 
 def list_names(folder: Path) -> list[str]:
@@ -149,7 +291,7 @@ def read_picture(
         if classes is not None and name not in classes:
             raise UserError(
                 f"{where}: unknown class {name!r}; the set's classes are {', '.join(classes)}; "
-                "mend the annotation or give the list with --classes"
+                "correct the annotation, or give all names with --classes a,b,c or --classes FILE"
             )
         xmin, ymin, xmax, ymax = (_number(where, element, f"bndbox/{key}") for key in _CORNERS)
         text = f"box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
@@ -173,17 +315,6 @@ def read_picture(
         )
     digest = hashlib.sha256(content + f"{image_id}{file.stat().st_size}".encode())
     return PictureRecord(image_id, file, width, height, tuple(objects), digest.hexdigest())
-
-
-def annotation_file(folder: Path, image_id: str) -> Path:
-    """Where the annotation of a picture is."""
-    return folder / "Annotations" / f"{image_id}.xml"
-
-
-def class_names(path: Path) -> set[str]:
-    """Names of the objects of an annotation, which are not checked otherwise."""
-    _, tree = _parse(path)
-    return {checked_class_name(item.findtext("name"), str(path)) for item in tree.findall("object")}
 
 
 def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:

@@ -4,11 +4,86 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.annotations.record import ObjectRecord, PictureRecord, checked_class_name
+from common.annotations.labelled_format import LabelledFormat, check_same_classes
+from common.annotations.record import (
+    LabelledSet,
+    LabelledSplit,
+    ObjectRecord,
+    PictureRecord,
+    SetChoice,
+    checked_class_name,
+)
 from common.errors import UserError
+
+
+class Coco(LabelledFormat):
+    """ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017."""
+
+    holds = "COCO's annotations/instances_train2017.json and instances_val2017.json"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        """Whether there is a file of instances or a folder of COCO's pictures."""
+        return any((root / "annotations").glob("instances_*.json")) or any(
+            (root / name).is_dir() for name in ("train2017", "val2017")
+        )
+
+    @classmethod
+    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+        """Read and check the chosen lists; see `LabelledFormat.read`.
+
+        Masks are not used. Crowds are left out of the training list, as Detectron2 does; they stay
+        in the test list, where the evaluation ignores them. Pictures and classes are in the order
+        of COCO's numbers, unless the choice orders the classes. The metric is COCO's.
+        """
+        if choice.metric_year is not None:
+            raise UserError(
+                f"{root}: is a COCO folder, whose metric is COCO's; leave --metric-year out"
+            )
+        test, classes = _read_split(root, choice.test_split or "val2017")
+        train = ()
+        if not choice.test_only:
+            split, train_classes = _read_split(root, choice.train_split or "train2017")
+            if classes != train_classes:
+                raise UserError(
+                    f"{root / 'annotations'}: instances_{split.name}.json and "
+                    f"instances_{test.name}.json have different categories; take both from the "
+                    "same release"
+                )
+            pictures = tuple(
+                replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
+                for picture in split.pictures
+            )
+            train = (replace(split, pictures=pictures),)
+        for split in (*train, test):
+            if not any(picture.objects for picture in split.pictures):
+                raise UserError(
+                    f"{root}: list {split.name!r} holds no object; download it again or choose "
+                    "another list"
+                )
+        if choice.classes is not None:
+            check_same_classes(root, classes, choice.classes)
+            classes = choice.classes
+        return LabelledSet(root, root.resolve().name, classes, None, train, test)
+
+
+def _read_split(root: Path, name: str) -> tuple[LabelledSplit, tuple[str, ...]]:
+    """One list and its class names."""
+    path = root / "annotations" / f"instances_{name}.json"
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
+        raise UserError(
+            f"{path}: no such file (annotation files there: {there}); a COCO folder holds "
+            "annotations/instances_train2017.json and instances_val2017.json, and the pictures in "
+            "train2017 and val2017: give that folder with --data, or name other lists with "
+            "--train-split and --test-split"
+        )
+    classes, pictures = read_instances(path, root / name)
+    return LabelledSplit(root / name, name, pictures), classes
 
 
 def read_instances(path: Path, folder: Path) -> tuple[tuple[str, ...], tuple[PictureRecord, ...]]:
