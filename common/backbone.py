@@ -310,7 +310,7 @@ def _network(
 
 
 def _tensors(
-    given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Arch
+    state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Arch
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Float32 tensors, all that the architecture needs, and which types they came from.
 
@@ -318,8 +318,8 @@ def _tensors(
         UserError: For a missing, unknown or misshapen tensor, and for values that are no numbers.
     """
     needed = tensor_shapes(arch)
-    missing = [name for name in needed if name not in given]
-    unknown = [name for name in given if name not in needed]
+    missing = [name for name in needed if name not in state]
+    unknown = [name for name in state if name not in needed]
     if missing or unknown:
         faults = [f"lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
         faults += [f"has {unknown[0]} and {len(unknown) - 1} more beside"] if unknown else []
@@ -331,7 +331,7 @@ def _tensors(
         raise UserError(f"is no {arch}: {'; '.join(faults)}{hint}; {_COPY_AGAIN}")
     tensors, cast = {}, {}
     for name, shape in needed.items():
-        value = given[name]
+        value = state[name]
         if isinstance(value, Tensor | np.ndarray) and shapes[name] != shape:
             hint = " (a CIFAR stem does not convert)" if name == "conv1.weight" else ""
             raise UserError(f"{name} has shape {shapes[name]}, a {arch} needs {shape}{hint}; "
@@ -342,7 +342,7 @@ def _tensors(
         dense = value if isinstance(value, Tensor) and not value.is_meta else None
         if dense is None or dense.layout != torch.strided or dense.dtype not in _WEIGHT_TYPES:
             raise UserError(
-                f"{name} is {_kind(given[name])}, not a dense tensor of floating-point numbers"
+                f"{name} is {_kind(state[name])}, not a dense tensor of floating-point numbers"
             )
         if not torch.isfinite(dense).all():
             raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
@@ -355,7 +355,7 @@ def _tensors(
     return tensors, cast
 
 
-def _counters(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _counters(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The norms' batch counters as int64 scalars, in the order of the tensors.
 
     Raises:
@@ -363,12 +363,12 @@ def _counters(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     """
     norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
     order = [f"{norm}{COUNTER}" for norm in norms]
-    stray = next((name for name in given if name not in order), None)
+    stray = next((name for name in state if name not in order), None)
     if stray is not None:
         raise UserError(f"{stray}: a batch counter of no norm; {_COPY_AGAIN}")
     counters = {}
-    for name in (name for name in order if name in given):
-        value = given[name]
+    for name in (name for name in order if name in state):
+        value = state[name]
         is_one = isinstance(value, Tensor | np.ndarray) and _shape(value) in ((), (1,))
         count = value.item() if is_one else value
         if not isinstance(count, int | np.integer) or not 0 <= count < 2**63:

@@ -110,7 +110,7 @@ def _new_array(_subtype: object, _shape: object, _typecode: object) -> np.ndarra
 
 
 def _array_over(data: object, dtype: object, shape: tuple[int, ...], order: str) -> np.ndarray:
-    """What numpy's pickles of protocol 5 call: an array with the bytes given."""
+    """What numpy's pickles of protocol 5 call: an array with these bytes."""
     array = np.frombuffer(_as_bytes(data), dtype=_plain_dtype(dtype))
     return array.reshape(shape, order="F" if order == "F" else "C").copy()
 
@@ -172,7 +172,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     """An unpickler that knows plain data and numpy arrays, nothing else.
 
     It is the one in Python, not the one in C: that one keeps a table as long as the largest index
-    in the file, so that one wrong byte makes it ask for tens of gigabytes. Files of weights have
+    in the file, so that one wrong byte makes it allocate tens of gigabytes. Files of weights have
     few objects and large ones; they are read as fast.
     """
 
@@ -263,7 +263,7 @@ def load_torch(path: Path | str) -> Any:
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
         with contextlib.suppress(*_READ_ERRORS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on tensors that nobody reads
+            warnings.simplefilter("ignore")  # torch's warnings about tensors that nobody reads
             return torch.load(path, map_location="cpu", weights_only=True)
         return torch.load(
             path, map_location="cpu", weights_only=False, pickle_module=_pickle_module()
@@ -359,9 +359,9 @@ def read(path: Path | str) -> Any:
         UserError: If the file is missing or damaged.
     """
     path = Path(path)
-    found = load_weights(path)
-    if isinstance(found, Mapping) and "checksum" in found and found.get("format") == FORMAT:
-        check_sum(found, path)
+    content = load_weights(path)
+    if isinstance(content, Mapping) and "checksum" in content and content.get("format") == FORMAT:
+        check_sum(content, path)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             try:
@@ -372,7 +372,7 @@ def read(path: Path | str) -> Any:
             raise UserError(
                 f"{path}: is damaged at {broken} (its CRC differs); copy the file again"
             )
-    return found
+    return content
 
 
 def check_sum(state: Mapping[str, Any], path: Path) -> None:
@@ -419,8 +419,8 @@ def _hash_into(digest: Any, value: Any) -> None:
 
 def nested(checkpoint: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, Any] | None:
     """The first table that a checkpoint holds under one of the keys."""
-    found = (checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping))
-    return next(found, None)
+    tables = (checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping))
+    return next(tables, None)
 
 
 def named(state: Mapping[Any, Any]) -> Mapping[str, Any]:

@@ -109,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, keys in the order they were given; NaN and infinities become null."""
+    """Write JSON atomically, keys in their order; NaN and infinities become null."""
     text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     # Bytes of a file name that are no UTF-8 are lone surrogates: written as \udcXX, which is JSON.
     write_bytes(path, text.encode(errors="backslashreplace"))

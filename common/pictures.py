@@ -46,7 +46,7 @@ def decode(data: Encoded, *, where: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture's header tells.
+    """What a picture's header says.
 
     Attributes:
         height: In pixels.
@@ -66,7 +66,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
         data: The encoded picture.
         where: What to call the picture in an error.
     Raises:
-        BadPicture: If there is no header, or it tells of more than MAX_PIXELS pixels.
+        BadPicture: If there is no header, or it states more than MAX_PIXELS pixels.
     """
     is_fast = False
     try:
@@ -81,7 +81,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
 def decode_fast(
     data: Encoded, header: Header, reduction: int, *, where: str, num_rows: int | None = None
 ) -> tuple[np.ndarray, int]:
-    """Decode for training: JPEGs with libjpeg-turbo's fastest settings, and smaller if asked.
+    """Decode for training: JPEGs with libjpeg-turbo's fastest settings, and smaller on request.
 
     The fast DCT and the unsmoothed chroma cost little; docs/augmentation.md gives the figures.
     Other formats are decoded whole, as `decode` does.
@@ -129,7 +129,7 @@ def _decode_other(data: Encoded, where: str) -> np.ndarray:
     if _cv2_reads(data):
         import cv2  # so that a command line answers --help without it
 
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # Pillow tells more
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # Pillow says more
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None:
@@ -143,7 +143,7 @@ def _cv2_reads(data: Encoded) -> bool:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height that a picture file's header tells; an EXIF orientation is not applied.
+    """Width and height that a picture file's header states; an EXIF orientation is not applied.
 
     Raises:
         BadPicture: If it is no picture.
@@ -268,7 +268,7 @@ def _place_of_height(data: bytes | bytearray | memoryview) -> int | None:
     """Where the header has the height; None unless all rows follow each other in one scan.
 
     So progressive files, those of several scans, and those with restart markers are left out: what
-    libjpeg says of the data behind the rows would then tell too little.
+    libjpeg says of the data behind the rows would then say too little.
     """
     at, place, num_colours = 2, None, 0
     while at + 9 < len(data) and data[at] == 0xFF:

@@ -41,8 +41,8 @@ def library_version(name: str) -> str | None:
 
 def versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
     """Python's version and those of the distributions that are installed."""
-    found = {name: library_version(name) for name in names}
-    return {"python": platform.python_version()} | {k: v for k, v in found.items() if v}
+    known = {name: library_version(name) for name in names}
+    return {"python": platform.python_version()} | {k: v for k, v in known.items() if v}
 
 
 def commit(root: Path = _ROOT) -> str | None:
@@ -90,7 +90,7 @@ def peak_memory_bytes() -> int:
 
 
 def memory_of(pid: int | None, kind: str) -> int:
-    """Memory of a process in bytes; 0 where the system does not tell.
+    """Memory of a process in bytes; 0 where the system does not say.
 
     Args:
         pid: The process.
@@ -105,7 +105,7 @@ def memory_of(pid: int | None, kind: str) -> int:
 
 
 def _processor() -> str | None:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system states it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,10 +114,14 @@ def _processor() -> str | None:
     return names[0] if names else None
 
 
-def _git(root: Path, *words: str) -> str | None:
+def _git(root: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,10 +11,10 @@ def add_slurm_option(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def _pair(word: str) -> tuple[str, str]:
-    key, _, value = word.partition("=")
-    if not (key and value and word.isprintable()):
+def _pair(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    if not (key and value and text.isprintable()):
         raise argparse.ArgumentTypeError(
-            f"{word!r} is not of the form KEY=VALUE without line breaks, e.g. account=vision"
+            f"{text!r} is not of the form KEY=VALUE without line breaks, e.g. account=vision"
         )
     return key, value

@@ -1,11 +1,11 @@
 """Entry point to Detectron2: import this module before any name of `detectron2`.
 
-Detectron2's last release is of 2021. What a current torch, numpy, Pillow or setuptools needs mended
-is mended here, at run time, and nowhere else. Each mend is named, looks first whether it is needed,
-and does nothing where it is not. The pure-Python build that tools/install_detectron2.py makes needs
+Detectron2's last release is of 2021. What does not work with current versions of torch, numpy,
+Pillow or setuptools is patched here, at run time, and nowhere else. Each patch has a name and is
+applied only where it is needed. The pure-Python build that tools/install_detectron2.py makes needs
 only `safe-pickle`; the others are for a user's own build of the v0.6 tag.
 
-Not mended, but avoided: `detectron2.model_zoo` imports `pkg_resources`, gone since setuptools 82.
+Not patched, but avoided: `detectron2.model_zoo` imports `pkg_resources`, gone since setuptools 82.
 The base YAMLs are kept in configs/detection/, and no module here may import `model_zoo`.
 """
 
@@ -51,7 +51,7 @@ def _source_mentions(file: str, text: str) -> bool:
     return path.is_file() and text in path.read_text()
 
 
-def mend_numpy_aliases() -> bool:
+def patch_numpy_aliases() -> bool:
     """v0.6 says `np.str`, `np.int` and `np.bool`, which numpy 1.24 removed."""
     import numpy as np
 
@@ -71,7 +71,7 @@ def mend_numpy_aliases() -> bool:
     return bool(missing)
 
 
-def mend_pillow_linear() -> bool:
+def patch_pillow_linear() -> bool:
     """v0.6 says `Image.LINEAR`, which Pillow 10 removed; it was another name of `BILINEAR`."""
     from PIL import Image
 
@@ -84,7 +84,7 @@ def mend_pillow_linear() -> bool:
 
 
 def _import_quietly(name: str) -> ModuleType:
-    """Import without torch's remark on each function that fvcore and Detectron2 script."""
+    """Import without torch's warning about each function that fvcore and Detectron2 script."""
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", message="`torch.jit.script`", category=kind)
@@ -92,7 +92,7 @@ def _import_quietly(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def mend_safe_pickle() -> bool:
+def patch_safe_pickle() -> bool:
     """Detectron2's checkpointer reads `.pkl` with `pickle.load`, which runs what the file says.
 
     The name `pickle` in that one module is pointed at the restricted reader instead.
@@ -111,26 +111,26 @@ def mend_safe_pickle() -> bool:
 
 
 # In order of use: the first two must stand before Detectron2's data modules are imported.
-MENDS: dict[str, Callable[[], bool]] = {
-    "numpy-aliases": mend_numpy_aliases,
-    "pillow-linear": mend_pillow_linear,
-    "safe-pickle": mend_safe_pickle,
+PATCHES: dict[str, Callable[[], bool]] = {
+    "numpy-aliases": patch_numpy_aliases,
+    "pillow-linear": patch_pillow_linear,
+    "safe-pickle": patch_safe_pickle,
 }
 _active: list[str] = []
 
 
-def install_mends() -> list[str]:
-    """Apply the mends this environment needs; calling it again changes nothing.
+def install_patches() -> list[str]:
+    """Apply the patches that this environment needs; calling it again changes nothing.
 
     Returns:
-        Names of the mends in force, in order.
+        Names of the patches in force, in order.
 
     Raises:
         UserError: If Detectron2 is missing.
     """
     require_detectron2()
-    _active.extend(name for name, mend in MENDS.items() if mend() and name not in _active)
+    _active.extend(name for name, patch in PATCHES.items() if patch() and name not in _active)
     return list(_active)
 
 
-install_mends()
+install_patches()

@@ -99,16 +99,16 @@ def check_torchvision_operators() -> Finding:
 
 
 def check_detectron2() -> Finding:
-    """Detectron2, its compiled operators, and the mends in force."""
+    """Detectron2, its compiled operators, and the patches in force."""
     from detection import compat
 
-    mends = ", ".join(compat.install_mends()) or "none"
+    patches = ", ".join(compat.install_patches()) or "none"
     try:
         version = importlib.metadata.version("detectron2")
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
     compiled = "there" if compat.has_compiled_operators() else "absent, none is needed"
-    return Finding("ok", f"{version}; compiled operators: {compiled}; mends: {mends}")
+    return Finding("ok", f"{version}; compiled operators: {compiled}; patches: {patches}")
 
 
 def check_opencv() -> Finding:

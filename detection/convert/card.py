@@ -126,7 +126,7 @@ def render(card: Mapping[str, Any]) -> str:
     Args:
         card: From `build`.
     """
-    source, known, given = card["source"], card["pretraining"], card["preprocessing"]
+    source, known, pixels = card["source"], card["pretraining"], card["preprocessing"]
     config, arch = _mapping(known["config"]), Arch(**card["arch"])
     fa, shards = _mapping(config.get("fa")), _mapping(config.get("data")).get("shards")
     training = {
@@ -143,7 +143,7 @@ def render(card: Mapping[str, Any]) -> str:
         "SHA-256": card["weights_sha256"],
         "Converted from": f"{source['file']} ({source['layout']}, {card['branch']}), SHA-256 "
         f"{source['sha256']}",
-        "Pixels": _listed(given),
+        "Pixels": _listed(pixels),
         "Pixels known from": card["origins"]["preprocessing"],
         "Training": _listed(training),
         "Training data": ", ".join(map(str, shards if isinstance(shards, Mapping | list) else ())),
@@ -156,12 +156,12 @@ def render(card: Mapping[str, Any]) -> str:
         "Brought to float32": _listed(card["cast_to_float32"]) if card["cast_to_float32"] else "",
         "Notes": "; ".join(card["notes"]),
     }
-    if "pixel_mean" in given:
+    if "pixel_mean" in pixels:
         query = "?matching_heuristics=True" if card["weights_file"].endswith(".pth") else ""
         keys = {
             "WEIGHTS": f"{card['weights_file']}{query}",
-            "PIXEL_MEAN": given["pixel_mean"],
-            "PIXEL_STD": given["pixel_std"],
+            "PIXEL_MEAN": pixels["pixel_mean"],
+            "PIXEL_STD": pixels["pixel_std"],
             "RESNETS.DEPTH": arch.depth,
             "RESNETS.WIDTH_PER_GROUP": arch.width_per_group,
             "RESNETS.STEM_OUT_CHANNELS": arch.stem_channels,
@@ -206,8 +206,8 @@ def place(location: str) -> str:
     signatures stand); of a `pipe:` command only its program stays.
     """
     if location.startswith("pipe:"):
-        words = location.removeprefix("pipe:").split()
-        return f"pipe:{words[0] if words else ''} .."
+        program = location.removeprefix("pipe:").partition(" ")[0]
+        return f"pipe:{program} .."
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", location):
         parts = urlsplit(location)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

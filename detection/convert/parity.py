@@ -199,7 +199,7 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
 
 
 def check_written(arch: Arch, path: Path, state: dict[str, Tensor]) -> None:
-    """Load a written file as training does and compare every tensor with what was meant.
+    """Load a written file as training does and compare every tensor with the one that was written.
 
     Raises:
         UserError: If a tensor did not land or changed on the way.

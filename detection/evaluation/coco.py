@@ -24,7 +24,7 @@ def coco_metric(
     """AP, and the curves by COCO's matching.
 
     "Difficult" objects are what COCO calls crowds: pycocotools reads no other mark of an object
-    that shall neither help nor harm, since it overwrites `ignore` with `iscrowd`.
+    that must neither help nor harm, since it overwrites `ignore` with `iscrowd`.
 
     Returns:
         {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {class: AP}} in percent, None where

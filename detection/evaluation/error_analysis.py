@@ -57,50 +57,57 @@ class Verdicts:
         kind: (n,) places in KINDS; 6: on a difficult object, neither right nor wrong.
         target: (n,) the object that a detection is judged by, -1 for background.
         rank: (n,) place among the detections of its class, best score first.
-        found: (m,) whether a detection matches the object.
-        mends: (n,) whether a localisation or confusion error becomes a match once it is mended:
-            nothing matches its object, and no better-scored error of the two kinds points to it.
+        matched: (m,) whether a detection matches the object.
+        correctable: (n,) whether a localisation or confusion error becomes a match once it is
+            corrected: nothing matches its object, and no better-scored error of the two kinds
+            points to it.
         unseen: (m,) whether an object that counts has neither a match nor such an error.
     """
 
     kind: np.ndarray
     target: np.ndarray
     rank: np.ndarray
-    found: np.ndarray
-    mends: np.ndarray
+    matched: np.ndarray
+    correctable: np.ndarray
     unseen: np.ndarray
 
 
 def judge(objects: Objects, detections: Detections) -> Verdicts:
-    """Name the kind of every detection, and the objects that none of them finds."""
-    rank = _ranks(detections)
+    """The kind of every detection, and the objects that no detection matches."""
+    # Places in the order of `voc_eval`: numpy's default sort, class by class.
+    rank = np.zeros(len(detections.label), dtype=np.int64)
+    for rows in _groups(detections.label):
+        rank[rows[np.argsort(-detections.score[rows])]] = np.arange(len(rows))
+
+    # Kinds by overlap; whether a detection on its own class is the first on its object comes next.
     own_iou, own, other_iou, other = _nearest(objects, detections)
     conditions = [own_iou > MATCH_IOU, own_iou >= NEAR_IOU, other_iou > MATCH_IOU]
     conditions.append(other_iou >= NEAR_IOU)
     kinds = [_DUPLICATE, _LOCALISATION, _CONFUSION, _BOTH]
     kind = np.select(conditions, kinds, _BACKGROUND)
     target = np.select(conditions, [own, own, other, other], -1)
+
+    # The best-scored one on each object matches it; on difficult objects none counts.
     claims = np.flatnonzero(kind == _DUPLICATE)
     is_difficult = objects.difficult[target[claims]]
     kind[claims[is_difficult]] = _IGNORED
     claims = claims[~is_difficult]
     claims = claims[np.argsort(rank[claims], kind="stable")]  # those of an object: of one class
-    matched, first = np.unique(target[claims], return_index=True)
+    targets, first = np.unique(target[claims], return_index=True)
     kind[claims[first]] = _CORRECT
-    found = np.zeros(len(objects.label), dtype=bool)
-    found[matched] = True
-    mends = _best_pointers(objects, detections.score, kind, target, rank, found)
-    unseen = ~objects.difficult & ~found
-    unseen[target[mends]] = False
-    return Verdicts(kind, target, rank, found, mends, unseen)
+    matched = np.zeros(len(objects.label), dtype=bool)
+    matched[targets] = True
 
-
-def _ranks(detections: Detections) -> np.ndarray:
-    """Places in the order of `voc_eval`: numpy's default sort, class by class."""
-    rank = np.zeros(len(detections.label), dtype=np.int64)
-    for rows in _groups(detections.label):
-        rank[rows[np.argsort(-detections.score[rows])]] = np.arange(len(rows))
-    return rank
+    # Of the errors on an object without a match, the best-scored one could become the match.
+    rows = np.flatnonzero((kind == _LOCALISATION) | (kind == _CONFUSION))
+    rows = rows[~objects.difficult[target[rows]] & ~matched[target[rows]]]
+    rows = rows[np.lexsort((rank[rows], -detections.score[rows]))]
+    _, first = np.unique(target[rows], return_index=True)
+    correctable = np.zeros(len(kind), dtype=bool)
+    correctable[rows[first]] = True
+    unseen = ~objects.difficult & ~matched
+    unseen[target[correctable]] = False
+    return Verdicts(kind, target, rank, matched, correctable, unseen)
 
 
 def _groups(numbers: np.ndarray) -> list[np.ndarray]:
@@ -146,24 +153,6 @@ def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return shared / (areas[0][:, None] + areas[1][None, :] - shared)
 
 
-def _best_pointers(
-    objects: Objects,
-    score: np.ndarray,
-    kind: np.ndarray,
-    target: np.ndarray,
-    rank: np.ndarray,
-    found: np.ndarray,
-) -> np.ndarray:
-    """`Verdicts.mends`."""
-    rows = np.flatnonzero((kind == _LOCALISATION) | (kind == _CONFUSION))
-    rows = rows[~objects.difficult[target[rows]] & ~found[target[rows]]]
-    rows = rows[np.lexsort((rank[rows], -score[rows]))]
-    _, first = np.unique(target[rows], return_index=True)
-    best = np.zeros(len(kind), dtype=bool)
-    best[rows[first]] = True
-    return best
-
-
 def best_scored(
     objects: Objects, detections: Detections, verdicts: Verdicts, num_images: int
 ) -> np.ndarray:
@@ -189,9 +178,9 @@ def average_precisions(
     verdicts: Verdicts,
     num_classes: int,
     metric_year: int | None,
-    mended: str | None = None,
+    corrected: str | None = None,
 ) -> list[float | None]:
-    """AP50 of every class in percent, with one kind of error mended.
+    """AP50 of every class in percent, with one kind of error corrected.
 
     Args:
         objects: All of them.
@@ -199,7 +188,7 @@ def average_precisions(
         verdicts: What `judge` says.
         num_classes: How many.
         metric_year: 2007: 11 levels of recall; 2012: area; None: 101 levels.
-        mended: One of GAINS, None: nothing.
+        corrected: One of GAINS, None: nothing.
 
     Returns:
         None for a class without an object that counts.
@@ -207,28 +196,28 @@ def average_precisions(
     kind, label = verdicts.kind, detections.label.copy()
     hit, kept = kind == _CORRECT, kind != _IGNORED
     counted = ~objects.difficult
-    if mended in KINDS:
-        wrong = kind == KINDS.index(mended)
-        better = wrong & verdicts.mends
+    if corrected in KINDS:
+        wrong = kind == KINDS.index(corrected)
+        better = wrong & verdicts.correctable
         hit, kept = hit | better, kept & (~wrong | better)
         label[better] = objects.label[verdicts.target[better]]
-    elif mended == "all_false":
+    elif corrected == "all_false":
         kept = hit
-    left_out = {"missed": verdicts.unseen, "all_missed": counted & ~verdicts.found}
-    gone = left_out.get(mended or "", np.zeros(len(counted), dtype=bool))
-    found = []
+    left_out = {"missed": verdicts.unseen, "all_missed": counted & ~verdicts.matched}
+    gone = left_out.get(corrected or "", np.zeros(len(counted), dtype=bool))
+    values = []
     for number in range(num_classes):
         own = objects.label == number
         rows = np.flatnonzero(kept & (label == number))
         rows = rows[np.lexsort((verdicts.rank[rows], -detections.score[rows]))]
         num_left = int((own & counted & ~gone).sum())
         value = 100 * _average_precision(hit[rows], num_left, metric_year)
-        found.append(value if (own & counted).any() else None)
-    return found
+        values.append(value if (own & counted).any() else None)
+    return values
 
 
 def _average_precision(hits: np.ndarray, num_objects: int, metric_year: int | None) -> float:
-    """AP in 0..1 of detections in order, best score first; 0 where nothing is found."""
+    """AP in 0..1 of detections in order, best score first; 0 where nothing matches."""
     if not hits.any():
         return 0.0
     recall = np.cumsum(hits) / num_objects
@@ -261,8 +250,8 @@ def error_table(
     chosen = best_scored(objects, detections, verdicts, num_images)
     data = (objects, detections, verdicts)
     aps = {
-        mended: average_precisions(*data, len(classes), metric_year, mended)
-        for mended in (None, *GAINS)
+        corrected: average_precisions(*data, len(classes), metric_year, corrected)
+        for corrected in (None, *GAINS)
     }
     rows: dict[str, Any] = {}
     for number, name in enumerate(classes):
@@ -291,8 +280,8 @@ def _row(
     """Counts of a class: among the best-scored detections, and among all of them."""
     objects, _, verdicts = data
     own = own_objects & ~objects.difficult
-    found_early = np.zeros(len(own), dtype=bool)
-    found_early[verdicts.target[chosen & (verdicts.kind == _CORRECT)]] = True
+    matched_early = np.zeros(len(own), dtype=bool)
+    matched_early[verdicts.target[chosen & (verdicts.kind == _CORRECT)]] = True
     best, every = (
         np.bincount(verdicts.kind[rows], minlength=len(ALL_KINDS)).tolist()
         for rows in (own_detections & chosen, own_detections)
@@ -301,18 +290,18 @@ def _row(
         "num_objects": int(own.sum()),
         "best_scored": {
             **dict(zip(KINDS, best, strict=False)),
-            "missed": int((own & ~found_early).sum()),
+            "missed": int((own & ~matched_early).sum()),
         },
         "all": {
             **dict(zip(ALL_KINDS, every, strict=True)),
-            "missed": int((own & ~verdicts.found).sum()),
+            "missed": int((own & ~verdicts.matched).sum()),
             "unseen": int((own & verdicts.unseen).sum()),
         },
     }
 
 
 def _costs(aps: dict[str | None, list[float | None]]) -> dict[str, Any]:
-    """AP50 as it is, and the points gained by each mend: means over the classes that occur."""
+    """AP50, and the points gained by each correction: means over the classes that occur."""
     means = {key: [value for value in values if value is not None] for key, values in aps.items()}
     if not means[None]:
         return {"AP50": None, "AP50_gained": dict.fromkeys(GAINS)}

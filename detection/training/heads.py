@@ -1,8 +1,9 @@
 """The C4 head with a norm after res5, for bottleneck and for basic blocks.
 
 MoCo's detection protocol puts one more norm behind res5, because the pretrained stage was trained
-with its own statistics and feeds the box layers directly. Detectron2's stock head builds bottleneck
-blocks whatever the depth; with ResNet-18/34 weights it would load tensors into the wrong places.
+with its own statistics and its output goes to the box layers directly. Detectron2's stock head
+builds bottleneck blocks whatever the depth; with ResNet-18/34 weights it would load tensors into
+the wrong places.
 """
 
 import detection.compat  # noqa: F401  (before detectron2)

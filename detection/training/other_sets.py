@@ -59,7 +59,7 @@ def evaluate_on(
         seeds: Which ones; None: all that are finished.
         choice: Its format, test list and metric (default: the one of the training).
         overrides: Dotted key of the detector's config -> value; keys of TEST only.
-        trained: If given, the seeds must have been trained with these settings.
+        trained: If not None, the seeds must have been trained with these settings.
         num_threads: On the CPU; None: PyTorch's choice.
         overwrite: Whether a result that was made with another model or set is replaced.
 
@@ -144,12 +144,12 @@ def result_name(root: Path, split: str | None) -> str:
 
 
 def _finished_seeds(out: Path, seeds: Sequence[int] | None) -> list[Path]:
-    """Folders of the seeds that shall be evaluated, all of them finished."""
+    """Folders of the seeds to evaluate, all of them finished."""
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; --out must hold trained seeds (seed-0, ..)")
     if seeds is None:
-        found = [path for path in out.glob("seed-*") if (path / "result.json").is_file()]
-        folders = sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
+        finished = [path for path in out.glob("seed-*") if (path / "result.json").is_file()]
+        folders = sorted(finished, key=lambda path: int(path.name.removeprefix("seed-")))
     else:
         folders = [out / f"seed-{seed}" for seed in seeds]
     if not folders:

@@ -182,7 +182,7 @@ def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> b
     """Whether a seed's result is there and made with these settings.
 
     Raises:
-        UserError: If what is there was made with others and shall not be overwritten.
+        UserError: If what is there was made with other settings and `overwrite` is false.
     """
     record = folder / "run.json"
     if not record.is_file():

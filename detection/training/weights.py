@@ -109,7 +109,7 @@ class RunCheckpointer(DetectionCheckpointer):
 
 
 class WeightsCheckpointer(RunCheckpointer):
-    """Loads a converted backbone and refuses when any of its tensors finds no place."""
+    """Loads a converted backbone; a tensor that matches none of the detector's is an error."""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         num_given = len(checkpoint["model"])
@@ -118,8 +118,8 @@ class WeightsCheckpointer(RunCheckpointer):
         missing = sorted(needed & set(incompatible.missing_keys))
         unexpected = sorted(incompatible.unexpected_keys)
         wrong_shape = [
-            f"{name} {tuple(given)} instead of {tuple(own)}"
-            for name, given, own in incompatible.incorrect_shapes
+            f"{name} {tuple(shape)} instead of {tuple(own)}"
+            for name, shape, own in incompatible.incorrect_shapes
         ]
         if missing or unexpected or wrong_shape:
             loaded = len(needed) - len(missing) - len(wrong_shape)
@@ -187,7 +187,7 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
 
     Raises:
         UserError: If there is no card, the weights are not the ones it describes, or the config
-            would feed them other pixels or another architecture.
+            would use other pixels or another architecture.
     """
     path = weights.with_suffix(".json")
     if not weights.is_file():
@@ -217,9 +217,9 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
     if pixels["input_format"] != cfg.INPUT.FORMAT:
         faults.append(f"INPUT.FORMAT must be {pixels['input_format']!r}, not {cfg.INPUT.FORMAT!r}")
     for key, field in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
-        given = [float(value) for value in cfg.MODEL[key]]
-        if max(abs(a - b) for a, b in zip(given, pixels[field], strict=True)) > 0.01:
-            faults.append(f"MODEL.{key} must be {pixels[field]}, not {given}")
+        values = [float(value) for value in cfg.MODEL[key]]
+        if max(abs(a - b) for a, b in zip(values, pixels[field], strict=True)) > 0.01:
+            faults.append(f"MODEL.{key} must be {pixels[field]}, not {values}")
     if pixels["stride_in_1x1"] != cfg.MODEL.RESNETS.STRIDE_IN_1X1 and arch.depth >= 50:
         faults.append(
             f"MODEL.RESNETS.STRIDE_IN_1X1 must be {pixels['stride_in_1x1']}: the "
@@ -241,10 +241,10 @@ def _listed(title: str, names: list[str]) -> str:
 def write_weights(path: Path, state: dict[str, Tensor], counters: dict[str, int]) -> None:
     """Write tensors under Detectron2's plain names, atomically; same tensors, same bytes.
 
-    The norms' batch counters lie beside the model: a detector's frozen norms have no place for
-    them, and what finds no place is an error when weights are loaded.
+    The norms' batch counters lie beside the model: a detector's frozen norms have none,
+    and a tensor that matches nothing is an error when weights are loaded.
 
-    A `.pkl` carries numpy arrays and asks for name matching; Detectron2 takes one without
+    A `.pkl` carries numpy arrays and requests name matching; Detectron2 takes one without
     `__author__` for a Caffe2 file, and without `matching_heuristics` loads none of its weights.
     A `.pth` carries tensors only; the request goes behind its path (`?matching_heuristics=True`).
     """

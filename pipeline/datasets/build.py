@@ -68,10 +68,10 @@ def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None
     """Make a set in a folder of its own, which gets its name when it is complete.
 
     Args:
-        card: Its options tell whether `out` holds this very set.
+        card: Its options decide whether `out` holds this very set.
         out: Folder to make; while unfinished it is called `out`.partial.
         overwrite: Whether a set made with other options is replaced.
-        fill: Writes everything below the folder that it is given.
+        fill: Writes everything below a folder.
     Returns:
         False if the set was there already and was kept.
     Raises:
@@ -108,26 +108,28 @@ def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None
 
 
 def _is_finished(card: Card, out: Path, overwrite: bool) -> bool:
-    """Tell whether `out` holds this very set; refuse to touch anything else.
+    """Whether `out` holds this very set; refuse to touch anything else.
 
     Raises:
         UserError: If `out` is in the way.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    found = read_json_or_none(out / "dataset.json")
+    old = read_json_or_none(out / "dataset.json")
     require(
-        isinstance(found, dict) and found.get("format") == FORMAT,
+        isinstance(old, dict) and old.get("format") == FORMAT,
         f"{out}: is there and is no data set made by this tool; give another folder",
     )
-    assert found is not None
+    assert old is not None
     if overwrite:
         return False
-    there, asked = found.get("options", {}), card.options
-    if found.get("kind") == card.kind and there == asked:
+    there, requested = old.get("options", {}), card.options
+    if old.get("kind") == card.kind and there == requested:
         return True
-    names = sorted(name for name in {*there, *asked} if there.get(name) != asked.get(name))
-    differing = [f"{name}: {there.get(name)} there, {asked.get(name)} asked" for name in names[:4]]
+    names = sorted(name for name in {*there, *requested} if there.get(name) != requested.get(name))
+    differing = [
+        f"{name}: {there.get(name)} there, {requested.get(name)} requested" for name in names[:4]
+    ]
     raise UserError(
         f"{out}: holds a set made with other options ({', '.join(differing) or 'kind'}); "
         "give another folder, or --overwrite to replace it"
@@ -160,7 +162,7 @@ def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrit
         if needed > free:
             raise RunFailed(
                 f"{out.parent}: {free / 1e6:.0f} MB are free, the set may need "
-                f"{needed / 1e6:.0f} MB; free some space, give another folder, or ask for fewer "
+                f"{needed / 1e6:.0f} MB; free some space, give another folder, or make fewer "
                 "or smaller pictures"
             )
         make_folders(root / YEAR_FOLDER)

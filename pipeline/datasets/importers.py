@@ -112,9 +112,9 @@ def _open_folder(root: Path, labels: Labels) -> PictureSource:
         else:
             ignored[suffix or "(no suffix)"] += 1
     if not names:
-        found = [f"{count} {suffix}" for suffix, count in ignored.most_common(3)]
+        others = [f"{count} {suffix}" for suffix, count in ignored.most_common(3)]
         raise UserError(
-            f"{root}: holds no pictures (found {', '.join(found) or 'nothing at all'}); suffixes "
+            f"{root}: holds no pictures (found {', '.join(others) or 'nothing at all'}); suffixes "
             f"read: {' '.join(sorted(PICTURE_SUFFIXES))}"
         )
     tops = sorted({name.split("/")[0] for name in names if "/" in name})

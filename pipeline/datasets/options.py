@@ -1,4 +1,4 @@
-"""What all generated sets can be asked for."""
+"""Options of all generated sets."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -51,7 +51,7 @@ class SetOptions:
     quality: int = 92
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant.
+        """Refuse values that make no sense.
 
         Raises:
             UserError: Naming the option, its value and the remedy.

@@ -105,10 +105,10 @@ def _present(root: Path, packages: dict[str, str]) -> Library:
     scenes = {name: files for name, files in scenes.items() if files}
     if len(missing) > MAX_MISSING_SHARE * total:
         known = ", ".join(f"{p} {v}" for p, v in zip(PACKAGES, KNOWN_VERSIONS, strict=True))
-        found = ", ".join(f"{p} {v}" for p, v in packages.items())
+        versions = ", ".join(f"{p} {v}" for p, v in packages.items())
         raise UserError(
             f"{len(missing)} of {total} listed pictures, e.g. {missing[0]}, are not in the "
-            f"packages ({found}); use the versions of Debian 12 ({known}) with --packages-dir"
+            f"packages ({versions}); use the versions of Debian 12 ({known}) with --packages-dir"
         )
     return Library(root, cutouts, scenes, packages, missing)
 

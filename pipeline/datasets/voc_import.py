@@ -18,7 +18,9 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from common.annotations.canonical import list_file
-from common.annotations.formats.voc import VOC_CLASSES, list_names, read_split, year_folders
+from common.annotations.formats.voc import VOC_CLASSES
+from common.annotations.labelled_format import read_set
+from common.annotations.record import SetChoice
 from common.errors import UserError
 from common.pictures import BadPicture, decode_fast, read_header
 from pipeline.datasets.build import Card, make_set
@@ -45,13 +47,13 @@ _LICENCE = (
 )
 _NOTES = (
     "Objects marked difficult are trained on, as Detectron2 does; in the evaluation they are "
-    "neither missed nor wrongly found, as in the devkit."
+    "neither missed nor errors, as in the devkit."
 )
 
 
 @dataclass(frozen=True)
 class Request:
-    """What shall be imported.
+    """What is imported.
 
     Attributes:
         sources: Archives and folders.
@@ -80,7 +82,7 @@ class Request:
         }
 
     def accept_or_refuse(self, problem: str) -> None:
-        """What is not official ends the import, or is said loudly with --any-count."""
+        """What is not official ends the import, or is a warning with --any-count."""
         if not self.any_count:
             raise UserError(f"{problem}; or give --any-count, and compare with no published figure")
         _warn(problem)
@@ -120,51 +122,51 @@ def _fill(request: Request, card: Card, root: Path) -> None:
         take = _take_folder if source.is_dir() else _take_tar
         print(f"{source}: {', '.join(take(source, root))}")
 
-    # Every list: its annotations, pictures and numbers.
-    classes = request.classes or VOC_CLASSES
-    lists = _official_lists(root) if is_official else _own_lists(request, root)
+    # Every list: its annotations, pictures and numbers. The official ones are named as Detectron2
+    # does: voc_2007_test.
+    names = [*request.train_split.split("+"), request.test_split]
+    names = _official_lists(root) if is_official else names
+    classes, train_split = request.classes or VOC_CLASSES, "+".join(names[:-1])
+    data = read_set(root, SetChoice("voc", classes, train_split=train_split, test_split=names[-1]))
     counts = {}
-    for year, split in lists:
-        read = read_split(root / year, split, classes, tolerance_px=int(is_official)).pictures
-        _decode([str(picture.file) for picture in read], f"{year}/{split}", request.num_workers)
-        marks = [item.difficult for picture in read for item in picture.objects]
-        difficult = sum(marks)
-        counts[f"{year}/{split}"] = {
-            "pictures": len(read),
-            "objects": len(marks) - difficult,
-            "difficult": difficult,
+    for split in (*data.train, data.test):
+        place, files = f"{split.folder.name}/{split.name}", [str(x.file) for x in split.pictures]
+        _decode(files, place, request.num_workers)
+        marks = [item.difficult for picture in split.pictures for item in picture.objects]
+        counts[place] = {
+            "pictures": len(files),
+            "objects": len(marks) - sum(marks),
+            "difficult": sum(marks),
         }
-    for place, found in counts.items() if is_official else ():
+    for place, count in counts.items() if is_official else ():
         pictures, objects = OFFICIAL_COUNTS[place]
-        if found["pictures"] != pictures:
+        if count["pictures"] != pictures:
             request.accept_or_refuse(
-                f"{place} has {found['pictures']} pictures, the official list {pictures}: this is "
+                f"{place} has {count['pictures']} pictures, the official list {pictures}: this is "
                 f"a part or an altered copy. Unpack {OFFICIAL_NAMES} again"
             )
-        elif found["objects"] != objects:
+        elif count["objects"] != objects:
             _warn(
-                f"{place} has {found['objects']} objects that count, the challenge's page says "
+                f"{place} has {count['objects']} objects that count, the challenge's page says "
                 f"{objects}: the annotations may have been altered"
             )
     print(f"{'list':<20} {'pictures':>9} {'objects':>9} {'difficult':>9}")
-    for place, found in counts.items():
-        print(f"{place:<20}", *(f"{number:>9}" for number in found.values()))
+    for place, count in counts.items():
+        print(f"{place:<20}", *(f"{number:>9}" for number in count.values()))
 
-    # The official lists are named as Detectron2 does: voc_2007_test.
-    names = [
-        f"voc_{year.removeprefix('VOC')}_{split}" if is_official else split for year, split in lists
-    ]
     has_official_classes = tuple(classes) == VOC_CLASSES
     card.write(
         root,
         classes=list(classes),
         metric_year=2007 if has_official_classes else 2012,
-        splits=dict(zip(names, (found["pictures"] for found in counts.values()), strict=True)),
-        train_split="+".join(names[:-1]),
+        splits=dict(zip(names, (count["pictures"] for count in counts.values()), strict=True)),
+        train_split=train_split,
         test_split=names[-1],
         objects=counts,
         official_counts=has_official_classes
-        and all(OFFICIAL_COUNTS[place][0] == n["pictures"] for place, n in counts.items()),
+        and all(
+            OFFICIAL_COUNTS.get(place, (0,))[0] == n["pictures"] for place, n in counts.items()
+        ),
         pool=0,
         probe={"train": 0, "val": 0},
     )
@@ -177,32 +179,16 @@ def _warn(text: str) -> None:
 # -- lists, annotations, pictures -----------------------------------------------------------------
 
 
-def _own_lists(request: Request, devkit: Path) -> list[tuple[str, str]]:
-    """(folder, list) of the training list and of the test list of a set of one's own."""
-    found = []
-    for split in (request.train_split, request.test_split):
-        years = [year.name for year in year_folders(devkit) if list_file(year, split).is_file()]
-        if len(years) != 1:
-            names = sorted(
-                f"{year.name}/{name}" for year in year_folders(devkit) for name in list_names(year)
-            )
-            problem = f"is in {' and '.join(years)}" if years else "is not there"
-            raise UserError(
-                f"list {split!r} {problem}; lists in the sources: "
-                f"{', '.join(names[:20]) or 'none'}; choose with --train-split and --test-split"
-            )
-        found.append((years[0], split))
-    return found
-
-
-def _official_lists(devkit: Path) -> list[tuple[str, str]]:
-    """What is there of PASCAL's lists: at least one to train on, and the test, which is last."""
-    keys = [(place.split("/")[0], place.split("/")[1]) for place in OFFICIAL_COUNTS]
-    there = [key for key in keys if list_file(devkit / key[0], key[1]).is_file()]
-    test = ("VOC2007", "test")
-    train = sorted(key for key in there if key != test)
-    if test not in there or not train:
-        have = ", ".join("/".join(key) for key in there) or "none of the lists"
+def _official_lists(devkit: Path) -> list[str]:
+    """Those of PASCAL's lists that are there: at least one to train on, and the test, the last."""
+    there = [
+        place
+        for place in OFFICIAL_COUNTS
+        if list_file(devkit / place.split("/")[0], place.split("/")[1]).is_file()
+    ]
+    train = sorted(place for place in there if place != "VOC2007/test")
+    if "VOC2007/test" not in there or not train:
+        have = ", ".join(there) or "none of the lists"
         need = "VOC2007/test" if train else "VOC2007/trainval or VOC2012/trainval"
         raise UserError(
             f"the sources hold {have}, but {need} is needed too; give all of {OFFICIAL_NAMES}, "
@@ -210,7 +196,7 @@ def _official_lists(devkit: Path) -> list[tuple[str, str]]:
             "VOC2012's own train and val: no import, but tools/train_voc.sh --data FOLDER "
             "--train-split voc_2012_train --test-split voc_2012_val"
         )
-    return [*train, test]
+    return [f"voc_{place[3:].replace('/', '_')}" for place in (*train, "VOC2007/test")]
 
 
 def _decode(files: Sequence[str], place: str, num_workers: int) -> None:
@@ -262,7 +248,7 @@ def _take_tar(source: Path, devkit: Path) -> list[str]:
         source: The archive; its VOC folders may lie at any depth.
         devkit: Files go to devkit/VOC2007/JPEGImages and so on.
     Returns:
-        Names of the VOC folders that were found.
+        Names of the VOC folders in it.
     Raises:
         UserError: If the archive is damaged, unsafe or holds no VOC set, or a file that differs
             from one of the same name that is there already.

@@ -1,4 +1,4 @@
-"""Each mend is needed where it acts, does nothing elsewhere, and the guards hold."""
+"""Each patch is needed where it acts, does nothing elsewhere, and the guards hold."""
 
 import importlib.util
 import pickle
@@ -17,7 +17,7 @@ from detection import compat
 
 @pytest.fixture
 def fake_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that the mends take for the installed package."""
+    """A folder that the patches take for the installed package."""
     monkeypatch.setattr(compat, "require_detectron2", lambda: tmp_path)
     return tmp_path
 
@@ -28,10 +28,10 @@ def write(folder: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def test_mends_are_installed_once_and_named() -> None:
-    assert "safe-pickle" in compat.install_mends()
-    assert compat.install_mends() == compat.install_mends()
-    assert all(mend.__doc__ for mend in compat.MENDS.values())
+def test_patches_are_installed_once_and_named() -> None:
+    assert "safe-pickle" in compat.install_patches()
+    assert compat.install_patches() == compat.install_patches()
+    assert all(patch.__doc__ for patch in compat.PATCHES.values())
 
 
 def test_missing_detectron2_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,15 +50,15 @@ def test_pillow_linear_is_mended_only_for_old_sources(
     fake_detectron2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Image, "LINEAR", raising=False)
-    assert not compat.mend_pillow_linear()  # no such file
+    assert not compat.patch_pillow_linear()  # no such file
     write(fake_detectron2, "data/transforms/transform.py", "x = Image.BILINEAR")
-    assert not compat.mend_pillow_linear()
+    assert not compat.patch_pillow_linear()
     assert not hasattr(Image, "LINEAR")
     write(fake_detectron2, "data/transforms/transform.py", "x = Image.LINEAR")
     monkeypatch.setattr(Image, "LINEAR", None, raising=False)
-    assert not compat.mend_pillow_linear()  # an old Pillow still has it
+    assert not compat.patch_pillow_linear()  # an old Pillow still has it
     monkeypatch.delattr(Image, "LINEAR")
-    assert compat.mend_pillow_linear()
+    assert compat.patch_pillow_linear()
     assert getattr(Image, "LINEAR", None) == Image.Resampling.BILINEAR
     monkeypatch.delattr(Image, "LINEAR")
 
@@ -67,11 +67,11 @@ def test_numpy_aliases_are_mended_only_for_old_sources(
     fake_detectron2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(fake_detectron2, "data/datasets/pascal_voc.py", "np.loadtxt(f, dtype=str)")
-    assert not compat.mend_numpy_aliases()
+    assert not compat.patch_numpy_aliases()
     write(fake_detectron2, "data/datasets/pascal_voc.py", "np.loadtxt(f, dtype=np.str)")
-    assert compat.mend_numpy_aliases()
+    assert compat.patch_numpy_aliases()
     assert getattr(np, "str", None) is str
-    assert not compat.mend_numpy_aliases()
+    assert not compat.patch_numpy_aliases()
     monkeypatch.delattr(np, "str")
 
 
@@ -114,12 +114,12 @@ def test_unknown_checkpointer_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.delattr(detection_checkpoint, "pickle")
     with pytest.raises(UserError, match="does not know"):
-        compat.mend_safe_pickle()
+        compat.patch_safe_pickle()
 
 
 def test_unmended_checkpointer_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     from detectron2.checkpoint import detection_checkpoint
 
     monkeypatch.setattr(detection_checkpoint, "pickle", pickle)
-    assert compat.mend_safe_pickle()
+    assert compat.patch_safe_pickle()
     assert detection_checkpoint.__dict__["pickle"].load is checkpoints.load

@@ -127,7 +127,7 @@ def test_other_options_are_refused_unless_told(made: Path, tmp_path: Path, capsy
     shutil.copytree(made, copy)
     assert run("procedural", copy, *SIZES, "--seed", 5) == 2
     message = capsys.readouterr().err
-    assert "seed: 0 there, 5 asked" in message
+    assert "seed: 0 there, 5 requested" in message
     assert "--overwrite" in message
     assert tree(copy) == tree(made)
     assert run("procedural", copy, *SIZES, "--seed", 5, "--overwrite") == 0

@@ -264,7 +264,7 @@ def read_picture(
         folder: VOC2007 or the like.
         image_id: Name without suffix.
         classes: Names that may occur; None: any.
-        tolerance_px: How far a box may reach beyond its picture. 1 is meant for the official sets:
+        tolerance_px: How far a box may reach beyond its picture. 1 is for the official sets:
             a few of their boxes do.
 
     Raises:

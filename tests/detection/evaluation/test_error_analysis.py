@@ -83,7 +83,7 @@ class Reference:
         self.matched: set[int] = set()
         for row in self.order:
             self.kind[row.number], self.object[row.number] = self._judge(row)
-        self.mends = self._pointers()
+        self.correctable = self._pointers()
 
     def _best(self, row: One, *, own_class: bool) -> tuple[float, int]:
         best = (0.0, -1)
@@ -111,7 +111,7 @@ class Reference:
         return ("both", number) if iou >= 0.1 else ("background", -1)
 
     def _pointers(self) -> set[int]:
-        """Detections that would match if they were mended: the best-scored one for each object."""
+        """Detections that would match if corrected: the best-scored one for each object."""
         best: dict[int, One] = {}
         place = {row.number: i for i, row in enumerate(self.order)}
         first = {row.number: place[row.number] - min(
@@ -139,7 +139,7 @@ class Reference:
     def unseen(self) -> set[int]:
         return self.counted() - self.matched - self.aimed_at
 
-    def ap(self, label: int, mended: str | None, year: int | None) -> float | None:
+    def ap(self, label: int, corrected: str | None, year: int | None) -> float | None:
         """AP50 in percent, the list of hits built detection by detection."""
         if not self.counted(label):
             return None
@@ -147,19 +147,19 @@ class Reference:
         for row in self.order:
             kind, says = self.kind[row.number], row.label
             hit = kind == "correct"
-            if kind == "ignored" or (mended == "all_false" and not hit):
+            if kind == "ignored" or (corrected == "all_false" and not hit):
                 continue
-            if kind == mended:
-                if row.number not in self.mends:
+            if kind == corrected:
+                if row.number not in self.correctable:
                     continue
                 hit, says = True, self.data.truth[self.object[row.number]].label
             if says == label:
                 rows.append((row.score, hit))
         rows.sort(key=lambda row: -row[0])  # stable
         num_objects = len(self.counted(label))
-        if mended == "missed":
+        if corrected == "missed":
             num_objects -= len(self.unseen() & self.counted(label))
-        if mended == "all_missed":
+        if corrected == "all_missed":
             num_objects = len(self.matched & self.counted(label))
         return 100 * area([hit for _, hit in rows], num_objects, year)
 
@@ -206,8 +206,8 @@ def test_table_equals_a_reference_written_from_the_definitions(year: int | None)
         kinds = [ALL_KINDS[kind] for kind in verdicts.kind]
         assert kinds == [reference.kind[number] for number in range(len(kinds))], seed
         seen.update(kinds)
-        assert set(np.flatnonzero(verdicts.found).tolist()) == reference.matched
-        assert set(np.flatnonzero(verdicts.mends).tolist()) == reference.mends
+        assert set(np.flatnonzero(verdicts.matched).tolist()) == reference.matched
+        assert set(np.flatnonzero(verdicts.correctable).tolist()) == reference.correctable
         assert set(np.flatnonzero(verdicts.unseen).tolist()) == reference.unseen()
         names = [f"class{label}" for label in range(data.num_classes)]
         table = error_table(objects, found, verdicts, names, data.num_images, year)
@@ -215,18 +215,18 @@ def test_table_equals_a_reference_written_from_the_definitions(year: int | None)
             row = table["classes"][name]
             before = reference.ap(label, None, year)
             assert row["AP50"] == pytest.approx(before, abs=1e-9)
-            for mended in GAINS:
-                after = reference.ap(label, mended, year)
+            for corrected in GAINS:
+                after = reference.ap(label, corrected, year)
                 expected = None if after is None or before is None else after - before
-                assert row["AP50_gained"][mended] == pytest.approx(expected, abs=1e-9), mended
-                gained[mended] += bool(expected and abs(expected) > 1)
+                assert row["AP50_gained"][corrected] == pytest.approx(expected, abs=1e-9), corrected
+                gained[corrected] += bool(expected and abs(expected) > 1)
         rows = [row for row in table["classes"].values() if row["AP50"] is not None]
         if rows:
-            for mended in GAINS:
-                mean = np.mean([row["AP50_gained"][mended] for row in rows])
-                assert table["AP50_gained"][mended] == pytest.approx(mean, abs=1e-9)
+            for corrected in GAINS:
+                mean = np.mean([row["AP50_gained"][corrected] for row in rows])
+                assert table["AP50_gained"][corrected] == pytest.approx(mean, abs=1e-9)
     assert min(seen[kind] for kind in ALL_KINDS) > 20  # the sets hold every kind,
-    assert min(gained[kind] for kind in GAINS) > 10  # and every mend changes AP
+    assert min(gained[kind] for kind in GAINS) > 10  # and every correction changes AP
 
 
 @pytest.mark.parity

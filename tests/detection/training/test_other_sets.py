@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from common.annotations.record import read_class_names
 from detection.training.other_sets import result_name
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
 from tools.train_voc import main
@@ -176,6 +175,3 @@ def test_wrong_places_are_explained(
 def test_names(tmp_path: Path) -> None:
     assert result_name(tmp_path / "my scenes", None) == "my_scenes"
     assert result_name(tmp_path / "real", "voc_2012_val") == "real-voc_2012_val"
-    (tmp_path / "names.txt").write_text("cat\n\n traffic light \n")
-    assert read_class_names(str(tmp_path / "names.txt")) == ["cat", "traffic light"]
-    assert read_class_names("a, b") == ["a", "b"]

@@ -182,14 +182,25 @@ def test_counts_that_are_not_official_are_refused_or_said_loudly(
     assert "has 4 objects that count, the challenge's page says 5" in capsys.readouterr().err
 
 
-def test_set_of_ones_own_needs_one_option(tmp_path: Path, capsys) -> None:
-    names = ["bolt", "traffic light"]
+def own_set(root: Path, names: list[str]) -> Path:
     files = {
         name.replace("VOCdevkit/VOC2007/", ""): content
         for split, ids in (("train", range(5)), ("test", range(5, 9)))
         for name, content in official_files("2007", split, ids, names).items()
     }
-    source, out = write_folder(tmp_path / "mine", files), tmp_path / "out"
+    return write_folder(root, files)
+
+
+def test_own_lists_of_pascals_classes_are_not_official(tmp_path: Path) -> None:
+    source, classes = own_set(tmp_path / "mine", list(VOC_CLASSES)), ",".join(VOC_CLASSES)
+    assert run(tmp_path / "out", source, "--classes", classes) == 0
+    card = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert (card["official_counts"], card["splits"]) == (False, {"train": 5, "test": 4})
+
+
+def test_set_of_ones_own_needs_one_option(tmp_path: Path, capsys) -> None:
+    names = ["bolt", "traffic light"]
+    source, out = own_set(tmp_path / "mine", names), tmp_path / "out"
     assert run(out, source) == 2
     message = "the sources hold VOC2007/test, but VOC2007/trainval or VOC2012/trainval is needed"
     assert message in capsys.readouterr().err
@@ -203,7 +214,7 @@ def test_set_of_ones_own_needs_one_option(tmp_path: Path, capsys) -> None:
     assert (list(voc.classes), voc.metric_year, voc.num_train) == (names, 2012, 5)
     other = tmp_path / "other"
     assert run(other, source, "--classes", "bolt,traffic light", "--test-split", "val") == 2
-    message = "list 'val' is not there; lists in the sources: VOC2007/aeroplane_test"
+    message = "val.txt: no such list; lists there: VOC2007/aeroplane_test"
     assert message in capsys.readouterr().err
     # Detection takes it as it is, too.
     assert read_set(source, SetChoice(classes=tuple(names))).num_train == 5
