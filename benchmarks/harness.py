@@ -30,17 +30,17 @@ from common.pictures import BadPicture, decode
 from common.provenance import versions
 from common.resnet import Arch
 from pretrain.config import HeadConfig
-from pretrain.data.augment import PRESETS
 from pretrain.data.loader import TwoViewDataset
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.engine.device import choose_device
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 _SPECTRUM = ((4, 45), (8, 35), (16, 25), (32, 18), (64, 12), (128, 9), (250, 6))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-VIEWS = PRESETS["asymmetric"]  # BYOL's
+VIEWS = AugmentationPolicy.of("asymmetric").views  # BYOL's
 SEED = 0
 ROOT = Path(__file__).resolve().parents[1]
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -355,11 +355,7 @@ def open_as_shards(
 
 def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> TwoViewDataset:
     """BYOL's two views; photometric changes in the loader on uint8, or none yet."""
-    scales = (VIEWS[0].crop_scale, VIEWS[1].crop_scale)
-    return TwoViewDataset(
-        index, image_size=size, crop_scales=scales, seed=SEED,
-        photometric=VIEWS if in_workers else None,
-    )  # fmt: skip
+    return TwoViewDataset(index, image_size=size, views=VIEWS, seed=SEED, with_colours=in_workers)
 
 
 # -- peers ----------------------------------------------------------------------------------------

@@ -106,7 +106,8 @@ def finish(batch: TwoViewBatch) -> list[torch.Tensor]:
         augment(
             view,
             draw_parameters(
-                VIEWS[n], batch.sample_hashes, batch.repeats, seed=SEED, view_index=n
+                VIEWS[n], batch.sample_hashes.numpy(), batch.repeats.numpy(), seed=SEED,
+                view_index=n,
             ),
             MEAN, STD,
         )

@@ -15,15 +15,13 @@ from common.config import read_settings
 from common.errors import UserError, require
 from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.data.order import LastBatch
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.remote import Patience
 
 ObjectiveName = Literal["simclr", "infonce", "moco", "byol", "simsiam", "swav"]
 FA_PARTNER_LINKS = ("mixup", "cutmix", "extrapolate")
 FA_LINKS = ("none", "identity", "nn", "mask", "noise", *FA_PARTNER_LINKS)
-AugmentationName = Literal[
-    "none", "symmetric_weak", "symmetric_strong", "asymmetric", "asymmetric_strong"
-]
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ class DataConfig:
     shards: dict[str, float] | list[str] | str | None = None  # one set; several; {set: weight}
     image_size: int = 224  # side of a view, pixels
     batch_size: int = 256  # global: over all processes
-    augmentation: AugmentationName = "asymmetric"
+    augmentation: AugmentationPolicy = field(default_factory=AugmentationPolicy)
     cache_dir: str | None = None  # of remote shards; null: $XDG_CACHE_HOME/fa-shards
     cache_gb: float = 64.0  # bound of that folder, 10^9 bytes
     read_retries: int = 5  # further tries of a failed read from a server

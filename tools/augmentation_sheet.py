@@ -16,25 +16,37 @@ from PIL import Image, ImageDraw, ImageOps
 
 from common.errors import UserError, require, run_command
 from common.pictures import BadPicture, decode
-from pretrain.data import augment_uint8
-from pretrain.data.augment import augment, blur_kernel_size
+from pretrain.data.augment import Drawn, augment
+from pretrain.data.augmentations.blur import Blur, blur_kernel_size
+from pretrain.data.augmentations.grey import Grey
+from pretrain.data.augmentations.jitter import Jitter
+from pretrain.data.augmentations.operation import Operation
+from pretrain.data.augmentations.solarize import Solarize
 
 _EXAMPLE = """example:
   .venv/bin/python tools/augmentation_sheet.py photo.jpg docs/images/augmentation.jpg --size 128
 """
-_NEUTRAL = dict.fromkeys(("brightness", "contrast", "saturation"), 1.0) | dict.fromkeys(
-    ("hue", "jitter_order", "gray", "blur_sigma", "solarize"), 0.0
-)
-_JITTER = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.4, "hue": 0.1}
-ROWS: dict[str, dict[str, float]] = {
-    "brightness 1.4": {"brightness": 1.4},
-    "contrast 0.6": {"contrast": 0.6},
-    "saturation 1.8": {"saturation": 1.8},
-    "hue 0.1": {"hue": 0.1},
-    "grey": {"gray": 1.0},
-    "blur, sigma 2": {"blur_sigma": 2.0},
-    "solarise": {"solarize": 1.0},
-    "jitter, blur, solarise": _JITTER | {"blur_sigma": 1.0, "solarize": 1.0},
+_NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, "order": 0.0}
+Row = list[tuple[Operation, dict[str, float]]]  # operations in their order, with parameters
+
+
+def _jitter(**values: float) -> Row:
+    return [(Jitter(), _NEUTRAL | values)]
+
+
+ROWS: dict[str, Row] = {
+    "brightness 1.4": _jitter(brightness=1.4),
+    "contrast 0.6": _jitter(contrast=0.6),
+    "saturation 1.8": _jitter(saturation=1.8),
+    "hue 0.1": _jitter(hue=0.1),
+    "grey": [(Grey(), {"is_grey": 1.0})],
+    "blur, sigma 2": [(Blur(), {"sigma": 2.0})],
+    "solarise": [(Solarize(), {"is_solarized": 1.0})],
+    "jitter, blur, solarise": [
+        *_jitter(brightness=1.3, contrast=0.7, saturation=1.4, hue=0.1),
+        (Blur(), {"sigma": 1.0}),
+        (Solarize(), {"is_solarized": 1.0}),
+    ],
 }
 COLUMNS = ("torchvision on Pillow", "uint8", "float", "uint8 - Pillow, x 16", "uint8 - float, x 16")
 _GAIN = 16
@@ -42,40 +54,47 @@ _GAP = 4  # pixels between pictures
 _LABELS, _HEAD = 150, 24  # pixels for the names of rows and of columns
 
 
-def in_pillow(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
-    """The operations of `values`, in their order, by torchvision on a Pillow picture."""
+def in_pillow(image: np.ndarray, row: Row) -> np.ndarray:
+    """The operations of a row by torchvision on a Pillow picture."""
     picture = Image.fromarray(image)
     kernel = [blur_kernel_size(len(image))] * 2
-    operations = {
+    functions = {
         "brightness": reference.adjust_brightness,
         "contrast": reference.adjust_contrast,
         "saturation": reference.adjust_saturation,
         "hue": reference.adjust_hue,
-        "gray": lambda x, _: reference.rgb_to_grayscale(x, 3),
-        "blur_sigma": lambda x, sigma: reference.gaussian_blur(x, kernel, [sigma, sigma]),
-        "solarize": lambda x, _: reference.solarize(x, 128),
+        "is_grey": lambda x, _: reference.rgb_to_grayscale(x, 3),
+        "sigma": lambda x, sigma: reference.gaussian_blur(x, kernel, [sigma, sigma]),
+        "is_solarized": lambda x, _: reference.solarize(x, 128),
     }
-    for name, value in values.items():
-        picture = operations[name](picture, value)
+    for _, parameters in row:
+        for name, value in parameters.items():
+            if value != _NEUTRAL.get(name):
+                picture = functions[name](picture, value)
     return np.asarray(picture).astype(np.float32)
 
 
-def parameters(values: dict[str, float]) -> dict[str, torch.Tensor]:
-    """The parameters of a batch of one picture; what is not given changes nothing."""
-    return {name: torch.tensor([value]) for name, value in (_NEUTRAL | values).items()}
+def _drawn(row: Row) -> Drawn:
+    """The parameters of a batch of one picture."""
+    return [
+        (operation, {name: np.array([value], np.float32) for name, value in parameters.items()})
+        for operation, parameters in row
+    ]
 
 
-def in_uint8(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
-    """The same by `pretrain.data.augment_uint8`."""
+def in_uint8(image: np.ndarray, row: Row) -> np.ndarray:
+    """The same as the loader's workers do it."""
     out = image.copy()
-    augment_uint8.apply(out, augment_uint8.changes_of(parameters(values), len(image))[0])
+    for operation, parameters in _drawn(row):
+        for step in operation.picture_steps(parameters, len(image))[0]:
+            step(out)
     return out.astype(np.float32)
 
 
-def in_float(image: np.ndarray, values: dict[str, float]) -> np.ndarray:
-    """The same by `pretrain.data.augment`, in levels of 255."""
+def in_float(image: np.ndarray, row: Row) -> np.ndarray:
+    """The same as a device does it, in levels of 255."""
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-    out = augment(batch, parameters(values), (0.0,) * 3, (1.0,) * 3)
+    out = augment(batch, _drawn(row), (0.0,) * 3, (1.0,) * 3)
     return out[0].permute(1, 2, 0).numpy() * 255
 
 
@@ -93,10 +112,10 @@ def sheet(image: np.ndarray) -> tuple[Image.Image, list[str]]:
     for number, name in enumerate(COLUMNS):
         draw.text((_LABELS + number * step, 8), name, fill="black")
     lines = []
-    for number, (name, values) in enumerate(ROWS.items()):
+    for number, (name, row) in enumerate(ROWS.items()):
         top = _HEAD + number * step
         draw.text((4, top + len(image) // 2), name, fill="black")
-        pillow, ours, exact = (f(image, values) for f in (in_pillow, in_uint8, in_float))
+        pillow, ours, exact = (f(image, row) for f in (in_pillow, in_uint8, in_float))
         differences = [np.abs(ours - other) for other in (pillow, exact)]
         tiles = [pillow, ours, exact, *(_GAIN * difference for difference in differences)]
         for column, tile in enumerate(tiles):

@@ -6,9 +6,10 @@ torchvision's RandomResizedCrop.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,10 +18,10 @@ from torch.nn import functional
 
 from common.errors import require
 from common.pictures import BadPicture, decode_fast, read_header
-from pretrain.data import augment_uint8
-from pretrain.data.augment import ViewAugment, draw_parameters, stream_bases, uniforms
+from pretrain.data.augment import draw_parameters
+from pretrain.data.policy import ViewPolicy
+from pretrain.data.random_numbers import draw_uniforms
 
-RATIO = (3 / 4, 4 / 3)  # aspect ratios of random resized crops, as in torchvision
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
 _ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 _NO_BLUR = 1.55  # shrinking by less: bilinear alone, nearly as close to an antialiased resize
@@ -51,31 +52,26 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewWriter:
-    """Random resized crops of each picture, two as a rule; photometric changes too, if asked.
+    """Random resized crops of each picture, with or without the photometric changes.
 
     Attributes:
         image_size: Side of a view in pixels.
-        crop_scales: For each view, the range of the crop's area as a share of the picture's. One
-            range: one view, for linear evaluation.
+        views: Policy of each view: two for pretraining, one for linear evaluation.
         seed: Seed of the run.
-        flip_probability: Probability of a horizontal flip.
-        photometric: For each view, the changes done here, on uint8; None leaves them to the device.
+        with_colours: Whether the photometric changes are made here, on uint8; otherwise they are
+            left to the device.
     Raises:
-        UserError: If a size or a range is impossible.
+        UserError: If the size is impossible.
     """
 
     image_size: int
-    crop_scales: tuple[tuple[float, float], ...]
+    views: tuple[ViewPolicy, ...]
     seed: int
-    flip_probability: float = 0.5
-    photometric: tuple[ViewAugment, ViewAugment] | None = None
+    with_colours: bool = False
 
     def __post_init__(self) -> None:
         size = self.image_size
         require(size >= 1, f"image size {size}: must be at least 1 pixel")
-        for low, high in self.crop_scales:
-            is_range = 0 < low <= high <= 1
-            require(is_range, f"crop scale ({low}, {high}): must satisfy 0 < low <= high <= 1")
 
     def write(self, samples: Sequence[Sample], out: np.ndarray) -> dict[int, str]:
         """Decode samples once each and write their views.
@@ -107,14 +103,15 @@ class ViewWriter:
             np.int64
         )
         repeats = np.array([samples[row].repeat for row in rows], np.int64)
-        crops = draw_crops(
-            np.array(sizes, np.int64), sample_hashes, repeats, seed=self.seed,
-            scales=dict(enumerate(self.crop_scales)), flip_probability=self.flip_probability,
-        )  # fmt: skip
-        changes: list[list[augment_uint8.Changes]] = []
-        for number, view in enumerate(self.photometric or ()):
-            drawn = draw_parameters(view, sample_hashes, repeats, seed=self.seed, view_index=number)
-            changes.append(augment_uint8.changes_of(drawn, self.image_size))
+        shapes = np.array(sizes, np.int64)
+        crops, changes = [], []
+        for number, view in enumerate(self.views):
+            of_view: dict[str, Any] = {"seed": self.seed, "view_index": number}
+            crops.append(draw_crops(view, shapes, sample_hashes, repeats, **of_view))
+            if self.with_colours:
+                drawn = draw_parameters(view, sample_hashes, repeats, **of_view)
+                steps = [operation.picture_steps(p, self.image_size) for operation, p in drawn]
+                changes.append([[*chain(*(own[k] for own in steps))] for k in range(len(rows))])
         sides = np.min([view.boxes[:, 2:] for view in crops], axis=(0, 2))
         reductions = reductions_for(sides, self.image_size).tolist()
         bottoms = np.max([view.boxes[:, 0] + view.boxes[:, 2] for view in crops], axis=0).tolist()
@@ -137,8 +134,8 @@ class ViewWriter:
                     image, box, self.image_size, is_flipped=is_flipped, reduction=reduction,
                     out=target,
                 )  # fmt: skip
-                if changes:
-                    augment_uint8.apply(target, changes[view][k])
+                for change in changes[view][k] if changes else ():
+                    change(target)
         return failed
 
 
@@ -156,54 +153,45 @@ class Crops:
 
 
 def draw_crops(
+    view: ViewPolicy,
     sizes: np.ndarray,
     sample_hashes: np.ndarray,
     repeats: np.ndarray | int,
     *,
     seed: int,
-    scales: Mapping[int, tuple[float, float]],
-    ratio: tuple[float, float] = RATIO,
-    flip_probability: float = 0.5,
-) -> list[Crops]:
-    """Crops of each view of each picture: a function of (seed, repeat, hash, view) and its size.
+    view_index: int,
+) -> Crops:
+    """Crops of one view of each picture: a function of (seed, repeat, hash, view) and its size.
 
     Args:
+        view: The policy.
         sizes: int64 [n, 2], height and width in pixels.
         sample_hashes: int64 [n], the samples' hashed names.
         repeats: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
-        scales: For each view by its number, the range of the crop's area as a share of the
-            picture's.
-        ratio: Range of the crop's width / height, drawn uniformly in its logarithm.
-        flip_probability: Probability of a horizontal flip.
-    Returns:
-        One for each view, in the order of `scales`.
+        view_index: 0 or 1.
     """
-    num, num_views = len(sample_hashes), len(scales)
-    repeats = np.asarray(repeats)
-    bases = [stream_bases("crop", repeats, seed=seed, view_index=view) for view in scales]
-    base = np.concatenate([np.broadcast_to(part, num) for part in bases])
-    sample_hashes, sizes = (
-        np.tile(sample_hashes, num_views),
-        np.tile(sizes, (num_views, 1)),
-    )  # views one by one
-    low, high = np.repeat(np.array([*scales.values()]).T, num, axis=1)
-    draws = uniforms(sample_hashes, base, 1 + 4)
-    boxes, fits = boxes_from_draws(draws[1:], sizes, (low, high), ratio)
+    scale, ratio = view.crop.scale, view.crop.ratio
+
+    def draws(rows: slice | np.ndarray, num: int) -> np.ndarray:
+        own = repeats[rows] if isinstance(repeats, np.ndarray) else repeats
+        return draw_uniforms(
+            "crop", sample_hashes[rows], own, num, seed=seed, view_index=view_index
+        )
+
+    flip, *first = draws(slice(None), 1 + 4)
+    boxes, fits = boxes_from_draws(np.array(first), sizes, scale, ratio)
     again = np.flatnonzero(~fits)  # the other attempts are drawn for these rows alone
     if len(again):
-        more = uniforms(sample_hashes[again], base[again], 1 + 4 * _ATTEMPTS)
-        scale = (low[again], high[again])
+        more = draws(again, 1 + 4 * _ATTEMPTS)
         boxes[again], _ = boxes_from_draws(more[1:], sizes[again], scale, ratio)
-    flips = draws[0] < flip_probability
-    views = [slice(view * num, (view + 1) * num) for view in range(num_views)]
-    return [Crops(boxes[rows], flips[rows]) for rows in views]
+    return Crops(boxes, flip < view.flip.probability)
 
 
 def boxes_from_draws(
     draws: np.ndarray,
     sizes: np.ndarray,
-    scale: tuple[float | np.ndarray, float | np.ndarray],
+    scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes as torchvision's RandomResizedCrop draws them: some attempts, then a central box.
@@ -211,7 +199,7 @@ def boxes_from_draws(
     Args:
         draws: float64 [4 * attempts, n] in [0, 1): of each attempt area, ratio, top and left.
         sizes: int64 [n, 2], height and width in pixels.
-        scale: Range of the area, as a share of the picture's; for all, or float64 [n] each.
+        scale: Range of the area, as a share of the picture's.
         ratio: Range of width / height.
     Returns:
         int64 [n, 4], top, left, height, width, inside the picture; and bool [n], False where no

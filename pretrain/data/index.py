@@ -19,7 +19,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json_or_none, sha256_of, write_atomically, write_json
-from pretrain.data.order import stable_hash
+from pretrain.data.random_numbers import stable_hash
 
 FORMAT = "fa-shards-1"
 SAMPLE_DTYPE = np.dtype(

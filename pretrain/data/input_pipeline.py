@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
-from pretrain.data.augment import PRESETS, augment, draw_parameters, normalize
+from pretrain.data.augment import augment, draw_parameters, normalize
 from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
 from pretrain.data.shards import open_samples
 from pretrain.data.streaming.loader import StreamingLoader
@@ -75,7 +75,6 @@ class InputPipeline:
             )
         self._data, self._seed, self._device = data, seed, device
         self._channels_last = channels_last
-        self._presets = PRESETS[data.augmentation]
         self._bad_path = folder / BAD_SAMPLES
         self.samples = None if data.streaming else open_samples(data.shards, data.cache)
         self._loader = self._make_loader(data.num_workers)
@@ -90,9 +89,9 @@ class InputPipeline:
         data = self._data
         views: dict[str, Any] = {
             "image_size": data.image_size,
-            "crop_scales": (self._presets[0].crop_scale, self._presets[1].crop_scale),
+            "views": data.augmentation.views,
             "seed": self._seed,
-            "photometric": self._presets if in_workers(data.photometric, self._device) else None,
+            "with_colours": in_workers(data.photometric, self._device),
         }
         # Bad samples that earlier parts of the run met, of all processes, count too.
         known_bad = {row["sample"]: row["reason"] for row in read_json_lines(self._bad_path)}
@@ -190,11 +189,12 @@ class InputPipeline:
             images = normalize(moved.views, data.pixel_mean, data.pixel_std)
             return images if self._channels_last else images.contiguous()
         views = []
-        for number, preset in enumerate(self._presets):
-            parameters = draw_parameters(
-                preset, batch.sample_hashes, batch.repeats, seed=self._seed, view_index=number
-            )
-            views.append(augment(moved.views[number], parameters, data.pixel_mean, data.pixel_std))
+        for number, view in enumerate(data.augmentation.views):
+            drawn = draw_parameters(
+                view, batch.sample_hashes.numpy(), batch.repeats.numpy(), seed=self._seed,
+                view_index=number,
+            )  # fmt: skip
+            views.append(augment(moved.views[number], drawn, data.pixel_mean, data.pixel_std))
         if not self._channels_last:
             return torch.stack(views)
         # Stacked so that each view lies channels-last in memory.

@@ -25,24 +25,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError, require
 from common.pictures import BadPicture, decode
-from pretrain.data.augment import ReusedMemory
 from pretrain.data.decode import Sample, ViewWriter, center_crop
+from pretrain.data.memory import MEMORY
 from pretrain.data.order import (
     LastBatch,
     OrderedSamples,
     SourceSizes,
-    counter_rng,
     epoch_samples,
     global_batch,
     num_steps_per_epoch,
     rank_slice,
     share_of_rank,
 )
+from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import Samples
 
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
-_MEMORY = ReusedMemory()
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class BatchDataset(Dataset):
             reply: Where bad samples are noted, too.
         """
         size, num_bad = self.views.image_size, 0
-        out = _empty_uint8((len(self.views.crop_scales), num, size, size, 3))
+        out = _empty_uint8((len(self.views.views), num, size, size, 3))
         numbers: list[tuple[int, int, int, int]] = []
         try:
             for start in range(0, num, _CHUNK):
@@ -170,7 +169,7 @@ class BatchDataset(Dataset):
             repeats=torch.tensor(repeats, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             num_bad=num_bad,
-            is_augmented=self.views.photometric is not None,
+            is_augmented=self.views.with_colours,
         )
 
     def _replace(self, sample: Sample, why: str, out: np.ndarray, bad: dict[int, str]) -> Sample:
@@ -233,7 +232,7 @@ class TwoViewDataset(BatchDataset):
 def _empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
     """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing."""
     if torch.utils.data.get_worker_info() is None:
-        return _MEMORY.tensor(shape, np.uint8)
+        return MEMORY.tensor(shape, np.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 

@@ -5,7 +5,6 @@ workers only take their parts of it. Exactly-once epochs and exact resume, also 
 of ranks or workers, follow from that.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,36 +12,7 @@ from typing import Literal
 import numpy as np
 
 from common.errors import UserError, require
-
-
-def stable_hash(*parts: int | str, num_bytes: int = 16) -> bytes:
-    """Hash of a tuple of integers and strings, the same in every process and on every machine.
-
-    Each part is written with its type and length, so that ("ab", "c") and ("a", "bc"), or 1 and
-    "1", differ.
-
-    Args:
-        parts: Integers of any size and strings.
-        num_bytes: Length of the digest, 1 to 64 bytes.
-    Raises:
-        TypeError: If a part is neither an integer nor a string.
-    """
-    digest = hashlib.blake2b(digest_size=num_bytes)
-    for part in parts:
-        if isinstance(part, (int, np.integer)) and not isinstance(part, bool):
-            tag, body = b"i", str(int(part)).encode()
-        elif isinstance(part, str):
-            tag, body = b"s", part.encode("utf-8", "surrogateescape")
-        else:
-            raise TypeError(f"a part must be int or str, got {type(part).__name__}: {part!r}")
-        digest.update(tag + str(len(body)).encode() + b":" + body)
-    return digest.digest()
-
-
-def counter_rng(*parts: int | str) -> np.random.Generator:
-    """Random generator that depends on nothing but `parts` (Philox keyed by their hash)."""
-    key = np.frombuffer(stable_hash(*parts), dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=key))
+from pretrain.data.random_numbers import counter_rng, stable_hash
 
 
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int) -> np.ndarray:

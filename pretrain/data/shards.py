@@ -16,7 +16,8 @@ import numpy as np
 
 from common.errors import UserError, require
 from pretrain.data.index import NO_LABEL, scan_shard
-from pretrain.data.order import SourceSizes, stable_hash
+from pretrain.data.order import SourceSizes
+from pretrain.data.random_numbers import stable_hash
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.opening import RemoteTars, Source, open_source
 from pretrain.data.sources.remote import displayed

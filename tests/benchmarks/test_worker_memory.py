@@ -35,8 +35,7 @@ class Leaking(TwoViewDataset):
     """Keeps MiB with every batch; and holds some from the beginning."""
 
     def __init__(self, index: ShardIndex, leaked: int, held: int) -> None:
-        super().__init__(index, image_size=32, crop_scales=((0.5, 1.0),) * 2, seed=0,
-                         photometric=VIEWS)  # fmt: skip
+        super().__init__(index, image_size=32, views=VIEWS, seed=0, with_colours=True)
         self.leaked, self.held, self.kept = leaked, held, []
 
     def __getitem__(self, request):

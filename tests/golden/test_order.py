@@ -7,6 +7,7 @@ import pytest
 
 from pretrain.data.loader import Loader, RequestSampler, TwoViewDataset
 from pretrain.data.order import LastBatch, SourceSizes
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import open_samples
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
@@ -102,7 +103,7 @@ def test_batches_of_the_loader(two_sets: list[str]) -> None:
     def batches(rank: int, world_size: int, epoch: int, start_step: int = 0) -> list[list]:
         samples = open_samples({two_sets[0]: 1.0, two_sets[1]: 1.5})
         dataset = TwoViewDataset(
-            samples, image_size=16, crop_scales=((0.2, 1.0), (0.2, 1.0)), seed=SEED
+            samples, image_size=16, views=AugmentationPolicy.of("crops").views, seed=SEED
         )
         loader = Loader(
             dataset, batch_size=12, rank=rank, world_size=world_size, shuffle_window=16,

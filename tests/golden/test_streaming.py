@@ -14,6 +14,7 @@ from pretrain.__main__ import main
 from pretrain.config import DataConfig
 from pretrain.data.index import sample_hash
 from pretrain.data.input_pipeline import InputPipeline
+from pretrain.data.policy import AugmentationPolicy
 from tests.golden.gate import check, digest
 from tests.golden.pictures import pixels, png, write_tar
 
@@ -42,8 +43,9 @@ def tars(tmp_path: Path) -> Path:
 
 def pipeline_of(shards: Any, folder: Path, num_workers: int) -> InputPipeline:
     data = DataConfig(
-        shards=shards, image_size=16, batch_size=8, augmentation="symmetric_strong",
-        streaming=True, samples_per_epoch=34, shuffle_window=12, num_workers=num_workers,
+        shards=shards, image_size=16, batch_size=8, streaming=True, samples_per_epoch=34,
+        augmentation=AugmentationPolicy.of("symmetric_strong"), shuffle_window=12,
+        num_workers=num_workers,
     )  # fmt: skip
     return InputPipeline(
         data, seed=5, device=torch.device("cpu"), channels_last=True, folder=folder

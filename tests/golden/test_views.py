@@ -8,15 +8,21 @@ import pytest
 import torch
 
 from pretrain.config import DataConfig
-from pretrain.data.augment import PRESETS, draw_parameters
 from pretrain.data.decode import draw_crops
 from pretrain.data.index import sample_hash
 from pretrain.data.input_pipeline import InputPipeline
+from pretrain.data.policy import AugmentationPolicy
+from pretrain.data.random_numbers import draw_uniforms
 from tests.golden.gate import check, digest
 from tests.golden.pictures import encode, pixels, png, write_tar
 
 NUM, SIZE, SEED = 64, 64, 7
+PRESETS = ("asymmetric", "asymmetric_strong", "none", "symmetric_strong", "symmetric_weak")
 KINDS = ("JPEG 4:2:0", "JPEG 4:4:4", "JPEG grey", "PNG", "PNG with alpha", "WebP")
+OPERATIONS = ("jitter", "grey", "blur", "solarize")
+RECORDED_NAMES = {
+    "order": "jitter_order", "is_grey": "gray", "sigma": "blur_sigma", "is_solarized": "solarize",
+}  # fmt: skip
 LEVELS = 1.0  # of 255; means over a quarter differ by less between processors
 
 
@@ -49,8 +55,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def views_of(shards: str, folder: Path, preset: str, place: str) -> tuple[list[int], torch.Tensor]:
     """Sample numbers [64] of an epoch of one batch, and its views [2, 64, 3, s, s] in 0..255."""
     data = DataConfig(
-        shards=shards, image_size=SIZE, batch_size=NUM, augmentation=preset, photometric=place,
-        num_workers=0,
+        shards=shards, image_size=SIZE, batch_size=NUM, photometric=place, num_workers=0,
+        augmentation=AugmentationPolicy.of(preset),
     )  # fmt: skip
     pipeline = InputPipeline(
         data, seed=SEED, device=torch.device("cpu"), channels_last=True, folder=folder
@@ -72,7 +78,7 @@ def figures(view: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("place", ["device", "workers"])
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_pixels(shards: str, tmp_path: Path, preset: str, place: str) -> None:
     cv2.setNumThreads(1)
     order, views = views_of(shards, tmp_path, preset, place)
@@ -91,18 +97,24 @@ def test_crop_boxes_and_random_parameters() -> None:
     repeats = np.arange(NUM) % 3
     sizes = np.stack([40 + 7 * np.arange(NUM), 500 - 7 * np.arange(NUM)], axis=1)
     measured = {}
-    for name, presets in PRESETS.items():
-        scales = {number: preset.crop_scale for number, preset in enumerate(presets)}
-        crops = draw_crops(sizes, keys, repeats, seed=SEED, scales=scales)
-        for number, (preset, drawn) in enumerate(zip(presets, crops, strict=True)):
+    for name in PRESETS:
+        for number, view in enumerate(AugmentationPolicy.of(name).views):
+            drawn = draw_crops(view, sizes, keys, repeats, seed=SEED, view_index=number)
             boxes = np.column_stack([drawn.boxes, drawn.flips]).astype(np.int64)
-            parameters = draw_parameters(preset, keys, repeats, seed=SEED, view_index=number)
+            draws = draw_uniforms("augment", keys, repeats, 10, seed=SEED, view_index=number)
+            parameters = {}
+            for operation in OPERATIONS:
+                settings = getattr(view, operation)
+                assert settings.stream[0] == "augment"
+                own = draws[settings.first_draw :][: settings.num_draws]
+                for parameter, values in settings.draw(own).items():
+                    parameters[RECORDED_NAMES.get(parameter, parameter)] = values
             measured[f"{name}, view {number + 1}"] = {
                 "boxes and flips": digest(boxes.astype("<i8").tobytes()),
                 "first boxes and flips": boxes[:4].tolist(),
                 "parameters": {
                     parameter: {
-                        "digest": digest(values.numpy().astype("<f4").tobytes()),
+                        "digest": digest(values.astype("<f4").tobytes()),
                         "first": values[:8].tolist(),
                     }
                     for parameter, values in sorted(parameters.items())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.errors import UserError, require
 from common.pictures import BadPicture, decode
 from pretrain.data.index import NO_LABEL, load_table, read_index, scan_file
-from pretrain.data.order import counter_rng
+from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import ShardIndex
 
 MAX_LOOKED_AT = 1000  # pictures whose headers are read

@@ -16,7 +16,7 @@ import simplejpeg
 
 from common.errors import UserError, require
 from common.pictures import BadPicture, decode
-from pretrain.data.order import stable_hash
+from pretrain.data.random_numbers import stable_hash
 
 MAX_FILE_BYTES = 2**30  # far above any picture of MAX_PIXELS pixels that is compressed
 _RATIO_SAMPLES = 16  # pictures that are shrunk on trial to plan the sizes of shards

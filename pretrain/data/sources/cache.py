@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common.errors import UserError, require
 from common.files import lock_file, locked, unlock
-from pretrain.data.order import stable_hash
+from pretrain.data.random_numbers import stable_hash
 from pretrain.data.sources.remote import Patience, RemoteFile, displayed, download, look
 
 _GROWTH_BYTES = 64 << 20  # reserved at a time for a download of unknown size

@@ -28,7 +28,7 @@ from pretrain.data.index import (
     scan_shard,
     write_index,
 )
-from pretrain.data.order import stable_hash
+from pretrain.data.random_numbers import stable_hash
 from pretrain.data.sources.cache import (
     NUM_FETCHERS,
     CacheOptions,

@@ -17,7 +17,7 @@ from webdataset.tariterators import group_by_keys
 from common.errors import UserError, require
 from pretrain.data.decode import Sample
 from pretrain.data.index import NO_LABEL, is_picture, sample_hash, split_name, tar_files
-from pretrain.data.order import stable_hash
+from pretrain.data.random_numbers import stable_hash
 from pretrain.data.shards import check_weights
 from pretrain.data.sources.locations import expand
 from pretrain.data.sources.remote import Patience, displayed

@@ -28,7 +28,9 @@ from common.files import read_json_lines, sha256_of, write_json
 from common.resnet import NAMED, infer_arch, read_arch
 from pretrain import collectives as dist
 from pretrain.data.loader import EvalDataset, Reply, TwoViewDataset, start_workers
-from pretrain.data.order import OrderedSamples, stable_hash
+from pretrain.data.order import OrderedSamples
+from pretrain.data.policy import Crop, Flip, ViewPolicy
+from pretrain.data.random_numbers import stable_hash
 from pretrain.data.shards import Samples
 from pretrain.engine.device import uses_bf16
 from pretrain.evaluation.linear.config import LinearConfig
@@ -227,10 +229,8 @@ class Blocks(Dataset):
 
 def random_crops(samples: Samples, image_size: int, config: LinearConfig) -> TwoViewDataset:
     """One view of random crops and flips, the pretraining loader's own."""
-    return TwoViewDataset(
-        samples, image_size=image_size, crop_scales=(config.crop_scale,), seed=config.seed,
-        flip_probability=config.flip_probability,
-    )  # fmt: skip
+    view = ViewPolicy(Crop(config.crop_scale), Flip(config.flip_probability))
+    return TwoViewDataset(samples, image_size=image_size, views=(view,), seed=config.seed)
 
 
 class FeatureFile:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pretrain import collectives as dist
-from pretrain.data.order import counter_rng
+from pretrain.data.random_numbers import counter_rng
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.extract import FeatureFile, bar
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import require
 from common.files import write_text
-from pretrain.data.augment import draw_uniforms
+from pretrain.data.random_numbers import draw_uniforms
 from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig
 

@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,19 +10,20 @@ from torchvision.transforms import RandomResizedCrop
 
 from common.pictures import decode_fast, read_header
 from pretrain.data import decode as crops
-from pretrain.data.augment import draw_uniforms
-from pretrain.data.decode import RATIO, boxes_from_draws, crop, draw_crops, reductions_for, resize
+from pretrain.data.decode import boxes_from_draws, crop, draw_crops, reductions_for, resize
+from pretrain.data.policy import Crop, Flip, ViewPolicy
+from pretrain.data.random_numbers import draw_uniforms
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)
-SEED = {"seed": 3, "view_index": 0, "scale": (0.08, 1.0)}
+SEED: dict[str, Any] = {"seed": 3, "view_index": 0, "scale": (0.08, 1.0)}
+RATIO = Crop().ratio
 
 
 def draw_one(
-    *pictures: np.ndarray | int, view_index: int, scale: tuple[float, float], **options: float
+    *pictures: Any, scale: tuple[float, float], flip_probability: float = 0.5, **options: int
 ) -> crops.Crops:
-    """Crops of one view alone."""
-    return draw_crops(*pictures, scales={view_index: scale}, **options)[0]
+    return draw_crops(ViewPolicy(Crop(scale), Flip(flip_probability)), *pictures, **options)
 
 
 def sizes(num: int, height: int, width: int) -> np.ndarray:
@@ -79,6 +81,17 @@ def test_boxes_lie_inside(height: int, width: int) -> None:
     assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
 
 
+def test_policy_decides_ratios_and_flips() -> None:
+    shapes, hashes = sizes(2000, 300, 300), np.arange(2000)
+    for ratio, probability in (((0.5, 0.6), 0.2), ((1.0, 2.0), 1.0)):
+        view = ViewPolicy(Crop((0.1, 0.3), ratio), Flip(probability))
+        drawn = draw_crops(view, shapes, hashes, 0, seed=3, view_index=0)
+        measured = drawn.boxes[:, 3] / drawn.boxes[:, 2]
+        assert measured.min() == pytest.approx(ratio[0], rel=0.03)
+        assert measured.max() == pytest.approx(ratio[1], rel=0.03)
+        assert drawn.flips.mean() == pytest.approx(probability, abs=0.03)
+
+
 def test_ten_failures_give_the_central_box_as_torchvision() -> None:
     draws = np.full((40, 3), 1 - 2**-53)  # whole area at ratio 4/3: fits only 4:3 pictures
     shapes = np.array([[100, 100], [40, 300], [300, 40]])
@@ -111,17 +124,6 @@ def test_crops_depend_on_seed_repeat_hash_view_and_size_alone() -> None:
     for other_keys, other_repeats in ((keys + 1, repeats), (keys, repeats + 1)):
         other = draw_one(shapes, other_keys, other_repeats, **SEED)
         assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
-
-
-def test_views_drawn_together_are_those_drawn_alone() -> None:
-    keys, repeats = np.arange(60) * 7919, np.arange(60) % 3
-    shapes = np.random.default_rng(0).integers(50, 400, (60, 2))
-    scales = {0: (0.08, 1.0), 1: (0.2, 0.5)}
-    together = draw_crops(shapes, keys, repeats, seed=3, scales=scales)
-    for drawn, (view_index, scale) in zip(together, scales.items(), strict=True):
-        alone = draw_one(shapes, keys, repeats, seed=3, view_index=view_index, scale=scale)
-        np.testing.assert_array_equal(drawn.boxes, alone.boxes)
-        np.testing.assert_array_equal(drawn.flips, alone.flips)
 
 
 def test_draws_keep_their_values_from_version_to_version() -> None:

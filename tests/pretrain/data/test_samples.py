@@ -1,30 +1,25 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from common.pictures import decode
-from pretrain.data import augment_uint8 as photometric_uint8
 from pretrain.data import loader as samples
-from pretrain.data.augment import PRESETS, draw_parameters
+from pretrain.data.augment import draw_parameters
 from pretrain.data.decode import crop, draw_crops
 from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
 from pretrain.data.order import OrderedSamples
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 
 SIZE = 24
-VIEWS = PRESETS["asymmetric"]
-SCALES = (VIEWS[0].crop_scale, VIEWS[1].crop_scale)
+VIEWS = AugmentationPolicy.of("asymmetric").views
 
 
 def dataset(index: ShardIndex, *, in_workers: bool, size: int = SIZE) -> TwoViewDataset:
-    return TwoViewDataset(
-        index,
-        image_size=size,
-        crop_scales=SCALES,
-        seed=3,
-        photometric=VIEWS if in_workers else None,
-    )
+    return TwoViewDataset(index, image_size=size, views=VIEWS, seed=3, with_colours=in_workers)
 
 
 def batch_of(data: TwoViewDataset, ids: np.ndarray, repeats: np.ndarray) -> TwoViewBatch:
@@ -46,11 +41,14 @@ def test_workers_make_the_changes_that_the_device_would_draw(index: ShardIndex) 
     assert done.to("cpu").is_augmented
     num_changed = 0
     for number, view in enumerate(VIEWS):
-        drawn = draw_parameters(view, plain.sample_hashes, plain.repeats, seed=3, view_index=number)
-        for row, changes in enumerate(photometric_uint8.changes_of(drawn, SIZE)):
+        hashes = plain.sample_hashes.numpy()
+        drawn = draw_parameters(view, hashes, REPEATS, seed=3, view_index=number)
+        steps = [operation.picture_steps(own, SIZE) for operation, own in drawn]
+        for row in range(NUM_PICTURES):
             image = np.ascontiguousarray(plain.views[number, row].permute(1, 2, 0).numpy())
             before = image.copy()
-            photometric_uint8.apply(image, changes)
+            for step in itertools.chain(*(own[row] for own in steps)):
+                step(image)
             np.testing.assert_array_equal(image, done.views[number, row].permute(1, 2, 0).numpy())
             num_changed += not np.array_equal(before, image)
     assert num_changed > NUM_PICTURES
@@ -82,16 +80,16 @@ def test_views_of_reduced_pictures_show_the_same(index: ShardIndex, size: int) -
     whole = [decode(index.read_bytes(int(i)), where="") for i in IDS]
     shapes = np.array([image.shape[:2] for image in whole])
     num_reduced, differences = 0, []
-    for number, scale in enumerate(SCALES):
-        (drawn,) = draw_crops(
-            shapes, batch.sample_hashes.numpy(), REPEATS, seed=3, scales={number: scale}
-        )
+    for number, view in enumerate(VIEWS):
+        hashes = batch.sample_hashes.numpy()
+        drawn = draw_crops(view, shapes, hashes, REPEATS, seed=3, view_index=number)
         num_reduced += int((drawn.boxes[:, 2:].min(axis=1) >= 2 * (size + 1)).sum())
         for row, box in enumerate(drawn.boxes.tolist()):
-            view = crop(whole[row], tuple(box), size, is_flipped=bool(drawn.flips[row]))
+            expected = crop(whole[row], tuple(box), size, is_flipped=bool(drawn.flips[row]))
             got = batch.views[number, row].permute(1, 2, 0).numpy().astype(int)
-            assert np.abs(got - view).mean() < np.abs(got - view[:, ::-1]).mean() / 2
-            differences.append(np.abs(got - view).mean())
+            mirrored = np.abs(got - expected[:, ::-1])
+            assert np.abs(got - expected).mean() < mirrored.mean() / 2
+            differences.append(np.abs(got - expected).mean())
     assert np.mean(differences) < 7  # half a reduced pixel of rounding is much at this size
     assert num_reduced > 0 or size == 16
 

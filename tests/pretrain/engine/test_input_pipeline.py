@@ -13,9 +13,8 @@ import torch
 
 from common.errors import UserError
 from pretrain.config import DataConfig
-from pretrain.data import input_pipeline
-from pretrain.data.augment import ViewAugment
 from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline, in_workers
+from pretrain.data.policy import AugmentationPolicy, Crop, ViewPolicy
 from pretrain.data.shards import ShardIndex
 
 CPU = torch.device("cpu")
@@ -114,18 +113,21 @@ def test_photometric_decides_who_makes_the_changes(make_pipeline):
     assert torch.equal(seen["auto"].views, seen["workers"].views)
     difference = (seen["workers"].views - seen["device"].views).abs() * 0.225 * 255  # in levels
     assert 0 < difference.mean() < 2
-    crops = next(iter(make_pipeline(photometric="device", augmentation="none").epoch(0)))
+    crops = next(
+        iter(
+            make_pipeline(photometric="device", augmentation=AugmentationPolicy.of("none")).epoch(0)
+        )
+    )
     changed = (crops.views - seen["workers"].views).abs() * 0.225 * 255
     assert changed.mean() > 10  # so that agreeing within 2 levels means something
 
 
-def test_each_view_has_its_own_crop_scale(make_pipeline, monkeypatch):
+def test_each_view_has_its_own_crop_scale(make_pipeline):
     """A crop of 1 % is enlarged 10 times each way: neighbouring pixels hardly differ."""
     scales = ((1.0, 1.0), (0.01, 0.01))
     for order in (scales, scales[::-1]):
-        preset = tuple(ViewAugment(crop_scale=scale) for scale in order)
-        monkeypatch.setitem(input_pipeline.PRESETS, "none", preset)
-        one = next(iter(make_pipeline(augmentation="none").epoch(0)))
+        views = (ViewPolicy(Crop(scale)) for scale in order)
+        one = next(iter(make_pipeline(augmentation=AugmentationPolicy("none", *views)).epoch(0)))
         detail = one.views.diff(dim=-1).abs().mean(dim=(1, 2, 3, 4))
         whole, tiny = (detail[order.index(scale)] for scale in scales)
         assert whole > 2 * tiny

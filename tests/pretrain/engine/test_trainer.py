@@ -22,7 +22,8 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
-from pretrain.data.augment import PRESETS, augment, draw_parameters
+from pretrain.data.augment import augment, draw_parameters
+from pretrain.data.policy import PRESETS, AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16
@@ -155,8 +156,9 @@ def closed_form_lr(epoch, base_lr, epochs, warmup):
 
 def views_again(run, batch, epoch):
     views = []
-    for number, view in enumerate(PRESETS["asymmetric"]):
-        parameters = draw_parameters(view, batch.sample_hashes, epoch, seed=0, view_index=number)
+    for number, view in enumerate(AugmentationPolicy.of("asymmetric").views):
+        hashes = batch.sample_hashes.numpy()
+        parameters = draw_parameters(view, hashes, epoch, seed=0, view_index=number)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         views.append(augment(batch.views[number], parameters, mean, std))
     return views
@@ -567,13 +569,14 @@ def test_num_pictures_decides_the_rows(start, num):
 
 def test_augmentation_preset_reaches_crops_and_colours(make_run):
     seen = {}
-    for name, preset in PRESETS.items():
+    for name in PRESETS:
         run = make_run(f"data.augmentation={name}", "data.photometric=device")
         batch = next(iter(run.batches.epoch(0)))
         batch, views = batch.samples, batch.views
         again = []
-        for number, view in enumerate(preset):
-            parameters = draw_parameters(view, batch.sample_hashes, 0, seed=0, view_index=number)
+        for number, view in enumerate(AugmentationPolicy.of(name).views):
+            hashes = batch.sample_hashes.numpy()
+            parameters = draw_parameters(view, hashes, 0, seed=0, view_index=number)
             data = run.task.config.data
             again.append(augment(batch.views[number], parameters, data.pixel_mean, data.pixel_std))
         torch.testing.assert_close(views, torch.stack(again))

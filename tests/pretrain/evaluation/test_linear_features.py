@@ -240,9 +240,10 @@ def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
     frozen = load(str(weights), branch="online", seed=0)
     from pretrain.data.loader import TwoViewDataset  # the loader's own crops
     from pretrain.data.order import OrderedSamples
+    from pretrain.data.policy import Crop, Flip, ViewPolicy
 
     dataset = TwoViewDataset(
-        index, image_size=32, crop_scales=((0.3, 0.9),), seed=4, flip_probability=1.0
+        index, image_size=32, views=(ViewPolicy(Crop((0.3, 0.9)), Flip(1.0)),), seed=4
     )
     ids = np.array([5, 250])
     for repeat in (0, 1):

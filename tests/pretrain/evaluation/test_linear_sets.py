@@ -9,6 +9,7 @@ from pretrain.data.loader import Loader, TwoViewDataset
 from pretrain.data.order import OrderedSamples, SourceSizes
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
+from pretrain.data.policy import Crop, ViewPolicy
 from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.sets import balanced, listed, open_sets, stratified, write_list
@@ -209,7 +210,7 @@ def test_a_subset_reads_the_samples_it_is_made_of(shards):
 def test_a_loader_gives_each_sample_of_a_subset_the_crops_it_has_in_the_whole_set(shards):
     index = ShardIndex.open(shards)
     ids = np.array([1, 4, 12, 13, 27, 39])
-    options = {"image_size": 32, "crop_scales": ((0.3, 1.0),), "seed": 2}
+    options = {"image_size": 32, "views": (ViewPolicy(Crop((0.3, 1.0))),), "seed": 2}
     (batch,) = Loader(TwoViewDataset(Subset(index, ids), **options), batch_size=6).epoch(3)
     assert sorted(ids[batch.sample_ids.numpy()]) == ids.tolist()
     assert batch.views.shape == (1, 6, 3, 32, 32)

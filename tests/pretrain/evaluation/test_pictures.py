@@ -13,6 +13,7 @@ from common.pictures import decode
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.decode import center_crop
 from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.evaluation import pictures
 from pretrain.evaluation.pictures import GAP, TILE, save_neighbours, save_views
@@ -51,7 +52,9 @@ def index(shards):
 
 @pytest.fixture
 def batch(index):
-    dataset = TwoViewDataset(index, image_size=32, crop_scales=((0.2, 1), (0.2, 1)), seed=0)
+    dataset = TwoViewDataset(
+        index, image_size=32, views=AugmentationPolicy.of("crops").views, seed=0
+    )
     return next(iter(Loader(dataset, batch_size=8).epoch(0)))
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from webdataset.filters import shuffle
 
 from common.errors import UserError
-from pretrain.data.augment import PRESETS, ViewAugment
 from pretrain.data.decode import Sample
 from pretrain.data.index import sample_hash
 from pretrain.data.loader import TwoViewBatch, TwoViewDataset
 from pretrain.data.order import OrderedSamples
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex, open_samples
 from pretrain.data.sources import remote
 from pretrain.data.sources.remote import Patience
@@ -34,7 +34,7 @@ from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, sm
 from tests.pretrain.data.sources.servers import faulty, s3_server
 
 SIZE = 16
-CROPS = ((0.2, 1.0), (0.08, 1.0))
+VIEWS = AugmentationPolicy.of("asymmetric").views
 PATIENCE = Patience(retries=1, timeout_seconds=2)
 
 
@@ -58,7 +58,7 @@ def picture(seed: int) -> bytes:
 
 def loader(spec: Any, **options: Any) -> StreamingLoader:
     defaults: dict[str, Any] = {
-        "image_size": SIZE, "crop_scales": CROPS, "seed": 3, "batch_size": 8,
+        "image_size": SIZE, "views": VIEWS, "seed": 3, "batch_size": 8,
         "samples_per_epoch": NUM_PICTURES, "shuffle_buffer": 10, "patience": PATIENCE,
     }  # fmt: skip
     return StreamingLoader(spec, **(defaults | options))
@@ -212,16 +212,14 @@ def test_impossible_sources(shard_folder: Path) -> None:
 # -- batches --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("photometric", [None, PRESETS["asymmetric"]], ids=["crops", "all"])
+@pytest.mark.parametrize("with_colours", [False, True])
 def test_batches_hold_what_the_exact_loader_would_make(
-    index: ShardIndex, photometric: tuple[ViewAugment, ViewAugment] | None
+    index: ShardIndex, with_colours: bool
 ) -> None:
-    streaming = loader(str(index.folder), shuffle_buffer=1, photometric=photometric)
+    streaming = loader(str(index.folder), shuffle_buffer=1, with_colours=with_colours)
     batches = list(streaming.epoch(0))
     assert len(batches) == streaming.num_steps == NUM_PICTURES // 8
-    exact = TwoViewDataset(
-        index, image_size=SIZE, crop_scales=CROPS, seed=3, photometric=photometric
-    )
+    exact = TwoViewDataset(index, image_size=SIZE, views=VIEWS, seed=3, with_colours=with_colours)
     places = {int(key): i for i, key in enumerate(index.samples["key"])}
     assert len(set(keys_of(batches))) == NUM_PICTURES
     for batch in batches:
@@ -234,7 +232,7 @@ def test_batches_hold_what_the_exact_loader_would_make(
         assert batch.sample_ids.tolist() == [key % 2**63 for key in keys_of([batch])]
         assert batch.sample_hashes.dtype == batch.labels.dtype == batch.repeats.dtype == torch.int64
         assert batch.num_bad == 0
-        assert batch.is_augmented == (photometric is not None)
+        assert batch.is_augmented == with_colours
 
 
 def test_sample_that_comes_again_is_cropped_in_another_way(tmp_path: Path) -> None:

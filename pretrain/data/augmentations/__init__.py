@@ -1,0 +1,1 @@
+"""The photometric operations, one module each."""

@@ -1,0 +1,135 @@
+"""Augmentation policies: how the views of a picture are made, as settings.
+
+A policy says for each of two views the crop, the flip and every photometric operation with its
+probability and ranges. Presets are named policies. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, ClassVar
+
+from common.config import unknown
+from common.errors import UserError, require
+from common.registry import with_sections
+from pretrain.data.augmentations.operation import Operation
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A random part of the picture, resized to the view (torchvision's RandomResizedCrop).
+
+    Attributes:
+        scale: Range of its area, as a share of the picture's.
+        ratio: Range of width / height, drawn uniformly in its logarithm.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        require(0 < low <= high <= 1, f"crop.scale {self.scale}: must satisfy 0 < low <= high <= 1")
+        low, high = self.ratio
+        require(0 < low <= high, f"crop.ratio {self.ratio}: must satisfy 0 < low <= high")
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A turn left to right."""
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.probability <= 1,
+            f"flip.probability must be in [0, 1], got {self.probability}",
+        )
+
+
+@with_sections(Operation.registry)
+@dataclass(frozen=True)
+class ViewPolicy:
+    """How one view is made; one more section for each registered operation, off by default."""
+
+    crop: Crop = field(default_factory=Crop)
+    flip: Flip = field(default_factory=Flip)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """The operations that ever act, in their order."""
+        every: list[Operation] = [getattr(self, name) for name in Operation.registry.names()]
+        return sorted((one for one in every if one.probability), key=lambda one: one.position)
+
+
+DEFAULT_PRESET = "asymmetric"
+_WEAK = {
+    "crop": {"scale": (0.2, 1.0)},
+    "jitter": {"probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
+               "hue": 0.1},
+    "grey": {"probability": 0.2},
+}  # fmt: skip
+_STRONG = {
+    "crop": {"scale": (0.08, 1.0)},
+    "jitter": {"probability": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8,
+               "hue": 0.2},
+    "grey": {"probability": 0.2},
+    "blur": {"probability": 0.5, "sigma": (0.1, 2.0)},
+}  # fmt: skip
+# BYOL: arXiv 2006.07733, appendix B.
+_BYOL = _WEAK | {"crop": {"scale": (0.08, 1.0)}, "blur": {"probability": 1.0, "sigma": (0.1, 2.0)}}
+_BYOL["jitter"] = _WEAK["jitter"] | {"saturation": 0.2}
+_SOLARIZE = {"solarize": {"probability": 0.2}}
+# moco/loader.py and main_moco.py (--aug-plus) of facebookresearch/moco; SimSiam's is the same.
+_MOCO_V2 = _WEAK | {"blur": {"probability": 0.5, "sigma": (0.1, 2.0)}}
+_WHOLE, _CROPS = {"crop": {"scale": (1.0, 1.0)}}, {"crop": {"scale": (0.2, 1.0)}}
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "none": (_WHOLE, _WHOLE),  # flips alone
+    "crops": (_CROPS, _CROPS),  # and flips
+    "symmetric_weak": (_WEAK, _WEAK),
+    "symmetric_strong": (_STRONG, _STRONG),
+    "moco_v2": (_MOCO_V2, _MOCO_V2),
+    "asymmetric": (_BYOL, _BYOL | {"blur": {"probability": 0.1, "sigma": (0.1, 2.0)}} | _SOLARIZE),
+    "asymmetric_strong": (_WEAK, _STRONG | _SOLARIZE),
+}
+
+
+def preset_view(number: int, preset: str = DEFAULT_PRESET) -> ViewPolicy:
+    """View 0 or 1 of a preset."""
+    sections = {item.name: item.default_factory for item in fields(ViewPolicy)}
+    settings = PRESETS[preset][number].items()
+    return ViewPolicy(**{name: sections[name](**values) for name, values in settings})  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class AugmentationPolicy:
+    """Two views: a preset, or a preset with some settings changed.
+
+    In YAML the preset's name alone will do: ``augmentation: moco_v2``.
+    """
+
+    short_key: ClassVar[str] = "preset"
+
+    preset: str = DEFAULT_PRESET
+    view1: ViewPolicy = field(default_factory=partial(preset_view, 0))
+    view2: ViewPolicy = field(default_factory=partial(preset_view, 1))
+
+    @staticmethod
+    def defaults_for(raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the preset that `raw` names (``common.config``)."""
+        name = raw.get("preset", DEFAULT_PRESET)
+        if name not in PRESETS:
+            raise UserError(unknown(f"preset {name!r}", str(name), PRESETS))
+        return dict(zip(("view1", "view2"), PRESETS[name], strict=True))
+
+    @classmethod
+    def of(cls, preset: str) -> AugmentationPolicy:
+        """A preset as it is."""
+        return cls(preset, preset_view(0, preset), preset_view(1, preset))
+
+    @property
+    def views(self) -> tuple[ViewPolicy, ViewPolicy]:
+        """Both views."""
+        return self.view1, self.view2

@@ -1,0 +1,99 @@
+"""Random numbers that are functions of what they are for: no generator, no state.
+
+A hash of (purpose, seed, repeat index, view) names a stream, from which vectorised SplitMix64
+takes the k-th number of each sample. So a number does not depend on the batch, the worker or what
+was drawn before, and one number can be drawn alone.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def stable_hash(*parts: int | str, num_bytes: int = 16) -> bytes:
+    """Hash of a tuple of integers and strings, the same in every process and on every machine.
+
+    Each part is written with its type and length, so that ("ab", "c") and ("a", "bc"), or 1 and
+    "1", differ.
+
+    Args:
+        parts: Integers of any size and strings.
+        num_bytes: Length of the digest, 1 to 64 bytes.
+    Raises:
+        TypeError: If a part is neither an integer nor a string.
+    """
+    digest = hashlib.blake2b(digest_size=num_bytes)
+    for part in parts:
+        if isinstance(part, (int, np.integer)) and not isinstance(part, bool):
+            tag, body = b"i", str(int(part)).encode()
+        elif isinstance(part, str):
+            tag, body = b"s", part.encode("utf-8", "surrogateescape")
+        else:
+            raise TypeError(f"a part must be int or str, got {type(part).__name__}: {part!r}")
+        digest.update(tag + str(len(body)).encode() + b":" + body)
+    return digest.digest()
+
+
+def counter_rng(*parts: int | str) -> np.random.Generator:
+    """Random generator that depends on nothing but `parts` (Philox keyed by their hash)."""
+    key = np.frombuffer(stable_hash(*parts), dtype="<u8")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def draw_uniforms(
+    purpose: str,
+    sample_hashes: np.ndarray,
+    repeats: np.ndarray | int,
+    num_draws: int,
+    *,
+    seed: int,
+    view_index: int,
+    first: int = 0,
+) -> np.ndarray:
+    """Uniform numbers for each sample: a function of its arguments and the draw alone.
+
+    Args:
+        purpose: What the numbers are for; two purposes draw independently.
+        sample_hashes: int64 [n], the samples' hashed names.
+        repeats: int64 [n], how often each sample was due before; or one number for all.
+        num_draws: Draws per sample.
+        seed: Seed of the run.
+        view_index: 0 or 1.
+        first: Draws of the stream that are left out before.
+    Returns:
+        float64 [num_draws, n] in [0, 1), multiples of 2**-53.
+    """
+    repeats = np.asarray(repeats)
+    if repeats.size and (repeats == repeats.flat[0]).all():
+        repeats = np.asarray(repeats.flat[0])  # as nearly always; finding the kinds would cost more
+    kinds, which = np.unique(repeats, return_inverse=True)
+    bases = [stable_hash(purpose, seed, int(kind), view_index, num_bytes=8) for kind in kinds]
+    base = np.array([int.from_bytes(b, "little") for b in bases], np.uint64)
+    return uniforms(sample_hashes, base[which.reshape(repeats.shape)], num_draws, first)
+
+
+def uniforms(
+    sample_hashes: np.ndarray, base: np.ndarray | int, num_draws: int, first: int = 0
+) -> np.ndarray:
+    """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, hash, draw).
+
+    Args:
+        sample_hashes: int64 or uint64 [n].
+        base: 64-bit number of the stream; or uint64 [n], one for each hash.
+        num_draws: Draws per hash.
+        first: Draws that are left out before.
+    Returns:
+        float64 [num_draws, n], multiples of 2**-53.
+    """
+    sample_hashes = np.ascontiguousarray(sample_hashes).view(np.uint64)
+    counters = np.arange(first + 1, first + num_draws + 1, dtype=np.uint64)[:, None]
+    counters *= np.uint64(0x9E3779B97F4A7C15)
+    state = _mix(_mix(sample_hashes ^ np.asarray(base, np.uint64))[None, :] + counters)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64, element by element, modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
