@@ -30,7 +30,7 @@ from common.pictures import BadPicture, decode
 from common.provenance import versions
 from common.resnet import Arch
 from pretrain.config import HeadConfig
-from pretrain.data.loader import TwoViewDataset
+from pretrain.data.loader import ViewDataset
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.data.policy import AugmentationPolicy
@@ -353,9 +353,9 @@ def open_as_shards(
     return ShardIndex.open(str(folder))
 
 
-def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> TwoViewDataset:
+def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> ViewDataset:
     """BYOL's two views; photometric changes in the loader on uint8, or none yet."""
-    return TwoViewDataset(index, image_size=size, views=VIEWS, seed=SEED, with_colours=in_workers)
+    return ViewDataset(index, image_size=size, views=VIEWS, seed=SEED, with_colours=in_workers)
 
 
 # -- peers ----------------------------------------------------------------------------------------

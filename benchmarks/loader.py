@@ -36,7 +36,7 @@ from benchmarks import harness
 from benchmarks.harness import SEED, VIEWS, two_view_dataset
 from benchmarks.peers.transform_recipes import MEAN, STD, PillowViews
 from pretrain.data.augment import augment, draw_parameters, normalize
-from pretrain.data.loader import Loader, TwoViewBatch
+from pretrain.data.loader import Loader, ViewBatch
 from pretrain.data.shards import ShardIndex
 
 Work = Callable[[], object]
@@ -98,7 +98,7 @@ def epochs(loader: Loader, *, is_whole: bool) -> Callable[[], None]:
     return epoch
 
 
-def finish(batch: TwoViewBatch) -> list[torch.Tensor]:
+def finish(batch: ViewBatch) -> list[torch.Tensor]:
     """What is left to do with a batch of the loader: both views as normalised floats."""
     if batch.is_augmented:
         return [normalize(view, MEAN, STD) for view in batch.views]

@@ -52,7 +52,7 @@ from benchmarks.harness import Clock, Sizes
 from common.errors import require
 from pretrain.config import load_config
 from pretrain.data.input_pipeline import DeviceBatch
-from pretrain.data.loader import TwoViewBatch
+from pretrain.data.loader import ViewBatch
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
@@ -148,7 +148,7 @@ def fed_of(views: Tensor) -> DeviceBatch:
     """Views as the loop takes them: samples 0 .. n - 1, without labels."""
     n, device = views.shape[1], views.device
     numbers = torch.arange(n, device=device)
-    batch = TwoViewBatch(
+    batch = ViewBatch(
         views=torch.empty(0, dtype=torch.uint8, device=device),
         sample_hashes=numbers, sample_ids=numbers,
         repeats=torch.zeros_like(numbers), labels=torch.full_like(numbers, -1), num_bad=0,

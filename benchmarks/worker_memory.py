@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import harness
 from common.provenance import memory_of
-from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.loader import Loader, ViewDataset
 
 LIMIT_MEBIBYTES = 400
 MODES = {"device": False, "workers": True}  # where photometric changes are made
@@ -40,7 +40,7 @@ class Watched:
 
 
 def watch(
-    dataset: TwoViewDataset, num_epochs: int, batch_size: int, num_workers: int
+    dataset: ViewDataset, num_epochs: int, batch_size: int, num_workers: int
 ) -> dict[int, Watched]:
     """Run epochs through worker processes and look at them; {process id: what was seen}."""
     before = set(multiprocessing.active_children())

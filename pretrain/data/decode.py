@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from common.errors import require
-from common.pictures import BadPicture, decode_fast, read_header
+from common.pictures import BadPicture, decode, decode_fast, read_header
 from pretrain.data.augment import draw_parameters
 from pretrain.data.policy import ViewPolicy
 from pretrain.data.random_numbers import draw_uniforms
@@ -52,11 +52,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewWriter:
-    """Random resized crops of each picture, with or without the photometric changes.
+    """Views of each picture: random resized crops with or without photometric changes, or one
+    central crop.
 
     Attributes:
         image_size: Side of a view in pixels.
-        views: Policy of each view: two for pretraining, one for linear evaluation.
+        views: Policy of each view: two for pretraining, one for linear training. "central": one
+            central crop, decoded exactly, for features and pictures.
         seed: Seed of the run.
         with_colours: Whether the photometric changes are made here, on uint8; otherwise they are
             left to the device.
@@ -65,13 +67,18 @@ class ViewWriter:
     """
 
     image_size: int
-    views: tuple[ViewPolicy, ...]
-    seed: int
+    views: tuple[ViewPolicy, ...] | Literal["central"]
+    seed: int = 0
     with_colours: bool = False
 
     def __post_init__(self) -> None:
         size = self.image_size
         require(size >= 1, f"image size {size}: must be at least 1 pixel")
+
+    @property
+    def num_views(self) -> int:
+        """Views of each picture."""
+        return 1 if self.views == "central" else len(self.views)
 
     def write(self, samples: Sequence[Sample], out: np.ndarray) -> dict[int, str]:
         """Decode samples once each and write their views.
@@ -82,7 +89,6 @@ class ViewWriter:
         Returns:
             {row: reason} of the pictures that do not decode.
         """
-        # The sizes come first: they decide the crops, and these how much must be decoded.
         failed: dict[int, str] = {}
         rows, headers, sizes = [], [], []
         for row, sample in enumerate(samples):
@@ -90,6 +96,11 @@ class ViewWriter:
                 failed[row] = "holds no picture"
                 continue
             try:
+                if self.views == "central":
+                    image = decode(sample.data, where="picture")
+                    out[0, row] = center_crop(image, self.image_size)
+                    continue
+                # The sizes come first: they decide the crops, and these how much is decoded.
                 header = read_header(sample.data, where="picture")
             except BadPicture as error:
                 failed[row] = str(error)
@@ -97,7 +108,7 @@ class ViewWriter:
             rows.append(row)
             headers.append(header)
             sizes.append((header.height, header.width))
-        if not rows:
+        if not rows or self.views == "central":
             return failed
         sample_hashes = np.array([samples[row].sample_hash for row in rows], np.uint64).view(
             np.int64

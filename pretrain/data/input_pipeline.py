@@ -19,7 +19,7 @@ from common.files import read_json_lines
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
 from pretrain.data.augment import augment, draw_parameters, normalize
-from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
+from pretrain.data.loader import Loader, ViewBatch, ViewDataset
 from pretrain.data.shards import open_samples
 from pretrain.data.streaming.loader import StreamingLoader
 
@@ -36,7 +36,7 @@ class DeviceBatch:
         waited: Seconds that the loop stood still for this batch's pictures.
     """
 
-    samples: TwoViewBatch
+    samples: ViewBatch
     views: Tensor
     waited: float
 
@@ -105,7 +105,7 @@ class InputPipeline:
         }
         if self.samples is not None:
             return Loader(
-                TwoViewDataset(self.samples, **views),
+                ViewDataset(self.samples, **views),
                 shuffle_window=data.shuffle_window,
                 last_batch=data.last_batch,
                 **batches,
@@ -148,7 +148,7 @@ class InputPipeline:
         """The first batch of the first epoch, read in this process."""
         return self._prepare(next(iter(self._make_loader(num_workers=0).epoch(0))), 0.0)
 
-    def _timed(self, batches: Iterator[TwoViewBatch]) -> Iterator[tuple[TwoViewBatch, float]]:
+    def _timed(self, batches: Iterator[ViewBatch]) -> Iterator[tuple[ViewBatch, float]]:
         """Each batch with the seconds until it was there; bad samples met for it are listed."""
         while True:
             started = time.perf_counter()
@@ -170,14 +170,14 @@ class InputPipeline:
                 stream.write(json.dumps(row) + "\n")
         self._num_listed = len(bad)
 
-    def _prepare(self, batch: TwoViewBatch, waited: float) -> DeviceBatch:
+    def _prepare(self, batch: ViewBatch, waited: float) -> DeviceBatch:
         with record_function("transfer"):
             moved = batch.to(self._device)
         with record_function("augmentation"):
             return DeviceBatch(moved, self.views(moved, batch), waited)
 
     @torch.no_grad()
-    def views(self, moved: TwoViewBatch, batch: TwoViewBatch) -> Tensor:
+    def views(self, moved: ViewBatch, batch: ViewBatch) -> Tensor:
         """Photometric changes on the device: uint8 crops -> normalised [2, n, 3, s, s].
 
         Args:

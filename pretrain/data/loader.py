@@ -24,8 +24,7 @@ import torch.utils.data
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError, require
-from common.pictures import BadPicture, decode
-from pretrain.data.decode import Sample, ViewWriter, center_crop
+from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.memory import MEMORY
 from pretrain.data.order import (
     LastBatch,
@@ -45,7 +44,7 @@ _MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
 
 
 @dataclass(frozen=True)
-class TwoViewBatch:
+class ViewBatch:
     """One rank's part of a global batch.
 
     Attributes:
@@ -66,22 +65,28 @@ class TwoViewBatch:
     num_bad: int
     is_augmented: bool = False
 
-    def pin_memory(self) -> "TwoViewBatch":
+    def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def to(self, device: torch.device | str) -> "TwoViewBatch":
+    def to(self, device: torch.device | str) -> "ViewBatch":
         """The same batch on a device; the copy does not wait if the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, function: Any) -> "TwoViewBatch":
+    def _map(self, function: Any) -> "ViewBatch":
         names = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
 @dataclass
 class Reply:
-    """A worker's answer; errors travel as text so that the user sees no worker's traceback."""
+    """A worker's answer; errors travel as text so that the user sees no worker's traceback.
+
+    Attributes:
+        batch: The batch, unless there is an error.
+        bad: Reasons by the numbers of bad samples, for which the batch has others.
+        error: Why there is no batch.
+    """
 
     batch: Any = None
     bad: dict[int, str] = field(default_factory=dict)
@@ -89,36 +94,46 @@ class Reply:
 
     def pin_memory(self) -> "Reply":
         """The same answer with its batch in page-locked memory."""
-        if isinstance(self.batch, TwoViewBatch):
+        if self.batch is not None:
             self.batch = self.batch.pin_memory()
         return self
 
+    def checked(self) -> ViewBatch:
+        """The batch, where no sample may be replaced.
+
+        Raises:
+            UserError: If one is bad, or there is no batch.
+        """
+        if reason := self.error or next(iter(self.bad.values()), None):
+            raise UserError(f"{reason}; repair or remove it and make the shards again")
+        return self.batch
+
 
 class BadSamples:
-    """What one process replaced so far, and how much of it is allowed.
+    """The samples that one process replaced so far, and how many may be.
 
     Args:
         most: How many different ones may be replaced.
-        known: Those that an earlier part of the run met: {sample number: reason}.
+        known: Those of an earlier part of the run: {sample number: reason}.
     Attributes:
-        found: {sample number: reason}.
+        reasons: {sample number: reason}.
     """
 
     def __init__(self, most: int, known: Mapping[int, str] | None) -> None:
-        self.found: dict[int, str] = dict(known or {})
+        self.reasons: dict[int, str] = dict(known or {})
         self._most = most
 
-    def check(self, reply: Reply) -> None:
-        """Note what a worker met.
+    def count(self, reply: Reply) -> None:
+        """Add those of a reply.
 
         Raises:
             UserError: If these are too many, or the worker could not go on.
         """
-        self.found.update(reply.bad)
-        if len(self.found) > self._most:
+        self.reasons.update(reply.bad)
+        if len(self.reasons) > self._most:
             reason = next(iter(reply.bad.values()), "bad samples of the run so far")
             raise UserError(
-                f"{reason}. {len(self.found)} bad samples, allowed are {self._most}: repair the "
+                f"{reason}. {len(self.reasons)} bad samples, allowed are {self._most}: repair the "
                 "source and make the shards again, or raise data.max_bad_samples to replace and "
                 "count such samples"
             )
@@ -127,7 +142,7 @@ class BadSamples:
 
 
 class BatchDataset(Dataset):
-    """What a worker does: decode samples into a batch of views, and replace those that are bad.
+    """The work of a worker: decode samples into a batch of views, and replace those that are bad.
 
     Args:
         views: Decodes, crops and changes.
@@ -145,7 +160,7 @@ class BatchDataset(Dataset):
             reply: Where bad samples are noted, too.
         """
         size, num_bad = self.views.image_size, 0
-        out = _empty_uint8((len(self.views.views), num, size, size, 3))
+        out = _empty_uint8((self.views.num_views, num, size, size, 3))
         numbers: list[tuple[int, int, int, int]] = []
         try:
             for start in range(0, num, _CHUNK):
@@ -162,7 +177,7 @@ class BatchDataset(Dataset):
         sample_ids, sample_hashes, repeats, labels = (
             zip(*numbers, strict=True) if numbers else [()] * 4
         )
-        reply.batch = TwoViewBatch(
+        reply.batch = ViewBatch(
             views=out.permute(0, 1, 4, 2, 3),
             sample_hashes=torch.from_numpy(np.array(sample_hashes, np.uint64).view(np.int64)),
             sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
@@ -194,12 +209,12 @@ class BatchDataset(Dataset):
         raise NotImplementedError
 
 
-class TwoViewDataset(BatchDataset):
+class ViewDataset(BatchDataset):
     """Views of samples by their numbers.
 
     Args:
         index: The samples.
-        views: As `ViewWriter` takes them.
+        views: Arguments of `ViewWriter`.
     """
 
     def __init__(self, index: Samples, **views: Any) -> None:
@@ -207,7 +222,7 @@ class TwoViewDataset(BatchDataset):
         self.index = index
 
     def __getitem__(self, request: OrderedSamples) -> Reply:
-        """The views of one request; a bad picture or shard is told in the reply, not raised."""
+        """The views of one request; what is bad stands in the reply, and is not raised."""
         reply = Reply()
         self.make_batch(lambda rows: self._read(request[rows]), len(request), reply)
         return reply
@@ -235,35 +250,6 @@ def _empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
         return MEMORY.tensor(shape, np.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
-class EvalDataset(Dataset):
-    """Central crops, for features and the kNN probe.
-
-    Args:
-        index: The samples.
-        image_size: Side of a crop in pixels.
-    """
-
-    def __init__(self, index: Samples, image_size: int) -> None:
-        self.index, self.image_size = index, image_size
-
-    def __getitem__(self, sample_ids: Sequence[int] | np.ndarray) -> Reply:
-        """Crops, labels and numbers of some samples; a bad one is told in the reply."""
-        ids = np.asarray(sample_ids, np.int64)
-        images = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
-        try:
-            for row, i in enumerate(ids.tolist()):
-                try:
-                    image = decode(self.index.read_bytes(i), where="picture")
-                except BadPicture as error:
-                    raise UserError(f"{self.index.describe(i)}: {error}") from error
-                images[row] = center_crop(image, self.image_size)
-        except UserError as error:
-            return Reply(error=f"{error}; repair or remove it and make the shards again")
-        labels = self.index.samples[ids]["label"].astype(np.int64)
-        crops = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Reply(batch=(crops, torch.from_numpy(labels), torch.from_numpy(ids)))
 
 
 class FetchAhead:
@@ -370,7 +356,7 @@ class RequestSampler(Sampler):
 
 
 class Loader:
-    """Batches of two views, epoch by epoch; the workers stay alive between epochs.
+    """Batches of views, epoch by epoch; the workers stay alive between epochs.
 
     Args:
         dataset: What to read.
@@ -381,15 +367,15 @@ class Loader:
         shuffle_window: Window of the shuffle, in samples.
         max_bad_samples: How many different bad samples this rank replaces before it stops.
         last_batch: "drop" leaves the remainder below one batch out, "pad" fills it up.
-        known_bad: Bad samples that an earlier part of the run met: {sample number: reason}.
+        known_bad: Bad samples of an earlier part of the run: {sample number: reason}.
     Attributes:
         num_steps: Global batches per epoch.
-        bad_samples: What was replaced so far: {sample number: reason}.
+        bad_samples: Those replaced so far: {sample number: reason}.
     """
 
     def __init__(
         self,
-        dataset: TwoViewDataset,
+        dataset: ViewDataset,
         *,
         batch_size: int,
         rank: int = 0,
@@ -411,22 +397,22 @@ class Loader:
         )
         self.num_steps = self._sampler.num_steps
         self._bad = BadSamples(max_bad_samples, known_bad)
-        self.bad_samples = self._bad.found
+        self.bad_samples = self._bad.reasons
         self._index, self._window = dataset.index, shuffle_window
         self._loader = start_workers(dataset, self._sampler, num_workers)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[TwoViewBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
         """Batches `start_step` .. of an epoch, in order.
 
         Raises:
-            UserError: If more bad samples were met than allowed, or a shard changed or vanished.
+            UserError: If more samples are bad than allowed, or a shard changed or vanished.
         """
         self._sampler.epoch, self._sampler.start_step = epoch, start_step
         replies = iter(self._loader)  # starts the workers, before there is a thread
         coming = (one.sample_ids for one in self._sampler) if self._index.is_remote else iter(())
         with FetchAhead(self._index.fetch, coming, self._window) as ahead:
             for reply in replies:
-                self._bad.check(reply)
+                self._bad.count(reply)
                 yield reply.batch
                 ahead.advance()
 
@@ -471,19 +457,19 @@ def _leaving() -> Synchronized:
     return flag
 
 
-def eval_loader(
+def central_crops(
     index: Samples, image_size: int, batch_size: int, num_workers: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """All samples once, in index order, the last batch shorter.
+) -> Iterator[ViewBatch]:
+    """One central crop of every sample, in index order, the last batch shorter.
 
-    Yields:
-        images uint8 [n, 3, s, s], labels int64 [n] (-1: none), sample numbers int64 [n].
     Raises:
         UserError: If a sample does not decode.
     """
-    numbers = range(index.num_samples)
-    batches = [numbers[start : start + batch_size] for start in numbers[::batch_size]]
-    for reply in start_workers(EvalDataset(index, image_size), batches, num_workers):
-        if reply.error is not None:
-            raise UserError(reply.error)
-        yield reply.batch
+    dataset = ViewDataset(index, image_size=image_size, views="central")
+    numbers = np.arange(index.num_samples)
+    requests = [
+        OrderedSamples(ids, np.zeros_like(ids))
+        for ids in np.split(numbers, range(batch_size, len(numbers), batch_size))
+    ]
+    for reply in start_workers(dataset, requests, num_workers):
+        yield reply.checked()

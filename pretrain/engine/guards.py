@@ -19,7 +19,7 @@ from common.errors import RunFailed
 from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig, PretrainConfig
-from pretrain.data.loader import TwoViewBatch
+from pretrain.data.loader import ViewBatch
 from pretrain.engine.checkpoint import NonFiniteLossError
 from pretrain.engine.trainer import Callback, Position
 from pretrain.model.joint_embedding import FAContrastive
@@ -44,7 +44,7 @@ class _Seen(NamedTuple):
     """
 
     step: int
-    batch: TwoViewBatch
+    batch: ViewBatch
     loss: Tensor
     norm: Tensor
 
@@ -88,7 +88,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def refusal(
-        self, batch: TwoViewBatch, loss: Tensor, position: Position, *, is_due: bool
+        self, batch: ViewBatch, loss: Tensor, position: Position, *, is_due: bool
     ) -> str | None:
         """After the backward pass: the message if the update must be left out, else None.
 

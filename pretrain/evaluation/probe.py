@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
-from pretrain.data.loader import eval_loader
+from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples, ShardIndex
 from pretrain.engine.log import ProgressLog
 from pretrain.engine.trainer import Callback
@@ -74,17 +74,16 @@ def extract_features(
     was_training = backbone.training
     backbone.eval()
     num_seen = 0
-    for images, batch_labels, batch_ids in eval_loader(
-        index, image_size=image_size, batch_size=batch_size, num_workers=0
-    ):
-        found = backbone(normalise(images.to(device), mean, std)).float()
+    for batch in central_crops(index, image_size, batch_size):
+        computed = backbone(normalise(batch.views[0].to(device), mean, std)).float()
         if each_batch is not None:
-            each_batch(found, batch_labels)
+            each_batch(computed, batch.labels)
         if num_seen == 0:
-            features = torch.empty(num, found.shape[1], dtype=dtype)
-        part = slice(num_seen, num_seen + len(batch_ids))
-        features[part] = found if dtype == torch.float32 else functional.normalize(found, dim=1)
-        labels[part], ids[part] = batch_labels, batch_ids
+            features = torch.empty(num, computed.shape[1], dtype=dtype)
+        part = slice(num_seen, num_seen + len(batch.labels))
+        is_exact = dtype == torch.float32
+        features[part] = computed if is_exact else functional.normalize(computed, dim=1)
+        labels[part], ids[part] = batch.labels, batch.sample_ids
         num_seen = part.stop
         if num_seen == num:
             break

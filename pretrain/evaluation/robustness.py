@@ -16,7 +16,7 @@ from common.config import one_line
 from common.errors import UserError, require
 from common.resnet import read_arch
 from pretrain.config import HeadConfig
-from pretrain.data.loader import eval_loader
+from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples
 from pretrain.evaluation.probe import normalise
 from pretrain.features.memory_bank import SupportQueue
@@ -57,8 +57,10 @@ class NeighbourStudy:
         self.is_query[torch.linspace(0, index.num_samples - 1, num_queries).long()] = True
         self.queue = SupportQueue(num_rest, state["config"]["heads"]["output_dim"]).to(device)
         queries = []
-        for images, _, ids in eval_loader(index, state["config"]["data"]["image_size"], BATCH_SIZE):
-            x, is_query = normalise(images, self.mean, self.std), self.is_query[ids]
+        image_size = state["config"]["data"]["image_size"]
+        for batch in central_crops(index, image_size, BATCH_SIZE):
+            x = normalise(batch.views[0], self.mean, self.std)
+            is_query = self.is_query[batch.sample_ids]
             queries.append(x[is_query])
             self.queue.put(self.network.project(x[~is_query].to(device)))
         self.images = torch.cat(queries).to(device)

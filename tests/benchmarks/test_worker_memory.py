@@ -10,7 +10,7 @@ import torch
 from benchmarks import worker_memory
 from benchmarks.harness import VIEWS, encoded_photos, open_as_shards, write_files
 from benchmarks.worker_memory import Watched
-from pretrain.data.loader import TwoViewDataset
+from pretrain.data.loader import ViewDataset
 from pretrain.data.shards import ShardIndex
 
 TINY = ["--epochs", "3", "--num-samples", "16", "--batch-size", "8", "--image-size", "32",
@@ -31,7 +31,7 @@ def index(tmp_path_factory):
     with_shards.close()
 
 
-class Leaking(TwoViewDataset):
+class Leaking(ViewDataset):
     """Keeps MiB with every batch; and holds some from the beginning."""
 
     def __init__(self, index: ShardIndex, leaked: int, held: int) -> None:

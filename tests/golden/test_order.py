@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pretrain.data.loader import Loader, RequestSampler, TwoViewDataset
+from pretrain.data.loader import Loader, RequestSampler, ViewDataset
 from pretrain.data.order import LastBatch, SourceSizes
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import open_samples
@@ -102,7 +102,7 @@ def test_batches_of_the_loader(two_sets: list[str]) -> None:
 
     def batches(rank: int, world_size: int, epoch: int, start_step: int = 0) -> list[list]:
         samples = open_samples({two_sets[0]: 1.0, two_sets[1]: 1.5})
-        dataset = TwoViewDataset(
+        dataset = ViewDataset(
             samples, image_size=16, views=AugmentationPolicy.of("crops").views, seed=SEED
         )
         loader = Loader(

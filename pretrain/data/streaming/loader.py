@@ -24,7 +24,7 @@ import torch.utils.data
 
 from common.errors import require
 from pretrain.data.decode import Sample, ViewWriter
-from pretrain.data.loader import BadSamples, BatchDataset, Reply, TwoViewBatch, start_workers
+from pretrain.data.loader import BadSamples, BatchDataset, Reply, ViewBatch, start_workers
 from pretrain.data.order import share_of_rank
 from pretrain.data.sources.remote import Patience
 from pretrain.data.streaming.reader import Reader, open_sources
@@ -76,7 +76,7 @@ class StreamDataset(BatchDataset):
         self._error: str | None = None
 
     def __getitem__(self, request: StreamRequest) -> Reply:
-        """The next batch; what is wrong is told in the reply, not raised."""
+        """The next batch; what is wrong stands in the reply, and is not raised."""
         if request.run != self._run:
             self._run, self._error = request.run, None
             worker = torch.utils.data.get_worker_info()
@@ -126,12 +126,12 @@ class StreamingLoader:
         num_workers: Worker processes; 0 reads in this process.
         shuffle_buffer: Encoded samples that a worker holds back to mix them.
         max_bad_samples: How many different bad samples this rank replaces before it stops.
-        known_bad: Bad samples that an earlier part of the run met: {sample number: reason}.
+        known_bad: Bad samples of an earlier part of the run: {sample number: reason}.
         patience: How long to keep trying to read a shard.
-        views: As `ViewWriter` takes them.
+        views: Arguments of `ViewWriter`.
     Attributes:
         num_steps: Global batches per epoch.
-        bad_samples: What was replaced so far: {sample number: reason}.
+        bad_samples: Those replaced so far: {sample number: reason}.
     Raises:
         UserError: If there is nothing to read, or an option is impossible.
     """
@@ -164,7 +164,7 @@ class StreamingLoader:
         self._num_readers, self._rank = world_size * max(1, num_workers), rank
         self.num_steps = samples_per_epoch // batch_size
         self._bad = BadSamples(max_bad_samples, known_bad)
-        self.bad_samples = self._bad.found
+        self.bad_samples = self._bad.reasons
         dataset = StreamDataset(
             partial(Reader, self._sources, shuffle_buffer=shuffle_buffer, patience=patience),
             ViewWriter(**views),
@@ -177,11 +177,11 @@ class StreamingLoader:
         self._num_runs = 0
         self._loader = start_workers(dataset, self._requests, num_workers)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[TwoViewBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
         """Batches `start_step` .. of an epoch.
 
         Raises:
-            UserError: If more bad samples were met than allowed, or a shard cannot be read.
+            UserError: If more samples are bad than allowed, or a shard cannot be read.
         """
         num_tars = min(len(source.tars) for source in self._sources)
         if self._num_runs == 0 and self._rank == 0 and num_tars < self._num_readers:
@@ -195,5 +195,5 @@ class StreamingLoader:
         request = StreamRequest(self._num_runs, epoch, start_step)
         self._requests[:] = [request] * (self.num_steps - start_step)
         for reply in self._loader:
-            self._bad.check(reply)
+            self._bad.count(reply)
             yield reply.batch

@@ -27,7 +27,7 @@ from common.errors import UserError, require
 from common.files import read_json_lines, sha256_of, write_json
 from common.resnet import NAMED, infer_arch, read_arch
 from pretrain import collectives as dist
-from pretrain.data.loader import EvalDataset, Reply, TwoViewDataset, start_workers
+from pretrain.data.loader import Reply, ViewDataset, start_workers
 from pretrain.data.order import OrderedSamples
 from pretrain.data.policy import Crop, Flip, ViewPolicy
 from pretrain.data.random_numbers import stable_hash
@@ -206,31 +206,25 @@ class Blocks(Dataset):
     ) -> None:
         self._num_samples = samples.num_samples
         self.num_rows = samples.num_samples * max(1, passes)
-        self._central = EvalDataset(samples, image_size) if passes == 0 else None
-        self._random = random_crops(samples, image_size, config)
+        self._views = random_crops(samples, image_size, config)
+        if passes == 0:
+            self._views = ViewDataset(samples, image_size=image_size, views="central")
 
     def __len__(self) -> int:
         return -(-self.num_rows // BLOCK_ROWS)
 
     def __getitem__(self, block: int) -> Reply:
-        """Pictures, uint8 [n, 3, s, s], or the reason why not."""
+        """A batch of one view of each."""
         start = block * BLOCK_ROWS
         rows = np.arange(start, min(start + BLOCK_ROWS, self.num_rows))
         ids, repeats = rows % self._num_samples, rows // self._num_samples
-        if self._central is not None:
-            reply = self._central[ids]
-            return reply if reply.error else Reply(batch=reply.batch[0])
-        reply = self._random[OrderedSamples(ids, repeats)]
-        if reply.error or reply.bad:
-            reason = reply.error or next(iter(reply.bad.values()))
-            return Reply(error=f"{reason}; repair or remove it and make the shards again")
-        return Reply(batch=reply.batch.views[0])
+        return self._views[OrderedSamples(ids, repeats)]
 
 
-def random_crops(samples: Samples, image_size: int, config: LinearConfig) -> TwoViewDataset:
+def random_crops(samples: Samples, image_size: int, config: LinearConfig) -> ViewDataset:
     """One view of random crops and flips, the pretraining loader's own."""
     view = ViewPolicy(Crop(config.crop_scale), Flip(config.flip_probability))
-    return TwoViewDataset(samples, image_size=image_size, views=(view,), seed=config.seed)
+    return ViewDataset(samples, image_size=image_size, views=(view,), seed=config.seed)
 
 
 class FeatureFile:
@@ -368,9 +362,9 @@ def extract(
     replies = start_workers(blocks, own, num_workers) if own else []  # type: ignore[arg-type]
     with bar(min(len(own) * BLOCK_ROWS, file.num_rows), title, "picture") as progress:
         for number, reply in zip(own, replies, strict=True):
-            require(reply.error is None, str(reply.error))
-            file.write(number, extractor(reply.batch))
-            progress.update(len(reply.batch))
+            pictures = reply.checked().views[0]
+            file.write(number, extractor(pictures))
+            progress.update(len(pictures))
     file.finish()
 
 

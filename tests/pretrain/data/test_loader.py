@@ -24,9 +24,9 @@ from pretrain.data.index import sample_hash
 from pretrain.data.loader import (
     Loader,
     RequestSampler,
-    TwoViewBatch,
-    TwoViewDataset,
-    eval_loader,
+    ViewBatch,
+    ViewDataset,
+    central_crops,
 )
 from pretrain.data.order import OrderedSamples, SourceSizes, epoch_order
 from pretrain.data.policy import Crop, ViewPolicy
@@ -39,17 +39,17 @@ SIZE = 16
 VIEWS = (ViewPolicy(Crop((0.2, 1.0))), ViewPolicy(Crop((0.08, 1.0))))
 
 
-def dataset(index: Samples, seed: int = 3) -> TwoViewDataset:
-    return TwoViewDataset(index, image_size=SIZE, views=VIEWS, seed=seed)
+def dataset(index: Samples, seed: int = 3) -> ViewDataset:
+    return ViewDataset(index, image_size=SIZE, views=VIEWS, seed=seed)
 
 
-def load(index: Samples, **options: Any) -> list[TwoViewBatch]:
+def load(index: Samples, **options: Any) -> list[ViewBatch]:
     arguments = {"batch_size": 8, "shuffle_window": 20} | options
     epoch, start_step = arguments.pop("epoch", 0), arguments.pop("start_step", 0)
     return list(Loader(dataset(index), **arguments).epoch(epoch, start_step))
 
 
-def same(one: list[TwoViewBatch], other: list[TwoViewBatch]) -> bool:
+def same(one: list[ViewBatch], other: list[ViewBatch]) -> bool:
     fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
@@ -130,12 +130,12 @@ def test_workers_serve_on_when_a_cluster_signals_them(index: ShardIndex) -> None
 LEFT_EARLY = """
 import sys
 from pretrain.data.shards import ShardIndex
-from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.policy import AugmentationPolicy
 
 index = ShardIndex.open(sys.argv[1])
 views = AugmentationPolicy.of("crops").views
-dataset = TwoViewDataset(index, image_size=16, views=views, seed=3)
+dataset = ViewDataset(index, image_size=16, views=views, seed=3)
 loader = Loader(dataset, batch_size=8, num_workers=2)
 batches = loader.epoch(0)
 next(batches)
@@ -389,23 +389,22 @@ def test_mistakes_are_named(index: ShardIndex, options: dict[str, int], message:
 
 def test_dataset_refuses_an_impossible_size(index: ShardIndex) -> None:
     with pytest.raises(UserError, match="image size 0"):
-        TwoViewDataset(index, image_size=0, views=VIEWS, seed=0)
+        ViewDataset(index, image_size=0, views=VIEWS, seed=0)
 
 
 # -- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_eval_gives_all_in_order(index: ShardIndex, num_workers: int) -> None:
-    batches = list(eval_loader(index, 24, 16, num_workers))
-    assert [len(images) for images, _, _ in batches] == [16, 16, 8]
-    ids = torch.cat([batch[2] for batch in batches])
-    assert ids.tolist() == list(range(40))
-    assert torch.cat([batch[1] for batch in batches]).tolist() == index.labels.tolist()
+def test_central_crops_of_all_in_order(index: ShardIndex, num_workers: int) -> None:
+    batches = list(central_crops(index, 24, 16, num_workers))
+    assert [batch.views.shape[:2] for batch in batches] == [(1, 16), (1, 16), (1, 8)]
+    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == list(range(40))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == index.labels.tolist()
     expected = center_crop(decode(index.read_bytes(20), where=""), 24)
-    np.testing.assert_array_equal(batches[1][0][4].permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(batches[1].views[0, 4].permute(1, 2, 0).numpy(), expected)
 
 
-def test_eval_stops_at_a_bad_sample(shards_with_bad: ShardIndex) -> None:
+def test_central_crops_stop_at_a_bad_sample(shards_with_bad: ShardIndex) -> None:
     with pytest.raises(UserError, match=r"sample 5 'sample05' in .*a.tar .*does not decode"):
-        list(eval_loader(shards_with_bad, 24, 8))
+        list(central_crops(shards_with_bad, 24, 8))

@@ -8,7 +8,7 @@ from common.pictures import decode
 from pretrain.data import loader as samples
 from pretrain.data.augment import draw_parameters
 from pretrain.data.decode import crop, draw_crops
-from pretrain.data.loader import Loader, TwoViewBatch, TwoViewDataset
+from pretrain.data.loader import Loader, ViewBatch, ViewDataset
 from pretrain.data.order import OrderedSamples
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
@@ -18,11 +18,11 @@ SIZE = 24
 VIEWS = AugmentationPolicy.of("asymmetric").views
 
 
-def dataset(index: ShardIndex, *, in_workers: bool, size: int = SIZE) -> TwoViewDataset:
-    return TwoViewDataset(index, image_size=size, views=VIEWS, seed=3, with_colours=in_workers)
+def dataset(index: ShardIndex, *, in_workers: bool, size: int = SIZE) -> ViewDataset:
+    return ViewDataset(index, image_size=size, views=VIEWS, seed=3, with_colours=in_workers)
 
 
-def batch_of(data: TwoViewDataset, ids: np.ndarray, repeats: np.ndarray) -> TwoViewBatch:
+def batch_of(data: ViewDataset, ids: np.ndarray, repeats: np.ndarray) -> ViewBatch:
     reply = data[OrderedSamples(ids, repeats)]
     assert reply.error is None
     assert reply.batch is not None

@@ -238,11 +238,11 @@ def test_passes_are_random_crops_that_differ(many, weights, tmp_path):
     assert len(rows) == 2 * n
     assert np.abs(rows[:n] - rows[n:]).max(axis=1).min() > 0
     frozen = load(str(weights), branch="online", seed=0)
-    from pretrain.data.loader import TwoViewDataset  # the loader's own crops
+    from pretrain.data.loader import ViewDataset  # the loader's own crops
     from pretrain.data.order import OrderedSamples
     from pretrain.data.policy import Crop, Flip, ViewPolicy
 
-    dataset = TwoViewDataset(
+    dataset = ViewDataset(
         index, image_size=32, views=(ViewPolicy(Crop((0.3, 0.9)), Flip(1.0)),), seed=4
     )
     ids = np.array([5, 250])

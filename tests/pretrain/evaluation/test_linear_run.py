@@ -72,14 +72,14 @@ def heads_of(folder):
 
 def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, weights, tmp_path, shards):
     """An independent loop: nn.Linear, cross_entropy, SGD, on crops that the loader gives."""
-    from pretrain.data.loader import Loader, TwoViewDataset
+    from pretrain.data.loader import Loader, ViewDataset
     from pretrain.data.policy import Crop, ViewPolicy
     from pretrain.evaluation.probe import normalise
 
     config = replace(FULL, lrs=[3.0], momentum=0.8, crop_scale=(0.2, 0.9), schedule="cosine_epochs")
     result = evaluate(config)
     frozen = load(str(weights), branch="online", seed=0)
-    dataset = TwoViewDataset(
+    dataset = ViewDataset(
         ShardIndex.open(shards), image_size=32, views=(ViewPolicy(Crop((0.2, 0.9))),), seed=1
     )
     linear = nn.Linear(frozen.backbone.output_dim, 2)

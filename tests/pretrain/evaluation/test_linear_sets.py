@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.order import OrderedSamples, SourceSizes
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
@@ -211,10 +211,10 @@ def test_a_loader_gives_each_sample_of_a_subset_the_crops_it_has_in_the_whole_se
     index = ShardIndex.open(shards)
     ids = np.array([1, 4, 12, 13, 27, 39])
     options = {"image_size": 32, "views": (ViewPolicy(Crop((0.3, 1.0))),), "seed": 2}
-    (batch,) = Loader(TwoViewDataset(Subset(index, ids), **options), batch_size=6).epoch(3)
+    (batch,) = Loader(ViewDataset(Subset(index, ids), **options), batch_size=6).epoch(3)
     assert sorted(ids[batch.sample_ids.numpy()]) == ids.tolist()
     assert batch.views.shape == (1, 6, 3, 32, 32)
-    whole = TwoViewDataset(index, **options)
+    whole = ViewDataset(index, **options)
     asked = OrderedSamples(ids[batch.sample_ids.numpy()], batch.repeats.numpy())
     assert (batch.views == whole[asked].batch.views).all()
     assert (batch.labels.numpy() == index.labels[ids[batch.sample_ids.numpy()]]).all()

@@ -12,7 +12,7 @@ from torch import nn
 from common.pictures import decode
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.decode import center_crop
-from pretrain.data.loader import Loader, TwoViewDataset
+from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.evaluation import pictures
@@ -52,9 +52,7 @@ def index(shards):
 
 @pytest.fixture
 def batch(index):
-    dataset = TwoViewDataset(
-        index, image_size=32, views=AugmentationPolicy.of("crops").views, seed=0
-    )
+    dataset = ViewDataset(index, image_size=32, views=AugmentationPolicy.of("crops").views, seed=0)
     return next(iter(Loader(dataset, batch_size=8).epoch(0)))
 
 

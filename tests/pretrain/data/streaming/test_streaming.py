@@ -21,7 +21,7 @@ from webdataset.filters import shuffle
 from common.errors import UserError
 from pretrain.data.decode import Sample
 from pretrain.data.index import sample_hash
-from pretrain.data.loader import TwoViewBatch, TwoViewDataset
+from pretrain.data.loader import ViewBatch, ViewDataset
 from pretrain.data.order import OrderedSamples
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex, open_samples
@@ -64,7 +64,7 @@ def loader(spec: Any, **options: Any) -> StreamingLoader:
     return StreamingLoader(spec, **(defaults | options))
 
 
-def same(one: Sequence[TwoViewBatch], other: Sequence[TwoViewBatch]) -> bool:
+def same(one: Sequence[ViewBatch], other: Sequence[ViewBatch]) -> bool:
     fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
@@ -73,7 +73,7 @@ def same(one: Sequence[TwoViewBatch], other: Sequence[TwoViewBatch]) -> bool:
     )
 
 
-def keys_of(batches: Sequence[TwoViewBatch]) -> list[int]:
+def keys_of(batches: Sequence[ViewBatch]) -> list[int]:
     return [key % 2**64 for batch in batches for key in batch.sample_hashes.tolist()]
 
 
@@ -87,7 +87,7 @@ def in_pass(samples: Iterator[Sample], number: int) -> list[Sample]:
     return list(itertools.takewhile(lambda sample: sample.repeat <= number, samples))
 
 
-def refusal(batches: Iterator[TwoViewBatch]) -> str:
+def refusal(batches: Iterator[ViewBatch]) -> str:
     try:
         list(batches)
     except UserError as error:  # with pytest.raises, a cycle would keep the workers for a while
@@ -219,7 +219,7 @@ def test_batches_hold_what_the_exact_loader_would_make(
     streaming = loader(str(index.folder), shuffle_buffer=1, with_colours=with_colours)
     batches = list(streaming.epoch(0))
     assert len(batches) == streaming.num_steps == NUM_PICTURES // 8
-    exact = TwoViewDataset(index, image_size=SIZE, views=VIEWS, seed=3, with_colours=with_colours)
+    exact = ViewDataset(index, image_size=SIZE, views=VIEWS, seed=3, with_colours=with_colours)
     places = {int(key): i for i, key in enumerate(index.samples["key"])}
     assert len(set(keys_of(batches))) == NUM_PICTURES
     for batch in batches:
