@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -26,14 +26,15 @@ from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
 from common.errors import UserError, require
 from common.provenance import versions
-from pretrain.config import FAConfig, ObjectiveConfig, ObjectiveName, OptimConfig
+from pretrain.config import FAConfig, OptimConfig, refuse_without_gradient, resolve
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import uses_bf16
 from pretrain.engine.optim import make_optimizer
+from pretrain.engine.profiling import fill_queues
 from pretrain.features.feature_augmentation import AugmentationContext, FeatureAugmenter
 from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.joint_embedding import FAContrastive
-from pretrain.objectives.method_spec import refuse_without_gradient, resolve
+from pretrain.objectives.base import Objective
 
 ARCHITECTURES = ("basic", "pre", "post", "parallel")
 METHODS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ class Group:
         device: torch.device,
     ) -> None:  # fmt: skip
         self.name, self.sizes, self.device = f"{base}/{architecture}", sizes, device
-        self.objective = ObjectiveConfig(name=base, num_negatives=sizes.queue_size)
+        self.objective = Objective.registry[base]()
         self.fa = {
             method: fa_config(architecture, method, sizes.queue_size)
             for method in ("none", *methods)
@@ -91,7 +92,7 @@ class Group:
         self.num_steps = 0
         # Full queues: FA costs what it costs in a long run.
         entries = torch.randn(2, sizes.queue_size, sizes.dim, device=device)
-        self.model.objective.put(entries)
+        fill_queues(self.model)
         for augmenter in self.augmenters.values():
             if augmenter.queue is not None:
                 augmenter.queue.put(entries[0])
@@ -166,7 +167,7 @@ def chosen_methods(patterns: str) -> tuple[dict[tuple[str, str], list[str]], dic
     """
     names = [
         f"{base}/{architecture}/{method}"
-        for base in get_args(ObjectiveName)
+        for base in Objective.registry.names()
         for architecture in ARCHITECTURES
         for method in METHODS
     ]
@@ -183,7 +184,7 @@ def chosen_methods(patterns: str) -> tuple[dict[tuple[str, str], list[str]], dic
     refused = {}
     for name in (name for name in names if name in chosen):
         base, architecture, method = name.split("/")
-        objective: Any = ObjectiveConfig(name=base)  # type: ignore[arg-type]
+        objective = Objective.registry[base]()
         try:
             refuse_without_gradient(objective, fa_config(architecture, method, 64))
         except UserError as error:
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cells", default=DEFAULT_CELLS, metavar="PATTERNS",
         help="comma-separated OBJECTIVE/ARCHITECTURE/FA with * and ? (default: %(default)s); "
-        f"objectives: {', '.join(get_args(ObjectiveName))}; "
+        f"objectives: {', '.join(Objective.registry.names())}; "
         f"architectures: {', '.join(ARCHITECTURES)}; FA: {', '.join(METHODS)}",
     )  # fmt: skip
     harness.add_sizes(parser, Sizes())

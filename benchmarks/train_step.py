@@ -56,7 +56,7 @@ from pretrain.data.loader import ViewBatch
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
-from pretrain.features.row_random import fa_generator
+from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.backbone import ResNet
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.run import make_trainer
@@ -136,7 +136,9 @@ class Ours:
     def loss(self) -> Tensor:
         """In fp32, with the graph; BN moves on."""
         model, views = self.run.task.model, self._fed.views
-        return model.step(views, fa_generator(0, 0, views.device)).loss
+        random = RowRandom.whole(fa_generator(0, 0, views.device), views.shape[1])
+        t = model.ema_projections(views)
+        return model.online(views, partial(model.compare, t=t, random=random, progress=1.0)).loss
 
     def networks(self) -> list[nn.Module]:
         """The trained one first, then its EMA."""

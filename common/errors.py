@@ -36,6 +36,31 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def at_least(settings: object, section: str, **lowest: float) -> None:
+    """Refuse settings below their bound; None is not checked. ``section`` is for the message."""
+    for name, bound in lowest.items():
+        value = getattr(settings, name)
+        require(
+            value is None or value >= bound, f"{section}.{name} must be >= {bound}, got {value}"
+        )
+
+
+def positive(settings: object, section: str, *names: str) -> None:
+    """Refuse settings that are 0 or below; None is not checked."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value > 0, f"{section}.{name} must be > 0, got {value}")
+
+
+def within_0_and_1(settings: object, section: str, *names: str) -> None:
+    """Refuse settings outside of 0..1; None is not checked."""
+    for name in names:
+        value = getattr(settings, name)
+        require(
+            value is None or 0 <= value <= 1, f"{section}.{name} must be in [0, 1], got {value}"
+        )
+
+
 def printable(text: str) -> str:
     """A file name, or text that holds one; bytes that are no UTF-8 become hexadecimal codes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")

@@ -5,31 +5,33 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as torch_dist
-from torch import Tensor
-from torch.distributed.nn import functional as dist_functional
+from typing import TYPE_CHECKING
+
+from common.lazy import distributed, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def is_on() -> bool:
     """Whether a process group of more than one process is up."""
-    return torch_dist.is_available() and torch_dist.is_initialized() and world_size() > 1
+    return distributed.is_available() and distributed.is_initialized() and world_size() > 1
 
 
 def world_size() -> int:
     """Processes in the group; 1 without a group."""
-    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """This process's number in the group; 0 without a group."""
-    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def wait() -> None:
     """Until all processes are here."""
     if is_on():
-        torch_dist.barrier()
+        distributed.barrier()
 
 
 def local_rows(num_local: int) -> slice:
@@ -41,6 +43,8 @@ def gather(x: Tensor) -> Tensor:
     """All processes' rows in rank order, with gradient: [n, d] -> [world_size * n, d]."""
     if not is_on():
         return x
+    from torch.distributed.nn import functional as dist_functional
+
     return torch.cat(dist_functional.all_gather(x.contiguous()))
 
 
@@ -49,7 +53,7 @@ def total(x: Tensor) -> Tensor:
     x = x.detach()
     if is_on():
         x = x.clone()
-        torch_dist.all_reduce(x)
+        distributed.all_reduce(x)
     return x
 
 
@@ -62,7 +66,7 @@ def highest(x: Tensor) -> Tensor:
     """Largest value over the processes, without gradient."""
     x = x.detach().clone()
     if is_on():
-        torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX)
+        distributed.all_reduce(x, op=distributed.ReduceOp.MAX)
     return x
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.config import read_settings
-from common.errors import UserError, require
+from common.errors import UserError, at_least, positive, require, within_0_and_1
 from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.data.order import LastBatch
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.remote import Patience
+from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import Byol
 
-ObjectiveName = Literal["simclr", "infonce", "moco", "byol", "simsiam", "swav"]
 FA_PARTNER_LINKS = ("mixup", "cutmix", "extrapolate")
 FA_LINKS = ("none", "identity", "nn", "mask", "noise", *FA_PARTNER_LINKS)
 
@@ -38,63 +39,9 @@ class HeadConfig:
     dropout: float = 0.0  # after each hidden layer of both heads
 
     def __post_init__(self) -> None:
-        _at_least(self, "heads", projector_layers=1, projector_hidden_dim=1)
-        _at_least(self, "heads", predictor_hidden_dim=1, output_dim=1)
+        at_least(self, "heads", projector_layers=1, projector_hidden_dim=1)
+        at_least(self, "heads", predictor_hidden_dim=1, output_dim=1)
         require(0 <= self.dropout < 1, f"heads.dropout must be in [0, 1), got {self.dropout}")
-
-
-@dataclass(frozen=True)
-class BaseMethod:
-    """What distinguishes the base methods.
-
-    Attributes:
-        has_ema: The target branch is an EMA copy of backbone and projector (BYOL, MoCo).
-        stops_target: No gradient through the target branch.
-        architecture: Where the method is published: with a predictor, or without.
-        is_per_sample: The loss of a batch is the mean over its samples, each by itself.
-    """
-
-    has_ema: bool
-    stops_target: bool
-    architecture: str
-    is_per_sample: bool
-
-
-BASE_METHODS = {
-    "simclr": BaseMethod(False, False, "basic", False),  # arXiv 2002.05709
-    "infonce": BaseMethod(False, False, "parallel", False),  # NNCLR's loss, arXiv 2104.14548
-    "moco": BaseMethod(True, True, "basic", True),  # v2+: arXiv 2003.04297, symmetric
-    "byol": BaseMethod(True, True, "parallel", True),  # arXiv 2006.07733
-    "simsiam": BaseMethod(False, True, "parallel", True),  # arXiv 2011.10566
-    "swav": BaseMethod(False, True, "basic", False),  # arXiv 2006.09882
-}
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The objective: a loss and its target branch (pretrain/objectives/method_spec.py)."""
-
-    name: ObjectiveName = "byol"
-    temperature: float = 0.2  # all but byol, simsiam
-    ema_tau: float = 0.99  # byol, moco: tau_0 of the schedule that ends at ema_tau_end
-    ema_tau_end: float = 1.0  # MoCo v2+ of solo-learn ends at 0.999
-    stop_gradient: bool | None = None  # on the target; null: as the base method has it
-    num_negatives: int = 65536  # moco: entries of each of the two queues of keys
-    num_prototypes: int = 3000  # swav
-    sinkhorn_epsilon: float = 0.05  # swav
-    sinkhorn_iterations: int = 3  # swav
-    frozen_prototype_steps: int = 313  # swav: the prototypes stand still for so many steps
-
-    def __post_init__(self) -> None:
-        _positive(self, "objective", "temperature", "sinkhorn_epsilon")
-        _within_0_and_1(self, "objective", "ema_tau", "ema_tau_end")
-        _at_least(self, "objective", num_negatives=1, num_prototypes=1)
-        _at_least(self, "objective", sinkhorn_iterations=1, frozen_prototype_steps=0)
-        require(
-            self.stop_gradient is not False or self.name not in ("byol", "moco", "swav"),
-            f"objective.stop_gradient=false: the target of {self.name} has no gradient to let "
-            "through (an EMA network's projection, or assigned codes); leave it out",
-        )
 
 
 @dataclass(frozen=True)
@@ -127,12 +74,12 @@ class FAConfig:
 
     def __post_init__(self) -> None:
         links = self.links()
-        _at_least(self, "fa", num_features=1, noise_sigma=0, extrapolate_scale=0)
+        at_least(self, "fa", num_features=1, noise_sigma=0, extrapolate_scale=0)
         for name in ("mask_ratio", "cutmix_ratio"):
             value = getattr(self, name)
             require(0 <= value < 1, f"fa.{name} must be in [0, 1), got {value}")
-        _positive(self, "fa", "mixup_alpha")
-        _within_0_and_1(self, "fa", "strength", "strength_start")
+        positive(self, "fa", "mixup_alpha")
+        within_0_and_1(self, "fa", "strength", "strength_start")
         require(
             self.num_features == 1 or not links <= {"none", "identity"},
             f"fa.num_features={self.num_features} needs a method that draws; {self.method!r} "
@@ -197,7 +144,7 @@ class InitConfig:
     residual_gamma: float = 1.0  # last BN weight of each residual block; see models/backbone.py
 
     def __post_init__(self) -> None:
-        _at_least(self, "init", residual_gamma=0)
+        at_least(self, "init", residual_gamma=0)
 
 
 @dataclass(frozen=True)
@@ -223,8 +170,8 @@ class DataConfig:
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", batch_size=2, image_size=16, shuffle_window=1)
-        _at_least(self, "data", num_workers=0, max_bad_samples=0)
+        at_least(self, "data", batch_size=2, image_size=16, shuffle_window=1)
+        at_least(self, "data", num_workers=0, max_bad_samples=0)
         require(
             all(s > 0 for s in self.pixel_std),
             f"data.pixel_std must be positive, got {self.pixel_std}",
@@ -269,8 +216,8 @@ class OptimConfig:
     accumulation: Literal["plain", "cached"] = "plain"  # how micro-batches make one batch
 
     def __post_init__(self) -> None:
-        _at_least(self, "optim", epochs=1, weight_decay=0, head_weight_decay=0)
-        _positive(self, "optim", "lars_eta", "base_lr")
+        at_least(self, "optim", epochs=1, weight_decay=0, head_weight_decay=0)
+        positive(self, "optim", "lars_eta", "base_lr")
         require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
         require(
             0 <= self.warmup_epochs < self.epochs,
@@ -312,11 +259,11 @@ class EngineConfig:
     on_hang: Literal["warn", "stop"] = "warn"  # stop: the process ends, torchrun may start again
 
     def __post_init__(self) -> None:
-        _at_least(self, "engine", log_every_steps=1, checkpoint_every_steps=1)
-        _at_least(self, "engine", collapse_patience=1, max_nonfinite_steps=1, num_threads=0)
-        _at_least(self, "engine", keep_checkpoints=0, keep_every_steps=0)
-        _at_least(self, "engine", collapse_std=0, collapse_rank=0, watchdog_seconds=0)
-        _positive(self, "engine", "min_loss_scale")
+        at_least(self, "engine", log_every_steps=1, checkpoint_every_steps=1)
+        at_least(self, "engine", collapse_patience=1, max_nonfinite_steps=1, num_threads=0)
+        at_least(self, "engine", keep_checkpoints=0, keep_every_steps=0)
+        at_least(self, "engine", collapse_std=0, collapse_rank=0, watchdog_seconds=0)
+        positive(self, "engine", "min_loss_scale")
         require(
             not (self.compile and self.activation_checkpointing),
             "engine.compile=true and engine.activation_checkpointing=true do not go together: a "
@@ -338,8 +285,8 @@ class AdversarialConfig:
             f"adversarial.epsilon must be in [0, 255] (1/255 of a pixel's range), "
             f"got {self.epsilon}",
         )
-        _at_least(self, "adversarial", num_steps=1)
-        _positive(self, "adversarial", "step_size")
+        at_least(self, "adversarial", num_steps=1)
+        positive(self, "adversarial", "step_size")
 
 
 @dataclass(frozen=True)
@@ -359,8 +306,8 @@ class EvalConfig:
     num_map_points: int = 1000  # of the picture of the probe's features; 0: none
 
     def __post_init__(self) -> None:
-        _at_least(self, "eval", knn_every_epochs=1, knn_k=1, num_pictures=0)
-        _positive(self, "eval", "knn_temperature", "online_probe_lr")
+        at_least(self, "eval", knn_every_epochs=1, knn_k=1, num_pictures=0)
+        positive(self, "eval", "knn_temperature", "online_probe_lr")
         require(
             self.image_size == 0 or self.image_size >= 16,
             f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
@@ -396,7 +343,7 @@ class PretrainConfig:
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: Objective = field(default_factory=Byol)
     fa: FAConfig = field(default_factory=FAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -416,6 +363,7 @@ class PretrainConfig:
             "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "
             "lost in fp16; use bf16 or fp32",
         )
+        refuse_without_gradient(self.objective, self.fa)
         micro, batch = self.optim.micro_batch_size, self.data.batch_size
         if micro == 0:
             return
@@ -427,7 +375,7 @@ class PretrainConfig:
             return
         # Plain accumulation adds up losses of micro-batches that know nothing of each other.
         require(
-            BASE_METHODS[self.objective.name].is_per_sample,
+            self.objective.is_per_sample,
             f"optim.accumulation=plain: the loss of {self.objective.name} compares all samples of "
             "the batch, so it is not the sum over micro-batches; use optim.accumulation=cached",
         )
@@ -436,6 +384,68 @@ class PretrainConfig:
             "optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
             "use optim.accumulation=cached, or fa.partner=view or queue",
         )
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """An objective with FA in an architecture, with everything that was left open decided.
+
+    Attributes:
+        architecture: basic, pre, post or parallel; all but basic have a predictor.
+        side: Whose features A takes: those of the target or of the online branch.
+        stops_target: Whether gradient stops at the target branch.
+    """
+
+    architecture: Literal["basic", "pre", "post", "parallel"]
+    side: Literal["target", "online"]
+    stops_target: bool
+
+
+def resolve(objective: Objective, fa: FAConfig) -> MethodSpec:
+    """Decide what the config leaves to the objective.
+
+    Raises:
+        UserError: For a combination that contradicts itself.
+    """
+    architecture = objective.architecture if fa.architecture == "auto" else fa.architecture
+    own_side = "online" if architecture in ("pre", "post") else "target"
+    side = own_side if fa.side == "auto" else fa.side
+    reason = (
+        "FA and predictor would act on one view, which is architecture pre (FA first) or post"
+        if architecture == "parallel"
+        else "FA on the other view than the predictor is architecture parallel"
+    )
+    require(
+        side == own_side or architecture == "basic",
+        f"fa.side={side} with fa.architecture={architecture}: {reason}",
+    )
+    stops = objective.stop_gradient
+    return MethodSpec(architecture, side, objective.stops_target if stops is None else stops)
+
+
+def refuse_without_gradient(objective: Objective, fa: FAConfig) -> None:
+    """Refuse a method in which backbone, projector or predictor get no gradient.
+
+    FA that stops its gradient cuts off what lies before A. In ``post`` that is the predictor.
+    Backbone and projector lie before A wherever A takes the online features; they still learn
+    through the target branch, unless its gradient is stopped. With FA on one view only, the other
+    direction trains everything.
+
+    Raises:
+        UserError: Naming the parts without gradient and what to change.
+    """
+    spec = resolve(objective, fa)
+    starved = ["backbone", "projector"] if spec.stops_target else []
+    starved += ["predictor"] if spec.architecture == "post" else []
+    is_cut_off = fa.method != "none" and fa.stop_gradient and fa.views == "both"
+    require(
+        not (is_cut_off and spec.side == "online" and starved),
+        f"objective.name={objective.name}, fa.method={fa.method}, fa.architecture="
+        f"{spec.architecture}, fa.side={spec.side}, fa.stop_gradient=true cannot train: no "
+        f"gradient reaches the {' and the '.join(starved)}. FA stops the gradient of the features "
+        "it takes, and no other reaches what computes them: use fa.stop_gradient=false, or "
+        "fa.architecture=parallel",
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -449,34 +459,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     return read_settings(PretrainConfig, Path(path), overrides)
 
 
-def _at_least(settings: Any, section: str, **lowest: float) -> None:
-    """Refuse numbers below their bound; None is not checked."""
-    for name, bound in lowest.items():
-        value = getattr(settings, name)
-        require(
-            value is None or value >= bound, f"{section}.{name} must be >= {bound}, got {value}"
-        )
-
-
-def _positive(settings: Any, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(value is None or value > 0, f"{section}.{name} must be > 0, got {value}")
-
-
-def _within_0_and_1(settings: Any, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(
-            value is None or 0 <= value <= 1, f"{section}.{name} must be in [0, 1], got {value}"
-        )
-
-
 def _check_arch(arch: Arch) -> None:
     """Refuse widths that torchvision's blocks, of which the backbone is built, cannot have."""
     depths = ", ".join(map(str, BLOCKS_PER_STAGE))
     require(arch.depth in BLOCKS_PER_STAGE, f"arch.depth {arch.depth}: give {depths}")
-    _positive(arch, "arch", "width_per_group", "stem_channels", "res2_channels")
+    positive(arch, "arch", "width_per_group", "stem_channels", "res2_channels")
     if not arch.is_bottleneck:
         require(
             arch.res2_channels == arch.width_per_group,

@@ -24,7 +24,6 @@ from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import KnnCallback, Probe
 from pretrain.model.joint_embedding import FAContrastive
-from pretrain.objectives.method_spec import refuse_without_gradient
 
 
 def make_trainer(
@@ -56,7 +55,6 @@ def make_trainer(
         folder=folder,
     )
     # The model and its optimiser.
-    refuse_without_gradient(config.objective, config.fa)
     torch.manual_seed(config.seed)
     model = FAContrastive(
         config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma

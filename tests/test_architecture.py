@@ -177,6 +177,7 @@ def test_package_does_not_load_others(package: str, others: set[str]) -> None:
 
 
 def test_common_needs_torch_for_checkpoints_only() -> None:
+    """And common/lazy.py imports it on first use."""
     found = {
         str(path)
         for path in sources("common")

@@ -19,8 +19,6 @@ from pretrain.features.row_random import RowRandom
 from pretrain.model.adversarial import perturb
 from pretrain.model.joint_embedding import FAContrastive, Features, StepOutput, Views
 
-Compare = Callable[[Features], StepOutput]
-
 
 @dataclass(frozen=True)
 class Gradients:
@@ -63,10 +61,64 @@ class Gradients:
             progress: Share of the training that is done.
         """
         parts = self._parts(views)
-        compare = partial(self._comparison, generator, progress, views.shape[1])
         if len(parts) > 1 and self.optim.accumulation == "cached":
-            return [self._cached(views, parts, compare)]
-        return self._plain(views, parts, compare)
+            return [self._cached(views, parts, generator, progress)]
+        # The loss is a mean over samples: each micro-batch adds its share.
+        outputs, total = [], torch.zeros((), device=views.device)
+        for part in parts:
+            with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
+                t = self.model.ema_projections(views[:, part])
+                compare = self._compare(t, views, part, generator, progress)
+                output = self.forward(views[:, part], compare)
+                share = output.loss / len(parts)
+            with record_function("backward"), self._sync(part is parts[-1]):
+                self.scale(share).backward()
+            total += share.detach()
+            outputs.append(replace(output, loss=output.loss.detach()))
+        outputs[0] = replace(outputs[0], loss=total)
+        return outputs
+
+    def _cached(
+        self,
+        views: Views,
+        parts: list[slice],
+        generator: Callable[[], torch.Generator],
+        progress: float,
+    ) -> StepOutput:
+        """Cached gradients (GradCache, arXiv 2101.06983): the loss sees the whole batch.
+
+        BN statistics of the online network are those of the second pass alone.
+        """
+        # First pass, without graph: all projections.
+        z, states = [], []
+        kept = _kept_buffers(self.model.online)
+        with record_function("forward"), torch.no_grad(), self.autocast(), kept:
+            for part in parts:
+                states.append(_random_state(views.device))
+                z.append(self.model.online(views[:, part], _as_it_is))
+            ema = [self.model.ema_projections(views[:, part]) for part in parts]
+        # FA, predictor and loss on the whole batch leave gradients at the projections.
+        t = None if ema[0] is None else torch.cat([x for x in ema if x is not None], dim=1)
+        cached = torch.cat(z, dim=1).requires_grad_()
+        with record_function("forward"), self.autocast():
+            whole = slice(0, views.shape[1])
+            output = self._compare(t, views, whole, generator, progress)(cached)
+        with record_function("backward"):
+            self.scale(output.loss).backward()
+        assert cached.grad is not None
+        # Second pass, with graph: each micro-batch's projections again, from the same random
+        # state, and the cached gradient through them. DDP waits for the heads' gradients too.
+        after = _random_state(views.device)
+        for part, state in zip(parts, states, strict=True):
+            _set_random_state(state, views.device)
+            with self._sync(part is parts[-1]):
+                with record_function("forward"), self.autocast():
+                    again = self.forward(views[:, part], _as_it_is)
+                surrogate = (again.float() * cached.grad[:, part].float()).sum()
+                with record_function("backward"):
+                    (surrogate + self.model.online.zero_through_heads()).backward()
+        _set_random_state(after, views.device)
+        return output
 
     def attacked(
         self,
@@ -97,7 +149,7 @@ class Gradients:
                 def loss_of(first: Tensor, part=part, t=t, before=before, second=second) -> Tensor:
                     """With the same random numbers at every call."""
                     _set_random_state(before, first.device)
-                    compare = self._comparison(generator, progress, views.shape[1], t, part)
+                    compare = self._compare(t, views, part, generator, progress)
                     with self.autocast():
                         return self.model.online(torch.stack([first, second]), compare).loss
 
@@ -119,80 +171,20 @@ class Gradients:
         size = self.optim.micro_batch_size // dist.world_size() or n
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
-    def _comparison(
+    def _compare(
         self,
+        t: Features | None,
+        views: Views,
+        part: slice,
         generator: Callable[[], torch.Generator],
         progress: float,
-        num_local: int,
-        t: Features | None,
-        part: slice,
-    ) -> Compare:
+    ) -> Callable[[Features], StepOutput]:
         """What turns the projections of some local rows into their loss."""
+        num_local = views.shape[1]
         first = dist.local_rows(num_local).start
         rows = slice(first + part.start, first + part.stop)
         random = RowRandom(generator(), rows, num_local * dist.world_size())
-        return self.model.comparison(t, random, progress)
-
-    def _plain(
-        self, views: Views, parts: list[slice], compare: Callable[..., Compare]
-    ) -> list[StepOutput]:
-        """The loss is a mean over samples: each micro-batch adds its share."""
-        outputs, total = [], torch.zeros((), device=views.device)
-        for part in parts:
-            with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
-                t = self.model.ema_projections(views[:, part])
-                output = self.forward(views[:, part], compare(t, part))
-                share = output.loss / len(parts)
-            with record_function("backward"), self._sync(part is parts[-1]):
-                self.scale(share).backward()
-            total += share.detach()
-            outputs.append(replace(output, loss=output.loss.detach()))
-        outputs[0] = replace(outputs[0], loss=total)
-        return outputs
-
-    def _cached(
-        self, views: Views, parts: list[slice], compare: Callable[..., Compare]
-    ) -> StepOutput:
-        """Cached gradients (GradCache, arXiv 2101.06983): the loss sees the whole batch.
-
-        BN statistics of the online network are those of the second pass alone.
-        """
-        # First pass, without graph: all projections.
-        z, states = [], []
-        kept = _kept_buffers(self.model.online)
-        with record_function("forward"), torch.no_grad(), self.autocast(), kept:
-            for part in parts:
-                states.append(_random_state(views.device))
-                z.append(self.model.online(views[:, part], _as_it_is))
-            ema = [self.model.ema_projections(views[:, part]) for part in parts]
-        # FA, predictor and loss on the whole batch leave gradients at the projections.
-        t = None if ema[0] is None else torch.cat([x for x in ema if x is not None], dim=1)
-        cached = torch.cat(z, dim=1).requires_grad_()
-        with record_function("forward"), self.autocast():
-            output = compare(t, slice(0, views.shape[1]))(cached)
-        with record_function("backward"):
-            self.scale(output.loss).backward()
-        assert cached.grad is not None
-        # Second pass, with graph: each micro-batch's projections again, from the same random
-        # state, and the cached gradient through them.
-        after = _random_state(views.device)
-        for part, state in zip(parts, states, strict=True):
-            _set_random_state(state, views.device)
-            with self._sync(part is parts[-1]):
-                with record_function("forward"), self.autocast():
-                    again = self.forward(views[:, part], _as_it_is)
-                surrogate = (again.float() * cached.grad[:, part].float()).sum()
-                with record_function("backward"):
-                    (surrogate + self._touch_heads()).backward()
-        _set_random_state(after, views.device)
-        return output
-
-    def _touch_heads(self) -> Tensor:
-        """Zero, with a graph to the heads behind z: DDP waits for every parameter's gradient."""
-        heads = [self.model.online.predictor, self.model.online.prototypes]
-        parameters = [p for head in heads if head is not None for p in head.parameters()]
-        zero = torch.zeros((), device=next(self.model.online.parameters()).device)
-        return zero + sum(0 * p.sum() for p in parameters) if parameters else zero
+        return partial(self.model.compare, t=t, random=random, progress=progress)
 
     def _sync(self, is_last: bool) -> contextlib.AbstractContextManager:
         """DDP averages gradients in the last backward pass only."""

@@ -21,7 +21,7 @@ from pretrain.engine.accumulation import Gradients
 from pretrain.engine.checkpoint import different_keys
 from pretrain.engine.device import autocast_type
 from pretrain.engine.guards import LossScale, NonFiniteGuard
-from pretrain.engine.optim import ema_tau, load_state, lr_factor, peak_lr, set_lr
+from pretrain.engine.optim import load_state, lr_factor, peak_lr, set_lr
 from pretrain.engine.trainer import Position, StepResult
 from pretrain.features.row_random import fa_generator
 from pretrain.model.diagnostics import diagnose
@@ -102,9 +102,8 @@ class ContrastiveTask:
             batch.views, generator, progress, config.adversarial, config.data
         )
         outputs = self.gradients.compute(views, generator, progress)
-        first, prototypes = outputs[0], self.model.online.prototypes
-        if step < self.model.frozen_prototype_steps and prototypes is not None:
-            prototypes.weight.grad = None
+        first = outputs[0]
+        self.model.before_update(step)
         # The update is left out if fp16 overflowed, or if loss or gradients are not finite.
         loss, refusal = first.loss.detach(), None
         with record_function("guards"):
@@ -123,7 +122,7 @@ class ContrastiveTask:
             if is_logged:
                 num = len(first.projection)
                 queue = self.model.queue_report(first, ids[:num], labels[:num])
-            tau = ema_tau(config.objective, step, self.num_steps)
+            tau = config.objective.tau(step, self.num_steps)
             self.model.after_optimizer_step(tau, outputs, ids, labels)
         figures = {}
         if is_logged and dist.rank() == 0:
@@ -134,7 +133,7 @@ class ContrastiveTask:
 
     def state_dict(self) -> dict[str, Any]:
         """All but position and random state, which the loop adds."""
-        ema, queue, negatives = self.model.ema, self.model.queue, self.model.objective.negatives
+        ema, queue, memory = self.model.ema, self.model.queue, self.model.memory
         return {
             "format": FORMAT,
             "arch": to_plain(self.config.arch),
@@ -149,7 +148,7 @@ class ContrastiveTask:
             "scaler": self.loss_scale.state_dict(),
             "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
             "queue": None if queue is None else queue.state_dict(),
-            "negatives": None if negatives is None else negatives.state_dict(),
+            "negatives": None if memory is None else memory.state_dict(),
             "config": to_plain(self.config),
         }
 
@@ -173,8 +172,8 @@ class ContrastiveTask:
                 self.model.ema.load_state_dict(state["ema"])
             if self.model.queue is not None:
                 self.model.queue.load_state_dict(state["queue"])
-            if self.model.objective.negatives is not None:
-                self.model.objective.negatives.load_state_dict(state["negatives"])
+            if self.model.memory is not None:
+                self.model.memory.load_state_dict(state["negatives"])
             load_state(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ObjectiveConfig, OptimConfig
+from pretrain.config import OptimConfig
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -102,10 +102,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     for is_weight in (True, False):
         for names, part_decay, follows in (
             (("backbone",), decay, True),
-            (("projector", "prototypes"), head_decay, True),
+            (set(parts) - {"backbone", "predictor"}, head_decay, True),
             (("predictor",), head_decay, not config.predictor_constant_lr),
         ):
-            chosen = [p for name in names for p in parts.get(name, []) if (p.ndim > 1) == is_weight]
+            chosen = [
+                p
+                for name in parts
+                if name in names
+                for p in parts[name]
+                if (p.ndim > 1) == is_weight
+            ]
             is_treated = is_weight or not config.exclude_bias_and_norm
             group = {
                 "params": [p for p in chosen if p.requires_grad],
@@ -163,9 +169,3 @@ def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:
     if done < warmup:
         return done / warmup
     return (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
-
-
-def ema_tau(config: ObjectiveConfig, step: int, num_steps: int) -> float:
-    """tau_1 - (tau_1 - tau_0) (cos(pi t / T) + 1) / 2; tau_1 = 1 in BYOL (arXiv 2006.07733)."""
-    end = config.ema_tau_end
-    return end - (end - config.ema_tau) * (math.cos(math.pi * step / num_steps) + 1) / 2

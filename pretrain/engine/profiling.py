@@ -233,10 +233,10 @@ def fill_queues(model: FAContrastive) -> None:
     if model.queue is not None:
         buffer = model.queue.features
         model.queue.put(torch.randn(buffer.shape, generator=generator).to(buffer.device))
-    if model.objective.negatives is not None:
-        features = model.objective.negatives[0].get_buffer("features")
-        entries = torch.randn(2, *features.shape, generator=generator)
-        model.objective.put(entries.to(features.device))
+    if model.memory is not None:
+        features = next(buffer for buffer in model.memory.buffers() if buffer.ndim == 2)
+        keys = torch.randn(2, *features.shape, generator=generator)
+        model.objective.after_update(model.memory, keys.to(features.device))
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -102,19 +102,17 @@ class NeighbourStudy:
 
 
 def online_network(state: dict[str, Any]) -> OnlineNetwork:
-    """The online network of a checkpoint, in eval mode, without gradients of its parameters.
+    """Backbone and projector of a checkpoint, in eval mode, without gradients of its parameters.
 
     Raises:
         UserError: If the checkpoint's config is not one of this version.
     """
     weights = state["model"]
     try:
-        network = OnlineNetwork(
-            read_arch(state["arch"]), HeadConfig(**state["config"]["heads"]), 1.0,
-            has_predictor=any(key.startswith("predictor.") for key in weights),
-            num_prototypes=len(weights.get("prototypes.weight", ())),
-        )  # fmt: skip
-        network.load_state_dict(weights)
+        heads = HeadConfig(**state["config"]["heads"])
+        network = OnlineNetwork(read_arch(state["arch"]), heads, 1.0, has_predictor=False)
+        parts = ("backbone.", "projector.")
+        network.load_state_dict({k: v for k, v in weights.items() if k.startswith(parts)})
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"the checkpoint does not fit this version ({type(error).__name__}: {one_line(error)}"

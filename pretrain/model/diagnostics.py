@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.model.joint_embedding import StepOutput, mean_cosine
+from pretrain.model.joint_embedding import StepOutput
 
 
 @torch.no_grad()
@@ -37,6 +37,11 @@ def effective_rank(z: Float[Tensor, "n d"]) -> float:
         return 0.0
     shares = singular / total
     return float(torch.exp(torch.special.entr(shares).sum()))
+
+
+def mean_cosine(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> float:
+    """Mean cosine similarity between rows: how far FA moved them."""
+    return float(functional.cosine_similarity(a.float(), b.float(), dim=1).mean())
 
 
 NUM_BINS = 20  # of the histograms, from cosine -1 to 1

@@ -16,36 +16,30 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.profiler import record_function
 
 from common.resnet import Arch
 from pretrain import collectives as dist
-from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig
+from pretrain.config import FAConfig, HeadConfig, resolve
 from pretrain.features.feature_augmentation import AugmentationContext, FeatureAugmenter
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.features.row_random import RowRandom
 from pretrain.model.backbone import ResNet
 from pretrain.model.heads import mlp
-from pretrain.objectives.method_spec import resolve
-from pretrain.objectives.objective import Objective, Prototypes
+from pretrain.objectives.base import Objective, Pair
 
 Views = Float[Tensor, "2 n 3 s s"]
 Features = Float[Tensor, "2 n d"]
-Many = Float[Tensor, "N n d"]
 
 
 class OnlineNetwork(nn.Module):
-    """Backbone f, projector g, predictor q, prototypes: what gradients train and DDP wraps."""
+    """Backbone f, projector g, predictor q: what gradients train and DDP wraps.
+
+    An objective that trains a part of its own adds it as a further child.
+    """
 
     def __init__(
-        self,
-        arch: Arch,
-        heads: HeadConfig,
-        residual_gamma: float,
-        *,
-        has_predictor: bool,
-        num_prototypes: int,
+        self, arch: Arch, heads: HeadConfig, residual_gamma: float, *, has_predictor: bool
     ) -> None:
         super().__init__()
         self.backbone = ResNet(arch, residual_gamma)
@@ -68,9 +62,6 @@ class OnlineNetwork(nn.Module):
                 num_layers=2,
                 dropout=heads.dropout,
             )
-        self.prototypes: Prototypes | None = None
-        if num_prototypes:
-            self.prototypes = Prototypes(num_prototypes, heads.output_dim)
 
     def project(self, view: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
         """Projections z = g(f(view))."""
@@ -84,6 +75,14 @@ class OnlineNetwork(nn.Module):
     def forward(self, views: Views, compare: Callable[[Features], StepOutput]) -> StepOutput:
         """Project each view on its own, then compare: all inside DDP, so that its hooks see all."""
         return compare(torch.stack([self.project(view) for view in views]))
+
+    def zero_through_heads(self) -> Float[Tensor, ""]:
+        """Zero, with a graph to all parameters that projections do not depend on."""
+        rest = [
+            part for name, part in self.named_children() if name not in ("backbone", "projector")
+        ]
+        zero = torch.zeros((), device=next(self.parameters()).device)
+        return sum((0 * p.sum() for part in rest for p in part.parameters()), zero)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class StepOutput:
         augmented: What A made of it (its first feature).
         is_augmented: Whether A was more than the identity.
         entering: What the support queue takes after the optimiser step.
-        keys: Both views' t, for MoCo's queues: [2, n, d].
+        keys: Both views' t, for what the objective keeps: [2, n, d].
     """
 
     loss: Float[Tensor, ""]
@@ -114,142 +113,122 @@ class StepOutput:
 
 
 class FAContrastive(nn.Module):
-    """A base objective with feature augmentation in one of the four architectures.
+    """An objective with feature augmentation in one of the four architectures.
 
     Args:
         arch, heads, objective, fa: Their slices of the config.
         residual_gamma: See ``ResNet``.
 
+    Attributes:
+        online: What is trained.
+        ema: The target branch of an objective that has an EMA copy.
+        memory: What the objective keeps without training it.
+
     Raises:
-        UserError: If FA and base method do not go together.
+        UserError: If FA and objective do not go together.
     """
 
     def __init__(
         self,
         arch: Arch,
         heads: HeadConfig,
-        objective: ObjectiveConfig,
+        objective: Objective,
         fa: FAConfig,
         residual_gamma: float = 1.0,
     ) -> None:
         super().__init__()
-        self.spec, self.fa = resolve(objective, fa), fa
+        self.objective, self.fa, self.spec = objective, fa, resolve(objective, fa)
         self.online = OnlineNetwork(
-            arch,
-            heads,
-            residual_gamma,
-            has_predictor=self.spec.has_predictor,
-            num_prototypes=objective.num_prototypes if objective.name == "swav" else 0,
+            arch, heads, residual_gamma, has_predictor=self.spec.architecture != "basic"
         )
         self.ema: OnlineNetwork | None = None
-        if self.spec.has_ema:
+        if objective.has_ema:
             self.ema = copy.deepcopy(self.online).requires_grad_(False)
             del self.ema.predictor
-        self.objective = Objective(objective, heads.output_dim)
+        self.memory: nn.Module | None = objective.make_state(heads.output_dim)
+        if self.memory is not None and any(True for _ in self.memory.parameters()):
+            self.online.add_module(objective.state_name, self.memory)
+            self.memory = None
         self.augmenter = FeatureAugmenter(fa, heads.output_dim)
 
     @property
-    def frozen_prototype_steps(self) -> int:
-        """For so many steps SwAV's prototypes stand still."""
-        return self.objective.config.frozen_prototype_steps
+    def objective_state(self) -> nn.Module | None:
+        """What the objective keeps, trained or not."""
+        if self.memory is not None:
+            return self.memory
+        return getattr(self.online, self.objective.state_name, None)
 
     @property
     def queue(self) -> SupportQueue | None:
         """The support queue, where FA uses one."""
         return self.augmenter.queue
 
-    def step(
-        self,
-        views: Views,
-        generator: torch.Generator,
-        forward: Callable[..., StepOutput] | None = None,
-        *,
-        progress: float = 1.0,
-    ) -> StepOutput:
-        """The loss of one batch.
-
-        Args:
-            views: This process's part of the two views.
-            generator: Draws FA's random numbers for the global batch; the same on every rank.
-            forward: The online network's forward, where DDP wraps it.
-            progress: Share of the training that is done, for FA's strength.
-        """
-        n = views.shape[1]
-        random = RowRandom(generator, dist.local_rows(n), n * dist.world_size())
-        t = self.ema_projections(views)
-        compare = self.comparison(t, random, progress)
-        return (forward or self.online)(views, compare)
-
     def ema_projections(self, views: Views) -> Features | None:
-        """Z' of BYOL and MoCo; None where the target branch is the online one."""
+        """The targets t of an EMA branch; None where the target branch is the online one."""
         if self.ema is None:
             return None
         with torch.no_grad(), record_function("EMA forward"):
             return torch.stack([self.ema.project(view) for view in views])
 
-    def comparison(
-        self, t: Features | None, random: RowRandom, progress: float
-    ) -> Callable[[Features], StepOutput]:
-        """What turns the projections of these rows into their loss."""
-        context = AugmentationContext(random, self.augmenter.strength(progress))
-        return lambda z: self.compare(z, z if t is None else t, context)
+    def compare(
+        self, z: Features, t: Features | None, random: RowRandom, progress: float
+    ) -> StepOutput:
+        """FA, predictor and loss: view 2 predicts view 1, and view 1 predicts view 2.
 
-    def compare(self, z: Features, t: Features, context: AugmentationContext) -> StepOutput:
-        """FA, predictor and loss: view 2 predicts view 1, and view 1 predicts view 2."""
-        if self.spec.stops_target:
-            t = t.detach()
-        p = self.online.predict(z) if self.spec.architecture in ("post", "parallel") else z
+        Args:
+            z: Projections of the online branch.
+            t: Targets of the EMA branch; None: z.
+            random: Draws FA's random numbers for these rows.
+            progress: Share of the training that is done, for FA's strength.
+        """
+        architecture, side = self.spec.architecture, self.spec.side
+        context = AugmentationContext(random, self.augmenter.strength(progress))
+        t = z if t is None else t
+        t = t.detach() if self.spec.stops_target else t
+        p = self.online.predict(z) if architecture in ("post", "parallel") else z
         with torch.autocast(z.device.type, enabled=False):  # bf16 cannot rank neighbours
             z, p, t = z.float(), p.float(), t.float()
-        two_to_one = self._direction(1, 0, z, p, t, context)
-        one_to_two = self._direction(0, 1, z, p, t, context)
-        loss = self.objective.scale * (one_to_two.loss + two_to_one.loss)
-        entering = self._taken(z, p, t)[1 if self.fa.views == "second" else 0]
-        return StepOutput(
-            loss=loss,
-            online=one_to_two.online[0].detach(),
-            target=one_to_two.target[0].detach(),
-            projection=t[1].detach(),
-            original=one_to_two.original.detach(),
-            augmented=one_to_two.augmented.detach(),
-            is_augmented=self.augmenter.is_ready(),
-            entering=entering.detach(),
-            keys=t.detach(),
-        )
+        taken = t if side == "target" else p  # by A: t, z or q(z)
 
-    def _direction(
-        self, a: int, b: int, z: Features, p: Features, t: Features, context: AugmentationContext
-    ) -> Direction:
-        """View a predicts view b: the figure of the paper, one line for each architecture."""
-        with torch.autocast(z.device.type, enabled=False):
-            taken, is_target = self._taken(z, p, t), self.spec.side == "target"
-            view = b if is_target else a
-            with record_function("FA"):
+        directions = []
+        for a, b in ((1, 0), (0, 1)):  # view a predicts view b
+            view = b if side == "target" else a
+            with torch.autocast(z.device.type, enabled=False), record_function("FA"):
                 if self.fa.views in ("both", ("first", "second")[view]):
                     augmented = self.augmenter(taken[view], taken[1 - view], context)
                 else:
                     augmented = taken[view].unsqueeze(0)
-            if is_target:  # basic, parallel
-                online, target = p[a].unsqueeze(0), augmented
-            else:  # basic with FA online, pre, post
-                online, target = augmented, t[b].unsqueeze(0)
-        if self.spec.architecture == "pre":
-            online = self.online.predict(online)
-        with torch.autocast(z.device.type, enabled=False), record_function("loss"):
-            # Mean over the N augmented features, or their sum (the free loss).
-            num = max(len(online), len(target))
-            pairs = zip(online.float().expand(num, -1, -1), target.expand(num, -1, -1), strict=True)
-            losses = torch.stack(
-                [self.objective(o, a, t[b], b, self.online.prototypes) for o, a in pairs]
-            )
-            loss = losses.sum() if self.fa.feature_loss == "free" else losses.mean()
-        return Direction(loss, online, target, taken[view], augmented[0])
+            # The figure of the paper: p is q(z) in post and parallel.
+            if architecture == "basic":
+                online, target = (z[a], augmented) if side == "target" else (augmented, t[b])
+            elif architecture == "pre":
+                online, target = self.online.predict(augmented), t[b]
+            elif architecture == "post":
+                online, target = augmented, t[b]
+            else:
+                online, target = p[a], augmented
+            with torch.autocast(z.device.type, enabled=False), record_function("loss"):
+                # N augmented features make N terms: their mean, or their sum (the free loss).
+                online, target = torch.broadcast_tensors(online.float(), target)
+                losses = [
+                    self.objective.loss(Pair(o, x, t[b], b), self.objective_state)
+                    for o, x in zip(online, target, strict=True)
+                ]
+                terms = torch.stack(losses)
+                directions.append(terms.sum() if self.fa.feature_loss == "free" else terms.mean())
 
-    def _taken(self, z: Features, p: Features, t: Features) -> Features:
-        """The features that A takes."""
-        if self.spec.side == "target":
-            return t
-        return p if self.spec.architecture == "post" else z
+        # Of the features, the last direction's are kept: view 1 predicts view 2.
+        return StepOutput(
+            loss=self.objective.scale * (directions[1] + directions[0]),
+            online=online[0].detach(),
+            target=target[0].detach(),
+            projection=t[1].detach(),
+            original=taken[view].detach(),
+            augmented=augmented[0].detach(),
+            is_augmented=self.augmenter.is_ready(),
+            entering=taken[1 if self.fa.views == "second" else 0].detach(),
+            keys=t.detach(),
+        )
 
     @torch.no_grad()
     def queue_report(
@@ -260,6 +239,10 @@ class FAContrastive(nn.Module):
             return {}
         nearest = self.augmenter.nearest_indices(output.original, 1)[:, 0]
         return self.queue.report(nearest, sample_ids, labels)
+
+    def before_update(self, step: int) -> None:
+        """Let the objective change gradients before the optimiser's update number ``step``."""
+        self.objective.before_update(self.objective_state, step)
 
     @torch.no_grad()
     def after_optimizer_step(
@@ -288,22 +271,7 @@ class FAContrastive(nn.Module):
             if self.queue is not None:
                 ids, classes = (None if x is None else dist.gather(x) for x in (sample_ids, labels))
                 self.queue.put(dist.gather(torch.cat([o.entering for o in outputs])), ids, classes)
-            if self.objective.negatives is not None:
+            if self.memory is not None:
                 keys = torch.cat([o.keys for o in outputs], dim=1)
-                self.objective.put(torch.stack([dist.gather(view) for view in keys]))
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One view predicting the other."""
-
-    loss: Float[Tensor, ""]
-    online: Many
-    target: Many
-    original: Tensor
-    augmented: Tensor
-
-
-def mean_cosine(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> float:
-    """Mean cosine similarity between rows: how far FA moved them."""
-    return float(functional.cosine_similarity(a.float(), b.float(), dim=1).mean())
+                keys = torch.stack([dist.gather(view) for view in keys])
+                self.objective.after_update(self.memory, keys)

@@ -70,7 +70,6 @@ BASE = {
     "init": {"residual_gamma": 0.3},
     "data": {"image_size": 32, "batch_size": 12, "num_workers": 0},
     "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"num_negatives": 48, "num_prototypes": 10, "ema_tau": 0.9},
     "fa": {"queue_size": 48, "min_fill": 24},
     "optim": {"name": "lars", "epochs": 2, "base_lr": 0.3, "lars_eta": 0.02, "warmup_epochs": 0.5},
     "engine": {
@@ -82,16 +81,19 @@ BASE = {
 RUNS = {
     "infonce-nn-lars": ["objective.name=infonce", "fa.method=nn"],
     "byol-masks-plain": [
-        "objective.name=byol", "fa.method=mask", "fa.num_features=4", "fa.feature_loss=free",
+        "objective.name=byol", "objective.ema_tau=0.9", "fa.method=mask", "fa.num_features=4",
+        "fa.feature_loss=free",
         "data.augmentation=asymmetric_strong", "optim.micro_batch_size=6",
     ],
     "moco-mixup-sgd": [
-        "objective.name=moco", "fa.method=mixup+noise", "fa.partner=queue", "optim.name=sgd",
+        "objective.name=moco", "objective.num_negatives=48", "objective.ema_tau=0.9",
+        "fa.method=mixup+noise", "fa.partner=queue", "optim.name=sgd",
         "data.augmentation=symmetric_weak", "data.photometric=device", "eval.online_probe=true",
         "fa.strength_start=0.5",
     ],
     "swav-nn-cached": [
-        "objective.name=swav", "objective.frozen_prototype_steps=3", "fa.method=nn", "fa.top_k=3",
+        "objective.name=swav", "objective.num_prototypes=10", "objective.frozen_prototype_steps=3",
+        "fa.method=nn", "fa.top_k=3",
         "optim.micro_batch_size=6", "optim.accumulation=cached",
         "data.augmentation=symmetric_strong", "data.last_batch=pad",
     ],

@@ -8,7 +8,7 @@ float64 that cast is left out here, so that rounding stays near 1e-16.
 import contextlib
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,13 @@ from pretrain.config import (
     DataConfig,
     FAConfig,
     HeadConfig,
-    ObjectiveConfig,
     OptimConfig,
 )
 from pretrain.engine.accumulation import Gradients
-from pretrain.engine.optim import ema_tau, lr_factor, make_optimizer, peak_lr, set_lr
+from pretrain.engine.optim import lr_factor, make_optimizer, peak_lr, set_lr
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
+from pretrain.objectives.base import Objective
 from tests.golden.gate import digest
 
 NUM_STEPS, NUM_STEPS_OF_RANKS, BATCH, SEED = 20, 10, 16, 11
@@ -165,7 +165,10 @@ def views_of(step: int, size: int = 32) -> Tensor:
 
 def run(cell: Cell, num_steps: int = NUM_STEPS) -> tuple[dict[str, Any], str]:
     """Train a cell: its figures and the digest of its losses and final weights."""
-    objective, optim = ObjectiveConfig(**(SMALL_QUEUES | cell.objective)), OptimConfig(**cell.optim)
+    objective_class = Objective.registry[cell.objective["name"]]
+    names = {field.name for field in fields(objective_class)}
+    small = {name: size for name, size in SMALL_QUEUES.items() if name in names}
+    objective, optim = objective_class(**(small | cell.objective)), OptimConfig(**cell.optim)
     adversarial = AdversarialConfig(**cell.adversarial)
     heads = HeadConfig(**(SMALL_HEADS | cell.heads))
     model = FAContrastive(cell.arch, heads, objective, FAConfig(**cell.fa), GAMMA).double()
@@ -190,10 +193,9 @@ def run(cell: Cell, num_steps: int = NUM_STEPS) -> tuple[dict[str, Any], str]:
             views_of(step)[:, local], generator, progress, adversarial, DataConfig()
         )
         outputs = gradients.compute(views, generator, progress)
-        if step < model.frozen_prototype_steps and model.online.prototypes is not None:
-            model.online.prototypes.weight.grad = None
+        model.before_update(step)
         optimizer.step()
-        taus.append(ema_tau(objective, step, num_steps))
+        taus.append(objective.tau(step, num_steps))
         model.after_optimizer_step(taus[-1], outputs, labels + step * BATCH, labels)
         losses.append(dist.mean(outputs[0].loss))
         active.append(outputs[0].is_augmented)

@@ -14,16 +14,13 @@ from torch.nn import functional
 
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.model.heads import mlp
-from pretrain.objectives.losses import (
-    byol_loss,
-    infonce_loss,
-    moco_loss,
-    negative_cosine_loss,
-    nt_xent_loss,
-    sinkhorn,
-    swav_loss,
-)
-from pretrain.objectives.objective import Prototypes
+from pretrain.objectives._prototypes import Prototypes
+from pretrain.objectives.byol import byol_loss
+from pretrain.objectives.infonce import infonce_loss
+from pretrain.objectives.moco import moco_loss
+from pretrain.objectives.simclr import nt_xent_loss
+from pretrain.objectives.simsiam import negative_cosine_loss
+from pretrain.objectives.swav import sinkhorn, swav_loss
 
 PEER = os.environ.get("FA_PEER_PYTHON")
 pytestmark = [

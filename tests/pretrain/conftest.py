@@ -1,15 +1,18 @@
 """Small networks, batches and shards for the tests of pretraining."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
 from common.resnet import Arch
-from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig
+from pretrain.config import FAConfig, HeadConfig
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.model.joint_embedding import FAContrastive
+from pretrain.objectives.base import Objective
 
 THIN = Arch(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)
@@ -20,6 +23,19 @@ def _seeded():
     """Every test starts from the same global random state, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def make_objective(name, **options):
+    """An objective by name; options that are another objective's are left out."""
+    cls = Objective.registry[name]
+    own = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{key: value for key, value in options.items() if key in own})
+
+
+@pytest.fixture
+def bank():
+    """40 features for a queue."""
+    return torch.randn(40, 12, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
@@ -33,9 +49,7 @@ def make_model():
         fa.setdefault("min_fill", fa.get("top_k", 1))
         torch.manual_seed(seed)
         options = {"temperature": 0.2} | (objective_options or {})
-        return FAContrastive(
-            arch, heads, ObjectiveConfig(name=objective, **options), FAConfig(**fa)
-        )
+        return FAContrastive(arch, heads, make_objective(objective, **options), FAConfig(**fa))
 
     return make
 

@@ -8,6 +8,7 @@ import torch
 
 from common.files import read_json_lines
 from pretrain.config import PretrainConfig, load_config
+from pretrain.objectives.moco import MoCo
 from pretrain.run import make_trainer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
@@ -31,7 +32,11 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
             config.data, shards=str(shards), image_size=32, batch_size=BATCH, num_workers=0
         ),
         heads=replace(heads, projector_hidden_dim=16, predictor_hidden_dim=8, output_dim=12),
-        objective=replace(config.objective, num_negatives=24),
+        objective=(
+            replace(config.objective, num_negatives=24)
+            if isinstance(config.objective, MoCo)
+            else config.objective
+        ),
         fa=replace(config.fa, queue_size=24, min_fill=16),
         optim=replace(
             optim, epochs=1, warmup_epochs=0.0,

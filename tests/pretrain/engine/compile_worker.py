@@ -18,7 +18,6 @@ from pretrain.config import (
     EngineConfig,
     FAConfig,
     HeadConfig,
-    ObjectiveConfig,
     OptimConfig,
 )
 from pretrain.engine import device as speed
@@ -26,6 +25,7 @@ from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
+from pretrain.objectives.byol import Byol
 
 NUM_ROWS = 32  # of each process: BN of a few rows would make much of rounding
 
@@ -36,7 +36,7 @@ def gradients_of(micro_batch_size, is_compiled):
     model = FAContrastive(
         Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
-        ObjectiveConfig(name="byol"),
+        Byol(),
         FAConfig(method="none"),
     )
     speed.prepare(model, EngineConfig(compile=is_compiled), torch.device("cpu"))

@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.resnet import Arch
 from pretrain import collectives as dist
-from pretrain.config import FAConfig, HeadConfig, ObjectiveConfig, OptimConfig
+from pretrain.config import FAConfig, HeadConfig, OptimConfig
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
+from tests.pretrain.conftest import make_objective
 
 NUM_STEPS, BATCH = 3, 8
 
@@ -26,7 +27,7 @@ def make_model(objective, fa):
     model = FAContrastive(
         Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
-        ObjectiveConfig(name=objective, num_negatives=20, num_prototypes=6),
+        make_objective(objective, num_negatives=20, num_prototypes=6),
         FAConfig(**({"queue_size": 20, "min_fill": 8} | fa)),
     ).eval()
     if model.ema is not None:  # something for the EMA to do
@@ -67,7 +68,7 @@ def run_cell(objective, fa, optim):
         "gradients": {k: v.grad for k, v in model.online.named_parameters()},
         "ema": {} if model.ema is None else model.ema.state_dict(),
         "queue": {} if model.queue is None else model.queue.state_dict(),
-        "negatives": model.objective.state_dict(),
+        "negatives": {} if model.memory is None else model.memory.state_dict(),
     }
 
 

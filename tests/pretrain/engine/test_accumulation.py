@@ -12,6 +12,7 @@ from pretrain.config import OptimConfig
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import RowRandom, fa_generator
 from tests.pretrain.conftest import TINY_HEADS
+from tests.pretrain.model.references import enter
 
 BATCH, ENTRIES = 8, 40
 TOLERANCE = 5e-3  # of a gradient's norm: float32 sums in another order, and ReLUs that they flip
@@ -58,7 +59,7 @@ def make(make_model):
         dim = heads.output_dim
         if model.queue is not None:
             model.queue.put(torch.randn(ENTRIES, dim))
-        model.objective.put(torch.randn(2, ENTRIES, dim))
+        enter(model, torch.randn(2, ENTRIES, dim))
         if model.ema is not None:
             with torch.no_grad():
                 for parameter in model.ema.parameters():
@@ -182,7 +183,7 @@ def cached_projections(model, views, size):
     """z that the loss saw, and z that gradients went through."""
     seen = []
     compare, watched = model.compare, Watched(model.online)
-    model.compare = lambda z, t, draw: (seen.append(z.detach().clone()), compare(z, t, draw))[1]
+    model.compare = lambda z, **how: (seen.append(z.detach().clone()), compare(z, **how))[1]
     _, gradients = compute(model, views, size, "cached", forward=watched)
     del model.compare
     (first,) = seen
@@ -222,7 +223,7 @@ def test_dropout_equals_the_same_draws_written_out(make, make_views):
     parts = [torch.stack([model.online.project(v[p : p + 4]) for v in views]) for p in (0, 4)]
     model.online.zero_grad(set_to_none=True)
     random = RowRandom.whole(fa_generator(3, 7, views.device), BATCH)
-    model.comparison(None, random, 1.0)(torch.cat(parts, dim=1)).loss.backward()
+    model.compare(torch.cat(parts, dim=1), None, random, 1.0).loss.backward()
     assert_same_gradients(ours, {k: p.grad for k, p in model.online.named_parameters()})
 
 

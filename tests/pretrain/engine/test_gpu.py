@@ -11,6 +11,7 @@ from torch import nn
 from pretrain.config import OptimConfig
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
+from tests.pretrain.model.references import enter, step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,14 +36,14 @@ def make_filled(make_model):
         entries = torch.Generator().manual_seed(3)
         if model.queue is not None:
             model.queue.put(torch.randn(40, 12, generator=entries))
-        model.objective.put(torch.randn(2, 40, 12, generator=entries))
+        enter(model, torch.randn(2, 40, 12, generator=entries))
         return model
 
     return make
 
 
 def loss_and_gradients(model, views):
-    output = model.step(views, fa_generator(0, 0, views.device))
+    output = step(model, views)
     output.loss.backward()
     return output.loss.detach().cpu(), {
         name: p.grad.cpu() for name, p in model.online.named_parameters() if p.grad is not None

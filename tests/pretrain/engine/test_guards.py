@@ -23,7 +23,7 @@ BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
     "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
     "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"name": "infonce", "num_negatives": 20, "num_prototypes": 6},
+    "objective": {"name": "infonce"},
     "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
     "optim": {"name": "adamw", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
     "engine": {
@@ -59,7 +59,7 @@ class Watched:
 
 
 def snapshot(run):
-    negatives = run.task.model.objective.negatives
+    negatives = run.task.model.memory
     parts = {
         "model": run.task.model.state_dict(),
         "optimizer": run.task.optimizer.state_dict()["state"],
@@ -120,7 +120,7 @@ def written(folder, step):
 CELLS = {
     "infonce": [],
     "byol": BYOL,
-    "moco": ["objective.name=moco", "optim.name=sgd"],
+    "moco": ["objective.name=moco", "objective.num_negatives=20", "optim.name=sgd"],
     "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached"],
     "plain": [*BYOL, "optim.micro_batch_size=4"],
 }

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config import ObjectiveConfig, OptimConfig
+from pretrain.config import OptimConfig
 from pretrain.engine.optim import (
     LARS,
-    ema_tau,
     lr_factor,
     make_optimizer,
     parameter_groups,
@@ -385,17 +384,3 @@ def test_rate_rises_through_warm_up_and_falls_after_it():
     assert rates[300:] == sorted(rates[300:], reverse=True)
     assert max(rates) == pytest.approx(1.0, abs=2e-3)
     assert rates[-1] < 1e-5
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("tau_1", [1.0, 0.999])
-@pytest.mark.parametrize("tau_0", [0.0, 0.99, 0.996])
-def test_ema_tau_equals_the_closed_form(tau_0, tau_1):
-    objective = ObjectiveConfig(ema_tau=tau_0, ema_tau_end=tau_1)
-    for step in range(0, 1001, 10):
-        expected = tau_0 + (tau_1 - tau_0) * (1 - math.cos(math.pi * step / 1000)) / 2
-        assert ema_tau(objective, step, 1000) == pytest.approx(expected, abs=1e-12)
-    assert ema_tau(objective, 0, 1000) == pytest.approx(tau_0)
-    assert ema_tau(objective, 1000, 1000) == tau_1
-    values = [ema_tau(objective, step, 50) for step in range(51)]
-    assert values == sorted(values)

@@ -231,5 +231,4 @@ def test_queues_are_full_and_random_state_is_kept(config_file, shards, tmp_path)
     profiling.fill_queues(run.task.model)
     assert torch.equal(torch.get_rng_state(), before)
     assert run.task.model.augmenter.is_ready()
-    queues = run.task.model.objective.negatives or []
-    assert [int(queue.count) for queue in queues] == [50, 50]
+    assert [int(queue.count) for queue in run.task.model.memory.children()] == [50, 50]

@@ -18,7 +18,6 @@ BASE = {
     "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
     "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
     "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"num_negatives": 20, "num_prototypes": 6},
     "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
     "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.5, "warmup_epochs": 0.5},
     "engine": {
@@ -58,9 +57,15 @@ def rows_of(run):
 
 
 RESUMED = {
-    "moco": ["objective.name=moco", "objective.ema_tau_end=0.9", "fa.method=nn+noise"],
+    "moco": [
+        "objective.name=moco", "objective.num_negatives=20", "objective.ema_tau_end=0.9",
+        "fa.method=nn+noise",
+    ],
     "simsiam": ["objective.name=simsiam", "optim.predictor_constant_lr=true", "heads.dropout=0.3"],
-    "swav": ["objective.name=swav", "objective.frozen_prototype_steps=7", "fa.strength_start=0"],
+    "swav": [
+        "objective.name=swav", "objective.num_prototypes=6", "objective.frozen_prototype_steps=7",
+        "fa.strength_start=0",
+    ],
     "simclr-cached": [
         "objective.name=simclr", "optim.micro_batch_size=4", "optim.accumulation=cached",
         "heads.dropout=0.3", "fa.queue_dtype=fp16",
@@ -111,16 +116,6 @@ def moved_by_step(run):
     return done, {
         k for k, v in run.task.model.online.named_parameters() if not torch.equal(v, before[k])
     }
-
-
-@pytest.mark.parametrize("num_frozen", [0, 2])
-def test_prototypes_stand_still_for_so_many_steps(build, num_frozen):
-    run = build("r", "objective.name=swav", f"objective.frozen_prototype_steps={num_frozen}",
-                "fa.method=none", "optim.weight_decay=0.1")  # fmt: skip
-    for step in range(4):
-        _, moved = moved_by_step(run)
-        assert ("prototypes.weight" in moved) == (step >= num_frozen), step
-        assert "projector.0.weight" in moved
 
 
 def test_the_predictor_s_rate_is_constant_within_a_run(build):
@@ -180,26 +175,6 @@ def test_options_of_the_heads_reach_the_network(build):
         assert rates == [0.25] * number
 
 
-def test_sizes_of_the_objective_reach_the_model(build):
-    run = build("a", "objective.name=moco", "objective.num_negatives=21")
-    assert [queue.features.shape for queue in run.task.model.objective.negatives] == [(21, 12)] * 2
-    for step in range(3):
-        assert int(run.task.model.objective.negatives[0].count) == min(8 * step, 21)
-        one_step(run)
-    run = build("b", "objective.name=swav", "objective.num_prototypes=5")
-    assert run.task.model.online.prototypes.weight.shape == (5, 12)
-
-
-@pytest.mark.parametrize("option", ["sinkhorn_epsilon=0.5", "sinkhorn_iterations=1"])
-def test_sinkhorn_options_reach_the_codes(build, option):
-    losses = []
-    for overrides in ([], [f"objective.{option}"]):
-        run = build("r", "objective.name=swav", "fa.method=none", *overrides)
-        done, _ = moved_by_step(run)
-        losses.append(float(done.loss))
-    assert losses[0] != losses[1]
-
-
 @pytest.mark.parametrize("accumulation", ["plain", "cached"])
 def test_micro_batches_of_a_run_pass_through_the_network_alone(build, accumulation):
     run = build("r", "objective.name=byol", "fa.method=mask", "optim.micro_batch_size=4",
@@ -230,7 +205,7 @@ def test_a_cell_without_gradient_is_refused_at_start(options, tmp_path, capsys, 
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.match(
-        rf"error: {overrides[0]}, .* cannot train: no gradient reaches the {parts}\.", err
+        rf"error: .*{overrides[0]}, .* cannot train: no gradient reaches the {parts}\.", err
     )
     assert "use fa.stop_gradient=false, or fa.architecture=parallel" in err
     assert not (tmp_path / "refused" / "metrics.jsonl").exists()

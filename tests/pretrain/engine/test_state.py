@@ -14,7 +14,7 @@ from pretrain.engine import checkpoint
 from pretrain.engine.contrastive_task import DATA_NOT_COMPARED, ContrastiveTask
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.trainer import Position, Trainer
-from pretrain.features.row_random import fa_generator
+from tests.pretrain.model.references import step
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 
@@ -25,7 +25,7 @@ def build(make_model, objective="byol", method="nn", optimizer="lars"):
     config = replace(
         config,
         fa=model.fa,
-        objective=model.objective.config,
+        objective=model.objective,
         optim=replace(config.optim, name=optimizer),
     )
     return config, model, make_optimizer(model.online, config.optim, 0.1)
@@ -48,7 +48,7 @@ def run_of(config, model, optimizer, num_steps=100, fingerprint=None):
 def train(model, optimizer, make_views, steps):
     losses = []
     for number in steps:
-        output = model.step(make_views(seed=number), fa_generator(0, number, torch.device("cpu")))
+        output = step(model, make_views(seed=number), number=number)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

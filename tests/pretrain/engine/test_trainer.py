@@ -29,7 +29,6 @@ from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.probe import KnnCallback
-from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.engine.run_helpers import (
     TINY,
@@ -38,6 +37,7 @@ from tests.pretrain.engine.run_helpers import (
     one_step,
     train_rows,
 )
+from tests.pretrain.model import references
 
 ROOT = Path(__file__).parents[3]
 BASE = TINY
@@ -687,7 +687,7 @@ def test_channels_last_changes_memory_not_meaning(make_run):
         for tensor in (views[0], views[1], weight):
             assert tensor.is_contiguous(memory_format=torch.channels_last) == flag
         assert views.shape == (2, 8, 3, 32, 32)
-        results[flag] = (views, run.task.model.step(views, fa_generator(0, 0, run.device)).loss)
+        results[flag] = (views, references.step(run.task.model, views).loss)
     assert torch.equal(results[True][0], results[False][0])
     torch.testing.assert_close(results[True][1], results[False][1], rtol=1e-4, atol=1e-5)
 

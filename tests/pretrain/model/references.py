@@ -4,10 +4,33 @@ They know nothing of the package but the weights: features come from the same mo
 written out here.
 """
 
+import math
+from functools import partial
+
 import torch
 
+from common.resnet import Arch
 from pretrain.features.feature_augmentation import AugmentationContext
 from pretrain.features.row_random import RowRandom, fa_generator
+
+TINY = Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
+
+
+def draw(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def cross_entropy_by_hand(positive, negatives):
+    """-log of the positive's share."""
+    largest = max([positive, *negatives])
+    total = sum(math.exp(x - largest) for x in [positive, *negatives])
+    return largest + math.log(total) - positive
 
 
 def unit(x):
@@ -111,8 +134,27 @@ def assert_same_gradients(ours, expected):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * largest)
 
 
+def assert_same(model, twin, loss, expected):
+    """Equal losses with equal gradients."""
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
+
+
+def compare(model, views, generator):
+    """What turns projections into the loss of a whole batch."""
+    random = RowRandom.whole(generator, views.shape[1])
+    return partial(model.compare, t=model.ema_projections(views), random=random, progress=1.0)
+
+
 def step(model, views, seed=0, number=0):
-    return model.step(views, fa_generator(seed, number, views.device))
+    """The output of one step on a whole batch."""
+    return model.online(views, compare(model, views, fa_generator(seed, number, views.device)))
+
+
+def enter(model, keys):
+    """Let keys enter the queues of an objective that has some."""
+    if model.memory is not None:
+        model.objective.after_update(model.memory, keys)
 
 
 # --- any cell: the table of docs/method.md. Features come as lists: one, or N augmented ones
@@ -137,19 +179,19 @@ def targets(model, views, z, stops=None):
     """The target branch: the EMA network's, or z with or without its gradient."""
     if model.ema is not None:
         return ema_projections(model, views)
-    stops = model.objective.config.name in ("simsiam", "swav") if stops is None else stops
+    stops = model.objective.name in ("simsiam", "swav") if stops is None else stops
     return [x.detach() for x in z] if stops else z
 
 
 def term(model, features, target, plain_target, view):
     """L(features, target); ``view`` is the target's, 0 or 1."""
-    name, tau = model.objective.config.name, model.objective.config.temperature
+    name, tau = model.objective.name, getattr(model.objective, "temperature", None)
     if name == "simclr":
         return anchored_nt_xent(target, features, plain_target, tau)
     if name == "infonce":
         return infonce(target, features, tau)
     if name == "moco":
-        queue = model.objective.negatives[view]
+        queue = model.memory[view]
         return moco(features, target, queue.features[: int(queue.count)], tau)
     if name == "swav":
         return swav(features, target, model.online.prototypes.weight, tau)
@@ -174,4 +216,4 @@ def loss_of_cell(model, views, formula, seed=0, number=0, stops=None):
         made = FORMULAS[formula](z[a], t[b], model.online.predictor, augment)
         terms = [term(model, o, goal, t[b], b) for o in made[0] for goal in made[1]]
         total += sum(terms) / (1 if fa.feature_loss == "free" else len(terms))
-    return total if model.objective.config.name == "byol" else total / 2
+    return total if model.objective.name == "byol" else total / 2

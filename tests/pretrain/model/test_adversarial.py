@@ -11,7 +11,9 @@ from pretrain.config import AdversarialConfig, DataConfig, OptimConfig, load_con
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.adversarial import perturb, step_length
+from pretrain.objectives.base import Pair
 from pretrain.run import make_trainer
+from tests.pretrain.model.references import compare, enter
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SHAPE = (1, 3, 1, 1)
@@ -130,7 +132,7 @@ GENERATOR = partial(fa_generator, 0, 3, torch.device("cpu"))
 
 def loss_of(model, views):
     twin = copy.deepcopy(model)
-    return float(twin.step(views, GENERATOR()).loss.detach())
+    return float(twin.online(views, compare(twin, views, GENERATOR())).loss.detach())
 
 
 def attacked(model, views, *, micro=0, **adversarial):
@@ -143,15 +145,16 @@ def prediction_loss(model, views):
     """Of view 1 predicting view 2: what the gradient of view 1 sees where targets have none."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        seen = twin.step(views, GENERATOR())
-        return float(twin.objective(seen.online, seen.target, seen.projection, 1, None))
+        seen = twin.online(views, compare(twin, views, GENERATOR()))
+        pair = Pair(seen.online, seen.target, seen.projection, 1)
+        return float(twin.objective.loss(pair, twin.objective_state))
 
 
 @pytest.mark.parametrize("objective", ["byol", "simsiam", "infonce", "moco"])
 def test_view_1_predicts_view_2_worse_and_view_2_stays(make_model, views, objective):
     model = make_model(objective, method="nn")
     model.queue.put(torch.randn(64, 12))
-    model.objective.put(torch.randn(2, 64, 12))
+    enter(model, torch.randn(2, 64, 12))
     moved = attacked(model, views, epsilon=0.001)  # so small that the gradient is right all the way
     assert prediction_loss(model, moved) > prediction_loss(model, views)
     assert torch.equal(moved[1], views[1])

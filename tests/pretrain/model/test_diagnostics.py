@@ -248,14 +248,19 @@ def test_a_run_that_collapses_raises_the_alarm(start, cell):
 
 HEALTHY = {
     "infonce": ["objective.name=infonce", "optim.base_lr=0.5"],
-    "moco-no_bn": ["objective.name=moco", "heads.projector_hidden_bn=false", "optim.base_lr=0.5"],
+    "moco-no_bn": [
+        "objective.name=moco",
+        "objective.num_negatives=64",
+        "heads.projector_hidden_bn=false",
+        "optim.base_lr=0.5",
+    ],
     "byol": ["objective.name=byol", "optim.base_lr=0.5"],
 }
 
 
 @pytest.mark.parametrize("cell", HEALTHY)
 def test_a_run_that_does_not_collapse_raises_none(start, cell):
-    options = ["objective.num_negatives=64", "optim.epochs=5", "engine.collapse_patience=1"]
+    options = ["optim.epochs=5", "engine.collapse_patience=1"]
     status, folder, err = start("run", *HEALTHY[cell], *options)
     assert status == 0, err
     assert rows_of(folder, "event") == []

@@ -1,13 +1,10 @@
 """Projector, predictor and prototypes: which layers stand where, and what they compute."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from pretrain.model.heads import mlp
-from pretrain.objectives.objective import Prototypes
 
 
 def kinds(module):
@@ -90,34 +87,3 @@ def test_dropout_follows_each_hidden_relu():
 
 def test_one_layer_has_nothing_to_drop():
     assert kinds(mlp(8, 32, 4, num_layers=1, dropout=0.5, hidden_bn=False)) == ["Linear"]
-
-
-def test_prototypes_are_cosines():
-    prototypes = Prototypes(3, 5).double()
-    x = torch.randn(4, 5, dtype=torch.float64)
-    scores = prototypes(x).detach()
-    for i, row in enumerate(x.tolist()):
-        for k, weight in enumerate(prototypes.weight.tolist()):
-            dot = sum(a * b for a, b in zip(row, weight, strict=True))
-            cosine = dot / math.hypot(*row) / math.hypot(*weight)
-            assert abs(float(scores[i, k]) - cosine) < 1e-12
-
-
-def test_prototypes_see_directions_only():
-    prototypes = Prototypes(6, 5)
-    x = torch.randn(4, 5)
-    scores = prototypes(x).detach()
-    with torch.no_grad():
-        prototypes.weight.mul_(torch.rand(6, 1) + 0.5)
-    torch.testing.assert_close(prototypes(x * (torch.rand(4, 1) + 0.5)), scores)
-    assert float(scores.abs().max()) <= 1 + 1e-6
-
-
-def test_prototypes_start_on_the_sphere_and_learn():
-    prototypes = Prototypes(7, 5)
-    assert list(prototypes.state_dict()) == ["weight"]
-    torch.testing.assert_close(prototypes.weight.norm(dim=1), torch.ones(7))
-    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(prototypes.double(), x)
-    prototypes(x).square().sum().backward()
-    assert float(prototypes.weight.grad.norm(dim=1).min()) > 0

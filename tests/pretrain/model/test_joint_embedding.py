@@ -10,12 +10,12 @@ import torch
 
 from pretrain.features.feature_augmentation import AugmentationContext
 from pretrain.features.row_random import RowRandom, fa_generator
-from pretrain.model.joint_embedding import mean_cosine
+from pretrain.model.diagnostics import mean_cosine
 from tests.pretrain.model.references import (
     assert_same_gradients,
+    compare,
     ema_projections,
     gradients,
-    move_ema,
     online,
     step,
     unit,
@@ -24,84 +24,7 @@ from tests.pretrain.model.references import byol as reference_byol
 from tests.pretrain.model.references import infonce as reference_infonce
 from tests.pretrain.model.references import nn as reference_nn
 
-
-@pytest.fixture
-def bank():
-    return torch.randn(40, 12, generator=torch.Generator().manual_seed(5))
-
-
 # --- base methods, with and without FA
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("training", [True, False])
-def test_infonce_without_fa_equals_its_definition(make_model, make_views, training):
-    """Both branches carry gradient: CE(z2 -> p1) and CE(z1 -> p2), halved."""
-    model, views = make_model("infonce", method="none").train(training), make_views()
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    z, p = online(twin, views)
-    expected = (reference_infonce(z[1], p[0], 0.2) + reference_infonce(z[0], p[1], 0.2)) / 2
-    torch.testing.assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("training", [True, False])
-def test_nnclr_equals_its_definition(make_model, make_views, bank, training):
-    """1/2 CE(NN(z1) . p2 / tau) + 1/2 CE(NN(z2) . p1 / tau), neighbours without gradient."""
-    model, views = make_model("infonce", method="nn").train(training), make_views()
-    model.queue.put(bank)
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    z, p = online(twin, views)
-    near = [reference_nn(x.detach(), bank) for x in z]
-    expected = (reference_infonce(near[0], p[1], 0.2) + reference_infonce(near[1], p[0], 0.2)) / 2
-    torch.testing.assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
-
-
-@pytest.mark.parity
-def test_byol_equals_its_definition(make_model, make_views):
-    """|q(z_u) - z'_v|^2 of unit vectors, summed over both pairs; z' from the EMA network."""
-    model, views = make_model("byol", method="none"), make_views()
-    move_ema(model)
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    _, p = online(twin, views)
-    t = ema_projections(twin, views)
-    expected = reference_byol(p[0], t[1]) + reference_byol(p[1], t[0])
-    torch.testing.assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
-
-
-@pytest.mark.parity
-def test_nnbyol_equals_its_definition(make_model, make_views, bank):
-    """The target is the neighbour of the EMA projection in a queue of EMA projections."""
-    model, views = make_model("byol", method="nn"), make_views()
-    move_ema(model)
-    model.queue.put(bank)
-    twin = copy.deepcopy(model)
-    output = step(model, views)
-    loss = output.loss
-    _, p = online(twin, views)
-    t = [reference_nn(x, bank) for x in ema_projections(twin, views)]
-    expected = reference_byol(p[0], t[1]) + reference_byol(p[1], t[0])
-    torch.testing.assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
-    model.after_optimizer_step(0.99, [output])
-    entered = unit(ema_projections(twin, views)[0])
-    torch.testing.assert_close(model.queue.features[40:48], entered)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_temperature_divides_the_similarities(make_model, make_views, temperature):
-    model = make_model(method="none", objective_options={"temperature": temperature})
-    twin, views = copy.deepcopy(model), make_views()
-    z, p = online(twin, views)
-    expected = sum(reference_infonce(z[1 - v], p[v], temperature) for v in (0, 1)) / 2
-    torch.testing.assert_close(step(model, views).loss, expected)
 
 
 @pytest.mark.parity
@@ -190,7 +113,7 @@ def test_where_the_target_branch_carries_gradient(make_model, make_views, method
     z = model.online(views, lambda z: z)
     predict = model.online.predict
     model.online.predict = lambda z: predict(z).detach()
-    output = model.step(views, fa_generator(0, 0, views.device), lambda _, compare: compare(z))
+    output = compare(model, views, fa_generator(0, 0, views.device))(z)
     loss = output.loss
     assert loss.requires_grad == expected
     if expected:
@@ -460,19 +383,6 @@ def test_output_shows_view_2_detached(make_model, make_views):
     assert 0.7 < cosine < 0.99
 
 
-def test_forward_can_be_replaced_by_a_wrapper(make_model, make_views):
-    calls = []
-    model, views = make_model(method="none"), make_views()
-
-    def wrapped(batch, compare):
-        calls.append(batch.shape)
-        return model.online(batch, compare)
-
-    step_loss = model.step(views, fa_generator(0, 0, views.device), wrapped).loss
-    assert calls == [views.shape]
-    assert torch.isfinite(step_loss)
-
-
 # --- precision
 
 
@@ -489,7 +399,7 @@ def test_neighbours_and_losses_are_computed_in_single_precision_under_autocast(
     bank = centre + 0.02 * centre.norm() * torch.randn(256, 12, generator=generator)
     model.queue.put(bank)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model.step(views, generator, lambda _, compare: compare(z))
+        output = compare(model, views, generator)(z)
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.augmented, reference_nn(z[1], bank))
     near = [reference_nn(x, bank) for x in z]

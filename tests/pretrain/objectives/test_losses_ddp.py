@@ -13,7 +13,8 @@ import torch
 
 from pretrain import collectives as dist
 from pretrain.engine import rendezvous
-from pretrain.objectives.losses import nt_xent_loss, sinkhorn
+from pretrain.objectives.simclr import nt_xent_loss
+from pretrain.objectives.swav import sinkhorn
 from tests.pretrain.engine.run_helpers import wait_for_workers
 
 pytestmark = pytest.mark.ddp

@@ -5,20 +5,21 @@ import copy
 import pytest
 import torch
 
-from common.resnet import Arch
-from pretrain.config import FAConfig, ObjectiveConfig
-from pretrain.model.joint_embedding import mean_cosine
-from pretrain.objectives import losses
-from pretrain.objectives.method_spec import resolve
+from pretrain.config import FAConfig, resolve
+from pretrain.objectives.byol import byol_loss
+from pretrain.objectives.infonce import infonce_loss
+from pretrain.objectives.moco import moco_loss
+from pretrain.objectives.simclr import nt_xent_loss
+from pretrain.objectives.simsiam import negative_cosine_loss
+from pretrain.objectives.swav import sinkhorn, swav_loss
+from tests.pretrain.conftest import make_objective
 from tests.pretrain.model import references
 from tests.pretrain.model.references import (
     FORMULAS,
+    assert_same,
     assert_same_gradients,
-    ema_projections,
     gradients,
     loss_of_cell,
-    move_ema,
-    online,
     options_of,
     projections,
     step,
@@ -26,7 +27,6 @@ from tests.pretrain.model.references import (
     unit,
 )
 
-TINY = Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
 OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
 OWN = dict.fromkeys(("infonce", "byol", "simsiam"), "parallel") | dict.fromkeys(
     ("simclr", "moco", "swav"), "basic"
@@ -34,119 +34,16 @@ OWN = dict.fromkeys(("infonce", "byol", "simsiam"), "parallel") | dict.fromkeys(
 STOPPED_TARGET = ("moco", "byol", "simsiam", "swav")  # an EMA network's, or detached
 
 
-@pytest.fixture
-def make(make_model):
-    """Small assemblies whose EMA networks differ and whose queues hold something."""
-
-    def make(objective, *, options=None, num_entries=40, **fa):
-        options = {"num_prototypes": 6, "num_negatives": 20} | (options or {})
-        model = make_model(objective, arch=TINY, objective_options=options, **fa)
-        if model.ema is not None:
-            move_ema(model)
-        if model.queue is not None:
-            model.queue.put(torch.randn(num_entries, 12))
-        model.objective.put(torch.randn(2, 16, 12))
-        return model
-
-    return make
-
-
-def assert_same(model, twin, loss, expected):
-    torch.testing.assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(twin, expected))
-
-
 # --- base methods by themselves
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("training", [True, False])
-def test_simclr_equals_its_definition(make, make_views, training):
-    model, views = make("simclr", method="none").train(training), make_views()
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    first, second = projections(twin, views)
-    assert_same(model, twin, loss, references.nt_xent(first, second, 0.2))
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("training", [True, False])
-def test_simsiam_equals_its_definition(make, make_views, training):
-    """Half the sum of -cos(p_1, sg z_2) and -cos(p_2, sg z_1)."""
-    model, views = make("simsiam", method="none").train(training), make_views()
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    z, p = online(twin, views)
-    cosine = references.negative_cosine
-    assert_same(model, twin, loss, (cosine(p[0], z[1].detach()) + cosine(p[1], z[0].detach())) / 2)
-
-
-@pytest.mark.parity
-def test_nnsiam_equals_its_definition(make, make_views):
-    model, views = make("simsiam", method="nn", architecture="parallel"), make_views()
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    z, p = online(twin, views)
-    near = [references.nn(x.detach(), twin.queue.features[:40]) for x in z]
-    cosine = references.negative_cosine
-    assert_same(model, twin, loss, (cosine(p[0], near[1]) + cosine(p[1], near[0])) / 2)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_swav_equals_its_definition(make, make_views, iterations):
-    """Each view's scores against the other's codes; gradients to the prototypes as well."""
-    options = {"sinkhorn_epsilon": 0.1, "sinkhorn_iterations": iterations}
-    model, views = make("swav", method="none", options=options), make_views()
-    twin = copy.deepcopy(model)
-    loss = step(model, views).loss
-    z, prototypes = projections(twin, views), twin.online.prototypes.weight
-    one = references.swav(z[0], z[1], prototypes, 0.2, 0.1, iterations)
-    two = references.swav(z[1], z[0], prototypes, 0.2, 0.1, iterations)
-    assert_same(model, twin, loss, (one + two) / 2)
-
-
-@pytest.mark.parity
-def test_moco_equals_its_definition_over_steps(make_model, make_views):
-    """Keys of an EMA network, two queues of 20 plain keys that start empty, symmetric loss."""
-    model = make_model(
-        "moco", arch=TINY, method="none", objective_options={"num_negatives": 20}
-    )  # fmt: skip
-    twin = copy.deepcopy(model)
-    entered = [torch.zeros(0, 12), torch.zeros(0, 12)]
-    for number in range(4):
-        views = make_views(seed=number)
-        output = step(model, views, number=number)
-        q, k = projections(twin, views), ema_projections(twin, views)
-        bank = [keys[-20:] for keys in entered]
-        expected = references.moco(q[0], k[1], bank[1], 0.2)
-        expected = (expected + references.moco(q[1], k[0], bank[0], 0.2)) / 2
-        torch.testing.assert_close(output.loss, expected)
-        steps = gradients(model, output.loss)
-        if number:
-            assert_same_gradients(steps, gradients(twin, expected))
-        with torch.no_grad():
-            for parameter, gradient in zip(model.online.parameters(), steps, strict=True):
-                parameter.sub_(0.05 * gradient)
-        model.after_optimizer_step(0.9, [output])
-        twin.online.load_state_dict(model.online.state_dict())
-        with torch.no_grad():
-            for slow, fast in zip(twin.ema.parameters(), twin.online.parameters(), strict=True):
-                slow.copy_(0.9 * slow + 0.1 * fast)
-        entered = [torch.cat([old, unit(new)]) for old, new in zip(entered, k, strict=True)]
-    for keys, queue in zip(entered, model.objective.negatives, strict=True):
-        assert (int(queue.count), int(queue.position)) == (20, 12)
-        for place in range(12, 32):  # the oldest 12 were overwritten
-            torch.testing.assert_close(queue.features[place % 20], keys[place])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_auto_is_the_architecture_of_the_base_method(objective):
-    cell = resolve(ObjectiveConfig(name=objective), FAConfig())
-    assert cell == resolve(ObjectiveConfig(name=objective), FAConfig(architecture=OWN[objective]))
+    chosen = make_objective(objective)
+    cell = resolve(chosen, FAConfig())
+    assert cell == resolve(chosen, FAConfig(architecture=OWN[objective]))
     assert (cell.architecture, cell.side) == (OWN[objective], "target")
-    assert cell.has_predictor == (OWN[objective] == "parallel")
-    assert cell.has_ema == (objective in ("moco", "byol"))
+    assert chosen.has_ema == (objective in ("moco", "byol"))
     assert cell.stops_target == (objective in STOPPED_TARGET)
 
 
@@ -158,21 +55,21 @@ def base_method(model, views):
     z = torch.stack(projections(model, views))
     t = targets(model, views, z)
     p = z if model.online.predictor is None else model.online.predict(z)
-    name, total = model.objective.config.name, []
+    name, total = model.objective.name, []
     for a, b in ((1, 0), (0, 1)):
         if name == "simclr":
-            total.append(losses.nt_xent_loss(t[b], p[a], t[b], temperature=0.2))
+            total.append(nt_xent_loss(t[b], p[a], t[b], temperature=0.2))
         elif name == "infonce":
-            total.append(losses.infonce_loss(t[b], p[a], temperature=0.2))
+            total.append(infonce_loss(t[b], p[a], temperature=0.2))
         elif name == "moco":
-            queue = model.objective.negatives[b].features[:16]
-            total.append(losses.moco_loss(p[a], t[b], queue, temperature=0.2))
+            queue = model.memory[b].features[:16]
+            total.append(moco_loss(p[a], t[b], queue, temperature=0.2))
         elif name == "swav":
             scores = model.online.prototypes(t[b])
-            codes = losses.sinkhorn(scores, epsilon=0.05, num_iterations=3)
-            total.append(losses.swav_loss(model.online.prototypes(p[a]), codes, temperature=0.2))
+            codes = sinkhorn(scores, epsilon=0.05, num_iterations=3)
+            total.append(swav_loss(model.online.prototypes(p[a]), codes, temperature=0.2))
         else:
-            loss = losses.byol_loss if name == "byol" else losses.negative_cosine_loss
+            loss = byol_loss if name == "byol" else negative_cosine_loss
             total.append(loss(p[a], t[b]))
     return (1 if name == "byol" else 0.5) * (total[1] + total[0])
 
@@ -321,27 +218,3 @@ def test_the_queue_takes_what_fa_takes(make, make_views, objective, formula, vie
     expected = unit(taken[1 if views_of_fa == "second" else 0])
     torch.testing.assert_close(model.queue.features[40:48], expected)
     assert int(model.queue.count) == 48
-
-
-@pytest.mark.parametrize("method", ["mask", "nn"])
-def test_mocos_negatives_are_plain_keys(make, make_views, method):
-    """FA makes the positive key only."""
-    model, views = make("moco", method=method), make_views()
-    twin = copy.deepcopy(model)
-    output = step(model, views)
-    assert mean_cosine(output.target, output.projection) < 0.99
-    model.after_optimizer_step(0.5, [output])
-    for keys, queue in zip(ema_projections(twin, views), model.objective.negatives, strict=True):
-        torch.testing.assert_close(queue.features[[16, 17, 18, 19, 0, 1, 2, 3]], unit(keys))
-    pairs = zip(
-        model.ema.parameters(), twin.ema.parameters(), twin.online.parameters(), strict=True
-    )
-    for slow, before, fast in pairs:
-        torch.testing.assert_close(slow, 0.5 * before + 0.5 * fast)
-
-
-def test_swav_says_how_long_its_prototypes_stand_still(make):
-    model = make("swav", method="none", options={"frozen_prototype_steps": 7})
-    assert model.frozen_prototype_steps == 7
-    assert [name for name, _ in model.online.named_children()][-1] == "prototypes"
-    assert make("byol", method="none").online.prototypes is None

@@ -1,5 +1,6 @@
 """SwAV: codes against the definition written out, their marginals, and what must not matter."""
 
+import copy
 import math
 import re
 from decimal import Decimal
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.objectives.losses import sinkhorn, swav_loss
-
-
-def draw(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from pretrain.objectives._prototypes import Prototypes
+from pretrain.objectives.base import Pair
+from pretrain.objectives.swav import SwAV, sinkhorn, swav_loss
+from tests.pretrain.model import references
+from tests.pretrain.model.references import (
+    assert_same,
+    draw,
+    projections,
+    step,
+)
 
 
 def cosines(n, num_prototypes, seed=0):
@@ -190,3 +195,77 @@ def test_options_out_of_range_are_refused(epsilon, num_iterations):
     message = rf"got epsilon={epsilon}, num_iterations={num_iterations}"
     with pytest.raises(ValueError, match=message):
         sinkhorn(cosines(4, 3), epsilon=epsilon, num_iterations=num_iterations)
+
+
+# -- prototypes
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_swav_equals_its_definition(make, make_views, iterations):
+    """Each view's scores against the other's codes; gradients to the prototypes as well."""
+    options = {"sinkhorn_epsilon": 0.1, "sinkhorn_iterations": iterations}
+    model, views = make("swav", method="none", options=options), make_views()
+    twin = copy.deepcopy(model)
+    loss = step(model, views).loss
+    z, prototypes = projections(twin, views), twin.online.prototypes.weight
+    one = references.swav(z[0], z[1], prototypes, 0.2, 0.1, iterations)
+    two = references.swav(z[1], z[0], prototypes, 0.2, 0.1, iterations)
+    assert_same(model, twin, loss, (one + two) / 2)
+
+
+def test_prototypes_are_cosines():
+    prototypes = Prototypes(3, 5).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    scores = prototypes(x).detach()
+    for i, row in enumerate(x.tolist()):
+        for k, weight in enumerate(prototypes.weight.tolist()):
+            dot = sum(a * b for a, b in zip(row, weight, strict=True))
+            cosine = dot / math.hypot(*row) / math.hypot(*weight)
+            assert abs(float(scores[i, k]) - cosine) < 1e-12
+
+
+def test_prototypes_see_directions_only():
+    prototypes = Prototypes(6, 5)
+    x = torch.randn(4, 5)
+    scores = prototypes(x).detach()
+    with torch.no_grad():
+        prototypes.weight.mul_(torch.rand(6, 1) + 0.5)
+    torch.testing.assert_close(prototypes(x * (torch.rand(4, 1) + 0.5)), scores)
+    assert float(scores.abs().max()) <= 1 + 1e-6
+
+
+def test_prototypes_start_on_the_sphere_and_learn():
+    prototypes = Prototypes(7, 5)
+    assert list(prototypes.state_dict()) == ["weight"]
+    torch.testing.assert_close(prototypes.weight.norm(dim=1), torch.ones(7))
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(prototypes.double(), x)
+    prototypes(x).square().sum().backward()
+    assert float(prototypes.weight.grad.norm(dim=1).min()) > 0
+
+
+@pytest.mark.parametrize("option", [{"sinkhorn_epsilon": 0.5}, {"sinkhorn_iterations": 1}])
+def test_sinkhorn_options_reach_the_codes(option):
+    online, target = draw(2, 8, 5, seed=1).float()
+    pair = Pair(online, target, target, 1)
+    state = SwAV(num_prototypes=6).make_state(5)
+    assert state.weight.shape == (6, 5)
+    losses = [SwAV(**options).loss(pair, state) for options in ({}, option)]
+    assert not torch.isclose(*losses)
+
+
+def test_prototypes_stand_still_for_so_many_steps():
+    """Their gradient is taken away before the update; that of the projector stays."""
+    objective = SwAV(frozen_prototype_steps=2)
+    state = objective.make_state(5)
+    for number in range(4):
+        state.weight.grad = torch.ones_like(state.weight)
+        objective.before_update(state, number)
+        assert (state.weight.grad is None) == (number < 2)
+
+
+def test_prototypes_are_trained_with_the_network(make_model):
+    model = make_model("swav", method="none")
+    assert [name for name, _ in model.online.named_children()][-1] == "prototypes"
+    assert (model.memory, model.objective_state) == (None, model.online.prototypes)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from common.errors import UserError
-from pretrain.config import FAConfig, ObjectiveConfig
-from pretrain.features.row_random import fa_generator
-from pretrain.objectives.method_spec import refuse_without_gradient, resolve
+from pretrain.config import FAConfig, refuse_without_gradient, resolve
+from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import Byol
+from tests.pretrain.conftest import make_objective
+from tests.pretrain.model.references import enter, step
 
 OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
 PLACES = [
@@ -18,15 +20,15 @@ PLACES = [
 ENTRIES = 64
 
 
-def starved_parts(make_model, make_views, objective: ObjectiveConfig, fa: FAConfig):
+def starved_parts(make_model, make_views, objective: Objective, fa: FAConfig):
     """The parts of a small network that a backward pass with filled queues does not reach."""
-    options = vars(replace(objective, num_negatives=ENTRIES, num_prototypes=8)) | {}
+    options = dict(vars(objective))
     name = options.pop("name")
     model = make_model(name, objective_options=options, **vars(fa))
     if model.queue is not None:
         model.queue.put(torch.randn(ENTRIES, model.queue.features.shape[1]))
-    model.objective.put(torch.randn(2, ENTRIES, model.online.projector[-1].out_features))
-    loss = model.step(make_views(n=4), fa_generator(0, 0, torch.device("cpu"))).loss
+    enter(model, torch.randn(2, ENTRIES, model.online.projector[-1].out_features))
+    loss = step(model, make_views(n=4)).loss
     if loss.requires_grad:
         loss.backward()
     return [
@@ -45,7 +47,7 @@ def fa_of(**options) -> FAConfig:
 def test_a_method_is_refused_if_and_only_if_a_part_gets_no_gradient(
     make_model, make_views, objective, architecture, side
 ):
-    config = ObjectiveConfig(name=objective)
+    config = make_objective(objective, num_negatives=ENTRIES, num_prototypes=8)
     for method in ("none", "identity", "nn", "mask"):
         for stop in (True, False):
             fa = fa_of(method=method, architecture=architecture, side=side, stop_gradient=stop)
@@ -76,7 +78,7 @@ def assert_refused_only(parts, objective, fa):
 def test_the_targets_own_stop_counts(
     make_model, make_views, objective, target_stop, architecture, side
 ):
-    config = ObjectiveConfig(name=objective, stop_gradient=target_stop)
+    config = make_objective(objective, stop_gradient=target_stop)
     fa = fa_of(method="mask", architecture=architecture, side=side)
     assert_refused_only(starved_parts(make_model, make_views, config, fa), config, fa)
 
@@ -100,7 +102,10 @@ def test_the_targets_own_stop_counts(
 )
 @pytest.mark.parametrize("objective", ["infonce", "byol"])
 def test_other_options_of_fa_follow_the_rule(make_model, make_views, objective, options):
-    config, fa = ObjectiveConfig(name=objective), fa_of(**options)
+    config, fa = (
+        make_objective(objective, num_negatives=ENTRIES, num_prototypes=8),
+        fa_of(**options),
+    )
     assert_refused_only(starved_parts(make_model, make_views, config, fa), config, fa)
 
 
@@ -115,10 +120,10 @@ def test_other_options_of_fa_follow_the_rule(make_model, make_views, objective, 
 )
 def test_a_side_that_contradicts_the_architecture_is_refused(architecture, side, message):
     with pytest.raises(UserError, match=message):
-        resolve(ObjectiveConfig(name="byol"), FAConfig(architecture=architecture, side=side))
+        resolve(Byol(), FAConfig(architecture=architecture, side=side))
 
 
 @pytest.mark.parametrize("side", ["target", "online"])
 def test_basic_takes_either_side(side):
-    spec = resolve(ObjectiveConfig(name="byol"), FAConfig(architecture="basic", side=side))
-    assert (spec.side, spec.has_predictor) == (side, False)
+    spec = resolve(Byol(), FAConfig(architecture="basic", side=side))
+    assert (spec.side, spec.architecture) == (side, "basic")

@@ -1,0 +1,160 @@
+"""What an objective is: its settings, the facts about it, its loss and what it keeps.
+
+Each objective is a module of this package with one subclass of ``Objective``, whose fields are the
+config's section ``objective``. Nothing about it stands elsewhere. These modules import no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from common.errors import require, within_0_and_1
+from common.registry import Registry
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One view's features against the other view's; nothing of it is detached by a loss.
+
+    Attributes:
+        online: What predicts: z, q(z), q(A(z)) or A(q(z)).
+        target: What is predicted: t or A(t).
+        plain_target: t without augmentation.
+        target_view: Which view t is of, 0 or 1.
+    """
+
+    online: Float[Tensor, "n d"]
+    target: Float[Tensor, "n d"]
+    plain_target: Float[Tensor, "n d"]
+    target_view: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss between the two branches.
+
+    Attributes:
+        architecture: Where it is published: with a predictor (parallel) or without (basic).
+        has_ema: The target branch is an EMA copy of backbone and projector.
+        stops_target: No gradient through the target branch, unless ``stop_gradient`` says so.
+        target_has_gradient: Whether the target has a gradient that could pass.
+        is_per_sample: The loss of a batch is the mean over its samples, each by itself.
+        scale: Factor on the sum of the losses of both directions; 0.5 is their mean.
+        state_name: Under which the online network holds what ``make_state`` gives it to train.
+    """
+
+    registry: ClassVar[Registry[Objective]]
+    architecture: ClassVar[Literal["basic", "parallel"]]
+    has_ema: ClassVar[bool] = False
+    stops_target: ClassVar[bool] = False
+    target_has_gradient: ClassVar[bool] = True
+    is_per_sample: ClassVar[bool] = False
+    scale: ClassVar[float] = 0.5
+    state_name: ClassVar[str] = "objective"
+
+    name: str = ""
+    stop_gradient: bool | None = None  # on the target; null: as the objective has it
+
+    def __post_init__(self) -> None:
+        require(
+            self.stop_gradient is not False or self.target_has_gradient,
+            f"objective.stop_gradient=false: the target of {self.name} has no gradient to let "
+            "through (an EMA network's projection, or assigned codes); leave it out",
+        )
+
+    def loss(self, pair: Pair, state: nn.Module | None) -> Float[Tensor, ""]:
+        """The loss of this process's rows, for one direction of the two views.
+
+        Args:
+            pair: The features.
+            state: What ``make_state`` made.
+        """
+        raise NotImplementedError
+
+    def make_state(self, dim: int) -> nn.Module | None:
+        """What is kept from step to step, for features of width ``dim``.
+
+        A module with parameters becomes a part of the online network, and is trained. One with
+        buffers alone is kept and saved beside it.
+        """
+        return None
+
+    def before_update(self, state: nn.Module | None, step: int) -> None:
+        """Before the optimiser's update number ``step``, from 0: gradients may be changed."""
+
+    def after_update(self, state: nn.Module | None, keys: Float[Tensor, "2 m d"]) -> None:
+        """After it: ``keys`` are both views' t of the global batch; only if state is kept."""
+
+    def tau(self, step: int, num_steps: int) -> float:
+        """Share of the EMA weights that stays after update number ``step`` of ``num_steps``."""
+        return 1.0
+
+
+Objective.registry = Registry("pretrain.objectives", Objective)
+
+
+@dataclass(frozen=True)
+class EmaObjective(Objective):
+    """An objective whose target branch is an EMA copy."""
+
+    has_ema: ClassVar[bool] = True
+    stops_target: ClassVar[bool] = True
+    target_has_gradient: ClassVar[bool] = False
+
+    ema_tau: float = 0.99  # tau_0 of the schedule that ends at ema_tau_end
+    ema_tau_end: float = 1.0  # MoCo v2+ of solo-learn ends at 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within_0_and_1(self, "objective", "ema_tau", "ema_tau_end")
+
+    def tau(self, step: int, num_steps: int) -> float:
+        """tau_1 - (tau_1 - tau_0) (cos(pi t / T) + 1) / 2; tau_1 = 1 in BYOL (arXiv 2006.07733)."""
+        end = self.ema_tau_end
+        return end - (end - self.ema_tau) * (math.cos(math.pi * step / num_steps) + 1) / 2
+
+
+# -- what the losses refuse
+
+
+def require_rows(name: str, x: Tensor) -> None:
+    """Refuse features that are not [n, d] with n >= 1."""
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise ValueError(f"{name} must be [n, d] with n >= 1, got shape {tuple(x.shape)}")
+
+
+def require_width(**pair: Tensor) -> None:
+    """Refuse two kinds of features of different widths."""
+    (first, a), (second, b) = pair.items()
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{first} has width {a.shape[1]}, {second} has {b.shape[1]}")
+
+
+def require_pairs(**pair: Tensor) -> None:
+    """Refuse features that do not go together row by row."""
+    (first, a), (second, b) = pair.items()
+    require_rows(first, a)
+    require_rows(second, b)
+    if a.shape[0] != b.shape[0]:  # cosine_similarity would broadcast
+        raise ValueError(
+            f"{first} has {a.shape[0]} rows, {second} has {b.shape[0]}: one target per prediction"
+        )
+    require_width(**pair)
+
+
+def require_positives(rows: Tensor, columns: Tensor, first_positive: int) -> None:
+    """Refuse rows whose positive, number ``first_positive`` and on, is not among the columns."""
+    require_rows("rows", rows)
+    require_rows("columns", columns)
+    require_width(rows=rows, columns=columns)
+    if not 0 <= first_positive <= columns.shape[0] - rows.shape[0]:
+        raise ValueError(
+            f"rows {first_positive}..{first_positive + rows.shape[0] - 1} have no positive among "
+            f"{columns.shape[0]} columns"
+        )

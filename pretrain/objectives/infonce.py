@@ -1,0 +1,67 @@
+"""NNCLR's loss (arXiv 2104.14548); with FA of nearest neighbours it is NNCLR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from common.errors import positive
+from common.lazy import functional, torch
+from pretrain import collectives as dist
+from pretrain.objectives.base import Objective, Pair, require_positives
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InfoNce(Objective):
+    """Each target is found among the predictions of the global batch."""
+
+    architecture: ClassVar = "parallel"
+
+    name: Literal["infonce"] = "infonce"
+    temperature: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "objective", "temperature")
+
+    def loss(self, pair: Pair, state: nn.Module | None) -> Float[Tensor, ""]:
+        """See ``infonce_loss``."""
+        return infonce_loss(
+            pair.target,
+            dist.gather(pair.online),
+            temperature=self.temperature,
+            first_positive=dist.local_rows(len(pair.target)).start,
+        )
+
+
+def infonce_loss(
+    rows: Float[Tensor, "n d"],
+    columns: Float[Tensor, "m d"],
+    *,
+    temperature: float,
+    first_positive: int = 0,
+) -> Float[Tensor, ""]:
+    """Cross entropy of cosine similarities, one positive per row (arXiv 2104.14548).
+
+    NNCLR's form: rows to columns only.
+
+    Args:
+        rows: Targets A(t_2)_i, the local part of the batch.
+        columns: Predictions q(z_1)_j of the global batch.
+        temperature: Divides the similarities.
+        first_positive: Column of row 0's positive; row i's is ``first_positive + i``.
+
+    Returns:
+        Scalar, nats.
+
+    Raises:
+        ValueError: If a batch is empty, widths differ, or a row's positive is no column.
+    """
+    require_positives(rows, columns, first_positive)
+    logits = functional.normalize(rows, dim=1) @ functional.normalize(columns, dim=1).T
+    positives = torch.arange(rows.shape[0], device=rows.device) + first_positive
+    return functional.cross_entropy(logits / temperature, positives)

@@ -1,0 +1,117 @@
+"""SwAV (arXiv 2006.09882)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from common.errors import at_least, positive
+from common.lazy import functional, torch
+from pretrain import collectives as dist
+from pretrain.objectives.base import Objective, Pair, require_pairs, require_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from pretrain.objectives._prototypes import Prototypes
+
+
+@dataclass(frozen=True)
+class SwAV(Objective):
+    """Both views are assigned to prototypes; each view's assignment is predicted by the other."""
+
+    architecture: ClassVar = "basic"
+    stops_target: ClassVar = True
+    target_has_gradient: ClassVar = False
+    state_name: ClassVar = "prototypes"
+
+    name: Literal["swav"] = "swav"
+    temperature: float = 0.2
+    num_prototypes: int = 3000
+    sinkhorn_epsilon: float = 0.05
+    sinkhorn_iterations: int = 3
+    frozen_prototype_steps: int = 313  # the prototypes stand still for so many steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "objective", "temperature", "sinkhorn_epsilon")
+        at_least(self, "objective", num_prototypes=1, sinkhorn_iterations=1)
+        at_least(self, "objective", frozen_prototype_steps=0)
+
+    def make_state(self, dim: int) -> Prototypes:
+        """The prototypes, which are trained."""
+        from pretrain.objectives._prototypes import Prototypes
+
+        return Prototypes(self.num_prototypes, dim)
+
+    def loss(self, pair: Pair, state: Prototypes) -> Float[Tensor, ""]:
+        """See ``sinkhorn`` and ``swav_loss``."""
+        codes = sinkhorn(
+            state(pair.target),
+            epsilon=self.sinkhorn_epsilon,
+            num_iterations=self.sinkhorn_iterations,
+        )
+        return swav_loss(state(pair.online), codes, temperature=self.temperature)
+
+    def before_update(self, state: Prototypes, step: int) -> None:
+        """Prototypes without gradient stand still."""
+        if step < self.frozen_prototype_steps:
+            state.weight.grad = None
+
+
+def sinkhorn(
+    scores: Float[Tensor, "n K"], *, epsilon: float, num_iterations: int
+) -> Float[Tensor, "n K"]:
+    """Codes: soft assignments of the global batch to prototypes in equal shares (arXiv 2006.09882).
+
+    Sinkhorn-Knopp on exp(scores / epsilon), in logarithms, so that no epsilon over- or underflows.
+    Each iteration gives all prototypes the same mass over the rows of all processes, then every row
+    mass 1. Computed in fp32, or fp64 for fp64 scores. The codes are targets and carry no gradient.
+
+    Args:
+        scores: Similarities of the local features to the prototypes.
+        epsilon: Entropy of the assignment, in units of the scores; 0.05 in the paper.
+        num_iterations: Iterations, at least 1; 3 in the paper.
+
+    Returns:
+        Codes of the local rows, each row of sum 1.
+
+    Raises:
+        ValueError: If the scores are empty or not two-dimensional, or an option is out of range.
+    """
+    require_rows("scores", scores)
+    if epsilon <= 0 or num_iterations < 1:
+        raise ValueError(
+            "sinkhorn needs epsilon > 0 and num_iterations >= 1, "
+            f"got epsilon={epsilon}, num_iterations={num_iterations}"
+        )
+    with torch.no_grad():
+        log_codes = (scores if scores.dtype == torch.float64 else scores.float()) / epsilon
+        for _ in range(num_iterations):
+            # The largest and the sum over the rows of all processes.
+            largest = dist.gather(log_codes.amax(dim=0, keepdim=True)).amax(dim=0)
+            mass = dist.total((log_codes - largest).exp().sum(dim=0))
+            log_codes = log_codes - largest - mass.log()
+            log_codes = log_codes.log_softmax(dim=1)
+        return log_codes.exp()
+
+
+def swav_loss(
+    logits: Float[Tensor, "n K"], codes: Float[Tensor, "n K"], *, temperature: float
+) -> Float[Tensor, ""]:
+    """Cross entropy of one view's prototype scores against the other's codes (arXiv 2006.09882).
+
+    Args:
+        logits: Similarities of the predicting view's features to the prototypes.
+        codes: Soft assignments of the target view (``sinkhorn``), rows of sum 1.
+        temperature: Divides the logits.
+
+    Returns:
+        Scalar, nats.
+
+    Raises:
+        ValueError: If the batch is empty or not two-dimensional, or the two differ in shape.
+    """
+    require_pairs(logits=logits, codes=codes)
+    return -(codes * functional.log_softmax(logits / temperature, dim=1)).sum(dim=1).mean()
