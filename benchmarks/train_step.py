@@ -119,11 +119,11 @@ class Ours:
         self.autocast = run.task.autocast
         if run.task.config.engine.channels_last:
             views = torch.stack([v.permute(0, 2, 3, 1) for v in views]).permute(0, 1, 4, 2, 3)
-        self.views, self._fed = views, fed_of(views)
+        self.views, self._batch = views, batch_of(views)
 
     def steps(self, num: int) -> None:
         """So many optimiser steps."""
-        self.steps_on(self._fed for _ in range(num))
+        self.steps_on(self._batch for _ in range(num))
 
     def steps_on(self, batches: Iterable[DeviceBatch]) -> None:
         """A step on each batch."""
@@ -135,7 +135,7 @@ class Ours:
 
     def loss(self) -> Tensor:
         """In fp32, with the graph; BN moves on."""
-        model, views = self.run.task.model, self._fed.views
+        model, views = self.run.task.model, self._batch.views
         random = RowRandom.whole(fa_generator(0, 0, views.device), views.shape[1])
         t = model.ema_projections(views)
         return model.online(views, partial(model.compare, t=t, random=random, progress=1.0)).loss
@@ -146,7 +146,7 @@ class Ours:
         return [model.online, *([model.ema] if model.ema else [])]
 
 
-def fed_of(views: Tensor) -> DeviceBatch:
+def batch_of(views: Tensor) -> DeviceBatch:
     """Views as the loop takes them: samples 0 .. n - 1, without labels."""
     n, device = views.shape[1], views.device
     numbers = torch.arange(n, device=device)

@@ -36,8 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def arms(folder):
     run = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
-    yield train_step.make_arms(run, train_step.random_views(SIZES, run.device))
-    run.lock.close()
+    return train_step.make_arms(run, train_step.random_views(SIZES, run.device))
 
 
 def test_all_arms_have_one_loss_and_one_gradient(arms):
@@ -133,7 +132,7 @@ def test_ours_is_the_engines_step(arms, folder):
     other = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
     other.task.model.load_state_dict(ours.run.task.model.state_dict())
     ours.steps(1)
-    done = other.step(train_step.fed_of(ours.views))
+    done = other.step(train_step.batch_of(ours.views))
     assert done.refusal is None
     assert ours.run.position.step == 1
     for key, value in ours.run.task.model.state_dict().items():

@@ -471,7 +471,7 @@ def test_every_key_has_a_test_that_exists():
 
 
 @pytest.mark.parametrize(
-    ("registry", "folder"), [(Objective.registry, "objectives")], ids=lambda x: str(x)[-10:]
+    ("registry", "folder"), [pytest.param(Objective.registry, "objectives", id="objectives")]
 )
 def test_every_registered_class_has_a_test_file_that_names_its_parameters(registry, folder):
     for name in registry.names():
