@@ -30,6 +30,7 @@ _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "ti
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL
 )  # WebDataset's rule: first dot of the name
+_META = re.compile(r"__[^/]*__($|/)")
 _SKIP_BYTES = 1 << 20  # read at once where bytes are passed over
 _REMEDY = "delete index.json and run again to index the tars, or make the shards again"
 
@@ -155,6 +156,36 @@ def tar_files(
         pass
 
 
+def tar_samples(
+    stream: ByteStream, name: str, is_needed: Callable[[str], bool]
+) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo, bytes]]]]:
+    """The samples of one tar: consecutive files with the same key.
+
+    Files such as ``__meta__`` belong to no sample, as in webdataset.
+
+    Args:
+        stream: The tar, at its beginning.
+        name: What to call it in messages.
+        is_needed: Given a suffix; the bytes of other files are passed over.
+    Yields:
+        Key, and suffix, header and bytes of each file. A file without a suffix has its name as key
+        and the suffix "".
+    Raises:
+        UserError: As `tar_files`.
+    """
+
+    def key_and_suffix(name: str) -> tuple[str, str]:
+        return split_name(name) or (name, "")
+
+    files = (
+        (*key_and_suffix(member.name), member, data)
+        for member, data in tar_files(stream, name, lambda n: is_needed(key_and_suffix(n)[1]))
+        if not _META.match(member.name)
+    )
+    for key, group in itertools.groupby(files, key=lambda file: file[0]):
+        yield key, [file[1:] for file in group]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One sample of a shard."""
@@ -166,7 +197,7 @@ class Entry:
 
 
 def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str, str]]]:
-    """Find the samples of one tar: consecutive members with the same key, one of them a picture.
+    """Find the samples of one tar that have a picture.
 
     Args:
         name: What to call the tar in messages.
@@ -182,17 +213,9 @@ def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str
     def skip(file: str, reason: str) -> None:
         skipped.append({"file": f"{os.path.basename(name)}/{file}", "reason": reason})
 
-    def named_members() -> Iterator[tuple[str, str, tarfile.TarInfo, bytes]]:
-        for member, data in tar_files(stream, name, lambda file: file.lower().endswith(".cls")):
-            parts = split_name(member.name)
-            if parts is None:
-                skip(member.name, "a name without a suffix")
-            else:
-                yield *parts, member, data
-
-    for key, group in itertools.groupby(named_members(), key=lambda named: named[0]):
+    for key, files in tar_samples(stream, name, lambda suffix: suffix == "cls"):
         picture, label = None, NO_LABEL
-        for _, suffix, member, data in group:
+        for suffix, member, data in files:
             if is_picture(suffix):
                 picture = picture or member
             elif suffix == "cls":
@@ -202,7 +225,8 @@ def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str
                     reason = f"label {data[:32]!r} is not an integer; kept without a label"
                     skip(f"{key}.cls", reason)
         if picture is None:
-            skip(key, "no picture")
+            is_named = key != files[0][1].name
+            skip(key, "no picture" if is_named else "a name without a suffix")
         else:
             entries.append(Entry(key, picture.offset_data, picture.size, label))
     return entries, skipped

@@ -1,7 +1,6 @@
 """The loader for shards that cannot be cached: they are read from front to end, again and again.
 
-It stands on webdataset's pieces, and promises less than `pretrain.data.loader`, which knows all
-samples:
+It promises less than `pretrain.data.loader`, which knows all samples:
 
 - Within one pass over a source each sample comes once, to one of all readers (workers of all
   ranks). But an epoch is a number of batches, not a pass: it may end within one, and the readers do
@@ -33,7 +32,7 @@ _MAX_PASSES = 1 << 20  # per epoch; repeats count epochs and passes in one numbe
 
 
 class StreamRequest(NamedTuple):
-    """What a worker is asked for: its next batch.
+    """A request for a worker's next batch.
 
     Attributes:
         run: Number of the call of `StreamingLoader.epoch`; a new one begins a new stream.
@@ -47,7 +46,7 @@ class StreamRequest(NamedTuple):
 
 
 class StreamDataset(BatchDataset):
-    """What a worker does: it keeps a stream of samples, and makes each request a batch of them.
+    """The work of a worker: it keeps a stream of samples, and makes each request a batch of them.
 
     Args:
         make_reader: Makes the reader of a stream, but for its number, seed and first repeat.

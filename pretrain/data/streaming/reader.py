@@ -1,22 +1,16 @@
-"""Samples of shards that are read from front to end, pass after pass, on webdataset's pieces."""
+"""Samples of shards that are read from front to end, pass after pass."""
 
 import contextlib
 import itertools
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
 
 from webdataset.filters import shuffle
-from webdataset.pipeline import DataPipeline
-from webdataset.shardlists import SimpleShardList
-from webdataset.tariterators import group_by_keys
 
-from common.errors import UserError, require
+from common.errors import require
 from pretrain.data.decode import Sample
-from pretrain.data.index import NO_LABEL, is_picture, sample_hash, split_name, tar_files
+from pretrain.data.index import NO_LABEL, is_picture, sample_hash, tar_samples
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.shards import check_weights
 from pretrain.data.sources.locations import expand
@@ -26,7 +20,6 @@ from pretrain.data.streaming.byte_stream import open_stream
 MAX_BUFFER_BYTES = 256 * 2**20  # of one reader's encoded pictures, by the size of its first ones
 _NUM_LOOKED_AT = 64  # samples from which their size is judged
 _MAX_INITIAL = 1000  # samples read before the first is given out; the buffer fills up on the way
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what belongs to no sample
 
 
 @dataclass(frozen=True)
@@ -99,110 +92,77 @@ class Reader:
             UserError: If a shard cannot be read, is damaged, or holds nothing.
         """
         rng = random.Random(_seed("shuffle", *self.seed, self.number))
-        streams = [self._endless(number) for number in range(len(self.sources))]
-        mixed = streams[0] if len(streams) == 1 else self._mixed(streams, rng)
+
+        def endless(source: int) -> Iterator[Sample]:
+            for number in itertools.count():
+                yield from self._one_pass(source, number)
+
+        # Draw from the sources (webdataset's RandomMix would use the process's one generator).
+        streams = [endless(number) for number in range(len(self.sources))]
+        shares = list(itertools.accumulate(source.share for source in self.sources))
+        mixed = streams[0]
+        if len(streams) > 1:
+            mixed = (next(rng.choices(streams, cum_weights=shares)[0]) for _ in itertools.count())
+
+        # Shuffle in a buffer whose size follows from the first samples.
         first = list(itertools.islice(mixed, min(_NUM_LOOKED_AT, self.shuffle_buffer)))
         size = buffer_size(first, self.shuffle_buffer)
         initial = min(_MAX_INITIAL, max(1, size // 4))
         yield from shuffle(size, initial=initial, rng=rng)(itertools.chain(first, mixed))
 
-    def _mixed(self, streams: list[Iterator[Sample]], rng: random.Random) -> Iterator[Sample]:
-        """Draw from the sources; webdataset's RandomMix would use the process's one generator."""
-        shares = list(itertools.accumulate(source.share for source in self.sources))
-        while True:
-            yield next(rng.choices(streams, cum_weights=shares)[0])
-
-    def _endless(self, source: int) -> Iterator[Sample]:
-        for number in itertools.count():
-            yield from self._one_pass(source, number)
-
-    def _one_pass(self, source: int, number: int) -> DataPipeline:
+    def _one_pass(self, source: int, number: int) -> Iterator[Sample]:
         """This reader's part of one pass over a source.
 
         All readers shuffle the shards in the same way and deal them out, another way each pass.
         Where there are fewer shards than readers they deal out the samples instead.
         """
-        tars = self.sources[source].tars
-        first = (self.number + number) % self.num_readers
-        own = partial(_every, first=first, step=self.num_readers)
+        tars = list(self.sources[source].tars.items())
+        random.Random(_seed("shards", *self.seed, source, number)).shuffle(tars)
+        first, step = (self.number + number) % self.num_readers, self.num_readers
         is_by_sample = len(tars) < self.num_readers
-        opened: list[str] = []
-        return DataPipeline(
-            SimpleShardList(list(tars), seed=_seed("shards", *self.seed, source, number)),
-            None if is_by_sample else own,
-            partial(self._files, opened=opened),
-            partial(group_by_keys, keys=_key_and_suffix, handler=partial(_refuse, opened)),
-            partial(self._to_samples, tars=tars, repeat=self.first_repeat + number),
-            own if is_by_sample else None,
+        samples = itertools.chain.from_iterable(
+            self._samples_of(url, number_of_set, self.first_repeat + number)
+            for url, number_of_set in (tars if is_by_sample else tars[first::step])
         )
+        return itertools.islice(samples, first, None, step) if is_by_sample else samples
 
-    def _files(
-        self, shards: Iterator[dict[str, str]], *, opened: list[str]
-    ) -> Iterator[dict[str, Any]]:
-        """Open shards and take their files out, as webdataset's own stages do (see `tar_files`)."""
-        for shard in shards:
-            url, num_files = shard["url"], 0
-            opened[:] = [url]
-            stream = open_stream(url, self.patience)
-            with contextlib.closing(stream):
-                for member, data in tar_files(stream, displayed(url), _is_needed):
-                    if not _META.match(member.name):
-                        num_files += 1
-                        yield {"fname": member.name, "data": data, "__url__": url}
-            require(
-                num_files > 0,
-                f"{displayed(url)}: holds no files; make it again or leave it out",
-            )
-            yield {}  # what follows belongs to another shard
-
-    def _to_samples(
-        self, groups: Iterator[dict[str, Any]], *, tars: Mapping[str, int], repeat: int
-    ) -> Iterator[Sample]:
-        for group in groups:
-            name, url = group["__key__"], group["__url__"]
-            key = sample_hash(name)
-            if tars[url]:
-                key ^= int.from_bytes(stable_hash("source", tars[url], num_bytes=8), "little")
-            data = next((group[suffix] for suffix in group if is_picture(suffix)), None)
-            try:
-                label = int(group["cls"][:32].decode()) if "cls" in group else NO_LABEL
-            except ValueError:
-                label = NO_LABEL
-            # Numbers are 63 bits of the hash: two names in 2**63 share one.
-            where = f"sample {name!r} in {displayed(url)}"
-            yield Sample(key & (2**63 - 1), key, repeat, label, data, where)
+    def _samples_of(self, url: str, number_of_set: int, repeat: int) -> Iterator[Sample]:
+        """The samples of one tar. A file that comes twice ends the run, as in webdataset."""
+        name, num_samples, salt = displayed(url), 0, 0
+        if number_of_set:
+            salt = int.from_bytes(stable_hash("source", number_of_set, num_bytes=8), "little")
+        with contextlib.closing(open_stream(url, self.patience)) as stream:
+            for key, files in tar_samples(stream, name, lambda s: s == "cls" or is_picture(s)):
+                num_samples += 1
+                by_suffix = {suffix: data for suffix, _, data in files}
+                require(
+                    len(by_suffix) == len(files),
+                    f"{name}: a file of sample {key!r} comes twice; make this shard again",
+                )
+                pictures = (data for suffix, data in by_suffix.items() if is_picture(suffix))
+                try:
+                    label = int(by_suffix["cls"][:32].decode()) if "cls" in by_suffix else NO_LABEL
+                except ValueError:
+                    label = NO_LABEL
+                hashed = sample_hash(key) ^ salt
+                # Numbers are 63 bits of the hash: two names in 2**63 share one.
+                where = f"sample {key!r} in {name}"
+                yield Sample(
+                    hashed & (2**63 - 1), hashed, repeat, label, next(pictures, None), where
+                )
+        require(num_samples > 0, f"{name}: holds no files; make it again or leave it out")
 
 
-def buffer_size(first: Sequence[Sample], asked: int) -> int:
-    """How many samples a reader holds back: as many as asked for, where they fit in its memory.
+def buffer_size(first: Sequence[Sample], most: int) -> int:
+    """How many samples a reader holds back: `most`, or as many as fit in its memory.
 
     Args:
         first: The first samples of the stream, from which the size of all is judged.
-        asked: How many are wanted.
+        most: Upper bound.
     """
     mean = sum(len(sample.data or b"") for sample in first) / len(first)
-    return max(1, min(asked, int(MAX_BUFFER_BYTES / max(mean, 1))))
+    return max(1, min(most, int(MAX_BUFFER_BYTES / max(mean, 1))))
 
 
 def _seed(*parts: int | str) -> int:
     return int.from_bytes(stable_hash("streaming", *parts), "little")
-
-
-def _every(items: Iterator[Any], *, first: int, step: int) -> Iterator[Any]:
-    return itertools.islice(items, first, None, step)
-
-
-def _refuse(opened: list[str], error: Exception) -> NoReturn:
-    """What becomes of an error that webdataset finds, a file that comes twice: it ends the run."""
-    reason = str(error.args[0]).partition(" dict_keys")[0]
-    raise UserError(f"{displayed(opened[0])}: {reason}; make this shard again") from error
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    """A file without a suffix is a sample without a picture, and counted as such."""
-    return split_name(name) or (name, "")
-
-
-def _is_needed(name: str) -> bool:
-    suffix = _key_and_suffix(name)[1]
-    return suffix == "cls" or is_picture(suffix)

@@ -429,7 +429,7 @@ def test_shard_without_files_and_file_that_comes_twice(tmp_path: Path) -> None:
             info.size = len(picture(1))
             tar.addfile(info, io.BytesIO(picture(1)))
     message = refusal(loader(str(twice)).epoch(0))
-    assert "a.jpg: duplicate file name in tar file" in message
+    assert "a file of sample 'a' comes twice" in message
     assert str(twice) in message
 
 
