@@ -35,7 +35,7 @@ examples:
   .venv/bin/python tools/make_shards.py data/shards --info --pictures sheet.jpg
 
 A killed run goes on where it stopped when the same command is given again.
-Exit status: 0 done; 1 it went wrong, or --verify found a fault; 2 wrong arguments or input.
+Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong arguments or input.
 """
 
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what was asked for; returns the exit status."""
+    """Pack, verify, describe; returns the exit status."""
     require(options.info or not (options.json or options.pictures),
             "--json and --pictures need --info")  # fmt: skip
     require(options.max_bad >= 0, "--max-bad must not be negative")

@@ -128,7 +128,7 @@ class ViewWriter:
         bottoms = np.max([view.boxes[:, 0] + view.boxes[:, 2] for view in crops], axis=0).tolist()
         boxes = [view.boxes.tolist() for view in crops]
         flips = [view.flips.tolist() for view in crops]
-        # Each picture is decoded down to its lowest crop, and no larger than its smallest one asks.
+        # A picture is decoded down to its lowest crop, and no larger than its smallest one needs.
         for k, row in enumerate(rows):
             data = samples[row].data
             assert data is not None
@@ -301,7 +301,7 @@ def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = 
 
     Up to a factor of 1.55 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
     shrink by more than 1.2), then bicubic or bilinear, whichever is closer to a tent as wide as the
-    factor asks; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
+    factor; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
 
     Args:
         image: uint8 [h, w, 3]; a slice is fine.

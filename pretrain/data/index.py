@@ -43,10 +43,10 @@ def sample_hash(name: str) -> int:
     return int.from_bytes(stable_hash(name, num_bytes=8), "little")
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """WebDataset key and lower-case suffix of a tar member; None if it has no suffix."""
+def key_and_suffix(name: str) -> tuple[str, str]:
+    """WebDataset key and lower-case suffix of a tar member; the whole name and "" without one."""
     match = _KEY_AND_SUFFIX.match(name)
-    return (match[1], match[2].lower()) if match else None
+    return (match[1], match[2].lower()) if match else (name, "")
 
 
 def is_picture(suffix: str) -> bool:
@@ -66,7 +66,7 @@ class ByteStream(Protocol):
 
 
 class _Forward:
-    """A stream as `tarfile` wants it: with positions, though it may move forward only.
+    """A stream with positions, as `tarfile` needs it, though it may move forward only.
 
     Attributes:
         last: What the last `read` gave.
@@ -109,7 +109,7 @@ def tar_files(
     A tar is taken for whole only if it ends with a block of zeros: `tarfile` alone, and with it
     webdataset's own reader, takes a damaged header or a cut between two files for the end. A stream
     that cannot seek is read to its end after the last file, so that a command's exit status is
-    heard of.
+    seen.
 
     Args:
         stream: The tar, at its beginning.
@@ -173,10 +173,6 @@ def tar_samples(
     Raises:
         UserError: As `tar_files`.
     """
-
-    def key_and_suffix(name: str) -> tuple[str, str]:
-        return split_name(name) or (name, "")
-
     files = (
         (*key_and_suffix(member.name), member, data)
         for member, data in tar_files(stream, name, lambda n: is_needed(key_and_suffix(n)[1]))
@@ -232,12 +228,6 @@ def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str
     return entries, skipped
 
 
-def to_table(entries: Sequence[Entry]) -> np.ndarray:
-    """The samples of one shard, SAMPLE_DTYPE [n]; their shard number is 0."""
-    rows = [(0, one.offset, one.size, one.label, sample_hash(one.name)) for one in entries]
-    return np.array(rows, dtype=SAMPLE_DTYPE)
-
-
 # -- index.json and samples.npy -------------------------------------------------------------------
 
 
@@ -246,7 +236,7 @@ class ShardPart:
     """What one tar gives to the index of its set.
 
     Attributes:
-        table: SAMPLE_DTYPE [num_samples]; the shard's number is not set yet.
+        table: SAMPLE_DTYPE [num_samples]; the shard's number is 0 until it is known.
         shard: Its entry in index.json: name, num_samples, bytes, sha256.
         skipped: What is no sample: [{"file", "reason"}].
     """
@@ -262,7 +252,8 @@ class ShardPart:
     ) -> "ShardPart":  # fmt: skip
         """The part of a tar with its bytes' number and hash."""
         shard = {"name": name, "num_samples": len(entries), "bytes": size, "sha256": sha256}
-        return cls(to_table(entries), shard, skipped)
+        rows = [(0, one.offset, one.size, one.label, sample_hash(one.name)) for one in entries]
+        return cls(np.array(rows, SAMPLE_DTYPE), shard, skipped)
 
     def save(self, path: Path, fingerprint: str = "") -> None:
         """Leave it for a later run as PATH.npy and PATH.json.

@@ -93,7 +93,7 @@ class InputPipeline:
             "seed": self._seed,
             "with_colours": in_workers(data.photometric, self._device),
         }
-        # Bad samples that earlier parts of the run met, of all processes, count too.
+        # Bad samples of earlier parts of the run count too, those of all processes.
         known_bad = {row["sample"]: row["reason"] for row in read_json_lines(self._bad_path)}
         batches: dict[str, Any] = {
             "batch_size": data.batch_size,
@@ -149,26 +149,21 @@ class InputPipeline:
         return self._prepare(next(iter(self._make_loader(num_workers=0).epoch(0))), 0.0)
 
     def _timed(self, batches: Iterator[ViewBatch]) -> Iterator[tuple[ViewBatch, float]]:
-        """Each batch with the seconds until it was there; bad samples met for it are listed."""
+        """Each batch with the seconds until it was there; new bad samples are listed."""
         while True:
             started = time.perf_counter()
             with record_function("loader"):
                 batch = next(batches, None)
             if batch is None:
                 return
-            self._list_bad()
+            bad = self._loader.bad_samples
+            if len(bad) > self._num_listed:
+                with open(self._bad_path, "a", encoding="utf-8") as stream:
+                    for sample, reason in itertools.islice(bad.items(), self._num_listed, None):
+                        line = {"sample": sample, "reason": reason, "rank": dist.rank()}
+                        stream.write(json.dumps(line) + "\n")
+                self._num_listed = len(bad)
             yield batch, time.perf_counter() - started
-
-    def _list_bad(self) -> None:
-        """Write each bad sample to the run folder when it is met first."""
-        bad = self._loader.bad_samples
-        if len(bad) == self._num_listed:
-            return
-        with open(self._bad_path, "a", encoding="utf-8") as stream:
-            for sample, reason in itertools.islice(bad.items(), self._num_listed, None):
-                row = {"sample": sample, "reason": reason, "rank": dist.rank()}
-                stream.write(json.dumps(row) + "\n")
-        self._num_listed = len(bad)
 
     def _prepare(self, batch: ViewBatch, waited: float) -> DeviceBatch:
         with record_function("transfer"):

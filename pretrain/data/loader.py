@@ -155,12 +155,17 @@ class BatchDataset(Dataset):
         """Put a batch into a reply, or why there is none.
 
         Args:
-            take: Gives the samples of some rows; rows come in their order.
+            take: Gives the samples of a part of the batch; the parts come in their order.
             num: Samples of the batch.
             reply: Where bad samples are noted, too.
         """
         size, num_bad = self.views.image_size, 0
-        out = _empty_uint8((self.views.num_views, num, size, size, 3))
+        shape = (self.views.num_views, num, size, size, 3)
+        if torch.utils.data.get_worker_info() is None:
+            out = MEMORY.tensor(shape, np.uint8)
+        else:  # shared memory from the start, so that handing the batch over copies nothing
+            storage = torch.UntypedStorage._new_shared(math.prod(shape))
+            out = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
         numbers: list[tuple[int, int, int, int]] = []
         try:
             for start in range(0, num, _CHUNK):
@@ -244,20 +249,12 @@ class ViewDataset(BatchDataset):
         return self.index.describe(sample.sample_id)
 
 
-def _empty_uint8(shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory for a batch; shared in a DataLoader's worker, so that handing over copies nothing."""
-    if torch.utils.data.get_worker_info() is None:
-        return MEMORY.tensor(shape, np.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
 class FetchAhead:
-    """A thread that walks along the coming batches and fetches their shards.
+    """A thread that fetches the shards of the coming batches.
 
-    The order of an epoch is known in advance, so nothing is guessed. The thread stays at most
-    `num_samples_ahead` samples in front of the batches that were taken. What it cannot fetch it
-    leaves to the worker that needs it, which tells the user.
+    The order of an epoch is known in advance. The thread stays at most `num_samples_ahead` samples
+    in front of the batches that were taken. A shard that it cannot fetch is left to the worker
+    that needs it, which reports why.
 
     Args:
         fetch: Makes sure that the shards of some samples are in the cache.
@@ -434,19 +431,16 @@ def start_workers(dataset: Dataset, sampler: Iterable, num_workers: int) -> Data
 
 
 def _set_up_worker(leaving: Synchronized, _: int) -> None:
+    def end_with_parent(number: int, frame: FrameType | None) -> None:
+        if leaving.value:
+            os._exit(128 + number)
+
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first
+    # Ctrl-C and a cluster's signals reach the workers too, but the parent needs them until it has
+    # saved. A parent that leaves ends the workers that are still there by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, partial(_end_with_parent, leaving))
-
-
-def _end_with_parent(leaving: Synchronized, number: int, frame: FrameType | None) -> None:
-    """A cluster signals the workers too, but the parent needs them until it has saved.
-
-    A parent that leaves ends the workers that are still there with the same signal.
-    """
-    if leaving.value:
-        os._exit(128 + number)
+    signal.signal(signal.SIGTERM, end_with_parent)
 
 
 @cache

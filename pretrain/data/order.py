@@ -41,21 +41,15 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
         raise UserError(f"shard size {int(sizes.min())}: must not be negative")
     rng = counter_rng("order", seed, epoch)
     shards = rng.permutation(len(sizes))
-    order = _concatenate_ranges(np.cumsum(sizes) - sizes, sizes, shards)
+    # The shards' ranges of sample numbers, joined in the shuffled order.
+    starts, ends = (np.cumsum(sizes) - sizes)[shards], np.cumsum(sizes[shards])
+    order = np.arange(sizes.sum()) + np.repeat(starts - (ends - sizes[shards]), sizes[shards])
     if window >= len(order):
         return rng.permutation(order)
     num_full = len(order) // window * window
     order[:num_full] = rng.permuted(order[:num_full].reshape(-1, window), axis=1).ravel()
     order[num_full:] = rng.permutation(order[num_full:])
     return order
-
-
-def _concatenate_ranges(starts: np.ndarray, sizes: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """Join the ranges starts[i] .. starts[i] + sizes[i] - 1 for i in `picked`, in that order."""
-    sizes = sizes[picked]
-    ends = np.cumsum(sizes)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts[picked] - (ends - sizes), sizes)
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def epoch_samples(
 
     The samples of a source form an endless row of cycles, each cycle one `epoch_order`. With
     m = round(weight * size), epoch e takes the m samples from number e * m on. A weight of 1 is
-    therefore cycle e: each sample once. The rows of several sources are interleaved in proportion
+    therefore cycle e: each sample once. Several sources are interleaved in proportion
     to their lengths, so that every batch has about the same mixture, and each source is shuffled in
     its share of the window.
 

@@ -24,12 +24,12 @@ from pretrain.data.sources.remote import displayed
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
 _MAX_NAMED_SHARDS = 8  # whose keys are kept in memory
-_TOUCH_SECONDS = 1.0  # how often the cache hears that an open shard is used
+_TOUCH_SECONDS = 1.0  # between two marks in the cache that an open shard is used
 _TAR_BLOCK = 512
 
 
 class Samples:
-    """Samples by number; what is not defined here asks the sets that hold them.
+    """Samples by number. By default a method calls that of the sets that hold the samples.
 
     Attributes:
         num_samples: How many there are.
@@ -50,7 +50,7 @@ class Samples:
     fingerprint: str
 
     def places(self, sample_ids: np.ndarray) -> list[tuple["ShardIndex", np.ndarray, np.ndarray]]:
-        """For each set that holds some samples: itself, their rows here, their numbers there.
+        """For each set that holds some samples: itself, their positions here, their numbers there.
 
         Args:
             sample_ids: int64 [n].
@@ -70,9 +70,9 @@ class Samples:
         return self.num_samples > 0 and bool((self.labels != NO_LABEL).all())
 
     def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
-        """The encoded pictures of some samples, in the order asked for, not copied.
+        """The encoded pictures of some samples, in the order of `sample_ids`, not copied.
 
-        They are read shard by shard in the order of their place, after the system was told of all.
+        They are announced to the system, then read shard by shard in the order of their place.
 
         Args:
             sample_ids: Numbers of samples [n]; one may come twice.
@@ -145,7 +145,7 @@ class ShardIndex(Samples):
         hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
         self.fingerprint = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._used: dict[int, float] = {}  # shard: when the cache heard of its use
+        self._used: dict[int, float] = {}  # shard: when its use was last marked in the cache
         self._files_owner, self._swept = os.getpid(), time.monotonic()
         self._names: dict[int, dict[int, str]] = {}
 
@@ -346,11 +346,11 @@ class Mixture(Samples):
         if wrong.any():
             raise IndexError(f"sample {sample_ids[wrong][0]} of {self.num_samples}")
         which = np.searchsorted(self._first, sample_ids, side="right") - 1
-        found = []
+        places = []
         for number in np.unique(which).tolist():
             rows = np.flatnonzero(which == number)
-            found.append((self.sets[number], rows, sample_ids[rows] - self._first[number]))
-        return found
+            places.append((self.sets[number], rows, sample_ids[rows] - self._first[number]))
+        return places
 
     def close(self) -> None:
         """See `Samples`."""
@@ -359,7 +359,7 @@ class Mixture(Samples):
 
 
 class _MixedTable:
-    """The table of a mixture, one part per set; nothing is copied until rows are asked for."""
+    """The table of a mixture, one part per set; nothing is copied until rows are read."""
 
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture

@@ -30,7 +30,7 @@ _SHEET_COLUMNS, _SHEET_ROWS = 8, 5
 
 @dataclass
 class VerifyReport:
-    """What a check of a shard set found; empty `problems` means that all is well."""
+    """Result of a check of a shard set; without `problems` all is well."""
 
     num_shards: int = 0
     num_samples: int = 0
@@ -78,8 +78,10 @@ def verify_shards(
         return _problem(folder / shards[number]["name"], shards[number], rows)
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        found = pool.map(check, range(len(shards)))
-        bar = tqdm(found, total=len(shards), desc="verifying", unit="shard", disable=not progress)
+        problems = pool.map(check, range(len(shards)))
+        bar = tqdm(
+            problems, total=len(shards), desc="verifying", unit="shard", disable=not progress
+        )
         report.problems += [problem for problem in bar if problem is not None]
     return report
 

@@ -40,7 +40,7 @@ def stored_suffix(data: bytes) -> str | None:
 
 
 def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, bytes]:
-    """Read, check and if asked shrink a picture.
+    """Read, check and perhaps shrink a picture.
 
     Every picture is decoded, so that a shard never holds one that does not decode.
 
@@ -124,7 +124,7 @@ class ShardOptions:
 
     Attributes:
         max_samples_per_shard: Most samples in one shard.
-        shard_size_mb: Most bytes in one shard (10^6), as far as the sources' sizes tell; a single
+        shard_size_mb: Most bytes in one shard (10^6), judged by the sources' sizes; a single
             larger picture gets a shard of its own.
         resize_short: Shrink pictures to this short side in pixels; None keeps the bytes as they
             are.
@@ -154,7 +154,7 @@ class ShardPlan:
         name: File name of the tar.
         pictures: What goes in, in this order.
         keys: WebDataset key of each.
-        fingerprint: Hash of all that decides the shard's bytes, as far as names and sizes tell.
+        fingerprint: Hash of all that decides the shard's bytes, judged by names and sizes.
         estimated_bytes: About how large the tar becomes.
     """
 
@@ -272,7 +272,7 @@ def make_keys(names: Sequence[str]) -> list[str]:
     """
     stems = [os.path.splitext(name)[0] for name in names]
     plain = [_UNSAFE.sub("_", stem) for stem in stems]
-    shared = Counter(key.lower() for key in plain)  # told apart where file systems ignore case
+    shared = Counter(key.lower() for key in plain)  # must differ where file systems ignore case
     keys = []
     for name, stem, key in zip(names, stems, plain, strict=True):
         is_changed = key != stem or len(key) > _MAX_KEY_LENGTH or key.startswith("/")

@@ -36,8 +36,8 @@ from pretrain.data.pack.plan import ShardOptions, ShardPlan, SourcePicture, make
 
 PLAN_FILE = "plan.json"
 _TASKS = "tasks.lock"
-_PATIENCE_SECONDS = 5.0  # for tasks that were told to end
-_LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
+_PATIENCE_SECONDS = 5.0  # for tasks that were cancelled
+_LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here there is no limit
 _VISIBLE_SECONDS = 60  # after which a network file system shows what another machine has written
 _POLL_SECONDS = 0.5
 
@@ -287,7 +287,7 @@ class WriteReport:
 
     num_samples: int
     num_shards: int
-    num_shards_kept: int  # found finished from an earlier run
+    num_shards_kept: int  # finished by an earlier run
     num_bytes: int
     skipped: list[dict[str, str]]
 
@@ -346,8 +346,8 @@ def write_shards(
             _prepare_folder(folder, fingerprint, run_id, overwrite)
 
             # What an earlier run has finished is kept.
-            found = {plan.name: read_part(folder, plan) for plan in plans}
-            done = {name: part for name, part in found.items() if part is not None}
+            kept = {plan.name: read_part(folder, plan) for plan in plans}
+            done = {name: part for name, part in kept.items() if part is not None}
             num_kept, todo = len(done), [plan for plan in plans if plan.name not in done]
             needed = sum(plan.estimated_bytes for plan in todo)
             free = shutil.disk_usage(folder).free
@@ -409,7 +409,7 @@ def _finished_index(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _prepare_folder(folder: Path, fingerprint: str, run_id: str, overwrite: bool) -> None:
-    """Clear the folder if asked, and refuse to mix with shards that are not this run's."""
+    """Clear the folder with `overwrite`, and refuse to mix with shards that are not this run's."""
     parts = folder / PARTS
     if overwrite:
         for path in (folder / "index.json", folder / "samples.npy", *folder.glob("shard-*.tar")):

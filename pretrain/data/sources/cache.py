@@ -98,7 +98,7 @@ class PartialFile:
 
 
 def disk_error(error: OSError, folder: Path) -> UserError:
-    """What to tell about an error of the cache's disk."""
+    """The error of the cache's disk, with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{folder}: the disk is full ({error.strerror}); free space, lower data.cache_gb, or "
@@ -131,12 +131,12 @@ def touch(file: int) -> None:
 
 def files_of(folder: Path) -> list[tuple[int, int, Path]]:
     """Time of last use, bytes and path of the files of a folder."""
-    found = []
+    files = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a download just given up
             status = path.stat()
-            found.append((status.st_mtime_ns, status.st_size, path))
-    return found
+            files.append((status.st_mtime_ns, status.st_size, path))
+    return files
 
 
 def extend(path: Path, extra: int) -> None:
@@ -245,11 +245,11 @@ class ShardCache:
         Raises:
             UserError: If it cannot be fetched, is not what the index says, or finds no room.
         """
-        if (found := self._open_cached(shard)) is not None:
-            return found
+        if (descriptor := self._open_cached(shard)) is not None:
+            return descriptor
         with self.lock(shard.sha256):
-            if (found := self._open_cached(shard)) is not None:
-                return found
+            if (descriptor := self._open_cached(shard)) is not None:
+                return descriptor
             file = RemoteFile(shard.url, shard.size, "")
             if not shard.url.startswith("pipe:"):
                 file = look(shard.url, self.options.patience)
@@ -269,11 +269,11 @@ class ShardCache:
             room -= shard.size
             if room < 0:
                 break  # it would throw out what was fetched a moment ago
-            found = self._open_cached(shard)
-            if found is None:
+            descriptor = self._open_cached(shard)
+            if descriptor is None:
                 missing.append(shard)
             else:
-                os.close(found)
+                os.close(descriptor)
         if len(missing) > 1:
             with ThreadPoolExecutor(min(NUM_FETCHERS, len(missing))) as pool:
                 list(pool.map(lambda shard: os.close(self.open(shard)), missing))
@@ -283,15 +283,15 @@ class ShardCache:
     def _open_cached(self, shard: RemoteShard) -> int | None:
         path = self.path(shard)
         try:
-            found = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(found).st_size != shard.size:  # somebody meddled with it
-            os.close(found)
+        if os.fstat(descriptor).st_size != shard.size:  # somebody meddled with it
+            os.close(descriptor)
             path.unlink(missing_ok=True)
             return None
-        touch(found)
-        return found
+        touch(descriptor)
+        return descriptor
 
     # -- fetching ---------------------------------------------------------------------------------
 
@@ -307,13 +307,13 @@ class ShardCache:
             raise self._too_large(displayed(file.url), file.size)
         name = stable_hash(file.url, file.version).hex()
         with self.lock(name):
-            found, (num_bytes, sha256) = self._fetch(file, file.size, name, None)
+            descriptor, (num_bytes, sha256) = self._fetch(file, file.size, name, None)
         if not file.url.startswith("pipe:"):
             now = look(file.url, self.options.patience)
             if (now.size, now.version) != (file.size, file.version):
-                os.close(found)
+                os.close(descriptor)
                 raise UserError(f"{displayed(file.url)}: changed while it was fetched; run again")
-        return found, num_bytes, sha256
+        return descriptor, num_bytes, sha256
 
     def _fetch(
         self, file: RemoteFile, size: int | None, name: str, shard: RemoteShard | None
@@ -329,11 +329,11 @@ class ShardCache:
                     if facts[0] == shard.size:
                         what = "its SHA-256 is not the one in the index"
                     raise self._changed(shard, what)
-                found = os.open(sink.path, os.O_RDONLY)  # before others may throw it out
+                descriptor = os.open(sink.path, os.O_RDONLY)  # before others may throw it out
                 with self._space_lock():
                     os.replace(sink.path, self._shards / f"{facts[1]}.tar")
-                touch(found)
-                return found, facts
+                touch(descriptor)
+                return descriptor, facts
             except YieldError:
                 sink.discard()
                 time.sleep(20 * _WAIT_SECONDS)

@@ -121,12 +121,12 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
 
     Args:
         spec: What the user named.
-        patience: How long to try where a server must be asked (folders and globs).
+        patience: How long to try where a server must list (folders and globs).
     Returns:
         At least one; no two are the same. Local paths are not checked to exist unless a glob or a
         folder names them.
     Raises:
-        UserError: If nothing fits, or a server cannot be asked.
+        UserError: If nothing fits, or a server cannot list.
     """
     location = parse(spec)
     patience = patience or Patience()
@@ -155,13 +155,13 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
         )
     tars: list[str] = []
     for text in texts:
-        found = [text]
+        named = [text]
         if _GLOB.search(text) and location.scheme in ("s3", "gs"):
-            found = find_tars(text, patience)
+            named = find_tars(text, patience)
         elif _GLOB.search(text) and location.scheme == "file" and not Path(text).exists():
-            found = sorted(glob.glob(text))
-        require(bool(found), f"{text}: no file fits this pattern; check the folder and the name")
-        tars += found
+            named = sorted(glob.glob(text))
+        require(bool(named), f"{text}: no file fits this pattern; check the folder and the name")
+        tars += named
     if len(set(tars)) < len(tars):
         twice = next(tar for tar, group in itertools.groupby(sorted(tars)) if len(list(group)) > 1)
         raise UserError(f"{displayed(location.text)}: names {displayed(twice)} more than once")
@@ -191,7 +191,7 @@ def list_tars(location: Location, patience: Patience) -> list[str]:
             raise UserError(
                 f"{folder}: no such folder of shards; make one with tools/make_shards.py"
             )
-        found = sorted(str(path) for path in folder.glob("*.tar"))
+        tars = sorted(str(path) for path in folder.glob("*.tar"))
         remedy = f"make shards with tools/make_shards.py SOURCE {folder}"
     elif location.scheme in ("http", "https"):
         raise UserError(
@@ -199,7 +199,7 @@ def list_tars(location: Location, patience: Patience) -> list[str]:
             "with braces, as in train-{000000..000099}.tar"
         )
     else:
-        found = find_tars(join(location.text, "*.tar"), patience)
-    if not found:
+        tars = find_tars(join(location.text, "*.tar"), patience)
+    if not tars:
         raise UserError(f"{text}: holds neither index.json nor .tar files; {remedy}")
-    return found
+    return tars

@@ -311,7 +311,7 @@ def _index_remote(files: list[RemoteFile], cache: ShardCache, name: str) -> Path
 def _fetch_index(location: Location, cache: ShardCache) -> Path | None:
     """Bring index.json and its table into the cache; None if the folder has no index.json.
 
-    The index is asked for at every opening. Its shards are looked at when this version of it is
+    The index is fetched at every opening. Its shards are looked at when this version of it is
     seen for the first time; later each is checked when it is fetched.
     """
     url, patience = join(location.text, "index.json"), cache.options.patience

@@ -199,7 +199,7 @@ def _why_final(error: BaseException, status: int | None) -> str | None:
             "FSSPEC_S3_ANON=true for a public bucket"
         )
     is_forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden:")
-    if is_forbidden or status in (401, 403):  # gcsfs tells 403 by that word only
+    if is_forbidden or status in (401, 403):  # gcsfs reports 403 by that word only
         return f"not allowed (HTTP {status or 403}); check the credentials and who may read it"
     if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
         return f"the server refuses (HTTP {status}: {error})"
@@ -251,8 +251,8 @@ def look_at_all(urls: list[str], patience: Patience) -> list[RemoteFile]:
 def find_tars(pattern: str, patience: Patience) -> list[str]:
     """URLs in an object store that fit a pattern with ``*``, ``?`` or ``[]``, sorted."""
     scheme = urlsplit(pattern).scheme
-    found = retried(lambda: filesystem(pattern, patience).glob(pattern), pattern, patience)
-    return sorted(f"{scheme}://{name}" for name in found)
+    names = retried(lambda: filesystem(pattern, patience).glob(pattern), pattern, patience)
+    return sorted(f"{scheme}://{name}" for name in names)
 
 
 CHUNK_BYTES = 8 << 20  # one range request
@@ -271,7 +271,7 @@ class Sink(Protocol):
 
 
 class _NoRangesError(Exception):
-    """The server sends the whole file whatever part was asked for."""
+    """The server sends the whole file whatever part is requested."""
 
 
 def download(file: RemoteFile, sink: Sink, patience: Patience) -> None:

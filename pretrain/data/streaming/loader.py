@@ -109,7 +109,7 @@ class StreamDataset(BatchDataset):
 class StreamingLoader:
     """Batches of two views from shards that are read from front to end (see the module's text).
 
-    An epoch has the same number of batches on every rank, whatever the shards hold. Visits number
+    An epoch has the same number of batches on every rank, whatever the shards hold. Repeats number
     the passes over a source through all epochs, so that a sample that comes again is cropped in
     another way; sample numbers are hashes of the names.
 

@@ -19,7 +19,7 @@ from PIL import Image
 from common.errors import UserError
 from common.files import DiskFullError
 from common.pictures import decode
-from pretrain.data.index import split_name
+from pretrain.data.index import key_and_suffix
 from pretrain.data.pack import job, writer
 from pretrain.data.pack.info import verify_shards
 from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_keys, make_plan
@@ -480,7 +480,7 @@ def test_keys_are_unique_safe_and_short(names: list[str]) -> None:
     keys = make_keys(names)
     assert len(set(keys)) == len(names)
     for key in keys:
-        assert split_name(f"{key}.jpg") == (key, "jpg")
+        assert key_and_suffix(f"{key}.jpg") == (key, "jpg")
         assert f"{key}.jpg".isascii()
         assert len(key) <= 92
         assert not key.startswith("/")
