@@ -252,25 +252,20 @@ class ViewDataset(BatchDataset):
 class FetchAhead:
     """A thread that fetches the shards of the coming batches.
 
-    The order of an epoch is known in advance. The thread stays at most `num_samples_ahead` samples
-    in front of the batches that were taken. A shard that it cannot fetch is left to the worker
-    that needs it, which reports why.
+    The order of an epoch is known in advance. A shard that the thread cannot fetch is left to the
+    worker that needs it, which reports why.
 
     Args:
         fetch: Makes sure that the shards of some samples are in the cache.
         batches: Sample numbers of the coming batches, int64 [n] each.
-        num_samples_ahead: How far to run ahead, in samples.
+        num_ahead: How many batches the thread is at most in front of those that were taken.
     """
 
     def __init__(
-        self,
-        fetch: Callable[[np.ndarray], None],
-        batches: Iterator[np.ndarray],
-        num_samples_ahead: int,
+        self, fetch: Callable[[np.ndarray], None], batches: Iterator[np.ndarray], num_ahead: int
     ) -> None:
-        self._fetch, self._batches, self._num_ahead = fetch, batches, num_samples_ahead
-        self._num_taken = 0
-        self._changed = threading.Condition()
+        self._fetch, self._batches = fetch, batches
+        self._allowed = threading.Semaphore(num_ahead)
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="fetch-ahead", daemon=True)
 
@@ -279,27 +274,20 @@ class FetchAhead:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
+        self._is_closed = True
+        self.advance()
         if kind is None:  # a shard in flight is finished, or given up by its own time limit
             self._thread.join()
 
     def advance(self) -> None:
         """One more batch was taken."""
-        with self._changed:
-            self._num_taken += 1
-            self._changed.notify()
+        self._allowed.release()
 
     def _run(self) -> None:
-        for number, sample_ids in enumerate(self._batches):
-            num_ahead = max(1, self._num_ahead // max(1, len(sample_ids)))
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._is_closed or number < self._num_taken + num_ahead  # noqa: B023
-                )
-                if self._is_closed:
-                    return
+        for sample_ids in self._batches:
+            self._allowed.acquire()
+            if self._is_closed:
+                return
             try:
                 self._fetch(sample_ids)
             except UserError:
@@ -395,7 +383,8 @@ class Loader:
         self.num_steps = self._sampler.num_steps
         self._bad = BadSamples(max_bad_samples, known_bad)
         self.bad_samples = self._bad.reasons
-        self._index, self._window = dataset.index, shuffle_window
+        self._index = dataset.index
+        self._num_ahead = max(1, shuffle_window // share_of_rank(batch_size, world_size))
         self._loader = start_workers(dataset, self._sampler, num_workers)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
@@ -407,7 +396,7 @@ class Loader:
         self._sampler.epoch, self._sampler.start_step = epoch, start_step
         replies = iter(self._loader)  # starts the workers, before there is a thread
         coming = (one.sample_ids for one in self._sampler) if self._index.is_remote else iter(())
-        with FetchAhead(self._index.fetch, coming, self._window) as ahead:
+        with FetchAhead(self._index.fetch, coming, self._num_ahead) as ahead:
             for reply in replies:
                 self._bad.count(reply)
                 yield reply.batch

@@ -60,7 +60,7 @@ class ViewPolicy:
     @property
     def operations(self) -> list[Operation]:
         """The operations that ever act, in their order."""
-        every: list[Operation] = [getattr(self, name) for name in Operation.registry.names()]
+        every = [value for value in vars(self).values() if isinstance(value, Operation)]
         return sorted((one for one in every if one.probability), key=lambda one: one.position)
 
 

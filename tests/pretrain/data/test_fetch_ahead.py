@@ -24,8 +24,8 @@ def batches(num: int, size: int = 4) -> list[np.ndarray]:
 
 def test_stays_within_its_lead_and_follows() -> None:
     fetched: list[list[int]] = []
-    with FetchAhead(lambda ids: fetched.append(ids.tolist()), iter(batches(10)), 12) as ahead:
-        assert until(lambda: len(fetched) == 3)  # 12 samples are 3 batches
+    with FetchAhead(lambda ids: fetched.append(ids.tolist()), iter(batches(10)), 3) as ahead:
+        assert until(lambda: len(fetched) == 3)
         time.sleep(0.05)
         assert len(fetched) == 3
         for number in range(1, 8):
@@ -36,7 +36,7 @@ def test_stays_within_its_lead_and_follows() -> None:
 
 def test_an_endless_epoch_can_be_left() -> None:
     endless = itertools.repeat(np.arange(4))
-    with FetchAhead(lambda ids: None, endless, 4) as ahead:
+    with FetchAhead(lambda ids: None, endless, 1) as ahead:
         ahead.advance()
     assert until(lambda: "fetch-ahead" not in {thread.name for thread in threading.enumerate()})
 
@@ -48,7 +48,7 @@ def test_an_error_is_left_to_the_worker_that_needs_the_shard() -> None:
         tried.append(int(ids[0]))
         raise UserError("the server is away")
 
-    with FetchAhead(fetch, iter(batches(5)), 100):
+    with FetchAhead(fetch, iter(batches(5)), 5):
         assert until(lambda: tried == [0])
     assert tried == [0]
 
@@ -57,7 +57,7 @@ def test_leaving_by_an_error_does_not_wait_for_a_fetch() -> None:
     release = threading.Event()
     with (
         pytest.raises(RuntimeError, match="left early"),
-        FetchAhead(lambda ids: release.wait(10) and None, iter(batches(5)), 4),
+        FetchAhead(lambda ids: release.wait(10) and None, iter(batches(5)), 1),
     ):
         raise RuntimeError("left early")
     assert not release.is_set()
