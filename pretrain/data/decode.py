@@ -89,46 +89,46 @@ class ViewWriter:
         Returns:
             {row: reason} of the pictures that do not decode.
         """
+        # The headers of all come first: a picture's size decides its crops, and these how much
+        # of it must be decoded.
         failed: dict[int, str] = {}
-        rows, headers, sizes = [], [], []
+        rows, headers = [], []
         for row, sample in enumerate(samples):
-            if sample.data is None:
-                failed[row] = "holds no picture"
-                continue
             try:
+                if sample.data is None:
+                    raise BadPicture("holds no picture")
                 if self.views == "central":
                     image = decode(sample.data, where="picture")
                     out[0, row] = center_crop(image, self.image_size)
-                    continue
-                # The sizes come first: they decide the crops, and these how much is decoded.
-                header = read_header(sample.data, where="picture")
+                else:
+                    headers.append(read_header(sample.data, where="picture"))
+                    rows.append(row)
             except BadPicture as error:
                 failed[row] = str(error)
-                continue
-            rows.append(row)
-            headers.append(header)
-            sizes.append((header.height, header.width))
         if not rows or self.views == "central":
             return failed
-        sample_hashes = np.array([samples[row].sample_hash for row in rows], np.uint64).view(
-            np.int64
-        )
+
+        # Crops and photometric changes of all samples are drawn together.
+        sizes = np.array([(header.height, header.width) for header in headers], np.int64)
+        hashes = np.array([samples[row].sample_hash for row in rows], np.uint64).view(np.int64)
         repeats = np.array([samples[row].repeat for row in rows], np.int64)
-        shapes = np.array(sizes, np.int64)
-        crops, changes = [], []
+        crops, steps = [], []
         for number, view in enumerate(self.views):
             of_view: dict[str, Any] = {"seed": self.seed, "view_index": number}
-            crops.append(draw_crops(view, shapes, sample_hashes, repeats, **of_view))
+            crops.append(draw_crops(view, sizes, hashes, repeats, **of_view))
+            drawn = []
             if self.with_colours:
-                drawn = draw_parameters(view, sample_hashes, repeats, **of_view)
-                steps = [operation.picture_steps(p, self.image_size) for operation, p in drawn]
-                changes.append([[*chain(*(own[k] for own in steps))] for k in range(len(rows))])
+                drawn = draw_parameters(view, hashes, repeats, **of_view)
+            made = [operation.picture_steps(own, self.image_size) for operation, own in drawn]
+            steps.append([[*chain(*(own[k] for own in made))] for k in range(len(rows))])
+
+        # Each picture is decoded once, down to its lowest crop, and no larger than its smallest one
+        # needs.
         sides = np.min([view.boxes[:, 2:] for view in crops], axis=(0, 2))
         reductions = reductions_for(sides, self.image_size).tolist()
         bottoms = np.max([view.boxes[:, 0] + view.boxes[:, 2] for view in crops], axis=0).tolist()
         boxes = [view.boxes.tolist() for view in crops]
         flips = [view.flips.tolist() for view in crops]
-        # A picture is decoded down to its lowest crop, and no larger than its smallest one needs.
         for k, row in enumerate(rows):
             data = samples[row].data
             assert data is not None
@@ -140,13 +140,12 @@ class ViewWriter:
                 failed[row] = str(error)
                 continue
             for view, target in enumerate(out[:, row]):
-                box, is_flipped = boxes[view][k], flips[view][k]
                 crop(
-                    image, box, self.image_size, is_flipped=is_flipped, reduction=reduction,
-                    out=target,
+                    image, boxes[view][k], self.image_size, is_flipped=flips[view][k],
+                    reduction=reduction, out=target,
                 )  # fmt: skip
-                for change in changes[view][k] if changes else ():
-                    change(target)
+                for step in steps[view][k]:
+                    step(target)
         return failed
 
 
