@@ -140,6 +140,9 @@ _NUMPY = {
 _NUMPY_HOMES = ("numpy", *(f"numpy.{core}.{file}" for core in ("core", "_core")
                            for file in ("multiarray", "numeric")))  # fmt: skip
 _STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+# What `torch.save` writes for tensors.
+_REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+_TORCH = ("Size", "device", *(f"{kind}Storage" for kind in _STORAGES))
 
 
 def _plain_names() -> dict[tuple[str, str], Any]:
@@ -154,17 +157,6 @@ def _plain_names() -> dict[tuple[str, str], Any]:
         table.update({(builtins, kind.__name__): kind for kind in (bytearray, slice)})
     for home in _NUMPY_HOMES:
         table.update({(home, name): value for name, value in _NUMPY.items()})
-    return table
-
-
-def _torch_names() -> dict[tuple[str, str], Any]:
-    """The names that `torch.save` writes for tensors."""
-    rebuild = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
-    table = {("torch._utils", name): getattr(torch_utils, name) for name in rebuild}
-    table.update(
-        {("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage") for kind in _STORAGES}
-    )
-    table.update({("torch", name): getattr(torch, name) for name in ("Size", "device")})
     return table
 
 
@@ -203,7 +195,11 @@ class RestrictedUnpickler(pickle._Unpickler):
 class TorchUnpickler(RestrictedUnpickler):
     """The same and tensors, for `torch.load(pickle_module=...)`."""
 
-    allowed: ClassVar[dict[tuple[str, str], Any]] = _plain_names() | _torch_names()
+    allowed: ClassVar[dict[tuple[str, str], Any]] = (
+        _plain_names()
+        | {("torch", name): getattr(torch, name) for name in _TORCH}
+        | {("torch._utils", name): getattr(torch_utils, name) for name in _REBUILD}
+    )
 
 
 def load(file: IO[bytes], *, encoding: str = "latin1") -> Any:

@@ -40,8 +40,27 @@ def decode(data: Encoded, *, where: str) -> np.ndarray:
         BadPicture: If the picture does not decode, is cut short, or is larger than MAX_PIXELS.
     """
     if data[:2] == b"\xff\xd8":
-        return _decode_jpeg(data, where)
-    return _decode_other(data, where)
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(int(width), int(height), where)
+            if colorspace not in _FOUR_COLOURS:
+                return simplejpeg.decode_jpeg(data, "RGB")  # accurate DCT, as Pillow's
+        except BadPicture:
+            raise
+        except ValueError:
+            pass  # damaged a little or a lot: Pillow forgives stray bytes, but not a missing end
+        return _decode_pillow(data, where)
+    _check_size(*_size(io.BytesIO(data), where), where)
+    # The formats in which OpenCV is faster than Pillow and agrees with it: PNG and WebP.
+    if data[:8] == b"\x89PNG\r\n\x1a\n" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        import cv2  # so that a command line answers --help without it
+
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # Pillow says more
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if image is not None:
+            return image
+    return _decode_pillow(data, where)
 
 
 @dataclass(frozen=True)
@@ -109,37 +128,6 @@ def decode_fast(
         except ValueError:
             pass  # damaged a little or a lot: Pillow decides
     return decode(data, where=where), 1
-
-
-def _decode_jpeg(data: Encoded, where: str) -> np.ndarray:
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(int(width), int(height), where)
-        if colorspace not in _FOUR_COLOURS:
-            return simplejpeg.decode_jpeg(data, "RGB")  # accurate DCT, as Pillow's
-    except BadPicture:
-        raise
-    except ValueError:
-        pass  # damaged a little or a lot: Pillow forgives stray bytes, but not a missing end
-    return _decode_pillow(data, where)
-
-
-def _decode_other(data: Encoded, where: str) -> np.ndarray:
-    _check_size(*_size(io.BytesIO(data), where), where)
-    if _cv2_reads(data):
-        import cv2  # so that a command line answers --help without it
-
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # Pillow says more
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if image is not None:
-            return image
-    return _decode_pillow(data, where)
-
-
-def _cv2_reads(data: Encoded) -> bool:
-    """True for the formats in which OpenCV is faster than Pillow and agrees with it."""
-    return data[:8] == b"\x89PNG\r\n\x1a\n" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
 def picture_size(path: Path) -> tuple[int, int]:

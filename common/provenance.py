@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import multiprocessing
@@ -56,9 +57,14 @@ def commit(root: Path = _ROOT) -> str | None:
 
 def machine() -> dict[str, Any]:
     """System, processor, cores that this process may use, memory in bytes."""
+    processor = platform.processor() or None
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+        processor = names[0] if names else None
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor,
         "num_cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
@@ -102,16 +108,6 @@ def memory_of(pid: int | None, kind: str) -> int:
     except OSError:
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
-
-
-def _processor() -> str | None:
-    """The processor's name where the system states it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or None
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else None
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -99,7 +99,14 @@ def convert(
             parity.check_written(source.arch, out, state)
         else:
             write_atomically(out, lambda file: torch.save(to_torchvision(source), file))
-        _compare_with_file(source, out, to)
+        # Read as a file of another project is read; every bit must be there.
+        written = read_backbone(out, layout=to, assume=True)
+        changed = [name for name, value in source.tensors.items()
+                   if not same_bits(value, written.tensors[name])]  # fmt: skip
+        changed += [name for name, value in source.counters.items()
+                    if not torch.equal(value, written.counters.get(name, value + 1))]  # fmt: skip
+        if changed or written.arch != source.arch:
+            raise UserError(f"{out}: {[*changed, 'arch'][0]} changed on the way through the file")
     except UserError:
         out.unlink(missing_ok=True)
         raise
@@ -124,21 +131,6 @@ def _check_out(source: BackboneCheckpoint, out: Path, to: str) -> None:
                 f"{sibling.name}; choose another name"
             )
     cards.check_places(out)
-
-
-def _compare_with_file(source: BackboneCheckpoint, out: Path, layout: str) -> None:
-    """Read a written file as one of another project's is read; every bit must be there.
-
-    Raises:
-        UserError: If one is not.
-    """
-    written = read_backbone(out, layout=layout, assume=True)
-    changed = [name for name, value in source.tensors.items()
-               if not same_bits(value, written.tensors[name])]  # fmt: skip
-    changed += [name for name, value in source.counters.items()
-                if not torch.equal(value, written.counters.get(name, value + 1))]  # fmt: skip
-    if changed or written.arch != source.arch:
-        raise UserError(f"{out}: {[*changed, 'arch'][0]} changed on the way through the file")
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -69,6 +69,13 @@ def evaluate_on(
     Raises:
         UserError: If a seed is not finished, or the set does not fit the detector.
     """
+    choice, overrides = choice or SetChoice(), overrides or {}
+    for key in overrides:
+        if not key.startswith("TEST."):
+            raise UserError(
+                f"{key}: with --eval-on the detector's own config is used, only keys of TEST may "
+                "change; leave it out"
+            )
     folders = _finished_seeds(out, seeds)
     if trained is not None:
         compared = prepare(trained).compared
@@ -79,7 +86,6 @@ def evaluate_on(
                 )
     results = [read_json(folder / "result.json") for folder in folders]
     classes = _common_classes(folders, results)
-    choice, overrides = choice or SetChoice(), overrides or {}
     data = read_set(root, replace(choice, classes=tuple(classes), test_only=True))
     trained_year = results[0]["metric_year"]
     if choice.metric_year is None and None not in (data.metric_year, trained_year):
@@ -105,7 +111,9 @@ def evaluate_on(
             if num_threads:
                 torch.set_num_threads(num_threads)
             log_to(folder)
-            cfg = _saved_config(folder, overrides)
+            cfg = load_config(folder / "config.yaml", overrides)
+            if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+                cfg.MODEL.DEVICE = "cpu"
             cfg.DATASETS.TEST = (register(data)[1],)
             cfg.freeze()
             model = _load_detector(cfg, folder / _MODEL)
@@ -177,20 +185,6 @@ def _common_classes(folders: Sequence[Path], results: Sequence[dict[str, Any]]) 
     if any(names != lists[0] for names in lists):
         raise UserError(f"{folders[0].parent}: its seeds have different classes; give --seeds")
     return lists[0]
-
-
-def _saved_config(folder: Path, overrides: Mapping[str, str]) -> CfgNode:
-    """The config a seed was trained with; only TEST keys may be changed."""
-    for key in overrides:
-        if not key.startswith("TEST."):
-            raise UserError(
-                f"{key}: with --eval-on the detector's own config is used, only keys of TEST may "
-                "be given; leave it out"
-            )
-    cfg = load_config(folder / "config.yaml", overrides)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
 
 
 def _load_detector(cfg: CfgNode, path: Path) -> torch.nn.Module:

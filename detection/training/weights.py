@@ -26,6 +26,9 @@ from common.files import read_json, sha256_of, write_atomically, write_text
 from common.resnet import read_arch
 from detection.training.config import arch_of_config
 
+_CONVERT = "convert the checkpoint with tools/convert_to_d2.py"
+_BACKBONE_PREFIXES = ("backbone.stem.", "backbone.res", "backbone.bottom_up.", "roi_heads.res5.")
+
 
 class _ImagesToBackbone(nn.Module):
     """A detector's way from pictures to feature maps."""
@@ -81,10 +84,6 @@ def calibrate_frozen_norms(
     for module, training in was_training.items():
         module.training = training
     return len(frozen)
-
-
-_CONVERT = "convert the checkpoint with tools/convert_to_d2.py"
-_BACKBONE_PREFIXES = ("backbone.stem.", "backbone.res", "backbone.bottom_up.", "roi_heads.res5.")
 
 
 class RunCheckpointer(DetectionCheckpointer):
