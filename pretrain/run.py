@@ -12,7 +12,7 @@ from pretrain.data.input_pipeline import InputPipeline
 from pretrain.engine import checkpoint, rendezvous, run_folder
 from pretrain.engine import device as devices
 from pretrain.engine.checkpoint import Checkpoints
-from pretrain.engine.collapse import CollapseAlarm, SimilarityRows
+from pretrain.engine.collapse import CollapseAlarm
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.guards import HangTimer
 from pretrain.engine.log import ProgressLog, check_wandb, open_log
@@ -66,15 +66,7 @@ def make_trainer(
         peak_lr(config.optim, config.data.batch_size),
         is_fused=devices.uses_fused(engine.fused_optimizer, device),
     )
-    task = ContrastiveTask(
-        config,
-        model,
-        optimizer,
-        num_steps=input_pipeline.num_steps * config.optim.epochs,
-        data_fingerprint=input_pipeline.fingerprint,
-        folder=folder,
-        device=device,
-    )
+    task = ContrastiveTask(config, model, optimizer, input_pipeline, folder, device)
     # What goes on beside the steps. The first process alone looks at the probe's sets.
     backbone, is_main = model.online.backbone, dist.rank() == 0
     log = ProgressLog("pretrain", partial(open_log, config, folder))
@@ -86,7 +78,6 @@ def make_trainer(
     callbacks: list[Callback | None] = [
         online_probe,
         log,
-        SimilarityRows(engine, log),
         CollapseAlarm(engine, log, checkpoints),
         StopOnSignal(log, checkpoints),
         KnnCallback(probe, online_probe, backbone, log) if is_main and probe else None,
@@ -95,15 +86,8 @@ def make_trainer(
         RunPictures(config, folder, backbone, input_pipeline, probe) if is_main else None,
         RunFolder(folder, lock, config, input_pipeline.num_samples) if lock else None,
     ]
-    trainer = Trainer(
-        task,
-        input_pipeline,
-        [callback for callback in callbacks if callback is not None],
-        num_epochs=config.optim.epochs,
-        log_every_steps=engine.log_every_steps,
-        checkpoint_every_steps=engine.checkpoint_every_steps,
-        device=device,
-    )
+    present = [callback for callback in callbacks if callback is not None]
+    trainer = Trainer(task, input_pipeline, present, config.optim.epochs, engine, device)
     if resume and (folder / checkpoint.NAME).exists():
         state, note = checkpoint.load_newest(folder)
         changes = trainer.load_state_dict(state, allow_changes=allow_changes)

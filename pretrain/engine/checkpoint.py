@@ -152,7 +152,23 @@ class Checkpoints(Callback):
         self._error: BaseException | None = None
 
     def __enter__(self) -> Checkpoints:
-        self.check_space(self.trainer.state_dict())
+        """Refuse to start where the checkpoints of this run cannot fit.
+
+        Raises:
+            UserError: Naming what is needed and what is free.
+        """
+        size = num_bytes(self.trainer.state_dict())
+        files = [file.stat() for file in self._path.parent.glob("**/*.pth")]
+        there = sum({file.st_ino: file.st_size for file in files}.values())  # links count once
+        # Those that are kept, and the one being written.
+        needed = size * (max(self._config.keep_checkpoints, 1) + 1)
+        free = shutil.disk_usage(self._path.parent).free
+        if free + there < needed:
+            raise UserError(
+                f"{self._path.parent}: checkpoints need {needed / 1e6:,.0f} MB "
+                f"({size / 1e6:,.0f} MB each), only {free / 1e6:,.0f} MB are free; free some "
+                "space, choose another out=DIR, or lower engine.keep_checkpoints"
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -181,39 +197,10 @@ class Checkpoints(Callback):
         """
         if dist.rank() != 0:
             return
-        step = self.trainer.position.step
+        state, step = self.trainer.state_dict(), self.trainer.position.step
         if not all(bool(torch.isfinite(p).all()) for p in self._parameters):
             what = f"weights are no longer finite at step {step}"
             raise NonFiniteLossError(self._path.parent, what)
-        self.write(self.trainer.state_dict(), step)
-        if waits:
-            self.wait()
-
-    def check_space(self, state: dict[str, Any]) -> None:
-        """Refuse to start where the checkpoints of this run cannot fit.
-
-        Raises:
-            UserError: Naming what is needed and what is free.
-        """
-        size = num_bytes(state)
-        files = [file.stat() for file in self._path.parent.glob("**/*.pth")]
-        there = sum({file.st_ino: file.st_size for file in files}.values())  # links count once
-        # Those that are kept, and the one being written.
-        needed = size * (max(self._config.keep_checkpoints, 1) + 1)
-        free = shutil.disk_usage(self._path.parent).free
-        if free + there < needed:
-            raise UserError(
-                f"{self._path.parent}: checkpoints need {needed / 1e6:,.0f} MB "
-                f"({size / 1e6:,.0f} MB each), only {free / 1e6:,.0f} MB are free; free some "
-                "space, choose another out=DIR, or lower engine.keep_checkpoints"
-            )
-
-    def write(self, state: dict[str, Any], step: int) -> None:
-        """Write a state; waits for the one before.
-
-        Raises:
-            DiskFullError: If this one or the one before did not fit.
-        """
         self.wait()
         if self._config.async_checkpoints:
             arguments = (copied(state), step)
@@ -221,6 +208,7 @@ class Checkpoints(Callback):
             self._thread.start()
         else:
             self._write(state, step)
+        if waits or not self._config.async_checkpoints:
             self.wait()
 
     def wait(self) -> None:

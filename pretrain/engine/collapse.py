@@ -1,4 +1,4 @@
-"""Callbacks that look at the features of logged steps: histograms, and an alarm for a collapse."""
+"""An alarm for features that collapse."""
 
 from __future__ import annotations
 
@@ -9,33 +9,13 @@ from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.log import ProgressLog
 from pretrain.engine.trainer import Callback, StepResult
-from pretrain.model.diagnostics import similarity_histograms
 
-ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
 # The rank is judged where batch and width leave room for so many times the rank that alarms.
 _ROOM = 4
 
 
 class CollapseError(RunFailed):
     """The features have collapsed and ``engine.on_collapse`` is ``stop``."""
-
-
-class SimilarityRows(Callback):
-    """Rows of kind ``similarity``.
-
-    Args:
-        config: ``log_every_steps``.
-        log: Where they are written.
-    """
-
-    def __init__(self, config: EngineConfig, log: ProgressLog) -> None:
-        self._every, self._log = ROWS_PER_HISTOGRAM * config.log_every_steps, log
-
-    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
-        """In the first process."""
-        step = self.trainer.position.step
-        if result.figures and (step % self._every == 0 or step == self.trainer.num_steps):
-            self._log.write("similarity", **similarity_histograms(result.output))
 
 
 class CollapseAlarm(Callback):

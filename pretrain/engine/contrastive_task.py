@@ -16,7 +16,7 @@ from common.config import to_plain
 from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.data.input_pipeline import DeviceBatch, InputPipeline
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.checkpoint import different_keys
 from pretrain.engine.device import autocast_type
@@ -24,9 +24,10 @@ from pretrain.engine.guards import LossScale, NonFiniteGuard
 from pretrain.engine.optim import load_state, lr_factor, peak_lr, set_lr
 from pretrain.engine.trainer import Position, StepResult
 from pretrain.features.row_random import fa_generator
-from pretrain.model.diagnostics import diagnose
+from pretrain.model.diagnostics import diagnose, similarity_histograms
 from pretrain.model.joint_embedding import FAContrastive
 
+ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
 # May change when a run goes on: they decide no gradient, or its rounding only.
 NOT_COMPARED = ("out", "engine", "eval", "tracking")
 ENGINE_COMPARED = {"batch_norm": "per_process"}  # but for these; values of older checkpoints
@@ -43,8 +44,7 @@ class ContrastiveTask:
         config: The whole config.
         model: On its device.
         optimizer: Of the online network's parameters.
-        num_steps: Of the whole run.
-        data_fingerprint: Which samples the run sees; None where that cannot be known.
+        input_pipeline: ``num_steps`` of an epoch, and ``fingerprint`` of the samples.
         folder: Of the run.
         device: Of the model.
 
@@ -57,15 +57,14 @@ class ContrastiveTask:
         config: PretrainConfig,
         model: FAContrastive,
         optimizer: torch.optim.Optimizer,
-        *,
-        num_steps: int,
-        data_fingerprint: str | None,
+        input_pipeline: InputPipeline,
         folder: Path,
         device: torch.device,
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
-        self.num_steps, self.data_fingerprint = num_steps, data_fingerprint
         self.folder, self.device = folder, device
+        self.num_steps = input_pipeline.num_steps * config.optim.epochs
+        self.data_fingerprint = input_pipeline.fingerprint
         self.autocast_type = autocast_type(config.engine.precision, device)
         self.loss_scale = LossScale(config.engine, folder, device)
         self.guard = NonFiniteGuard(config.engine, folder, model, device)
@@ -124,12 +123,15 @@ class ContrastiveTask:
                 queue = self.model.queue_report(first, ids[:num], labels[:num])
             tau = config.objective.tau(step, self.num_steps)
             self.model.after_optimizer_step(tau, outputs, ids, labels)
-        figures = {}
+        figures, histograms = {}, {}
         if is_logged and dist.rank() == 0:
             with record_function("logging"):
                 figures = {"lr": lr, **diagnose(first), "fa_active": int(first.is_augmented)}
                 figures |= queue | overflow.figures
-        return StepResult(loss, figures, has_overflowed=overflow.is_found, output=first)
+                every = ROWS_PER_HISTOGRAM * config.engine.log_every_steps
+                if (step + 1) % every == 0 or step + 1 == self.num_steps:
+                    histograms = similarity_histograms(first)
+        return StepResult(loss, figures, histograms, has_overflowed=overflow.is_found, output=first)
 
     def state_dict(self) -> dict[str, Any]:
         """All but position and random state, which the loop adds."""

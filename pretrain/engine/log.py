@@ -206,6 +206,8 @@ class ProgressLog(Callback):
                     row["num_bad_samples"] = position.num_bad_samples
                     row["num_skipped_steps"] = position.num_skipped_steps
                     self.write("train", **row, images_per_second=speed, data_wait_share=wait_share)
+                    if result.histograms:
+                        self.write("similarity", **result.histograms)
             self._start_row()
 
     def write(self, kind: str, **values: Any) -> None:

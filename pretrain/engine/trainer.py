@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import provenance
 from pretrain import collectives as dist
+from pretrain.config import EngineConfig
 from pretrain.data.input_pipeline import DeviceBatch
 
 
@@ -46,6 +47,7 @@ class StepResult:
     Attributes:
         loss: Of this process's samples, without graph.
         figures: For the row of a logged step, in the first process.
+        histograms: For a row of kind ``similarity``, at some of the logged steps.
         refusal: Loss or gradients were not finite, so that nothing was changed: the message.
         has_overflowed: The update was left out since gradients were too large for fp16.
         output: For callbacks that know the task.
@@ -53,6 +55,7 @@ class StepResult:
 
     loss: Tensor
     figures: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, list[float]] = field(default_factory=dict)
     refusal: str | None = None
     has_overflowed: bool = False
     output: Any = None
@@ -155,8 +158,7 @@ class Trainer(Generic[AnyTask]):
         batches: What it is trained on.
         callbacks: Called in this order; their contexts close in the opposite one.
         num_epochs: Of the whole run.
-        log_every_steps: The interval of ``is_logged``.
-        checkpoint_every_steps: The interval of ``is_saved``.
+        engine: ``log_every_steps`` and ``checkpoint_every_steps``.
         device: Of the task.
     """
 
@@ -165,15 +167,13 @@ class Trainer(Generic[AnyTask]):
         task: AnyTask,
         batches: Batches,
         callbacks: Sequence[Callback],
-        *,
         num_epochs: int,
-        log_every_steps: int,
-        checkpoint_every_steps: int,
+        engine: EngineConfig,
         device: torch.device,
     ) -> None:
         self.task, self.batches, self.callbacks, self.device = task, batches, callbacks, device
         self.num_epochs, self.num_steps = num_epochs, num_epochs * batches.num_steps
-        self._log_every, self._save_every = log_every_steps, checkpoint_every_steps
+        self._engine = engine
         self._num_new_bad_samples = 0  # of this process, not yet in the sum over all
         self.position = Position()
         for callback in callbacks:
@@ -187,11 +187,13 @@ class Trainer(Generic[AnyTask]):
         """
         position = self.position
         with contextlib.ExitStack() as stack:
+            # The log is opened, signal handlers are set; at the end, or after an error, all close.
             for callback in self.callbacks:
                 stack.enter_context(callback)
             if position.step == 0:
                 for callback in self.callbacks:
                     callback.on_start()
+            # A resumed run begins in the middle of its epoch.
             while position.epoch < self.num_epochs:
                 for callback in self.callbacks:
                     callback.on_epoch_start()
@@ -211,27 +213,29 @@ class Trainer(Generic[AnyTask]):
             callback.on_step_start()
         is_logged, is_saved = self.is_logged(position.step + 1), self.is_saved(position.step + 1)
         result = self.task.step(batch, position, is_logged=is_logged, is_saved=is_saved)
-        # Several processes sum only where they wait for each other anyway.
+        # Where the run stands now.
         position.step += 1
         position.step_in_epoch += 1
         position.num_skipped_steps += result.refusal is not None
         position.num_overflow_steps += result.has_overflowed
         position.train_seconds += time.perf_counter() - started + batch.waited
+        # Several processes sum only where they wait for each other anyway.
         self._num_new_bad_samples += batch.samples.num_bad
         if is_logged or is_saved or not dist.is_on():
             position.num_bad_samples += int(dist.total_of(self._num_new_bad_samples, self.device))
             self._num_new_bad_samples = 0
+        # The row, the alarm, the end if a signal asks for it, the checkpoint.
         for callback in self.callbacks:
             callback.on_step_end(batch, result)
         return result
 
     def is_logged(self, step: int) -> bool:
         """Whether a row is written after so many steps, and processes wait for each other."""
-        return step % self._log_every == 0 or step == self.num_steps
+        return step % self._engine.log_every_steps == 0 or step == self.num_steps
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps; the last one follows the last epoch."""
-        return step % self._save_every == 0
+        return step % self._engine.checkpoint_every_steps == 0
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint of the present step: plain types and tensors, not copied."""

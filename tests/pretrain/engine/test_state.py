@@ -31,18 +31,12 @@ def build(make_model, objective="byol", method="nn", optimizer="lars"):
     return config, model, make_optimizer(model.online, config.optim, 0.1)
 
 
-def run_of(config, model, optimizer, num_steps=100, fingerprint=None):
+def run_of(config, model, optimizer, steps_per_epoch=1, fingerprint=None):
     """A run without data, which stands before its first step."""
     cpu = torch.device("cpu")
-    task = ContrastiveTask(
-        config, model, optimizer, num_steps=num_steps, data_fingerprint=fingerprint,
-        folder=Path("none"), device=cpu,
-    )  # fmt: skip
-    batches = SimpleNamespace(num_steps=num_steps // config.optim.epochs)
-    return Trainer(
-        task, batches, [], num_epochs=config.optim.epochs, log_every_steps=1,
-        checkpoint_every_steps=1, device=cpu,
-    )  # fmt: skip
+    batches = SimpleNamespace(num_steps=steps_per_epoch, fingerprint=fingerprint)
+    task = ContrastiveTask(config, model, optimizer, batches, Path("none"), cpu)
+    return Trainer(task, batches, [], config.optim.epochs, config.engine, cpu)
 
 
 def train(model, optimizer, make_views, steps):
@@ -197,8 +191,8 @@ def test_every_other_key_is_compared(saved):
 
 def test_other_shards_are_refused(saved):
     path, config, model, optim = saved
-    with pytest.raises(UserError, match=r"made for 100 steps, the shards now give 90"):
-        run_of(config, model, optim, 90).load_state_dict(checkpoint.load(path))
+    with pytest.raises(UserError, match=r"made for 100 steps, the shards now give 200"):
+        run_of(config, model, optim, 2).load_state_dict(checkpoint.load(path))
 
 
 def test_random_state_is_restored(saved):
@@ -228,7 +222,7 @@ def test_allowed_changes_are_told_and_weights_must_fit(saved, make_model):
     state = checkpoint.load(path)
     state["position"] |= {"step": 30, "epoch": 1, "step_in_epoch": 5}
     other = replace(config, optim=replace(config.optim, epochs=20))
-    run = run_of(other, model, optim)
+    run = run_of(other, model, optim, 5)
     notes = run.load_state_dict(state, allow_changes=True)
     assert notes == ["going on with a changed config: optim.epochs: 100 -> 20"]
     position = run.position
