@@ -40,6 +40,16 @@ class DeviceBatch:
     views: Tensor
     waited: float
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 [n], -1 where there is none; on the device."""
+        return self.samples.labels
+
+    @property
+    def num_bad(self) -> int:
+        """How many samples stand in for bad ones."""
+        return self.samples.num_bad
+
 
 class InputPipeline:
     """The batches of a run, on the device.

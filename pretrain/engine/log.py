@@ -189,7 +189,7 @@ class ProgressLog(Callback):
         """The row of a logged step, or the event that it was left out."""
         position = self.trainer.position
         self._bar.update()
-        self._num_images += len(batch.samples.labels) * dist.world_size()
+        self._num_images += len(batch.labels) * dist.world_size()
         self._data_seconds += batch.waited
         if result.refusal is not None:
             self.warn(result.refusal, num_skipped_steps=position.num_skipped_steps)

@@ -65,7 +65,7 @@ class Task(Protocol):
     """What is trained: weights, their optimiser, and one step of it."""
 
     def step(
-        self, batch: DeviceBatch, position: Position, *, is_logged: bool, is_saved: bool
+        self, batch: Any, position: Position, *, is_logged: bool, is_saved: bool
     ) -> StepResult:
         """Forward, loss, backward, update.
 
@@ -91,11 +91,15 @@ class Task(Protocol):
 
 
 class Batches(Protocol):
-    """Where batches come from; ``num_steps`` of them make an epoch."""
+    """Where batches come from; ``num_steps`` of them make an epoch.
+
+    Of this process's part of a batch the loop reads ``labels`` (how many they are), ``num_bad``
+    (samples that stand in for bad ones) and ``waited`` (seconds until it was there).
+    """
 
     num_steps: int
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[DeviceBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
         """Batches ``start_step`` .. of an epoch."""
         ...
 
@@ -220,7 +224,7 @@ class Trainer(Generic[AnyTask]):
         position.num_overflow_steps += result.has_overflowed
         position.train_seconds += time.perf_counter() - started + batch.waited
         # Several processes sum only where they wait for each other anyway.
-        self._num_new_bad_samples += batch.samples.num_bad
+        self._num_new_bad_samples += batch.num_bad
         if is_logged or is_saved or not dist.is_on():
             position.num_bad_samples += int(dist.total_of(self._num_new_bad_samples, self.device))
             self._num_new_bad_samples = 0
