@@ -22,10 +22,10 @@ examples:
   .venv/bin/torchrun --standalone --nproc-per-node=8 tools/linear_eval.py CHECKPOINT --train A \\
       --val B --out C --config configs/linear/imagenet1k_lars.yaml --resume
 
-CHECKPOINT is a checkpoint.pth of ours, a file with a ResNet's weights under torchvision's names, or
-random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken. Every
-key=value stands in pretrain/evaluation/linear/config.py and docs/linear_evaluation.md. A killed
-evaluation goes on where it stopped when the same command is given with --resume.
+CHECKPOINT is a checkpoint.pth of ours, a ResNet's weights in any layout that tools/convert_to_d2.py
+reads, or random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken.
+Every key=value stands in pretrain/evaluation/linear/config.py and docs/linear_evaluation.md. A
+killed evaluation goes on where it stopped when the same command is given with --resume.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
 FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"
@@ -41,16 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")
     add("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
     add("--val", required=True, metavar="SHARDS", help="labelled shards with the same classes")
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="for linear.json, linear.svg and what is kept",
-    )
+    add("--out", required=True, type=Path, metavar="DIR",
+        help="for linear.json, linear.svg and what is kept")  # fmt: skip
     add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
-    add("--config", metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml (default: none; "
-        "for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
+    add("--config", type=Path, metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml "
+        "(default: none; for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
     add("--branch", choices=("online", "ema"), default="online", help="default: online")
     add("--fraction", metavar="F", help="share of the training labels, e.g. 0.01")
     add("--subset-list", metavar="FILE", help="keys of the samples to train on, one a line")
@@ -60,45 +55,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """All ``key=value``; options with a name of their own come last."""
-    own = {
-        "protocol": arguments.protocol,
-        "fraction": arguments.fraction,
-        "subset_list": arguments.subset_list,
-        "seed": arguments.seed,
-    }
-    named = [f"{key}={value}" for key, value in own.items() if value is not None]
-    return [*arguments.overrides, *named]
-
-
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, print its table and draw its figures."""
     from common.config import read_settings
     from common.files import write_text
     from pipeline.report.charts import linear_chart
     from pretrain.evaluation.linear.config import LinearConfig
-    from pretrain.evaluation.linear.run import Evaluation, EvaluationRequest, table
+    from pretrain.evaluation.linear.run import Evaluation, table
 
-    path = arguments.config
-    if path is None and arguments.protocol == "full":
-        path = FULL
-    if path is not None and not Path(path).is_file():
+    path = arguments.config or (FULL if arguments.protocol == "full" else None)
+    if path is not None and not path.is_file():
         raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
-    config = read_settings(
-        LinearConfig, None if path is None else Path(path), overrides_of(arguments)
-    )
-    request = EvaluationRequest(
+    named = {
+        key: getattr(arguments, key) for key in ("protocol", "fraction", "subset_list", "seed")
+    }
+    overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
+    result = Evaluation(
+        read_settings(LinearConfig, path, [*arguments.overrides, *overrides]),
         arguments.checkpoint, arguments.train, arguments.val, arguments.out,
-        arguments.branch, arguments.features, arguments.resume,
-    )  # fmt: skip
-    result = Evaluation(request, config).run()
-    if result is None:
-        return
-    picture = linear_chart(result)
-    if picture is not None:
-        write_text(arguments.out / "linear.svg", picture)
-    print(table(result))
+        branch=arguments.branch, features=arguments.features, resume=arguments.resume,
+    ).run()  # fmt: skip
+    if result is not None:
+        if picture := linear_chart(result):
+            write_text(arguments.out / "linear.svg", picture)
+        print(table(result))
 
 
 def main(argv: list[str] | None = None) -> int:

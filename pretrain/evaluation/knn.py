@@ -12,7 +12,7 @@ from pretrain.features.memory_bank import top_k
 
 QUERY_CHUNK = 512
 BANK_CHUNK = 8192
-"""Rows looked at together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
+"""Rows compared together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
 _ALLOCATOR_BYTES = 60_000_000
 """What the C library's allocator keeps of what was freed; 15 to 55 MB were measured."""
 
@@ -20,8 +20,8 @@ _ALLOCATOR_BYTES = 60_000_000
 def working_bytes(num_queries: int, dim: int, k: int) -> int:
     """Upper bound of what ``knn_grid`` holds besides the bank and the queries.
 
-    A chunk of each in float32, their similarities, the found ones, the lists of the k nearest, and
-    a fixed amount for the allocator.
+    A chunk of each in float32, their similarities, the lists of the k nearest, and a fixed amount
+    for the allocator.
     """
     chunks = 4 * dim * (QUERY_CHUNK + BANK_CHUNK)
     similarities = 4 * QUERY_CHUNK * BANK_CHUNK
@@ -80,21 +80,21 @@ def knn_grid(
         raise ValueError(
             f"kNN with k={largest} needs queries and a bank of at least k, got {len(bank)}"
         )
-    similarity, rows = top_k(
+    similarity, nearest = top_k(
         queries, bank, largest, is_unit=False, chunk_rows=QUERY_CHUNK, chunk_entries=BANK_CHUNK,
         device=device,
     )  # fmt: skip
-    similarity, rows = similarity.cpu(), rows.cpu()
+    similarity, nearest = similarity.cpu(), nearest.cpu()
     bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
     correct = [[0] * len(temperatures) for _ in ks]
     for start in range(0, len(queries), QUERY_CHUNK):
         part = slice(start, start + QUERY_CHUNK)
-        found = bank_labels[rows[part]]
+        labels = bank_labels[nearest[part]]
         for column, temperature in enumerate(temperatures):
             weights = (similarity[part] / temperature).exp_()
             for row, k in enumerate(ks):
                 votes = torch.zeros(len(weights), num_classes)
-                votes.scatter_add_(1, found[:, :k], weights[:, :k])
+                votes.scatter_add_(1, labels[:, :k], weights[:, :k])
                 correct[row][column] += int((votes.argmax(dim=1) == query_labels[part]).sum())
     return [[count / len(queries) for count in row] for row in correct]

@@ -86,7 +86,7 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
     assert result["config"]["seed"] == 4
     assert result["data"]["train"]["num_used"] == 30
     assert result["checkpoint"]["name"] == "random:thin_R50"
-    assert len(list((tmp_path / "kept").glob("*.bin"))) == 2
+    assert len(list((tmp_path / "kept").glob("*.npy"))) == 2
     listed = tmp_path / "out" / "subset.txt"
     again = options_of(
         work, tmp_path / "again", "--subset-list", str(listed), "--seed", "4",
@@ -103,9 +103,9 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
         ([], {"train": "plain"}, "8 of 8 samples have no label"),
         ([], {"val": "plain"}, "8 of 8 samples have no label"),
         ([], {"train": "nothing"}, "nothing"),
-        ([], {"source": "no.pth"}, "no.pth: no such file"),
+        ([], {"source": "no.pth"}, "no.pth: no such checkpoint"),
         ([], {"source": "random:R19"}, "give random: with R18"),
-        (["--branch", "ema"], {}, "no checkpoint of ours and has one network"),
+        (["--branch", "ema"], {}, "--branch ema: this torchvision checkpoint holds one network"),
         (["--config", "no.yaml"], {}, "--config no.yaml does not exist"),
         (["epochz=3"], {}, "epochz"),
         (["--fraction", "2"], {}, "fraction=2.0: must be above 0, at most 1"),
@@ -124,12 +124,9 @@ def test_a_full_disk_is_no_traceback(work, tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pretrain.evaluation.linear.extract.reserve", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
     assert tool.main(options_of(work, tmp_path / "out")) == 1
-    assert (
-        "error: disk full: free some space and run the same command again"
-        in capsys.readouterr().err
-    )
+    assert "error: disk full while writing" in capsys.readouterr().err
 
 
 def start(work, out, *more):
@@ -170,5 +167,4 @@ def test_a_killed_evaluation_ends_with_the_same_weights(work, tmp_path, number):
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
     a, b = (checkpoint.read(tmp_path / x / "checkpoint.pth")["heads"] for x in ("whole", "parts"))
-    assert torch.equal(a["weight"], b["weight"])
-    assert torch.equal(a["bias"], b["bias"])
+    assert all(map(torch.equal, a, b))

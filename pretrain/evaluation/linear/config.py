@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import require
+from pretrain.data.policy import Crop, Flip, ViewPolicy
 
-_LONGEST_ROW = 1000  # rates, values of k, temperatures
+_AT_LEAST = {
+    "epochs": 1, "batch_size": 1, "num_lrs": 1, "shuffle_window": 1, "checkpoint_every_steps": 1,
+    "passes": 0, "num_workers": 0, "init_std": 0, "weight_decay": 0, "momentum": 0,
+}  # fmt: skip
+_MAX_VALUES = 1000  # rates, values of k, temperatures
 _LOWEST_TEMPERATURE = 0.02
 
 
@@ -58,14 +63,11 @@ class LinearConfig:
     num_workers: int = 2  # per process
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "num_lrs", "shuffle_window", "checkpoint_every_steps"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("passes", "num_workers", "init_std", "weight_decay", "momentum"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
-
         def check(condition: bool, name: str, rule: str) -> None:
             require(condition, f"{name}={getattr(self, name)}: must be {rule}")
 
+        for name, least in _AT_LEAST.items():
+            check(getattr(self, name) >= least, name, f"at least {least}")
         check(self.image_size == 0 or self.image_size >= 16, "image_size", "at least 16, or 0")
         check(0 < self.fraction <= 1, "fraction", "above 0, at most 1")
         check(0 <= self.holdout < 1, "holdout", "from 0 to below 1")
@@ -81,22 +83,33 @@ class LinearConfig:
         require((self.schedule == "step") == bool(self.milestones),
                 "milestones go with schedule=step: give both or neither")  # fmt: skip
         for name in ("lrs", "knn_k", "knn_temperature"):
-            row = getattr(self, name)
-            is_plain = row is None or (
-                len(set(row)) == len(row) <= _LONGEST_ROW and all(0 < x < math.inf for x in row)
+            values = getattr(self, name)
+            is_plain = values is None or (
+                0 < len(set(values)) == len(values) <= _MAX_VALUES
+                and all(0 < x < math.inf for x in values)
             )
-            require(is_plain and row != [], f"{name}={row}: give some different numbers above 0")
-        for temperature in self.knn_temperature or []:
-            require(
-                temperature >= _LOWEST_TEMPERATURE,
-                f"knn_temperature={temperature}: exp(1 / temperature) does not fit float32 below "
-                f"{_LOWEST_TEMPERATURE}",
-            )
+            require(is_plain, f"{name}={values}: give some different numbers above 0")
+        lowest = min(self.knn_temperature or [1.0])
+        require(
+            lowest >= _LOWEST_TEMPERATURE,
+            f"knn_temperature={lowest}: exp(1 / temperature) does not fit float32 below "
+            f"{_LOWEST_TEMPERATURE}",
+        )
         require(
             self.protocol == "knn" or len(self.rates()) == 1 or self.holdout > 0,
             f"holdout=0 leaves nothing to select one of {len(self.rates())} rates with (the "
             "validation set is never used for that): give holdout=0.1, or one rate in lrs",
         )
+
+    @property
+    def view_policy(self) -> ViewPolicy:
+        """Random crops and flips."""
+        return ViewPolicy(crop=Crop(self.crop_scale), flip=Flip(self.flip_probability))
+
+    @property
+    def random_crop(self) -> dict[str, Any]:
+        """The same for the result and for the facts about features."""
+        return {"random_resized_crop": list(self.crop_scale), "flip": self.flip_probability}
 
     def rates(self) -> list[float]:
         """Base learning rates at batch 256, ascending where they are made here."""

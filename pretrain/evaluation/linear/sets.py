@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import require
-from common.files import write_text
 from pretrain.data.random_numbers import draw_uniforms
 from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig
@@ -24,21 +23,22 @@ class Sets:
     Attributes:
         train: Shards of the training set.
         val: Shards of the validation set, which decides nothing.
-        num_classes: Of both.
-        fitted: int64 [n], numbers in ``train`` of the samples that are trained on.
+        classes: Names of both sets' classes; numbers where the shards name none.
+        chosen: All training samples whose labels are used, those that are held out too.
+        fitted: int64 [n], numbers in ``chosen`` of the samples that are trained on.
         held_out: int64 [m], those that select the rate; none where there is nothing to select.
     """
 
     train: ShardIndex
     val: ShardIndex
-    num_classes: int
+    classes: list[str]
+    chosen: Subset
     fitted: np.ndarray
     held_out: np.ndarray
 
-    @property
-    def chosen(self) -> Subset:
-        """All training samples whose labels are used, those that are held out too."""
-        return Subset(self.train, np.concatenate([self.fitted, self.held_out]))
+    def part(self, numbers: np.ndarray) -> Subset:
+        """Some of the chosen samples as a set of their own."""
+        return Subset(self.train, self.chosen.sample_ids[numbers])
 
     def close(self) -> None:
         """Close the open shards."""
@@ -83,17 +83,20 @@ def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
         chosen = balanced(labels, hashes, config.fraction, seed=config.seed)
     held_out = np.empty(0, np.int64)
     if config.protocol != "knn" and len(config.rates()) > 1:
-        part = stratified(labels[chosen], hashes[chosen], config.holdout, seed=config.seed)
-        held_out = chosen[part]
+        held_out = stratified(labels[chosen], hashes[chosen], config.holdout, seed=config.seed)
         require(
             len(held_out) > 0,
             f"holdout={config.holdout}: no class of {train_index.name} has the two samples that "
             f"it takes to hold one out ({len(chosen)} are chosen); use more labels, or a single "
             "rate in lrs",
         )
-    num_classes = len(classes) if classes is not None else int(labels.max()) + 1
-    fitted = np.setdiff1d(chosen, held_out)
-    return Sets(train_index, val_index, num_classes, fitted, np.sort(held_out))
+    return Sets(
+        train_index, val_index,
+        classes=classes or [str(i) for i in range(int(labels.max()) + 1)],
+        chosen=Subset(train_index, chosen),
+        fitted=np.setdiff1d(np.arange(len(chosen)), held_out),
+        held_out=held_out,
+    )  # fmt: skip
 
 
 def _listing(names: Sequence[object] | None) -> str:
@@ -170,7 +173,7 @@ def listed(index: ShardIndex, path: Path) -> np.ndarray:
         key = index.key_name(sample)
         for name in {key, key.rpartition("/")[2]}:
             by_name.setdefault(name, []).append(sample)
-    found: set[int] = set()
+    listed_samples: set[int] = set()
     for line in sorted(line for line in lines if line and not line.startswith("#")):
         folder, slash, last = line.rpartition("/")
         without_suffix = f"{folder}{slash}{last.rpartition('.')[0] or last}"
@@ -181,12 +184,6 @@ def listed(index: ShardIndex, path: Path) -> np.ndarray:
             f"{'samples' if samples else 'sample'} of {index.name} (whose first key is "
             f"{index.key_name(0)!r}); each line must be the key of one sample",
         )
-        found.add(samples[0])
-    require(bool(found), f"subset list {path} is empty")
-    return np.array(sorted(found), np.int64)
-
-
-def write_list(index: ShardIndex, sample_ids: np.ndarray, path: Path) -> None:
-    """The keys of some samples, one a line; ``--subset-list`` reads it."""
-    names = [index.key_name(int(sample)) for sample in sample_ids]
-    write_text(path, "".join(f"{name}\n" for name in names))
+        listed_samples.add(samples[0])
+    require(bool(listed_samples), f"subset list {path} is empty")
+    return np.array(sorted(listed_samples), np.int64)

@@ -7,19 +7,22 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.engine.optim import LARS
-from pretrain.evaluation.linear import heads as cached
+from pretrain.engine.trainer import Position, Trainer
+from pretrain.evaluation.linear import heads as heads_module
+from pretrain.evaluation.linear.batches import FeatureBatch, StoredBatches
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.heads import LinearHeads, accuracies, best, places
+from pretrain.evaluation.linear.heads import LinearHeads, score
 
 CPU = torch.device("cpu")
 DIM, CLASSES, NUM = 12, 5, 90
+NAMES = list("abcde")
 
 
 class Recorded:
     """Features in memory; every batch that is read is noted."""
 
-    def __init__(self, features):
-        self.features, self.batches = features, []
+    def __init__(self, features, labels):
+        self.features, self.labels, self.batches = features, labels, []
 
     def read(self, rows):
         self.batches.append(rows.copy())
@@ -32,19 +35,24 @@ def problem():
     generator = torch.Generator().manual_seed(1)
     centres = 0.7 * torch.randn(CLASSES, DIM, generator=generator)
     labels = torch.randint(CLASSES, (NUM,), generator=generator)
-    return centres[labels] + torch.randn(NUM, DIM, generator=generator), labels.numpy()
+    return Recorded(centres[labels] + torch.randn(NUM, DIM, generator=generator), labels.numpy())
 
 
-def sweep(problem, config, samples=None, features=None):
-    rows, labels = features or Recorded(problem[0]), problem[1]
-    heads = LinearHeads(config, DIM, CLASSES, config.peak_rates(), CPU)
-    cached.train(heads, rows, labels, np.arange(len(labels)) if samples is None else samples)
-    return heads, rows
+def make_heads(config, rates, steps_per_epoch=1):
+    return LinearHeads(config, rates, DIM, CLASSES, steps_per_epoch, CPU)
 
 
-def one_by_one(problem, config, batches, rate, weight):
-    """PyTorch's own classifier, autograd and optimiser on the same batches."""
-    features, labels = problem[0], torch.from_numpy(problem[1])
+def sweep(file, config, samples=None):
+    batches = StoredBatches(file, np.arange(NUM) if samples is None else samples, config)
+    heads = make_heads(config, config.peak_rates(), batches.num_steps)
+    intervals = {"log_every_steps": 10, "checkpoint_every_steps": 10}
+    Trainer(heads, batches, [], num_epochs=config.epochs, device=CPU, **intervals).train()
+    return heads
+
+
+def one_by_one(file, config, rate, weight):
+    """PyTorch's own classifier and optimiser on the same batches."""
+    features, labels = file.features, torch.from_numpy(file.labels)
     linear = nn.Linear(DIM, CLASSES)
     with torch.no_grad():
         linear.weight.copy_(weight)
@@ -60,8 +68,8 @@ def one_by_one(problem, config, batches, rate, weight):
             linear.parameters(), lr=rate, momentum=momentum, weight_decay=decay,
             nesterov=config.nesterov,
         )  # fmt: skip
-    per_epoch = len(batches) // config.epochs
-    for step, rows in enumerate(batches):
+    per_epoch = len(file.batches) // config.epochs
+    for step, rows in enumerate(file.batches):
         for group in optimizer.param_groups:
             group["lr"] = rate * config.lr_factor(step, per_epoch)
         optimizer.zero_grad()
@@ -85,19 +93,14 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_sweep_equals_as_many_trainings_one_by_one(problem, options):
     config = LinearConfig(epochs=4, batch_size=32, num_lrs=10, lr_min=0.01, lr_max=10, **options)
-    heads, rows = sweep(problem, config)
-    assert len(heads.weight) == 10
-    weight = LinearHeads(config, DIM, CLASSES, [1.0], CPU).weight[0]
+    heads = sweep(problem, config)
+    weight = make_heads(config, [1.0]).weight[0]
     assert bool(weight.any()) == (config.init_std > 0)
     for number, rate in enumerate(config.peak_rates()):
-        linear = one_by_one(problem, config, rows.batches, rate, weight)
-        scale = linear.weight.abs().max().clamp_min(1).item()
-        torch.testing.assert_close(
-            heads.weight[number], linear.weight.detach(), atol=1e-5 * scale, rtol=0
-        )
-        torch.testing.assert_close(
-            heads.bias[number], linear.bias.detach(), atol=1e-5 * scale, rtol=0
-        )
+        linear = one_by_one(problem, config, rate, weight)
+        tolerance = {"atol": 1e-5 * linear.weight.abs().max().clamp_min(1).item(), "rtol": 0}
+        torch.testing.assert_close(heads.weight[number], linear.weight, **tolerance)
+        torch.testing.assert_close(heads.bias[number], linear.bias, **tolerance)
     assert (heads.weight[0] - heads.weight[9]).abs().max() > 0.1
 
 
@@ -108,8 +111,8 @@ def test_a_converged_classifier_is_the_one_that_lbfgs_finds(problem):
     config = LinearConfig(
         epochs=1500, batch_size=NUM, lrs=[256 / NUM * 0.5], weight_decay=decay, holdout=0.0
     )
-    heads, _ = sweep(problem, config)
-    features, labels = problem[0].double(), torch.from_numpy(problem[1])
+    heads = sweep(problem, config)
+    features, labels = problem.features.double(), torch.from_numpy(problem.labels)
     weight = torch.zeros(CLASSES, DIM, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
@@ -125,114 +128,105 @@ def test_a_converged_classifier_is_the_one_that_lbfgs_finds(problem):
         return value
 
     solver.step(loss)
-    torch.testing.assert_close(heads.weight[0].double(), weight.detach(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(heads.bias[0].double(), bias.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(heads.weight[0].double(), weight, atol=1e-5, rtol=0)
+    torch.testing.assert_close(heads.bias[0].double(), bias, atol=1e-5, rtol=0)
     right = (features @ weight.T + bias).argmax(1) == labels
-    figures = cached.score(heads, Recorded(problem[0]), problem[1], np.arange(NUM))
-    assert 0.4 < figures["top1"][0] < 0.95
-    assert figures["top1"][0] == pytest.approx(right.double().mean().item())
+    (scores,) = score(heads, problem, NAMES, np.arange(NUM))
+    assert 0.4 < scores.top1 < 0.95
+    assert scores.top1 == pytest.approx(right.double().mean().item())
 
 
 def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(problem):
     samples = np.arange(0, NUM, 2)
-    config = LinearConfig(epochs=3, batch_size=16)
-    _, rows = sweep(problem, config, samples)
-    assert [len(batch) for batch in rows.batches] == [16, 16, 13] * 3
-    epochs = [np.concatenate(rows.batches[i : i + 3]) for i in (0, 3, 6)]
-    for epoch in epochs:
-        assert sorted(epoch) == samples.tolist()
-    assert (epochs[0] != epochs[1]).any()
-    _, again = sweep(problem, config, samples)
-    assert np.concatenate(again.batches).tolist() == np.concatenate(epochs).tolist()
-    _, other = sweep(problem, LinearConfig(epochs=3, batch_size=16, seed=1), samples)
-    assert np.concatenate(other.batches).tolist() != np.concatenate(epochs).tolist()
+
+    def order(**options):
+        problem.batches.clear()
+        sweep(problem, LinearConfig(epochs=3, batch_size=16, **options), samples)
+        assert [len(batch) for batch in problem.batches] == [16, 16, 13] * 3
+        return np.concatenate(problem.batches).reshape(3, -1).tolist()
+
+    epochs = order()
+    assert [sorted(epoch) for epoch in epochs] == [samples.tolist()] * 3
+    assert epochs[0] != epochs[1]
+    assert order() == epochs != order(seed=1)
 
 
 def test_epochs_go_round_the_passes(problem):
-    twice = Recorded(torch.cat([problem[0], problem[0] + 1]))
-    config = LinearConfig(epochs=3, batch_size=NUM, passes=2)
-    sweep(problem, config, features=twice)
-    assert [(batch.min(), batch.max()) for batch in twice.batches] == [
-        (0, NUM - 1), (NUM, 2 * NUM - 1), (0, NUM - 1),
-    ]  # fmt: skip
+    problem.features = torch.cat([problem.features, problem.features + 1])
+    sweep(problem, LinearConfig(epochs=3, batch_size=NUM, passes=2))
+    rows = [(batch.min(), batch.max()) for batch in problem.batches]
+    assert rows == [(0, NUM - 1), (NUM, 2 * NUM - 1), (0, NUM - 1)]
 
 
-def test_a_state_goes_on_bit_for_bit(problem):
-    features, labels = problem[0], torch.from_numpy(problem[1])
-    config = LinearConfig(init_std=0.1)
-
-    def steps(heads, numbers):
-        for i in numbers:
-            heads.step(features[i * 9 : i * 9 + 9], labels[i * 9 : i * 9 + 9], 1 / (i + 1))
-
-    whole, first, second = (LinearHeads(config, DIM, CLASSES, [0.1, 1], CPU) for _ in range(3))
-    steps(whole, range(8))
-    steps(first, range(5))
-    second.load_state_dict(first.state_dict())
-    steps(second, range(5, 8))
-    assert torch.equal(second.weight, whole.weight)
-    assert torch.equal(second.bias, whole.bias)
-
-
-def test_losses_are_cross_entropies_before_the_step(problem):
-    features, labels = problem[0], torch.from_numpy(problem[1])
-    heads = LinearHeads(LinearConfig(init_std=0.5), DIM, CLASSES, [0.1, 1], CPU)
-    expected = functional.cross_entropy(heads.logits(features)[:, 0], labels)
-    torch.testing.assert_close(heads.step(features, labels, 1.0), expected.expand(2))
+def test_a_step_returns_loss_and_logits_before_it(problem):
+    heads = make_heads(LinearConfig(init_std=0.5), [0.1, 1])
+    before = heads.logits(problem.features).detach()
+    labels = torch.from_numpy(problem.labels)
+    result = heads.step(FeatureBatch(problem.features, labels), Position())
+    torch.testing.assert_close(result.loss, functional.cross_entropy(before[0].T, labels))
+    assert torch.equal(result.output, before)
+    assert not torch.equal(heads.logits(problem.features), before)
 
 
 # --- scores
 
 
-def test_score_equals_topk_and_counts_by_class():
+class Given:
+    """Stands for heads whose logits are known: the features are sample numbers."""
+
+    def __init__(self, logits):
+        self.weight, self._logits = torch.zeros(*logits.shape[:2], 1), logits
+
+    def logits(self, features):
+        return self._logits[:, :, features.long().squeeze(1)]
+
+
+def scores_of(logits, labels, rows=None):
+    """Scores of logits [heads, classes, n]."""
+    file = Recorded(torch.arange(logits.shape[2]).float().view(-1, 1), labels.numpy())
+    names = [str(i) for i in range(logits.shape[1])]
+    return score(Given(logits), file, names, np.arange(len(labels)) if rows is None else rows), file
+
+
+def test_scores_equal_topk_and_counts_by_class(monkeypatch):
+    """In chunks of 7 samples, too."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(200, 3, 9, generator=generator)
+    logits = torch.randn(3, 9, 200, generator=generator)
     labels = torch.randint(8, (200,), generator=generator)  # nothing of class 8
-    figures = accuracies(places(logits, labels), labels, 9)
-    assert figures["n"] == 200
-    for head in range(3):
-        found = logits[:, head].topk(5, dim=1).indices == labels[:, None]
-        assert figures["top1"][head] == pytest.approx(found[:, 0].double().mean().item())
-        assert figures["top5"][head] == pytest.approx(found.any(1).double().mean().item())
+    rows = torch.arange(20, 200)
+    scores, _ = scores_of(logits, labels, rows.numpy())
+    for head, one in enumerate(scores):
+        is_right = logits[head].topk(5, dim=0).indices[:, rows] == labels[rows]
+        assert one.n == 180
+        assert one.top1 == pytest.approx(is_right[0].double().mean().item())
+        assert one.top5 == pytest.approx(is_right.any(0).double().mean().item())
         for number in range(8):
-            right = found[labels == number, 0].double().mean().item()
-            assert figures["per_class"][head][number] == pytest.approx(right)
-        assert figures["per_class"][head][8] is None
+            share = is_right[0, labels[rows] == number].double().mean().item()
+            assert one.per_class[str(number)] == pytest.approx(share)
+        assert one.per_class["8"] is None
+    monkeypatch.setattr(heads_module, "_MAX_LOGITS", 7 * 3 * 9)
+    again, file = scores_of(logits, labels, rows.numpy())
+    assert again == scores
+    assert max(map(len, file.batches)) == 7
 
 
 def test_equal_logits_do_not_make_a_classifier_right():
     """All classes equal: the first one is predicted, as argmax does."""
-    labels = torch.arange(7)
-    figures = accuracies(places(torch.zeros(7, 1, 7), labels), labels, 7)
-    assert figures["top1"] == [pytest.approx(1 / 7)]
-    assert figures["top5"] == [pytest.approx(5 / 7)]
+    (scores,), _ = scores_of(torch.zeros(1, 7, 7), torch.arange(7))
+    assert (scores.top1, scores.top5) == (pytest.approx(1 / 7), pytest.approx(5 / 7))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_classifier_that_diverged_is_wrong(value):
-    logits = torch.full((4, 2, 7), value)
-    logits[:, 1] = torch.eye(7)[:4]
-    labels = torch.arange(4)
-    assert accuracies(places(logits, labels), labels, 7)["top1"] == [0.0, 1.0]
+    logits = torch.full((2, 7, 4), value)
+    logits[1] = torch.eye(7)[:, :4]
+    scores, _ = scores_of(logits, torch.arange(4))
+    assert [one.top1 for one in scores] == [0.0, 1.0]
 
 
-def test_top5_of_five_classes_says_nothing():
-    labels = torch.arange(4)
-    assert accuracies(places(torch.randn(4, 1, 5), labels), labels, 5)["top5"] is None
-
-
-def test_large_logits_are_scored_in_chunks(problem, monkeypatch):
-    heads, rows = sweep(problem, LinearConfig(epochs=2, batch_size=32))
-    whole = cached.score(heads, rows, problem[1], np.arange(NUM))
-    monkeypatch.setattr(cached, "_MAX_LOGITS", 7 * 10 * CLASSES)
-    rows.batches.clear()
-    assert cached.score(heads, rows, problem[1], np.arange(NUM)) == whole
-    assert max(map(len, rows.batches)) == 7
-
-
-def test_the_best_is_the_highest_and_of_equal_ones_the_slowest():
-    assert best([0.2, 0.5, 0.4], [1, 2, 3]) == 1
-    assert best([0.5, 0.2, 0.5, 0.5], [3, 1, 0.5, 9]) == 2
+def test_there_is_no_top5_of_five_classes():
+    (scores,), _ = scores_of(torch.randn(1, 5, 4), torch.arange(4))
+    assert scores.top5 is None
 
 
 # --- schedules and rates

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -16,13 +17,16 @@ from torch.nn import functional
 from common.config import read_settings
 from common.errors import StoppedBySignal, UserError
 from common.resnet import Arch
+from pretrain.data.loader import Loader, ViewDataset
+from pretrain.data.policy import Crop, ViewPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.evaluation.knn import knn_top1
-from pretrain.evaluation.linear import full, run
+from pretrain.evaluation.linear import run
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.extract import load
-from pretrain.evaluation.linear.run import Evaluation, EvaluationRequest, table
+from pretrain.evaluation.linear.frozen import FrozenBackbone
+from pretrain.evaluation.linear.heads import LinearHeads
+from pretrain.evaluation.linear.run import Evaluation, table
 from pretrain.evaluation.probe import extract_features
 from pretrain.model.backbone import ResNet
 
@@ -57,32 +61,37 @@ def evaluate(weights, shards, val, tmp_path):
     """A factory of results: evaluate(config, "out", resume=True)."""
 
     def run_one(config, out="out", **options):
-        request = {"train": str(shards), "val": str(val), "source": str(weights)} | options
-        return Evaluation(EvaluationRequest(out=tmp_path / out, **request), config).run()
+        places = str(weights), str(shards), str(val), tmp_path / out
+        return Evaluation(config, *places, **options).run()
 
     return run_one
 
 
+@pytest.fixture(scope="module")
+def frozen(weights):
+    return FrozenBackbone(str(weights), CONFIG, branch="online", device=CPU)
+
+
 def heads_of(folder):
-    return checkpoint.read(folder / full.NAME)["heads"]
+    """Weight, bias and momentum of the last checkpoint."""
+    return checkpoint.read(folder / checkpoint.NAME)["heads"]
+
+
+def central_features(frozen, folder):
+    view = {key: frozen.view[key] for key in ("image_size", "mean", "std")}
+    return extract_features(frozen.model, ShardIndex.open(folder), device=CPU, **view)[:2]
 
 
 # --- the published protocol
 
 
-def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, weights, tmp_path, shards):
+def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, frozen, tmp_path, shards):
     """An independent loop: nn.Linear, cross_entropy, SGD, on crops that the loader gives."""
-    from pretrain.data.loader import Loader, ViewDataset
-    from pretrain.data.policy import Crop, ViewPolicy
-    from pretrain.evaluation.probe import normalise
-
     config = replace(FULL, lrs=[3.0], momentum=0.8, crop_scale=(0.2, 0.9), schedule="cosine_epochs")
     result = evaluate(config)
-    frozen = load(str(weights), branch="online", seed=0)
-    dataset = ViewDataset(
-        ShardIndex.open(shards), image_size=32, views=(ViewPolicy(Crop((0.2, 0.9))),), seed=1
-    )
-    linear = nn.Linear(frozen.backbone.output_dim, 2)
+    views = (ViewPolicy(crop=Crop((0.2, 0.9))),)
+    dataset = ViewDataset(ShardIndex.open(shards), image_size=32, views=views, seed=1)
+    linear = nn.Linear(frozen.model.output_dim, 2)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     rate = 3.0 * 8 / 256
@@ -93,33 +102,28 @@ def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, weights, 
         num_right = 0
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / 3))
         for batch in loader.epoch(epoch):
-            features = frozen.backbone(normalise(batch.views[0], frozen.mean, frozen.std))
-            logits = linear(features)
+            logits = linear(frozen(batch.views[0]))
             num_right += int((logits.argmax(dim=1) == batch.labels).sum())
             optimizer.zero_grad()
             functional.cross_entropy(logits, batch.labels).backward()
             optimizer.step()
         curve.append([pytest.approx(num_right / 40)])
     assert result["training_top1"] == curve
-    found = heads_of(tmp_path / "out")
-    torch.testing.assert_close(found["weight"][0], linear.weight.detach(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found["bias"][0], linear.bias.detach(), atol=1e-5, rtol=0)
+    weight, bias, *_ = heads_of(tmp_path / "out")
+    torch.testing.assert_close(weight[0], linear.weight.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(bias[0], linear.bias.detach(), atol=1e-5, rtol=0)
     assert result["preprocessing"]["training"]["random_resized_crop"] == [0.2, 0.9]
     assert result["selection"] is None
 
 
 def test_val_accuracy_is_that_of_the_trained_classifier_on_central_crops(
-    evaluate, weights, tmp_path, val
+    evaluate, frozen, tmp_path, val
 ):
     result = evaluate(FULL)
-    frozen = load(str(weights), branch="online", seed=0)
-    features, labels, _ = extract_features(
-        frozen.backbone, ShardIndex.open(val), image_size=32, mean=frozen.mean, std=frozen.std,
-        device=CPU,
-    )  # fmt: skip
-    heads = heads_of(tmp_path / "out")
+    features, labels = central_features(frozen, val)
+    weight, bias, *_ = heads_of(tmp_path / "out")
     for number, row in enumerate(result["rates"]):
-        predicted = (features @ heads["weight"][number].T + heads["bias"][number]).argmax(1)
+        predicted = (features @ weight[number].T + bias[number]).argmax(1)
         assert row["val_top1"] == pytest.approx((predicted == labels).double().mean().item())
         if number == result["chosen"]:
             assert result["top1"] == row["val_top1"]
@@ -130,12 +134,11 @@ def test_val_accuracy_is_that_of_the_trained_classifier_on_central_crops(
 
 
 def test_the_backbone_stays_as_it_was_bit_for_bit(weights, shards, val, tmp_path):
-    request = EvaluationRequest(str(weights), str(shards), str(val), tmp_path / "out")
-    evaluation = Evaluation(request, FULL)
+    evaluation = Evaluation(FULL, str(weights), str(shards), str(val), tmp_path / "out")
+    model = evaluation.backbone.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     evaluation.run()
-    assert not evaluation.frozen.backbone.training
-    before = torch.load(weights)
-    for name, value in evaluation.frozen.backbone.state_dict().items():
+    for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -143,53 +146,77 @@ class Killed(Exception):
     """Stands for a process that is gone."""
 
 
-@pytest.mark.parametrize("step", [3, 8, 11])
-def test_full_goes_on_bit_for_bit_from_its_last_checkpoint(evaluate, tmp_path, monkeypatch, step):
-    """Steps since the checkpoint are lost and done again."""
-    config = replace(FULL, checkpoint_every_steps=2)
+@pytest.mark.parametrize(
+    ("config", "step"), [(FULL, 3), (FULL, 8), (FULL, 11), (CONFIG, 9)],
+)  # fmt: skip
+def test_training_goes_on_bit_for_bit_from_its_last_checkpoint(
+    evaluate, tmp_path, monkeypatch, config, step
+):
+    """Steps since the checkpoint are lost and done again; the last case dies in the sweep."""
+    config = replace(config, checkpoint_every_steps=2)
     whole = evaluate(config, "whole")
-    train_step = full.FullTraining._train_step
+    train_step = LinearHeads.step
 
-    def until(self, *arguments):
-        if self.step == step:
+    def until(self, batch, position, **options):
+        if position.step == step:
             raise Killed
-        return train_step(self, *arguments)
+        return train_step(self, batch, position, **options)
 
-    monkeypatch.setattr(full.FullTraining, "_train_step", until)
+    monkeypatch.setattr(LinearHeads, "step", until)
     with pytest.raises(Killed):
         evaluate(config, "parts")
     monkeypatch.undo()
-    saved = checkpoint.read(tmp_path / "parts" / full.NAME)["position"]
+    saved = checkpoint.read(tmp_path / "parts" / checkpoint.NAME)["position"]
     assert saved["step"] == step // 2 * 2
     parts = evaluate(config, "parts", resume=True)
     assert parts["training_top1"] == whole["training_top1"]
-    assert [len(top1) for top1 in parts["training_top1"]] == [2, 2, 2]
-    a, b = heads_of(tmp_path / "whole"), heads_of(tmp_path / "parts")
-    assert torch.equal(a["weight"], b["weight"])
-    assert torch.equal(a["bias"], b["bias"])
-    assert all(map(torch.equal, a["momentum"], b["momentum"]))
-    assert parts["rates"] == whole["rates"]
+    if config.protocol == "full":
+        assert [len(top1) for top1 in parts["training_top1"]] == [2, 2, 2]
+    assert all(map(torch.equal, heads_of(tmp_path / "whole"), heads_of(tmp_path / "parts")))
+    assert (parts["rates"], parts["top1"]) == (whole["rates"], whole["top1"])
 
 
-def test_a_signal_saves_first(evaluate, tmp_path, monkeypatch):
-    train_step = full.FullTraining._train_step
+def test_a_refit_goes_on_without_another_sweep(evaluate, tmp_path, monkeypatch):
+    config = replace(CONFIG, checkpoint_every_steps=2)
+    whole = evaluate(config, "whole")
+    train_step, steps = LinearHeads.step, []
 
-    def signalled(self, *arguments):
-        if self.step == 5:
-            self.stop.number = 15
-        return train_step(self, *arguments)
+    def until(self, batch, position, **options):
+        steps.append((len(self.weight), position.step))
+        if steps.count((1, 7)) == 1 and steps[-1] == (1, 7):
+            raise Killed
+        return train_step(self, batch, position, **options)
 
-    monkeypatch.setattr(full.FullTraining, "_train_step", signalled)
+    monkeypatch.setattr(LinearHeads, "step", until)
+    with pytest.raises(Killed):
+        evaluate(config, "parts")
+    steps_before, steps[:] = steps[:], [(1, 7)]
+    parts = evaluate(config, "parts", resume=True)
+    assert steps_before[-1] == (1, 7)
+    assert steps[1:4] == [(1, 6), (1, 7), (1, 8)]
+    assert (parts["rates"], parts["top1"]) == (whole["rates"], whole["top1"])
+
+
+@pytest.mark.parametrize("config", [FULL, CONFIG])
+def test_a_signal_saves_first(evaluate, tmp_path, monkeypatch, config):
+    train_step = LinearHeads.step
+
+    def signalled(self, batch, position, **options):
+        if position.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(self, batch, position, **options)
+
+    monkeypatch.setattr(LinearHeads, "step", signalled)
     with pytest.raises(StoppedBySignal, match=r"SIGTERM after step 6; .*--resume"):
-        evaluate(FULL)
-    assert checkpoint.read(tmp_path / "out" / full.NAME)["position"]["step"] == 6
+        evaluate(config)
+    assert checkpoint.read(tmp_path / "out" / checkpoint.NAME)["position"]["step"] == 6
     assert not (tmp_path / "out" / "linear.json").exists()
 
 
 def test_a_checkpoint_of_another_evaluation_is_refused(evaluate, tmp_path):
     evaluate(FULL)
     (tmp_path / "out" / "linear.json").unlink()
-    with pytest.raises(UserError, match=r"of another evaluation: config.momentum: 0.9 -> 0.5"):
+    with pytest.raises(UserError, match=r"another evaluation: config.momentum: 0.9 -> 0.5"):
         evaluate(replace(FULL, momentum=0.5), resume=True)
     evaluate(replace(FULL, num_workers=1), resume=True)  # that changes nothing
 
@@ -239,17 +266,17 @@ def test_a_refit_is_a_training_on_all_labels_at_the_chosen_rate(evaluate):
 
 def test_the_held_out_part_is_judged_on_central_crops(evaluate, monkeypatch):
     """With passes of random crops the file that is scored is another than the one trained on."""
-    seen = []
-    score = run.cached.score
+    views = []
 
     def noted(heads, features, *arguments):
-        seen.append(features.facts["view"])
+        views.append(features.facts["view"])
         return score(heads, features, *arguments)
 
-    monkeypatch.setattr(run.cached, "score", noted)
+    score = run.score
+    monkeypatch.setattr(run, "score", noted)
     result = evaluate(replace(CONFIG, passes=2))
-    assert [isinstance(view["crop"], str) for view in seen] == [True, True, True]
-    assert len({str(view) for view in seen}) == 1
+    assert views == [views[0]] * 3
+    assert isinstance(views[0]["crop"], str)
     assert result["preprocessing"]["training"]["random_resized_crop"] == [0.08, 1.0]
     assert result["feature_bytes"] == (2 * 40 + 40 + 24) * 64 * 4
 
@@ -278,17 +305,10 @@ def test_a_fraction_is_written_down_and_can_be_named_again(evaluate, tmp_path):
 # --- kNN
 
 
-def test_knn_grid_equals_the_probes_knn_in_each_cell(evaluate, weights, shards, val):
+def test_knn_grid_equals_the_probes_knn_in_each_cell(evaluate, frozen, shards, val):
     config = replace(CONFIG, protocol="knn", knn_k=[1, 7, 20], knn_temperature=[0.05, 0.07, 1.0])
     result = evaluate(config)
-    frozen = load(str(weights), branch="online", seed=0)
-    bank, queries = (
-        extract_features(
-            frozen.backbone, ShardIndex.open(folder), image_size=32, mean=frozen.mean,
-            std=frozen.std, device=CPU,
-        )[:2]
-        for folder in (shards, val)
-    )  # fmt: skip
+    bank, queries = (central_features(frozen, folder) for folder in (shards, val))
     knn = result["knn"]
     for row, k in zip(knn["top1"], knn["ks"], strict=True):
         for value, temperature in zip(row, knn["temperatures"], strict=True):
@@ -308,11 +328,11 @@ def test_knn_takes_what_there_is_and_refuses_more(evaluate):
 
 def test_a_finished_evaluation_is_given_back_and_not_run_again(evaluate, monkeypatch):
     first = evaluate(CONFIG)
-    with pytest.raises(UserError, match=r"holds an evaluation already \(linear.json\): .*--resume"):
+    with pytest.raises(UserError, match=r"holds an evaluation already: .*--resume"):
         evaluate(CONFIG)
-    monkeypatch.setattr(run.cached, "train", None)  # it would fail
+    monkeypatch.setattr(run, "extract", None)  # it would fail
     assert evaluate(CONFIG, resume=True) == json.loads(json.dumps(first))
-    with pytest.raises(UserError, match=r"of another evaluation: config.epochs: 3 -> 4"):
+    with pytest.raises(UserError, match=r"another evaluation: config.epochs: 3 -> 4"):
         evaluate(replace(CONFIG, epochs=4), resume=True)
 
 
@@ -358,7 +378,7 @@ ELSEWHERE = {
     "protocol": "all tests here", "subset_list": "test_a_fraction_is_written_down..",
     "milestones": "test_linear_heads.py", "gamma": "test_linear_heads.py",
     "lars_eta": "test_linear_heads.py", "knn_k": "test_knn_grid..",
-    "knn_temperature": "test_knn_grid..", "checkpoint_every_steps": "test_full_goes_on..",
+    "knn_temperature": "test_knn_grid..", "checkpoint_every_steps": "test_training_goes_on..",
     "num_workers": "test_linear_features.py", "device": "pretrain.engine.device",
     "shuffle_window": "test_the_window..",
 }  # fmt: skip
@@ -368,40 +388,20 @@ def test_every_key_is_covered():
     assert {key.name for key in fields(LinearConfig)} == {*CHANGES, *FULL_CHANGES, *ELSEWHERE}
 
 
-@pytest.mark.parametrize("key", CHANGES)
-def test_every_key_changes_the_classifiers(evaluate, key, monkeypatch):
-    trained = []
-    train = run.cached.train
-
-    def noted(*arguments, **options):
-        train(*arguments, **options)
-        trained.append((arguments[0].weight, arguments[0].bias))
-
-    monkeypatch.setattr(run.cached, "train", noted)
-    evaluate(CONFIG, "a")
-    before, trained = trained, []
-    evaluate(replace(CONFIG, **{key: CHANGES[key]}), "b")
-    shapes = [[x.shape for pair in part for x in pair] for part in (before, trained)]
-    if shapes[0] == shapes[1]:
-        values = [torch.cat([x.flatten() for pair in p for x in pair]) for p in (before, trained)]
-        assert not torch.equal(*values)
-    else:
-        assert key in {"refit", "num_lrs", "lrs"}
-
-
-@pytest.mark.parametrize("key", FULL_CHANGES)
-def test_keys_of_the_published_protocol(evaluate, tmp_path, key):
-    config = replace(FULL, batch_size=11, epochs=2)
+@pytest.mark.parametrize("key", [*CHANGES, *FULL_CHANGES])
+def test_every_key_changes_the_classifiers(evaluate, tmp_path, key):
+    config = CONFIG if key in CHANGES else replace(FULL, batch_size=11, epochs=2)
     evaluate(config, "a")
-    evaluate(replace(config, **{key: FULL_CHANGES[key]}), "b")
-    a, b = heads_of(tmp_path / "a"), heads_of(tmp_path / "b")
-    assert not torch.equal(a["weight"], b["weight"])
+    evaluate(replace(config, **{key: (CHANGES | FULL_CHANGES)[key]}), "b")
+    refits = [(tmp_path / name / "refit").exists() for name in ("a", "b")]
+    a, b = (heads_of(tmp_path / name)[0] for name in ("a", "b"))
+    assert a.shape != b.shape or not torch.equal(a, b) or refits == [True, False]
 
 
 def test_the_window_changes_the_order(evaluate, tmp_path):
     for window in (4, 100):
         evaluate(replace(FULL, shuffle_window=window, epochs=1), f"w{window}")
-    a, b = (heads_of(tmp_path / name)["weight"] for name in ("w4", "w100"))
+    a, b = (heads_of(tmp_path / name)[0] for name in ("w4", "w100"))
     assert not torch.equal(a, b)
 
 
@@ -412,7 +412,7 @@ def test_the_window_changes_the_order(evaluate, tmp_path):
         ({"fraction": 0.1, "subset_list": "x"}, "both choose the training samples"),
         ({"holdout": 0.0}, r"holdout=0 leaves nothing to select one of 10 rates with"),
         ({"epochs": 0}, "epochs=0: must be at least 1"),
-        ({"passes": -1}, "passes=-1: must not be negative"),
+        ({"passes": -1}, "passes=-1: must be at least 0"),
         ({"lr_min": 2.0, "lr_max": 1.0}, "lr_max=1.0: must be at least lr_min=2.0"),
         ({"lrs": [0.1, 0.1]}, r"lrs=\[0.1, 0.1\]: give some different numbers above 0"),
         ({"lrs": []}, r"lrs=\[\]"),
@@ -468,11 +468,11 @@ def test_two_processes_get_what_one_gets(weights, shards, val, tmp_path, protoco
     )
     assert one["rates"] == two["rates"]
     if protocol == "full":
-        a, b = (heads_of(tmp_path / name)["weight"] for name in ("one", "two"))
+        a, b = (heads_of(tmp_path / name)[0] for name in ("one", "two"))
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     else:
         a, b = (
-            {f.name: f.read_bytes() for f in (tmp_path / name / "features").glob("*.bin")}
+            {f.name: f.read_bytes() for f in (tmp_path / name / "features").glob("*.npy")}
             for name in ("one", "two")
         )
         assert a == b
