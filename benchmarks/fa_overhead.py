@@ -31,7 +31,8 @@ from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import uses_bf16
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.profiling import fill_queues
-from pretrain.features.feature_augmentation import AugmentationContext, FeatureAugmenter
+from pretrain.features.augmentations.nn import NearestNeighbour
+from pretrain.features.feature_augmentation import FeatureAugmenter
 from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
@@ -42,9 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("nn", "mask", "noise", "mixup", "cutmix", "extrapolate")},
     "nn+mixup": {},
     "nn|mask": {},
-    "nn-consensus": {"top_k": 8, "nn_choice": "consensus"},
-    "nn-truncated": {"nn_distance": "truncated"},
-    "nn@4": {"top_k": 4, "num_features": 4},
+    "nn-consensus": {"nn": NearestNeighbour(top_k=8, choice="consensus")},
+    "nn-truncated": {"nn": NearestNeighbour(distance="truncated")},
+    "nn@4": {"nn": NearestNeighbour(top_k=4), "num_features": 4},
     "mask@4": {"num_features": 4},
 }
 GOALS = {"cpu": {1: 0.05, 4: 0.05}, "cuda": {1: 0.01, 4: 0.03}}  # share of a step, by num_features
@@ -116,9 +117,9 @@ class Group:
         """FA alone, as often as a step does it: both views, and the batch enters the queue."""
         self.num_steps += 1
         random = RowRandom.whole(self._generator(), self.sizes.batch_size)
-        draw, augmenter = AugmentationContext(random, 1.0), self.model.augmenter
-        augmenter(self.features[0], self.features[1], draw)
-        augmenter(self.features[1], self.features[0], draw)
+        augmenter = self.model.augmenter
+        augmenter(self.features[0], self.features[1], random, 1.0)
+        augmenter(self.features[1], self.features[0], random, 1.0)
         if augmenter.queue is not None:
             augmenter.queue.put(self.features[0], self.notes, self.notes)
 

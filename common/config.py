@@ -171,9 +171,11 @@ def check_keys(raw: Any, known: Collection[str] | None, needed: set[str], where:
         raise UserError(f"{where}: {key} is missing")
 
 
-def unknown(what: str, name: str, known: Collection[str], prefix: str = "") -> str:
-    """What to say of a name that nobody knows: the nearest known one, else all."""
-    near = difflib.get_close_matches(name, sorted(known), n=1)
+def unknown(
+    what: str, name: str, known: Collection[str], prefix: str = "", more: Collection[str] = ()
+) -> str:
+    """What to say of a name that nobody knows: the nearest one, of ``more`` as well; else all."""
+    near = difflib.get_close_matches(name, sorted({*known, *more}), n=1)
     remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
     return f"unknown {what}; {remedy}"
 
@@ -303,7 +305,12 @@ def _check_keys(
     for key, value in raw.items():
         if key not in known:
             what = f"key {prefix}{key}"
-            raise UserError(f"{where}{unknown(what, str(key), known, prefix)}")
+            inside = [
+                f"{section}.{field.name}"
+                for section, (_, kind) in sections.items()
+                for field in dataclasses.fields(kind)
+            ]
+            raise UserError(f"{where}{unknown(what, str(key), known, prefix, inside)}")
         if key not in sections:
             continue
         if not isinstance(value, dict):

@@ -13,16 +13,19 @@ from typing import Literal
 
 from common.config import read_settings
 from common.errors import UserError, at_least, positive, require, within_0_and_1
+from common.registry import with_sections
 from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.data.order import LastBatch
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.sources.cache import CacheOptions
 from pretrain.data.sources.remote import Patience
+from pretrain.features.augmentations.base import (
+    FeatureAugmentation,
+    NeighbourAugmentation,
+    PartnerAugmentation,
+)
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import Byol
-
-FA_PARTNER_LINKS = ("mixup", "cutmix", "extrapolate")
-FA_LINKS = ("none", "identity", "nn", "mask", "noise", *FA_PARTNER_LINKS)
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,13 @@ class HeadConfig:
         require(0 <= self.dropout < 1, f"heads.dropout must be in [0, 1), got {self.dropout}")
 
 
+@with_sections(FeatureAugmentation.registry)
 @dataclass(frozen=True)
 class FAConfig:
-    """Feature augmentation A: what it does, where it acts, and which gradient it lets through."""
+    """Feature augmentation A: what it does, where it acts, and which gradient it lets through.
+
+    Each method has a section with its parameters, e.g. ``fa.mask.ratio``.
+    """
 
     method: str = "nn"  # "nn", "nn+noise" (one after another), "mask|mixup" (a random one per row)
     architecture: Literal["auto", "basic", "pre", "post", "parallel"] = "auto"
@@ -61,80 +68,59 @@ class FAConfig:
     strength_curve: Literal["linear", "cosine"] = "linear"  # from strength_start to strength
     queue_size: int = 65536  # entries of the support queue
     queue_dtype: Literal["fp32", "fp16"] = "fp32"
-    min_fill: int = 1024  # A's links that read the queue are the identity until it holds so many
-    top_k: int = 1  # nn: how many nearest to choose from
-    nn_choice: Literal["random", "consensus"] = "random"  # nn: of the top_k; N > 1: the N nearest
-    nn_distance: Literal["cosine", "truncated"] = "cosine"  # truncated: resists outlier dimensions
-    mask_ratio: float = 0.2  # mask: share of dimensions set to zero
-    noise_sigma: float = 0.2  # noise: relative to the norm of the feature
-    mixup_alpha: float = 1.0  # mixup: l ~ Beta(alpha, alpha), lambda = max(l, 1 - l)
-    cutmix_ratio: float = 0.2  # cutmix: share of dimensions taken from the partner
-    extrapolate_scale: float = 0.5  # extrapolate: lambda = scale * Beta(2, 2)
-    extrapolate_per_dimension: bool = False  # a lambda for each dimension, or one for each row
+    min_fill: int = 1024  # methods that read the queue are the identity until it holds so many
 
     def __post_init__(self) -> None:
-        links = self.links()
-        at_least(self, "fa", num_features=1, noise_sigma=0, extrapolate_scale=0)
-        for name in ("mask_ratio", "cutmix_ratio"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"fa.{name} must be in [0, 1), got {value}")
-        positive(self, "fa", "mixup_alpha")
+        at_least(self, "fa", num_features=1)
         within_0_and_1(self, "fa", "strength", "strength_start")
+        methods = self.methods()
         require(
-            self.num_features == 1 or not links <= {"none", "identity"},
+            self.num_features == 1 or any(method.is_random for method in methods),
             f"fa.num_features={self.num_features} needs a method that draws; {self.method!r} "
             "gives the same feature each time",
         )
-        if "nn" in links:
-            require(
-                1 <= self.top_k <= self.min_fill,
-                f"fa: 1 <= top_k ({self.top_k}) <= min_fill ({self.min_fill}) must hold",
-            )
-            require(
-                self.num_features == 1 or self.top_k >= self.num_features,
-                f"fa: nn with num_features={self.num_features} takes the N nearest and needs "
-                f"top_k >= N, got top_k={self.top_k}",
-            )
-            require(
-                self.num_features == 1 or self.nn_choice == "random",
-                "fa: nn_choice=consensus makes one feature of the top_k, so num_features must be "
-                f"1, got {self.num_features}",
-            )
+        for method in methods:
+            method.check(self.num_features, self.min_fill)
         if self.uses_queue():
             require(
                 1 <= self.min_fill <= self.queue_size,
                 f"fa: 1 <= min_fill ({self.min_fill}) <= queue_size ({self.queue_size}) must hold",
             )
 
-    def chains(self) -> tuple[tuple[str, ...], ...]:
-        """The method as its alternatives, each a chain of links: "a+b|c" -> ((a, b), (c,)).
+    def chains(self) -> tuple[tuple[FeatureAugmentation, ...], ...]:
+        """The method as its alternatives, each a chain: "a+b|c" -> ((a, b), (c,)); none -> ().
 
         Raises:
-            UserError: An unknown link, or `none` or `identity` beside others.
+            UserError: An unknown name, or one that changes nothing beside others.
         """
-        chains = tuple(
-            tuple(name.strip() for name in chain.split("+")) for chain in self.method.split("|")
-        )
+        chains = [[n.strip() for n in chain.split("+")] for chain in self.method.split("|")]
+        known = FeatureAugmentation.registry.names()
         for name in (name for chain in chains for name in chain):
             require(
-                name in FA_LINKS,
-                f"fa.method={self.method!r}: {name!r} is none of {', '.join(FA_LINKS)}; join them "
-                "with + (one after another) and | (one at random)",
+                name in ("none", *known),
+                f"fa.method={self.method!r}: {name!r} is none of none, {', '.join(known)}; join "
+                "them with + (one after another) and | (one at random)",
             )
             require(
-                name not in ("none", "identity") or chains == ((name,),),
+                chains == [[name]] or (name != "none" and getattr(self, name).is_random),
                 f"fa.method={self.method!r}: {name!r} stands alone",
             )
-        return chains
+        if chains == [["none"]]:
+            return ()
+        return tuple(tuple(getattr(self, name) for name in chain) for chain in chains)
 
-    def links(self) -> set[str]:
-        """The names of all links of all chains."""
-        return {name for chain in self.chains() for name in chain}
+    def methods(self) -> list[FeatureAugmentation]:
+        """All methods of all chains."""
+        return [method for chain in self.chains() for method in chain]
+
+    def reads_queue(self, method: FeatureAugmentation) -> bool:
+        """Whether a method takes neighbours, or partners, from the support queue."""
+        takes_partner = isinstance(method, PartnerAugmentation) and self.partner == "queue"
+        return takes_partner or isinstance(method, NeighbourAugmentation)
 
     def uses_queue(self) -> bool:
-        """Whether a support queue is kept: for neighbours, or for partners."""
-        links = self.links()
-        return "nn" in links or (self.partner == "queue" and bool(links & set(FA_PARTNER_LINKS)))
+        """Whether a support queue is kept."""
+        return any(self.reads_queue(method) for method in self.methods())
 
 
 @dataclass(frozen=True)
@@ -380,7 +366,8 @@ class PretrainConfig:
             "the batch, so it is not the sum over micro-batches; use optim.accumulation=cached",
         )
         require(
-            self.fa.partner != "batch" or not self.fa.links() & set(FA_PARTNER_LINKS),
+            self.fa.partner != "batch"
+            or not any(isinstance(m, PartnerAugmentation) for m in self.fa.methods()),
             "optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
             "use optim.accumulation=cached, or fa.partner=view or queue",
         )

@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import FAConfig, HeadConfig, resolve
-from pretrain.features.feature_augmentation import AugmentationContext, FeatureAugmenter
+from pretrain.features.feature_augmentation import FeatureAugmenter
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.features.row_random import RowRandom
 from pretrain.model.backbone import ResNet
@@ -182,7 +182,7 @@ class FAContrastive(nn.Module):
             progress: Share of the training that is done, for FA's strength.
         """
         architecture, side = self.spec.architecture, self.spec.side
-        context = AugmentationContext(random, self.augmenter.strength(progress))
+        strength = self.augmenter.strength(progress)
         t = z if t is None else t
         t = t.detach() if self.spec.stops_target else t
         p = self.online.predict(z) if architecture in ("post", "parallel") else z
@@ -195,7 +195,7 @@ class FAContrastive(nn.Module):
             view = b if side == "target" else a
             with torch.autocast(z.device.type, enabled=False), record_function("FA"):
                 if self.fa.views in ("both", ("first", "second")[view]):
-                    augmented = self.augmenter(taken[view], taken[1 - view], context)
+                    augmented = self.augmenter(taken[view], taken[1 - view], random, strength)
                 else:
                     augmented = taken[view].unsqueeze(0)
             # The figure of the paper: p is q(z) in post and parallel.
@@ -237,7 +237,7 @@ class FAContrastive(nn.Module):
         """Age, self-hits and labels of the nearest entries, before the batch itself enters."""
         if self.queue is None or not self.augmenter.is_ready():
             return {}
-        nearest = self.augmenter.nearest_indices(output.original, 1)[:, 0]
+        nearest = self.augmenter.nearest_entry(output.original)
         return self.queue.report(nearest, sample_ids, labels)
 
     def before_update(self, step: int) -> None:

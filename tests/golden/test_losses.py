@@ -93,7 +93,7 @@ RUNS = {
     ],
     "swav-nn-cached": [
         "objective.name=swav", "objective.num_prototypes=10", "objective.frozen_prototype_steps=3",
-        "fa.method=nn", "fa.top_k=3",
+        "fa.method=nn", "fa.nn.top_k=3",
         "optim.micro_batch_size=6", "optim.accumulation=cached",
         "data.augmentation=symmetric_strong", "data.last_batch=pad",
     ],

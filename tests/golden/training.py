@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.config import read_settings
 from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import (
@@ -60,7 +61,7 @@ LARS = {
 SGD = {"name": "sgd", "base_lr": 0.02, "weight_decay": 1e-4, "epochs": 10, "warmup_epochs": 0.0}
 ADAMW = {"name": "adamw", "base_lr": 0.02, "weight_decay": 0.05, "epochs": 10, "warmup_epochs": 1.0}
 NN = {"method": "nn", "queue_size": 40, "min_fill": 24}
-MASKS = {"method": "mask", "mask_ratio": 0.3, "num_features": 4, "feature_loss": "free"}
+MASKS = {"method": "mask", "mask": {"ratio": 0.3}, "num_features": 4, "feature_loss": "free"}
 PLAIN = {"micro_batch_size": 8, "accumulation": "plain"}
 CACHED = PLAIN | {"accumulation": "cached"}
 CELLS = {
@@ -69,12 +70,12 @@ CELLS = {
     ),
     "simclr-basic-mixup-cached": Cell(
         {"name": "simclr"},
-        {"method": "mixup", "mixup_alpha": 0.5, "partner": "batch", "stop_gradient": False},
+        {"method": "mixup", "mixup": {"alpha": 0.5}, "partner": "batch", "stop_gradient": False},
         LARS | CACHED,
     ),
     "infonce-parallel-nn-lars": Cell(
         {"name": "infonce", "temperature": 0.1},
-        NN | {"top_k": 3},
+        NN | {"nn": {"top_k": 3}},
         LARS,
         {"projector_layers": 3, "projector_last_bn": True},
         THIN_R50,
@@ -91,7 +92,7 @@ CELLS = {
     ),
     "moco-parallel-chain-plain": Cell(
         {"name": "moco", "ema_tau": 0.95},
-        NN | {"method": "nn+mask", "nn_choice": "consensus", "top_k": 4,
+        NN | {"method": "nn+mask", "nn": {"choice": "consensus", "top_k": 4},
               "architecture": "parallel"},
         SGD | PLAIN,
     ),
@@ -100,7 +101,7 @@ CELLS = {
     ),
     "byol-pre-nn-plain": Cell(
         {"name": "byol", "ema_tau": 0.95},
-        NN | {"architecture": "pre", "stop_gradient": False, "nn_distance": "truncated",
+        NN | {"architecture": "pre", "stop_gradient": False, "nn": {"distance": "truncated"},
               "views": "second"},
         LARS | PLAIN,
         adversarial={"epsilon": 2.0},
@@ -122,7 +123,7 @@ CELLS = {
     ),
     "swav-basic-nn-cached": Cell(
         {"name": "swav", "frozen_prototype_steps": 0, "sinkhorn_iterations": 2},
-        NN | {"queue_dtype": "fp16", "top_k": 2, "num_features": 2},
+        NN | {"queue_dtype": "fp16", "nn": {"top_k": 2}, "num_features": 2},
         SGD | CACHED,
     ),
 }  # fmt: skip
@@ -170,8 +171,9 @@ def run(cell: Cell, num_steps: int = NUM_STEPS) -> tuple[dict[str, Any], str]:
     small = {name: size for name, size in SMALL_QUEUES.items() if name in names}
     objective, optim = objective_class(**(small | cell.objective)), OptimConfig(**cell.optim)
     adversarial = AdversarialConfig(**cell.adversarial)
+    fa = read_settings(FAConfig, None, [f"{key}={value}" for key, value in cell.fa.items()])
     heads = HeadConfig(**(SMALL_HEADS | cell.heads))
-    model = FAContrastive(cell.arch, heads, objective, FAConfig(**cell.fa), GAMMA).double()
+    model = FAContrastive(cell.arch, heads, objective, fa, GAMMA).double()
     fill_weights(model.online)
     if model.ema is not None:
         fill_weights(model.ema)

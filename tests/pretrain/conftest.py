@@ -11,6 +11,7 @@ from common.resnet import Arch
 from pretrain.config import FAConfig, HeadConfig
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
+from pretrain.features.augmentations.base import FeatureAugmentation
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
 
@@ -32,6 +33,15 @@ def make_objective(name, **options):
     return cls(**{key: value for key, value in options.items() if key in own})
 
 
+def make_fa(**options):
+    """Settings of FA: make_fa(method="nn", nn={"top_k": 3}, ..)."""
+    methods = FeatureAugmentation.registry
+    return FAConfig(**{
+        key: methods[key](**value) if isinstance(value, dict) else value
+        for key, value in options.items()
+    })  # fmt: skip
+
+
 @pytest.fixture
 def bank():
     """40 features for a queue."""
@@ -46,10 +56,10 @@ def make_model():
         objective="infonce", *, seed=0, objective_options=None, heads=TINY_HEADS, arch=THIN, **fa
     ):
         fa.setdefault("queue_size", 64)
-        fa.setdefault("min_fill", fa.get("top_k", 1))
+        fa.setdefault("min_fill", dict(fa.get("nn", {})).get("top_k", 1))
         torch.manual_seed(seed)
         options = {"temperature": 0.2} | (objective_options or {})
-        return FAContrastive(arch, heads, make_objective(objective, **options), FAConfig(**fa))
+        return FAContrastive(arch, heads, make_objective(objective, **options), make_fa(**fa))
 
     return make
 

@@ -6,10 +6,11 @@ import pytest
 
 from common.errors import UserError
 from pretrain.config import FAConfig
+from tests.pretrain.conftest import make_fa
 
 REFUSED = [
-    ({"method": "rotate"}, "fa.method='rotate': 'rotate' is none of none, identity, nn, mask, "),
-    ({"method": "rotate"}, "extrapolate; join them with + (one after another) and | (one at ran"),
+    ({"method": "rotate"}, "fa.method='rotate': 'rotate' is none of none, cutmix, extrapolate"),
+    ({"method": "rotate"}, "noise; join them with + (one after another) and | (one at ran"),
     ({"method": "nn+"}, "fa.method='nn+': '' is none of"),
     ({"method": "mask||noise"}, "'' is none of"),
     ({"method": ""}, "'' is none of"),
@@ -19,24 +20,24 @@ REFUSED = [
     ({"num_features": 0}, "fa.num_features must be >= 1, got 0"),
     ({"method": "identity", "num_features": 2}, "fa.num_features=2 needs a method that draws; 'id"),
     ({"method": "none", "num_features": 3}, "'none' gives the same feature each time"),
-    ({"mask_ratio": 1.0}, "fa.mask_ratio must be in [0, 1), got 1.0"),
-    ({"mask_ratio": float("nan")}, "fa.mask_ratio must be in [0, 1), got nan"),
-    ({"cutmix_ratio": -0.1}, "fa.cutmix_ratio must be in [0, 1), got -0.1"),
-    ({"noise_sigma": -1.0}, "fa.noise_sigma must be >= 0, got -1.0"),
-    ({"extrapolate_scale": -0.5}, "fa.extrapolate_scale must be >= 0, got -0.5"),
-    ({"mixup_alpha": 0.0}, "fa.mixup_alpha must be > 0, got 0.0"),
+    ({"mask": {"ratio": 1.0}}, "fa.mask.ratio must be in [0, 1), got 1.0"),
+    ({"mask": {"ratio": float("nan")}}, "fa.mask.ratio must be in [0, 1), got nan"),
+    ({"cutmix": {"ratio": -0.1}}, "fa.cutmix.ratio must be in [0, 1), got -0.1"),
+    ({"noise": {"sigma": -1.0}}, "fa.noise.sigma must be >= 0, got -1.0"),
+    ({"extrapolate": {"scale": -0.5}}, "fa.extrapolate.scale must be >= 0, got -0.5"),
+    ({"mixup": {"alpha": 0.0}}, "fa.mixup.alpha must be > 0, got 0.0"),
     ({"strength": 1.5}, "fa.strength must be in [0, 1], got 1.5"),
     ({"strength_start": -0.1}, "fa.strength_start must be in [0, 1], got -0.1"),
-    ({"min_fill": 0, "top_k": 0}, "fa: 1 <= top_k (0) <= min_fill (0) must hold"),
-    ({"top_k": 5, "min_fill": 4}, "fa: 1 <= top_k (5) <= min_fill (4) must hold"),
+    ({"min_fill": 0, "nn": {"top_k": 0}}, "fa: 1 <= top_k (0) <= min_fill (0) must hold"),
+    ({"nn": {"top_k": 5}, "min_fill": 4}, "fa: 1 <= top_k (5) <= min_fill (4) must hold"),
     ({"min_fill": 9, "queue_size": 8}, "fa: 1 <= min_fill (9) <= queue_size (8) must hold"),
     ({"method": "mixup", "partner": "queue", "min_fill": 0}, "fa: 1 <= min_fill (0) <= queue_size"),
-    ({"num_features": 3, "top_k": 2}, "nn with num_features=3 takes the N nearest and needs top_k"),
+    ({"num_features": 3, "nn": {"top_k": 2}}, "num_features=3 takes the N nearest and needs top_k"),
     ({"num_features": 2}, "needs top_k >= N, got top_k=1"),
     ({"method": "mask|nn", "num_features": 2}, "needs top_k >= N, got top_k=1"),
     (
-        {"num_features": 2, "top_k": 2, "nn_choice": "consensus"},
-        "nn_choice=consensus makes one feature of the top_k, so num_features must be 1, got 2",
+        {"num_features": 2, "nn": {"top_k": 2, "choice": "consensus"}},
+        "nn.choice=consensus makes one feature of the top_k, so num_features must be 1, got 2",
     ),
 ]
 
@@ -44,27 +45,32 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_fa_refuses_with_the_value_and_the_remedy(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        FAConfig(**options)
+        make_fa(**options)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "mask", "min_fill": 0, "queue_size": 0, "top_k": 0},  # no queue: not looked at
-        {"method": "mixup", "partner": "queue", "min_fill": 1, "top_k": 7, "queue_size": 1},
+        {
+            "method": "mask",
+            "min_fill": 0,
+            "queue_size": 0,
+            "nn": {"top_k": 0},
+        },  # no queue: not looked at
+        {"method": "mixup", "partner": "queue", "min_fill": 1, "nn": {"top_k": 7}, "queue_size": 1},
         {"method": "mask", "num_features": 4},
-        {"top_k": 4, "num_features": 4},
-        {"strength": 0.0, "strength_start": 1.0, "noise_sigma": 0.0, "mask_ratio": 0.0},
+        {"nn": {"top_k": 4}, "num_features": 4},
+        {"strength": 0.0, "strength_start": 1.0, "noise": {"sigma": 0.0}, "mask": {"ratio": 0.0}},
     ],
 )
 def test_fa_takes_what_makes_sense(options):
-    FAConfig(**options)
+    make_fa(**options)
 
 
 @pytest.mark.parametrize(
     ("method", "chains"),
     [
-        ("none", (("none",),)),
+        ("none", ()),
         (" nn ", (("nn",),)),
         ("nn+noise", (("nn", "noise"),)),
         ("mask|mixup", (("mask",), ("mixup",))),
@@ -73,7 +79,9 @@ def test_fa_takes_what_makes_sense(options):
     ],
 )
 def test_plus_binds_closer_than_bar(method, chains):
-    assert FAConfig(method=method).chains() == chains
+    fa = FAConfig(method=method)
+    expected = tuple(tuple(getattr(fa, name) for name in chain) for chain in chains)
+    assert fa.chains() == expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from common.errors import UserError
 from pretrain.config import FAConfig, refuse_without_gradient, resolve
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import Byol
-from tests.pretrain.conftest import make_objective
+from tests.pretrain.conftest import make_fa, make_objective
 from tests.pretrain.model.references import enter, step
 
 OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
@@ -39,7 +39,7 @@ def starved_parts(make_model, make_views, objective: Objective, fa: FAConfig):
 
 
 def fa_of(**options) -> FAConfig:
-    return FAConfig(**{"queue_size": ENTRIES, "min_fill": 8, "top_k": 1} | options)
+    return make_fa(**{"queue_size": ENTRIES, "min_fill": 8} | options)
 
 
 @pytest.mark.parametrize(("architecture", "side"), PLACES)
@@ -86,8 +86,8 @@ def test_the_targets_own_stop_counts(
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "nn", "top_k": 8, "num_features": 4},
-        {"method": "nn", "top_k": 5, "nn_choice": "consensus", "nn_distance": "truncated"},
+        {"method": "nn", "nn": {"top_k": 8}, "num_features": 4},
+        {"method": "nn", "nn": {"top_k": 5, "choice": "consensus", "distance": "truncated"}},
         {"method": "nn+noise", "queue_dtype": "fp16", "strength_start": 0.0},
         {"method": "mask|mixup", "partner": "view", "num_features": 4},
         {"method": "extrapolate", "partner": "queue", "num_features": 3, "feature_loss": "free"},

@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.resnet import Arch
 from pretrain import collectives as dist
-from pretrain.config import FAConfig, HeadConfig, OptimConfig
+from pretrain.config import HeadConfig, OptimConfig
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
-from tests.pretrain.conftest import make_objective
+from tests.pretrain.conftest import make_fa, make_objective
 
 NUM_STEPS, BATCH = 3, 8
 
@@ -28,7 +28,7 @@ def make_model(objective, fa):
         Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         make_objective(objective, num_negatives=20, num_prototypes=6),
-        FAConfig(**({"queue_size": 20, "min_fill": 8} | fa)),
+        make_fa(**({"queue_size": 20, "min_fill": 8} | fa)),
     ).eval()
     if model.ema is not None:  # something for the EMA to do
         with torch.no_grad():

@@ -17,7 +17,7 @@ from tests.pretrain.model.references import enter
 BATCH, ENTRIES = 8, 40
 TOLERANCE = 5e-3  # of a gradient's norm: float32 sums in another order, and ReLUs that they flip
 SMALL = {"num_prototypes": 20, "num_negatives": ENTRIES}
-NN = {"method": "nn", "top_k": 2}
+NN = {"method": "nn", "nn": {"top_k": 2}}
 MIXUP = {"method": "mixup", "partner": "batch"}
 
 CELLS = [

@@ -141,7 +141,7 @@ def test_the_predictor_s_rate_is_constant_within_a_run(build):
 @pytest.mark.parametrize("curve", ["linear", "cosine"])
 def test_strength_rises_within_a_run(build, curve):
     """More noise with every step: the cosine between feature and augmented feature falls."""
-    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise_sigma=1",
+    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
                 "fa.strength_start=0", f"fa.strength_curve={curve}",
                 "optim.base_lr=1e-6")  # fmt: skip
     run.train()
@@ -152,7 +152,7 @@ def test_strength_rises_within_a_run(build, curve):
 
 
 def test_strength_falls_within_a_run(build):
-    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise_sigma=1",
+    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
                 "fa.strength_start=1", "fa.strength=0", "optim.base_lr=1e-6")  # fmt: skip
     run.train()
     cosines = [row["fa_cosine"] for row in rows_of(run)]

@@ -340,7 +340,7 @@ KILLS = [
 def test_killed_and_resumed_equals_uninterrupted(
     start, config_file, shards, tmp_path, overrides, num_workers, where, number
 ):
-    options = [*overrides, "engine.checkpoint_every_steps=4", "fa.top_k=3"]
+    options = [*overrides, "engine.checkpoint_every_steps=4", "fa.nn.top_k=3"]
     options += [f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.knn_every_epochs=1"]
     _, whole, _ = start("whole", *options)
     killed = tmp_path / "killed"
@@ -413,21 +413,21 @@ def test_resume_without_a_checkpoint_starts(start):
 
 def test_resume_with_another_config_shows_the_difference(start):
     start("run", "optim.epochs=1")
-    result = start("run", "optim.epochs=1", "fa.top_k=2", "--resume")
-    assert "fa.top_k: 1 -> 2" in error_of(result, 2)
+    result = start("run", "optim.epochs=1", "fa.nn.top_k=2", "--resume")
+    assert "fa.nn.top_k: 1 -> 2" in error_of(result, 2)
 
 
 def test_resume_with_an_allowed_change_is_told(start):
     start("run", "optim.epochs=1")
     status, folder, err = start(
-        "run", "optim.epochs=1", "fa.top_k=2", "--resume", "--allow-changes"
+        "run", "optim.epochs=1", "fa.nn.top_k=2", "--resume", "--allow-changes"
     )
     assert status == 0, err
-    assert "warning: going on with a changed config: fa.top_k: 1 -> 2" in err
+    assert "warning: going on with a changed config: fa.nn.top_k: 1 -> 2" in err
     events = [
         r["message"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "event"
     ]
-    assert "going on with a changed config: fa.top_k: 1 -> 2" in events
+    assert "going on with a changed config: fa.nn.top_k: 1 -> 2" in events
 
 
 def test_a_damaged_checkpoint_falls_back_and_ends_the_same(start):

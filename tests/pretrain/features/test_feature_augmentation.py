@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import FAConfig
-from pretrain.features import operations as feature_aug
-from pretrain.features.feature_augmentation import AugmentationContext as Context
 from pretrain.features.feature_augmentation import FeatureAugmenter
 from pretrain.features.row_random import RowRandom
+from tests.pretrain.conftest import make_fa
+from tests.pretrain.features.helpers import augment
 
 N, DIM = 40, 16
 PARTNERED = ("mixup", "cutmix", "extrapolate")
@@ -31,7 +30,7 @@ Z, OTHER = features(), features(2)
 def augmenter(method, filled=30, **options):
     """With ``filled`` entries in a queue of 50, which waits for 20."""
     options = {"queue_size": 50, "min_fill": 20} | options
-    made = FeatureAugmenter(FAConfig(method=method, **options), DIM)
+    made = FeatureAugmenter(make_fa(method=method, **options), DIM)
     if made.queue is not None and filled:
         made.queue.put(features(3, filled))
     return made
@@ -39,7 +38,7 @@ def augmenter(method, filled=30, **options):
 
 def run(method, *, z=Z, other=OTHER, seed=0, strength=1.0, rows=slice(0, N), filled=30, **options):
     made = augmenter(method, filled, **options)
-    return made(z[rows], other[rows], Context(random_of(seed, rows), strength))
+    return made(z[rows], other[rows], random_of(seed, rows), strength)
 
 
 def nearest_entries(made, z, k):
@@ -79,12 +78,6 @@ def test_gradient_stops_at_what_a_takes_or_passes(method, partner):
     assert (other.grad is not None) == reads_view
 
 
-def test_nn_of_all_n_features_passes_the_gradient_n_times():
-    z = Z.clone().requires_grad_()
-    run("nn", z=z, top_k=3, num_features=3, stop_gradient=False).sum().backward()
-    equal(z.grad, torch.full_like(Z, 3.0), atol=0)
-
-
 # --- methods and their options
 
 
@@ -92,80 +85,30 @@ def partner_of_the_batch(random):
     return Z.roll(-random.shift(), dims=0)
 
 
-METHODS = {  # the method, its options, and the same by the functions of feature_aug
-    "mask": ("mask", {"mask_ratio": 0.6}, lambda r: feature_aug.mask(Z, r, ratio=0.6)),
-    "noise": ("noise", {"noise_sigma": 0.7}, lambda r: feature_aug.noise(Z, r, sigma=0.7)),
-    "mixup": (
-        "mixup",
-        {"mixup_alpha": 0.4},
-        lambda r: feature_aug.mixup(Z, partner_of_the_batch(r), r, alpha=0.4),
-    ),
-    "cutmix": (
-        "cutmix",
-        {"cutmix_ratio": 0.6},
-        lambda r: feature_aug.cutmix(Z, partner_of_the_batch(r), r, ratio=0.6),
-    ),
-    "extrapolate": (
-        "extrapolate",
-        {"extrapolate_scale": 1.5},
-        lambda r: feature_aug.extrapolate(
-            Z, partner_of_the_batch(r), r, scale=1.5, per_dimension=False
-        ),
-    ),
-    "extrapolate each": (
-        "extrapolate",
-        {"extrapolate_per_dimension": True},
-        lambda r: feature_aug.extrapolate(
-            Z, partner_of_the_batch(r), r, scale=0.5, per_dimension=True
-        ),
-    ),
-}
+METHODS = [
+    ("mask", {"ratio": 0.6}),
+    ("noise", {"sigma": 0.7}),
+    ("mixup", {"alpha": 0.4}),
+    ("cutmix", {"ratio": 0.6}),
+    ("extrapolate", {"scale": 1.5}),
+    ("extrapolate", {"per_dimension": True}),
+]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_options_reach_their_method(name):
-    method, options, definition = METHODS[name]
-    out = run(method, seed=5, **options)
-    equal(out[0], definition(random_of(5)), atol=1e-12)
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_options_reach_their_method(method, options):
+    out = run(method, seed=5, **{method: options})
+    random = random_of(5)
+    partner = partner_of_the_batch(random) if method in PARTNERED else None
+    equal(out[0], augment(method, Z, random, partner, **options), atol=1e-12)
     assert not torch.allclose(out, run(method, seed=5)), "and they change something"
-
-
-@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"nn_choice": "consensus", "top_k": 4}])
-def test_nn_finds_the_nearest_entries(options):
-    made = augmenter("nn", **options)
-    out = made(Z, OTHER, Context(random_of(4), 1.0))[0]
-    nearest = nearest_entries(made, Z, options.get("top_k", 1))
-    choice = options.get("nn_choice", "random")
-    equal(out, feature_aug.neighbour(Z, nearest, random_of(4), choice=choice))
-    if choice == "random":
-        assert bool((out[:, None] - nearest).abs().amax(dim=2).lt(1e-6).any(dim=1).all())
-
-
-@pytest.mark.parametrize(("distance", "found"), [("cosine", 0), ("truncated", 1)])
-def test_nn_distance_is_handed_on(distance, found):
-    """The first dimension of z is wild: by cosine it decides alone, truncated it counts little."""
-    z, wild, calm = (torch.ones(1, DIM) for _ in range(3))
-    z[0, 0] = wild[0, 0] = 8.0
-    wild[0, 1:13] = -1.0  # twelve others disagree
-    made = augmenter("nn", filled=0, min_fill=2, nn_distance=distance)
-    made.queue.put(torch.cat([wild, calm]))
-    out = made(z, z, Context(random_of(), 1.0))[0]
-    equal(out, feature_aug.keep_norm((wild, calm)[found], z), atol=1e-5)
-    assert made.nearest_indices(z, 2)[0, 0] == found
-
-
-def test_nn_never_takes_an_empty_slot():
-    made = augmenter("nn", filled=0, min_fill=3)
-    made.queue.put(-torch.ones(3, DIM))  # worse than the zeros of empty slots
-    z = torch.ones(2, DIM)
-    equal(made(z, z, Context(random_of(), 1.0))[0], -z)
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_queue_dtype_is_what_entries_are_stored_in(name):
     made = augmenter("nn", queue_dtype=name)
     assert made.queue.features.dtype == {"fp32": torch.float32, "fp16": torch.float16}[name]
-    out = made(Z, OTHER, Context(random_of(), 1.0))[0]
+    out = made(Z, OTHER, random_of(), 1.0)[0]
     assert out.dtype == Z.dtype
     torch.testing.assert_close(out.norm(dim=1), Z.norm(dim=1), rtol=1e-6, atol=0)
     equal(out, run("nn")[0], atol=1e-6 if name == "fp32" else 2**-11 * float(Z.norm(dim=1).max()))
@@ -182,14 +125,8 @@ def test_queue_size_is_what_the_queue_holds():
 
 def partners_read_off(method, made_partner, out):
     """Check that every row is the method's own with these partners; the draws come after them."""
-    function = {
-        "mixup": lambda r: feature_aug.mixup(Z, made_partner(r), r, alpha=1.0),
-        "cutmix": lambda r: feature_aug.cutmix(Z, made_partner(r), r, ratio=0.2),
-        "extrapolate": lambda r: feature_aug.extrapolate(
-            Z, made_partner(r), r, scale=0.5, per_dimension=False
-        ),
-    }[method]
-    equal(out[0], function(random_of(6)))
+    random = random_of(6)
+    equal(out[0], augment(method, Z, random, made_partner(random)))
 
 
 @pytest.mark.parametrize("method", PARTNERED)
@@ -213,7 +150,7 @@ def test_partner_queue_is_any_entry_as_long_as_the_row(method):
         entry = bank[random.integers(30)]
         return entry / entry.norm(dim=1, keepdim=True) * Z.norm(dim=1, keepdim=True)
 
-    partners_read_off(method, partner, made(Z, OTHER, Context(random_of(6), 1.0)))
+    partners_read_off(method, partner, made(Z, OTHER, random_of(6), 1.0))
 
 
 @pytest.mark.parametrize("rows", [slice(0, 15), slice(15, N)])
@@ -223,8 +160,8 @@ def test_partner_queue_is_any_entry_as_long_as_the_row(method):
         ("mask", {}),
         ("noise", {"num_features": 2}),
         ("mixup", {"partner": "view"}),
-        ("extrapolate", {"partner": "queue", "extrapolate_per_dimension": True}),
-        ("nn+cutmix|mask+noise", {"partner": "view", "top_k": 5}),
+        ("extrapolate", {"partner": "queue", "extrapolate": {"per_dimension": True}}),
+        ("nn+cutmix|mask+noise", {"partner": "view", "nn": {"top_k": 5}}),
     ],
 )
 def test_parts_get_the_rows_of_the_whole(method, options, rows):
@@ -242,10 +179,10 @@ def test_a_part_of_the_batch_has_no_partners_of_the_batch():
 @pytest.mark.parametrize("links", [("nn", "noise"), ("mask", "nn"), ("noise", "mixup", "mask")])
 def test_a_chain_is_one_link_after_another(links):
     """Each link sees the last one's features, and goes on drawing where that stopped."""
-    out = run("+".join(links), seed=8, top_k=3)
+    out = run("+".join(links), seed=8, nn={"top_k": 3})
     random, x = random_of(8), Z
     for link in links:
-        x = augmenter(link, top_k=3)(x, OTHER, Context(random, 1.0))[0]
+        x = augmenter(link, nn={"top_k": 3})(x, OTHER, random, 1.0)[0]
     equal(out[0], x, atol=1e-12)
 
 
@@ -254,20 +191,14 @@ def test_alternatives_are_chosen_by_row_equally_often():
     for seed in range(50):
         out = run("mask|mixup", seed=seed)[0]
         random = random_of(seed)
-        first = feature_aug.mask(Z, random, ratio=0.2)
-        second = feature_aug.mixup(Z, partner_of_the_batch(random), random, alpha=1.0)
+        first = augment("mask", Z, random, ratio=0.2)
+        second = augment("mixup", Z, random, partner_of_the_batch(random))
         is_first, is_second = (out == first).all(dim=1), (out == second).all(dim=1)
         assert bool((is_first ^ is_second).all())
         took_first.append(is_first)
     share = torch.stack(took_first).double()
     assert abs(float(share.mean()) - 0.5) < 4 * 0.5 / math.sqrt(share.numel())
     assert float((share.mean(dim=0) - 0.5).abs().max()) < 0.35, "no row is bound to one"
-
-
-def test_n_features_of_nn_are_the_n_nearest_in_order():
-    made = augmenter("nn", top_k=6, num_features=3)
-    out = made(Z, OTHER, Context(random_of(), 1.0))
-    equal(out, nearest_entries(made, Z, 3).transpose(0, 1))
 
 
 @pytest.mark.parametrize("method", ["mask", "noise", *PARTNERED])
@@ -285,7 +216,7 @@ def test_n_features_of_a_drawing_method_are_n_draws(method):
     ("method", "options", "until_then"),
     [
         ("nn", {}, "identity"),
-        ("nn", {"nn_choice": "consensus", "top_k": 4}, "identity"),
+        ("nn", {"nn": {"choice": "consensus", "top_k": 4}}, "identity"),
         *[(method, {"partner": "queue"}, "identity") for method in PARTNERED],
         ("nn+mask", {}, "mask"),
     ],
@@ -293,10 +224,10 @@ def test_n_features_of_a_drawing_method_are_n_draws(method):
 def test_links_that_read_the_queue_wait_until_it_is_filled(method, options, until_then):
     made = augmenter(method, filled=19, **options)
     assert not made.is_ready()
-    assert torch.equal(made(Z, OTHER, Context(random_of(2), 1.0)), run(until_then, seed=2))
+    assert torch.equal(made(Z, OTHER, random_of(2), 1.0), run(until_then, seed=2))
     made.queue.put(features(4, 1))
     assert made.is_ready()
-    assert not torch.allclose(made(Z, OTHER, Context(random_of(2), 1.0)), run(until_then, seed=2))
+    assert not torch.allclose(made(Z, OTHER, random_of(2), 1.0), run(until_then, seed=2))
 
 
 def test_without_a_queue_a_is_always_ready():
@@ -324,14 +255,12 @@ def test_strength_reaches_every_link(method):
 
 
 @pytest.mark.parametrize(
-    ("strong", "weak"),
+    ("method", "name", "value"),
     [
-        (("mask", {"mask_ratio": 0.3}), ("mask", {"mask_ratio": 0.6})),
-        (("cutmix", {"cutmix_ratio": 0.3}), ("cutmix", {"cutmix_ratio": 0.6})),
-        (("noise", {"noise_sigma": 0.2}), ("noise", {"noise_sigma": 0.4})),
-        (("extrapolate", {"extrapolate_scale": 1.0}), ("extrapolate", {"extrapolate_scale": 2.0})),
+        ("mask", "ratio", 0.3), ("cutmix", "ratio", 0.3), ("noise", "sigma", 0.2),
+        ("extrapolate", "scale", 1.0),
     ],
-)
-def test_half_the_strength_is_half_the_size(strong, weak):
-    (method, options), (_, doubled) = strong, weak
-    equal(run(method, strength=0.5, **doubled), run(method, **options), atol=1e-12)
+)  # fmt: skip
+def test_half_the_strength_is_half_the_size(method, name, value):
+    doubled, plain = ({method: {name: factor * value}} for factor in (2, 1))
+    equal(run(method, strength=0.5, **doubled), run(method, **plain), atol=1e-12)

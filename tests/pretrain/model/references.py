@@ -10,7 +10,6 @@ from functools import partial
 import torch
 
 from common.resnet import Arch
-from pretrain.features.feature_augmentation import AugmentationContext
 from pretrain.features.row_random import RowRandom, fa_generator
 
 TINY = Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
@@ -205,13 +204,13 @@ def loss_of_cell(model, views, formula, seed=0, number=0, stops=None):
     z = projections(model, views)
     t = targets(model, views, z, stops)
     generator = fa_generator(seed, number, views.device)
-    draw = AugmentationContext(RowRandom.whole(generator, views.shape[1]), 1.0)
+    random = RowRandom.whole(generator, views.shape[1])
     total = 0
     for a, b in ((1, 0), (0, 1)):
         view = b if formula in A_TAKES_THE_TARGET else a
 
         def augment(x, view=view):
-            return list(model.augmenter(x, x, draw)) if view in acts_on else [x]
+            return list(model.augmenter(x, x, random, 1.0)) if view in acts_on else [x]
 
         made = FORMULAS[formula](z[a], t[b], model.online.predictor, augment)
         terms = [term(model, o, goal, t[b], b) for o in made[0] for goal in made[1]]

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 
-from pretrain.features.feature_augmentation import AugmentationContext
 from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.diagnostics import mean_cosine
 from tests.pretrain.model.references import (
@@ -31,14 +30,14 @@ from tests.pretrain.model.references import nn as reference_nn
 @pytest.mark.parametrize("objective", ["infonce", "byol"])
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("mask", {"mask_ratio": 0.5}), ("noise", {"noise_sigma": 0.7}), ("mixup", {})],
+    [("mask", {"ratio": 0.5}), ("noise", {"sigma": 0.7}), ("mixup", {})],
 )
 @pytest.mark.parametrize("stop", [True, False])
 def test_drawn_augmentations_equal_their_definition(
     make_model, make_views, objective, method, options, stop
 ):
     """Loss and gradient with A written out; view 1's draws come first, then view 2's."""
-    model = make_model(objective, method=method, stop_gradient=stop, **options)
+    model = make_model(objective, method=method, stop_gradient=stop, **{method: options})
     twin, views = copy.deepcopy(model), make_views()
     loss = step(model, views, seed=3, number=11).loss
     z, p = online(twin, views)
@@ -70,8 +69,8 @@ def test_drawn_augmentations_equal_their_definition(
 
 def test_mixup_alpha_reaches_the_draws(make_model, make_views):
     """Beta(a, a) of a large a gives halves; of a small a, zeros and ones: nothing is mixed in."""
-    halves = make_model(method="mixup", mixup_alpha=1e6)
-    nothing = make_model(method="mixup", mixup_alpha=1e-3)
+    halves = make_model(method="mixup", mixup={"alpha": 1e6})
+    nothing = make_model(method="mixup", mixup={"alpha": 1e-3})
     outputs = [step(model, make_views()) for model in (halves, nothing)]
     assert mean_cosine(outputs[1].original, outputs[1].augmented) > 0.999
     target = outputs[0].original
@@ -166,7 +165,7 @@ def test_free_loss_is_n_times_the_mean(make_model, make_views, objective, method
     losses = {}
     for feature_loss in ("mean", "free"):
         model = make_model(
-            objective, method=method, num_features=3, top_k=3, feature_loss=feature_loss
+            objective, method=method, num_features=3, nn={"top_k": 3}, feature_loss=feature_loss
         )
         if method == "nn":
             model.queue.put(bank)
@@ -176,7 +175,7 @@ def test_free_loss_is_n_times_the_mean(make_model, make_views, objective, method
 
 @pytest.mark.parity
 def test_n_neighbours_equal_n_terms_of_the_n_nearest(make_model, make_views, bank):
-    model = make_model(method="nn", num_features=3, top_k=3, feature_loss="free")
+    model = make_model(method="nn", num_features=3, nn={"top_k": 3}, feature_loss="free")
     model.queue.put(bank)
     twin, views = copy.deepcopy(model), make_views()
     z, p = online(twin, views)
@@ -191,10 +190,10 @@ def test_n_neighbours_equal_n_terms_of_the_n_nearest(make_model, make_views, ban
 
 @pytest.mark.parametrize("method", ["mask", "noise", "mixup"])
 def test_n_features_are_drawn_apart(make_model, make_views, method):
-    model = make_model(method=method, num_features=4, mixup_alpha=0.5)
+    model = make_model(method=method, num_features=4, mixup={"alpha": 0.5})
     z = model.online(make_views(), lambda z: z)
     generator = fa_generator(0, 0, torch.device("cpu"))
-    augmented = model.augmenter(z[0], z[1], AugmentationContext(RowRandom.whole(generator, 8), 1.0))
+    augmented = model.augmenter(z[0], z[1], RowRandom.whole(generator, 8), 1.0)
     assert augmented.shape == (4, 8, 12)
     for a in range(4):
         for b in range(a):
@@ -266,7 +265,7 @@ def test_identity_until_min_fill_entries_are_there(make_model, make_views):
 
 @pytest.mark.parametrize("feature_loss", ["mean", "free"])
 def test_identity_before_min_fill_has_n_equal_terms(make_model, make_views, feature_loss):
-    options = {"method": "nn", "num_features": 3, "top_k": 3, "min_fill": 16}
+    options = {"method": "nn", "num_features": 3, "nn": {"top_k": 3}, "min_fill": 16}
     model = make_model(feature_loss=feature_loss, **options)
     plain = make_model(method="identity")
     factor = 3 if feature_loss == "free" else 1
@@ -337,7 +336,7 @@ def test_step_is_a_pure_function_of_seed_and_number(
     views = make_views()
 
     def run(seed, number):
-        model = make_model(objective, method=method, top_k=3, mixup_alpha=0.5)
+        model = make_model(objective, method=method, nn={"top_k": 3}, mixup={"alpha": 0.5})
         if method == "nn":
             model.queue.put(bank)
         torch.manual_seed(seed * 77 + number)  # must not matter
@@ -365,7 +364,7 @@ def test_fa_generator_depends_on_seed_and_step_and_nothing_else():
 
 def test_output_shows_view_2_detached(make_model, make_views):
     """Of view 1 predicting view 2: t_2, what A took and made of it, q(z_1)."""
-    model, views = make_model(method="noise", noise_sigma=0.5), make_views()
+    model, views = make_model(method="noise", noise={"sigma": 0.5}), make_views()
     with torch.no_grad():
         z, p = online(copy.deepcopy(model), views)
     output = step(model, views)

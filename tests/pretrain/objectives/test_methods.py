@@ -139,7 +139,7 @@ def test_every_cell_equals_its_formula(make, make_views, objective, formula, met
     if stop and has_no_gradient_at_all(objective, formula):
         stop = False  # refused before any work; see test_cell_check.py
     model = make(
-        objective, method=method, stop_gradient=stop, mask_ratio=0.5, noise_sigma=0.7,
+        objective, method=method, stop_gradient=stop, mask={"ratio": 0.5}, noise={"sigma": 0.7},
         **options_of(formula),
     )  # fmt: skip
     twin, views = copy.deepcopy(model), make_views()

@@ -1,0 +1,1 @@
+"""Methods of feature augmentation, a module for each."""
