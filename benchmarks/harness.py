@@ -28,7 +28,6 @@ from common.errors import UserError, require, run_command
 from common.files import write_json
 from common.pictures import BadPicture, decode
 from common.provenance import versions
-from common.resnet import Arch
 from pretrain.config import HeadConfig
 from pretrain.data.loader import ViewDataset
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
@@ -36,6 +35,7 @@ from pretrain.data.pack.writer import write_shards
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.engine.device import choose_device
+from pretrain.model.backbones.resnet import ResNetBackbone
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 _SPECTRUM = ((4, 45), (8, 35), (16, 25), (32, 18), (64, 12), (128, 9), (250, 6))
@@ -214,10 +214,15 @@ class Sizes:
     dim: int = 256
     hidden_dim: int = 4096
 
-    def arch(self) -> Arch:
+    def arch(self) -> ResNetBackbone:
         """The ResNet."""
         last = 4 * self.width if self.depth == 50 else self.width
-        return Arch(self.depth, self.width, self.width, last)  # type: ignore[arg-type]
+        return ResNetBackbone(
+            depth=self.depth,
+            width_per_group=self.width,
+            stem_channels=self.width,
+            res2_channels=last,
+        )
 
     def heads(self) -> HeadConfig:
         """Projector and predictor."""

@@ -57,11 +57,17 @@ NAMED = {
 
 
 def read_arch(value: Any) -> Arch:
-    """Check the `arch` of a checkpoint or a card.
+    """Check the `arch` of a checkpoint or a card; without a name it is a ResNet's.
 
     Raises:
-        UserError: If it is not four whole numbers, or of no known depth.
+        UserError: If it is another backbone's, not four whole numbers, or of no known depth.
     """
+    if isinstance(value, Mapping) and "name" in value:
+        if value["name"] != "resnet":
+            raise UserError(
+                f"arch.name is {value['name']!r}: only a ResNet's checkpoint can be read here"
+            )
+        value = {key: number for key, number in value.items() if key != "name"}
     fields = Arch.__dataclass_fields__
     if not isinstance(value, Mapping) or set(value) != set(fields):
         raise UserError(f"arch {value!r}: expected the keys {', '.join(fields)}")

@@ -14,7 +14,6 @@ from typing import Literal
 from common.config import read_settings
 from common.errors import UserError, at_least, positive, require, within_0_and_1
 from common.registry import with_sections
-from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.data.order import LastBatch
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.sources.cache import CacheOptions
@@ -24,6 +23,8 @@ from pretrain.features.augmentations.base import (
     NeighbourAugmentation,
     PartnerAugmentation,
 )
+from pretrain.model.backbones.base import Backbone
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import Byol
 
@@ -127,7 +128,7 @@ class FAConfig:
 class InitConfig:
     """How weights start."""
 
-    residual_gamma: float = 1.0  # last BN weight of each residual block; see models/backbone.py
+    residual_gamma: float = 1.0  # last BN weight of each residual block; see model/resnet.py
 
     def __post_init__(self) -> None:
         at_least(self, "init", residual_gamma=0)
@@ -325,7 +326,7 @@ class PretrainConfig:
 
     out: str | None = None
     seed: int = 0
-    arch: Arch = field(default_factory=Arch)
+    arch: Backbone = field(default_factory=ResNetBackbone)
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
@@ -338,7 +339,6 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _check_arch(self.arch)
         require(
             self.engine.fused_optimizer is not True or self.optim.name != "lars",
             "engine.fused_optimizer=true: optim.name=lars has no fused kernel, it is computed in "
@@ -444,27 +444,3 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist; see configs/pretrain/ for examples")
     return read_settings(PretrainConfig, Path(path), overrides)
-
-
-def _check_arch(arch: Arch) -> None:
-    """Refuse widths that torchvision's blocks, of which the backbone is built, cannot have."""
-    depths = ", ".join(map(str, BLOCKS_PER_STAGE))
-    require(arch.depth in BLOCKS_PER_STAGE, f"arch.depth {arch.depth}: give {depths}")
-    positive(arch, "arch", "width_per_group", "stem_channels", "res2_channels")
-    if not arch.is_bottleneck:
-        require(
-            arch.res2_channels == arch.width_per_group,
-            f"arch: depth {arch.depth} has basic blocks, so res2_channels must equal "
-            f"width_per_group ({arch.width_per_group}), got {arch.res2_channels}",
-        )
-        return
-    require(
-        arch.res2_channels % 4 == 0,
-        f"arch.res2_channels must be a multiple of 4 at depth {arch.depth}, "
-        f"got {arch.res2_channels}",
-    )
-    require(
-        256 * arch.width_per_group % arch.res2_channels == 0,
-        f"arch: 256 * width_per_group ({arch.width_per_group}) must be a multiple of "
-        f"res2_channels ({arch.res2_channels}) for depth {arch.depth}, e.g. 64 and 256, 16 and 64",
-    )

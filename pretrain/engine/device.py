@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
-from pretrain.model.backbone import ResNet
 from pretrain.model.joint_embedding import FAContrastive, OnlineNetwork
 
 
@@ -36,7 +35,12 @@ def prepare(model: FAContrastive, config: EngineConfig, device: torch.device) ->
         model.online = cast(OnlineNetwork, convert(model.online))
         if model.ema is not None:
             model.ema = cast(OnlineNetwork, convert(model.ema))
-    model.online.backbone.checkpoints_stages = config.activation_checkpointing
+    if config.activation_checkpointing:
+        require(
+            hasattr(model.online.backbone, "checkpoints_stages"),
+            "engine.activation_checkpointing=true: this backbone has no stages; use false",
+        )
+        model.online.backbone.checkpoints_stages = True  # type: ignore[assignment]
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -46,7 +50,7 @@ def prepare(model: FAContrastive, config: EngineConfig, device: torch.device) ->
                 _compile(network.backbone)
 
 
-def _compile(backbone: ResNet) -> None:
+def _compile(backbone: nn.Module) -> None:
     """Compile the forward pass in training; that of an evaluation stays as it is.
 
     The module itself is not wrapped: names of weights, hooks and DDP know nothing of it.

@@ -6,7 +6,7 @@ backbone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -19,7 +19,6 @@ from pretrain.config import EvalConfig
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.shards import Samples
 from pretrain.engine.trainer import Callback, StepResult
-from pretrain.model.backbone import ResNet
 
 
 class OnlineProbe(Callback):
@@ -38,14 +37,15 @@ class OnlineProbe(Callback):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: nn.Module,
         num_classes: int,
         lr: float,
         device: torch.device,
         classes: list[str] | None = None,
     ) -> None:
         self.classes, self._lr = classes, lr
-        linear = nn.Linear(backbone.output_dim, num_classes, device="meta")  # draws nothing there
+        dim = cast(int, backbone.output_dim)
+        linear = nn.Linear(dim, num_classes, device="meta")  # draws nothing there
         self.classifier = linear.to_empty(device=device)
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
@@ -56,7 +56,7 @@ class OnlineProbe(Callback):
 
     @classmethod
     def open(
-        cls, config: EvalConfig, samples: Samples | None, backbone: ResNet, device: torch.device
+        cls, config: EvalConfig, samples: Samples | None, backbone: nn.Module, device: torch.device
     ) -> OnlineProbe | None:
         """The probe of the config, or None where it is off.
 

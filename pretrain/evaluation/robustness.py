@@ -21,6 +21,7 @@ from pretrain.data.shards import Samples
 from pretrain.evaluation.probe import normalise
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.model.adversarial import perturb
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import OnlineNetwork
 
 BATCH_SIZE = 64  # pictures looked at together
@@ -110,7 +111,8 @@ def online_network(state: dict[str, Any]) -> OnlineNetwork:
     weights = state["model"]
     try:
         heads = HeadConfig(**state["config"]["heads"])
-        network = OnlineNetwork(read_arch(state["arch"]), heads, 1.0, has_predictor=False)
+        backbone = ResNetBackbone(**vars(read_arch(state["arch"])))
+        network = OnlineNetwork(backbone, heads, 1.0, has_predictor=False)
         parts = ("backbone.", "projector.")
         network.load_state_dict({k: v for k, v in weights.items() if k.startswith(parts)})
     except (KeyError, TypeError, RuntimeError) as error:

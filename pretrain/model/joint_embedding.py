@@ -12,19 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import FAConfig, HeadConfig, resolve
 from pretrain.features.feature_augmentation import FeatureAugmenter
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.features.row_random import RowRandom
-from pretrain.model.backbone import ResNet
+from pretrain.model.backbones.base import Backbone
 from pretrain.model.heads import mlp
 from pretrain.objectives.base import Objective, Pair
 
@@ -39,12 +39,12 @@ class OnlineNetwork(nn.Module):
     """
 
     def __init__(
-        self, arch: Arch, heads: HeadConfig, residual_gamma: float, *, has_predictor: bool
+        self, arch: Backbone, heads: HeadConfig, residual_gamma: float, *, has_predictor: bool
     ) -> None:
         super().__init__()
-        self.backbone = ResNet(arch, residual_gamma)
+        self.backbone = arch.build(residual_gamma)
         self.projector = mlp(
-            self.backbone.output_dim,
+            cast(int, self.backbone.output_dim),
             heads.projector_hidden_dim,
             heads.output_dim,
             num_layers=heads.projector_layers,
@@ -117,7 +117,7 @@ class FAContrastive(nn.Module):
 
     Args:
         arch, heads, objective, fa: Their slices of the config.
-        residual_gamma: See ``ResNet``.
+        residual_gamma: See ``Backbone.build``.
 
     Attributes:
         online: What is trained.
@@ -130,7 +130,7 @@ class FAContrastive(nn.Module):
 
     def __init__(
         self,
-        arch: Arch,
+        arch: Backbone,
         heads: HeadConfig,
         objective: Objective,
         fa: FAConfig,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.model.backbone import Arch, ResNet
+from common.resnet import Arch
+from pretrain.model.resnet import ResNet
 from tests.golden.gate import check
 from tests.golden.tiny_data import labelled_shards
 from tests.golden.training import fill_weights

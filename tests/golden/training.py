@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.config import read_settings
-from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import (
     AdversarialConfig,
@@ -30,14 +29,15 @@ from pretrain.config import (
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.optim import lr_factor, make_optimizer, peak_lr, set_lr
 from pretrain.features.row_random import fa_generator
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
 from tests.golden.gate import digest
 
 NUM_STEPS, NUM_STEPS_OF_RANKS, BATCH, SEED = 20, 10, 16, 11
 GAMMA = 0.2  # of residual blocks: rounding grows less from step to step
-THIN_R50 = Arch(depth=50, width_per_group=4, stem_channels=4, res2_channels=16)
-THIN_R18 = Arch(depth=18, width_per_group=4, stem_channels=4, res2_channels=4)
+THIN_R50 = ResNetBackbone(depth=50, width_per_group=4, stem_channels=4, res2_channels=16)
+THIN_R18 = ResNetBackbone(depth=18, width_per_group=4, stem_channels=4, res2_channels=4)
 SMALL_HEADS = {"projector_hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 12}
 SMALL_QUEUES = {"num_negatives": 72, "num_prototypes": 10}
 
@@ -50,7 +50,7 @@ class Cell:
     fa: dict[str, Any]
     optim: dict[str, Any]
     heads: dict[str, Any] = field(default_factory=dict)
-    arch: Arch = THIN_R18
+    arch: ResNetBackbone = THIN_R18
     adversarial: dict[str, Any] = field(default_factory=dict)
 
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.resnet import Arch
 from pretrain.config import FAConfig, HeadConfig
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.features.augmentations.base import FeatureAugmentation
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
 
-THIN = Arch(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
+THIN = ResNetBackbone(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)
 
 

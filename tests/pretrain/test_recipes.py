@@ -8,6 +8,7 @@ import torch
 
 from common.files import read_json_lines
 from pretrain.config import PretrainConfig, load_config
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.objectives.moco import MoCo
 from pretrain.run import make_trainer
 
@@ -19,7 +20,8 @@ BATCH, SHARDS_HOLD = 16, 40
 def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
     """The recipe at toy size: the same keys, one epoch of two steps."""
     optim, heads, width = config.optim, config.heads, 4
-    is_bottleneck = config.arch.depth == 50
+    assert isinstance(config.arch, ResNetBackbone)
+    is_bottleneck = config.arch.is_bottleneck
     num_parts = config.data.batch_size // (optim.micro_batch_size or config.data.batch_size)
     return replace(
         config,

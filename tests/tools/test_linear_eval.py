@@ -18,7 +18,7 @@ from pipeline.report.charts import linear_chart
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from pretrain.engine import checkpoint
-from pretrain.model.backbone import ResNet
+from pretrain.model.resnet import ResNet
 from tools import linear_eval as tool
 
 ROOT = Path(__file__).parents[2]

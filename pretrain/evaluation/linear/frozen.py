@@ -18,7 +18,7 @@ from common.resnet import NAMED
 from pretrain.engine.device import uses_bf16
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.probe import normalise
-from pretrain.model.backbone import ResNet
+from pretrain.model.resnet import ResNet
 
 RANDOM = "random:"
 Branch = Literal["online", "ema"]

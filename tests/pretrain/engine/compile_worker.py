@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import (
     EngineConfig,
@@ -24,6 +23,7 @@ from pretrain.engine import device as speed
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.byol import Byol
 
@@ -34,7 +34,7 @@ def gradients_of(micro_batch_size, is_compiled):
     """All gradients of the second step from the same weights, in one row; the loss."""
     torch.manual_seed(0)
     model = FAContrastive(
-        Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
+        ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         Byol(),
         FAConfig(method="none"),

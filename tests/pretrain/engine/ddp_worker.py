@@ -10,12 +10,12 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.resnet import Arch
 from pretrain import collectives as dist
 from pretrain.config import HeadConfig, OptimConfig
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.row_random import fa_generator
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.conftest import make_fa, make_objective
 
@@ -25,7 +25,7 @@ NUM_STEPS, BATCH = 3, 8
 def make_model(objective, fa):
     torch.manual_seed(0)
     model = FAContrastive(
-        Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
+        ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         make_objective(objective, num_negatives=20, num_prototypes=6),
         make_fa(**({"queue_size": 20, "min_fill": 8} | fa)),

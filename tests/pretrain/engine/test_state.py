@@ -106,7 +106,8 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
     assert set(loaded) == {*checkpoint.FIELDS, "checksum"}
     assert loaded["step"] == loaded["position"]["step"] == 1
     assert loaded["arch"] == {
-        "depth": 50, "width_per_group": 64, "stem_channels": 64, "res2_channels": 256,
+        "name": "resnet", "depth": 50, "width_per_group": 64, "stem_channels": 64,
+        "res2_channels": 256,
     }  # fmt: skip
     assert loaded["preprocessing"]["order"] == "RGB"
     assert loaded["preprocessing"]["mean"] == [0.485, 0.456, 0.406]

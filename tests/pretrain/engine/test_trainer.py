@@ -114,7 +114,7 @@ def test_files_of_a_run(start, shards):
     assert again.optim.epochs == 2
     state = weights(folder)
     assert state["step"] == 10
-    assert state["arch"] == BASE["arch"]
+    assert state["arch"] == {"name": "resnet"} | BASE["arch"]
     assert "pretrain: 100%" in err
     assert "loss=" in err
 
@@ -751,7 +751,7 @@ def test_print_config_shows_values_after_overrides(config_file, capsys):
     assert main([str(config_file), "seed=7", "--print-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["seed"] == 7
-    assert shown["arch"] == BASE["arch"]
+    assert shown["arch"] == {"name": "resnet"} | BASE["arch"]
 
 
 def test_every_engine_error_is_a_user_error_or_stops_with_1(start, monkeypatch):

@@ -24,7 +24,7 @@ from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.features import BLOCK_ROWS, extract
 from pretrain.evaluation.linear.frozen import FrozenBackbone
 from pretrain.evaluation.probe import extract_features, normalise
-from pretrain.model.backbone import ResNet
+from pretrain.model.resnet import ResNet
 
 CPU = torch.device("cpu")
 TINY = Arch(18, 8, 8, 8)

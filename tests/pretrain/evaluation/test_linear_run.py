@@ -28,7 +28,7 @@ from pretrain.evaluation.linear.frozen import FrozenBackbone
 from pretrain.evaluation.linear.heads import LinearHeads
 from pretrain.evaluation.linear.run import Evaluation, table
 from pretrain.evaluation.probe import extract_features
-from pretrain.model.backbone import ResNet
+from pretrain.model.resnet import ResNet
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from common.resnet import Arch
 from pretrain.features.row_random import RowRandom, fa_generator
+from pretrain.model.backbones.resnet import ResNetBackbone
 
-TINY = Arch(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
+TINY = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
 
 
 def draw(*shape, seed=0):

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from common.resnet import Arch
-from pretrain.model.backbone import ResNet
+from pretrain.model.resnet import ResNet
 
 FULL_WIDTH = {
     18: Arch(18, 64, 64, 64),

@@ -1,0 +1,1 @@
+"""Backbones, a module for each."""

@@ -1,0 +1,36 @@
+"""What a backbone is: settings that build a network.
+
+Each one is a module of this package with one subclass of ``Backbone``, whose fields are the
+config's section ``arch``. These modules import no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from common.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Settings of a network from pictures to features."""
+
+    registry: ClassVar[Registry[Backbone]]
+
+    name: str = ""
+
+    def build(self, residual_gamma: float = 1.0) -> nn.Module:
+        """A fresh network: [n, 3, h, w] -> [n, d], with d as its attribute ``output_dim``.
+
+        Args:
+            residual_gamma: Initial weight of the last BN of each residual block, where there are
+                any.
+        """
+        raise NotImplementedError
+
+
+Backbone.registry = Registry("pretrain.model.backbones", Backbone)
