@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from common.lazy import distributed, torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from common.lazy import Tensor, distributed, torch
 
 
 def is_on() -> bool:

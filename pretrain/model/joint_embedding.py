@@ -198,14 +198,14 @@ class FAContrastive(nn.Module):
                     augmented = self.augmenter(taken[view], taken[1 - view], random, strength)
                 else:
                     augmented = taken[view].unsqueeze(0)
-            # The figure of the paper: p is q(z) in post and parallel.
-            if architecture == "basic":
+            # The figure of the paper. `augmented` is A(taken); p is q(z) in post and parallel.
+            if architecture == "basic":  # L( z_a , A(t_b) ), or L( A(z_a) , t_b )
                 online, target = (z[a], augmented) if side == "target" else (augmented, t[b])
-            elif architecture == "pre":
+            elif architecture == "pre":  # L( q(A(z_a)) , t_b )
                 online, target = self.online.predict(augmented), t[b]
-            elif architecture == "post":
+            elif architecture == "post":  # L( A(q(z_a)) , t_b )
                 online, target = augmented, t[b]
-            else:
+            else:  # parallel: L( q(z_a) , A(t_b) )
                 online, target = p[a], augmented
             with torch.autocast(z.device.type, enabled=False), record_function("loss"):
                 # N augmented features make N terms: their mean, or their sum (the free loss).

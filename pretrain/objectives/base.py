@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
 
 from common.errors import require, within_0_and_1
+from common.lazy import Tensor, nn
 from common.registry import Registry
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from common.lazy import functional
+from jaxtyping import Float
+
+from common.lazy import Tensor, functional, nn
 from pretrain.objectives.base import EmaObjective, Pair, require_pairs
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
 
 from common.errors import positive
-from common.lazy import functional, torch
+from common.lazy import Tensor, functional, nn, torch
 from pretrain import collectives as dist
 from pretrain.objectives.base import Objective, Pair, require_positives
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

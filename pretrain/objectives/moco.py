@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from jaxtyping import Float
+
 from common.errors import at_least, positive
-from common.lazy import functional, torch
+from common.lazy import Tensor, functional, nn, torch
 from pretrain.objectives.base import EmaObjective, Pair, require_pairs, require_width
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor, nn
-
     from pretrain.features.memory_bank import SupportQueue
 
 

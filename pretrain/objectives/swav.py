@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from jaxtyping import Float
+
 from common.errors import at_least, positive
-from common.lazy import functional, torch
+from common.lazy import Tensor, functional, torch
 from pretrain import collectives as dist
 from pretrain.objectives.base import Objective, Pair, require_pairs, require_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
     from pretrain.objectives._prototypes import Prototypes
 
 

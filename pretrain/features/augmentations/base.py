@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from jaxtyping import Float
+
 from common.errors import require
-from common.lazy import functional
+from common.lazy import Tensor, functional
 from common.registry import Registry
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
     from pretrain.features.row_random import RowRandom
 
 

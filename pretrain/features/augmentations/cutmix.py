@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from jaxtyping import Float
 
 from common.errors import require
-from common.lazy import torch
+from common.lazy import Tensor, torch
 from pretrain.features.augmentations.base import AugmentationContext, PartnerAugmentation, keep_norm
 from pretrain.features.augmentations.mask import kept_dimensions
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from jaxtyping import Float
 
 from common.errors import at_least
+from common.lazy import Tensor
 from pretrain.features.augmentations.base import AugmentationContext, PartnerAugmentation, keep_norm
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

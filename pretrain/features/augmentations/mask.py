@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from jaxtyping import Bool, Float
 
 from common.errors import require
+from common.lazy import Tensor
 from pretrain.features.augmentations.base import AugmentationContext, FeatureAugmentation, keep_norm
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

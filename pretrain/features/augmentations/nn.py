@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from jaxtyping import Float
 
 from common.errors import require
+from common.lazy import Tensor
 from pretrain.features.augmentations.base import (
     AugmentationContext,
     NeighbourAugmentation,
     keep_norm,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

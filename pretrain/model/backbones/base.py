@@ -7,12 +7,10 @@ config's section ``arch``. These modules import no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from common.lazy import nn
 from common.registry import Registry
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
