@@ -238,16 +238,14 @@ class Evaluation:
             config, rates, dim, len(self.sets.classes), batches.num_steps, self.device
         )
         folder.mkdir(exist_ok=True)
-        log, checkpoints = ProgressLog(part), Checkpoints(folder, EngineConfig(keep_checkpoints=0))
-        trainer = Trainer(
-            heads,
-            batches,
-            [*callbacks, log, StopOnSignal(log, checkpoints), checkpoints],
-            num_epochs=config.epochs,
+        engine = EngineConfig(
             log_every_steps=LOG_EVERY_STEPS,
             checkpoint_every_steps=config.checkpoint_every_steps,
-            device=self.device,
+            keep_checkpoints=0,
         )
+        log, checkpoints = ProgressLog(part), Checkpoints(folder, engine)
+        parts = [*callbacks, log, StopOnSignal(log, checkpoints), checkpoints]
+        trainer = Trainer(heads, batches, parts, config.epochs, engine, self.device)
         if (folder / checkpoint.NAME).exists():
             trainer.load_state_dict(checkpoint.read(folder / checkpoint.NAME))
         with self._timed(part):
