@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import starmap
+from itertools import product, starmap
 from pathlib import Path
 
 import cv2
@@ -88,20 +89,18 @@ def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None
         ) from error
     with locked(lock, patience=LOCK_WAIT_SECONDS) as is_mine:
         require(is_mine, f"{out}: another run is writing it; wait for it or give another folder")
-        if _is_finished(card, out, overwrite):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            return False
-        shutil.rmtree(unfinished, ignore_errors=True)
         try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if _is_finished(card, out, overwrite):
+                return False
             fill(unfinished)
+            if out.exists():
+                shutil.rmtree(out)
+            unfinished.rename(out)
         except OSError as error:
             raise RunFailed(
                 f"{out}: writing failed ({error}); free some space, run again"
             ) from error
-        else:
-            if out.exists():
-                shutil.rmtree(out)
-            unfinished.rename(out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return True
@@ -167,22 +166,16 @@ def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrit
             )
         make_folders(root / YEAR_FOLDER)
         (root / "pool").mkdir()
-        for split in ("train", "val"):
-            for name in source.class_names:
-                (root / "probe" / split / name).mkdir(parents=True)
+        for split, name in product(("train", "val"), source.class_names):
+            (root / "probe" / split / name).mkdir(parents=True)
         _render_all(source, root, num_workers)
         splits = {"train": options.num_train, "test": options.num_test}
         for split, count in splits.items():
             names = [_picture_name(split, index) for index in range(count)]
             write_list(root / YEAR_FOLDER, split, names)
-        card.write(
-            root,
-            classes=list(source.class_names),
-            metric_year=METRIC_YEAR,
-            splits=splits,
-            pool=options.num_pool,
-            probe={"train": options.num_probe_train, "val": options.num_probe_val},
-        )
+        probe = {"train": options.num_probe_train, "val": options.num_probe_val}
+        content = {"splits": splits, "pool": options.num_pool, "probe": probe}
+        card.write(root, classes=list(source.class_names), metric_year=METRIC_YEAR, **content)
 
     return make_set(card, out, overwrite, fill)
 
@@ -191,9 +184,8 @@ def bytes_needed(options: SetOptions) -> int:
     """Estimate a set's size in bytes, on the high side."""
     per_pixel = 0.25 + 0.75 * (options.quality / 100) ** 4
     picture = max(_BLOCK, options.short_side * options.long_side * per_pixel)
-    total = sum(options.counts().values())
-    labelled = options.num_train + options.num_test
-    return int(total * (picture + _BLOCK / 2) + labelled * _BLOCK)
+    num_annotations = options.num_train + options.num_test
+    return int(sum(options.counts().values()) * (picture + _BLOCK / 2) + num_annotations * _BLOCK)
 
 
 def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
@@ -207,14 +199,14 @@ def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # ends OpenCV's threads: a forked worker would wait for them for ever
     try:
-        with tqdm(total=sum(counts.values()), unit="img", desc=root.stem) as bar:
-            if num_workers == 1:
-                for num_done in starmap(render, tasks):
-                    bar.update(num_done)
-                return
-            with ProcessPoolExecutor(num_workers, initializer=_end_with_parent) as pool:
-                for num_done in pool.map(render, *zip(*tasks, strict=True)):
-                    bar.update(num_done)
+        with ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=sum(counts.values()), unit="img", desc=root.stem))
+            done = starmap(render, tasks)
+            if num_workers > 1:
+                pool = ProcessPoolExecutor(num_workers, initializer=_end_with_parent)
+                done = stack.enter_context(pool).map(render, *zip(*tasks, strict=True))
+            for num_done in done:
+                bar.update(num_done)
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a worker process was killed (out of memory?): run again, with a smaller --num-workers"
@@ -237,15 +229,15 @@ def _end_with_parent() -> None:
 
 def _render_chunk(source: SceneSource, root: Path, part: str, indices: range) -> int:
     """Make pictures and write each where its part belongs; return how many."""
-    quality = source.options.quality
+    classes, quality = source.class_names, source.options.quality
     for index in indices:
         scene = source.scene(part, index)
         if part in ("train", "test"):
-            write_scene(root, _picture_name(part, index), scene, source.class_names, quality)
+            write_scene(root, _picture_name(part, index), scene, classes, quality)
         elif part == "pool":
             write_jpeg(root / part / f"{index:07d}.jpg", scene.image, quality)
         else:
-            name = source.class_names[source.probe_label(index)]
+            name = classes[source.probe_label(index)]
             write_jpeg(root / part / name / f"{index:06d}.jpg", scene.image, quality)
     return len(indices)
 

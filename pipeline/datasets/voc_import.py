@@ -4,6 +4,7 @@ What comes out is a devkit with a dataset.json, which detection takes without fu
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -39,6 +41,7 @@ OFFICIAL_COUNTS = {
     "VOC2007/test": (4_952, 12_032),
     "VOC2012/trainval": (11_540, 27_450),
 }
+_TEST = "VOC2007/test"
 _PARTS = ("Annotations", "JPEGImages", "ImageSets/Main")
 _YEAR = re.compile(r"VOC\d{4}")
 _LICENCE = (
@@ -85,9 +88,9 @@ class Request:
         """What is not official ends the import, or is a warning with --any-count."""
         if not self.any_count:
             raise UserError(f"{problem}; or give --any-count, and compare with no published figure")
-        _warn(problem)
         _warn(
-            "--any-count was given: results on this set are NOT comparable with published figures"
+            f"{problem}\nWARNING: --any-count was given: results on this set are NOT comparable "
+            "with published figures"
         )
 
 
@@ -113,14 +116,23 @@ def import_voc(request: Request, out: Path, *, overwrite: bool) -> bool:
 
 def _fill(request: Request, card: Card, root: Path) -> None:
     """Make the whole set in a folder of its own."""
-    is_official = request.classes is None
+    # An archive with an official name is the official one.
+    is_official, classes = request.classes is None, request.classes or VOC_CLASSES
     for source in request.sources if is_official else ():
-        problem = _damage(source)
-        if problem is not None:
-            request.accept_or_refuse(problem)
+        expected = OFFICIAL_TARS.get(source.name)
+        if expected is not None and source.is_file():
+            with open(source, "rb") as file:
+                md5 = partial(hashlib.md5, usedforsecurity=False)
+                digest = hashlib.file_digest(file, md5).hexdigest()
+            if digest != expected:
+                request.accept_or_refuse(
+                    f"{source}: is not the official archive of that name (MD5 {digest} instead of "
+                    f"{expected}, {source.stat().st_size} bytes); download it again"
+                )
     for source in request.sources:
-        take = _take_folder if source.is_dir() else _take_tar
-        print(f"{source}: {', '.join(take(source, root))}")
+        folder = source if source.is_dir() else _unpack(source, root / "unpacked")
+        print(f"{source}: {', '.join(_take(folder, root, source))}")
+        shutil.rmtree(root / "unpacked", ignore_errors=True)
 
     # Every list: its annotations, pictures and numbers. The official ones are named as Detectron2
     # does: voc_2007_test.
@@ -191,10 +203,11 @@ def _official_lists(devkit: Path) -> list[str]:
         have = ", ".join(there) or "none of the lists"
         need = "VOC2007/test" if train else "VOC2007/trainval or VOC2012/trainval"
         raise UserError(
-            f"the sources hold {have}, but {need} is needed too; give all of {OFFICIAL_NAMES}, "
-            "or the folders unpacked from them. A set with other lists or classes: --classes. "
-            "VOC2012's own train and val: no import, but tools/train_voc.sh --data FOLDER "
-            "--train-split voc_2012_train --test-split voc_2012_val"
+            f"the sources hold {', '.join(there) or 'none of the lists'}, but {need} is needed "
+            f"too; give all of {OFFICIAL_NAMES}, or the folders unpacked from them. A set with "
+            "other lists or classes: --classes. VOC2012's own train and val: no import, but "
+            "tools/train_voc.sh --data FOLDER --train-split voc_2012_train "
+            "--test-split voc_2012_val"
         )
     return [f"voc_{place[3:].replace('/', '_')}" for place in (*train, "VOC2007/test")]
 
@@ -205,12 +218,8 @@ def _decode(files: Sequence[str], place: str, num_workers: int) -> None:
         results = pool.map(_fault, files, chunksize=64)
         bar = tqdm(results, total=len(files), desc=place, unit=" pictures", disable=None)
         broken = [fault for fault in bar if fault]
-    if broken:
-        raise UserError(
-            "\n".join(broken[:5])
-            + f"\n{len(broken)} of {len(files)} pictures of {place} do not decode; unpack or "
-            "download the set again"
-        )
+    remedy = f"{len(broken)} of {len(files)} pictures of {place} do not decode; "
+    _refuse(broken, remedy + "unpack or download the set again")
 
 
 def _fault(file: str) -> str | None:
@@ -226,55 +235,34 @@ def _fault(file: str) -> str | None:
 # -- sources: the official tars, or folders that hold what they hold ------------------------------
 
 
-def _damage(source: Path) -> str | None:
-    """What is wrong with an archive that has an official name; None if nothing, or no such name."""
-    expected = OFFICIAL_TARS.get(source.name)
-    if expected is None or not source.is_file():
-        return None
-    with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if digest == expected:
-        return None
-    return (
-        f"{source}: is not the official archive of that name (MD5 {digest} instead of "
-        f"{expected}, {source.stat().st_size} bytes); download it again"
-    )
-
-
-def _take_tar(source: Path, devkit: Path) -> list[str]:
+def _unpack(source: Path, folder: Path) -> Path:
     """Unpack the annotations, pictures and lists of a tar, which may be compressed.
 
     Args:
         source: The archive; its VOC folders may lie at any depth.
-        devkit: Files go to devkit/VOC2007/JPEGImages and so on.
-    Returns:
-        Names of the VOC folders in it.
+        folder: Files go to folder/VOC2007/JPEGImages and so on.
     Raises:
-        UserError: If the archive is damaged, unsafe or holds no VOC set, or a file that differs
-            from one of the same name that is there already.
+        UserError: If the archive is damaged, unsafe or holds no VOC set.
     """
-    years: set[str] = set()
-    names: list[str] = []
+
+    def needed(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        parts = PurePosixPath(member.name).parts
+        first = next((i for i, part in enumerate(parts) if _YEAR.fullmatch(part)), len(parts))
+        place = "/".join(parts[first + 1 :])
+        if member.isdir() or not place.startswith(tuple(f"{part}/" for part in _PARTS)):
+            return None
+        if not member.isreg() or ".." in parts:
+            raise UserError(
+                f"{source}: {member.name} is a link or a device, or points outside the archive; "
+                "the official archives hold no such thing: this is none of them"
+            )
+        named = member.replace(name=f"{parts[first]}/{place}", deep=False)
+        return tarfile.data_filter(named, path)
+
     try:
         with tarfile.open(source) as archive:
-            for member in archive:
-                names.append(member.name)
-                place = _place(PurePosixPath(member.name))
-                if place is None or member.isdir():
-                    continue
-                if not member.isreg() or ".." in place.parts:
-                    raise UserError(
-                        f"{source}: {member.name} is a link or a device, or points outside the "
-                        "archive; the official archives hold no such thing: this is none of them"
-                    )
-                years.add(place.parts[0])
-                if (devkit / place).exists():
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    _check_same(devkit / place, file.read(), source)
-                else:
-                    named = member.replace(name=str(place), deep=False)
-                    archive.extract(named, devkit, filter="data")
+            archive.extractall(folder, filter=needed)
+            names = archive.getnames()
     except (tarfile.TarError, EOFError, zlib.error) as error:
         if source.suffix.lower() == ".zip":
             raise UserError(f"{source}: is a zip; unpack it and give the folder") from error
@@ -282,74 +270,59 @@ def _take_tar(source: Path, devkit: Path) -> list[str]:
             f"{source}: cannot be read to its end as a tar ({error}); it is cut short or no tar: "
             "download it again, or give the unpacked folder"
         ) from error
-    if not years:
-        raise UserError(f"{source}: {_why_no_voc(names[:5])}")
-    return sorted(years)
+    if not folder.is_dir():
+        raise UserError(f"{source}: {_why_no_voc(names)}")
+    return folder
 
 
-def _place(name: PurePosixPath) -> PurePosixPath | None:
-    """VOC2007/JPEGImages/x.jpg of an archive's member, however deep; None if it is not needed."""
-    parts = name.parts
-    years = [i for i, part in enumerate(parts) if _YEAR.fullmatch(part)]
-    if not years:
-        return None
-    place = PurePosixPath(*parts[years[0] :])
-    inner = "/".join(place.parts[1:])
-    if place.name.startswith("._") or not inner.startswith(tuple(f"{p}/" for p in _PARTS)):
-        return None
-    return place
-
-
-def _take_folder(source: Path, devkit: Path) -> list[str]:
-    """As `_take_tar`, from a folder: files become hard links where the file system has them.
+def _take(folder: Path, devkit: Path, source: Path) -> list[str]:
+    """Bring the files of a folder; they become hard links where the file system has them.
 
     Args:
-        source: Holds VOC2007 or the like at most three deep, or is a VOC folder itself (then it
+        folder: Holds VOC2007 or the like at most three deep, or is a VOC folder itself (then it
             becomes VOC2007 unless its name says otherwise).
         devkit: Where the files go.
+        source: What to name in messages.
+    Returns:
+        Names of the VOC folders.
+    Raises:
+        UserError: If there is none, or a file differs from one that is there already.
     """
-    if (source / "JPEGImages").is_dir() or (source / "Annotations").is_dir():
-        name = source.resolve().name
-        years = [(name if _YEAR.fullmatch(name) else "VOC2007", source)]
+    if (folder / "JPEGImages").is_dir() or (folder / "Annotations").is_dir():
+        name = folder.resolve().name
+        years = [(name if _YEAR.fullmatch(name) else "VOC2007", folder)]
     else:
         patterns = ("VOC*", "*/VOC*", "*/*/VOC*")
-        paths = [path for pattern in patterns for path in sorted(source.glob(pattern))]
+        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
         years = [(p.name, p) for p in paths if _YEAR.fullmatch(p.name) and p.is_dir()]
     if not years:
-        names = sorted(
-            str(path.relative_to(source)) for path in [*source.glob("*"), *source.glob("*/*.json")]
-        )
-        tars = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
+        paths = [*folder.glob("*"), *folder.glob("*/*.json")]
+        tars = sorted(str(p) for p in paths if p.name.endswith((".tar", ".tar.gz", ".tgz")))
         if tars:
             raise UserError(
                 f"{source}: holds archives, not an unpacked set; give them by name: "
-                + " ".join(str(source / name) for name in tars)
+                + " ".join(tars)
             )
-        raise UserError(f"{source}: {_why_no_voc(names)}")
-    for name, folder in years:
-        for part in _PARTS:
-            for file in sorted((folder / part).glob("[!.]*")):
-                place = devkit / name / part / file.name
-                if not file.is_file():
-                    continue
-                if place.exists():
-                    _check_same(place, file.read_bytes(), source)
-                    continue
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(file.resolve(), place)  # of the file, not of a link to it
-                except OSError:
-                    shutil.copyfile(file, place)
-    return sorted({name for name, _ in years})
-
-
-def _check_same(place: Path, content: bytes, source: Path) -> None:
-    """A file may come twice, if it is the same."""
-    if place.read_bytes() != content:
         raise UserError(
-            f"{source}: its {'/'.join(place.parts[-3:])} differs from the one that an earlier "
-            "source has brought; the sources are of different sets or editions: give one of them"
+            f"{source}: {_why_no_voc(sorted(str(p.relative_to(folder)) for p in paths))}"
         )
+    for (name, year), part in itertools.product(years, _PARTS):
+        for file in sorted(path for path in (year / part).glob("[!.]*") if path.is_file()):
+            place = devkit / name / part / file.name
+            if place.exists():
+                if place.read_bytes() != file.read_bytes():
+                    raise UserError(
+                        f"{source}: its {name}/{part}/{file.name} differs from the one that an "
+                        "earlier source has brought; the sources are of different sets or "
+                        "editions: give one of them"
+                    )
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file.resolve(), place)  # of the file, not of a link to it
+            except OSError:
+                shutil.copyfile(file, place)
+    return sorted({name for name, _ in years})
 
 
 def _why_no_voc(names: Sequence[str]) -> str:
