@@ -97,6 +97,16 @@ def arc(
     return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1)
 
 
+def polar(radii: float | Points, angles: Points) -> Points:
+    """Return points around the origin from their distances and angles (radians)."""
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def turned(points: Points, angle: float) -> Points:
+    """Return points turned about the origin (radians, clockwise on the screen)."""
+    return points @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
 def ellipse(x: float, y: float, rx: float, ry: float) -> Points:
     """Return a closed ellipse."""
     return arc(x, y, rx, ry, 0, 345, 24)
@@ -118,9 +128,9 @@ def profile(pairs: Sequence[tuple[float, float]]) -> Points:
     return np.concatenate([right, right[::-1] * (-1, 1)])
 
 
-def stroke(path: Points, width: float | tuple[float, float]) -> Points:
+def stroke(path: Sequence[Place] | Points, width: float | tuple[float, float]) -> Points:
     """Return the outline of a line along `path`; a pair of widths makes it taper."""
-    path = np.asarray(path, dtype=np.float64)
+    path = np.array(path, dtype=np.float64)
     first, last = width if isinstance(width, tuple) else (width, width)
     tangent = np.gradient(path, axis=0)
     tangent /= np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-9)
@@ -140,7 +150,7 @@ def blob(rng: np.random.Generator, num_corners: int = 7, roughness: float = 0.4)
     """Return a smooth random closed outline around the origin."""
     angles = np.linspace(0, 2 * np.pi, num_corners, endpoint=False) + rng.uniform(0, 6)
     radii = 1 - roughness * rng.random(num_corners)
-    return smooth(np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1))
+    return smooth(polar(radii, angles))
 
 
 def car(dice: ShapeDice) -> list[Part]:
@@ -149,20 +159,10 @@ def car(dice: ShapeDice) -> list[Part]:
     front, rear = dice.uniform(0.15, 0.6), dice.uniform(-0.95, -0.5)
     rake, drop = dice.uniform(0.08, 0.35), dice.uniform(0.05, 0.3)
     boot = bonnet + dice.uniform(-0.1, 0.08)
-    cabin = [
-        (max(rear - 0.02, -0.98), boot),
-        (max(rear + drop * 0.5, -0.97), roof),
-        (front - rake, roof),
-        (front + 0.05, bonnet),
-    ]
-    body = [
-        (-1, boot + 0.03),
-        *cabin,
-        (0.93, bonnet + 0.1),
-        (1.0, 0.15),
-        (0.98, sill),
-        (-0.98, sill),
-    ]
+    cabin = [(max(rear - 0.02, -0.98), boot), (max(rear + drop * 0.5, -0.97), roof)]
+    cabin += [(front - rake, roof), (front + 0.05, bonnet)]
+    nose = [(0.93, bonnet + 0.1), (1.0, 0.15), (0.98, sill)]
+    body = [(-1, boot + 0.03), *cabin, *nose, (-0.98, sill)]
     wheel = dice.uniform(0.17, 0.26)
     axles = (-dice.uniform(0.5, 0.68), dice.uniform(0.5, 0.68))
     parts = [part(smooth(body, 1))]
@@ -174,9 +174,11 @@ def car(dice: ShapeDice) -> list[Part]:
     count = dice.integer(1, 3)
     for left, right in pairwise(np.linspace(0, 1, count + 1)):
         gap = 0.03 if count > 1 else 0.0
-        low = [glass[0] + t * (glass[3] - glass[0]) for t in (left + gap, right - gap)]
-        high = [glass[1] + t * (glass[2] - glass[1]) for t in (left + gap, right - gap)]
-        parts.append(part(np.array([low[0], high[0], high[1], low[1]]), slot=LIGHT, relief=0.2))
+        low, high = (
+            [glass[a] + t * (glass[b] - glass[a]) for t in (left + gap, right - gap)]
+            for a, b in ((0, 3), (1, 2))
+        )
+        parts.append(part(np.array([low[0], *high, low[1]]), slot=LIGHT, relief=0.2))
 
     # A stripe, a lamp, wheels.
     if dice.chance(0.5):
@@ -281,12 +283,8 @@ def cup(dice: ShapeDice) -> list[Part]:
     bulge = dice.uniform(-0.12, 0.2)
     top, bottom, half = -height / 2, height / 2, 0.55
     middle = half * (1 + foot) / 2 + bulge
-    sides = [
-        (half, top),
-        (middle + 0.03, 0),
-        (half * foot, bottom - 0.06),
-        (half * foot * 0.9, bottom),
-    ]
+    sides = [(half, top), (middle + 0.03, 0)]
+    sides += [(half * foot, bottom - 0.06), (half * foot * 0.9, bottom)]
     angle = dice.uniform(-12, 12)
     ring = arc(half * 0.95, -0.05, size * 0.8, size * height * 0.65, -100 + angle, 100 + angle)
     parts = []
@@ -309,15 +307,8 @@ def bottle(dice: ShapeDice) -> list[Part]:
     shoulder, rise = dice.uniform(-0.45, 0.1), dice.uniform(0.12, 0.45)
     waist = half * dice.uniform(0.8, 1.1)
     throat = max(shoulder - rise, -0.86)
-    sides = [
-        (neck, -0.9),
-        (neck, throat),
-        (half * 0.75, (throat + shoulder) / 2 + rise * 0.1),
-        (half, shoulder),
-        (waist, (shoulder + 0.9) / 2),
-        (half, 0.92),
-        (half * 0.9, 1.0),
-    ]
+    sides = [(neck, -0.9), (neck, throat), (half * 0.75, (throat + shoulder) / 2 + rise * 0.1)]
+    sides += [(half, shoulder), (waist, (shoulder + 0.9) / 2), (half, 0.92), (half * 0.9, 1.0)]
     parts = [part(profile(sides))]
     if dice.chance(0.7):
         low = dice.uniform(0.45, 0.8)
@@ -337,8 +328,8 @@ def chair(dice: ShapeDice) -> list[Part]:
     front = [(-half, 0.0), (half, 0.0)]
     parts = []
     for x, y in rear:
-        foot = (x + np.sign(x - slant) * splay, y + legs * 0.92)
-        parts.append(part(stroke(np.array([(x, y), foot]), thick * 0.9), slot=SECOND))
+        leg = [(x, y), (x + np.sign(x - slant) * splay, y + legs * 0.92)]
+        parts.append(part(stroke(leg, thick * 0.9), slot=SECOND))
     top = -depth - back
     posts = [np.array([(x, y), (x * 1.02 + slant * 0.2, top)]) for x, y in rear]
     if dice.chance(0.35):
@@ -346,30 +337,21 @@ def chair(dice: ShapeDice) -> list[Part]:
         lifted = panel - (0, back * dice.uniform(0.05, 0.3)) * np.array([[1], [0], [0], [1]])
         parts.append(part(lifted, slot=dice.integer(0, 1)))
     else:
-        parts += _chair_slats(dice, posts, thick)
+        # Slats between the posts, lying or upright.
+        count, lying = dice.integer(2, 4), dice.chance(0.5)
+        for t in np.linspace(0.3, 0.95, count):
+            share = (t - 0.3) / 0.65 * 0.6 + 0.2
+            ends = (1 - share) * posts[0] + share * posts[1]
+            if lying:
+                ends = np.stack([post[0] + t * (post[1] - post[0]) for post in posts])
+            parts.append(part(stroke(ends, thick * 0.9), slot=SECOND))
+        if not lying:
+            parts.append(part(stroke([p[1] for p in posts], thick * 1.4), slot=SECOND))
     parts += [part(stroke(post, thick), slot=SECOND) for post in posts]
     parts.append(part(polygon(*front, rear[1], rear[0])))
     parts.append(part(rectangle(-half, 0, half, thick * 1.1)))
-    for x, y in front:
-        foot = (x + np.sign(x) * splay, y + legs)
-        parts.append(part(stroke(np.array([(x, y), foot]), thick), slot=SECOND))
-    return parts
-
-
-def _chair_slats(dice: ShapeDice, posts: list[np.ndarray], thick: float) -> list[Part]:
-    """Return the slats between two posts, lying or upright."""
-    count, lying = dice.integer(2, 4), dice.chance(0.5)
-    slats = []
-    for t in np.linspace(0.3, 0.95, count):
-        if lying:
-            ends = np.stack([post[0] + t * (post[1] - post[0]) for post in posts])
-        else:
-            share = (t - 0.3) / 0.65 * 0.6 + 0.2
-            ends = (1 - share) * posts[0] + share * posts[1]
-        slats.append(part(stroke(ends, thick * 0.9), slot=SECOND))
-    if not lying:
-        slats.append(part(stroke(np.stack([p[1] for p in posts]), thick * 1.4), slot=SECOND))
-    return slats
+    legs_in_front = ([(x, y), (x + np.sign(x) * splay, y + legs)] for x, y in front)
+    return parts + [part(stroke(leg, thick), slot=SECOND) for leg in legs_in_front]
 
 
 def lamp(dice: ShapeDice) -> list[Part]:
@@ -381,24 +363,20 @@ def lamp(dice: ShapeDice) -> list[Part]:
     if dice.chance(0.35):
         shade = arc(0, 0, bottom, tall, 180, 360, 14)
     if dice.chance(0.5):
-        arm = np.array([(0, 0.95), (0, -0.35)])
+        joints: list[Place] = [(0, 0.95), (0, -0.35)]
         place, tilt = np.array([0, -0.35]), dice.uniform(-5, 5)
     else:
         knee = (-dice.uniform(0.2, 0.5), dice.uniform(-0.1, 0.2))
-        head = (dice.uniform(0.0, 0.4), dice.uniform(-0.65, -0.4))
-        arm = np.array([(0, 0.95), knee, head])
-        place, tilt = np.array(head) + np.array([0.05, 0.1]), dice.uniform(-60, -15)
-    turn = np.deg2rad(tilt)
-    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    parts = [part(stroke(np.stack(a), thin), slot=SECOND) for a in pairwise(arm)]
+        head = np.array([dice.uniform(0.0, 0.4), dice.uniform(-0.65, -0.4)])
+        joints = [(0, 0.95), knee, head]
+        place, tilt = head + np.array([0.05, 0.1]), dice.uniform(-60, -15)
+    parts = [part(stroke(ends, thin), slot=SECOND) for ends in pairwise(joints)]
     if dice.chance(0.5):
         parts.append(part(ellipse(0, 0.95, foot, foot * dice.uniform(0.2, 0.4)), slot=SECOND))
     else:
         parts.append(part(profile([(foot * 0.4, 0.8), (foot, 0.95), (foot, 1.02)]), slot=SECOND))
-    bulb = ellipse(0, 0.03, bottom * 0.4, 0.13) @ rotation + place
-    parts.append(part(bulb, slot=LIGHT))
-    parts.append(part(shade @ rotation + place))
-    return parts
+    bulb = turned(ellipse(0, 0.03, bottom * 0.4, 0.13), np.deg2rad(tilt)) + place
+    return [*parts, part(bulb, slot=LIGHT), part(turned(shade, np.deg2rad(tilt)) + place)]
 
 
 def key(dice: ShapeDice) -> list[Part]:
@@ -414,8 +392,7 @@ def key(dice: ShapeDice) -> list[Part]:
         bow = polygon((x - radius, 0), (x, -radius * aspect), (x + radius, 0), (x, radius * aspect))
     else:
         angles = np.linspace(0, 2 * np.pi, 36, endpoint=False)
-        wavy = radius * (0.85 + 0.2 * np.cos(3 * angles))
-        bow = np.stack([x + wavy * np.cos(angles), wavy * np.sin(angles)], axis=1)
+        bow = polar(radius * (0.85 + 0.2 * np.cos(3 * angles)), angles) + np.array([x, 0])
     inner = (bow - (x, 0)) * hole + (x, 0)
     parts = [part(rectangle(x + radius * 0.8, -thick / 2, 1.0, thick / 2))]
     count = dice.integer(2, 4)
@@ -439,7 +416,7 @@ def umbrella(dice: ShapeDice) -> list[Part]:
     start, stop = (180, -20) if side > 0 else (0, 200)
     handle = arc(side * hook, end - hook, hook, hook, start, stop, 12)
     parts = [
-        part(stroke(np.array([(0, rim - high), (0, end - hook)]), thin), slot=SECOND),
+        part(stroke([(0, rim - high), (0, end - hook)], thin), slot=SECOND),
         part(stroke(handle, thin * 1.5), slot=SECOND),
     ]
     spots = np.sin(np.linspace(-np.pi / 2, np.pi / 2, count + 1)) * wide
@@ -462,31 +439,33 @@ CLASSES: dict[str, Callable[[ShapeDice], list[Part]]] = {
 
 def distractor(dice: ShapeDice) -> list[Part]:
     """One to three joined primitives that belong to no class."""
+
+    def ring() -> list[Points]:
+        inner = dice.uniform(0.4, 0.8)
+        return [ellipse(0, 0, 1, 1), ellipse(0, 0, inner, inner)]
+
+    def star() -> list[Points]:
+        angles = np.linspace(0, 2 * np.pi, dice.integer(3, 7) * 2, endpoint=False)
+        return [polar(np.where(np.arange(len(angles)) % 2, dice.uniform(0.3, 0.9), 1.0), angles)]
+
+    def letter_t() -> list[Points]:
+        a = dice.uniform(0.15, 0.4)
+        return [rectangle(-1, -a, 1, a), rectangle(-a, a, a, 1)]
+
+    makers: Sequence[Callable[[], list[Points]]] = (
+        lambda: [blob(dice.rng, dice.integer(5, 9), 0.6)],
+        lambda: [rectangle(-1, -1, 1, 1)],
+        lambda: [ellipse(0, 0, 1, 1)],
+        *(ring, star),
+        lambda: [stroke(curve((-1, 0), dice.rng.uniform(-1, 1, 2), (1, 0)), 0.25)],
+        letter_t,
+    )
     parts: list[Part] = []
     for _ in range(dice.integer(1, 3)):
         size = np.array([dice.uniform(0.15, 0.8), dice.uniform(0.15, 0.8)])
         spot = np.array([dice.uniform(-0.5, 0.5), dice.uniform(-0.5, 0.5)])
-        kind = dice.integer(0, 6)
-        if kind == 0:
-            contours = [blob(dice.rng, dice.integer(5, 9), 0.6)]
-        elif kind == 1:
-            contours = [rectangle(-1, -1, 1, 1)]
-        elif kind == 2:
-            contours = [ellipse(0, 0, 1, 1)]
-        elif kind == 3:
-            inner = dice.uniform(0.4, 0.8)
-            contours = [ellipse(0, 0, 1, 1), ellipse(0, 0, inner, inner)]
-        elif kind == 4:
-            angles = np.linspace(0, 2 * np.pi, dice.integer(3, 7) * 2, endpoint=False)
-            radii = np.where(np.arange(len(angles)) % 2, dice.uniform(0.3, 0.9), 1.0)
-            contours = [np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)]
-        elif kind == 5:
-            contours = [stroke(curve((-1, 0), dice.rng.uniform(-1, 1, 2), (1, 0)), 0.25)]
-        else:
-            a = dice.uniform(0.15, 0.4)
-            contours = [rectangle(-1, -a, 1, a), rectangle(-a, a, a, 1)]
+        contours = makers[dice.integer(0, len(makers) - 1)]()
         turn = dice.rng.uniform(0, 2 * np.pi)
-        matrix = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-        placed = [(c * size) @ matrix + spot for c in contours]
+        placed = [turned(c * size, turn) + spot for c in contours]
         parts.append(part(*placed, slot=dice.integer(0, 4), relief=dice.uniform(0, 1.2)))
     return parts
