@@ -76,71 +76,66 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
     Raises:
         UserError: If packages cannot be had or do not hold the listed pictures.
     """
-    sources = _sources(packages_dir, cache)
-    listing = json.dumps([listed_cutouts(), listed_backgrounds()])
-    name = "\n".join([listing, *(f"{p.name} {p.stat().st_size}" for p in sources)])
-    root = cache / f"library-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+    # The packages: a folder they were unpacked to, or their files, fetched if need be.
+    folder = packages_dir or cache
+    sources = [folder]
+    if packages_dir is None or not (packages_dir / "usr/share").is_dir():
+        absent = [name for name in PACKAGES if newest(folder, name) is None]
+        if absent and packages_dir is not None:
+            raise UserError(
+                f"--packages-dir {packages_dir}: no {absent[0]}_*.deb there; fetch it with "
+                f"`apt-get download {' '.join(absent)}`"
+            )
+        if absent:
+            download(absent, cache, f"up to {_LISTED_MB} MB")
+        sources = [path for name in PACKAGES if (path := newest(folder, name))]
+
+    # The library belongs to these packages and lists.
+    cutouts, scenes = listed_cutouts(), listed_backgrounds()
+    files = [("cutouts", f) for groups in cutouts.values() for group in groups for f in group]
+    files += [("backgrounds", f) for group in scenes.values() for f in group]
+    parts = [json.dumps([cutouts, scenes]), *(f"{p.name} {p.stat().st_size}" for p in sources)]
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
+    root = cache / f"library-{name}"
     if not (root / "library.json").exists():
-        _make_library(sources, root)
-    return _present(root, read_json(root / "library.json")["packages"])
+        _make_library(sources, root, files)
 
-
-def _present(root: Path, packages: dict[str, str]) -> Library:
-    """Return what the library holds of the lists; refuse it if much is missing."""
-    missing: list[str] = []
-    total = 0
-
-    def keep(folder: str, files: list[str]) -> list[str]:
-        nonlocal total
-        there = [f for f in files if (root / folder / f).is_file()]
-        missing.extend(sorted(set(files) - set(there)))
-        total += len(files)
-        return there
-
-    cutouts = {
-        name: [group for group in (keep("cutouts", g) for g in groups) if group]
-        for name, groups in listed_cutouts().items()
-    }
-    scenes = {name: keep("backgrounds", files) for name, files in listed_backgrounds().items()}
-    scenes = {name: files for name, files in scenes.items() if files}
-    if len(missing) > MAX_MISSING_SHARE * total:
+    # What these versions of the packages hold of the lists.
+    packages = read_json(root / "library.json")["packages"]
+    missing = [f for folder, f in files if not (root / folder / f).is_file()]
+    if len(missing) > MAX_MISSING_SHARE * len(files):
         known = ", ".join(f"{p} {v}" for p, v in zip(PACKAGES, KNOWN_VERSIONS, strict=True))
         versions = ", ".join(f"{p} {v}" for p, v in packages.items())
         raise UserError(
-            f"{len(missing)} of {total} listed pictures, e.g. {missing[0]}, are not in the "
+            f"{len(missing)} of {len(files)} listed pictures, e.g. {missing[0]}, are not in the "
             f"packages ({versions}); use the versions of Debian 12 ({known}) with --packages-dir"
         )
-    return Library(root, cutouts, scenes, packages, missing)
+
+    def present(groups: list[list[str]]) -> list[list[str]]:
+        kept = ([f for f in group if f not in missing] for group in groups)
+        return [group for group in kept if group]
+
+    return Library(
+        root,
+        {name: present(groups) for name, groups in cutouts.items()},
+        {name: kept[0] for name, group in scenes.items() if (kept := present([group]))},
+        packages,
+        missing,
+    )
 
 
-def _sources(packages_dir: Path | None, cache: Path) -> list[Path]:
-    """Return the .deb files, or the folder that holds an unpacked `usr`."""
-    if packages_dir is not None and (packages_dir / "usr" / "share").is_dir():
-        return [packages_dir]
-    folder = packages_dir or cache
-    absent = [name for name in PACKAGES if newest(folder, name) is None]
-    if absent and packages_dir is not None:
-        raise UserError(
-            f"--packages-dir {packages_dir}: no {absent[0]}_*.deb there; fetch it with "
-            f"`apt-get download {' '.join(absent)}`"
-        )
-    if absent:
-        download(absent, cache, f"up to {_LISTED_MB} MB")
-    return [path for name in PACKAGES if (path := newest(folder, name))]
-
-
-def _make_library(sources: list[Path], root: Path) -> None:
-    """Copy the listed pictures out of the packages; the folder appears when complete."""
+def _make_library(sources: list[Path], root: Path, files: list[tuple[str, str]]) -> None:
+    """Copy the listed (folder, file) out of the packages; the library appears when complete."""
     print("unpacking the pictures (once, about 20 s)", flush=True)
 
     # What to read: paths in a package -> in the library; resource files -> paths inside them.
     copies = {f"usr/share/doc/{name}/copyright": f"licences/{name}.txt" for name in PACKAGES}
-    for group in (group for groups in listed_cutouts().values() for group in groups):
-        copies |= {_STAMPS + file: f"cutouts/{file}" for file in group}
     resources: dict[str, list[str]] = {}
-    for file in (file for files in listed_backgrounds().values() for file in files):
+    for folder, file in files:
         holder, _, inside = file.partition("/")
-        if holder == "templates":
+        if folder == "cutouts":
+            copies[_STAMPS + file] = f"cutouts/{file}"
+        elif holder == "templates":
             copies[_TEMPLATES + inside] = f"backgrounds/{file}"
         else:
             resources.setdefault(_RCC + holder, []).append(inside)
