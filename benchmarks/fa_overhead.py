@@ -17,7 +17,9 @@ import fnmatch
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
 from common.errors import UserError, require
-from common.provenance import versions
 from pretrain.config import FAConfig, OptimConfig, refuse_without_gradient, resolve
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import uses_bf16
@@ -132,29 +133,26 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """What is reported of each method of a group, from its times and those of its baseline."""
 
-    def turn(method: str) -> Callable[[], tuple[float, list[float]]]:
-        def times() -> tuple[float, list[float]]:
-            group.use(method)
-            num_repeats = fa_repeats if method != "none" else 0
-            return clock(group.step), [clock(group.augment) for _ in range(num_repeats)]
+    def turn(method: str) -> tuple[float, list[float]]:
+        group.use(method)
+        num_repeats = fa_repeats if method != "none" else 0
+        return clock(group.step), [clock(group.augment) for _ in range(num_repeats)]
 
-        return times
-
-    measured = harness.take_turns({method: turn(method) for method in group.fa}, num_rounds)
+    turns = {method: partial(turn, method) for method in group.fa}
+    measured = harness.take_turns(turns, num_rounds)
     baseline = [step for step, _ in measured.pop("none")]
-    middle = statistics.median(baseline)
-    figures = {}
+    baseline_ms, figures = statistics.median(baseline), {}
     for method, rounds in measured.items():
         steps = [step for step, _ in rounds]
-        ratios = [own / none for own, none in zip(steps, baseline, strict=True)]
+        ratios = harness.ratios(steps, baseline)
         fa_ms = statistics.median(time for _, times in rounds for time in times)
         figures[method] = {
             "ms": statistics.median(steps),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
-            "baseline_ms": middle,
+            "baseline_ms": baseline_ms,
             "fa_ms": fa_ms,
-            "fa_share": fa_ms / middle,
+            "fa_share": fa_ms / baseline_ms,
             "num_features": METHODS[method].get("num_features", 1),
         }
     return figures
@@ -166,42 +164,31 @@ def chosen_methods(patterns: str) -> tuple[dict[tuple[str, str], list[str]], dic
     Raises:
         UserError: If a pattern names nothing that exists, or nothing that can train.
     """
-    names = [
-        f"{base}/{architecture}/{method}"
-        for base in Objective.registry.names()
-        for architecture in ARCHITECTURES
-        for method in METHODS
-    ]
-    chosen: set[str] = set()
-    for pattern in (part.strip() for part in patterns.split(",")):
-        found = fnmatch.filter(names, pattern)
+    parts = [part.strip() for part in patterns.split(",")]
+    names = ["/".join(p) for p in product(Objective.registry.names(), ARCHITECTURES, METHODS)]
+    for part in parts:
         require(
-            bool(found),
-            f"--cells: {pattern!r} names no cell; a cell is OBJECTIVE/ARCHITECTURE/FA, as "
+            bool(fnmatch.filter(names, part)),
+            f"--cells: {part!r} names no cell; a cell is OBJECTIVE/ARCHITECTURE/FA, as "
             "byol/parallel/nn (--help lists them)",
         )
-        chosen.update(found)
     groups: dict[tuple[str, str], list[str]] = {}
-    refused = {}
-    for name in (name for name in names if name in chosen):
+    refused: dict[str, str] = {}
+    for name in (name for name in names if any(fnmatch.fnmatch(name, part) for part in parts)):
         base, architecture, method = name.split("/")
         objective = Objective.registry[base]()
         try:
             refuse_without_gradient(objective, fa_config(architecture, method, 64))
+            groups.setdefault((base, architecture), []).append(method)
         except UserError as error:
             refused[name] = str(error)
-        else:
-            groups.setdefault((base, architecture), []).append(method)
-    if not groups:
-        raise UserError(f"--cells: none of these can train: {next(iter(refused.values()))}")
+    require(bool(groups), f"--cells: none of these can train: {next(iter(refused.values()), '')}")
     return groups, refused
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the chosen methods; the figures for JSON."""
     device, sizes = harness.chosen_sizes(options, Sizes())
-    require(min(options.repeats, options.fa_repeats) >= 1, "--repeats, --fa-repeats: at least 1")
-    require(options.calls >= 0, f"--calls {options.calls}: must be 0 or more")
     groups, refused = chosen_methods(options.cells)
     clock = Clock(device, options.calls or (10 if device.type == "cuda" else 1))
     cells, baselines, precision, load = {}, {}, "", os.getloadavg()[0]
@@ -223,25 +210,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "num_rounds": options.repeats,
         "fa_repeats": options.fa_repeats,
         "calls_per_timing": clock.num_calls,
+        **harness.context(),
         "load_average": [load, os.getloadavg()[0]],
-        "versions": versions(),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = harness.make_parser(__doc__, (
-        ("repeats", 5, "rounds"),
-        ("fa-repeats", 20, "of FA alone, per round"),
-        ("calls", 0, "steps in one timing; 0: 1 on a CPU, 10 on a GPU"),
-    ))  # fmt: skip
+    counts = (
+        ("repeats", 5, 1, "rounds"),
+        ("fa-repeats", 20, 1, "of FA alone, per round"),
+        ("calls", 0, 0, "steps in one timing; 0: 1 on a CPU, 10 on a GPU"),
+    )
+    parser = harness.make_parser(__doc__, counts, sizes=Sizes())
     parser.add_argument(
         "--cells", default=DEFAULT_CELLS, metavar="PATTERNS",
         help="comma-separated OBJECTIVE/ARCHITECTURE/FA with * and ? (default: %(default)s); "
         f"objectives: {', '.join(Objective.registry.names())}; "
         f"architectures: {', '.join(ARCHITECTURES)}; FA: {', '.join(METHODS)}",
     )  # fmt: skip
-    harness.add_sizes(parser, Sizes())
     options = parser.parse_args(argv)
     return harness.run_and_report(lambda: run(options), options.json)
 

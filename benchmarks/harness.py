@@ -8,6 +8,7 @@ its threads together, so that nobody gains by a thread of its own.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,20 +54,46 @@ T = TypeVar("T")
 
 
 def make_parser(
-    description: str | None, counts: Sequence[tuple[str, int, str]]
+    description: str | None,
+    counts: Sequence[tuple[str, int, int, str]],
+    *,
+    sizes: "Sizes | None" = None,
 ) -> argparse.ArgumentParser:
-    """A parser with ``--json`` and whole numbers: (name, default, what it is)."""
+    """A parser with ``--json`` and whole numbers.
+
+    Args:
+        description: Of the benchmark.
+        counts: (name, default, least value, what it is).
+        sizes: Adds ``--device`` and an option for each size, None where it is not given: for
+            `chosen_sizes`. These are the defaults on a CPU.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Exit status: 0 done, 1 it went wrong, 2 wrong arguments.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
-    for name, default, text in counts:
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}"
-        )
+    add = parser.add_argument
+    add("--json", type=Path, metavar="OUT", help="write the figures here too")
+    for name, default, least, text in counts:
+        text += f"; default: {default}"
+        add(f"--{name}", type=partial(_whole, least), default=default, metavar="N", help=text)
+    if sizes is not None:
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+        for name, value in asdict(CUDA_SIZES).items():
+            text = f"{getattr(sizes, name)} on a CPU, {value} on a GPU"
+            least = {"batch_size": 2, "image_size": 16, "queue_size": 64}.get(name, 1)
+            choices = (18, 34, 50, 101) if name == "depth" else None
+            add("--" + name.replace("_", "-"), type=partial(_whole, least), metavar="N",
+                choices=choices, help=text)  # fmt: skip
     return parser
+
+
+def _whole(least: int, text: str) -> int:
+    """A whole number that is not below the least; argparse reports what is raised."""
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least {least}")
+    return number
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -175,28 +203,41 @@ class Clock:
     """Milliseconds per call: CUDA events, processor time of one thread, or wall-clock time."""
 
     def __init__(self, device: torch.device, num_calls: int) -> None:
-        self.device, self.num_calls = device, num_calls
-        self.name = "cuda events" if device.type == "cuda" else "wall"
-        if device.type == "cpu" and torch.get_num_threads() == 1:
-            self.name = "processor"
+        is_single = torch.get_num_threads() == 1
+        names = {"cuda": "cuda events", "cpu": "processor" if is_single else "wall"}
+        self.name, self.num_calls = names[device.type], num_calls
 
     def __call__(self, work: Callable[[], None]) -> float:
         """Run it ``num_calls`` times without waiting in between."""
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                before.record()
-                for _ in range(self.num_calls):
-                    work()
-                after.record()
-                torch.cuda.synchronize()
-                return before.elapsed_time(after) / self.num_calls
+        if self.name == "cuda events":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            before.record()
+            for _ in range(self.num_calls):
+                work()
+            after.record()
+            torch.cuda.synchronize()
+            return before.elapsed_time(after) / self.num_calls
         now = time.process_time if self.name == "processor" else time.perf_counter
         start = now()
         for _ in range(self.num_calls):
             work()
         return 1e3 * (now() - start) / self.num_calls
+
+
+def medians(rounds: Mapping[K, Sequence[float]]) -> dict[K, float]:
+    """The median over the rounds of each candidate."""
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def ranges(rounds: Mapping[K, Sequence[float]]) -> dict[K, list[float]]:
+    """Smallest and largest value over the rounds of each candidate."""
+    return {name: [min(values), max(values)] for name, values in rounds.items()}
+
+
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Ratios of two candidates, round by round."""
+    return [a / b for a, b in zip(of, to, strict=True)]
 
 
 # -- sizes of networks and batches ----------------------------------------------------------------
@@ -236,35 +277,12 @@ class Sizes:
 CUDA_SIZES = Sizes(depth=50, image_size=224, batch_size=256, queue_size=98304)
 
 
-def add_sizes(parser: argparse.ArgumentParser, cpu: Sizes) -> None:
-    """``--device``, and an option for each size; None where it is not given."""
-    devices = ("auto", "cpu", "cuda")
-    parser.add_argument("--device", choices=devices, default="auto", help="default: auto")
-    for name, value in asdict(CUDA_SIZES).items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=int, metavar="N",
-            choices=(18, 34, 50, 101) if name == "depth" else None,
-            help=f"{getattr(cpu, name)} on a CPU, {value} on a GPU",
-        )  # fmt: skip
-
-
 def chosen_sizes(options: argparse.Namespace, cpu: Sizes) -> tuple[torch.device, Sizes]:
-    """The device, and the sizes that were given or are usual there.
-
-    Raises:
-        UserError: For an impossible value.
-    """
+    """The device, and the sizes that were given or are usual there."""
     device = choose_device(options.device)
     given = {name: getattr(options, name) for name in asdict(cpu)}
-    sizes = replace(
-        CUDA_SIZES if device.type == "cuda" else cpu,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    least = {"batch_size": 2, "image_size": 16, "queue_size": 64}
-    for name, value in asdict(sizes).items():
-        smallest = least.get(name, 1)
-        require(value >= smallest, f"--{name.replace('_', '-')} must be >= {smallest}, not {value}")
-    return device, sizes
+    given = {name: value for name, value in given.items() if value is not None}
+    return device, replace(CUDA_SIZES if device.type == "cuda" else cpu, **given)
 
 
 def device_context(device: torch.device, sizes: Sizes) -> dict[str, Any]:
@@ -367,7 +385,7 @@ def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> ViewD
 
 
 class Peer:
-    """A process that runs another library's recipes when it is asked to; `greet` it first.
+    """A process that runs another library's recipes when it is asked to.
 
     Args:
         python: The interpreter; its environment has the library.
@@ -382,9 +400,11 @@ class Peer:
     def __init__(self, python: str, library: str, folder: Path) -> None:
         self._library = library
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        environment = {**os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "CUDA_VISIBLE_DEVICES": ""}
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # this project is not installed there
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        environment = {
+            **os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        }  # fmt: skip
         try:
             self._process = subprocess.Popen(
                 [python, "-m", "benchmarks.peers.serve", library, str(folder)],
@@ -397,13 +417,8 @@ class Peer:
                 f"--peers {python}: cannot be started ({error.strerror}); it must be the "
                 "interpreter of the environment that benchmarks/peers/make_env.sh makes"
             ) from error
-        self.missing: str | None = None
-        self.version, self.recipes = "", []
-
-    def greet(self) -> None:
-        """Wait until the library is there, or is known to be missing."""
         hello = self._read()
-        self.missing = hello.get("missing")
+        self.missing: str | None = hello.get("missing")
         self.version, self.recipes = hello.get("version", ""), hello.get("recipes", [])
 
     def candidate(self, recipe: str, size: int) -> Callable[[], float]:
@@ -441,10 +456,7 @@ def start_peers(python: str | None, folder: Path) -> Iterator[dict[str, Peer]]:
     if python is not None:
         interpreters |= dict.fromkeys(("lightly", "dali", "ffcv"), python)
     with ExitStack() as stack:
-        peers = {
+        yield {
             library: stack.enter_context(closing(Peer(interpreter, library, folder)))
             for library, interpreter in interpreters.items()
         }
-        for peer in peers.values():
-            peer.greet()
-        yield peers

@@ -14,12 +14,13 @@ Examples:
 
 import argparse
 import io
-import statistics
+import itertools
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,45 +56,40 @@ TORCHVISION = "torchvision v1 on Pillow, DataLoader"
 
 def decoders(jpegs: list[bytes]) -> dict[str, Work]:
     """Decoding alone, by every decoder at hand, from bytes in memory."""
-
-    def fastest(data: bytes) -> Any:
-        return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True)
-
-    def with_torchvision(data: bytes) -> Any:
-        array = np.frombuffer(bytearray(data), np.uint8)
-        return torchvision.io.decode_jpeg(torch.from_numpy(array))
-
+    simple = partial(simplejpeg.decode_jpeg, colorspace="RGB")
     found: dict[str, Callable[[bytes], Any]] = {
-        "simplejpeg": lambda data: simplejpeg.decode_jpeg(data, "RGB"),
-        "simplejpeg, fast DCT": lambda data: simplejpeg.decode_jpeg(data, "RGB", fastdct=True),
-        "simplejpeg, fast DCT and upsampling": fastest,
+        "simplejpeg": simple,
+        "simplejpeg, fast DCT": partial(simple, fastdct=True),
+        "simplejpeg, fast DCT and upsampling": partial(simple, fastdct=True, fastupsample=True),
         "OpenCV": lambda d: cv2.imdecode(np.frombuffer(d, np.uint8), cv2.IMREAD_COLOR_RGB),
         "Pillow": lambda data: np.asarray(Image.open(io.BytesIO(data))),
     }
     if hasattr(torchvision.io, "decode_jpeg"):  # deprecated since 0.29, to be removed one day
         warnings.filterwarnings("ignore", message="The image decoding and encoding cap")
-        found["torchvision"] = with_torchvision
+        found["torchvision"] = lambda data: torchvision.io.decode_jpeg(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        )
 
-    def of_all(decode: Callable[[bytes], Any]) -> Work:
-        def work() -> None:
-            for data in jpegs:
-                decode(data)
+    def decode_all(decode: Callable[[bytes], Any]) -> None:
+        for data in jpegs:
+            decode(data)
 
-        return work
-
-    return {name: of_all(decode) for name, decode in found.items()}
+    return {name: partial(decode_all, decode) for name, decode in found.items()}
 
 
-def epochs(loader: Loader, *, is_whole: bool) -> Callable[[], None]:
+def epochs(
+    index: ShardIndex, size: int, batch_size: int, *, in_workers: bool, is_whole: bool,
+    num_workers: int = 0,
+) -> Work:  # fmt: skip
     """Read, decode, crop twice: an epoch for each call; `is_whole`: up to normalised floats."""
-    number = 0
+    dataset = two_view_dataset(index, size, in_workers=in_workers)
+    loader = Loader(dataset, batch_size=batch_size, num_workers=num_workers)
+    numbers = itertools.count()
 
     def epoch() -> None:
-        nonlocal number
-        for batch in loader.epoch(number):
+        for batch in loader.epoch(next(numbers)):
             if is_whole:
                 finish(batch)
-        number += 1
 
     return epoch
 
@@ -118,13 +114,10 @@ def finish(batch: ViewBatch) -> list[torch.Tensor]:
 def ours(index: ShardIndex, batch_size: int) -> dict[str, Work]:
     """Our loader in its stages and ways, in this process."""
     ways = {CROPS: (False, False), WHOLE: (True, True), FLOAT: (False, True)}
-    found: dict[str, Work] = {}
-    for size in (224, 64):
-        for name, (in_workers, is_whole) in ways.items():
-            dataset = two_view_dataset(index, size, in_workers=in_workers)
-            loader = Loader(dataset, batch_size=batch_size)
-            found[name.format(size)] = epochs(loader, is_whole=is_whole)
-    return found
+    return {
+        name.format(size): epochs(index, size, batch_size, in_workers=worker, is_whole=whole)
+        for size, (name, (worker, whole)) in itertools.product((224, 64), ways.items())
+    }
 
 
 def measure(
@@ -138,13 +131,11 @@ def measure(
     """
     files = harness.write_files(jpegs, folder / "files")
     index = harness.open_as_shards(files, folder / "shards", EPOCHS_OF * len(files))
-    turns: dict[tuple[str, str], Callable[[], float]] = {}
-    for group, works, num_pictures in (
-        ("decoders", decoders(jpegs), len(jpegs)),
-        ("ours", ours(index, batch_size), index.num_samples),
-    ):
-        for name, work in works.items():
-            turns[group, name] = harness.picture_rate(work, num_pictures, TURN_SECONDS)
+    works = {("decoders", name): (work, len(jpegs)) for name, work in decoders(jpegs).items()}
+    works |= {
+        ("ours", name): (work, index.num_samples) for name, work in ours(index, batch_size).items()
+    }
+    turns = {key: harness.picture_rate(*work, TURN_SECONDS) for key, work in works.items()}
     with harness.start_peers(python, folder / "files") as peers:
         for library, peer in peers.items():
             for size in SIZES if library == "torchvision" else SIZES[:1]:
@@ -162,10 +153,7 @@ def measure(
 
 def result(measured: Rates) -> dict[str, Any]:
     """The figures for JSON; shares and ratios of medians of the same run."""
-    median = {
-        group: {name: statistics.median(values) for name, values in found.items()}
-        for group, found in measured.items()
-    }
+    median = {group: harness.medians(found) for group, found in measured.items()}
     own, peers, ceiling = median["ours"], median["peers"], max(median["decoders"].values())
 
     def ratio(recipe: str, size: int) -> float | None:
@@ -181,10 +169,7 @@ def result(measured: Rates) -> dict[str, Any]:
         "cpu_vs_pil_own_blur": ratio(OWN_BLUR, 224),
         "cpu_vs_lightly": ratio(LIGHTLY, 224),
         **median,
-        "spread": {
-            group: {name: [min(values), max(values)] for name, values in found.items()}
-            for group, found in measured.items()
-        },
+        "spread": {group: harness.ranges(found) for group, found in measured.items()},
     }
 
 
@@ -208,28 +193,28 @@ def worker_rates(
         batch_size=WALL_BATCH, shuffle=True, drop_last=True, num_workers=num_workers,
         persistent_workers=True, worker_init_fn=_one_thread,
     )  # fmt: skip
-    works: dict[str, Work] = {}
-    for name, in_workers in (("uint8 in the workers", True), ("float in batches", False)):
-        dataset = two_view_dataset(index, WALL_SIZE, in_workers=in_workers)
-        loader = Loader(dataset, batch_size=WALL_BATCH, num_workers=num_workers)
-        works[f"ours, {name}"] = epochs(loader, is_whole=True)
+    works: dict[str, Work] = {
+        f"ours, {name}": epochs(
+            index, WALL_SIZE, WALL_BATCH, in_workers=is_uint8, is_whole=True,
+            num_workers=num_workers,
+        )
+        for name, is_uint8 in (("uint8 in the workers", True), ("float in batches", False))
+    }  # fmt: skip
     works[TORCHVISION] = lambda: [None for _batch in theirs]
     num_whole = num_pictures // WALL_BATCH * WALL_BATCH
 
-    def rate(work: Work) -> Callable[[], float]:
-        def turn() -> float:
-            start = time.perf_counter()
-            work()
-            return num_whole / (time.perf_counter() - start)
+    def rate(work: Work) -> float:
+        start = time.perf_counter()
+        work()
+        return num_whole / (time.perf_counter() - start)
 
-        return turn
-
-    rates = harness.take_turns({name: rate(work) for name, work in works.items()}, num_rounds)
+    turns = {name: partial(rate, work) for name, work in works.items()}
+    rates = harness.take_turns(turns, num_rounds)
     index.close()
     return {
         "num_workers": num_workers,
         "num_pictures": num_whole,
-        "images_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "images_per_second": harness.medians(rates),
     }
 
 
@@ -268,23 +253,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = harness.make_parser(__doc__, (
-        ("num-photos", 64, "photographs"),
-        ("batch-size", 64, "of our loader"),
-        ("num-rounds", 5, "turns of each candidate"),
-        ("workers", 0, "also rates through N worker processes, in wall-clock time"),
-        ("epoch-pictures", 1024, "pictures per epoch with --workers"),
-    ))  # fmt: skip
+    counts = (
+        ("num-photos", 64, 1, "photographs"),
+        ("batch-size", 64, 16, "of our loader"),
+        ("num-rounds", 5, 1, "turns of each candidate"),
+        ("workers", 0, 0, "also rates through N worker processes, in wall-clock time"),
+        ("epoch-pictures", 1024, WALL_BATCH, "pictures per epoch with --workers"),
+    )
+    parser = harness.make_parser(__doc__, counts)
     harness.add_pictures(parser)
     environment = "interpreter of the other libraries' environment (peers/make_env.sh)"
     parser.add_argument("--peers", metavar="PYTHON", help=environment)
     options = parser.parse_args(arguments)
-    if options.batch_size < 16 or options.batch_size % 16 or options.num_rounds < 1:
-        parser.error("--batch-size must be a multiple of 16, --num-rounds at least 1")
+    if options.batch_size % 16:
+        parser.error("--batch-size must be a multiple of 16")
     if options.num_photos < options.batch_size or options.num_photos % options.batch_size:
         parser.error(f"--num-photos must be a multiple of the batch size, {options.batch_size}")
-    if options.workers and options.epoch_pictures < WALL_BATCH:
-        parser.error(f"--epoch-pictures must fill a batch of {WALL_BATCH}")
     harness.one_thread()
     return harness.run_and_report(lambda: run(options), options.json)
 

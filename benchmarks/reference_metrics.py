@@ -14,6 +14,7 @@ import contextlib
 import io
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from common.files import read_json
 ELEVEN_POINTS = tuple(k * 0.1 for k in range(11))
 ELEVEN_EXACT_POINTS = tuple(k / 10 for k in range(11))
 POINTS_101 = tuple(k * 0.01 for k in range(101))
+_TO_CONTINUOUS = np.array([1.0, 1.0, 0.0, 0.0])  # from corners counted from 1, inclusive, to 0
 _SIDE = 256  # pixels of a picture of a random set
 _SCORE_LEVELS = (3, 20, 1 << 20)  # few levels: many equal scores
 Order = Callable[[np.ndarray], np.ndarray]  # scores -> indices, highest score first
@@ -117,17 +119,9 @@ class Rules:
 
 COCO = Rules()
 VOC_2007 = Rules(
-    rounded=True,
-    origin=1,
-    extra_pixel=True,
-    reached=False,
-    matching="best",
-    counted_first=False,
-    crowd_overlap=False,
-    recall_points=ELEVEN_POINTS,
-    max_detections=None,
-    order=numpy_order,
-)
+    rounded=True, origin=1, extra_pixel=True, reached=False, matching="best", counted_first=False,
+    crowd_overlap=False, recall_points=ELEVEN_POINTS, max_detections=None, order=numpy_order,
+)  # fmt: skip
 VOC_2012 = replace(VOC_2007, recall_points=None)
 
 
@@ -139,15 +133,31 @@ def average_precisions(
     Returns:
         None if the class has no object that counts: its AP is not defined.
     """
-    truth = [_Truth.of(data, image, label, rules) for image in range(data.num_images)]
+    # The objects of each picture.
+    truth = []
+    for image in range(data.num_images):
+        own = [item for item in data.truth if item.image == image and item.label == label]
+        corners = np.array([item.box for item in own], dtype=float).reshape(-1, 4)
+        corners -= _TO_CONTINUOUS * (rules.origin == 0)  # pixel 1 covers 0..1
+        difficult = np.array([item.difficult for item in own], dtype=bool)
+        truth.append(_Truth(corners, difficult | ~_is_in_range(corners, rules), difficult))
     num_counted = sum(int((~one.ignored).sum()) for one in truth)
     if num_counted == 0:
         return None
-    claims = _claims(data, label, rules, truth)
-    return [
-        _average(_verdicts(claims, truth, threshold, rules), num_counted, rules)
-        for threshold in thresholds
-    ]
+
+    # The detections, best first, with their overlaps.
+    found = [item for item in data.found if item.label == label]
+    scores = np.array([round(f.score, 3) if rules.rounded else f.score for f in found])
+    claims, kept = [], Counter()
+    for item in (found[place] for place in (rules.order(scores) if found else ())):
+        kept[item.image] += 1
+        if rules.max_detections is None or kept[item.image] <= rules.max_detections:
+            box = np.array(item.box) + _TO_CONTINUOUS * (rules.origin == 1)
+            if rules.rounded:
+                box = np.array([float(f"{value:.1f}") for value in box])
+            in_range = bool(_is_in_range(box[None], rules)[0])
+            claims.append((item.image, _overlaps(box, truth[item.image], rules), in_range))
+    return [_average_precision(claims, truth, t, num_counted, rules) for t in thresholds]
 
 
 @dataclass(frozen=True)
@@ -158,53 +168,16 @@ class _Truth:
     ignored: np.ndarray
     difficult: np.ndarray
 
-    @classmethod
-    def of(cls, data: DetectionSet, image: int, label: int, rules: Rules) -> "_Truth":
-        own = [item for item in data.truth if item.image == image and item.label == label]
-        corners = np.array([item.box for item in own], dtype=float).reshape(-1, 4)
-        if rules.origin == 0:  # pixel 1 covers 0..1
-            corners = corners - np.array([1.0, 1.0, 0.0, 0.0])
-        difficult = np.array([item.difficult for item in own], dtype=bool)
-        smallest, largest = rules.area_range
-        areas = _areas(corners, rules)
-        return cls(corners, difficult | (areas < smallest) | (areas > largest), difficult)
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """One detection: its picture, its overlap with each object there, whether its size is seen."""
-
-    image: int
-    overlaps: np.ndarray
-    in_area_range: bool
-
-
-def _claims(data: DetectionSet, label: int, rules: Rules, truth: Sequence[_Truth]) -> list[_Claim]:
-    """Detections of a class, best first, with their overlaps."""
-    own = [item for item in data.found if item.label == label]
-    scores = np.array([round(f.score, 3) if rules.rounded else f.score for f in own])
-    kept: dict[int, int] = {}
-    claims = []
-    smallest, largest = rules.area_range
-    for place in rules.order(scores) if own else ():
-        image = own[place].image
-        kept[image] = kept.get(image, 0) + 1
-        if rules.max_detections is not None and kept[image] > rules.max_detections:
-            continue
-        box = np.array(own[place].box)
-        if rules.origin == 1:
-            box = box + np.array([1.0, 1.0, 0.0, 0.0])
-        if rules.rounded:
-            box = np.array([float(f"{value:.1f}") for value in box])
-        area = float(_areas(box[None], rules)[0])
-        overlaps = _overlaps(box, truth[image], rules)
-        claims.append(_Claim(image, overlaps, smallest <= area <= largest))
-    return claims
-
 
 def _areas(corners: np.ndarray, rules: Rules) -> np.ndarray:
     extra = 1.0 if rules.extra_pixel else 0.0
     return (corners[:, 2] - corners[:, 0] + extra) * (corners[:, 3] - corners[:, 1] + extra)
+
+
+def _is_in_range(corners: np.ndarray, rules: Rules) -> np.ndarray:
+    smallest, largest = rules.area_range
+    areas = _areas(corners, rules)
+    return (areas >= smallest) & (areas <= largest)
 
 
 def _overlaps(box: np.ndarray, truth: _Truth, rules: Rules) -> np.ndarray:
@@ -220,55 +193,39 @@ def _overlaps(box: np.ndarray, truth: _Truth, rules: Rules) -> np.ndarray:
     return shared / union
 
 
-def _verdicts(
-    claims: Sequence[_Claim], truth: Sequence[_Truth], threshold: float, rules: Rules
-) -> list[bool]:
-    """True and false positives, best score first; what is ignored is left out."""
+def _average_precision(
+    claims: Sequence[tuple[int, np.ndarray, bool]], truth: Sequence[_Truth], threshold: float,
+    num_counted: int, rules: Rules,
+) -> float:  # fmt: skip
+    """AP of claims: (picture, overlap with each object there, whether its own size is seen)."""
+    # True and false positives, best score first; what is ignored is left out.
     used = [np.zeros(len(one.ignored), dtype=bool) for one in truth]
     verdicts = []
-    for claim in claims:
-        one, taken = truth[claim.image], used[claim.image]
-        enough = claim.overlaps >= threshold if rules.reached else claim.overlaps > threshold
-        match = _match(claim.overlaps, enough, one, taken, rules)
-        if match is not None:
+    for image, overlaps, in_range in claims:
+        one, taken = truth[image], used[image]
+        candidates = overlaps >= threshold if rules.reached else overlaps > threshold
+        if rules.matching == "free":
+            candidates &= ~taken | one.difficult
+        if rules.counted_first and (candidates & ~one.ignored).any():
+            candidates &= ~one.ignored
+        if candidates.any():
+            best = np.flatnonzero(candidates & (overlaps == overlaps[candidates].max()))
+            match = best[0 if rules.matching == "best" else -1]
             if not one.ignored[match]:
                 verdicts.append(not taken[match])
             taken[match] = True
-        elif claim.in_area_range:
+        elif in_range:
             verdicts.append(False)
-    return verdicts
 
-
-def _match(
-    overlaps: np.ndarray, enough: np.ndarray, truth: _Truth, taken: np.ndarray, rules: Rules
-) -> int | None:
-    """Which object a detection claims, if any."""
-    if rules.matching == "best":
-        candidates = np.ones(len(overlaps), dtype=bool)
-    else:
-        candidates = ~taken | truth.difficult
-    candidates &= enough
-    if rules.counted_first and (candidates & ~truth.ignored).any():
-        candidates &= ~truth.ignored
-    if not candidates.any():
-        return None
-    best = np.flatnonzero(candidates & (overlaps == overlaps[candidates].max()))
-    return int(best[0] if rules.matching == "best" else best[-1])
-
-
-def _average(verdicts: Sequence[bool], num_counted: int, rules: Rules) -> float:
-    """Precision averaged over recall."""
+    # The precision at a recall is the highest one at that recall or beyond; its average.
     hits = np.cumsum(np.array(verdicts, dtype=float))
     recall = hits / num_counted
     precision = hits / np.arange(1, len(hits) + 1)
-    # The precision at a recall is the highest one at that recall or beyond.
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     if rules.recall_points is None:
-        steps = np.diff(recall, prepend=0.0)
-        return float(np.sum(steps * envelope))
+        return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
     places = np.searchsorted(recall, rules.recall_points, side="left")
-    padded = np.append(envelope, 0.0)
-    return float(np.mean(padded[places]))
+    return float(np.mean(np.append(envelope, 0.0)[places]))
 
 
 def random_set(seed: int) -> DetectionSet:
@@ -344,13 +301,15 @@ def picture_records(data: DetectionSet) -> list[PictureRecord]:
     """The pictures of a random set as readers give them; classes are class0, class1, .."""
     pictures = []
     for image in range(data.num_images):
-        objects = []
-        for item in (item for item in data.truth if item.image == image):
-            xmin, ymin, xmax, ymax = item.box
-            box = (xmin - 1, ymin - 1, xmax, ymax)
-            objects.append(ObjectRecord(f"class{item.label}", box, difficult=item.difficult))
+        objects = tuple(
+            ObjectRecord(
+                f"class{item.label}", tuple(item.box - _TO_CONTINUOUS), difficult=item.difficult
+            )
+            for item in data.truth
+            if item.image == image
+        )
         file = Path(f"{image}.jpg")
-        pictures.append(PictureRecord(str(image), file, _SIDE, _SIDE, tuple(objects), ""))
+        pictures.append(PictureRecord(str(image), file, _SIDE, _SIDE, objects, ""))
     return pictures
 
 
@@ -359,30 +318,27 @@ class Detectron2Evaluation:
 
     def __init__(self, data: DetectionSet, folder: Path) -> None:
         """Write the annotations into an empty folder."""
+        parse_rec.cache_clear()  # it keeps every annotation that it has read
         write_annotations(folder, "test", picture_records(data))
         self._data, self._folder = data, folder
-        self._names = [str(image) for image in range(data.num_images)]
         self._lines = self._evaluator(2012)._predictions
 
     def _evaluator(self, year: int) -> PascalVOCDetectionEvaluator:
         """The evaluator of a year, with all detections processed."""
         dataset = f"stock-{uuid.uuid4()}"
-        MetadataCatalog.get(dataset).set(
-            thing_classes=[f"class{label}" for label in range(self._data.num_classes)],
-            dirname=str(self._folder),
-            year=year,
-            split="test",
-        )
+        names = [f"class{label}" for label in range(self._data.num_classes)]
+        metadata = {"thing_classes": names, "dirname": str(self._folder)}
+        MetadataCatalog.get(dataset).set(**metadata, year=year, split="test")
         evaluator = PascalVOCDetectionEvaluator(dataset)
         MetadataCatalog.remove(dataset)
         evaluator.reset()
-        for image, name in enumerate(self._names):
+        for image in range(self._data.num_images):
             found = [item for item in self._data.found if item.image == image]
             instances = Instances((1, 1))
             instances.pred_boxes = Boxes(torch.tensor([item.box for item in found]).reshape(-1, 4))
             instances.scores = torch.tensor([item.score for item in found])
             instances.pred_classes = torch.tensor([item.label for item in found]).long()
-            evaluator.process([{"image_id": name}], [{"instances": instances}])
+            evaluator.process([{"image_id": str(image)}], [{"instances": instances}])
         return evaluator
 
     def means(self, year: int) -> dict[str, float]:
@@ -401,19 +357,11 @@ class Detectron2Evaluation:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0
             recall, precision, eleven = voc_eval(
-                str(lines),
-                str(self._folder / "Annotations" / "{}.xml"),
-                str(self._folder / "ImageSets/Main/test.txt"),
-                f"class{label}",
-                ovthresh=threshold,
+                str(lines), f"{self._folder}/Annotations/{{}}.xml",
+                f"{self._folder}/ImageSets/Main/test.txt", f"class{label}", ovthresh=threshold,
                 use_07_metric=True,
-            )
+            )  # fmt: skip
         return recall, float(eleven), float(voc_ap(recall, precision, use_07_metric=False))
-
-
-def forget_annotations() -> None:
-    """Empty Detectron2's cache, which keeps every annotation it has read."""
-    parse_rec.cache_clear()
 
 
 def pycocotools_evaluation(data: DetectionSet) -> COCOeval:

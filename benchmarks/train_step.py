@@ -2,7 +2,7 @@
 
 Four arms start from the same weights and the same synthetic batch on the device; before anything is
 timed their losses are compared in fp32. They take turns, round by round. Then the engine's step is
-batch from shards by its own loader.
+timed on batches from shards, by its own loader.
 
 ours: the engine's own loop (``Trainer.step``) with whatever the config switches on.
 eager: written from the definition (arXiv 2006.07733) in plain PyTorch; fp32, TF32 where there is.
@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -82,24 +82,19 @@ class Flags:
     @classmethod
     def now(cls) -> "Flags":
         """As they stand."""
-        cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-        return cls(cudnn.benchmark, cudnn.allow_tf32, bool(cuda.matmul.allow_tf32))
-
-    def set(self) -> None:
-        """Make them stand so."""
-        torch.backends.cudnn.benchmark = self.cudnn_benchmark
-        torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.matmul_tf32
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return cls(cudnn.benchmark, cudnn.allow_tf32, bool(matmul.allow_tf32))
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """These in the context, what was before after it."""
-        before = Flags.now()
-        self.set()
+        cudnn: Any = torch.backends.cudnn
+        matmul, before = torch.backends.cuda.matmul, Flags.now()
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = astuple(self)
         try:
             yield
         finally:
-            before.set()
+            cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = astuple(before)
 
 
 FAST = Flags(cudnn_benchmark=False, cudnn_tf32=True, matmul_tf32=True)
@@ -176,10 +171,13 @@ class Recipe:
     flags: Flags
 
 
-EAGER = Recipe(is_mixed=False, is_channels_last=False, is_ema_first=False, flags=FAST)
-SOLO_LEARN = Recipe(is_mixed=True, is_channels_last=True, is_ema_first=False, flags=LIGHTNING)
-LIGHTLY = Recipe(is_mixed=True, is_channels_last=False, is_ema_first=True, flags=FAST)
-RECIPES = {"eager": EAGER, "solo-learn-like": SOLO_LEARN, "lightly-like": LIGHTLY}
+RECIPES = {
+    "eager": Recipe(is_mixed=False, is_channels_last=False, is_ema_first=False, flags=FAST),
+    "solo-learn-like": Recipe(
+        is_mixed=True, is_channels_last=True, is_ema_first=False, flags=LIGHTNING
+    ),
+    "lightly-like": Recipe(is_mixed=True, is_channels_last=False, is_ema_first=True, flags=FAST),
+}
 
 
 class Rival:
@@ -196,13 +194,13 @@ class Rival:
         self.recipe, self.flags = recipe, recipe.flags
         self._online: Any = plain_copy(model.online)
         self._target: Any = plain_copy(model.ema)
-        layout = torch.channels_last if recipe.is_channels_last else torch.contiguous_format
-        for network in (self._online, self._target):
-            network.to(memory_format=layout)  # type: ignore[call-overload]
-        self._views, self._device = views.contiguous(), views.device
+        self._layout = torch.channels_last if recipe.is_channels_last else torch.contiguous_format
+        for network in self.networks():
+            network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._views, self._device = views.contiguous(), views.device.type
         self.optimizer = LoopLARS(self._online)
-        is_scaled = recipe.is_mixed and self._device.type == "cuda"
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=is_scaled)
+        is_scaled = recipe.is_mixed and self._device == "cuda"
+        self._scaler = torch.amp.GradScaler(self._device, enabled=is_scaled)
 
     def steps(self, num: int) -> None:
         """So many optimiser steps."""
@@ -221,14 +219,12 @@ class Rival:
 
     def autocast(self) -> torch.autocast:
         """A context for a forward pass."""
-        kind = torch.float16 if self._device.type == "cuda" else torch.bfloat16
-        return torch.autocast(self._device.type, dtype=kind, enabled=self.recipe.is_mixed)
+        kind = torch.float16 if self._device == "cuda" else torch.bfloat16
+        return torch.autocast(self._device, dtype=kind, enabled=self.recipe.is_mixed)
 
     def loss(self) -> Tensor:
         """Sum over both directions of the mean of 2 - 2 cos(q(z_a), t_b)."""
-        views = list(self._views)
-        if self.recipe.is_channels_last:
-            views = [view.to(memory_format=torch.channels_last) for view in views]
+        views = [view.contiguous(memory_format=self._layout) for view in self._views]
         online, target = self._online, self._target
         with torch.no_grad():
             t = [target.projector(target.backbone(view)) for view in views]
@@ -309,9 +305,8 @@ def check_same_loss(arms: dict[str, Arm], tolerance: float = 1e-4) -> dict[str, 
     Raises:
         RuntimeError: If one differs from ours by more than the tolerance, relative.
     """
-    losses: dict[str, Any] = {}
-    exact = replace(FAST, cudnn_tf32=False, matmul_tf32=False)
-    with exact.kept(), torch.no_grad():
+    losses: dict[str, float] = {}
+    with Flags(False, False, False).kept(), torch.no_grad():
         for name, arm in arms.items():
             before = [(b, b.clone()) for network in arm.networks() for b in network.buffers()]
             losses[name] = float(arm.loss())
@@ -347,9 +342,9 @@ def build_run(
     Raises:
         UserError: If a setting is refused.
     """
-    number = sum(1 for _ in folder.glob("run-*"))
+    out = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
     config: dict[str, Any] = {
-        "out": str(folder / f"run-{number}"),
+        "out": str(out / "run"),
         "arch": asdict(sizes.arch()),
         "heads": asdict(sizes.heads()),
         "data": {
@@ -365,9 +360,8 @@ def build_run(
         },
         "eval": {"num_pictures": 0},
     }  # fmt: skip
-    path = folder / f"run-{number}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return make_trainer(load_config(path, settings), resume=False)
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    return make_trainer(load_config(out / "config.yaml", settings), resume=False)
 
 
 def random_views(sizes: Sizes, device: torch.device) -> torch.Tensor:
@@ -376,42 +370,29 @@ def random_views(sizes: Sizes, device: torch.device) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def timed_rounds(
-    arms: dict[str, Arm], clock: Clock, num_rounds: int, num_steps: int, num_warmup: int
-) -> dict[str, list[float]]:
-    """Milliseconds per step of each arm in each round, after warm-up steps of all."""
-    for arm in arms.values():
-        arm.steps(num_warmup)
-    turns = {name: partial(clock, partial(arm.steps, num_steps)) for name, arm in arms.items()}
-    measured = harness.take_turns(turns, num_rounds, num_warmups=0)
-    return {name: [ms / num_steps for ms in times] for name, times in measured.items()}
-
-
 def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) -> dict[str, Any]:
     """Images per second in wall-clock time, on synthetic data and from shards, in turns.
 
     Batches that the workers made while the other one had its turn are used up first.
     """
-    device, batch_size = ours.run.device, ours.run.task.config.data.batch_size
-    stream, found = batches(ours.run), {"synthetic": [], "shards": []}
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    stream, batch_size = batches(ours.run), ours.run.task.config.data.batch_size
 
     def rate(steps: Callable[[], None]) -> float:
-        wait()
-        start = time.perf_counter()
-        steps()
-        wait()
-        return num_steps * batch_size / (time.perf_counter() - start)
+        seconds = []
+        for work in (lambda: None, steps):
+            work()
+            if ours.run.device.type == "cuda":
+                torch.cuda.synchronize(ours.run.device)
+            seconds.append(time.perf_counter())
+        return num_steps * batch_size / (seconds[1] - seconds[0])
 
-    for _ in range(num_rounds):
-        found["synthetic"].append(rate(lambda: ours.steps(num_steps)))
+    def from_shards() -> float:
         ours.steps_on(islice(stream, num_drained))
-        found["shards"].append(rate(lambda: ours.steps_on(islice(stream, num_steps))))
-    stream.close()
-    return found
+        return rate(lambda: ours.steps_on(islice(stream, num_steps)))
+
+    turns = {"synthetic": lambda: rate(lambda: ours.steps(num_steps)), "shards": from_shards}
+    with contextlib.closing(stream):
+        return harness.take_turns(turns, num_rounds, num_warmups=0)
 
 
 def gpu_memory_bytes(arms: dict[str, Arm], device: torch.device) -> dict[str, int]:
@@ -438,21 +419,17 @@ def result(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures that are reported, from milliseconds and rates of each round."""
     rates = {n: [1e3 * sizes.batch_size / ms for ms in found] for n, found in measured.items()}
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {
-        name: [own / other for own, other in zip(rates["ours"], rates[name], strict=True)]
-        for name in rates
-        if name != "ours"
-    }
-    shares = [a / b for a, b in zip(wall["shards"], wall["synthetic"], strict=True)]
+    median, rivals = harness.medians(rates), [name for name in rates if name != "ours"]
+    ratios = {f"ours/{name}": harness.ratios(rates["ours"], rates[name]) for name in rivals}
+    shares = harness.ratios(wall["shards"], wall["synthetic"])
     return {
         "images_per_second": median,
         "mfu": peak_tflops and median["ours"] * per_picture / (1e12 * peak_tflops),
         "from_shards_share": statistics.median(shares),
-        "ratios": {f"ours/{name}": statistics.median(values) for name, values in ratios.items()},
-        "ratio_range": {f"ours/{n}": [min(v), max(v)] for n, v in ratios.items()},
-        "range": {name: [min(values), max(values)] for name, values in rates.items()},
-        "wall_images_per_second": {name: statistics.median(v) for name, v in wall.items()},
+        "ratios": harness.medians(ratios),
+        "ratio_range": harness.ranges(ratios),
+        "range": harness.ranges(rates),
+        "wall_images_per_second": harness.medians(wall),
         "share_range": [min(shares), max(shares)],
         "flops_per_picture": per_picture,
         "peak_tflops": peak_tflops,
@@ -468,37 +445,6 @@ def precisions(arms: dict[str, Arm], device: torch.device) -> dict[str, str]:
     return found
 
 
-def compare(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """All figures but where they were measured."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_shards(folder, sizes.batch_size)
-        run = build_run(folder, sizes, device.type, options.workers, options.settings)
-        arms = make_arms(run, random_views(sizes, device))
-        losses = check_same_loss(arms)
-        per_picture = count_flops(lambda: arms["eager"].steps(1)) // sizes.batch_size
-        clock = Clock(device, 1)
-        measured = timed_rounds(arms, clock, options.rounds, options.calls, options.warmup)
-        used = precisions(arms, device)
-        memory = gpu_memory_bytes(arms, device) if device.type == "cuda" else None
-        ours = arms.pop("ours")
-        assert isinstance(ours, Ours)
-        arms.clear()
-        drained = 2 * options.workers + 2
-        wall = wall_rates(ours, options.rounds, options.wall_steps, drained)
-    return {
-        **result(measured, wall, sizes, per_picture, options.peak_tflops),
-        "loss_in_fp32": losses,
-        "precision": used,
-        "gpu_memory_bytes": memory,
-        "clock": clock.name,
-        "num_rounds": options.rounds,
-        "steps_per_turn": options.calls,
-        "num_workers": options.workers,
-        "settings": options.settings,
-    }
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON.
 
@@ -506,43 +452,64 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         UserError: For an impossible value.
     """
     device, sizes = harness.chosen_sizes(options, CPU_SIZES)
-    is_gpu = device.type == "cuda"
-    counts = (options.calls, options.wall_steps, options.workers, options.warmup)
-    require(
-        options.rounds >= 1 and min(counts) >= 0,
-        "--rounds must be at least 1, the other numbers 0 or more",
-    )
-    require(
-        options.peak_tflops is None or 0 < options.peak_tflops < math.inf,
-        f"--peak-tflops {options.peak_tflops}: must be more than 0",
-    )
-    options.calls = options.calls or (10 if is_gpu else 1)
-    options.warmup = max(options.warmup, 10 if is_gpu else 1)
-    options.wall_steps = options.wall_steps or (40 if is_gpu else 6)
-    options.workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
+    is_gpu, peak = device.type == "cuda", options.peak_tflops
+    require(peak is None or 0 < peak < math.inf, f"--peak-tflops {peak}: must be more than 0")
+    num_steps = options.calls or (10 if is_gpu else 1)
+    num_wall_steps = options.wall_steps or (40 if is_gpu else 6)
+    num_workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
+    with tempfile.TemporaryDirectory() as name:
+        make_shards(Path(name), sizes.batch_size)
+        run = build_run(Path(name), sizes, device.type, num_workers, options.settings)
+        arms = make_arms(run, random_views(sizes, device))
+        losses = check_same_loss(arms)
+        per_picture = count_flops(lambda: arms["eager"].steps(1)) // sizes.batch_size
+
+        # All arms on synthetic data, after warm-up steps; then the engine alone, also from shards.
+        clock = Clock(device, 1)
+        for arm in arms.values():
+            arm.steps(max(options.warmup, 10 if is_gpu else 1))
+        turns = {n: partial(clock, partial(arm.steps, num_steps)) for n, arm in arms.items()}
+        times = harness.take_turns(turns, options.rounds, num_warmups=0)
+        measured = {name: [ms / num_steps for ms in rounds] for name, rounds in times.items()}
+        used = precisions(arms, device)
+        memory = gpu_memory_bytes(arms, device) if is_gpu else None
+        ours = arms.pop("ours")
+        assert isinstance(ours, Ours)
+        arms.clear()
+        wall = wall_rates(ours, options.rounds, num_wall_steps, 2 * num_workers + 2)
+        if run.lock is not None:
+            run.lock.close()
     return {
         **harness.device_context(device, sizes),
         "num_cores": os.cpu_count(),
         **harness.context(),
-        **compare(options, sizes, device),
+        **result(measured, wall, sizes, per_picture, peak),
+        "loss_in_fp32": losses,
+        "precision": used,
+        "gpu_memory_bytes": memory,
+        "clock": clock.name,
+        "num_rounds": options.rounds,
+        "steps_per_turn": num_steps,
+        "num_workers": num_workers,
+        "settings": options.settings,
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = harness.make_parser(__doc__, (
-        ("rounds", 5, "rounds in which every arm takes its turn"),
-        ("warmup", 2, "steps of each arm before the first round (GPU 10)"),
-        ("calls", 0, "steps of one turn; 0: 1 on a CPU, 10 on a GPU"),
-        ("wall-steps", 0, "steps of one turn from shards; 0: 6 on a CPU, 40 on a GPU"),
-        ("workers", 0, "of the loader; 0: one less than cores, at least 1"),
-    ))  # fmt: skip
+    counts = (
+        ("rounds", 5, 1, "rounds in which every arm takes its turn"),
+        ("warmup", 2, 0, "steps of each arm before the first round (GPU 10)"),
+        ("calls", 0, 0, "steps of one turn; 0: 1 on a CPU, 10 on a GPU"),
+        ("wall-steps", 0, 0, "steps of one turn from shards; 0: 6 on a CPU, 40 on a GPU"),
+        ("workers", 0, 0, "of the loader; 0: one less than cores, at least 1"),
+    )
+    parser = harness.make_parser(__doc__, counts, sizes=CPU_SIZES)
     add = parser.add_argument
     add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
         help="of the engine's config, e.g. engine.compile=true; again for more")  # fmt: skip
     add("--peak-tflops", type=float, metavar="X",
         help="dense rate of the device, from its data sheet: the MFU is printed too")  # fmt: skip
-    harness.add_sizes(parser, CPU_SIZES)
     options = parser.parse_args(argv)
     return harness.run_and_report(lambda: run(options), options.json)
 

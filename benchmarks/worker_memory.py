@@ -49,8 +49,7 @@ def watch(
 
     def held() -> list[tuple[Watched, float]]:
         """What each worker holds now, in MiB."""
-        workers = [one for one in multiprocessing.active_children() if one not in before]
-        pids = [worker.pid for worker in workers if worker.pid is not None]
+        pids = [w.pid for w in multiprocessing.active_children() if w not in before and w.pid]
         return [(found[pid], memory_of(pid, "Private_") / 2**20) for pid in pids]
 
     for epoch in tqdm(range(num_epochs), unit="epoch", disable=not sys.stderr.isatty()):
@@ -110,17 +109,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = harness.make_parser(__doc__, (
-        ("epochs", 20, "epochs"),
-        ("num-samples", 1024, "pictures per epoch"),
-        ("batch-size", 128, "samples in a batch"),
-        ("image-size", 224, "side of a view in pixels"),
-        ("workers", 2, "worker processes"),
-    ))  # fmt: skip
+    counts = (
+        ("epochs", 20, 3, "epochs"),
+        ("num-samples", 1024, 1, "pictures per epoch"),
+        ("batch-size", 128, 1, "samples in a batch"),
+        ("image-size", 224, 1, "side of a view in pixels"),
+        ("workers", 2, 1, "worker processes"),
+    )
+    parser = harness.make_parser(__doc__, counts)
     harness.add_pictures(parser)
     options = parser.parse_args(arguments)
-    if min(options.batch_size, options.image_size, options.workers) < 1 or options.epochs < 3:
-        parser.error("all numbers must be at least 1, --epochs at least 3")
     if options.num_samples < options.batch_size:
         parser.error(f"--num-samples must fill a batch of {options.batch_size}")
     if not Path("/proc/self/smaps_rollup").exists():

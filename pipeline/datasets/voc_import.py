@@ -203,7 +203,7 @@ def _official_lists(devkit: Path) -> list[str]:
         have = ", ".join(there) or "none of the lists"
         need = "VOC2007/test" if train else "VOC2007/trainval or VOC2012/trainval"
         raise UserError(
-            f"the sources hold {', '.join(there) or 'none of the lists'}, but {need} is needed "
+            f"the sources hold {have}, but {need} is needed "
             f"too; give all of {OFFICIAL_NAMES}, or the folders unpacked from them. A set with "
             "other lists or classes: --classes. VOC2012's own train and val: no import, but "
             "tools/train_voc.sh --data FOLDER --train-split voc_2012_train "

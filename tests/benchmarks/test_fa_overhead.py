@@ -21,7 +21,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-def test_figures_and_table(tmp_path, capsys):
+def test_figures_and_table(tmp_path):
     out = tmp_path / "fa.json"
     cells = "byol/parallel/nn,byol/parallel/nn@4,infonce/post/mask"
     assert fa_overhead.main([*TINY, "--json", str(out), "--cells", cells]) == 0
@@ -38,8 +38,6 @@ def test_figures_and_table(tmp_path, capsys):
     assert figures["sizes"]["queue_size"] == 64
     assert torch.__version__.startswith(figures["versions"]["torch"])
     assert figures["num_threads"] == 1
-    printed = capsys.readouterr().out
-    assert "byol/parallel/nn@4" in printed
 
 
 def test_every_method_makes_its_features():
@@ -56,20 +54,3 @@ def test_every_method_makes_its_features():
     entered = group.augmenters["nn"].queue
     assert entered is not None
     assert int(entered.puts) == 3  # filled, FA alone, a step
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--cells", "byol/sideways/nn"], "'byol/sideways/nn' names no cell"),
-        (["--cells", "byol/post/nn"], "none of these can train"),
-        (["--repeats", "0"], "--repeats, --fa-repeats: at least 1"),
-        (["--batch-size", "1"], "--batch-size must be >= 2, not 1"),
-        (["--json", "no/such/folder/fa.json"], "its folder does not exist"),
-    ],
-)
-def test_wrong_arguments(arguments, message, capsys):
-    assert fa_overhead.main([*TINY, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error

@@ -1,7 +1,6 @@
 """The benchmark of large indexes at a small size: what it simulates opens, and resume is timed."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def test_simulated_shards_pass_all_checks_and_take_no_room(tmp_path):
         ShardIndex.open(str(tmp_path))
 
 
-def test_figures(tmp_path, capsys):
+def test_figures(tmp_path):
     out = tmp_path / "scale.json"
     assert index_scale.main([*TINY, "--json", str(out)]) == 0
     figures = json.loads(out.read_text())
@@ -45,9 +44,6 @@ def test_figures(tmp_path, capsys):
         assert first["ratio"][clock] == pytest.approx(
             first["resume_ms"][clock] / first["start_ms"][clock]
         )
-    printed = capsys.readouterr().out
-    assert re.search(r"within_limits +True\n", printed)
-    assert re.search(r"resume_step +4\n", printed)
 
 
 def test_memory_grows_with_the_index(tmp_path):
@@ -77,18 +73,3 @@ def test_a_slow_resume_is_seen(tmp_path, monkeypatch):
     slow = index_scale.first_batches(index, 8, 3)
     assert slow["ratio"]["processor"] > 3  # five batches instead of one
     index.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shards", "0"], "at least 1"),
-        (["--samples", "100"], "--samples must be at least 256"),
-        (["--pictures", "100"], "--pictures two batches"),
-    ],
-)
-def test_wrong_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        index_scale.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err

@@ -16,7 +16,7 @@ from pretrain.engine import checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def test_descendants_are_found_through_sessions():
+def test_a_kill_reaches_descendants_through_sessions():
     script = "import subprocess, sys; subprocess.Popen(['sleep', '60'], start_new_session=True)"
     script += "; print('up', flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -25,18 +25,19 @@ def test_descendants_are_found_through_sessions():
         assert process.stdout.readline() == "up\n"
         found = kill_resume.descendants(process.pid)
         assert found[0] == process.pid
-        names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in found[1:]]
-        assert names == ["sleep"]
+        assert len(found) == 2
         job = kill_resume.Job.__new__(kill_resume.Job)
         job.process = process  # type: ignore[assignment]
         job.kill()
+
+    def is_running():
+        stat = Path(f"/proc/{found[1]}/stat")
+        return stat.exists() and stat.read_text().split()[2] != "Z"
+
     end = time.monotonic() + 10
-    while Path(f"/proc/{found[1]}").exists() and time.monotonic() < end:
-        state = Path(f"/proc/{found[1]}/stat").read_text().split()[2]
-        if state == "Z":
-            break
+    while is_running() and time.monotonic() < end:
         time.sleep(0.01)
-    assert not Path(f"/proc/{found[1]}").exists() or state == "Z"
+    assert not is_running()
 
 
 @pytest.fixture
@@ -81,10 +82,3 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path, monkeypatch, capsys):
     figures = json.loads(out.read_text())
     assert (figures["kills"], figures["resumed"], figures["identical"]) == (1, 1, 1)
     assert figures["trials"][0]["phase"] == "checkpoint"
-
-
-def test_no_kills_are_refused(capsys):
-    with pytest.raises(SystemExit) as error:
-        kill_resume.main(["--kills", "0"])
-    assert error.value.code == 2
-    assert "--kills 0: must be at least 1" in capsys.readouterr().err

@@ -1,10 +1,8 @@
 """The loader's benchmark: contract of its JSON, rivals in processes of their own, honest ratios."""
 
-import io
 import json
 import statistics
 import sys
-import time
 from contextlib import closing, nullcontext
 
 import cv2
@@ -56,13 +54,7 @@ def fake_environment(folder, monkeypatch, seconds):
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
 
 
-def spin(seconds):
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        pass
-
-
-def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch, capsys):
+def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch):
     fake_environment(tmp_path, monkeypatch, 0.02)
     out = tmp_path / "loader.json"
     assert loader.main([*TINY, "--json", str(out), "--peers", sys.executable]) == 0
@@ -84,16 +76,13 @@ def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch, capsy
     assert "torchvision v2 on tensors, 64 px" in peers
     assert set(figures["left_out"]) == {"dali", "ffcv"}
     assert "nvidia" in figures["left_out"]["dali"]
-    printed = capsys.readouterr().out
-    assert "No module named 'ffcv'" in printed
-    assert "lightly, 224 px" in printed
 
 
-def test_without_peers_the_ratio_is_null_and_said_so(tmp_path, monkeypatch, capsys):
+def test_without_peers_the_ratio_is_null(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "SIZES", (224,))
     monkeypatch.setattr(harness, "start_peers", lambda python, folder: nullcontext({}))
     monkeypatch.setattr(loader, "ours", lambda index, size: {
-        name.format(px): lambda: spin(0.001) for name in (loader.CROPS, loader.WHOLE)
+        name.format(px): lambda: sum(range(10_000)) for name in (loader.CROPS, loader.WHOLE)
         for px in (224, 64)
     })  # fmt: skip
     out = tmp_path / "loader.json"
@@ -101,41 +90,12 @@ def test_without_peers_the_ratio_is_null_and_said_so(tmp_path, monkeypatch, caps
     figures = json.loads(out.read_text())
     assert figures["cpu_vs_lightly"] is None
     assert figures["peers"] == {}
-    printed = capsys.readouterr().out
-    assert "no --peers was given" in printed
-
-
-def test_a_slower_candidate_has_a_lower_rate_and_takes_its_turns():
-    turns = []
-
-    def candidate(name, seconds):
-        return harness.picture_rate(lambda: (turns.append(name), spin(seconds)), 10)
-
-    candidates = {"fast": candidate("fast", 0.01), "slow": candidate("slow", 0.03)}
-    found = harness.take_turns(candidates, 3)
-    assert turns == ["fast", "slow"] * 4  # the first turn of each warms up
-    assert [len(values) for values in found.values()] == [3, 3]
-    ratio = statistics.median(found["fast"]) / statistics.median(found["slow"])
-    assert ratio == pytest.approx(3, rel=0.2)
-    assert statistics.median(found["fast"]) == pytest.approx(1000, rel=0.2)
-
-
-def test_a_turn_counts_processor_time_not_waiting():
-    rate = harness.picture_rate(lambda: (time.sleep(0.3), spin(0.02)), 1)()
-    assert 0.02 <= 1 / rate < 0.2
-
-
-def test_a_short_turn_is_repeated_and_counted():
-    calls = []
-    turn = harness.picture_rate(lambda: calls.append(spin(0.01)), 5, min_seconds=0.045)
-    assert turn() == pytest.approx(500, rel=0.1)
-    assert len(calls) == 5
+    assert figures["left_out"] == {"lightly, NVIDIA DALI, FFCV": "no --peers was given"}
 
 
 def test_a_peer_that_breaks_is_told_with_its_last_words(tmp_path):
     (tmp_path / "0.jpg").write_bytes(b"no picture")
     peer = harness.Peer(sys.executable, "torchvision", tmp_path)
-    peer.greet()
     assert peer.missing is None
     assert peer.version
     turn = peer.candidate("torchvision v1 on Pillow", 32)
@@ -188,34 +148,6 @@ def test_our_two_ways_make_normalised_floats_of_the_same_crops(tmp_path):
     index.close()
 
 
-def test_generated_photographs_are_like_real_ones_in_size():
-    jpegs = harness.encoded_photos(4)
-    assert len(set(jpegs)) == 4
-    for data in jpegs:
-        height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
-        assert (height, width, subsampling) == (375, 500, "420")
-    assert 45e3 < statistics.mean(map(len, jpegs)) < 60e3
-
-
-def test_pictures_of_a_folder_are_fitted_and_repeated(tmp_path):
-    image = np.zeros((900, 1000, 3), np.uint8)
-    image[:, :500] = (250, 10, 10)
-    Image.fromarray(image).save(tmp_path / "a.png")
-    Image.fromarray(np.full((1000, 500, 3), 90, np.uint8)).save(tmp_path / "b.webp", lossless=True)
-    Image.fromarray(image[:300]).save(tmp_path / "too_small.jpg")
-    (tmp_path / "notes.txt").write_text("no picture")
-    found = harness.photos_of_folder(tmp_path, 5)
-    assert len(found) == 5
-    assert found[0] == found[2] == found[4] != found[1] == found[3]
-    with Image.open(io.BytesIO(found[0])) as picture:
-        assert picture.size == (500, 375)
-        pixels = np.asarray(picture).astype(int)
-    assert np.abs(pixels[:, :240] - (250, 10, 10)).max() < 20
-    assert pixels[:, 260:].max() < 20
-    with pytest.raises(UserError, match="no JPEG, PNG or WebP of at least 500 x 375 pixels"):
-        harness.photos_of_folder(tmp_path / "nothing", 1)
-
-
 def test_command_line_reads_real_pictures(tmp_path, monkeypatch):
     cv2.imwrite(str(tmp_path / "a.png"), np.full((400, 600, 3), 7, np.uint8))
     seen = []
@@ -240,19 +172,3 @@ def test_wall_rates_through_workers(tmp_path, monkeypatch):
         "ours, uint8 in the workers", "ours, float in batches", loader.TORCHVISION,
     }  # fmt: skip
     assert min(found["images_per_second"].values()) > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num-photos", "24", "--batch-size", "16"], "a multiple of the batch size, 16"),
-        (["--batch-size", "20"], "multiple of 16"),
-        (["--num-rounds", "0"], "--num-rounds at least 1"),
-        (["--workers", "1", "--epoch-pictures", "8"], "must fill a batch of 64"),
-    ],
-)
-def test_wrong_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        loader.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
