@@ -22,23 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-PACKAGES = {  # name -> other names of the same library, one of which a machine may bring
-    "torch": (),
-    "torchvision": (),
-    "numpy": (),
-    "opencv-python": (
-        "opencv-python-headless",
-        "opencv-contrib-python",
-        "opencv-contrib-python-headless",
-    ),
-    "pillow": (),
-    "simplejpeg": (),
-    "jsonargparse": (),
-    "fvcore": (),
-    "pycocotools": (),
-}
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pillow", "simplejpeg",
+            "jsonargparse", "fvcore", "pycocotools")  # fmt: skip
+# Other names of the same library, one of which a machine may bring.
+ALIASES = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python",
+                             "opencv-contrib-python-headless")}  # fmt: skip
 SETUP = "run `bash tools/setup.sh --force`"
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -60,15 +49,15 @@ def check_python() -> Finding:
 
 def check_packages() -> Finding:
     """Versions of the main packages."""
-    versions = dict.fromkeys(PACKAGES, "missing")
-    for name, others in PACKAGES.items():
-        for candidate in (*others, name):
+    versions = {}
+    for name in PACKAGES:
+        for candidate in (*ALIASES.get(name, ()), name):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(candidate)
-    detail = ", ".join(f"{name} {version}" for name, version in versions.items())
-    absent = [name for name, version in versions.items() if version == "missing"]
+    detail = ", ".join(f"{name} {versions.get(name, 'missing')}" for name in PACKAGES)
+    absent = ", ".join(name for name in PACKAGES if name not in versions)
     if absent:
-        return Finding("missing", detail, f"{SETUP} (lacking: {', '.join(absent)})")
+        return Finding("missing", detail, f"{SETUP} (lacking: {absent})")
     return Finding("ok", detail)
 
 
@@ -76,13 +65,14 @@ def check_devices() -> Finding:
     """Processors that torch sees."""
     import torch
 
-    detail = f"{os.cpu_count()} CPU cores, torch uses {torch.get_num_threads()}; "
+    device = "no CUDA GPU, the CPU-sized presets are meant for this"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return Finding("ok", f"{detail}GPU: {', '.join(names)}")
-    if torch.backends.mps.is_available():
-        return Finding("ok", f"{detail}Apple GPU (not used by the pipeline)")
-    return Finding("ok", f"{detail}no CUDA GPU, the CPU-sized presets are meant for this")
+        device = f"GPU: {', '.join(names)}"
+    elif torch.backends.mps.is_available():
+        device = "Apple GPU (not used by the pipeline)"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return Finding("ok", f"{cores} CPU cores, torch uses {threads}; {device}")
 
 
 def check_torchvision_operators() -> Finding:
@@ -100,13 +90,11 @@ def check_torchvision_operators() -> Finding:
 
 def check_detectron2() -> Finding:
     """Detectron2, its compiled operators, and the patches in force."""
+    from common.provenance import library_version
     from detection import compat
 
     patches = ", ".join(compat.install_patches()) or "none"
-    try:
-        version = importlib.metadata.version("detectron2")
-    except importlib.metadata.PackageNotFoundError:
-        version = "of unknown version"
+    version = library_version("detectron2") or "of unknown version"
     compiled = "there" if compat.has_compiled_operators() else "absent, none is needed"
     return Finding("ok", f"{version}; compiled operators: {compiled}; patches: {patches}")
 
@@ -124,26 +112,26 @@ def check_opencv() -> Finding:
 
 def check_programs() -> Finding:
     """Programs that only some uses need."""
-    details, remedies = [], []
-    for name, commands, remedy in (
-        ("C++ compiler", ("g++", "clang++"),
-         "a compiler is needed for torch.compile only: apt-get install g++"),
-        ("Chromium", ("chromium", "chromium-browser", "google-chrome"),
-         "the report's browser test needs one: apt-get install chromium"),
-    ):  # fmt: skip
-        is_there = any(map(shutil.which, commands))
-        details.append(f"{name}: {'yes' if is_there else 'no'}")
-        remedies += [] if is_there else [remedy]
-    return Finding("remark" if remedies else "ok", ", ".join(details), "; ".join(remedies))
+    has_compiler = any(map(shutil.which, ("g++", "clang++")))
+    has_browser = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    remedies = [
+        *(["torch.compile needs a compiler: apt-get install g++"] * (not has_compiler)),
+        *(["the report's browser test: apt-get install chromium"] * (not has_browser)),
+    ]
+    detail = ", ".join(
+        f"{name}: {'yes' if is_there else 'no'}"
+        for name, is_there in (("C++ compiler", has_compiler), ("Chromium", has_browser))
+    )
+    return Finding("remark" if remedies else "ok", detail, "; ".join(remedies))
 
 
 def check_disk() -> Finding:
     """Free space where results go."""
-    free = shutil.disk_usage(".").free / GIB
-    if free < 2:
+    free_gib = shutil.disk_usage(".").free / 2**30
+    if free_gib < 2:
         remedy = "below 2 GiB a run may fail: free some space or give --out on another disk"
-        return Finding("remark", f"{free:.0f} GiB free", remedy)
-    return Finding("ok", f"{free:.0f} GiB free")
+        return Finding("remark", f"{free_gib:.0f} GiB free", remedy)
+    return Finding("ok", f"{free_gib:.0f} GiB free")
 
 
 def check_memory() -> Finding:
@@ -151,13 +139,13 @@ def check_memory() -> Finding:
     try:
         with open("/proc/meminfo") as file:
             rows = dict(line.split(":", 1) for line in file)
-        available = int(rows["MemAvailable"].split()[0]) / (1 << 20)
+        available_gib = int(rows["MemAvailable"].split()[0]) / 2**20
     except (OSError, KeyError, ValueError):  # macOS does not say
         return Finding("ok", "unknown")
-    if available < 4:
+    if available_gib < 4:
         remedy = "the demo preset may need up to 6 GiB: close programs or use the smoke preset"
-        return Finding("remark", f"{available:.1f} GiB available", remedy)
-    return Finding("ok", f"{available:.1f} GiB available")
+        return Finding("remark", f"{available_gib:.1f} GiB available", remedy)
+    return Finding("ok", f"{available_gib:.1f} GiB available")
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
@@ -185,8 +173,13 @@ def remedy_for(name: str, error: BaseException) -> str:
     return SETUP
 
 
-def examine() -> dict[str, Finding]:
-    """Run every check; one that raises becomes a finding with a remedy."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every check; one that raises becomes a finding with a remedy. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args(arguments)
     findings = {}
     for name, check in CHECKS.items():
         try:
@@ -195,28 +188,17 @@ def examine() -> dict[str, Finding]:
             first_line = (str(error).splitlines() or [""])[0]
             detail = f"{type(error).__name__}: {first_line}"
             findings[name] = Finding("missing", detail, remedy_for(name, error))
-    return findings
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    options = parser.parse_args(arguments)
-    findings = examine()
     num_missing = sum(finding.status == "missing" for finding in findings.values())
     if options.json:
         rows = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
         print(json.dumps({"ready": num_missing == 0, "findings": rows}, indent=1))
-        return 1 if num_missing else 0
-    marks = {"ok": "ok     ", "remark": "remark ", "missing": "MISSING"}
-    for name, finding in findings.items():
-        print(f"{marks[finding.status]}  {name}: {finding.detail}")
-        if finding.remedy:
-            print(f"         -> {finding.remedy}")
-    print(f"{num_missing} missing, see the remedies above" if num_missing else "ready")
+    else:
+        marks = {"ok": "ok     ", "remark": "remark ", "missing": "MISSING"}
+        for name, finding in findings.items():
+            print(f"{marks[finding.status]}  {name}: {finding.detail}")
+            if finding.remedy:
+                print(f"         -> {finding.remedy}")
+        print(f"{num_missing} missing, see the remedies above" if num_missing else "ready")
     return 1 if num_missing else 0
 
 

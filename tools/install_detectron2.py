@@ -30,6 +30,7 @@ from pathlib import Path
 
 from common.errors import RunFailed, UserError, run_command
 from common.files import sha256_of
+from common.provenance import library_version
 
 SOURCE_REQUIREMENT = "sal-detectron2==0.7.2"
 SOURCE_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
@@ -41,6 +42,10 @@ WHEEL_SHA256 = "a287fe29b704aef42cdc936f45bcfcb6558469ab1f38f814f9b49a61bcaf2136
 
 # The requirements are what `detectron2.engine`, `.evaluation` and `.checkpoint` import. torch and
 # torchvision stay out: they must come from one index together, which requirements.lock sees to.
+REQUIRES = (
+    "Pillow>=7.1 cloudpickle fvcore iopath matplotlib numpy omegaconf>=2.1 packaging "
+    "pycocotools>=2.0.2 setuptools tabulate termcolor>=1.1 tqdm>4.29.0 yacs>=0.1.8"
+)
 METADATA = f"""Metadata-Version: 2.1
 Name: detectron2
 Version: {VERSION}
@@ -48,21 +53,7 @@ Summary: Detectron2 repacked without compiled operators
 Home-page: https://github.com/facebookresearch/detectron2
 License: Apache-2.0
 Requires-Python: >=3.8
-Requires-Dist: Pillow>=7.1
-Requires-Dist: cloudpickle
-Requires-Dist: fvcore
-Requires-Dist: iopath
-Requires-Dist: matplotlib
-Requires-Dist: numpy
-Requires-Dist: omegaconf>=2.1
-Requires-Dist: packaging
-Requires-Dist: pycocotools>=2.0.2
-Requires-Dist: setuptools
-Requires-Dist: tabulate
-Requires-Dist: termcolor>=1.1
-Requires-Dist: tqdm>4.29.0
-Requires-Dist: yacs>=0.1.8
-"""
+""" + "".join(f"Requires-Dist: {requirement}\n" for requirement in REQUIRES.split())
 NOTICE = f"""Detectron2, repacked as pure Python
 ===================================
 Origin:   https://github.com/facebookresearch/detectron2, commit {COMMIT} (2024-04-17)
@@ -73,11 +64,9 @@ Taken from the Python package {SOURCE_REQUIREMENT}
 Changed:  the compiled library detectron2/_C, the folder detectron2/projects and the scripts in
           tools/ were left out; the package metadata was written anew. No Python file was edited.
 """
-WHEEL = """Wheel-Version: 1.0
-Generator: install_detectron2
-Root-Is-Purelib: true
-Tag: py3-none-any
-"""
+WHEEL = (
+    "Wheel-Version: 1.0\nGenerator: install_detectron2\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+)
 
 
 def require_sha256(path: Path, expected: str, what: str) -> None:
@@ -113,22 +102,18 @@ def read_members(source: Path) -> dict[str, bytes]:
     """
     try:
         with zipfile.ZipFile(source) as archive:
-            names = archive.namelist()
-            members = {name: archive.read(name) for name in names if is_kept(name)}
-            licences = [name for name in names if name.endswith(".dist-info/LICENSE")]
-            licence = archive.read(licences[0]) if licences else b""
+            content = {name: archive.read(name) for name in archive.namelist()}
     except zipfile.BadZipFile as error:
         raise RunFailed(f"{source} is not a wheel ({error}); delete it and run again") from error
-    if "detectron2/__init__.py" not in members or not licence:
+    members = {name: data for name, data in content.items() if is_kept(name)}
+    licences = [data for name, data in content.items() if name.endswith(".dist-info/LICENSE")]
+    if "detectron2/__init__.py" not in members or not licences:
         raise RunFailed(
             f"{source} holds no detectron2 package with a LICENSE; is it the right wheel?"
         )
-    members[f"{DIST_INFO}/LICENSE"] = licence
-    members[f"{DIST_INFO}/NOTICE"] = NOTICE.encode()
-    members[f"{DIST_INFO}/METADATA"] = METADATA.encode()
-    members[f"{DIST_INFO}/WHEEL"] = WHEEL.encode()
-    members[f"{DIST_INFO}/top_level.txt"] = b"detectron2\n"
-    return members
+    own = {"NOTICE": NOTICE, "METADATA": METADATA, "WHEEL": WHEEL, "top_level.txt": "detectron2\n"}
+    members |= {f"{DIST_INFO}/{name}": text.encode() for name, text in own.items()}
+    return members | {f"{DIST_INFO}/LICENSE": licences[0]}
 
 
 def write_wheel(members: Mapping[str, bytes], out: Path) -> None:
@@ -184,14 +169,6 @@ def build_wheel(folder: Path) -> Path:
     return out
 
 
-def installed_version() -> str | None:
-    """Version in the metadata of an installed detectron2; None without metadata."""
-    try:
-        return importlib.metadata.version("detectron2")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def is_usable() -> bool:
     """Whether an importable Detectron2 should be left alone.
 
@@ -201,7 +178,7 @@ def is_usable() -> bool:
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:  # without an origin it is a left-over empty folder
         return False
-    version = installed_version()
+    version = library_version("detectron2")
     if version is None:
         return Path(spec.origin).parents[1] != Path(sysconfig.get_path("purelib"))
     if version != VERSION:
@@ -238,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wheel = options.wheel or build_wheel(Path(scratch))
             require_sha256(wheel, WHEEL_SHA256, "wheel")
             # Over a damaged installation pip would do nothing: it takes it for complete.
-            replaces = options.force or installed_version() == VERSION
+            replaces = options.force or library_version("detectron2") == VERSION
             more = ["--force-reinstall", "--no-deps"] if replaces else []
             done = pip("install", "--quiet", str(wheel), *more)
             if done.returncode != 0:
