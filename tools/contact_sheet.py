@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tiles(data: Path, part: str, count: int, height: int) -> Iterator[Image.Image]:
     """Yield up to `count` pictures scaled to `height` pixels, with boxes where they are known."""
-    voc = data / "VOC2007"
+    voc, card = data / "VOC2007", data / "dataset.json"
+    classes = read_json(card)["classes"] if card.exists() else []
     pictures: list[tuple[Path, Sequence[ObjectRecord]]]
     if part in ("train", "test"):
         names = read_list(voc, part)[:count] if list_file(voc, part).exists() else []
@@ -60,8 +61,6 @@ def _tiles(data: Path, part: str, count: int, height: int) -> Iterator[Image.Ima
     else:
         files = sorted((data / part).rglob("*.jpg"), key=lambda p: p.name)[:count]
         pictures = [(path, ()) for path in files]
-    card = data / "dataset.json"
-    classes = read_json(card)["classes"] if card.exists() else []
     for path, objects in pictures:
         try:
             picture = Image.fromarray(decode(path.read_bytes(), where=str(path)))
@@ -69,62 +68,44 @@ def _tiles(data: Path, part: str, count: int, height: int) -> Iterator[Image.Ima
             raise UserError(f"{error}; make the set again") from error
         scale = height / picture.height
         tile = picture.resize((round(picture.width * scale), height))
-        _draw_boxes(tile, objects, scale, classes)
+        draw = ImageDraw.Draw(tile)
+        for item in objects:
+            name = item.class_name
+            number = classes.index(name) if name in classes else len(name)
+            colour = f"hsv({360 * (number * _HUE_STEP % 1):.0f}, 75%, 100%)"
+            x0, y0, x1, y1 = (round(scale * value) for value in item.voc_box)
+            box = (x0, y0, min(x1, tile.width - 1), min(y1, tile.height - 1))
+            draw.rectangle(box, outline=colour, width=1 if item.difficult else 2)
+            # The name stands above the box, or inside it where there is no room.
+            _, _, width, text_height = draw.textbbox((0, 0), name)
+            top = y0 - text_height - 2 if y0 > text_height + 2 else y0
+            draw.rectangle((x0, top, x0 + width + 3, top + text_height + 2), fill=colour)
+            draw.text((x0 + 2, top), name, fill="black")
         yield tile
 
 
-def _draw_boxes(
-    tile: Image.Image, objects: Sequence[ObjectRecord], scale: float, classes: Sequence[str]
-) -> None:
-    """Draw objects on a tile, in place; difficult ones in thin lines."""
-    draw = ImageDraw.Draw(tile)
-    for item in objects:
-        name = item.class_name
-        number = classes.index(name) if name in classes else len(name)
-        colour = f"hsv({360 * (number * _HUE_STEP % 1):.0f}, 75%, 100%)"
-        x0, y0, x1, y1 = (round(scale * value) for value in item.voc_box)
-        box = (x0, y0, min(x1, tile.width - 1), min(y1, tile.height - 1))
-        draw.rectangle(box, outline=colour, width=1 if item.difficult else 2)
-        # The name stands above the box, or inside it where there is no room.
-        _, _, width, height = draw.textbbox((0, 0), name)
-        top = y0 - height - 2 if y0 > height + 2 else y0
-        draw.rectangle((x0, top, x0 + width + 3, top + height + 2), fill=colour)
-        draw.text((x0 + 2, top), name, fill="black")
-
-
 def arrange(tiles: Sequence[Image.Image], width: int) -> Image.Image:
-    """Lay tiles of one height in rows on white, each row stretched to the full width.
+    """Lay tiles of one height in rows on white.
 
     Args:
         tiles: Pictures of the same height.
-        width: Of the sheet, pixels.
+        width: Of the sheet, pixels; a wider tile is shrunk to it.
     Returns:
-        The sheet; a last row that is less than full is left out unless it is alone.
+        The sheet; a last row that is less than 0.8 full is left out unless it is alone.
     """
-
-    def filled(row: Sequence[Image.Image]) -> int:
-        return sum(tile.width + _GAP for tile in row)
-
-    rows: list[list[Image.Image]] = [[]]
+    places: list[tuple[int, int]] = []
+    x, y = 0, 0
     for tile in tiles:
-        if rows[-1] and filled(rows[-1]) + tile.width / 2 > width:
-            rows.append([])
-        rows[-1].append(tile)
-    if len(rows) > 1 and filled(rows[-1]) < 0.8 * width:
-        rows.pop()
-    strips = []
-    for row in rows:
-        strip = Image.new("RGB", (filled(row) - _GAP, row[0].height), "white")
-        for number, tile in enumerate(row):
-            strip.paste(tile, (filled(row[:number]), 0))
-        if 2 * strip.width > width:  # a single narrow picture is not blown up
-            strip = strip.resize((width, round(strip.height * width / strip.width)))
-        strips.append(strip)
-    sheet = Image.new("RGB", (width, sum(strip.height + _GAP for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height + _GAP
+        tile.thumbnail((width, tile.height))
+        if x and x + tile.width > width:
+            x, y = 0, y + tiles[0].height + _GAP
+        places.append((x, y))
+        x += tile.width + _GAP
+    if y and x < 0.8 * width:
+        places = [place for place in places if place[1] < y]
+    sheet = Image.new("RGB", (width, places[-1][1] + tiles[0].height + _GAP), "white")
+    for tile, place in zip(tiles, places, strict=False):
+        sheet.paste(tile, place)
     return sheet
 
 

@@ -162,33 +162,24 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
     return MALLOC | os.environ | torchrun | {"PYTHONPATH": path}
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
-    main_parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = main_parser.add_argument
+    add = parser.add_argument
     add("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
     add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
     add("--cluster", choices=("local", "slurm"), required=True, help="where the job runs")
     for name, (default, _, text) in _NUMBERS.items():
-        add(_flag(name), type=int, default=default, metavar="N", help=text)
+        add("--" + name.replace("_", "-"), type=int, default=default, metavar="N", help=text)
     add("--mem-gb", type=float, metavar="GB", help="memory of a node")
     add("--partition", metavar="P", help="SLURM partition")
-    add_slurm_option(main_parser)
+    add_slurm_option(parser)
     add("--resume", action="store_true", help="go on with the run in out, if there is one")
     add("--allow-changes", action="store_true", help="with --resume: even with another config")
     add("--wait", action="store_true", help="until the run has ended; the exit status is its own")
-    return main_parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = parser().parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def work() -> int:
         job = submit(options)
@@ -208,33 +199,30 @@ def submit(options: argparse.Namespace) -> Any:
     from pretrain.config import load_config
 
     # The config, the folder of the run, and the numbers.
-    config = load_config(options.config, options.overrides)
-    if config.out is None:
-        raise UserError("out is not set: name the folder of this run, e.g. out=runs/first")
-    out = Path(config.out)
+    config, is_local = load_config(options.config, options.overrides), options.cluster == "local"
+    out = Path(config.out or "")
+    require(bool(config.out), "out is not set: name the folder of this run, e.g. out=runs/first")
     require(
         options.resume or not (out / "checkpoint.pth").exists(),
         f"{out} holds a run already: continue it with --resume, or choose another out=DIR",
     )
     for name, (_, least, _) in _NUMBERS.items():
-        value = getattr(options, name)
-        require(value is None or value >= least, f"{_flag(name)} {value}: must be >= {least}")
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        require(value is None or value >= least, f"{flag} {value}: must be >= {least}")
     for text in (str(out), options.partition or ""):
         require(text.isprintable(), f"{text!r}: no line breaks in names for the cluster")
-    is_local = options.cluster == "local"
     require(not is_local or options.nodes == 1, "--cluster local has one node: this machine")
 
     # The processes; any number of nodes that may be left divides the batch.
     num_processes = options.tasks_per_node or options.gpus_per_node or 1
     nodes, min_nodes = options.nodes, options.min_nodes or options.nodes
     require(min_nodes <= nodes, f"--min-nodes {min_nodes} is above --nodes {nodes}")
-    batch_size = config.data.batch_size
-    for count in range(min_nodes, nodes + 1):
+    for total in (count * num_processes for count in range(min_nodes, nodes + 1)):
         require(
-            batch_size % (count * num_processes) == 0,
-            f"data.batch_size={batch_size} cannot be divided among {count * num_processes} "
-            f"processes ({count} nodes of {num_processes}); choose another batch size, or another "
-            "--nodes, --min-nodes or --tasks-per-node",
+            config.data.batch_size % total == 0,
+            f"data.batch_size={config.data.batch_size} cannot be divided among {total} processes "
+            f"({total // num_processes} nodes of {num_processes}); choose another batch size, or "
+            "another --nodes, --min-nodes or --tasks-per-node",
         )
     words = (options.config, *options.overrides, "--resume")
     words += ("--allow-changes",) if options.allow_changes else ()
@@ -242,34 +230,27 @@ def submit(options: argparse.Namespace) -> Any:
         words, nodes, min_nodes, num_processes, options.max_restarts, options.save_seconds
     )
 
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = PREEMPTION.name.removeprefix("SIG")
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = signal_name = PREEMPTION.name.removeprefix("SIG")
     os.environ["PYTHONPATH"] = node_environment(node)["PYTHONPATH"]  # the job unpickles from here
     import submitit
 
-    extra: dict[str, Any] = {
-        "signal": f"{PREEMPTION.name.removeprefix('SIG')}@{options.save_seconds}",
-        "requeue": True,
-        **({"no-kill": True} if min_nodes < nodes else {}),
-        **dict(options.slurm_option),
-    }
+    extra = {"signal": f"{signal_name}@{options.save_seconds}", "requeue": True}
+    if min_nodes < nodes:
+        extra["no-kill"] = True
+    timeouts = options.max_timeouts
     try:
         executor = submitit.AutoExecutor(
-            folder=out / "submitit",
-            cluster=options.cluster,
-            slurm_max_num_timeout=options.max_timeouts,
-            local_max_num_timeout=options.max_timeouts,
-        )
+            out / "submitit", cluster=options.cluster,
+            slurm_max_num_timeout=timeouts, local_max_num_timeout=timeouts,
+        )  # fmt: skip
         executor.update_parameters(
-            name="pretrain",
-            nodes=nodes,
-            tasks_per_node=1,
+            name="pretrain", nodes=nodes, tasks_per_node=1,
             cpus_per_task=options.cpus_per_node or num_processes * (1 + config.data.num_workers),
-            gpus_per_node=options.gpus_per_node,
-            mem_gb=options.mem_gb,
+            gpus_per_node=options.gpus_per_node, mem_gb=options.mem_gb,
             timeout_min=options.time_minutes or (_LOCAL_MINUTES if is_local else 240),
             slurm_partition=options.partition,
-            slurm_additional_parameters=extra,
-        )
+            slurm_additional_parameters=extra | dict(options.slurm_option),
+        )  # fmt: skip
         return executor.submit(node)
     except (RuntimeError, OSError) as error:  # no srun, or sbatch refuses
         raise UserError(f"submitit cannot submit the job: {error}") from error
