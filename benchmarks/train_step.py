@@ -477,8 +477,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         assert isinstance(ours, Ours)
         arms.clear()
         wall = wall_rates(ours, options.rounds, num_wall_steps, 2 * num_workers + 2)
-        if run.lock is not None:
-            run.lock.close()
     return {
         **harness.device_context(device, sizes),
         "num_cores": os.cpu_count(),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from common.annotations.canonical import list_file
 from common.annotations.formats.voc import list_names, read_list, require_picture, year_folders
-from common.errors import UserError
+from common.errors import UserError, require
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -68,12 +68,26 @@ def open_source(
             chosen.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder; give a folder of pictures, class folders or a VOC devkit"
-        )
-    if year_folders(root):
-        return _open_voc(root, split)
+    require(
+        root.is_dir(),
+        f"{root}: no such folder; give a folder of pictures, class folders or a VOC devkit",
+    )
+    # A VOC devkit. Where no folder has the list, reading it from the first says what is missing.
+    if years := year_folders(root):
+        if split is None:
+            names = sorted({name for year in years for name in list_names(year) if "_" not in name})
+            raise UserError(
+                f"{root}: is a VOC devkit; choose a part with --split, one of: "
+                f"{', '.join(names) or '(none)'}"
+            )
+        found = []
+        for year in [year for year in years if list_file(year, split).exists()] or years[:1]:
+            for image_id in read_list(year, split, class_wise=True):
+                file = require_picture(year, image_id)
+                found.append(Picture(str(file), f"{year.name}/{file.name}", -1))
+        return PictureSource("voc", tuple(sorted(found, key=lambda one: one.name)), None, {})
+
+    # Any other folder: its pictures.
     if split is not None:
         if not (root / split).is_dir():
             folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
@@ -82,46 +96,25 @@ def open_source(
                 "name one of: " + (", ".join(folders[:10]) or "(no sub-folders)")
             )
         root = root / split
-    return _open_folder(root, labels)
-
-
-def _open_voc(root: Path, split: str | None) -> PictureSource:
-    years = year_folders(root)
-    if split is None:
-        names = sorted({name for year in years for name in list_names(year) if "_" not in name})
-        raise UserError(
-            f"{root}: is a VOC devkit; choose a part with --split, one of: "
-            f"{', '.join(names) or '(none)'}"
-        )
-    # Where no folder has the list, reading it from the first says what is missing.
-    with_split = [year for year in years if list_file(year, split).exists()] or years[:1]
-    pictures = []
-    for year in with_split:
-        for image_id in read_list(year, split, class_wise=True):
-            file = require_picture(year, image_id)
-            pictures.append(Picture(str(file), f"{year.name}/{file.name}", -1))
-    return PictureSource("voc", tuple(sorted(pictures, key=lambda picture: picture.name)), None, {})
-
-
-def _open_folder(root: Path, labels: Labels) -> PictureSource:
     names, ignored = [], Counter()
     for file in _walk(root):
-        suffix = file.suffix.lower()
-        if suffix in PICTURE_SUFFIXES:
+        if file.suffix.lower() in PICTURE_SUFFIXES:
             names.append(file.relative_to(root).as_posix())
         else:
-            ignored[suffix or "(no suffix)"] += 1
+            ignored[file.suffix.lower() or "(no suffix)"] += 1
     if not names:
-        others = [f"{count} {suffix}" for suffix, count in ignored.most_common(3)]
+        kinds = [f"{count} {suffix}" for suffix, count in ignored.most_common(3)]
         raise UserError(
-            f"{root}: holds no pictures (found {', '.join(others) or 'nothing at all'}); suffixes "
+            f"{root}: holds no pictures (found {', '.join(kinds) or 'nothing at all'}); suffixes "
             f"read: {' '.join(sorted(PICTURE_SUFFIXES))}"
         )
+
+    # Sub-folders are splits, or classes if every picture lies in one of several.
     tops = sorted({name.split("/")[0] for name in names if "/" in name})
-    if len(tops) > 1 and {top.lower() for top in tops} <= SPLIT_NAMES:
-        raise UserError(
-            f"{root}: its folders {', '.join(tops)} look like splits; choose one with --split"
-        )
+    require(
+        len(tops) < 2 or not {top.lower() for top in tops} <= SPLIT_NAMES,
+        f"{root}: its folders {', '.join(tops)} look like splits; choose one with --split",
+    )
     has_classes = labels == "auto" and len(tops) > 1 and all("/" in name for name in names)
     number = {name: i for i, name in enumerate(tops if has_classes else ())}
     pictures = tuple(
@@ -141,7 +134,5 @@ def _walk(root: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith((".", "__MACOSX"))
-        )
+        subfolders[:] = sorted(f for f in subfolders if not f.startswith((".", "__MACOSX")))
         yield from (Path(folder, name) for name in files if not name.startswith("."))

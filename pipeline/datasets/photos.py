@@ -126,7 +126,15 @@ class PhotoSource(SceneSource):
             return _cut_out(rng, levels, size, tone)
 
         items = self.place_objects(rng, shape, part, index, draw)
-        items += self._occluders(rng, pictures, shape)
+        # Soft-edged pieces of other scenes lie in front of the objects.
+        for _ in range(min(int(rng.poisson(0.3 * self.options.clutter)), 6)):
+            side = max(8, round(min(shape) * scene.log_uniform(rng, 0.12, 0.35)))
+            outline = shapes.blob(rng, int(rng.integers(4, 8)), 0.6) * (side * 0.45) + side / 2
+            mask = cv2.blur(scene.filled((side, side), [outline]), (3, 3))
+            piece = self._background(rng, pictures, (side, side))
+            sprite = Sprite(piece, mask.astype(np.float32) / 255)
+            x, y = scene.draw_place(rng, (side, side), shape, [], 0.5)
+            items.append(Placed(sprite, x, y))
         items, objects, masks = scene.settle(items, shape)
         shadow = (rng.uniform(-0.06, 0.06), rng.uniform(0.0, 0.06), rng.uniform(0.1, 0.45))
         image = scene.paint(ground, items, shadow)
@@ -149,21 +157,6 @@ class PhotoSource(SceneSource):
         if rng.random() < 0.5:
             image = image[:, ::-1]
         return np.clip(_jitter(rng, np.ascontiguousarray(image), 0.15), 0, 255)
-
-    def _occluders(
-        self, rng: np.random.Generator, pictures: Part, shape: tuple[int, int]
-    ) -> list[Placed]:
-        """Return soft-edged pieces of other scenes that lie in front of the objects."""
-        items = []
-        for _ in range(min(int(rng.poisson(0.3 * self.options.clutter)), 6)):
-            side = max(8, round(min(shape) * scene.log_uniform(rng, 0.12, 0.35)))
-            outline = shapes.blob(rng, int(rng.integers(4, 8)), 0.6) * (side * 0.45) + side / 2
-            mask = cv2.blur(scene.filled((side, side), [outline]), (3, 3))
-            piece = self._background(rng, pictures, (side, side))
-            sprite = Sprite(piece, mask.astype(np.float32) / 255)
-            x, y = scene.draw_place(rng, (side, side), shape, [], 0.5)
-            items.append(Placed(sprite, x, y))
-        return items
 
 
 def _jitter(rng: np.random.Generator, image: np.ndarray, amount: float) -> np.ndarray:
@@ -222,8 +215,7 @@ def _load_cutout(root: Path, name: str, max_side: int) -> list[np.ndarray]:
         raise UserError(
             f"{path}: no cut-out (8 bits, with transparency); delete the cache, run again"
         )
-    rows = np.flatnonzero((image[:, :, 3] > 20).any(axis=1))
-    columns = np.flatnonzero((image[:, :, 3] > 20).any(axis=0))
+    rows, columns = (np.flatnonzero((image[:, :, 3] > 20).any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
         raise UserError(f"{path}: fully transparent; delete the cache, run again")
     image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)

@@ -1,21 +1,14 @@
 """Generated scenes: ten classes told apart by structure, in random materials, light and clutter."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import cv2
 import numpy as np
 
 from pipeline.datasets import render, scene, shapes
-from pipeline.datasets.scene import (
-    Placed,
-    Range,
-    Scene,
-    SceneSource,
-    Sprite,
-    is_held_out,
-    log_uniform,
-)
+from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, log_uniform
 
 VERSION = 4  # raise it whenever the pictures of given options change
 _MAX_TURN = 25.0  # degrees; one object in twelve may be turned by any angle
@@ -40,7 +33,7 @@ class ProceduralSource(SceneSource):
     material_habit: float = 0.0
 
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
-        shifted = self.shifted_test and is_held_out(part)
+        shifted = self.shifted_test and scene.is_held_out(part)
         shape = scene.draw_shape(rng, self.options)
         angle = rng.uniform(np.pi * 1.05, np.pi * 1.95)  # light comes from above
         strength = rng.uniform(0.15, 0.8)
@@ -49,37 +42,30 @@ class ProceduralSource(SceneSource):
 
         def draw(label: int, sizes: Range) -> Sprite:
             size = min(shape) * log_uniform(rng, *sizes)
-            dice = shapes.ShapeDice(rng, is_held_out(part))
+            dice = shapes.ShapeDice(rng, scene.is_held_out(part))
             parts = shapes.CLASSES[self.class_names[label]](dice)
             turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
             habit = render.habit_of(label, 0.0 if shifted else self.material_habit)
             return render.draw(rng, render.pose(rng, parts, size, turn), light, shifted, habit)
 
-        items = self._clutter(rng, shape, light, shifted, front=False)
+        def clutter(mean: float, largest: float) -> list[Placed]:
+            items = []
+            for _ in range(min(int(rng.poisson(self.options.clutter * mean)), 12)):
+                size = min(shape) * log_uniform(rng, 0.08, largest)
+                parts = shapes.distractor(shapes.ShapeDice(rng, shifted))
+                sprite = render.draw(rng, render.pose(rng, parts, size, 180), light, shifted)
+                x, y = scene.draw_place(rng, sprite.alpha.shape, shape, [], 0.5)
+                items.append(Placed(sprite, x, y))
+            return items
+
+        # Behind the objects and in front of them.
+        items = clutter(3.0, 0.55)
         items += self.place_objects(rng, shape, part, index, draw)
-        items += self._clutter(rng, shape, light, shifted, front=True)
+        items += clutter(0.4, 0.3)
         items, objects, masks = scene.settle(items, shape)
         darkness = rng.uniform(0.15, 0.6) if rng.random() < 0.75 else 0.0
         image = scene.paint(background, items, (-0.1 * light.x, -0.1 * light.y, darkness))
         return Scene(scene.finish(rng, image), objects, masks)
-
-    def _clutter(
-        self,
-        rng: np.random.Generator,
-        shape: tuple[int, int],
-        light: render.Light,
-        shifted: bool,
-        front: bool,
-    ) -> list[Placed]:
-        mean = self.options.clutter * (0.4 if front else 3.0)
-        items = []
-        for _ in range(min(int(rng.poisson(mean)), 12)):
-            size = min(shape) * log_uniform(rng, 0.08, 0.3 if front else 0.55)
-            parts = shapes.distractor(shapes.ShapeDice(rng, shifted))
-            sprite = render.draw(rng, render.pose(rng, parts, size, 180), light, shifted)
-            x, y = scene.draw_place(rng, sprite.alpha.shape, shape, [], 0.5)
-            items.append(Placed(sprite, x, y))
-        return items
 
 
 def _background(rng: np.random.Generator, shape: tuple[int, int], shifted: bool) -> np.ndarray:
@@ -147,9 +133,8 @@ def _shelves(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> Non
     room, length = (width, height) if upright else (height, width)
     for spot in rng.random(int(rng.integers(2, 5))) * room:
         thick, tilt = rng.uniform(0.03, 0.2) * room, rng.uniform(-0.1, 0.1) * room
-        board = shapes.polygon(
-            (0, spot), (length, spot + tilt), (length, spot + tilt + thick), (0, spot + thick)
-        )
+        end = spot + tilt
+        board = shapes.polygon((0, spot), (length, end), (length, end + thick), (0, spot + thick))
         _fill(rng, canvas, board[:, ::-1] if upright else board, shifted)
 
 
@@ -157,10 +142,9 @@ def _mosaic(rng: np.random.Generator, canvas: np.ndarray, shifted: bool) -> None
     """A grid of cells, some in another material."""
     height, width = canvas.shape[:2]
     rows, columns = rng.integers(2, 4, 2)
-    for row in range(rows):
-        for column in range(columns):
-            if rng.random() < 0.5:
-                x0, x1 = np.array([column, column + 1]) * width / columns
-                y0, y1 = np.array([row, row + 1]) * height / rows
-                jitter = rng.uniform(-0.08, 0.08, (4, 2)) * (width, height)
-                _fill(rng, canvas, shapes.rectangle(x0, y0, x1, y1) + jitter, shifted)
+    for row, column in product(range(rows), range(columns)):
+        if rng.random() < 0.5:
+            x0, x1 = np.array([column, column + 1]) * width / columns
+            y0, y1 = np.array([row, row + 1]) * height / rows
+            jitter = rng.uniform(-0.08, 0.08, (4, 2)) * (width, height)
+            _fill(rng, canvas, shapes.rectangle(x0, y0, x1, y1) + jitter, shifted)

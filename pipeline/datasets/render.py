@@ -175,12 +175,7 @@ def pick_family(rng: np.random.Generator, held_out: bool, habit: Habit = NO_HABI
 
 
 def surface(
-    rng: np.random.Generator,
-    h: int,
-    w: int,
-    unit: float,
-    held_out: bool,
-    habit: Habit = NO_HABIT,
+    rng: np.random.Generator, h: int, w: int, unit: float, held_out: bool, habit: Habit = NO_HABIT
 ) -> Image:
     """Paint a rectangle with a random material.
 
@@ -247,13 +242,13 @@ def pose(
     keystone = rng.uniform(-0.12, 0.12)
     linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     linear = linear @ np.array([[mirror * squeeze, shear], [0, 1 / squeeze]])
-    moved = []
-    for part in parts:
-        contours = []
-        for points in part.contours:
-            narrowed = points * (1 + keystone * points[:, 1:]) ** np.array([1, 0])
-            contours.append(narrowed @ linear.T)
-        moved.append(contours)
+    moved = [
+        [
+            points * (1 + keystone * points[:, 1:]) ** np.array([1, 0]) @ linear.T
+            for points in part.contours
+        ]
+        for part in parts
+    ]
     everything = np.concatenate([points for contours in moved for points in contours])
     corner, extent = everything.min(axis=0), np.ptp(everything, axis=0).max()
     scale = size / max(extent, 1e-6)
@@ -281,12 +276,9 @@ def _relief(mask: np.ndarray, light: Light, amount: float) -> np.ndarray:
 
 
 def draw(
-    rng: np.random.Generator,
-    parts: Sequence[Part],
-    light: Light,
-    held_out: bool,
+    rng: np.random.Generator, parts: Sequence[Part], light: Light, held_out: bool,
     habit: Habit = NO_HABIT,
-) -> Sprite:
+) -> Sprite:  # fmt: skip
     """Draw posed parts as a sprite.
 
     Args:
@@ -329,20 +321,14 @@ def draw(
         below = alpha[rows, columns]
         below += cover * (1 - below)
     if light.strength > 0.3 and rng.random() < 0.4:
-        _highlight(rng, image, alpha, light)
+        # A soft gloss towards the light.
+        centre = (0.5 + 0.25 * light.y) * shape[0], (0.5 + 0.25 * light.x) * shape[1]
+        radius = max(2.0, 0.2 * min(shape))
+        gloss = [
+            np.exp(-(((np.arange(side) - middle) / radius) ** 2)).astype(np.float32)
+            for side, middle in zip(shape, centre, strict=True)
+        ]
+        gloss = np.outer(*gloss) * alpha * np.float32(rng.uniform(20, 90))
+        image += gloss[:, :, None]
     # The colour of half covered edge pixels was mixed with black.
     return Sprite(image / np.maximum(alpha, 0.05)[:, :, None], alpha)
-
-
-def _highlight(
-    rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray, light: Light
-) -> None:
-    """Add a soft gloss towards the light, in place."""
-    height, width = alpha.shape
-    x = (0.5 + 0.25 * light.x) * width
-    y = (0.5 + 0.25 * light.y) * height
-    radius = max(2.0, 0.2 * min(height, width))
-    gloss_x = np.exp(-(((np.arange(width) - x) / radius) ** 2)).astype(np.float32)
-    gloss_y = np.exp(-(((np.arange(height) - y) / radius) ** 2)).astype(np.float32)
-    gloss = np.outer(gloss_y, gloss_x) * alpha * np.float32(rng.uniform(20, 90))
-    image += gloss[:, :, None]

@@ -117,13 +117,9 @@ class SceneSource(ABC):
         return index % len(self.class_names)
 
     def place_objects(
-        self,
-        rng: np.random.Generator,
-        shape: tuple[int, int],
-        part: str,
-        index: int,
+        self, rng: np.random.Generator, shape: tuple[int, int], part: str, index: int,
         draw: Callable[[int, Range], Sprite],
-    ) -> list[Placed]:
+    ) -> list[Placed]:  # fmt: skip
         """Draw and place as many objects as the options say for a part.
 
         Args:
@@ -142,11 +138,11 @@ class SceneSource(ABC):
         items: list[Placed] = []
         taken: list[tuple[int, int, int, int]] = []
         for _ in range(1 if is_probe else int(rng.integers(counts[0], counts[1] + 1))):
-            num_classes = len(self.class_names)
-            label = self.probe_label(index) if is_probe else int(rng.integers(num_classes))
+            label = self.probe_label(index)
+            if not is_probe:
+                label = int(rng.integers(len(self.class_names)))
             sprite = draw(label, sizes)
-            cut = 0.1 if is_probe else 0.25
-            x, y = draw_place(rng, sprite.alpha.shape, shape, taken, cut)
+            x, y = draw_place(rng, sprite.alpha.shape, shape, taken, 0.1 if is_probe else 0.25)
             items.append(Placed(sprite, x, y, label))
         return items
 
@@ -236,13 +232,10 @@ def settle(
         del stay[max(hidden, key=lambda i: 1 - seen[i] / max(whole[i], 1))]
     annotations = []
     for i in sorted(masks):
-        columns = np.flatnonzero(masks[i].any(axis=0))
-        rows = np.flatnonzero(masks[i].any(axis=1))
+        columns, rows = (np.flatnonzero(masks[i].any(axis=axis)) for axis in (0, 1))
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        inner_rows, inner_columns = _overlap(stay[i], shape)[2:]
-        inside = stay[i].sprite.alpha[inner_rows, inner_columns] > _SOLID
-        truncated = int(inside.sum()) < whole[i]
-        visible = seen[i] / whole[i]
+        inside = stay[i].sprite.alpha[_overlap(stay[i], shape)[2:]] > _SOLID
+        truncated, visible = int(inside.sum()) < whole[i], seen[i] / whole[i]
         tiny = max(box[2] - box[0], box[3] - box[1]) < DIFFICULT_SIDE_PX
         difficult = visible < DIFFICULT_VISIBLE or tiny
         annotations.append(Annotation(stay[i].label, box, truncated, difficult, visible))
@@ -258,9 +251,7 @@ def filled(shape: tuple[int, int], contours: Sequence[np.ndarray]) -> np.ndarray
 
 
 def paint(
-    background: np.ndarray,
-    items: Sequence[Placed],
-    shadow: tuple[float, float, float] = (0, 0, 0),
+    background: np.ndarray, items: Sequence[Placed], shadow: tuple[float, float, float] = (0, 0, 0)
 ) -> np.ndarray:
     """Paint the items one after another over a copy of the background.
 
@@ -292,12 +283,9 @@ def paint(
 
 
 def draw_place(
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    shape: tuple[int, int],
-    taken: list[tuple[int, int, int, int]],
-    cut_chance: float = 0.25,
-) -> tuple[int, int]:
+    rng: np.random.Generator, size: tuple[int, int], shape: tuple[int, int],
+    taken: list[tuple[int, int, int, int]], cut_chance: float = 0.25,
+) -> tuple[int, int]:  # fmt: skip
     """Draw a corner for a sprite, with few overlaps and sometimes across the border.
 
     Args:
@@ -312,10 +300,8 @@ def draw_place(
     slack = [0.45 * s if rng.random() < cut_chance else 0.0 for s in size]
     best, best_cover = (0, 0), np.inf
     for _ in range(6):
-        spot = []
-        for length, room, over in zip(size, shape, slack, strict=True):
-            low, high = -over, room - length + over
-            spot.append(round(rng.uniform(min(low, high), max(low, high))))
+        spans = [(-o, room - side + o) for side, room, o in zip(size, shape, slack, strict=True)]
+        spot = [round(rng.uniform(min(span), max(span))) for span in spans]
         cover = max((_cover(spot, size, other) for other in taken), default=0.0)
         if cover < best_cover:
             best, best_cover = (spot[1], spot[0]), cover
