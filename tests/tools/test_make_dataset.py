@@ -15,28 +15,11 @@ from xml.dom import minidom
 import cv2
 import pytest
 
-from common.annotations.formats.voc import read_list, read_picture
+from common.annotations.formats.voc import read_picture
 from pipeline.datasets import build
-from tools import make_dataset
+from tests.pipeline.datasets.package_fixture import COUNTS, SIZES, run, tree
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTS = {"pool": 12, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}
-SIZES = [word for name, count in COUNTS.items() for word in (f"--num-{name}", str(count))]
-SIZES += ["--image-size", "48", "--num-workers", "1"]
-
-
-def run(*arguments: object) -> int:
-    """Run the command in this process; return its exit status."""
-    try:
-        return make_dataset.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Return all files of a folder by relative path."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +41,12 @@ def test_layout_and_card(made: Path):
     assert card["options"]["long_side"] == 60
     assert str(made.parent) not in json.dumps(card)
     assert len(list((made / "pool").iterdir())) == 12
+    assert all(path.stem.isdigit() for path in (made / "pool").iterdir())  # tell no class
     for split, count in (("train", 11), ("val", 10)):
         folders = sorted((made / "probe" / split).iterdir())
         assert [f.name for f in folders] == sorted(card["classes"])
         assert sum(len(list(f.glob("*.jpg"))) for f in folders) == count
     assert sorted(p.name for p in made.parent.iterdir()) == ["scenes"]
-
-
-def test_pool_names_tell_nothing(made: Path):
-    assert all(p.stem.isdigit() for p in (made / "pool").iterdir())
 
 
 def test_devkit_reads_with_a_parser_of_its_own(made: Path):
@@ -78,6 +58,7 @@ def test_devkit_reads_with_a_parser_of_its_own(made: Path):
     for name in names["train"] + names["test"]:
         image = cv2.imread(str(voc / "JPEGImages" / f"{name}.jpg"))
         assert image is not None
+        assert read_picture(voc, name, classes).objects
         document = minidom.parse(str(voc / "Annotations" / f"{name}.xml"))
 
         def text(node, tag: str) -> str:
@@ -94,19 +75,11 @@ def test_devkit_reads_with_a_parser_of_its_own(made: Path):
             assert {text(item, "truncated"), text(item, "difficult")} <= {"0", "1"}
 
 
-def test_the_reader_of_annotations_finds_no_fault(made: Path):
-    classes = json.loads((made / "dataset.json").read_text())["classes"]
-    voc = made / "VOC2007"
-    for split in ("train", "test"):
-        pictures = [read_picture(voc, name, classes) for name in read_list(voc, split)]
-        assert any(picture.objects for picture in pictures)
-
-
 def test_train_and_test_share_no_picture(made: Path):
     folder = made / "VOC2007/JPEGImages"
     pictures = [p.read_bytes() for p in folder.iterdir()]
     pictures += [p.read_bytes() for p in made.glob("p*/**/*.jpg")]
-    assert len(pictures) == len(set(pictures)) == 9 + 7 + 12 + 11 + 10
+    assert len(pictures) == len(set(pictures)) == sum(COUNTS.values())
 
 
 def test_every_byte_is_the_same_for_any_number_of_workers(made: Path, tmp_path: Path, monkeypatch):
@@ -166,23 +139,20 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, capsys):
         (["--num-workers", "0"], "--num-workers is 0: give 1 or more"),
         (["--num-classes", "1"], "--num-classes is 1: give 2 to 10"),
         (["--clutter", "-1"], "--clutter is -1.0: give 0 or more"),
+        *((["--material-habit", p], f"--material-habit is {p}: give 0 to 1")
+          for p in ("-0.1", "1.5", "nan")),
+        (["--material-habit", "0.5", "--shifted-test"], "is 0.5 together with --shifted-test"),
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
     ],
-)
+)  # fmt: skip
 def test_bad_options(tmp_path: Path, capsys, arguments, message):
     assert run("procedural", tmp_path / "out", *SIZES, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_help_shows_an_example(capsys):
-    for arguments in (["--help"], ["procedural", "--help"], ["photos", "--help"]):
-        assert run(*arguments) == 0
-        assert ".venv/bin/python tools/make_dataset.py procedural" in capsys.readouterr().out
-
-
-def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, capsys, monkeypatch):
+def test_too_little_space_leaves_nothing_behind(tmp_path: Path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage)
     assert run("procedural", tmp_path / "out", *SIZES) == 1
@@ -191,12 +161,11 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, cap
     assert "free some space" in message
     assert not list(tmp_path.iterdir())
 
-
-def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, capsys, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(build, "write_jpeg", full)
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "write_jpeg", full)  # the disk fills up on the way
     assert run("procedural", tmp_path / "out", *SIZES) == 1
     message = capsys.readouterr().err
     assert "No space left on device" in message

@@ -36,6 +36,7 @@ def config(tmp_path: Path) -> str:
          "divided among 9 processes (3 nodes of 3)"),
         (["--nodes", "2", "--min-nodes", "3"], "--min-nodes 3 is above --nodes 2"),
         (["--nodes", "0"], "--nodes 0: must be >= 1"),
+        (["--cluster", "local", "--nodes", "2"], "--cluster local has one node"),
         (["--max-restarts", "-1"], "--max-restarts -1: must be >= 0"),
     ],
 )  # fmt: skip
@@ -47,26 +48,16 @@ def test_mistakes_are_refused_before_anything_is_submitted(
     assert not (tmp_path / "run").exists()
 
 
-def test_local_has_one_node(config: str, capsys: pytest.CaptureFixture) -> None:
-    assert submit_pretrain.main([config, "--cluster", "local", "--nodes", "2"]) == 2
-    assert "--cluster local has one node" in capsys.readouterr().err
-
-
-def test_a_run_is_not_overwritten(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoint.pth").touch()
-    assert submit_pretrain.main([config, "--cluster", "local"]) == 2
-    assert "continue it with --resume" in capsys.readouterr().err
-
-
-def test_no_slurm_is_told(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_run_is_not_overwritten_and_no_slurm_is_reported(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert submit_pretrain.main([config, "--cluster", "slurm"]) == 2
     assert "submitit cannot submit the job" in capsys.readouterr().err
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run/checkpoint.pth").touch()
+    assert submit_pretrain.main([config, "--cluster", "local"]) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
 
 
 def test_one_node_needs_no_rendezvous_with_others() -> None:

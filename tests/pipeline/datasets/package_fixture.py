@@ -1,4 +1,4 @@
-"""Small stand-ins for the Debian packages: every listed picture, 20 to 40 pixels large."""
+"""A small set by the command line; stand-ins for the Debian packages, with small pictures."""
 
 import hashlib
 import io
@@ -14,8 +14,26 @@ import numpy as np
 import zstandard
 
 from pipeline.datasets import packages
+from tools import make_dataset
 
 Files = dict[str, bytes]
+COUNTS = {"pool": 12, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}
+SIZES = [word for name, count in COUNTS.items() for word in (f"--num-{name}", str(count))]
+SIZES += ["--image-size", "48", "--num-workers", "1"]
+
+
+def run(*arguments: object) -> int:
+    """Run make_dataset.py in this process; return its exit status."""
+    try:
+        return make_dataset.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def tree(folder: Path) -> Files:
+    """Return all files of a folder by relative path."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def make_rcc(

@@ -12,13 +12,16 @@ import pytest
 from common.errors import UserError
 from pipeline.datasets import packages, photos
 from pipeline.datasets.options import SetOptions
-from tests.pipeline.datasets.package_fixture import make_deb, make_packages, package_files
+from tests.pipeline.datasets.package_fixture import (
+    COUNTS,
+    SIZES,
+    make_deb,
+    make_packages,
+    package_files,
+    run,
+    tree,
+)  # fmt: skip
 from tools import make_dataset
-
-ROOT = Path(__file__).resolve().parents[3]
-COUNTS = {"pool": 8, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}
-SIZES = [word for name, count in COUNTS.items() for word in (f"--num-{name}", str(count))]
-SIZES += ["--image-size", "48", "--num-workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +39,6 @@ def cache(tmp_path_factory, debs: Path) -> Path:
 @pytest.fixture(scope="module")
 def library(debs: Path, cache: Path) -> packages.Library:
     return packages.open_library(debs, cache)
-
-
-def run(*arguments: object) -> int:
-    try:
-        return make_dataset.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def test_the_committed_lists_are_sound():
@@ -76,6 +67,8 @@ def test_the_library_holds_every_listed_picture(library: packages.Library):
 def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes, num, seed):
     names, seen, unseen = photos.split(library, classes, seed)
     assert len(names) == num
+    assert photos.split(library, classes, seed) == (names, seen, unseen)
+    assert photos.split(library, classes, seed + 1) != (names, seen, unseen)
 
     def files(part: photos.Part) -> set[str]:
         return {f for kinds in part.cutouts for kind in kinds for f in kind}
@@ -89,11 +82,6 @@ def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes,
         for group in groups:
             sides = [set(group) & (files(p) | set(p.backgrounds)) for p in (seen, unseen)]
             assert sum(map(bool, sides)) == 1
-
-
-def test_the_split_follows_its_seed(library):
-    assert photos.split(library, "fine", 3) == photos.split(library, "fine", 3)
-    assert photos.split(library, "fine", 3) != photos.split(library, "fine", 4)
 
 
 @pytest.mark.parametrize("part", ["train", "pool", "probe/train", "test", "probe/val"])
@@ -153,29 +141,25 @@ def test_pictures_are_fetched_with_apt_get_once(debs, tmp_path: Path, monkeypatc
     assert "fetching" in capsys.readouterr().out
 
 
-def test_without_apt_get_the_remedy_is_named(tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("script", "messages"),
+    [
+        (None, ["apt-get is not on this system", "--packages-dir"]),
+        ('echo "E: Unable to locate package x" >&2; exit 100',
+         ["E: Unable to locate package x", "run `apt-get update` as root"]),
+    ],
+)  # fmt: skip
+def test_without_packages_the_remedy_is_named(tmp_path, monkeypatch, capsys, script, messages):
+    if script:
+        (tmp_path / "apt-get").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run("photos", tmp_path / "out", *SIZES, "--cache", tmp_path / "cache") == 2
-    message = capsys.readouterr().err
-    assert "apt-get is not on this system" in message
-    assert "--packages-dir" in message
-
-
-def test_a_failing_download_says_why_and_what_to_do(tmp_path: Path, monkeypatch, capsys):
-    tool = tmp_path / "apt-get"
-    tool.write_text('#!/bin/sh\necho "E: Unable to locate package x" >&2\nexit 100\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert run("photos", tmp_path / "out", *SIZES, "--cache", tmp_path / "cache") == 2
-    message = capsys.readouterr().err
-    assert "E: Unable to locate package x" in message
-    assert "run `apt-get update` as root" in message
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_an_empty_packages_dir_is_named(tmp_path: Path, capsys):
-    where = ["--packages-dir", tmp_path, "--cache", tmp_path / "cache"]
-    assert run("photos", tmp_path / "out", *SIZES, *where) == 2
+    cache = ["--cache", tmp_path / "cache"]
+    assert run("photos", tmp_path / "out", *SIZES, *cache) == 2
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages)
+    assert not list(tmp_path.glob("cache/*"))
+    assert run("photos", tmp_path / "out", *SIZES, *cache, "--packages-dir", tmp_path) == 2
     assert "no tuxpaint-stamps-default_*.deb there" in capsys.readouterr().err
 
 
@@ -245,5 +229,5 @@ def test_the_true_packages(tmp_path: Path):
         assert library.missing == []
     assert run("photos", tmp_path / "set", "--classes", "fine", *SIZES) == 0
     pictures = [cv2.imread(str(p)) for p in (tmp_path / "set").rglob("*.jpg")]
-    assert len(pictures) == 8 + 9 + 7 + 11 + 10
+    assert len(pictures) == sum(COUNTS.values())
     assert np.mean([p.std() for p in pictures if p is not None]) > 20
