@@ -199,7 +199,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         baselines[group.name] = next(iter(found.values()))["baseline_ms"]
         precision = group.precision
     return {
-        **harness.device_context(device, sizes),
+        **harness.context(device, sizes),
         "baseline_ms": min(baselines.values()),
         "cells": cells,
         "baselines": baselines,
@@ -210,7 +210,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "num_rounds": options.repeats,
         "fa_repeats": options.fa_repeats,
         "calls_per_timing": clock.num_calls,
-        **harness.context(),
         "load_average": [load, os.getloadavg()[0]],
     }
 

@@ -144,9 +144,16 @@ def print_figures(figures: Mapping[Any, Any], depth: int = 0) -> None:
             print(f"{label:56}{text}")
 
 
-def context() -> dict[str, Any]:
-    """What else was going on, and with which libraries."""
-    return {"load_average": os.getloadavg()[0], "versions": versions()}
+def context(device: torch.device | None = None, sizes: "Sizes | None" = None) -> dict[str, Any]:
+    """What else was going on, with which libraries; where a step ran, and on what."""
+    where = {}
+    if device is not None and sizes is not None:
+        where = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "sizes": asdict(sizes),
+            "num_threads": torch.get_num_threads(),
+        }
+    return {**where, "load_average": os.getloadavg()[0], "versions": versions()}
 
 
 def one_thread() -> None:
@@ -283,15 +290,6 @@ def chosen_sizes(options: argparse.Namespace, cpu: Sizes) -> tuple[torch.device,
     given = {name: getattr(options, name) for name in asdict(cpu)}
     given = {name: value for name, value in given.items() if value is not None}
     return device, replace(CUDA_SIZES if device.type == "cuda" else cpu, **given)
-
-
-def device_context(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Where a step ran, and on what."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "sizes": asdict(sizes),
-        "num_threads": torch.get_num_threads(),
-    }
 
 
 # -- pictures and shards --------------------------------------------------------------------------

@@ -478,9 +478,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         arms.clear()
         wall = wall_rates(ours, options.rounds, num_wall_steps, 2 * num_workers + 2)
     return {
-        **harness.device_context(device, sizes),
+        **harness.context(device, sizes),
         "num_cores": os.cpu_count(),
-        **harness.context(),
         **result(measured, wall, sizes, per_picture, peak),
         "loss_in_fp32": losses,
         "precision": used,

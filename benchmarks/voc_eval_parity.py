@@ -43,7 +43,11 @@ PATH: tuple[tuple[str, dict[str, Any]], ...] = (
 ALONE: tuple[tuple[str, Rules, dict[str, Any]], ...] = (
     *((name, VOC_2012, change) for name, change in PATH),
     ("11 recall levels, not the area", VOC_2012, {"recall_points": metrics.ELEVEN_POINTS}),
-    ("11 levels as decimals", VOC_2007, {"recall_points": metrics.ELEVEN_EXACT_POINTS}),
+    (
+        "11 levels as decimals, not as 3 * 0.1",
+        VOC_2007,
+        {"recall_points": metrics.ELEVEN_EXACT_POINTS},
+    ),
     ("mistake: the extra pixel forgotten", VOC_2012, {"extra_pixel": False}),
     ("COCO: small objects only", COCO, {"area_range": COCO_AREAS[1]}),
     ("COCO: medium objects only", COCO, {"area_range": COCO_AREAS[2]}),

@@ -39,42 +39,34 @@ def pillow_views(size: int, blur_by: Callable | None = None) -> list[transforms.
         size: Side of a view in pixels.
         blur_by: The blur; Pillow's if none.
     """
+    crop = transforms.RandomResizedCrop(
+        size, (0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+    )
+    jitter = transforms.RandomApply([transforms.ColorJitter(*JITTER)], 0.8)
+    first = [crop, jitter, transforms.RandomGrayscale(0.2)]
+    last = [transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     return [
-        transforms.Compose(
-            [
-                transforms.RandomResizedCrop(
-                    size, (0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
-                ),
-                transforms.RandomApply([transforms.ColorJitter(*JITTER)], 0.8),
-                transforms.RandomGrayscale(0.2),
-                transforms.RandomApply([blur_by or _blur], blur),
-                transforms.RandomApply([ImageOps.solarize], solarize),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
+        transforms.Compose([
+            *first, transforms.RandomApply([blur_by or _blur], blur),
+            transforms.RandomApply([ImageOps.solarize], solarize), *last,
+            transforms.Normalize(MEAN, STD),
+        ])
         for blur, solarize in VIEWS
-    ]
+    ]  # fmt: skip
 
 
 def tensor_views(size: int) -> list[v2.Compose]:
     """The two views of a uint8 tensor, in torchvision's second set of transforms."""
+    crop = v2.RandomResizedCrop(size, (0.08, 1.0), antialias=True)  # bilinear: its fastest
+    first = [crop, v2.RandomApply([v2.ColorJitter(*JITTER)], 0.8), v2.RandomGrayscale(0.2)]
+    last = [v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)]
     return [
-        v2.Compose(
-            [
-                v2.RandomResizedCrop(size, (0.08, 1.0), antialias=True),  # bilinear: its fastest
-                v2.RandomApply([v2.ColorJitter(*JITTER)], 0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomApply([v2.GaussianBlur(_kernel_size(size), BLUR_SIGMA)], blur),
-                v2.RandomSolarize(128, solarize),
-                v2.RandomHorizontalFlip(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(MEAN), list(STD)),
-            ]
-        )
+        v2.Compose([
+            *first, v2.RandomApply([v2.GaussianBlur(_kernel_size(size), BLUR_SIGMA)], blur),
+            v2.RandomSolarize(128, solarize), *last, v2.Normalize(list(MEAN), list(STD)),
+        ])
         for blur, solarize in VIEWS
-    ]
+    ]  # fmt: skip
 
 
 class PillowViews(Dataset):
@@ -88,12 +80,9 @@ class PillowViews(Dataset):
     """
 
     def __init__(
-        self,
-        files: Sequence[str],
-        size: int,
-        num_samples: int | None = None,
+        self, files: Sequence[str], size: int, num_samples: int | None = None,
         blur_by: Callable | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.files, self.views = list(files), pillow_views(size, blur_by)
         self.num_samples = num_samples or len(self.files)
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import harness, index_scale
+from benchmarks import index_scale
 from common.errors import UserError
 from pretrain.data.shards import ShardIndex
 
@@ -55,21 +55,3 @@ def test_memory_grows_with_the_index(tmp_path):
         peaks.append(index_scale.scale(folder, 5, number, 1)["peak_mebibytes"])
     table = 2_000_000 * 28 / 2**20  # rows of samples.npy, mapped and hashed
     assert peaks[1] - peaks[0] > 0.25 * table
-
-
-def test_a_slow_resume_is_seen(tmp_path, monkeypatch):
-    """A loader that walks to the middle of the epoch sample by sample has a large ratio."""
-    files = harness.write_files(harness.encoded_photos(2), tmp_path / "files")
-    index = harness.open_as_shards(files, tmp_path / "shards", 64)
-
-    class Walking(index_scale.Loader):
-        def epoch(self, epoch, start_step=0):
-            for step, batch in enumerate(super().epoch(epoch)):
-                if step >= start_step:
-                    yield batch
-
-    assert index_scale.first_batches(index, 8, 3)["ratio"]["processor"] < 2
-    monkeypatch.setattr(index_scale, "Loader", Walking)
-    slow = index_scale.first_batches(index, 8, 3)
-    assert slow["ratio"]["processor"] > 3  # five batches instead of one
-    index.close()

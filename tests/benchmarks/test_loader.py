@@ -3,21 +3,16 @@
 import json
 import statistics
 import sys
-from contextlib import closing, nullcontext
+from contextlib import closing
 
-import cv2
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from PIL import Image
 
 from benchmarks import harness, loader
-from benchmarks.harness import two_view_dataset
-from benchmarks.loader import finish
 from benchmarks.peers import transform_recipes
 from common.errors import UserError
-from pretrain.data.loader import Loader
 
 TINY = ["--num-photos", "16", "--batch-size", "16", "--num-rounds", "1"]
 FAKE_LIGHTLY = """
@@ -78,19 +73,10 @@ def test_figures_keep_the_contract_and_fit_together(tmp_path, monkeypatch):
     assert "nvidia" in figures["left_out"]["dali"]
 
 
-def test_without_peers_the_ratio_is_null(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "SIZES", (224,))
-    monkeypatch.setattr(harness, "start_peers", lambda python, folder: nullcontext({}))
-    monkeypatch.setattr(loader, "ours", lambda index, size: {
-        name.format(px): lambda: sum(range(10_000)) for name in (loader.CROPS, loader.WHOLE)
-        for px in (224, 64)
-    })  # fmt: skip
-    out = tmp_path / "loader.json"
-    assert loader.main([*TINY, "--json", str(out)]) == 0
-    figures = json.loads(out.read_text())
-    assert figures["cpu_vs_lightly"] is None
-    assert figures["peers"] == {}
-    assert figures["left_out"] == {"lightly, NVIDIA DALI, FFCV": "no --peers was given"}
+def test_without_peers_their_ratios_are_null():
+    own = {name.format(px): [2.0] for name in (loader.CROPS, loader.WHOLE) for px in (224, 64)}
+    figures = loader.result({"decoders": {"any": [4.0]}, "ours": own, "peers": {}})
+    assert (figures["loader_share"], figures["cpu_vs_lightly"]) == (0.5, None)
 
 
 def test_a_peer_that_breaks_is_told_with_its_last_words(tmp_path):
@@ -131,35 +117,6 @@ def test_the_pillow_recipe_does_what_it_says():
 
 def _roughness(view):
     return float((view[:, 1:] - view[:, :-1]).abs().mean())
-
-
-def test_our_two_ways_make_normalised_floats_of_the_same_crops(tmp_path):
-    files = harness.write_files(harness.encoded_photos(4), tmp_path / "files")
-    index = harness.open_as_shards(files, tmp_path / "shards")
-    made = []
-    for in_workers in (True, False):
-        dataset = two_view_dataset(index, 64, in_workers=in_workers)
-        (batch,) = Loader(dataset, batch_size=4).epoch(0)
-        made.append(torch.stack(finish(batch)))
-    assert made[0].shape == made[1].shape == (2, 4, 3, 64, 64)
-    assert made[0].dtype == torch.float32
-    assert float((made[0] - made[1]).abs().mean()) < 0.06  # rounding to 8 bits, blur of few taps
-    assert float(made[0].std()) > 0.3
-    index.close()
-
-
-def test_command_line_reads_real_pictures(tmp_path, monkeypatch):
-    cv2.imwrite(str(tmp_path / "a.png"), np.full((400, 600, 3), 7, np.uint8))
-    seen = []
-
-    def measure(jpegs, *rest):
-        seen.extend(jpegs)
-        raise UserError("stop here")
-
-    monkeypatch.setattr(loader, "measure", measure)
-    assert loader.main([*TINY, "--pictures", str(tmp_path)]) == 2
-    assert len(seen) == 16
-    assert np.abs(simplejpeg.decode_jpeg(seen[0], "RGB").astype(int) - 7).max() <= 1
 
 
 def test_wall_rates_through_workers(tmp_path, monkeypatch):
