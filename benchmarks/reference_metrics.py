@@ -2,7 +2,7 @@
 
 One computation stands for both metrics: `VOC_2007`, `VOC_2012` and `COCO` are settings of it.
 benchmarks/voc_eval_parity.py compares them with Detectron2's evaluator and with pycocotools, and
-changes one rule after another to see what separates the metrics (docs/metrics.md). Random
+changes one rule after another to see what separates the metrics (docs/detection.md). Random
 detections lie on a grid of 1/8 pixel: every sum is exact, so that no metric decides an overlap that
 equals its threshold by the way it rounds.
 """
@@ -281,7 +281,7 @@ def _detection(
 
 
 def real_set(detections: Path) -> tuple[DetectionSet, list[str]]:
-    """The pictures of a detections.json (docs/architecture.md, section 5), and the class names."""
+    """The pictures of a detections.json (docs/files.md, section 5), and the class names."""
     rows = read_json(detections)
     boxes = [item for row in rows for key in ("ground_truth", "detections") for item in row[key]]
     names = sorted({item["class"] for item in boxes})

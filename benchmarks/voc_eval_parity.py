@@ -1,7 +1,7 @@
 """Our own VOC and COCO metrics against Detectron2's evaluator and pycocotools, on random sets.
 
 What separates the two metrics is measured too: from the VOC rules to the COCO rules, one rule after
-another, each also alone (docs/metrics.md explains the rules).
+another, each also alone (docs/detection.md explains the rules).
 
 Examples:
   .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json

@@ -146,7 +146,7 @@ class DataConfig:
     cache_gb: float = 64.0  # bound of that folder, 10^9 bytes
     read_retries: int = 5  # further tries of a failed read from a server
     read_timeout_seconds: float = 60.0  # without a byte: then a read has failed
-    streaming: bool = False  # read tars from front to end, without an index (docs/streaming.md)
+    streaming: bool = False  # read tars from front to end, without an index (docs/shards.md)
     samples_per_epoch: int = 0  # of a stream, whose length is not known; 0 otherwise
     photometric: Literal["auto", "device", "workers"] = "auto"  # where; auto: workers on a CPU
     shuffle_window: int = 16384  # samples; a stream's readers share it
@@ -240,7 +240,7 @@ class EngineConfig:
     collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine 0.99; 0: never
     collapse_rank: float = 2.0  # alarm below this effective rank; 0: never
     collapse_patience: int = 5  # logged rows in a row until the alarm
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradients that are (docs/guards.md)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradients that are (docs/running.md)
     max_nonfinite_steps: int = 10  # so many are skipped in a run; one more stops it
     watchdog_seconds: float = 300.0  # without a new batch: then all stacks are printed; 0: never
     on_hang: Literal["warn", "stop"] = "warn"  # stop: the process ends, torchrun may start again

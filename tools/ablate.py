@@ -36,7 +36,7 @@ examples:
 Cells that several grids share run once. The same command goes on where the last one stopped.
 DIR/job_results holds every run, DIR/results.json and DIR/tables.md what they say.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
-again; 128 + number: stopped by a signal. docs/studies.md explains grids, presets and verdicts.
+again; 128 + number: stopped by a signal. docs/pipeline.md explains grids, presets and verdicts.
 """
 
 

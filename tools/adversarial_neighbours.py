@@ -3,7 +3,7 @@ r"""How easily do adversarial pictures lose their nearest neighbour?
 Some pictures of SHARDS are queries, the projections of all others fill the support queue. Each
 query is changed by at most epsilon per pixel value so that its projection moves away from its
 neighbour; as a control, every value is moved by epsilon up or down at random. The figure is the
-share of queries whose nearest neighbour is another one afterwards (docs/robustness.md).
+share of queries whose nearest neighbour is another one afterwards (docs/method.md).
 
 Example:
   .venv/bin/python tools/adversarial_neighbours.py runs/pretrain/checkpoint.pth runs/probe_val \

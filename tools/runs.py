@@ -19,7 +19,7 @@ examples:
   .venv/bin/python tools/runs.py list runs --sort knn_top1 --json
   .venv/bin/python tools/runs.py compare runs/first runs/second
 
-Exit status: 0 done; 2 wrong arguments or input. docs/watching_runs.md says what the columns mean.
+Exit status: 0 done; 2 wrong arguments or input. docs/running.md says what the columns mean.
 """
 DASH = "-"
 SORT_KEYS = ("run", "state", "updated", *FIGURES)

@@ -1,7 +1,7 @@
 """The cards that travel with weights: OUT.json for programs, OUT.md for people.
 
 What the network expects of its pixels, where it comes from, how it was trained, what was left out,
-how the conversion was proved. docs/architecture.md lists the keys.
+how the conversion was proved. docs/files.md lists the keys.
 """
 
 import math

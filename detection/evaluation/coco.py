@@ -1,6 +1,6 @@
 """COCO's AP by pycocotools on the canonical JSON: a COCO set's metric, a cross-check of VOC's.
 
-docs/metrics.md says what separates the two metrics, rule by rule, and by how much.
+docs/detection.md says what separates the two metrics, rule by rule, and by how much.
 """
 
 import contextlib

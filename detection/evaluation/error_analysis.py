@@ -2,7 +2,7 @@
 
 The kinds are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
 Errors", ECCV 2020); what matches is decided as Detectron2's VOC evaluator does, so that the AP50
-that errors are measured against is the one of result.json. docs/metrics.md has the definitions and
+that errors are measured against is the one of result.json. docs/detection.md defines them, and says
 where they differ from TIDE's.
 """
 
@@ -237,7 +237,7 @@ def error_table(
     num_images: int,
     metric_year: int | None,
 ) -> dict[str, Any]:
-    """What errors.json holds (docs/architecture.md, section 5).
+    """What errors.json holds (docs/files.md, section 5).
 
     Args:
         objects: All of them.

@@ -1,1 +1,1 @@
-"""Studies: grids of runs over seeds, their store, their statistics and tables (docs/studies.md)."""
+"""Studies: grids of runs over seeds, store, statistics and tables (docs/pipeline.md)."""

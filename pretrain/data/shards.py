@@ -157,7 +157,7 @@ class ShardIndex(Samples):
 
         Args:
             path: A folder with index.json or with tars, a pattern of tars, a URL of either, or
-                ``pipe:`` commands (docs/sources.md).
+                ``pipe:`` commands (docs/shards.md).
             cache: Where remote shards are kept; by default in the user's cache folder.
         Raises:
             UserError: If the folder, the index or a shard is missing, their sizes differ, or a

@@ -1,6 +1,6 @@
 """Checkpoints of a run: what they hold, how they are written beside the training, and read again.
 
-A checkpoint is a dict of plain types and tensors with a checksum (schema in docs/architecture.md),
+A checkpoint is a dict of plain types and tensors with a checksum (schema in docs/files.md),
 written atomically and read with ``weights_only=True``.
 """
 

@@ -1,6 +1,6 @@
 """What keeps a run from harm: values that are not finite, steps that hang, no memory.
 
-docs/guards.md says what each guard looks at, when, and what it costs.
+docs/running.md says what each guard looks at, when, and what it costs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How easily queries lose their nearest neighbour under an attack (docs/robustness.md).
+"""How easily queries lose their nearest neighbour under an attack (docs/method.md).
 
 Queries are some pictures of a shard set; the support queue holds the projections of all others.
 """

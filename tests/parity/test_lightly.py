@@ -1,6 +1,6 @@
 """Losses, heads and queue against lightly, which computes the same inputs in its own environment.
 
-Measured differences stand in docs/parity.md; `-s` prints them.
+Measured differences stand in docs/benchmarks.md; `-s` prints them.
 """
 
 import os

@@ -1,6 +1,6 @@
 """What a user may name as one source of shards: a folder or a pattern of tars, here or on a server.
 
-docs/sources.md lists the forms. A source is a folder (`/data/shards`, `s3://bucket/shards/`) or a
+docs/shards.md lists the forms. A source is a folder (`/data/shards`, `s3://bucket/shards/`) or a
 row of tars: one tar, braces (`train-{000..099}.tar`), a glob, or `pipe:` commands.
 """
 

@@ -10,7 +10,7 @@ It promises less than `pretrain.data.loader`, which knows all samples:
   another number of ranks or workers.
 - A source is never looked through beforehand: what is wrong with a shard shows when it is read.
 
-docs/streaming.md says when to use it and what it costs.
+docs/shards.md says when to use it and what it costs.
 """
 
 import itertools

@@ -69,7 +69,7 @@ def overlap(a: Box, b: Box) -> float:
 
 
 class Reference:
-    """The definitions of docs/metrics.md, one detection after another, in plain Python."""
+    """The definitions of docs/detection.md, one detection after another, in plain Python."""
 
     def __init__(self, data: DetectionSet) -> None:
         self.data = data

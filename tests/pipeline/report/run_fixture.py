@@ -1,4 +1,4 @@
-"""A made-up run folder in the formats that docs/architecture.md describes."""
+"""A made-up run folder in the formats that docs/files.md describes."""
 
 from __future__ import annotations
 

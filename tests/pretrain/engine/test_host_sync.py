@@ -1,4 +1,4 @@
-"""A step never makes the host wait for the device, but where docs/guards.md says so."""
+"""A step never makes the host wait for the device, but where docs/running.md says so."""
 
 import pytest
 import torch
