@@ -23,6 +23,7 @@ from pretrain.data.pack.plan import ShardOptions, ShardPlan, prepare
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
 
 
 def map_unordered(
@@ -66,18 +67,15 @@ def map_unordered(
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    def exit_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
         parent.join()
         os._exit(1)
 
-
-PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 class _HashingStream:

@@ -28,6 +28,9 @@ from pretrain.data.random_numbers import stable_hash
 from pretrain.data.sources.remote import Patience, RemoteFile, displayed, download, look
 
 _GROWTH_BYTES = 64 << 20  # reserved at a time for a download of unknown size
+NUM_FETCHERS = 4  # shards fetched side by side by one process
+_MIN_SHARDS = 4  # that the bound must hold, unless the set has fewer
+_WAIT_SECONDS = 0.05
 
 
 class TooMuchError(Exception):
@@ -154,11 +157,6 @@ def extend(path: Path, extra: int) -> None:
         os.ftruncate(file, size + extra)
     finally:
         os.close(file)
-
-
-NUM_FETCHERS = 4  # shards fetched side by side by one process
-_MIN_SHARDS = 4  # that the bound must hold, unless the set has fewer
-_WAIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True)

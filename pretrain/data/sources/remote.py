@@ -31,6 +31,9 @@ _VERSION_NAMES = (
     "ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "updated",
 )  # fmt: skip
 _RETRIED_STATUS = {408, 425, 429}  # the other 4xx will not change
+CHUNK_BYTES = 8 << 20  # one range request
+_STREAM_BYTES = 1 << 20
+_MAX_BYTES_IN_MEMORY = 1 << 30
 _JITTER = random.SystemRandom()  # never the seeded generator of the run
 _T = TypeVar("_T")
 _filesystems: dict[tuple[int, str, float], Any] = {}
@@ -255,9 +258,7 @@ def find_tars(pattern: str, patience: Patience) -> list[str]:
     return sorted(f"{scheme}://{name}" for name in names)
 
 
-CHUNK_BYTES = 8 << 20  # one range request
-_STREAM_BYTES = 1 << 20
-_MAX_BYTES_IN_MEMORY = 1 << 30
+# -- fetching -------------------------------------------------------------------------------------
 
 
 class Sink(Protocol):
