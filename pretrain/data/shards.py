@@ -18,7 +18,7 @@ from common.errors import UserError, require
 from pretrain.data.index import NO_LABEL, scan_shard
 from pretrain.data.order import SourceSizes
 from pretrain.data.random_numbers import stable_hash
-from pretrain.data.sources.cache import CacheOptions
+from pretrain.data.sources.cache import CacheOptions, touch
 from pretrain.data.sources.opening import RemoteTars, Source, open_source
 from pretrain.data.sources.remote import displayed
 
@@ -251,8 +251,8 @@ class ShardIndex(Samples):
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard] = self._tars.open(shard)
             self._used[shard] = now
-        elif isinstance(self._tars, RemoteTars) and now - self._used[shard] > _TOUCH_SECONDS:
-            self._tars.touch(self._files[shard])
+        elif self.is_remote and now - self._used[shard] > _TOUCH_SECONDS:
+            touch(self._files[shard])  # the least recently used goes first
             self._used[shard] = now
         self._files.move_to_end(shard)
         return self._files[shard]

@@ -70,47 +70,34 @@ def verify_shards(
         for tar in sorted({*folder.glob("*.tar")} - listed)
     ]
 
-    def check(number: int) -> str | None:
-        rows = None
-        if table is not None:
-            rows = table[table["shard"] == number]
-            rows["shard"] = 0
-        return _problem(folder / shards[number]["name"], shards[number], rows)
+    def problem_of(number: int) -> str | None:
+        path, shard = folder / shards[number]["name"], shards[number]
+        again = "copy it again or make the shards again"
+        if not path.exists():
+            return f"{path}: missing; {again}"
+        if (size := path.stat().st_size) != shard["bytes"]:
+            return f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; {again}"
+        try:
+            part = scan_file(path)
+        except UserError as error:
+            return str(error)
+        if part.shard["sha256"] != shard["sha256"]:
+            return f"{path}: its SHA-256 is not the one in the index; {again}"
+        part.table["shard"] = number
+        if table is not None and not np.array_equal(part.table, table[table["shard"] == number]):
+            return (
+                f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index "
+                "the tars again"
+            )
+        return None
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        problems = pool.map(check, range(len(shards)))
+        problems = pool.map(problem_of, range(len(shards)))
         bar = tqdm(
             problems, total=len(shards), desc="verifying", unit="shard", disable=not progress
         )
         report.problems += [problem for problem in bar if problem is not None]
     return report
-
-
-def _problem(path: Path, shard: dict[str, Any], rows: np.ndarray | None) -> str | None:
-    """What is wrong with a shard; None if nothing is.
-
-    Args:
-        path: Of its tar.
-        shard: Its entry in index.json.
-        rows: Its rows of the table, with 0 for the shard, if the table can be read.
-    """
-    again = "copy it again or make the shards again"
-    if not path.exists():
-        return f"{path}: missing; {again}"
-    if (size := path.stat().st_size) != shard["bytes"]:
-        return f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; {again}"
-    try:
-        part = scan_file(path)
-    except UserError as error:
-        return str(error)
-    if part.shard["sha256"] != shard["sha256"]:
-        return f"{path}: its SHA-256 is not the one in the index; {again}"
-    if rows is not None and not np.array_equal(part.table, rows):
-        return (
-            f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index the "
-            "tars again"
-        )
-    return None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from pretrain.data.sources.cache import (
     RemoteShard,
     ShardCache,
     make_folder,
-    touch,
 )
 from pretrain.data.sources.locations import Location, expand, join, list_tars, parse
 from pretrain.data.sources.remote import (
@@ -94,10 +93,6 @@ class RemoteTars:
     def ensure(self, numbers: list[int]) -> None:
         """Fetch what is missing; raises UserError."""
         self.cache.ensure([self._shards[number] for number in numbers])
-
-    def touch(self, descriptor: int) -> None:
-        """Say that an open tar is being used: the least recently used goes first."""
-        touch(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteTars, (self._shards, self._options, self._remedy)
