@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from pretrain.data.augmentations.grey import Grey
 from pretrain.data.augmentations.operation import Operation
 from tests.pretrain.data.augmentations.ways import NOISE, PICTURES
 
@@ -35,6 +36,11 @@ def test_streams_of_random_numbers_do_not_overlap() -> None:
         purpose, first = operation.stream
         draws += [(purpose, first + i) for i in range(operation.num_draws)]
     assert len(set(draws)) == len(draws)
+
+    class New(Grey):
+        first_draw = None
+
+    assert New().stream == ("augment:test_operation", 0)  # a stream of the module's name
     positions = [Operation.registry[name].position for name in NAMES]
     assert len(set(positions)) == len(positions)
 
