@@ -421,3 +421,32 @@ def open_samples(
     if list(weights.values()) == [1.0]:
         return sets[0]
     return Mixture(sets, list(weights.values()))
+
+
+def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) -> list[ShardIndex]:
+    """Open shard sets for an evaluation: each sample has a label, and all have the same classes.
+
+    Args:
+        sets: By the option that names each one, what `ShardIndex.open` takes.
+        cache: Where remote shards are kept.
+    Raises:
+        UserError: If a set is empty, a sample has no label, or the classes differ.
+    """
+    indexes = [ShardIndex.open(path, cache) for path in sets.values()]
+    first = indexes[0]
+    for option, index in zip(sets, indexes, strict=True):
+        unlabelled = int((index.labels < 0).sum())
+        require(
+            unlabelled == 0 < index.num_samples,
+            f"{option} {index.name}: {unlabelled} of {index.num_samples} samples have no label; "
+            "make the shards of class folders with tools/make_shards.py",
+        )
+        different = sorted(set(index.classes or []) ^ set(first.classes or []))
+        require(
+            index.classes == first.classes,
+            f"{option} {index.name}: other classes than {next(iter(sets))} {first.name} "
+            f"({', '.join(different[:3]) or 'the same names'}{', ..' if different[3:] else ''} "
+            f"{'in one of them only' if different else 'in another order'}); make both of the same "
+            "class folders",
+        )
+    return indexes

@@ -14,7 +14,7 @@ from torch.nn import functional
 from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.loader import central_crops
-from pretrain.data.shards import Samples, ShardIndex
+from pretrain.data.shards import Samples, ShardIndex, open_labelled
 from pretrain.engine.log import ProgressLog
 from pretrain.engine.trainer import Callback
 from pretrain.evaluation.knn import knn_top1
@@ -110,19 +110,8 @@ class Probe:
         """
         if config.probe_train is None or config.probe_val is None:
             return None
-        train = ShardIndex.open(config.probe_train, data.cache)
-        val = ShardIndex.open(config.probe_val, data.cache)
-        for path, index in ((config.probe_train, train), (config.probe_val, val)):
-            if len(index.labels) == 0 or int(index.labels.min()) < 0:
-                raise UserError(
-                    f"probe shards {path} hold samples without labels; make them of class folders "
-                    "with tools/make_shards.py, or leave eval.probe_train and eval.probe_val out"
-                )
-        if train.classes != val.classes:
-            raise UserError(
-                f"probe shards differ in classes: {config.probe_train} has {train.classes}, "
-                f"{config.probe_val} has {val.classes}; make both of the same class folders"
-            )
+        sets = {"eval.probe_train": config.probe_train, "eval.probe_val": config.probe_val}
+        train, val = open_labelled(sets, data.cache)
         if train.num_samples < config.knn_k:
             raise UserError(
                 f"eval.knn_k={config.knn_k}, but {config.probe_train} holds {train.num_samples} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,8 @@ import numpy as np
 
 from common.errors import require
 from pretrain.data.random_numbers import draw_uniforms
-from pretrain.data.shards import ShardIndex, Subset
+from pretrain.data.shards import ShardIndex, Subset, open_labelled
 from pretrain.evaluation.linear.config import LinearConfig
-
-_NUM_LISTED = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -53,27 +50,15 @@ def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
         UserError: Samples without labels, other classes in the two sets, a subset list that does
             not fit, too few samples to hold any out.
     """
-    indexes = [ShardIndex.open(folder) for folder in (train, val)]
-    for option, index in zip(("--train", "--val"), indexes, strict=True):
-        unlabelled = int((index.labels < 0).sum())
-        require(
-            unlabelled == 0 < index.num_samples,
-            f"{option} {index.name}: {unlabelled} of {index.num_samples} samples have no label; "
-            "make the shards of class folders with tools/make_shards.py",
-        )
-    train_index, val_index = indexes
+    train_index, val_index = open_labelled({"--train": train, "--val": val})
     classes, labels = train_index.classes, train_index.labels
-    require(
-        classes == val_index.classes,
-        f"classes differ: --train {train_index.name} has {_listing(classes)}, --val "
-        f"{val_index.name} has {_listing(val_index.classes)}; make both of the same class folders",
-    )
     unseen = np.setdiff1d(val_index.labels, labels)
-    names = [classes[i] for i in unseen] if classes else unseen.tolist()
+    names = [classes[i] if classes else str(i) for i in unseen]
     require(
         not names,
-        f"--val {val_index.name} has {_listing(names)}, of which --train {train_index.name} has no "
-        "sample; nothing can be learnt of that class",
+        f"--val {val_index.name} has samples of {', '.join(names[:3])}{', ..' if names[3:] else ''}"
+        f" ({len(names)} classes), of which --train {train_index.name} has none: nothing can be "
+        "learnt of that class",
     )
     hashes = train_index.samples["key"].astype(np.uint64).view(np.int64)
     chosen = np.arange(len(labels))
@@ -97,13 +82,6 @@ def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
         fitted=np.setdiff1d(np.arange(len(chosen)), held_out),
         held_out=held_out,
     )  # fmt: skip
-
-
-def _listing(names: Sequence[object] | None) -> str:
-    if names is None:
-        return "no class names"
-    first = ", ".join(str(name) for name in names[:_NUM_LISTED])
-    return f"{len(names)} classes ({first}{', ..' if len(names) > _NUM_LISTED else ''})"
 
 
 def balanced(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -> np.ndarray:

@@ -159,8 +159,12 @@ def test_unlabelled_shards_are_refused(shards, unlabelled_shards):
 
 def test_other_classes_are_refused(shards, make_shards):
     other = make_shards("other", num=4, classes=["class-0", "class-9"])
-    with pytest.raises(UserError, match=r"classes differ: .*class-1.* --val .*class-9"):
+    message = r"--val .*: other classes than --train .* \(class-1, class-9 in one of them only\)"
+    with pytest.raises(UserError, match=message):
         sets_of(shards, other)
+    turned = make_shards("turned", num=4, classes=["class-1", "class-0"])
+    with pytest.raises(UserError, match=r"other classes .* \(the same names in another order\)"):
+        sets_of(shards, turned)
 
 
 def test_a_class_that_is_only_in_val_is_refused(make_shards):
@@ -168,7 +172,7 @@ def test_a_class_that_is_only_in_val_is_refused(make_shards):
     few = make_shards("few", num=1, classes=["class-0", "class-1"])
     both = make_shards("both", num=4, classes=["class-0", "class-1"])
     with pytest.raises(
-        UserError, match=r"1 classes \(class-1\), of which --train .* has no sample"
+        UserError, match=r"--val .* has samples of class-1 \(1 classes\), of which --train .* has"
     ):
         sets_of(few, both)
 
