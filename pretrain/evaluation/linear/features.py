@@ -28,6 +28,7 @@ from pretrain.evaluation.linear.frozen import FrozenBackbone
 FORMAT = "fa-features-2"
 BLOCK_ROWS = 128  # computed and written together: what a kill can cost each process
 _ABSENT = -1  # in place of a block's checksum
+_HEADER_BYTES = 128  # of a .npy file with two dimensions
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,16 @@ def extract(
     sums_path = path.with_suffix(".sums")
 
     # The first process takes the room on the disk, before anything is computed.
+    num_bytes = _HEADER_BYTES + shape[0] * shape[1] * dtype.itemsize
+
     def reserve(file: BinaryIO) -> None:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        os.posix_fallocate(
-            file.fileno(), file.tell(), shape[0] * shape[1] * np.dtype(dtype).itemsize
-        )
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
 
     rows = np.split(np.arange(shape[0]), range(BLOCK_ROWS, shape[0], BLOCK_ROWS))  # of each block
-    if dist.rank() == 0 and not (path.exists() and sums_path.exists()):
+    is_whole = sums_path.exists() and path.exists() and path.stat().st_size == num_bytes
+    if dist.rank() == 0 and not is_whole:
         write_json(path.with_suffix(".json"), facts)
         write_bytes(sums_path, np.full(len(rows), _ABSENT).tobytes())
         remedy = "run the same command again, give another --features DIR, or take "
@@ -131,8 +133,8 @@ def extract(
                 f"{dtype}: the weights are damaged, or the values too large; feature_dtype=float32 "
                 "holds the larger ones",
             )
-            data, offset = content.tobytes(), values.offset + rows[block][0] * values.strides[0]
-            os.pwrite(file.fileno(), data, offset)
+            data, place = content.tobytes(), rows[block][0] * values.strides[0]
+            os.pwrite(file.fileno(), data, _HEADER_BYTES + place)
             os.pwrite(sums_file.fileno(), np.int64(zlib.crc32(data)).tobytes(), 8 * block)
     dist.wait()
     num_stored = shape[0] - sum(len(rows[block]) for block in missing)
