@@ -39,18 +39,12 @@ class _Seen(NamedTuple):
     Attributes:
         step: Its number, from 1 on.
         batch: The local samples; the pictures are not kept.
-        loss: Of the local rows.
-        norm: Of all gradients together.
+        figures: Loss of the local rows and norm of all gradients together, float64 [2].
     """
 
     step: int
     batch: ViewBatch
-    loss: Tensor
-    norm: Tensor
-
-    def figures(self) -> Tensor:
-        """Loss and norm, float64 [2]."""
-        return torch.stack([self.loss.double(), self.norm.double()])
+    figures: Tensor
 
 
 class NonFiniteGuard:
@@ -103,12 +97,13 @@ class NonFiniteGuard:
         """
         # The gradients are the same in all processes.
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        self._seen.append(_Seen(position.step + 1, batch, loss, norm))
+        figures = torch.stack([loss.double(), norm.double()])
+        self._seen.append(_Seen(position.step + 1, batch, figures))
         if not (self._is_always_due or is_due):
             return None
         # The first step that was not finite in any process.
         seen, self._seen = self._seen, []
-        bad = (~torch.stack([x.figures() for x in seen]).isfinite().all(dim=1)).tolist()
+        bad = (~torch.stack([x.figures for x in seen]).isfinite().all(dim=1)).tolist()
         first = next((x.step for x, is_bad in zip(seen, bad, strict=True) if is_bad), _NONE)
         if dist.is_on():
             first = -int(dist.highest(torch.tensor(-first, device=self._device)))
@@ -135,7 +130,7 @@ class NonFiniteGuard:
 
     def _write(self, seen: _Seen, epoch: int, file: Path) -> str:
         """Write the step and the samples of all processes; returns what was not finite."""
-        figures = dist.gather(seen.figures().unsqueeze(0))
+        figures = dist.gather(seen.figures.unsqueeze(0))
         losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
         batch = {
             name: dist.gather(getattr(seen.batch, name)).tolist()

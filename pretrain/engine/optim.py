@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # pyright: reportPrivateImportUsage=false
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,9 +46,8 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""
-        loss = None if closure is None else closure()
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if weights and weights[0].device.type == "cpu":
@@ -58,14 +57,18 @@ class LARS(torch.optim.Optimizer):
             elif weights:
                 # All together, since each launch costs time on a GPU.
                 self._update(weights, group)
-        return loss
 
     def _update(self, weights: list[Tensor], group: dict) -> None:
         g: _Tensors = [w.grad for w in weights if w.grad is not None]
         if group["weight_decay"]:
             g = torch._foreach_add(g, weights, alpha=group["weight_decay"])
         if group["adapt"]:
-            ratios = self._trust_ratios(weights, g, group)
+            # The trust ratios: one number for each layer, on the device.
+            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, g))
+            scaled = group["eta"] * w_norm / g_norm
+            if group["clip"]:
+                scaled = torch.clamp(scaled / group["lr"], max=1)
+            ratios = torch.where((w_norm > 0) & (g_norm > 0), scaled, 1.0).unbind()
             if group["weight_decay"]:  # a copy by now
                 torch._foreach_mul_(g, ratios)
             else:
@@ -77,15 +80,6 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(momentum_buffers, group["momentum"])
         torch._foreach_add_(momentum_buffers, g)
         torch._foreach_add_(weights, momentum_buffers, alpha=-group["lr"])
-
-    @staticmethod
-    def _trust_ratios(weights: _Tensors, g: _Tensors, group: dict) -> tuple[Tensor, ...]:
-        """One number for each layer, on the device."""
-        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, g))
-        scaled = group["eta"] * w_norm / g_norm
-        if group["clip"]:
-            scaled = torch.clamp(scaled / group["lr"], max=1)
-        return torch.where((w_norm > 0) & (g_norm > 0), scaled, torch.ones_like(scaled)).unbind()
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:

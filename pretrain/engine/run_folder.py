@@ -17,7 +17,7 @@ from common.config import to_plain
 from common.errors import UserError
 from common.files import lock_file, read_json_lines, remove_partial_files, write_json, write_text
 from pretrain.config import PretrainConfig
-from pretrain.engine.trainer import Callback, Position
+from pretrain.engine.trainer import Callback
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
 
@@ -75,40 +75,6 @@ def hold(folder: Path) -> FolderLock:
     )
 
 
-def write_description(folder: Path, config: PretrainConfig, device: torch.device) -> None:
-    """``config.yaml`` and ``environment.json``."""
-    write_text(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-    environment = {
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "command": sys.argv,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_threads": torch.get_num_threads(),
-    }
-    write_json(folder / "environment.json", environment)
-
-
-def write_summary(
-    folder: Path, position: Position, config: PretrainConfig, num_samples: int
-) -> None:
-    """``summary.json``: its presence says that the run is complete."""
-    rows = [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == "knn"]
-    knn = {row["step"]: row["knn_top1"] for row in rows}
-    num_images = position.step * config.data.batch_size
-    summary = {
-        "steps": position.step,
-        "epochs": config.optim.epochs,
-        "seconds": position.train_seconds,
-        "images_per_second": num_images / max(position.train_seconds, 1e-9),
-        "knn_top1": knn.get(position.step),
-        "knn_top1_initial": knn.get(0),
-        "num_samples": num_samples,
-        "num_skipped_samples": position.num_bad_samples,
-        "peak_memory_bytes": provenance.peak_memory_bytes(),
-    }
-    write_json(folder / "summary.json", summary)
-
-
 class RunFolder(Callback):
     """Writes what stands beside a run, in the first process, and frees the folder at the end.
 
@@ -126,10 +92,36 @@ class RunFolder(Callback):
         self._num_samples = num_samples
 
     def __enter__(self) -> RunFolder:
-        write_description(self._folder, self._config, self.trainer.device)
+        """Write ``config.yaml`` and ``environment.json``."""
+        device = self.trainer.device
+        text = yaml.safe_dump(to_plain(self._config), sort_keys=False)
+        write_text(self._folder / "config.yaml", text)
+        environment = {
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            "command": sys.argv,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "num_threads": torch.get_num_threads(),
+        }
+        write_json(self._folder / "environment.json", environment)
         return self
 
     def on_end(self) -> None:
-        """The summary says that the run is complete."""
-        write_summary(self._folder, self.trainer.position, self._config, self._num_samples)
+        """Write ``summary.json``, whose presence says that the run is complete; free the folder."""
+        position = self.trainer.position
+        rows = read_json_lines(self._folder / "metrics.jsonl")
+        knn = {row["step"]: row["knn_top1"] for row in rows if row["kind"] == "knn"}
+        num_images = position.step * self._config.data.batch_size
+        summary = {
+            "steps": position.step,
+            "epochs": self._config.optim.epochs,
+            "seconds": position.train_seconds,
+            "images_per_second": num_images / max(position.train_seconds, 1e-9),
+            "knn_top1": knn.get(position.step),
+            "knn_top1_initial": knn.get(0),
+            "num_samples": self._num_samples,
+            "num_skipped_samples": position.num_bad_samples,
+            "peak_memory_bytes": provenance.peak_memory_bytes(),
+        }
+        write_json(self._folder / "summary.json", summary)
         self._lock.close()

@@ -188,12 +188,6 @@ def test_lars_skips_parameters_without_gradient():
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 
 
-def test_lars_step_returns_the_closure_s_loss():
-    net = network()
-    set_gradients(net, 0)
-    assert make_optimizer(net, config(name="lars"), lr=0.5).step(lambda: 3.5) == 3.5
-
-
 def test_lars_state_goes_through_a_checkpoint():
     straight, stopped, resumed = network(), network(), network()
     optimizers = [make_optimizer(n, config(name="lars"), lr=0.5) for n in (straight, stopped)]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.engine import run_folder
+from pretrain.engine.run_folder import RunFolder
 from pretrain.engine.trainer import Position
 
 
@@ -20,9 +22,16 @@ def write_rows(folder, *rows):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def summary(folder, step=10, seconds=4.0):
-    position = Position(step=step, epoch=2, num_bad_samples=3, train_seconds=seconds)
-    run_folder.write_summary(folder, position, PretrainConfig(), 2560)
+def callback(folder):
+    """Of a run that stands at its end."""
+    callback = RunFolder(folder, run_folder.hold(folder), PretrainConfig(), 2560)
+    position = Position(step=10, epoch=2, num_bad_samples=3, train_seconds=4.0)
+    callback.trainer = Mock(position=position, device=torch.device("cpu"))
+    return callback
+
+
+def summary(folder):
+    callback(folder).on_end()
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -66,7 +75,8 @@ def test_outside_a_git_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", no_git)
-    run_folder.write_description(tmp_path, PretrainConfig(), torch.device("cpu"))
+    with callback(tmp_path):
+        pass
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["commit"] is None
     assert environment["num_threads"] == torch.get_num_threads()
@@ -75,7 +85,9 @@ def test_outside_a_git_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
 HOLDING = """
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 from pretrain.engine import run_folder
+from pretrain.engine.run_folder import RunFolder
 held = run_folder.hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

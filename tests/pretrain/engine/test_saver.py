@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def make(folder, *, in_background=True, num_kept=2, kept_every_steps=0):
 
 def save(writer, state):
     """Let the run stand at a state and save it."""
-    position = SimpleNamespace(step=state["step"])
-    writer.trainer = SimpleNamespace(position=position, state_dict=lambda: state)
+    writer.trainer = Mock(state_dict=lambda: state)
+    writer.trainer.position.step = state["step"]
     writer.save()
 
 
@@ -99,7 +99,7 @@ def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
     assert size == 4 * 1000 + 4 * 3
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size))
-    writer.trainer = SimpleNamespace(state_dict=lambda: state(1))
+    writer.trainer = Mock(state_dict=lambda: state(1))
     with writer:
         pass
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size - 1))
