@@ -28,6 +28,13 @@ TINY = {
     },
     "eval": {"num_pictures": 0, "knn_k": 5},
 }  # fmt: skip; a run of a few seconds
+SMALL = TINY | {
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
+    "objective": {"name": "byol"},
+    "optim": TINY["optim"] | {"name": "lars"},
+    "engine": TINY["engine"] | {"watchdog_seconds": 0},
+}
+"""With ResNet-18; its single steps may be taken, since no timer is started."""
 
 
 def assert_same_state(a, b, where=""):

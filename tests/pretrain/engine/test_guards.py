@@ -12,43 +12,18 @@ import pytest
 import torch
 
 from common.files import read_json_lines
-from pretrain.__main__ import main
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.checkpoint import copied
 from pretrain.engine.trainer import Trainer
-from tests.pretrain.engine.run_helpers import assert_same_state, start_pair
+from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, start_pair
 
-BASE = {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
-    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
+BASE = SMALL | {
     "objective": {"name": "infonce"},
-    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
-    "optim": {"name": "adamw", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
-    "engine": {
-        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
-        "num_threads": 1,
-    },
-    "eval": {"num_pictures": 0, "knn_k": 5},
-}  # fmt: skip
+    "optim": SMALL["optim"] | {"name": "adamw"},
+}
 SKIP = "engine.on_nonfinite=skip"
 BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2"]
-
-
-@pytest.fixture
-def start(config_file, shards, tmp_path, capsys):
-    """start("name", "key=value", ..): exit status, folder, stdout, stderr."""
-
-    def run(name, *options):
-        folder = tmp_path / name
-        if not any(o.startswith("data.shards=") for o in options):
-            options = (*options, f"data.shards={shards}")
-        capsys.readouterr()
-        status = main([str(config_file), f"out={folder}", *options])
-        return status, folder, *capsys.readouterr()
-
-    return run
 
 
 class Watched:
@@ -130,7 +105,7 @@ CELLS = {
 @pytest.mark.parametrize("cell", CELLS)
 def test_skip_leaves_everything_as_it_was(start, disturb, cell, kind):
     seen = disturb({4: kind})
-    status, folder, _, err = start("run", SKIP, *CELLS[cell])
+    status, folder, err = start("run", SKIP, *CELLS[cell])
     assert status == 0, err
     assert_same_state(seen.before[4], seen.after[4])
     for other in (3, 5):
@@ -155,7 +130,7 @@ def test_the_guard_changes_nothing_where_all_is_finite(start):
     """Skip looks at every step, stop with the same interval, and both leave the same weights."""
     states = []
     for policy in ("stop", "skip"):
-        _, folder, _, _ = start(policy, f"engine.on_nonfinite={policy}", *BYOL)
+        _, folder, _ = start(policy, f"engine.on_nonfinite={policy}", *BYOL)
         states.append(checkpoint.load(folder / "checkpoint.pth"))
         assert not (folder / "nonfinite").exists()
     for part in ("model", "ema", "optimizer", "queue", "random"):
@@ -165,7 +140,7 @@ def test_the_guard_changes_nothing_where_all_is_finite(start):
 def test_more_steps_than_allowed_stop_the_run(start, disturb):
     disturb({2: "picture", 4: "gradient", 6: "picture"})
     options = (SKIP, "engine.checkpoint_every_steps=5")
-    status, folder, _, err = start("run", *options, "engine.max_nonfinite_steps=2")
+    status, folder, err = start("run", *options, "engine.max_nonfinite_steps=2")
     message = error_of(status, err)
     assert re.search(r"the loss is nan at step 6, and 2 steps were left out before", message)
     assert "engine.max_nonfinite_steps" in message
@@ -174,14 +149,14 @@ def test_more_steps_than_allowed_stop_the_run(start, disturb):
     ]
     state = checkpoint.load(folder / "checkpoint.pth")
     assert (state["step"], state["position"]["num_skipped_steps"]) == (5, 2)
-    status, _, _, err = start("run", *options, "engine.max_nonfinite_steps=3", "--resume")
+    status, _, err = start("run", *options, "engine.max_nonfinite_steps=3", "--resume")
     assert status == 0, err
 
 
 def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
     options = (SKIP, "engine.checkpoint_every_steps=4", *BYOL)
     disturb({3: "picture", 7: "gradient"})
-    _, whole, _, _ = start("whole", *options)
+    _, whole, _ = start("whole", *options)
     disturbed = Trainer.step
 
     def interrupted(self, batch):
@@ -190,11 +165,11 @@ def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
         return disturbed(self, batch)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
-    status, cut, _, _ = start("cut", *options)
+    status, cut, _ = start("cut", *options)
     assert status == 128 + signal.SIGTERM
     assert checkpoint.load(cut / "checkpoint.pth")["step"] == 5
     monkeypatch.setattr(Trainer, "step", disturbed)
-    status, _, _, err = start("cut", *options, "--resume")
+    status, _, err = start("cut", *options, "--resume")
     assert status == 0, err
     one, two = (checkpoint.load(f / "checkpoint.pth") for f in (whole, cut))
     for part in ("model", "ema", "optimizer", "queue", "random"):
@@ -206,11 +181,11 @@ def test_resume_with_skipped_steps_is_exact(start, disturb, monkeypatch):
 
 
 def test_checkpoints_from_before_the_counter_load(start):
-    _, folder, _, _ = start("run", "optim.epochs=1")
+    _, folder, _ = start("run", "optim.epochs=1")
     state = checkpoint.load(folder / "checkpoint.pth")
     del state["position"]["num_skipped_steps"]
     checkpoint.save(state, folder / "checkpoint.pth")
-    status, _, _, err = start("run", "optim.epochs=1", "--resume")
+    status, _, err = start("run", "optim.epochs=1", "--resume")
     assert status == 0, err
 
 
@@ -220,7 +195,7 @@ def test_checkpoints_from_before_the_counter_load(start):
 @pytest.mark.parametrize("kind", ["picture", "gradient"])
 def test_stop_names_the_step_and_keeps_its_batch(start, disturb, kind):
     seen = disturb({4: kind})
-    status, folder, _, err = start("run", "engine.log_every_steps=1000",
+    status, folder, err = start("run", "engine.log_every_steps=1000",
                                    "engine.checkpoint_every_steps=3")  # fmt: skip
     message = error_of(status, err)
     what = "the loss is nan" if kind == "picture" else "the gradient norm is (inf|nan)"
@@ -251,7 +226,7 @@ def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
     seen = disturb({3: "picture"})
     intervals = {"log": "engine.log_every_steps", "checkpoint": "engine.checkpoint_every_steps"}
     options = [f"{key}={5 if name == where else 1000}" for name, key in intervals.items()]
-    status, folder, _, err = start("run", *options)
+    status, folder, err = start("run", *options)
     assert "the loss is nan at step 3; its batch is in" in error_of(status, err)
     assert sorted(seen.before) == [1, 2, 3, 4, 5]
     assert written(folder, 3)["sample_ids"] == seen.batch[3].samples.sample_ids.tolist()
@@ -285,7 +260,7 @@ def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", failing)
-    status, folder, _, err = start("run", "engine.checkpoint_every_steps=4")
+    status, folder, err = start("run", "engine.checkpoint_every_steps=4")
     message = error_of(status, err)
     where = {"cuda": "on the GPU", "worker": "in a loader's process"}.get(kind, "of the CPU")
     assert message.startswith(f"error: out of memory {where} (")
@@ -298,7 +273,7 @@ def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
         assert "engine.precision=bf16 (now fp32), engine.activation_checkpointing=true" in message
     assert checkpoint.load(folder / "checkpoint.pth")["step"] == 4
     monkeypatch.undo()
-    status, _, _, err = start("run", "--resume")
+    status, _, err = start("run", "--resume")
     assert status == 0, err
 
 

@@ -5,21 +5,13 @@ import torch
 
 from pretrain.config import load_config
 from pretrain.run import make_trainer
+from tests.pretrain.engine.run_helpers import SMALL
 from tests.pretrain.engine.sync_counter import counted_syncs
 
-BASE = {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
-    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"name": "byol"},
-    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
-    "optim": {"name": "lars", "epochs": 4, "base_lr": 0.05, "warmup_epochs": 0.5},
-    "engine": {
-        "log_every_steps": 1000, "checkpoint_every_steps": 1000, "num_threads": 1,
-        "watchdog_seconds": 0,
-    },
-    "eval": {"num_pictures": 0},
-}  # fmt: skip
+BASE = SMALL | {
+    "optim": SMALL["optim"] | {"epochs": 4},
+    "engine": {"log_every_steps": 1000, "num_threads": 1, "watchdog_seconds": 0},
+}
 NUM_STEPS = 5  # the queue holds 16 entries before the third
 CASES = {
     **{name: [f"objective.name={name}"] for name in ("byol", "simsiam", "simclr")},

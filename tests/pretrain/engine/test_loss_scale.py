@@ -12,21 +12,12 @@ from pretrain.config import load_config
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.checkpoint import copied
 from pretrain.engine.trainer import Trainer
-from tests.pretrain.engine.run_helpers import assert_same_state, one_step
+from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, one_step
 
-BASE = {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
-    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"name": "byol"},
-    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
-    "optim": {"name": "lars", "epochs": 2, "base_lr": 0.5, "warmup_epochs": 0.5},
-    "engine": {
-        "device": "cpu", "precision": "fp16", "log_every_steps": 1, "checkpoint_every_steps": 100,
-        "num_threads": 1, "watchdog_seconds": 0,
-    },
-    "eval": {"num_pictures": 0, "knn_k": 5},
-}  # fmt: skip
+BASE = SMALL | {
+    "optim": SMALL["optim"] | {"base_lr": 0.5},
+    "engine": SMALL["engine"] | {"precision": "fp16"},
+}
 START = 256.0  # fits from the first step on; at torch's 65536 the first steps of BASE overflow
 CACHED = ["optim.micro_batch_size=4", "optim.accumulation=cached"]
 PLAIN = ["optim.micro_batch_size=4"]

@@ -12,20 +12,9 @@ from pretrain.config import load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Trainer
 from pretrain.run import make_trainer
-from tests.pretrain.engine.run_helpers import assert_same_state, one_step
+from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, one_step
 
-BASE = {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
-    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
-    "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.5, "warmup_epochs": 0.5},
-    "engine": {
-        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
-        "num_threads": 1,
-    },
-    "eval": {"num_pictures": 0},
-}  # fmt: skip
+BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd", "base_lr": 0.5}}
 
 
 @pytest.fixture

@@ -25,24 +25,13 @@ from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.features.memory_bank import consensus, top_k
 from tests.pretrain.engine.run_helpers import (
     ROOT,
+    SMALL,
     assert_same_state,
     free_port,
     wait_for_workers,
 )
 
-BASE = {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
-    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"name": "byol"},
-    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
-    "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5},
-    "engine": {
-        "device": "cpu", "precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100,
-        "num_threads": 1, "watchdog_seconds": 0,
-    },
-    "eval": {"num_pictures": 0, "knn_k": 5},
-}  # fmt: skip
+BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd"}}
 
 
 # --- fused optimisers

@@ -19,24 +19,16 @@ from pretrain.engine import checkpoint
 from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.probe import Probe
 from pretrain.run import make_trainer
-from tests.pretrain.engine.run_helpers import assert_same_state, wait_for_workers
+from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, wait_for_workers
 from tests.pretrain.engine.test_ddp import free_port
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
-BASE = {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
-    "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
-    "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
-    "objective": {"name": "byol"},
-    "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
-    "optim": {"name": "lars", "epochs": 2, "base_lr": 1.0, "warmup_epochs": 0.5},
-    "engine": {
-        "device": "cpu", "precision": "fp32", "log_every_steps": 2, "checkpoint_every_steps": 3,
-        "num_threads": 1,
-    },
-    "eval": {"num_pictures": 0, "knn_k": 5, "online_probe": True, "online_probe_lr": 0.01},
-}  # fmt: skip
+BASE = SMALL | {
+    "optim": SMALL["optim"] | {"base_lr": 1.0},
+    "engine": SMALL["engine"] | {"log_every_steps": 2, "checkpoint_every_steps": 3},
+    "eval": SMALL["eval"] | {"online_probe": True, "online_probe_lr": 0.01},
+}
 NUM_STEPS = 10
 
 
