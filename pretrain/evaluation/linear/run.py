@@ -44,11 +44,12 @@ _KS = (1, 5, 10, 20, 50, 100, 200)
 _TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
 # k and temperature of the figure that is compared: fixed beforehand, as in the run's own probe.
 HEADLINE = (20, 0.07)
-# Keys that decide rounding or speed, or what is read from elsewhere.
-_FIGURES: dict[str, Any] = {  # of other protocols
+# What stands in the result where a protocol has no such figure.
+_NO_FIGURES: dict[str, Any] = {
     "selection": None, "rates": [], "chosen": None, "chosen_base_lr": None, "refitted": False,
     "knn": None, "top5": None, "training_top1": None, "per_class": {},
 }  # fmt: skip
+# Keys that decide rounding or speed, or what is read from elsewhere.
 _NOT_COMPARED = ("device", "num_workers", "subset_list", "checkpoint_every_steps")
 
 
@@ -133,7 +134,7 @@ class Evaluation:
             figures = protocols[self.config.protocol]()
             if figures is None:
                 return None
-            result = json.loads(json.dumps(self._description() | figures | self._costs()))
+            result = json.loads(json.dumps(self._result(figures)))
             write_json(out / NAME, result)
             return result
         finally:
@@ -279,11 +280,10 @@ class Evaluation:
         choice = {"selection": selection, "chosen": chosen, "chosen_base_lr": base[chosen]}
         return {"rates": rates, **choice, **asdict(scores[chosen])}
 
-    # -- the rest of the result --
-
-    def _description(self) -> dict[str, Any]:
-        """What was evaluated, on what, and how; and the figures that some protocols lack."""
+    def _result(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The figures, what was evaluated, on what, and how, and what it cost."""
         config, sets, view = self.config, self.sets, self.backbone.view
+        is_cpu = self.device.type == "cpu"
         is_cropped = config.protocol == "full" or (config.protocol == "cached" and config.passes)
         data: dict[str, Any] = {
             part: {"name": index.name, "fingerprint": index.fingerprint,
@@ -300,17 +300,8 @@ class Evaluation:
             "preprocessing": {**view, "training": training_view},
             "data": data | {"num_classes": len(sets.classes)},
             "config": to_plain(config),
-            "rates": [],
-            "refitted": False,
-            "per_class": {},
-            **dict.fromkeys(
-                ("selection", "chosen", "chosen_base_lr", "knn", "training_top1", "top5")
-            ),
-        }
-
-    def _costs(self) -> dict[str, Any]:
-        is_cpu = self.device.type == "cpu"
-        return {
+            **_NO_FIGURES,
+            **figures,
             "seconds": self._seconds,
             "peak_memory_bytes": provenance.peak_memory_bytes(),
             "peak_gpu_memory_bytes": None if is_cpu else torch.cuda.max_memory_allocated(),
