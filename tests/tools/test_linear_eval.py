@@ -54,7 +54,7 @@ def options_of(work, out, *more, train="train", val="val", source="tiny.pth"):
 
 
 @pytest.mark.parametrize("protocol", ["cached", "full", "knn"])
-def test_easy_classes_are_told_apart(work, tmp_path, capsys, protocol):
+def test_easy_classes_are_separated(work, tmp_path, capsys, protocol):
     more = ["--protocol", protocol, *(["milestones=[3,4]"] if protocol == "full" else [])]
     assert tool.main(options_of(work, tmp_path / "out", *more)) == 0
     printed = capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
         (["--subset-list", "no.txt"], {}, "subset list no.txt does not exist"),
     ],
 )
-def test_mistakes_are_told_in_one_line(work, tmp_path, capsys, more, places, message):
+def test_mistakes_are_reported_in_one_line(work, tmp_path, capsys, more, places, message):
     assert tool.main(options_of(work, tmp_path / "out", *more, **places)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")

@@ -1,1 +1,1 @@
-"""Linear evaluation: what a linear classifier or its neighbours tell of frozen features."""
+"""Linear evaluation: how well linear classifiers and nearest neighbours do on frozen features."""

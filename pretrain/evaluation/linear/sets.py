@@ -1,4 +1,4 @@
-"""Which samples are trained on, which select the rate, and which are only looked at in the end."""
+"""Which samples are trained on, which select the rate, and which are scored in the end."""
 
 from __future__ import annotations
 

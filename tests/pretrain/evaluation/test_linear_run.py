@@ -355,7 +355,7 @@ def test_the_result_says_what_it_was_made_of(evaluate, weights, tmp_path):
     assert f"top-1 {100 * result['top1']:.2f} %" in text
 
 
-def test_a_rate_at_the_end_of_the_sweep_is_told(evaluate):
+def test_a_rate_at_the_end_of_the_sweep_is_noted(evaluate):
     result = evaluate(CONFIG)
     for number, advice in ((0, "lower lr_min"), (2, "raise lr_max"), (1, None)):
         changed = result | {"chosen": number, "chosen_base_lr": result["rates"][number]["base_lr"]}

@@ -212,6 +212,6 @@ def test_a_loader_gives_each_sample_of_a_subset_the_crops_it_has_in_the_whole_se
     assert sorted(ids[batch.sample_ids.numpy()]) == ids.tolist()
     assert batch.views.shape == (1, 6, 3, 32, 32)
     whole = ViewDataset(index, **options)
-    asked = OrderedSamples(ids[batch.sample_ids.numpy()], batch.repeats.numpy())
-    assert (batch.views == whole[asked].batch.views).all()
+    request = OrderedSamples(ids[batch.sample_ids.numpy()], batch.repeats.numpy())
+    assert (batch.views == whole[request].batch.views).all()
     assert (batch.labels.numpy() == index.labels[ids[batch.sample_ids.numpy()]]).all()
