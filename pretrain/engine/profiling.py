@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
-import os
 import shutil
 import sys
 import tempfile
@@ -134,20 +133,17 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
         seconds = steps(num_steps)
-        peak = provenance.peak_memory_bytes()
-        if is_cuda:
-            peak = torch.cuda.max_memory_allocated(device)
+        peak = (torch.cuda.max_memory_allocated if is_cuda else provenance.peak_memory_bytes)()
         with torch_profile(activities=activities) as trace:
             traced_seconds = steps(num_traced)
     if not is_main:
         return
     # torch's own export to ``.gz`` takes ten times as long.
-    plain, partial = folder / "trace.partial.json", folder / "trace.partial.gz"
+    plain = folder / "trace.json"
     trace.export_chrome_trace(str(plain))
-    with open(plain, "rb") as source, gzip.open(partial, "wb", compresslevel=6) as target:
+    with open(plain, "rb") as source, gzip.open(folder / "trace.json.gz", "wb", 6) as target:
         shutil.copyfileobj(source, target, 1 << 20)
     plain.unlink()
-    os.replace(partial, folder / "trace.json.gz")
     times = range_seconds(trace.events() or (), is_cuda=is_cuda)
     ranges = [
         {

@@ -21,28 +21,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ECHO_SECONDS = 5.0
 
 
-def stopped(number: int, step: int) -> StoppedBySignal:
-    """What a run raises once it has saved its state because a signal asked for it."""
-    return StoppedBySignal(
-        number,
-        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved: the "
-        "same command with --resume goes on",
-    )
+class StopOnSignal(Callback):
+    """Notes the first signal while a run goes on; after the step the run saves and ends.
 
+    A signal that comes 5 s later has its usual effect. Handlers are restored when the context
+    closes. Outside the main thread nothing is set, since Python allows it there only.
 
-class StopRequest:
-    """Notes the first signal while a run goes on; one that comes 5 s later has its usual effect.
-
-    In a context: handlers are set at its beginning and restored at its end. Outside the main thread
-    nothing is set, since Python allows it there only.
+    Args:
+        log: Where the event is written.
+        checkpoints: Saves before the run ends.
+    Attributes:
+        number: Of the signal; 0: none has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: ProgressLog, checkpoints: Checkpoints) -> None:
+        self._log, self._checkpoints = log, checkpoints
         self.number = 0
         self._noted_at = 0.0
         self._old: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
             self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -62,35 +60,24 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._old = {}
 
-    def agreed(self, device: torch.device) -> int:
-        """The signal that any process was given, 0 for none; all processes must call it."""
-        if not dist.is_on():
-            return self.number
-        return int(dist.highest(torch.tensor(float(self.number), device=device)))
-
-
-class StopOnSignal(StopRequest, Callback):
-    """After a signal to any process: save, and leave together.
-
-    Several processes agree only at logged steps, where they wait for each other anyway.
-
-    Args:
-        log: Where the event is written.
-        checkpoints: Saves before the run ends.
-    """
-
-    def __init__(self, log: ProgressLog, checkpoints: Checkpoints) -> None:
-        super().__init__()
-        self._log, self._checkpoints = log, checkpoints
-
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
-        """Raises ``StoppedBySignal`` when the checkpoint is on the disk."""
-        step = self.trainer.position.step
-        if dist.is_on() and not self.trainer.is_logged(step):
+        """Save and leave; all processes do so if one of them was given a signal.
+
+        Raises:
+            StoppedBySignal: When the checkpoint is on the disk.
+        """
+        number, step = self.number, self.trainer.position.step
+        if dist.is_on():
+            # They agree only where they wait for each other anyway.
+            if not self.trainer.is_logged(step):
+                return
+            number = int(dist.highest(torch.tensor(float(number), device=self.trainer.device)))
+        if not number:
             return
-        number = self.agreed(self.trainer.device)
-        if number:
-            error = stopped(number, step)
-            self._checkpoints.save(waits=True)
-            self._log.write("event", message=str(error))
-            raise error
+        message = (
+            f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved: "
+            "the same command with --resume goes on"
+        )
+        self._checkpoints.save(waits=True)
+        self._log.write("event", message=message)
+        raise StoppedBySignal(number, message)

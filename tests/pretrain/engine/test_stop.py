@@ -4,12 +4,13 @@ import contextlib
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import pytest
-import torch
 
+from common.errors import StoppedBySignal
 from pretrain.engine import stop
-from pretrain.engine.stop import SIGNALS, StopRequest, stopped
+from pretrain.engine.stop import SIGNALS, StopOnSignal
 
 
 class Clock:
@@ -39,18 +40,31 @@ def outside():
         signal.signal(number, handler)
 
 
+def stopper(checkpoints=None):
+    """Of a run of one process, after step 12."""
+    request = StopOnSignal(Mock(), checkpoints or Mock())
+    request.trainer = Mock()
+    request.trainer.position.step = 12
+    return request
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_is_noted_and_goes_no_further(clock, outside, number):
-    with StopRequest() as request:
-        assert request.agreed(torch.device("cpu")) == 0
+    checkpoints = Mock()
+    with stopper(checkpoints) as request:
+        request.on_step_end(Mock(), Mock())
         os.kill(os.getpid(), number)
-        assert request.agreed(torch.device("cpu")) == number
+        message = rf"stopped by {signal.Signals(number).name} after step 12; .*--resume"
+        with pytest.raises(StoppedBySignal, match=message) as caught:
+            request.on_step_end(Mock(), Mock())
+    assert caught.value.number == number
+    checkpoints.save.assert_called_once_with(waits=True)
     assert outside == []
 
 
 def test_echoes_within_five_seconds_are_one_request(clock, outside):
     """As SLURM, its plugins and torchrun send them: several, of several kinds, to each process."""
-    with StopRequest() as request:
+    with stopper() as request:
         os.kill(os.getpid(), signal.SIGUSR1)
         for seconds, number in ((0.0, signal.SIGTERM), (2.0, signal.SIGUSR1), (3.0, signal.SIGINT)):
             clock.now += seconds
@@ -60,7 +74,7 @@ def test_echoes_within_five_seconds_are_one_request(clock, outside):
 
 
 def test_later_signal_has_its_usual_effect(clock, outside):
-    with StopRequest() as request:
+    with stopper() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         clock.now += 5.1
         os.kill(os.getpid(), signal.SIGINT)
@@ -71,7 +85,7 @@ def test_later_signal_has_its_usual_effect(clock, outside):
 
 
 def test_echoes_do_not_prolong_the_five_seconds(clock, outside):
-    with StopRequest():
+    with stopper():
         os.kill(os.getpid(), signal.SIGTERM)
         clock.now += 4.0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -83,7 +97,7 @@ def test_echoes_do_not_prolong_the_five_seconds(clock, outside):
 
 def test_handlers_are_restored_also_after_an_error(outside):
     before = [signal.getsignal(number) for number in SIGNALS]
-    request = StopRequest()
+    request = stopper()
     with contextlib.suppress(KeyError), request:
         assert [signal.getsignal(number) for number in SIGNALS] != before
         raise KeyError
@@ -95,7 +109,7 @@ def test_other_threads_set_no_handlers(outside):
     seen = []
 
     def inside():
-        with StopRequest() as request:
+        with stopper() as request:
             seen.append([signal.getsignal(number) for number in SIGNALS])
             seen.append(request.number)
 
@@ -103,10 +117,3 @@ def test_other_threads_set_no_handlers(outside):
     thread.start()
     thread.join()
     assert seen == [before, 0]
-
-
-def test_message_tells_signal_step_and_how_to_go_on():
-    error = stopped(signal.SIGUSR1, 12)
-    assert str(error).startswith("stopped by SIGUSR1 after step 12;")
-    assert "--resume" in str(error)
-    assert error.number == signal.SIGUSR1
