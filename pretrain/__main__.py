@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from common.checking import add_check_options, print_check, run_or_check_each
 from common.errors import require, run_command
 
 EXAMPLE = """\
@@ -45,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "and a trace for ui.perfetto.dev; nothing is trained",
     )
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
+    add_check_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -65,7 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         try:
             with guards.out_of_memory_explained(config):
-                if options.profile is None:
+                if options.check:
+                    from pretrain.check import check
+
+                    facts = check(config, has_data=options.check == "all")
+                    print_check(facts, as_json=options.json)
+                elif options.profile is None:
                     make_trainer(
                         config, resume=options.resume, allow_changes=options.allow_changes
                     ).train()
@@ -84,4 +91,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_or_check_each(main))

@@ -8,9 +8,11 @@ Detectron2 (.pkl or .pth, bare or a whole detector); .safetensors too.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from common.checking import print_check, run_or_check_each
 from common.errors import UserError, run_command
 from common.files import write_json
 from common.layouts import BRANCHES, LAYOUTS
@@ -54,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         "without a card have their stride")  # fmt: skip
     add("--tolerance", type=float, help="of --verify: largest relative difference that counts as "
         "the same (default: 1e-5)")  # fmt: skip
+    add("--check", nargs="?", const="all", choices=("all",),
+        help="read the checkpoint, say what is in it, and stop")  # fmt: skip
     add("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON: to FILE, or "
         "instead of the text")  # fmt: skip
     return parser
@@ -112,6 +116,17 @@ def run_convert(arguments: argparse.Namespace) -> int:
         preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
         stride_in_1x1=stride(arguments),
     )
+    if arguments.check:
+        pixels = source.preprocessing
+        facts = {
+            "arch": asdict(source.arch),
+            "pixel_mean": [255 * value for value in pixels.mean],
+            "pixel_std": [255 * value for value in pixels.std],
+            "input_format": "RGB",
+            "stride_in_1x1": source.stride_in_1x1 and source.arch.depth >= 50,
+        }
+        print_check(facts, as_json=arguments.json is not None)
+        return 0
     to = arguments.to or "detectron2"
     card = convert(source, arguments.out, to=to, picture=arguments.image, size=arguments.size)
     differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
@@ -163,4 +178,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_or_check_each(main))

@@ -1,12 +1,14 @@
 """Pack pictures into WebDataset shards with an index; verify shards; say what they hold."""
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from common.checking import print_check, run_or_check_each
 from common.errors import UserError, printable, require, run_command
 from common.files import write_json
 from common.slurm import add_slurm_option
@@ -63,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
                        help="seed of the order over all shards (default: %(default)s)")  # fmt: skip
     order.add_argument("--no-shuffle", action="store_const", const=None, dest="shuffle_seed",
                        help="keep the order of names")  # fmt: skip
+    add(
+        "--part",
+        type=_part,
+        default=(0.0, 1.0),
+        metavar="LOW:HIGH",
+        help="pack a part of the pictures: 0:0.1 and 0.1:1 are a random tenth and the rest",
+    )
     add("--num-workers", type=int, metavar="N",
         help="processes; the shards do not depend on it (default: all cores; with --submitit: 1 "
         "per task)")  # fmt: skip
@@ -70,8 +79,16 @@ def parser() -> argparse.ArgumentParser:
         help="leave out and list up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="throw away other shards in OUT first")
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
+    add(
+        "--check",
+        nargs="?",
+        const="all",
+        choices=("all", "settings"),
+        help="look at SOURCE, say what would be packed, and stop; settings: not at SOURCE",
+    )
     add("--info", action="store_true", help="say what a set holds: sizes, formats, classes")
-    add("--json", type=Path, metavar="FILE", help="with --info: write it as JSON too")
+    add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE",
+        help="with --info: write it as JSON too; with --check: say it as JSON")  # fmt: skip
     add("--pictures", type=Path, metavar="FILE", help="with --info: write a sheet of pictures too")
     group = main_parser.add_argument_group("several tasks, through submitit")
     add = group.add_argument
@@ -93,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Pack, verify, describe; returns the exit status."""
-    require(options.info or not (options.json or options.pictures),
+    require(options.info or options.check or not (options.json or options.pictures),
             "--json and --pictures need --info")  # fmt: skip
     require(options.max_bad >= 0, "--max-bad must not be negative")
     num_workers = options.num_workers
@@ -102,6 +119,8 @@ def run(options: argparse.Namespace) -> int:
     require(num_workers >= 0, "--num-workers must not be negative")
     if options.out is not None:
         pack(options, num_workers)
+        if options.check:
+            return 0
     elif not (options.verify or options.info):
         raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify or --info (--help)")
     shards = str(options.out or options.source)
@@ -123,17 +142,27 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
     cluster = cluster_of(options)
     names = [field.name for field in fields(ShardOptions)]
     shard_options = ShardOptions(**{name: getattr(options, name) for name in names})
+    if options.check == "settings":
+        print_check({}, as_json=options.json is not None)
+        return
     source = open_source(options.source, split=options.split, labels=options.labels)
+    chosen = [picture for picture in source.pictures if is_in_part(picture.name, options.part)]
+    require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
+    if options.check:
+        num_bytes = sum(os.path.getsize(picture.path) for picture in chosen)
+        facts = {"num_pictures": len(chosen), "disk_bytes": num_bytes}
+        print_check(facts, as_json=options.json is not None)
+        return
     kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
     labels = f"{len(source.classes)} classes" if source.classes else "no labels"
-    text = f"{options.source}: {kind}, {len(source.pictures)} pictures, {labels}"
+    text = f"{options.source}: {kind}, {len(chosen)} pictures, {labels}"
     if source.ignored:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(source.ignored.items()))
         text += f"; other files ignored: {counts}"
     print(printable(text), flush=True)
 
     report = write_shards(
-        [SourcePicture(picture.path, picture.name, picture.label) for picture in source.pictures],
+        [SourcePicture(picture.path, picture.name, picture.label) for picture in chosen],
         options.out,
         options=shard_options,
         classes=None if source.classes is None else list(source.classes),
@@ -150,6 +179,20 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         reasons = "\n".join(f"  {item['reason']}" for item in report.skipped)
         text += f"\nleft out {len(report.skipped)} pictures (also listed in index.json):\n{reasons}"
     print(printable(text))
+
+
+def is_in_part(name: str, part: tuple[float, float]) -> bool:
+    """Whether a picture belongs to a part, by the hash of its name: parts do not overlap."""
+    low, high = part
+    place = int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=6).digest())
+    return low <= place / 2**48 < high
+
+
+def _part(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(":")
+    if not 0 <= float(low) < float(high) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give LOW:HIGH with 0 <= LOW < HIGH <= 1")
+    return float(low), float(high)
 
 
 def size_of(report: WriteReport | VerifyReport) -> str:
@@ -192,4 +235,4 @@ def verify(shards: str, num_workers: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_or_check_each(main))

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.annotations.labelled_format import FORMATS
 from common.annotations.record import SetChoice, read_class_names
+from common.checking import add_check_options, print_check, run_or_check_each
 from common.errors import RunFailed, UserError, run_command
 
 _EXAMPLE = """\
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
+    add_check_options(parser)
     add("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config; also KEY VALUE")
     return parser
 
@@ -85,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             seeds = parse_seeds(arguments.seeds) if arguments.seeds else None
             summary = run(arguments, seeds)
+            if arguments.check:
+                print_check(summary, as_json=arguments.json)
+                return 0
         except UserError as error:
             raise UserError(message_of(error)) from error
         except (FloatingPointError, ProcessException) as error:
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any]:
-    """Train, or evaluate what is trained; returns the summary."""
+    """Train, or evaluate what is trained, or check; returns the summary, or what a check says."""
     from detection.training.config import parse_overrides
     from detection.training.other_sets import evaluate_on
     from detection.training.run import ArmSettings, run_arm
@@ -131,6 +136,12 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
             num_gpus=arguments.num_gpus,
             needs_card=not arguments.no_card,
         )
+    if arguments.check:
+        if settings is None or arguments.eval_on is not None:
+            raise UserError("--check: goes with weights, --config and --data, not with --eval-on")
+        from detection.training.check import check
+
+        return check(settings, has_data=arguments.check == "all")
     if arguments.eval_on is None:
         assert settings is not None
         return run_arm(
@@ -208,4 +219,4 @@ def parse_seeds(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_or_check_each(main))

@@ -216,3 +216,27 @@ def test_sources_that_cannot_be_used(devkit: Path, tmp_path: Path) -> None:
         jpeg(tmp_path / "tree" / name)
     with pytest.raises(UserError, match="train, val look like splits; choose one with --split"):
         open_source(tmp_path / "tree")
+
+
+def test_parts_hold_each_picture_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in range(40):
+        jpeg(tmp_path / f"in/{number:02d}.jpg", number)
+    counts = []
+    for number, part in enumerate(("0:0.25", "0.25:1")):
+        words = [
+            str(tmp_path / "in"),
+            str(tmp_path / str(number)),
+            "--part",
+            part,
+            "--num-workers",
+            "0",
+        ]
+        assert make_shards.main([*words, "--check", "--json"]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["num_pictures"])
+        assert not (tmp_path / str(number)).exists()
+        assert make_shards.main(words) == 0
+        index = json.loads((tmp_path / str(number) / "index.json").read_text())
+        assert index["num_samples"] == counts[-1]
+        capsys.readouterr()
+    assert sum(counts) == 40
+    assert 4 <= counts[0] <= 16
