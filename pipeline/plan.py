@@ -1,4 +1,4 @@
-"""From a pipeline's settings to its stages: commands, inputs, outputs and what decides them."""
+"""From an experiment's settings to its stages: commands, inputs, outputs and what decides them."""
 
 from __future__ import annotations
 
@@ -11,177 +11,243 @@ from typing import Any
 
 from common.config import read_yaml, to_plain
 from common.errors import UserError
-from pipeline.config import PipelineConfig
+from pipeline.config import FROZEN, RANDOM, PipelineConfig
 from pipeline.stages import Stage
 
+SCRIPTS = {
+    "data": "tools/make_dataset.py", "shards": "tools/make_shards.py",
+    "pretrain": "tools/pretrain.sh", "linear": "tools/linear_eval.py",
+    "convert": "tools/convert_to_d2.py", "detection": "tools/train_voc.sh",
+    "report": "pipeline/report/report.py",
+}  # fmt: skip
+"""Kind of a stage -> its program."""
 _OPENCV = ("opencv-python", "opencv-python-headless")
-PRETRAIN_LIBRARIES = ("torch", "torchvision", "numpy", *_OPENCV, "simplejpeg")
-DETECTION_LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "detectron2")
-PICTURE_LIBRARIES = ("numpy", *_OPENCV, "pillow")
+_PRETRAIN = ("torch", "torchvision", "numpy", *_OPENCV, "simplejpeg")
+_DETECTION = ("torch", "torchvision", "numpy", "pillow", "detectron2")
+_PICTURES = ("numpy", *_OPENCV, "pillow")
+LIBRARIES = {
+    "data": _PICTURES, "shards": _PICTURES, "pretrain": _PRETRAIN, "linear": _PRETRAIN,
+    "convert": _DETECTION, "detection": _DETECTION, "report": ("jinja2", "matplotlib", "pillow"),
+}  # fmt: skip
+"""Kind of a stage -> distributions whose versions decide what it makes."""
 
-# Raise a stage's number when a change of the code changes what the stage makes: finished stages of
+# Raise a kind's number when a change of the code changes what the stage makes: finished stages of
 # older numbers then run again.
-CODE_VERSIONS = {"data": 1, "shards": 1, "pretrain": 1, "convert": 1, "detection": 1, "report": 1}
+CODE_VERSIONS = {
+    "data": 1, "shards": 1, "pretrain": 1, "linear": 1, "convert": 1, "detection": 1, "report": 1,
+}  # fmt: skip
+_JOINED_BY = {"classes": ",", "train_split": "+"}  # lists among the options of train_voc.sh
 
 
-def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
+def build_stages(
+    config: PipelineConfig, root: Path, out: Path, *, has_report: bool = True
+) -> list[Stage]:
     """Return the stages in the order in which they run, each after those that it reads.
 
     Args:
         config: The settings.
         root: The repository.
         out: The run's folder, absolute.
+        has_report: Whether the last stage writes the page.
     Raises:
-        UserError: If a config file that the settings name does not exist.
+        UserError: If a file that the settings name does not exist.
     """
-    data, detection = config.data, config.detection
-    made = data.kind != "existing"
-    dataset = dataset_folder(config, out)
+    data, detection, variants = config.data, config.detection, config.all_variants
+    is_made = data.kind != "existing"
     stages: list[Stage] = []
 
-    def call(script: str, *words: str | Path) -> tuple[str, ...]:
-        program = sys.executable if script.endswith(".py") else "bash"
-        return (program, str(root / script), *map(str, words))
+    def call(kind: str, *words: Any) -> tuple[str, ...]:
+        program = sys.executable if SCRIPTS[kind].endswith(".py") else "bash"
+        return (program, str(root / SCRIPTS[kind]), *map(str, words))
+
+    def add(kind: str, name: str, words: list[Any], check: list[Any] | None, **facts: Any) -> None:
+        if check is not None:
+            # Data that an earlier stage makes is not there yet: then only settings are checked.
+            has_data = all(name.startswith("convert") for name in facts.get("upstream", ()))
+            check += ["--check", "all" if has_data else "settings", "--json"]
+        stages.append(
+            Stage(
+                name=name, kind=kind, command=call(kind, *words),
+                code_version=CODE_VERSIONS[kind], libraries=LIBRARIES[kind],
+                check=() if check is None else call(kind, *check), **facts,
+            )
+        )  # fmt: skip
 
     # The data set, if it is not the user's own.
-    if made:
-        words = (data.kind, out / "data", *flags(data.options))
-        stages.append(
-            Stage(
-                name="data",
-                command=call("tools/make_dataset.py", *words),
-                outputs=("data/dataset.json",),
-                owns=("data", "data.partial"),
-                products=("data",),
-                config={"data": to_plain(config)["data"]},
-                code_version=CODE_VERSIONS["data"],
-                libraries=PICTURE_LIBRARIES,
-            )
-        )
+    if is_made:
+        words = [data.kind, out / "data", *flags(data.options)]
+        add(
+            "data", "data", words, [*words],
+            outputs=("data/dataset.json",), owns=("data", "data.partial"), products=("data",),
+            config={"data": {"kind": data.kind, "options": data.options}},
+        )  # fmt: skip
 
-    # Shards for pretraining and for the kNN probe, of what is not packed yet.
+    # Shards of the pool (maybe in parts) and of the probe, unless they are packed already.
     pack, probe = flags(config.shards.options), flags(config.probes.options)
-    if made:
+    if is_made:
         pool, train, val = (out / "data" / name for name in ("pool", "probe/train", "probe/val"))
     else:
-        own = (data.pool, data.probe_train, data.probe_val)
+        own = (data.shards or data.pool, data.probe_train, data.probe_val)
         pool, train, val = (Path(path).resolve() if path else None for path in own)
         pack += flags({"split": data.pool_split})
-    sources = {"shards": (pool, pack), "probe_train": (train, probe), "probe_val": (val, probe)}
-    stages += [
-        Stage(
-            name=name,
-            command=call("tools/make_shards.py", source, out / name, *words),
-            outputs=(f"{name}/index.json",),
-            owns=(name,),
-            upstream=("data",) if made else (),
-            files=() if made else (source,),
-            config={"options": words},
-            code_version=CODE_VERSIONS["shards"],
-            libraries=PICTURE_LIBRARIES,
-            resumable=True,
-        )
-        for name, (source, words) in sources.items()
-        if source is not None
-    ]
+    sources: dict[str, tuple[Path | None, list[str]]] = {"shards": (pool, pack)}
+    if data.shares:
+        ends = [0.0, *data.shares, 1.0]
+        del sources["shards"]
+        for low, high in itertools.pairwise(ends):
+            sources[f"shards/{high:g}"] = (pool, [*pack, "--part", f"{low:g}:{high:g}"])
+    sources |= {"probe_train": (train, probe), "probe_val": (val, probe)}
+    if not any(variant.is_pretrained for variant in variants.values()):
+        sources = {}
+    packed: dict[str, Path] = {}
+    for name, (source, options) in sources.items():
+        if source is None:
+            continue
+        packed[name] = source
+        if is_made or not (source / "index.json").is_file():
+            packed[name] = out / name
+            words = [source, out / name, *options]
+            add(
+                "shards", name, words, [*words],
+                outputs=(f"{name}/index.json",), owns=(name,), upstream=("data",) * is_made,
+                files=() if is_made else (source,), config={"options": options}, resumable=True,
+            )  # fmt: skip
+    packing = tuple(name for name in packed if packed[name] == out / name)
+    probes = {f"eval.{name}": str(packed[name]) for name in ("probe_train", "probe_val")
+              if name in packed}  # fmt: skip
 
-    # Pretraining.
-    shards = Path(data.shards).resolve() if data.shards else out / "shards"
-    settings: dict[str, Any] = {"out": str(out / "pretrain"), "data.shards": str(shards)}
-    if train is not None:
-        settings |= {f"eval.{name}": str(out / name) for name in ("probe_train", "probe_val")}
-    clash = sorted(settings.keys() & config.pretrain.overrides.keys())
-    if clash:
-        raise UserError(f"pretrain.overrides.{clash[0]} is set by the pipeline; leave it out")
-    own_yaml = find_config(root, config.pretrain.config)
-    words = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"  # JSON is YAML, too
-        for key, value in (settings | config.pretrain.overrides).items()
-    ]
-    stages.append(
-        Stage(
-            name="pretrain",
-            command=call("tools/pretrain.sh", own_yaml, *words, "--resume"),
-            outputs=("pretrain/checkpoint.pth", "pretrain/summary.json"),
-            owns=("pretrain",),
-            products=("pretrain/checkpoint.pth",),
-            upstream=tuple(stage.name for stage in stages if stage.name != "data"),
-            files=(own_yaml, shards / "index.json") if data.shards else (own_yaml,),
-            config={"overrides": config.pretrain.overrides},
-            code_version=CODE_VERSIONS["pretrain"],
-            libraries=PRETRAIN_LIBRARIES,
-            resumable=True,
-        )
-    )
+    detector = find_config(root, detection.config) if config.arms else None
+    detector_options = detection_words(config)
+    backbones: dict[tuple[str, int], tuple[Path | str, tuple[str, ...]]] = {}
+    for seed in config.all_seeds:
+        # Backbones: pretrained here, or given; those that have no card are converted.
+        for variant in variants.values():
+            own_seed = seed if config.seeds.pretraining and variant.is_pretrained else None
+            if "{seed}" in (variant.weights or ""):
+                own_seed = seed
+            if variant.weights == RANDOM or (own_seed is None and seed > 0):
+                backbones[variant.name, seed] = backbones.get((variant.name, 0), (RANDOM, ()))
+                continue
+            is_plain = variant.name == "pretrained" and variant.is_pretrained and own_seed is None
+            tail = "" if is_plain else f"/{variant.name}"
+            tail += "" if own_seed is None else f"/seed-{own_seed}"
+            if variant.weights is None:
+                weights = out / f"pretrain{tail}/checkpoint.pth"
+                own_yaml = find_config(root, variant.config or config.pretrain.config)
+                overrides = config.pretrain.overrides | variant.overrides
+                shares = [f"shards/{share:g}" for share in (*data.shares, 1.0)
+                          if share <= variant.pool] if data.shares else ["shards"]  # fmt: skip
+                folders = [str(packed[name]) for name in shares]
+                settings: dict[str, Any] = {
+                    "out": str(out / f"pretrain{tail}"),
+                    "data.shards": folders if data.shares else folders[0],
+                } | probes
+                settings |= {} if own_seed is None else {"seed": own_seed}
+                clash = sorted(settings.keys() & overrides.keys())
+                if clash:
+                    raise UserError(
+                        f"pretrain.overrides.{clash[0]} is set by the pipeline; leave it out"
+                    )
+                words = [  # JSON is YAML, too
+                    f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                    for key, value in (settings | overrides).items()
+                ]
+                first = [word for word in words if not word.startswith(("out=", "seed="))]
+                unmade = tuple(name for name in (*shares, "probe_train", "probe_val")
+                               if name in packing)  # fmt: skip
+                indexes = [packed[name] / "index.json" for name in shares if name not in packing]
+                group = "evaluation" if config.pretrain.side_by_side else ""
+                add(
+                    "pretrain", f"pretrain{tail}", [own_yaml, *words, "--resume"],
+                    [own_yaml, *first],
+                    outputs=(f"pretrain{tail}/checkpoint.pth", f"pretrain{tail}/summary.json"),
+                    owns=(f"pretrain{tail}",), products=(f"pretrain{tail}/checkpoint.pth",),
+                    upstream=unmade, files=(own_yaml, *indexes),
+                    config={"overrides": overrides, "pool": variant.pool},
+                    resumable=True, group=group, label=variant.label,
+                )  # fmt: skip
+                from_here = {"upstream": (f"pretrain{tail}",)}
+                if "linear" in config.evaluations:
+                    workers = read_yaml(own_yaml).get("data", {}).get("num_workers", 2)
+                    workers = overrides.get("data.num_workers", workers)
+                    add(
+                        "linear", f"linear{tail}",
+                        [weights, "--train", packed["probe_train"], "--val", packed["probe_val"],
+                         "--out", out / f"linear{tail}", "--protocol", "cached", "--resume",
+                         f"num_workers={workers}"], None,
+                        outputs=(f"linear{tail}/linear.json",), owns=(f"linear{tail}",),
+                        resumable=True, group="evaluation", label=variant.label, **from_here,
+                    )  # fmt: skip
+                branch = ["--branch", config.convert.branch]
+            else:
+                weights = Path(variant.weights.replace("{seed}", str(seed))).resolve()
+                if not weights.is_file():
+                    raise UserError(f"variant {variant.name}: {weights} does not exist")
+                from_here, branch = {"files": (weights,)}, []
+                if weights.with_suffix(".json").is_file():  # its card
+                    backbones[variant.name, seed] = (weights, ())
+                    continue
+            converted = out / f"convert{tail}/backbone.{config.convert.format}"
+            backbones[variant.name, seed] = (converted, (f"convert{tail}",))
+            if any(arm.removesuffix(FROZEN) == variant.name for arm in config.arms):
+                words = [weights, converted, *branch]
+                add(
+                    "convert", f"convert{tail}", words, [*words] if variant.weights else None,
+                    outputs=(f"convert{tail}/{converted.name}", f"convert{tail}/backbone.json"),
+                    owns=(f"convert{tail}",), products=(f"convert{tail}/{converted.name}",),
+                    config={"branch": config.convert.branch, "format": config.convert.format},
+                    **from_here,
+                )  # fmt: skip
 
-    # Conversion to Detectron2's weights.
-    weights = out / "convert" / f"backbone.{config.convert.format}"
-    words = (out / "pretrain/checkpoint.pth", weights, "--branch", config.convert.branch)
-    stages.append(
-        Stage(
-            name="convert",
-            command=call("tools/convert_to_d2.py", *words),
-            outputs=(f"convert/{weights.name}", "convert/backbone.json"),
-            owns=("convert",),
-            products=(f"convert/{weights.name}",),
-            upstream=("pretrain",),
-            config={"branch": config.convert.branch, "format": config.convert.format},
-            code_version=CODE_VERSIONS["convert"],
-            libraries=DETECTION_LIBRARIES,
-        )
-    )
-
-    # Detection: all arms of a seed before the next seed, so that pairs can soon be compared.
-    own_yaml = find_config(root, detection.config)
-    options = flags(detection.options)
-    for key, value in detection.overrides.items():
-        options += [key, str(value)]  # Detectron2 reads Python's own spelling.
-    for seed, arm in itertools.product(range(detection.seeds), detection.arms):
-        is_random = arm.startswith("random")
-        words = [
-            *("random" if is_random else weights, "--config", own_yaml, "--data", dataset),
-            *("--out", out / "detection" / arm, "--seeds", str(seed)),
-            *(["--freeze"] if arm.endswith("_frozen") else []),
-            *options,
-        ]
-        folder = f"detection/{arm}/seed-{seed}"
-        stages.append(
-            Stage(
-                name=f"{arm}/seed-{seed}",
-                command=call("tools/train_voc.sh", *words),
-                outputs=(f"{folder}/result.json",),
-                owns=(folder,),
-                upstream=("data",) * made + ("convert",) * (not is_random),
-                files=(own_yaml, *config_bases(own_yaml), *(() if made else (dataset,))),
+        # Detection: all arms of a seed before the next seed, so that pairs can soon be compared.
+        for arm in config.arms:
+            assert detector is not None
+            weights, upstream = backbones[arm.removesuffix(FROZEN), seed]
+            dataset = dataset_folder(config, out, seed)
+            shared = ["--config", detector, "--data", dataset, "--out"]
+            freeze = ["--freeze"] * arm.endswith(FROZEN)
+            files = [detector, *config_bases(detector)]
+            files += [] if is_made else [dataset]
+            files += [weights] if isinstance(weights, Path) and not upstream else []
+            place = f"detection/{arm}"
+            add(
+                "detection", f"{arm}/seed-{seed}",
+                [weights, *shared, out / place, "--seeds", seed, "--arm", arm, *freeze,
+                 *detector_options],
+                [RANDOM if upstream else weights, *shared, out / "detection", *detector_options],
+                outputs=(f"{place}/seed-{seed}/result.json",), owns=(f"{place}/seed-{seed}",),
+                upstream=("data",) * is_made + upstream, files=tuple(files),
                 config={"arm": arm, "seed": seed, "overrides": detection.overrides}
                 | {"options": detection.options},
-                code_version=CODE_VERSIONS["detection"],
-                libraries=DETECTION_LIBRARIES,
-                resumable=True,
-                group="detection",
-            )
-        )
+                resumable=True, group="evaluation",
+            )  # fmt: skip
 
-    needs_weights = any(arm.startswith("pretrained") for arm in detection.arms)
-    read = [stage.name for stage in stages if stage.name != "convert" or needs_weights]
-    stages.append(
-        Stage(
-            name="report",
-            command=call("pipeline/report/report.py", out),
-            outputs=("report.html",),
-            owns=("report.html",),
-            upstream=tuple(read),
-            config={"pipeline": to_plain(config)},
-            code_version=CODE_VERSIONS["report"],
-            libraries=("jinja2", "matplotlib", "pillow"),
-        )
-    )
+    if has_report:
+        add(
+            "report", "report", [out], None, outputs=("report.html",), owns=("report.html",),
+            upstream=tuple(stage.name for stage in stages), config={"pipeline": to_plain(config)},
+        )  # fmt: skip
     return stages
 
 
-def dataset_folder(config: PipelineConfig, out: Path) -> Path:
+def detection_words(config: PipelineConfig) -> list[str]:
+    """Options and overrides of `tools/train_voc.sh` that all arms share."""
+    options = {
+        key: _JOINED_BY[key].join(map(str, value))
+        if key in _JOINED_BY and isinstance(value, list)
+        else value
+        for key, value in config.detection.options.items()
+    }
+    words = flags(options)
+    for key, value in config.detection.overrides.items():
+        words += [key, str(value)]  # Detectron2 reads Python's own spelling.
+    return [*words, *config.detection.words]
+
+
+def dataset_folder(config: PipelineConfig, out: Path, seed: int = 0) -> Path:
     """Return the VOC-layout set that detection is trained and tested on."""
-    return out / "data" if config.data.dataset is None else Path(config.data.dataset).resolve()
+    own = config.data.dataset
+    return out / "data" if own is None else Path(own.replace("{seed}", str(seed))).resolve()
 
 
 def find_config(root: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`results.json`: the figures of a run, gathered from the files that its stages left."""
+"""The figures of a run, gathered from the files that its stages left: `results.json`, tables."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import is_number, read_json_or_none, write_json
+from common import stats
+from common.files import is_number, read_json_lines, read_json_or_none, write_json
 from common.stats import mean_std, paired_difference
-from pipeline.config import ARMS
+from pipeline import tables
+from pipeline.config import ARMS, FROZEN
+from pipeline.stages import read_run
 
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
 ALL_METRICS = (*METRICS, *COCO_METRICS)
+PER_CLASS = {"AP": "per_class", "AP50": "per_class_AP50"}  # keys of result.json
+Measured = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""Metric -> variant or arm -> seed -> value."""
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
 PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 
 
 def assemble(out: Path) -> dict[str, Any]:
     """Return the figures of the run in `out`; what did not run is empty or None."""
-    store = read_json_or_none(out / "stages.json") or {}
-    plan, records = store.get("plan") or [], store.get("stages") or {}
-    # Finished stages whose records speak of the present settings.
-    good = {
-        name: record
-        for name in plan
-        if (record := records.get(name)) and record.get("status") == "finished"
-        if record.get("current")
-    }
+    run = read_run(out)
+    plan, good = run.get("plan") or [], finished_stages(run)
 
     def left_by(stage: str, file: str) -> dict[str, Any]:
         return (read_json_or_none(out / stage / file) if stage in good else None) or {}
 
     pretrain, card = left_by("pretrain", "summary.json"), left_by("convert", "backbone.json")
-    detection: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    detection: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, *run.get("arms", ()))}
     kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
     for arm, rows in detection.items():
         seeds = (name.rpartition("/seed-")[2] for name in good if name.startswith(f"{arm}/"))
@@ -41,9 +40,9 @@ def assemble(out: Path) -> dict[str, Any]:
             result = read_json_or_none(out / f"detection/{arm}/seed-{seed}/result.json")
             if isinstance(result, dict):
                 rows.append(seed_row(seed, result, (*kept, "peak_memory_bytes")))
-    return {
+    results = {
         "format": "fa-results-1",
-        "name": store.get("name"),
+        "name": run.get("name"),
         "detection": detection,
         "pretrain": {"images_per_second": None, "knn_top1": None} | pretrain,
         "conversion": {
@@ -60,17 +59,127 @@ def assemble(out: Path) -> dict[str, Any]:
             for name, record in good.items()
         },
         "unfinished": [name for name in plan if name not in good],
-        "versions": store.get("versions") or {},
-        "commit": store.get("commit"),
+        "versions": run.get("versions") or {},
+        "commit": run.get("commit"),
         "summary": {arm: summarise(rows) for arm, rows in detection.items()},
         "differences": {pair: compare(detection, *arms) for pair, arms in PAIRS.items()},
     }
+    others = {name.removeprefix("pretrain/"): left_by(name, "summary.json")
+              for name in good if name.startswith("pretrain/")}  # fmt: skip
+    if others:  # variant/seed-N, or the variant alone
+        results["pretrainings"] = others
+    if run.get("tables"):
+        found = measured(out)
+        classes = {metric: [m for m in found if m.startswith(f"{metric}:")] for metric in PER_CLASS}
+        results |= {
+            "rule": stats.RULE,
+            "tables": [make_table(table, found, metric, [metric])
+                       for table in run["tables"] for metric in found if ":" not in metric]
+            # All classes and pairs are one family of comparisons.
+            + [make_table(table, found, f"{metric} by class", names)
+               for table in run["tables"] for metric, names in classes.items() if names],
+            "failures": [
+                {"stage": name, "label": record["label"], "reason": record["error"]}
+                for name, record in run["stages"].items()
+                if name in plan and record["status"] == "failed"
+            ],
+            # More than one: figures of the table may not agree.
+            "commits": sorted({str(r["commit"]) for r in good.values() if r.get("commit")}),
+        }  # fmt: skip
+    return results
 
 
-def write(out: Path) -> None:
-    """Write `out/results.json`, and each arm's summary over all its finished seeds."""
+def make_table(
+    table: Mapping[str, Any], found: Measured, title: str, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Return a table by one metric, or by its values class by class.
+
+    Args:
+        table: A `TableConfig` as plain values.
+        found: See `measured`.
+        title: What the metric is called.
+        metrics: Of `found`; their comparisons are one family.
+    Returns:
+        `name`, `title`, `claim`, `metric`, `left_out`; `rows`: `label`, `variant`, `n`, `mean`,
+        `std`, `values` by seed; `comparisons`: see `stats.compare`; comparisons of variants whose
+        frozen arms were trained come once more, of these; `verdict` on the claim.
+    """
+    rows, contrasts = [], []
+    for metric in metrics:
+        prefix = metric.partition(":")[2] + ": " * (":" in metric)
+        values = found[metric]
+        for label, variant in table["rows"].items():
+            by_seed = dict(sorted(values.get(variant, {}).items()))
+            row = {"label": prefix + label, "variant": variant, "values": by_seed}
+            rows.append(row | mean_std(list(by_seed.values())))
+        for ending in ("", FROZEN):
+            for item in table["comparisons"]:
+                if ending and not all(variant + ending in values for variant in item["terms"]):
+                    continue
+                terms = ((w, values.get(v + ending, {})) for v, w in item["terms"].items())
+                name = prefix + item["name"] + ending.replace("_", ", ")
+                contrasts.append(stats.Contrast(name, tuple(terms), item["decides"]))
+    compared = stats.compare(contrasts)
+    kept = {key: table[key] for key in ("name", "title", "claim", "left_out")}
+    return kept | {"metric": title, "rows": rows, "comparisons": compared} | {
+        "verdict": stats.claim_verdict(compared)
+    }  # fmt: skip
+
+
+def finished_stages(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Finished stages of the plan whose records speak of the present settings."""
+    return {
+        name: record
+        for name in run.get("plan") or ()
+        if (record := run["stages"].get(name)) and record.get("status") == "finished"
+        if record.get("current")
+    }
+
+
+def measured(out: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """Return metric -> variant or arm -> seed -> value in percent, of the finished stages of a run.
+
+    Metrics: `knn`, `online`, `linear` of variants; of arms `ALL_METRICS`, and by class as
+    `AP50:dog`. A seed of pretraining that is not named is 0.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
+
+    def enter(metric: str, name: str, content: Any, key: str, percent: float = 100.0) -> None:
+        variant, _, seed = name.partition("/seed-")
+        value = content.get(key) if isinstance(content, dict) else None
+        if is_number(value):
+            found.setdefault(metric, {}).setdefault(variant, {})[int(seed or 0)] = percent * value
+
+    for name in finished_stages(read_run(out)):
+        kind, _, tail = name.partition("/")
+        tail = tail or "pretrained"
+        if kind == "pretrain":
+            enter("knn", tail, read_json_or_none(out / name / "summary.json"), "knn_top1")
+            rows = read_json_lines(out / name / "metrics.jsonl")
+            last = next((row for row in rows[::-1] if "online_top1" in row), None)
+            enter("online", tail, last, "online_top1")
+        elif kind == "linear":
+            enter("linear", tail, read_json_or_none(out / name / "linear.json"), "top1")
+        elif "/seed-" in name and kind != "convert":
+            result = read_json_or_none(out / "detection" / name / "result.json") or {}
+            for metric in ALL_METRICS:
+                enter(metric, name, seed_row(0, result, ()), metric, 1.0)
+            for metric, key in PER_CLASS.items():
+                for label in result.get(key) or ():
+                    enter(f"{metric}:{label}", name, result[key], label, 1.0)
+    return found
+
+
+def write(out: Path, further: Sequence[tables.Section] = (), **about: Any) -> None:
+    """Write `out/results.json`, each arm's summary over its finished seeds, and tables.
+
+    Args:
+        out: The run's folder.
+        further: Sections at the end of the tables.
+        about: Further keys of the results.
+    """
     results = assemble(out)
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", results | about)
     for arm, rows in results["detection"].items():
         if rows:
             table = results["summary"][arm]
@@ -81,6 +190,8 @@ def write(out: Path) -> None:
             if all(table[metric]["n"] == len(rows) for metric in COCO_METRICS):
                 summary["coco"] = coco
             write_json(out / f"detection/{arm}/summary.json", summary)
+    if "tables" in results:
+        tables.write(out, results, further)
 
 
 def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
@@ -147,4 +258,12 @@ def verdict(results: Mapping[str, Any], pair: str, metric: str = "AP50") -> dict
 def verdicts(results: Mapping[str, Any]) -> list[str]:
     """Return the findings of all pairs that ran."""
     found = [verdict(results, pair) for pair in PAIRS]
-    return [item["text"] for item in found if item["kind"] != "missing"]
+    texts = [item["text"] for item in found if item["kind"] != "missing"]
+    for table in results.get("tables", ()):
+        for row in table["comparisons"] if table["metric"] in ("knn", "linear", "AP50") else ():
+            if row["n"]:
+                texts.append(
+                    f"{table['metric']}, {row['name']}: {row['mean']:+.2f} points, 95 % interval "
+                    f"{tables.interval_text(row['student_t'])}, n = {row['n']}: {row['verdict']}"
+                )
+    return texts

@@ -1,53 +1,108 @@
 """Runs stages in order: skips what is unchanged, continues what was interrupted, says why.
 
-Neighbours of one group run side by side, each in a thread that waits for its process.
+One loop starts stages while slots are free, looks at those that run, and records how they ended.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
 from common.files import inside, remove
-from pipeline.process import Child, Finished, signals_noted, stop_reason
+from pipeline.jobs import (
+    CommandJob,
+    Finished,
+    LocalJob,
+    Process,
+    SlurmSettings,
+    last_line,
+    signals_noted,
+    submit,
+)
 from pipeline.progress import Progress, clock
 from pipeline.stages import (
     Stage,
     StageStore,
     digest,
     explain,
-    fingerprint_parts,
     input_digest,
+    key_parts,
     lock,
     now,
     product_digest,
 )
 
+SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
+GRACE_SECONDS = 30.0
+"""Time between passing a signal on and ending a stage for good."""
 _AUTO_AT_MOST = 4
 _HEARTBEAT_SECONDS = 5.0
+_POLL_SECONDS = 0.1
 _LOG_LINES_SHOWN = 15
+
+
+class TimeIsUp(RuntimeError):
+    """The time of a limited call is over; the same command goes on (exit status 3)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How one call runs the stages.
+
+    Attributes:
+        parallel: How many stages run side by side.
+        threads: CPU threads of each of those, unless OMP_NUM_THREADS says it; None: all cores.
+        max_failures: After more than these nothing more begins.
+        retry_failed: Whether stages that failed before run again.
+        rerun: Stages, or groups of them, that run again though nothing has changed.
+        minutes: Length of the call; None: to the end.
+        cluster: Where stages that can resume are queued; None: all are children of this process.
+    """
+
+    parallel: int = 1
+    threads: int | None = None
+    max_failures: int = 0
+    retry_failed: bool = True
+    rerun: tuple[str, ...] = ()
+    minutes: float | None = None
+    cluster: SlurmSettings | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
     """What is done with a stage, and why."""
 
-    action: Literal["skip", "run", "resume", "maybe"]
+    action: Literal["skip", "run", "resume", "maybe", "failed"]
     reason: str
     parts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _RunningStage:
+    stage: Stage
+    job: Process
+    is_queued: bool
+    before: float  # seconds of earlier attempts
+    started: float
+    stopped_by: int | None = None
+    kill_at: float = float("inf")
+    beat: float = 0.0
+
+
+def is_named(stage: str, name: str) -> bool:
+    """Whether a stage is meant by a name; `random` means all of `random/...`."""
+    return stage == name or stage.startswith(f"{name}/")
 
 
 class Runner:
@@ -57,46 +112,52 @@ class Runner:
         root: The repository; the stages' working folder.
         out: The run's folder.
         go_on_command: What a person types to continue, for messages.
-        store: The record of the stages that ran.
-        parallel: How many stages of one group run side by side.
+        limits: How this call runs them.
+        store: The records of the stages that ran.
     """
 
     def __init__(
-        self, root: Path, out: Path, go_on_command: Sequence[str], parallel: int = 1
+        self, root: Path, out: Path, go_on_command: Sequence[str], limits: Limits | None = None
     ) -> None:
-        """Read the record in `out` if there is one; nothing is written yet."""
-        self.root = root
-        self.out = out
+        """Read the records in `out` if there are some; nothing is written yet."""
+        self.root, self.out = root, out
         self.go_on_command = shlex.join(go_on_command)
+        self.limits = limits or Limits()
         self.store = StageStore(out)
-        self.parallel = parallel
-        self._signals: list[int] = []
-        self._between = threading.Lock()
+        self._again: set[str] = set()  # stages of --rerun
 
     def plan(self, stages: Sequence[Stage]) -> dict[str, Decision]:
         """Foretell what a run would do; `maybe` is decided by what an earlier stage will make.
 
         Raises:
-            UserError: If a stage would have to remove something that this pipeline did not make.
+            UserError: If a stage would have to remove something that no stage has made.
         """
         input_digest.cache_clear()
+        self._again = {s.name for s in stages for n in self.limits.rerun if is_named(s.name, n)}
         decisions: dict[str, Decision] = {}
         for stage in stages:
             open_ones = [name for name in stage.upstream if decisions[name].action != "skip"]
-            if stage.name in self.store.stages and open_ones:
+            if stage.name in self.store.stages and open_ones and stage.name not in self._again:
                 reason = f"only if {open_ones[0]} makes something else than before"
                 decisions[stage.name] = Decision("maybe", reason)
             else:
                 decisions[stage.name] = self._decide(stage)
         return decisions
 
+    def expected_seconds(self, stage: Stage) -> float | None:
+        """How long a stage will take: what it took, or what others of its kind took here."""
+        ran = [record for record in self.store.stages.values()
+               if record["status"] == "finished" and record.get("kind") == stage.kind]  # fmt: skip
+        own = [r for r in ran if r is self.store.stages.get(stage.name)]
+        return median(record["seconds"] for record in own or ran) if ran else None
+
     def run(
         self,
         stages: Sequence[Stage],
         progress: Progress,
         *,
-        until: str | None = None,
-        before_first: Callable[[], None] = lambda: None,
+        chosen: Collection[str] | None = None,
+        before_first: Callable[[dict[str, Decision]], None] = lambda decisions: None,
         after_each: Callable[[], None] = lambda: None,
     ) -> None:
         """Run what has to run, in order.
@@ -104,62 +165,123 @@ class Runner:
         Args:
             stages: The stages, every one after those that it reads.
             progress: What a person sees.
-            until: The last stage to run; None runs all.
-            before_first: Called once, when the folder is locked.
-            after_each: Called after every stage, skipped ones included, also after a failure;
-                never twice at once.
+            chosen: Names of the stages that this call runs; None: all.
+            before_first: Called once with the plan, when the folder is locked.
+            after_each: Called after every stage that ran, also after a failure, and at the end.
         Raises:
-            RunFailed: If a stage fails; no further one begins, those beside it are let finish.
+            RunFailed: If more than `max_failures` fail, no further one begins; those beside it are
+                let finish. If fewer fail, after all.
             StoppedBySignal: After SIGINT or SIGTERM.
+            TimeIsUp: Shortly before `minutes` are over.
         """
-        names = [stage.name for stage in stages]
-        todo = stages if until is None else stages[: names.index(until) + 1]
-        with lock(self.out) as descriptor, signals_noted() as self._signals:
+        limits, start = self.limits, time.monotonic()
+        stop_at = start + 60 * limits.minutes - SAVE_SECONDS if limits.minutes else float("inf")
+        with lock(self.out) as descriptor, signals_noted() as signals:
             self.store.load()  # Another run may have written before the lock was ours.
             decisions = self.plan(stages)
-            # Which stages belong to this run, and which records speak of its settings. What is
-            # skipped is known only when its turn comes.
-            self.store.data["plan"] = names
-            for name, record in self.store.stages.items():
-                record["current"] = name in decisions and decisions[name].action == "skip"
-                record["skipped"] = False
-            self.store.write()
-            before_first()
+            before_first(decisions)
+            # Which records speak of the present settings. What is skipped is known only when its
+            # turn comes.
+            for name in self.store.stages:
+                is_current = name in decisions and decisions[name].action == "skip"
+                self.store.update(name, current=is_current, skipped=False)
+            submitter = None
+            if limits.cluster is not None:
+                submitter = limits.cluster.submitter(self.out / "submitit/%j", self.root)
 
-            def job(number: int, stage: Stage) -> None:
-                try:
-                    self._skip_or_run(stage, number, progress, descriptor)
-                finally:
-                    with self._between:
-                        after_each()
+            todo = [stage for stage in stages if chosen is None or stage.name in chosen]
+            waiting = dict(enumerate(todo, 1))
+            running: dict[str, _RunningStage] = {}
+            failures: dict[str, str] = {}
+            blocked: set[str] = set()  # by a failure, now or before
+            stopping, num_signals = "", 0
+            while waiting or running:
+                # A signal, or the end of the time: those that run save and end, none begins.
+                for number in signals[num_signals:] or [signal.SIGTERM] * (
+                    not stopping and time.monotonic() > stop_at
+                ):
+                    stopping = stopping or (
+                        f"stopped by {signal.Signals(number).name}" if signals else "time is up"
+                    )
+                    for one in running.values():
+                        one.job.stop(signal.SIGKILL if one.stopped_by else number)
+                        one.stopped_by = number
+                        one.kill_at = min(one.kill_at, time.monotonic() + GRACE_SECONDS)
+                num_signals = len(signals)
+                if stopping or len(failures) > limits.max_failures:
+                    waiting.clear()
 
-            numbered = enumerate(todo, 1)
-            for _, neighbours in itertools.groupby(numbered, lambda n: n[1].group or n[1].name):
-                jobs = [functools.partial(job, number, stage) for number, stage in neighbours]
-                run_in_order(jobs, self.parallel)
+                # Start, in order, what has all that it reads while slots are free.
+                for number, stage in list(waiting.items()):
+                    if (failures.keys() | blocked) & set(stage.upstream):
+                        blocked.add(stage.name)
+                        del waiting[number]
+                        continue
+                    if ({s.name for s in waiting.values()} | running.keys()) & set(stage.upstream):
+                        continue
+                    queue = submitter if stage.resumable else None
+                    beside = [one for one in running.values() if one.is_queued == bool(queue)]
+                    # Jobs of a cluster have cores of their own; here the groups take turns.
+                    groups = {one.stage.group for one in beside}
+                    is_alone = not queue and (not stage.group or groups != {stage.group})
+                    if beside and (is_alone or len(beside) >= limits.parallel):
+                        break
+                    del waiting[number]
+                    decision = self._decide(stage)
+                    if decision.action == "skip":
+                        self.store.update(stage.name, current=True, skipped=True)
+                        progress.skip(number, stage.title, self.store.stages[stage.name]["seconds"])
+                        continue
+                    if decision.action == "failed":
+                        blocked.add(stage.name)
+                        continue
+                    progress.start(number, stage.title, decision.reason)
+                    running[stage.name] = self._start(stage, decision, descriptor, queue)
+
+                # Look at those that run.
+                for name, one in list(running.items()):
+                    ended = one.job.poll()
+                    now_is, seconds = time.monotonic(), one.before + time.monotonic() - one.started
+                    if ended is None:
+                        if now_is > one.kill_at:
+                            one.kill_at = float("inf")
+                            one.job.stop(signal.SIGKILL)
+                        progress.tick(one.stage.title, seconds, last_line(self.log_path(one.stage)))
+                        if now_is - one.beat > _HEARTBEAT_SECONDS:
+                            one.beat = now_is
+                            self.store.update(name, seconds=round(seconds, 2))
+                        continue
+                    del running[name]
+                    status, failure = self._record(one, ended)
+                    if failure:
+                        failures[name] = failure
+                    is_last = len(failures) > limits.max_failures and not stopping
+                    others = ", ".join(running) if failure and is_last else ""
+                    hint = f"; no further stage begins, these are let finish: {others}"
+                    took = clock(self.store.stages[name]["seconds"])
+                    text = f"{status} {'in' if status == 'finished' else 'after'} {took}"
+                    progress.finish(one.stage.title, text + hint * bool(others))
+                    after_each()
+                if running:
+                    time.sleep(_POLL_SECONDS)
+            after_each()
+
+        if signals:
+            raise StoppedBySignal(signals[0], f"{stopping}\n  to go on: {self.go_on_command}")
+        if failures or blocked:
+            told = "\nerror: ".join(sorted(failures.values()))
+            raise RunFailed(told or "stages failed before; --retry-failed runs them again")
+        if stopping:
+            raise TimeIsUp(stopping)
 
     def log_path(self, stage: Stage) -> Path:
         """Return where the stage's output goes."""
         return self.out / "logs" / f"{stage.name}.log"
 
-    def _skip_or_run(self, stage: Stage, number: int, progress: Progress, descriptor: int) -> None:
-        self._stop_if_asked()
-        decision = self._decide(stage)
-        if decision.action == "skip":
-            self.store.update(stage.name, current=True, skipped=True)
-            progress.skip(number, stage.name, self.store.stages[stage.name].get("seconds", 0.0))
-            return
-        progress.start(number, stage.name, decision.reason)
-        try:
-            self._run_stage(stage, decision, progress, descriptor)
-        finally:
-            progress.finish(stage.name)
-
     def _decide(self, stage: Stage) -> Decision:
         made = {name: self.store.stages.get(name, {}).get("product") for name in stage.upstream}
-        parts = fingerprint_parts(stage, self.root, self.out, made)
+        parts = key_parts(stage, self.root, self.out, made)
         record = self.store.stages.get(stage.name)
-        action: Literal["skip", "run", "resume"] = "run"
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
         if record is None:
             for name in (*stage.owns, *stage.outputs):
@@ -169,140 +291,84 @@ class Runner:
                         f"{path} exists already but was not made by this pipeline "
                         f"(stage {stage.name}); move it away or choose another --out"
                     )
-            reason = "first run"
-        elif record.get("fingerprint") != digest(parts):
-            reason = explain(record.get("parts") or {}, parts)
-        elif record.get("status") == "finished" and not missing:
-            action, reason = "skip", "unchanged"
-        elif record.get("status") == "finished":
-            reason = f"{missing[0]} is missing"
-        elif stage.resumable:
-            action, reason = "resume", "continues where it stopped"
-        else:
-            reason = "did not finish last time"
-        return Decision(action, reason, parts)
+            return Decision("run", "first run", parts)
+        if record["key"] != digest(parts):
+            return Decision("run", explain(record["parts"], parts), parts)
+        if stage.name in self._again:
+            return Decision("run", "asked for", parts)
+        if record["status"] == "failed" and not self.limits.retry_failed:
+            return Decision("failed", "failed before; --retry-failed runs it again", parts)
+        if record["status"] == "finished":
+            action = "run" if missing else "skip"
+            return Decision(action, f"{missing[0]} is missing" if missing else "unchanged", parts)
+        if stage.resumable:
+            return Decision("resume", "continues where it stopped", parts)
+        return Decision("run", "did not finish last time", parts)
 
-    def _run_stage(
-        self, stage: Stage, decision: Decision, progress: Progress, descriptor: int
-    ) -> None:
+    def _start(
+        self, stage: Stage, decision: Decision, descriptor: int, queue: Any
+    ) -> _RunningStage:
         resumed = decision.action == "resume"
-        before = self.store.stages[stage.name].get("seconds") or 0.0 if resumed else 0.0
+        record = self.store.stages.get(stage.name, {})
+        before = (record.get("seconds") or 0.0) if resumed else 0.0
+        is_same = record.get("key") == digest(decision.parts)
         if not resumed:
             for name in dict.fromkeys((*stage.owns, *stage.outputs)):
                 remove(self.out, name)
         self.store.update(
-            stage.name,
-            fingerprint=digest(decision.parts),
-            parts=decision.parts,
-            status="running",
-            seconds=before,
-            started=now(),
-            resumed=resumed,
-            exit_status=None,
-            current=True,
-            commit=provenance.commit(self.root),
-        )
+            stage.name, key=digest(decision.parts), parts=decision.parts, kind=stage.kind,
+            label=stage.label, status="running", seconds=before, started=now(), resumed=resumed,
+            attempts=(record.get("attempts") or 0) * is_same + 1, exit_status=None, error=None,
+            current=True, skipped=False, commit=provenance.commit(self.root),
+        )  # fmt: skip
 
-        # Run the stage as a child process, with its share of the cores. The share follows from
-        # `parallel`, not from how many stages happen to run.
+        # The share of the cores follows from the limits, not from how many stages happen to run.
         own = {}
-        if stage.group and self.parallel > 1 and not os.environ.get("OMP_NUM_THREADS"):
-            own["OMP_NUM_THREADS"] = str(max(1, provenance.usable_cores() // self.parallel))
+        if stage.group and self.limits.threads and not os.environ.get("OMP_NUM_THREADS"):
+            own["OMP_NUM_THREADS"] = str(self.limits.threads)
         path = self.log_path(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beat, passed_on = time.monotonic(), 0
         with path.open("a" if resumed else "w", encoding="utf-8") as log:
-            shown = [*(f"{name}={value}" for name, value in own.items()), *stage.command]
-            log.write(f"# {now()} {shlex.join(shown)}\n")
-            child = Child(
-                stage.command,
-                folder=self.root,
-                log=log,
-                environment=os.environ | {"PYTHONUNBUFFERED": "1"} | own,
+            words = [*(f"{name}={value}" for name, value in own.items()), *stage.command]
+            log.write(f"# {now()} {shlex.join(words)}\n")
+        job: Process
+        if queue is None:
+            bars = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1"}  # keeps logs short
+            job = LocalJob(
+                stage.command, folder=self.root, log=path, environment=os.environ | bars | own,
                 keep_open=[descriptor],
-            )
+            )  # fmt: skip
+        else:
+            result = path.with_suffix(".json")
+            job = submit(queue, CommandJob(stage.command, self.root, path, result))
+        return _RunningStage(stage, job, bool(queue), before, time.monotonic())
 
-            def tick() -> None:
-                nonlocal beat, passed_on
-                for number in self._signals[passed_on:]:
-                    passed_on += 1
-                    child.stop(number)
-                progress.tick(stage.name, before + child.seconds, child.lines.last_line)
-                if time.monotonic() - beat > _HEARTBEAT_SECONDS:
-                    beat = time.monotonic()
-                    self.store.update(stage.name, seconds=round(before + child.seconds, 2))
-
-            try:
-                ended = child.wait(tick)
-            except BaseException:
-                child.stop(signal.SIGKILL)
-                raise
-
-        # Note and say how it ended.
+    def _record(self, one: _RunningStage, ended: Finished) -> tuple[str, str]:
+        """Record how a stage ended; returns its status, and what to say of a failure."""
+        stage = one.stage
         missing = [name for name in stage.outputs if not (self.out / name).exists()]
-        good = ended.exit_status == 0 and not missing and ended.stopped_by is None
-        status = "finished" if good else "stopped" if ended.stopped_by else "failed"
-        self.store.update(
-            stage.name,
-            status=status,
-            seconds=round(before + ended.seconds, 2),
-            ended=now(),
-            exit_status=ended.exit_status,
-            peak_memory_bytes=ended.peak_memory_bytes,
-            product=product_digest(stage, self.out) if good else None,
-        )
-        if good:
-            progress.finish(stage.name, f"finished in {clock(before + ended.seconds)}")
-            return
-        others = "" if self._signals else ", ".join(progress.others(stage.name))
-        hint = f"; no further stage begins, these are let finish: {others}" if others else ""
-        progress.finish(stage.name, f"{status} after {clock(before + ended.seconds)}{hint}")
-        self._stop_if_asked()
-        raise RunFailed(self._failure(stage, ended, missing))
-
-    def _failure(self, stage: Stage, ended: Finished, missing: Sequence[str]) -> str:
-        log = self.log_path(stage)
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        good = ended.exit_status == 0 and not missing and one.stopped_by is None
+        status = "finished" if good else "stopped" if one.stopped_by else "failed"
         what = ended.description or f"ended without leaving {', '.join(missing)}"
+        log = self.log_path(stage)
+        lines = re.split(r"[\r\n]+", log.read_text(errors="replace"))
+        lines = [line for line in lines if line.strip() and not line.startswith("#")]
+        errors = [line for line in lines[-40:] if line.startswith("error:")]
+        reason = " / ".join(errors[-1:] or lines[-3:])[:500] or "no output"
+        self.store.update(
+            stage.name, status=status, seconds=round(one.before + ended.seconds, 2), ended=now(),
+            exit_status=ended.exit_status, peak_memory_bytes=ended.peak_memory_bytes,
+            error=None if good else f"{what}: {reason}",
+            product=product_digest(stage, self.out) if good else None,
+        )  # fmt: skip
+        if status != "failed":
+            return status, ""
         tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
-        message = f"stage {stage.name} {what} after {clock(ended.seconds)}\n{tail}\n"
+        message = f"stage {stage.title} {what} after {clock(ended.seconds)}\n{tail}\n"
         message += f"  whole log: {log}\n  to go on: {self.go_on_command}"
         if stage.resumable:
             message += f"\n  to start this stage anew, first remove {self.out / stage.owns[0]}"
-        return message
-
-    def _stop_if_asked(self) -> None:
-        if self._signals:
-            message = f"{stop_reason(self._signals)}\n  to go on: {self.go_on_command}"
-            raise StoppedBySignal(self._signals[0], message)
-
-
-def run_in_order(jobs: Sequence[Callable[[], None]], workers: int) -> None:
-    """Begin jobs in their order, at most `workers` at once, and wait for all.
-
-    After an error no further job begins; those that run go on to their end.
-
-    Raises:
-        RunFailed: For one or several failed stages.
-        Exception: The first error of another kind.
-    """
-    errors: list[BaseException] = []
-
-    def begin(job: Callable[[], None]) -> None:
-        if not errors:
-            try:
-                job()
-            except BaseException as error:
-                errors.append(error)
-
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for job in jobs:
-            pool.submit(begin, job)
-    for error in errors:
-        if len(errors) == 1 or not isinstance(error, RunFailed):
-            raise error
-    if errors:
-        raise RunFailed("\nerror: ".join(sorted(map(str, errors))))
+        return status, message
 
 
 def side_by_side(setting: int | Literal["auto"], num_arms: int) -> int:

@@ -1,4 +1,4 @@
-"""A stage, the fingerprint of what decides its result, and the record of the stages that ran."""
+"""A stage, the key of what decides its result, and the records of the stages that ran."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ from common.errors import UserError
 from common.files import lock_file, read_json_or_none, sha256_of, write_json
 from common.provenance import library_version
 
-FORMAT = "fa-stages-1"
+FORMAT = "fa-stage-2"
+RUN_FILE = "experiment.json"
+"""What is known of a run as a whole; a folder that holds one is a run's."""
 _LOCK_WAIT_SECONDS = 10.0
 _PART_NAMES = {
     "config": "setting",
@@ -28,15 +29,15 @@ _PART_NAMES = {
     "upstream": "what was made by",
     "files": "input",
     "libraries": "library",
-}  # of a fingerprint, and how messages call them
+}  # of a key, and how messages call them
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process of the pipeline and everything that its result depends on.
+    """One process of an experiment and everything that its result depends on.
 
     Attributes:
-        name: Name in `stages.json` and of the log; slashes make folders.
+        name: Of its record and its log; slashes make folders.
         command: Argument list; never passed to a shell.
         outputs: Paths relative to the run's folder that must exist when the stage is finished.
         owns: Paths relative to the run's folder that are removed before a fresh start.
@@ -47,9 +48,12 @@ class Stage:
         files: Inputs from outside: files count by content, folders by their listing.
         config: The settings that this stage sees.
         libraries: Distributions whose versions count.
-        resumable: Whether the same command continues an interrupted run of the same fingerprint.
-        group: Neighbours in the list with the same group may run side by side; they do not read
-            each other. Empty: runs alone.
+        resumable: Whether the same command continues an interrupted run of the same key.
+        group: Stages of one group may run side by side, each with its share of the cores. Empty:
+            runs alone.
+        check: Command that checks the stage's whole input and prints what it would do as JSON.
+        kind: Of the same kind, stages take about the same time.
+        label: In messages, beside the name.
     """
 
     name: str
@@ -64,15 +68,23 @@ class Stage:
     libraries: tuple[str, ...] = ()
     resumable: bool = False
     group: str = ""
+    check: tuple[str, ...] = ()
+    kind: str = ""
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name and label."""
+        return f"{self.name} ({self.label})" if self.label else self.name
 
 
-# -- fingerprints ---------------------------------------------------------------------------------
+# -- keys -----------------------------------------------------------------------------------------
 
 
-def fingerprint_parts(
+def key_parts(
     stage: Stage, root: Path, out: Path, made: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """Return what the fingerprint hashes, part by part, so that a change can be named.
+    """Return what the key hashes, part by part, so that a change can be named.
 
     Args:
         stage: The stage.
@@ -128,7 +140,7 @@ def product_digest(stage: Stage, out: Path) -> str:
 
 
 def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Say what differs between two fingerprints' parts."""
+    """Say what differs between the parts of two keys."""
     changes = []
     for part, word in _PART_NAMES.items():
         before, after = dotted(old.get(part) or {}), dotted(new.get(part) or {})
@@ -145,71 +157,60 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "changed: " + ", ".join(changes[:3]) + rest
 
 
-# -- the record of a run's folder -----------------------------------------------------------------
+# -- the records of a run's folder ----------------------------------------------------------------
 
 
 class StageStore:
-    """`stages.json`: the record of every stage of one run's folder; each change is written at once.
+    """`stages/NAME.json` for each stage and `experiment.json`; each change is written at once.
 
-    `update` may be called from several threads.
+    Attributes:
+        run: Content of `experiment.json`: name, plan, config, command, versions ..
+        stages: The record of each stage by name.
     """
 
     def __init__(self, out: Path) -> None:
-        """Read `out/stages.json`, or start an empty record.
+        """Read what `out` holds; nothing is written yet.
 
         Raises:
-            UserError: If the file is there but is not such a record.
+            UserError: If a file is there but is no such record.
         """
-        self.path = out / "stages.json"
-        self.data: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self.out = out
         self.load()
 
     def load(self) -> None:
-        """Read the file again."""
-        self.data = {"format": FORMAT, "name": None, "plan": [], "stages": {}}
-        if self.path.exists():
-            data = read_json_or_none(self.path)
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                raise UserError(
-                    f"{self.path} is damaged or not of this version; "
-                    f"move {self.path.parent} away or choose another --out"
-                )
-            self.data = data
+        """Read the files again."""
+        paths = {p.relative_to(self.out / "stages").with_suffix("").as_posix(): p
+                 for p in sorted((self.out / "stages").rglob("*.json"))}  # fmt: skip
+        self.run = self._read(self.out / RUN_FILE) if (self.out / RUN_FILE).exists() else {}
+        self.stages = {name: self._read(path) for name, path in paths.items()}
 
-    @property
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """The record of each stage by name."""
-        return self.data["stages"]
-
-    def check_name(self, name: str) -> None:
-        """Raise UserError if the folder holds a run of another pipeline."""
-        held = self.data["name"]
-        if held not in (None, name):
+    def _read(self, path: Path) -> dict[str, Any]:
+        data = read_json_or_none(path)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UserError(
-                f"{self.path.parent} holds a run of the pipeline {held!r}, not {name!r}; "
-                "choose another --out"
+                f"{path} is damaged or not of this version; move {self.out} away or choose "
+                "another --out"
             )
+        return data
 
     def open_run(self, name: str, **facts: Any) -> None:
-        """Note the pipeline's name and what is known about this call.
-
-        Raises:
-            UserError: If the folder holds a run of another pipeline.
-        """
-        self.check_name(name)
-        self.data |= {"name": name, **facts, "called": now()}
-        self.write()
+        """Record the experiment's name and what is known about this call."""
+        self.run |= {"format": FORMAT, "name": name, **facts, "called": now()}
+        write_json(self.out / RUN_FILE, self.run)
 
     def update(self, stage: str, **facts: Any) -> None:
-        """Set facts of a stage and write the file."""
-        with self._lock:
-            self.stages.setdefault(stage, {}).update(facts)
-            self.write()
+        """Set facts of a stage and write its file if something changes."""
+        old = self.stages.get(stage, {})
+        new = {"format": FORMAT} | old | facts
+        if new != old:
+            self.stages[stage] = new
+            write_json(self.out / "stages" / f"{stage}.json", new)
 
-    def write(self) -> None:
-        """Write the file atomically."""
-        write_json(self.path, self.data)
+
+def read_run(out: Path) -> dict[str, Any]:
+    """Content of `experiment.json`, and `stages`: the record of each stage; empty without a run."""
+    store = StageStore(out)
+    return store.run | {"stages": store.stages}
 
 
 def now() -> str:

@@ -2,28 +2,13 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from common import provenance
-from common.errors import UserError, run_command
-from pipeline.grid import trials
-from pipeline.grid.jobs import Executor
-from pipeline.grid.schedule import (
-    FOLDER,
-    Key,
-    Store,
-    add_run_options,
-    check_run_options,
-    exit_status,
-    run_work,
-)
-from pipeline.grid.trials import Arm, Protocol
-from pipeline.stages import lock
+from common.errors import run_command
+from pipeline import results, trials
+from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 
-ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"
 EXAMPLE = """\
 examples:
@@ -42,12 +27,12 @@ again; 128 + number: stopped by a signal.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
-    main_parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = main_parser.add_argument
+    add = parser.add_argument
     add("--init", action="append", required=True, metavar="NAME=FILE",
         help="random, or a name and weights: converted ones, a checkpoint, torchvision's; "
         "repeat it")  # fmt: skip
@@ -55,101 +40,38 @@ def parser() -> argparse.ArgumentParser:
     add("--compare", action="append", default=[], metavar="A:B", help="a further comparison, A - B")
     add("--config", type=Path, required=True, help="a YAML of configs/detection/")
     add("--data", required=True, metavar="DIR",
-        help="data set with dataset.json, or a VOC devkit")  # fmt: skip
+        help="data set with dataset.json, a VOC devkit or a COCO folder")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the trials")
     add("--seeds", type=int, default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
     add("--published", metavar="FILE|none",
         help="published rows to show (default: those of VOC07+12 for its config)")  # fmt: skip
-    add_run_options(main_parser)
-    return main_parser
-
-
-def main(arguments: Sequence[str] | None = None, executor: Executor | None = None) -> int:
-    """Run the command line; returns the exit status.
-
-    Args:
-        arguments: Of the command line.
-        executor: Takes the runs instead of submitit; for tests.
-    """
-    started = time.monotonic()
+    add("--retry-failed", action="store_true", help="run failed stages again")
+    add("--dry-run", action="store_true", help="check everything; show what would run, and why")
+    add_run_options(parser, max_failures=3)
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
-    options = parser().parse_args(words[:cut])
-    options.out = options.out.resolve()
-
-    def work() -> int:
-        check_run_options(options)
-        with lock(options.out):
-            return _run(options, tuple(words[cut + 1 :]), executor, started)
-
-    return run_command(work)
+    options = parser.parse_args(words[:cut])
+    return run_command(lambda: run(options, words[cut + 1 :]))
 
 
-def _run(
-    options: argparse.Namespace, words: tuple[str, ...], executor: Executor | None, started: float
-) -> int:
-    inits = trials.read_inits(options.init)
-    control = options.control or next(iter(inits))
-    if control not in inits:
-        raise UserError(f"--control {control}: give one of {', '.join(inits)}")
-    pairs = trials.read_pairs(options.compare, list(inits), control)
-    published = read_published(options)
-    protocol = Protocol(options.config.resolve(), options.data, words)
-    arms = [
-        trials.make_arm(name, file, seed, protocol, options.out)
-        for seed in range(options.seeds)
-        for name, file in inits.items()
-    ]
-    refuse_twins(arms)
-    store = Store(options.out / FOLDER)
-    todo = []
-    for arm in arms:
-        work = trials.make_work(arm, protocol, options.out, ROOT)
-        settings = {"weights": arm.weights_digest, "words": list(words)}
-        row = store.plan(arm.key, arm.name, {}, settings)
-        is_finished = row.status == "finished" and work.steps[0].product.exists()
-        if not is_finished and (row.status != "failed" or options.retry_failed):
-            todo.append(work)
-    outcome = run_work(todo, store, options, executor, started)
-    about: dict[str, Any] = {
-        "config": options.config.name,
-        "data": Path(options.data).name,
-        "words": list(words),
-        "published": published,
-        **provenance.describe(ROOT),
-    }
-    found = trials.summarise(arms, store.rows(), pairs, about)
-    for path in trials.write(options.out, found):
-        print(path)
-    return exit_status(outcome, found["counts"])
-
-
-def read_published(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The published rows to show, or None.
-
-    Raises:
-        UserError: If the file is missing or not of the right form.
-    """
-    if options.published == "none":
-        return None
-    if options.published is not None:
-        return trials.read_published(Path(options.published))
-    if options.config.name.startswith("voc0712_R50_C4"):
-        return trials.read_published(PUBLISHED)
-    return None
-
-
-def refuse_twins(arms: Sequence[Arm]) -> None:
-    """Two names for the same weights would be one arm.
-
-    Raises:
-        UserError: Naming them.
-    """
-    seen: dict[Key, str] = {}
-    for arm in arms:
-        other = seen.setdefault(arm.key, arm.name)
-        if other != arm.name:
-            raise UserError(f"--init {arm.name}: the same weights as {other}")
+def run(options: argparse.Namespace, words: list[str]) -> int:
+    """Make an experiment of the initialisations and run it."""
+    limits = limits_of(options, threads=1)
+    config = trials.make_config(
+        *(options.init, options.control, options.compare, options.seeds),
+        *(options.config, options.data, words),
+    )
+    published, sections = None, []
+    default = PUBLISHED if options.config.name.startswith("voc0712_R50_C4") else "none"
+    source = str(options.published or default)
+    if source != "none":
+        section, published = trials.read_published(Path(source))
+        sections.append(section)
+    out = options.out.resolve()
+    return run_experiment(
+        config, out, [sys.executable, *sys.argv], limits,
+        lambda: results.write(out, sections, published=published), is_dry=options.dry_run,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

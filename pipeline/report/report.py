@@ -23,6 +23,7 @@ from pipeline.progress import clock
 from pipeline.report import charts
 from pipeline.report import report_data as data
 from pipeline.report.charts import Series
+from pipeline.stages import RUN_FILE
 
 HERE = Path(__file__).resolve().parent
 DASH = "\u2013"
@@ -67,8 +68,8 @@ def render(out: Path) -> str:
     Raises:
         UserError: If the folder holds no pipeline's run.
     """
-    if not (out / "stages.json").is_file():
-        raise UserError(f"{out} holds no run: {out / 'stages.json'} is missing")
+    if not (out / RUN_FILE).is_file():
+        raise UserError(f"{out} holds no run: {out / RUN_FILE} is missing")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -21,6 +21,7 @@ from pipeline.config import ARMS
 from pipeline.report import runs
 from pipeline.report.charts import Point
 from pipeline.report.runs import RunInfo
+from pipeline.stages import read_run
 
 ARM_TITLES = {
     "random": "Random initialisation",
@@ -64,7 +65,7 @@ class PipelineRun:
 
     Attributes:
         out: The folder.
-        record: Content of `stages.json`.
+        record: Content of `experiment.json`, and `stages`: the record of each.
         results: As `results.assemble` gives them.
     """
 
@@ -74,8 +75,8 @@ class PipelineRun:
 
     @classmethod
     def load(cls, out: Path) -> PipelineRun:
-        """Read `stages.json` and assemble the results."""
-        return cls(out, read_json_or_none(out / "stages.json") or {}, results.assemble(out))
+        """Read the records and assemble the results."""
+        return cls(out, read_run(out), results.assemble(out))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage's files belong to this run."""

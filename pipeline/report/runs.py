@@ -18,8 +18,8 @@ from common.files import is_number, lock_file, read_json_lines
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
 """A folder that holds one of these is a run."""
-NO_RUN = ("stages.json", "job_results")
-"""A folder that holds one of these is a pipeline's or a study's, and its runs lie below."""
+NO_RUN = ("experiment.json",)
+"""A folder that holds this is an experiment's, and its runs lie below."""
 RECENT_SECONDS = 60.0
 """A run whose rows are younger goes on, where a lock cannot be seen (a shared file system)."""
 NUM_LAST_ROWS = 10  # whose median speed stands for a run that is not finished

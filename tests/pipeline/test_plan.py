@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pipeline.config import ARMS, load_config
+from pipeline.config import ARMS, Comparison, load_config
 from pipeline.plan import CODE_VERSIONS, build_stages, config_bases, flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "configs/pipeline").rglob("*.yaml"))
 SMOKE = ROOT / "configs/pipeline/smoke.yaml"
+COMPARE = ROOT / "configs/pipeline/compare.yaml"
 
 
 def stages_of(path: Path, out: Path, *overrides: str):
@@ -22,8 +22,8 @@ def stages_of(path: Path, out: Path, *overrides: str):
 def test_every_preset_gives_whole_stages(path, tmp_path):
     stages = stages_of(path, tmp_path)
     names = list(stages)
-    first = ["data", "shards", "probe_train", "probe_val", "pretrain", "convert"]
-    assert names == [*first, *(f"{arm}/seed-0" for arm in ARMS), "report"]
+    assert names[0] == "data"
+    assert names[-1] == "report"
     for position, stage in enumerate(stages.values()):
         assert set(stage.upstream) <= set(names[:position]), f"{stage.name} reads a later stage"
         assert all(file.exists() for file in stage.files)
@@ -38,36 +38,48 @@ def test_every_preset_says_purpose_command_time_and_result(path):
     assert f"run_pipeline.sh {path.stem}" in head[1]
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_pretraining_accepts_the_overrides_of_every_preset(path, tmp_path):
-    command = stages_of(path, tmp_path)["pretrain"].command
-    assert command[-1] == "--resume"
-    program = "import json, sys; from common.config import *; from pretrain.config import *; " + (
-        "print(json.dumps(to_plain(load_config(sys.argv[1], sys.argv[2:]))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command[2:-1]], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    config = json.loads(done.stdout)
-    assert config["out"] == str(tmp_path / "pretrain")
-    assert config["data"]["shards"] == str(tmp_path / "shards")
-    assert config["eval"]["probe_val"] == str(tmp_path / "probe_val")
+def test_stages_of_one_pretraining(tmp_path):
+    stages = stages_of(SMOKE, tmp_path)
+    first = ["data", "shards", "probe_train", "probe_val", "pretrain", "convert"]
+    assert list(stages) == [*first, *(f"{arm}/seed-0" for arm in ARMS), "report"]
+    words = stages["pretrain"].command
+    assert words[-1] == "--resume"
+    given = {f"out={tmp_path}/pretrain", f"data.shards={tmp_path}/shards"}
+    assert given | {f"eval.probe_val={tmp_path}/probe_val"} <= set(words)
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_arms_differ_in_weights_and_freezing_only(path, tmp_path):
-    stages = stages_of(path, tmp_path)
+def test_arms_differ_in_weights_and_freezing_only(tmp_path):
+    stages = stages_of(SMOKE, tmp_path)
     weights = str(tmp_path / "convert/backbone.pkl")
-    seen = []
+    rest = []
     for arm in ARMS:
         words = list(stages[f"{arm}/seed-0"].command)
         assert words[2] == ("random" if arm.startswith("random") else weights)
         assert ("--freeze" in words) == arm.endswith("_frozen")
         assert words[words.index("--out") + 1] == str(tmp_path / "detection" / arm)
-        own = (words[2], "--freeze", words[words.index("--out") + 1])
-        seen.append([word for word in words if word not in own])
-    assert all(words == seen[0] for words in seen)
+        own = (words[2], "--freeze", words[words.index("--out") + 1], arm)
+        rest.append([word for word in words if word not in own])
+    assert all(words == rest[0] for words in rest)
+
+
+def test_seeds_of_pretraining_share_random_and_come_one_after_another(tmp_path):
+    stages = stages_of(COMPARE, tmp_path, "seeds.pretraining=2")
+    names = [name for name in stages if "/seed-" in name]
+    per_seed = [
+        *("pretrain/base", "linear/base", "convert/base", "pretrain/fa", "linear/fa"),
+        *("convert/fa", "random", "base", "fa"),
+    ]
+    assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in per_seed]
+    assert stages["random/seed-1"].upstream == ("data",)
+    assert stages["fa/seed-1"].upstream == ("data", "convert/fa/seed-1")
+    words = stages["pretrain/base/seed-1"].command
+    assert {"seed=1", "fa.method=none", f"out={tmp_path}/pretrain/base/seed-1"} <= set(words)
+    assert not any(word.startswith("fa.") for word in stages["pretrain/fa/seed-1"].command)
+    first = load_config(COMPARE).comparisons[0]
+    assert first == Comparison("fa - base", {"fa": 1, "base": -1}, decides=True)
+    checks = {stage.check for name, stage in stages.items() if "pretrain/base" in name}
+    assert len(checks) == 1, "seeds need no check of their own"
+    assert len({stage.check for stage in stages.values() if stage.kind == "detection"}) == 1
 
 
 def test_more_seeds_add_stages_and_change_none(tmp_path):
@@ -85,14 +97,11 @@ def test_random_arms_do_not_depend_on_pretraining(tmp_path):
     assert stages["pretrained/seed-0"].upstream == ("data", "convert")
 
 
-def test_every_stage_counts_its_own_code_version(tmp_path, monkeypatch):
+def test_every_stage_counts_the_code_version_of_its_kind(tmp_path, monkeypatch):
     for number, name in enumerate(CODE_VERSIONS):
         monkeypatch.setitem(CODE_VERSIONS, name, 10 + number)
-    found = {name: stage.code_version for name, stage in stages_of(SMOKE, tmp_path).items()}
-    assert found == {
-        "data": 10, "shards": 11, "probe_train": 11, "probe_val": 11, "pretrain": 12, "convert": 13,
-        **{f"{arm}/seed-0": 14 for arm in ARMS}, "report": 15,
-    }  # fmt: skip
+    found = {stage.kind: stage.code_version for stage in stages_of(COMPARE, tmp_path).values()}
+    assert found == CODE_VERSIONS
 
 
 def test_overrides_reach_the_stages(tmp_path):
@@ -103,13 +112,15 @@ def test_overrides_reach_the_stages(tmp_path):
         "pretrain.overrides.optim.epochs=9",
         "detection.overrides.SOLVER.MAX_ITER=11",
         "detection.options.eval_every=3",
-        "detection.arms=[random]",
+        "detection.arms=[random, pretrained_frozen]",
         "shards.options.resize_short=64",
+        "detection.options.classes=[a, b]",
         "convert.format=pth",
     )
     assert "--num-pool 7" in " ".join(stages["data"].command)
     assert "optim.epochs=9" in stages["pretrain"].command
     assert "SOLVER.MAX_ITER 11" in " ".join(stages["random/seed-0"].command)
+    assert "--classes a,b" in " ".join(stages["random/seed-0"].command)
     assert "--eval-every 3" in " ".join(stages["random/seed-0"].command)
     assert "--resize-short 64" in " ".join(stages["shards"].command)
     assert stages["convert"].outputs[0] == "convert/backbone.pth"
@@ -182,6 +193,13 @@ def test_impossible_own_data_is_refused(tmp_path, own, data, message):
         ("detection.seeds.x=1", "seeds holds a value"),
         ("data.pool=x", "needs data.kind: existing"),
         ("name=a/b", "must consist of letters"),
+        *((f"detection.parallel={n}", "detection.parallel") for n in ("0", "many", "1.5", "null")),
+        ("seeds.pretraining=0", "seeds.pretraining is 0"),
+        ("variants={a_frozen: {}}", "variants.a_frozen: name it"),
+        ("variants={a: {wieghts: random}}", "unknown key wieghts; did you mean weights"),
+        ("variants={a: {pool: 0.5}}", "variant a: no pool 0.5"),
+        ("comparisons=[{name: c, terms: {a: 1}}]", "'a' is none of"),
+        ("data.kind=fashion", "fashion has no boxes"),
     ],
 )
 def test_wrong_settings_are_named(override, words):
@@ -218,38 +236,22 @@ def test_bases_of_a_detection_config_count(tmp_path):
         config_bases(tmp_path / "own.yaml")
 
 
-def run_pipeline(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/run_pipeline.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "neither a preset (demo, photos, smoke"),
+        (["nowhere"], "neither a preset (compare, demo, photos, smoke"),
         (["smoke", "detection.seedz=1"], "seedz"),
-        (["smoke", "--until", "lunch"], "the stages are data, shards"),
+        (["smoke", "--until", "lunch"], "--until lunch: the stages are data, shards"),
+        (["smoke", "--rerun", "lunch"], "--rerun lunch: the stages are data, shards"),
         (["smoke", "--sedes", "3"], "unrecognized arguments: --sedes"),
     ],
 )
 def test_wrong_arguments_exit_2_without_a_traceback(tmp_path, words, message):
-    done = run_pipeline(*words, "--out", str(tmp_path / "out"))
+    command = [sys.executable, str(ROOT / "tools/run_pipeline.py"), *words]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
-    done = run_pipeline("smoke", "--dry-run", "--until", "pretrain", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    names = ["data", "shards", "probe_train", "probe_val", "pretrain"]
-    assert lines == [["run", name, "first run"] for name in names]
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_shows_an_example():
-    done = run_pipeline("--help")
-    assert done.returncode == 0
-    assert "bash tools/run_pipeline.sh demo detection.seeds=5" in done.stdout

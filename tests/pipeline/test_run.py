@@ -1,15 +1,16 @@
 import io
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.errors import RunFailed, UserError
 from common.files import inside, remove
+from pipeline.jobs import last_line
 from pipeline.progress import Progress
-from pipeline.run import Runner
-from pipeline.stages import Stage, lock
+from pipeline.run import Limits, Runner
+from pipeline.stages import Stage, lock, read_run
 
 COPY = """
 import pathlib, sys
@@ -60,13 +61,16 @@ class World:
             ),
         ]
 
-    def runner(self) -> Runner:
-        return Runner(self.root, self.out, ["bash", "run.sh", "a b"])
+    def runner(self, **limits) -> Runner:
+        return Runner(self.root, self.out, ["bash", "run.sh", "a b"], Limits(**limits))
 
-    def run(self, **options) -> Runner:
-        runner = self.runner()
-        runner.run(self.stages(), Progress(2, io.StringIO()), **options)
+    def run(self, chosen: set[str] | None = None, **limits) -> Runner:
+        runner = self.runner(**limits)
+        runner.run(self.stages(), Progress(2, io.StringIO()), chosen=chosen)
         return runner
+
+    def records(self) -> dict[str, dict]:
+        return read_run(self.out)["stages"]
 
     def counted(self) -> tuple[int, int]:
         found = []
@@ -91,11 +95,11 @@ def world(tmp_path: Path) -> World:
 
 def test_unchanged_stages_are_skipped_and_keep_their_time(world):
     world.run()
-    before = json.loads((world.out / "stages.json").read_text())["stages"]
+    before = world.records()
     runner = world.run()
     assert world.counted() == (1, 1)
     assert skipped(runner) == {"first", "second/a"}
-    after = json.loads((world.out / "stages.json").read_text())["stages"]
+    after = world.records()
     assert all(after[name]["seconds"] == before[name]["seconds"] for name in before)
     assert all(record["status"] == "finished" and record["current"] for record in after.values())
     assert all(record["peak_memory_bytes"] > 1 << 20 for record in after.values())
@@ -149,7 +153,7 @@ def test_the_commit_is_recorded_and_does_not_count(world, monkeypatch):
     monkeypatch.setattr("pipeline.run.provenance.commit", lambda root: "abd")
     world.setting = 2
     world.run()
-    stages = json.loads((world.out / "stages.json").read_text())["stages"]
+    stages = world.records()
     assert {name: record["commit"] for name, record in stages.items()} == {
         "first": "abc",
         "second/a": "abd",
@@ -165,7 +169,7 @@ def test_missing_output_runs_again(world):
 
 
 def test_until_stops_and_the_rest_runs_later(world):
-    world.run(until="first")
+    world.run({"first"})
     assert world.counted() == (1, 0)
     world.run()
     assert world.counted() == (1, 1)
@@ -174,8 +178,8 @@ def test_until_stops_and_the_rest_runs_later(world):
 def test_records_of_other_settings_are_not_current(world):
     world.run()
     world.setting = 2
-    world.run(until="first")
-    stages = json.loads((world.out / "stages.json").read_text())["stages"]
+    world.run({"first"})
+    stages = world.records()
     assert stages["first"]["current"]
     assert not stages["second/a"]["current"]
     world.setting = 1
@@ -245,26 +249,59 @@ def test_two_runs_in_one_folder_refuse_each_other(world):
         world.run()
 
 
-def test_damaged_record_is_refused(world):
-    world.out.mkdir()
-    (world.out / "stages.json").write_text("{")
-    with pytest.raises(UserError, match=r"stages\.json is damaged"):
+@pytest.mark.parametrize("name", ["stages/first.json", "experiment.json"])
+def test_damaged_record_is_refused(world, name):
+    (world.out / name).parent.mkdir(parents=True)
+    (world.out / name).write_text("{")
+    with pytest.raises(UserError, match=r"\.json is damaged"):
         world.runner()
 
 
-def test_folder_of_another_pipeline_is_refused(world):
+def test_rerun_runs_a_stage_once_more_and_what_it_makes_decides(world):
+    world.run()
+    world.run(rerun=("first",))
+    assert world.counted() == (2, 1), "the same was made: the second stage has nothing to do"
+    world.run(rerun=("second",))
+    assert world.counted() == (2, 2)
+    world.run()
+    assert world.counted() == (2, 2)
+
+
+def test_failures_up_to_a_bound_do_not_stop_the_others(world):
+    (world.root / "copy.py").write_text(COPY + "target.name == 'a.txt' and sys.exit('no room')")
+    first, second = world.stages()
+    place = str(world.out / "third/value.txt")
+    words = (*first.command[:3], place, str(world.counts))
+    third = replace(
+        first, name="third", command=words, outputs=("third/value.txt",), owns=("third",)
+    )
+    fourth = replace(second, name="fourth", upstream=("second/a",), outputs=("x",), owns=())
+    fifth = replace(second, name="fifth", upstream=("fourth",), outputs=("y",), owns=())
+    stages = [first, second, third, fourth, fifth]
+    runner = world.runner(max_failures=1, retry_failed=False)
+    with pytest.raises(RunFailed, match="stage second/a failed with exit status 1"):
+        runner.run(stages, Progress(4, io.StringIO()))
+    states = {name: record["status"] for name, record in world.records().items()}
+    assert states == {"first": "finished", "second/a": "failed", "third": "finished"}
+    assert world.records()["second/a"]["error"].endswith("no room")
+    with pytest.raises(RunFailed, match="--retry-failed"):
+        runner.run(stages, Progress(4, io.StringIO()))
+    assert world.records()["second/a"]["attempts"] == 1
+
+
+def test_expected_seconds_are_those_of_the_stage_or_of_its_kind(world):
     runner = world.run()
-    runner.store.open_run("demo")
-    with pytest.raises(UserError, match="holds a run of the pipeline 'demo', not 'smoke'"):
-        world.runner().store.check_name("smoke")
+    first, second = (replace(stage, kind="k") for stage in world.stages())
+    assert runner.expected_seconds(first) is None
+    runner.store.update("first", kind="k", seconds=8.0)
+    assert runner.expected_seconds(second) == 8.0
+    runner.store.update("second/a", kind="k", seconds=2.0)
+    assert runner.expected_seconds(second) == 2.0
 
 
-def test_progress_bars_show_their_last_state_but_do_not_flood_the_log(world):
-    script = "import sys\nfor i in range(200): sys.stderr.write(f'\\rstep {i}')\nprint('\\nend')"
+def test_the_log_ends_with_the_last_state_of_a_progress_bar(world):
+    script = "import sys\nfor i in range(200): sys.stderr.write(f'\\rstep {i}')\nsys.exit(3)"
     (world.root / "copy.py").write_text(script)
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(RunFailed, match="step 199"):
         world.run()
-    log = (world.out / "logs/first.log").read_text().splitlines()
-    assert len(log) < 10
-    assert log[-1] == "end"
-    assert "step 199" in str(caught.value)
+    assert last_line(world.out / "logs/first.log") == "step 199"

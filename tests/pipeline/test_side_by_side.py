@@ -1,27 +1,23 @@
 """Stages of one group beside each other, as real processes that wait for one another."""
 
 import io
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from common.errors import RunFailed, UserError
-from pipeline.config import load_config
-from pipeline.process import session_members
+from common.errors import RunFailed
+from pipeline.jobs import session_members
 from pipeline.progress import Progress
-from pipeline.run import Runner, has_nvidia_gpu, run_in_order, side_by_side
-from pipeline.stages import Stage
+from pipeline.run import SAVE_SECONDS, Limits, Runner, TimeIsUp, has_nvidia_gpu, side_by_side
+from pipeline.stages import Stage, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOKE = ROOT / "configs/pipeline/smoke.yaml"
 # A stage: says that it has begun, waits for files of others or of the test, leaves its output.
 SCRIPT = """
 import os, pathlib, sys, time
@@ -57,8 +53,9 @@ class Bench:
             name=name, command=command, outputs=(name,), owns=(name,), resumable=True, group=group
         )
 
-    def run(self, stages: list[Stage], side_by_side: int, **options) -> Runner:
-        runner = Runner(self.folder, self.out, ["again"], side_by_side)
+    def run(self, stages: list[Stage], parallel: int, *, threads=None, minutes=None, **options):
+        limits = Limits(parallel, threads, minutes=minutes)
+        runner = Runner(self.folder, self.out, ["again"], limits)
         runner.run(stages, Progress(len(stages), self.shown), **options)
         return runner
 
@@ -66,7 +63,7 @@ class Bench:
         return (self.folder / "begun.txt").read_text().split()
 
     def records(self) -> dict[str, dict]:
-        return json.loads((self.out / "stages.json").read_text())["stages"]
+        return read_run(self.out)["stages"]
 
 
 @pytest.fixture
@@ -111,11 +108,6 @@ def test_stages_begin_in_the_order_of_the_list(bench):
     assert bench.begun()[2:] == ["c", "d"]
 
 
-def test_until_ends_within_a_group(bench):
-    bench.run([bench.stage(name) for name in "abc"], 3, until="b")
-    assert set(bench.begun()) == {"a", "b"}
-
-
 def test_a_failure_lets_the_neighbour_finish_and_begins_nothing_new(bench):
     (bench.folder / "a.breaks").write_text("")
     stages = [bench.stage("a", "b.begun"), bench.stage("b", "a.over"), bench.stage("c")]
@@ -149,20 +141,14 @@ def test_two_failures_are_both_told(bench):
         bench.run(stages, 2)
 
 
-def test_error_of_another_kind_comes_first():
-    def broken(error: Exception) -> None:
-        raise error
-
-    jobs = [lambda: broken(RunFailed("stage")), lambda: broken(UserError("user"))]
-    with pytest.raises(RunFailed, match="stage"):
-        run_in_order(jobs, 1)
-    barrier = threading.Barrier(2)
-    jobs = [
-        lambda: (barrier.wait(20), broken(RunFailed("stage"))),
-        lambda: (barrier.wait(20), broken(UserError("user"))),
-    ]
-    with pytest.raises(UserError, match="user"):
-        run_in_order(jobs, 2)
+def test_stages_save_before_the_time_is_up(bench):
+    minutes = (SAVE_SECONDS + 0.5) / 60
+    with pytest.raises(TimeIsUp, match="time is up"):
+        bench.run([bench.stage(name, "never") for name in "abc"], 2, minutes=minutes)
+    assert {name: r["status"] for name, r in bench.records().items()} == {
+        "a": "stopped",
+        "b": "stopped",
+    }
 
 
 DRIVER = """
@@ -171,13 +157,13 @@ from pathlib import Path
 from tests.pipeline.test_side_by_side import Bench
 from common.errors import StoppedBySignal
 from pipeline.progress import Progress
-from pipeline.run import Runner
+from pipeline.run import Limits, Runner
 bench = Bench.__new__(Bench)
 bench.folder, bench.out = Path(sys.argv[1]), Path(sys.argv[1]) / "out"
 bench.script = bench.folder / "stage.py"
 stages = [bench.stage(name, "release") for name in "abc"]
 try:
-    Runner(bench.folder, bench.out, ["again"], 2).run(stages, Progress(3))
+    Runner(bench.folder, bench.out, ["again"], Limits(2)).run(stages, Progress(3))
 except StoppedBySignal as error:
     print(error)
     sys.exit(128 + error.number)
@@ -231,26 +217,16 @@ def test_stages_of_a_killed_runner_do_not_live_on(bench):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("cores", "side_by_side", "own", "expected"),
-    [
-        (2, 2, None, "1"),
-        (16, 4, None, "4"),
-        (2, 4, None, "1"),
-        (2, 1, None, None),
-        (8, 2, "3", "3"),
-    ],
-)
-def test_threads_of_a_stage(bench, monkeypatch, cores, side_by_side, own, expected):
-    monkeypatch.setattr("common.provenance.usable_cores", lambda: cores)
+@pytest.mark.parametrize(("own", "expected"), [(None, "2"), ("3", "3")])
+def test_threads_of_a_stage(bench, monkeypatch, own, expected):
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     stages = [bench.stage("a"), bench.stage("alone", group="")]
-    runner = bench.run(stages, side_by_side)
+    runner = bench.run(stages, 2, threads=2)
     logs = [runner.log_path(stage).read_text() for stage in stages]
     assert f"a threads {expected}\n" in logs[0]
     assert f"alone threads {own}\n" in logs[1], "stages outside the group keep all cores"
-    assert ("OMP_NUM_THREADS=" in logs[0].splitlines()[0]) == (expected is not None and not own)
+    assert ("OMP_NUM_THREADS=2" in logs[0].splitlines()[0]) == (not own)
 
 
 @pytest.mark.parametrize(
@@ -280,14 +256,3 @@ def test_gpus_are_found_by_the_driver_unless_hidden(tmp_path, monkeypatch):
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert not has_nvidia_gpu()
-
-
-@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("1", 1), ("3", 3)])
-def test_settings_that_are_read(text, value):
-    assert load_config(SMOKE, [f"detection.parallel={text}"]).detection.parallel == value
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "true", "null"])
-def test_impossible_settings_are_refused_by_name(text):
-    with pytest.raises(UserError, match=r"detection\.parallel"):
-        load_config(SMOKE, [f"detection.parallel={text}"])

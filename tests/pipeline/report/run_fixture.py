@@ -36,7 +36,7 @@ def make_run(out: Path, seeds: int = 3) -> Path:
     plan = ["data", "shards", "probe_train", "probe_val", "pretrain", "convert"]
     plan += [f"{arm}/seed-{seed}" for seed in range(seeds) for arm in ARM_LEVELS]
     plan += ["report"]
-    _ledger(out, plan)
+    _records(out, plan)
     _data(out)
     _pretrain(out)
     _convert(out)
@@ -62,17 +62,18 @@ def evaluate_elsewhere(out: Path, name: str, folder: Path, gain: float = -10.0) 
         dump(path.parents[1] / f"eval-on-{name}.json", {"name": name, "set": str(folder)})
 
 
-def _ledger(out: Path, plan: list[str]) -> None:
-    record = {"status": "finished", "current": True, "fingerprint": "0", "seconds": 61.25}
-    records = {name: record | {"peak_memory_bytes": 900 << 20} for name in plan}
-    records["report"] = record | {"status": "running"}
+def _records(out: Path, plan: list[str]) -> None:
+    record = {"format": "fa-stage-2", "status": "finished", "current": True, "key": "0"}
+    record |= {"seconds": 61.25, "peak_memory_bytes": 900 << 20}
+    for name in plan:
+        status = "running" if name == "report" else "finished"
+        dump(out / f"stages/{name}.json", record | {"status": status})
     dump(
-        out / "stages.json",
+        out / "experiment.json",
         {
-            "format": "fa-stages-1",
+            "format": "fa-stage-2",
             "name": "made-up",
             "plan": plan,
-            "stages": records,
             "called": "2026-01-02T03:04:05+00:00",
             "commit": "0123456789abcdef0123456789abcdef01234567",
             "command": ["bash", "tools/run_pipeline.sh", "demo", "x=<script>alert(1)</script>"],
@@ -82,6 +83,12 @@ def _ledger(out: Path, plan: list[str]) -> None:
             "machine": {"system": "Linux", "processor": "A CPU", "num_cores": 2},
         },
     )
+
+
+def change_record(out: Path, stage: str, **facts: Any) -> None:
+    """Change what the record of a stage says."""
+    path = out / f"stages/{stage}.json"
+    dump(path, json.loads(path.read_text()) | facts)
 
 
 def _data(out: Path) -> None:

@@ -336,7 +336,7 @@ def test_charts_are_drawn_in_the_colours_of_the_theme(browser, page):
 def test_page_of_an_empty_run_loads_too(browser, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "stages.json").write_text('{"format": "fa-stages-1", "plan": ["data"], "stages": {}}')
+    (out / "experiment.json").write_text('{"format": "fa-stage-2", "plan": ["data"]}')
     assert report.main([str(out)]) == 0
     browser.open((out / "report.html").as_uri(), dark=False, width=1280)
     assert browser.complaints() == []

@@ -287,7 +287,7 @@ def test_one_seed_says_that_there_is_no_interval(tmp_path):
 
 
 def test_nothing_ran(tmp_path):
-    dump(tmp_path / "stages.json", {"format": "fa-stages-1", "plan": ["data", "pretrain"]})
+    dump(tmp_path / "experiment.json", {"format": "fa-stage-2", "plan": ["data", "pretrain"]})
     page = page_of(tmp_path)
     assert page.text.count("has not run") >= 4
     assert "Not compared (fine-tuned): no seed ran in both arms." in page.text

@@ -14,6 +14,7 @@ from pipeline.report.report_data import PipelineRun, ap_curves_of_pair, per_clas
 from tests.pipeline.report.run_fixture import (
     ARM_LEVELS,
     CLASSES,
+    change_record,
     dump,
     dump_lines,
     evaluate_elsewhere,
@@ -412,10 +413,8 @@ def test_nothing_was_skipped(clean):
 
 
 def test_a_failed_stage_is_told_with_the_end_of_its_log(clean):
-    ledger = json.loads((clean / "stages.json").read_text())
-    ledger["stages"]["random/seed-0"] |= {"status": "failed", "exit_status": 1}
-    del ledger["stages"]["pretrained/seed-0"]
-    dump(clean / "stages.json", ledger)
+    change_record(clean, "random/seed-0", status="failed", exit_status=1)
+    (clean / "stages/pretrained/seed-0.json").unlink()
     (clean / "logs/random").mkdir(parents=True)
     (clean / "logs/random/seed-0.log").write_text("# command\nfirst\nsecond\n\nerror: memory\n")
     assert items(clean) == [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json, write_text
+from common.files import write_text
 from pipeline.report.charts import interval_chart, standalone
 
 DASH = "-"
@@ -36,28 +36,54 @@ class Section:
     tables: Sequence[Table] = ()
 
 
-def write(
-    folder: Path,
-    title: str,
-    results: Mapping[str, Any],
-    sections: Sequence[Section],
-    comparisons: Sequence[Mapping[str, Any]],
-) -> list[Path]:
-    """Write results.json, tables.md, and differences.svg where something was compared.
+def write(out: Path, results: Mapping[str, Any], further: Sequence[Section] = ()) -> None:
+    """Write tables.md, and differences.svg where something was compared.
 
-    All tables are marked while `results["is_complete"]` is false. Returns the files.
+    Args:
+        out: The run's folder.
+        results: With the keys of `results.assemble` for a run that compares.
+        further: Sections at the end.
     """
-    write_json(folder / "results.json", results)
-    text = to_markdown(title, sections, is_preliminary=not results["is_complete"])
-    paths = [folder / "results.json", folder / "tables.md"]
-    rows = [(row["name"], row["differences"], row["mean"], row["bootstrap"]) for row in comparisons]
-    picture = interval_chart(title, rows, "difference, points (bar: bootstrap 95 %)")
+    unfinished = [name for name in results["unfinished"] if name != "report"]
+    lines = [f"{len(results['stages'])} stages are finished, {len(unfinished)} are not."]
+    if unfinished:
+        lines.insert(0, "PRELIMINARY: not all is finished; nothing here is a result yet.")
+    if len(results["commits"]) > 1:
+        lines.append(f"MIXED: stages ran at several commits: {', '.join(results['commits'])}.")
+    overview = []
+    claims = [(t["claim"], t["metric"], t["verdict"]) for t in results["tables"] if t["claim"]]
+    if claims:
+        overview.append(Table("Claims", ("claim", "metric", "verdict"), claims))
+    if results["failures"]:
+        rows = [[str(value or DASH) for value in entry.values()] for entry in results["failures"]]
+        overview.append(Table("Failed stages", ("stage", "label", "reason"), rows))
+    sections = [Section("Overview", [*lines, results["rule"]], overview)]
+    drawn = []
+    for table in results["tables"]:
+        if not table["title"]:  # all variants: some have no such figure, as random no kNN
+            table = {**table, **{key: [row for row in table[key] if row["n"]]
+                                 for key in ("rows", "comparisons")}}  # fmt: skip
+        paragraphs = []
+        if table["claim"]:
+            paragraphs.append(f"Claim: {table['claim']}. Verdict: {table['verdict']}.")
+        paragraphs += [f"Left out: {row} ({why})." for row, why in table["left_out"].items()]
+        rows = [(row["label"], str(row["n"]), mean_text(row)) for row in table["rows"]]
+        parts = [Table("Percent", ("", "n", "mean ± std"), rows)]
+        if table["comparisons"]:
+            parts.append(comparison_table("Paired differences in points", table["comparisons"]))
+        title = f"{table['title']}, {table['metric']}" if table["title"] else table["metric"]
+        sections.append(Section(title, paragraphs, parts))
+        if "coco" not in table["metric"] and "by class" not in table["metric"]:
+            name = f"{table['name']}, {table['metric']}"
+            drawn += [(f"{name}: {row['name']}", row["differences"], row["mean"], row["bootstrap"])
+                      for row in table["comparisons"]]  # fmt: skip
+    title = f"Experiment {results['name']}"
+    text = to_markdown(title, [*sections, *further], is_preliminary=bool(unfinished))
+    picture = interval_chart(title, drawn, "difference, points (bar: bootstrap 95 %)")
     if picture is not None:
-        paths.append(folder / "differences.svg")
-        write_text(paths[-1], standalone(picture) + "\n")
+        write_text(out / "differences.svg", standalone(picture) + "\n")
         text += "![Paired differences](differences.svg)\n"
-    write_text(folder / "tables.md", text)
-    return paths
+    write_text(out / "tables.md", text)
 
 
 def to_markdown(title: str, sections: Sequence[Section], *, is_preliminary: bool = False) -> str:
@@ -78,20 +104,6 @@ def to_markdown(title: str, sections: Sequence[Section], *, is_preliminary: bool
             lines += [f"{plain(table.caption)}:", "", row(table.head)]
             lines += ["|" + "---|" * len(table.head), *map(row, table.rows), ""]
     return "\n".join(lines) + "\n"
-
-
-def overview(
-    results: Mapping[str, Any], state: str, table: Table, further: Sequence[str] = ()
-) -> Section:
-    """The first section: what ran, the rule of the verdicts, the main table, runs that failed."""
-    lines = [state, results["rule"], *further]
-    if not results["is_complete"]:
-        lines.insert(0, "PRELIMINARY: not all runs are finished; nothing here is a result yet.")
-    tables = [table]
-    if results["failures"]:
-        rows = [[str(value or DASH) for value in entry.values()] for entry in results["failures"]]
-        tables.append(Table("Failed runs", list(results["failures"][0]), rows))
-    return Section("Overview", lines, tables)
 
 
 def comparison_table(caption: str, comparisons: Sequence[Mapping[str, Any]]) -> Table:

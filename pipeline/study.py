@@ -1,0 +1,213 @@
+"""Studies: grids of pretraining runs as an experiment.
+
+A grid is a YAML of axes of named levels whose combinations are variants; it is one table with a
+claim. A preset is the scale at which grids are run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import check_keys, dotted, read_settings, read_yaml
+from common.errors import UserError, require
+from pipeline.config import (
+    Comparison,
+    DataStageConfig,
+    Evaluation,
+    PipelineConfig,
+    PretrainStageConfig,
+    SeedsConfig,
+    ShardsConfig,
+    TableConfig,
+    check_config,
+)
+from pipeline.stages import digest
+
+METRICS = {"knn": "kNN top-1", "linear": "linear top-1", "online": "online linear top-1"}
+NAME_LENGTH = 12  # of a cell's hash
+_TREATED, _CONTROL = "treated", "control"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The scale of a study.
+
+    Attributes:
+        base: Pretraining config that every cell changes; relative to the preset.
+        seeds: How many: 0 .. seeds-1.
+        metrics: Of METRICS.
+        sets: Name -> `data` of an experiment, and `overrides`; the first is the default.
+        paradigms: Name -> overrides.
+        overrides: For every cell.
+        parallel: Stages side by side.
+        gpus: Of each job of a cluster.
+        max_minutes: Length of a call; None: to the end.
+    """
+
+    base: str
+    seeds: int
+    metrics: tuple[Evaluation, ...]
+    sets: dict[str, dict[str, Any]]
+    paradigms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    parallel: int = 1
+    gpus: int = 0
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        require(min(self.seeds, self.parallel) >= 1, "seeds, parallel: give 1 or more")
+        is_good = len(self.metrics) > 0 and set(self.metrics) <= set(METRICS)
+        require(is_good, f"metrics {list(self.metrics)}: give some of {', '.join(METRICS)}")
+        require(len(self.sets) > 0, "sets is empty: name at least one set of data")
+
+
+def read_preset(path: Path) -> Preset:
+    """Read a preset.
+
+    Raises:
+        UserError: For keys that are missing or unknown, and values that cannot be.
+    """
+    return read_settings(Preset, path)
+
+
+def make_config(grids: Sequence[Path], preset: Preset, path: Path, data: str) -> PipelineConfig:
+    """The cells of some grids as an experiment; cells that come to the same are one variant.
+
+    Args:
+        grids: Their files.
+        preset: The scale.
+        path: Of the preset.
+        data: Which of its sets.
+    Raises:
+        UserError: For what the files define wrongly or not at all.
+    """
+    base = path.parent / preset.base
+    of_set: dict[str, Any] = dict(preset.sets[data])
+    # What changes the base config for all cells.
+    changes = dotted(of_set.pop("overrides", {})) | preset.overrides
+    check_keys(of_set, set(DataStageConfig.__dataclass_fields__), {"kind"}, f"{path}: sets.{data}")
+    of_set["shares"] = tuple(of_set.get("shares", ()))
+    variants: dict[str, dict[str, Any]] = {}
+    tables = [_read_grid(grid, path.stem, preset, dotted(read_yaml(base)), changes, variants)
+              for grid in grids]  # fmt: skip
+    names = [table.name for table in tables]
+    require(len(set(names)) == len(names), f"two grids have one name ({names}); rename a file")
+    config = PipelineConfig(
+        name=f"{path.stem}-{data}",
+        data=DataStageConfig(**of_set),
+        shards=ShardsConfig({"labels": "none"}),
+        pretrain=PretrainStageConfig(str(base.resolve()), side_by_side=True),
+        variants=variants,
+        seeds=SeedsConfig(preset.seeds),
+        evaluations=preset.metrics,
+        tables=tuple(tables),
+    )
+    try:
+        return check_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: sets.{data}: {error}") from None
+
+
+def _read_grid(
+    path: Path, preset_name: str, preset: Preset, base: dict[str, Any], changes: dict[str, Any],
+    variants: dict[str, dict[str, Any]],
+) -> TableConfig:  # fmt: skip
+    """Read a grid as a preset runs it, and enter its cells among the variants.
+
+    `left_out` entries may name the preset that they hold for; comparisons with a cell that is left
+    out are left out with it.
+    """
+    raw = read_yaml(path)
+    needed = {"title", "claim", "axes", "comparisons"}
+    check_keys(raw, needed | {"left_out"}, needed, str(path))
+    axes: dict[str, dict[str, dict[str, Any]]] = {}
+    check_keys(raw["axes"], None, set(), f"{path}: axes")
+    for axis, levels in raw["axes"].items():
+        check_keys(levels, None, set(), f"{path}: {axis}")
+        require(len(levels) > 0, f"{path}: {axis} is empty")
+        axes[axis] = {str(name): dict(level or {}) for name, level in levels.items()}
+
+    def levels_of(cell: Any, where: str) -> dict[str, str]:
+        check_keys(cell, set(axes), set(), where)
+        named = {axis: str(level) for axis, level in cell.items()}
+        for axis, level in named.items():
+            known = ", ".join(axes[axis])
+            require(level in axes[axis], f"{where}: {axis} has no level {level!r}; it has {known}")
+        return named
+
+    left_out: dict[str, str] = {}
+    patterns = []
+    for entry in raw.get("left_out") or []:
+        check_keys(entry, {"cells", "reason", "preset"}, {"cells", "reason"}, f"{path}: left_out")
+        if entry.get("preset", preset_name) == preset_name:
+            patterns.append(levels_of(entry["cells"], f"{path}: left_out"))
+            left_out[", ".join(patterns[-1].values())] = entry["reason"]
+
+    # The cells: all levels of a combination together change the base config.
+    cells: dict[tuple[str, ...], str] = {}
+    for names in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, names, strict=True))
+        if any(pattern.items() <= chosen.items() for pattern in patterns):
+            continue
+        level: dict[str, Any] = {}
+        for axis, name in chosen.items():
+            for key, value in axes[axis][name].items():
+                require(key not in level, f"{path}: two axes set {key}; one must leave it alone")
+                level[key] = value
+        merged = dict(base) | changes
+        pool, scale, paradigm = (level.pop(key, None) for key in ("pool", "scale", "paradigm"))
+        if paradigm is not None:
+            known = ", ".join(preset.paradigms)
+            text = f"{path}: preset {preset_name} has no paradigm {paradigm!r}; it has {known}"
+            require(paradigm in preset.paradigms, text)
+            merged |= preset.paradigms[paradigm]
+        merged |= level
+        for key, factor in (scale or {}).items():
+            value = merged.get(key)
+            if not isinstance(value, int | float):
+                raise UserError(f"{path}: scale {key}: its value is {value!r}, no number")
+            merged[key] = round(value * factor) if isinstance(value, int) else value * factor
+        # The name follows from what decides the result: grids may be added and reordered.
+        name = digest({"config": merged, "pool": pool or 1.0})[:NAME_LENGTH]
+        cells[names] = name
+        overrides = {key: value for key, value in merged.items() if base.get(key) != value}
+        label = ", ".join(names)
+        variants.setdefault(name, {"overrides": overrides, "pool": pool or 1.0, "label": label})
+
+    comparisons = []
+    for entry in raw["comparisons"]:
+        sides = {_TREATED, _CONTROL}
+        check_keys(entry, {"name", *sides, "minus", "decides"}, {"name", *sides}, f"{path}")
+        where = f"{path}: comparison {entry['name']!r}"
+        terms: dict[str, float] = defaultdict(float)  # both differences may share a cell
+        is_whole = True
+        for sign, pair in ((1.0, entry), (-1.0, entry.get("minus"))):
+            if pair is None:
+                continue
+            check_keys(pair, None, sides, where)
+            for weight, side in ((sign, _TREATED), (-sign, _CONTROL)):
+                levels = levels_of(pair[side], where)
+                missing = ", ".join(axis for axis in axes if axis not in levels)
+                require(not missing, f"{where}: {side} names no level of {missing}")
+                cell = cells.get(tuple(levels[axis] for axis in axes))
+                is_whole &= cell is not None
+                terms[str(cell)] += weight
+        if is_whole:
+            decides = bool(entry.get("decides", True))
+            comparisons.append(Comparison(str(entry["name"]), dict(terms), decides))
+    rows = {", ".join(names): name for names, name in cells.items()}
+    return TableConfig(path.stem, tuple(comparisons), rows, raw["title"], raw["claim"], left_out)
+
+
+def chosen_variants(config: PipelineConfig, texts: Sequence[str]) -> Mapping[str, bool]:
+    """Return for each variant whether its table or its levels hold one of some texts."""
+    found = dict.fromkeys(config.all_variants, False)
+    for table in config.tables:
+        for label, variant in table.rows.items():
+            found[variant] |= any(text in name for text in texts for name in (table.name, label))
+    return found

@@ -1,0 +1,141 @@
+"""What is refused before the first stage: real programs look at a small set of one's own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.errors import UserError
+from pipeline import check
+from pipeline.config import load_config
+from pipeline.plan import build_stages
+from tests.detection.tiny_detection import make_voc
+from tools.run_pipeline import main
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs/pipeline/smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled set, and an experiment with it and its pictures as pool, as small as the smoke."""
+    folder = tmp_path_factory.mktemp("own")
+    make_voc(folder / "voc")
+    smoke = yaml.safe_load(SMOKE.read_text())
+    pool = folder / "voc/VOC2007/JPEGImages"
+    smoke["data"] = {"kind": "existing", "dataset": str(folder / "voc"), "pool": str(pool)}
+    smoke["pretrain"]["overrides"]["data"]["batch_size"] = 4
+    (folder / "own.yaml").write_text(yaml.safe_dump(smoke))
+    return folder
+
+
+def checked(folder: Path, *overrides: str, out: Path | None = None) -> dict[str, dict]:
+    config = load_config(folder / "own.yaml", overrides)
+    out = out or folder / "nowhere"
+    return check.check(config, build_stages(config, ROOT, out), ROOT, out)
+
+
+def test_what_is_right_passes_and_says_what_it_takes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = checked(folder, out=tmp_path)
+    arch = {"depth": 50, "width_per_group": 16, "stem_channels": 16, "res2_channels": 64}
+    assert facts["pretrain"]["arch"] == facts["random/seed-0"]["arch"] == arch
+    for name in ("pretrain", "random/seed-0"):
+        assert facts[name]["seconds"] > 0
+        assert facts[name]["disk_bytes"] > 1e6
+    assert facts["random/seed-0"]["num_train"] > 0
+    assert facts["shards"]["num_pictures"] == 12
+
+    # What passed is kept with the run. A full disk is foreseen.
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
+    assert checked(folder, out=tmp_path) == facts
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the stages leave about .* GB are free"):
+        checked(folder, out=tmp_path)
+
+
+PRETRAINING = {  # variant -> what is wrong with it, and what is said of that
+    "typo": ({"optim.epochz": 3}, "unknown key optim.epochz"),
+    "method": ({"fa.method": "mask", "fa.architecture": "post"}, "cannot train"),
+    "arch": ({"arch.res2_channels": 128, "arch.width_per_group": 32}, "a backbone with arch"),
+    "pixels": ({"data.pixel_mean": [0.5, 0.5, 0.5]}, "a backbone with pixel_mean"),
+    "batch": ({"data.batch_size": 4096}, "data.batch_size 4096 is more than the 12 pictures"),
+}
+DETECTION = {  # override -> what is said of it
+    "overrides.SOLVER.MAXITER=3": "unknown key SOLVER.MAXITER",
+    "overrides.SOLVER.STEPS=(9,)": "reaches beyond SOLVER.MAX_ITER",
+    "options.eval_evry=3": "unrecognized arguments",
+    "options.train_split=trian": "no such list",
+    "options.classes=[disc, bxo]": "unknown class",
+}
+
+
+def test_every_fault_is_found_before_the_first_stage(folder: Path) -> None:
+    variants = {name: {"overrides": overrides} for name, (overrides, _) in PRETRAINING.items()}
+    words = ["convert.branch=ema", f"variants={json.dumps(variants)}"]
+    with pytest.raises(UserError, match="nothing was started") as caught:
+        checked(folder, *words)
+    lines = str(caught.value).splitlines()
+    for name, (_, message) in PRETRAINING.items():
+        assert any(f"pretrain/{name}" in line and message in line for line in lines), name
+    assert "pretrain/arch has only online" in str(caught.value)
+
+
+def test_faults_of_detection(folder: Path) -> None:
+    stages = {}
+    for override in DETECTION:
+        config = load_config(folder / "own.yaml", [f"detection.{override}"])
+        stages[override] = build_stages(config, ROOT, folder / "nowhere")[-2]
+    answers = check._ask(stages, ROOT)
+    for answer, (override, message) in zip(answers, DETECTION.items(), strict=True):
+        assert message in answer.get("error", ""), override
+
+
+def test_faults_of_shards(folder: Path) -> None:
+    config = load_config(folder / "own.yaml", ["shards.options.max_badd=3"])
+    (answer,) = check._ask({"shards": build_stages(config, ROOT, folder / "out")[0]}, ROOT)
+    assert "unrecognized arguments: --max-badd 3" in answer["error"]
+
+
+def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
+    stages, names = {}, []
+    for kind in ("Annotations", "JPEGImages"):
+        shutil.copytree(folder / "voc", tmp_path / kind)
+        path = min((tmp_path / kind / "VOC2007" / kind).iterdir())
+        data = path.read_bytes().replace(b"<xmin>", b"<xmin>-7")
+        path.write_bytes(data if kind == "Annotations" else data[: len(data) // 2])
+        config = load_config(folder / "own.yaml", [f"data.dataset={tmp_path / kind}"])
+        stages[kind] = build_stages(config, ROOT, folder / "nowhere")[-2]
+        names.append(path.name)
+    for answer, name in zip(check._ask(stages, ROOT), names, strict=True):
+        assert name in answer["error"]
+
+
+def test_dry_run_checks_shows_times_and_writes_nothing(folder: Path, capsys) -> None:
+    words = [str(folder / "own.yaml"), "--out", str(folder / "out"), "--dry-run"]
+    assert main([*words, "--until", "pretrain"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[:-1]] == [["run", "shards"], ["run", "pretrain"]]
+    assert ":" in lines[1][2]
+    assert lines[-1][0] == "about"
+    assert not (folder / "out").exists()
+
+
+def test_every_program_answers_many_checks_at_once(folder: Path, capfd, monkeypatch) -> None:
+    from common.checking import run_or_check_each
+
+    def program(words: list[str] | None) -> int:
+        if words == ["odd"]:
+            raise SystemExit(2)
+        print("noise\n" + json.dumps({"words": words}))
+        return 0
+
+    monkeypatch.setattr("sys.argv", ["x", "--check-each"])
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO('[["a"], ["odd"], ["b", "c"]]'))
+    assert run_or_check_each(program) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == ['{"words": ["a"]}', '{"error": "no message"}', '{"words": ["b", "c"]}']

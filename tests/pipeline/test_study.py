@@ -1,0 +1,269 @@
+"""Grids and presets: what they span, what they merge to, what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.errors import UserError
+from pipeline import study
+from pipeline.plan import build_stages
+from pipeline.study import NAME_LENGTH, Preset, read_preset
+from pretrain.config import load_config
+from tests.slurm.tiny_run import wait_until
+from tools import ablate
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "configs/studies"
+GRIDS = sorted(STUDIES.glob("*.yaml"))
+REPRODUCE_CPU = STUDIES / "presets/reproduce-cpu.yaml"
+OTHERS = sorted(set((STUDIES / "presets").glob("*.yaml")) - {REPRODUCE_CPU})
+
+
+def make(grids: list[Path], path: Path = REPRODUCE_CPU):
+    preset = read_preset(path)
+    return study.make_config(grids, preset, path, next(iter(preset.sets)))
+
+
+@pytest.mark.parametrize(
+    "path", [REPRODUCE_CPU, *(pytest.param(path, marks=pytest.mark.slow) for path in OTHERS)]
+)
+def test_every_cell_of_the_committed_grids_loads_and_can_train(path: Path) -> None:
+    experiment = make(GRIDS, path)
+    for variant in experiment.all_variants.values():
+        words = [f"{key}={json.dumps(value)}" for key, value in variant.overrides.items()]
+        config = load_config(experiment.pretrain.config, words)
+        assert config.fa.method == variant.overrides.get("fa.method", "none")
+        assert config.optim.epochs == variant.overrides.get("optim.epochs", config.optim.epochs)
+    assert all(any(c.decides for c in table.comparisons) for table in experiment.tables)
+
+
+def test_reproduce_cpu_is_as_small_as_promised() -> None:
+    assert len(make(GRIDS).all_variants) <= 14
+    assert list(make(GRIDS).all_seeds) == [0, 1, 2, 3, 4]
+
+
+def test_stages_of_a_study(tmp_path: Path) -> None:
+    """All cells of a seed come before the next seed; parts of the pool are packed once."""
+    config = make([STUDIES / "data_scarcity.yaml"])
+    stages = {s.name: s for s in build_stages(config, ROOT, tmp_path, has_report=False)}
+    names = list(stages)
+    assert names[:6] == [
+        "data",
+        "shards/0.1",
+        "shards/0.25",
+        "shards/1",
+        "probe_train",
+        "probe_val",
+    ]
+    seeds = [name.rpartition("seed-")[2] for name in names[6:]]
+    assert seeds == sorted(seeds)
+    label = {s.label: s for s in stages.values() if s.kind == "pretrain"}
+    shards = {row: next(word for word in label[row].command if word.startswith("data.shards="))
+              for row in ("10 %, none", "100 %, none")}  # fmt: skip
+    assert shards["10 %, none"] == f'data.shards=["{tmp_path}/shards/0.1"]'
+    assert shards["100 %, none"].count("shards/") == 3
+    assert label["10 %, none"].upstream == ("shards/0.1", "probe_train", "probe_val")
+    assert "optim.epochs=40" in label["10 %, none"].command
+    assert "seed=4" in label["10 %, none"].command, "the last seed was put in last"
+    linear = [s for s in stages.values() if s.kind == "linear"]
+    assert len(linear) == 5 * len(config.all_variants)
+    assert linear[0].upstream == (linear[0].name.replace("linear", "pretrain", 1),)
+
+
+def test_cells_that_come_to_the_same_are_one() -> None:
+    grids = [STUDIES / f"{name}.yaml" for name in ("stop_gradient", "architecture")]
+    one, other = make(grids).tables
+    assert one.rows["none"] == other.rows["no FA"]
+    assert len(one.rows["none"]) == NAME_LENGTH
+    again = {table.name: table for table in make(grids[::-1]).tables}
+    assert again["architecture"].rows == other.rows, "names do not follow from the order"
+
+
+GRID = """
+title: t
+claim: c
+axes:
+  FA: {none: {fa.method: none, paradigm: byol}, mask: {fa.method: mask, scale: {optim.epochs: 10}}}
+  loss: {mean: {}, free: {fa.feature_loss: free}}
+left_out:
+  - {cells: {FA: none, loss: free}, reason: one feature}
+  - {cells: {FA: mask, loss: free}, reason: small, preset: tiny}
+comparisons:
+  - name: mask
+    treated: {FA: mask, loss: mean}
+    control: {FA: none, loss: mean}
+  - name: free
+    treated: {FA: mask, loss: free}
+    control: {FA: mask, loss: mean}
+    minus: {treated: {FA: mask, loss: mean}, control: {FA: none, loss: mean}}
+    decides: false
+"""
+PRESET = {
+    "base": "base.yaml",
+    "seeds": 2,
+    "metrics": ["knn"],
+    "sets": {"a": {"kind": "fashion", "overrides": {"data": {"image_size": 28}}}},
+    "paradigms": {"byol": {"objective.name": "byol", "data.image_size": 30}},
+    "overrides": {"data.batch_size": 8},
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "grid.yaml").write_text(GRID)
+    (tmp_path / "base.yaml").write_text("optim: {epochs: 4, base_lr: 0.1}\nfa: {method: nn}\n")
+    for name in ("big", "tiny"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(PRESET))
+    return tmp_path
+
+
+def test_what_is_merged_in_which_order(files: Path) -> None:
+    config = make([files / "grid.yaml"], files / "big.yaml")
+    (table,) = config.tables
+    assert list(table.rows) == ["none, mean", "mask, mean", "mask, free"]
+    assert table.left_out == {"none, free": "one feature"}
+    none, mask, free = (config.all_variants[name] for name in table.rows.values())
+    shared = {"data.batch_size": 8}
+    assert none.overrides == shared | {
+        "fa.method": "none", "objective.name": "byol", "data.image_size": 30,
+    }  # fmt: skip
+    assert mask.overrides == shared | {
+        "data.image_size": 28, "fa.method": "mask", "optim.epochs": 40,
+    }  # fmt: skip
+    terms = {item.name: item.terms for item in table.comparisons}
+    assert terms["mask"] == {mask.name: 1, none.name: -1}
+    assert terms["free"] == {free.name: 1, mask.name: -2, none.name: 1}
+    (small,) = make([files / "grid.yaml"], files / "tiny.yaml").tables
+    assert [item.name for item in small.comparisons] == ["mask"], "left out with its cell"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: t", "titel: t", "unknown key titel; did you mean title"),
+        ("title: t\n", "", "title is missing"),
+        ("FA: mask, loss: mean}", "FA: nn, loss: mean}", "FA has no level 'nn'; it has none, mask"),
+        ("control: {FA: none, loss: mean}", "control: {FA: none}", "names no level of loss"),
+        ("mean: {}", "mean: {pool: 0.5}", "no pool 0.5; data.shares is []"),
+        ("mean: {}", "mean: {fa.method: nn}", "two axes set fa.method"),
+        ("optim.epochs: 10", "optim.q: 10", "scale optim.q: its value is None, no number"),
+        ("paradigm: byol", "paradigm: moco", "has no paradigm 'moco'; it has byol"),
+        ("axes:", "axes: [", "is not YAML"),
+        ("loss: {mean: {}, free: {fa.feature_loss: free}}", "loss: {}", "loss is empty"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(files: Path, old: str, new: str, message: str) -> None:
+    assert old in GRID
+    (files / "grid.yaml").write_text(GRID.replace(old, new, 1))
+    with pytest.raises(UserError, match=re.escape(message)):
+        make([files / "grid.yaml"], files / "big.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "seeds, parallel: give 1 or more"),
+        ({"metrics": ["top5"]}, "metrics"),
+        ({"base": "nothing.yaml"}, "nothing.yaml: cannot be read"),
+        ({"sets": {"a": {}}}, "sets.a: kind is missing"),
+        ({"sets": {"a": {"kind": "fashion", "pools": 1}}}, "unknown key pools; did you mean pool"),
+        ({"sedes": 3}, "unknown key sedes; did you mean seeds"),
+    ],
+)
+def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str) -> None:
+    (files / "big.yaml").write_text(yaml.safe_dump(PRESET | change))
+    with pytest.raises(UserError, match=message):
+        make([files / "grid.yaml"], files / "big.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "huge"], "there are longer-cpu, reproduce-cpu, reproduce-gpu"),
+        (["--data", "cifar"], "--data cifar: reproduce-cpu has fashion-mnist, photos"),
+        (["--metrics", "top5"], "--metrics top5: give some of knn, linear, online"),
+        (["--parallel", "0"], "--parallel 0: give 1 or more"),
+        (["--max-minutes", "0.1"], "the last 20 s are for saving"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert ablate.main([str(GRIDS[0]), "--out", str(out), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def write_study(folder: Path, shards: Path, base: dict) -> list[str]:
+    """The words of a study of two cells and one seed on ready shards."""
+    grid = {
+        "title": "t", "claim": "mask helps",
+        "axes": {"FA": {"none": {"fa.method": "none"}, "mask": {"fa.method": "mask"}}},
+        "comparisons": [{"name": "d", "treated": {"FA": "mask"}, "control": {"FA": "none"}}],
+    }  # fmt: skip
+    data = dict.fromkeys(("shards", "probe_train", "probe_val"), str(shards))
+    preset = {"base": "base.yaml", "seeds": 1, "metrics": ["knn"],
+              "sets": {"made": {"kind": "existing"} | data}}  # fmt: skip
+    for name, content in (("grid", grid), ("base", base), ("preset", preset)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    words = ("grid.yaml", "--preset", "preset.yaml", "--out", "out")
+    return [word if word.startswith("--") else str(folder / word) for word in words]
+
+
+BASE = {
+    "arch": {"depth": 18, "width_per_group": 4, "stem_channels": 4, "res2_channels": 4},
+    "data": {"image_size": 32, "batch_size": 16, "num_workers": 0},
+    "heads": {"projector_hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 16},
+    "objective": {"name": "infonce"},
+    "optim": {"name": "sgd", "epochs": 2, "base_lr": 0.1, "warmup_epochs": 0},
+    "engine": {
+        "device": "cpu", "num_threads": 1, "log_every_steps": 1, "checkpoint_every_steps": 1,
+    },
+    "eval": {"knn_every_epochs": 2, "knn_k": 5, "num_pictures": 0},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
+    """Real runs: one cell, then stopped within the other, resumed, equal to a calm study."""
+    from benchmarks import kill_resume
+
+    words = write_study(tmp_path, kill_resume.make_shards(tmp_path), BASE)
+    command = [sys.executable, str(ROOT / "tools/ablate.py"), *words]
+    done = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True)
+    assert len(re.findall("first run", done.stdout)) == 2
+    assert not Path(words[-1]).exists()
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    out = Path(words[-1])
+
+    def is_training() -> bool:
+        assert program.poll() is None
+        logs = out.glob("pretrain/*/*/metrics.jsonl")
+        return any(len(path.read_text().splitlines()) > 3 for path in logs)
+
+    wait_until(is_training, 120, "the first step")
+    os.kill(program.pid, signal.SIGTERM)
+    said, _ = program.communicate(timeout=60)
+    assert program.returncode == 128 + signal.SIGTERM, said
+    only = subprocess.run([*command, "--only", "none"], capture_output=True, text=True, timeout=300)
+    assert only.returncode == 0, only.stderr + only.stdout
+    assert "PRELIMINARY" in (out / "tables.md").read_text()
+    assert subprocess.run(command, timeout=300).returncode == 0
+    assert "PRELIMINARY" not in (out / "tables.md").read_text()
+    calm = [*words[:-1], str(tmp_path / "calm")]
+    assert subprocess.run([*command[:2], *calm], timeout=300).returncode == 0
+    tables = [json.loads((folder / "results.json").read_text())["tables"]
+              for folder in (out, tmp_path / "calm")]  # fmt: skip
+    assert tables[0] == tables[1]
+    assert [row["n"] for row in tables[0][0]["rows"]] == [1, 1]
+
+
+def test_presets_are_strict(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sets is empty"):
+        Preset("b", 1, ("knn",), {})
