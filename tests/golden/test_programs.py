@@ -225,8 +225,8 @@ def test_exit_statuses_of_what_went_wrong(place: Path) -> None:
         path.parent.mkdir(parents=True)
         path.write_text(name)
     found["run_trials, a run fails"] = real_status(
-        *("run_trials.py", "--init", "random", "--config", thin, "--data", "junk", "--seeds", "1"),
-        *("--out", "wrong/trials"),
+        *("run_trials.py", "--init", "random", "--config", thin, "--data", "voc", "--seeds", "1"),
+        *("--out", "wrong/trials", "--", "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "4"),
     )
     found["train_voc, set is damaged"] = real_status(
         "train_voc.sh", "random", "--config", thin, "--data", "junk", "--out", "wrong/voc"
