@@ -203,11 +203,10 @@ def _official_lists(devkit: Path) -> list[str]:
         have = ", ".join(there) or "none of the lists"
         need = "VOC2007/test" if train else "VOC2007/trainval or VOC2012/trainval"
         raise UserError(
-            f"the sources hold {have}, but {need} is needed "
-            f"too; give all of {OFFICIAL_NAMES}, or the folders unpacked from them. A set with "
-            "other lists or classes: --classes. VOC2012's own train and val: no import, but "
-            "tools/train_voc.sh --data FOLDER --train-split voc_2012_train "
-            "--test-split voc_2012_val"
+            f"the sources hold {have}, but {need} is needed too; give all of {OFFICIAL_NAMES}, "
+            "or the folders unpacked from them. A set with other lists or classes: --classes. "
+            "VOC2012's own train and val: no import, but tools/train_voc.sh --data FOLDER "
+            "--train-split voc_2012_train --test-split voc_2012_val"
         )
     return [f"voc_{place[3:].replace('/', '_')}" for place in (*train, "VOC2007/test")]
 
@@ -218,8 +217,12 @@ def _decode(files: Sequence[str], place: str, num_workers: int) -> None:
         results = pool.map(_fault, files, chunksize=64)
         bar = tqdm(results, total=len(files), desc=place, unit=" pictures", disable=None)
         broken = [fault for fault in bar if fault]
-    remedy = f"{len(broken)} of {len(files)} pictures of {place} do not decode; "
-    _refuse(broken, remedy + "unpack or download the set again")
+    if broken:
+        raise UserError(
+            "\n".join(broken[:5])
+            + f"\n{len(broken)} of {len(files)} pictures of {place} do not decode; unpack or "
+            "download the set again"
+        )
 
 
 def _fault(file: str) -> str | None:
