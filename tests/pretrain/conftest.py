@@ -56,7 +56,8 @@ def make_model():
         objective="infonce", *, seed=0, objective_options=None, heads=TINY_HEADS, arch=THIN, **fa
     ):
         fa.setdefault("queue_size", 64)
-        fa.setdefault("min_fill", dict(fa.get("nn", {})).get("top_k", 1))
+        nn = fa.get("nn", {})
+        fa.setdefault("min_fill", nn.get("top_k", 1) if isinstance(nn, dict) else nn.top_k)
         torch.manual_seed(seed)
         options = {"temperature": 0.2} | (objective_options or {})
         return FAContrastive(arch, heads, make_objective(objective, **options), make_fa(**fa))

@@ -42,7 +42,13 @@ from tests.pretrain.model import references
 ROOT = Path(__file__).parents[3]
 BASE = TINY
 STEPS_PER_EPOCH = 5  # 40 pictures, batch 8
-BYOL = ["objective.name=byol", "optim.name=lars", "optim.base_lr=2", "fa.queue_size=20"]
+BYOL = [
+    "objective.name=byol",
+    "objective.ema_tau=0.9",
+    "optim.name=lars",
+    "optim.base_lr=2",
+    "fa.queue_size=20",
+]
 
 
 def losses(folder):
@@ -254,8 +260,7 @@ def test_golden_curve_equals_a_loop_written_again(start, make_run, objective):
     Each step starts from the run's own checkpoint before it: tiny networks amplify rounding.
     """
     overrides = BYOL if objective == "byol" else ["optim.name=sgd", "optim.base_lr=0.5"]
-    overrides = [*overrides, "objective.ema_tau=0.9", "engine.channels_last=false"]
-    overrides.append("data.photometric=device")
+    overrides = [*overrides, "engine.channels_last=false", "data.photometric=device"]
     keep = ["engine.checkpoint_every_steps=1", "engine.keep_checkpoints=10"]
     status, folder, err = start("golden", *overrides, *keep)
     assert status == 0, err
