@@ -1,5 +1,6 @@
 """The command line on the CPU: files, loss curve, kill and resume, every option of a run."""
 
+import inspect
 import json
 import math
 import os
@@ -765,3 +766,21 @@ def test_every_engine_error_is_a_user_error_or_stops_with_1(start, monkeypatch):
 
     monkeypatch.setattr(ShardIndex, "open", broken)
     assert error_of(start("a"), 2) == "error: made up: do this"
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 4])
+def test_a_batch_reaches_its_loss_in_at_most_eight_frames(make_run, monkeypatch, micro_batch_size):
+    from pretrain.objectives import infonce
+
+    loss, stacks = infonce.infonce_loss, []
+
+    def seen(*arguments, **options):
+        stacks.append([frame.filename for frame in inspect.stack()[1:]])
+        return loss(*arguments, **options)
+
+    monkeypatch.setattr(infonce, "infonce_loss", seen)
+    run = make_run(f"optim.micro_batch_size={micro_batch_size}", "optim.accumulation=cached")
+    run.step(next(iter(run.batches.epoch(0))))
+    ours = [name for name in stacks[0] if name.startswith(str(ROOT / "pretrain"))]
+    assert ours[-1].endswith("engine/trainer.py")
+    assert len(ours) + 1 <= 8, ours  # and the loss function
