@@ -138,4 +138,4 @@ def test_probe_without_labels(start, unlabelled_shards, shards):
     result = start(
         "probe", f"eval.probe_train={unlabelled_shards}", f"eval.probe_val={shards}"
     )  # fmt: skip
-    assert "hold samples without labels" in error_of(result, 2)
+    assert "24 of 24 samples have no label" in error_of(result, 2)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.config import EngineConfig
 from pretrain.engine.optim import LARS
 from pretrain.engine.trainer import Position, Trainer
 from pretrain.evaluation.linear import heads as heads_module
@@ -45,8 +46,7 @@ def make_heads(config, rates, steps_per_epoch=1):
 def sweep(file, config, samples=None):
     batches = StoredBatches(file, np.arange(NUM) if samples is None else samples, config)
     heads = make_heads(config, config.peak_rates(), batches.num_steps)
-    intervals = {"log_every_steps": 10, "checkpoint_every_steps": 10}
-    Trainer(heads, batches, [], num_epochs=config.epochs, device=CPU, **intervals).train()
+    Trainer(heads, batches, [], config.epochs, EngineConfig(), CPU).train()
     return heads
 
 
