@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from pretrain.data.augmentations.operation import Operation, Parameters
-from pretrain.data.memory import MEMORY
+from pretrain.data.memory import ReusedMemory
 from pretrain.data.policy import ViewPolicy
 from pretrain.data.random_numbers import draw_uniforms
 
 Drawn = list[tuple[Operation, Parameters]]
+# Of its own: blocks of other sizes would push these out.
+_MEMORY = ReusedMemory()
 
 
 def draw_parameters(
@@ -85,7 +87,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     size = images.shape[-1]
     rows = pixels.reshape(-1, images.shape[-2], 3 * size)  # pixels of a line in a row: long loops
     scale, shift = scale.repeat(size), shift.repeat(size)
-    out = MEMORY.tensor(tuple(rows.shape), np.float32)
+    out = _MEMORY.tensor(tuple(rows.shape), np.float32)
     for picture, floats in zip(rows, out, strict=True):
         floats.copy_(picture).mul_(scale).sub_(shift)
     return out.view(pixels.shape).movedim(-1, -3)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError, require
 from pretrain.data.decode import Sample, ViewWriter
-from pretrain.data.memory import MEMORY
+from pretrain.data.memory import ReusedMemory
 from pretrain.data.order import (
     LastBatch,
     OrderedSamples,
@@ -39,6 +39,7 @@ from pretrain.data.order import (
 from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import Samples
 
+_MEMORY = ReusedMemory()
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
 
@@ -162,7 +163,7 @@ class BatchDataset(Dataset):
         size, num_bad = self.views.image_size, 0
         shape = (self.views.num_views, num, size, size, 3)
         if torch.utils.data.get_worker_info() is None:
-            out = MEMORY.tensor(shape, np.uint8)
+            out = _MEMORY.tensor(shape, np.uint8)
         else:  # shared memory from the start, so that handing the batch over copies nothing
             storage = torch.UntypedStorage._new_shared(math.prod(shape))
             out = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]

@@ -44,6 +44,3 @@ class ReusedMemory:
             self._idle.append(block)
             if len(self._idle) > _MAX_KEPT:
                 self._idle.pop(0)
-
-
-MEMORY = ReusedMemory()  # of this process
