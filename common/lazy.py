@@ -19,10 +19,12 @@ else:
 
     class _Lazy:
         def __init__(self, module: str) -> None:
-            self._module = module
+            self._name, self._module = module, None
 
         def __getattr__(self, attribute: str) -> Any:
-            return getattr(importlib.import_module(self._module), attribute)
+            if self._module is None:
+                self._module = importlib.import_module(self._name)
+            return getattr(self._module, attribute)
 
     torch, nn, functional = _Lazy("torch"), _Lazy("torch.nn"), _Lazy("torch.nn.functional")
     distributed, Tensor = _Lazy("torch.distributed"), "Tensor"  # the latter is for annotations

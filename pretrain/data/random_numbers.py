@@ -6,6 +6,7 @@ was drawn before, and one number can be drawn alone.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -64,12 +65,18 @@ def draw_uniforms(
         float64 [num_draws, n] in [0, 1), multiples of 2**-53.
     """
     repeats = np.asarray(repeats)
-    if repeats.size and (repeats == repeats.flat[0]).all():
-        repeats = np.asarray(repeats.flat[0])  # as nearly always; finding the kinds would cost more
+    if repeats.size and (repeats == repeats.flat[0]).all():  # as nearly always
+        base = np.uint64(_base(purpose, seed, int(repeats.flat[0]), view_index))
+        return uniforms(sample_hashes, base, num_draws, first)
     kinds, which = np.unique(repeats, return_inverse=True)
-    bases = [stable_hash(purpose, seed, int(kind), view_index, num_bytes=8) for kind in kinds]
-    base = np.array([int.from_bytes(b, "little") for b in bases], np.uint64)
-    return uniforms(sample_hashes, base[which.reshape(repeats.shape)], num_draws, first)
+    bases = np.array([_base(purpose, seed, int(kind), view_index) for kind in kinds], np.uint64)
+    return uniforms(sample_hashes, bases[which.reshape(repeats.shape)], num_draws, first)
+
+
+@lru_cache(maxsize=64)
+def _base(purpose: str, seed: int, kind: int, view_index: int) -> int:
+    digest = stable_hash(purpose, seed, kind, view_index, num_bytes=8)
+    return int.from_bytes(digest, "little")
 
 
 def uniforms(

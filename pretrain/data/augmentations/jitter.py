@@ -88,6 +88,7 @@ class Jitter(Operation):
         eye = np.eye(3, dtype=np.float32)
         scaled = brightness[:, None, None] * eye
         blended = saturation[:, None, None] * (eye - GREY_MATRIX) + GREY_MATRIX
+        brightness, saturation = brightness.tolist(), saturation.tolist()
         contrasts = parameters["contrast"].tolist()
         turns = (np.rint(parameters["hue"] * 256).astype(np.int64) % 256).tolist()
         all_steps = []
