@@ -32,9 +32,9 @@ from pretrain.engine.accumulation import Gradients
 from pretrain.engine.device import uses_bf16
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.profiling import fill_queues
+from pretrain.features.augmentations.base import RowRandom, fa_generator
 from pretrain.features.augmentations.nn import NearestNeighbour
 from pretrain.features.feature_augmentation import FeatureAugmenter
-from pretrain.features.row_random import RowRandom, fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
 

@@ -56,7 +56,7 @@ from pretrain.data.loader import ViewBatch
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
-from pretrain.features.row_random import RowRandom, fa_generator
+from pretrain.features.augmentations.base import RowRandom, fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.model.resnet import ResNet
 from pretrain.run import make_trainer

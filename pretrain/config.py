@@ -236,7 +236,7 @@ class EngineConfig:
     async_checkpoints: bool = True  # written by a thread while the steps go on
     keep_checkpoints: int = 2  # the newest ones stay in checkpoints/; 2: one to fall back on
     keep_every_steps: int = 0  # checkpoints at multiples of this stay for good; 0: none
-    on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/model/diagnostics.py
+    on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/engine/collapse.py
     collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine 0.99; 0: never
     collapse_rank: float = 2.0  # alarm below this effective rank; 0: never
     collapse_patience: int = 5  # logged rows in a row until the alarm

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from common.errors import require
 from pretrain import collectives as dist
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
-from pretrain.features.row_random import RowRandom
+from pretrain.features.augmentations.base import RowRandom
 from pretrain.model.adversarial import perturb
 from pretrain.model.joint_embedding import FAContrastive, Features, StepOutput, Views
 

@@ -23,8 +23,7 @@ from pretrain.engine.device import autocast_type
 from pretrain.engine.guards import LossScale, NonFiniteGuard
 from pretrain.engine.optim import load_state, lr_factor, peak_lr, set_lr
 from pretrain.engine.trainer import Position, StepResult
-from pretrain.features.row_random import fa_generator
-from pretrain.model.diagnostics import diagnose, similarity_histograms
+from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 
 ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
@@ -126,11 +125,11 @@ class ContrastiveTask:
         figures, histograms = {}, {}
         if is_logged and dist.rank() == 0:
             with record_function("logging"):
-                figures = {"lr": lr, **diagnose(first), "fa_active": int(first.is_augmented)}
+                figures = {"lr": lr, **first.figures(), "fa_active": int(first.is_augmented)}
                 figures |= queue | overflow.figures
                 every = ROWS_PER_HISTOGRAM * config.engine.log_every_steps
                 if (step + 1) % every == 0 or step + 1 == self.num_steps:
-                    histograms = similarity_histograms(first)
+                    histograms = first.histograms()
         return StepResult(loss, figures, histograms, has_overflowed=overflow.is_found, output=first)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from pretrain.features.augmentations.base import (
     FeatureAugmentation,
     NeighbourAugmentation,
     PartnerAugmentation,
+    RowRandom,
     keep_norm,
 )
 from pretrain.features.memory_bank import Distance, SupportQueue
-from pretrain.features.row_random import RowRandom
 
 _QUEUE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -86,11 +86,10 @@ class FeatureAugmenter(nn.Module):
                     if isinstance(method, PartnerAugmentation):
                         others = self._partner(x, other_view, random)
                     elif isinstance(method, NeighbourAugmentation):
-                        others = neighbours.get(method) if x is z else None
-                        if others is None:
-                            others = self._neighbours(method, x)
-                        if x is z:
-                            neighbours[method] = others
+                        found = neighbours if x is z else {}
+                        if method not in found:
+                            found[method] = self._neighbours(method, x)
+                        others = found[method]
                     x = method(x, others, context)
                 alternatives.append(x)
             if len(alternatives) == 1:

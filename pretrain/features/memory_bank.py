@@ -16,8 +16,10 @@ Distance = Literal["cosine", "truncated"]
 
 SEARCH_BYTES = 64 * 2**20  # of similarities, or of differences, that exist at once
 CAST_BYTES = 8 * 2**20  # of a half-precision bank that is turned into fp32 at once
-MIN_SHORTLIST = 64
-SHORTLIST_PER_NEIGHBOUR = 4
+TRUNCATION = 2.0  # in units of 1 / sqrt(d), the typical size of a component
+MIN_SHORTLIST, SHORTLIST_PER_NEIGHBOUR = 64, 4  # entries that `truncated` ranks: 4 k, at least 64
+CONSENSUS_TEMPERATURE = 0.1
+UNKNOWN = -1  # sample id or label of an entry that came without one
 
 
 @contextlib.contextmanager
@@ -42,8 +44,6 @@ def top_k(
     k: int,
     *,
     distance: Distance = "cosine",
-    truncation: float = 2.0,
-    shortlist: int | None = None,
     is_unit: bool = True,
     excluded: Int[Tensor, " n"] | None = None,
     chunk_rows: int | None = None,
@@ -53,23 +53,20 @@ def top_k(
     """The k entries nearest to each row, nearest first, in bounded memory.
 
     ``cosine``: similarity cos(z, b). ``truncated``: a distance in which no single dimension counts
-    for more than c^2, c = truncation / sqrt(d), however far apart the vectors are there:
+    for more than c^2, c = ``TRUNCATION`` / sqrt(d), however far apart the vectors are there:
 
         D(z, b) = sum over dimensions of min((z_d - b_d)^2, c^2),   similarity 1 - D / 2,
 
-    of vectors of unit length; where nothing is truncated, this is the cosine again. It is computed
-    for the nearest by cosine only: exact within the shortlist, blind to what lies outside it.
+    of vectors of unit length; where nothing is truncated, this is the cosine again. It ranks a
+    shortlist of the nearest by cosine, and is blind to what lies outside it.
 
-    The bank passes once, in chunks, and each row's nearest are kept on the way. Which of several
-    equally similar entries come in is not defined.
+    Which of several equally similar entries come in is not defined.
 
     Args:
         z: Queries of any length and precision.
         bank: Entries in fp32, fp16 or bf16; they are compared in fp32.
         k: Neighbours for each query.
         distance: What "nearest" means.
-        truncation: In units of 1 / sqrt(d), the typical size of a component.
-        shortlist: Entries that ``truncated`` ranks; 4 k, and 64 at least, unless given.
         is_unit: Whether the entries have unit length already.
         excluded: For each query an entry that it must not find, itself for instance.
         chunk_rows: Queries that are compared at once, at most; unless given, as many as keep the
@@ -82,27 +79,19 @@ def top_k(
         Similarities in fp32, in [-1, 1] but for rounding, and positions in the bank, both where
         the queries are.
     Raises:
-        ValueError: If the bank holds fewer than k entries, or an argument is out of its range.
+        ValueError: If the bank holds fewer than k entries.
     """
     num_entries, dim = bank.shape
     device = device or z.device
     if k > num_entries:
         raise ValueError(f"asked for the {k} nearest of {num_entries} valid entries")
-    if min(k, 1 if chunk_rows is None else chunk_rows) < 1:
-        raise ValueError(f"k and chunk_rows must be at least 1, got {k} and {chunk_rows}")
-    if distance not in ("cosine", "truncated"):
-        raise ValueError(f"distance must be 'cosine' or 'truncated', got {distance!r}")
-    if not truncation > 0:
-        raise ValueError(f"truncation must be positive, got {truncation}")
     is_truncated, num_ranked = distance == "truncated", k
     if is_truncated:
-        num_ranked = shortlist or max(MIN_SHORTLIST, SHORTLIST_PER_NEIGHBOUR * k)
-        if num_ranked < k:
-            raise ValueError(f"a shortlist of {shortlist} cannot hold the {k} nearest")
-        num_ranked = min(num_ranked, num_entries)
+        num_ranked = min(max(MIN_SHORTLIST, SHORTLIST_PER_NEIGHBOUR * k), num_entries)
     if chunk_entries is None:
         needs_no_copy = is_unit and bank.dtype == torch.float32 and bank.device == device
         chunk_entries = num_entries if needs_no_copy else max(1, CAST_BYTES // (4 * dim))
+
     # As few chunks of queries as the memory allows, all about as long.
     width = max(min(num_entries, chunk_entries), num_ranked * dim if is_truncated else 0)
     num_chunks = math.ceil(max(1, len(z)) / (chunk_rows or max(1, SEARCH_BYTES // (4 * width))))
@@ -114,6 +103,7 @@ def top_k(
         for rows in queries
     ]
     with exact_products(device):
+        # By cosine: the bank passes once, and each chunk of queries meets each chunk of entries.
         for start in range(0, num_entries, chunk_entries):
             entries = bank[start : start + chunk_entries]
             entries = entries.to(device, torch.float32) if is_unit else _unit(entries, device)
@@ -132,8 +122,9 @@ def top_k(
                     found = found.gather(1, order)
                 best[number] = values, found
             del entries  # before the next chunk is made
+        # The truncated distance, of the shortlist only.
         if is_truncated:
-            limit = truncation / math.sqrt(dim)
+            limit = TRUNCATION / math.sqrt(dim)
             for number, rows in enumerate(queries):
                 found = best[number][1]
                 # In place, on one block [n, s, d].
@@ -153,14 +144,12 @@ def _unit(rows: Float[Tensor, "n d"], device: torch.device) -> Float[Tensor, "n 
 
 
 @torch.no_grad()
-def consensus(
-    neighbours: Float[Tensor, "n k d"], z: Float[Tensor, "n d"], *, temperature: float = 0.1
-) -> Float[Tensor, "n d"]:
+def consensus(neighbours: Float[Tensor, "n k d"], z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """A robust centre of each row's k neighbours: one that is unlike the others hardly counts.
 
     With b_1 .. b_k of unit length,
 
-        m_i = median over j != i of b_i . b_j,   w = softmax(m / temperature),
+        m_i = median over j != i of b_i . b_j,   w = softmax(m / ``CONSENSUS_TEMPERATURE``),
         centre = sum_i w_i b_i, normalised.
 
     The median of an even number of values is the mean of the two in the middle. Two neighbours
@@ -170,39 +159,24 @@ def consensus(
     Args:
         neighbours: Of any length; they are normalised here.
         z: The queries.
-        temperature: Of the weights; at infinity the centre is the plain mean.
     Returns:
         Centres of unit length in fp32.
-    Raises:
-        ValueError: If there is no neighbour, or the temperature is not positive.
     """
-    k = neighbours.shape[1]
-    if k < 1 or not temperature > 0:
-        raise ValueError(
-            f"a consensus needs neighbours and a positive temperature, got k={k} and {temperature}"
-        )
+    num_others = neighbours.shape[1] - 1
     with exact_products(z.device):
         neighbours = functional.normalize(neighbours.detach().float(), dim=2)
-        if k == 1:
+        if num_others == 0:
             return neighbours[:, 0]
-        weights = (_median_of_others(neighbours) / temperature).softmax(dim=1)
+        similarity = neighbours @ neighbours.transpose(1, 2)
+        similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # sorted behind the others
+        ranked = similarity.sort(dim=2, descending=True).values
+        medians = (ranked[..., (num_others - 1) // 2] + ranked[..., num_others // 2]) / 2
+        weights = (medians / CONSENSUS_TEMPERATURE).softmax(dim=1)
         centre = (weights.unsqueeze(2) * neighbours).sum(dim=1)
         length = centre.norm(dim=1, keepdim=True)
         closest = (neighbours * z.detach().float().unsqueeze(1)).sum(dim=2).argmax(dim=1)
         fallback = neighbours[torch.arange(len(z), device=z.device), closest]
         return torch.where(length > 1e-6, functional.normalize(centre, dim=1), fallback)
-
-
-def _median_of_others(unit: Float[Tensor, "n k d"]) -> Float[Tensor, "n k"]:
-    """Median similarity of each of k > 1 vectors to the k - 1 others."""
-    num_others = unit.shape[1] - 1
-    similarity = unit @ unit.transpose(1, 2)
-    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # sorted behind the others
-    ranked = similarity.sort(dim=2, descending=True).values
-    return (ranked[..., (num_others - 1) // 2] + ranked[..., num_others // 2]) / 2
-
-
-UNKNOWN = -1  # sample id or label of an entry that came without one
 
 
 class SupportQueue(nn.Module):
@@ -223,9 +197,9 @@ class SupportQueue(nn.Module):
     Args:
         size: Entries.
         dim: Width of a feature.
-        dtype: What features are stored in. Half precision halves the memory and moves a stored
-            feature's similarities by 2^-8 (bfloat16) or 2^-11 (float16) at most; they are
-            normalised before they are rounded, and the search multiplies in fp32 on every device.
+        dtype: What features are stored in. float16 halves the memory and moves a stored feature's
+            similarities by 2^-11 at most; they are normalised before they are rounded, and the
+            search multiplies in fp32 on every device.
     """
 
     features: Tensor
@@ -238,10 +212,6 @@ class SupportQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"a support queue needs at least one entry, got size={size}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"a support queue stores float32, float16 or bfloat16, got {dtype}")
         self.size = size
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -251,8 +221,11 @@ class SupportQueue(nn.Module):
         self.register_buffer("born", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("puts", torch.zeros((), dtype=torch.int64))
         self.num_entries = 0
-        self.register_load_state_dict_pre_hook(_refuse_another_dtype)
-        self.register_load_state_dict_post_hook(_read_count)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """After loading the device is asked for the count, the one time."""
+        super()._load_from_state_dict(*arguments)
+        self.num_entries = int(self.count)
 
     @torch.no_grad()
     def put(
@@ -267,14 +240,7 @@ class SupportQueue(nn.Module):
             features: Of any length and precision.
             sample_ids: Which sample each row was computed from; -1, or None for all, if unknown.
             labels: Class of each row's sample; -1, or None for all, if it has none.
-        Raises:
-            ValueError: If there is not one id, or not one label, for each row.
         """
-        num_rows = len(features)
-        notes = [(self.sample_ids, sample_ids, "sample ids"), (self.labels, labels, "labels")]
-        for _, values, name in notes:
-            if values is not None and values.shape != (num_rows,):
-                raise ValueError(f"got {name} {list(values.shape)} for {num_rows} rows")
         features = functional.normalize(features.detach().float(), dim=1)[-self.size :]
         n = features.shape[0]
         slots = (self.position + torch.arange(n, device=features.device)) % self.size
@@ -282,7 +248,7 @@ class SupportQueue(nn.Module):
         self.puts.add_(1)
         self.features[slots] = features.to(self.features.dtype)
         self.born[slots] = self.puts
-        for column, values, _ in notes:
+        for column, values in ((self.sample_ids, sample_ids), (self.labels, labels)):
             column[slots] = unknown if values is None else values.to(column)[-self.size :]
         self.position.copy_((self.position + n) % self.size)
         self.num_entries = min(self.num_entries + n, self.size)
@@ -302,57 +268,28 @@ class SupportQueue(nn.Module):
     def report(
         self,
         indices: Int[Tensor, " n"],
-        sample_ids: Int[Tensor, " n"] | None = None,
-        labels: Int[Tensor, " n"] | None = None,
+        sample_ids: Int[Tensor, " n"],
+        labels: Int[Tensor, " n"],
     ) -> dict[str, float]:
         """Figures on the neighbours that were found; to be asked before the next ``put``.
 
         Args:
             indices: One neighbour for each row: its position in the buffer.
-            sample_ids: The rows' own samples; -1 or None: unknown.
-            labels: The rows' own labels; -1 or None: none.
+            sample_ids: The rows' own samples; -1: unknown.
+            labels: The rows' own labels; -1: none.
         Returns:
             ``neighbour_age``: mean number of puts ago, 1 for the last.
             ``self_hit_rate``: share of neighbours that show the row's own sample.
             ``neighbour_label_agreement``: share of neighbours with the row's label.
-            Shares are of the pairs in which both sides are known; without any, or without rows,
-            the key is absent.
+            Shares are of the pairs in which both sides are known; without any the key is absent.
         """
-        if not len(indices):
-            return {}
         figures = {"neighbour_age": float((self.puts - self.born[indices] + 1).double().mean())}
         for key, column, values in (
             ("self_hit_rate", self.sample_ids, sample_ids),
             ("neighbour_label_agreement", self.labels, labels),
         ):
-            if values is not None:
-                share = _share_of_equals(column[indices], values.to(column))
-                figures |= {} if share is None else {key: share}
+            found, own = column[indices], values.to(column)
+            known = (found != UNKNOWN) & (own != UNKNOWN)
+            if num_known := int(known.sum()):
+                figures[key] = int((known & (found == own)).sum()) / num_known
         return figures
-
-
-def _share_of_equals(first: Int[Tensor, " n"], second: Int[Tensor, " n"]) -> float | None:
-    """Share of equal values among the pairs that are known; None without such a pair."""
-    known = (first != UNKNOWN) & (second != UNKNOWN)
-    num_known, num_equal = int(known.sum()), int((known & (first == second)).sum())
-    return num_equal / num_known if num_known else None
-
-
-def _refuse_another_dtype(
-    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool,
-    _missing: list[str], _unexpected: list[str], errors: list[str],
-) -> None:  # fmt: skip
-    """Torch would round the features silently; another size it refuses by itself."""
-    stored = state.get(f"{prefix}features")
-    wanted = module.get_buffer("features").dtype
-    if stored is not None and stored.dtype != wanted:
-        errors.append(
-            f"the support queue was saved in {stored.dtype} and is {wanted} here: keep its "
-            "precision, or start without the saved queue"
-        )
-
-
-def _read_count(module: nn.Module, _incompatible: Any) -> None:
-    """After loading: the one time that the device is asked."""
-    assert isinstance(module, SupportQueue)
-    module.num_entries = int(module.count)

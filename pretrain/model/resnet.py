@@ -81,22 +81,20 @@ class ResNet(nn.Module):
         """Globally average-pooled features of the last stage."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for stage in range(4):
-            x = self._through(self.get_submodule(f"layer{stage + 1}"), x)
+            layer = self.get_submodule(f"layer{stage + 1}")
+            if self.checkpoints_stages and torch.is_grad_enabled():
+                contexts = partial(_first_and_second_pass, layer)
+                x = checkpoint(  # no stage draws random numbers
+                    layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+                )
+            else:
+                x = layer(x)
         return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
 
-    def _through(self, layer: nn.Module, x: Float[Tensor, "n c h w"]) -> Tensor:
-        if not (self.checkpoints_stages and torch.is_grad_enabled()):
-            return layer(x)
-        contexts = partial(_once_and_again, layer)
-        return checkpoint(
-            layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )  # type: ignore[return-value]
 
-
-def _once_and_again(
+def _first_and_second_pass(
     layer: nn.Module,
 ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """What the forward pass of a stage stands in, and its second one; no stage draws numbers."""
     return contextlib.nullcontext(), _standing_statistics(layer)
 
 

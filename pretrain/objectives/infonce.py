@@ -10,7 +10,7 @@ from jaxtyping import Float
 from common.errors import positive
 from common.lazy import Tensor, functional, nn, torch
 from pretrain import collectives as dist
-from pretrain.objectives.base import Objective, Pair, require_positives
+from pretrain.objectives.base import Objective, Pair
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,7 @@ def infonce_loss(
 
     Returns:
         Scalar, nats.
-
-    Raises:
-        ValueError: If a batch is empty, widths differ, or a row's positive is no column.
     """
-    require_positives(rows, columns, first_positive)
     logits = functional.normalize(rows, dim=1) @ functional.normalize(columns, dim=1).T
     positives = torch.arange(rows.shape[0], device=rows.device) + first_positive
     return functional.cross_entropy(logits / temperature, positives)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from common.errors import at_least, positive
 from common.lazy import Tensor, functional, nn, torch
-from pretrain.objectives.base import EmaObjective, Pair, require_pairs, require_width
+from pretrain.objectives.base import EmaObjective, Pair
 
 if TYPE_CHECKING:
     from pretrain.features.memory_bank import SupportQueue
@@ -69,15 +69,8 @@ def moco_loss(
 
     Returns:
         Scalar, nats.
-
-    Raises:
-        ValueError: If the batch is empty, queries and keys differ in shape, or the negatives in
-            width.
     """
-    require_pairs(queries=queries, keys=keys)
-    if negatives.ndim != 2:
-        raise ValueError(f"negatives must be [K, d], got shape {tuple(negatives.shape)}")
-    require_width(queries=queries, negatives=negatives)
+    assert queries.shape == keys.shape, "one key for each query"
     queries, keys = functional.normalize(queries, dim=1), functional.normalize(keys, dim=1)
     positive = (queries * keys).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, queries @ functional.normalize(negatives, dim=1).T], dim=1)

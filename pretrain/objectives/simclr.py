@@ -10,7 +10,7 @@ from jaxtyping import Float
 from common.errors import positive
 from common.lazy import Tensor, functional, nn, torch
 from pretrain import collectives as dist
-from pretrain.objectives.base import Objective, Pair, require_positives
+from pretrain.objectives.base import Objective, Pair
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,8 @@ def nt_xent_loss(
 
     Returns:
         Scalar, nats.
-
-    Raises:
-        ValueError: If a batch is empty, widths differ, a row's number lies outside the columns, or
-            the others are not as many as the columns.
     """
-    require_positives(rows, columns, first_positive)
-    if others.shape != columns.shape:
-        raise ValueError(
-            f"others must be as columns, {tuple(columns.shape)}, got shape {tuple(others.shape)}"
-        )
+    assert others.shape == columns.shape, "both are of the global batch"
     rows = functional.normalize(rows, dim=1)
     own = torch.arange(rows.shape[0], device=rows.device) + first_positive
     to_columns = rows @ functional.normalize(columns, dim=1).T

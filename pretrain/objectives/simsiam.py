@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 
 from common.lazy import Tensor, functional, nn
-from pretrain.objectives.base import Objective, Pair, require_pairs
+from pretrain.objectives.base import Objective, Pair
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,6 @@ def negative_cosine_loss(p: Float[Tensor, "n d"], t: Float[Tensor, "n d"]) -> Fl
 
     Returns:
         Dimensionless scalar in [-1, 1]; -1 means aligned.
-
-    Raises:
-        ValueError: If the batch is empty or not two-dimensional, or the two differ in shape.
     """
-    require_pairs(p=p, t=t)
+    assert p.shape == t.shape, "cosine_similarity would broadcast"
     return -functional.cosine_similarity(p, t, dim=1).mean()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 
 from common.errors import at_least, positive
-from common.lazy import Tensor, functional, torch
+from common.lazy import Tensor, functional, nn, torch
 from pretrain import collectives as dist
-from pretrain.objectives.base import Objective, Pair, require_pairs, require_rows
-
-if TYPE_CHECKING:
-    from pretrain.objectives._prototypes import Prototypes
+from pretrain.objectives.base import Objective, Pair
 
 
 @dataclass(frozen=True)
@@ -38,25 +35,36 @@ class SwAV(Objective):
         at_least(self, "objective", num_prototypes=1, sinkhorn_iterations=1)
         at_least(self, "objective", frozen_prototype_steps=0)
 
-    def make_state(self, dim: int) -> Prototypes:
-        """The prototypes, which are trained."""
-        from pretrain.objectives._prototypes import Prototypes
+    def make_state(self, dim: int) -> nn.ParameterDict:
+        """The prototypes, ``weight`` [K, d]: rows that start uniform on the unit sphere."""
+        weight = functional.normalize(torch.randn(self.num_prototypes, dim), dim=1)
+        return nn.ParameterDict({"weight": weight})
 
-        return Prototypes(self.num_prototypes, dim)
-
-    def loss(self, pair: Pair, state: Prototypes) -> Float[Tensor, ""]:
-        """See ``sinkhorn`` and ``swav_loss``."""
+    def loss(self, pair: Pair, state: nn.ParameterDict) -> Float[Tensor, ""]:
+        """See ``prototype_scores``, ``sinkhorn`` and ``swav_loss``."""
         codes = sinkhorn(
-            state(pair.target),
+            prototype_scores(pair.target, state["weight"]),
             epsilon=self.sinkhorn_epsilon,
             num_iterations=self.sinkhorn_iterations,
         )
-        return swav_loss(state(pair.online), codes, temperature=self.temperature)
+        logits = prototype_scores(pair.online, state["weight"])
+        return swav_loss(logits, codes, temperature=self.temperature)
 
-    def before_update(self, state: Prototypes, step: int) -> None:
+    def before_update(self, state: nn.ParameterDict, step: int) -> None:
         """Prototypes without gradient stand still."""
         if step < self.frozen_prototype_steps:
-            state.weight.grad = None
+            state["weight"].grad = None
+
+
+def prototype_scores(
+    x: Float[Tensor, "n d"], prototypes: Float[Tensor, "K d"]
+) -> Float[Tensor, "n K"]:
+    """Cosine similarity of each feature to each prototype, in [-1, 1].
+
+    Only a prototype's direction counts: it is normalised here, in every forward pass, where SwAV
+    normalises the parameter itself before each step.
+    """
+    return functional.normalize(x, dim=1) @ functional.normalize(prototypes, dim=1).T
 
 
 def sinkhorn(
@@ -75,16 +83,7 @@ def sinkhorn(
 
     Returns:
         Codes of the local rows, each row of sum 1.
-
-    Raises:
-        ValueError: If the scores are empty or not two-dimensional, or an option is out of range.
     """
-    require_rows("scores", scores)
-    if epsilon <= 0 or num_iterations < 1:
-        raise ValueError(
-            "sinkhorn needs epsilon > 0 and num_iterations >= 1, "
-            f"got epsilon={epsilon}, num_iterations={num_iterations}"
-        )
     with torch.no_grad():
         log_codes = (scores if scores.dtype == torch.float64 else scores.float()) / epsilon
         for _ in range(num_iterations):
@@ -108,9 +107,5 @@ def swav_loss(
 
     Returns:
         Scalar, nats.
-
-    Raises:
-        ValueError: If the batch is empty or not two-dimensional, or the two differ in shape.
     """
-    require_pairs(logits=logits, codes=codes)
     return -(codes * functional.log_softmax(logits / temperature, dim=1)).sum(dim=1).mean()

@@ -28,7 +28,7 @@ from pretrain.config import (
 )
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.optim import lr_factor, make_optimizer, peak_lr, set_lr
-from pretrain.features.row_random import fa_generator
+from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective

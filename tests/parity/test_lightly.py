@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.features.memory_bank import SupportQueue
-from pretrain.model.heads import mlp
-from pretrain.objectives._prototypes import Prototypes
+from pretrain.model.joint_embedding import mlp
 from pretrain.objectives.byol import byol_loss
 from pretrain.objectives.infonce import infonce_loss
 from pretrain.objectives.moco import moco_loss
@@ -236,9 +235,6 @@ def test_head(inputs, peer, kind):
 def test_prototypes_have_no_bias_here(inputs, peer):
     """lightly adds a bias to the cosine similarities; without it both agree."""
     given = inputs["prototypes"]
-    prototypes = Prototypes(10, DIM).double()
-    prototypes.load_state_dict({"weight": given["weight"]})
-    theirs = peer["prototypes"]["scores"]
-    agree(
-        "prototypes, without lightly's bias", prototypes(given["x"]), theirs - given["bias"], DOUBLE
-    )
+    scores = prototype_scores(given["x"], given["weight"])
+    theirs = peer["prototypes"]["scores"] - given["bias"]
+    agree("prototypes, without lightly's bias", scores, theirs, DOUBLE)

@@ -22,7 +22,7 @@ from pretrain.config import (
 from pretrain.engine import device as speed
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
-from pretrain.features.row_random import fa_generator
+from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.byol import Byol

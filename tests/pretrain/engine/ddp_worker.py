@@ -14,7 +14,7 @@ from pretrain import collectives as dist
 from pretrain.config import HeadConfig, OptimConfig
 from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
-from pretrain.features.row_random import fa_generator
+from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.conftest import make_fa, make_objective

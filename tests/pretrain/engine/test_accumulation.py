@@ -10,7 +10,7 @@ from torch import nn
 from common.errors import UserError
 from pretrain.config import OptimConfig
 from pretrain.engine.accumulation import Gradients
-from pretrain.features.row_random import RowRandom, fa_generator
+from pretrain.features.augmentations.base import RowRandom, fa_generator
 from tests.pretrain.conftest import TINY_HEADS
 from tests.pretrain.model.references import enter
 

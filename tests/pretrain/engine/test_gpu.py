@@ -10,7 +10,7 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.engine.accumulation import Gradients
-from pretrain.features.row_random import fa_generator
+from pretrain.features.augmentations.base import fa_generator
 from tests.pretrain.model.references import enter, step
 
 pytestmark = [

@@ -2,8 +2,7 @@
 
 import torch
 
-from pretrain.features.augmentations.base import AugmentationContext, FeatureAugmentation
-from pretrain.features.row_random import RowRandom
+from pretrain.features.augmentations.base import AugmentationContext, FeatureAugmentation, RowRandom
 
 
 def random_of(n, seed=0):
@@ -24,8 +23,3 @@ def augment(name, z, random, others=None, *, strength=1.0, number=None, **parame
     """One method by its name, with these parameters."""
     method = FeatureAugmentation.registry[name](**parameters)
     return method(z, others, AugmentationContext(random, strength, number))
-
-
-def shares(out):
-    """Of own and partner's dimension of rows whose partner is the next one."""
-    return out.diagonal(), out.roll(-1, dims=1).diagonal()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.features.augmentations.base import RowRandom, keep_norm
 from pretrain.features.feature_augmentation import FeatureAugmenter
-from pretrain.features.row_random import RowRandom
 from tests.pretrain.conftest import make_fa
 from tests.pretrain.features.helpers import augment
 
@@ -66,7 +66,7 @@ def test_none_and_identity_return_the_features_bit_for_bit(method, stop_gradient
 
 
 @pytest.mark.parametrize("partner", ["batch", "view", "queue"])
-@pytest.mark.parametrize("method", ["nn", "mask", "noise", *PARTNERED, "nn+mask", "noise|mixup"])
+@pytest.mark.parametrize("method", ["nn", "mask", "mixup", "nn+mask", "noise|mixup"])
 def test_gradient_stops_at_what_a_takes_or_passes(method, partner):
     z, other = Z.clone().requires_grad_(), OTHER.clone().requires_grad_()
     assert not run(method, z=z, other=other, partner=partner, stop_gradient=True).requires_grad
@@ -117,49 +117,34 @@ def test_queue_dtype_is_what_entries_are_stored_in(name):
 def test_queue_size_is_what_the_queue_holds():
     assert augmenter("nn", filled=60, queue_size=33).queue.features.shape == (33, DIM)
     assert augmenter("mixup").queue is None
-    assert augmenter("noise", partner="queue").queue is None
+    without = augmenter("noise", partner="queue")
+    assert without.queue is None
+    assert without.is_ready()
 
 
 # --- partners
 
 
-def partners_read_off(method, made_partner, out):
-    """Check that every row is the method's own with these partners; the draws come after them."""
-    random = random_of(6)
-    equal(out[0], augment(method, Z, random, made_partner(random)))
-
-
+@pytest.mark.parametrize("partner", ["view", "batch", "queue"])
 @pytest.mark.parametrize("method", PARTNERED)
-def test_partner_view_is_the_same_sample(method):
-    partners_read_off(method, lambda r: OTHER, run(method, seed=6, partner="view"))
-
-
-@pytest.mark.parametrize("method", PARTNERED)
-def test_partner_batch_is_another_sample(method):
-    partners_read_off(method, partner_of_the_batch, run(method, seed=6, partner="batch"))
-    same = Z[:1].repeat(N, 1)  # of equal rows nothing is left to mix
-    equal(run(method, z=same, partner="batch")[0], same, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", PARTNERED)
-def test_partner_queue_is_any_entry_as_long_as_the_row(method):
-    made = augmenter(method, partner="queue")
-    bank = made.queue.features[:30].double()
-
-    def partner(random):
-        entry = bank[random.integers(30)]
-        return entry / entry.norm(dim=1, keepdim=True) * Z.norm(dim=1, keepdim=True)
-
-    partners_read_off(method, partner, made(Z, OTHER, random_of(6), 1.0))
+def test_partner_decides_whom_a_row_is_mixed_with(method, partner):
+    """The same sample's other view, another sample, or an entry that is made as long as the row."""
+    made, random = augmenter(method, partner=partner), random_of(6)
+    out = made(Z, OTHER, random_of(6), 1.0)[0]
+    if partner == "view":
+        others = OTHER
+    elif partner == "batch":
+        others = partner_of_the_batch(random)
+    else:
+        others = keep_norm(made.queue.features[:30].double()[random.integers(30)], Z)
+    equal(out, augment(method, Z, random, others))
 
 
 @pytest.mark.parametrize("rows", [slice(0, 15), slice(15, N)])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("mask", {}),
         ("noise", {"num_features": 2}),
-        ("mixup", {"partner": "view"}),
         ("extrapolate", {"partner": "queue", "extrapolate": {"per_dimension": True}}),
         ("nn+cutmix|mask+noise", {"partner": "view", "nn": {"top_k": 5}}),
     ],
@@ -201,7 +186,7 @@ def test_alternatives_are_chosen_by_row_equally_often():
     assert float((share.mean(dim=0) - 0.5).abs().max()) < 0.35, "no row is bound to one"
 
 
-@pytest.mark.parametrize("method", ["mask", "noise", *PARTNERED])
+@pytest.mark.parametrize("method", ["mask", "mixup"])
 def test_n_features_of_a_drawing_method_are_n_draws(method):
     out = run(method, seed=3, num_features=3)
     assert out.shape == (3, N, DIM)
@@ -216,8 +201,7 @@ def test_n_features_of_a_drawing_method_are_n_draws(method):
     ("method", "options", "until_then"),
     [
         ("nn", {}, "identity"),
-        ("nn", {"nn": {"choice": "consensus", "top_k": 4}}, "identity"),
-        *[(method, {"partner": "queue"}, "identity") for method in PARTNERED],
+        ("mixup", {"partner": "queue"}, "identity"),
         ("nn+mask", {}, "mask"),
     ],
 )
@@ -230,37 +214,51 @@ def test_links_that_read_the_queue_wait_until_it_is_filled(method, options, unti
     assert not torch.allclose(made(Z, OTHER, random_of(2), 1.0), run(until_then, seed=2))
 
 
-def test_without_a_queue_a_is_always_ready():
-    assert augmenter("mixup", partner="view").is_ready()
-
-
 @pytest.mark.parametrize("curve", ["linear", "cosine"])
 def test_strength_moves_from_its_start_to_its_end(curve):
     made = augmenter("mask", strength_start=0.2, strength=0.8, strength_curve=curve)
     quarter = 0.25 if curve == "linear" else (1 - math.sqrt(0.5)) / 2
     for progress, share in ((0.0, 0.0), (0.25, quarter), (0.5, 0.5), (1.0, 1.0)):
         assert made.strength(progress) == pytest.approx(0.2 + 0.6 * share)
+    assert augmenter("mask", strength=0.7, strength_curve=curve).strength(0.3) == 0.7
 
 
-def test_strength_stands_still_without_a_start():
-    made = augmenter("mask", strength=0.7, strength_curve="cosine")
-    assert [made.strength(progress) for progress in (0.0, 0.3, 1.0)] == [0.7] * 3
-
-
-@pytest.mark.parametrize("method", ["nn", "mask", "noise", *PARTNERED, "nn+noise", "mask|mixup"])
+@pytest.mark.parametrize("method", ["nn", "nn+noise", "mask|mixup"])
 def test_strength_reaches_every_link(method):
     equal(run(method, strength=0.0)[0], Z, atol=1e-12)
     moved = [float((run(method, strength=s) - Z).norm()) for s in (0.1, 1.0)]
     assert 1e-3 < moved[0] < moved[1]
 
 
-@pytest.mark.parametrize(
-    ("method", "name", "value"),
-    [
-        ("mask", "ratio", 0.3), ("cutmix", "ratio", 0.3), ("noise", "sigma", 0.2),
-        ("extrapolate", "scale", 1.0),
-    ],
-)  # fmt: skip
-def test_half_the_strength_is_half_the_size(method, name, value):
-    doubled, plain = ({method: {name: factor * value}} for factor in (2, 1))
-    equal(run(method, strength=0.5, **doubled), run(method, **plain), atol=1e-12)
+# --- neighbours
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"choice": "consensus", "top_k": 4}])
+def test_nn_finds_the_nearest_entries(options):
+    made = augmenter("nn", nn=options)
+    out = made(Z, OTHER, random_of(4), 1.0)[0]
+    nearest = nearest_entries(made, Z, options.get("top_k", 1))
+    choice = options.get("choice", "random")
+    equal(out, augment("nn", Z, random_of(4), nearest, choice=choice))
+
+
+@pytest.mark.parametrize(("distance", "found"), [("cosine", 0), ("truncated", 1)])
+def test_nn_distance_reaches_the_search(distance, found):
+    """The first dimension of z is wild: by cosine it decides alone, truncated it counts little."""
+    z, wild, calm = (torch.ones(1, DIM) for _ in range(3))
+    z[0, 0] = wild[0, 0] = 8.0
+    wild[0, 1:13] = -1.0  # twelve others disagree
+    made = augmenter("nn", filled=0, min_fill=2, nn={"distance": distance})
+    made.queue.put(torch.cat([wild, calm]))
+    out = made(z, z, RowRandom.whole(torch.Generator(), 1), 1.0)[0]
+    equal(out, keep_norm((wild, calm)[found], z), atol=1e-5)
+    assert made.nearest_entry(z)[0] == found
+
+
+def test_n_features_of_nn_are_the_n_nearest_in_order_each_with_the_gradient():
+    made = augmenter("nn", nn={"top_k": 6}, num_features=3, stop_gradient=False)
+    z = Z.clone().requires_grad_()
+    out = made(z, OTHER, random_of(), 1.0)
+    equal(out, nearest_entries(made, Z, 3).transpose(0, 1))
+    out.sum().backward()
+    equal(z.grad, torch.full_like(Z, 3.0), atol=0)

@@ -4,12 +4,11 @@ They know nothing of the package but the weights: features come from the same mo
 written out here.
 """
 
-import math
 from functools import partial
 
 import torch
 
-from pretrain.features.row_random import RowRandom, fa_generator
+from pretrain.features.augmentations.base import RowRandom, fa_generator
 from pretrain.model.backbones.resnet import ResNetBackbone
 
 TINY = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
@@ -18,18 +17,6 @@ TINY = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channel
 def draw(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def cosine(a, b):
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
-
-
-def cross_entropy_by_hand(positive, negatives):
-    """-log of the positive's share."""
-    largest = max([positive, *negatives])
-    total = sum(math.exp(x - largest) for x in [positive, *negatives])
-    return largest + math.log(total) - positive
 
 
 def unit(x):

@@ -1,14 +1,11 @@
-"""Figures against loops written again; an alarm that collapsing runs raise and others do not."""
+"""An alarm that collapsing runs raise and others do not."""
 
-import json
-import math
 import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from common.errors import UserError
@@ -19,9 +16,6 @@ from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.collapse import CollapseAlarm
 from pretrain.engine.log import MetricLog
-from pretrain.model import diagnostics
-from pretrain.model.diagnostics import diagnose, similarity_histograms
-from pretrain.model.joint_embedding import StepOutput
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
@@ -34,107 +28,6 @@ TINY = {
     "engine": {"device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1},
     "eval": {"num_pictures": 0},
 }
-
-
-def step_output(n=6, d=5, seed=0, **given):
-    generator = torch.Generator().manual_seed(seed)
-    names = ("online", "target", "projection", "original", "augmented")
-    features = {name: torch.randn(n, d, generator=generator) for name in names} | given
-    return StepOutput(
-        loss=torch.zeros(()), is_augmented=True, entering=features["projection"],
-        keys=torch.stack([features["projection"]] * 2), **features,
-    )  # fmt: skip
-
-
-def cosine(a, b):
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-
-
-def mean_and_std(values):
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-
-
-def pairs_again(output):
-    online, target = output.online.tolist(), output.target.tolist()
-    n = range(len(online))
-    return {
-        "positive": [cosine(online[i], target[i]) for i in n],
-        "negative": [cosine(online[i], target[j]) for i in n for j in n if i != j],
-    }
-
-
-# --- figures
-
-
-def test_cosines_equal_loops_over_the_pairs():
-    output = step_output()
-    figures = diagnose(output)
-    for name, values in pairs_again(output).items():
-        mean, std = mean_and_std(values)
-        assert figures[f"{name}_cosine"] == pytest.approx(mean, abs=1e-6)
-        assert figures[f"{name}_cosine_std"] == pytest.approx(std, abs=1e-6)
-    moved = zip(output.original.tolist(), output.augmented.tolist(), strict=True)
-    assert figures["fa_cosine"] == pytest.approx(mean_and_std([cosine(*p) for p in moved])[0])
-    assert set(figures) == {
-        "feature_std", "effective_rank", "fa_cosine", "positive_cosine", "positive_cosine_std",
-        "negative_cosine", "negative_cosine_std",
-    }  # fmt: skip
-
-
-def test_lengths_and_the_projection_s_offspring_do_not_matter():
-    output, lengths = step_output(), torch.tensor([[0.1], [1], [2], [30], [4], [5]])
-    longer = step_output(online=output.online * lengths, target=output.target * 7)
-    for key, value in diagnose(output).items():
-        assert diagnose(longer)[key] == pytest.approx(value, abs=1e-5), key
-    other = diagnose(step_output(projection=torch.ones(6, 5)))
-    assert other["feature_std"] == pytest.approx(0, abs=1e-6)
-    assert other["effective_rank"] == 0
-    assert other["positive_cosine"] == diagnose(output)["positive_cosine"]
-
-
-def test_aligned_views_of_orthogonal_samples():
-    figures = diagnose(step_output(online=3 * torch.eye(6), target=torch.eye(6)))
-    assert figures["positive_cosine"] == pytest.approx(1)
-    assert figures["negative_cosine"] == pytest.approx(0)
-    assert figures["positive_cosine_std"] == figures["negative_cosine_std"] == 0
-
-
-def test_one_row_has_no_negatives():
-    output = step_output(n=1)
-    figures = diagnose(output)
-    assert "positive_cosine" in figures
-    assert not [key for key in figures if key.startswith("negative")]
-    assert all(math.isfinite(value) for value in figures.values())
-    assert similarity_histograms(output)["negatives"] == [0] * 20
-
-
-def test_half_precision_is_computed_in_fp32():
-    output = step_output()
-    half = step_output(online=output.online.bfloat16(), target=output.target.bfloat16())
-    assert diagnose(half)["positive_cosine"] == pytest.approx(
-        diagnose(output)["positive_cosine"], abs=0.01
-    )
-
-
-def test_histograms_count_every_pair_once():
-    output = step_output(n=40)
-    shares = similarity_histograms(output)
-    for name, values in pairs_again(output).items():
-        counts = [0] * 20
-        for value in values:
-            counts[min(int((value + 1) * 10), 19)] += 1
-        expected = [count / len(values) for count in counts]
-        assert shares[f"{name}s"] == pytest.approx(expected, abs=2 / len(values))
-        assert sum(shares[f"{name}s"]) == pytest.approx(1, abs=1e-4)
-    assert json.loads(json.dumps(shares)) == shares
-
-
-def test_histograms_hold_the_ends_of_the_range():
-    same = torch.full((3, 7), 0.1)
-    assert similarity_histograms(step_output(online=same, target=same))["positives"][-1] == 1
-    assert similarity_histograms(step_output(online=same, target=-same))["positives"][0] == 1
 
 
 # --- the alarm, row by row
@@ -226,17 +119,11 @@ def rows_of(folder, kind):
     return [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
-COLLAPSING = {
-    "simsiam-no_stop": ["objective.name=simsiam", "objective.stop_gradient=false"],
-    "byol-no_predictor": ["objective.name=byol", "fa.architecture=basic", "objective.ema_tau=0.5"],
-}
-
-
-@pytest.mark.parametrize("cell", COLLAPSING)
-def test_a_run_that_collapses_raises_the_alarm(start, cell):
-    status, folder, err = start("run", *COLLAPSING[cell])
+def test_a_run_that_collapses_raises_the_alarm(start):
+    options = ["objective.name=simsiam", "objective.stop_gradient=false"]
+    status, folder, err = start("run", *options)
     assert status == 0, err
-    event = rows_of(folder, "event")[0]  # rounding decides whether they recover and fall again
+    event = rows_of(folder, "event")[0]  # rounding decides whether it recovers and falls again
     assert event["message"].startswith("features have collapsed: std ")
     assert f"warning: {event['message']}" in err
     row = next(row for row in rows_of(folder, "train") if row["step"] == event["step"])
@@ -244,30 +131,18 @@ def test_a_run_that_collapses_raises_the_alarm(start, cell):
         assert event["collapse"][key] == row[key]
     assert event["collapse"]["num_rows"] == 5
     assert event["step"] > 5, "not from the beginning"
+    histograms = rows_of(folder, "similarity")
+    assert [row["step"] for row in histograms] == [10, 20, 24], "every tenth row and the last"
+    assert [len(histograms[-1][name]) for name in ("positives", "negatives")] == [20, 20]
 
 
-HEALTHY = {
-    "infonce": ["objective.name=infonce", "optim.base_lr=0.5"],
-    "moco-no_bn": [
-        "objective.name=moco",
-        "objective.num_negatives=64",
-        "heads.projector_hidden_bn=false",
-        "optim.base_lr=0.5",
-    ],
-    "byol": ["objective.name=byol", "optim.base_lr=0.5"],
-}
-
-
-@pytest.mark.parametrize("cell", HEALTHY)
-def test_a_run_that_does_not_collapse_raises_none(start, cell):
-    options = ["optim.epochs=5", "engine.collapse_patience=1"]
-    status, folder, err = start("run", *HEALTHY[cell], *options)
+def test_a_run_that_does_not_collapse_raises_none(start):
+    options = ["objective.name=byol", "optim.base_lr=0.5", "optim.epochs=5"]
+    status, folder, err = start("run", *options, "engine.collapse_patience=1")
     assert status == 0, err
     assert rows_of(folder, "event") == []
     assert "collapsed" not in err
-    train = rows_of(folder, "train")
-    assert all(-1 <= row["negative_cosine"] <= 1 for row in train)
-    assert all(row["positive_cosine_std"] > 0 for row in train)
+    assert all(-1 <= row["negative_cosine"] <= 1 for row in rows_of(folder, "train"))
 
 
 def test_the_demo_s_network_raises_none_from_its_first_step(start):
@@ -278,15 +153,6 @@ def test_the_demo_s_network_raises_none_from_its_first_step(start):
     assert status == 0, err
     assert rows_of(folder, "event") == []
     assert min(row["feature_std"] for row in rows_of(folder, "train")) > 0.3
-
-
-def test_histograms_go_with_every_tenth_row_and_the_last(start):
-    status, folder, err = start("run", "objective.name=infonce", "optim.epochs=12")
-    assert status == 0, err
-    found = rows_of(folder, "similarity")
-    assert [row["step"] for row in found] == [10, 20, 24]
-    assert found[-1]["epoch"] == 12
-    assert [len(found[-1][name]) for name in ("positives", "negatives")] == [20, 20]
 
 
 # --- stop
@@ -360,11 +226,3 @@ def test_rows_of_a_step_stay_when_only_its_probe_is_due_again(tmp_path):
     left = {(row["kind"], row["step"]) for row in read_json_lines(tmp_path / "metrics.jsonl")}
     expected = {(kind, step) for kind in ("train", "similarity", "event") for step in (3, 4)}
     assert left == expected | {("knn", 3)}
-
-
-def test_bins_are_those_that_the_report_assumes():
-    """It takes them as equal parts of [-1, 1], as many as the row holds."""
-    output = step_output(online=torch.eye(6), target=torch.eye(6) + 1e-3)
-    shares = similarity_histograms(output)
-    assert len(shares["positives"]) == diagnostics.NUM_BINS
-    assert shares["negatives"][10] == 1  # just above 0

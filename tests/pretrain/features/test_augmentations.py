@@ -109,6 +109,7 @@ def call(case, z, seed=1, strength=1.0, other=None):
 def test_equals_its_definition(case, strength):
     z = features()
     name, other, options = CASES[case]
+    assert call(case, z.float(), seed=4, strength=strength).dtype == torch.float32
     definition = globals()[f"define_{name}"]
     other = None if other is None else other.double().numpy()
     expected = definition(z.numpy(), other, random_of(64, 4), strength, **options)
@@ -116,14 +117,6 @@ def test_equals_its_definition(case, strength):
     out = call(case, z, seed=4, strength=strength).numpy()
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
     assert np.abs(out - z.numpy()).max() > 1e-2
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_norm_is_kept(case, strength):
-    z = features(scale=3.0)
-    out = call(case, z, strength=strength)
-    torch.testing.assert_close(out.norm(dim=1), z.norm(dim=1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,14 +133,6 @@ def test_strength_0_is_the_identity_and_draws_as_much(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_distance_grows_with_the_strength(case):
-    z = features()
-    moved = [float((call(case, z, strength=s) - z).norm()) for s in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert moved == sorted(moved)
-    assert len(set(moved)) == 5
-
-
-@pytest.mark.parametrize("case", CASES)
 def test_pure_function_of_features_and_seed(case):
     z = features()
     before = z.clone()
@@ -161,15 +146,6 @@ def test_pure_function_of_features_and_seed(case):
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_and_shape_are_kept(case, dtype):
-    z = features().to(dtype)
-    out = call(case, z)
-    assert out.dtype == dtype
-    assert out.shape == z.shape
-
-
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("nn")])
 def test_gradient_by_finite_differences(case):
     """Of the normalised result, in z and in z_j."""
@@ -181,16 +157,18 @@ def test_gradient_by_finite_differences(case):
     )
 
 
-# --- mask and cutmix
+@pytest.mark.parametrize("choice", ["random", "consensus"])
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_nn_gradient_is_straight_through(choice, strength):
+    z, weight = features(6).requires_grad_(), features(6, seed=3)
+    out = augment("nn", z, random_of(6), neighbours(6), strength=strength, choice=choice)
+    (out * weight).sum().backward()
+    assert torch.equal(z.grad, weight)
 
 
-# --- noise
-
-
-# --- mixup and extrapolate: rows and partners are different unit vectors, so that the shares show
-
-
-# --- neighbours
+def test_identity_leaves_features_as_they_are():
+    z = features()
+    assert augment("identity", z, random_of(64), strength=0.3) is z
 
 
 def test_keep_norm_of_zero_rows_stays_finite():
