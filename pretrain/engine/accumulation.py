@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -16,8 +17,9 @@ from common.errors import require
 from pretrain import collectives as dist
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig
 from pretrain.features.augmentations.base import RowRandom
-from pretrain.model.adversarial import perturb
 from pretrain.model.joint_embedding import FAContrastive, Features, StepOutput, Views
+
+Images = Float[Tensor, "n 3 s s"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,58 @@ class Gradients:
         if isinstance(self.forward, DistributedDataParallel) and not is_last:
             return self.forward.no_sync()
         return contextlib.nullcontext()
+
+
+def perturb(
+    loss_of: Callable[[Images], Float[Tensor, ""]],
+    images: Images,
+    *,
+    epsilon: float,
+    num_steps: int,
+    step_size: float | None,
+    pixel_mean: tuple[float, float, float],
+    pixel_std: tuple[float, float, float],
+    generator: torch.Generator | None = None,
+) -> Images:
+    """Pictures near the given ones at which the loss is higher.
+
+    FGSM (arXiv 1412.6572) in one step, PGD (arXiv 1706.06083) in several.
+
+    Each step moves every pixel value by ``step_size`` in the direction of the sign of its
+    gradient, then back into the bound: at most epsilon from where it was, and in 0..1. Gradients
+    are taken at the pictures only; those of the network's parameters stay as they are.
+
+    Args:
+        loss_of: The loss of normalised pictures, with a graph to them.
+        images: Normalised; of valid pixels, 0..1 before (x - mean) / std.
+        epsilon: Largest change of a pixel value, in 1/255; 0 changes nothing.
+        num_steps: At least 1.
+        step_size: In 1/255; None: one that reaches the bound, 1.25 epsilon of a single step and
+            2.5 epsilon / num_steps of several.
+        pixel_mean: Of the normalisation, RGB.
+        pixel_std: Of the normalisation, RGB.
+        generator: Draws a random start within the bound; None: the start is the picture itself.
+    Returns:
+        Normalised pictures without a graph.
+    """
+    if epsilon == 0:
+        return images.detach()
+    if step_size is None:
+        step_size = 1.25 * epsilon if num_steps == 1 else 2.5 * epsilon / num_steps
+    step = step_size / 255
+    mean, std = (images.new_tensor(x).view(1, 3, 1, 1) for x in (pixel_mean, pixel_std))
+    pixels = images.detach() * std + mean
+    low, high = (pixels - epsilon / 255).clamp(0, 1), (pixels + epsilon / 255).clamp(0, 1)
+    if generator is not None:
+        draws = torch.rand(pixels.shape, generator=generator, device=generator.device)
+        pixels = (pixels + (2 * draws.to(pixels) - 1) * epsilon / 255).clamp(low, high)
+    for _ in range(num_steps):
+        with torch.enable_grad():
+            candidate = pixels.detach().requires_grad_()
+            loss = loss_of((candidate - mean) / std)
+        (gradient,) = torch.autograd.grad(loss, candidate)
+        pixels = (pixels + step * gradient.sign()).clamp(low, high)
+    return (pixels - mean) / std
 
 
 def _as_it_is(z: Tensor) -> Tensor:

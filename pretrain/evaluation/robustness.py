@@ -18,9 +18,9 @@ from common.resnet import read_arch
 from pretrain.config import HeadConfig
 from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples
+from pretrain.engine.accumulation import perturb
 from pretrain.evaluation.probe import normalise
 from pretrain.features.memory_bank import SupportQueue
-from pretrain.model.adversarial import perturb
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import OnlineNetwork
 

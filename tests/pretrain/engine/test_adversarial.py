@@ -8,9 +8,8 @@ import torch
 
 from common.errors import UserError
 from pretrain.config import AdversarialConfig, DataConfig, OptimConfig, load_config
-from pretrain.engine.accumulation import Gradients
-from pretrain.features.row_random import fa_generator
-from pretrain.model.adversarial import perturb, step_length
+from pretrain.engine.accumulation import Gradients, perturb
+from pretrain.features.augmentations.base import fa_generator
 from pretrain.objectives.base import Pair
 from pretrain.run import make_trainer
 from tests.pretrain.model.references import compare, enter
@@ -70,7 +69,10 @@ def test_pgd_finds_more_than_fgsm_where_the_loss_is_curved(attack):
     def loss_of(x):
         return -((to_pixels(x) - at) ** 2).sum()
 
-    fgsm = loss_of(attack(loss_of, grey, epsilon=8.0))
+    first = attack(loss_of, grey, epsilon=8.0)
+    change = to_pixels(first) - to_pixels(grey)
+    torch.testing.assert_close(change, torch.full_like(change, 8 / 255), atol=1e-6, rtol=0)
+    fgsm = loss_of(first)
     pgd = loss_of(attack(loss_of, grey, epsilon=8.0, num_steps=40))
     assert fgsm < loss_of(grey) < pgd
 
@@ -80,12 +82,6 @@ def test_step_size_bounds_a_step(pictures, attack):
     moved = attack(linear(torch.ones(1)), inside, num_steps=2, step_size=0.5)
     change = to_pixels(moved) - to_pixels(inside)
     torch.testing.assert_close(change, torch.full_like(change, 1 / 255), atol=1e-6, rtol=0)
-
-
-def test_unset_step_reaches_the_bound():
-    assert step_length(4, 1, None) == 5
-    assert step_length(4, 10, None) == 1
-    assert step_length(4, 10, 3.0) == 3
 
 
 def test_random_start_depends_on_the_generator_alone(pictures, attack):
@@ -103,12 +99,6 @@ def test_random_start_depends_on_the_generator_alone(pictures, attack):
 
 def test_nothing_moves_at_epsilon_0(pictures, attack):
     assert torch.equal(attack(linear(torch.ones(1)), pictures, epsilon=0), pictures)
-
-
-@pytest.mark.parametrize("wrong", [{"epsilon": -1}, {"num_steps": 0}, {"step_size": 0}])
-def test_impossible_arguments(pictures, attack, wrong):
-    with pytest.raises(ValueError, match="epsilon must be >= 0, num_steps >= 1 and step_size > 0"):
-        attack(linear(torch.ones(1)), pictures, **wrong)
 
 
 # --- as an option of pretraining
@@ -130,11 +120,6 @@ def gradients(model, **optim):
 GENERATOR = partial(fa_generator, 0, 3, torch.device("cpu"))
 
 
-def loss_of(model, views):
-    twin = copy.deepcopy(model)
-    return float(twin.online(views, compare(twin, views, GENERATOR())).loss.detach())
-
-
 def attacked(model, views, *, micro=0, **adversarial):
     return gradients(model, micro_batch_size=micro).attacked(
         views, GENERATOR, 0.5, AdversarialConfig(**adversarial), DATA
@@ -150,7 +135,7 @@ def prediction_loss(model, views):
         return float(twin.objective.loss(pair, twin.objective_state))
 
 
-@pytest.mark.parametrize("objective", ["byol", "simsiam", "infonce", "moco"])
+@pytest.mark.parametrize("objective", ["byol", "infonce"])
 def test_view_1_predicts_view_2_worse_and_view_2_stays(make_model, views, objective):
     model = make_model(objective, method="nn")
     model.queue.put(torch.randn(64, 12))
@@ -160,12 +145,6 @@ def test_view_1_predicts_view_2_worse_and_view_2_stays(make_model, views, object
     assert torch.equal(moved[1], views[1])
     change = (to_pixels(moved[0]) - to_pixels(views[0])).abs()
     assert 0.0009 / 255 < change.max() < 0.0011 / 255
-
-
-def test_whole_loss_rises_where_gradient_reaches_both_branches(make_model, views):
-    model = make_model("infonce", method="none")
-    moved = attacked(model, views, epsilon=0.001)
-    assert loss_of(model, moved) > loss_of(model, views)
 
 
 def test_more_steps_raise_it_further(make_model, views):
