@@ -132,7 +132,15 @@ def write_devkit(
         (voc / f"ImageSets/Main/{name}.txt").write_text("".join(f"{key}\n" for key in pictures))
         for number, (key, objects) in enumerate(pictures.items()):
             write_picture(voc / f"JPEGImages/{key}.jpg", objects, side, number)
-            text = "".join(_object_xml(classes[item.label], item) for item in objects)
+            text = ""
+            for item in objects:
+                x0, y0, x1, y1 = (int(value) for value in item.box)
+                text += (
+                    f"<object><name>{classes[item.label]}</name><pose>Unspecified</pose>"
+                    f"<truncated>0</truncated><difficult>{int(item.difficult)}</difficult><bndbox>"
+                    f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+                    "</bndbox></object>"
+                )
             (voc / f"Annotations/{key}.xml").write_text(
                 f"<annotation><filename>{key}.jpg</filename><size><width>{side}</width>"
                 f"<height>{side}</height><depth>3</depth></size>{text}</annotation>"
@@ -141,15 +149,6 @@ def write_devkit(
                    "metric_year": metric_year}  # fmt: skip
     (root / "dataset.json").write_text(json.dumps(description))
     return root
-
-
-def _object_xml(name: str, item: TrueBox) -> str:
-    x0, y0, x1, y1 = (int(value) for value in item.box)
-    return (
-        f"<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated>"
-        f"<difficult>{int(item.difficult)}</difficult><bndbox><xmin>{x0 + 1}</xmin>"
-        f"<ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
-    )
 
 
 def write_coco(

@@ -1,4 +1,4 @@
-"""Pictures for the golden gates: the same pixels and the same PNG bytes on every machine."""
+"""Pictures and shards for the golden gates: the same pixels on every machine."""
 
 import io
 import struct
@@ -6,8 +6,11 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
+
+from tools.make_shards import main as make_shards
 
 
 def pixels(seed: int, height: int, width: int, *, noise: int = 24) -> np.ndarray:
@@ -38,11 +41,10 @@ def png(image: np.ndarray) -> bytes:
     length = struct.pack("<HH", len(lines), len(lines) ^ 0xFFFF)
     stored = b"\x78\x01\x01" + length + lines + struct.pack(">I", zlib.adler32(lines))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", stored), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
+    contents = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + stored, b"IEND"):
+        contents += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return contents
 
 
 def encode(image: np.ndarray, kind: str, **options: object) -> bytes:
@@ -59,3 +61,25 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+CLASSES = ("blue", "green", "red")
+CLASS_SHARE = 0.25  # how much of a picture its class decides: neither all nor none is recognised
+
+
+def labelled_shards(folder: Path, *, num: int, seed: int) -> Path:
+    """Pack `num` pictures of three classes, by tools/make_shards.py, 10 in a tar."""
+    random = np.random.default_rng(seed)
+    for i in range(num):
+        height, width = 40 + i % 20, 60 - i % 20
+        coarse = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        picture = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(float)
+        colour = np.eye(3)[i % 3] * 255
+        picture = (1 - CLASS_SHARE) * picture + CLASS_SHARE * colour
+        path = folder / "pictures" / CLASSES[i % 3] / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), picture.round().astype(np.uint8))
+    shards = folder / "shards"
+    options = ["--max-samples-per-shard", "10", "--num-workers", "1"]
+    assert make_shards([str(folder / "pictures"), str(shards), *options]) == 0
+    return shards

@@ -11,7 +11,7 @@ import torch
 from common.resnet import Arch
 from pretrain.model.resnet import ResNet
 from tests.golden.gate import check
-from tests.golden.tiny_data import labelled_shards
+from tests.golden.pictures import labelled_shards
 from tests.golden.training import fill_weights
 from tools.linear_eval import main as linear_eval
 

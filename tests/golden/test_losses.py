@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from pretrain.__main__ import main as pretrain
 from tests.golden.gate import check, digest
-from tests.golden.tiny_data import labelled_shards
+from tests.golden.pictures import labelled_shards
 from tests.golden.training import CELLS, TWO_RANKS, float64_is_kept, run
 
 ROOT = Path(__file__).parents[2]
@@ -30,31 +29,12 @@ def test_twenty_steps_in_float64(name: str) -> None:
 
 @pytest.mark.ddp
 def test_ten_steps_in_two_ranks(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     out = tmp_path / "results.json"
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("losses_worker.py")), str(out)]
-    workers = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        for worker in workers:
-            printed, _ = worker.communicate(timeout=240)
-            assert worker.returncode == 0, printed
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.communicate()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "tests.golden.training", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert list(results) == list(TWO_RANKS)
     figures = {name: figures for name, (figures, _) in results.items()}

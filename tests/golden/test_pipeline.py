@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pretrain.__main__ import main as pretrain
 from pretrain.data.pack.plan import ShardOptions, SourcePicture
 from pretrain.data.pack.writer import write_shards
 from tests.golden.gate import check, digest
@@ -31,15 +32,10 @@ TINY = {
     "objective": {"name": "byol"},
     "fa": {"method": "nn", "queue_size": 32, "min_fill": 16},
     "optim": {"name": "lars", "epochs": 8, "base_lr": 2.0, "warmup_epochs": 1},
-    "engine": {
-        "device": "cpu",
-        "precision": "fp32",
-        "num_threads": 1,
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 7,
-    },
+    "engine": {"device": "cpu", "precision": "fp32", "num_threads": 1, "log_every_steps": 1,
+               "checkpoint_every_steps": 7},
     "eval": {"num_pictures": 0, "knn_k": 5},
-}
+}  # fmt: skip
 STEPS = 40  # 8 epochs of 40 pictures
 KILLED_AFTER = 17  # the checkpoint is that of step 14
 
@@ -95,7 +91,7 @@ def test_smoke_pipeline(tmp_path: Path) -> None:
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    """The command of a tiny run of pretraining, but for `out`."""
+    """The arguments of a tiny run of pretraining, but for `out`."""
     generator = np.random.default_rng(0)
     pictures = []
     for i in range(40):
@@ -105,8 +101,7 @@ def words(tmp_path: Path) -> list[str]:
         pictures.append(SourcePicture(str(path), path.name, i % 2))
     write_shards(pictures, tmp_path / "shards", options=ShardOptions(max_samples_per_shard=10))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    script = str(ROOT / "tools/pretrain.sh")
-    return ["bash", script, str(tmp_path / "tiny.yaml"), f"data.shards={tmp_path / 'shards'}"]
+    return [str(tmp_path / "tiny.yaml"), f"data.shards={tmp_path / 'shards'}"]
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -118,14 +113,11 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def test_a_killed_run_resumes_with_the_same_losses(words: list[str], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*words, f"out={whole}"], env=ENVIRONMENT, check=True, capture_output=True)
+    assert pretrain([*words, f"out={whole}"]) == 0
     process = subprocess.Popen(
-        [*words, f"out={cut}"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+        ["bash", str(ROOT / "tools/pretrain.sh"), *words, f"out={cut}"], env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
         while len(rows_of(cut)) < KILLED_AFTER:
@@ -138,9 +130,7 @@ def test_a_killed_run_resumes_with_the_same_losses(words: list[str], tmp_path: P
     assert not (cut / "summary.json").exists(), "killed too late"
     assert len(rows_of(cut)) < STEPS
     assert (cut / "checkpoint.pth").exists()
-    subprocess.run(
-        [*words, f"out={cut}", "--resume"], env=ENVIRONMENT, check=True, capture_output=True
-    )
+    assert pretrain([*words, f"out={cut}", "--resume"]) == 0
     keys = ("step", "epoch", "loss", "lr", "fa_cosine", "fa_active", "effective_rank")
     found = [[{key: row[key] for key in keys} for row in rows_of(out)] for out in (whole, cut)]
     assert [row["step"] for row in found[0]] == list(range(1, STEPS + 1))

@@ -1,6 +1,5 @@
 """Gate (h): exit statuses of the programs. 0 done, 1 it went wrong, 2 a mistake, 130 Ctrl-C."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -173,103 +172,84 @@ def test_exit_statuses() -> None:
     check("exit_statuses", found)
 
 
-def started(*words: str) -> subprocess.Popen:
-    """A script or a Python program of tools/, as people start it."""
-    name = ROOT / "tools" / words[0]
-    interpreter = "bash" if name.suffix == ".sh" else sys.executable
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [interpreter, str(name), *words[1:]],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
-
-
-def real_status(*words: str) -> int:
-    process = started(*words)
-    process.communicate(timeout=600)
-    return process.returncode
-
-
 @pytest.mark.slow
 def test_exit_statuses_of_what_went_wrong(place: Path) -> None:
-    shards = "wrong/shards"
-    small = ("--num-pool", "8", "--num-train", "8", "--num-test", "4")
-    thin = str(CONFIGS / "detection/thin_R50_C4.yaml")
-    both = ("good/checkpoint.pth", "good/backbone.pkl")
-    found = {
-        "make_shards": real_status("make_shards.py", "in", shards, "--num-workers", "1"),
-        "make_shards --verify": real_status("make_shards.py", shards, "--verify"),
-        "make_dataset": real_status("make_dataset.py", "procedural", "wrong/set", *small),
-        "pretrain": real_status("pretrain.sh", "tiny.yaml", f"data.shards={shards}", "out=good"),
-        "pretrain, not finite": real_status(
-            "pretrain.sh", "tiny.yaml", f"data.shards={shards}", "out=bad", "optim.base_lr=1e30"
-        ),
-        "convert_to_d2": real_status("convert_to_d2.py", *both),
-        "convert_to_d2 --verify": real_status("convert_to_d2.py", "--verify", *both),
-        "run_pipeline, a stage fails": real_status(
-            *("run_pipeline.py", "smoke", "--out", "flow", "--until", "pretrain"),
-            "pretrain.overrides.optim.base_lr=1e30",
-        ),
-        "linear_eval": real_status(
-            *("linear_eval.py", "good/checkpoint.pth", "epochs=1", "image_size=32"),
-            *("--train", shards, "--val", shards, "--out", "good/linear"),
-        ),
-    }  # fmt: skip
-    other = ("pretrain.sh", "tiny.yaml", f"data.shards={shards}", "out=other", "seed=1")
-    assert real_status(*other) == 0
-    found["convert_to_d2 --verify, not the same"] = real_status(
-        "convert_to_d2.py", "--verify", "other/checkpoint.pth", "good/backbone.pkl"
-    )
-    for name in ("JPEGImages/1.jpg", "Annotations/1.xml", "ImageSets/Main/train.txt"):
-        path = place / "junk/VOC2007" / name
+    small = ["--num-pool", "8", "--num-train", "8", "--num-test", "4"]
+    both, pool = ["good/checkpoint.pth", "good/backbone.pkl"], "data.shards=wrong/shards"
+    junk = ["JPEGImages/1.jpg", "Annotations/1.xml", "ImageSets/Main/train.txt"]
+    for path in (place / "junk/VOC2007" / name for name in junk):
         path.parent.mkdir(parents=True)
-        path.write_text(name)
-    found["run_trials, a run fails"] = real_status(
-        *("run_trials.py", "--init", "random", "--config", thin, "--data", "voc", "--seeds", "1"),
-        *("--out", "wrong/trials", "--", "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "4"),
+        path.write_text(path.name)
+    runs = {
+        "make_shards": ["in", "wrong/shards", "--num-workers", "1"],
+        "make_shards --verify": ["wrong/shards", "--verify"],
+        "make_dataset": ["procedural", "wrong/set", *small],
+        "pretrain": ["tiny.yaml", pool, "out=good"],
+        "pretrain, not finite": ["tiny.yaml", pool, "out=bad", "optim.base_lr=1e30"],
+        "convert_to_d2": both,
+        "convert_to_d2 --verify": ["--verify", *both],
+        "run_pipeline, a stage fails": [
+            *("smoke", "--out", "flow", "--until", "pretrain"),
+            "pretrain.overrides.optim.base_lr=1e30",
+        ],
+        "linear_eval": [
+            *("good/checkpoint.pth", "epochs=1", "image_size=32", "--train", "wrong/shards"),
+            *("--val", "wrong/shards", "--out", "good/linear"),
+        ],
+        "run_trials, a run fails": [
+            *("--init", "random", "--config", "THIN", "--data", "voc", "--seeds", "1"),
+            *("--out", "wrong/trials", "--", "SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "4"),
+        ],
+        "train_voc, set is damaged": [
+            *("random", "--config", "THIN", "--data", "junk", "--out", "wrong/voc"),
+        ],
+    }
+    found = {case: status(case.split(",")[0].split()[0], words) for case, words in runs.items()}
+    assert status("pretrain", ["tiny.yaml", pool, "out=other", "seed=1"]) == 0
+    found["convert_to_d2 --verify, not the same"] = status(
+        "convert_to_d2", ["--verify", "other/checkpoint.pth", "good/backbone.pkl"]
     )
-    found["train_voc, set is damaged"] = real_status(
-        "train_voc.sh", "random", "--config", thin, "--data", "junk", "--out", "wrong/voc"
-    )
-    shard = next((place / shards).glob("*.tar"))
+    shard = next((place / "wrong/shards").glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
-    found["make_shards --verify, damaged"] = real_status("make_shards.py", shards, "--verify")
+    found["make_shards --verify, damaged"] = status("make_shards", ["wrong/shards", "--verify"])
     check("exit_statuses_slow", found)
 
 
-def interrupted(process: subprocess.Popen, reached: Callable[[], bool]) -> int:
-    """Ctrl-C as soon as `reached`; returns the exit status."""
+def interrupted(reached: Callable[[], bool], *words: str) -> int:
+    """The exit status of a script of tools/ that gets Ctrl-C as soon as `reached`."""
+    interpreter = "bash" if words[0].endswith(".sh") else sys.executable
+    process = subprocess.Popen(
+        [interpreter, str(ROOT / "tools" / words[0]), *words[1:]],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     deadline = time.monotonic() + 300
     try:
         while not reached():
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-        return process.returncode
+        return process.wait(timeout=120)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_heard_ctrl_c")
 def test_exit_statuses_after_ctrl_c(place: Path) -> None:
-    assert real_status("make_shards.py", "in", "stopped/shards", "--num-workers", "1") == 0
-    run = ("tiny.yaml", "data.shards=stopped/shards", "out=stopped/run", "optim.epochs=1000")
-    metrics = place / "stopped/run/metrics.jsonl"
-    log = place / "stopped/flow/logs/data.log"
+    assert status("make_shards", ["in", "stopped/shards", "--num-workers", "1"]) == 0
+    metrics, log = place / "stopped/run/metrics.jsonl", place / "stopped/flow/logs/data.log"
     found = {
         "pretrain": interrupted(
-            started("pretrain.sh", *run), lambda: metrics.exists() and metrics.stat().st_size > 0
+            lambda: metrics.exists() and metrics.stat().st_size > 0,
+            *("pretrain.sh", "tiny.yaml", "data.shards=stopped/shards", "out=stopped/run"),
+            "optim.epochs=1000",
         ),
         "run_pipeline": interrupted(
-            started(
-                *("run_pipeline.py", "smoke", "--out", "stopped/flow", "--until", "data"),
-                "data.options.num_pool=20000",
-            ),
             log.exists,
+            *("run_pipeline.py", "smoke", "--out", "stopped/flow", "--until", "data"),
+            "data.options.num_pool=20000",
         ),
     }
     check("exit_statuses_ctrl_c", found)

@@ -1,4 +1,4 @@
-"""Twenty optimiser steps of small cells in float64: what test_losses.py and its workers run.
+"""Twenty optimiser steps of small cells in float64: what test_losses.py and its ranks run.
 
 Weights, views and labels come from numpy's generators, whose numbers are the same on every
 processor. The code casts features to fp32 where autocast must not reach (`Tensor.float`); in
@@ -6,10 +6,13 @@ float64 that cast is left out here, so that rounding stays near 1e-16.
 """
 
 import contextlib
+import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.config import read_settings
 from pretrain import collectives as dist
-from pretrain.config import (
-    AdversarialConfig,
-    DataConfig,
-    FAConfig,
-    HeadConfig,
-    OptimConfig,
-)
+from pretrain.config import AdversarialConfig, DataConfig, FAConfig, HeadConfig, OptimConfig
+from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.optim import lr_factor, make_optimizer, peak_lr, set_lr
 from pretrain.features.augmentations.base import fa_generator
@@ -218,3 +216,13 @@ def run(cell: Cell, num_steps: int = NUM_STEPS) -> tuple[dict[str, Any], str]:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return float(sum(x.detach().double().square().sum() for x in tensors) ** 0.5)
+
+
+if __name__ == "__main__":  # one of two Gloo ranks of test_losses.py; the argument is a file
+    torch.set_num_threads(1)
+    rendezvous.start("cpu")
+    with float64_is_kept():
+        results = {name: run(CELLS[name], NUM_STEPS_OF_RANKS) for name in TWO_RANKS}
+    if dist.rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    rendezvous.stop()

@@ -157,9 +157,9 @@ def bytes_of(search):
     """The largest tensor that is made, and the most that is alive at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         search()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    sizes = [size for _, size in changes]
+    events: list = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    sizes = [size for _, size in sorted(changes)]
     return max(sizes), max(itertools.accumulate(sizes))
 
 

@@ -4,6 +4,7 @@ They know nothing of the package but the weights: features come from the same mo
 written out here.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -17,6 +18,11 @@ TINY = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channel
 def draw(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
 def unit(x):

@@ -13,14 +13,9 @@ from pretrain.objectives.infonce import infonce_loss
 from pretrain.objectives.moco import moco_loss
 from pretrain.objectives.simclr import nt_xent_loss
 from pretrain.objectives.simsiam import negative_cosine_loss
-from tests.pretrain.model.references import draw
+from tests.pretrain.model.references import cosine, draw
 
 # --- written again as loops over lists of numbers
-
-
-def cosine(a, b):
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
 def cross_entropy(positive, negatives):
@@ -87,15 +82,14 @@ def test_byol_and_simsiam_equal_a_loop(n, d):
 @pytest.mark.parametrize(("n", "m", "first"), [(1, 1, 0), (4, 4, 0), (3, 9, 3), (3, 9, 6)])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_infonce_and_nt_xent_equal_a_loop(n, m, first, temperature):
-    given = draw(n, 6, seed=n), draw(m, 6, seed=m + 50), draw(m, 6, seed=m + 70)
+    rows, columns, others = draw(n, 6, seed=1), draw(m, 6, seed=2), draw(m, 6, seed=3)
     options = {"temperature": temperature, "first_positive": first}
-    for loss, by_hand, num in (
-        (infonce_loss, infonce_by_hand, 2),
-        (nt_xent_loss, nt_xent_by_hand, 3),
-    ):
-        expected = by_hand(*(x.tolist() for x in given[:num]), temperature, first)
-        assert abs(float(loss(*given[:num], **options)) - expected) < 1e-12
-        single = loss(*(x.float() for x in given[:num]), **options)
+    losses: list = [(infonce_loss, infonce_by_hand, [rows, columns])]
+    losses += [(nt_xent_loss, nt_xent_by_hand, [rows, columns, others])]
+    for loss, by_hand, inputs in losses:
+        expected = by_hand(*(x.tolist() for x in inputs), temperature, first)
+        assert abs(float(loss(*inputs, **options)) - expected) < 1e-12
+        single = loss(*(x.float() for x in inputs), **options)
         assert abs(float(single) - expected) < 1e-6 * max(1.0, expected)
 
 
