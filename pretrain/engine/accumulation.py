@@ -204,7 +204,6 @@ def perturb(
     step_size: float | None,
     pixel_mean: tuple[float, float, float],
     pixel_std: tuple[float, float, float],
-    generator: torch.Generator | None = None,
 ) -> Images:
     """Pictures near the given ones at which the loss is higher.
 
@@ -223,7 +222,6 @@ def perturb(
             2.5 epsilon / num_steps of several.
         pixel_mean: Of the normalisation, RGB.
         pixel_std: Of the normalisation, RGB.
-        generator: Draws a random start within the bound; None: the start is the picture itself.
     Returns:
         Normalised pictures without a graph.
     """
@@ -235,9 +233,6 @@ def perturb(
     mean, std = (images.new_tensor(x).view(1, 3, 1, 1) for x in (pixel_mean, pixel_std))
     pixels = images.detach() * std + mean
     low, high = (pixels - epsilon / 255).clamp(0, 1), (pixels + epsilon / 255).clamp(0, 1)
-    if generator is not None:
-        draws = torch.rand(pixels.shape, generator=generator, device=generator.device)
-        pixels = (pixels + (2 * draws.to(pixels) - 1) * epsilon / 255).clamp(low, high)
     for _ in range(num_steps):
         with torch.enable_grad():
             candidate = pixels.detach().requires_grad_()

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from common.resnet import Arch
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.resnet import ResNet
 
 FULL_WIDTH = {
@@ -104,3 +105,11 @@ def test_features_are_the_mean_over_the_last_map():
         features = backbone(images)
     assert maps[0].shape == (2, 512, 3, 2)
     torch.testing.assert_close(features, maps[0].mean(dim=(2, 3)))
+
+
+def test_settings_are_those_of_the_network():
+    sizes = {"depth": 50, "width_per_group": 8, "stem_channels": 12, "res2_channels": 32}
+    network = ResNetBackbone(**sizes).build(0.25)
+    assert network.arch == Arch(**sizes)
+    assert network.output_dim == 8 * 32
+    assert network.get_parameter("layer1.0.bn3.weight")[0].item() == 0.25
