@@ -216,7 +216,7 @@ def perturb(
     Args:
         loss_of: The loss of normalised pictures, with a graph to them.
         images: Normalised; of valid pixels, 0..1 before (x - mean) / std.
-        epsilon: Largest change of a pixel value, in 1/255; 0 changes nothing.
+        epsilon: Largest change of a pixel value, in 1/255; above 0.
         num_steps: At least 1.
         step_size: In 1/255; None: one that reaches the bound, 1.25 epsilon of a single step and
             2.5 epsilon / num_steps of several.
@@ -225,8 +225,6 @@ def perturb(
     Returns:
         Normalised pictures without a graph.
     """
-    if epsilon == 0:
-        return images.detach()
     if step_size is None:
         step_size = 1.25 * epsilon if num_steps == 1 else 2.5 * epsilon / num_steps
     step = step_size / 255

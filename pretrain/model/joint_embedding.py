@@ -33,44 +33,6 @@ Features = Float[Tensor, "2 n d"]
 NUM_BINS = 20  # of a step's histograms, from cosine -1 to 1
 
 
-def mlp(
-    input_dim: int,
-    hidden_dim: int,
-    output_dim: int,
-    *,
-    num_layers: int,
-    last_bn: bool = False,
-    last_bn_affine: bool = True,
-    hidden_bn: bool = True,
-    dropout: float = 0.0,
-) -> nn.Sequential:
-    """Linear layers with BN and ReLU between them (BYOL, NNCLR: 2 and 3 layers).
-
-    Args:
-        input_dim: Width of the input.
-        hidden_dim: Width of every hidden layer.
-        output_dim: Width of the output.
-        num_layers: Linear layers, at least 1.
-        last_bn: A BN after the last layer as well (NNCLR's projector).
-        last_bn_affine: Whether that BN has a scale and shift (SimSiam's projector: no).
-        hidden_bn: BN in the hidden layers; without it they have a bias (MoCo v2's projector).
-        dropout: Share of hidden units set to 0 in training, after each ReLU; no layer if 0.
-    """
-    layers: list[nn.Module] = []
-    for _ in range(num_layers - 1):
-        layers.append(nn.Linear(input_dim, hidden_dim, bias=not hidden_bn))
-        if hidden_bn:
-            layers.append(nn.BatchNorm1d(hidden_dim))
-        layers.append(nn.ReLU(inplace=True))
-        if dropout > 0:
-            layers.append(nn.Dropout(dropout))
-        input_dim = hidden_dim
-    layers.append(nn.Linear(input_dim, output_dim, bias=not last_bn))
-    if last_bn:
-        layers.append(nn.BatchNorm1d(output_dim, affine=last_bn_affine))
-    return nn.Sequential(*layers)
-
-
 class OnlineNetwork(nn.Module):
     """Backbone f, projector g, predictor q: what gradients train and DDP wraps.
 
@@ -122,94 +84,6 @@ class OnlineNetwork(nn.Module):
         ]
         zero = torch.zeros((), device=next(self.parameters()).device)
         return sum((0 * p.sum() for part in rest for p in part.parameters()), zero)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The loss with its graph; the rest is detached and of the direction 1 -> 2, [n, d].
-
-    Attributes:
-        loss: Of this process's rows, both directions.
-        online: What predicts, as the loss sees it.
-        target: What is predicted, as the loss sees it.
-        projection: t_2, before anything is done to it.
-        original: What A took.
-        augmented: What A made of it (its first feature).
-        is_augmented: Whether A was more than the identity.
-        entering: What the support queue takes after the optimiser step.
-        keys: Both views' t, for what the objective keeps: [2, n, d].
-    """
-
-    loss: Float[Tensor, ""]
-    online: Tensor
-    target: Tensor
-    projection: Tensor
-    original: Tensor
-    augmented: Tensor
-    is_augmented: bool
-    entering: Tensor
-    keys: Features
-
-    def figures(self) -> dict[str, float]:
-        """What the features look like.
-
-        Returns:
-            ``feature_std``, ``effective_rank``: of the projections, see the functions.
-            ``fa_cosine``: mean cosine between what FA took and what it made.
-            ``positive_cosine``, ``negative_cosine``: mean cosine between what predicts and what is
-            predicted, for the two views of a sample and for views of two samples; ``.._std`` is
-            the deviation over the pairs. A single row has no negatives: their keys are absent.
-        """
-        moved = functional.cosine_similarity(self.original.float(), self.augmented.float(), dim=1)
-        figures = {
-            "feature_std": feature_std(self.projection),
-            "effective_rank": effective_rank(self.projection),
-            "fa_cosine": float(moved.mean()),
-        }
-        for name, cosines in self._cosines().items():
-            if len(cosines):
-                figures[f"{name}_cosine"] = float(cosines.mean())
-                figures[f"{name}_cosine_std"] = float(cosines.std(correction=0))
-        return figures
-
-    def histograms(self) -> dict[str, list[float]]:
-        """Share of the positive and of the negative pairs in each of ``NUM_BINS`` equal bins."""
-        shares = {}
-        for name, cosines in self._cosines().items():
-            counts = torch.histc(cosines.cpu(), bins=NUM_BINS, min=-1, max=1)
-            shares[f"{name}s"] = [round(x, 6) for x in (counts / max(len(cosines), 1)).tolist()]
-        return shares
-
-    def _cosines(self) -> dict[str, Tensor]:
-        """Of what predicts with what is predicted: n positives, n (n - 1) negatives."""
-        online, target = (
-            functional.normalize(x.float(), dim=1) for x in (self.online, self.target)
-        )
-        cosines: Float[Tensor, "n n"] = (online @ target.T).clamp(-1, 1)
-        others = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
-        return {"positive": cosines.diagonal(), "negative": cosines[others]}
-
-
-def feature_std(z: Float[Tensor, "n d"]) -> float:
-    """Mean std per dimension of the normalised features, times sqrt(d) (SimSiam, section 4.1).
-
-    About 1 for features spread over the sphere, 0 when collapsed.
-    """
-    normalised = functional.normalize(z.float(), dim=1)
-    return float(normalised.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5)
-
-
-def effective_rank(z: Float[Tensor, "n d"]) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy & Vetterli, 2007).
-
-    Of the centred, normalised features: between 1 and min(n, d); 0 if all rows are the same.
-    """
-    normalised = functional.normalize(z.double(), dim=1)
-    singular = torch.linalg.svdvals(normalised - normalised.mean(dim=0))
-    total = singular.sum()
-    if total <= 1e-12 * z.shape[0]:
-        return 0.0
-    return float(torch.exp(torch.special.entr(singular / total).sum()))
 
 
 class FAContrastive(nn.Module):
@@ -375,3 +249,129 @@ class FAContrastive(nn.Module):
                 keys = torch.cat([o.keys for o in outputs], dim=1)
                 keys = torch.stack([dist.gather(view) for view in keys])
                 self.objective.after_update(self.memory, keys)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The loss with its graph; the rest is detached and of the direction 1 -> 2, [n, d].
+
+    Attributes:
+        loss: Of this process's rows, both directions.
+        online: What predicts, as the loss sees it.
+        target: What is predicted, as the loss sees it.
+        projection: t_2, before anything is done to it.
+        original: What A took.
+        augmented: What A made of it (its first feature).
+        is_augmented: Whether A was more than the identity.
+        entering: What the support queue takes after the optimiser step.
+        keys: Both views' t, for what the objective keeps: [2, n, d].
+    """
+
+    loss: Float[Tensor, ""]
+    online: Tensor
+    target: Tensor
+    projection: Tensor
+    original: Tensor
+    augmented: Tensor
+    is_augmented: bool
+    entering: Tensor
+    keys: Features
+
+    def figures(self) -> dict[str, float]:
+        """What the features look like.
+
+        Returns:
+            ``feature_std``, ``effective_rank``: of the projections, see the functions.
+            ``fa_cosine``: mean cosine between what FA took and what it made.
+            ``positive_cosine``, ``negative_cosine``: mean cosine between what predicts and what is
+            predicted, for the two views of a sample and for views of two samples; ``.._std`` is
+            the deviation over the pairs. A single row has no negatives: their keys are absent.
+        """
+        moved = functional.cosine_similarity(self.original.float(), self.augmented.float(), dim=1)
+        figures = {
+            "feature_std": feature_std(self.projection),
+            "effective_rank": effective_rank(self.projection),
+            "fa_cosine": float(moved.mean()),
+        }
+        for name, cosines in self._cosines().items():
+            if len(cosines):
+                figures[f"{name}_cosine"] = float(cosines.mean())
+                figures[f"{name}_cosine_std"] = float(cosines.std(correction=0))
+        return figures
+
+    def histograms(self) -> dict[str, list[float]]:
+        """Share of the positive and of the negative pairs in each of ``NUM_BINS`` equal bins."""
+        shares = {}
+        for name, cosines in self._cosines().items():
+            counts = torch.histc(cosines.cpu(), bins=NUM_BINS, min=-1, max=1)
+            shares[f"{name}s"] = [round(x, 6) for x in (counts / max(len(cosines), 1)).tolist()]
+        return shares
+
+    def _cosines(self) -> dict[str, Tensor]:
+        """Of what predicts with what is predicted: n positives, n (n - 1) negatives."""
+        online, target = (
+            functional.normalize(x.float(), dim=1) for x in (self.online, self.target)
+        )
+        cosines: Float[Tensor, "n n"] = (online @ target.T).clamp(-1, 1)
+        others = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+        return {"positive": cosines.diagonal(), "negative": cosines[others]}
+
+
+def feature_std(z: Float[Tensor, "n d"]) -> float:
+    """Mean std per dimension of the normalised features, times sqrt(d) (SimSiam, section 4.1).
+
+    About 1 for features spread over the sphere, 0 when collapsed.
+    """
+    normalised = functional.normalize(z.float(), dim=1)
+    return float(normalised.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5)
+
+
+def effective_rank(z: Float[Tensor, "n d"]) -> float:
+    """Exponential of the entropy of the normalised singular values (Roy & Vetterli, 2007).
+
+    Of the centred, normalised features: between 1 and min(n, d); 0 if all rows are the same.
+    """
+    normalised = functional.normalize(z.double(), dim=1)
+    singular = torch.linalg.svdvals(normalised - normalised.mean(dim=0))
+    total = singular.sum()
+    if total <= 1e-12 * z.shape[0]:
+        return 0.0
+    return float(torch.exp(torch.special.entr(singular / total).sum()))
+
+
+def mlp(
+    input_dim: int,
+    hidden_dim: int,
+    output_dim: int,
+    *,
+    num_layers: int,
+    last_bn: bool = False,
+    last_bn_affine: bool = True,
+    hidden_bn: bool = True,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Linear layers with BN and ReLU between them (BYOL, NNCLR: 2 and 3 layers).
+
+    Args:
+        input_dim: Width of the input.
+        hidden_dim: Width of every hidden layer.
+        output_dim: Width of the output.
+        num_layers: Linear layers, at least 1.
+        last_bn: A BN after the last layer as well (NNCLR's projector).
+        last_bn_affine: Whether that BN has a scale and shift (SimSiam's projector: no).
+        hidden_bn: BN in the hidden layers; without it they have a bias (MoCo v2's projector).
+        dropout: Share of hidden units set to 0 in training, after each ReLU; no layer if 0.
+    """
+    layers: list[nn.Module] = []
+    for _ in range(num_layers - 1):
+        layers.append(nn.Linear(input_dim, hidden_dim, bias=not hidden_bn))
+        if hidden_bn:
+            layers.append(nn.BatchNorm1d(hidden_dim))
+        layers.append(nn.ReLU(inplace=True))
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+        input_dim = hidden_dim
+    layers.append(nn.Linear(input_dim, output_dim, bias=not last_bn))
+    if last_bn:
+        layers.append(nn.BatchNorm1d(output_dim, affine=last_bn_affine))
+    return nn.Sequential(*layers)

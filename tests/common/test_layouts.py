@@ -231,6 +231,7 @@ def test_no_layout_fits() -> None:
             "positive",
         ),
         ({"depth": 20, "width_per_group": 1, "stem_channels": 64, "res2_channels": 64}, "depth 20"),
+        ({"name": "toy", "width": 3}, r"arch\.name is 'toy': only a ResNet's checkpoint can"),
     ],
 )
 def test_impossible_arch_is_refused(value: object, message: str) -> None:

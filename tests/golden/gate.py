@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def check(
     committed = json.loads(path.read_text())
     differences = list(_differences(name, committed, measured, rtol, atol))
     assert not differences, "\n".join(differences[:20])
+
+
+def exit_status(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Of a program called in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as end:  # argparse
+        return int(end.code or 0)
 
 
 def _on_one_line(match: re.Match[str]) -> str:

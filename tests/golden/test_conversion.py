@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.golden.detection_inputs import ARCHS, backbone
-from tests.golden.gate import check, digest
+from tests.golden.gate import check, digest, exit_status
 from tools import convert_to_d2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,10 +173,7 @@ def test_moving_averages(tmp_path: Path) -> None:
 
 
 def in_process(arguments: list[str]) -> int:
-    try:
-        return convert_to_d2.main(arguments)
-    except SystemExit as stopped:  # argparse
-        return int(stopped.code or 0)
+    return exit_status(convert_to_d2.main, arguments)
 
 
 def as_program(arguments: list[str]) -> int:

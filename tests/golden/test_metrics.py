@@ -30,21 +30,14 @@ _SIZES = ("APs", "APm", "APl")
 def write_set(data: DetectionSet, root: Path) -> tuple[list[str], dict[str, list[FoundBox]]]:
     """A random set as a devkit; returns class names and detections by picture."""
     names = [f"{number:06d}" for number in range(data.num_images)]
-    objects = {
-        name: [
-            TrueBox(item.label, (item.box[0] - 1, item.box[1] - 1, *item.box[2:]), item.difficult)
-            for item in data.truth if item.image == number
-        ]
-        for number, name in enumerate(names)
-    }  # fmt: skip
-    found = {
-        name: [
-            FoundBox(item.label, item.score, item.box)
-            for item in data.found
-            if item.image == number
-        ]
-        for number, name in enumerate(names)
-    }
+    objects: dict[str, list[TrueBox]] = {name: [] for name in names}
+    found: dict[str, list[FoundBox]] = {name: [] for name in names}
+    for item in data.truth:
+        x0, y0, x1, y1 = item.box
+        box = TrueBox(item.label, (x0 - 1, y0 - 1, x1, y1), item.difficult)
+        objects[names[item.image]].append(box)
+    for item in data.found:
+        found[names[item.image]].append(FoundBox(item.label, item.score, item.box))
     classes = [f"class{label}" for label in range(data.num_classes)]
     write_devkit(root, classes, {"test": objects}, side=256)
     return classes, found

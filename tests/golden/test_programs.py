@@ -15,7 +15,7 @@ from PIL import Image
 
 from pretrain.__main__ import main as pretrain
 from tests.detection.tiny_detection import make_voc
-from tests.golden.gate import check
+from tests.golden.gate import check, exit_status
 from tools.ablate import main as ablate
 from tools.convert_to_d2 import main as convert_to_d2
 from tools.linear_eval import main as linear_eval
@@ -154,10 +154,7 @@ def status(program: str, words: list[str]) -> int:
         "THIN": str(CONFIGS / "detection/thin_R50_C4.yaml"),
         "STUDY": str(CONFIGS / "studies/stop_gradient.yaml"),
     }
-    try:
-        return PROGRAMS[program]([places.get(word, word) for word in words])
-    except SystemExit as end:  # argparse
-        return int(end.code or 0)
+    return exit_status(PROGRAMS[program], [places.get(word, word) for word in words])
 
 
 def test_exit_statuses() -> None:

@@ -82,10 +82,6 @@ def test_step_size_bounds_a_step(pictures, attack):
     torch.testing.assert_close(change, torch.full_like(change, 1 / 255), atol=1e-6, rtol=0)
 
 
-def test_nothing_moves_at_epsilon_0(pictures, attack):
-    assert torch.equal(attack(linear(torch.ones(1)), pictures, epsilon=0), pictures)
-
-
 # --- as an option of pretraining
 
 DATA = DataConfig(pixel_mean=MEAN, pixel_std=STD)

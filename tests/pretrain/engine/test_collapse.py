@@ -1,8 +1,6 @@
 """An alarm that collapsing runs raise and others do not."""
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from pretrain.__main__ import main
 from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.collapse import CollapseAlarm
-from pretrain.engine.log import MetricLog
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
@@ -198,31 +195,3 @@ def test_the_checkpoint_is_there_before_the_others_hear_of_it(start, monkeypatch
     monkeypatch.setattr(dist, "total_of", total_of)
     assert start("run", *ALWAYS, "engine.on_collapse=stop")[0] == 1
     assert saved == [(0, False), (1, True)]
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_two_processes_stop_together(shards, tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    command = ["bash", ROOT / "tools" / "pretrain.sh", path, f"out={tmp_path}/run"]
-    done = subprocess.run(
-        [*map(str, command), f"data.shards={shards}", *ALWAYS, "engine.on_collapse=stop"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "error: features have collapsed: " in done.stderr
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["step"] == 2
-
-
-def test_rows_of_a_step_stay_when_only_its_probe_is_due_again(tmp_path):
-    log = MetricLog(tmp_path, -1, -1)
-    for kind in ("train", "similarity", "event", "knn"):
-        for step in (3, 4, 5):
-            log.write(kind, step)
-    log.close()
-    MetricLog(tmp_path, 4, 3).close()
-    left = {(row["kind"], row["step"]) for row in read_json_lines(tmp_path / "metrics.jsonl")}
-    expected = {(kind, step) for kind in ("train", "similarity", "event") for step in (3, 4)}
-    assert left == expected | {("knn", 3)}

@@ -106,16 +106,6 @@ def test_chunks_change_nothing(n, m, chunk_rows, distance, seed):
     np.testing.assert_allclose(found, best(naive, k)[0], atol=1e-6)  # equal but for ties
 
 
-def test_chunks_change_no_bit_where_sums_are_exact():
-    """Components of +-1/4 in 16 dimensions: unit length, and every sum is a multiple of 1/16."""
-    z, bank = random_rows(50, 16, seed=1).sign() / 4, random_rows(60, 16, seed=2).sign() / 4
-    whole, expected = top_k(z, bank, 7)
-    for chunk_rows in (1, 3, 7, 49, 50, 51):
-        similarity, indices = top_k(z, bank, 7, chunk_rows=chunk_rows)
-        assert torch.equal(similarity, whole)
-        assert torch.equal(indices, expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("distance", ["cosine", "truncated"])
 def test_half_precision_bank_is_searched_in_single(dtype, distance, monkeypatch):
