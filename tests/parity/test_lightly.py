@@ -19,7 +19,7 @@ from pretrain.objectives.infonce import infonce_loss
 from pretrain.objectives.moco import moco_loss
 from pretrain.objectives.simclr import nt_xent_loss
 from pretrain.objectives.simsiam import negative_cosine_loss
-from pretrain.objectives.swav import sinkhorn, swav_loss
+from pretrain.objectives.swav import prototype_scores, sinkhorn, swav_loss
 
 PEER = os.environ.get("FA_PEER_PYTHON")
 pytestmark = [
