@@ -32,8 +32,8 @@ from common.pictures import BadPicture, decode
 from common.provenance import versions
 from pretrain.config import HeadConfig
 from pretrain.data.loader import ViewDataset
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.engine.device import choose_device

@@ -30,8 +30,8 @@ from benchmarks import harness
 from common.checkpoints import checksum
 from common.errors import RunFailed
 from common.files import read_json_lines
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
 from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

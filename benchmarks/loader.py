@@ -36,8 +36,9 @@ from torch.utils.data import DataLoader
 from benchmarks import harness
 from benchmarks.harness import SEED, VIEWS, two_view_dataset
 from benchmarks.peers.transform_recipes import MEAN, STD, PillowViews
-from pretrain.data.augment import augment, draw_parameters, normalize
+from pretrain.data.input_pipeline import augment, normalize
 from pretrain.data.loader import Loader, ViewBatch
+from pretrain.data.policy import draw_parameters
 from pretrain.data.shards import ShardIndex
 
 Work = Callable[[], object]

@@ -14,10 +14,10 @@ from typing import Literal
 from common.config import read_settings
 from common.errors import UserError, at_least, positive, require, within_0_and_1
 from common.registry import with_sections
+from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
 from pretrain.data.policy import AugmentationPolicy
-from pretrain.data.sources.cache import CacheOptions
-from pretrain.data.sources.remote import Patience
+from pretrain.data.remote import Patience
 from pretrain.features.augmentations.base import (
     FeatureAugmentation,
     NeighbourAugmentation,

@@ -16,12 +16,13 @@ from PIL import Image, ImageDraw, ImageOps
 
 from common.errors import UserError, require, run_command
 from common.pictures import BadPicture, decode
-from pretrain.data.augment import Drawn, augment
 from pretrain.data.augmentations.blur import Blur, blur_kernel_size
 from pretrain.data.augmentations.grey import Grey
 from pretrain.data.augmentations.jitter import Jitter
 from pretrain.data.augmentations.operation import Operation
 from pretrain.data.augmentations.solarize import Solarize
+from pretrain.data.input_pipeline import augment
+from pretrain.data.policy import Drawn
 
 _EXAMPLE = """example:
   .venv/bin/python tools/augmentation_sheet.py photo.jpg docs/images/augmentation.jpg --size 128

@@ -13,15 +13,14 @@ from common.errors import UserError, printable, require, run_command
 from common.files import write_json
 from common.slurm import add_slurm_option
 from pipeline.datasets.importers import open_source
-from pretrain.data.pack.info import (
+from pretrain.data.pack import Cluster, WriteReport, write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.shard_info import (
     VerifyReport,
     format_info,
     gather_info,
-    save_pictures,
     verify_shards,
 )
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import Cluster, WriteReport, write_shards
 from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
@@ -34,7 +33,7 @@ examples:
   .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train \\
       --submitit slurm --num-tasks 16 --slurm-partition cpu --num-workers 8
   .venv/bin/python tools/make_shards.py data/shards --verify
-  .venv/bin/python tools/make_shards.py data/shards --info --pictures sheet.jpg
+  .venv/bin/python tools/make_shards.py data/shards --info
 
 A killed run goes on where it stopped when the same command is given again.
 Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong arguments or input.
@@ -89,7 +88,6 @@ def parser() -> argparse.ArgumentParser:
     add("--info", action="store_true", help="say what a set holds: sizes, formats, classes")
     add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE",
         help="with --info: write it as JSON too; with --check: say it as JSON")  # fmt: skip
-    add("--pictures", type=Path, metavar="FILE", help="with --info: write a sheet of pictures too")
     group = main_parser.add_argument_group("several tasks, through submitit")
     add = group.add_argument
     add("--submitit", choices=("local", "slurm"), help="where tasks run; OUT must be shared")
@@ -110,8 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Pack, verify, describe; returns the exit status."""
-    require(options.info or options.check or not (options.json or options.pictures),
-            "--json and --pictures need --info")  # fmt: skip
+    require(options.info or options.check or not options.json, "--json needs --info")
     require(options.max_bad >= 0, "--max-bad must not be negative")
     num_workers = options.num_workers
     if num_workers is None:
@@ -131,9 +128,6 @@ def run(options: argparse.Namespace) -> int:
         print(printable(format_info(info)))
         if options.json is not None:
             write_json(options.json, asdict(info))
-        if options.pictures is not None:
-            count = save_pictures(index, options.pictures)
-            print(f"{options.pictures}: {count} pictures")
     return status
 
 

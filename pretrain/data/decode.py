@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from common.errors import require
 from common.pictures import BadPicture, decode, decode_fast, read_header
-from pretrain.data.augment import draw_parameters
-from pretrain.data.policy import ViewPolicy
+from pretrain.data.policy import ViewPolicy, draw_parameters
 from pretrain.data.random_numbers import draw_uniforms
 
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform

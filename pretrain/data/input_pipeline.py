@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -18,12 +19,13 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
-from pretrain.data.augment import augment, draw_parameters, normalize
-from pretrain.data.loader import Loader, ViewBatch, ViewDataset
+from pretrain.data.loader import Loader, ReusedMemory, ViewBatch, ViewDataset
+from pretrain.data.policy import Drawn, draw_parameters
 from pretrain.data.shards import open_samples
-from pretrain.data.streaming.loader import StreamingLoader
+from pretrain.data.streaming import StreamingLoader
 
 BAD_SAMPLES = "bad_samples.jsonl"
+_MEMORY = ReusedMemory()  # its own: blocks of other sizes would push these out
 
 
 @dataclass(frozen=True)
@@ -219,3 +221,52 @@ def _handed_over(ready: DeviceBatch, done: torch.cuda.Event) -> DeviceBatch:
 def in_workers(photometric: str, device: torch.device) -> bool:
     """Whether the loader's processes make the photometric changes; ``auto``: without a GPU."""
     return photometric == "workers" or (photometric == "auto" and device.type == "cpu")
+
+
+def augment(images: Tensor, drawn: Drawn, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Change and normalise a batch, each sample with its own parameters.
+
+    Args:
+        images: uint8 [n, 3, s, s], RGB, on any device.
+        drawn: From `draw_parameters`.
+        mean: Per channel, for values in 0..1.
+        std: Per channel, for values in 0..1.
+    Returns:
+        float32 [n, 3, s, s].
+    """
+    x = images.contiguous().float().mul_(1 / 255)  # in this order: a quarter of the time
+    for operation, parameters in drawn:
+        operation.change_batch(x, parameters)
+    shift, scale = (torch.tensor(values, dtype=x.dtype).view(1, 3, 1, 1) for values in (mean, std))
+    shift = shift.to(x.device, non_blocking=True)
+    scale = 1 / scale.to(x.device, non_blocking=True)
+    return x.sub_(shift).mul_(scale)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Only normalise: for pictures whose photometric changes are done.
+
+    On the CPU picture by picture, so that one stays in the cache, and into memory that is used
+    again.
+
+    Args:
+        images: uint8 [*, 3, s, s], RGB, on any device.
+        mean: Per channel, for values in 0..1.
+        std: Per channel, for values in 0..1.
+    Returns:
+        float32 [*, 3, s, s], lying channels-last in memory.
+    """
+    deviation = torch.tensor(std, dtype=torch.float32)
+    scale = (1 / (255 * deviation)).to(images.device, non_blocking=True)
+    shift = torch.tensor(mean, dtype=torch.float32) / deviation
+    shift = shift.to(images.device, non_blocking=True)
+    pixels = images.movedim(-3, -1)
+    if images.device.type != "cpu":
+        return pixels.float().mul_(scale).sub_(shift).movedim(-1, -3)
+    size = images.shape[-1]
+    rows = pixels.reshape(-1, images.shape[-2], 3 * size)  # pixels of a line in a row: long loops
+    scale, shift = scale.repeat(size), shift.repeat(size)
+    out = _MEMORY.tensor(tuple(rows.shape), np.float32)
+    for picture, floats in zip(rows, out, strict=True):
+        floats.copy_(picture).mul_(scale).sub_(shift)
+    return out.view(pixels.shape).movedim(-1, -3)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -25,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError, require
 from pretrain.data.decode import Sample, ViewWriter
-from pretrain.data.memory import ReusedMemory
 from pretrain.data.order import (
     LastBatch,
     OrderedSamples,
@@ -39,9 +39,53 @@ from pretrain.data.order import (
 from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import Samples
 
-_MEMORY = ReusedMemory()
 _CHUNK = 64  # samples whose encoded pictures a worker holds at once
 _MAX_REPLACEMENTS = 32  # stand-ins tried for one bad sample before giving up
+_MAX_KEPT = 4  # blocks of memory that lie idle; a batch ahead and one in use need two
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+class ReusedMemory:
+    """Hands out tensors; the memory of those that are gone, views of them included, comes again.
+
+    First touching new memory would cost several times more.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[np.ndarray] = []
+        self._lock = threading.RLock()  # a tensor may vanish in any thread, at any moment
+
+    def tensor(self, shape: tuple[int, ...], dtype: type[np.generic]) -> torch.Tensor:
+        """A tensor on the CPU with any content.
+
+        Args:
+            shape: Its shape.
+            dtype: NumPy's type of its elements.
+        """
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        block = self._take(num_bytes)
+        # The tensor's storage keeps this very array, and nothing else does.
+        held = block.view(dtype).reshape(shape)
+        weakref.finalize(held, self._give_back, block).atexit = False
+        return torch.from_numpy(held)
+
+    def _take(self, num_bytes: int) -> np.ndarray:
+        with self._lock:
+            for position, block in enumerate(self._idle):
+                if block.nbytes == num_bytes:
+                    return self._idle.pop(position)
+        return np.empty(num_bytes, np.uint8)  # NumPy asks for huge pages
+
+    def _give_back(self, block: np.ndarray) -> None:
+        with self._lock:
+            self._idle.append(block)
+            if len(self._idle) > _MAX_KEPT:
+                self._idle.pop(0)
+
+
+_MEMORY = ReusedMemory()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
+
 from common.config import unknown
 from common.errors import UserError, require
 from common.registry import with_sections
-from pretrain.data.augmentations.operation import Operation
+from pretrain.data.augmentations.operation import Operation, Parameters
+from pretrain.data.random_numbers import draw_uniforms
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,34 @@ class AugmentationPolicy:
     def views(self) -> tuple[ViewPolicy, ViewPolicy]:
         """Both views."""
         return self.view1, self.view2
+
+
+Drawn = list[tuple[Operation, Parameters]]
+
+
+def draw_parameters(
+    view: ViewPolicy,
+    sample_hashes: np.ndarray,
+    repeats: np.ndarray | int,
+    *,
+    seed: int,
+    view_index: int,
+) -> Drawn:
+    """The operations of a view, in their order, with the parameters of each sample of a batch.
+
+    Args:
+        view: The policy.
+        sample_hashes: int64 [n], the samples' hashed names.
+        repeats: int64 [n], how often each sample was due before; or one number for all.
+        seed: Seed of the run.
+        view_index: 0 or 1.
+    """
+    drawn = []
+    for operation in view.operations:
+        purpose, first = operation.stream
+        numbers = draw_uniforms(
+            purpose, sample_hashes, repeats, operation.num_draws, seed=seed,
+            view_index=view_index, first=first,
+        )  # fmt: skip
+        drawn.append((operation, operation.draw(numbers)))
+    return drawn

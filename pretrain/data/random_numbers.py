@@ -80,7 +80,7 @@ def _base(purpose: str, seed: int, kind: int, view_index: int) -> int:
 
 
 def uniforms(
-    sample_hashes: np.ndarray, base: np.ndarray | int, num_draws: int, first: int = 0
+    sample_hashes: np.ndarray, base: np.ndarray | np.uint64 | int, num_draws: int, first: int = 0
 ) -> np.ndarray:
     """Counter-based uniform numbers in [0, 1): SplitMix64's mixer over (base, hash, draw).
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, require
+from pretrain.data.cache import CacheOptions, touch
 from pretrain.data.index import NO_LABEL, scan_shard
 from pretrain.data.order import SourceSizes
 from pretrain.data.random_numbers import stable_hash
-from pretrain.data.sources.cache import CacheOptions, touch
-from pretrain.data.sources.opening import RemoteTars, Source, open_source
-from pretrain.data.sources.remote import displayed
+from pretrain.data.remote import displayed
+from pretrain.data.sources import RemoteTars, Source, open_source
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
 _MAX_NAMED_SHARDS = 8  # whose keys are kept in memory
@@ -141,7 +141,7 @@ class ShardIndex(Samples):
         self.sources = [SourceSizes(self.shard_sizes)]
         self.options: dict[str, Any] = index["options"]
         self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
-        self.is_remote = source.tars.is_remote
+        self.is_remote = isinstance(source.tars, RemoteTars)
         hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
         self.fingerprint = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.data.pack.plan import SourcePicture
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import SourcePicture
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.evaluation import robustness

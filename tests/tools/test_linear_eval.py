@@ -15,8 +15,8 @@ import torch
 
 from common.resnet import Arch
 from pipeline.report.charts import linear_chart
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
 from pretrain.engine import checkpoint
 from pretrain.model.resnet import ResNet
 from tools import linear_eval as tool

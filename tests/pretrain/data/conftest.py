@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.pack.plan import ShardOptions
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import sources, write_pictures
 
@@ -29,3 +29,9 @@ def shard_folder(picture_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def index(shard_folder: Path) -> ShardIndex:
     return ShardIndex.open(shard_folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test leaves an index in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))

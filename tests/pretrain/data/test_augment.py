@@ -7,10 +7,10 @@ import torchvision.transforms.v2.functional as reference
 from PIL import Image
 from torch import Tensor
 
-from pretrain.data.augment import Drawn, augment, draw_parameters, normalize
 from pretrain.data.augmentations.blur import blur_kernel_size
 from pretrain.data.augmentations.jitter import ORDERS
-from pretrain.data.policy import PRESETS, preset_view
+from pretrain.data.input_pipeline import augment, normalize
+from pretrain.data.policy import PRESETS, Drawn, draw_parameters, preset_view
 from tests.pretrain.data.picture_helpers import smooth_picture
 
 NUM, SIZE = 48, 64

@@ -3,7 +3,7 @@ import gc
 import numpy as np
 import pytest
 
-from pretrain.data.memory import ReusedMemory
+from pretrain.data.loader import ReusedMemory
 
 
 def test_memory_comes_again_when_the_tensor_is_gone() -> None:

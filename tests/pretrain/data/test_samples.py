@@ -6,11 +6,10 @@ import torch
 
 from common.pictures import decode
 from pretrain.data import loader as samples
-from pretrain.data.augment import draw_parameters
 from pretrain.data.decode import crop, draw_crops
 from pretrain.data.loader import Loader, ViewBatch, ViewDataset
 from pretrain.data.order import OrderedSamples
-from pretrain.data.policy import AugmentationPolicy
+from pretrain.data.policy import AugmentationPolicy, draw_parameters
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 

@@ -15,11 +15,11 @@ from webdataset.writer import ShardWriter
 
 from common.errors import UserError
 from common.pictures import decode
+from pretrain.data import sources as opening
+from pretrain.data.cache import CacheOptions
 from pretrain.data.index import sample_hash
-from pretrain.data.pack.info import verify_shards
+from pretrain.data.shard_info import verify_shards
 from pretrain.data.shards import ShardIndex
-from pretrain.data.sources import opening
-from pretrain.data.sources.cache import CacheOptions
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, smooth_picture
 
 

@@ -23,8 +23,8 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
-from pretrain.data.augment import augment, draw_parameters
-from pretrain.data.policy import PRESETS, AugmentationPolicy
+from pretrain.data.input_pipeline import augment
+from pretrain.data.policy import PRESETS, AugmentationPolicy, draw_parameters
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.device import uses_bf16

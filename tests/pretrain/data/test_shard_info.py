@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from pretrain.data.pack.info import (
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.shard_info import (
     MAX_REMOTE_SHARDS,
     choose_samples,
     format_info,
     gather_info,
     save_pictures,
 )
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import write_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 from tools import make_shards

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from pretrain.data import remote
+from pretrain.data import remote as download
 from pretrain.data.index import tar_files
-from pretrain.data.sources import remote
-from pretrain.data.sources import remote as download
-from pretrain.data.sources.remote import Patience
-from pretrain.data.streaming.byte_stream import RemoteStream, open_stream
-from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
+from pretrain.data.remote import Patience
+from pretrain.data.streaming import RemoteStream, open_stream
+from tests.pretrain.data.servers import Faulty, Handler, faulty
 
 PATIENCE = Patience(retries=2, timeout_seconds=2)
 FILES = {  # sizes at and beside multiples of 512, an empty file, a name above 100 characters

@@ -19,19 +19,18 @@ from hypothesis import strategies as st
 from webdataset.filters import shuffle
 
 from common.errors import UserError
+from pretrain.data import remote
+from pretrain.data import streaming as reader_module
 from pretrain.data.decode import Sample
 from pretrain.data.index import sample_hash
 from pretrain.data.loader import ViewBatch, ViewDataset
 from pretrain.data.order import OrderedSamples
 from pretrain.data.policy import AugmentationPolicy
+from pretrain.data.remote import Patience
 from pretrain.data.shards import ShardIndex, open_samples
-from pretrain.data.sources import remote
-from pretrain.data.sources.remote import Patience
-from pretrain.data.streaming import reader as reader_module
-from pretrain.data.streaming.loader import StreamingLoader
-from pretrain.data.streaming.reader import Reader, StreamSource, open_sources
+from pretrain.data.streaming import Reader, StreamingLoader, StreamSource, open_sources
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
-from tests.pretrain.data.sources.servers import faulty, s3_server
+from tests.pretrain.data.servers import faulty, s3_server
 
 SIZE = 16
 VIEWS = AugmentationPolicy.of("asymmetric").views

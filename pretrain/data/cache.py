@@ -19,90 +19,24 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import UserError, require
 from common.files import lock_file, locked, unlock
 from pretrain.data.random_numbers import stable_hash
-from pretrain.data.sources.remote import Patience, RemoteFile, displayed, download, look
+from pretrain.data.remote import Patience, RemoteFile, displayed, download, look
 
 _GROWTH_BYTES = 64 << 20  # reserved at a time for a download of unknown size
 NUM_FETCHERS = 4  # shards fetched side by side by one process
 _MIN_SHARDS = 4  # that the bound must hold, unless the set has fewer
 _WAIT_SECONDS = 0.05
-
-
-class TooMuchError(Exception):
-    """More bytes came than were announced."""
-
-
-class YieldError(Exception):
-    """Downloads of unknown size stand in each other's way: this one must begin again later."""
-
-
-class PartialFile:
-    """A download in flight: reserves its space, hashes what comes; a sink for `download`."""
-
-    GROWING = ".growing"  # ends the name if the size is not known
-
-    def __init__(self, cache: "ShardCache", path: Path, size: int | None) -> None:
-        self._cache, self._size = cache, size
-        self.path = path if size is not None else path.with_name(path.name + self.GROWING)
-        self.path.unlink(missing_ok=True)  # of a killed process
-        self._reserved, self._file = 0, -1
-        self._num_bytes, self._digest = 0, hashlib.sha256()
-        self._reserve(size or 0)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-
-    def _reserve(self, extra: int) -> None:
-        try:
-            self._cache.reserve(self.path, extra, is_growing=self._size is None)
-        except BaseException as error:
-            self.discard()
-            if isinstance(error, OSError):
-                raise disk_error(error, self._cache.folder) from error
-            raise
-        self._reserved += extra
-
-    def write(self, data: bytes) -> None:
-        """Append bytes."""
-        missing = self._num_bytes + len(data) - self._reserved
-        if missing > 0 and self._size is not None:
-            raise TooMuchError
-        if missing > 0:
-            limit = self._cache.max_bytes // 16
-            self._reserve(max(missing, min(_GROWTH_BYTES, limit)))
-        try:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(self._file, memoryview(data)[done:], self._num_bytes + done)
-        except OSError as error:
-            raise disk_error(error, self._cache.folder) from error
-        self._digest.update(data)
-        self._num_bytes += len(data)
-
-    def restart(self) -> None:
-        """Forget everything; the space stays reserved."""
-        self._num_bytes, self._digest = 0, hashlib.sha256()
-
-    def finish(self) -> tuple[int, str]:
-        """Make the file durable; its bytes and SHA-256."""
-        os.ftruncate(self._file, self._num_bytes)
-        os.fsync(self._file)
-        return self._num_bytes, self._digest.hexdigest()
-
-    def discard(self) -> None:
-        """Close, and remove what is left under the temporary name."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        self.path.unlink(missing_ok=True)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_error(error: OSError, folder: Path) -> UserError:
     """The error of the cache's disk, with a remedy."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return UserError(
             f"{folder}: the disk is full ({error.strerror}); free space, lower data.cache_gb, or "
             "put data.cache_dir on another disk"
@@ -143,20 +77,16 @@ def files_of(folder: Path) -> list[tuple[int, int, Path]]:
 
 
 def extend(path: Path, extra: int) -> None:
-    """Make a file larger by bytes that the disk really has."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        size = os.fstat(file).st_size
+    """Make a file larger by bytes that the disk really has, where it can say so."""
+    with open(path, "ab") as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            if extra > 0 and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file, size, extra)
-                return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if extra > 0:
+                os.posix_fallocate(file.fileno(), size, extra)
+        except (OSError, AttributeError) as error:  # Linux alone has it, and not for all disks
+            if getattr(error, "errno", None) in _FULL:
                 raise
-        os.ftruncate(file, size + extra)
-    finally:
-        os.close(file)
+            os.ftruncate(file.fileno(), size + extra)
 
 
 @dataclass(frozen=True)
@@ -204,7 +134,7 @@ class ShardCache:
         UserError: If the folder cannot be made or written.
     """
 
-    def __init__(self, options: CacheOptions, remedy: str = "") -> None:
+    def __init__(self, options: CacheOptions, remedy: str = "run again") -> None:
         self.options, self.remedy = options, remedy
         self.folder, self.max_bytes = options.place, options.max_bytes
         self._shards, self._partial = self.folder / "shards", self.folder / "partial"
@@ -248,12 +178,10 @@ class ShardCache:
         with self.lock(shard.sha256):
             if (descriptor := self._open_cached(shard)) is not None:
                 return descriptor
-            file = RemoteFile(shard.url, shard.size, "")
-            if not shard.url.startswith("pipe:"):
-                file = look(shard.url, self.options.patience)
-            if file.size is not None and file.size != shard.size:
-                raise self._changed(shard, f"{file.size:,} bytes instead of {shard.size:,}")
-            return self._fetch(file, shard.size, shard.sha256, shard)[0]
+            file = look(shard.url, self.options.patience)
+            if file.size not in (None, shard.size):
+                raise self._changed(shard.url, f"{file.size:,} bytes instead of {shard.size:,}")
+            return self._fetch(replace(file, size=shard.size), shard.sha256, shard)[0]
 
     def ensure(self, shards: list[RemoteShard]) -> None:
         """Fetch what is missing, several shards side by side; as many as the bound holds.
@@ -305,50 +233,64 @@ class ShardCache:
             raise self._too_large(displayed(file.url), file.size)
         name = stable_hash(file.url, file.version).hex()
         with self.lock(name):
-            descriptor, (num_bytes, sha256) = self._fetch(file, file.size, name, None)
-        if not file.url.startswith("pipe:"):
-            now = look(file.url, self.options.patience)
-            if (now.size, now.version) != (file.size, file.version):
-                os.close(descriptor)
-                raise UserError(f"{displayed(file.url)}: changed while it was fetched; run again")
-        return descriptor, num_bytes, sha256
+            if file.size is None:  # two that grow could wait for each other
+                with self.lock("growing"):
+                    fetched = self._fetch(file, name, None)
+            else:
+                fetched = self._fetch(file, name, None)
+        now = look(file.url, self.options.patience)
+        if (now.size, now.version) != (file.size, file.version):
+            os.close(fetched[0])
+            raise UserError(f"{displayed(file.url)}: changed while it was fetched; run again")
+        return fetched
 
     def _fetch(
-        self, file: RemoteFile, size: int | None, name: str, shard: RemoteShard | None
-    ) -> tuple[int, tuple[int, str]]:
-        """Download under the lock `name`, which the caller holds; give the descriptor and facts."""
-        while True:
-            sink = PartialFile(self, self._partial / name, size)
-            try:
-                download(file, sink, self.options.patience)
-                facts = sink.finish()
-                if shard is not None and facts != (shard.size, shard.sha256):
-                    what = f"{facts[0]:,} bytes instead of {shard.size:,}"
-                    if facts[0] == shard.size:
-                        what = "its SHA-256 is not the one in the index"
-                    raise self._changed(shard, what)
-                descriptor = os.open(sink.path, os.O_RDONLY)  # before others may throw it out
-                with self._space_lock():
-                    os.replace(sink.path, self._shards / f"{facts[1]}.tar")
-                touch(descriptor)
-                return descriptor, facts
-            except YieldError:
-                sink.discard()
-                time.sleep(20 * _WAIT_SECONDS)
-            except TooMuchError:
-                if shard is not None:
-                    raise self._changed(shard, f"more than {shard.size:,} bytes") from None
-                raise UserError(
-                    f"{displayed(file.url)}: more bytes than announced; run again"
-                ) from None
-            except OSError as error:
-                raise disk_error(error, self.folder) from error
-            finally:
-                sink.discard()
+        self, file: RemoteFile, name: str, shard: RemoteShard | None
+    ) -> tuple[int, int, str]:
+        """Download under the lock `name`, which the caller holds.
+
+        Args:
+            file: With its size, unless it is not known.
+            name: Of the partial file.
+            shard: What the index says of it, if there is one.
+        Returns:
+            File descriptor, bytes, SHA-256.
+        """
+        partial, digest, num_bytes = self._partial / name, hashlib.sha256(), 0
+        try:
+            partial.unlink(missing_ok=True)  # of a killed process
+            reserved = file.size or 0
+            self._reserve(partial, reserved)
+            with open(partial, "r+b", buffering=0) as stream:
+                for data in download(file, self.options.patience):
+                    num_bytes += len(data)
+                    if (missing := num_bytes - reserved) > 0:
+                        if file.size is not None:
+                            raise self._changed(file.url, f"more than {file.size:,} bytes")
+                        extra = max(missing, min(_GROWTH_BYTES, self.max_bytes // 16))
+                        self._reserve(partial, extra)
+                        reserved += extra
+                    digest.update(data)
+                    while data:
+                        data = data[stream.write(data) :]
+                stream.truncate(num_bytes)
+                os.fsync(stream.fileno())
+            sha256 = digest.hexdigest()
+            if shard is not None and sha256 != shard.sha256:
+                raise self._changed(file.url, "its SHA-256 is not the one in the index")
+            descriptor = os.open(partial, os.O_RDONLY)  # before others may throw it out
+            with self._space_lock():
+                os.replace(partial, self._shards / f"{sha256}.tar")
+            touch(descriptor)
+            return descriptor, num_bytes, sha256
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     # -- space ------------------------------------------------------------------------------------
 
-    def reserve(self, partial: Path, extra: int, *, is_growing: bool) -> None:
+    def _reserve(self, partial: Path, extra: int) -> None:
         """Reserve bytes for a download, throwing out the least recently used shards.
 
         Waits while other downloads fill the cache.
@@ -357,15 +299,12 @@ class ShardCache:
             UserError: If the bound or the disk is too small.
         """
         while not self._make_room(extra, partial):
-            others = sorted(path for path in self._partial.iterdir() if path != partial)
-            if not others:  # nobody to wait for, unless the last one has just finished
+            if not any(path != partial for path in self._partial.iterdir()):
+                # Nobody to wait for, unless the last one has just finished.
                 if self._make_room(extra, partial):
                     return
                 size = partial.stat().st_size if partial.exists() else 0
                 raise self._too_large("a shard", extra + size)
-            growing = all(path.name.endswith(PartialFile.GROWING) for path in others)
-            if is_growing and growing and others and others[0] < partial:
-                raise YieldError
             time.sleep(_WAIT_SECONDS)
 
     def _make_room(self, extra: int, partial: Path | None) -> bool:
@@ -388,7 +327,7 @@ class ShardCache:
 
     def _remove_leftovers(self) -> None:
         for path in self._partial.iterdir():
-            with self.lock(path.name.removesuffix(PartialFile.GROWING), wait=False) as is_free:
+            with self.lock(path.name, wait=False) as is_free:
                 if is_free:
                     path.unlink(missing_ok=True)
 
@@ -414,9 +353,9 @@ class ShardCache:
 
     # -- messages ---------------------------------------------------------------------------------
 
-    def _changed(self, shard: RemoteShard, what: str) -> UserError:
+    def _changed(self, url: str, what: str) -> UserError:
         return UserError(
-            f"{displayed(shard.url)}: {what}: the shard was changed or cut short, or the index is "
+            f"{displayed(url)}: {what}: the shard was changed or cut short, or the index is "
             f"stale; {self.remedy}"
         )
 

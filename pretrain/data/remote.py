@@ -1,16 +1,18 @@
-"""Files on servers, through fsspec: what is there, and trying again."""
+"""Files on servers, through fsspec, and output of commands: what is there, trying again."""
 
-import contextlib
 import importlib.util
+import itertools
 import os
 import random
 import select
+import subprocess
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
@@ -31,6 +33,7 @@ _VERSION_NAMES = (
     "ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "updated",
 )  # fmt: skip
 _RETRIED_STATUS = {408, 425, 429}  # the other 4xx will not change
+_TRANSPORT = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "urllib3", "requests"}
 CHUNK_BYTES = 8 << 20  # one range request
 _STREAM_BYTES = 1 << 20
 _MAX_BYTES_IN_MEMORY = 1 << 30
@@ -64,7 +67,7 @@ class RemoteFile:
     """What a server says about a file without sending it.
 
     Attributes:
-        url: Its URL.
+        url: Its URL, or ``pipe:`` with a command.
         size: Bytes; None if the server does not say.
         version: ETag or time of the last change; "" if the server gives neither.
         has_ranges: False if the server says that it cannot send parts.
@@ -97,11 +100,11 @@ def filesystem(url: str, patience: Patience) -> Any:
     """
     scheme = urlsplit(url).scheme
     module, requirement = PACKAGES[scheme]
-    if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"{displayed(url)}: {scheme}:// needs a package that is not installed; "
-            f"run: pip install '{requirement}'"
-        )
+    require(
+        importlib.util.find_spec(module) is not None,
+        f"{displayed(url)}: {scheme}:// needs a package that is not installed; "
+        f"run: pip install '{requirement}'",
+    )
     key = (os.getpid(), scheme.removesuffix("s"), patience.timeout_seconds)
     if key not in _filesystems:
         if _filesystems and all(pid != os.getpid() for pid, _, _ in list(_filesystems)):
@@ -135,51 +138,66 @@ def _make_filesystem(scheme: str, timeout: float) -> Any:
 
 
 def retried(action: Callable[[], _T], url: str, patience: Patience) -> _T:
-    """Do what may fail now and then; wait longer from try to try, with jitter.
-
-    Raises:
-        UserError: At once if the file is not there or not allowed; after the last try otherwise.
-    """
-    num_tries = patience.retries + 1
-    for attempt in range(num_tries):
+    """Do what may fail now and then; raises as `wait_to_try_again`."""
+    for attempt in itertools.count():
         try:
             return action()
         except Exception as error:
-            cause: BaseException = error
-            while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
-                cause = cause.__cause__  # fsspec's HTTP reports every failed look so
-            if isinstance(cause, UserError) or not _is_of_transport(cause):
-                raise
-            status = _status(cause)
-            if isinstance(cause, FileNotFoundError) or status in (404, 410):
-                raise NotThereError(
-                    f"{displayed(url)}: there is no such file (HTTP 404); check the address"
-                ) from error
-            if final := _why_final(cause, status):
-                raise UserError(f"{displayed(url)}: {final}") from error
-            if attempt + 1 == num_tries:
-                if status is not None:
-                    reason = f"HTTP {status}"
-                elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
-                    reason = f"no byte for {patience.timeout_seconds:g} s (timeout)"
-                else:
-                    reason = f"{type(cause).__name__}: {cause}"
-                raise UserError(
-                    f"{displayed(url)}: could not be fetched in {num_tries} tries, the last one: "
-                    f"{reason}; look after the server, the network or the command and run again "
-                    "(data.read_retries and data.read_timeout_seconds say how long to try)"
-                ) from error
-        delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**attempt)
-        time.sleep(delay * _JITTER.uniform(0.5, 1.0))
+            wait_to_try_again(error, attempt, url, patience)
     raise AssertionError("unreachable")
 
 
-def _is_of_transport(error: BaseException) -> bool:
-    """True for errors of the network, the server or the client's library, false for bugs."""
-    package = type(error).__module__.partition(".")[0]
-    return isinstance(error, (OSError, EOFError)) or package in {
-        "aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "urllib3", "requests",
-    }  # fmt: skip
+def wait_to_try_again(error: Exception, attempt: int, url: str, patience: Patience) -> None:
+    """After a failed try: wait, longer from try to try, with jitter.
+
+    Args:
+        error: What the try raised. What is no fault of the network, the server or the command
+            is raised again.
+        attempt: Number of the try, from 0.
+        url: What was tried.
+        patience: How many tries there are.
+    Raises:
+        UserError: At once if the file is not there or not allowed; after the last try otherwise.
+    """
+    cause: BaseException = error
+    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+        cause = cause.__cause__  # fsspec's HTTP reports every failed look so
+    package = type(cause).__module__.partition(".")[0]
+    if not isinstance(cause, (OSError, EOFError)) and package not in _TRANSPORT:
+        raise error
+    name, status = displayed(url), _status(cause)
+
+    # What another try would not change.
+    if isinstance(cause, FileNotFoundError) or status in (404, 410):
+        raise NotThereError(
+            f"{name}: there is no such file (HTTP 404); check the address"
+        ) from error
+    if type(cause).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        raise UserError(
+            f"{name}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a "
+            "profile), or FSSPEC_S3_ANON=true for a public bucket"
+        ) from error
+    is_forbidden = isinstance(cause, PermissionError) or str(cause).startswith("Forbidden:")
+    if is_forbidden or status in (401, 403):  # gcsfs reports 403 by that word only
+        raise UserError(
+            f"{name}: not allowed (HTTP {status or 403}); check the credentials and who may read it"
+        ) from error
+    if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
+        raise UserError(f"{name}: the server refuses (HTTP {status}: {cause})") from error
+
+    if attempt >= patience.retries:
+        reason = f"{type(cause).__name__}: {cause}"
+        if status is not None:
+            reason = f"HTTP {status}"
+        elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
+            reason = f"no byte for {patience.timeout_seconds:g} s (timeout)"
+        raise UserError(
+            f"{name}: could not be fetched in {attempt + 1} tries, the last one: {reason}; look "
+            "after the server, the network or the command and run again (data.read_retries and "
+            "data.read_timeout_seconds say how long to try)"
+        ) from error
+    delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**attempt)
+    time.sleep(delay * _JITTER.uniform(0.5, 1.0))
 
 
 def _status(error: BaseException) -> int | None:
@@ -194,61 +212,27 @@ def _status(error: BaseException) -> int | None:
     return int(str(status)) if str(status).isdigit() else None
 
 
-def _why_final(error: BaseException, status: int | None) -> str | None:
-    """Why another try is useless; None if it may help."""
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        return (
-            "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile), or "
-            "FSSPEC_S3_ANON=true for a public bucket"
-        )
-    is_forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden:")
-    if is_forbidden or status in (401, 403):  # gcsfs reports 403 by that word only
-        return f"not allowed (HTTP {status or 403}); check the credentials and who may read it"
-    if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
-        return f"the server refuses (HTTP {status}: {error})"
-    return None
-
-
 # -- what is there --------------------------------------------------------------------------------
 
 
 def look(url: str, patience: Patience) -> RemoteFile:
-    """Ask for size and version of a file.
+    """Ask for size and version of a file; of a command's output they are not known.
 
     Raises:
         UserError: If it is not there, not allowed, or the server does not answer.
     """
-    return retried(lambda: _remote_file(url, filesystem(url, patience).info(url)), url, patience)
-
-
-def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
+    if url.startswith("pipe:"):
+        return RemoteFile(url, None, "")
+    info = retried(lambda: filesystem(url, patience).info(url), url, patience)
     versions = [str(info[name]) for name in _VERSION_NAMES if info.get(name)]
     size = info.get("size", info.get("Size"))
     return RemoteFile(url, size, versions[0] if versions else "", info.get("partial", True))
 
 
 def look_at_all(urls: list[str], patience: Patience) -> list[RemoteFile]:
-    """Sizes and versions of many files: by listing their folders in object stores, else one by one.
-
-    Raises:
-        UserError: As `look`, for the first file that fails.
-    """
-    known: dict[str, RemoteFile] = {}
-    scheme = urlsplit(urls[0]).scheme if urls else ""
-    for folder in sorted({url.rpartition("/")[0] + "/" for url in urls}):
-        if scheme not in ("s3", "gs"):
-            break
-
-        def listing(folder: str = folder) -> list[dict[str, Any]]:
-            return filesystem(folder, patience).ls(folder, detail=True)
-
-        with contextlib.suppress(UserError):  # perhaps reading is allowed, listing is not
-            for item in retried(listing, folder, patience):
-                url = f"{scheme}://{item['name']}"
-                if item["type"] == "file":
-                    known[url] = _remote_file(url, item)
-    with ThreadPoolExecutor(min(_NUM_LOOKERS, len(urls) or 1)) as pool:
-        return list(pool.map(lambda url: known.get(url) or look(url, patience), urls))
+    """Sizes and versions of many files, side by side; raises as `look`, for the first failure."""
+    with ThreadPoolExecutor(_NUM_LOOKERS) as pool:
+        return list(pool.map(lambda url: look(url, patience), urls))
 
 
 def find_tars(pattern: str, patience: Patience) -> list[str]:
@@ -261,48 +245,66 @@ def find_tars(pattern: str, patience: Patience) -> list[str]:
 # -- fetching -------------------------------------------------------------------------------------
 
 
-class Sink(Protocol):
-    """Takes the bytes of a file in order."""
-
-    def write(self, data: bytes) -> None:
-        """Append bytes."""
-
-    def restart(self) -> None:
-        """Forget everything: the file begins again."""
-
-
 class _NoRangesError(Exception):
     """The server sends the whole file whatever part is requested."""
 
 
-def download(file: RemoteFile, sink: Sink, patience: Patience) -> None:
-    """Fetch a file: in parts, each tried again on its own, or else as one stream.
+def download(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
+    """The bytes of a file in their order: in parts, each tried again on its own, or as one stream.
+
+    Where a stream begins again from the front (a command, or a server without ranges), the bytes
+    that came before are passed over, and compared by their checksum.
 
     Args:
         file: What `look` said, or a ``pipe:`` command with the size to expect, if known.
-        sink: Gets the bytes; whether they are the right ones is its business, but for their number.
         patience: How long to keep trying.
     Raises:
-        UserError: After the last try; and whatever the sink raises.
+        UserError: After the last try, or if a second try brings other bytes than the first.
     """
-    if file.url.startswith("pipe:"):
-        retried(lambda: _run_command(file, sink, patience), file.url, patience)
-        return
-    if file.size is not None and file.has_ranges:
+    is_command = file.url.startswith("pipe:")
+    skipped = 0
+    if file.size is not None and file.has_ranges and not is_command:
         try:
-            sink.restart()
             for start in range(0, file.size, CHUNK_BYTES):
-                end = min(start + CHUNK_BYTES, file.size)
-                part = partial(_fetch_part, file, start, end, patience)
-                sink.write(retried(part, file.url, patience))
+                part = partial(_fetch_part, file, start, patience)
+                yield retried(part, file.url, patience)
+                skipped = start + CHUNK_BYTES
             return
         except _NoRangesError:
             pass
-    retried(lambda: _fetch_stream(file, sink, patience), file.url, patience)
+    num_bytes = checksum = 0  # of the stream so far
+    for attempt in itertools.count():
+        position = repeated = 0  # of this try; and the checksum of what came before
+        try:
+            stream = _run_command(file, patience) if is_command else _stream(file, patience)
+            for data in stream:
+                known = data[: max(0, num_bytes - position)]
+                repeated = zlib.crc32(known, repeated)
+                position += len(data)
+                if known and position >= num_bytes and repeated != checksum:
+                    raise _not_the_same(file)
+                if new := data[len(known) :]:
+                    num_bytes, checksum = position, zlib.crc32(new, checksum)
+                    if num_bytes > skipped:
+                        yield new[max(0, skipped - num_bytes + len(new)) :]
+            _check_number(position, file.size)
+            if position < num_bytes:
+                raise _not_the_same(file)
+            return
+        except Exception as error:
+            wait_to_try_again(error, attempt, file.url, patience)
 
 
-def _fetch_part(file: RemoteFile, start: int, end: int, patience: Patience) -> bytes:
-    files = filesystem(file.url, patience)
+def _not_the_same(file: RemoteFile) -> UserError:
+    return UserError(
+        f"{displayed(file.url)}: a second try brought other bytes than the first; a source must "
+        "give the same tar each time"
+    )
+
+
+def _fetch_part(file: RemoteFile, start: int, patience: Patience) -> bytes:
+    assert file.size is not None
+    files, end = filesystem(file.url, patience), min(start + CHUNK_BYTES, file.size)
     if urlsplit(file.url).scheme in ("http", "https"):
         options = {"block_size": CHUNK_BYTES, "cache_type": "none", "size": file.size}
         try:
@@ -324,66 +326,34 @@ def _check_number(num_bytes: int, expected: int | None) -> None:
         raise EOFError(f"{num_bytes:,} bytes came instead of {expected:,}")
 
 
-def _fetch_stream(file: RemoteFile, sink: Sink, patience: Patience) -> None:
-    sink.restart()
-    num_bytes = 0
+def _stream(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
     with filesystem(file.url, patience).open(file.url, block_size=0, size=file.size) as stream:
         while data := stream.read(_STREAM_BYTES):
-            sink.write(data)
-            num_bytes += len(data)
-    _check_number(num_bytes, file.size)
+            yield data
 
 
-def _run_command(file: RemoteFile, sink: Sink, patience: Patience) -> None:
-    """Take a command's output through webdataset's opener; its exit status must be 0."""
-    from webdataset.gopen import gopen
-
-    sink.restart()
-    num_bytes = 0
-    pipe: Any = gopen(file.url, "rb", bufsize=0)
-    try:
-        while True:
-            if not select.select([pipe.stream], [], [], patience.timeout_seconds)[0]:
-                raise TimeoutError
-            if not (data := os.read(pipe.stream.fileno(), _STREAM_BYTES)):
-                break
-            sink.write(data)
-            num_bytes += len(data)
-    except BaseException:
-        pipe.proc.kill()
-        with contextlib.suppress(OSError):  # its exit status says that it was killed
-            pipe.close()
-        raise
-    try:
-        pipe.close()
-    except OSError:
-        if pipe.status in (126, 127):  # the shell's own words
-            raise UserError(
-                f"{displayed(file.url)}: the command cannot be run (exit status {pipe.status}); "
-                "check its name and whether it is installed"
-            ) from None
-        raise OSError(f"the command ended with exit status {pipe.status}") from None
-    _check_number(num_bytes, file.size)
-
-
-class BytesSink:
-    """Keeps what comes in memory, up to a bound."""
-
-    def __init__(self, url: str, max_bytes: int) -> None:
-        self.data = bytearray()
-        self._url, self._max_bytes = url, max_bytes
-
-    def write(self, data: bytes) -> None:
-        """Append bytes; raises UserError above the bound."""
-        self.data += data
-        require(
-            len(self.data) <= self._max_bytes,
-            f"{displayed(self._url)}: larger than {self._max_bytes:,} bytes",
+def _run_command(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
+    """A command's output; its exit status must be 0."""
+    command = file.url.removeprefix("pipe:")
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        try:
+            while True:
+                if not select.select([process.stdout], [], [], patience.timeout_seconds)[0]:
+                    raise TimeoutError
+                if not (data := os.read(process.stdout.fileno(), _STREAM_BYTES)):
+                    break
+                yield data
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode in (126, 127):  # the shell's own words
+        raise UserError(
+            f"{file.url}: the command cannot be run (exit status {process.returncode}); check its "
+            "name and whether it is installed"
         )
-
-    def restart(self) -> None:
-        """Forget everything."""
-        self.data.clear()
+    if process.returncode != 0:
+        raise OSError(f"the command ended with exit status {process.returncode}")
 
 
 def read_small(url: str, patience: Patience, max_bytes: int = _MAX_BYTES_IN_MEMORY) -> bytes:
@@ -392,9 +362,11 @@ def read_small(url: str, patience: Patience, max_bytes: int = _MAX_BYTES_IN_MEMO
     Raises:
         UserError: If it cannot be fetched, or is larger than `max_bytes`.
     """
-    sink = BytesSink(url, max_bytes)
-    download(look(url, patience), sink, patience)
-    return bytes(sink.data)
+    data = bytearray()
+    for part in download(look(url, patience), patience):
+        data += part
+        require(len(data) <= max_bytes, f"{displayed(url)}: larger than {max_bytes:,} bytes")
+    return bytes(data)
 
 
 def read_if_there(url: str, patience: Patience) -> bytes | None:

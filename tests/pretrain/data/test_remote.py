@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pretrain.data.sources import remote
-from pretrain.data.sources import remote as download_module
-from pretrain.data.sources.remote import (
-    BytesSink,
+from pretrain.data import remote
+from pretrain.data import remote as download_module
+from pretrain.data.remote import (
     NotThereError,
     Patience,
     RemoteFile,
@@ -21,7 +20,7 @@ from pretrain.data.sources.remote import (
     read_small,
     retried,
 )
-from tests.pretrain.data.sources.servers import Faulty, Handler, faulty
+from tests.pretrain.data.servers import Faulty, Handler, faulty
 
 DATA = os.urandom(300_000)
 PATIENCE = Patience(retries=3, timeout_seconds=0.5)
@@ -37,10 +36,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def fetch(server: Faulty, *, has_ranges: bool = True, patience: Patience = PATIENCE) -> bytes:
-    sink = BytesSink("", 1 << 20)
     url = f"{server.url}/a.tar"
-    download(RemoteFile(url, len(DATA), "", has_ranges), sink, patience)
-    return bytes(sink.data)
+    return b"".join(download(RemoteFile(url, len(DATA), "", has_ranges), patience))
 
 
 def on_get(number: int, act: Callable[[Handler], bool]) -> Callable[[Handler, int], bool]:
@@ -208,9 +205,7 @@ def test_bugs_are_not_retried() -> None:
 
 
 def run(command: str, size: int | None = None, patience: Patience = PATIENCE) -> bytes:
-    sink = BytesSink("", 1 << 20)
-    download(RemoteFile(f"pipe:{command}", size, ""), sink, patience)
-    return bytes(sink.data)
+    return b"".join(download(RemoteFile(f"pipe:{command}", size, ""), patience))
 
 
 def test_output_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

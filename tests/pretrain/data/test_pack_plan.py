@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_plan, split_evenly
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture, make_plan, split_evenly
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import contents, seeded, sources, write_pictures
 
@@ -110,7 +110,7 @@ PLAN = (
     PEAK
     + """
 import sys, time
-from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_plan
+from pretrain.data.pack_plan import ShardOptions, SourcePicture, make_plan
 before, num = peak(), int(sys.argv[1])
 names = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i // 1000:08d}.JPEG" for i in range(num))
 pictures = [SourcePicture(f"/nowhere/{name}", name, i % 1000) for i, name in enumerate(names)]
@@ -147,8 +147,8 @@ WRITE = (
     + """
 import sys
 from pathlib import Path
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import write_shards
 source, out, num, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 files = sorted(source.rglob("*.jpg"))
 pictures = [SourcePicture(str(files[i % len(files)]), f"{i:06d}.jpg") for i in range(num)]

@@ -19,11 +19,11 @@ from PIL import Image
 from common.errors import UserError
 from common.files import DiskFullError
 from common.pictures import decode
+from pretrain.data import pack as writer
 from pretrain.data.index import key_and_suffix
-from pretrain.data.pack import job, writer
-from pretrain.data.pack.info import verify_shards
-from pretrain.data.pack.plan import ShardOptions, SourcePicture, make_keys, make_plan
-from pretrain.data.pack.writer import only_writer, write_shards
+from pretrain.data.pack import only_writer, write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture, make_keys, make_plan
+from pretrain.data.shard_info import verify_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import (
     contents,
@@ -83,7 +83,7 @@ def test_stopped_run_goes_on(
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(plan.name)
-        return job.write_shard(plan, *rest)
+        return write_shard(plan, *rest)
 
     monkeypatch.setattr(writer, "write_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_full_disk_while_writing(
     def full(self: object, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(job._HashingStream, "write", full)
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(DiskFullError, match=r"disk full while writing .*; free some space and run"):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     assert not list(tmp_path.glob("*.tar"))
@@ -221,7 +221,7 @@ def test_folder_that_is_a_file(picture_folder: Path, tmp_path: Path) -> None:
 FILL = """
 import sys
 from types import SimpleNamespace
-from pretrain.data.pack import writer
+from pretrain.data import pack as writer
 from tools import make_shards
 # as if others filled the disk meanwhile
 writer.shutil.disk_usage = lambda path: SimpleNamespace(free=10**9)

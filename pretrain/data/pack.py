@@ -6,40 +6,160 @@ so what is there already is kept. submitit hands a task its work as a pickle in 
 beside the logs; OUT/.parts goes when the set is complete.
 """
 
+import errno
 import hashlib
+import io
 import json
 import logging
+import multiprocessing
 import os
 import secrets
 import shutil
+import signal
+import tarfile
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
-from common.errors import RunFailed, UserError, require
-from common.files import DiskFullError, lock_file, locked, remove_partial_files, write_json
-from pretrain.data.index import ShardPart, read_index, write_index
-from pretrain.data.pack.job import (
-    PARTS,
-    check_bad,
-    disk_error,
-    map_unordered,
-    read_part,
-    write_shard,
+from common.errors import RunFailed, UserError, printable, require
+from common.files import (
+    lock_file,
+    locked,
+    remove_partial_files,
+    sha256_of,
+    write_atomically,
+    write_json,
 )
-from pretrain.data.pack.plan import ShardOptions, ShardPlan, SourcePicture, make_plan
+from common.pictures import BadPicture
+from pretrain.data.index import Entry, ShardPart, read_index, write_index
+from pretrain.data.pack_plan import ShardOptions, ShardPlan, SourcePicture, make_plan, prepare
 
+PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
 PLAN_FILE = "plan.json"
 _TASKS = "tasks.lock"
 _PATIENCE_SECONDS = 5.0  # for tasks that were cancelled
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here there is no limit
-_VISIBLE_SECONDS = 60  # after which a network file system shows what another machine has written
 _POLL_SECONDS = 0.5
+
+
+# -- one shard, and several in processes here -----------------------------------------------------
+
+
+def write_shard(plan: ShardPlan, folder: Path, options: ShardOptions, max_bad: int) -> ShardPart:
+    """Make one shard and leave its part of the index; both appear by rename.
+
+    Raises:
+        UserError: If more than `max_bad` of its pictures are bad.
+        OSError: If it cannot be written; DiskFullError if the disk is full.
+    """
+    path = folder / plan.name
+    skipped: list[dict[str, str]] = []
+    entries: list[Entry] = []
+
+    def write(file: BinaryIO) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for picture, key in zip(plan.pictures, plan.keys, strict=True):
+                try:
+                    suffix, data = prepare(picture.path, options.resize_short, options.quality)
+                except BadPicture as error:
+                    reason = printable(str(error))
+                    skipped.append({"file": printable(picture.name), "reason": reason})
+                    check_bad(skipped, max_bad)
+                    continue
+                offset = file.tell() + tarfile.BLOCKSIZE
+                entries.append(Entry(key, offset, len(data), picture.label))
+                members = [(suffix, data)]
+                if picture.label >= 0:
+                    members.append(("cls", str(picture.label).encode()))
+                for suffix, data in members:
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size, member.mode = len(data), 0o644
+                    tar.addfile(member, io.BytesIO(data))
+
+    write_atomically(path, write)
+    part = ShardPart.of(plan.name, entries, skipped, path.stat().st_size, sha256_of(path))
+    part.save(folder / PARTS / plan.name, plan.fingerprint)
+    return part
+
+
+def read_part(folder: Path, plan: ShardPlan) -> ShardPart | None:
+    """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
+    part = ShardPart.load(folder / PARTS / plan.name, plan.fingerprint)
+    with suppress(OSError):
+        if part is not None and (folder / plan.name).stat().st_size == part.shard["bytes"]:
+            return part
+    return None
+
+
+def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
+    """Stop if more pictures were left out than allowed.
+
+    Raises:
+        UserError: Naming up to ten of them, and the remedy.
+    """
+    if len(skipped) > max_bad:
+        reasons = "\n".join(f"  {item['reason']}" for item in skipped[:10])
+        raise UserError(
+            f"{len(skipped)} pictures cannot be used, allowed are {max_bad}:\n{reasons}\n"
+            "repair or remove them, or allow more with --max-bad N to leave them out; then run "
+            "the command again"
+        )
+
+
+def write_in_processes(
+    todo: Sequence[ShardPlan], num_workers: int, folder: Path, options: ShardOptions, max_bad: int
+) -> Generator[ShardPart]:
+    """Make shards in processes; yields the part of each as it is finished.
+
+    Args:
+        todo: Shards to make.
+        num_workers: Processes; 0 or 1 works in this one, in order.
+        folder: Of the shards.
+        options: How shards are made.
+        max_bad: How many pictures a shard may leave out; the caller counts them over all.
+    Raises:
+        RunFailed: If a process was killed.
+    """
+    if num_workers <= 1 or len(todo) <= 1:
+        for plan in todo:
+            yield write_shard(plan, folder, options, max_bad)
+        return
+    context = multiprocessing.get_context("spawn")  # no copies of this process's threads
+    pool = ProcessPoolExecutor(
+        min(num_workers, len(todo)), mp_context=context, initializer=_start_worker
+    )
+    try:
+        futures = [pool.submit(write_shard, plan, folder, options, max_bad) for plan in todo]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "a worker was killed, perhaps for want of memory; give the same command again with a "
+            "smaller --num-workers: it goes on"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it."""
+
+    def exit_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 # -- who may write --------------------------------------------------------------------------------
@@ -134,22 +254,23 @@ class ShareOfShards:
     max_bad: int
     num_workers: int
 
-    def __call__(self) -> str | None:
-        """Make the shards that are not there yet; return why the task gave up, if it did."""
+    def __call__(self) -> list[ShardPart] | str:
+        """The parts of all shards, made where they are not there yet; or why the task gave up."""
         try:
             with shared_with_tasks(self.folder, self.run_id):
-                todo = [plan for plan in self.plans if read_part(self.folder, plan) is None]
+                found = {plan.name: read_part(self.folder, plan) for plan in self.plans}
+                parts = [part for part in found.values() if part is not None]
+                todo = [plan for plan in self.plans if found[plan.name] is None]
                 print(f"{len(todo)} of {len(self.plans)} shards to make", flush=True)
-                skipped: list[dict[str, str]] = []
-                rest = (self.folder, self.options, self.max_bad)
-                with closing(map_unordered(write_shard, todo, self.num_workers, *rest)) as made:
-                    for plan, part in made:
-                        print(f"{plan.name}: {len(part.table)} samples", flush=True)
-                        skipped += part.skipped
-                        check_bad(skipped, self.max_bad)
-        except (UserError, DiskFullError) as error:
+                rest = (self.num_workers, self.folder, self.options, self.max_bad)
+                with closing(write_in_processes(todo, *rest)) as made:
+                    for part in made:
+                        print(f"{part.shard['name']}: {len(part.table)} samples", flush=True)
+                        parts.append(part)
+                        check_bad([item for one in parts for item in one.skipped], self.max_bad)
+                return parts
+        except (UserError, RunFailed, OSError) as error:
             return str(error)
-        return None
 
     def checkpoint(self) -> Any:
         """What submitit queues when the task's time is up: the same again, which goes on."""
@@ -166,8 +287,8 @@ def run_tasks(
     folder: Path,
     options: ShardOptions,
     max_bad: int,
-) -> Generator[tuple[ShardPlan, ShardPart]]:
-    """Make shards in tasks; yields each as it is finished. Closing it cancels the tasks.
+) -> Generator[ShardPart]:
+    """Make shards in tasks; yields their parts, task by task. Closing it cancels the tasks.
 
     Args:
         cluster: Where and in how many tasks.
@@ -191,35 +312,25 @@ def run_tasks(
     ]
     (folder / PARTS / _TASKS).touch()  # the lock that tasks share; before they are started
     jobs = _submit(cluster, shares)
-    waiting = {plan.name: plan for plan in todo}
-    deadline = None
+    failed = []
     try:
-        while True:
-            all_ended = all(job.done() for job in jobs)
-            for plan, part in _finished(waiting, folder):
-                del waiting[plan.name]
-                yield plan, part
-            if all_ended:
-                if not waiting:
-                    return
-                reasons = [_why_ended(job) for job in jobs]
-                deadline = deadline or time.monotonic() + _VISIBLE_SECONDS
-                if any(reasons) or time.monotonic() > deadline:
-                    break
-            time.sleep(_POLL_SECONDS)
-
-        # What went wrong in each task that did not finish.
-        lines = []
-        for number, (job, share, reason) in enumerate(zip(jobs, shares, reasons, strict=True), 1):
-            missing = sum(plan.name in waiting for plan in share.plans)
-            if missing or reason:
-                lines.append(
-                    f"task {number} of {len(jobs)} (job {job.job_id}), {missing} of "
-                    f"{len(share.plans)} shards missing: "
-                    f"{reason or 'its shards are not to be seen here'}\n  log: {job.paths.stderr}"
-                )
-        lines.append("the same command goes on with what the tasks have made")
-        raise TaskError("\n".join(lines))
+        for number, job in enumerate(jobs, 1):
+            while not job.done():
+                time.sleep(_POLL_SECONDS)
+            if not job.paths.result_pickle.exists():
+                made = f"was killed, or never ran (state {job.state})"
+            elif job.exception() is not None:
+                made = f"failed ({str(job.exception()).strip().splitlines()[-1]})"
+            else:
+                made = job.result()
+            if isinstance(made, str):
+                of = f"task {number} of {len(jobs)} (job {job.job_id})"
+                failed.append(f"{of}: {made}\n  log: {job.paths.stderr}")
+            else:
+                yield from made
+        if failed:
+            again = "the same command goes on with what the tasks have made"
+            raise TaskError("\n".join([*failed, again]))
     finally:
         for job in jobs:
             if not job.done():
@@ -249,33 +360,6 @@ def _submit(cluster: Cluster, shares: list[ShareOfShards]) -> list[Any]:
             return [executor.submit(share) for share in shares]
     except (RuntimeError, OSError) as error:  # no srun, sbatch refuses, too large a pickle
         raise UserError(f"submitit cannot start tasks: {error}") from error
-
-
-def _finished(waiting: dict[str, ShardPlan], folder: Path) -> Iterator[tuple[ShardPlan, ShardPart]]:
-    """Finished shards among those waited for.
-
-    The folder's mode is set to what it is, which makes an NFS client ask the server for the
-    folder's content instead of trusting what it remembers.
-    """
-    parts = folder / PARTS
-    with suppress(PermissionError):  # somebody else's folder: then its content comes later
-        parts.chmod(parts.stat().st_mode & 0o7777)
-    for name in {name.removesuffix(".json") for name in os.listdir(parts)} & waiting.keys():
-        plan = waiting[name]
-        if (part := read_part(folder, plan)) is not None:
-            yield plan, part
-
-
-def _why_ended(job: Any) -> str | None:
-    """Why a task did not finish; None if it did."""
-    if not job.paths.result_pickle.exists():
-        return f"was killed, or never ran (state {job.state})"
-    error = job.exception()
-    if error is None:
-        return job.result()
-    # submitit's message holds the task's traceback between two lines of dashes.
-    lines = [line for line in str(error).split("-" * 22)[1:2] for line in line.split("\n") if line]
-    return f"failed ({lines[-1].strip() if lines else error})"
 
 
 # -- the whole set --------------------------------------------------------------------------------
@@ -361,7 +445,7 @@ def write_shards(
             # The rest is made here or in tasks; bad pictures count over all shards.
             rest = (todo, num_workers, folder, options, max_bad)
             if cluster is None or not todo:
-                made = map_unordered(write_shard, *rest)
+                made = write_in_processes(*rest)
             else:
                 made = run_tasks(cluster, run_id, *rest)
             num_done = len(pictures) - sum(len(plan.pictures) for plan in todo)
@@ -372,9 +456,9 @@ def write_shards(
             skipped = [item for part in done.values() for item in part.skipped]
             check_bad(skipped, max_bad)
             with bar, closing(made):
-                for plan, part in made:
-                    done[plan.name] = part
-                    bar.update(len(plan.pictures))
+                for part in made:
+                    done[part.shard["name"]] = part
+                    bar.update(len(part.table) + len(part.skipped))
                     skipped += part.skipped
                     check_bad(skipped, max_bad)
             if not any(len(part.table) for part in done.values()):
@@ -387,7 +471,12 @@ def write_shards(
             shutil.rmtree(folder / PARTS, ignore_errors=True)
             return WriteReport.of(index, num_kept)
     except OSError as error:
-        raise disk_error(error, folder) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{error.filename or folder}: cannot be written ({error.strerror}); choose another "
+                "folder"
+            ) from error
+        raise
 
 
 def _finished_index(folder: Path, fingerprint: str) -> dict[str, Any]:

@@ -15,10 +15,9 @@ import pytest
 from common import files as common_files
 from common.errors import UserError
 from common.files import write_json
-from pretrain.data.pack import writer as shard_lock
-from pretrain.data.pack.job import PARTS
-from pretrain.data.pack.plan import ShardOptions, make_plan
-from pretrain.data.pack.writer import (
+from pretrain.data import pack as shard_lock
+from pretrain.data.pack import (
+    PARTS,
     Cluster,
     ShareOfShards,
     TaskError,
@@ -26,6 +25,7 @@ from pretrain.data.pack.writer import (
     run_tasks,
     write_shards,
 )
+from pretrain.data.pack_plan import ShardOptions, make_plan
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import contents, sources, write_pictures
 from tools import make_shards

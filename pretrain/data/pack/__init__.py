@@ -1,1 +1,0 @@
-"""From pictures to WebDataset shards with an index."""

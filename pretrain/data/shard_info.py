@@ -1,0 +1,221 @@
+"""What a shard set holds, and whether it is whole."""
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.errors import UserError, require
+from pretrain.data.index import NO_LABEL, load_table, read_index, scan_file
+from pretrain.data.random_numbers import counter_rng
+from pretrain.data.shards import ShardIndex
+
+MAX_LOOKED_AT = 1000  # pictures whose headers are read
+MAX_SHARDS_LOOKED_AT = 16  # a remote shard must be fetched whole
+MAX_NAMED = 30  # classes, and pictures that were left out
+
+
+@dataclass
+class VerifyReport:
+    """Result of a check of a shard set; without `problems` all is well."""
+
+    num_shards: int = 0
+    num_samples: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_shards(
+    path: str | Path, *, num_workers: int = 2, progress: bool = False
+) -> VerifyReport:
+    """Check every shard against the index: size, SHA-256, samples; and tars that nobody listed.
+
+    Args:
+        path: Folder with index.json.
+        num_workers: Threads; hashing is bound by the disk or one core each.
+        progress: Show a progress bar.
+    Raises:
+        UserError: If there is no readable index at all.
+    """
+    folder = Path(path)
+    require(
+        (folder / "index.json").exists(),
+        f"{folder / 'index.json'}: missing, so there is nothing to verify against; make the shards "
+        "first",
+    )
+    index = read_index(folder)
+    shards = index["shards"]
+    report = VerifyReport(len(shards), index["num_samples"], sum(s["bytes"] for s in shards))
+    table = None
+    try:
+        table = load_table(folder, index)
+    except UserError as error:
+        report.problems.append(str(error))
+    listed = {folder / shard["name"] for shard in shards}
+    report.problems += [
+        f"{tar}: not in the index; take it away, or make the index again"
+        for tar in sorted({*folder.glob("*.tar")} - listed)
+    ]
+
+    def problem_of(number: int) -> str | None:
+        path, shard = folder / shards[number]["name"], shards[number]
+        again = "copy it again or make the shards again"
+        if not path.exists():
+            return f"{path}: missing; {again}"
+        if (size := path.stat().st_size) != shard["bytes"]:
+            return f"{path}: {size:,} bytes, the index says {shard['bytes']:,}; {again}"
+        try:
+            part = scan_file(path)
+        except UserError as error:
+            return str(error)
+        if part.shard["sha256"] != shard["sha256"]:
+            return f"{path}: its SHA-256 is not the one in the index; {again}"
+        part.table["shard"] = number
+        if table is not None and not np.array_equal(part.table, table[table["shard"] == number]):
+            return (
+                f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index "
+                "the tars again"
+            )
+        return None
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        problems = pool.map(problem_of, range(len(shards)))
+        bar = tqdm(
+            problems, total=len(shards), desc="verifying", unit="shard", disable=not progress
+        )
+        report.problems += [problem for problem in bar if problem is not None]
+    return report
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a shard set holds; three numbers are the least, the median and the largest.
+
+    Attributes:
+        name: What the set was called.
+        num_samples: Samples of all shards.
+        num_shards: Shards.
+        num_bytes: Bytes of all tars.
+        samples_per_shard: Over the shards, three numbers.
+        picture_bytes: Of all pictures as stored, three numbers.
+        num_looked_at: Pictures whose headers were read, drawn by a seed from some shards.
+        widths: Pixels, of those looked at that could be read, three numbers; None if none could.
+        heights: The same.
+        formats: Number of each of those looked at, such as {"JPEG RGB": 990, "unreadable": 10}.
+        class_counts: Samples of each class by its name, or number where no names are known.
+        num_unlabelled: Samples without a label.
+        skipped: What was left out when the set was made: [{"file", "reason"}].
+        options: What it was made with.
+    """
+
+    name: str
+    num_samples: int
+    num_shards: int
+    num_bytes: int
+    samples_per_shard: list[float]
+    picture_bytes: list[float]
+    num_looked_at: int
+    widths: list[float] | None
+    heights: list[float] | None
+    formats: dict[str, int]
+    class_counts: dict[str, int]
+    num_unlabelled: int
+    skipped: list[dict[str, str]]
+    options: dict[str, Any]
+
+
+def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
+    """Describe a shard set from its index, and from the headers of some pictures.
+
+    Args:
+        index: The set.
+        seed: Of the choice of pictures: MAX_LOOKED_AT at most, from MAX_SHARDS_LOOKED_AT shards.
+    Raises:
+        UserError: If the set is empty, or a shard cannot be read.
+    """
+    require(index.num_samples > 0, f"{index.name}: holds no samples")
+    rng = counter_rng("samples to show", seed)
+    shards = rng.permutation(np.flatnonzero(index.shard_sizes))[:MAX_SHARDS_LOOKED_AT]
+    samples = np.flatnonzero(np.isin(index.samples["shard"], shards))
+    chosen = np.sort(rng.permutation(samples)[:MAX_LOOKED_AT])
+    sizes, formats = [], Counter()
+    for i in chosen.tolist():
+        data = io.BytesIO(index.read_bytes(i))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(data) as picture:
+                    sizes.append(picture.size)
+                    formats[f"{picture.format} {picture.mode}"] += 1
+        except Exception:  # Pillow raises many kinds, OSError and SyntaxError among them
+            formats["unreadable"] += 1
+    widths, heights = (_spread(side) for side in zip(*sizes, strict=True)) if sizes else (None,) * 2
+
+    # Classes without samples are named too, and two of one name kept apart.
+    labels, counts = np.unique(index.samples["label"], return_counts=True)
+    count_of = dict(zip(labels.tolist(), counts.tolist(), strict=True))
+    num_unlabelled = count_of.pop(NO_LABEL, 0)
+    names = {**{label: str(label) for label in count_of}, **dict(enumerate(index.classes or []))}
+    if len(set(names.values())) < len(names):
+        names = {label: f"{name} ({label})" for label, name in names.items()}
+    return ShardInfo(
+        name=index.name,
+        num_samples=index.num_samples,
+        num_shards=len(index.shard_names),
+        num_bytes=sum(index.shard_bytes),
+        samples_per_shard=_spread(index.shard_sizes),
+        picture_bytes=_spread(index.samples["size"]),
+        num_looked_at=len(chosen),
+        widths=widths,
+        heights=heights,
+        formats=dict(formats.most_common()),
+        class_counts={names[label]: count_of.get(label, 0) for label in sorted(names)},
+        num_unlabelled=num_unlabelled,
+        skipped=index.skipped,
+        options=index.options,
+    )
+
+
+def _spread(values: Sequence[float] | np.ndarray) -> list[float]:
+    return [float(np.min(values)), float(np.median(values)), float(np.max(values))]
+
+
+def format_info(info: ShardInfo) -> str:
+    """The description as text for a terminal; of many classes and omissions the first ones."""
+
+    def first(items: list[str], separator: str) -> str:
+        rest = [f"and {len(items) - MAX_NAMED:,} more"] if len(items) > MAX_NAMED else []
+        return separator.join([*items[:MAX_NAMED], *rest])
+
+    def three(values: list[float]) -> str:
+        return " / ".join(f"{value:,.0f}" for value in values)
+
+    lines = [
+        f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards, "
+        f"{info.num_bytes / 1e6:,.1f} MB (below: least / median / most)",
+        f"samples per shard: {three(info.samples_per_shard)}",
+        f"bytes per picture: {three(info.picture_bytes)}",
+    ]
+    if info.widths and info.heights:
+        lines.append(f"pixels: width {three(info.widths)}, height {three(info.heights)}")
+    formats = ", ".join(f"{name} {count:,}" for name, count in info.formats.items())
+    lines.append(f"formats of {info.num_looked_at:,} pictures: {formats}")
+    classes = sorted(info.class_counts.items(), key=lambda item: -item[1])
+    counts = first([f"{name} {count:,}" for name, count in classes], ", ")
+    lines.append(f"{len(classes):,} classes: {counts}" if classes else "no labels")
+    if classes and info.num_unlabelled:
+        lines.append(f"without a label: {info.num_unlabelled:,}")
+    options = [f"{name} {value}" for name, value in info.options.items() if name != "fingerprint"]
+    is_ours = "fingerprint" in info.options
+    lines.append(f"made with: {', '.join(options)}" if is_ours else "made by another tool")
+    omissions = first([f"{item['file']}: {item['reason']}" for item in info.skipped], "\n  ")
+    lines.append(f"left out: {len(info.skipped):,}" + (f"\n  {omissions}" if omissions else ""))
+    return "\n".join(lines)

@@ -1,1 +1,0 @@
-"""Where shards may lie: folders, patterns, servers; the cache of remote ones."""

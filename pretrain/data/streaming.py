@@ -1,0 +1,443 @@
+"""The loader for shards that cannot be cached: they are read from front to end, again and again.
+
+It promises less than `pretrain.data.loader`, which knows all samples:
+
+- Within one pass over a source each sample comes once, to one of all readers (workers of all
+  ranks). But an epoch is a number of batches, not a pass: it may end within one, and the readers do
+  not wait for each other, so that a sample may come twice before another comes at all.
+- The batches of an epoch follow from (seed, epoch, start_step, ranks, workers). A run that resumes
+  within an epoch goes on with other samples than an uninterrupted one, and so does a run with
+  another number of ranks or workers.
+- A source is never looked through beforehand: what is wrong with a shard shows when it is read.
+
+docs/shards.md says when to use it and what it costs.
+"""
+
+import contextlib
+import itertools
+import queue
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
+
+import torch.utils.data
+from webdataset.filters import shuffle
+
+from common.errors import UserError, require
+from pretrain.data.decode import Sample, ViewWriter
+from pretrain.data.index import NO_LABEL, is_picture, sample_hash, tar_samples
+from pretrain.data.loader import BadSamples, BatchDataset, Reply, ViewBatch, start_workers
+from pretrain.data.order import share_of_rank
+from pretrain.data.random_numbers import stable_hash
+from pretrain.data.remote import Patience, displayed, download, look
+from pretrain.data.shards import check_weights
+from pretrain.data.sources import expand
+
+_MAX_PASSES = 1 << 20  # per epoch; repeats count epochs and passes in one number
+MAX_BUFFER_BYTES = 256 * 2**20  # of one reader's encoded pictures, by the size of its first ones
+_NUM_LOOKED_AT = 64  # samples from which their size is judged
+_MAX_INITIAL = 1000  # samples read before the first is given out; the buffer fills up on the way
+_MAX_PARTS = 2  # of 8 MiB each, fetched and not yet read
+_REMOTE = re.compile(r"(https?|s3|gs)://|pipe:")
+
+
+# -- the bytes of a tar ---------------------------------------------------------------------------
+
+
+def open_stream(url: str, patience: Patience) -> "BinaryIO | RemoteStream":
+    """Open a tar that is read once.
+
+    Args:
+        url: A local path, a URL, or ``pipe:`` with a command.
+        patience: How long to keep trying.
+    Raises:
+        UserError: If a local file cannot be opened. What servers and commands do wrong is raised by
+            `read`.
+    """
+    if _REMOTE.match(url):
+        return RemoteStream(url, patience)
+    try:
+        return open(url, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{url}: there is no such shard; check the path") from None
+    except OSError as error:
+        raise UserError(f"{url}: cannot be opened ({error.strerror}); check the file") from error
+
+
+class RemoteStream:
+    """Bytes of a file on a server, or of a command's output, fetched by a thread.
+
+    At most two parts of 8 MiB wait to be read.
+
+    Args:
+        url: A URL, or ``pipe:`` with a command.
+        patience: How long to keep trying.
+    """
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self._url, self._patience = url, patience
+        self._parts: queue.Queue[bytes | Exception] = queue.Queue(_MAX_PARTS)
+        self._part, self._is_closed = memoryview(b""), False
+        self._end: bytes | Exception | None = None  # what came last: nothing, or why
+        threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end.
+
+        Raises:
+            UserError: If the rest cannot be fetched.
+        """
+        if not self._part and self._end is None:
+            part = self._parts.get()
+            if isinstance(part, bytes) and part:
+                self._part = memoryview(part)
+            else:
+                self._end = part
+        if isinstance(self._end, Exception):
+            raise self._end
+        data, self._part = self._part[:size], self._part[size:]
+        return bytes(data)
+
+    def close(self) -> None:
+        """Stop fetching; the thread ends at its next byte, or by its own time limit."""
+        self._is_closed = True
+        with contextlib.suppress(queue.Empty):  # a thread that waits for room goes on, and ends
+            while True:
+                self._parts.get_nowait()
+
+    def _run(self) -> None:
+        end: bytes | Exception = b""
+        try:
+            for part in download(look(self._url, self._patience), self._patience):
+                if not self._is_closed:
+                    self._parts.put(part)
+                if self._is_closed:
+                    return
+        except Exception as error:
+            end = error
+        if not self._is_closed:
+            self._parts.put(end)
+
+
+# -- the samples of a reader ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Tars that are read as one.
+
+    Attributes:
+        tars: Each tar with the number of the set it belongs to, which salts the keys.
+        share: Of the samples of an epoch, about this part comes from here, relative to the others.
+    """
+
+    tars: Mapping[str, int]
+    share: float = 1.0
+
+
+def open_sources(
+    spec: str | Sequence[str] | Mapping[str, float], patience: Patience
+) -> list[StreamSource]:
+    """Find the tars of what a user named.
+
+    Sets in a list are read as one, so that a pass shows each sample of each of them once. Sets with
+    weights are drawn from in proportion to these, whatever they hold.
+
+    Raises:
+        UserError: If nothing is named, a tar is named twice, or a weight is not above 0.
+    """
+    names = [spec] if isinstance(spec, str) else list(spec)
+    require(bool(names), "data.shards: an empty list; name at least one shard set")
+    tars: dict[str, int] = {}
+    for number, name in enumerate(names):
+        for tar in expand(name, patience):
+            require(tar not in tars, f"data.shards: {displayed(tar)} is named twice; name it once")
+            tars[tar] = number
+    if not isinstance(spec, Mapping):
+        return [StreamSource(tars)]
+    check_weights(spec)
+    return [
+        StreamSource({tar: of for tar, of in tars.items() if of == number}, weight)
+        for number, weight in enumerate(spec.values())
+    ]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One of all workers of all ranks, and the samples that it gets.
+
+    Attributes:
+        sources: Where samples come from.
+        number: Number of this reader.
+        num_readers: Of how many.
+        seed: Everything random follows from it.
+        first_repeat: Repeat index of the first pass.
+        shuffle_buffer: Encoded samples held back to be mixed; fewer where these would take more
+            than MAX_BUFFER_BYTES.
+        patience: How long to keep trying to read a shard.
+    """
+
+    sources: Sequence[StreamSource]
+    number: int
+    num_readers: int
+    seed: tuple[int, ...]
+    first_repeat: int
+    shuffle_buffer: int
+    patience: Patience
+
+    def samples(self) -> Iterator[Sample]:
+        """Samples without end.
+
+        Raises:
+            UserError: If a shard cannot be read, is damaged, or holds nothing.
+        """
+        rng = random.Random(_seed("shuffle", *self.seed, self.number))
+
+        def endless(source: int) -> Iterator[Sample]:
+            for number in itertools.count():
+                yield from self._one_pass(source, number)
+
+        # Draw from the sources (webdataset's RandomMix would use the process's one generator).
+        streams = [endless(number) for number in range(len(self.sources))]
+        shares = list(itertools.accumulate(source.share for source in self.sources))
+        mixed = streams[0]
+        if len(streams) > 1:
+            mixed = (next(rng.choices(streams, cum_weights=shares)[0]) for _ in itertools.count())
+
+        # Shuffle in a buffer whose size follows from the first samples.
+        first = list(itertools.islice(mixed, min(_NUM_LOOKED_AT, self.shuffle_buffer)))
+        size = buffer_size(first, self.shuffle_buffer)
+        initial = min(_MAX_INITIAL, max(1, size // 4))
+        yield from shuffle(size, initial=initial, rng=rng)(itertools.chain(first, mixed))
+
+    def _one_pass(self, source: int, number: int) -> Iterator[Sample]:
+        """This reader's part of one pass over a source.
+
+        All readers shuffle the shards in the same way and deal them out, another way each pass.
+        Where there are fewer shards than readers they deal out the samples instead.
+        """
+        tars = list(self.sources[source].tars.items())
+        random.Random(_seed("shards", *self.seed, source, number)).shuffle(tars)
+        first, step = (self.number + number) % self.num_readers, self.num_readers
+        is_by_sample = len(tars) < self.num_readers
+        samples = itertools.chain.from_iterable(
+            self._samples_of(url, number_of_set, self.first_repeat + number)
+            for url, number_of_set in (tars if is_by_sample else tars[first::step])
+        )
+        return itertools.islice(samples, first, None, step) if is_by_sample else samples
+
+    def _samples_of(self, url: str, number_of_set: int, repeat: int) -> Iterator[Sample]:
+        """The samples of one tar. A file that comes twice ends the run, as in webdataset."""
+        name, num_samples, salt = displayed(url), 0, 0
+        if number_of_set:
+            salt = int.from_bytes(stable_hash("source", number_of_set, num_bytes=8), "little")
+        with contextlib.closing(open_stream(url, self.patience)) as stream:
+            for key, files in tar_samples(stream, name, lambda s: s == "cls" or is_picture(s)):
+                num_samples += 1
+                by_suffix = {suffix: data for suffix, _, data in files}
+                require(
+                    len(by_suffix) == len(files),
+                    f"{name}: a file of sample {key!r} comes twice; make this shard again",
+                )
+                pictures = (data for suffix, data in by_suffix.items() if is_picture(suffix))
+                try:
+                    label = int(by_suffix["cls"][:32].decode()) if "cls" in by_suffix else NO_LABEL
+                except ValueError:
+                    label = NO_LABEL
+                hashed = sample_hash(key) ^ salt
+                # Numbers are 63 bits of the hash: two names in 2**63 share one.
+                where = f"sample {key!r} in {name}"
+                yield Sample(
+                    hashed & (2**63 - 1), hashed, repeat, label, next(pictures, None), where
+                )
+        require(num_samples > 0, f"{name}: holds no files; make it again or leave it out")
+
+
+def buffer_size(first: Sequence[Sample], most: int) -> int:
+    """How many samples a reader holds back: `most`, or as many as fit in its memory.
+
+    Args:
+        first: The first samples of the stream, from which the size of all is judged.
+        most: Upper bound.
+    """
+    mean = sum(len(sample.data or b"") for sample in first) / len(first)
+    return max(1, min(most, int(MAX_BUFFER_BYTES / max(mean, 1))))
+
+
+def _seed(*parts: int | str) -> int:
+    return int.from_bytes(stable_hash("streaming", *parts), "little")
+
+
+# -- the loader ---------------------------------------------------------------------------------
+
+
+class StreamRequest(NamedTuple):
+    """A request for a worker's next batch.
+
+    Attributes:
+        run: Number of the call of `StreamingLoader.epoch`; a new one begins a new stream.
+        epoch: Epoch.
+        start_step: First global batch of this stream.
+    """
+
+    run: int
+    epoch: int
+    start_step: int
+
+
+class StreamDataset(BatchDataset):
+    """The work of a worker: it keeps a stream of samples, and makes each request a batch of them.
+
+    Args:
+        make_reader: Makes the reader of a stream, but for its number, seed and first repeat.
+        views: Decodes, crops and changes.
+        num_steps: Global batches per epoch.
+        batch_size: Batch size of one rank.
+        rank: Number of this rank.
+        world_size: Number of ranks.
+    """
+
+    def __init__(
+        self,
+        make_reader: Callable[..., Reader],
+        views: ViewWriter,
+        *,
+        num_steps: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(views)
+        self._make_reader, self._num_steps, self._batch_size = make_reader, num_steps, batch_size
+        self._rank, self._world_size = rank, world_size
+        self._run = -1
+        self._stream: Iterator[Sample] = iter(())
+        self._error: str | None = None
+
+    def __getitem__(self, request: StreamRequest) -> Reply:
+        """The next batch; what is wrong stands in the reply, and is not raised."""
+        if request.run != self._run:
+            self._run, self._error = request.run, None
+            worker = torch.utils.data.get_worker_info()
+            number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+            first_step = request.epoch * self._num_steps + request.start_step
+            reader = self._make_reader(
+                number=number * self._world_size + self._rank,
+                num_readers=num_workers * self._world_size,
+                seed=(self.views.seed, request.epoch, request.start_step),
+                first_repeat=first_step * _MAX_PASSES,
+            )
+            self._stream = reader.samples()
+        reply = Reply(error=self._error)
+        if reply.error is None:
+            self.make_batch(self._take, self._batch_size, reply)
+            self._error = reply.error  # there is no going on with a stream that broke
+        return reply
+
+    def _take(self, rows: slice) -> list[Sample]:
+        return list(itertools.islice(self._stream, rows.stop - rows.start))
+
+    def stand_in(self, sample: Sample, attempt: int) -> Sample:
+        """The next one of the stream."""
+        return next(self._stream)
+
+    def describe(self, sample: Sample) -> str:
+        """See `BatchDataset`."""
+        return sample.name
+
+
+class StreamingLoader:
+    """Batches of two views from shards that are read from front to end (see the module's text).
+
+    An epoch has the same number of batches on every rank, whatever the shards hold. Repeats number
+    the passes over a source through all epochs, so that a sample that comes again is cropped in
+    another way; sample numbers are hashes of the names.
+
+    A worker holds `shuffle_buffer` encoded pictures, one batch of views, and for each set with a
+    weight up to three parts of 8 MiB of a shard on a server.
+
+    Args:
+        spec: What to read: one set, several in a list (read as one), or sets with their shares.
+        batch_size: Global batch size, over all ranks.
+        samples_per_epoch: What an epoch is; the remainder below one batch is left out.
+        rank: Number of this rank.
+        world_size: Number of ranks.
+        num_workers: Worker processes; 0 reads in this process.
+        shuffle_buffer: Encoded samples that a worker holds back to mix them.
+        max_bad_samples: How many different bad samples this rank replaces before it stops.
+        known_bad: Bad samples of an earlier part of the run: {sample number: reason}.
+        patience: How long to keep trying to read a shard.
+        views: Arguments of `ViewWriter`.
+    Attributes:
+        num_steps: Global batches per epoch.
+        bad_samples: Those replaced so far: {sample number: reason}.
+    Raises:
+        UserError: If there is nothing to read, or an option is impossible.
+    """
+
+    def __init__(
+        self,
+        spec: str | Sequence[str] | Mapping[str, float],
+        *,
+        batch_size: int,
+        samples_per_epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle_buffer: int = 2048,
+        max_bad_samples: int = 0,
+        known_bad: Mapping[int, str] | None = None,
+        patience: Patience | None = None,
+        **views: Any,
+    ) -> None:
+        require(batch_size >= 1, f"data.batch_size: {batch_size}: must be at least 1")
+        require(
+            samples_per_epoch >= batch_size,
+            f"data.samples_per_epoch: {samples_per_epoch}: must fill one batch of {batch_size}",
+        )
+        require(
+            shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1 sample"
+        )
+        patience = patience or Patience()
+        self._sources = open_sources(spec, patience)
+        self._num_readers, self._rank = world_size * max(1, num_workers), rank
+        self.num_steps = samples_per_epoch // batch_size
+        self._bad = BadSamples(max_bad_samples, known_bad)
+        self.bad_samples = self._bad.reasons
+        dataset = StreamDataset(
+            partial(Reader, self._sources, shuffle_buffer=shuffle_buffer, patience=patience),
+            ViewWriter(**views),
+            num_steps=self.num_steps,
+            batch_size=share_of_rank(batch_size, world_size),
+            rank=rank,
+            world_size=world_size,
+        )
+        self._requests: list[StreamRequest] = []  # of the epoch that is read
+        self._num_runs = 0
+        self._loader = start_workers(dataset, self._requests, num_workers)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
+        """Batches `start_step` .. of an epoch.
+
+        Raises:
+            UserError: If more samples are bad than allowed, or a shard cannot be read.
+        """
+        num_tars = min(len(source.tars) for source in self._sources)
+        if self._num_runs == 0 and self._rank == 0 and num_tars < self._num_readers:
+            print(
+                f"streaming: fewer shards ({num_tars}) than readers ({self._num_readers}: ranks x "
+                f"workers): every reader reads all shards and keeps one sample in "
+                f"{self._num_readers}; more shards or fewer workers cost less",
+                file=sys.stderr,
+            )
+        self._num_runs += 1
+        request = StreamRequest(self._num_runs, epoch, start_step)
+        self._requests[:] = [request] * (self.num_steps - start_step)
+        for reply in self._loader:
+            self._bad.count(reply)
+            yield reply.batch

@@ -1,1 +1,0 @@
-"""Shards that are read from front to end, without an index."""

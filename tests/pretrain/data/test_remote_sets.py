@@ -1,0 +1,509 @@
+"""Sets on servers: nginx, an S3 server, Google's answers, and servers that fail on purpose."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import boto3
+import numpy as np
+import pytest
+import torch
+from fsspec.config import conf
+from torch.utils.data import DataLoader, Dataset
+
+from common.errors import UserError
+from pretrain.data import remote, shards
+from pretrain.data.cache import CacheOptions
+from pretrain.data.remote import Patience
+from pretrain.data.shards import ShardIndex
+from pretrain.data.sources import expand
+from tests.pretrain.data.picture_helpers import NUM_PICTURES
+from tests.pretrain.data.servers import Faulty, Handler, Nginx, faulty, nginx, s3_server
+
+# Read when gcsfs is imported: without it, it asks Google over gRPC of what kind the bucket is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+ALL = "shard-{000000..000003}.tar"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_filesystems", {})  # those of other tests know another server
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def web(shard_folder: Path, tmp_path: Path) -> Iterator[Nginx]:
+    with nginx(shard_folder, tmp_path / "nginx") as server:
+        yield server
+
+
+@pytest.fixture
+def broken(shard_folder: Path) -> Iterator[Faulty]:
+    with faulty(shard_folder) as server:
+        yield server
+
+
+def cache(tmp_path: Path, **options: float) -> CacheOptions:
+    return CacheOptions(**{"folder": tmp_path / "cache", "patience": Patience(2), **options})
+
+
+def same_pictures(index: ShardIndex, local: ShardIndex) -> bool:
+    """Compare all samples with the local set, by key."""
+    ids = range(local.num_samples)
+    expected = {local.key_name(i): (local.read_bytes(i), local.labels[i]) for i in ids}
+    found = {index.key_name(i): (index.read_bytes(i), index.labels[i]) for i in ids}
+    return found == expected and index.num_samples == local.num_samples
+
+
+# -- the three kinds of servers -------------------------------------------------------------------
+
+
+def google(handler: Handler, count: int) -> bool:
+    """Objects and listings under /storage/v1/b/BUCKET/o, bytes with alt=media."""
+
+    def answer(value: object) -> bool:
+        data = json.dumps(value).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+        return True
+
+    root, url = handler.state.root, urlsplit(handler.path)
+    query = {key: values[0] for key, values in parse_qs(url.query).items()}
+    bucket, _, name = url.path.split("/b/", 1)[1].partition("/o")
+
+    def about(path: Path) -> dict[str, str]:
+        own, status = path.relative_to(root / bucket).as_posix(), path.stat()
+        return {"kind": "storage#object", "name": own, "bucket": bucket,
+                "size": str(status.st_size), "etag": f"{status.st_mtime_ns}",
+                "updated": "2026-01-01T00:00:00.000Z"}  # fmt: skip
+
+    if name:
+        path = root / bucket / unquote(name[1:])
+        if not path.is_file():
+            return handler.refuse(404)
+        if query.get("alt") != "media" and "/download/" not in url.path:
+            return answer(about(path))
+        handler.path = f"/{path.relative_to(root)}"
+        return False
+    items = [about(path) for path in sorted((root / bucket).rglob("*")) if path.is_file()]
+    prefix = query.get("prefix", "")
+    return answer({"items": [item for item in items if item["name"].startswith(prefix)]})
+
+
+@pytest.fixture(params=["http", "s3", "gs"])
+def store(
+    request: pytest.FixtureRequest, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Faulty]]:
+    """The address of the set on a server, and the server; that of S3 cannot list."""
+    with faulty(shard_folder.parent) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        if request.param == "gs":
+            pytest.importorskip("gcsfs")
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+            monkeypatch.setitem(conf, "gs", {"token": "anon"})
+            server.faults = google
+        base = server.url if request.param == "http" else f"{request.param}:/"
+        yield f"{base}/shards", server
+
+
+@pytest.mark.parametrize("name", ["/", f"/{ALL}"], ids=["index", "tars"])
+def test_sets_on_servers_are_those_on_the_disk(
+    store: tuple[str, Faulty], index: ShardIndex, tmp_path: Path, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
+    found = ShardIndex.open(store[0] + name, cache(tmp_path))
+    assert found.is_remote
+    assert found.classes == (index.classes if name == "/" else None)
+    assert found.fingerprint == index.fingerprint  # samples.npy and the tars are the same bytes
+    assert same_pictures(found, index)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda handler: handler.refuse(503),
+        lambda handler: handler.cut(1000),
+        lambda handler: handler.cut(1000, wait=True),
+    ],
+    ids=["503", "connection cut", "stall"],
+)
+def test_failed_parts_are_fetched_again(
+    store: tuple[str, Faulty], index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[Handler], bool],
+) -> None:  # fmt: skip
+    address, server = store
+    if address.startswith("gs:"):
+        return  # gcsfs tries again by itself
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
+    found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.3)))
+    server.faults = lambda handler, count: count in (1, 2) and act(handler)
+    assert found.read_bytes(3) == index.read_bytes(3)
+    size = (index.folder / "shard-000000.tar").stat().st_size
+    assert server.gets["/shards/shard-000000.tar"] == -(-size // 10_000) + 2
+
+
+@pytest.mark.parametrize(
+    ("act", "message", "num"),
+    [
+        (lambda handler: handler.refuse(503), "in 3 tries, the last one: HTTP 503", 3),
+        (lambda handler: handler.cut(9, wait=True), "in 3 tries, .* no byte for 0.1 s", 3),
+        (lambda handler: handler.refuse(401), r"not allowed \(HTTP 401\)", 1),
+        (lambda handler: handler.refuse(403), r"not allowed \(HTTP 403\); check the cred", 1),
+        (lambda handler: handler.refuse(404), r"there is no such file \(HTTP 404\)", 1),
+    ],
+    ids=["503", "stall", "401", "403", "404"],
+)
+def test_one_clear_error(
+    store: tuple[str, Faulty], tmp_path: Path, act: Callable[[Handler], bool], message: str,
+    num: int,
+) -> None:  # fmt: skip
+    address, server = store
+    is_google = address.startswith("gs:")
+    if is_google and num == 3:
+        return  # gcsfs tries again by itself
+    found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.1)))
+    server.faults = lambda handler, count: act(handler)
+    with pytest.raises(UserError, match=rf"^{address}/shard-000000.tar: .*{message}"):
+        found.fetch([3])
+    assert is_google or server.gets["/shards/shard-000000.tar"] == num
+
+
+def test_missing_and_cut_shards_are_told_at_the_first_opening(
+    store: tuple[str, Faulty], shard_folder: Path, tmp_path: Path
+) -> None:
+    path = shard_folder / "shard-000002.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"shard-000002.tar: 5,000 bytes instead of .*upload both"):
+        ShardIndex.open(store[0], cache(tmp_path))
+    path.unlink()
+    with pytest.raises(UserError, match=r"shard-000002.tar: there is no such file \(HTTP 404\)"):
+        ShardIndex.open(store[0], cache(tmp_path))
+
+
+# -- an object store that lists -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3_address() -> Iterator[str]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with s3_server() as url:
+        yield url
+
+
+def test_object_store(
+    s3_address: str, index: ShardIndex, shard_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_address)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="set")
+    for path in shard_folder.glob("*.tar"):
+        client.upload_file(str(path), "set", f"train/{path.name}")
+    for name in ("train", f"train/{ALL}", "train/*.tar", "t*/shard-?????[0-3].tar"):
+        assert expand(f"s3://set/{name}") == [f"s3://set/train/{n}" for n in index.shard_names]
+    first = ShardIndex.open("s3://set/train/", cache(tmp_path))
+    assert first.fingerprint == index.fingerprint
+    assert same_pictures(first, index)
+
+    # Another shard under the same name.
+    first.close()
+    client.upload_file(str(shard_folder / "shard-000000.tar"), "set", "train/shard-000001.tar")
+    for path in (tmp_path / "cache" / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"shard-000001.tar: .*stale; run again: .* indexed anew"):
+        first.read_bytes(12)
+    second = ShardIndex.open("s3://set/train/*.tar", cache(tmp_path))
+    assert second.fingerprint != first.fingerprint
+    assert second.read_bytes(12) == first.read_bytes(2)
+
+    for name, message in [
+        ("s3://set/nowhere/", r"s3://set/nowhere/: holds neither index.json nor .tar files"),
+        ("s3://set/x-*.tar", r"s3://set/x-\*.tar: no file fits this pattern"),
+        ("s3://set/train/shard-{000000..000009}.tar", r"shard-000004.tar: there is no such file"),
+        ("s3://other-bucket/a.tar", r"s3://other-bucket/a.tar: there is no such file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ShardIndex.open(name, cache(tmp_path))
+    client.close()
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"no credentials; set AWS_ACCESS_KEY_ID .*FSSPEC_S3_ANON"):
+        ShardIndex.open("s3://set/whole", cache(tmp_path))
+
+
+# -- nginx ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["", "whole/"], ids=["with ranges", "without ranges"])
+def test_nginx(
+    web: Nginx, index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
+    found = ShardIndex.open(f"{web.url}/{place}", cache(tmp_path))
+    assert not any("shard-" in line and line.startswith("GET") for line in web.requests())
+    assert same_pictures(found, index)
+    lines = [line for line in web.requests() if line.startswith(f"GET /{place}shard-000001.tar")]
+    size = (index.folder / "shard-000001.tar").stat().st_size
+    statuses = [int(line.split()[-1]) for line in lines]
+    if place:
+        assert statuses[-1] == 200
+        assert len(statuses) <= 3  # first part, perhaps a second that is refused, then the stream
+    else:
+        assert statuses == [206] * (-(-size // 10_000))
+
+
+def test_index_of_tars_is_made_once(
+    web: Nginx, index: ShardIndex, shard_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    for is_indexed in (True, False):
+        found = ShardIndex.open(f"{web.url}/{ALL}", cache(tmp_path))
+        assert same_pictures(found, index)
+        assert ("indexing http://127.0.0.1" in capfd.readouterr().err) == is_indexed
+        assert len([line for line in web.requests() if line.startswith("GET")]) == 4
+    assert not list(tmp_path.glob("cache/indexes/*/parts"))
+    shutil.copy(shard_folder / "shard-000003.tar", shard_folder / "shard-000001.tar")
+    os.utime(shard_folder / "shard-000001.tar", (1, 1))  # nginx's ETag: size and second
+    second = ShardIndex.open(f"{web.url}/{ALL}", cache(tmp_path))
+    assert found.fingerprint != second.fingerprint
+    assert second.read_bytes(12) == index.read_bytes(32)
+
+
+def test_slow_server(broken: Faulty, index: ShardIndex, tmp_path: Path) -> None:
+    """Slower than the time limit as a whole, but never silent for so long."""
+
+    def slow(handler: Handler, count: int) -> bool:
+        data = handler.content()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        for start in range(0, len(data), len(data) // 4):
+            time.sleep(0.3)
+            handler.wfile.write(data[start : start + len(data) // 4])
+        return True
+
+    broken.faults = slow
+    options = cache(tmp_path, patience=Patience(0, 1))
+    found = ShardIndex.open(f"{broken.url}/shard-000000.tar", options)
+    assert found.read_bytes(3) == index.read_bytes(3)
+
+
+def test_not_there_and_closed(web: Nginx, tmp_path: Path) -> None:
+    for url, message in [
+        ("/nowhere/", r"/nowhere/: there is no index.json, and a web server cannot be searched"),
+        ("/shard-{000000..000009}.tar", r"shard-00000[4-9].tar: there is no such file .*address"),
+        ("/closed/", r"/closed/index.json: not allowed \(HTTP 403\)"),
+        ("/away/a.tar", r"/away/a.tar: there is no such file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ShardIndex.open(web.url + url, cache(tmp_path))
+
+
+def test_index_that_changed_is_fetched_again(
+    web: Nginx, shard_folder: Path, index: ShardIndex, tmp_path: Path
+) -> None:
+    first = ShardIndex.open(web.url, cache(tmp_path))
+    content = json.loads((shard_folder / "index.json").read_text())
+    removed = content["shards"].pop()
+    table = np.load(shard_folder / "samples.npy")
+    np.save(shard_folder / "samples.npy", table[: -removed["num_samples"]])
+    digest = hashlib.sha256((shard_folder / "samples.npy").read_bytes()).hexdigest()
+    content |= {"num_samples": NUM_PICTURES - 10, "samples_sha256": digest}
+    (shard_folder / "index.json").write_text(json.dumps(content))
+    second = ShardIndex.open(web.url, cache(tmp_path))
+    assert (first.num_samples, second.num_samples) == (NUM_PICTURES, NUM_PICTURES - 10)
+    assert first.fingerprint != second.fingerprint
+    assert second.read_bytes(5) == index.read_bytes(5)
+
+
+# -- what can be wrong with a set -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"name": "../shard-000001.tar"}, "index.json: names the file '../shard-000001.tar'"),
+        ({"name": "pipe:touch x.tar"}, "names the file 'pipe:touch x.tar'.* is not trusted"),
+        ({"samples": "../samples.npy"}, "names the file '../samples.npy'"),
+        ({"sha256": "../../x"}, "index.json: damaged index .*bytes or sha256"),
+        ({"bytes": -1}, "damaged index .*bytes or sha256 are impossible"),
+        ({"bytes": "many"}, "damaged index"),
+        ({"shards": None}, "damaged index"),
+        ({"num_samples": 39}, "damaged index .*40 samples in the shards, num_samples 39"),
+        ({"samples_sha256": "0" * 64}, "samples.npy: its SHA-256 is not the one in index.json"),
+        ({"bytes": 7}, r"shard-000001.tar: [\d,]+ bytes instead of 7"),
+        ({"format": "x"}, "not an index of format 'fa-shards-1'"),
+    ],
+)
+def test_index_that_is_not_trusted(
+    broken: Faulty, shard_folder: Path, tmp_path: Path, entries: dict[str, object], message: str
+) -> None:
+    """Neither on a server nor on the disk."""
+    content = json.loads((shard_folder / "index.json").read_text())
+    of_shard = set(entries) & {"name", "sha256", "bytes"}
+    (content["shards"][1] if of_shard else content).update(entries)
+    (shard_folder / "index.json").write_text(json.dumps(content))
+    for place in (broken.url, shard_folder):
+        with pytest.raises(UserError, match=message):
+            ShardIndex.open(place, cache(tmp_path))
+    assert not any("shard-" in path for path in broken.gets)
+
+
+def test_shard_that_changes_later_is_told_when_it_is_fetched(
+    broken: Faulty, shard_folder: Path, tmp_path: Path
+) -> None:
+    index = ShardIndex.open(broken.url, cache(tmp_path))
+    path = shard_folder / "shard-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:-512])
+    with pytest.raises(UserError, match=r"shard-000001.tar: [\d,]+ bytes instead of .*cut short"):
+        index.read_bytes(12)
+    path.write_bytes(b"x" + data[1:])
+    with pytest.raises(UserError, match=r"its SHA-256 is not the one in the index: .* upload the"):
+        index.fetch([12])
+    path.unlink()
+    with pytest.raises(UserError, match=r"shard-000001.tar: there is no such file"):
+        index.read_many([3, 12])
+    assert index.describe(12).startswith("sample 12 in http://127.0.0.1")
+    path.write_bytes(data)
+    assert len(index.read_many([3, 12])) == 2
+
+
+def test_damaged_tar_of_others(broken: Faulty, shard_folder: Path, tmp_path: Path) -> None:
+    path = shard_folder / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+/shard-000001.tar: the tar is cut short"):
+        ShardIndex.open(f"{broken.url}/{ALL}", cache(tmp_path))
+
+
+def test_damaged_copy_names_its_place(broken: Faulty, tmp_path: Path) -> None:
+    index = ShardIndex.open(broken.url, cache(tmp_path))
+    index.fetch([0])
+    (copy,) = (tmp_path / "cache" / "shards").iterdir()
+    copy.write_bytes(b"\0" * copy.stat().st_size)
+    with pytest.raises(UserError, match=rf"\(copy: {copy}\) at byte .*delete the copy to fetch it"):
+        index.read_bytes(0)
+
+
+def test_cache_too_small_for_the_set(broken: Faulty, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.cache_gb: 5e-05 is too small for shards of up to"):
+        ShardIndex.open(broken.url, cache(tmp_path, max_bytes=50_000))
+
+
+def test_killed_indexing_goes_on_where_it_was(
+    broken: Faulty, index: ShardIndex, tmp_path: Path
+) -> None:
+    broken.faults = lambda handler, count: "3.tar" in handler.path and handler.refuse(503)
+    with pytest.raises(UserError, match=r"shard-000003.tar: could not be fetched in 3 tries"):
+        ShardIndex.open(f"{broken.url}/{ALL}", cache(tmp_path))
+    broken.faults = lambda handler, count: False
+    assert same_pictures(ShardIndex.open(f"{broken.url}/{ALL}", cache(tmp_path)), index)
+    assert [broken.gets[f"/shard-00000{i}.tar"] for i in range(4)] == [1, 1, 1, 4]
+
+
+def test_one_of_several_makes_the_index(broken: Faulty, index: ShardIndex, tmp_path: Path) -> None:
+    url = f"{broken.url}/{ALL}"
+    broken.faults = lambda handler, count: time.sleep(0.1) is not None
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: ShardIndex.open(url, cache(tmp_path)), range(3)))
+    assert {one.fingerprint for one in found} == {index.fingerprint}
+    assert [broken.gets[f"/shard-00000{i}.tar"] for i in range(4)] == [1, 1, 1, 1]
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_read_many_in_the_order_asked(
+    broken: Faulty, index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    is_remote: bool,
+) -> None:  # fmt: skip
+    found = ShardIndex.open(broken.url, cache(tmp_path)) if is_remote else index
+    ids = np.random.default_rng(0).integers(0, NUM_PICTURES, 60)
+    expected = [index.read_bytes(int(i)) for i in ids]
+    monkeypatch.setattr(shards, "_MAX_OPEN_FILES", 2)
+    reads: list[tuple[int, int]] = []
+    pread = os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda file, size, at: reads.append((file, at)) or pread(file, size, at)
+    )
+    assert found.read_many(ids) == expected
+    assert len(reads) == 60
+    changes = sum(one[0] != two[0] or one[1] > two[1] for one, two in itertools.pairwise(reads))
+    assert changes <= 3  # shard by shard, forwards in each
+    assert found.read_many([]) == []
+
+
+def test_shards_thrown_out_are_closed(
+    broken: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_TOUCH_SECONDS", 0.0)
+    size = max(path.stat().st_size for path in broken.root.glob("*.tar"))
+    for i in range(6):  # other bytes, so that the cache sees other shards
+        data = (broken.root / f"shard-00000{i % 4}.tar").read_bytes()
+        (broken.root / f"copy-{i}.tar").write_bytes(data + b"\0" * 512 * i)
+    url = broken.url + "/copy-{0..5}.tar"
+    index = ShardIndex.open(url, cache(tmp_path, max_bytes=4 * size + 20_000))
+    for i in range(0, 60, 10):
+        index.read_bytes(i)
+    linked = [os.fstat(file).st_nlink for file in index._files.values()]
+    assert linked == [1] * len(linked)
+    assert 3 <= len(linked) <= 5
+    index.close()
+
+
+class Bytes(Dataset):
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getitem__(self, i: int) -> tuple[int, bytes]:
+        return os.getpid(), self.index.read_bytes(i)
+
+
+@pytest.mark.filterwarnings(  # Python 3.12 warns of every fork beside threads; this is the test
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_read_what_the_parent_opened(
+    store: tuple[str, Faulty], index: ShardIndex, tmp_path: Path, method: str
+) -> None:
+    found = ShardIndex.open(store[0], cache(tmp_path))
+    assert found.read_bytes(0) == index.read_bytes(0)  # the parent has an event loop and a client
+    loader = DataLoader(
+        Bytes(found), batch_size=None, num_workers=2, multiprocessing_context=method,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    workers, pictures = zip(*loader, strict=True)
+    assert list(pictures) == [index.read_bytes(i) for i in range(NUM_PICTURES)]
+    assert len(set(workers) - {os.getpid()}) == 2
+    assert found.read_bytes(39) == index.read_bytes(39)
+    if store[0].startswith("http"):  # each fetched once, by three processes
+        assert sum(n for path, n in store[1].gets.items() if ".tar" in path) == 4
