@@ -313,16 +313,19 @@ def run_tasks(
     (folder / PARTS / _TASKS).touch()  # the lock that tasks share; before they are started
     jobs = _submit(cluster, shares)
     failed = []
+    import submitit  # slow, and most runs have no tasks
+
     try:
         for number, job in enumerate(jobs, 1):
             while not job.done():
                 time.sleep(_POLL_SECONDS)
-            if not job.paths.result_pickle.exists():
-                made = f"was killed, or never ran (state {job.state})"
-            elif job.exception() is not None:
-                made = f"failed ({str(job.exception()).strip().splitlines()[-1]})"
-            else:
+            error = job.exception()  # waits for a network file system to show the result
+            if error is None:
                 made = job.result()
+            elif isinstance(error, submitit.core.utils.UncompletedJobError):
+                made = f"was killed, or never ran (state {job.state})"
+            else:
+                made = "failed"
             if isinstance(made, str):
                 of = f"task {number} of {len(jobs)} (job {job.job_id})"
                 failed.append(f"{of}: {made}\n  log: {job.paths.stderr}")
