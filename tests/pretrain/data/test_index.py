@@ -1,23 +1,14 @@
-import contextlib
+"""Tars file by file, however they are damaged, and the names that an index may hold."""
+
 import io
-import shlex
 import tarfile
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from pretrain.data import remote
-from pretrain.data import remote as download
-from pretrain.data.index import tar_files
-from pretrain.data.remote import Patience
-from pretrain.data.streaming import RemoteStream, open_stream
-from tests.pretrain.data.servers import Faulty, Handler, faulty
+from pretrain.data.index import check_name, tar_files
 
-PATIENCE = Patience(retries=2, timeout_seconds=2)
 FILES = {  # sizes at and beside multiples of 512, an empty file, a name above 100 characters
     "a.jpg": b"1" * 1024,
     "a.cls": b"7",
@@ -28,57 +19,47 @@ FILES = {  # sizes at and beside multiples of 512, an empty file, a name above 1
 }
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
-
-
 @pytest.fixture(params=[tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
 def tar(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     path = tmp_path / "a.tar"
-    write_tar(path, FILES, request.param)
-    return path
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Faulty]:
-    with faulty(tmp_path) as state:
-        yield state
-
-
-def write_tar(path: Path, files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> None:
-    with tarfile.open(path, "w", format=kind) as tar:
+    with tarfile.open(path, "w", format=request.param) as tar:
         tar.addfile(folder := tarfile.TarInfo("folder"))
         folder.type = tarfile.DIRTYPE
-        for name, data in files.items():
+        for name, data in FILES.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return path
 
 
-def read(url: str | Path, *, wanted: str = "", patience: Patience = PATIENCE) -> dict[str, bytes]:
-    with contextlib.closing(open_stream(str(url), patience)) as stream:
-        files = tar_files(stream, str(url), lambda name: name.endswith(wanted))
-        found = [(member.name, data) for member, data in files]
-    assert len(dict(found)) == len(found)
-    return dict(found)
+class Pipe:
+    """Bytes that come in small pieces and only forward."""
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = io.BytesIO(data)
+
+    def read(self, size: int, /) -> bytes:
+        return self._stream.read(min(size, 700))
 
 
-def refusal(url: str | Path, **options: Patience) -> str:
-    with pytest.raises(UserError) as caught:
-        read(url, **options)
-    return str(caught.value)
+def read(path: Path, *, wanted: str = "") -> dict[str, bytes]:
+    """The files, the same from a file and from a pipe."""
+    results = []
+    for stream in (io.BytesIO(path.read_bytes()), Pipe(path.read_bytes())):
+        files = tar_files(stream, str(path), lambda name: name.endswith(wanted))
+        results.append([(member.name, data) for member, data in files])
+    assert results[0] == results[1]
+    return dict(results[0])
 
 
-def streams() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "shard-stream"]
-
-
-def wait_until_none_streams() -> None:
-    end = time.monotonic() + 5
-    while streams():
-        assert time.monotonic() < end, "a thread goes on fetching"
-        time.sleep(0.01)
+def refusal(path: Path) -> str:
+    messages = []
+    for stream in (io.BytesIO(path.read_bytes()), Pipe(path.read_bytes())):
+        with pytest.raises(UserError) as caught:
+            list(tar_files(stream, str(path), lambda name: True))
+        messages.append(str(caught.value))
+    assert messages[0].partition("(")[0] == messages[1].partition("(")[0]
+    return messages[0]
 
 
 def test_local_tar(tar: Path) -> None:
@@ -87,13 +68,6 @@ def test_local_tar(tar: Path) -> None:
 
 def test_only_wanted_files_are_read(tar: Path) -> None:
     assert read(tar, wanted=".cls") == dict.fromkeys([*FILES, "folder"], b"") | {"a.cls": b"7"}
-
-
-def test_tar_from_a_server_and_from_a_command(tar: Path, server: Faulty) -> None:
-    local = read(tar)
-    assert read(f"{server.url}/a.tar") == local
-    assert read(f"pipe:cat {shlex.quote(str(tar))}") == local
-    wait_until_none_streams()
 
 
 def test_every_cut_is_found(tar: Path, tmp_path: Path) -> None:
@@ -120,7 +94,6 @@ def test_damaged_header_is_not_taken_for_the_end(tar: Path, tmp_path: Path) -> N
 
 
 def test_what_is_no_tar(tmp_path: Path) -> None:
-    assert "there is no such shard" in refusal(tmp_path / "missing.tar")
     (tmp_path / "text.tar").write_bytes(b"text" * 1000)
     assert "not an uncompressed tar" in refusal(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
@@ -128,83 +101,18 @@ def test_what_is_no_tar(tmp_path: Path) -> None:
     assert "unpack it first" in refusal(tmp_path / "zipped.tar")
     (tmp_path / "empty.tar").touch()
     assert "not an uncompressed tar (empty file)" in refusal(tmp_path / "empty.tar")
-    assert "cannot be opened" in refusal(tmp_path)
 
 
-def test_missing_on_the_server(server: Faulty) -> None:
-    message = refusal(f"{server.url}/missing.tar?token=secret")
-    assert f"{server.url}/missing.tar" in message
-    assert "HTTP 404" in message
-    assert "secret" not in message
+@pytest.mark.parametrize(
+    "name",
+    ["", "/etc/a.tar", "../a.tar", "x/../../a.tar", "x//a.tar", "./a.tar", "http://evil/a.tar",
+     "pipe:touch x", "file:a.tar", "C:a.tar", "a\\..\\b.tar", "a\n.tar", "\0", None, 3, ["a"]],
+)  # fmt: skip
+def test_names_that_leave_the_folder_are_refused(name: object) -> None:
+    with pytest.raises(UserError, match=r"does not lie below the folder; .* not trusted"):
+        check_name(name, "index.json")
 
 
-def test_cut_on_the_server(tar: Path, server: Faulty) -> None:
-    tar.write_bytes(tar.read_bytes()[:2048])
-    message = refusal(f"{server.url}/a.tar")
-    assert f"{server.url}/a.tar" in message
-    assert "cut short or damaged" in message
-
-
-def cut_at(num_bytes: int, num_times: int, *, has_ranges: bool):
-    def fault(handler: Handler, count: int) -> bool:
-        if not has_ranges:
-            del handler.headers["Range"]
-        return count < num_times and handler.cut(num_bytes)
-
-    return fault
-
-
-@pytest.mark.parametrize("has_ranges", [True, False], ids=["ranges", "no ranges"])
-def test_broken_connections_are_mended(
-    tar: Path, server: Faulty, has_ranges: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "_STREAM_BYTES", 1000)
-    server.faults = cut_at(3000, 2, has_ranges=has_ranges)
-    assert read(f"{server.url}/a.tar") == read(tar)
-    assert server.gets["/a.tar"] >= 3
-
-
-def test_server_that_stays_broken_stops_the_run(tar: Path, server: Faulty) -> None:
-    server.faults = cut_at(3000, 100, has_ranges=True)
-    message = refusal(f"{server.url}/a.tar")
-    assert f"{server.url}/a.tar: could not be fetched in 3 tries" in message
-
-
-def test_command_that_fails_once_is_run_again(tar: Path, tmp_path: Path) -> None:
-    mark = shlex.quote(str(tmp_path / "mark"))
-    failing = (
-        f"pipe:head -c 5000 {tar}; test -e {mark} && tail -c +5001 {tar} || (: > {mark}; exit 3)"
-    )
-    assert read(failing) == read(tar)
-
-
-def test_exit_status_counts_after_the_end_mark(tar: Path) -> None:
-    message = refusal(f"pipe:cat {tar}; exit 3")
-    assert "exit 3" in message
-    assert str(tar) in message
-
-
-def test_second_try_must_bring_the_same(tar: Path, tmp_path: Path) -> None:
-    mark = shlex.quote(str(tmp_path / "mark"))
-    once = f"test -e {mark} || (: > {mark}; exit 3)"
-    other = f"pipe:test -e {mark} && tr 1 2 < {tar} || cat {tar}; {once}"
-    assert "a second try brought other bytes" in refusal(other)
-    Path(tmp_path / "mark").unlink()
-    shorter = f"pipe:test -e {mark} && head -c 3000 {tar} || cat {tar}; {once}"
-    assert "a second try brought other bytes" in refusal(shorter)
-
-
-def test_reading_ahead_is_bounded_and_ends_when_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "_STREAM_BYTES", 10_000)
-    log = tmp_path / "log"
-    command = f"head -c 3000000 /dev/zero | tee {shlex.quote(str(log))}"
-    stream = RemoteStream(f"pipe:{command}", PATIENCE)
-    assert stream.read(100) == bytes(100)
-    size = -1
-    while size != (size := log.stat().st_size):
-        time.sleep(0.2)
-    assert 0 < size < 400_000  # parts of 10 kB here, two pipes of 64 kB, what tee and head hold
-    stream.close()
-    wait_until_none_streams()
+def test_names_below_the_folder_are_taken() -> None:
+    for name in ("a.tar", "x/y..z.tar", "ü {0..1}.tar", "%2e%2e%2fa.tar"):
+        assert check_name(name, "") == name

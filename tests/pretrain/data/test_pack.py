@@ -164,7 +164,7 @@ def test_changed_shard_of_a_finished_set(picture_folder: Path, tmp_path: Path) -
 def test_full_disk_while_writing(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: object, data: bytes) -> int:
+    def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)

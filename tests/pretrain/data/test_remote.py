@@ -229,3 +229,13 @@ def test_command_that_stalls_is_ended() -> None:
     with pytest.raises(UserError, match=r"in 1 tries, the last one: no byte for 0.2 s"):
         run("echo x; exec sleep 60", patience=Patience(retries=0, timeout_seconds=0.2))
     assert time.monotonic() - start < 10
+
+
+def test_second_try_must_bring_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"1" * 5000)
+    once = f"test -e {tmp_path}/mark || (: > {tmp_path}/mark; exit 3)"
+    for second in ("tr 1 2 <", "head -c 3000"):
+        command = f"test -e {tmp_path}/mark && {second} {tmp_path}/a.tar || cat {tmp_path}/a.tar"
+        with pytest.raises(UserError, match="a second try brought other bytes"):
+            run(f"{command}; {once}")
+        (tmp_path / "mark").unlink()
