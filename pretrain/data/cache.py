@@ -38,13 +38,10 @@ def disk_error(error: OSError, folder: Path) -> UserError:
     """The error of the cache's disk, with a remedy."""
     if error.errno in _FULL:
         return UserError(
-            f"{folder}: the disk is full ({error.strerror}); free space, lower data.cache_gb, or "
-            "put data.cache_dir on another disk"
+            f"{folder}: the disk is full; free space, lower data.cache_gb, or put data.cache_dir "
+            "on another disk"
         )
-    return UserError(
-        f"{folder}: the cache cannot be written ({error.strerror or error}); put data.cache_dir "
-        "elsewhere"
-    )
+    return UserError(f"{folder}: the cache cannot be written ({error}); change data.cache_dir")
 
 
 def make_folder(folder: Path) -> None:
@@ -74,19 +71,6 @@ def files_of(folder: Path) -> list[tuple[int, int, Path]]:
             status = path.stat()
             files.append((status.st_mtime_ns, status.st_size, path))
     return files
-
-
-def extend(path: Path, extra: int) -> None:
-    """Make a file larger by bytes that the disk really has, where it can say so."""
-    with open(path, "ab") as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if extra > 0:
-                os.posix_fallocate(file.fileno(), size, extra)
-        except (OSError, AttributeError) as error:  # Linux alone has it, and not for all disks
-            if getattr(error, "errno", None) in _FULL:
-                raise
-            os.ftruncate(file.fileno(), size + extra)
 
 
 @dataclass(frozen=True)
@@ -153,11 +137,10 @@ class ShardCache:
             UserError: Naming the smallest bound that would do.
         """
         least = sum(sorted(sizes)[-_MIN_SHARDS:])
-        if least > self.options.max_bytes:
+        if least > self.max_bytes:
             raise UserError(
-                f"data.cache_gb: {self.options.max_bytes / 1e9:g} is too small for shards of up to "
-                f"{max(sizes) / 1e9:.3g} GB: set it to {least / 1e9:.3g} or more (much more reads "
-                "better), or make smaller shards"
+                f"data.cache_gb: {self.max_bytes / 1e9:g} is too small for shards of up to "
+                f"{max(sizes) / 1e9:.3g} GB: set it to {least / 1e9:.3g} or much more"
             )
         self._make_room(0, None)
 
@@ -189,22 +172,18 @@ class ShardCache:
         Raises:
             UserError: As `open`.
         """
-        missing: list[RemoteShard] = []
-        room = self.options.max_bytes
+        missing, room = [], self.max_bytes
         for shard in shards:
             room -= shard.size
             if room < 0:
                 break  # it would throw out what was fetched a moment ago
-            descriptor = self._open_cached(shard)
-            if descriptor is None:
+            try:
+                os.utime(self.path(shard))
+            except OSError:
                 missing.append(shard)
-            else:
-                os.close(descriptor)
-        if len(missing) > 1:
+        if missing:
             with ThreadPoolExecutor(min(NUM_FETCHERS, len(missing))) as pool:
                 list(pool.map(lambda shard: os.close(self.open(shard)), missing))
-        elif missing:
-            os.close(self.open(missing[0]))
 
     def _open_cached(self, shard: RemoteShard) -> int | None:
         path = self.path(shard)
@@ -229,7 +208,7 @@ class ShardCache:
         Raises:
             UserError: As `open`; also if the file changes meanwhile.
         """
-        if file.size is not None and file.size > self.options.max_bytes:
+        if file.size is not None and file.size > self.max_bytes:
             raise self._too_large(displayed(file.url), file.size)
         name = stable_hash(file.url, file.version).hex()
         with self.lock(name):
@@ -312,7 +291,7 @@ class ShardCache:
         with self._space_lock():
             self._remove_leftovers()
             whole = files_of(self._shards)
-            too_much = extra - self.options.max_bytes
+            too_much = extra - self.max_bytes
             too_much += sum(size for _, size, _ in whole + files_of(self._partial))
             for _, size, path in sorted(whole):
                 if too_much <= 0:
@@ -322,7 +301,8 @@ class ShardCache:
             if too_much > 0:
                 return False
             if partial is not None:
-                extend(partial, extra)
+                with open(partial, "ab") as file:
+                    file.truncate(os.fstat(file.fileno()).st_size + extra)
             return True
 
     def _remove_leftovers(self) -> None:
@@ -354,14 +334,11 @@ class ShardCache:
     # -- messages ---------------------------------------------------------------------------------
 
     def _changed(self, url: str, what: str) -> UserError:
-        return UserError(
-            f"{displayed(url)}: {what}: the shard was changed or cut short, or the index is "
-            f"stale; {self.remedy}"
-        )
+        name = displayed(url)
+        return UserError(f"{name}: {what}: the shard or the index is stale; {self.remedy}")
 
     def _too_large(self, name: str, size: int) -> UserError:
         return UserError(
-            f"{name}: {size:,} bytes or more do not fit into the cache of "
-            f"{self.options.max_bytes:,} bytes ({self.folder}); raise data.cache_gb, or make "
-            "smaller shards"
+            f"{name}: {size:,} bytes or more do not fit into the cache of {self.max_bytes:,} bytes "
+            f"({self.folder}); raise data.cache_gb, or make smaller shards"
         )

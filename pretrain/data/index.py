@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, require
 from common.files import read_json_or_none, sha256_of, write_atomically, write_json
 from pretrain.data.random_numbers import stable_hash
 
@@ -122,9 +122,7 @@ def tar_files(
     """
 
     def cut_short(how: object) -> UserError:
-        return UserError(
-            f"{name}: the tar is cut short or damaged ({how}); copy or make this shard again"
-        )
+        return UserError(f"{name}: the tar is cut short or damaged ({how}); make it again")
 
     forward = _Forward(stream)
     try:
@@ -143,10 +141,7 @@ def tar_files(
     except tarfile.TarError as error:
         if forward.tell() > tarfile.BLOCKSIZE:  # it began as a tar
             raise cut_short(error) from error
-        raise UserError(
-            f"{name}: not an uncompressed tar ({error}): unpack it first (gunzip, zstd -d) or take "
-            "it away"
-        ) from error
+        raise UserError(f"{name}: not an uncompressed tar ({error}): unpack it first") from error
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error}); check the file") from error
     if forward.last != bytes(tarfile.BLOCKSIZE):
@@ -358,9 +353,8 @@ def parse_index(data: bytes, where: str) -> dict[str, Any]:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{where}: damaged index ({type(error).__name__}: {error}); {_REMEDY}"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: damaged index ({reason}); {_REMEDY}") from None
     return index
 
 
@@ -377,10 +371,8 @@ def check_name(name: object, where: str) -> str:
         and all(part not in ("", ".", "..") for part in name.split("/"))
     )
     if not is_plain:
-        raise UserError(
-            f"{where}: names the file {name!r}, which does not lie below the folder; such an index "
-            "is not trusted: get the set from its maker again"
-        )
+        outside = f"names the file {name!r}, which does not lie below the folder"
+        raise UserError(f"{where}: {outside}; such an index is not trusted")
     return str(name)
 
 
@@ -391,16 +383,14 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
         UserError: If it is missing, unreadable, of another length, or of another hash.
     """
     path = folder / index["samples"]
-    if not path.exists():
-        raise UserError(f"{path}: missing; {_REMEDY}")
+    require(path.exists(), f"{path}: missing; {_REMEDY}")
     try:
         table = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
     if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
-        raise UserError(
-            f"{path}: does not fit index.json ({index['num_samples']} samples); {_REMEDY}"
-        )
+        num = index["num_samples"]
+        raise UserError(f"{path}: does not fit index.json ({num} samples); {_REMEDY}")
     if sha256_of(path) != index["samples_sha256"]:
         raise UserError(f"{path}: its SHA-256 is not the one in index.json; {_REMEDY}")
     sizes = [shard["num_samples"] for shard in index["shards"]]

@@ -81,10 +81,7 @@ class InputPipeline:
         folder: Path,
     ) -> None:
         if data.shards is None:
-            raise UserError(
-                "data.shards is not set: name the folder that tools/make_shards.py wrote, "
-                "e.g. data.shards=data/shards"
-            )
+            raise UserError("data.shards is not set: name the folder of tools/make_shards.py")
         self._data, self._seed, self._device = data, seed, device
         self._channels_last = channels_last
         self._bad_path = folder / BAD_SAMPLES

@@ -24,7 +24,7 @@ import torch
 import torch.utils.data
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.errors import UserError, require
+from common.errors import UserError
 from pretrain.data.decode import Sample, ViewWriter
 from pretrain.data.order import (
     LastBatch,
@@ -143,16 +143,6 @@ class Reply:
             self.batch = self.batch.pin_memory()
         return self
 
-    def checked(self) -> ViewBatch:
-        """The batch, where no sample may be replaced.
-
-        Raises:
-            UserError: If one is bad, or there is no batch.
-        """
-        if reason := self.error or next(iter(self.bad.values()), None):
-            raise UserError(f"{reason}; repair or remove it and make the shards again")
-        return self.batch
-
 
 class BadSamples:
     """The samples that one process replaced so far, and how many may be.
@@ -179,8 +169,7 @@ class BadSamples:
             reason = next(iter(reply.bad.values()), "bad samples of the run so far")
             raise UserError(
                 f"{reason}. {len(self.reasons)} bad samples, allowed are {self._most}: repair the "
-                "source and make the shards again, or raise data.max_bad_samples to replace and "
-                "count such samples"
+                "source and make the shards again, or raise data.max_bad_samples"
             )
         if reply.error is not None:
             raise UserError(reply.error)
@@ -369,10 +358,7 @@ class RequestSampler(Sampler):
     def __post_init__(self) -> None:
         num_due = sum(source.num_due for source in self.sources)
         self.num_steps = num_steps_per_epoch(num_due, self.batch_size, self.last_batch)
-        require(
-            0 <= self.rank < self.world_size,
-            f"rank {self.rank} of {self.world_size}: must be from 0 to {self.world_size - 1}",
-        )
+        assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
         share_of_rank(self.batch_size, self.world_size)  # what does not divide is refused now
 
     def __len__(self) -> int:
@@ -500,4 +486,6 @@ def central_crops(
         for ids in np.split(numbers, range(batch_size, len(numbers), batch_size))
     ]
     for reply in start_workers(dataset, requests, num_workers):
-        yield reply.checked()
+        if reason := reply.error or next(iter(reply.bad.values()), None):
+            raise UserError(f"{reason}; repair or remove it and make the shards again")
+        yield reply.batch

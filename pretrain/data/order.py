@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import UserError, require
+from common.errors import require
 from pretrain.data.random_numbers import counter_rng, stable_hash
 
 
@@ -30,15 +30,10 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
     Returns:
         int64 array [num_samples] of sample numbers, each exactly once.
     Raises:
-        UserError: If `window` is below 1 or a shard size is negative.
+        UserError: If `window` is below 1.
     """
-    if window < 1:
-        raise UserError(
-            f"shuffle window {window}: must be at least 1 sample (1 shuffles shards only)"
-        )
+    require(window >= 1, f"shuffle window {window}: must be at least 1 sample")
     sizes = np.asarray(shard_sizes, dtype=np.int64)
-    if sizes.size and int(sizes.min()) < 0:
-        raise UserError(f"shard size {int(sizes.min())}: must not be negative")
     rng = counter_rng("order", seed, epoch)
     shards = rng.permutation(len(sizes))
     # The shards' ranges of sample numbers, joined in the shuffled order.
@@ -152,13 +147,9 @@ def num_steps_per_epoch(num_samples: int, batch_size: int, last_batch: LastBatch
     Raises:
         UserError: If the batch is empty or larger than the data set.
     """
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: must be at least 1")
-    if num_samples < batch_size:
-        raise UserError(
-            f"{num_samples} samples do not fill one batch of {batch_size}: "
-            f"set a batch size of at most {num_samples}, or add pictures"
-        )
+    require(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
+    fills = f"{num_samples} samples do not fill one batch of {batch_size}: take a smaller one"
+    require(num_samples >= batch_size, fills)
     return -(-num_samples // batch_size) if last_batch == "pad" else num_samples // batch_size
 
 
@@ -197,9 +188,6 @@ def share_of_rank(batch_size: int, world_size: int) -> int:
     Raises:
         UserError: If the batch does not divide evenly among the ranks.
     """
-    require(
-        batch_size % world_size == 0,
-        f"global batch of {batch_size} samples does not divide among {world_size} ranks: "
-        f"choose a batch size that is a multiple of {world_size}",
-    )
+    message = f"global batch of {batch_size} samples does not divide among {world_size} ranks"
+    require(batch_size % world_size == 0, f"{message}: choose a multiple of {world_size}")
     return batch_size // world_size

@@ -23,7 +23,8 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -45,6 +46,7 @@ from pretrain.data.pack_plan import ShardOptions, ShardPlan, SourcePicture, make
 PARTS = ".parts"  # folder for what finished shards of an unfinished run leave for the index
 PLAN_FILE = "plan.json"
 _TASKS = "tasks.lock"
+_REMEDY = "choose another folder, or --overwrite (which deletes shard-*.tar only)"
 _PATIENCE_SECONDS = 5.0  # for tasks that were cancelled
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here there is no limit
 _POLL_SECONDS = 0.5
@@ -109,53 +111,16 @@ def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
         reasons = "\n".join(f"  {item['reason']}" for item in skipped[:10])
         raise UserError(
             f"{len(skipped)} pictures cannot be used, allowed are {max_bad}:\n{reasons}\n"
-            "repair or remove them, or allow more with --max-bad N to leave them out; then run "
-            "the command again"
+            "repair or remove them, or leave out up to N with --max-bad N"
         )
-
-
-def write_in_processes(
-    todo: Sequence[ShardPlan], num_workers: int, folder: Path, options: ShardOptions, max_bad: int
-) -> Generator[ShardPart]:
-    """Make shards in processes; yields the part of each as it is finished.
-
-    Args:
-        todo: Shards to make.
-        num_workers: Processes; 0 or 1 works in this one, in order.
-        folder: Of the shards.
-        options: How shards are made.
-        max_bad: How many pictures a shard may leave out; the caller counts them over all.
-    Raises:
-        RunFailed: If a process was killed.
-    """
-    if num_workers <= 1 or len(todo) <= 1:
-        for plan in todo:
-            yield write_shard(plan, folder, options, max_bad)
-        return
-    context = multiprocessing.get_context("spawn")  # no copies of this process's threads
-    pool = ProcessPoolExecutor(
-        min(num_workers, len(todo)), mp_context=context, initializer=_start_worker
-    )
-    try:
-        futures = [pool.submit(write_shard, plan, folder, options, max_bad) for plan in todo]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise RunFailed(
-            "a worker was killed, perhaps for want of memory; give the same command again with a "
-            "smaller --num-workers: it goes on"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it."""
 
     def exit_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -173,16 +138,14 @@ def only_writer(folder: Path) -> Iterator[None]:
         UserError: If another command, or a task of an earlier one, is writing there.
     """
     with locked(folder / ".lock") as is_mine:
-        require(
-            is_mine, f"{folder}: another run is writing here; wait for it, or choose another folder"
-        )
+        require(is_mine, f"{folder}: another run is writing here; choose another folder")
         with suppress(FileNotFoundError), open(folder / PARTS / _TASKS, "r+b") as tasks:
             deadline = time.monotonic() + _PATIENCE_SECONDS
             while not lock_file(tasks, folder):
                 require(
                     time.monotonic() < deadline,
                     f"{folder}: tasks of an earlier command are still writing here; wait for them "
-                    "or cancel them, then give the command again: it goes on with what they made",
+                    "or cancel them, then give the command again",
                 )
                 time.sleep(0.1)
         yield
@@ -208,11 +171,77 @@ def shared_with_tasks(folder: Path, run_id: str) -> Iterator[None]:
         yield
 
 
-# -- tasks ----------------------------------------------------------------------------------------
+# -- several shards -------------------------------------------------------------------------------
 
 
-class TaskError(RunFailed):
-    """A task did not finish its share; the same command goes on where the tasks stopped."""
+@dataclass(frozen=True)
+class ShareOfShards:
+    """Shards to make in one folder, by this command or by one of its tasks.
+
+    Attributes:
+        folder: Of the shards.
+        run_id: Of the command, as in plan.json.
+        plans: The shards.
+        options: How they are made.
+        max_bad: How many pictures may be left out.
+        num_workers: Processes; 0 or 1 works in this one, in order.
+    """
+
+    folder: Path
+    run_id: str
+    plans: Sequence[ShardPlan]
+    options: ShardOptions
+    max_bad: int
+    num_workers: int
+
+    def make(self) -> Generator[ShardPart]:
+        """Make the shards; yields the part of each as it is finished.
+
+        Raises:
+            UserError: If too many pictures of a shard are bad; the caller counts them over all.
+            RunFailed: If a process was killed.
+        """
+        rest = (self.folder, self.options, self.max_bad)
+        num_workers = min(self.num_workers, len(self.plans))
+        if num_workers <= 1:
+            for plan in self.plans:
+                yield write_shard(plan, *rest)
+            return
+        context = multiprocessing.get_context("spawn")  # no copies of this process's threads
+        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+        try:
+            futures = [pool.submit(write_shard, plan, *rest) for plan in self.plans]
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                "a worker was killed, perhaps for want of memory; give the same command again with "
+                "a smaller --num-workers: it goes on"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def __call__(self) -> list[ShardPart] | str:
+        """As a task: the parts of all shards, made where need be; or why the task gave up."""
+        try:
+            with shared_with_tasks(self.folder, self.run_id):
+                found = {plan.name: read_part(self.folder, plan) for plan in self.plans}
+                parts = [part for part in found.values() if part is not None]
+                todo = [plan for plan in self.plans if found[plan.name] is None]
+                with closing(replace(self, plans=todo).make()) as made:
+                    for part in made:
+                        print(f"{part.shard['name']}: {len(part.table)} samples", flush=True)
+                        parts.append(part)
+                        check_bad([item for one in parts for item in one.skipped], self.max_bad)
+                return parts
+        except (UserError, RunFailed, OSError) as error:
+            return str(error)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues when the task's time is up: the same again, which goes on."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
@@ -243,89 +272,48 @@ class Cluster:
             require(text.isprintable(), f"{text!r}: no line breaks in options of the cluster")
 
 
-@dataclass(frozen=True)
-class ShareOfShards:
-    """The work of one task; submitit calls it."""
-
-    folder: Path
-    run_id: str
-    plans: Sequence[ShardPlan]
-    options: ShardOptions
-    max_bad: int
-    num_workers: int
-
-    def __call__(self) -> list[ShardPart] | str:
-        """The parts of all shards, made where they are not there yet; or why the task gave up."""
-        try:
-            with shared_with_tasks(self.folder, self.run_id):
-                found = {plan.name: read_part(self.folder, plan) for plan in self.plans}
-                parts = [part for part in found.values() if part is not None]
-                todo = [plan for plan in self.plans if found[plan.name] is None]
-                print(f"{len(todo)} of {len(self.plans)} shards to make", flush=True)
-                rest = (self.num_workers, self.folder, self.options, self.max_bad)
-                with closing(write_in_processes(todo, *rest)) as made:
-                    for part in made:
-                        print(f"{part.shard['name']}: {len(part.table)} samples", flush=True)
-                        parts.append(part)
-                        check_bad([item for one in parts for item in one.skipped], self.max_bad)
-                return parts
-        except (UserError, RunFailed, OSError) as error:
-            return str(error)
-
-    def checkpoint(self) -> Any:
-        """What submitit queues when the task's time is up: the same again, which goes on."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def run_tasks(
-    cluster: Cluster,
-    run_id: str,
-    todo: Sequence[ShardPlan],
-    num_workers: int,
-    folder: Path,
-    options: ShardOptions,
-    max_bad: int,
-) -> Generator[ShardPart]:
+def run_tasks(cluster: Cluster, whole: ShareOfShards) -> Generator[ShardPart]:
     """Make shards in tasks; yields their parts, task by task. Closing it cancels the tasks.
 
     Args:
         cluster: Where and in how many tasks.
-        run_id: Of the command, as in plan.json.
-        todo: Shards to make, at least one.
-        num_workers: Processes of each task.
-        folder: Of the shards; the command holds its lock.
-        options: How shards are made.
-        max_bad: How many pictures a task may leave out; the caller counts them over all tasks.
+        whole: At least one shard; each task may leave out `max_bad` pictures, and the caller counts
+            them over all tasks. The command holds the folder's lock.
     Raises:
-        TaskError: If a task was killed or failed; the message names its log.
+        RunFailed: If a task was killed or failed; the message names its log.
         UserError: If tasks cannot be started.
     """
-    num_tasks = min(cluster.num_tasks, len(todo))
-    bounds = [number * len(todo) // num_tasks for number in range(num_tasks + 1)]
-    shares = [
-        ShareOfShards(
-            folder, run_id, todo[bounds[k] : bounds[k + 1]], options, max_bad, num_workers
-        )
-        for k in range(num_tasks)
-    ]
-    (folder / PARTS / _TASKS).touch()  # the lock that tasks share; before they are started
-    jobs = _submit(cluster, shares)
-    failed = []
     import submitit  # slow, and most runs have no tasks
 
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    parts = whole.folder / PARTS
+    (parts / _TASKS).touch()  # the lock that tasks share; before they are started
+    num_tasks = min(cluster.num_tasks, len(whole.plans))
+    bounds = [number * len(whole.plans) // num_tasks for number in range(num_tasks + 1)]
+    try:
+        executor = submitit.AutoExecutor(folder=parts / "tasks", cluster=cluster.kind)
+        executor.update_parameters(
+            name="make_shards",
+            timeout_min=cluster.time_minutes if cluster.kind == "slurm" else _LOCAL_MINUTES,
+            cpus_per_task=max(1, whole.num_workers),
+            mem_gb=cluster.mem_gb,
+            slurm_partition=cluster.partition,
+            slurm_additional_parameters=cluster.options or None,
+        )
+        with executor.batch():
+            jobs = [
+                executor.submit(replace(whole, plans=whole.plans[start:end]))
+                for start, end in pairwise(bounds)
+            ]
+    except (RuntimeError, OSError) as error:  # no srun, sbatch refuses, too large a pickle
+        raise UserError(f"submitit cannot start tasks: {error}") from error
+    failed = []
     try:
         for number, job in enumerate(jobs, 1):
             while not job.done():
                 time.sleep(_POLL_SECONDS)
             error = job.exception()  # waits for a network file system to show the result
-            if error is None:
-                made = job.result()
-            elif isinstance(error, submitit.core.utils.UncompletedJobError):
-                made = f"was killed, or never ran (state {job.state})"
-            else:
-                made = "failed"
+            made = job.result() if error is None else f"was killed or failed (state {job.state})"
             if isinstance(made, str):
                 of = f"task {number} of {len(jobs)} (job {job.job_id})"
                 failed.append(f"{of}: {made}\n  log: {job.paths.stderr}")
@@ -333,36 +321,11 @@ def run_tasks(
                 yield from made
         if failed:
             again = "the same command goes on with what the tasks have made"
-            raise TaskError("\n".join([*failed, again]))
+            raise RunFailed("\n".join([*failed, again]))
     finally:
         for job in jobs:
             if not job.done():
                 job.cancel(check=False)
-
-
-def _submit(cluster: Cluster, shares: list[ShareOfShards]) -> list[Any]:
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError(
-            f"--submitit needs the package submitit ({error}); pip install it"
-        ) from error
-    logging.getLogger("submitit").setLevel(logging.WARNING)
-    try:
-        logs = shares[0].folder / PARTS / "tasks"
-        executor = submitit.AutoExecutor(folder=logs, cluster=cluster.kind)
-        executor.update_parameters(
-            name="make_shards",
-            timeout_min=cluster.time_minutes if cluster.kind == "slurm" else _LOCAL_MINUTES,
-            cpus_per_task=max(1, shares[0].num_workers),
-            mem_gb=cluster.mem_gb,
-            slurm_partition=cluster.partition,
-            slurm_additional_parameters=cluster.options or None,
-        )
-        with executor.batch():
-            return [executor.submit(share) for share in shares]
-    except (RuntimeError, OSError) as error:  # no srun, sbatch refuses, too large a pickle
-        raise UserError(f"submitit cannot start tasks: {error}") from error
 
 
 # -- the whole set --------------------------------------------------------------------------------
@@ -381,9 +344,8 @@ class WriteReport:
     @classmethod
     def of(cls, index: dict[str, Any], num_shards_kept: int) -> "WriteReport":
         """The report of a set with this index.json."""
-        num_bytes = sum(shard["bytes"] for shard in index["shards"])
-        num_shards = len(index["shards"])
-        return cls(index["num_samples"], num_shards, num_shards_kept, num_bytes, index["skipped"])
+        sizes = [shard["bytes"] for shard in index["shards"]]
+        return cls(index["num_samples"], len(sizes), num_shards_kept, sum(sizes), index["skipped"])
 
 
 def write_shards(
@@ -416,7 +378,7 @@ def write_shards(
     Raises:
         UserError: If more pictures than allowed are bad, `out` holds other shards or is being
             written by another run, or the disk is full.
-        TaskError: If a task on the cluster did not finish its share.
+        RunFailed: If a task on the cluster did not finish its share, or a process was killed.
     """
     folder, options = Path(out), options or ShardOptions()
     plans, run_id = make_plan(pictures, options), secrets.token_hex(8)
@@ -430,7 +392,23 @@ def write_shards(
                 check_bad(index["skipped"], max_bad)
                 shutil.rmtree(folder / PARTS, ignore_errors=True)
                 return WriteReport.of(index, len(plans))
-            _prepare_folder(folder, fingerprint, run_id, overwrite)
+            # Other shards are not mixed in.
+            parts, plan_file = folder / PARTS, folder / PARTS / PLAN_FILE
+            if overwrite:
+                old = [folder / "index.json", folder / "samples.npy", *folder.glob("shard-*.tar")]
+                for path in old:
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(parts, ignore_errors=True)
+            if plan_file.exists():
+                is_mine = json.loads(plan_file.read_text())["fingerprint"] == fingerprint
+                other = f"{folder}: an unfinished run with another source or other options is here"
+                require(is_mine, f"{other}; {_REMEDY}")
+            elif tars := sorted(folder.glob("*.tar")):
+                raise UserError(f"{tars[0]}: a tar that this run did not make; {_REMEDY}")
+            parts.mkdir(parents=True, exist_ok=True)
+            remove_partial_files(folder)
+            remove_partial_files(parts)
+            write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})
 
             # What an earlier run has finished is kept.
             kept = {plan.name: read_part(folder, plan) for plan in plans}
@@ -441,21 +419,15 @@ def write_shards(
             require(
                 needed <= free,
                 f"{folder}: the shards need about {needed / 1e6:,.1f} MB, only {free / 1e6:,.1f} "
-                "MB are free; free some space, choose another disk, or shrink pictures with "
-                "--resize-short",
+                "MB are free; free some space, or shrink pictures with --resize-short",
             )
 
             # The rest is made here or in tasks; bad pictures count over all shards.
-            rest = (todo, num_workers, folder, options, max_bad)
-            if cluster is None or not todo:
-                made = write_in_processes(*rest)
-            else:
-                made = run_tasks(cluster, run_id, *rest)
+            share = ShareOfShards(folder, run_id, todo, options, max_bad, num_workers)
+            made = run_tasks(cluster, share) if cluster and todo else share.make()
             num_done = len(pictures) - sum(len(plan.pictures) for plan in todo)
-            bar = tqdm(
-                total=len(pictures), initial=num_done, desc="packing", unit="picture",
-                disable=not progress,
-            )  # fmt: skip
+            total, off = len(pictures), not progress
+            bar = tqdm(None, "packing", total, unit="picture", initial=num_done, disable=off)
             skipped = [item for part in done.values() for item in part.skipped]
             check_bad(skipped, max_bad)
             with bar, closing(made):
@@ -469,57 +441,25 @@ def write_shards(
 
             # The set counts as complete from the rename of index.json.
             stored_options = {**asdict(options), "fingerprint": fingerprint}
-            parts = [done[plan.name] for plan in plans]
-            index = write_index(folder, parts, classes=classes, options=stored_options)
-            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            of_plans = [done[plan.name] for plan in plans]
+            index = write_index(folder, of_plans, classes=classes, options=stored_options)
+            shutil.rmtree(parts, ignore_errors=True)
             return WriteReport.of(index, num_kept)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"{error.filename or folder}: cannot be written ({error.strerror}); choose another "
-                "folder"
-            ) from error
+            place = error.filename or folder
+            message = f"{place}: cannot be written ({error.strerror}); choose another folder"
+            raise UserError(message) from error
         raise
 
 
 def _finished_index(folder: Path, fingerprint: str) -> dict[str, Any]:
     """The index of an earlier run that made exactly these shards; others are refused."""
     index = read_index(folder)
-    require(
-        index["options"].get("fingerprint") == fingerprint,
-        f"{folder}: holds shards of another source or of other options; choose another folder, or "
-        "--overwrite",
-    )
+    other = f"{folder}: holds shards of another source or of other options; {_REMEDY}"
+    require(index["options"].get("fingerprint") == fingerprint, other)
     for shard in index["shards"]:
         tar = folder / shard["name"]
-        require(
-            tar.exists() and tar.stat().st_size == shard["bytes"],
-            f"{tar}: missing or changed since the index was written; --overwrite makes all shards "
-            "again",
-        )
+        is_whole = tar.exists() and tar.stat().st_size == shard["bytes"]
+        require(is_whole, f"{tar}: missing or changed since the index was written; {_REMEDY}")
     return index
-
-
-def _prepare_folder(folder: Path, fingerprint: str, run_id: str, overwrite: bool) -> None:
-    """Clear the folder with `overwrite`, and refuse to mix with shards that are not this run's."""
-    parts = folder / PARTS
-    if overwrite:
-        for path in (folder / "index.json", folder / "samples.npy", *folder.glob("shard-*.tar")):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(parts, ignore_errors=True)
-    plan_file = parts / PLAN_FILE
-    if plan_file.exists():
-        require(
-            json.loads(plan_file.read_text())["fingerprint"] == fingerprint,
-            f"{folder}: an unfinished run with another source or other options is here; repeat "
-            "that command, choose another folder, or --overwrite",
-        )
-    elif tars := sorted(folder.glob("*.tar")):
-        raise UserError(
-            f"{tars[0]}: a tar that this run did not make; choose an empty folder, or --overwrite "
-            "(which deletes shard-*.tar only)"
-        )
-    parts.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(folder)
-    remove_partial_files(parts)
-    write_json(plan_file, {"fingerprint": fingerprint, "run": run_id})

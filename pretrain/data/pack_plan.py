@@ -19,6 +19,11 @@ from common.pictures import BadPicture, decode
 from pretrain.data.random_numbers import stable_hash
 
 MAX_FILE_BYTES = 2**30  # far above any picture of MAX_PIXELS pixels that is compressed
+_KEPT = {  # what may be stored as it is, by its suffix
+    "jpg": re.compile(rb"\xff\xd8"),
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
 _RATIO_SAMPLES = 16  # pictures that are shrunk on trial to plan the sizes of shards
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/+=-]")
 _MAX_KEY_LENGTH = 90  # with a suffix, a plain tar header holds 100 characters
@@ -26,17 +31,6 @@ _OVERHEAD = 2048  # bytes of tar headers and padding per sample, at most
 _STAT_THREADS = 16  # a network file system answers many at once
 _STAT_CHUNK = 4096  # files per thread and turn
 _MORE_SHARDS = 12  # attempts, each with a percent more shards, to keep all below their limits
-
-
-def stored_suffix(data: bytes) -> str | None:
-    """Suffix under which these bytes may be stored as they are; None if they must be re-encoded."""
-    if data[:2] == b"\xff\xd8":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return None
 
 
 def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, bytes]:
@@ -59,34 +53,25 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             raise BadPicture(f"{path}: not a plain file")
         if status.st_size > MAX_FILE_BYTES:
-            raise BadPicture(
-                f"{path}: {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read"
-            )
+            raise BadPicture(f"{path}: {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
         data = Path(path).read_bytes()
     except OSError as error:
         raise BadPicture(f"{path}: cannot be read ({error.strerror})") from error
     if not data:
         raise BadPicture(f"{path}: is empty (0 bytes)")
     image = decode(data, where=path)
-    if resize_short is not None and min(image.shape[:2]) > resize_short:
-        small = np.ascontiguousarray(shrink(image, resize_short))
-        return "jpg", simplejpeg.encode_jpeg(small, quality, "RGB", "420", fastdct=False)
-    suffix = stored_suffix(data)
-    if suffix is not None:
-        return suffix, data
     import cv2  # not needed to parse a command line
 
-    return "png", cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
-def shrink(image: np.ndarray, short_side: int) -> np.ndarray:
-    """Shrink uint8 [h, w, 3] to a short side, by area averaging."""
     height, width = image.shape[:2]
-    scale = short_side / min(height, width)
-    size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
-    import cv2
-
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    if resize_short is not None and min(height, width) > resize_short:
+        scale = resize_short / min(height, width)
+        size = max(resize_short, round(width * scale)), max(resize_short, round(height * scale))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # area averaging
+        return "jpg", simplejpeg.encode_jpeg(small, quality, "RGB", "420", fastdct=False)
+    for suffix, first_bytes in _KEPT.items():
+        if first_bytes.match(data):
+            return suffix, data
+    return "png", cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def shrink_ratio(paths: Sequence[str], resize_short: int | None, quality: int) -> float:
@@ -185,18 +170,15 @@ def make_plan(pictures: Sequence[SourcePicture], options: ShardOptions) -> list[
     sizes = _file_sizes([picture.path for picture in ordered])
     ratio = shrink_ratio([p.path for p in ordered], options.resize_short, options.quality)
     stored = (sizes * ratio).astype(np.int64) + _OVERHEAD
-    bounds = split_evenly(stored, options)
-    totals = np.add.reduceat(stored, bounds[:-1])
-    return [
-        ShardPlan(
-            name=f"shard-{number:06d}.tar",
-            pictures=tuple(ordered[start:end]),
-            keys=tuple(keys[start:end]),
-            fingerprint=_fingerprint(ordered[start:end], sizes[start:end], options),
-            estimated_bytes=int(totals[number]),
-        )
-        for number, (start, end) in enumerate(pairwise(bounds))
-    ]
+    plans, option_bytes = [], repr(sorted(asdict(options).items())).encode()
+    for number, (start, end) in enumerate(pairwise(split_evenly(stored, options))):
+        own, digest = ordered[start:end], hashlib.sha256(option_bytes)
+        for picture, size in zip(own, sizes[start:end].tolist(), strict=True):
+            digest.update(stable_hash(picture.name, picture.label, size))
+        name, num_bytes = f"shard-{number:06d}.tar", int(stored[start:end].sum())
+        own_keys = tuple(keys[start:end])
+        plans.append(ShardPlan(name, tuple(own), own_keys, digest.hexdigest(), num_bytes))
+    return plans
 
 
 def split_evenly(stored_bytes: np.ndarray, options: ShardOptions) -> list[int]:
@@ -235,13 +217,6 @@ def _too_full(bounds: list[int], stored_bytes: np.ndarray, limit: float, most: i
     counts = np.diff(bounds)
     totals = np.add.reduceat(stored_bytes, bounds[:-1])
     return np.flatnonzero((counts > most) | ((totals > limit) & (counts > 1))).tolist()
-
-
-def _fingerprint(pictures: list[SourcePicture], sizes: np.ndarray, options: ShardOptions) -> str:
-    digest = hashlib.sha256(repr(sorted(asdict(options).items())).encode())
-    for picture, size in zip(pictures, sizes.tolist(), strict=True):
-        digest.update(stable_hash(picture.name, picture.label, size))
-    return digest.hexdigest()
 
 
 def _file_sizes(paths: list[str]) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from common.config import unknown
-from common.errors import UserError, require
+from common.errors import UserError, require, within_0_and_1
 from common.registry import with_sections
 from pretrain.data.augmentations.operation import Operation, Parameters
 from pretrain.data.random_numbers import draw_uniforms
@@ -46,10 +46,7 @@ class Flip:
     probability: float = 0.5
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.probability <= 1,
-            f"flip.probability must be in [0, 1], got {self.probability}",
-        )
+        within_0_and_1(self, "flip", "probability")
 
 
 @with_sections(Operation.registry)

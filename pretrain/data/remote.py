@@ -56,10 +56,8 @@ class Patience:
 
     def __post_init__(self) -> None:
         require(self.retries >= 0, f"data.read_retries: {self.retries}: must be 0 or more")
-        require(
-            self.timeout_seconds > 0,
-            f"data.read_timeout_seconds: {self.timeout_seconds}: must be above 0",
-        )
+        timeout = self.timeout_seconds
+        require(timeout > 0, f"data.read_timeout_seconds: {timeout}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,8 @@ def filesystem(url: str, patience: Patience) -> Any:
     """
     scheme = urlsplit(url).scheme
     module, requirement = PACKAGES[scheme]
-    require(
-        importlib.util.find_spec(module) is not None,
-        f"{displayed(url)}: {scheme}:// needs a package that is not installed; "
-        f"run: pip install '{requirement}'",
-    )
+    is_there = importlib.util.find_spec(module) is not None
+    require(is_there, f"{scheme}:// needs a package that is missing: pip install '{requirement}'")
     key = (os.getpid(), scheme.removesuffix("s"), patience.timeout_seconds)
     if key not in _filesystems:
         if _filesystems and all(pid != os.getpid() for pid, _, _ in list(_filesystems)):
@@ -169,19 +164,15 @@ def wait_to_try_again(error: Exception, attempt: int, url: str, patience: Patien
 
     # What another try would not change.
     if isinstance(cause, FileNotFoundError) or status in (404, 410):
-        raise NotThereError(
-            f"{name}: there is no such file (HTTP 404); check the address"
-        ) from error
+        message = f"{name}: there is no such file (HTTP 404); check the address"
+        raise NotThereError(message) from error
     if type(cause).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        raise UserError(
-            f"{name}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a "
-            "profile), or FSSPEC_S3_ANON=true for a public bucket"
-        ) from error
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true"
+        raise UserError(f"{name}: no credentials; {remedy}") from error
     is_forbidden = isinstance(cause, PermissionError) or str(cause).startswith("Forbidden:")
     if is_forbidden or status in (401, 403):  # gcsfs reports 403 by that word only
-        raise UserError(
-            f"{name}: not allowed (HTTP {status or 403}); check the credentials and who may read it"
-        ) from error
+        message = f"{name}: not allowed (HTTP {status or 403}); check the credentials"
+        raise UserError(message) from error
     if status is not None and 400 <= status < 500 and status not in _RETRIED_STATUS:
         raise UserError(f"{name}: the server refuses (HTTP {status}: {cause})") from error
 
@@ -192,9 +183,8 @@ def wait_to_try_again(error: Exception, attempt: int, url: str, patience: Patien
         elif isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
             reason = f"no byte for {patience.timeout_seconds:g} s (timeout)"
         raise UserError(
-            f"{name}: could not be fetched in {attempt + 1} tries, the last one: {reason}; look "
-            "after the server, the network or the command and run again (data.read_retries and "
-            "data.read_timeout_seconds say how long to try)"
+            f"{name}: could not be fetched in {attempt + 1} tries, the last one: {reason}; run "
+            "again, or raise data.read_retries and data.read_timeout_seconds"
         ) from error
     delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**attempt)
     time.sleep(delay * _JITTER.uniform(0.5, 1.0))
@@ -296,10 +286,8 @@ def download(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
 
 
 def _not_the_same(file: RemoteFile) -> UserError:
-    return UserError(
-        f"{displayed(file.url)}: a second try brought other bytes than the first; a source must "
-        "give the same tar each time"
-    )
+    name = displayed(file.url)
+    return UserError(f"{name}: a second try brought other bytes than the first; check the source")
 
 
 def _fetch_part(file: RemoteFile, start: int, patience: Patience) -> bytes:
@@ -348,10 +336,8 @@ def _run_command(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
             process.kill()
             raise
     if process.returncode in (126, 127):  # the shell's own words
-        raise UserError(
-            f"{file.url}: the command cannot be run (exit status {process.returncode}); check its "
-            "name and whether it is installed"
-        )
+        status = f"exit status {process.returncode}"
+        raise UserError(f"{file.url}: the command cannot be run ({status}); check its name")
     if process.returncode != 0:
         raise OSError(f"the command ended with exit status {process.returncode}")
 

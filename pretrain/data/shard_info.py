@@ -46,11 +46,6 @@ def verify_shards(
         UserError: If there is no readable index at all.
     """
     folder = Path(path)
-    require(
-        (folder / "index.json").exists(),
-        f"{folder / 'index.json'}: missing, so there is nothing to verify against; make the shards "
-        "first",
-    )
     index = read_index(folder)
     shards = index["shards"]
     report = VerifyReport(len(shards), index["num_samples"], sum(s["bytes"] for s in shards))
@@ -61,8 +56,7 @@ def verify_shards(
         report.problems.append(str(error))
     listed = {folder / shard["name"] for shard in shards}
     report.problems += [
-        f"{tar}: not in the index; take it away, or make the index again"
-        for tar in sorted({*folder.glob("*.tar")} - listed)
+        f"{tar}: not in the index; take it away" for tar in sorted({*folder.glob("*.tar")} - listed)
     ]
 
     def problem_of(number: int) -> str | None:
@@ -80,17 +74,12 @@ def verify_shards(
             return f"{path}: its SHA-256 is not the one in the index; {again}"
         part.table["shard"] = number
         if table is not None and not np.array_equal(part.table, table[table["shard"] == number]):
-            return (
-                f"{path}: samples lie elsewhere than samples.npy says; delete index.json to index "
-                "the tars again"
-            )
+            return f"{path}: samples lie elsewhere than samples.npy says; {again}"
         return None
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         problems = pool.map(problem_of, range(len(shards)))
-        bar = tqdm(
-            problems, total=len(shards), desc="verifying", unit="shard", disable=not progress
-        )
+        bar = tqdm(problems, "verifying", len(shards), unit="shard", disable=not progress)
         report.problems += [problem for problem in bar if problem is not None]
     return report
 
@@ -189,33 +178,16 @@ def _spread(values: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def format_info(info: ShardInfo) -> str:
-    """The description as text for a terminal; of many classes and omissions the first ones."""
+    """The description as text for a terminal, a line for each fact; long lists are cut."""
 
-    def first(items: list[str], separator: str) -> str:
-        rest = [f"and {len(items) - MAX_NAMED:,} more"] if len(items) > MAX_NAMED else []
-        return separator.join([*items[:MAX_NAMED], *rest])
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            value = [f"{name} {one}" for name, one in value.items()]
+        if not isinstance(value, list):
+            return f"{value}"
+        rest = [f"and {len(value) - MAX_NAMED} more"] if len(value) > MAX_NAMED else []
+        parts = [item["reason"] if isinstance(item, dict) else f"{item}" for item in value]
+        return ", ".join(parts[:MAX_NAMED] + rest) or "none"
 
-    def three(values: list[float]) -> str:
-        return " / ".join(f"{value:,.0f}" for value in values)
-
-    lines = [
-        f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards, "
-        f"{info.num_bytes / 1e6:,.1f} MB (below: least / median / most)",
-        f"samples per shard: {three(info.samples_per_shard)}",
-        f"bytes per picture: {three(info.picture_bytes)}",
-    ]
-    if info.widths and info.heights:
-        lines.append(f"pixels: width {three(info.widths)}, height {three(info.heights)}")
-    formats = ", ".join(f"{name} {count:,}" for name, count in info.formats.items())
-    lines.append(f"formats of {info.num_looked_at:,} pictures: {formats}")
-    classes = sorted(info.class_counts.items(), key=lambda item: -item[1])
-    counts = first([f"{name} {count:,}" for name, count in classes], ", ")
-    lines.append(f"{len(classes):,} classes: {counts}" if classes else "no labels")
-    if classes and info.num_unlabelled:
-        lines.append(f"without a label: {info.num_unlabelled:,}")
-    options = [f"{name} {value}" for name, value in info.options.items() if name != "fingerprint"]
-    is_ours = "fingerprint" in info.options
-    lines.append(f"made with: {', '.join(options)}" if is_ours else "made by another tool")
-    omissions = first([f"{item['file']}: {item['reason']}" for item in info.skipped], "\n  ")
-    lines.append(f"left out: {len(info.skipped):,}" + (f"\n  {omissions}" if omissions else ""))
-    return "\n".join(lines)
+    facts = vars(info) | {"class_counts": dict(Counter(info.class_counts).most_common())}
+    return "\n".join(f"{name.replace('_', ' ')}: {text(value)}" for name, value in facts.items())

@@ -226,18 +226,13 @@ class ShardIndex(Samples):
         try:
             data = os.pread(self._file(shard), _TAR_BLOCK + size, offset - _TAR_BLOCK)
         except OSError as error:
-            raise UserError(
-                f"{self.describe(i)}: cannot be read ({error.strerror}); is the disk still there?"
-            ) from error
+            raise UserError(f"{self.describe(i)}: cannot be read ({error.strerror})") from error
         if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
             index = self._source.index_folder / "index.json"
-            remedy = f"make the shard again, or delete {index} to index the tars again"
-            if self.is_remote:
-                remedy = "delete the copy to fetch it again; if that changes nothing, delete "
-                remedy += f"{index} too"
+            copy = "delete the copy to fetch it again, or" if self.is_remote else ""
             raise UserError(
                 f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
-                f"or cut short: {remedy}"
+                f"or cut short: {copy} make it again, or delete {index} to index it again"
             )
         return memoryview(data)[_TAR_BLOCK:]
 
@@ -387,12 +382,8 @@ def check_weights(weights: Mapping[str, float]) -> None:
         UserError: Naming the first one.
     """
     for name, weight in weights.items():
-        require(
-            bool(np.isfinite(weight) and weight > 0),
-            f"data.shards: weight {weight} of {displayed(name)}: must be above 0; 1 shows each "
-            "sample once per epoch (in streaming mode it is the share of the samples that come "
-            "from there)",
-        )
+        is_weight = bool(np.isfinite(weight) and weight > 0)
+        require(is_weight, f"data.shards: weight {weight} of {displayed(name)}: must be above 0")
 
 
 def open_samples(
@@ -411,11 +402,9 @@ def open_samples(
         return ShardIndex.open(spec, cache)
     weights = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(spec, 1.0)
     require(bool(weights), "data.shards: an empty list; name at least one shard set")
-    if len(weights) < len(spec):
-        twice = next(name for name in weights if list(spec).count(name) > 1)
-        raise UserError(
-            f"data.shards: {twice} is listed twice; give it a weight instead: {{{twice}: 2}}"
-        )
+    for name in weights:
+        is_once = list(spec).count(name) == 1
+        require(is_once, f"data.shards: {name} is listed twice; give it a weight instead")
     check_weights(weights)
     sets = [ShardIndex.open(name, cache) for name in weights]
     if list(weights.values()) == [1.0]:
@@ -445,8 +434,6 @@ def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) ->
         require(
             index.classes == first.classes,
             f"{option} {index.name}: other classes than {next(iter(sets))} {first.name} "
-            f"({', '.join(different[:3]) or 'the same names'}{', ..' if different[3:] else ''} "
-            f"{'in one of them only' if different else 'in another order'}); make both of the same "
-            "class folders",
+            f"({', '.join(different[:3]) or 'another order'}); make both of the same class folders",
         )
     return indexes

@@ -13,12 +13,13 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from braceexpand import braceexpand
 from tqdm import tqdm
@@ -75,11 +76,6 @@ class Location:
     is_folder: bool
     text: str
 
-    @property
-    def is_remote(self) -> bool:
-        """True if its tars must be fetched."""
-        return self.scheme != "file"
-
 
 def parse(spec: str | Path) -> Location:
     """Tell what a user named; looks at the local disk only.
@@ -87,7 +83,10 @@ def parse(spec: str | Path) -> Location:
     Raises:
         UserError: If the scheme is unknown, or the form is impossible.
     """
-    text = path = str(spec)
+    text = str(spec)
+    if text.startswith("file:///"):
+        text = unquote(text.removeprefix("file://"))
+    path = text
     if text.startswith("pipe:"):
         require(text[5:].strip() != "", f"{text}: pipe: needs a command that writes a tar")
         return Location("pipe", False, text)
@@ -95,11 +94,8 @@ def parse(spec: str | Path) -> Location:
     scheme = match[1].lower() if match else "file"
     is_web = scheme in ("http", "https")
     if match:
-        require(
-            scheme in PACKAGES,
-            f"{name}: shards behind {scheme}:// cannot be read; possible are a local path, "
-            f"{', '.join(f'{known}://' for known in PACKAGES)} and pipe:COMMAND",
-        )
+        known = ", ".join(f"{one}://" for one in PACKAGES)
+        require(scheme in PACKAGES, f"{name}: give a local path, {known} or pipe:COMMAND")
         text = scheme + text[len(scheme) :]
         rest = text.split("://", 1)[1]
         host, path = (re.sub(r"[?#].*", "", rest) if is_web else rest).partition("/")[::2]
@@ -107,10 +103,8 @@ def parse(spec: str | Path) -> Location:
         require(not (is_web and "*" in path), f"{name}: {_BRACES_REMEDY}")
     elif Path(path).is_dir():
         return Location(scheme, True, text)
-    require(
-        not _COMPRESSED.search(path),
-        f"{name}: compressed tars have no random access; unpack them first (gunzip, zstd -d)",
-    )
+    is_compressed = _COMPRESSED.search(path)
+    require(not is_compressed, f"{name}: compressed tars have no random access; unpack them")
     is_folder = not path.endswith(".tar")
     is_pattern = _BRACES.search(path) or (_GLOB.search(path) and not is_web)
     require(
@@ -139,13 +133,11 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
     if location.is_folder:
         # The tars of an index in its order, else all of the folder.
         url = join(text, "index.json")
-        if location.is_remote:
+        if location.scheme != "file":
             data = read_if_there(url, patience)
         else:
-            require(
-                Path(text).is_dir(),
-                f"{text}: no such folder of shards; make one with tools/make_shards.py",
-            )
+            there = Path(text).is_dir()
+            require(there, f"{text}: no such folder of shards; make one with tools/make_shards.py")
             data = Path(url).read_bytes() if Path(url).exists() else None
         if data is not None:
             names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
@@ -153,17 +145,13 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
         is_web = location.scheme in ("http", "https")
         require(not is_web, f"{name}: there is no index.json, and {_BRACES_REMEDY}")
         remedy = "holds neither index.json nor .tar files; make shards with tools/make_shards.py"
-        texts = [join(text if location.is_remote else glob.escape(text), "*.tar")]
+        texts = [join(glob.escape(text) if location.scheme == "file" else text, "*.tar")]
     elif _BRACES.search(text) and not Path(text).exists():
         try:
             texts = list(itertools.islice(braceexpand(text), _MAX_SHARDS + 1))
         except ValueError:
-            raise UserError(
-                f"{name}: a brace is not closed; write \\{{ for one that stands for itself"
-            ) from None
-        require(
-            len(texts) <= _MAX_SHARDS, f"{name}: the braces name more than {_MAX_SHARDS:,} shards"
-        )
+            raise UserError(f"{name}: a brace is not closed; write \\{{ for a plain one") from None
+        require(len(texts) <= _MAX_SHARDS, f"{name}: names more than {_MAX_SHARDS:,} shards")
     tars: list[str] = []
     for one in texts:
         named = [one]
@@ -173,9 +161,8 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
             named = sorted(glob.glob(one))
         require(bool(named), f"{name if location.is_folder else one}: {remedy}")
         tars += named
-    if len(set(tars)) < len(tars):
-        twice = next(tar for tar, group in itertools.groupby(sorted(tars)) if len(list(group)) > 1)
-        raise UserError(f"{name}: names {displayed(twice)} more than once")
+    twice = [tar for tar, count in Counter(tars).items() if count > 1]
+    require(not twice, f"{name}: names {displayed(twice[0]) if twice else ''} more than once")
     return tars
 
 
@@ -259,38 +246,31 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
         UserError: If anything is missing, damaged, stale, or not allowed.
     """
     location = parse(spec)
-    return _open_remote(location, options) if location.is_remote else _open_local(location, options)
-
-
-def _open_local(location: Location, options: CacheOptions) -> Source:
+    name = displayed(location.text)
+    if location.scheme != "file":
+        return _open_remote(location, name, options)
     paths = [Path(path) for path in expand(location.text)]
     folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    own = Path(location.text)
-    has_own = location.is_folder and (own / "index.json").exists()
-    if has_own:
-        folder = index_folder = own
+    if has_index := location.is_folder and (Path(location.text) / "index.json").exists():
+        folder = index_folder = Path(location.text)
     else:
-        states = [(path.absolute(), _size_of(path), path.stat().st_mtime_ns) for path in paths]
-        files = [RemoteFile(str(path), size, str(changed)) for path, size, changed in states]
-        index_folder = _index_tars(
-            files, options.place, location.text, lambda file: scan_file(Path(file.url))
-        )
+        files = [
+            RemoteFile(str(path.absolute()), _size_of(path), str(path.stat().st_mtime_ns))
+            for path in paths
+        ]
+        index_folder = _index_tars(files, options.place, name, lambda f: scan_file(Path(f.url)))
     index = read_index(index_folder)
     load_table(index_folder, index)
 
     # Every shard must be there in the size that the index says, and in a folder no other one.
     stale = f"the index is stale; delete {index_folder / 'index.json'} to index the tars again"
     for shard, path in zip(index["shards"], paths, strict=True):
-        size = _size_of(path)
-        require(
-            size >= shard["bytes"],
-            f"{path}: shard is cut short, {size:,} of {shard['bytes']:,} bytes; copy or make it "
-            "again",
-        )
-        require(
-            size == shard["bytes"], f"{path}: {size:,} bytes instead of {shard['bytes']:,}: {stale}"
-        )
-    for path in sorted({*own.glob("*.tar")} - {*paths}) if has_own else ():
+        size, expected = _size_of(path), shard["bytes"]
+        sizes = f"{size:,} of {expected:,} bytes"
+        require(size >= expected, f"{path}: shard is cut short, {sizes}; copy or make it again")
+        require(size == expected, f"{path}: {sizes}: {stale}")
+    others = {*folder.glob("*.tar")} - {*paths} if has_index else ()
+    for path in sorted(others):
         raise UserError(f"{path}: a shard that the index does not know: {stale}")
     return Source(location.text, folder, index_folder, LocalTars([*map(str, paths)]), index)
 
@@ -300,20 +280,16 @@ def _size_of(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise UserError(
-            f"{path}: shard is missing ({error.strerror}); copy it back, correct the pattern, or "
-            "make the shards again with tools/make_shards.py"
+            f"{path}: shard is missing ({error.strerror}); copy it back or correct the pattern"
         ) from None
 
 
-def _open_remote(location: Location, options: CacheOptions) -> Source:
-    name, cache = displayed(location.text), ShardCache(options)
+def _open_remote(location: Location, name: str, options: CacheOptions) -> Source:
+    cache, patience = ShardCache(options), options.patience
     index_folder = _fetch_index(location, cache) if location.is_folder else None
-    if index_folder is not None:
-        remedy = "upload the shards and index.json of one run of tools/make_shards.py again"
-        index = read_index(index_folder)
-        urls = [join(location.text, shard["name"]) for shard in index["shards"]]
-    else:
-        urls = expand(location.text, options.patience)
+    remedy = "upload the shards and index.json of one run of tools/make_shards.py again"
+    urls = []
+    if index_folder is None:
 
         def scan(file: RemoteFile) -> ShardPart:
             descriptor, size, sha256 = cache.fetch_unknown(file)
@@ -322,11 +298,12 @@ def _open_remote(location: Location, options: CacheOptions) -> Source:
             base = displayed(file.url).rpartition("/")[2] or "shard.tar"
             return ShardPart.of(base, entries, skipped, size, sha256)
 
-        files = look_at_all(urls, options.patience)
-        index_folder = _index_tars(files, cache.folder, name, scan)
+        urls = expand(location.text, patience)
+        index_folder = _index_tars(look_at_all(urls, patience), cache.folder, name, scan)
         remedy = f"run again: the shards are indexed anew (or delete {index_folder})"
-        index = read_index(index_folder)
+    index = read_index(index_folder)
     load_table(index_folder, index)
+    urls = urls or [join(location.text, shard["name"]) for shard in index["shards"]]
     shards = [
         RemoteShard(url, shard["bytes"], shard["sha256"])
         for url, shard in zip(urls, index["shards"], strict=True)
@@ -405,18 +382,17 @@ def _fetch_index(location: Location, cache: ShardCache) -> Path | None:
         table_url = join(location.text, index["samples"])
         limit = index["num_samples"] * SAMPLE_DTYPE.itemsize + 4096  # a header is 128 bytes
         table = read_small(table_url, patience, limit)
-        if hashlib.sha256(table).hexdigest() != index["samples_sha256"]:
-            raise UserError(
-                f"{displayed(table_url)}: its SHA-256 is not the one in index.json: one of them is "
-                "stale; upload both again"
-            )
+        stale = "index.json or the file is stale; upload both again"
+        require(
+            hashlib.sha256(table).hexdigest() == index["samples_sha256"],
+            f"{displayed(table_url)}: its SHA-256 is not the one in index.json: {stale}",
+        )
         write_bytes(target / index["samples"], table)
         urls = [join(location.text, shard["name"]) for shard in index["shards"]]
         for shard, file in zip(index["shards"], look_at_all(urls, patience), strict=True):
-            if file.size is not None and file.size != shard["bytes"]:
-                raise UserError(
-                    f"{displayed(file.url)}: {file.size:,} bytes instead of {shard['bytes']:,}: "
-                    "the shard was cut short or changed, or index.json is stale; upload both again"
-                )
+            require(
+                file.size in (None, shard["bytes"]),
+                f"{displayed(file.url)}: {file.size} bytes instead of {shard['bytes']}: {stale}",
+            )
         write_bytes(target / "index.json", data)
     return target

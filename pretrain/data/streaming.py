@@ -18,7 +18,6 @@ import itertools
 import queue
 import random
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,10 +62,8 @@ def open_stream(url: str, patience: Patience) -> "BinaryIO | RemoteStream":
         return RemoteStream(url, patience)
     try:
         return open(url, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{url}: there is no such shard; check the path") from None
     except OSError as error:
-        raise UserError(f"{url}: cannot be opened ({error.strerror}); check the file") from error
+        raise UserError(f"{url}: cannot be opened ({error.strerror}); check the path") from error
 
 
 class RemoteStream:
@@ -281,39 +278,32 @@ class StreamRequest(NamedTuple):
 
     Attributes:
         run: Number of the call of `StreamingLoader.epoch`; a new one begins a new stream.
-        epoch: Epoch.
-        start_step: First global batch of this stream.
+        seed: Everything random in this stream follows from it.
+        first_repeat: Repeat index of its first pass.
     """
 
     run: int
-    epoch: int
-    start_step: int
+    seed: tuple[int, ...]
+    first_repeat: int
 
 
 class StreamDataset(BatchDataset):
     """The work of a worker: it keeps a stream of samples, and makes each request a batch of them.
 
     Args:
-        make_reader: Makes the reader of a stream, but for its number, seed and first repeat.
         views: Decodes, crops and changes.
-        num_steps: Global batches per epoch.
+        make_reader: Makes the reader of a stream, but for its number, seed and first repeat.
         batch_size: Batch size of one rank.
         rank: Number of this rank.
         world_size: Number of ranks.
     """
 
     def __init__(
-        self,
-        make_reader: Callable[..., Reader],
-        views: ViewWriter,
-        *,
-        num_steps: int,
-        batch_size: int,
-        rank: int,
+        self, views: ViewWriter, make_reader: Callable[..., Reader], batch_size: int, rank: int,
         world_size: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(views)
-        self._make_reader, self._num_steps, self._batch_size = make_reader, num_steps, batch_size
+        self._make_reader, self._batch_size = make_reader, batch_size
         self._rank, self._world_size = rank, world_size
         self._run = -1
         self._stream: Iterator[Sample] = iter(())
@@ -325,12 +315,11 @@ class StreamDataset(BatchDataset):
             self._run, self._error = request.run, None
             worker = torch.utils.data.get_worker_info()
             number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-            first_step = request.epoch * self._num_steps + request.start_step
             reader = self._make_reader(
                 number=number * self._world_size + self._rank,
                 num_readers=num_workers * self._world_size,
-                seed=(self.views.seed, request.epoch, request.start_step),
-                first_repeat=first_step * _MAX_PASSES,
+                seed=request.seed,
+                first_repeat=request.first_repeat,
             )
             self._stream = reader.samples()
         reply = Reply(error=self._error)
@@ -396,27 +385,18 @@ class StreamingLoader:
         **views: Any,
     ) -> None:
         require(batch_size >= 1, f"data.batch_size: {batch_size}: must be at least 1")
-        require(
-            samples_per_epoch >= batch_size,
-            f"data.samples_per_epoch: {samples_per_epoch}: must fill one batch of {batch_size}",
-        )
-        require(
-            shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1 sample"
-        )
+        fills = f"data.samples_per_epoch: {samples_per_epoch}: must fill one batch of {batch_size}"
+        require(samples_per_epoch >= batch_size, fills)
+        require(shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1")
         patience = patience or Patience()
-        self._sources = open_sources(spec, patience)
-        self._num_readers, self._rank = world_size * max(1, num_workers), rank
+        sources = open_sources(spec, patience)
         self.num_steps = samples_per_epoch // batch_size
         self._bad = BadSamples(max_bad_samples, known_bad)
         self.bad_samples = self._bad.reasons
-        dataset = StreamDataset(
-            partial(Reader, self._sources, shuffle_buffer=shuffle_buffer, patience=patience),
-            ViewWriter(**views),
-            num_steps=self.num_steps,
-            batch_size=share_of_rank(batch_size, world_size),
-            rank=rank,
-            world_size=world_size,
-        )
+        writer, share = ViewWriter(**views), share_of_rank(batch_size, world_size)
+        self._seed = writer.seed
+        reader = partial(Reader, sources, shuffle_buffer=shuffle_buffer, patience=patience)
+        dataset = StreamDataset(writer, reader, share, rank, world_size)
         self._requests: list[StreamRequest] = []  # of the epoch that is read
         self._num_runs = 0
         self._loader = start_workers(dataset, self._requests, num_workers)
@@ -427,16 +407,9 @@ class StreamingLoader:
         Raises:
             UserError: If more samples are bad than allowed, or a shard cannot be read.
         """
-        num_tars = min(len(source.tars) for source in self._sources)
-        if self._num_runs == 0 and self._rank == 0 and num_tars < self._num_readers:
-            print(
-                f"streaming: fewer shards ({num_tars}) than readers ({self._num_readers}: ranks x "
-                f"workers): every reader reads all shards and keeps one sample in "
-                f"{self._num_readers}; more shards or fewer workers cost less",
-                file=sys.stderr,
-            )
         self._num_runs += 1
-        request = StreamRequest(self._num_runs, epoch, start_step)
+        first_repeat = (epoch * self.num_steps + start_step) * _MAX_PASSES
+        request = StreamRequest(self._num_runs, (self._seed, epoch, start_step), first_repeat)
         self._requests[:] = [request] * (self.num_steps - start_step)
         for reply in self._loader:
             self._bad.count(reply)

@@ -163,7 +163,7 @@ def test_meddled_copy_is_fetched_again(server: Faulty, tmp_path: Path) -> None:
     assert read(cache, wanted(server, 0)) == content(0)
 
 
-@pytest.mark.parametrize("name", ["posix_fallocate", "fsync"])
+@pytest.mark.parametrize("name", ["fsync"])
 def test_full_disk(
     server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -143,7 +143,7 @@ def test_unfinished_run_with_other_options(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "write_in_processes", stop)
+    monkeypatch.setattr(writer, "write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         write_shards(sources(picture_folder), tmp_path, options=TEN)
     monkeypatch.undo()

@@ -16,14 +16,13 @@ import pytest
 import submitit.core.core
 
 from common import files as common_files
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from common.files import write_json
 from pretrain.data import pack
 from pretrain.data.pack import (
     PARTS,
     Cluster,
     ShareOfShards,
-    TaskError,
     only_writer,
     run_tasks,
     write_shards,
@@ -199,10 +198,8 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_failed_task_shows_its_last_words(begun: ShareOfShards) -> None:
     (begun.folder / "shard-000002.tar").mkdir()  # the rename of a finished tar fails
-    parts = run_tasks(
-        Cluster("local", 2), "this-run", list(begun.plans), 1, begun.folder, TEN, 0
-    )  # fmt: skip
-    with pytest.raises(TaskError, match=r"(?s)task 2 of 2.*\[Errno 21\] Is a directory.*log: /"):
+    parts = run_tasks(Cluster("local", 2), begun)
+    with pytest.raises(RunFailed, match=r"(?s)task 2 of 2.*\[Errno 21\] Is a directory.*log: /"):
         list(parts)
 
 
@@ -270,9 +267,7 @@ def test_slurm_loses_a_task_and_makes_it_at_the_next_command(
     words = [str(picture_folder), str(tmp_path / "out"), *TEN_EACH, *SLURM]
     assert make_shards.main(words) == 1
     said = capsys.readouterr().err
-    assert re.search(
-        r"task 2 of 2 \(job \d+_1\): was killed, or never ran \(state NODE_FAIL\)", said
-    )
+    assert re.search(r"task 2 of 2 \(job \d+_1\): was killed or failed \(state NODE_FAIL\)", said)
     lines = (folder / "asked").read_text().splitlines()
     for line in ("--partition=cpu", "--time=33", "--mem=4GB", "--cpus-per-task=2",
                  "--account='vision lab'", "--array=0-1%2"):  # fmt: skip
