@@ -27,9 +27,9 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
 from common.errors import UserError, require
+from pretrain.collectives import autocast_type
 from pretrain.config import FAConfig, OptimConfig, refuse_without_gradient, resolve
 from pretrain.engine.accumulation import Gradients
-from pretrain.engine.device import uses_bf16
 from pretrain.engine.optim import make_optimizer
 from pretrain.engine.profiling import fill_queues
 from pretrain.features.augmentations.base import RowRandom, fa_generator
@@ -80,7 +80,7 @@ class Group:
         }
         self.model = FAContrastive(sizes.arch(), sizes.heads(), self.objective, self.fa["none"])
         self.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        is_bf16 = uses_bf16("auto", device)
+        is_bf16 = autocast_type("auto", device) is not None
         self.precision = "bf16" if is_bf16 else "fp32"
         self.gradients = Gradients(
             self.model, self.model.online, OptimConfig(),

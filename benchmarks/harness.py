@@ -30,13 +30,13 @@ from common.errors import UserError, require, run_command
 from common.files import write_json
 from common.pictures import BadPicture, decode
 from common.provenance import versions
+from pretrain.collectives import choose_device
 from pretrain.config import HeadConfig
 from pretrain.data.loader import ViewDataset
 from pretrain.data.pack import write_shards
 from pretrain.data.pack_plan import ShardOptions, SourcePicture
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
-from pretrain.engine.device import choose_device
 from pretrain.model.backbones.resnet import ResNetBackbone
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90

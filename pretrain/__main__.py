@@ -17,6 +17,12 @@ example:
 Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
 Every key stands in pretrain/config.py; --print-config shows the values after all overrides."""
 
+OUT_OF_MEMORY = (
+    "Lower optim.micro_batch_size, which keeps the batch, data.num_workers, data.batch_size or "
+    "data.image_size; or set engine.precision=bf16, engine.activation_checkpointing=true; what is "
+    "not in engine needs --allow-changes"
+)
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -38,13 +44,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with --resume: go on with another config or other shards where the weights fit",
     )
     parser.add_argument(
-        "--profile",
-        metavar="N",
-        nargs="?",
-        const="20",
+        "--profile", metavar="N", nargs="?", const=20, type=int,
         help="time the parts of N steps (20) after a few to warm up: out/profile/ gets a summary "
         "and a trace for ui.perfetto.dev; nothing is trained",
-    )
+    )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
     add_check_options(parser)
     return parser.parse_intermixed_args(arguments)
@@ -53,23 +56,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
     options = parse(arguments)
-    from common.config import to_plain  # after --help, which should not wait
+    # After --help, which should not wait.
+    import yaml
+
+    from common.config import to_plain
+    from pretrain import collectives as dist
     from pretrain.config import load_config
-    from pretrain.engine import guards, profiling, rendezvous
-    from pretrain.run import make_trainer
 
     def work() -> int:
         config = load_config(options.config, options.overrides)
         if options.print_config:
-            import yaml
-
             print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
             return 0
-        try:
-            with guards.out_of_memory_explained(config):
-                if options.check:
-                    from pretrain.check import check
+        from pretrain.engine.guards import out_of_memory_explained
+        from pretrain.engine.profiling import only_steps, profile
+        from pretrain.run import check, make_trainer
 
+        try:
+            with out_of_memory_explained(OUT_OF_MEMORY):
+                if options.check:
                     facts = check(config, has_data=options.check == "all")
                     print_check(facts, as_json=options.json)
                 elif options.profile is None:
@@ -77,12 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         config, resume=options.resume, allow_changes=options.allow_changes
                     ).train()
                 else:
-                    num_steps = profiling.parse_num_steps(options.profile)
                     require(not options.resume, "--profile runs by itself: leave out --resume")
-                    run = make_trainer(profiling.only_steps(config), resume=False)
-                    profiling.profile(run, num_steps)
+                    profile(make_trainer(only_steps(config), resume=False), options.profile)
         finally:
-            rendezvous.stop()
+            dist.stop()
         return 0
 
     return run_command(

@@ -1,11 +1,98 @@
-"""The few collective operations that pretraining needs; all are the identity in one process.
+"""The processes of a run: their devices, how they meet, and the few collective operations.
 
-``pretrain.engine.rendezvous`` starts and ends the process group.
+The operations are the identity in one process.
 """
 
 from __future__ import annotations
 
+import os
+import socket
+from datetime import timedelta
+
+from common.errors import UserError, require
 from common.lazy import Tensor, distributed, torch
+
+SETUP_SECONDS = 180.0  # until all are there and connected; they start together, and load libraries
+COLLECTIVE_SECONDS = 1800.0  # of one collective; the others wait in it while the first one probes
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Under torchrun each process of a machine takes the GPU of its own number.
+
+    Raises:
+        UserError: If ``cuda`` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but torch sees no GPU; use engine.device=auto or cpu")
+    is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", number) if is_cuda else torch.device("cpu")
+
+
+def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None: there is none, all is fp32.
+
+    ``auto`` takes bf16 where the hardware computes in it. On a CPU without AVX512-BF16 or AMX it is
+    emulated, and slower than fp32.
+    """
+    if precision == "fp16":
+        return torch.float16
+    is_bf16 = precision == "bf16"
+    if precision == "auto" and device.type == "cuda":
+        is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto":
+        is_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_bf16 else None
+
+
+def start(device_type: str, seconds: float = SETUP_SECONDS) -> None:
+    """Join the group that torchrun describes in the environment, if there is one.
+
+    torchrun must make a store for each start of a job (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``, as
+    our scripts set it): in a store that it keeps, a process would find the address of a dead one.
+
+    Args:
+        device_type: "cuda" takes NCCL and the GPU of the process's number, "cpu" Gloo.
+        seconds: Until all processes are there and connected.
+
+    Raises:
+        UserError: If they are not; names the rank, the host and the address.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
+        return
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    missing = [name for name in names if name not in os.environ]
+    require(not missing, f"WORLD_SIZE is set, {', '.join(missing)} not: start through torchrun")
+    address, port, rank, world_size, local_rank = (os.environ[name] for name in names)
+    if device_type == "cuda":
+        torch.cuda.set_device(int(local_rank))
+    patience, collective = timedelta(seconds=seconds), timedelta(seconds=COLLECTIVE_SECONDS)
+    try:
+        store, _, _ = next(distributed.rendezvous("env://", timeout=patience))  # type: ignore
+        distributed.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            store=store,
+            rank=int(rank),
+            world_size=int(world_size),
+            timeout=patience,
+        )
+        store.set_timeout(collective)  # NCCL connects later, through it
+        distributed.distributed_c10d._set_pg_timeout(collective)
+    except RuntimeError as error:  # torch's DistError and its kinds, Gloo's own
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"rank {rank} of {world_size} on {socket.gethostname()} could not form the group at "
+            f"{address}:{port}: {first_line}; all processes must start and reach each other: see "
+            "the network in docs/scaling.md"
+        ) from error
+
+
+def stop() -> None:
+    """Leave the group."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_on() -> bool:

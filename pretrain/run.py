@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from functools import partial
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
+from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import InputPipeline
-from pretrain.engine import checkpoint, rendezvous, run_folder
-from pretrain.engine import device as devices
+from pretrain.data.shards import open_labelled, open_samples
+from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints
-from pretrain.engine.collapse import CollapseAlarm
 from pretrain.engine.contrastive_task import ContrastiveTask
-from pretrain.engine.guards import HangTimer
-from pretrain.engine.log import ProgressLog, check_wandb, open_log
+from pretrain.engine.guards import CollapseAlarm, HangTimer, StopOnSignal
 from pretrain.engine.optim import make_optimizer, peak_lr
-from pretrain.engine.run_folder import RunFolder
-from pretrain.engine.stop import StopOnSignal
+from pretrain.engine.run_folder import ProgressLog, RunFolder, check_wandb, open_log
 from pretrain.engine.trainer import Callback, Trainer
 from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import KnnCallback, Probe
-from pretrain.model.joint_embedding import FAContrastive
+from pretrain.model.joint_embedding import FAContrastive, OnlineNetwork
+
+_NUM_TIMED = 8  # pictures
 
 
 def make_trainer(
@@ -41,8 +45,8 @@ def make_trainer(
     """
     engine = config.engine
     check_wandb(config.tracking)
-    device = devices.choose_device(engine.device)
-    rendezvous.start(device.type)
+    device = dist.choose_device(engine.device)
+    dist.start(device.type)
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)
     folder = run_folder.prepare(config, resume=resume)
@@ -54,18 +58,8 @@ def make_trainer(
         channels_last=engine.channels_last,
         folder=folder,
     )
-    # The model and its optimiser.
     torch.manual_seed(config.seed)
-    model = FAContrastive(
-        config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
-    )
-    devices.prepare(model, engine, device)
-    optimizer = make_optimizer(
-        model.online,
-        config.optim,
-        peak_lr(config.optim, config.data.batch_size),
-        is_fused=devices.uses_fused(engine.fused_optimizer, device),
-    )
+    model, optimizer = make_model(config, device)
     task = ContrastiveTask(config, model, optimizer, input_pipeline, folder, device)
     # What goes on beside the steps. The first process alone looks at the probe's sets.
     backbone, is_main = model.online.backbone, dist.rank() == 0
@@ -93,3 +87,136 @@ def make_trainer(
         changes = trainer.load_state_dict(state, allow_changes=allow_changes)
         log.notes = [*([note] if note else []), *changes]
     return trainer
+
+
+def make_model(
+    config: PretrainConfig, device: torch.device
+) -> tuple[FAContrastive, torch.optim.Optimizer]:
+    """The model on its device, with random weights, and the optimiser of its online network.
+
+    Raises:
+        UserError: If the device cannot do what is asked for.
+    """
+    engine = config.engine
+    model = FAContrastive(
+        config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
+    )
+    if device.type == "cuda":
+        # A setting of the process: fp32 products and convolutions may be rounded to TF32's 10 bits.
+        # Neighbours are searched in exact fp32 in either case.
+        torch.set_float32_matmul_precision("high" if engine.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = engine.tf32
+    if engine.batch_norm == "synchronised":
+        require(
+            device.type == "cuda" or not dist.is_on(),
+            "engine.batch_norm=synchronised: torch has it for GPUs only; on a CPU use "
+            "engine.batch_norm=per_process, or one process",
+        )
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        model.online = cast(OnlineNetwork, convert(model.online))
+        if model.ema is not None:
+            model.ema = cast(OnlineNetwork, convert(model.ema))
+    if engine.activation_checkpointing:
+        require(
+            hasattr(model.online.backbone, "checkpoints_stages"),
+            "engine.activation_checkpointing=true: this backbone has no stages; use false",
+        )
+        model.online.backbone.checkpoints_stages = True  # type: ignore[assignment]
+    model.to(device)
+    if engine.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if engine.compile:
+        for network in (model.online, model.ema):
+            if network is not None:
+                _compile(network.backbone)
+    # One kernel for the update has other rounding, so that `auto` leaves a CPU without.
+    fused = engine.fused_optimizer
+    is_fused = device.type == "cuda" if fused == "auto" else bool(fused)
+    rate = peak_lr(config.optim, config.data.batch_size)
+    return model, make_optimizer(model.online, config.optim, rate, is_fused=is_fused)
+
+
+def _compile(backbone: nn.Module) -> None:
+    """Compile the forward pass in training; that of an evaluation stays as it is.
+
+    The module itself is not wrapped: names of weights, hooks and DDP know nothing of it.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # seconds, where nothing is compiled
+
+    plain = backbone.forward
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(images: Tensor) -> Tensor:
+        if not backbone.training:
+            return plain(images)
+        try:
+            return compiled(images)
+        except TorchDynamoException as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"engine.compile=true: torch.compile failed ({lines[0][:200]}); it needs a C++ "
+                "compiler, and Triton on a GPU. Use engine.compile=false"
+            ) from error
+
+    backbone.forward = forward  # type: ignore[method-assign]
+
+
+def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
+    """Return what a run would make and need; everything is made but nothing is trained.
+
+    Args:
+        config: The whole config.
+        has_data: Whether shards and probe are there already and are opened.
+    Returns:
+        `arch`, `pixel_mean` and `pixel_std` (0..255), `input_format` and `stride_in_1x1` of the
+        backbone, `branches` of the checkpoint,
+        `batch_size`, `epochs`, `num_samples` (None: not known), `seconds_per_sample` (of one
+        sample in one epoch; from one small batch, so it says little more than the order of
+        magnitude), `disk_bytes`.
+    Raises:
+        UserError: For anything that cannot work.
+    """
+    data, engine = config.data, config.engine
+    check_wandb(config.tracking)
+    num_samples = data.samples_per_epoch or None
+    if has_data:
+        samples = None if data.streaming or data.shards is None else open_samples(data.shards)
+        num_samples = num_samples if samples is None else samples.num_samples
+        if config.eval.probe_train and config.eval.probe_val:
+            open_labelled({"eval.probe_train": config.eval.probe_train,
+                           "eval.probe_val": config.eval.probe_val})  # fmt: skip
+
+    # The model as it is trained, and one batch through its backbone. Processor time of one thread,
+    # so that other programs beside this one do not count.
+    device = dist.choose_device(engine.device)
+    num_threads = engine.num_threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+    uncompiled = dataclasses.replace(engine, compile=False)
+    model, _ = make_model(dataclasses.replace(config, engine=uncompiled), device)
+    dtype = dist.autocast_type(engine.precision, device)
+    images = torch.randn(_NUM_TIMED, 3, data.image_size, data.image_size, device=device)
+    started = 0.0
+    for _ in range(2):  # the first warms up
+        started = time.process_time()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model.online.backbone(images).float().square().mean()
+        loss.backward()
+        loss.item()
+    seconds = (time.process_time() - started) / (num_threads if device.type == "cpu" else 1)
+
+    # A checkpoint holds the model, its EMA, the momentum, and the queues.
+    num_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    num_bytes += sum(4 * p.numel() for p in model.online.parameters())
+    return {
+        "arch": {k: v for k, v in dataclasses.asdict(config.arch).items() if k != "name"},
+        "pixel_mean": [255 * value for value in data.pixel_mean],
+        "pixel_std": [255 * value for value in data.pixel_std],
+        "input_format": "RGB",
+        "stride_in_1x1": False,  # torchvision's blocks
+        "branches": ["online", "ema"] if config.objective.has_ema else ["online"],
+        "batch_size": data.batch_size,
+        "epochs": config.optim.epochs,
+        "num_samples": num_samples,
+        "seconds_per_sample": 2 * seconds / _NUM_TIMED,  # two views
+        "disk_bytes": num_bytes * (2 + engine.keep_checkpoints),
+    }

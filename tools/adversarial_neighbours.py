@@ -19,9 +19,9 @@ import torch
 
 from common.errors import require, run_command
 from common.files import write_json
+from pretrain.collectives import choose_device
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.device import choose_device
 from pretrain.evaluation.robustness import NeighbourStudy
 
 

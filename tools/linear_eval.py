@@ -88,14 +88,15 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n after a signal.
     """
     arguments = build_parser().parse_intermixed_args(argv)
-    from pretrain.engine import guards, rendezvous  # after --help, which should not wait
+    from pretrain import collectives as dist  # after --help, which should not wait
+    from pretrain.engine.guards import out_of_memory_explained
 
     def work() -> int:
         try:
-            with guards.out_of_memory_explained():
+            with out_of_memory_explained("Lower batch_size, num_workers or image_size"):
                 evaluate(arguments)
         finally:
-            rendezvous.stop()
+            dist.stop()
         return 0
 
     return run_command(

@@ -157,6 +157,7 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     torchrun = {  # options that the oldest torch allowed here does not know
         "PET_SIGNALS_TO_HANDLE": "SIGINT",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see pretrain.collectives.start
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(node.save_seconds),
     }
     return MALLOC | os.environ | torchrun | {"PYTHONPATH": path}

@@ -19,7 +19,6 @@ from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import DeviceBatch, InputPipeline
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.checkpoint import different_keys
-from pretrain.engine.device import autocast_type
 from pretrain.engine.guards import LossScale, NonFiniteGuard
 from pretrain.engine.optim import load_state, lr_factor, peak_lr, set_lr
 from pretrain.engine.trainer import Position, StepResult
@@ -64,7 +63,7 @@ class ContrastiveTask:
         self.folder, self.device = folder, device
         self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.data_fingerprint = input_pipeline.fingerprint
-        self.autocast_type = autocast_type(config.engine.precision, device)
+        self.autocast_type = dist.autocast_type(config.engine.precision, device)
         self.loss_scale = LossScale(config.engine, folder, device)
         self.guard = NonFiniteGuard(config.engine, folder, model, device)
         forward: nn.Module = model.online

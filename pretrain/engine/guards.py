@@ -1,4 +1,4 @@
-"""What keeps a run from harm: values that are not finite, steps that hang, no memory.
+"""What keeps a run from harm: values that are not finite, collapse, signals, hangs, no memory.
 
 docs/running.md says what each guard looks at, when, and what it costs.
 """
@@ -8,20 +8,26 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import math
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import RunFailed
+from common.errors import RunFailed, StoppedBySignal
 from common.files import write_json
 from pretrain import collectives as dist
-from pretrain.config import EngineConfig, PretrainConfig
+from pretrain.config import EngineConfig
+from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import ViewBatch
-from pretrain.engine.checkpoint import NonFiniteLossError
-from pretrain.engine.trainer import Callback, Position
+from pretrain.engine.checkpoint import Checkpoints, NonFiniteLossError
+from pretrain.engine.run_folder import ProgressLog
+from pretrain.engine.trainer import Callback, Position, StepResult
 from pretrain.model.joint_embedding import FAContrastive
 
 FOLDER = "nonfinite"
@@ -29,8 +35,16 @@ FORMAT = "fa-nonfinite-1"
 STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
 INITIAL = 2.0**16  # the first loss scale, torch's own: it falls within a few steps to one that fits
 _NONE = 1 << 62  # later than any step
-_CPU_MEMORY = "DefaultCPUAllocator"
-_KILLED_WORKER = ("is killed by signal: Killed", "is killed by signal: Bus error")
+# Parts of the messages of PyTorch on a CPU, and of a loader whose worker the system has killed.
+_NO_MEMORY = (
+    "DefaultCPUAllocator", "is killed by signal: Killed", "is killed by signal: Bus error",
+)  # fmt: skip
+_ROOM = (
+    4  # the rank is judged where batch and width leave room for so many times the one that alarms
+)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.
+_ECHO_SECONDS = 5.0
 
 
 class _Seen(NamedTuple):
@@ -235,6 +249,143 @@ class LossScale:
             self._scaler.load_state_dict(state)
 
 
+class CollapseError(RunFailed):
+    """The features have collapsed and ``engine.on_collapse`` is ``stop``."""
+
+
+class CollapseAlarm(Callback):
+    """Says once per episode that the features have collapsed, and what it saw.
+
+    A logged row is a sign of collapse if the projections are the same for all samples
+    (``feature_std``, 1 for spread features, below ``collapse_std``) or use next to no direction
+    (``effective_rank`` below ``collapse_rank``; not judged where n rows of width d can hardly show
+    more). ``collapse_patience`` such rows in a row make an episode, any other row ends it.
+
+    The count of rows is no part of a checkpoint: after a resume it starts anew, so that the alarm
+    comes late by some rows, and once more for an episode that was reported before.
+
+    Args:
+        config: Thresholds, and ``on_collapse``.
+        log: Where the event is written.
+        checkpoints: Saves before the run ends.
+    """
+
+    def __init__(self, config: EngineConfig, log: ProgressLog, checkpoints: Checkpoints) -> None:
+        self._config, self._log, self._checkpoints = config, log, checkpoints
+        self.num_rows = 0
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """After the row was written; all processes end together.
+
+        Raises:
+            CollapseError: If the config says to stop.
+        """
+        step, message = self.trainer.position.step, None
+        if result.refusal is not None or not self.trainer.is_logged(step):
+            return
+        if result.figures:
+            std, rank = (result.figures[name] for name in ("feature_std", "effective_rank"))
+            message = self.look(std, rank, tuple(result.output.projection.shape), step)
+            if message is not None:
+                seen = {"feature_std": std, "effective_rank": rank, "num_rows": self.num_rows}
+                self._log.warn(message, collapse=seen)
+        if self._config.on_collapse == "stop":
+            # The first process saves before the others hear of it: their end may end it too.
+            if message is not None:
+                self._checkpoints.save(waits=True)
+            if dist.total_of(message is not None, self.trainer.device):
+                raise CollapseError(
+                    f"{message or 'the first process saw the features collapse'}; the checkpoint "
+                    "is saved: --resume with engine.on_collapse=warn goes on"
+                )
+
+    def look(self, std: float, rank: float, shape: tuple[int, int], step: int) -> str | None:
+        """What there is to say after this row; None most of the time.
+
+        Args:
+            std: ``feature_std``.
+            rank: ``effective_rank``.
+            shape: n and d of the projections.
+            step: Of the row.
+        """
+        num_samples, dim = shape
+        highest, least = min(num_samples - 1, dim), self._config.collapse_rank  # of centred rows
+        is_flat = highest >= _ROOM * least and rank < least
+        if not (is_flat or std < self._config.collapse_std):
+            self.num_rows = 0
+            return None
+        self.num_rows += 1
+        if self.num_rows != self._config.collapse_patience:
+            return None
+        return (
+            f"features have collapsed: std {std * dim**-0.5:.2g} of {dim**-0.5:.2g} expected for "
+            f"spread features, effective rank {rank:.2g} of "
+            f"{highest} possible, for {self.num_rows} logged rows up to step {step}"
+        )
+
+
+class StopOnSignal(Callback):
+    """Notes the first signal while a run goes on; after the step the run saves and ends.
+
+    A signal that comes 5 s later has its usual effect. Handlers are restored when the context
+    closes. Outside the main thread nothing is set, since Python allows it there only.
+
+    Args:
+        log: Where the event is written.
+        checkpoints: Saves before the run ends.
+    Attributes:
+        number: Of the signal; 0: none has come.
+    """
+
+    def __init__(self, log: ProgressLog, checkpoints: Checkpoints) -> None:
+        self._log, self._checkpoints = log, checkpoints
+        self.number = 0
+        self._noted_at = 0.0
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._noted_at = number, time.monotonic()
+        elif time.monotonic() - self._noted_at > _ECHO_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._old = {}
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """Save and leave; all processes do so if one of them was given a signal.
+
+        Raises:
+            StoppedBySignal: When the checkpoint is on the disk.
+        """
+        number, step = self.number, self.trainer.position.step
+        if dist.is_on():
+            # They agree only where they wait for each other anyway.
+            if not self.trainer.is_logged(step):
+                return
+            number = int(dist.highest(torch.tensor(float(number), device=self.trainer.device)))
+        if not number:
+            return
+        message = (
+            f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved: "
+            "the same command with --resume goes on"
+        )
+        self._checkpoints.save(waits=True)
+        self._log.write("event", message=message)
+        raise StoppedBySignal(number, message)
+
+
 class HangTimer(Callback):
     """Prints the stacks of all threads to stderr when no step ends for ``engine.watchdog_seconds``.
 
@@ -257,14 +408,14 @@ class HangTimer(Callback):
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(config: PretrainConfig | None = None) -> Iterator[None]:
+def out_of_memory_explained(remedy: str) -> Iterator[None]:
     """A context in which memory that has run out is reported with what to change.
 
     It knows the errors of CUDA, of PyTorch on a CPU, of Python, and of a loader's worker that was
     killed.
 
     Args:
-        config: Of the run, for the values that now stand.
+        remedy: The settings to lower.
 
     Raises:
         RunFailed: Instead of these errors; any other goes through.
@@ -272,31 +423,11 @@ def out_of_memory_explained(config: PretrainConfig | None = None) -> Iterator[No
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        details = " ".join(str(error).split())
-        is_worker = any(text in details for text in _KILLED_WORKER)
-        is_cuda = isinstance(error, torch.OutOfMemoryError)
-        if not (is_cuda or is_worker or isinstance(error, MemoryError) or _CPU_MEMORY in details):
+        details = " ".join(str(error).split())[:200]
+        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_known and not any(text in str(error) for text in _NO_MEMORY):
             raise
-        where = "on the GPU" if is_cuda else "in a loader's process" if is_worker else "of the CPU"
-        if len(details) > 200:
-            details = f"{details[:200]}.."
-        message = f"out of memory {where} ({details or 'no details'})"
-        if config is not None:
-            # The values that decide how much memory a step takes.
-            data, micro, engine = config.data, config.optim.micro_batch_size, config.engine
-            sizes = f"data.batch_size ({data.batch_size}), data.image_size ({data.image_size})"
-            if is_worker:
-                message += f". Lower data.num_workers ({data.num_workers}), {sizes}"
-            else:
-                message += (
-                    f". Lower optim.micro_batch_size ({micro or '0: the whole batch at once'}), "
-                    f"which keeps the batch, or {sizes}; or set engine.precision=bf16 (now "
-                    f"{engine.precision})"
-                )
-                if not engine.activation_checkpointing:
-                    message += ", engine.activation_checkpointing=true"
-                message += "; changes other than in engine need --allow-changes"
         raise RunFailed(
-            f"{message}; the last checkpoint is whole: the same command with --resume goes on "
-            "from it"
+            f"out of memory ({details or 'no details'}). {remedy}; the last checkpoint is whole: "
+            "the same command with --resume goes on from it"
         ) from error

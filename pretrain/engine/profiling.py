@@ -9,15 +9,10 @@ costs what it costs in a long run.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import itertools
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,43 +22,24 @@ from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import provenance
-from common.errors import UserError
+from common.errors import require
 from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import DeviceBatch
-from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.contrastive_task import ContrastiveTask
-from pretrain.engine.log import MetricLog, ProgressLog
-from pretrain.engine.run_folder import RunFolder
-from pretrain.engine.stop import StopOnSignal
+from pretrain.engine.run_folder import ProgressLog
 from pretrain.engine.trainer import Trainer
 from pretrain.model.joint_embedding import FAContrastive
 
-FORMAT = "fa-profile-2"
-NUM_WARMUP, MOST_TRACED, MOST_STEPS = 5, 3, 10_000
+FORMAT = "fa-profile-3"
+NUM_WARMUP, NUM_TRACED = 5, 3
 RANGES = (
     "loader", "wait for views", "transfer", "augmentation", "EMA forward", "forward", "FA", "loss",
     "backward", "guards", "optimiser", "EMA update", "queue", "logging",
 )  # fmt: skip
-_INSIDE_FORWARD = ("EMA forward", "FA", "loss")
-_LEFT_OUT = (Checkpoints, RunFolder, StopOnSignal)  # callbacks
 _NEVER = 1 << 40
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def parse_num_steps(text: str) -> int:
-    """The N of ``--profile N``.
-
-    Raises:
-        UserError: If it is no whole number from 1 to 10,000.
-    """
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST_STEPS:
-        raise UserError(
-            f"--profile {text}: N is the number of timed steps, 1 to {MOST_STEPS}; write "
-            "--profile=N, or --profile after the last key=value"
-        )
-    return int(text)
 
 
 def only_steps(config: PretrainConfig) -> PretrainConfig:
@@ -89,20 +65,16 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
     Raises:
         UserError: If the run has fewer steps.
     """
-    num_traced = min(num_steps, MOST_TRACED)
-    total = NUM_WARMUP + num_steps + num_traced
-    if trainer.num_steps < total:
-        raise UserError(
-            f"--profile {num_steps} takes {total} steps ({NUM_WARMUP} of them to warm up, "
-            f"{num_traced} traced), and this run has {trainer.num_steps}: take fewer, or raise "
-            "optim.epochs"
-        )
-    task, device, is_main = trainer.task, trainer.device, dist.rank() == 0
+    total = NUM_WARMUP + num_steps + NUM_TRACED
+    require(
+        num_steps >= 1 and trainer.num_steps >= total,
+        f"--profile={num_steps} takes {total} steps, warm-up and trace included, and this run has "
+        f"{trainer.num_steps}: take fewer, but 1 at least, or raise optim.epochs",
+    )
+    task, device = trainer.task, trainer.device
     data, is_cuda, folder = task.config.data, device.type == "cuda", task.folder / "profile"
     fill_queues(task.model)
     folder.mkdir(exist_ok=True)
-    if is_main:
-        print(f"profile: {total} steps, not a training run; weights are not kept", file=sys.stderr)
 
     def steps(num: int) -> float:
         """Seconds of one of so many steps."""
@@ -113,21 +85,11 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / num
 
-    # Nothing is saved, and a signal ends it at once.
-    callbacks = [c for c in trainer.callbacks if not isinstance(c, _LEFT_OUT)]
-    trainer.callbacks = callbacks
+    # Of all callbacks the bar alone stays: nothing is saved, and a signal ends it at once.
+    log = ProgressLog("profile")
+    log.trainer, trainer.callbacks = trainer, [log]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        contextlib.closing(batches(trainer)) as stream,
-        contextlib.ExitStack() as stack,
-    ):
-        for callback in callbacks:
-            if isinstance(callback, ProgressLog):
-                callback.title = "profile"
-                callback.open_rows = lambda *_: MetricLog(Path(scratch), -1, -1)
-            stack.enter_context(callback)
-            callback.on_epoch_start()
+    with contextlib.closing(batches(trainer)) as stream, log:
         flops = count_flops(lambda: steps(1))
         steps(NUM_WARMUP - 1)
         if is_cuda:
@@ -135,50 +97,41 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
         seconds = steps(num_steps)
         peak = (torch.cuda.max_memory_allocated if is_cuda else provenance.peak_memory_bytes)()
         with torch_profile(activities=activities) as trace:
-            traced_seconds = steps(num_traced)
-    if not is_main:
+            traced_seconds = steps(NUM_TRACED)
+    if dist.rank() != 0:
         return
-    # torch's own export to ``.gz`` takes ten times as long.
-    plain = folder / "trace.json"
-    trace.export_chrome_trace(str(plain))
-    with open(plain, "rb") as source, gzip.open(folder / "trace.json.gz", "wb", 6) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    plain.unlink()
+    trace.export_chrome_trace(str(folder / "trace.json.gz"))
     times = range_seconds(trace.events() or (), is_cuda=is_cuda)
     ranges = [
         {
             "name": name,
-            "inside": "forward" if name in _INSIDE_FORWARD else None,
-            "ms": 1e3 * times[name] / num_traced,
-            "share": times[name] / (num_traced * traced_seconds),
+            "ms": 1e3 * times[name] / NUM_TRACED,
+            "share": times[name] / (NUM_TRACED * traced_seconds),
         }
         for name in RANGES
         if name in times
     ]
     summary = {
         "format": FORMAT,
-        "note": "a profile, not a training run; queues were filled with random features",
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "precision": precision_of(task.autocast(), device),
         "num_threads": torch.get_num_threads(),
         "num_processes": dist.world_size(),
         "batch_size": data.batch_size,
         "image_size": data.image_size,
-        "num_warmup_steps": NUM_WARMUP,
         "num_steps": num_steps,
         "step_ms": 1e3 * seconds,
         "images_per_second": data.batch_size / seconds,
         "ranges": ranges,
+        "traced_step_ms": 1e3 * traced_seconds,
         "flops_per_step_and_device": flops,
         "peak_memory_bytes": peak,
-        "trace": {
-            "file": "trace.json.gz",
-            "num_steps": num_traced,
-            "step_ms": 1e3 * traced_seconds,
-        },
     }
     write_json(folder / "summary.json", summary)
-    print_summary(summary, folder)
+    print("\n".join(f"{key}: {value}" for key, value in summary.items() if key != "ranges"))
+    for row in ranges:
+        print(f"{row['name']:16}{row['ms']:10.2f} ms{row['share']:8.1%}")
+    print(f"{folder}: summary.json, trace.json.gz (ui.perfetto.dev); nothing was trained")
 
 
 def range_seconds(events: Iterable[FunctionEvent], *, is_cuda: bool) -> dict[str, float]:
@@ -233,24 +186,3 @@ def fill_queues(model: FAContrastive) -> None:
         features = next(buffer for buffer in model.memory.buffers() if buffer.ndim == 2)
         keys = torch.randn(2, *features.shape, generator=generator)
         model.objective.after_update(model.memory, keys.to(features.device))
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """One screen."""
-    trace = summary["trace"]
-    print(
-        f"\nprofile of {summary['num_steps']} steps, {summary['batch_size']} pictures of "
-        f"{summary['image_size']} px: {summary['device']}, {summary['precision']}, "
-        f"{summary['num_threads']} threads, {summary['num_processes']} processes\n"
-        f"step {summary['step_ms']:.1f} ms, {summary['images_per_second']:.1f} images/s, "
-        f"{summary['flops_per_step_and_device'] / 1e9:.1f} GFLOPs per device, "
-        f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB\n\n"
-        f"under the profiler, {trace['num_steps']} steps of {trace['step_ms']:.1f} ms:"
-    )
-    for row in summary["ranges"]:
-        label = f"  of it {row['name']}" if row["inside"] else row["name"]
-        print(f"  {label:24}{row['ms']:10.2f} ms{row['share']:8.1%}")
-    print(
-        f"\n{folder / trace['file']} opens in ui.perfetto.dev; {folder / 'summary.json'}\n"
-        "This was no training run: nothing in the folder can be resumed."
-    )

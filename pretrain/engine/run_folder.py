@@ -1,23 +1,44 @@
-"""What stands beside a run: the resolved config, the environment, the command, the summary."""
+"""What a run writes into its folder beside checkpoints: config, rows, summary; its lock.
+
+Rows go to metrics.jsonl, TensorBoard, Weights & Biases and the progress bar. After a resume they go
+on as if the run had not been interrupted.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
+import math
 import os
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import yaml
+from torch.profiler import record_function
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from common import provenance
 from common.config import to_plain
-from common.errors import UserError
-from common.files import lock_file, read_json_lines, remove_partial_files, write_json, write_text
-from pretrain.config import PretrainConfig
-from pretrain.engine.trainer import Callback
+from common.errors import UserError, require
+from common.files import (
+    lock_file,
+    read_json_lines,
+    remove_partial_files,
+    write_json,
+    write_json_lines,
+    write_text,
+)
+from pretrain import collectives as dist
+from pretrain.config import PretrainConfig, TrackingConfig
+from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine.trainer import Callback, Position, StepResult
 
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
 
@@ -125,3 +146,200 @@ class RunFolder(Callback):
         }
         write_json(self._folder / "summary.json", summary)
         self._lock.close()
+
+
+# -- rows --
+
+WANDB_ID_FILE = "tracking.json"
+"""In the run folder: the id of the W&B run, so that a resumed run continues it."""
+
+
+def check_wandb(config: TrackingConfig) -> None:
+    """Refuse ``tracking.wandb`` without the package.
+
+    Raises:
+        UserError: Naming the command that installs it.
+    """
+    require(
+        not config.wandb or importlib.util.find_spec("wandb") is not None,
+        f"tracking.wandb=true, but wandb is not installed: run `{sys.executable} -m pip install "
+        "wandb`, or set tracking.wandb=false",
+    )
+
+
+def start_wandb(
+    config: TrackingConfig, folder: Path, plain: dict[str, Any], *, is_new: bool
+) -> Any | None:
+    """Let W&B copy what TensorBoard's writers of this process write from now on.
+
+    Its own environment variables say where to: ``WANDB_MODE``, ``WANDB_BASE_URL``, and so on.
+
+    Args:
+        config: Whether and under which project.
+        folder: Of the run.
+        plain: The whole config as plain types.
+        is_new: The run starts from nothing: an earlier id is not continued.
+
+    Returns:
+        The W&B run, or None without ``tracking.wandb``.
+    """
+    if not config.wandb:
+        return None
+    path = folder / WANDB_ID_FILE
+    known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
+    run = importlib.import_module("wandb").init(
+        project=config.project,
+        name=folder.name,
+        dir=str(folder),
+        config=plain,
+        id=known.get("wandb"),
+        resume="allow",
+        sync_tensorboard=True,
+    )
+    write_json(path, {"wandb": run.id})
+    return run
+
+
+class MetricLog:
+    """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
+
+    Args:
+        folder: The run's folder.
+        last_step: Rows after this step are dropped first: a killed run may have logged steps that
+            its last checkpoint does not know, and they will be run again. -1 drops all.
+        last_probe_step: The same for rows of kind ``knn``.
+        wandb_run: Started before, since it sees only writers that are made after it.
+    """
+
+    def __init__(
+        self, folder: Path, last_step: int, last_probe_step: int, wandb_run: Any | None = None
+    ) -> None:
+        path = folder / "metrics.jsonl"
+        last = {"knn": last_probe_step}
+        rows = [r for r in read_json_lines(path) if r["step"] <= last.get(r["kind"], last_step)]
+        write_json_lines(path, rows)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+        self._wandb_run = wandb_run
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One row: ``{"kind": .., "step": .., ..}``; numbers go to TensorBoard as well."""
+        row = {
+            # JSON has no NaN: such values become their name as text.
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in {"kind": kind, "step": step, **values}.items()
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Flush all, and let W&B send what is left."""
+        self._file.close()
+        self._board.close()
+        if self._wandb_run is not None:
+            try:
+                self._wandb_run.finish(exit_code=int(failed))
+            except Exception as error:  # whatever its network raises; metrics.jsonl has every row
+                print(f"warning: tracking.wandb did not finish: {error}", file=sys.stderr)
+
+
+def open_log(
+    config: PretrainConfig, folder: Path, position: Position, steps_per_epoch: int
+) -> MetricLog:
+    """The log of a run that goes on at a position, without the rows that will be written again."""
+    is_new = position.step == 0
+    last = -1 if is_new else position.step
+    # A checkpoint at the end of an epoch is made before the probe that is due there.
+    probe_is_due = position.step_in_epoch == steps_per_epoch
+    wandb_run = start_wandb(config.tracking, folder, to_plain(config), is_new=is_new)
+    return MetricLog(folder, last, last - 1 if probe_is_due else last, wandb_run)
+
+
+class ProgressLog(Callback):
+    """The progress bar on stderr and the rows of a run, both of the first process.
+
+    Args:
+        title: Of the bar.
+        open_rows: Makes the log of a run that goes on at a position, whose epochs have so many
+            steps; None: no rows are written.
+    Attributes:
+        notes: Reported as warnings when the run begins.
+    """
+
+    def __init__(
+        self, title: str, open_rows: Callable[[Position, int], MetricLog] | None = None
+    ) -> None:
+        self.title, self.open_rows, self.notes = title, open_rows, []
+        self._rows: MetricLog | None = None  # while the run goes on
+        self._bar = tqdm(disable=True)
+        self._start_row()
+
+    def __enter__(self) -> ProgressLog:
+        trainer, is_main = self.trainer, dist.rank() == 0
+        if is_main and self.open_rows is not None:
+            self._rows = self.open_rows(trainer.position, trainer.batches.num_steps)
+        self._bar = tqdm(
+            total=trainer.num_steps,
+            initial=trainer.position.step,
+            desc=self.title,
+            unit="step",
+            disable=not is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            file=sys.stderr,
+        )
+        for note in self.notes:
+            self.warn(note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """W&B hears whether the run failed."""
+        if self._rows is not None:
+            self._rows.close(failed=kind is not None)
+        self._rows = None
+        self._bar.close()
+
+    def on_epoch_start(self) -> None:
+        """What went on between two epochs is no part of a row's rates."""
+        self._start_row()
+
+    def _start_row(self) -> None:
+        self._started, self._num_images, self._data_seconds = time.perf_counter(), 0, 0.0
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """The row of a logged step, or the event that it was left out."""
+        position = self.trainer.position
+        self._bar.update()
+        self._num_images += len(batch.labels) * dist.world_size()
+        self._data_seconds += batch.waited
+        if result.refusal is not None:
+            self.warn(result.refusal, num_skipped_steps=position.num_skipped_steps)
+        elif self.trainer.is_logged(position.step):
+            with record_function("logging"):
+                loss = float(dist.mean(result.loss))
+                seconds = max(time.perf_counter() - self._started, 1e-9)
+                speed, wait_share = self._num_images / seconds, self._data_seconds / seconds
+                self._bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{speed:.0f}")
+                if self._rows is not None:
+                    row = {"loss": loss, **result.figures}
+                    for callback in self.trainer.callbacks:
+                        row |= callback.figures()
+                    row["num_bad_samples"] = position.num_bad_samples
+                    row["num_skipped_steps"] = position.num_skipped_steps
+                    self.write("train", **row, images_per_second=speed, data_wait_share=wait_share)
+                    if result.histograms:
+                        self.write("similarity", **result.histograms)
+            self._start_row()
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One row at the present step."""
+        if self._rows is not None:
+            step = self.trainer.position.step
+            self._rows.write(kind, step, epoch=step / self.trainer.batches.num_steps, **values)
+
+    def warn(self, message: str, **values: Any) -> None:
+        """A row of kind ``event``, and its message on the terminal."""
+        self.write("event", message=message, **values)
+        self._bar.write(f"warning: {message}", file=sys.stderr)

@@ -15,7 +15,7 @@ from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples, ShardIndex, open_labelled
-from pretrain.engine.log import ProgressLog
+from pretrain.engine.run_folder import ProgressLog
 from pretrain.engine.trainer import Callback
 from pretrain.evaluation.knn import knn_top1
 from pretrain.evaluation.online_probe import OnlineProbe

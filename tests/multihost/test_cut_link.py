@@ -69,6 +69,7 @@ class Node:
         ]  # fmt: skip
         self.environment = os.environ | {
             "GLOO_SOCKET_IFNAME": f"{name}0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }  # fmt: skip
         self.start()
 

@@ -31,7 +31,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 
 
 RECORDED = str(Path(__file__).parent / "recorded_run.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}  # fmt: skip
 
 
 def run_alone(config: Path, out: Path) -> None:

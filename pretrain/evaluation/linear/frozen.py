@@ -15,7 +15,7 @@ from common.backbone import IMAGENET, read_backbone
 from common.errors import require
 from common.files import sha256_of
 from common.resnet import NAMED
-from pretrain.engine.device import uses_bf16
+from pretrain.collectives import autocast_type
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.probe import normalise
 from pretrain.model.resnet import ResNet
@@ -87,7 +87,7 @@ class FrozenBackbone:
         self.model, self._device = model.to(device), device
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._is_bf16 = uses_bf16(config.precision, device)
+        self._is_bf16 = autocast_type(config.precision, device) is torch.bfloat16
         self.view: dict[str, Any] = {
             "image_size": config.image_size or image_size,
             "mean": list(self._preprocessing.mean),

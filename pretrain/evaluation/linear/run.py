@@ -21,11 +21,10 @@ from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.shards import Samples
-from pretrain.engine import checkpoint, rendezvous, run_folder
+from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints, different_keys
-from pretrain.engine.device import choose_device
-from pretrain.engine.log import ProgressLog
-from pretrain.engine.stop import StopOnSignal
+from pretrain.engine.guards import StopOnSignal
+from pretrain.engine.run_folder import ProgressLog
 from pretrain.engine.trainer import Batches, Callback, Trainer
 from pretrain.evaluation.knn import knn_grid
 from pretrain.evaluation.linear.batches import CropBatches, StoredBatches
@@ -75,8 +74,8 @@ class Evaluation:
         branch: Branch = "online", features: Path | None = None, resume: bool = False,
     ) -> None:  # fmt: skip
         self.config, self._out, self._features_folder = config, out, features or out / "features"
-        self.device = choose_device(config.device)
-        rendezvous.start(self.device.type)
+        self.device = dist.choose_device(config.device)
+        dist.start(self.device.type)
         exists = [(out / name).exists() for name in (NAME, checkpoint.NAME)]
         require(
             resume or not any(exists),
@@ -226,7 +225,7 @@ class Evaluation:
     def _is_needed(self) -> bool:
         """Whether this process does the rest, which takes one; the group ends."""
         is_main = dist.rank() == 0
-        rendezvous.stop()
+        dist.stop()
         return is_main
 
     def _train(

@@ -18,14 +18,12 @@ from pretrain.config import (
     FAConfig,
     HeadConfig,
     OptimConfig,
+    PretrainConfig,
 )
-from pretrain.engine import device as speed
-from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.backbones.resnet import ResNetBackbone
-from pretrain.model.joint_embedding import FAContrastive
-from pretrain.objectives.byol import Byol
+from pretrain.run import make_model
 
 NUM_ROWS = 32  # of each process: BN of a few rows would make much of rounding
 
@@ -33,13 +31,13 @@ NUM_ROWS = 32  # of each process: BN of a few rows would make much of rounding
 def gradients_of(micro_batch_size, is_compiled):
     """All gradients of the second step from the same weights, in one row; the loss."""
     torch.manual_seed(0)
-    model = FAContrastive(
-        ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
-        HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
-        Byol(),
-        FAConfig(method="none"),
+    config = PretrainConfig(
+        arch=ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
+        heads=HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
+        fa=FAConfig(method="none"),
+        engine=EngineConfig(compile=is_compiled),
     )
-    speed.prepare(model, EngineConfig(compile=is_compiled), torch.device("cpu"))
+    model, _ = make_model(config, torch.device("cpu"))
     forward = DistributedDataParallel(model.online, broadcast_buffers=False)
     optim = OptimConfig(micro_batch_size=micro_batch_size)
     gradients = Gradients(model, forward, optim, contextlib.nullcontext)
@@ -59,7 +57,7 @@ def gradients_of(micro_batch_size, is_compiled):
 
 def main(out, backend, micro_batch_size):
     torch.set_num_threads(1)
-    rendezvous.start("cpu")
+    dist.start("cpu")
     torch.compile = partial(torch.compile, backend=backend)
     plain, loss = gradients_of(int(micro_batch_size), False)
     compiled, again = gradients_of(int(micro_batch_size), True)
@@ -67,7 +65,7 @@ def main(out, backend, micro_batch_size):
         distance = float((compiled - plain).norm() / plain.norm())
         row = {"loss": loss, "compiled_loss": again, "distance": distance}
         Path(out).write_text(json.dumps(row))
-    rendezvous.stop()
+    dist.stop()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import collectives as dist
 from pretrain.config import HeadConfig, OptimConfig
-from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.backbones.resnet import ResNetBackbone
@@ -74,10 +73,10 @@ def run_cell(objective, fa, optim):
 
 def main(out, cells):
     torch.set_num_threads(1)
-    rendezvous.start("cpu")
+    dist.start("cpu")
     results = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
     torch.save(results, f"{out}-{dist.world_size()}-{dist.rank()}.pth")
-    rendezvous.stop()
+    dist.stop()
 
 
 if __name__ == "__main__":

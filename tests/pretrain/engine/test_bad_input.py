@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pretrain.__main__ import main
+from pretrain.collectives import choose_device
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine import log as metrics
-from pretrain.engine.device import choose_device
+from pretrain.engine import run_folder as metrics
 from tests.pretrain.engine.run_helpers import TINY, error_of, train_rows
 
 BASE = TINY

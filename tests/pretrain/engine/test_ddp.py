@@ -15,7 +15,6 @@ import torch
 
 from common.files import read_json_lines
 from pretrain import collectives as dist
-from pretrain.engine import rendezvous
 from tests.pretrain.engine.run_helpers import wait_for_workers
 
 pytestmark = pytest.mark.ddp
@@ -162,7 +161,7 @@ def test_one_process_needs_no_group():
     assert (dist.rank(), dist.world_size()) == (0, 1)
     assert dist.local_rows(3) == slice(0, 3)
     assert torch.equal(dist.mean(x), torch.ones(3, 2))
-    rendezvous.stop()
+    dist.stop()
 
 
 def shell(num_processes, *arguments):

@@ -262,15 +262,9 @@ def test_out_of_memory_says_what_to_change(start, monkeypatch, kind):
     monkeypatch.setattr(Trainer, "step", failing)
     status, folder, err = start("run", "engine.checkpoint_every_steps=4")
     message = error_of(status, err)
-    where = {"cuda": "on the GPU", "worker": "in a loader's process"}.get(kind, "of the CPU")
-    assert message.startswith(f"error: out of memory {where} (")
-    for named in ("data.batch_size (8)", "data.image_size (32)", "--resume"):
+    assert message.startswith("error: out of memory (")
+    for named in ("optim.micro_batch_size", "data.num_workers", "data.batch_size", "--resume"):
         assert named in message
-    if kind == "worker":
-        assert "data.num_workers (0)" in message
-    else:
-        assert "optim.micro_batch_size (0: the whole batch at once)" in message
-        assert "engine.precision=bf16 (now fp32), engine.activation_checkpointing=true" in message
     assert checkpoint.load(folder / "checkpoint.pth")["step"] == 4
     monkeypatch.undo()
     status, _, err = start("run", "--resume")

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.files import read_json_lines
-from pretrain.engine.log import MetricLog
+from pretrain.engine.run_folder import MetricLog
 
 
 def rows(folder):

@@ -17,12 +17,12 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain import collectives as dist
 from pretrain.__main__ import main
-from pretrain.config import EngineConfig, OptimConfig, load_config
+from pretrain.config import OptimConfig, load_config
 from pretrain.engine import checkpoint
-from pretrain.engine import device as speed
-from pretrain.engine.device import uses_fused
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.features.memory_bank import consensus, top_k
+from pretrain.model.joint_embedding import FAContrastive
+from pretrain.run import make_model
 from tests.pretrain.engine.run_helpers import (
     ROOT,
     SMALL,
@@ -48,12 +48,6 @@ def test_fused_optimizer_of_the_config_decides(make_run, name):
         run = make_run(f"engine.fused_optimizer={value}", f"optim.name={name}", name=value)
         flags[value] = flags_of(run.task.optimizer)
     assert flags == {"auto": {(None, None)}, "true": {(True, None)}, "false": {(None, None)}}
-
-
-@pytest.mark.parametrize(("wanted", "on_gpu"), [("auto", True), (True, True), (False, False)])
-def test_auto_is_fused_on_a_gpu(wanted, on_gpu):
-    assert uses_fused(wanted, torch.device("cuda")) is on_gpu
-    assert uses_fused(wanted, torch.device("cpu")) is (wanted is True)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -213,15 +207,15 @@ def _products_as_before():
 
 @pytest.mark.usefixtures("_products_as_before")
 @pytest.mark.parametrize("value", [True, False])
-def test_tf32_of_the_config_is_a_setting_of_gpus(make_model, monkeypatch, value):
+def test_tf32_and_fused_of_the_config_are_settings_of_gpus(config_file, monkeypatch, value):
     """The model stays on the CPU; only the settings of the process are looked at."""
-    model = make_model("byol", method="none")
-    monkeypatch.setattr(model, "to", lambda *_, **__: model)
-    speed.prepare(model, EngineConfig(tf32=value), torch.device("cuda"))
-    assert torch.get_float32_matmul_precision() == ("high" if value else "highest")
-    assert torch.backends.cudnn.allow_tf32 is value
-    speed.prepare(model, EngineConfig(tf32=not value), torch.device("cpu"))
-    assert torch.backends.cudnn.allow_tf32 is value
+    monkeypatch.setattr(FAContrastive, "to", lambda self, *_, **__: self)
+    for device, tf32 in (("cuda", value), ("cpu", not value)):
+        config = load_config(config_file, [f"engine.tf32={str(tf32).lower()}"])
+        _, optimizer = make_model(config, torch.device(device))
+        assert torch.get_float32_matmul_precision() == ("high" if value else "highest")
+        assert torch.backends.cudnn.allow_tf32 is value
+        assert flags_of(optimizer) == {(True if device == "cuda" else None, None)}
 
 
 @pytest.mark.usefixtures("_products_as_before")

@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import pytest
 
 from common.errors import StoppedBySignal
-from pretrain.engine import stop
-from pretrain.engine.stop import SIGNALS, StopOnSignal
+from pretrain.engine import guards
+from pretrain.engine.guards import SIGNALS, StopOnSignal
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(stop, "time", clock)
+    monkeypatch.setattr(guards, "time", clock)
     return clock
 
 

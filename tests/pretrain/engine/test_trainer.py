@@ -22,12 +22,12 @@ import yaml
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.__main__ import main
+from pretrain.collectives import autocast_type
 from pretrain.config import load_config
 from pretrain.data.input_pipeline import augment
 from pretrain.data.policy import PRESETS, AugmentationPolicy, draw_parameters
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine.device import uses_bf16
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.probe import KnnCallback
 from pretrain.model.joint_embedding import FAContrastive
@@ -679,9 +679,9 @@ def test_precision_auto_asks_the_hardware(monkeypatch):
     for has_it in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=has_it: value)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert uses_bf16("auto", cpu) == has_it
-        assert uses_bf16("bf16", cpu)
-        assert not uses_bf16("fp32", cpu)
+        assert (autocast_type("auto", cpu) is torch.bfloat16) == has_it
+        assert autocast_type("bf16", cpu) is torch.bfloat16
+        assert autocast_type("fp32", cpu) is None
 
 
 def test_channels_last_changes_memory_not_meaning(make_run):

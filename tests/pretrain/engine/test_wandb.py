@@ -12,8 +12,8 @@ import yaml
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import TrackingConfig, load_config
-from pretrain.engine import log as metrics
-from pretrain.engine.log import MetricLog, check_wandb, start_wandb
+from pretrain.engine import run_folder as metrics
+from pretrain.engine.run_folder import MetricLog, check_wandb, start_wandb
 from pretrain.run import make_trainer
 
 WITH_WANDB = TrackingConfig(wandb=True, project="study")

@@ -379,7 +379,7 @@ ELSEWHERE = {
     "milestones": "test_linear_heads.py", "gamma": "test_linear_heads.py",
     "lars_eta": "test_linear_heads.py", "knn_k": "test_knn_grid..",
     "knn_temperature": "test_knn_grid..", "checkpoint_every_steps": "test_training_goes_on..",
-    "num_workers": "test_linear_features.py", "device": "pretrain.engine.device",
+    "num_workers": "test_linear_features.py", "device": "pretrain.collectives",
     "shuffle_window": "test_the_window..",
 }  # fmt: skip
 

@@ -323,10 +323,9 @@ def test_a_changed_rate_holds_after_a_resume():
 WORKER = """
 import sys, torch
 from pretrain import collectives as dist
-from pretrain.engine import rendezvous
 from tests.pretrain.evaluation.test_online_probe import CPU, Backbone, OnlineProbe, seen_by
 torch.set_num_threads(1)
-rendezvous.start("cpu")
+dist.start("cpu")
 probe = OnlineProbe(backbone := Backbone(), 3, 0.1, CPU)
 generator = torch.Generator().manual_seed(0)
 for step in range(4):
@@ -337,7 +336,7 @@ for step in range(4):
     probe.step(labels[own])
 state = probe.state_dict()["online_probe"]
 torch.save(state, f"{sys.argv[1]}-{dist.world_size()}-{dist.rank()}.pth")
-rendezvous.stop()
+dist.stop()
 """
 
 
