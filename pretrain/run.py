@@ -129,10 +129,8 @@ def make_model(
         for network in (model.online, model.ema):
             if network is not None:
                 _compile(network.backbone)
-    # One kernel for the update has other rounding, so that `auto` leaves a CPU without.
-    fused = engine.fused_optimizer
-    is_fused = device.type == "cuda" if fused == "auto" else bool(fused)
     rate = peak_lr(config.optim, config.data.batch_size)
+    is_fused = device.type == "cuda"  # with other rounding, so that a CPU does without
     return model, make_optimizer(model.online, config.optim, rate, is_fused=is_fused)
 
 

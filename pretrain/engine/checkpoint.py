@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from common.checkpoints import FORMAT, check_sum, checksum
+from common.config import dotted
 from common.errors import RunFailed, UserError
 from common.files import write_atomically
 from pretrain import collectives as dist
@@ -33,22 +34,15 @@ FIELDS = (
 class NonFiniteLossError(RunFailed):
     """Loss, gradients or weights are NaN or infinite: going on would only destroy the weights.
 
-    The message looks for the checkpoint when it is read: one that was being written is there then.
-
     Args:
-        folder: Of the run.
         what: What was seen, and at which step.
     """
 
-    def __init__(self, folder: Path, what: str) -> None:
-        super().__init__(folder, what)
-
-    def __str__(self) -> str:
-        """What was seen, what is saved, what to change."""
-        folder, what = self.args
-        path = folder / NAME
-        saved = f"{path} holds an earlier state" if path.exists() else "no checkpoint was written"
-        return f"{what}; {saved}. Lower optim.base_lr or lengthen optim.warmup_epochs"
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; the last checkpoint, if there is one, holds an earlier state. Lower "
+            "optim.base_lr or lengthen optim.warmup_epochs"
+        )
 
 
 # -- the file --
@@ -139,8 +133,7 @@ class Checkpoints(Callback):
 
     Args:
         folder: The run's folder.
-        config: ``keep_checkpoints``, ``keep_every_steps``, and ``async_checkpoints`` (false writes
-            before ``save`` returns).
+        config: ``keep_checkpoints``.
         parameters: What must be finite in a checkpoint.
     """
 
@@ -199,16 +192,12 @@ class Checkpoints(Callback):
             return
         state, step = self.trainer.state_dict(), self.trainer.position.step
         if not all(bool(torch.isfinite(p).all()) for p in self._parameters):
-            what = f"weights are no longer finite at step {step}"
-            raise NonFiniteLossError(self._path.parent, what)
+            raise NonFiniteLossError(f"weights are no longer finite at step {step}")
         self.wait()
-        if self._config.async_checkpoints:
-            arguments = (copied(state), step)
-            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
-            self._thread.start()
-        else:
-            self._write(state, step)
-        if waits or not self._config.async_checkpoints:
+        arguments = (copied(state), step)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+        if waits:
             self.wait()
 
     def wait(self) -> None:
@@ -227,25 +216,20 @@ class Checkpoints(Callback):
     def _write(self, state: dict[str, Any], step: int) -> None:
         try:
             save(state, self._path)
-            keep(self._path, step, self._config.keep_checkpoints, self._config.keep_every_steps)
+            keep(self._path, step, self._config.keep_checkpoints)
         except BaseException as error:  # raised again in the training's thread
             self._error = error
 
 
-def keep(path: Path, step: int, num_kept: int, kept_every_steps: int = 0) -> None:
+def keep(path: Path, step: int, num_kept: int) -> None:
     """Keep the newest checkpoints as hard links (or copies) in ``checkpoints/``.
 
     Args:
         path: The newest.
         step: Its step.
         num_kept: How many stay.
-        kept_every_steps: Those at multiples of this step stay besides; 0: none.
     """
-
-    def stays(number: int) -> bool:
-        return kept_every_steps > 0 and number % kept_every_steps == 0
-
-    if num_kept == 0 and not stays(step):
+    if num_kept == 0:
         return
     folder = path.parent / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -255,8 +239,7 @@ def keep(path: Path, step: int, num_kept: int, kept_every_steps: int = 0) -> Non
         os.link(path, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
-    passing = [f for f in sorted(folder.glob("step-*.pth")) if not stays(int(f.stem[5:]))]
-    for old in passing[: max(0, len(passing) - num_kept)]:
+    for old in sorted(folder.glob("step-*.pth"))[:-num_kept]:
         old.unlink()
 
 
@@ -276,13 +259,11 @@ def num_bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 
-def different_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+def different_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Dotted keys at which two configs differ, with both values."""
-    lines = []
-    for key in sorted(set(a) | set(b)):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            lines += different_keys(left, right, f"{prefix}{key}.")
-        elif left != right:
-            lines.append(f"{prefix}{key}: {left!r} -> {right!r}")
-    return lines
+    left, right = dotted(a), dotted(b)
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in sorted(left | right)
+        if left.get(key) != right.get(key)
+    ]

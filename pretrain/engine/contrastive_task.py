@@ -64,7 +64,7 @@ class ContrastiveTask:
         self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.data_fingerprint = input_pipeline.fingerprint
         self.autocast_type = dist.autocast_type(config.engine.precision, device)
-        self.loss_scale = LossScale(config.engine, folder, device)
+        self.loss_scale = LossScale(config.engine, device)
         self.guard = NonFiniteGuard(config.engine, folder, model, device)
         forward: nn.Module = model.online
         if dist.is_on():

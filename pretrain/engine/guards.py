@@ -47,20 +47,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ECHO_SECONDS = 5.0
 
 
-class _Seen(NamedTuple):
-    """What is kept of a step until it is looked at.
-
-    Attributes:
-        step: Its number, from 1 on.
-        batch: The local samples; the pictures are not kept.
-        figures: Loss of the local rows and norm of all gradients together, float64 [2].
-    """
-
-    step: int
-    batch: ViewBatch
-    figures: Tensor
-
-
 class NonFiniteGuard:
     """Looks at loss and gradient norm between the backward pass and the update.
 
@@ -82,7 +68,9 @@ class NonFiniteGuard:
         self._config, self._folder, self._device = config, folder, device
         self._skips = config.on_nonfinite == "skip"
         self._is_always_due = self._skips or (device.type == "cpu" and not dist.is_on())
-        self._seen: list[_Seen] = []
+        # Steps that were not looked at yet: number from 1 on, the local samples, and float64 [2]:
+        # loss of the local rows, norm of all gradients together.
+        self._seen: list[tuple[int, ViewBatch, Tensor]] = []
         self._parameters = list(model.online.parameters())
         networks = [n for n in (model.online, model.ema) if n is not None and self._skips]
         self._buffers = [buffer for network in networks for buffer in network.buffers()]
@@ -112,26 +100,26 @@ class NonFiniteGuard:
         # The gradients are the same in all processes.
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         figures = torch.stack([loss.double(), norm.double()])
-        self._seen.append(_Seen(position.step + 1, batch, figures))
+        self._seen.append((position.step + 1, batch, figures))
         if not (self._is_always_due or is_due):
             return None
         # The first step that was not finite in any process.
         seen, self._seen = self._seen, []
-        bad = (~torch.stack([x.figures for x in seen]).isfinite().all(dim=1)).tolist()
-        first = next((x.step for x, is_bad in zip(seen, bad, strict=True) if is_bad), _NONE)
+        bad = (~torch.stack([figures for *_, figures in seen]).isfinite().all(dim=1)).tolist()
+        first = seen[bad.index(True)][0] if True in bad else _NONE
         if dist.is_on():
             first = -int(dist.highest(torch.tensor(-first, device=self._device)))
         if first == _NONE:
             return None
         file = self._folder / FOLDER / f"step-{first:08d}.json"
-        what = self._write(next(x for x in seen if x.step == first), position.epoch, file)
+        _, batch, figures = next(entry for entry in seen if entry[0] == first)
+        what = self._write(first, batch, figures, position.epoch, file)
         what, num = f"{what} at step {first}", position.num_skipped_steps
         if not self._skips:
-            raise NonFiniteLossError(self._folder, f"{what}; its batch is in {file}")
+            raise NonFiniteLossError(f"{what}; its batch is in {file}")
         most = self._config.max_nonfinite_steps
         if num >= most:
             raise NonFiniteLossError(
-                self._folder,
                 f"{what}, and {num} steps were left out before, as many as "
                 f"engine.max_nonfinite_steps allows; its batch is in {file}",
             )
@@ -142,12 +130,12 @@ class NonFiniteGuard:
             f"{most}); its batch is in {file}"
         )
 
-    def _write(self, seen: _Seen, epoch: int, file: Path) -> str:
+    def _write(self, step: int, samples: ViewBatch, own: Tensor, epoch: int, file: Path) -> str:
         """Write the step and the samples of all processes; returns what was not finite."""
-        figures = dist.gather(seen.figures.unsqueeze(0))
+        figures = dist.gather(own.unsqueeze(0))
         losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
         batch = {
-            name: dist.gather(getattr(seen.batch, name)).tolist()
+            name: dist.gather(getattr(samples, name)).tolist()
             for name in ("sample_ids", "repeats", "sample_hashes")
         }
 
@@ -157,7 +145,7 @@ class NonFiniteGuard:
         if dist.rank() == 0:
             row = {
                 "format": FORMAT,
-                "step": seen.step,
+                "step": step,
                 "epoch": epoch,
                 "policy": self._config.on_nonfinite,
                 "loss": [plain(x) for x in losses],
@@ -192,13 +180,12 @@ class LossScale:
 
     Args:
         config: ``precision`` and ``min_loss_scale``.
-        folder: The run's, for errors.
         device: Where steps run.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path, device: torch.device) -> None:
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.is_on = config.precision == "fp16"
-        self._least, self._folder = config.min_loss_scale, folder
+        self._least = config.min_loss_scale
         self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL, enabled=self.is_on)
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -232,7 +219,6 @@ class LossScale:
         scale, num = self._scaler.get_scale(), position.num_overflow_steps + is_found
         if is_found and scale < self._least:
             raise NonFiniteLossError(
-                self._folder,
                 f"the loss scale has collapsed: it is {scale:g} at step {position.step + 1}, below "
                 f"engine.min_loss_scale ({self._least:g}), after {num} steps whose gradients were "
                 "not finite in fp16; use engine.precision=bf16 or fp32",

@@ -167,39 +167,6 @@ def check_wandb(config: TrackingConfig) -> None:
     )
 
 
-def start_wandb(
-    config: TrackingConfig, folder: Path, plain: dict[str, Any], *, is_new: bool
-) -> Any | None:
-    """Let W&B copy what TensorBoard's writers of this process write from now on.
-
-    Its own environment variables say where to: ``WANDB_MODE``, ``WANDB_BASE_URL``, and so on.
-
-    Args:
-        config: Whether and under which project.
-        folder: Of the run.
-        plain: The whole config as plain types.
-        is_new: The run starts from nothing: an earlier id is not continued.
-
-    Returns:
-        The W&B run, or None without ``tracking.wandb``.
-    """
-    if not config.wandb:
-        return None
-    path = folder / WANDB_ID_FILE
-    known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
-    run = importlib.import_module("wandb").init(
-        project=config.project,
-        name=folder.name,
-        dir=str(folder),
-        config=plain,
-        id=known.get("wandb"),
-        resume="allow",
-        sync_tensorboard=True,
-    )
-    write_json(path, {"wandb": run.id})
-    return run
-
-
 class MetricLog:
     """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
 
@@ -249,12 +216,28 @@ class MetricLog:
 def open_log(
     config: PretrainConfig, folder: Path, position: Position, steps_per_epoch: int
 ) -> MetricLog:
-    """The log of a run that goes on at a position, without the rows that will be written again."""
-    is_new = position.step == 0
+    """The log of a run that goes on at a position, without the rows that will be written again.
+
+    Of W&B its own environment variables say where to: ``WANDB_MODE``, ``WANDB_BASE_URL``, and so
+    on. It copies what TensorBoard's writers of this process write from then on.
+    """
+    is_new, wandb_run = position.step == 0, None
+    if config.tracking.wandb:
+        path = folder / WANDB_ID_FILE
+        known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
+        wandb_run = importlib.import_module("wandb").init(
+            project=config.tracking.project,
+            name=folder.name,
+            dir=str(folder),
+            config=to_plain(config),
+            id=known.get("wandb"),
+            resume="allow",
+            sync_tensorboard=True,
+        )
+        write_json(path, {"wandb": wandb_run.id})
     last = -1 if is_new else position.step
     # A checkpoint at the end of an epoch is made before the probe that is due there.
     probe_is_due = position.step_in_epoch == steps_per_epoch
-    wandb_run = start_wandb(config.tracking, folder, to_plain(config), is_new=is_new)
     return MetricLog(folder, last, last - 1 if probe_is_due else last, wandb_run)
 
 

@@ -190,7 +190,7 @@ def test_option_of_a_run_changes_what_is_learnt(shards, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("adversarial.epsilon=-1", r"adversarial\.epsilon must be in \[0, 255\]"),
+        ("adversarial.epsilon=-1", r"adversarial\.epsilon must be >= 0"),
         ("adversarial.num_steps=0", r"adversarial\.num_steps must be >= 1, got 0"),
         ("adversarial.step_size=0", r"adversarial\.step_size must be > 0, got 0"),
     ],

@@ -85,7 +85,7 @@ def test_diverged_training_stops_and_saves_nothing_broken(start, decay, what):
         f"optim.weight_decay={decay}", "engine.checkpoint_every_steps=1",
     )  # fmt: skip
     message = error_of(result, 1)
-    saved = "(no checkpoint was written|holds an earlier state)"
+    saved = "holds an earlier state"
     assert re.search(rf"{what} at step \d+; .*{saved}", message)
     assert "Lower optim.base_lr or lengthen optim.warmup_epochs" in message
     saved = result[1] / "checkpoint.pth"

@@ -1,9 +1,11 @@
-"""Checkpoint files: written whole or not at all, plain, refused with a remedy when unfit."""
+"""Checkpoints: whole or not at all, plain, a copy of the state at the call, one to fall back on."""
 
 import errno
 import os
 import pickle
 import shutil
+import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,143 +13,98 @@ import torch
 from common.checkpoints import checksum
 from common.errors import UserError
 from common.files import DiskFullError
+from pretrain.config import EngineConfig
 from pretrain.engine import checkpoint, run_folder
+from pretrain.engine.checkpoint import Checkpoints, load_newest
 
 
-def state(value=1.0):
+def state(value=1):
+    weights = {"w": torch.full((1000,), float(value)), "slots": [{"m": torch.zeros(3)}]}
     fields = dict.fromkeys(checkpoint.FIELDS)
-    return fields | {"format": checkpoint.FORMAT, "model": {"w": torch.full((3,), value)}}
+    return fields | {"format": checkpoint.FORMAT, "model": weights, "step": value}
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(state(1.0), path)
+    checkpoint.save(state(1), path)
     return path
 
 
-def value(path):
-    return float(checkpoint.load(path)["model"]["w"][0])
+def step_of(path):
+    return checkpoint.load(path)["step"]
 
 
-def test_round_trip_leaves_one_file(path):
-    checkpoint.save(state(2.0), path)
-    assert value(path) == 2.0
-    run_folder.hold(path.parent).close()
-    (path.parent / ".lock").unlink()
-    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
+# --- the file
 
 
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])
-@pytest.mark.parametrize("kind", [RuntimeError("boom"), OSError(errno.EIO, "Input/output error")])
-def test_failure_in_the_middle_leaves_the_old_file(path, monkeypatch, where, kind):
-    def fail(*args, **kwargs):
-        raise kind
+def test_failure_in_the_middle_leaves_the_old_file(path, monkeypatch, where):
+    def fail(*arguments):
+        if where == "write":
+            arguments[1].write(b"half a checkpoint")
+        raise OSError(errno.EIO, "Input/output error")
 
-    if where == "write":
-
-        def torch_save(value, file):
-            file.write(b"half a checkpoint")
-            raise kind
-
-        monkeypatch.setattr(torch, "save", torch_save)
-    elif where == "fsync":
-        monkeypatch.setattr(os, "fsync", fail)
-    else:
-        monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(type(kind), match=r"boom|Input/output error"):
-        checkpoint.save(state(2.0), path)
-    monkeypatch.undo()
-    assert value(path) == 1.0
+    places = {"write": (torch, "save"), "fsync": (os, "fsync"), "replace": (os, "replace")}
+    with monkeypatch.context() as patched:
+        patched.setattr(*places[where], fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            checkpoint.save(state(2), path)
+    assert step_of(path) == 1
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file_and_the_next_save_works(path):
     partial = path.with_name("checkpoint.pth.1.partial")
     partial.write_bytes(b"half")  # what kill -9 leaves
-    assert value(path) == 1.0
-    checkpoint.save(state(2.0), path)
-    assert value(path) == 2.0
+    assert step_of(path) == 1
+    checkpoint.save(state(2), path)
+    assert step_of(path) == 2
     run_folder.hold(path.parent).close()
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_says_what_to_do(path, monkeypatch, number):
-    def full(*args):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        DiskFullError,
-        match=r"disk full while writing .*checkpoint\.pth .* MB free.*free some space and run the "
-        r"same command with --resume",
-    ):
-        checkpoint.save(state(2.0), path)
-    monkeypatch.undo()
-    assert value(path) == 1.0
-
-
-def test_full_disk_is_seen_behind_torch_s_own_error(path, monkeypatch):
-    """torch's zip writer reports a failed write as a RuntimeError about positions."""
-
-    def torch_save(value, file):
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError:
-            raise RuntimeError("unexpected pos 4801600 vs 4801552")  # noqa: B904
-
-    monkeypatch.setattr(torch, "save", torch_save)
-    with pytest.raises(DiskFullError, match="disk full"):
-        checkpoint.save(state(2.0), path)
-
-
-def test_full_disk_is_measured_before_the_partial_file_goes(path, monkeypatch):
-    """Where torch hides the cause, only the free space tells; the partial file fills it."""
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_full_disk_says_what_to_do(path, monkeypatch, is_hidden):
+    """torch's zip writer hides the cause: then the free space tells, measured beside the file."""
 
     def torch_save(value, file):
         file.write(b"x")
-        raise RuntimeError("unexpected pos 4801600 vs 4801552")
+        if is_hidden:
+            raise RuntimeError("unexpected pos 4801600 vs 4801552")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def usage(folder):
         is_filled = list(path.parent.glob("*.partial"))
         return shutil._ntuple_diskusage(10, 10, 0 if is_filled else 1 << 30)
 
-    monkeypatch.setattr(torch, "save", torch_save)
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(DiskFullError, match="disk full"):
-        checkpoint.save(state(2.0), path)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", torch_save)
+        patched.setattr(shutil, "disk_usage", usage)
+        with pytest.raises(
+            DiskFullError, match=r"disk full while writing .*run the same command with --resume"
+        ):
+            checkpoint.save(state(2), path)
+    assert step_of(path) == 1
     assert not list(path.parent.glob("*.partial"))
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"checkpoint .*nothing\.pth does not exist"):
-        checkpoint.load(tmp_path / "nothing.pth")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "flipped"])
-def test_damaged_file(path, damage):
-    data = path.read_bytes()
-    changed = {
-        "truncated": data[: len(data) // 2],
-        "empty": b"",
-        "noise": bytes(range(256)) * 4,
-        "flipped": b"PL" + data[2:],
-    }[damage]
-    path.write_bytes(changed)
-    with pytest.raises(
-        UserError,
-        match=r"checkpoint .*checkpoint\.pth cannot be read .* damaged or not .*older one",
-    ):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "noise", "one bit"])
+def test_damaged_file_is_refused(path, damage):
+    data = bytearray(path.read_bytes())
+    if damage == "one bit":
+        data[data.index(torch.full((1000,), 1.0).numpy().tobytes())] ^= 1
+    changed = {"truncated": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 4}
+    path.write_bytes(changed.get(damage, data))
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(UserError, match=r"checkpoint\.pth .*(damaged|does not exist)"):
         checkpoint.load(path)
 
 
 class Harmful:
     def __reduce__(self):
-        return (os.mkdir, (HARM,))
-
-
-HARM = "made-by-a-pickle"
+        return (os.mkdir, ("made-by-a-pickle",))
 
 
 def test_code_in_a_file_is_not_run(path, monkeypatch):
@@ -158,48 +115,44 @@ def test_code_in_a_file_is_not_run(path, monkeypatch):
     torch.save({"format": checkpoint.FORMAT, "model": Harmful()}, path)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(path)
-    assert not (path.parent / HARM).exists()
+    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, {"format": "other-1"}, [1, 2]])
-def test_other_formats(path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, r"is not a checkpoint of format 'fa-pretrain-1'"),
+        ([1, 2], r"is not a checkpoint of format 'fa-pretrain-1'"),
+        ({k: v for k, v in state().items() if k != "position"}, r"lacks \['position'\]"),
+    ],
+)
+def test_other_contents_are_refused(path, content, message):
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"is not a checkpoint of format 'fa-pretrain-1'"):
+    with pytest.raises(UserError, match=message):
         checkpoint.load(path)
 
 
-def test_missing_field(path):
-    incomplete = state()
-    del incomplete["position"]
-    torch.save(incomplete, path)
-    with pytest.raises(UserError, match=r"lacks \['position'\]; it is damaged"):
-        checkpoint.load(path)
+def test_different_keys():
+    a = {"x": 1, "fa": {"k": 1, "same": 0}, "gone": None, "old": 3}
+    b = {"x": 2, "fa": {"k": 5, "same": 0}, "new": "n"}
+    assert checkpoint.different_keys(a, b) == [
+        "fa.k: 1 -> 5", "new: None -> 'n'", "old: 3 -> None", "x: 1 -> 2",
+    ]  # fmt: skip
+    assert checkpoint.different_keys(a, a) == []
 
 
-def kept(path):
-    return sorted(p.name for p in (path.parent / "checkpoints").glob("*"))
-
-
-def test_keep_checkpoints_keeps_the_newest(path):
-    for step in (5, 10, 15, 20):
-        checkpoint.save(state(float(step)), path)
-        checkpoint.keep(path, step, 2)
-    assert kept(path) == ["step-00000015.pth", "step-00000020.pth"]
-    assert value(path.parent / "checkpoints" / "step-00000015.pth") == 15.0
-    assert value(path) == 20.0
-
-
-def test_keep_none(path):
-    checkpoint.keep(path, 5, 0)
-    assert not (path.parent / "checkpoints").exists()
-
-
-def test_keep_again_replaces(path):
-    checkpoint.keep(path, 5, 3)
-    checkpoint.save(state(9.0), path)
-    checkpoint.keep(path, 5, 3)
-    assert kept(path) == ["step-00000005.pth"]
-    assert value(path.parent / "checkpoints" / "step-00000005.pth") == 9.0
+def test_checksums_tell_values_apart_and_survive_the_file(tmp_path):
+    values = [
+        {"a": 1}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": {"a": 1}}, {"a": None},
+        {"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).double()},
+        {"a": torch.tensor([0.0, -0.0])}, {"a": torch.zeros(2, dtype=torch.bfloat16)},
+        {"a": torch.zeros(2, dtype=torch.bool)}, {"a": torch.zeros(0)}, {"a": torch.tensor(0.0)},
+    ]  # fmt: skip
+    assert len({checksum(value) for value in values}) == len(values)
+    for value in values:
+        torch.save(value, tmp_path / "value.pth")
+        again = torch.load(tmp_path / "value.pth", weights_only=True)
+        assert checksum(again | {"checksum": "ignored"}) == checksum(value)
 
 
 def test_keep_copies_where_there_are_no_hard_links(path, monkeypatch):
@@ -208,75 +161,96 @@ def test_keep_copies_where_there_are_no_hard_links(path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     checkpoint.keep(path, 5, 1)
-    assert value(path.parent / "checkpoints" / "step-00000005.pth") == 1.0
+    assert step_of(path.parent / "checkpoints" / "step-00000005.pth") == 1
 
 
-def test_different_keys():
-    a = {"x": 1, "fa": {"k": 1, "same": 0}, "gone": None, "old": 3}
-    b = {"x": 2, "fa": {"k": 5, "same": 0}, "new": "n"}
-    assert checkpoint.different_keys(a, b) == [
-        "fa.k: 1 -> 5",
-        "new: None -> 'n'",
-        "old: 3 -> None",
-        "x: 1 -> 2",
-    ]
-    assert checkpoint.different_keys(a, a) == []
+# --- written beside the training
 
 
-# --- checksum, and what stays
+def writer_in(folder, num_kept=2):
+    return Checkpoints(folder, EngineConfig(keep_checkpoints=num_kept))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"a": 1}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": {"a": 1}}, {"a": None},
-        {"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).double()},
-        {"a": torch.tensor([0.0, -0.0])}, {"a": torch.zeros(0)}, {"a": torch.tensor(0.0)},
-        {"a": torch.zeros(2, dtype=torch.bfloat16)}, {"a": torch.zeros(2, dtype=torch.bool)},
-    ],
-)  # fmt: skip
-def test_checksum_tells_values_apart(value, tmp_path):
-    torch.save(value, tmp_path / "value.pth")
-    again = torch.load(tmp_path / "value.pth", weights_only=True)
-    assert checksum(again) == checksum(value)
-    assert checksum(value | {"checksum": "ignored"}) == checksum(value)
-    for other in ({"a": 2}, {"a": torch.ones(2)}, {"a": torch.zeros(3)}):
-        assert checksum(value) != checksum(other)
+def save(writer, state):
+    """Let the run stand at a state and save it."""
+    writer.trainer = Mock(state_dict=lambda: state)
+    writer.trainer.position.step = state["step"]
+    writer.save()
 
 
-def test_checksums_of_neighbouring_values_differ():
-    values = [
-        {"a": 1}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": {"a": 1}}, {"a": None},
-        {"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).double()},
-        {"a": torch.tensor([0.0, -0.0])}, {"a": torch.zeros(2, dtype=torch.bfloat16)},
-    ]  # fmt: skip
-    assert len({checksum(value) for value in values}) == len(values)
+def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
+    release, real = threading.Event(), checkpoint.save
+
+    def slow(value, path):
+        assert release.wait(10)
+        real(value, path)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer, now = writer_in(tmp_path), state(1)
+    save(writer, now)
+    now["model"]["w"].fill_(7)  # the next optimiser step, while the file is being written
+    now["model"]["slots"][0]["m"].fill_(7)
+    assert not (tmp_path / checkpoint.NAME).exists()
+    release.set()
+    writer.wait()
+    written = checkpoint.load(tmp_path / checkpoint.NAME)["model"]
+    assert written["w"].tolist() == [1.0] * 1000
+    assert written["slots"][0]["m"].tolist() == [0.0] * 3
 
 
-def flip(path, needle):
-    """Change one bit of the file where `needle` stands, as a bad disk does."""
-    data = bytearray(path.read_bytes())
-    data[data.index(needle)] ^= 1
-    path.write_bytes(data)
+@pytest.mark.parametrize(("num_kept", "kept"), [(0, []), (2, [6, 7])])
+def test_saves_follow_each_other_and_the_newest_stay(tmp_path, num_kept, kept):
+    writer = writer_in(tmp_path, num_kept)
+    for step in (*range(1, 8), 7):  # again at one step: it is replaced
+        save(writer, state(step))
+    writer.wait()
+    assert step_of(tmp_path / checkpoint.NAME) == 7
+    assert sorted(map(step_of, (tmp_path / "checkpoints").glob("*"))) == kept
 
 
-def test_one_changed_bit_is_found(path):
-    flip(path, torch.full((3,), 1.0).numpy().tobytes())
-    with pytest.raises(UserError, match=r"checkpoint\.pth .*damaged"):
-        checkpoint.load(path)
+def test_a_failed_write_is_told_once(tmp_path, monkeypatch):
+    def full(value, path):
+        raise DiskFullError("disk full while writing")
+
+    writer = writer_in(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", full)
+        save(writer, state(1))
+        with pytest.raises(DiskFullError, match="disk full"):
+            writer.wait()
+    save(writer, state(2))
+    writer.wait()
+    assert step_of(tmp_path / checkpoint.NAME) == 2
 
 
-def test_newest_and_every_mth_stay(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    for step in range(2, 21, 2):
-        checkpoint.save(state(step), path)
-        checkpoint.keep(path, step, 2, 8)
-    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert kept == [f"step-{step:08d}.pth" for step in (8, 16, 18, 20)]
-    assert value(tmp_path / "checkpoints" / kept[0]) == 8
-    other = tmp_path / "other" / "checkpoint.pth"
-    other.parent.mkdir()
-    for step in (4, 8, 12):
-        checkpoint.save(state(step), other)
-        checkpoint.keep(other, step, 0, 8)
-    assert [p.name for p in (other.parent / "checkpoints").iterdir()] == ["step-00000008.pth"]
+def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
+    writer = writer_in(tmp_path, num_kept=3)
+    size = checkpoint.num_bytes(state(1))
+    assert size == 4 * 1000 + 4 * 3
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size))
+    writer.trainer = Mock(state_dict=lambda: state(1))
+    with writer:
+        pass
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size - 1))
+    message = r"checkpoints need 0 MB .*lower engine\.keep_checkpoints"
+    with pytest.raises(UserError, match=message), writer:
+        pass
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):
+    writer = writer_in(tmp_path)
+    for step in (1, 2, 3):
+        save(writer, state(step))
+    writer.wait()
+    assert load_newest(tmp_path)[1] is None
+    newest = tmp_path / checkpoint.NAME
+    newest.write_bytes(newest.read_bytes()[:-2000])  # also damages its link, step-00000003.pth
+    found, note = load_newest(tmp_path)
+    assert found["step"] == 2
+    assert "damaged" in note
+    assert "step-00000002.pth (step 2) instead" in note
+    for file in (tmp_path / "checkpoints").iterdir():
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"checkpoint\.pth cannot be read"):
+        load_newest(tmp_path)

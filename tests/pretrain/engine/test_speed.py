@@ -42,15 +42,6 @@ def flags_of(optimizer):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_fused_optimizer_of_the_config_decides(make_run, name):
-    flags = {}
-    for value in ("auto", "true", "false"):
-        run = make_run(f"engine.fused_optimizer={value}", f"optim.name={name}", name=value)
-        flags[value] = flags_of(run.task.optimizer)
-    assert flags == {"auto": {(None, None)}, "true": {(True, None)}, "false": {(None, None)}}
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("was_fused", [False, True])
 def test_fused_goes_on_where_unfused_stopped_and_the_other_way_round(name, was_fused):
     """The state fits, the choice is the new run's, and the numbers agree but for rounding."""
@@ -442,7 +433,7 @@ ON_GPU = {
 def test_options_on_a_gpu_agree_with_exact_fp32(make_run, case):
     """At a rate so low that the first steps are about the same."""
     common = ["engine.device=cuda", "optim.base_lr=0.001"]
-    exact = make_run(*common, "engine.tf32=false", "engine.fused_optimizer=false", name="exact")
+    exact = make_run(*common, "engine.tf32=false", name="exact")
     expected = take_steps(exact, 3)
     quick = make_run(*common, *ON_GPU[case], name="quick")
     assert take_steps(quick, 3) == pytest.approx(expected, abs=0.06)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -471,31 +470,6 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(start, monkeypatch, numb
     status, folder, err = start("cut", "data.num_workers=1", "--resume")
     assert status == 0, err
     assert_same_training(whole, folder)
-
-
-def test_engine_decides_how_checkpoints_are_kept(start):
-    _, folder, _ = start(
-        "run", "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=1",
-        "engine.keep_every_steps=4", "engine.async_checkpoints=false",
-    )  # fmt: skip
-    kept = sorted(int(p.stem[5:]) for p in (folder / "checkpoints").iterdir())
-    assert kept == [4, 8, 10]
-
-
-def test_async_checkpoints_of_the_config_decide_who_writes(start, monkeypatch):
-    writers, save = {}, checkpoint.save
-
-    def noting(state, path):
-        writers[path.parent.name] = threading.current_thread() is threading.main_thread()
-        save(state, path)
-
-    monkeypatch.setattr(checkpoint, "save", noting)
-    folders = [
-        start(f"async-{flag}", "optim.epochs=1", f"engine.async_checkpoints={flag}")[1]
-        for flag in ("true", "false")
-    ]
-    assert writers == {"async-true": False, "async-false": True}
-    assert_same_training(*folders)
 
 
 def test_resume_with_more_shards_is_refused(start, make_shards):
