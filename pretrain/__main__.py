@@ -18,9 +18,8 @@ Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
 Every key stands in pretrain/config.py; --print-config shows the values after all overrides."""
 
 OUT_OF_MEMORY = (
-    "Lower optim.micro_batch_size, which keeps the batch, data.num_workers, data.batch_size or "
-    "data.image_size; or set engine.precision=bf16, engine.activation_checkpointing=true; what is "
-    "not in engine needs --allow-changes"
+    "Lower optim.micro_batch_size, data.num_workers, data.batch_size or data.image_size, or set "
+    "engine.precision=bf16, engine.activation_checkpointing=true"
 )
 
 
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
             return 0
         from pretrain.engine.guards import out_of_memory_explained
-        from pretrain.engine.profiling import only_steps, profile
+        from pretrain.engine.profiling import profile
         from pretrain.run import check, make_trainer
 
         try:
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     ).train()
                 else:
                     require(not options.resume, "--profile runs by itself: leave out --resume")
-                    profile(make_trainer(only_steps(config), resume=False), options.profile)
+                    profile(make_trainer(config, resume=False), options.profile)
         finally:
             dist.stop()
         return 0

@@ -9,7 +9,7 @@ import os
 import socket
 from datetime import timedelta
 
-from common.errors import UserError, require
+from common.errors import UserError
 from common.lazy import Tensor, distributed, torch
 
 SETUP_SECONDS = 180.0  # until all are there and connected; they start together, and load libraries
@@ -37,8 +37,6 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     ``auto`` takes bf16 where the hardware computes in it. On a CPU without AVX512-BF16 or AMX it is
     emulated, and slower than fp32.
     """
-    if precision == "fp16":
-        return torch.float16
     is_bf16 = precision == "bf16"
     if precision == "auto" and device.type == "cuda":
         is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -62,25 +60,23 @@ def start(device_type: str, seconds: float = SETUP_SECONDS) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         return
-    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    missing = [name for name in names if name not in os.environ]
-    require(not missing, f"WORLD_SIZE is set, {', '.join(missing)} not: start through torchrun")
-    address, port, rank, world_size, local_rank = (os.environ[name] for name in names)
     if device_type == "cuda":
-        torch.cuda.set_device(int(local_rank))
+        torch.cuda.set_device(choose_device("cuda"))
     patience, collective = timedelta(seconds=seconds), timedelta(seconds=COLLECTIVE_SECONDS)
     try:
-        store, _, _ = next(distributed.rendezvous("env://", timeout=patience))  # type: ignore
+        store, rank, world_size = next(distributed.rendezvous("env://", timeout=patience))  # type: ignore
         distributed.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             store=store,
-            rank=int(rank),
-            world_size=int(world_size),
+            rank=rank,
+            world_size=world_size,
             timeout=patience,
         )
         store.set_timeout(collective)  # NCCL connects later, through it
         distributed.distributed_c10d._set_pg_timeout(collective)
-    except RuntimeError as error:  # torch's DistError and its kinds, Gloo's own
+    except (RuntimeError, ValueError) as error:  # torch's DistError and its kinds, Gloo's own
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        rank, world_size, address, port = (os.environ.get(name, "?") for name in names)
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"rank {rank} of {world_size} on {socket.gethostname()} could not form the group at "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import read_settings
-from common.errors import UserError, at_least, positive, require, within_0_and_1
+from common.errors import at_least, positive, require, within_0_and_1
 from common.registry import with_sections
 from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
@@ -222,8 +222,7 @@ class EngineConfig:
     """How the loop runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
-    min_loss_scale: float = 1.0  # fp16: the run stops where the loss scale falls below
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is native
     tf32: bool = True  # on a GPU, fp32 products rounded to 10 bits; neighbours are searched exactly
     channels_last: bool = True
     compile: bool = False  # the backbone, by torch.compile; takes minutes before the first step
@@ -237,17 +236,14 @@ class EngineConfig:
     collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine 0.99; 0: never
     collapse_rank: float = 2.0  # alarm below this effective rank; 0: never
     collapse_patience: int = 5  # logged rows in a row until the alarm
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradients that are (docs/running.md)
-    max_nonfinite_steps: int = 10  # so many are skipped in a run; one more stops it
     watchdog_seconds: float = 300.0  # without a new batch: then all stacks are printed; 0: never
     on_hang: Literal["warn", "stop"] = "warn"  # stop: the process ends, torchrun may start again
 
     def __post_init__(self) -> None:
         at_least(self, "engine", log_every_steps=1, checkpoint_every_steps=1)
-        at_least(self, "engine", collapse_patience=1, max_nonfinite_steps=1, num_threads=0)
+        at_least(self, "engine", collapse_patience=1, num_threads=0)
         at_least(self, "engine", keep_checkpoints=0, collapse_std=0)
         at_least(self, "engine", collapse_rank=0, watchdog_seconds=0)
-        positive(self, "engine", "min_loss_scale")
         require(
             not (self.compile and self.activation_checkpointing),
             "engine.compile=true and engine.activation_checkpointing=true do not go together: a "
@@ -285,12 +281,8 @@ class EvalConfig:
     num_map_points: int = 1000  # of the picture of the probe's features; 0: none
 
     def __post_init__(self) -> None:
-        at_least(self, "eval", knn_every_epochs=1, knn_k=1, num_pictures=0)
+        at_least(self, "eval", knn_every_epochs=1, knn_k=1, num_pictures=0, image_size=0)
         positive(self, "eval", "knn_temperature", "online_probe_lr")
-        require(
-            self.image_size == 0 or self.image_size >= 16,
-            f"eval.image_size must be 0 (data.image_size) or >= 16, got {self.image_size}",
-        )
         require(
             self.num_map_points == 0 or 8 <= self.num_map_points <= 3000,
             f"eval.num_map_points must be 0 (no map) or from 8 to 3000, got {self.num_map_points}",
@@ -328,11 +320,6 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.engine.precision != "fp16" or self.adversarial.epsilon == 0,
-            "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "
-            "lost in fp16; use bf16 or fp32",
-        )
         refuse_without_gradient(self.objective, self.fa)
         micro, batch = self.optim.micro_batch_size, self.data.batch_size
         if micro == 0:
@@ -425,6 +412,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     Raises:
         UserError: File missing, unknown key, or a value that its dataclass refuses.
     """
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist; see configs/pretrain/ for examples")
     return read_settings(PretrainConfig, Path(path), overrides)

@@ -117,10 +117,6 @@ def make_model(
         if model.ema is not None:
             model.ema = cast(OnlineNetwork, convert(model.ema))
     if engine.activation_checkpointing:
-        require(
-            hasattr(model.online.backbone, "checkpoints_stages"),
-            "engine.activation_checkpointing=true: this backbone has no stages; use false",
-        )
         model.online.backbone.checkpoints_stages = True  # type: ignore[assignment]
     model.to(device)
     if engine.channels_last:
@@ -203,8 +199,7 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     seconds = (time.process_time() - started) / (num_threads if device.type == "cpu" else 1)
 
     # A checkpoint holds the model, its EMA, the momentum, and the queues.
-    num_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    num_bytes += sum(4 * p.numel() for p in model.online.parameters())
+    num_bytes = checkpoint.num_bytes([model.state_dict(), list(model.online.parameters())])
     return {
         "arch": {k: v for k, v in dataclasses.asdict(config.arch).items() if k != "name"},
         "pixel_mean": [255 * value for value in data.pixel_mean],

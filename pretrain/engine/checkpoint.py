@@ -26,7 +26,7 @@ from pretrain.engine.trainer import Callback, StepResult
 
 NAME = "checkpoint.pth"
 FIELDS = (
-    "format", "arch", "preprocessing", "model", "ema", "optimizer", "scaler", "schedule", "queue",
+    "format", "arch", "preprocessing", "model", "ema", "optimizer", "schedule", "queue",
     "negatives", "random", "position", "config", "step", "versions",
 )  # fmt: skip
 
@@ -194,8 +194,7 @@ class Checkpoints(Callback):
         if not all(bool(torch.isfinite(p).all()) for p in self._parameters):
             raise NonFiniteLossError(f"weights are no longer finite at step {step}")
         self.wait()
-        arguments = (copied(state), step)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(copied(state), step))
         self._thread.start()
         if waits:
             self.wait()
@@ -209,8 +208,8 @@ class Checkpoints(Callback):
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
+        if error is not None:
             raise error
 
     def _write(self, state: dict[str, Any], step: int) -> None:

@@ -19,7 +19,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import DeviceBatch, InputPipeline
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.checkpoint import different_keys
-from pretrain.engine.guards import LossScale, NonFiniteGuard
+from pretrain.engine.guards import NonFiniteGuard
 from pretrain.engine.optim import load_state, lr_factor, peak_lr, set_lr
 from pretrain.engine.trainer import Position, StepResult
 from pretrain.features.augmentations.base import fa_generator
@@ -64,15 +64,12 @@ class ContrastiveTask:
         self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.data_fingerprint = input_pipeline.fingerprint
         self.autocast_type = dist.autocast_type(config.engine.precision, device)
-        self.loss_scale = LossScale(config.engine, device)
-        self.guard = NonFiniteGuard(config.engine, folder, model, device)
+        self.guard = NonFiniteGuard(folder, model, device)
         forward: nn.Module = model.online
         if dist.is_on():
             devices = [device] if device.type == "cuda" else None
             forward = DistributedDataParallel(forward, device_ids=devices, broadcast_buffers=False)
-        self.gradients = Gradients(
-            model, forward, config.optim, self.autocast, self.loss_scale.scale
-        )
+        self.gradients = Gradients(model, forward, config.optim, self.autocast)
 
     def autocast(self) -> torch.autocast:
         """A fresh context in which forward passes run."""
@@ -85,51 +82,39 @@ class ContrastiveTask:
         """One optimiser step: forward, loss, backward, update, EMA and queue; see ``Task``.
 
         Raises:
-            NonFiniteLossError: Loss or gradients are not finite, and the config says to stop.
+            NonFiniteLossError: Loss or gradients are not finite.
         """
         config, step, progress = self.config, position.step, position.step / self.num_steps
         factor = lr_factor(config.optim, step, self.num_steps)
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
-        # The gradients of the batch, with the loss scale still on them.
-        with record_function("guards"):
-            self.guard.keep()
         self.optimizer.zero_grad(set_to_none=True)
         generator = partial(fa_generator, config.seed, step, self.device)
         views = self.gradients.attacked(
             batch.views, generator, progress, config.adversarial, config.data
         )
         outputs = self.gradients.compute(views, generator, progress)
-        first = outputs[0]
+        first, loss = outputs[0], outputs[0].loss.detach()
         self.model.before_update(step)
-        # The update is left out if fp16 overflowed, or if loss or gradients are not finite.
-        loss, refusal = first.loss.detach(), None
         with record_function("guards"):
-            overflow = self.loss_scale.update(loss, self.optimizer, position)
-            is_due = is_logged or is_saved or overflow.is_loss_bad
-            if not overflow.is_found:
-                refusal = self.guard.refusal(batch.samples, loss, position, is_due=is_due)
-        if refusal is not None:
-            return StepResult(loss, refusal=refusal)
-        queue = {}
-        if not overflow.is_found:
-            with record_function("optimiser"):
-                self.optimizer.step()
-            # The queue's figures are those before the batch itself enters.
-            ids, labels = batch.samples.sample_ids, batch.samples.labels
-            if is_logged:
-                num = len(first.projection)
-                queue = self.model.queue_report(first, ids[:num], labels[:num])
-            tau = config.objective.tau(step, self.num_steps)
-            self.model.after_optimizer_step(tau, outputs, ids, labels)
+            self.guard.check(batch.samples, loss, position, is_due=is_logged or is_saved)
+        with record_function("optimiser"):
+            self.optimizer.step()
+        # The queue's figures are those before the batch itself enters.
+        ids, labels, queue = batch.samples.sample_ids, batch.samples.labels, {}
+        if is_logged:
+            num = len(first.projection)
+            queue = self.model.queue_report(first, ids[:num], labels[:num])
+        tau = config.objective.tau(step, self.num_steps)
+        self.model.after_optimizer_step(tau, outputs, ids, labels)
         figures, histograms = {}, {}
         if is_logged and dist.rank() == 0:
             with record_function("logging"):
                 figures = {"lr": lr, **first.figures(), "fa_active": int(first.is_augmented)}
-                figures |= queue | overflow.figures
+                figures |= queue
                 every = ROWS_PER_HISTOGRAM * config.engine.log_every_steps
                 if (step + 1) % every == 0 or step + 1 == self.num_steps:
                     histograms = first.histograms()
-        return StepResult(loss, figures, histograms, has_overflowed=overflow.is_found, output=first)
+        return StepResult(loss, figures, histograms, output=first)
 
     def state_dict(self) -> dict[str, Any]:
         """All but position and random state, which the loop adds."""
@@ -145,7 +130,6 @@ class ContrastiveTask:
             "model": self.model.online.state_dict(),
             "ema": None if ema is None else ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.loss_scale.state_dict(),
             "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
             "queue": None if queue is None else queue.state_dict(),
             "negatives": None if memory is None else memory.state_dict(),
@@ -180,7 +164,6 @@ class ContrastiveTask:
                 "the checkpoint does not fit this config "
                 f"({'; '.join(changes) or 'no change seen'}): {' '.join(str(error).split())[:200]}"
             ) from error
-        self.loss_scale.load_state_dict(state["scaler"])
         return changes
 
     def _changes(self, state: dict[str, Any]) -> list[str]:
@@ -193,13 +176,12 @@ class ContrastiveTask:
             return others | {"data": data, "engine": engine}
 
         changes = different_keys(compared(state["config"]), compared(to_plain(self.config)))
-        num_steps, fingerprint = (
-            state["schedule"].get(key) for key in ("num_steps", "data_fingerprint")
-        )
+        num_steps = state["schedule"]["num_steps"]
         if num_steps != self.num_steps and not changes:
             changes.append(
                 f"it was made for {num_steps} steps, the shards now give {self.num_steps}"
             )
-        if None not in (fingerprint, own := self.data_fingerprint) and fingerprint != own:
+        fingerprints = {state["schedule"].get("data_fingerprint"), self.data_fingerprint}
+        if len(fingerprints - {None}) == 2:
             changes.append("data.shards: other shards, or other weights of them")
         return changes

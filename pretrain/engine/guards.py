@@ -13,8 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +31,6 @@ from pretrain.model.joint_embedding import FAContrastive
 FOLDER = "nonfinite"
 FORMAT = "fa-nonfinite-1"
 STDERR = 2  # file descriptor: faulthandler cannot write to a stream that a test has replaced
-INITIAL = 2.0**16  # the first loss scale, torch's own: it falls within a few steps to one that fits
 _NONE = 1 << 62  # later than any step
 # Parts of the messages of PyTorch on a CPU, and of a loader whose worker the system has killed.
 _NO_MEMORY = (
@@ -50,59 +47,43 @@ _ECHO_SECONDS = 5.0
 class NonFiniteGuard:
     """Looks at loss and gradient norm between the backward pass and the update.
 
-    With ``engine.on_nonfinite=skip`` it looks at every step; with ``stop`` at every step of a
-    single process on a CPU, elsewhere at the steps that are logged or saved, so that a GPU is not
-    waited for. The first step that was not finite is known exactly in either case. All processes
-    decide alike.
+    It looks at every step of a single process on a CPU, elsewhere at the steps that are logged or
+    saved, so that a GPU is not waited for. The first step that was not finite is known exactly in
+    either case. All processes decide alike.
 
     Args:
-        config: ``on_nonfinite`` and ``max_nonfinite_steps``.
         folder: The run's folder.
-        model: Buffers of its networks (BN statistics) are what a forward pass changes.
+        model: Of the gradients.
         device: Where steps run.
     """
 
-    def __init__(
-        self, config: EngineConfig, folder: Path, model: FAContrastive, device: torch.device
-    ) -> None:
-        self._config, self._folder, self._device = config, folder, device
-        self._skips = config.on_nonfinite == "skip"
-        self._is_always_due = self._skips or (device.type == "cpu" and not dist.is_on())
+    def __init__(self, folder: Path, model: FAContrastive, device: torch.device) -> None:
+        self._folder, self._device = folder, device
+        self._is_always_due = device.type == "cpu" and not dist.is_on()
+        self._parameters = list(model.online.parameters())
         # Steps that were not looked at yet: number from 1 on, the local samples, and float64 [2]:
         # loss of the local rows, norm of all gradients together.
         self._seen: list[tuple[int, ViewBatch, Tensor]] = []
-        self._parameters = list(model.online.parameters())
-        networks = [n for n in (model.online, model.ema) if n is not None and self._skips]
-        self._buffers = [buffer for network in networks for buffer in network.buffers()]
-        self._kept = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Before the forward pass: remember what it changes, where a step may be taken back."""
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            kept.copy_(buffer)
-
-    @torch.no_grad()
-    def refusal(
-        self, batch: ViewBatch, loss: Tensor, position: Position, *, is_due: bool
-    ) -> str | None:
-        """After the backward pass: the message if the update must be left out, else None.
+    def check(self, samples: ViewBatch, loss: Tensor, position: Position, *, is_due: bool) -> None:
+        """After the backward pass, before the update.
 
         Args:
-            batch: This process's samples.
+            samples: This process's part of the batch.
             loss: Of this process's rows, without graph.
             position: Before this step; only read.
             is_due: The device is waited for at this step anyway: it is logged or saved.
 
         Raises:
-            NonFiniteLossError: With ``stop``, or after ``max_nonfinite_steps`` steps left out.
+            NonFiniteLossError: Loss or gradients are not finite; the step's batch is on the disk.
         """
         # The gradients are the same in all processes.
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         figures = torch.stack([loss.double(), norm.double()])
-        self._seen.append((position.step + 1, batch, figures))
+        self._seen.append((position.step + 1, samples, figures))
         if not (self._is_always_due or is_due):
-            return None
+            return
         # The first step that was not finite in any process.
         seen, self._seen = self._seen, []
         bad = (~torch.stack([figures for *_, figures in seen]).isfinite().all(dim=1)).tolist()
@@ -110,133 +91,23 @@ class NonFiniteGuard:
         if dist.is_on():
             first = -int(dist.highest(torch.tensor(-first, device=self._device)))
         if first == _NONE:
-            return None
-        file = self._folder / FOLDER / f"step-{first:08d}.json"
-        _, batch, figures = next(entry for entry in seen if entry[0] == first)
-        what = self._write(first, batch, figures, position.epoch, file)
-        what, num = f"{what} at step {first}", position.num_skipped_steps
-        if not self._skips:
-            raise NonFiniteLossError(f"{what}; its batch is in {file}")
-        most = self._config.max_nonfinite_steps
-        if num >= most:
-            raise NonFiniteLossError(
-                f"{what}, and {num} steps were left out before, as many as "
-                f"engine.max_nonfinite_steps allows; its batch is in {file}",
-            )
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            buffer.copy_(kept)
-        return (
-            f"step {first} was left out: loss or gradients not finite ({num + 1} of at most "
-            f"{most}); its batch is in {file}"
-        )
-
-    def _write(self, step: int, samples: ViewBatch, own: Tensor, epoch: int, file: Path) -> str:
-        """Write the step and the samples of all processes; returns what was not finite."""
-        figures = dist.gather(own.unsqueeze(0))
-        losses, norm = figures[:, 0].tolist(), float(figures[:, 1].max())
+            return
+        # That step and its samples in all processes.
+        _, samples, figures = next(entry for entry in seen if entry[0] == first)
+        figures = dist.gather(figures.unsqueeze(0))
+        losses, largest = figures[:, 0].tolist(), float(figures[:, 1].max())
         batch = {
             name: dist.gather(getattr(samples, name)).tolist()
             for name in ("sample_ids", "repeats", "sample_hashes")
         }
-
-        def plain(value: float) -> float | str:  # JSON has no NaN
-            return value if math.isfinite(value) else str(value)
-
+        file = self._folder / FOLDER / f"step-{first:08d}.json"
         if dist.rank() == 0:
-            row = {
-                "format": FORMAT,
-                "step": step,
-                "epoch": epoch,
-                "policy": self._config.on_nonfinite,
-                "loss": [plain(x) for x in losses],
-                "gradient_norm": plain(norm),
-                **batch,
-            }
             file.parent.mkdir(exist_ok=True)
-            write_json(file, row)
-        loss = sum(losses) / len(losses)
-        return f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-
-
-class Overflow(NamedTuple):
-    """What the loss scale has seen in a step.
-
-    Attributes:
-        is_found: Gradients were too large for the scale: the update must be left out.
-        is_loss_bad: A process's loss is not finite: the guard must look.
-        figures: For a row of the log: the scale, and the steps left out for it.
-    """
-
-    is_found: bool
-    is_loss_bad: bool
-    figures: dict[str, float]
-
-
-class LossScale:
-    """The loss scale of fp16: PyTorch's gradient scaler, with one reading of the device per step.
-
-    It keeps gradients that are too small for fp16, and leaves out a step whose gradients are too
-    large. bf16 and fp32 need none: everything here is then the identity.
-
-    Args:
-        config: ``precision`` and ``min_loss_scale``.
-        device: Where steps run.
-    """
-
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self.is_on = config.precision == "fp16"
-        self._least = config.min_loss_scale
-        self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL, enabled=self.is_on)
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss that ``backward`` is called on."""
-        return self._scaler.scale(loss)
-
-    def update(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, position: Position
-    ) -> Overflow:
-        """After the backward pass: gradients become those of the loss itself, the scale moves.
-
-        It falls to a half if gradients were too large; after 2000 steps without it doubles. A loss
-        that is not finite is not the scale's fault: the scale stays. All processes must call it;
-        they decide alike.
-
-        Args:
-            loss: Of this process's rows, without graph.
-            optimizer: Of the weights.
-            position: Before this step; only read.
-        Raises:
-            NonFiniteLossError: If the scale falls below ``min_loss_scale``.
-        """
-        if not self.is_on:
-            return Overflow(is_found=False, is_loss_bad=False, figures={})
-        self._scaler.unscale_(optimizer)
-        (found,) = self._scaler._found_inf_per_device(optimizer).values()  # all on one device
-        is_bad = (~loss.isfinite()).to(found)
-        seen = dist.highest(torch.stack([found.squeeze(), is_bad])).tolist()
-        is_loss_bad, is_found = bool(seen[1]), bool(seen[0]) and not seen[1]
-        self._scaler.update(self._scaler.get_scale() if is_loss_bad else None)
-        scale, num = self._scaler.get_scale(), position.num_overflow_steps + is_found
-        if is_found and scale < self._least:
-            raise NonFiniteLossError(
-                f"the loss scale has collapsed: it is {scale:g} at step {position.step + 1}, below "
-                f"engine.min_loss_scale ({self._least:g}), after {num} steps whose gradients were "
-                "not finite in fp16; use engine.precision=bf16 or fp32",
-            )
-        return Overflow(is_found, is_loss_bad, {"loss_scale": scale, "num_overflow_steps": num})
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """Plain numbers for the checkpoint; None without a scale."""
-        return self._scaler.state_dict() if self.is_on else None
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint; one of a run in another precision has no scale to go on from."""
-        if self.is_on and state is not None:
-            self._scaler.load_state_dict(state)
-
-
-class CollapseError(RunFailed):
-    """The features have collapsed and ``engine.on_collapse`` is ``stop``."""
+            row = {"format": FORMAT, "step": first, "epoch": position.epoch, "loss": losses}
+            write_json(file, row | {"gradient_norm": largest} | batch)
+        mean = sum(losses) / len(losses)
+        what = f"the gradient norm is {largest}" if math.isfinite(mean) else f"the loss is {mean}"
+        raise NonFiniteLossError(f"{what} at step {first}; its batch is in {file}")
 
 
 class CollapseAlarm(Callback):
@@ -264,10 +135,10 @@ class CollapseAlarm(Callback):
         """After the row was written; all processes end together.
 
         Raises:
-            CollapseError: If the config says to stop.
+            RunFailed: If the config says to stop.
         """
         step, message = self.trainer.position.step, None
-        if result.refusal is not None or not self.trainer.is_logged(step):
+        if not self.trainer.is_logged(step):
             return
         if result.figures:
             std, rank = (result.figures[name] for name in ("feature_std", "effective_rank"))
@@ -280,7 +151,7 @@ class CollapseAlarm(Callback):
             if message is not None:
                 self._checkpoints.save(waits=True)
             if dist.total_of(message is not None, self.trainer.device):
-                raise CollapseError(
+                raise RunFailed(
                     f"{message or 'the first process saw the features collapse'}; the checkpoint "
                     "is saved: --resume with engine.on_collapse=warn goes on"
                 )
@@ -325,8 +196,7 @@ class StopOnSignal(Callback):
 
     def __init__(self, log: ProgressLog, checkpoints: Checkpoints) -> None:
         self._log, self._checkpoints = log, checkpoints
-        self.number = 0
-        self._noted_at = 0.0
+        self.number, self._noted_at = 0, 0.0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -337,7 +207,7 @@ class StopOnSignal(Callback):
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, *_: object) -> None:
         if not self.number:
             self.number, self._noted_at = number, time.monotonic()
         elif time.monotonic() - self._noted_at > _ECHO_SECONDS:

@@ -69,10 +69,7 @@ class LARS(torch.optim.Optimizer):
             if group["clip"]:
                 scaled = torch.clamp(scaled / group["lr"], max=1)
             ratios = torch.where((w_norm > 0) & (g_norm > 0), scaled, 1.0).unbind()
-            if group["weight_decay"]:  # a copy by now
-                torch._foreach_mul_(g, ratios)
-            else:
-                g = torch._foreach_mul(g, ratios)
+            g = torch._foreach_mul(g, ratios)
         for w in weights:
             if "momentum_buffer" not in self.state[w]:
                 self.state[w]["momentum_buffer"] = torch.zeros_like(w)
@@ -89,9 +86,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     left out.
     """
     parts = {name: list(part.parameters()) for name, part in model.named_children()}
-    decay, head_decay = config.weight_decay, config.head_weight_decay
-    if head_decay is None:
-        head_decay = decay
+    decay = config.weight_decay
+    head_decay = decay if config.head_weight_decay is None else config.head_weight_decay
     groups = []
     for is_weight in (True, False):
         for names, part_decay, follows in (
@@ -99,16 +95,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
             (set(parts) - {"backbone", "predictor"}, head_decay, True),
             (("predictor",), head_decay, not config.predictor_constant_lr),
         ):
-            chosen = [
-                p
-                for name in parts
-                if name in names
-                for p in parts[name]
-                if (p.ndim > 1) == is_weight
-            ]
+            own = [p for name in parts if name in names for p in parts[name]]
             is_treated = is_weight or not config.exclude_bias_and_norm
             group = {
-                "params": [p for p in chosen if p.requires_grad],
+                "params": [p for p in own if (p.ndim > 1) == is_weight and p.requires_grad],
                 "weight_decay": part_decay if is_treated else 0.0,
                 "adapt": is_treated,
                 "follows_schedule": follows,

@@ -12,12 +12,10 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +23,6 @@ from common import provenance
 from common.errors import require
 from common.files import write_json
 from pretrain import collectives as dist
-from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.run_folder import ProgressLog
@@ -38,18 +35,7 @@ RANGES = (
     "loader", "wait for views", "transfer", "augmentation", "EMA forward", "forward", "FA", "loss",
     "backward", "guards", "optimiser", "EMA update", "queue", "logging",
 )  # fmt: skip
-_NEVER = 1 << 40
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def only_steps(config: PretrainConfig) -> PretrainConfig:
-    """The config of a run that is profiled: no checkpoint, probe, picture or tracker."""
-    return replace(
-        config,
-        engine=replace(config.engine, checkpoint_every_steps=_NEVER, on_collapse="warn"),
-        eval=replace(config.eval, probe_train=None, probe_val=None, num_pictures=0),
-        tracking=replace(config.tracking, wandb=False),
-    )
 
 
 def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
@@ -59,7 +45,7 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
     ``OUT/profile/summary.json`` has the figures. No checkpoint, no row of a log, no probe.
 
     Args:
-        trainer: Fresh, of an ``only_steps`` config.
+        trainer: Fresh.
         num_steps: Timed steps.
 
     Raises:
@@ -88,7 +74,6 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
     # Of all callbacks the bar alone stays: nothing is saved, and a signal ends it at once.
     log = ProgressLog("profile")
     log.trainer, trainer.callbacks = trainer, [log]
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with contextlib.closing(batches(trainer)) as stream, log:
         flops = count_flops(lambda: steps(1))
         steps(NUM_WARMUP - 1)
@@ -96,7 +81,7 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
             torch.cuda.reset_peak_memory_stats(device)
         seconds = steps(num_steps)
         peak = (torch.cuda.max_memory_allocated if is_cuda else provenance.peak_memory_bytes)()
-        with torch_profile(activities=activities) as trace:
+        with torch_profile() as trace:
             traced_seconds = steps(NUM_TRACED)
     if dist.rank() != 0:
         return
@@ -114,9 +99,6 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
     summary = {
         "format": FORMAT,
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
-        "precision": precision_of(task.autocast(), device),
-        "num_threads": torch.get_num_threads(),
-        "num_processes": dist.world_size(),
         "batch_size": data.batch_size,
         "image_size": data.image_size,
         "num_steps": num_steps,

@@ -6,7 +6,6 @@ on as if the run had not been interrupted.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import math
@@ -24,17 +23,9 @@ from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import provenance
+from common import files, provenance
 from common.config import to_plain
 from common.errors import UserError, require
-from common.files import (
-    lock_file,
-    read_json_lines,
-    remove_partial_files,
-    write_json,
-    write_json_lines,
-    write_text,
-)
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig, TrackingConfig
 from pretrain.data.input_pipeline import DeviceBatch
@@ -79,10 +70,10 @@ def hold(folder: Path) -> FolderLock:
     path = folder / ".lock"
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     for _ in range(_LOCK_TRIES):
-        if not lock_file(file, folder, of_process=True):
+        if not files.lock_file(file, folder, of_process=True):
             time.sleep(_LOCK_PAUSE_SECONDS)
             continue
-        remove_partial_files(folder)
+        files.remove_partial_files(folder)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -116,7 +107,7 @@ class RunFolder(Callback):
         """Write ``config.yaml`` and ``environment.json``."""
         device = self.trainer.device
         text = yaml.safe_dump(to_plain(self._config), sort_keys=False)
-        write_text(self._folder / "config.yaml", text)
+        files.write_text(self._folder / "config.yaml", text)
         environment = {
             "versions": provenance.versions(),
             "commit": provenance.commit(),
@@ -124,13 +115,13 @@ class RunFolder(Callback):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "num_threads": torch.get_num_threads(),
         }
-        write_json(self._folder / "environment.json", environment)
+        files.write_json(self._folder / "environment.json", environment)
         return self
 
     def on_end(self) -> None:
         """Write ``summary.json``, whose presence says that the run is complete; free the folder."""
         position = self.trainer.position
-        rows = read_json_lines(self._folder / "metrics.jsonl")
+        rows = files.read_json_lines(self._folder / "metrics.jsonl")
         knn = {row["step"]: row["knn_top1"] for row in rows if row["kind"] == "knn"}
         num_images = position.step * self._config.data.batch_size
         summary = {
@@ -144,7 +135,7 @@ class RunFolder(Callback):
             "num_skipped_samples": position.num_bad_samples,
             "peak_memory_bytes": provenance.peak_memory_bytes(),
         }
-        write_json(self._folder / "summary.json", summary)
+        files.write_json(self._folder / "summary.json", summary)
         self._lock.close()
 
 
@@ -182,9 +173,9 @@ class MetricLog:
         self, folder: Path, last_step: int, last_probe_step: int, wandb_run: Any | None = None
     ) -> None:
         path = folder / "metrics.jsonl"
-        last = {"knn": last_probe_step}
-        rows = [r for r in read_json_lines(path) if r["step"] <= last.get(r["kind"], last_step)]
-        write_json_lines(path, rows)
+        last, rows = {"knn": last_probe_step}, files.read_json_lines(path)
+        kept = [row for row in rows if row["step"] <= last.get(row["kind"], last_step)]
+        files.write_json_lines(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
         self._wandb_run = wandb_run
@@ -223,9 +214,11 @@ def open_log(
     """
     is_new, wandb_run = position.step == 0, None
     if config.tracking.wandb:
+        import wandb  # type: ignore[import-not-found]
+
         path = folder / WANDB_ID_FILE
         known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
-        wandb_run = importlib.import_module("wandb").init(
+        wandb_run = wandb.init(
             project=config.tracking.project,
             name=folder.name,
             dir=str(folder),
@@ -234,7 +227,7 @@ def open_log(
             resume="allow",
             sync_tensorboard=True,
         )
-        write_json(path, {"wandb": wandb_run.id})
+        files.write_json(path, {"wandb": wandb_run.id})
     last = -1 if is_new else position.step
     # A checkpoint at the end of an epoch is made before the probe that is due there.
     probe_is_due = position.step_in_epoch == steps_per_epoch
@@ -292,14 +285,12 @@ class ProgressLog(Callback):
         self._started, self._num_images, self._data_seconds = time.perf_counter(), 0, 0.0
 
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
-        """The row of a logged step, or the event that it was left out."""
+        """The row of a logged step."""
         position = self.trainer.position
         self._bar.update()
         self._num_images += len(batch.labels) * dist.world_size()
         self._data_seconds += batch.waited
-        if result.refusal is not None:
-            self.warn(result.refusal, num_skipped_steps=position.num_skipped_steps)
-        elif self.trainer.is_logged(position.step):
+        if self.trainer.is_logged(position.step):
             with record_function("logging"):
                 loss = float(dist.mean(result.loss))
                 seconds = max(time.perf_counter() - self._started, 1e-9)
@@ -310,7 +301,6 @@ class ProgressLog(Callback):
                     for callback in self.trainer.callbacks:
                         row |= callback.figures()
                     row["num_bad_samples"] = position.num_bad_samples
-                    row["num_skipped_steps"] = position.num_skipped_steps
                     self.write("train", **row, images_per_second=speed, data_wait_share=wait_share)
                     if result.histograms:
                         self.write("similarity", **result.histograms)

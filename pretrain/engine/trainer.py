@@ -22,12 +22,10 @@ class Position:
     """Where a run stands.
 
     Attributes:
-        step: Finished steps, those that were left out included.
+        step: Finished steps.
         epoch: Finished epochs.
         step_in_epoch: Finished steps of the epoch that has begun.
         num_bad_samples: Pictures that were replaced, in all processes.
-        num_skipped_steps: Steps left out since loss or gradients were not finite.
-        num_overflow_steps: Steps left out since the loss scale of fp16 was too high.
         train_seconds: Time spent in steps and in waiting for data.
     """
 
@@ -35,8 +33,6 @@ class Position:
     epoch: int = 0
     step_in_epoch: int = 0
     num_bad_samples: int = 0
-    num_skipped_steps: int = 0
-    num_overflow_steps: int = 0
     train_seconds: float = 0.0
 
 
@@ -48,16 +44,12 @@ class StepResult:
         loss: Of this process's samples, without graph.
         figures: For the row of a logged step, in the first process.
         histograms: For a row of kind ``similarity``, at some of the logged steps.
-        refusal: Loss or gradients were not finite, so that nothing was changed: the message.
-        has_overflowed: The update was left out since gradients were too large for fp16.
         output: For callbacks that know the task.
     """
 
     loss: Tensor
     figures: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, list[float]] = field(default_factory=dict)
-    refusal: str | None = None
-    has_overflowed: bool = False
     output: Any = None
 
 
@@ -131,7 +123,7 @@ class Callback:
         """When the batch has come."""
 
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
-        """After a step, also one that was left out; the position is already the next one."""
+        """After a step; the position is already the next one."""
 
     def figures(self) -> dict[str, float]:
         """What the row of a logged step holds besides; called in the first process only."""
@@ -220,8 +212,6 @@ class Trainer(Generic[AnyTask]):
         # Where the run stands now.
         position.step += 1
         position.step_in_epoch += 1
-        position.num_skipped_steps += result.refusal is not None
-        position.num_overflow_steps += result.has_overflowed
         position.train_seconds += time.perf_counter() - started + batch.waited
         # Several processes sum only where they wait for each other anyway.
         self._num_new_bad_samples += batch.num_bad
@@ -275,7 +265,9 @@ class Trainer(Generic[AnyTask]):
             saved = state["random"]["cuda"][: torch.cuda.device_count()]
             for device, random_state in enumerate(saved):
                 torch.cuda.set_rng_state(random_state, device)
-        position = self.position = Position(**state["position"])
+        known = vars(Position())  # older versions counted more
+        position = Position(**{key: state["position"].get(key, known[key]) for key in known})
+        self.position = position
         if changes:  # perhaps epochs of another length
             position.epoch, position.step_in_epoch = divmod(position.step, self.batches.num_steps)
         notes = [f"going on with a changed config: {line}" for line in changes]

@@ -91,9 +91,8 @@ class OnlineProbe(Callback):
             self._outputs.append(output.detach())
 
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
-        """Learn from the step, if it was made."""
-        if result.refusal is None and not result.has_overflowed:
-            self.step(batch.samples.labels)
+        """Learn from the step."""
+        self.step(batch.samples.labels)
         self._outputs = []
 
     def step(self, labels: Int[Tensor, " n"]) -> None:

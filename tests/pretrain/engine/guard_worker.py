@@ -3,12 +3,10 @@
 usage: guard_worker.py WHAT RANK STEPS ARGUMENTS...   (torchrun's variables in the environment)
 
 WHAT happens in process RANK before the steps of STEPS ("3,7", numbered from 1 on):
-`poison`: one pixel is NaN; `pause`: 5 s go by; `sleep`: it sleeps; `sleep-in-forward`: the same,
-in the network; `hold`: it sleeps and holds the interpreter's lock. Its weights lie in
+`poison`: one pixel is NaN; `sleep-in-forward`: it sleeps in the network. Its weights lie in
 OUT/rank-R.pth afterwards.
 """
 
-import ctypes
 import os
 import sys
 import time
@@ -26,14 +24,8 @@ def stand_still():
 def happen(what, run, batch):
     if what == "poison":
         batch.views[0, 1, 2, 3, 4] = torch.nan
-    elif what == "sleep":
-        stand_still()
-    elif what == "pause":
-        time.sleep(5)
-    elif what == "sleep-in-forward":
+    else:
         run.task.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
-    elif what == "hold":
-        ctypes.PyDLL(None).sleep(600)
 
 
 def meddle(what, rank, steps):

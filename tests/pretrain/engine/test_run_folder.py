@@ -1,25 +1,140 @@
-"""What stands beside a run."""
+"""What stands beside a run: its rows without a seam after a resume, W&B, the summary, the lock.
 
+Of Weights & Biases a stand-in; no network, not installed.
+"""
+
+import importlib.machinery
 import json
+import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import UserError
-from pretrain.config import PretrainConfig
+from common.files import read_json_lines
+from pretrain.config import PretrainConfig, TrackingConfig
 from pretrain.engine import run_folder
-from pretrain.engine.run_folder import RunFolder
+from pretrain.engine.run_folder import MetricLog, RunFolder, check_wandb, open_log
 from pretrain.engine.trainer import Position
 
 
-def write_rows(folder, *rows):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def rows(folder):
+    return read_json_lines(folder / "metrics.jsonl")
+
+
+# --- rows
+
+
+def test_rows_and_scalars(tmp_path):
+    log = MetricLog(tmp_path, -1, -1)
+    log.write("train", 1, loss=0.5, epoch=0.25)
+    assert len(rows(tmp_path)) == 1  # at once
+    log.write("event", 1, message="hello")
+    log.write("knn", 2, knn_top1=0.75, lr=math.nan)
+    log.close()
+    assert rows(tmp_path) == [
+        {"kind": "train", "step": 1, "loss": 0.5, "epoch": 0.25},
+        {"kind": "event", "step": 1, "message": "hello"},
+        {"kind": "knn", "step": 2, "knn_top1": 0.75, "lr": "nan"},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {"train/loss", "train/epoch", "knn/knn_top1", "knn/lr"}
+    assert [(x.step, x.value) for x in board.Scalars("knn/knn_top1")] == [(2, 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("last", "last_probe", "train", "knn"),
+    [
+        (-1, -1, [], []),
+        (4, 4, [1, 2, 3, 4], [2, 4]),
+        (3, 3, [1, 2, 3], [2]),
+        (2, 1, [1, 2], []),  # the probe of step 2 is due again
+    ],
+)
+def test_rows_that_will_be_written_again_are_dropped(tmp_path, last, last_probe, train, knn):
+    log = MetricLog(tmp_path, -1, -1)
+    for step in (1, 2, 3, 4):
+        log.write("train", step, loss=float(step))
+        if step % 2 == 0:
+            log.write("knn", step, knn_top1=step / 10)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # a line cut by a kill
+        file.write('{"kind": "train", "step": 1, "lo')
+    log = MetricLog(tmp_path, last, last_probe)
+    log.write("event", 5, message="on")
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [r["step"] for r in found if r["kind"] == "train"] == train
+    assert [r["step"] for r in found if r["kind"] == "knn"] == knn
+    assert found[-1]["step"] == 5
+
+
+# --- Weights & Biases
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps the options of `init` and `finish`, and whether TensorBoard's writer existed before."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.started, self.finished, self.boards_before = [], [], []
+        self.id = "w-1"
+
+    def init(self, **options):
+        self.started.append(options)
+        folder = Path(options["dir"]) / "tensorboard"
+        self.boards_before.append(len(list(folder.glob("*"))))
+        return self
+
+    def finish(self, **options):
+        self.finished.append(options)
+        raise ConnectionError("no route")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(run_folder.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"wandb is not installed: run `.* -m pip install wandb`"):
+        check_wandb(TrackingConfig(wandb=True))
+    check_wandb(TrackingConfig())
+
+
+def test_wandb_is_started_continued_and_told_the_end(tmp_path, wandb, capsys):
+    config = PretrainConfig(tracking=TrackingConfig(wandb=True, project="study"))
+    for step, failed in ((0, True), (7, False)):
+        log = open_log(config, tmp_path, Position(step=step), 5)
+        log.write("train", 1, loss=0.5)
+        log.close(failed=failed)  # its network fails, the run does not
+        assert "warning: tracking.wandb did not finish: no route" in capsys.readouterr().err
+    first, second = wandb.started
+    assert (first["project"], first["name"], first["id"]) == ("study", tmp_path.name, None)
+    assert first["config"]["optim"]["name"] == "lars"
+    assert first["sync_tensorboard"]
+    assert second["id"] == "w-1"
+    assert wandb.boards_before[0] == 0  # it copies only from writers that are made after it
+    assert wandb.finished == [{"exit_code": 1}, {"exit_code": 0}]
+    open_log(PretrainConfig(), tmp_path, Position(), 5).close()
+    assert len(wandb.started) == 2
+
+
+# --- environment, summary, lock
 
 
 def callback(folder):
@@ -30,64 +145,35 @@ def callback(folder):
     return callback
 
 
-def summary(folder):
-    callback(folder).on_end()
-    return json.loads((folder / "summary.json").read_text())
-
-
-def test_summary_takes_the_first_and_the_last_probe(tmp_path):
-    probes = [{"kind": "knn", "step": s, "knn_top1": s / 20} for s in (0, 5, 10)]
-    write_rows(tmp_path, *probes, {"kind": "train", "step": 10, "loss": 1.0})
-    found = summary(tmp_path)
-    assert (found["knn_top1_initial"], found["knn_top1"]) == (0.0, 0.5)
+@pytest.mark.parametrize("steps", [(0, 5, 10), (5, 10)])  # the probe may have been added later
+def test_summary_takes_the_first_and_the_last_probe(tmp_path, steps):
+    log = MetricLog(tmp_path, -1, -1)
+    for step in steps:
+        log.write("knn", step, knn_top1=step / 20)
+    log.close()
+    callback(tmp_path).on_end()
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["knn_top1_initial"], found["knn_top1"]) == (0.0 if 0 in steps else None, 0.5)
     assert found["images_per_second"] == 10 * 256 / 4.0
     assert found["num_skipped_samples"] == 3
 
 
-def test_a_probe_that_was_added_later_has_no_initial_accuracy(tmp_path):
-    write_rows(tmp_path, {"kind": "knn", "step": 10, "knn_top1": 0.5})
-    found = summary(tmp_path)
-    assert found["knn_top1_initial"] is None
-    assert found["knn_top1"] == 0.5
-
-
-def test_folder_is_made_with_its_parents_and_an_empty_one_is_taken(tmp_path):
-    config = replace(PretrainConfig(), out=str(tmp_path / "a" / "b"))
-    assert run_folder.prepare(config, resume=False) == tmp_path / "a" / "b"
-    assert run_folder.prepare(config, resume=False).is_dir()
-
-
-def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
-    (tmp_path / "checkpoint.pth").write_bytes(b"")
-    config = replace(PretrainConfig(), out=str(tmp_path))
+def test_a_folder_is_made_and_one_with_a_run_is_refused_without_resume(tmp_path):
+    folder = tmp_path / "a" / "b"
+    config = replace(PretrainConfig(), out=str(folder))
+    assert run_folder.prepare(config, resume=False) == folder
+    (folder / "checkpoint.pth").write_bytes(b"")
     with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
         run_folder.prepare(config, resume=False)
-    assert run_folder.prepare(config, resume=True) == tmp_path
-
-
-def test_no_out_is_refused():
+    assert run_folder.prepare(config, resume=True) == folder
     with pytest.raises(UserError, match="out is not set: name the folder of this run"):
         run_folder.prepare(PretrainConfig(), resume=False)
-
-
-def test_outside_a_git_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
-    def no_git(*args, **kwargs):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(subprocess, "run", no_git)
-    with callback(tmp_path):
-        pass
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["commit"] is None
-    assert environment["num_threads"] == torch.get_num_threads()
 
 
 HOLDING = """
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 from pretrain.engine import run_folder
-from pretrain.engine.run_folder import RunFolder
 held = run_folder.hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
