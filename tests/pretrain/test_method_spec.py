@@ -7,6 +7,7 @@ import torch
 
 from common.errors import UserError
 from pretrain.config import FAConfig, refuse_without_gradient, resolve
+from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import Byol
 from tests.pretrain.conftest import make_fa, make_objective
@@ -18,13 +19,14 @@ PLACES = [
     ("parallel", "auto"),
 ]  # fmt: skip
 ENTRIES = 64
+R18 = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
 
 
 def starved_parts(make_model, make_views, objective: Objective, fa: FAConfig):
     """The parts of a small network that a backward pass with filled queues does not reach."""
     options = dict(vars(objective))
     name = options.pop("name")
-    model = make_model(name, objective_options=options, **vars(fa))
+    model = make_model(name, objective_options=options, arch=R18, **vars(fa))
     if model.queue is not None:
         model.queue.put(torch.randn(ENTRIES, model.queue.features.shape[1]))
     enter(model, torch.randn(2, ENTRIES, model.online.projector[-1].out_features))
@@ -48,7 +50,7 @@ def test_a_method_is_refused_if_and_only_if_a_part_gets_no_gradient(
     make_model, make_views, objective, architecture, side
 ):
     config = make_objective(objective, num_negatives=ENTRIES, num_prototypes=8)
-    for method in ("none", "identity", "nn", "mask"):
+    for method in ("none", "nn", "mask"):
         for stop in (True, False):
             fa = fa_of(method=method, architecture=architecture, side=side, stop_gradient=stop)
             parts = starved_parts(make_model, make_views, config, fa)
@@ -74,7 +76,7 @@ def assert_refused_only(parts, objective, fa):
 
 @pytest.mark.parametrize(("architecture", "side"), PLACES)
 @pytest.mark.parametrize("target_stop", [True, False])
-@pytest.mark.parametrize("objective", ["simclr", "infonce", "simsiam"])
+@pytest.mark.parametrize("objective", ["simclr", "simsiam"])
 def test_the_targets_own_stop_counts(
     make_model, make_views, objective, target_stop, architecture, side
 ):
@@ -100,7 +102,7 @@ def test_the_targets_own_stop_counts(
         {"method": "nn+mask", "architecture": "post", "strength": 0.0},
     ],
 )
-@pytest.mark.parametrize("objective", ["infonce", "byol"])
+@pytest.mark.parametrize("objective", ["byol"])
 def test_other_options_of_fa_follow_the_rule(make_model, make_views, objective, options):
     config, fa = (
         make_objective(objective, num_negatives=ENTRIES, num_prototypes=8),

@@ -158,28 +158,6 @@ def test_killed_process_is_started_again_within_the_job(
     assert identical(whole, job.out)
 
 
-def test_job_out_of_time_goes_on_in_a_next_one(
-    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
-) -> None:
-    """SLURM tells a job up to half a minute before it has to: here after 30 to 60 s.
-
-    Until then the processes are held, so that no machine is too fast to run out of time.
-    """
-    limits = ["--time-minutes", "2", "--save-seconds", "60"]
-    with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES, *limits) as job:
-        job.reach(10)
-        held = training_processes(job.out)
-        for process in held:
-            os.kill(process, signal.SIGSTOP)
-        wait_until(lambda: "this job is timed-out" in job.logs(), PATIENCE, "the end of the time")
-        for process in held:
-            os.kill(process, signal.SIGCONT)
-        job.finish()
-    assert job.restarts() >= 1
-    assert "stopped by" in job.logs()
-    assert identical(whole, job.out)
-
-
 def test_cancelled_job_saves_and_the_same_command_goes_on(
     cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -37,10 +37,10 @@ def start(config_file, shards, tmp_path, capsys):
 
 @pytest.fixture
 def make_run(config_file, shards, tmp_path):
-    """Build a `Trainer` without training: make_run("key=value", .., name="run")."""
+    """Build a `Trainer` without training: make_run("key=value", .., name="run", resume=False)."""
 
-    def make(*overrides, name="run"):
+    def make(*overrides, name="run", resume=False):
         options = [f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-        return make_trainer(load_config(config_file, options), resume=False)
+        return make_trainer(load_config(config_file, options), resume=resume)
 
     return make

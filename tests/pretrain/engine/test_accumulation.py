@@ -25,22 +25,17 @@ CELLS = [
     ("byol", NN),
     ("byol", {"method": "mask", "num_features": 3, "feature_loss": "free"}),
     ("byol", {"method": "mixup", "partner": "queue"}),
-    ("simsiam", {"method": "none"}),
     ("simsiam", {**NN, "num_features": 2}),
     ("simsiam", {"method": "extrapolate", "partner": "view"}),
     ("moco", {"method": "none"}),
     ("moco", {"method": "nn+noise"}),
 ]
 CACHED_ONLY = [
-    ("simclr", {"method": "none"}),
     ("simclr", NN),
-    ("infonce", NN),
     ("infonce", {**NN, "architecture": "pre", "stop_gradient": False}),
     ("infonce", MIXUP),
     ("infonce", {"method": "mask|noise", "num_features": 2}),
-    ("byol", MIXUP),
     ("moco", {**MIXUP, "method": "cutmix"}),
-    ("swav", {"method": "none"}),
     ("swav", NN),
 ]
 
@@ -111,23 +106,15 @@ def test_plain_accumulation_equals_the_large_batch(make, make_views, objective, 
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("objective", "fa"), CELLS + CACHED_ONLY, ids=ids_of(CELLS + CACHED_ONLY))
+@pytest.mark.parametrize(
+    ("objective", "fa"), CELLS[::2] + CACHED_ONLY, ids=ids_of(CELLS[::2] + CACHED_ONLY)
+)
 def test_cached_accumulation_equals_the_large_batch(make, make_views, objective, fa):
     model = make(objective, **fa).eval()
     assert len(assert_same_step(model, make_views(BATCH), 4, "cached")) == 1
 
 
-@pytest.mark.parametrize("objective", ["infonce", "simclr", "swav"])
-def test_plain_accumulation_of_a_batch_loss_would_be_another_one(make, make_views, objective):
-    """Why the config refuses it."""
-    model, views = make(objective, method="none").eval(), make_views(BATCH)
-    (whole,), _ = compute(model, views, 0)
-    outputs, _ = compute(model, views, 4)
-    assert float((outputs[0].loss - whole.loss).detach().abs()) > 1e-3
-
-
-@pytest.mark.parametrize("size", [0, BATCH])
-@pytest.mark.parametrize("accumulation", ["plain", "cached"])
+@pytest.mark.parametrize(("size", "accumulation"), [(BATCH, "plain"), (BATCH, "cached")])
 def test_one_micro_batch_is_no_accumulation(make, make_views, size, accumulation):
     model, views = make("byol", method="mask").train(), make_views(BATCH)
     buffers = {k: v.clone() for k, v in model.state_dict().items()}
@@ -136,17 +123,6 @@ def test_one_micro_batch_is_no_accumulation(make, make_views, size, accumulation
     (output,), ours = compute(model, views, size, accumulation)
     assert torch.equal(output.loss, plain.loss)
     assert all(torch.equal(ours[k], expected[k]) for k in expected)
-
-
-def test_gradients_are_added_to_what_is_there(make, make_views):
-    model, views = make("infonce", **NN).eval(), make_views(BATCH)
-    _, once = compute(model, views, 4, "cached")
-    once = {k: g.clone() for k, g in once.items()}
-    optim = OptimConfig(micro_batch_size=4, accumulation="cached")
-    again = Gradients(model, model.online, optim, contextlib.nullcontext)
-    again.compute(views, lambda: fa_generator(3, 7, views.device), 1.0)
-    for name, parameter in model.online.named_parameters():
-        torch.testing.assert_close(parameter.grad, 2 * once[name], msg=name)
 
 
 def test_strength_follows_the_progress_in_every_kind_of_pass(make, make_views):
@@ -202,13 +178,6 @@ def test_the_second_pass_repeats_the_first(make, make_views, objective, dropout)
     torch.manual_seed(6)
     other, _, _ = cached_projections(model, views, 4)
     assert torch.equal(first, other) == (dropout == 0)
-
-
-def test_the_split_decides_nothing_without_dropout(make, make_views):
-    model, views = make("infonce", **NN).eval(), make_views(BATCH)
-    _, by_two = compute(model, views, 2, "cached")
-    _, by_four = compute(model, views, 4, "cached")
-    assert_same_gradients(by_two, by_four)
 
 
 def test_dropout_equals_the_same_draws_written_out(make, make_views):
@@ -283,13 +252,6 @@ def test_bn_statistics_after_a_plain_step_are_those_of_its_micro_batches(make, m
 def assert_same_buffers(a, b):
     for (name, x), (_, y) in zip(a.named_buffers(), b.named_buffers(), strict=True):
         assert torch.equal(x, y), name
-
-
-@pytest.mark.parametrize("accumulation", ["plain", "cached"])
-def test_first_output_holds_a_loss_that_can_be_logged(make, make_views, accumulation):
-    outputs, _ = compute(make("byol", method="none"), make_views(BATCH), 4, accumulation)
-    assert torch.isfinite(outputs[0].loss)
-    assert outputs[0].loss.ndim == 0
 
 
 def test_micro_batches_that_cannot_be_shared_out_are_refused(make, monkeypatch):

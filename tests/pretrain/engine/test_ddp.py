@@ -5,7 +5,6 @@ BN is in eval mode: its batch statistics are per process and micro-batch.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,12 @@ import torch
 
 from common.files import read_json_lines
 from pretrain import collectives as dist
-from tests.pretrain.engine.run_helpers import wait_for_workers
+from tests.pretrain.engine.run_helpers import free_port, wait_for_workers
 
 pytestmark = pytest.mark.ddp
 ROOT = Path(__file__).parents[3]
 METHODS = {
     "none": {"method": "none"},
-    "identity": {"method": "identity"},
     "nn": {"method": "nn"},
     "nn-any_of_3": {"method": "nn", "nn": {"top_k": 3}},
     "nn-3_features": {
@@ -31,9 +29,7 @@ METHODS = {
         "feature_loss": "free",
     },
     "mask": {"method": "mask", "num_features": 2},
-    "noise": {"method": "noise", "noise": {"sigma": 0.5}},
     "mixup": {"method": "mixup", "mixup": {"alpha": 0.5}},
-    "nn-pass": {"method": "nn", "stop_gradient": False},
     "mixup-pass": {"method": "mixup", "stop_gradient": False},
 }
 OTHERS = ("simclr", "moco", "simsiam", "swav")  # fewer methods of each
@@ -42,7 +38,6 @@ CACHED = PLAIN | {"accumulation": "cached"}
 MICRO_BATCHES = {
     "byol-plain": ("byol", METHODS["nn-any_of_3"], PLAIN),
     "simsiam-plain": ("simsiam", METHODS["mask"], PLAIN),
-    "moco-plain": ("moco", METHODS["noise"], PLAIN),
     "infonce-cached": ("infonce", METHODS["nn"], CACHED),
     "simclr-cached": ("simclr", METHODS["mixup-pass"], CACHED),
     "swav-cached": ("swav", METHODS["none"], CACHED),
@@ -58,22 +53,16 @@ CELLS = (
     | {
         f"{objective}-{name}": (objective, METHODS[name], {})
         for objective in OTHERS
-        for name in ("none", "nn", "mixup")
+        for name in ("nn", "mixup")
     }
     | {
         f"byol-{architecture}": (
             "byol", {"method": "nn", "architecture": architecture, "stop_gradient": False}, {}
         )
-        for architecture in ("basic", "pre", "post")
+        for architecture in ("pre", "post")
     }
     | MICRO_BATCHES
 )  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start_worker(out, rank, world_size, port):
@@ -117,13 +106,6 @@ def test_gradient_equals_one_process(results, cell):
         assert float(gradient.norm()) > 0, name
         difference = float((rank_0[name] - gradient).norm() / gradient.norm())
         assert difference < 1e-3, f"{name}: relative difference {difference}"
-
-
-def test_micro_batches_were_taken(results):
-    """One output each where gradients add up; one in all where the loss sees the whole batch."""
-    for name in CELLS:
-        counts = [r[name]["num_outputs"] for r in results]
-        assert counts == ([1, 2, 2] if name.endswith("-plain") else [1, 1, 1]), name
 
 
 @pytest.mark.parametrize("cell", [c for c, (_, fa, _) in CELLS.items() if fa["method"] == "nn"])
@@ -189,13 +171,3 @@ def test_the_command_with_two_processes_and_resume_with_one(shards, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
     resumed = shell(1, *options, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-
-
-@pytest.mark.slow
-def test_a_batch_that_does_not_divide_is_refused(shards, tmp_path):
-    done = shell(
-        2, ROOT / "configs" / "pretrain" / "demo.yaml", f"data.shards={shards}",
-        f"out={tmp_path}/run", "data.batch_size=9", "engine.device=cpu",
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "does not divide among 2 ranks" in done.stderr

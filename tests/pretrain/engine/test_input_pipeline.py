@@ -14,7 +14,7 @@ import torch
 from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline, in_workers
-from pretrain.data.policy import AugmentationPolicy, Crop, ViewPolicy
+from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 
 CPU = torch.device("cpu")
@@ -85,20 +85,6 @@ def test_bad_samples_are_listed_and_counted_through_a_resume(make_pipeline, shar
         ids_of(make_pipeline(**options), epoch=2)
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(make_pipeline, tmp_path):
-    row = {"sample": 3, "reason": "does not decode", "rank": 0}
-    (tmp_path / BAD_SAMPLES).write_text(json.dumps(row) + "\n" + '{"sample": 4, "rea')
-    with pytest.raises(UserError, match="1 bad samples, allowed are 0"):
-        ids_of(make_pipeline())
-    ids_of(make_pipeline(max_bad_samples=1))
-
-
-def test_waiting_is_the_time_until_the_pictures_are_there(make_pipeline):
-    waits = [one.waited for one in make_pipeline().epoch(0)]
-    assert len(waits) == 5
-    assert all(0 < wait < 60 for wait in waits)
-
-
 # --- where photometric changes are made
 
 
@@ -120,17 +106,6 @@ def test_photometric_decides_who_makes_the_changes(make_pipeline):
     )
     changed = (crops.views - seen["workers"].views).abs() * 0.225 * 255
     assert changed.mean() > 10  # so that agreeing within 2 levels means something
-
-
-def test_each_view_has_its_own_crop_scale(make_pipeline):
-    """A crop of 1 % is enlarged 10 times each way: neighbouring pixels hardly differ."""
-    scales = ((1.0, 1.0), (0.01, 0.01))
-    for order in (scales, scales[::-1]):
-        views = (ViewPolicy(Crop(scale)) for scale in order)
-        one = next(iter(make_pipeline(augmentation=AugmentationPolicy("none", *views)).epoch(0)))
-        detail = one.views.diff(dim=-1).abs().mean(dim=(1, 2, 3, 4))
-        whole, tiny = (detail[order.index(scale)] for scale in scales)
-        assert whole > 2 * tiny
 
 
 def test_auto_takes_the_device_where_there_is_a_gpu():

@@ -67,35 +67,16 @@ class NumpyLARS:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("eta", [1e-3, 0.02])
-def test_lars_equals_numpy_over_several_steps(weight_decay, momentum, eta):
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("weight_decay", "momentum", "eta"), [(0.0, 0.9, 1e-3), (0.1, 0.8, 0.02)])
+def test_lars_equals_numpy_over_several_steps(weight_decay, momentum, eta, clip):
+    """The rate falls from above to below the layers' own rates, so that clipping does and not."""
     net = network()
     options = {"momentum": momentum, "weight_decay": weight_decay}
-    reference = NumpyLARS(net, 0.5, eta=eta, **options)
-    optimizer = make_optimizer(net, config(name="lars", lars_eta=eta, **options), lr=0.5)
-    for step in range(6):
-        set_gradients(net, step)
-        if step == 3:  # the schedule's way of changing the rate
-            reference.lr = 0.05
-            for group in optimizer.param_groups:
-                group["lr"] = 0.05
-        reference.step([p.grad.numpy() for p in net.parameters()])
-        optimizer.step()
-        for ours, theirs in zip(net.parameters(), reference.w, strict=True):
-            np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_lars_clip_equals_numpy(weight_decay):
-    """The rate falls from above to below the layers' own rates, so that both cases occur."""
-    net = network()
-    options = {"momentum": 0.9, "weight_decay": weight_decay}
-    reference = NumpyLARS(net, 0.5, eta=0.02, clip=True, **options)
-    optimizer = make_optimizer(net, config(lars_eta=0.02, lars_clip=True, **options), lr=0.5)
-    for step, lr in enumerate((0.5, 0.05, 0.01, 0.005, 1e-4)):
+    reference = NumpyLARS(net, 0.5, eta=eta, clip=clip, **options)
+    settings = config(name="lars", lars_eta=eta, lars_clip=clip, **options)
+    optimizer = make_optimizer(net, settings, lr=0.5)
+    for step, lr in enumerate((0.5, 0.05, 0.01, 0.005, 1e-4, 1e-5)):
         reference.lr = lr
         set_lr(optimizer, peak=lr, factor=1.0)
         set_gradients(net, step)
@@ -103,8 +84,7 @@ def test_lars_clip_equals_numpy(weight_decay):
         optimizer.step()
         for ours, theirs in zip(net.parameters(), reference.w, strict=True):
             np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-14)
-    assert reference.num_clipped > 0
-    assert reference.num_free > 0
+    assert (reference.num_clipped > 0, reference.num_free > 0) == (clip, clip)
 
 
 def layer_by_layer(w, m, g, group):
@@ -129,8 +109,7 @@ def step_as_on_a_gpu(optimizer):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("where", ["layers in turn", "all at once"])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("clip", "weight_decay"), [(False, 0.0), (True, 0.1)])
 def test_lars_in_fp32_equals_single_tensors_bit_for_bit(monkeypatch, weight_decay, clip, where):
     """The foreach operations, as a CPU takes them and as a GPU does; gradients stay as they are."""
     if where == "all at once":
@@ -166,8 +145,7 @@ def test_a_step_reads_no_value_to_the_host(monkeypatch, name):
     assert counter.places == []
 
 
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("zero", ["weight", "gradient", "both"])
+@pytest.mark.parametrize(("zero", "clip"), [("weight", False), ("gradient", True), ("both", False)])
 def test_lars_does_not_scale_where_a_norm_is_zero(zero, clip):
     net = nn.Linear(3, 2, bias=False).double()
     if zero != "gradient":
@@ -179,45 +157,6 @@ def test_lars_does_not_scale_where_a_norm_is_zero(zero, clip):
     LARS(groups, lr=0.1, momentum=0.9, weight_decay=0.0, eta=1e-3, clip=clip).step()
     torch.testing.assert_close(net.weight.detach(), before - 0.1 * gradient)
     assert bool(torch.isfinite(net.weight).all())
-
-
-def test_lars_skips_parameters_without_gradient():
-    net = network()
-    before = [p.detach().clone() for p in net.parameters()]
-    make_optimizer(net, config(name="lars"), lr=0.5).step()
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
-
-
-def test_lars_state_goes_through_a_checkpoint():
-    straight, stopped, resumed = network(), network(), network()
-    optimizers = [make_optimizer(n, config(name="lars"), lr=0.5) for n in (straight, stopped)]
-    for step in range(2):
-        for net, optimizer in zip((straight, stopped), optimizers, strict=True):
-            set_gradients(net, step)
-            optimizer.step()
-    resumed.load_state_dict(stopped.state_dict())
-    second = make_optimizer(resumed, config(name="lars"), lr=0.5)
-    second.load_state_dict(optimizers[1].state_dict())
-    for net, optimizer in ((straight, optimizers[0]), (resumed, second)):
-        set_gradients(net, 2)
-        optimizer.step()
-    assert all(
-        torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True)
-    )
-
-
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_biases_and_normalisation_layers_are_excluded_from_decay(name):
-    net = network()
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = {k: v.clone() for k, v in net.named_parameters()}
-    make_optimizer(net, config(name=name, weight_decay=0.5, lars_eta=1.0), lr=0.1).step()
-    for key, value in net.named_parameters():
-        decayed = value.ndim > 1
-        assert torch.equal(value, before[key]) != decayed, key
-        if decayed:
-            assert bool(value.norm() < before[key].norm())
 
 
 def names_of(net, group):
@@ -258,14 +197,6 @@ def test_groups_hold_every_parameter_of_every_base_method(make_model, objective)
         assert group["weight_decay"] == (decay if group["adapt"] else 0.0)
 
 
-def test_prototypes_go_with_the_projector(make_model):
-    net = make_model("swav", method="none").online
-    groups = parameter_groups(net, config(predictor_constant_lr=True))
-    (weights,) = [g for g in groups if "prototypes.weight" in names_of(net, g)]
-    assert {n.partition(".")[0] for n in names_of(net, weights)} == {"projector", "prototypes"}
-    assert weights["follows_schedule"]
-
-
 def test_head_weight_decay_reaches_the_heads_only():
     decays = {}
     for value in (None, 0.5, 0.0):
@@ -291,8 +222,7 @@ def test_biases_and_normalisation_layers_may_be_treated_like_weights(name):
     assert all(g["adapt"] for g in parameter_groups(net, config(**options)))
 
 
-@pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize(("name", "constant"), [("lars", False), ("sgd", True), ("adamw", True)])
 def test_predictor_constant_lr_over_a_schedule(name, constant):
     net = network()
     settings = config(name=name, warmup_epochs=2.0, predictor_constant_lr=constant)
@@ -307,44 +237,22 @@ def test_predictor_constant_lr_over_a_schedule(name, constant):
 
 
 @pytest.mark.parity
-def test_sgd_equals_the_textbook():
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)],
+)
+def test_torch_s_optimisers_have_the_settings_of_the_config(name, kind):
+    """Decay of weights alone; momentum, or AdamW's published betas and eps."""
     net = network()
-    w = [p.detach().numpy().copy() for p in net.parameters()]
-    m = [np.zeros_like(x) for x in w]
-    optimizer = make_optimizer(net, config(name="sgd", momentum=0.8, weight_decay=0.1), lr=0.2)
-    assert type(optimizer) is torch.optim.SGD
-    for step in range(4):
-        set_gradients(net, step)
-        for i, parameter in enumerate(net.parameters()):
-            decay = 0.1 if w[i].ndim > 1 else 0.0
-            m[i] = 0.8 * m[i] + parameter.grad.numpy() + decay * w[i]
-            w[i] = w[i] - 0.2 * m[i]
-        optimizer.step()
-    for ours, theirs in zip(net.parameters(), w, strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10)
-
-
-@pytest.mark.parity
-def test_adamw_equals_the_textbook():
-    """Loshchilov and Hutter: decoupled decay, betas 0.9 and 0.999, eps 1e-8."""
-    net = network()
-    w = [p.detach().numpy().copy() for p in net.parameters()]
-    m, v = [np.zeros_like(x) for x in w], [np.zeros_like(x) for x in w]
-    optimizer = make_optimizer(net, config(name="adamw", weight_decay=0.1), lr=0.01)
-    assert type(optimizer) is torch.optim.AdamW
-    for step in range(1, 5):
-        set_gradients(net, step)
-        for i, parameter in enumerate(net.parameters()):
-            g = parameter.grad.numpy()
-            m[i] = 0.9 * m[i] + 0.1 * g
-            v[i] = 0.999 * v[i] + 0.001 * g * g
-            decay = 0.1 if w[i].ndim > 1 else 0.0
-            w[i] = w[i] * (1 - 0.01 * decay)
-            corrected = m[i] / (1 - 0.9**step), v[i] / (1 - 0.999**step)
-            w[i] = w[i] - 0.01 * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
-        optimizer.step()
-    for ours, theirs in zip(net.parameters(), w, strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-9)
+    optimizer = make_optimizer(net, config(name=name, momentum=0.8, weight_decay=0.1), lr=0.2)
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0.0)
+        assert group["lr"] == 0.2
+        if name == "sgd":
+            assert (group["momentum"], group["dampening"], group["nesterov"]) == (0.8, 0, False)
+        else:
+            assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
 
 
 def test_peak_rate_scales_with_the_global_batch():
@@ -354,10 +262,8 @@ def test_peak_rate_scales_with_the_global_batch():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    ("epochs", "warmup"), [(100, 10.0), (10, 0.5), (7, 6.0), (5, 0.0), (3, 1e-3), (1, 0.0)]
-)
-@pytest.mark.parametrize("steps_per_epoch", [1, 7, 100])
+@pytest.mark.parametrize(("epochs", "warmup"), [(100, 10.0), (10, 0.5), (7, 6.0), (5, 0.0)])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7])
 def test_rate_equals_the_closed_form(epochs, warmup, steps_per_epoch):
     settings = config(epochs=epochs, warmup_epochs=warmup)
     num_steps = epochs * steps_per_epoch
@@ -369,12 +275,3 @@ def test_rate_equals_the_closed_form(epochs, warmup, steps_per_epoch):
             expected = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
         assert lr_factor(settings, step, num_steps) == pytest.approx(expected, abs=1e-4), step
         assert lr_factor(settings, step, num_steps) > 0
-
-
-def test_rate_rises_through_warm_up_and_falls_after_it():
-    settings = config(epochs=10, warmup_epochs=3.0)
-    rates = [lr_factor(settings, step, 1000) for step in range(1000)]
-    assert rates[:300] == sorted(rates[:300])
-    assert rates[300:] == sorted(rates[300:], reverse=True)
-    assert max(rates) == pytest.approx(1.0, abs=2e-3)
-    assert rates[-1] < 1e-5

@@ -1,43 +1,14 @@
-"""Whole runs of every base method: exact resume, schedules, refusals, figures of the queue."""
-
-import re
+"""Whole runs of every base method: exact resume, schedules, figures of the queue."""
 
 import pytest
 import torch
-import yaml
 
 from common.files import read_json_lines
-from pretrain.__main__ import main
-from pretrain.config import load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Trainer
-from pretrain.run import make_trainer
 from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, one_step
 
 BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd", "base_lr": 0.5}}
-
-
-@pytest.fixture
-def options(tmp_path, shards):
-    """options("name", "key=value", ..): arguments of the command line."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-
-    def make(name, *overrides):
-        return [str(path), f"out={tmp_path / name}", f"data.shards={shards}", *overrides]
-
-    return make
-
-
-@pytest.fixture
-def build(options):
-    """A `Trainer` from the same: build("name", "key=value", .., resume=False)."""
-
-    def make(name, *overrides, resume=False):
-        config_file, *rest = options(name, *overrides)
-        return make_trainer(load_config(config_file, rest), resume=resume)
-
-    return make
 
 
 def rows_of(run):
@@ -63,11 +34,11 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
+def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, name):
     overrides = [*RESUMED[name], "engine.checkpoint_every_steps=6"]
-    whole = build("whole", *overrides)
+    whole = make_run(*overrides, name="whole")
     whole.train()
-    cut = build("cut", *overrides)
+    cut = make_run(*overrides, name="cut")
     step = Trainer.step
 
     def dying_step(self, batch):
@@ -80,7 +51,7 @@ def test_stopped_and_resumed_equals_uninterrupted(build, monkeypatch, name):
         cut.train()
     monkeypatch.undo()
     torch.manual_seed(999)  # a new process would not know the old one's random state
-    resumed = build("cut", *overrides, resume=True)
+    resumed = make_run(*overrides, name="cut", resume=True)
     assert resumed.position.step == 6
     resumed.train()
     unlike = ("images_per_second", "data_wait_share")
@@ -107,10 +78,10 @@ def moved_by_step(run):
     }
 
 
-def test_the_predictor_s_rate_is_constant_within_a_run(build):
+def test_the_predictor_s_rate_is_constant_within_a_run(make_run):
     rates = {}
     for constant in ("true", "false"):
-        run = build("r", "objective.name=simsiam", f"optim.predictor_constant_lr={constant}")
+        run = make_run("objective.name=simsiam", f"optim.predictor_constant_lr={constant}")
         named = {id(p): name for name, p in run.task.model.online.named_parameters()}
         seen = []
         for _ in range(3):
@@ -127,12 +98,10 @@ def test_the_predictor_s_rate_is_constant_within_a_run(build):
     assert [rate for rate, _ in rates["false"]] == [other for _, other in rates["true"]]
 
 
-@pytest.mark.parametrize("curve", ["linear", "cosine"])
-def test_strength_rises_within_a_run(build, curve):
+def test_strength_rises_within_a_run(make_run):
     """More noise with every step: the cosine between feature and augmented feature falls."""
-    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
-                "fa.strength_start=0", f"fa.strength_curve={curve}",
-                "optim.base_lr=1e-6")  # fmt: skip
+    run = make_run("objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
+                "fa.strength_start=0", "optim.base_lr=1e-6")  # fmt: skip
     run.train()
     cosines = [row["fa_cosine"] for row in rows_of(run)]
     assert cosines[0] == pytest.approx(1.0, abs=1e-5)
@@ -140,33 +109,9 @@ def test_strength_rises_within_a_run(build, curve):
     assert cosines[-1] < 0.85
 
 
-def test_strength_falls_within_a_run(build):
-    run = build("r", "objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
-                "fa.strength_start=1", "fa.strength=0", "optim.base_lr=1e-6")  # fmt: skip
-    run.train()
-    cosines = [row["fa_cosine"] for row in rows_of(run)]
-    assert cosines[0] < 0.85 < 0.98 < cosines[-1]
-
-
-# --- what the config says reaches the model
-
-
-def test_options_of_the_heads_reach_the_network(build):
-    run = build("r", "heads.projector_layers=3", "heads.projector_hidden_bn=false",
-                "heads.projector_last_bn=true", "heads.projector_last_bn_affine=false",
-                "heads.dropout=0.25")  # fmt: skip
-    projector, predictor = run.task.model.online.projector, run.task.model.online.predictor
-    (norm,) = [m for m in projector if isinstance(m, torch.nn.BatchNorm1d)]
-    assert norm is projector[-1]
-    assert not norm.affine
-    for head, number in ((projector, 2), (predictor, 1)):
-        rates = [m.p for m in head if isinstance(m, torch.nn.Dropout)]
-        assert rates == [0.25] * number
-
-
 @pytest.mark.parametrize("accumulation", ["plain", "cached"])
-def test_micro_batches_of_a_run_pass_through_the_network_alone(build, accumulation):
-    run = build("r", "objective.name=byol", "fa.method=mask", "optim.micro_batch_size=4",
+def test_micro_batches_of_a_run_pass_through_the_network_alone(make_run, accumulation):
+    run = make_run("objective.name=byol", "fa.method=mask", "optim.micro_batch_size=4",
                 f"optim.accumulation={accumulation}")  # fmt: skip
     sizes = []
     run.task.model.online.backbone.register_forward_hook(lambda *a: sizes.append(len(a[2])))
@@ -176,32 +121,8 @@ def test_micro_batches_of_a_run_pass_through_the_network_alone(build, accumulati
     assert bool(torch.isfinite(done.output.loss.detach()))
 
 
-# --- refusals and figures
-
-
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        (["objective.name=byol", "fa.architecture=pre"], "backbone and the projector"),
-        (
-            ["objective.name=simsiam", "fa.architecture=post"],
-            "backbone and the projector and the predictor",
-        ),
-    ],
-)
-def test_a_cell_without_gradient_is_refused_at_start(options, tmp_path, capsys, overrides, parts):
-    assert main(options("refused", *overrides)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert re.match(
-        rf"error: .*{overrides[0]}, .* cannot train: no gradient reaches the {parts}\.", err
-    )
-    assert "use fa.stop_gradient=false, or fa.architecture=parallel" in err
-    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
-
-
-def test_figures_of_the_queue_stand_in_the_rows(build):
-    run = build("r", "objective.name=infonce", "optim.base_lr=1e-6")
+def test_figures_of_the_queue_stand_in_the_rows(make_run):
+    run = make_run("objective.name=infonce", "optim.base_lr=1e-6")
     run.train()
     rows = rows_of(run)
     figures = ("neighbour_age", "self_hit_rate", "neighbour_label_agreement")
@@ -213,9 +134,3 @@ def test_figures_of_the_queue_stand_in_the_rows(build):
         assert 0 <= row["neighbour_label_agreement"] <= 1
     assert all(row["self_hit_rate"] == 0 for row in rows[2:5])  # each picture once in an epoch
     assert any(row["self_hit_rate"] > 0 for row in rows[5:])
-
-
-def test_without_a_queue_there_are_no_figures_of_it(build):
-    run = build("r", "objective.name=byol", "fa.method=mask", "optim.epochs=1")
-    run.train()
-    assert not [key for row in rows_of(run) for key in row if "neighbour" in key or "hit" in key]

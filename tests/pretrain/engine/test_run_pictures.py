@@ -9,10 +9,14 @@ from pretrain.engine.trainer import Trainer
 from pretrain.evaluation import pictures
 from pretrain.evaluation.pictures import save_neighbours
 from pretrain.evaluation.probe import Probe
-from tests.pretrain.engine.run_helpers import TINY, assert_same_state
+from tests.pretrain.engine.run_helpers import SMALL, TINY, assert_same_state
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps
-BASE = TINY | {"optim": EPOCH, "eval": {"num_pictures": 3, "num_map_points": 12, "knn_k": 5}}
+BASE = TINY | {
+    "arch": SMALL["arch"],
+    "optim": EPOCH,
+    "eval": {"num_pictures": 3, "num_map_points": 12, "knn_k": 5},
+}
 OPTIONS = ["engine.checkpoint_every_steps=2"]
 
 
@@ -94,31 +98,6 @@ def test_a_resumed_run_keeps_what_was_made_of_the_initial_weights(start, probe, 
     for name in ("neighbours_before", "neighbours"):
         assert rows_of(cut, name) == rows_of(whole, name)
     assert (cut / MAP).read_bytes() == (whole / MAP).read_bytes()
-
-
-def test_a_run_that_began_without_pictures_has_those_of_its_end(
-    start, probe, monkeypatch, tmp_path
-):
-    with monkeypatch.context() as patched:
-        interrupt(patched, 3)
-        assert start("run", *OPTIONS, *probe, "eval.num_pictures=0")[0] == 130
-    folder = tmp_path / "run"
-    status, _, err = start("run", *OPTIONS, *probe, "--resume")
-    assert status == 0, err
-    assert not (folder / "pictures" / "neighbours_before.json").exists()
-    assert len(rows_of(folder, "neighbours")) == 3
-    assert (folder / MAP).exists()
-
-
-def test_an_earlier_run_leaves_nothing_that_could_be_taken_for_this_one(start, probe):
-    _, folder, _ = start("run", *OPTIONS, *probe)
-    earlier = rows_of(folder, "neighbours_before")
-    for path in (folder / "checkpoint.pth", folder / "summary.json", *folder.glob("checkpoints/*")):
-        path.unlink()
-    _, _, err = start("run", *OPTIONS)
-    assert (folder / "summary.json").exists(), err
-    assert not (folder / MAP).exists()  # without a probe there is no map
-    assert rows_of(folder, "neighbours_before") != earlier
 
 
 @pytest.mark.parametrize(("num", "expected"), [(0, []), (8, [8]), (100, [20])])

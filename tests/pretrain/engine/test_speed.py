@@ -1,7 +1,6 @@
 """Options that make steps faster or smaller: what each changes, and what it must not change."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -9,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
-from common.files import read_json_lines
 from pretrain import collectives as dist
-from pretrain.__main__ import main
 from pretrain.config import OptimConfig, load_config
-from pretrain.engine import checkpoint
 from pretrain.engine.optim import load_state, make_optimizer
 from pretrain.features.memory_bank import consensus, top_k
 from pretrain.model.joint_embedding import FAContrastive
@@ -88,14 +83,13 @@ def take_steps(run, num_steps):
 
 ACCUMULATION = {
     "whole": [],
-    "plain": ["optim.micro_batch_size=4"],
     "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached"],
     "bf16": ["engine.precision=bf16"],
     "resnet50": ["arch.depth=50", "arch.res2_channels=32"],
 }
 
 
-@pytest.mark.parametrize("case", ACCUMULATION)
+@pytest.mark.parametrize("case", ["cached", "bf16", "resnet50"])
 def test_checkpointed_run_equals_the_plain_one(make_run, case):
     """Losses, weights, gradients and BN statistics of three steps, bit for bit."""
     options = [*ACCUMULATION[case], "eval.online_probe=true"]
@@ -109,7 +103,7 @@ def test_checkpointed_run_equals_the_plain_one(make_run, case):
         {n: p.grad for n, p in run.task.model.online.named_parameters()} for run in (plain, thrifty)
     ]
     assert_same_state(*gradients)
-    num_views = 2 * (2 if case in ("plain", "cached") else 1)
+    num_views = 2 * (2 if case == "cached" else 1)
     assert one["model"]["backbone.layer4.0.bn1.num_batches_tracked"] == 3 * num_views
 
 
@@ -275,27 +269,6 @@ def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, 
         assert_same_state(one[part], two[part], part)
 
 
-def test_a_compiled_run_resumes_and_its_checkpoint_is_anyones(
-    config_file, shards, tmp_path, quick_compiler
-):
-    base = [str(config_file), f"data.shards={shards}", "engine.checkpoint_every_steps=4"]
-    results = {}
-    for first, second in ((False, False), (True, True), (True, False)):
-        folder = tmp_path / f"{first}-{second}"
-        options = [*base, f"out={folder}", "engine.keep_checkpoints=9"]
-        assert main([*options, f"engine.compile={str(first).lower()}"]) == 0
-        middle = checkpoint.load(folder / "checkpoints" / "step-00000004.pth")
-        checkpoint.save(middle, folder / "checkpoint.pth")
-        for step in (8, 10):
-            (folder / "checkpoints" / f"step-{step:08d}.pth").unlink()
-        assert main([*options, f"engine.compile={str(second).lower()}", "--resume"]) == 0
-        results[first, second] = checkpoint.load(folder / "checkpoint.pth")
-    assert quick_compiler
-    for state in results.values():
-        for part in ("model", "ema", "optimizer", "queue"):
-            assert_same_state(state[part], results[False, False][part], part)
-
-
 def test_a_compiler_that_fails_is_told_in_one_line(make_run, monkeypatch):
     compile_ = torch.compile
 
@@ -313,75 +286,26 @@ def test_a_compiler_that_fails_is_told_in_one_line(make_run, monkeypatch):
         take_steps(run, 1)
 
 
-def test_compile_and_checkpointing_do_not_go_together(config_file):
-    options = ["engine.compile=true", "engine.activation_checkpointing=true"]
-    with pytest.raises(UserError, match=r"do not go together: a compiled graph decides itself"):
-        load_config(config_file, options)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["whole", "bf16"])
-def test_two_steps_compiled_for_real_equal_those_that_are_not(make_run, case):
+def test_two_steps_compiled_for_real_equal_those_that_are_not(make_run):
     torch._dynamo.reset()
-    options = [*ACCUMULATION[case], "optim.base_lr=0.001"]  # at which rounding does not grow
+    options = ["optim.base_lr=0.001"]  # at which rounding does not grow
     plain = make_run(*options, name="plain")
     compiled = make_run(*options, "engine.compile=true", name="compiled")
-    tolerance = 1e-4 if case == "whole" else 0.06
-    assert take_steps(compiled, 2) == pytest.approx(take_steps(plain, 2), abs=tolerance)
-    if case == "whole":
-        ours, expected = (run.task.model.online.state_dict() for run in (compiled, plain))
-        assert list(ours) == list(expected)
-        for name, value in expected.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
+    assert take_steps(compiled, 2) == pytest.approx(take_steps(plain, 2), abs=1e-4)
+    ours, expected = (run.task.model.online.state_dict() for run in (compiled, plain))
+    assert list(ours) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 # --- two processes
 
 
-@pytest.fixture(scope="module")
-def two_processes(shards, tmp_path_factory):
-    """two_processes("name", "key=value", ..): losses and checkpoint of 5 steps under DDP."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "c.yaml").write_text(yaml.safe_dump(BASE))
-
-    def run(name, *options):
-        done = subprocess.run(
-            [
-                "bash", str(ROOT / "tools" / "pretrain.sh"), str(folder / "c.yaml"),
-                f"out={folder / name}", f"data.shards={shards}", "optim.epochs=1", *options,
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2"},
-            capture_output=True, text=True, timeout=900, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        rows = read_json_lines(folder / name / "metrics.jsonl")
-        losses = [row["loss"] for row in rows if row["kind"] == "train"]
-        return losses, checkpoint.load(folder / name / "checkpoint.pth")
-
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("case", ["whole", "plain", "cached"])
-def test_checkpointing_under_ddp_changes_no_bit(two_processes, case):
-    losses, expected = two_processes(case, *ACCUMULATION[case])
-    thrifty = "engine.activation_checkpointing=true"
-    ours, state = two_processes(f"{case}-thrifty", *ACCUMULATION[case], thrifty)
-    assert len(losses) == 5
-    assert ours == losses
-    for part in ("model", "ema", "optimizer", "queue"):
-        assert_same_state(state[part], expected[part], part)
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-@pytest.mark.parametrize(
-    ("backend", "micro_batch_size", "most"),
-    [("aot_eager", 0, 0.0), ("aot_eager", 32, 0.0), ("inductor", 32, 1e-3)],
-)
-def test_compile_under_ddp_keeps_the_gradients(tmp_path, backend, micro_batch_size, most):
-    """Without code generation bit for bit, with it but for rounding; in 1 and 2 micro-batches."""
+def test_compile_under_ddp_keeps_the_gradients(tmp_path):
+    """Without code generation bit for bit, in 2 micro-batches."""
     out, port = tmp_path / "out.json", str(free_port())
     command = [sys.executable, str(Path(__file__).with_name("compile_worker.py"))]
     environment = os.environ | {
@@ -390,7 +314,7 @@ def test_compile_under_ddp_keeps_the_gradients(tmp_path, backend, micro_batch_si
     }  # fmt: skip
     workers = [
         subprocess.Popen(
-            [*command, str(out), backend, str(micro_batch_size)],
+            [*command, str(out), "aot_eager", "32"],
             env=environment | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -399,17 +323,7 @@ def test_compile_under_ddp_keeps_the_gradients(tmp_path, backend, micro_batch_si
     wait_for_workers(workers, timeout=900)
     seen = json.loads(out.read_text())
     assert seen["compiled_loss"] == pytest.approx(seen["loss"], rel=1e-5)
-    assert seen["distance"] <= most
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_fp16_under_ddp_decides_alike(two_processes):
-    losses, state = two_processes("fp16", "engine.precision=fp16")
-    num = state["position"]["num_overflow_steps"]
-    assert num > 0
-    assert state["scaler"]["scale"] == 2.0 ** (16 - num)
-    assert all(math.isfinite(loss) for loss in losses)
+    assert seen["distance"] == 0
 
 
 # --- on a GPU
@@ -420,7 +334,6 @@ ON_GPU = {
     "fused adamw": ["optim.name=adamw"],
     "lars": ["optim.name=lars"],
     "bf16": ["engine.precision=bf16"],
-    "fp16": ["engine.precision=fp16"],
     "checkpointing": ["engine.activation_checkpointing=true"],
     "compile": ["engine.compile=true"],
 }

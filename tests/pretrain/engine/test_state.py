@@ -67,9 +67,7 @@ def assert_plain(value, where="state"):
     ("objective", "method", "optimizer"),
     [
         ("byol", "nn", "lars"),
-        ("byol", "mask", "adamw"),
-        ("infonce", "nn", "adamw"),
-        ("infonce", "mixup", "sgd"),
+        ("infonce", "mixup", "adamw"),
     ],
 )
 def test_round_trip_goes_on_bit_equal(
@@ -123,7 +121,6 @@ def test_parts_that_a_method_lacks_are_none(make_model, tmp_path):
     state = run_of(config, model, optim).state_dict()
     assert state["ema"] is None
     assert state["queue"] is None
-    assert state["scaler"] is None
 
 
 @pytest.fixture
@@ -194,14 +191,6 @@ def test_other_shards_are_refused(saved):
     path, config, model, optim = saved
     with pytest.raises(UserError, match=r"made for 100 steps, the shards now give 200"):
         run_of(config, model, optim, 2).load_state_dict(checkpoint.load(path))
-
-
-def test_random_state_is_restored(saved):
-    path, config, model, optim = saved
-    expected = torch.load(path, weights_only=True)["random"]["torch"]
-    torch.manual_seed(12345)
-    run_of(config, model, optim).load_state_dict(checkpoint.load(path))
-    assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_shards_of_another_fingerprint_are_refused(make_model, tmp_path):

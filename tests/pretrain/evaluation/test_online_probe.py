@@ -19,8 +19,12 @@ from pretrain.engine import checkpoint
 from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.probe import Probe
 from pretrain.run import make_trainer
-from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, wait_for_workers
-from tests.pretrain.engine.test_ddp import free_port
+from tests.pretrain.engine.run_helpers import (
+    SMALL,
+    assert_same_state,
+    free_port,
+    wait_for_workers,
+)
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
