@@ -49,25 +49,6 @@ def test_fa_refuses_with_the_value_and_the_remedy(options, message):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {
-            "method": "mask",
-            "min_fill": 0,
-            "queue_size": 0,
-            "nn": {"top_k": 0},
-        },  # no queue: not looked at
-        {"method": "mixup", "partner": "queue", "min_fill": 1, "nn": {"top_k": 7}, "queue_size": 1},
-        {"method": "mask", "num_features": 4},
-        {"nn": {"top_k": 4}, "num_features": 4},
-        {"strength": 0.0, "strength_start": 1.0, "noise": {"sigma": 0.0}, "mask": {"ratio": 0.0}},
-    ],
-)
-def test_fa_takes_what_makes_sense(options):
-    make_fa(**options)
-
-
-@pytest.mark.parametrize(
     ("method", "chains"),
     [
         ("none", ()),

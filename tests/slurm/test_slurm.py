@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,18 +142,6 @@ def test_requeued_job_of_two_nodes_ends_like_a_whole_run(
         job.finish()
     assert job.restarts() == 1
     assert "stopped by" in job.logs()
-    assert identical(whole, job.out)
-
-
-def test_killed_process_is_started_again_within_the_job(
-    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
-) -> None:
-    with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES) as job:
-        job.reach(10)
-        os.kill(training_processes(job.out)[0], signal.SIGKILL)
-        job.finish()
-    assert job.restarts() == 0
-    assert "SIGKILL" in job.logs() or "exitcode: -9" in job.logs()
     assert identical(whole, job.out)
 
 

@@ -80,9 +80,12 @@ def free_port() -> int:
 
 
 def start_pair(what: str, rank: int, steps: str, *arguments) -> list[tuple[int, str]]:
-    """guard_worker.py in two Gloo processes: exit status and what was printed, by rank."""
-    port = free_port()
-    workers = [start_guard_worker(what, rank, steps, arguments, own, 2, port) for own in (0, 1)]
+    """guard_worker.py in two Gloo processes: exit status and what was printed, by rank.
+
+    `rank` is the one to which something happens.
+    """
+    port, words = free_port(), [what, rank, steps, *arguments]
+    workers = [start_worker("guard_worker.py", words, own, 2, port) for own in (0, 1)]
     try:
         printed = [worker.communicate(timeout=240)[0] for worker in workers]
         return [(w.returncode, text) for w, text in zip(workers, printed, strict=True)]
@@ -93,18 +96,17 @@ def start_pair(what: str, rank: int, steps: str, *arguments) -> list[tuple[int, 
                 worker.communicate()
 
 
-def start_guard_worker(
-    what: str, rank: int, steps: str, arguments, own: int = 0, world_size: int = 1, port: int = 0
-) -> subprocess.Popen:
-    """One process of it; `own` is its own rank, `rank` the one to which something happens."""
+def start_worker(
+    script: str, arguments, rank: int, world_size: int, port: int
+) -> subprocess.Popen[str]:
+    """A script of this folder in a process of a group."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "RANK": str(own), "LOCAL_RANK": str(own),
+        "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
     }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("guard_worker.py"))]
     return subprocess.Popen(
-        [*command, what, str(rank), steps, *map(str, arguments)],
+        [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

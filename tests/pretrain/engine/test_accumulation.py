@@ -140,46 +140,6 @@ def test_strength_follows_the_progress_in_every_kind_of_pass(make, make_views):
 # --- the second pass of cached gradients
 
 
-class Watched(nn.Module):
-    """The online network, keeping the projections that it puts out."""
-
-    def __init__(self, online):
-        super().__init__()
-        self.online, self.seen = online, []
-
-    def forward(self, views, compare):
-        def keep(z):
-            self.seen.append(z.detach().clone())
-            return compare(z)
-
-        return self.online(views, keep)
-
-
-def cached_projections(model, views, size):
-    """z that the loss saw, and z that gradients went through."""
-    seen = []
-    compare, watched = model.compare, Watched(model.online)
-    model.compare = lambda z, **how: (seen.append(z.detach().clone()), compare(z, **how))[1]
-    _, gradients = compute(model, views, size, "cached", forward=watched)
-    del model.compare
-    (first,) = seen
-    return first, torch.cat(watched.seen, dim=1), gradients
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("objective", ["infonce", "byol"])
-def test_the_second_pass_repeats_the_first(make, make_views, objective, dropout):
-    """In training mode, dropout included: else the gradients belong to other projections."""
-    model, views = make(objective, dropout=dropout, **NN).train(), make_views(BATCH)
-    torch.manual_seed(5)
-    first, second, gradients = cached_projections(model, views, 4)
-    assert torch.equal(first, second)
-    assert all(bool(torch.isfinite(g).all()) for g in gradients.values())
-    torch.manual_seed(6)
-    other, _, _ = cached_projections(model, views, 4)
-    assert torch.equal(first, other) == (dropout == 0)
-
-
 def test_dropout_equals_the_same_draws_written_out(make, make_views):
     """Micro-batches in eval mode of BN, dropout on: gradients of the loss over their own masks."""
     model, views = make("infonce", dropout=0.5, **NN).eval(), make_views(BATCH)
@@ -234,19 +194,6 @@ def test_bn_statistics_after_a_cached_step_are_those_of_one_pass(make, make_view
         ours.online.get_buffer("backbone.bn1.running_mean"),
         before.online.get_buffer("backbone.bn1.running_mean"),
     )
-
-
-def test_bn_statistics_after_a_plain_step_are_those_of_its_micro_batches(make, make_views):
-    ours, once = make("byol", method="none").train(), make("byol", method="none").train()
-    views = make_views(BATCH)
-    compute(ours, views, 4)
-    with torch.no_grad():
-        for start in (0, 4):
-            part = views[:, start : start + 4]
-            once.ema_projections(part)
-            once.online.predict(torch.stack([once.online.project(v) for v in part]))
-    assert_same_buffers(ours.online, once.online)
-    assert_same_buffers(ours.ema, once.ema)
 
 
 def assert_same_buffers(a, b):

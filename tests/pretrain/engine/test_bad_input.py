@@ -10,7 +10,6 @@ import torch
 from pretrain.collectives import choose_device
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.engine import run_folder as metrics
 from tests.pretrain.engine.run_helpers import TINY, error_of, train_rows
 
 BASE = TINY
@@ -69,19 +68,6 @@ def test_full_disk_under_a_checkpoint(start, monkeypatch):
     assert "disk full while writing" in message
     assert "checkpoint.pth" in message
     assert "--resume" in message
-
-
-def test_full_disk_under_the_metrics(start, monkeypatch):
-    write = metrics.MetricLog.write
-
-    def full(self, kind, step, **values):
-        if step == 3:
-            raise OSError(28, "No space left on device", "metrics.jsonl")
-        write(self, kind, step, **values)
-
-    monkeypatch.setattr(metrics.MetricLog, "write", full)
-    message = error_of(start("full", "optim.epochs=1"), 1)
-    assert "disk full (metrics.jsonl): free some space" in message
 
 
 def test_gpu_asked_for_without_one(start, monkeypatch):

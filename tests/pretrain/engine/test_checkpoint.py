@@ -155,15 +155,6 @@ def test_checksums_tell_values_apart_and_survive_the_file(tmp_path):
         assert checksum(again | {"checksum": "ignored"}) == checksum(value)
 
 
-def test_keep_copies_where_there_are_no_hard_links(path, monkeypatch):
-    def no_links(*args):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    checkpoint.keep(path, 5, 1)
-    assert step_of(path.parent / "checkpoints" / "step-00000005.pth") == 1
-
-
 # --- written beside the training
 
 

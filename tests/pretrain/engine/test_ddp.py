@@ -4,17 +4,13 @@ BN is in eval mode: its batch statistics are per process and micro-batch.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.files import read_json_lines
 from pretrain import collectives as dist
-from tests.pretrain.engine.run_helpers import free_port, wait_for_workers
+from tests.pretrain.engine.run_helpers import free_port, start_worker, wait_for_workers
 
 pytestmark = pytest.mark.ddp
 ROOT = Path(__file__).parents[3]
@@ -65,69 +61,41 @@ CELLS = (
 )  # fmt: skip
 
 
-def start_worker(out, rank, world_size, port):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py"))]
-    return subprocess.Popen(
-        [*command, str(out), json.dumps(CELLS)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Results of the single process, of rank 0 and of rank 1, by cell."""
     out, port = tmp_path_factory.mktemp("ddp") / "run", free_port()
-    workers = [start_worker(out, 0, 1, port)]
-    workers += [start_worker(out, rank, 2, port) for rank in (0, 1)]
+    ranks = [(0, 1), (0, 2), (1, 2)]
+    workers = [start_worker("ddp_worker.py", [out, json.dumps(CELLS)], *r, port) for r in ranks]
     wait_for_workers(workers, timeout=600)
     names = ("1-0", "2-0", "2-1")
     return [torch.load(f"{out}-{name}.pth", weights_only=True) for name in names]
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_loss_equals_one_process(results, cell):
+def test_two_processes_equal_one(results, cell):
+    """Loss, gradients, queues and EMA: equal on both ranks, and those of one process."""
     single, rank_0, rank_1 = (r[cell] for r in results)
     assert rank_0["losses"] == rank_1["losses"]
     assert rank_0["losses"] == pytest.approx(single["losses"], rel=1e-5)
     assert rank_0["active"] == rank_1["active"] == single["active"]
     assert single["active"][1:] == [True, True]
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradient_equals_one_process(results, cell):
-    single, rank_0, rank_1 = (r[cell]["gradients"] for r in results)
-    for name, gradient in single.items():
-        assert torch.equal(rank_0[name], rank_1[name]), name
+    assert rank_0["num_outputs"] == (2 if cell.endswith("-plain") else 1)
+    for name, gradient in single["gradients"].items():
+        ours = rank_0["gradients"][name]
+        assert torch.equal(ours, rank_1["gradients"][name]), name
         assert float(gradient.norm()) > 0, name
-        difference = float((rank_0[name] - gradient).norm() / gradient.norm())
+        difference = float((ours - gradient).norm() / gradient.norm())
         assert difference < 1e-3, f"{name}: relative difference {difference}"
-
-
-@pytest.mark.parametrize("cell", [c for c, (_, fa, _) in CELLS.items() if fa["method"] == "nn"])
-def test_queue_is_that_of_one_process_on_both_ranks(results, cell):
-    single, rank_0, rank_1 = (r[cell]["queue"] for r in results)
-    for name, value in single.items():
-        assert torch.equal(rank_0[name], rank_1[name]), name
-        torch.testing.assert_close(rank_0[name], value, rtol=1e-4, atol=1e-5)
-    assert int(single["count"]) == 20
-    assert int(single["position"]) == 4
-
-
-@pytest.mark.parametrize("part", ["ema", "negatives"])
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.startswith(("byol", "moco"))])
-def test_ema_and_keys_are_those_of_one_process_on_both_ranks(results, cell, part):
-    single, rank_0, rank_1 = (r[cell][part] for r in results)
-    assert bool(single) == (part == "ema" or cell.startswith("moco"))
-    for name, value in single.items():
-        assert torch.equal(rank_0[name], rank_1[name]), name
-        torch.testing.assert_close(
-            rank_0[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for part in ("queue", "ema", "negatives"):
+        for name, value in single[part].items():
+            assert torch.equal(rank_0[part][name], rank_1[part][name]), (part, name)
+            torch.testing.assert_close(rank_0[part][name], value, rtol=1e-4, atol=1e-5)
+    objective, fa, _ = CELLS[cell]
+    assert bool(single["ema"]) == (objective in ("byol", "moco"))
+    assert bool(single["negatives"]) == (objective == "moco")
+    if fa["method"] == "nn":
+        assert (int(single["queue"]["count"]), int(single["queue"]["position"])) == (20, 4)
 
 
 def test_cells_differ(results):
@@ -144,30 +112,3 @@ def test_one_process_needs_no_group():
     assert dist.local_rows(3) == slice(0, 3)
     assert torch.equal(dist.mean(x), torch.ones(3, 2))
     dist.stop()
-
-
-def shell(num_processes, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": str(num_processes)}
-    return subprocess.run(
-        ["bash", str(ROOT / "tools" / "pretrain.sh"), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_command_with_two_processes_and_resume_with_one(shards, tmp_path):
-    options = [
-        ROOT / "configs" / "pretrain" / "demo.yaml", f"data.shards={shards}", f"out={tmp_path}/run",
-        "arch.width_per_group=8", "arch.stem_channels=8", "arch.res2_channels=32",
-        "data.image_size=32", "data.batch_size=8", "data.num_workers=0", "fa.min_fill=16",
-        "optim.epochs=2", "engine.log_every_steps=1", "engine.device=cpu", "eval.num_pictures=2",
-        "engine.checkpoint_every_steps=5",
-    ]  # fmt: skip
-    done = shell(2, *options)
-    assert done.returncode == 0, done.stderr
-    rows = read_json_lines(tmp_path / "run" / "metrics.jsonl")
-    steps = [r["step"] for r in rows if r["kind"] == "train"]
-    assert steps == list(range(1, 11))  # one log, of rank 0
-    assert (tmp_path / "run" / "summary.json").exists()
-    resumed = shell(1, *options, "--resume")
-    assert resumed.returncode == 0, resumed.stderr

@@ -183,20 +183,6 @@ def test_groups_hold_every_trained_parameter_once():
     assert all(g["follows_schedule"] for g in groups)
 
 
-@pytest.mark.parametrize("objective", ["simclr", "infonce", "moco", "byol", "simsiam", "swav"])
-def test_groups_hold_every_parameter_of_every_base_method(make_model, objective):
-    net = make_model(objective, method="none").online
-    groups = parameter_groups(net, config(head_weight_decay=0.5, weight_decay=0.25))
-    listed = [name for group in groups for name in names_of(net, group)]
-    assert sorted(listed) == sorted(name for name, _ in net.named_parameters())
-    for group in groups:
-        (part,) = {
-            "backbone" if n.startswith("backbone.") else "head" for n in names_of(net, group)
-        }
-        decay = {"backbone": 0.25, "head": 0.5}[part]
-        assert group["weight_decay"] == (decay if group["adapt"] else 0.0)
-
-
 def test_head_weight_decay_reaches_the_heads_only():
     decays = {}
     for value in (None, 0.5, 0.0):

@@ -12,11 +12,8 @@ from pretrain.evaluation.probe import Probe
 from tests.pretrain.engine.run_helpers import SMALL, TINY, assert_same_state
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps
-BASE = TINY | {
-    "arch": SMALL["arch"],
-    "optim": EPOCH,
-    "eval": {"num_pictures": 3, "num_map_points": 12, "knn_k": 5},
-}
+PICTURES = {"num_pictures": 3, "num_map_points": 12, "knn_k": 5}
+BASE = TINY | {"arch": SMALL["arch"], "optim": EPOCH, "eval": PICTURES}
 OPTIONS = ["engine.checkpoint_every_steps=2"]
 
 

@@ -1,11 +1,5 @@
 """Options that make steps faster or smaller: what each changes, and what it must not change."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -19,11 +13,8 @@ from pretrain.features.memory_bank import consensus, top_k
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.run import make_model
 from tests.pretrain.engine.run_helpers import (
-    ROOT,
     SMALL,
     assert_same_state,
-    free_port,
-    wait_for_workers,
 )
 
 BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd"}}
@@ -130,24 +121,6 @@ def test_checkpointed_stages_keep_a_small_part_of_the_memory(make_model, make_vi
     whole = kept_bytes(backbone, views)
     backbone.checkpoints_stages = True
     assert kept_bytes(backbone, views) < 0.4 * whole
-
-
-def test_checkpointing_is_off_without_gradient_and_leaves_evaluation_alone(make_model, make_views):
-    backbone, views = make_model("byol", method="none").online.backbone, make_views(4, 32)
-    backbone(views[0])
-    backbone.eval()
-    expected = backbone(views[0])
-    expected.square().sum().backward()
-    wanted = {n: p.grad.clone() for n, p in backbone.named_parameters()}
-    backbone.zero_grad()
-    backbone.checkpoints_stages = True
-    output = backbone(views[0])
-    output.square().sum().backward()
-    assert torch.equal(output, expected)
-    assert_same_state({n: p.grad for n, p in backbone.named_parameters()}, wanted)
-    with torch.no_grad():
-        assert torch.equal(backbone(views[0]), expected)
-    assert {m.momentum for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
 
 
 # --- batch norm
@@ -297,33 +270,6 @@ def test_two_steps_compiled_for_real_equal_those_that_are_not(make_run):
     assert list(ours) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
-
-
-# --- two processes
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_compile_under_ddp_keeps_the_gradients(tmp_path):
-    """Without code generation bit for bit, in 2 micro-batches."""
-    out, port = tmp_path / "out.json", str(free_port())
-    command = [sys.executable, str(Path(__file__).with_name("compile_worker.py"))]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "WORLD_SIZE": "2",
-    }  # fmt: skip
-    workers = [
-        subprocess.Popen(
-            [*command, str(out), "aot_eager", "32"],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    wait_for_workers(workers, timeout=900)
-    seen = json.loads(out.read_text())
-    assert seen["compiled_loss"] == pytest.approx(seen["loss"], rel=1e-5)
-    assert seen["distance"] == 0
 
 
 # --- on a GPU
