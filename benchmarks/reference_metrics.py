@@ -29,8 +29,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
 
-from common.annotations.canonical import coco_content, write_annotations
-from common.annotations.record import ObjectRecord, PictureRecord
+from common.annotations.record import ObjectRecord, PictureRecord, coco_content, write_annotations
 from common.files import read_json
 
 # Both libraries count recall levels in floating point: 3 * 0.1 is a little more than 0.3, so that a

@@ -9,6 +9,7 @@ statistics are assumed, and `notes` says so.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common import checkpoints
 from common.errors import UserError
 from common.files import read_json_or_none, sha256_of
-from common.layouts import COUNTER, detect_layout, refuse_other_networks, to_torchvision
-from common.resnet import Arch, infer_arch, read_arch, tensor_shapes
+from common.resnet import (
+    COUNTER,
+    Arch,
+    detect_layout,
+    infer_arch,
+    read_arch,
+    to_torchvision,
+)
 
 D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"  # formats of cards
 _HUB_CONFIG = "pretrained_cfg of config.json"  # the key under which its pixel statistics are kept
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# timm's architectures whose tensors have a plain ResNet's names and shapes, but which compute
+# something else: pooling against aliasing has no weights. Other kinds have tensors of their own.
+_SAME_TENSORS = re.compile(r"^(se)?resnet(aa|blur)\d+")
 _COPY_AGAIN = "copy the checkpoint again, or take an older one"
 
 
@@ -60,12 +71,10 @@ def parse_preprocessing(text: str) -> Preprocessing:
     try:
         mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
     except ValueError:
-        mean, std = (), ()
-    if len(mean) != 3 or len(std) != 3:
         raise UserError(
             f"--preprocessing {text!r}: give imagenet, half, or mean/std in [0, 1] as "
             "0.485,0.456,0.406/0.229,0.224,0.225"
-        )
+        ) from None
     return _checked(mean, std)
 
 
@@ -117,7 +126,7 @@ class BackboneCheckpoint:
 
     Attributes:
         path: The file.
-        layout: One of layouts.LAYOUTS.
+        layout: One of resnet.LAYOUTS.
         branch: "online" or "ema".
         arch: Depth and widths.
         tensors: torchvision name -> float32, complete and finite.
@@ -125,8 +134,6 @@ class BackboneCheckpoint:
         counters: torchvision name -> int64 scalar: `num_batches_tracked` of each norm, where kept.
         cast: Type -> number of tensors that were converted from it to float32.
         preprocessing: What the network expects of its pixels.
-        stride_in_1x1: Whether a bottleneck's stride lies in its first convolution. torchvision's
-            ResNet has it in the 3x3 one: with True the tensors fit, but the features differ.
         origins: Where "preprocessing" and "stride" come from: checkpoint, card, config (timm's
             config.json), option, layout (its only convention), or assumed.
         card: The card beside the file, if it describes it.
@@ -143,7 +150,6 @@ class BackboneCheckpoint:
     counters: dict[str, Tensor]
     cast: dict[str, int]
     preprocessing: Preprocessing
-    stride_in_1x1: bool
     origins: dict[str, str]
     card: dict[str, Any] | None
     contents: Mapping[str, Any]
@@ -163,11 +169,12 @@ def read_backbone(
 
     Args:
         path: Checkpoint file.
-        layout: One of layouts.LAYOUTS, or "auto".
+        layout: One of resnet.LAYOUTS, or "auto".
         branch: "online" or "ema".
         preprocessing: What the network was trained on; default: what the checkpoint or its card
             says, and ImageNet's statistics for other projects' checkpoints.
-        stride_in_1x1: Where a Detectron2 file without a card has the stride of its bottlenecks.
+        stride_in_1x1: Where a Detectron2 file without a card has the stride of its bottlenecks:
+            such a network is refused, since its tensors fit, but the features differ.
         assume: Go on with ImageNet's statistics and the stride in the 3x3 convolution if a
             Detectron2 file says neither, and if the card describes another file; `notes` says so.
             For looking at a file; a conversion must know.
@@ -197,7 +204,6 @@ def read_backbone(
                 f"{_COPY_AGAIN}"
             )
         shapes = {name: _shape(value) for name, value in mapped.backbone.items()}
-        refuse_other_networks(shapes)
         arch = arch or infer_arch(shapes)
         tensors, cast = _tensors(mapped.backbone, shapes, arch)
         counters = _counters(mapped.counters, tensors)
@@ -214,11 +220,14 @@ def read_backbone(
         stride, stride_origin = False, "layout"
         if card is not None and layout == "detectron2":
             stride, stride_origin = card["preprocessing"].get("stride_in_1x1", False), "card"
-            if type(stride) is not bool:
-                raise UserError(f"its card's stride_in_1x1 is {stride!r:.40}, not true or false")
         elif layout == "detectron2" and arch.is_bottleneck:
             stride = bool(stride_in_1x1)
             stride_origin = "assumed" if stride_in_1x1 is None else "option"
+        if stride is not False and arch.is_bottleneck:
+            raise UserError(
+                "its bottlenecks have their stride in the 1x1 convolution; torchvision has it in "
+                "the 3x3 one, and no renaming moves it: the features would differ"
+            )
 
         origins = {"preprocessing": origin, "stride": stride_origin}
         assumed = [name for name, known_from in origins.items() if known_from == "assumed"]
@@ -246,7 +255,6 @@ def read_backbone(
         counters=counters,
         cast=cast,
         preprocessing=pixels,
-        stride_in_1x1=stride,
         origins=origins,
         card=card,
         contents=contents,
@@ -289,7 +297,6 @@ def _network(
     # Other projects' files keep the network bare or under a key, and do not say their layout.
     state = checkpoints.named(checkpoints.nested(checkpoint, checkpoints.WRAPPERS) or checkpoint)
     if layout == "auto":
-        refuse_other_networks({name: _shape(value) for name, value in state.items()})
         layout = detect_layout(state)
         is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver", _HUB_CONFIG))
         layout = "timm" if layout == "torchvision" and is_timm else layout
@@ -298,7 +305,12 @@ def _network(
         counters = checkpoints.named(beside) if isinstance(beside, Mapping) else {}
         return {**state, **counters}, layout, None
     if layout in ("torchvision", "timm"):
-        refuse_other_networks({}, architecture=str(checkpoint.get("arch", "")))
+        name = str(checkpoint.get("arch", ""))
+        if _SAME_TENSORS.match(name):
+            raise UserError(
+                f"arch {name!r} has a plain ResNet's tensors, but pools "
+                "against aliasing: the features would differ"
+            )
         if branch == "ema":
             state = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
             if state is None:
@@ -307,6 +319,61 @@ def _network(
                 )
             state = checkpoints.named(state)
     return state, layout, None
+
+
+class ReferenceResNet(nn.Module):
+    """A ResNet without its classifier, of torchvision's blocks and names, at any width.
+
+    Args:
+        arch: Depth and channels; bottlenecks take output channels that 4 divides.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, arch.stem_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(arch.stem_channels)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        block = Bottleneck if arch.is_bottleneck else BasicBlock
+        channels = arch.stem_channels
+        for stage, num_blocks in enumerate(arch.blocks_per_stage):
+            width, out = arch.width_per_group << stage, arch.res2_channels << stage
+            planes, layer = out // block.expansion, nn.Sequential()
+            # torchvision truncates planes * base_width / 64, where rounding must not decide.
+            base_width = 64 * (width + 0.5) / planes if arch.is_bottleneck else 64
+            for number in range(num_blocks):
+                stride, shortcut = 2 if stage > 0 and number == 0 else 1, None
+                if stride != 1 or channels != out:
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
+                    )
+                layer.append(block(channels, planes, stride, shortcut, base_width=base_width))  # pyright: ignore[reportArgumentType]  # fmt: skip
+                channels = out
+            self.add_module(f"layer{stage + 1}", layer)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the four stages.
+
+        Args:
+            x: Normalised pictures (N, 3, H, W), float32.
+
+        Returns:
+            "res2" (N, C, H/4, W/4) to "res5" (N, 8C, H/32, W/32).
+        """
+        x = self.maxpool(self.bn1(self.conv1(x)).relu())
+        features = {}
+        for number in (1, 2, 3, 4):
+            x = features[f"res{number + 1}"] = self.get_submodule(f"layer{number}")(x)
+        return features
+
+
+def tensor_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a ResNet without classifier and without batch counters.
+
+    Names and order are those of torchvision's state_dict.
+    """
+    with torch.device("meta"):
+        state = ReferenceResNet(arch).state_dict()
+    return {name: tuple(x.shape) for name, x in state.items() if not name.endswith(COUNTER)}
 
 
 def _tensors(
@@ -323,12 +390,7 @@ def _tensors(
     if missing or unknown:
         faults = [f"lacks {missing[0]} and {len(missing) - 1} more"] if missing else []
         faults += [f"has {unknown[0]} and {len(unknown) - 1} more beside"] if unknown else []
-        try:
-            other = infer_arch(shapes)
-        except UserError:
-            other = arch
-        hint = "" if other == arch else f" (its tensors look like a {other})"
-        raise UserError(f"is no {arch}: {'; '.join(faults)}{hint}; {_COPY_AGAIN}")
+        raise UserError(f"is no {arch}: {'; '.join(faults)}; {_COPY_AGAIN}")
     tensors, cast = {}, {}
     for name, shape in needed.items():
         value = state[name]
@@ -401,11 +463,7 @@ def _stated_pixels(
 
 
 def _pixels(stated: Any) -> Preprocessing:
-    """Mean and deviation as a checkpoint or a card states them.
-
-    Raises:
-        UserError: If they are no three numbers each, or the channels are not RGB.
-    """
+    """Mean and deviation as a checkpoint or a card states them, checked."""
     try:
         mean, std = (tuple(map(float, stated[key])) for key in ("mean", "std"))
         order = str(stated.get("order", "RGB")).upper()

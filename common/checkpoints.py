@@ -43,7 +43,6 @@ _TYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 # What a damaged or hostile file makes the readers raise.
 _READ_ERRORS = (
     *(pickle.UnpicklingError, EOFError, RuntimeError, TypeError, ValueError),
@@ -222,14 +221,6 @@ def load(file: IO[bytes], *, encoding: str = "latin1") -> Any:
         ) from error
 
 
-def load_pkl(path: Path | str) -> Any:
-    """Read a `.pkl` file of weights; see `load`."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the path of a .pkl of weights")
-    with open(path, "rb") as file:
-        return load(file)
-
-
 def _pickle_module() -> ModuleType:
     """A stand-in for the module `pickle` as `torch.load` uses it."""
     module = ModuleType("restricted_pickle")
@@ -253,10 +244,8 @@ def load_torch(path: Path | str) -> Any:
     Returns:
         Plain data and tensors; anything else is a `Placeholder`.
     Raises:
-        UserError: If the file is missing or cannot be read.
+        UserError: If the file cannot be read.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
         with contextlib.suppress(*_READ_ERRORS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings about tensors that nobody reads
@@ -274,22 +263,6 @@ def load_torch(path: Path | str) -> Any:
         ) from error
 
 
-def load_weights(path: Path | str) -> Any:
-    """Read weights of any of the three kinds: `.pkl`, `.safetensors`, or what `torch.save` wrote.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    if path.suffix == ".pkl" and path.is_file():
-        with open(path, "rb") as file:
-            if file.read(2) != b"PK":  # torch.save writes zip archives under any name
-                return load_pkl(path)
-    return load_torch(path)
-
-
 def load_safetensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a `.safetensors` file to the CPU; nothing in such a file can run.
 
@@ -302,63 +275,48 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     Returns:
         Name -> tensor; `__metadata__` is left out.
     Raises:
-        UserError: If the file is missing, cut off, or its header and its bytes do not agree.
+        UserError: If it is cut off, or its header and its bytes do not agree.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a .safetensors file")
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = {}
     try:
-        num_header_bytes = int.from_bytes(content[:8], "little")
-        if len(content) < 8 or not 2 <= num_header_bytes <= min(
-            _MAX_HEADER_BYTES, len(content) - 8
-        ):
-            raise ValueError("its header does not fit into the file")
-        header = json.loads(content[8 : 8 + num_header_bytes])
-        if not isinstance(header, dict):
-            raise ValueError("its header is no table of tensors")
+        header = json.loads(content[8:start])
         header.pop("__metadata__", None)
-        data = memoryview(content)[8 + num_header_bytes :]
-        return {name: _safetensor(name, entry, data) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, RecursionError, RuntimeError) as error:
+        for name, entry in header.items():
+            kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, count = _TYPES[kind], math.prod(shape)
+            if begin < 0 or end - begin != count * dtype.itemsize or start + end > len(content):
+                raise ValueError(f"{name}: bytes {begin} to {end} hold no {shape} of {kind}")
+            data = content[start + begin : start + end]
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.reshape(shape)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise UserError(
             f"{path}: not a readable .safetensors file ({error}); copy the file again"
         ) from error
-
-
-def _safetensor(name: str, entry: Any, data: memoryview) -> Tensor:
-    """One tensor, copied out of the file's bytes.
-
-    Raises:
-        ValueError: If its shape, type and place do not agree.
-    """
-    kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in _TYPES:
-        raise ValueError(f"{name}: type {kind!r} is none of {', '.join(_TYPES)}")
-    numbers = [*shape, begin, end]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{name}: shape {shape} and offsets {begin, end} are no whole numbers")
-    dtype = _TYPES[kind]
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if end - begin != num_bytes or end > len(data):
-        raise ValueError(
-            f"{name}: {end - begin} bytes at {begin}, {shape} of {kind} are {num_bytes}"
-        )
-    if num_bytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).reshape(shape)
+    return tensors
 
 
 def read(path: Path | str) -> Any:
-    """Read a checkpoint or weights of any kind, see `load_weights`, and check that it is whole.
+    """Read weights of any kind: `.pkl`, `.safetensors`, or what `torch.save` wrote, whole.
 
     Raises:
         UserError: If the file is missing or damaged.
     """
     path = Path(path)
-    content = load_weights(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a checkpoint")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    is_zip = zipfile.is_zipfile(path)  # torch.save writes zip archives under any name
+    if path.suffix == ".pkl" and not is_zip:
+        with open(path, "rb") as file:
+            return load(file)
+    content = load_torch(path)
     if isinstance(content, Mapping) and "checksum" in content and content.get("format") == FORMAT:
         check_sum(content, path)
-    elif zipfile.is_zipfile(path):
+    elif is_zip:
         with zipfile.ZipFile(path) as archive:
             try:
                 broken = archive.testzip()

@@ -2,6 +2,10 @@
 
 One reader for all programs. The YAML is parsed without running code and within bounds, unknown keys
 are refused with the nearest known one, and jsonargparse checks types and builds the dataclasses.
+
+A section may be one of several classes: a ``Registry`` knows them by name, one module for each. A
+new one is a new file, and nothing else changes. The name of a class is the name of its module, so
+that a registry lists its names from the folder and imports nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import io
+import pkgutil
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 
@@ -23,6 +30,7 @@ from common.errors import UserError
 from common.files import decode_text
 
 Schema = TypeVar("Schema")
+Base = TypeVar("Base")
 
 MAX_YAML_BYTES = 1 << 20  # a config has a few KiB
 MAX_YAML_DEPTH = 20  # nested collections
@@ -38,12 +46,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path, pattern: str | None = None) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds keys.
 
-    Args:
-        path: The file.
-        pattern: An example that the error for a file without keys names.
     Raises:
         UserError: If it is missing, too large, not YAML, or holds something else.
     """
@@ -55,8 +60,7 @@ def read_yaml(path: Path, pattern: str | None = None) -> dict[str, Any]:
         raise UserError(f"{path}: is larger than {MAX_YAML_BYTES >> 20} MiB; no config is")
     raw = parse_yaml(decode_text(data, path), str(path))
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        example = f"; see {pattern} for an example" if pattern else ""
-        raise UserError(f"{path}: holds no settings (key: value){example}")
+        raise UserError(f"{path}: holds no settings (key: value)")
     return raw
 
 
@@ -90,7 +94,6 @@ def read_settings(
     overrides: Sequence[str] = (),
     *,
     free: Collection[str] = (),
-    pattern: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Schema:
     """An instance of a frozen dataclass from a YAML file, or none, and overrides.
@@ -104,14 +107,13 @@ def read_settings(
         overrides: ``key=value`` with dotted keys; the values are YAML. The last one wins.
         free: Dotted keys of mappings whose own keys are not checked, since another program reads
             them. They are flattened: ``{train: {epochs: 3}}`` becomes ``{"train.epochs": 3}``.
-        pattern: An example file, for the error of a file without keys.
         defaults: Values of top-level keys that neither file nor overrides set.
     Raises:
         UserError: Unknown key, or a value that the type or the dataclass refuses; names the file
             and the key.
     """
     where = "" if path is None else f"{path}: "
-    raw = _named(schema, {} if path is None else read_yaml(path, pattern))
+    raw = _named(schema, {} if path is None else read_yaml(path))
     _flatten(raw, free)
     _leave_behind(schema, raw, _applied(schema, {}, overrides, free), where)
     raw = _applied(schema, raw, overrides, free)
@@ -234,6 +236,69 @@ def _is_text(schema: type, parts: Sequence[str]) -> bool:
 
 
 # -- sections: dataclasses as they are, or chosen by a registry
+
+
+class Registry(Generic[Base]):
+    """The classes of a package.
+
+    Args:
+        package: Its modules hold one class each. Those that begin with ``_``, and the one that
+            defines ``base``, are not listed.
+        base: What the classes derive from.
+    """
+
+    def __init__(self, package: str, base: type[Base]) -> None:
+        self.package, self.base = package, base
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        spec = importlib.util.find_spec(self.package)
+        assert spec is not None, self.package
+        modules = {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
+        own = self.base.__module__.rpartition(".")[2]
+        return sorted(name for name in modules - {own} if not name.startswith("_"))
+
+    def __getitem__(self, name: str) -> type[Base]:
+        """The class of a name.
+
+        Raises:
+            UserError: If there is none; the nearest name is proposed.
+        """
+        if name not in self.names():
+            raise UserError(unknown(f"name {name!r}", name, self.names()))
+        module = importlib.import_module(f"{self.package}.{name}")
+        classes = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, self.base)
+            and value.__module__ == module.__name__
+            and not value.__name__.startswith("_")
+        ]
+        assert len(classes) == 1, f"{module.__name__} must hold one {self.base.__name__}"
+        return classes[0]
+
+
+def with_sections(registry: Registry) -> Callable[[type[Schema]], type[Schema]]:
+    """A decorator of frozen dataclasses: one more field for each class of a registry.
+
+    The field has the name of the class and holds its settings, by default those of ``cls()``:
+    registered settings become sections of a config. ``getattr(settings, name)`` gives them.
+    """
+
+    def extend(cls: type[Schema]) -> type[Schema]:
+        classes = {name: registry[name] for name in registry.names()}
+        fields = [
+            (k, value, dataclasses.field(default_factory=value)) for k, value in classes.items()
+        ]
+        extended = dataclasses.make_dataclass(
+            cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True
+        )
+        extended.__module__, extended.__qualname__ = cls.__module__, cls.__qualname__
+        extended.__doc__ = cls.__doc__
+        return extended
+
+    return extend
 
 
 def _sections(schema: type) -> Iterator[tuple[dataclasses.Field, type]]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import provenance
-from common.checking import EACH
-from common.errors import UserError
+from common.errors import EACH, UserError
 from common.files import read_json_or_none, write_json
 from pipeline.config import PipelineConfig
 from pipeline.stages import Stage, digest, key_parts

@@ -238,9 +238,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         UserError: For an unreadable file, an unknown key or an impossible value; names it.
     """
     config = read_settings(
-        PipelineConfig, path, overrides, free=FREE_KEYS,
-        pattern="configs/pipeline/smoke.yaml", defaults={"name": path.stem},
-    )  # fmt: skip
+        PipelineConfig, path, overrides, free=FREE_KEYS, defaults={"name": path.stem}
+    )
     # jsonargparse checks dataclasses within a tuple, but does not make them where it has a default.
     comparisons = (Comparison(**vars(item)) for item in config.comparisons)
     try:

@@ -10,8 +10,7 @@ from typing import Any
 
 from common import provenance
 from common.config import to_plain
-from common.errors import RunFailed, UserError, require
-from common.slurm import add_slurm_option
+from common.errors import RunFailed, UserError, add_slurm_option, require
 from pipeline import check, results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings

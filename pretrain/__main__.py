@@ -6,8 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common.checking import add_check_options, print_check, run_or_check_each
-from common.errors import require, run_command
+from common.errors import add_check_options, print_check, require, run_command, run_or_check_each
 
 EXAMPLE = """\
 example:

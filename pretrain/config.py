@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.config import read_settings
+from common.config import read_settings, with_sections
 from common.errors import at_least, positive, require, within_0_and_1
-from common.registry import with_sections
 from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
 from pretrain.data.policy import AugmentationPolicy

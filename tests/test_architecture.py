@@ -27,7 +27,7 @@ FORBIDDEN = {  # folder -> what no file in it imports, at any place in the file
     "detection": ("pretrain", "pipeline", "tools", "benchmarks"),
     # An evaluation computes from records, and reads only files that it wrote in canonical form.
     "detection/evaluation": (
-        *("common.annotations.formats", "common.annotations.labelled_format", "common.files"),
+        *("common.annotations.formats", "common.annotations.record.read_set", "common.files"),
         *("json", "xml", "detection.training"),
     ),
     "pipeline": ("pretrain", "detection", "tools", "benchmarks", "detectron2", "torch"),

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.annotations.canonical import list_file
 from common.annotations.formats.voc import read_list, read_picture
-from common.annotations.record import ObjectRecord
+from common.annotations.record import ObjectRecord, list_file
 from common.errors import UserError, require, run_command
 from common.files import read_json
 from common.pictures import BadPicture, decode

@@ -12,10 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.checking import print_check, run_or_check_each
-from common.errors import UserError, run_command
+from common.errors import UserError, print_check, run_command, run_or_check_each
 from common.files import write_json
-from common.layouts import BRANCHES, LAYOUTS
+from common.resnet import BRANCHES, LAYOUTS
 
 _EXAMPLE = """\
 examples:
@@ -88,7 +87,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
     from common.backbone import parse_preprocessing
-    from detection.convert.verify import TOLERANCE, text, verify
+    from detection.convert.parity import TOLERANCE, text, verify
 
     report = verify(
         *arguments.verify,
@@ -123,7 +122,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
             "pixel_mean": [255 * value for value in pixels.mean],
             "pixel_std": [255 * value for value in pixels.std],
             "input_format": "RGB",
-            "stride_in_1x1": source.stride_in_1x1 and source.arch.depth >= 50,
+            "stride_in_1x1": False,  # others are not read
         }
         print_check(facts, as_json=arguments.json is not None)
         return 0

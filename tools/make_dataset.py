@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.checking import add_check_options, print_check, run_or_check_each
-from common.errors import require, run_command
+from common.errors import add_check_options, print_check, require, run_command, run_or_check_each
 from pipeline.datasets.options import SetOptions, flag
 
 _EXAMPLE = """examples:

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.checking import print_check, run_or_check_each
-from common.errors import UserError, printable, require, run_command
+from common.errors import (
+    UserError,
+    add_slurm_option,
+    print_check,
+    printable,
+    require,
+    run_command,
+    run_or_check_each,
+)
 from common.files import write_json
-from common.slurm import add_slurm_option
 from pipeline.datasets.importers import open_source
 from pretrain.data.pack import Cluster, WriteReport, write_shards
 from pretrain.data.pack_plan import ShardOptions, SourcePicture

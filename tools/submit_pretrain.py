@@ -17,8 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.errors import RunFailed, UserError, require, run_command
-from common.slurm import add_slurm_option
+from common.errors import RunFailed, UserError, add_slurm_option, require, run_command
 
 EXAMPLE = """\
 examples:

@@ -7,10 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.annotations.labelled_format import FORMATS
-from common.annotations.record import SetChoice, read_class_names
-from common.checking import add_check_options, print_check, run_or_check_each
-from common.errors import RunFailed, UserError, run_command
+from common.annotations.record import FORMATS, SetChoice, read_class_names
+from common.errors import (
+    RunFailed,
+    UserError,
+    add_check_options,
+    print_check,
+    run_command,
+    run_or_check_each,
+)
 
 _EXAMPLE = """\
 examples:
@@ -139,7 +144,7 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
     if arguments.check:
         if settings is None or arguments.eval_on is not None:
             raise UserError("--check: goes with weights, --config and --data, not with --eval-on")
-        from detection.training.check import check
+        from detection.training.run import check
 
         return check(settings, has_data=arguments.check == "all")
     if arguments.eval_on is None:

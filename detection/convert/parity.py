@@ -1,14 +1,16 @@
-"""Is Detectron2's ResNet with the converted weights the same function? Compared on one picture.
+"""Are two backbones the same function? By every tensor, and by the features of one picture.
 
-The reference is a ResNet in torchvision's layout, of any widths; with the usual ones it equals
-torchvision's own (a test keeps this).
+A file is read as itself, and its features are computed by the library that its layout belongs to:
+Detectron2's ResNet, or the reference of torchvision's blocks (with the usual widths it equals
+torchvision's own; a test keeps this).
 """
 
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,96 +20,19 @@ from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from PIL import Image
 from torch import Tensor, nn
 
+from common.backbone import BackboneCheckpoint, Preprocessing, ReferenceResNet, read_backbone
 from common.errors import UserError
+from common.files import finite, sha256_of
 from common.pictures import BadPicture, decode
-from common.resnet import Arch
+from common.resnet import Arch, detectron2_name
 from detection.training.config import set_arch
-from detection.training.weights import load_backbone
 
 STAGES = ("res2", "res3", "res4", "res5")
+TOLERANCE = 1e-5
+_STATED = ("checkpoint", "card", "config")
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Conv2d:
-    """A convolution without bias that keeps the size, up to its stride."""
-    return nn.Conv2d(
-        channels_in, channels_out, kernel, stride=stride, padding=kernel // 2, bias=False
-    )
-
-
-class Block(nn.Module):
-    """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1; the first 3x3 has the stride."""
-
-    def __init__(self, channels: Sequence[int], stride: int) -> None:
-        """Build it.
-
-        Args:
-            channels: Of the input, and behind each of the two or three convolutions.
-            stride: Of the block.
-        """
-        super().__init__()
-        kernels = (3, 3) if len(channels) == 3 else (1, 3, 1)
-        self.num_convs = len(kernels)
-        for place, kernel in enumerate(kernels):
-            conv_stride = stride if place == kernels.index(3) else 1
-            conv = _conv(channels[place], channels[place + 1], kernel, conv_stride)
-            self.add_module(f"conv{place + 1}", conv)
-            self.add_module(f"bn{place + 1}", nn.BatchNorm2d(channels[place + 1]))
-        self.downsample = None
-        if stride != 1 or channels[0] != channels[-1]:
-            self.downsample = nn.Sequential(
-                _conv(channels[0], channels[-1], 1, stride), nn.BatchNorm2d(channels[-1])
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        y = x
-        for number in range(1, self.num_convs + 1):
-            y = y.relu() if number > 1 else y
-            y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu()
-
-
-class ReferenceResNet(nn.Module):
-    """A ResNet without its classifier, with torchvision's names."""
-
-    def __init__(self, arch: Arch) -> None:
-        """Build it.
-
-        Args:
-            arch: Depth and channels; see `common.resnet`.
-        """
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, arch.stem_channels, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(arch.stem_channels)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = arch.stem_channels
-        for stage, num_blocks in enumerate(arch.blocks_per_stage):
-            width, out = arch.width_per_group << stage, arch.res2_channels << stage
-            layer = nn.Sequential()
-            for number in range(num_blocks):
-                inner = (width, width) if arch.is_bottleneck else (out,)
-                layer.append(Block((channels, *inner, out), 2 if stage > 0 and number == 0 else 1))
-                channels = out
-            self.add_module(f"layer{stage + 1}", layer)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the four stages.
-
-        Args:
-            x: Normalised pictures (N, 3, H, W), float32.
-
-        Returns:
-            "res2" (N, C, H/4, W/4) to "res5" (N, 8C, H/32, W/32).
-        """
-        x = self.maxpool(self.bn1(self.conv1(x)).relu())
-        features = {}
-        for number, name in enumerate(STAGES, start=1):
-            x = self.get_submodule(f"layer{number}")(x)
-            features[name] = x
-        return features
-
-
-def build_bare_resnet(arch: Arch, *, stride_in_1x1: bool = False) -> ResNet:
+def build_bare_resnet(arch: Arch) -> ResNet:
     """Detectron2's ResNet with all four stages as outputs (a C4 detector's own stops at res4).
 
     Raises:
@@ -118,7 +43,7 @@ def build_bare_resnet(arch: Arch, *, stride_in_1x1: bool = False) -> ResNet:
     cfg = get_cfg()
     set_arch(cfg, arch)
     cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = stride_in_1x1
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     return build_resnet_backbone(cfg, ShapeSpec(channels=3))
@@ -150,21 +75,20 @@ def comparison_picture(path: Path | None, size: int) -> Tensor:
     return torch.from_numpy((255 * np.clip(smooth + disc + noise, 0, 1)).astype(np.uint8))
 
 
-def reference_features(arch: Arch, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
-    """Features res2 to res5 of the reference ResNet with torchvision-named tensors."""
-    return _features(ReferenceResNet(arch), state, image)
-
-
-def detectron2_features(
-    arch: Arch, state: dict[str, Tensor], image: Tensor, *, stride_in_1x1: bool = False
-) -> dict[str, Tensor]:
-    """Features res2 to res5 of Detectron2's own ResNet with its own names."""
-    return _features(build_bare_resnet(arch, stride_in_1x1=stride_in_1x1), state, image)
+def to_detectron2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision-named tensors under Detectron2's names, in a fixed order."""
+    return dict(sorted((detectron2_name(name), value) for name, value in tensors.items()))
 
 
 @torch.no_grad()
-def _features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
-    """In fp32 and evaluation mode; every tensor must find its place."""
+def features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    """Features res2 to res5 in fp32 and evaluation mode; every tensor must find its place.
+
+    Args:
+        network: `ReferenceResNet`, or Detectron2's from `build_bare_resnet`.
+        state: Its tensors, batch counters left out.
+        image: Normalised pictures (N, 3, H, W), float32.
+    """
     result = network.load_state_dict(state, strict=False)
     left = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
     assert not left, f"missing {left}"
@@ -198,16 +122,134 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def check_written(arch: Arch, path: Path, state: dict[str, Tensor]) -> None:
-    """Load a written file as training does and compare every tensor with the one that was written.
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two float32 tensors agree bit by bit; -0.0 and 0.0 do not."""
+    return first.shape == second.shape and torch.equal(
+        first.view(torch.int32), second.view(torch.int32)
+    )
+
+
+def verify(
+    first: Path,
+    second: Path,
+    *,
+    layouts: tuple[str, str] = ("auto", "auto"),
+    branches: tuple[str, str] = ("online", "online"),
+    stride_in_1x1: bool | None = None,
+    preprocessing: Preprocessing | None = None,
+    picture: Path | None = None,
+    size: int = 224,
+    tolerance: float = TOLERANCE,
+) -> dict[str, Any]:
+    """Compare the weights of two files of any two layouts.
+
+    Args:
+        first: File A.
+        second: File B.
+        layouts: Of A and B; see common.resnet.LAYOUTS, or "auto".
+        branches: Of A and B.
+        stride_in_1x1: For Detectron2 files whose card does not say it.
+        preprocessing: The picture's; default: what A says, or B.
+        picture: Compare on this picture; default: a generated one.
+        size: Side of the square the picture is brought to, in pixels.
+        tolerance: Largest relative difference of a tensor or a stage that counts as the same.
+
+    Returns:
+        Plain JSON: "same" is the verdict, "reasons" says why not, "a" and "b" what was read,
+        "tensors" and "stages" the relative differences (None: no number), "counters" and
+        "preprocessing" whether they agree. A file that is no complete ResNet makes "refused" the
+        reason.
 
     Raises:
-        UserError: If a tensor did not land or changed on the way.
+        UserError: If a file is missing, or the picture cannot be read.
     """
-    detector = nn.Module()  # just enough of one for its checkpointer
-    detector.backbone = build_bare_resnet(arch)
-    load_backbone(detector, path)
-    loaded = detector.backbone.state_dict()
-    changed = [name for name, value in state.items() if not torch.equal(loaded[name], value)]
-    if changed:
-        raise UserError(f"{path}: {changed[0]} changed on the way through the file")
+    report: dict[str, Any] = {"same": False, "refused": None, "tolerance": tolerance}
+    sources: list[BackboneCheckpoint] = []
+    for name, path, layout, branch in zip("ab", (first, second), layouts, branches, strict=True):
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint")
+        try:
+            source = read_backbone(
+                path, layout=layout, branch=branch, stride_in_1x1=stride_in_1x1, assume=True
+            )
+        except UserError as error:
+            return report | {"refused": str(error), "reasons": [str(error)]}
+        sources.append(source)
+        report[name] = {
+            "file": str(source.path),
+            "sha256": sha256_of(source.path),
+            "layout": source.layout,
+            "branch": source.branch,
+            "arch": asdict(source.arch),
+            "num_tensors": len(source.tensors),
+            "num_dropped": len(source.dropped),
+            "preprocessing": asdict(source.preprocessing),
+            "origins": source.origins,
+            "notes": list(source.notes),
+        }
+    a, b = sources
+    if a.arch != b.arch:
+        reason = f"another architecture: {first} is a {a.arch}, {second} a {b.arch}"
+        return report | {"refused": reason, "reasons": [reason]}
+
+    # Tensors, and the features that each file's own library computes from them.
+    stated = [s.preprocessing for s in sources if s.origins["preprocessing"] in _STATED]
+    pixels = preprocessing or (stated[0] if stated else a.preprocessing)
+    image = pixels.normalise(comparison_picture(picture, size))
+    computed = [
+        features(build_bare_resnet(s.arch), to_detectron2(s.tensors), image)
+        if s.layout == "detectron2"
+        else features(ReferenceResNet(s.arch), s.tensors, image)
+        for s in sources
+    ]
+    stages = compare(*computed)
+    tensors = {
+        name: {"same_bits": same_bits(value, b.tensors[name]),
+               "relative_difference": relative_difference(value, b.tensors[name])}
+        for name, value in a.tensors.items()
+    }  # fmt: skip
+    shared = a.counters.keys() & b.counters.keys()
+    num_equal = sum(torch.equal(a.counters[name], b.counters[name]) for name in shared)
+    agreement = "not stated"
+    if len(stated) == 2:
+        pairs = zip(*((*pixels.mean, *pixels.std) for pixels in stated), strict=True)
+        agreement = "same" if all(abs(x - y) < 1e-6 for x, y in pairs) else "different"
+
+    # Why they are not the same. Batch counters do not decide, since evaluation does not use them.
+    reasons = []
+    off = [name for name, row in tensors.items() if row["relative_difference"] > tolerance]
+    if off:
+        reasons.append(f"{len(off)} of {len(tensors)} tensors differ, first {off[0]}")
+    off = [stage for stage, value in stages.items() if value > tolerance]
+    if off:
+        reasons.append(f"the features differ from {off[0]} on ({', '.join(off)})")
+    if agreement == "different":
+        reasons.append("the files state different pixel statistics")
+    counters = {
+        "num_equal": num_equal,
+        "num_different": len(shared) - num_equal,
+        "num_only_in_a": len(a.counters) - len(shared),
+        "num_only_in_b": len(b.counters) - len(shared),
+    }
+    report |= {"tensors": tensors, "stages": stages, "counters": counters}
+    return finite(report | {"preprocessing": agreement, "reasons": reasons, "same": not reasons})
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for a person; every tensor stands in the JSON only."""
+    lines = []
+    for name in "ab":
+        if name in report:
+            facts = report[name]
+            about = "; ".join([facts["layout"], facts["branch"], *facts["notes"]])
+            lines.append(f"{name.upper()}  {facts['file']}  {Arch(**facts['arch'])}; {about}")
+    if report["refused"] is None:
+        num_same = sum(row["same_bits"] for row in report["tensors"].values())
+        lines += [
+            f"tensors: {num_same} of {len(report['tensors'])} equal bit by bit",
+            f"features on the picture, relative difference: {report['stages']}",
+            f"batch counters: {report['counters']}; pixel statistics: {report['preprocessing']}",
+        ]
+    if report["same"]:
+        return "\n".join([*lines, "the same network"])
+    return "\n".join([*lines, *(f"not the same: {reason}" for reason in report["reasons"])])

@@ -23,10 +23,8 @@ from torch.utils.data import DataLoader
 
 from common.annotations.record import LabelledSet, LabelledSplit
 from common.errors import UserError
-from detection.evaluation.coco import coco_metric
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
-from detection.evaluation.results import METRICS, DetectedBoxes, Evaluation
-from detection.evaluation.voc import voc_metric
+from detection.evaluation.metrics import METRICS, DetectedBoxes, Evaluation, coco_metric, voc_metric
 
 
 class Collector(DatasetEvaluator):

@@ -18,12 +18,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from common import checkpoints, provenance
-from common.annotations.labelled_format import read_set
-from common.annotations.record import SetChoice
+from common.annotations.record import SetChoice, read_set
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
 from detection.evaluation.evaluate import evaluate_detector
-from detection.evaluation.results import METRICS
+from detection.evaluation.metrics import METRICS
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from detection.training.run import (

@@ -20,14 +20,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common.annotations.canonical import (
+from common.annotations.record import (
     YEAR_FOLDER,
+    ObjectRecord,
     annotation_file,
     annotation_xml,
     make_folders,
     write_list,
 )
-from common.annotations.record import ObjectRecord
 from common.errors import RunFailed, UserError, require
 from common.files import locked, read_json_or_none, write_json
 from pipeline.datasets.options import SetOptions

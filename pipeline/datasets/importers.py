@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.annotations.canonical import list_file
 from common.annotations.formats.voc import list_names, read_list, require_picture, year_folders
+from common.annotations.record import list_file
 from common.errors import UserError, require
 
 PICTURE_SUFFIXES = frozenset(

@@ -19,10 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from common.annotations.canonical import list_file
 from common.annotations.formats.voc import VOC_CLASSES
-from common.annotations.labelled_format import read_set
-from common.annotations.record import SetChoice
+from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError
 from common.pictures import BadPicture, decode_fast, read_header
 from pipeline.datasets.build import Card, make_set

@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from common.config import unknown
+from common.config import unknown, with_sections
 from common.errors import UserError, require, within_0_and_1
-from common.registry import with_sections
 from pretrain.data.augmentations.operation import Operation, Parameters
 from pretrain.data.random_numbers import draw_uniforms
 

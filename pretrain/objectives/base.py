@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Float
 
+from common.config import Registry
 from common.errors import require, within_0_and_1
 from common.lazy import Tensor, nn
-from common.registry import Registry
 
 
 @dataclass(frozen=True)

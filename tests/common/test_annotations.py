@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.annotations.canonical import annotation_xml, coco_content, write_annotations
 from common.annotations.formats.coco import read_instances
 from common.annotations.formats.voc import read_list, read_picture
-from common.annotations.record import ObjectRecord, read_class_names
+from common.annotations.record import (
+    ObjectRecord,
+    annotation_xml,
+    coco_content,
+    read_class_names,
+    write_annotations,
+)
 from common.errors import UserError
 
 FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>1</difficult>"

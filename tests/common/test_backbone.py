@@ -1,8 +1,10 @@
-"""Reading checkpoints: what converts, what is refused and why; damaged files."""
+"""Reading checkpoints: what is read, what is refused and why; damaged files."""
 
 import json
 import pickle
 import random
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.backbone import read_backbone
+from common.backbone import D2_CARD, IMAGENET, parse_preprocessing, read_backbone
 from common.checkpoints import load_safetensors as load
 from common.errors import UserError
-from common.layouts import refuse_other_networks
-from common.resnet import Arch
-from detection.convert.to_detectron2 import convert
+from common.files import sha256_of
+from common.resnet import Arch, detectron2_name
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
-from tools.convert_to_d2 import main
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -55,12 +55,11 @@ def test_safetensors_are_read_bit_by_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 25]}, "25 bytes at 0"),
-        ({"dtype": "F32", "shape": [2000], "data_offsets": [0, 8000]}, "8000 bytes at 0"),
-        ({"dtype": "F8_E4M3", "shape": [6], "data_offsets": [0, 6]}, "type 'F8_E4M3' is none of"),
-        ({"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}, "no whole numbers"),
-        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "no whole numbers"),
-        ({"dtype": "F32", "shape": [6], "data_offsets": [-24, 0]}, "no whole numbers"),
+        ({"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 25]}, "bytes 0 to 25"),
+        ({"dtype": "F32", "shape": [2000], "data_offsets": [0, 8000]}, "bytes 0 to 8000"),
+        ({"dtype": "F8_E4M3", "shape": [6], "data_offsets": [0, 6]}, "F8_E4M3"),
+        ({"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}, "shape"),
+        ({"dtype": "F32", "shape": [6], "data_offsets": [-24, 0]}, "bytes -24 to 0"),
         ({"dtype": "F32", "shape": [1]}, "data_offsets"),
         (5, "w.safetensors: not a readable"),
     ],
@@ -74,8 +73,7 @@ def test_header_and_bytes_must_agree(entry: object, reason: str, tmp_path: Path)
 def test_cut_safetensors_are_refused(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "w.safetensors", {"a": torch.ones(2, 3)})
     whole = path.read_bytes()
-    for content in (b"", whole[:7], whole[:20], whole[:-1], b"\xff" * 64, b"[]" * 40,
-                    (2).to_bytes(8, "little") + b"[]"):  # fmt: skip
+    for content in (b"", whole[:20], whole[:-1], b"\xff" * 64, whole[:8] + b"[" * 99_999):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"w.safetensors: not a readable .safetensors file"):
             load(path)
@@ -93,10 +91,8 @@ def test_timm_hub_folder(tmp_path: Path) -> None:
     assert source.preprocessing.mean == (0.5, 0.5, 0.4)
     assert source.origins["preprocessing"] == "config"
     assert torch.equal(source.tensors["conv1.weight"], state["conv1.weight"])
-    card = convert(source, tmp_path / "b.pkl", size=64)
-    assert card["preprocessing"]["pixel_mean"] == [127.5, 127.5, 102.0]
     (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "resnetaa50"}))
-    with pytest.raises(UserError, match="arch 'resnetaa50': its tensors have a plain ResNet's"):
+    with pytest.raises(UserError, match="arch 'resnetaa50' has a plain ResNet's tensors"):
         read_backbone(path)
     (tmp_path / "config.json").write_text("{}")
     assert read_backbone(path).origins["preprocessing"] == "assumed"
@@ -114,9 +110,6 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
     assert online.layout == ema.layout == "timm"
     assert list(online.dropped) == ["fc.weight"]
     assert torch.equal(ema.tensors["conv1.weight"], torchvision_state(seed=5)["conv1.weight"])
-    card = convert(online, tmp_path / "b.pkl", size=64)
-    assert card["pretraining"]["epoch"] == 3
-    assert "epochs 3" in (tmp_path / "b.md").read_text()
     del checkpoint["state_dict_ema"]
     with pytest.raises(UserError, match="--branch ema: this timm checkpoint holds one network"):
         read_backbone(save(checkpoint, path), branch="ema")
@@ -124,48 +117,91 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
         read_backbone(save(checkpoint | {"arch": "resnetblur50"}, path))
 
 
+def with_nan(state: dict[str, Any]) -> None:
+    state["layer2.0.bn1.bias"] = torch.full_like(state["layer2.0.bn1.bias"], float("nan"))
+
+
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("alter", "reason"),
     [
-        ({"conv1.0.weight": (32, 3, 3, 3)}, r"conv1.0.weight: a deep stem .*resnet..d"),
-        ({"layer1.0.se.fc1.weight": (4, 5, 1, 1)}, "squeeze-and-excitation"),
-        ({"layer1.0.downsample.2.weight": (5,)}, r"average pooling in its shortcuts \(ResNet-D\)"),
-        ({"layer1.0.conv1.conv.weight": (2, 3, 1, 1)}, "selective kernels"),
-        ({"layer1.0.convs.0.weight": (2, 2, 3, 3)}, "Res2Net"),
-        ({"layer1.0.conv2.weight": (2, 1, 3, 3)}, r"2 channels in 2 groups \(ResNeXt\)"),
-        ({"conv1.weight": (3, 1, 7, 7)}, "1 input channels; pictures have three"),
-        ({"bn1.running_mean": None}, "no running statistics .group norm"),
-        ({"stages.0.blocks.0.conv1.weight": (1,)}, "another family"),
-        ({"stem.conv1.conv.weight": (1, 3, 3, 3)}, "another family"),
-        ({"patch_embed.proj.weight": (1, 3, 16, 16)}, "vision transformer"),
-        ({"res2_0_branch2a_w": (1, 1, 1, 1)}, "Caffe2's names"),
-        ({"conv1_w": (3, 3, 7, 7)}, "Caffe2's names"),
+        # Networks that only look like a ResNet: each has tensors of its own, or of other shapes.
+        (lambda s: s.update({"conv1.0.weight": s.pop("conv1.weight")}), "no conv1.weight"),
+        (lambda s: s.update({"layer1.0.se.fc1.weight": torch.ones(4, 5, 1, 1)}), "has layer1.0.se"),
+        (lambda s: s.update({"layer1.0.downsample.2.weight": torch.ones(5)}), "has layer1.0.down"),
+        (lambda s: s.update({"layer1.0.conv2.weight": torch.ones(2, 1, 3, 3)}), "a ResNet-50 .*ne"),
+        (lambda s: s.update({"conv1.weight": torch.ones(3, 1, 7, 7)}), r"shape \(3, 1, 7, 7\)"),
+        (lambda s: s.update({"conv1.weight": torch.ones(3, 3, 3, 3)}), "CIFAR stem does not conve"),
+        (lambda s: s.pop("bn1.running_mean"), "lacks bn1.running_mean"),
+        # Incomplete or damaged ones.
+        (lambda s: s.pop("layer3.1.conv1.weight"), "lacks layer3.1.conv1.weight"),
+        (with_nan, "layer2.0.bn1.bias holds NaN or infinity"),
+        (lambda s: s.update({"layer1.0.x": torch.ones(1)}), "has layer1.0.x and 0 more beside"),
+        (lambda s: s.update({"conv1.weight": torch.ones(3)}), r"conv1.weight has shape \(3,\)"),
+        (lambda s: s.update({"bn1.weight": torch.ones(7)}), r"bn1.weight has shape \(7,\)"),
+        (lambda s: s.update({"bn1.weight": torch.ones(3).int()}), "bn1.weight is Tensor of torch."),
+        (lambda s: s.update({"bn1.weight": "text"}), "bn1.weight is str, not a dense tensor"),
+        (lambda s: s.update({"bn1.weight": torch.ones(3).to_sparse()}), "not a dense tensor"),
+        (lambda s: s.update({"bn1.weight": torch.ones(3).to("meta")}), "not a dense tensor"),
+        (lambda s: s.update({"bn1.num_batches_tracked": torch.tensor(-1)}), "not a count of batch"),
+        (lambda s: s.update({"bn1.num_batches_tracked": torch.tensor(1.5)}), "not a count of batc"),
+        (lambda s: s.update({"bn9.num_batches_tracked": torch.tensor(1)}), "a batch counter of no"),
     ],
 )
-def test_networks_that_only_look_like_a_resnet(
-    changed: dict[str, tuple[int, ...] | None], reason: str, tmp_path: Path
+def test_what_is_no_complete_plain_resnet_is_refused(
+    alter: Callable[[dict[str, Any]], object], reason: str, tmp_path: Path
 ) -> None:
-    state = torchvision_state()
-    for name, shape in changed.items():
-        state.pop(name, None)
-        if shape is not None:
-            state[name] = torch.ones(shape)
-    with pytest.raises(UserError, match=rf"is no plain ResNet: .*{reason}"):
+    state: dict[str, Any] = torchvision_state()
+    alter(state)
+    with pytest.raises(UserError, match=rf"a.pth: .*{reason}"):
         read_backbone(save(state, tmp_path / "a.pth"))
 
 
-@pytest.mark.parametrize("arch", [TINY, Arch(18, 64, 64, 64), Arch(101, 3, 2, 4)], ids=str)
-def test_plain_resnets_are_none_of_these(arch: Arch) -> None:
-    shapes = {name: tuple(value.shape) for name, value in torchvision_state(arch).items()}
-    refuse_other_networks(shapes, architecture="resnet50")
-    with pytest.raises(UserError, match="arch 'seresnetaa50d'"):
-        refuse_other_networks(shapes, architecture="seresnetaa50d")
+def test_our_checkpoint_and_its_architecture_must_belong_together(tmp_path: Path) -> None:
+    state, path = torchvision_state(), tmp_path / "a.pth"
+    for changes, reason in (
+        ({"arch": {**asdict(TINY), "depth": 101}}, "is no ResNet-101 .*lacks layer3.6"),
+        ({"arch": {**asdict(TINY), "stem_channels": 8}}, r"conv1.weight has shape \(3, 3, 7, 7\)"),
+        ({"arch": None}, "expected the keys depth"),
+        ({"model": {"projector.weight": torch.ones(1)}}, "no key begins with 'backbone.'"),
+        ({"preprocessing": {"mean": [0.5] * 3, "std": [1] * 3, "order": "BGR"}}, "only RGB"),
+        ({"preprocessing": {"mean": 5, "std": 5}}, "a.pth: preprocessing "),
+        ({"preprocessing": "imagenet"}, "a.pth: preprocessing "),
+    ):
+        with pytest.raises(UserError, match=reason):
+            read_backbone(save(our_checkpoint(state) | changes, path))
+    save(our_checkpoint(state), path)
+    with pytest.raises(UserError, match=r"no ema network.*--branch online"):
+        read_backbone(path, branch="ema")
+    with pytest.raises(UserError, match="use --layout auto"):
+        read_backbone(path, layout="moco")
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_backbone(tmp_path / "none.pth")
+    path = tmp_path / "a.pth"
+    for content, reason in (
+        (torch.ones(3), "holds Tensor, not a state_dict"),
+        ({}, "holds nothing, not a state_dict"),
+        ({0: torch.ones(3)}, "not names of tensors"),
+        ({"patch_embed.proj.weight": torch.ones(1)}, "no known layout: the keys begin with patch"),
+        ({"stages.0.blocks.0.conv1.weight": torch.ones(1)}, "no known layout"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            read_backbone(save(content, path))
+    blobs = {"blobs": {"conv1_w": np.ones((64, 3, 7, 7), np.float32)}}  # Caffe2's
+    (tmp_path / "detectron1.pkl").write_bytes(pickle.dumps(blobs))
+    with pytest.raises(UserError, match="no known layout: the keys begin with conv1_w"):
+        read_backbone(tmp_path / "detectron1.pkl")
+
+
+def detectron2_pkl(path: Path, state: dict[str, Tensor]) -> Path:
+    model = {detectron2_name(n): v.numpy() for n, v in state.items() if "tracked" not in n}
+    path.write_bytes(pickle.dumps({"model": model, "matching_heuristics": True}))
+    return path
 
 
 def test_arrays_in_foreign_byte_order_are_read(tmp_path: Path) -> None:
-    convert(
-        read_backbone(save(torchvision_state(), tmp_path / "a.pth")), tmp_path / "b.pkl", size=64
-    )
     data = {"model": {n: v.numpy() for n, v in torchvision_state().items()}}
     data["model"]["conv1.weight"] = data["model"]["conv1.weight"].astype(">f4")
     data["model"]["bn1.bias"] = np.asfortranarray(data["model"]["bn1.bias"])
@@ -174,61 +210,58 @@ def test_arrays_in_foreign_byte_order_are_read(tmp_path: Path) -> None:
     assert torch.equal(source.tensors["conv1.weight"], torchvision_state()["conv1.weight"])
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (torch.tensor(-1), "not a count of batches"),
-        (torch.tensor([1, 2]), "not a count of batches"),
-        (torch.tensor(1.5), "not a count of batches"),
-        ("many", "bn1.num_batches_tracked is str 'many'"),
-    ],
-)
-def test_counter_that_is_none_is_refused(value: object, reason: str, tmp_path: Path) -> None:
-    state: dict[str, Any] = {**torchvision_state(), "bn1.num_batches_tracked": value}
-    with pytest.raises(UserError, match=reason):
-        read_backbone(save(state, tmp_path / "a.pth"))
-    state = {**torchvision_state(), "bn9.num_batches_tracked": torch.tensor(1)}
-    with pytest.raises(UserError, match=r"bn9.num_batches_tracked: a batch counter of no norm"):
-        read_backbone(save(state, tmp_path / "a.pth"))
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        torch.ones(3).to_sparse(), torch.ones(3, dtype=torch.complex64), torch.ones(3).to("meta"),
-        None, [1.0, 2.0, 3.0], {"a": 1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_weight_that_is_no_dense_tensor_is_refused(value: object, tmp_path: Path) -> None:
-    state = torchvision_state() | {"bn1.weight": value}
-    with pytest.raises(UserError, match=r"bn1.weight is .*not a dense tensor of floating-point"):
-        read_backbone(save(state, tmp_path / "a.pth"))
-
-
-@pytest.mark.parametrize(
-    "given", [{"mean": 5, "std": 5}, {"mean": ["a"] * 3, "std": [1] * 3}, "imagenet", [1]]
-)
-def test_preprocessing_that_is_none_is_refused(given: object, tmp_path: Path) -> None:
-    path = save(our_checkpoint(torchvision_state(), preprocessing=given), tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a.pth: preprocessing "):
+def test_detectron2_file_without_card_must_be_explained(tmp_path: Path) -> None:
+    path = detectron2_pkl(tmp_path / "b.pkl", torchvision_state())
+    with pytest.raises(UserError, match=r"no card beside it \(b.json\).*--preprocessing and --str"):
         read_backbone(path)
+    with pytest.raises(UserError, match=r"give --stride-in 3x3 to tools"):
+        read_backbone(path, preprocessing=IMAGENET)
+    source = read_backbone(path, preprocessing=IMAGENET, stride_in_1x1=False)
+    assert source.origins == {"preprocessing": "option", "stride": "option"}
+    with pytest.raises(UserError, match=r"stride in the 1x1 convolution.*no renaming moves it"):
+        read_backbone(path, preprocessing=IMAGENET, stride_in_1x1=True)
+
+
+def test_card_of_a_detectron2_file(tmp_path: Path) -> None:
+    path = detectron2_pkl(tmp_path / "b.pkl", torchvision_state())
+    pixels = {"pixel_mean": [127.5, 102.0, 76.5], "pixel_std": [51.0] * 3, "input_format": "RGB",
+              "stride_in_1x1": False}  # fmt: skip
+    card = {"format": D2_CARD, "arch": asdict(TINY), "preprocessing": pixels, "branch": "online",
+            "source": {"file": "a", "sha256": "0", "layout": "ours"},
+            "weights_sha256": sha256_of(path)}  # fmt: skip
+
+    def read(**changes: Any) -> Any:
+        (tmp_path / "b.json").write_text(json.dumps(card | changes))
+        return read_backbone(path)
+
+    source = read()
+    assert source.preprocessing.mean == (0.5, 0.4, 0.3)
+    assert source.origins == {"preprocessing": "card", "stride": "card"}
+    with pytest.raises(UserError, match="stride in the 1x1 convolution"):
+        read(preprocessing=pixels | {"stride_in_1x1": True})
+    with pytest.raises(UserError, match="card's preprocessing is incomplete"):
+        read(preprocessing={})
+    with pytest.raises(UserError, match=r"b.json beside it describes another file"):
+        read(weights_sha256="0")
+
+
+@pytest.mark.parametrize("text", ["", "1,2/3", "0.5,0.5,0.5/0,1,1", "123,116,103/58,57,57", "x/y"])
+def test_preprocessing_that_makes_no_sense(text: str) -> None:
+    with pytest.raises(UserError, match=r"in \[0, 1\]"):
+        parse_preprocessing(text)
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pkl", ".safetensors"])
 def test_damaged_bytes_give_a_message_never_a_traceback(ending: str, tmp_path: Path) -> None:
-    """120 damaged copies of each kind of file: read, or refused with one message."""
-    state = torchvision_state(Arch(50, 1, 1, 1))
-    source = tmp_path / "a.pth"
-    save(state, source)
+    """50 damaged copies of each kind of file: read, or refused with one message."""
+    state = torchvision_state(Arch(50, 1, 1, 4))
     path = tmp_path / f"b{ending}"
-    if ending == ".safetensors":
-        write_safetensors(path, state)
-    else:
-        convert(read_backbone(source), path, size=64)
+    write = {".pth": lambda p, s: save(s, p), ".pkl": detectron2_pkl, ".safetensors":
+             write_safetensors}[ending]  # fmt: skip
+    write(path, state)
     whole, draw = path.read_bytes(), random.Random(5)
     refusals: list[str] = []
-    for _ in range(120):
+    for _ in range(50):
         content = bytearray(whole)
         for _ in range(draw.choice([1, 4, 40])):
             place = draw.randrange(len(content)) if draw.random() < 0.5 else draw.randrange(2000)
@@ -238,29 +271,5 @@ def test_damaged_bytes_give_a_message_never_a_traceback(ending: str, tmp_path: P
             read_backbone(path, assume=True)
         except UserError as error:
             refusals.append(str(error))
-    assert len(refusals) > 30
+    assert len(refusals) > 12
     assert all(str(path) in refusal for refusal in refusals)
-
-
-def test_command_refuses_without_a_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = save({"conv1.0.weight": torch.ones(1)}, tmp_path / "a.pth")
-    assert main([str(path), str(tmp_path / "b.pkl")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: is no plain ResNet: conv1.0.weight")
-    assert main([str(path), str(tmp_path / "b.pkl"), "--branch-b", "ema"]) == 2
-    assert "--branch-b goes with --verify" in capsys.readouterr().err
-    good = save(torchvision_state(), tmp_path / "good.pth")
-    out = tmp_path / "c.pth"
-    assert main([str(good), str(out), "--to", "torchvision", "--size", "64", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "c.json").read_text())
-
-
-def test_a_narrow_resnet_18_is_read_but_not_converted(tmp_path: Path) -> None:
-    arch = Arch(18, 64, 16, 64)
-    path = save(our_checkpoint(torchvision_state(arch), arch), tmp_path / "narrow.pth")
-    source = read_backbone(path)
-    assert source.arch == arch
-    with pytest.raises(UserError, match="Detectron2 builds ResNet-18/34 with 64 channels only"):
-        convert(source, tmp_path / "b.pkl", size=64)

@@ -13,8 +13,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from PIL import Image
 
 from common.annotations.formats.voc import VOC_CLASSES
-from common.annotations.labelled_format import FORMATS, read_set
-from common.annotations.record import SetChoice
+from common.annotations.record import FORMATS, SetChoice, read_set
 from common.errors import UserError
 from tests.detection.tiny_detection import CLASSES, annotation, make_coco, make_voc
 
@@ -31,7 +30,7 @@ def coco_root(tmp_path: Path) -> Path:
 
 def test_formats_are_listed_without_heavy_libraries() -> None:
     code = (
-        "import sys; from common.annotations.labelled_format import FORMATS\n"
+        "import sys; from common.annotations.record import FORMATS\n"
         "names = FORMATS.names()\n"
         "print({'coco', 'voc'} <= set(names), all(FORMATS[name].holds for name in names))\n"
         "print({'torch', 'detectron2', 'pycocotools'} & {m.split('.')[0] for m in sys.modules})"

@@ -16,7 +16,7 @@ FILES = {
     "base.py": """
 from dataclasses import dataclass
 from typing import ClassVar
-from common.registry import Registry
+from common.config import Registry
 
 @dataclass(frozen=True)
 class Shape:
@@ -55,7 +55,7 @@ class Square(Shape):
 SCHEMAS = """
 from dataclasses import dataclass, field
 from typing import ClassVar
-from common.registry import with_sections
+from common.config import with_sections
 from toy_shapes.base import Shape
 from toy_shapes.circle import Circle
 
@@ -97,7 +97,7 @@ def settings(package, monkeypatch):
 
 def test_names_are_the_modules_and_listing_imports_none(package):
     code = (
-        "import sys; from common.registry import Registry\n"
+        "import sys; from common.config import Registry\n"
         "class Base: ...\n"
         "registry = Registry('toy_shapes', Base)\n"
         "print(registry.names(), sorted(name for name in sys.modules if 'toy' in name))"

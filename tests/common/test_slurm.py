@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from common.slurm import add_slurm_option
+from common.errors import add_slurm_option
 from tools import ablate, make_shards, submit_pretrain
 
 WRONG = ["account", "account=", "=x", "comment=a\nb", "a=b\n#SBATCH --uid=0"]

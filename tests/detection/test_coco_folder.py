@@ -10,8 +10,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.annotations.labelled_format import read_set
-from detection.evaluation.coco import coco_metric
+from common.annotations.record import read_set
+from detection.evaluation.metrics import coco_metric
 from detection.training.config import load_config
 from tests.detection.tiny_detection import CONFIGS, NUMBERS, collect, make_coco
 from tests.detection.training.test_other_sets import _TINY

@@ -12,12 +12,11 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from common.annotations.labelled_format import read_set
-from common.annotations.record import LabelledSplit
+from common.annotations.record import LabelledSplit, read_set
 from common.resnet import Arch
 from detection.convert.parity import ReferenceResNet
 from detection.evaluation.evaluate import Collector
-from detection.evaluation.results import DetectedBoxes
+from detection.evaluation.metrics import DetectedBoxes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "detection"

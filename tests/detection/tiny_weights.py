@@ -10,7 +10,7 @@ from common.resnet import Arch
 from detection.convert.parity import ReferenceResNet
 from tests.detection.tiny_detection import liven_norms
 
-TINY = Arch(50, 2, 3, 5)
+TINY = Arch(50, 2, 3, 8)
 
 
 def torchvision_state(arch: Arch = TINY, seed: int = 0) -> dict[str, Tensor]:

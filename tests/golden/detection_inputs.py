@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.annotations.record import LabelledSet
 from detection.evaluation.evaluate import evaluate_detector
-from detection.evaluation.results import Evaluation
+from detection.evaluation.metrics import Evaluation
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from common.annotations.labelled_format import read_set
+from common.annotations.record import read_set
 from tests.golden.detection_inputs import (
     CONFIG,
     TrueBox,

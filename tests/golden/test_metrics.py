@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reference_metrics import DetectionSet, random_set
-from common.annotations.labelled_format import read_set
-from common.annotations.record import LabelledSplit, SetChoice
+from common.annotations.record import LabelledSplit, SetChoice, read_set
 from detection.training.data import to_detectron2
 from tests.golden.detection_inputs import (
     FoundBox,

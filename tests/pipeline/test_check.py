@@ -126,7 +126,7 @@ def test_dry_run_checks_shows_times_and_writes_nothing(folder: Path, capsys) -> 
 
 
 def test_every_program_answers_many_checks_at_once(folder: Path, capfd, monkeypatch) -> None:
-    from common.checking import run_or_check_each
+    from common.errors import run_or_check_each
 
     def program(words: list[str] | None) -> int:
         if words == ["odd"]:

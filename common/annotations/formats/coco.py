@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.annotations.labelled_format import LabelledFormat, check_same_classes
 from common.annotations.record import (
+    LabelledFormat,
     LabelledSet,
     LabelledSplit,
     ObjectRecord,
     PictureRecord,
     SetChoice,
+    check_same_classes,
     checked_class_name,
 )
 from common.errors import UserError

@@ -10,15 +10,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from common.annotations.canonical import annotation_file, list_file
-from common.annotations.labelled_format import LabelledFormat, check_same_classes
 from common.annotations.record import (
+    LabelledFormat,
     LabelledSet,
     LabelledSplit,
     ObjectRecord,
     PictureRecord,
     SetChoice,
+    annotation_file,
+    check_same_classes,
     checked_class_name,
+    list_file,
 )
 from common.errors import UserError
 from common.files import read_json, read_text

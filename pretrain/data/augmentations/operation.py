@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from common.config import Registry
 from common.errors import require
 from common.lazy import torch
-from common.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

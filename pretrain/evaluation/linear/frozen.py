@@ -63,11 +63,6 @@ class FrozenBackbone:
                 image_size = int(file.contents["config"]["data"]["image_size"])
             if not is_random:
                 weights, kind = file.tensors, file.layout.replace("ours", "checkpoint")
-                require(
-                    not file.stride_in_1x1,
-                    f"{path}: its bottlenecks have their stride in the 1x1 convolutions, ours in "
-                    "the 3x3 ones; give a network with torchvision's stride",
-                )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(arch).eval().requires_grad_(False)

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Float
 
+from common.config import Registry
 from common.errors import require
 from common.lazy import Tensor, functional, torch
-from common.registry import Registry
 
 
 class RowRandom:

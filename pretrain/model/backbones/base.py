@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from common.config import Registry
 from common.lazy import nn
-from common.registry import Registry
 
 
 @dataclass(frozen=True)

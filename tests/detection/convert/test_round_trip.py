@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import detection.training.heads  # noqa: F401  (registers the C4 head)
+import detection.training.trainer  # noqa: F401  (registers the C4 head)
 from common.backbone import IMAGENET, read_backbone
 from common.errors import UserError
 from common.resnet import Arch

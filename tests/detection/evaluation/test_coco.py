@@ -13,9 +13,8 @@ from benchmarks.reference_metrics import (
     TrueObject,
     average_precisions,
 )
-from common.annotations.labelled_format import read_set
-from common.annotations.record import LabelledSet, LabelledSplit
-from detection.evaluation.coco import coco_metric
+from common.annotations.record import LabelledSet, LabelledSplit, read_set
+from detection.evaluation.metrics import coco_metric
 from tests.detection.tiny_detection import Detection, collect, make_voc
 
 

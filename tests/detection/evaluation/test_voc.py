@@ -9,12 +9,10 @@ import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 
-from common.annotations.labelled_format import read_set
-from common.annotations.record import LabelledSet, SetChoice
+from common.annotations.record import LabelledSet, SetChoice, read_set
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
 from detection.evaluation.evaluate import detection_rows
-from detection.evaluation.results import ClassFigures, Curve
-from detection.evaluation.voc import curve_points, voc_metric
+from detection.evaluation.metrics import ClassFigures, Curve, curve_points, voc_metric
 from tests.detection.tiny_detection import CLASSES, Detection, collect, instances_of, make_voc
 
 

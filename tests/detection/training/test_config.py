@@ -8,7 +8,7 @@ from torch import nn
 
 from common.errors import UserError
 from detection.training.config import add_keys, check_device, flatten, load_config, parse_overrides
-from detection.training.heads import Res5ROIHeadsExtraNorm
+from detection.training.trainer import Res5ROIHeadsExtraNorm
 from tests.detection.tiny_detection import CONFIGS
 
 THIN = CONFIGS / "thin_R50_C4.yaml"

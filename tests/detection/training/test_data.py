@@ -5,7 +5,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 
-from common.annotations.labelled_format import read_set
+from common.annotations.record import read_set
 from detection.training.data import register, to_detectron2
 from tests.detection.tiny_detection import CLASSES
 

@@ -14,12 +14,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import spawn
 
-from common.annotations.labelled_format import read_set
-from common.annotations.record import LabelledSet
-from detection.evaluation.coco import coco_metric
+from common.annotations.record import LabelledSet, read_set
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
 from detection.evaluation.evaluate import Collector, detection_rows
-from detection.evaluation.voc import voc_metric
+from detection.evaluation.metrics import coco_metric, voc_metric
 from tests.detection.tiny_detection import make_voc
 
 NUM_PROCESSES = 2

@@ -8,8 +8,7 @@ import pytest
 from detectron2.engine import DefaultTrainer
 
 from common.errors import UserError
-from detection.training.config import load_config, parse_overrides
-from detection.training.protocol import scale_schedule, schedule_table
+from detection.training.config import load_config, parse_overrides, scale_schedule, schedule_table
 from tests.detection.tiny_detection import CONFIGS
 
 PROTOCOL = CONFIGS / "voc0712_R50_C4_24k.yaml"

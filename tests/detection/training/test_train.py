@@ -17,7 +17,7 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
-from common.annotations.labelled_format import read_set
+from common.annotations.record import read_set
 from detection.training.config import load_config, parse_overrides
 from detection.training.data import build_train_loader, register
 from detection.training.trainer import Trainer

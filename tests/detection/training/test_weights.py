@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from torch import nn
 
-import detection.training.heads  # noqa: F401  (registers the C4 head)
+import detection.training.trainer  # noqa: F401  (registers the C4 head)
 from common.backbone import read_backbone
 from common.errors import UserError
 from detection.convert.to_detectron2 import convert, to_detectron2

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from common.annotations.canonical import make_folders
+from common.annotations.record import make_folders
 from pipeline.datasets import scene
 from pipeline.datasets.build import write_scene
 from pipeline.datasets.scene import Annotation, Placed, Scene, Sprite

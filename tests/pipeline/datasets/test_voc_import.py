@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from common.annotations.formats.voc import VOC_CLASSES
-from common.annotations.labelled_format import read_set
-from common.annotations.record import SetChoice
+from common.annotations.record import SetChoice, read_set
 from pipeline.datasets import voc_import
 from tests.pipeline.datasets.package_fixture import run as run_command
 

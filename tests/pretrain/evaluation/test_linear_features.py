@@ -19,7 +19,6 @@ from pretrain.data.policy import Crop, Flip, ViewPolicy
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.evaluation.linear import features as stored
-from pretrain.evaluation.linear import frozen
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.features import BLOCK_ROWS, extract
 from pretrain.evaluation.linear.frozen import FrozenBackbone
@@ -122,14 +121,6 @@ def test_random_weights_of_a_checkpoints_architecture(our_checkpoint):
 def test_unknown_random_networks_are_refused(source):
     with pytest.raises(UserError, match=f"{source}: give random: with R18"):
         load(source)
-
-
-def test_a_stride_that_our_resnet_lacks_is_refused(tmp_path, monkeypatch):
-    torch.save(ResNet(Arch(50, 8, 4, 32)).state_dict(), tmp_path / "w.pth")
-    file = replace(frozen.read_backbone(tmp_path / "w.pth"), stride_in_1x1=True)
-    monkeypatch.setattr(frozen, "read_backbone", lambda *_, **__: file)
-    with pytest.raises(UserError, match="stride in the 1x1 convolutions"):
-        load(tmp_path / "w.pth")
 
 
 # --- features on the disk
