@@ -1,162 +1,170 @@
-import argparse
+"""Conversion: proved, bit-equal both ways, and described by cards that hold nothing else."""
+
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.backbone import IMAGENET, parse_preprocessing, read_backbone
+from common.backbone import IMAGENET, read_backbone
 from common.errors import UserError
+from common.files import sha256_of
 from common.resnet import Arch
 from detection.convert import to_detectron2 as conversion
-from detection.convert.parity import (
-    compare,
-    comparison_picture,
-    detectron2_features,
-    reference_features,
-)
-from detection.convert.to_detectron2 import convert, to_detectron2
-from tests.detection.tiny_detection import ROOT, liven_norms, write_our_checkpoint
+from detection.convert.parity import STAGES, build_bare_resnet, comparison_picture
+from detection.convert.to_detectron2 import convert, place, plain
+from detection.training.config import load_config, set_arch
+from detection.training.weights import check_card, load_backbone, write_weights
+from tests.detection.tiny_detection import CONFIGS, liven_norms
+from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
 
-
-def torchvision_state(depth: int) -> dict[str, Tensor]:
-    torch.manual_seed(depth)
-    return liven_norms(getattr(torchvision.models, f"resnet{depth}")()).state_dict()
+# -- bits and functions ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def r18(tmp_path: Path) -> Path:
-    torch.save(torchvision_state(18), tmp_path / "r18.pth")
-    return tmp_path / "r18.pth"
+def there_and_back(path: Path, ending: str, size: int = 64) -> dict[str, Tensor]:
+    """The state_dict after both conversions."""
+    folder = path.parent
+    convert(read_backbone(path), folder / f"there{ending}", size=size)
+    back = read_backbone(folder / f"there{ending}")
+    convert(back, folder / "back.pth", to="torchvision", size=size)
+    return torch.load(folder / "back.pth", weights_only=True)
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)  # torchvision's order too
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].numpy().tobytes() == value.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "ending"),
+    [(TINY, ".pkl"), (Arch(101, 5, 3, 4), ".pth"), (Arch(152, 1, 5, 8), ".pkl")],
+    ids=str,
+)
+def test_every_bit_comes_back_for_any_width(arch: Arch, ending: str, tmp_path: Path) -> None:
+    state = torchvision_state(arch, 7)
+    state["conv1.weight"].view(-1)[:3] = torch.tensor([-0.0, 1e-45, -1e-40])  # easily lost bits
+    assert_same_bits(there_and_back(save(state, tmp_path / "from.pth"), ending), state)
+
+
+def torchvision_features(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Features of torchvision's own model, by its own forward."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        network.get_submodule(f"layer{number}").register_forward_hook(
+            lambda _module, _inputs, output, stage=stage: found.__setitem__(stage, output)
+        )
+        for number, stage in enumerate(STAGES, start=1)
+    ]
+    with torch.no_grad():
+        network.eval()(image)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
-def test_card_says_how_the_conversion_was_proved(depth: int, tmp_path: Path) -> None:
-    state = torchvision_state(depth)
-    torch.save(state, tmp_path / "x.pth")
-    card = convert(read_backbone(tmp_path / "x.pth"), tmp_path / "out.pkl", size=128)
-    assert card["num_tensors"] == {18: 100, 50: 265}[depth]
-    assert set(card["stages"]) == {"res2", "res3", "res4", "res5"}
-    assert card["max_relative_difference"] == max(card["stages"].values()) <= 1e-5
-    assert card == json.loads((tmp_path / "out.json").read_text())
-    assert card["preprocessing"]["pixel_mean"] == pytest.approx([123.675, 116.28, 103.53])
-    assert card["preprocessing"]["input_format"] == "RGB"
+def test_torchvisions_own_forward_equals_detectron2s(depth: int, tmp_path: Path) -> None:
+    torch.manual_seed(depth)
+    network = liven_norms(getattr(torchvision.models, f"resnet{depth}")(), depth)
+    path = save(network.state_dict(), tmp_path / "from.pth")
+    back = there_and_back(path, ".pkl")
+    state = {n: v for n, v in network.state_dict().items() if not n.startswith("fc.")}
+    assert_same_bits(back, state)
+    detector = nn.Module()
+    detector.backbone = build_bare_resnet(read_backbone(path).arch)
+    num_weights = sum(not name.endswith("num_batches_tracked") for name in state)
+    assert load_backbone(detector, tmp_path / "there.pkl") == num_weights
+    image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(1))
+    expected = torchvision_features(network, image)
+    with torch.no_grad():
+        found = detector.backbone.eval()(image)
+    network.fc = nn.Identity()
+    network.load_state_dict(back)  # strictly
+    returned = torchvision_features(network, image)
+    for stage in STAGES:
+        assert expected[stage].abs().max() > 0
+        limit = 1e-5 * expected[stage].abs().max()
+        assert (found[stage] - expected[stage]).abs().max() <= limit
+        assert torch.equal(returned[stage], expected[stage])
 
 
-def in_moco(state: dict[str, Tensor]) -> dict[str, object]:
-    keys = {f"module.encoder_q.{name}": value for name, value in state.items()}
-    return {"epoch": 200, "arch": "resnet18",
-            "state_dict": keys | {"module.queue": torch.zeros(2, 2)}}  # fmt: skip
-
-
-def in_solo_learn(state: dict[str, Tensor]) -> dict[str, object]:
-    keys = {f"backbone.{n}": v for n, v in state.items() if not n.startswith("fc.")}
-    return {"epoch": 1, "state_dict": keys | {"projector.0.weight": torch.ones(2)},
-            "hyper_parameters": argparse.Namespace(method="nnclr")}  # fmt: skip
-
-
-def in_lightly(state: dict[str, Tensor]) -> dict[str, object]:
-    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-    keys = {}
-    for name, value in state.items():
-        first, _, rest = name.partition(".")
-        if first in numbers:
-            keys[f"backbone.{numbers[first]}.{rest}"] = value
-    return {"state_dict": keys | {"projection_head.layers.0.weight": torch.ones(2)},
-            "callbacks": {"stopper": Stopper()}}  # fmt: skip
-
-
-class Stopper:
-    """Stands for a class of somebody's training code inside a Lightning checkpoint."""
-
-
-@pytest.mark.parametrize(
-    ("wrap", "layout"),
-    [
-        (lambda state: state, "torchvision"),
-        (lambda state: {"state_dict": state}, "torchvision"),
-        (in_moco, "moco"),
-        (in_solo_learn, "solo-learn"),
-        (in_lightly, "lightly"),
-    ],
-)
-def test_foreign_checkpoints_give_the_same_tensors(wrap, layout: str, tmp_path: Path) -> None:
-    state = torchvision_state(18)
-    torch.save(wrap(state), tmp_path / "foreign.ckpt")
-    source = read_backbone(tmp_path / "foreign.ckpt")
-    assert source.layout == layout
-    assert source.arch == Arch(18, 64, 64, 64)
-    assert source.preprocessing == IMAGENET
-    assert all(torch.equal(value, state[name]) for name, value in source.tensors.items())
-    assert len(source.tensors) == 100
-
-
-def test_our_checkpoint_and_its_branches(thin_checkpoint: Path, tmp_path: Path) -> None:
-    online = read_backbone(thin_checkpoint)
-    ema = read_backbone(thin_checkpoint, branch="ema")
-    assert online.layout == "ours"
-    assert online.arch == Arch(50, 16, 16, 64)
-    assert not torch.equal(online.tensors["bn1.weight"], ema.tensors["bn1.weight"])
-    card = convert(ema, tmp_path / "b.pth", size=96)
-    assert card["branch"] == "ema"
-    assert "projector.0.weight" in card["dropped"]
-    assert card["source"]["file"] == "checkpoint.pth"
-    assert card["max_relative_difference"] <= 1e-4
+def test_counters_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+    """A checkpoint of old times has none; torchvision's network loads without them."""
+    state = {n: v for n, v in torchvision_state().items() if not n.endswith("tracked")}
+    state["bn1.num_batches_tracked"] = torch.tensor(5)
+    assert set(there_and_back(save(state, tmp_path / "from.pth"), ".pkl")) == set(state)
 
 
 @pytest.mark.parametrize("ending", [".pkl", ".pth"])
-def test_same_tensors_give_the_same_bytes(
-    ending: str, thin_checkpoint: Path, tmp_path: Path
-) -> None:
-    source = read_backbone(thin_checkpoint)
-    written = []
+def test_same_tensors_give_the_same_bytes(ending: str, tmp_path: Path) -> None:
+    state = torchvision_state()
     for name in ("one", "two"):
-        convert(source, tmp_path / name / f"out{ending}", size=64)
-        written.append((tmp_path / name / f"out{ending}").read_bytes())
-    assert written[0] == written[1]
+        write_weights(tmp_path / f"{name}{ending}", state, {"a": 1})
+    assert (tmp_path / f"one{ending}").read_bytes() == (tmp_path / f"two{ending}").read_bytes()
 
 
-def test_pkl_is_what_detectron2_expects(thin_checkpoint: Path, tmp_path: Path) -> None:
-    convert(read_backbone(thin_checkpoint), tmp_path / "out.pkl", size=64)
-    data = pickle.loads((tmp_path / "out.pkl").read_bytes())
+def test_pkl_is_what_detectron2_expects(thin_weights: Path) -> None:
+    """Counters lie beside "model": within it, a frozen norm would have no place for them."""
+    data = pickle.loads(thin_weights.read_bytes())
     assert data["matching_heuristics"] is True
     assert data["__author__"]
     assert all(isinstance(value, np.ndarray) for value in data["model"].values())
     assert "stem.conv1.weight" in data["model"]
+    assert not [name for name in data["model"] if name.endswith("num_batches_tracked")]
+    assert "stem.conv1.norm.num_batches_tracked" in data["num_batches_tracked"]
+    assert len(data["num_batches_tracked"]) == 53
 
 
-@pytest.mark.parity
-def test_wrong_stride_convention_is_caught_by_the_features(thin_checkpoint: Path) -> None:
-    source = read_backbone(thin_checkpoint)
-    image = IMAGENET.normalise(comparison_picture(None, 128))
-    state = to_detectron2(source)
-    reference = reference_features(source.arch, source.tensors, image)
-    right, wrong = (
-        compare(
-            reference,
-            detectron2_features(source.arch, state, image, stride_in_1x1=stride_in_1x1),
-        )
-        for stride_in_1x1 in (False, True)
-    )
-    assert max(right.values()) <= 1e-4
-    assert wrong["res2"] <= 1e-4  # no stride there
-    assert min(wrong["res3"], wrong["res4"], wrong["res5"]) > 0.01
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in torchvision_state().items()}
+    source = read_backbone(save(state, tmp_path / "a.pth"))
+    assert all(torch.equal(value, state[name].float()) for name, value in source.tensors.items())
+    assert source.cast == {str(dtype).removeprefix("torch."): 265}
+
+
+@pytest.mark.parametrize(
+    ("config", "arch"),
+    [("thin_R50_C4.yaml", Arch(101, 16, 16, 64)), ("R18_FPN.yaml", Arch(18, 64, 64, 64))],
+)
+def test_backbone_comes_out_of_a_whole_detector(config: str, arch: Arch, tmp_path: Path) -> None:
+    state = torchvision_state(arch, 3)
+    convert(read_backbone(save(state, tmp_path / "a.pth")), tmp_path / "b.pkl", size=64)
+    cfg = load_config(CONFIGS / config, {"MODEL.DEVICE": "cpu"})
+    set_arch(cfg, arch)
+    model = build_model(cfg)
+    load_backbone(model, tmp_path / "b.pkl")
+    path = save({"model": model.state_dict(), "iteration": 7}, tmp_path / "model_final.pth")
+    source = read_backbone(path, preprocessing=IMAGENET, stride_in_1x1=False)
+    assert source.layout == "detectron2"
+    assert source.arch == arch
+    for name, value in source.tensors.items():
+        assert torch.equal(value, state[name])
+    reasons = set(source.dropped.values())
+    assert any("part of the detector" in reason for reason in reasons)
+    assert any("extra norm" in reason for reason in reasons) == ("C4" in config)
+
+
+# -- what is not written ---------------------------------------------------------------------------
 
 
 def test_nothing_is_written_when_features_differ(
-    thin_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = read_backbone(thin_checkpoint)
-    swapped = dict(to_detectron2(source))
+    source = read_backbone(save(torchvision_state(), tmp_path / "a.pth"))
+    swapped = conversion.to_detectron2(source.tensors)
     swapped["res4.0.conv1.weight"] = swapped["res4.0.conv1.weight"].flip(0)
     monkeypatch.setattr(conversion, "to_detectron2", lambda _: swapped)
     with pytest.raises(UserError, match=r"features differ.*res4 .*nothing was written"):
@@ -164,98 +172,190 @@ def test_nothing_is_written_when_features_differ(
     assert not list(tmp_path.glob("out*"))
 
 
-def nan_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    state["backbone.layer2.0.bn1.bias"][0] = float("nan")
-    return state
+def test_nothing_is_overwritten_that_is_no_card(tmp_path: Path) -> None:
+    path = save(torchvision_state(), tmp_path / "a.pth")
+    source = read_backbone(path)
+    with pytest.raises(UserError, match="is the checkpoint itself"):
+        convert(source, path, to="torchvision")
+    (tmp_path / "summary.json").write_text('{"steps": 5}')
+    with pytest.raises(UserError, match=r"summary.json exists and is no card"):
+        convert(source, tmp_path / "summary.pkl")
+    (tmp_path / "README.md").write_text("# Mine")
+    with pytest.raises(UserError, match=r"README.md exists and is no card"):
+        convert(source, tmp_path / "README.pth")
+    convert(source, tmp_path / "b.pkl", size=64)
+    with pytest.raises(UserError, match=r"b.json, which describes b.pkl"):
+        convert(source, tmp_path / "b.pth", to="torchvision")
+    for to, ending in (("torchvision", ".pkl"), ("detectron2", ".pt")):
+        with pytest.raises(UserError, match=r"end the name in \.p"):
+            convert(source, tmp_path / f"c{ending}", to=to)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md", "a.pth", "b.json", "b.md", "b.pkl", "summary.json",
+    ]  # fmt: skip
 
 
-def test_bad_checkpoints_are_named(tmp_path: Path) -> None:
-    path = write_our_checkpoint(tmp_path / "c.pth")
-    good = torch.load(path, weights_only=True)
-
-    def refused(match: str, **changes: object) -> None:
-        torch.save({**good, **changes}, path)
-        with pytest.raises(UserError, match=match) as caught:
-            read_backbone(path)
-        assert str(path) in str(caught.value)
-
-    model = good["model"]
-    refused(r"holds NaN or infinity", model=nan_in({n: v.clone() for n, v in model.items()}))
-    refused(r"is no ResNet-101 .*lacks layer3.6", arch={**good["arch"], "depth": 101})
-    refused(
-        r"no ResNet-18.*has layer1.0.conv3.*look like a ResNet-50",
-        arch=dict(zip(good["arch"], (18, 64, 64, 64), strict=True)),
-    )
-    refused(r"has layer1.0.downsample.*look like", arch={**good["arch"], "stem_channels": 64})
-    refused(r"layer1.0.conv1.weight has shape \(16", arch={**good["arch"], "width_per_group": 8})
-    refused(
-        r"is no ResNet-50 .*lacks layer3.1.conv1.weight",
-        model={name: value for name, value in model.items() if "layer3.1.conv1" not in name},
-    )
-    refused(r"has layer1.9.x", model={**model, "backbone.layer1.9.x": torch.ones(1)})
-    refused(r"order 'BGR': only RGB", preprocessing={**good["preprocessing"], "order": "BGR"})
-    refused(r"expected the keys depth", arch=None)
-    refused(r"no key begins with 'backbone.'", model={"projector.weight": torch.ones(1)})
-    torch.save({**good, "ema": None}, path)
-    with pytest.raises(UserError, match=r"no ema network.*--branch online"):
-        read_backbone(path, branch="ema")
-    with pytest.raises(UserError, match="use --layout auto"):
-        read_backbone(path, layout="moco")
+def test_a_narrow_resnet_18_is_read_but_not_converted(tmp_path: Path) -> None:
+    arch = Arch(18, 64, 16, 64)
+    source = read_backbone(save(our_checkpoint(torchvision_state(arch), arch), tmp_path / "n.pth"))
+    assert source.arch == arch
+    with pytest.raises(UserError, match="Detectron2 builds ResNet-18/34 with 64 channels only"):
+        convert(source, tmp_path / "b.pkl", size=64)
 
 
-def test_truncated_missing_and_foreign_files(r18: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
-        read_backbone(tmp_path / "none.pth")
-    r18.write_bytes(r18.read_bytes()[:100_000])
-    with pytest.raises(UserError, match=r"r18\.pth: not a readable"):
-        read_backbone(r18)
-    torch.save(torch.ones(3), tmp_path / "tensor.pth")
-    with pytest.raises(UserError, match="holds Tensor, not a state_dict"):
-        read_backbone(tmp_path / "tensor.pth")
-    torch.save({}, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match="holds nothing, not a state_dict"):
-        read_backbone(tmp_path / "empty.pth")
-    blobs = {"blobs": {"conv1_w": np.ones((64, 3, 7, 7), np.float32)}}
-    (tmp_path / "detectron1.pkl").write_bytes(pickle.dumps(blobs))
-    with pytest.raises(UserError, match="conv1_w: Caffe2's names"):
-        read_backbone(tmp_path / "detectron1.pkl")
-    torch.save({0: torch.ones(3)}, tmp_path / "numbers.pth")
-    with pytest.raises(UserError, match="not names of tensors"):
-        read_backbone(tmp_path / "numbers.pth")
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*words: object) -> tuple[int, str, str]:
+        status = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
-
-def test_cifar_stem_is_explained(tmp_path: Path) -> None:
-    state = torchvision_state(18)
-    state["conv1.weight"] = torch.ones(64, 3, 3, 3)
-    torch.save(state, tmp_path / "cifar.pth")
-    with pytest.raises(UserError, match="CIFAR stem does not convert"):
-        read_backbone(tmp_path / "cifar.pth")
-
-
-def test_out_must_say_what_it_is(thin_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"end the name in \.pkl"):
-        convert(read_backbone(thin_checkpoint), tmp_path / "out.bin")
-
-
-@pytest.mark.parametrize("text", ["", "1,2/3", "0.5,0.5,0.5/0,1,1", "123,116,103/58,57,57", "x/y"])
-def test_preprocessing_that_makes_no_sense(text: str) -> None:
-    with pytest.raises(UserError, match=r"in \[0, 1\]"):
-        parse_preprocessing(text)
-
-
-def test_command_line(
-    thin_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "tools" / "convert_to_d2.py", *arguments]
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True)
-
+    path = save(our_checkpoint(torchvision_state()), tmp_path / "a.pth")
     Image.fromarray(comparison_picture(None, 100).numpy()).save(tmp_path / "p.png")
-    done = call(thin_checkpoint, tmp_path / "b.pkl", "--image", tmp_path / "p.png", "--size", 96)
-    assert done.returncode == 0, done.stderr
-    assert "265 tensors and 53 batch counters converted to detectron2" in done.stdout
-    assert "a head of pretraining" in done.stdout
-    assert main([str(tmp_path / "none.pth"), str(tmp_path / "b.pkl")]) == 2
-    failed = capsys.readouterr().err
-    assert failed.startswith("error: ")
-    assert "Traceback" not in failed
+    status, out, _ = call(path, tmp_path / "b.pkl", "--image", tmp_path / "p.png", "--size", 64)
+    assert status == 0
+    assert "265 tensors and 53 batch counters converted to detectron2" in out
+    assert "a head or state of pretraining" in out
+    status, out, _ = call(path, tmp_path / "b.pkl", "--size", 64, "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads((tmp_path / "b.json").read_text())
+    for words in ([tmp_path / "none.pth", tmp_path / "b.pkl"], [path, tmp_path / "b.pkl",
+                  "--branch-b", "ema"]):  # fmt: skip
+        status, _, error = call(*words)
+        assert status == 2
+        assert error.startswith("error: ")
+        assert "Traceback" not in error
+
+
+# -- cards -----------------------------------------------------------------------------------------
+
+CONFIG = {
+    "out": "/data/someone/runs/first",
+    "data": {
+        "shards": {"/data/someone/sets/photos": 1.0, "https://u:secret@host.org/a/b?s=token": 0.5},
+    },
+    "objective": {"name": "by|ol`\n## Heading <b>"},
+    "fa": {"method": "nn+noise", "architecture": "parallel"},
+    "eval": {"probe_train": "/data/someone/probe/train"},
+    "loss": float("nan"),
+    "weights": torch.ones(2),
+}  # fmt: skip
+
+
+def run_folder(folder: Path, **changes: Any) -> Path:
+    """A pretraining run as `pretrain/` leaves it."""
+    facts = {
+        "config": CONFIG,
+        "step": 4000,
+        "position": {"step": 4000, "epoch": 40},
+        "schedule": {"num_steps": 20000, "data_fingerprint": "f1a9"},
+        "versions": {"torch": "2.9.1", "python": "3.12.1"},
+    }
+    folder.mkdir(exist_ok=True)
+    path = save(our_checkpoint(torchvision_state(), **facts | changes), folder / "checkpoint.pth")
+    (folder / "environment.json").write_text(json.dumps({"commit": "c0ffee", "device": "cpu"}))
+    summary = {"steps": 4000, "knn_top1": 0.625, "num_samples": 12345, "images_per_second": None}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def cards(path: Path, out: Path, **options: Any) -> tuple[dict[str, Any], str]:
+    convert(read_backbone(path), out, size=64, **options)
+    return json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
+
+
+def test_what_is_known_stands_in_both_cards_and_is_handed_on(tmp_path: Path) -> None:
+    path = run_folder(tmp_path / "run")
+    card, text = cards(path, tmp_path / "b.pkl")
+    known = card["pretraining"]
+    assert card["weights_file"] == "b.pkl"
+    assert card["weights_sha256"] == sha256_of(tmp_path / "b.pkl")
+    assert card["source"]["sha256"] == sha256_of(path)
+    assert (known["step"], known["num_steps"], known["epoch"]) == (4000, 20000, 40)
+    assert (known["commit"], known["data_fingerprint"]) == ("c0ffee", "f1a9")
+    assert known["figures"] == {"knn_top1": 0.625, "num_samples": 12345}
+    assert known["config"]["fa"] == CONFIG["fa"]
+    assert known["versions"] == {"torch": "2.9.1", "python": "3.12.1"}
+    for part in (
+        "nn+noise",
+        "4000",
+        "c0ffee",
+        "0.625",
+        card["weights_sha256"],
+        "[127.5, 102.0, 76",
+    ):
+        assert part in text, part
+    assert len(text.splitlines()) < 24
+    # Nothing else: no place on a machine, no secret, no markup; what is no JSON becomes text.
+    for written in (json.dumps(card), text):
+        for secret in ("secret", "token", "/data/someone", "u:"):
+            assert secret not in written
+    shards = known["config"]["data"]["shards"]
+    assert shards == {"sets/photos": 1.0, "https://host.org/a/b": 0.5}
+    assert (known["config"]["loss"], known["config"]["weights"]) == ("nan", "<Tensor>")
+    assert not [line for line in text.splitlines()[1:] if "`" in line or "<" in line]
+    assert [x for x in text.splitlines() if x.startswith("#")] == ["# Model card: b.pkl"]
+    # The pixels of the card are those of Detectron2's keys.
+    cfg = get_cfg()
+    set_arch(cfg, TINY)
+    pixels = card["preprocessing"]
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN = pixels["input_format"], pixels["pixel_mean"]
+    cfg.MODEL.PIXEL_STD, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = pixels["pixel_std"], False
+    check_card(tmp_path / "b.pkl", cfg)
+    second, _ = cards(tmp_path / "b.pkl", tmp_path / "c.pth", to="torchvision")
+    assert second["pretraining"] == known
+    assert second["made_from"] == card["source"]
+    assert second["preprocessing"] == {
+        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "order": "RGB", "pixel_range": [0, 1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("runs/data/shards", "runs/data/shards"),
+        ("/a/b/c/d", "c/d"),
+        ("/", ""),
+        ("https://host/x/shard-{000..009}.tar", "https://host/x/shard-{000..009}.tar"),
+        ("s3://key:pass@bucket/x?versionId=3#f", "s3://bucket/x"),
+        ("pipe:curl -H 'Authorization: Bearer abc' https://h/x", "pipe:curl .."),
+    ],
+)
+def test_location_as_shown(location: str, shown: str) -> None:
+    assert place(location) == shown
+
+
+def test_assumption_stays_one_through_conversions(tmp_path: Path) -> None:
+    card, _ = cards(save(torchvision_state(), tmp_path / "a.pth"), tmp_path / "b.pkl")
+    assert not any(card["pretraining"].values())
+    card, _ = cards(tmp_path / "b.pkl", tmp_path / "c.pth", to="torchvision")
+    assert card["origins"]["preprocessing"] == "assumed"
+
+
+def test_figures_of_another_step_are_left_out(tmp_path: Path) -> None:
+    path = run_folder(tmp_path / "run", step=3000)
+    assert conversion.pretraining(read_backbone(path))["figures"] is None
+    older = path.parent / "checkpoints" / "step-4000.pth"
+    older.parent.mkdir()
+    run_folder(path.parent).rename(older)
+    figures = conversion.pretraining(read_backbone(older))["figures"]
+    assert figures["knn_top1"] == 0.625  # of the run's folder above
+
+
+def test_malformed_card_of_a_source_breaks_nothing(tmp_path: Path) -> None:
+    path = save(torchvision_state(), tmp_path / "b.pth")
+    card, _ = cards(path, tmp_path / "c.pkl")
+    card["weights_sha256"] = sha256_of(path)
+    for known in ({"figures": [1], "config": "x"}, "text", None, {"step": {"a": 1}, "versions": 3}):
+        (tmp_path / "b.json").write_text(json.dumps(card | {"pretraining": known}))
+        source = read_backbone(path)
+        assert source.card is not None
+        assert conversion.pretraining(source)["config"] is None
+
+
+def test_plain_ends_somewhere() -> None:
+    nested: dict[str, Any] = {}
+    inner = nested
+    for _ in range(100):
+        inner["a"] = {}
+        inner = inner["a"]
+    assert "<dict>" in json.dumps(plain(nested))
+    assert plain([float("inf"), (1, None), {2: b"x"}]) == ["inf", [1, None], {"2": "<bytes>"}]

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,36 @@ import torch
 from common.backbone import read_backbone
 from common.files import sha256_of
 from common.resnet import Arch
+from detection.convert.parity import (
+    build_bare_resnet,
+    compare,
+    comparison_picture,
+    features,
+    to_detectron2,
+    verify,
+)
 from detection.convert.to_detectron2 import convert
-from detection.convert.verify import text, verify
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> Path:
-    return save(our_checkpoint(torchvision_state()), tmp_path / "checkpoint.pth")
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ours")
+    return save(our_checkpoint(torchvision_state()), folder / "checkpoint.pth")
+
+
+@pytest.fixture(scope="module")
+def converted(ours: Path) -> Path:
+    convert(read_backbone(ours), ours.with_name("b.pkl"), size=64)
+    return ours.with_name("b.pkl")
 
 
 @pytest.fixture
-def pkl(ours: Path, tmp_path: Path) -> Path:
-    convert(read_backbone(ours), tmp_path / "b.pkl", size=64)
-    return tmp_path / "b.pkl"
+def pkl(converted: Path, tmp_path: Path) -> Path:
+    """A copy of its own, with its card."""
+    shutil.copy(converted.with_suffix(".json"), tmp_path)
+    return Path(shutil.copy(converted, tmp_path))
 
 
 def change(pkl: Path, alter: Callable[[dict[str, Any]], object]) -> Path:
@@ -43,16 +58,14 @@ def change(pkl: Path, alter: Callable[[dict[str, Any]], object]) -> Path:
 
 def test_every_layout_of_one_network_is_the_same(ours: Path, pkl: Path, tmp_path: Path) -> None:
     state = torchvision_state()
-    convert(read_backbone(pkl), tmp_path / "back.pth", to="torchvision", size=64)
     moco = {f"module.encoder_q.{name}": value for name, value in state.items()}
     files = [
         pkl,
-        tmp_path / "back.pth",
         save(state, tmp_path / "plain.pth"),
         save({"state_dict": moco, "epoch": 3}, tmp_path / "moco.pth.tar"),
         save({"state_dict": state, "state_dict_ema": state}, tmp_path / "timm.pth"),
     ]
-    layouts = ["detectron2", "torchvision", "torchvision", "moco", "timm"]
+    layouts = ["detectron2", "torchvision", "moco", "timm"]
     for file, layout in zip(files, layouts, strict=True):
         report = verify(ours, file, size=64)
         assert report["same"], report["reasons"]
@@ -79,14 +92,12 @@ def test_one_changed_tensor_is_named_and_so_is_its_stage(
     assert not report["same"]
     off = [n for n, x in report["tensors"].items() if not x["same_bits"]]
     assert len(off) == 1
-    assert changed_from in report["reasons"][0] or "stem" in report["reasons"][0]
     assert off[0] in report["reasons"][0]
     stages = ("res2", "res3", "res4", "res5")
     for stage in stages:
         reached = stages.index(stage) >= stages.index(changed_from)
         assert (report["stages"][stage] > 1e-5) == reached
     assert f"the features differ from {changed_from} on" in report["reasons"][1]
-    assert off[0] in text(report)
 
 
 def test_relative_difference_is_of_the_largest_value(ours: Path, pkl: Path) -> None:
@@ -104,20 +115,18 @@ def test_relative_difference_is_of_the_largest_value(ours: Path, pkl: Path) -> N
     assert not loose["tensors"]["layer2.1.conv2.weight"]["same_bits"]
 
 
-def test_stride_in_another_place_is_seen_although_all_tensors_are_equal(
-    ours: Path, pkl: Path
-) -> None:
-    card = json.loads(pkl.with_suffix(".json").read_text())
-    card["preprocessing"]["stride_in_1x1"] = True
-    pkl.with_suffix(".json").write_text(json.dumps(card))
-    report = verify(ours, pkl, size=64)
-    assert all(item["same_bits"] for item in report["tensors"].values())
-    assert report["stages"]["res2"] == 0
-    assert min(report["stages"][stage] for stage in ("res3", "res4", "res5")) > 1e-2
-    assert report["reasons"] == ["the features differ from res3 on (res3, res4, res5)"]
-    pkl.with_suffix(".json").unlink()
-    assert verify(ours, pkl, size=64)["same"]
-    assert not verify(ours, pkl, size=64, stride_in_1x1=True)["same"]
+@pytest.mark.parity
+def test_stride_in_another_place_is_seen_although_all_tensors_are_equal(ours: Path) -> None:
+    source = read_backbone(ours)
+    image = source.preprocessing.normalise(comparison_picture(None, 128))
+    state, network = to_detectron2(source.tensors), build_bare_resnet(source.arch)
+    right = features(network, state, image)
+    for stage in ("res3", "res4", "res5"):
+        block = network.get_submodule(f"{stage}.0")
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+    stages = compare(right, features(network, state, image))
+    assert stages["res2"] == 0
+    assert min(stages[stage] for stage in ("res3", "res4", "res5")) > 1e-2
 
 
 def test_other_pixel_statistics_are_another_network(ours: Path, tmp_path: Path) -> None:
@@ -139,42 +148,13 @@ def test_counters_are_told_but_do_not_decide(ours: Path, tmp_path: Path) -> None
     }  # fmt: skip
 
 
-def with_nan(state: dict[str, Any]) -> None:
-    state["layer2.0.bn1.bias"] = torch.full_like(state["layer2.0.bn1.bias"], float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("alter", "reason"),
-    [
-        (lambda s: s.pop("layer3.1.conv1.weight"), "lacks layer3.1.conv1.weight"),
-        (with_nan, "layer2.0.bn1.bias holds NaN or infinity"),
-        (lambda s: s.update({"layer1.0.x": torch.ones(1)}), "has layer1.0.x and 0 more beside"),
-        (lambda s: s.update({"bn1.weight": torch.ones(7)}), r"bn1.weight has shape \(7,\)"),
-        (lambda s: s.update({"bn1.weight": torch.ones(3).int()}), "bn1.weight is Tensor of torch."),
-        (lambda s: s.update({"bn1.weight": "text"}), "bn1.weight is str, not a dense tensor"),
-        (lambda s: s.update({"conv1.weight": torch.ones(3)}), r"conv1.weight has shape \(3,\)"),
-    ],
-)  # fmt: skip
-def test_incomplete_file_is_refused_with_the_reason(
-    alter: Callable[[dict[str, Any]], object], reason: str, ours: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    state = torchvision_state()
-    alter(state)
-    path = save(state, tmp_path / "b.pth")
-    assert main(["--verify", str(ours), str(path), "--size", "64", "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["same"] is False
-    assert re.search(reason, report["refused"])
-    assert str(path) in report["refused"]
-
-
 def test_another_architecture_is_refused(ours: Path, tmp_path: Path) -> None:
-    other = save(torchvision_state(Arch(50, 2, 3, 6)), tmp_path / "b.pth")
+    other = save(torchvision_state(Arch(50, 2, 3, 12)), tmp_path / "b.pth")
     report = verify(ours, other, size=64)
+    assert report["same"] is False
     assert "another architecture" in report["refused"]
-    assert "res2 5" in report["refused"]
-    assert "res2 6" in report["refused"]
+    assert "res2 8" in report["refused"]
+    assert "res2 12" in report["refused"]
     assert "stages" not in report
 
 
@@ -187,21 +167,20 @@ def test_command_line(
         return status, captured.out, captured.err
 
     capsys.readouterr()
-    status, out, _ = call("--verify", ours, pkl, "--size", 64)
+    status, out, _ = call("--verify", ours, pkl, "--size", 64, "--json", tmp_path / "r.json")
     assert status == 0
     assert out.endswith("the same network\n")
     assert "265 of 265 equal bit by bit" in out
-    status, out, _ = call("--verify", ours, pkl, "--size", 64, "--json", tmp_path / "r.json")
-    assert status == 0
     assert json.loads((tmp_path / "r.json").read_text())["same"] is True
-    assert "the same network" in out
     two = our_checkpoint(torchvision_state())
     two["ema"] = {f"backbone.{n}": v for n, v in torchvision_state(seed=2).items()}
     both = save(two, tmp_path / "two.pth")
-    assert call("--verify", both, both, "--size", 64)[0] == 0
     status, out, _ = call("--verify", both, both, "--branch-b", "ema", "--size", 64)
     assert status == 1
     assert "not the same: 265 of 265 tensors differ" in out
+    status, out, _ = call("--verify", ours, save({}, tmp_path / "e.pth"), "--json")
+    assert status == 1
+    assert "holds nothing" in json.loads(out)["refused"]
     for words, message in (
         (["--verify", ours, tmp_path / "none.pkl"], "none.pkl: no such checkpoint"),
         (["--verify", ours, pkl, "--to", "torchvision"], "leave to out"),
@@ -214,9 +193,3 @@ def test_command_line(
         assert status == 2
         assert err.startswith("error: ")
         assert message in err
-
-
-def test_damaged_file_is_not_the_same(ours: Path, pkl: Path) -> None:
-    pkl.write_bytes(pkl.read_bytes()[:3000])
-    report = verify(ours, pkl, size=64)
-    assert "not a readable pickle" in report["refused"]
