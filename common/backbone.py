@@ -71,10 +71,7 @@ def parse_preprocessing(text: str) -> Preprocessing:
     try:
         mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
     except ValueError:
-        raise UserError(
-            f"--preprocessing {text!r}: give imagenet, half, or mean/std in [0, 1] as "
-            "0.485,0.456,0.406/0.229,0.224,0.225"
-        ) from None
+        raise UserError(f"--preprocessing {text!r}: give R,G,B/R,G,B in [0, 1]") from None
     return _checked(mean, std)
 
 
@@ -199,10 +196,7 @@ def read_backbone(
             if isinstance(value, Tensor | np.ndarray)
         )
         if claimed > path.stat().st_size:
-            raise UserError(
-                f"its tensors claim {claimed} bytes, the file has {path.stat().st_size}; "
-                f"{_COPY_AGAIN}"
-            )
+            raise UserError(f"its tensors claim {claimed} bytes, more than the file has")
         shapes = {name: _shape(value) for name, value in mapped.backbone.items()}
         arch = arch or infer_arch(shapes)
         tensors, cast = _tensors(mapped.backbone, shapes, arch)
@@ -224,20 +218,15 @@ def read_backbone(
             stride = bool(stride_in_1x1)
             stride_origin = "assumed" if stride_in_1x1 is None else "option"
         if stride is not False and arch.is_bottleneck:
-            raise UserError(
-                "its bottlenecks have their stride in the 1x1 convolution; torchvision has it in "
-                "the 3x3 one, and no renaming moves it: the features would differ"
-            )
+            raise UserError("stride in the 1x1 convolution, which no renaming moves to the 3x3 one")
 
         origins = {"preprocessing": origin, "stride": stride_origin}
         assumed = [name for name, known_from in origins.items() if known_from == "assumed"]
         if layout == "detectron2" and assumed and card is None and not assume:
             options = {"preprocessing": "--preprocessing", "stride": "--stride-in 3x3"}
             raise UserError(
-                f"has no card beside it ({path.with_suffix('.json').name}), and a Detectron2 file "
-                "itself does not say which pixels the network expects or where its bottlenecks "
-                "have their stride; if you know (RGB only), give "
-                f"{' and '.join(options[name] for name in assumed)} to tools/convert_to_d2.py"
+                f"has no card beside it ({path.with_suffix('.json').name}) to say which pixels and "
+                f"strides it expects; give {' and '.join(options[name] for name in assumed)}"
             )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -289,9 +278,7 @@ def _network(
     if is_ours:
         state = checkpoint.get("ema" if branch == "ema" else "model")
         if not state or not isinstance(state, Mapping):
-            raise UserError(
-                f"holds no {branch} network: this method keeps none; use --branch online"
-            )
+            raise UserError(f"holds no {branch} network; use --branch online")
         return checkpoints.named(state), "ours", read_arch(checkpoint.get("arch"))
 
     # Other projects' files keep the network bare or under a key, and do not say their layout.
@@ -307,16 +294,11 @@ def _network(
     if layout in ("torchvision", "timm"):
         name = str(checkpoint.get("arch", ""))
         if _SAME_TENSORS.match(name):
-            raise UserError(
-                f"arch {name!r} has a plain ResNet's tensors, but pools "
-                "against aliasing: the features would differ"
-            )
+            raise UserError(f"arch {name!r} has a plain ResNet's tensors, but other pooling")
         if branch == "ema":
             state = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
             if state is None:
-                raise UserError(
-                    f"--branch ema: this {layout} checkpoint holds one network; leave it out"
-                )
+                raise UserError(f"--branch ema: this {layout} checkpoint holds one network")
             state = checkpoints.named(state)
     return state, layout, None
 
@@ -403,9 +385,7 @@ def _tensors(
             value = torch.from_numpy(np.array(value, dtype=native, order="C"))
         dense = value if isinstance(value, Tensor) and not value.is_meta else None
         if dense is None or dense.layout != torch.strided or dense.dtype not in _WEIGHT_TYPES:
-            raise UserError(
-                f"{name} is {_kind(state[name])}, not a dense tensor of floating-point numbers"
-            )
+            raise UserError(f"{name} is {_kind(state[name])}, no dense floating-point tensor")
         if not torch.isfinite(dense).all():
             raise UserError(f"{name} holds NaN or infinity: the training diverged; {_COPY_AGAIN}")
         tensors[name] = dense.detach().to(torch.float32).contiguous().clone()

@@ -215,10 +215,8 @@ def load(file: IO[bytes], *, encoding: str = "latin1") -> Any:
     try:
         return RestrictedUnpickler(file, encoding=encoding).load()
     except _READ_ERRORS as error:
-        raise UserError(
-            f"{getattr(file, 'name', 'the file')}: not a readable pickle of plain data and numpy "
-            f"arrays ({error}); copy it again, or make it anew with tools/convert_to_d2.py"
-        ) from error
+        name = getattr(file, "name", "the file")
+        raise UserError(f"{name}: not a readable pickle of plain data ({error})") from error
 
 
 def _pickle_module() -> ModuleType:
@@ -258,8 +256,7 @@ def load_torch(path: Path | str) -> Any:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(
-            f"{path}: not a readable PyTorch checkpoint ({reason}); copy the file again, or save "
-            "its state_dict with torch.save"
+            f"{path}: not a readable PyTorch checkpoint ({reason}); save its state_dict"
         ) from error
 
 
@@ -292,9 +289,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             tensors[name] = flat.reshape(shape)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: not a readable .safetensors file ({error}); copy the file again"
-        ) from error
+        raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
     return tensors
 
 
@@ -323,9 +318,7 @@ def read(path: Path | str) -> Any:
             except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
                 broken = str(error)
         if broken is not None:
-            raise UserError(
-                f"{path}: is damaged at {broken} (its CRC differs); copy the file again"
-            )
+            raise UserError(f"{path}: is damaged at {broken} (its CRC differs); copy it again")
     return content
 
 
@@ -336,10 +329,7 @@ def check_sum(state: Mapping[str, Any], path: Path) -> None:
         UserError: If they differ.
     """
     if "checksum" in state and state["checksum"] != checksum(state):
-        raise UserError(
-            f"checkpoint {path} is damaged: its checksum differs. Take an older one from "
-            "checkpoints/ or start again"
-        )
+        raise UserError(f"checkpoint {path} is damaged (checksum): take one from checkpoints/")
 
 
 def checksum(value: Any) -> str:

@@ -32,6 +32,7 @@ from common.files import decode_text
 Schema = TypeVar("Schema")
 Base = TypeVar("Base")
 
+_FREE = dict[str, Any]  # the type of mappings that are handed on
 MAX_YAML_BYTES = 1 << 20  # a config has a few KiB
 MAX_YAML_DEPTH = 20  # nested collections
 MAX_YAML_ALIASES = 100  # "*name": ten levels of ten each make 10^10 values of a file of 1 KiB
@@ -93,7 +94,6 @@ def read_settings(
     path: Path | None,
     overrides: Sequence[str] = (),
     *,
-    free: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> Schema:
     """An instance of a frozen dataclass from a YAML file, or none, and overrides.
@@ -102,44 +102,27 @@ def read_settings(
         schema: The dataclass; fields that are dataclasses are sections. A section that is the base
             of a ``Registry`` is an instance of the class that its key ``name`` says. A section
             with ``short_key`` may be given by that key's value alone; one with ``defaults_for``
-            takes what its keys leave open from there.
+            takes what its keys leave open from there. The keys of a field ``dict[str, Any]`` are
+            not checked, since another program reads them; they are flattened: ``{train: {epochs:
+            3}}`` becomes ``{"train.epochs": 3}``.
         path: YAML file, or None for overrides alone.
         overrides: ``key=value`` with dotted keys; the values are YAML. The last one wins.
-        free: Dotted keys of mappings whose own keys are not checked, since another program reads
-            them. They are flattened: ``{train: {epochs: 3}}`` becomes ``{"train.epochs": 3}``.
         defaults: Values of top-level keys that neither file nor overrides set.
     Raises:
         UserError: Unknown key, or a value that the type or the dataclass refuses; names the file
             and the key.
     """
     where = "" if path is None else f"{path}: "
-    raw = _named(schema, {} if path is None else read_yaml(path))
-    _flatten(raw, free)
-    _leave_behind(schema, raw, _applied(schema, {}, overrides, free), where)
-    raw = _applied(schema, raw, overrides, free)
+    raw = _normal(schema, {} if path is None else read_yaml(path))
+    _leave_behind(schema, raw, _applied(schema, {}, overrides), where)
+    raw = _applied(schema, raw, overrides)
     for override in overrides:
-        alone = _applied(schema, {}, [override], free)
-        _check_keys(schema, alone, f"override {override!r}: ", "", free, raw)
+        alone = _applied(schema, {}, [override])
+        _check_keys(schema, alone, f"override {override!r}: ", "", raw)
     for key, value in (defaults or {}).items():
         raw.setdefault(key, value)
-    _check_keys(schema, raw, where, "", free, raw)
-
-    # jsonargparse reads text under Any as YAML once more ("010" would become 10): free mappings
-    # whose values are not theirs to check pass by it.
-    passed_on: dict[str, Any] = {}
-    for key in free:
-        section, name = key.split(".")
-        value = raw.get(section, {}).pop(name, None)
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{where}{key} is {value!r}; it holds keys with values")
-        passed_on[key] = value
-    settings = _build(schema, raw, where)
-    for key, value in passed_on.items():
-        if value is not None:
-            section, name = key.split(".")
-            changed = dataclasses.replace(getattr(settings, section), **{name: value})
-            settings = dataclasses.replace(settings, **{section: changed})  # type: ignore[type-var]
-    return settings
+    _check_keys(schema, raw, where, "", raw)
+    return _build(schema, raw, where)
 
 
 def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -187,49 +170,40 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _flatten(raw: dict[str, Any], free: Collection[str]) -> None:
-    for key in free:
-        section, name = key.split(".")
-        node = raw.get(section)
-        if isinstance(node, dict) and isinstance(node.get(name), dict):
-            node[name] = dotted(node[name])
-
-
-def _applied(
-    schema: type, raw: dict[str, Any], overrides: Sequence[str], free: Collection[str]
-) -> dict[str, Any]:
+def _applied(schema: type, raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Settings with overrides applied in their order."""
     for override in overrides:
-        _apply(schema, raw, override, free)
-        raw = _named(schema, raw)
-        _flatten(raw, free)
+        key, equals, text = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"override {override!r} is not of the form key=value")
+        value = parse_yaml(text, f"override {override!r}")
+        # The way to the field; what follows a free mapping is one key of it.
+        names, parts, kind = key.split("."), [], schema
+        while names:
+            parts.append(names.pop(0))
+            kind = typing.get_type_hints(kind).get(parts[-1]) if _is_schema(kind) else None
+            if kind == _FREE and names:
+                parts, names, kind = [*parts, ".".join(names)], [], None
+        if (isinstance(value, bool | int | float) or not text.strip()) and _is_text(kind):
+            value = text.strip()  # out=2026 names a folder
+        node = raw
+        for part in parts[:-1]:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(f"override {override!r}: {part} holds a value, not settings")
+        node[parts[-1]] = value
+        raw = _normal(schema, raw)
     return raw
 
 
-def _apply(schema: type, raw: dict[str, Any], override: str, free: Collection[str]) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key or key.startswith("-"):
-        raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.epochs=20")
-    value = parse_yaml(text, f"override {override!r}")
-    inside = next((name for name in free if key.startswith(f"{name}.")), None)
-    parts = [*inside.split("."), key[len(inside) + 1 :]] if inside else key.split(".")
-    if (isinstance(value, bool | int | float) or not text.strip()) and _is_text(schema, parts):
-        value = text.strip()  # out=2026 names a folder
-    node = raw
-    for part in parts[:-1]:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {part} holds a value, not settings")
-    node[parts[-1]] = value
+def _is_schema(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def _is_text(schema: type, parts: Sequence[str]) -> bool:
-    """Whether the field takes text, and neither numbers nor truth values."""
-    kind: Any = schema
-    for part in parts:
-        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+def _is_text(kind: Any) -> bool:
+    """Whether a field takes text, and neither numbers nor truth values."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     kinds = set(typing.get_args(kind)) if is_union else {kind}
     return str in kinds and not kinds & {bool, int, float}
@@ -306,7 +280,7 @@ def _sections(schema: type) -> Iterator[tuple[dataclasses.Field, type]]:
     hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
         kind = hints[item.name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if _is_schema(kind):
             yield item, kind
 
 
@@ -329,15 +303,18 @@ def _chosen(item: dataclasses.Field, kind: type, raw: Any, where: str) -> type:
     return type(item.default_factory() if is_factory else item.default)  # type: ignore[misc]
 
 
-def _named(schema: type, raw: dict[str, Any]) -> dict[str, Any]:
-    """``objective: byol`` for ``objective: {name: byol}``, wherever a section has a short form."""
+def _normal(schema: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """``objective: {name: byol}`` for the short form ``objective: byol``; free mappings flat."""
     for item, kind in _sections(schema):
         value = raw.get(item.name)
         short = "name" if _is_choice(kind) else getattr(kind, "short_key", None)
         if isinstance(value, str) and short:
             raw[item.name] = {short: value}
         elif isinstance(value, dict) and not _is_choice(kind):
-            raw[item.name] = _named(kind, value)
+            raw[item.name] = _normal(kind, value)
+    for name, kind in typing.get_type_hints(schema).items():
+        if kind == _FREE and isinstance(raw.get(name), dict):
+            raw[name] = dotted(raw[name])
     return raw
 
 
@@ -361,9 +338,7 @@ def _leave_behind(schema: type, raw: dict[str, Any], overrides: dict[str, Any], 
                 del own[key]
 
 
-def _check_keys(
-    schema: type, raw: dict[str, Any], where: str, prefix: str, free: Collection[str], whole: Any
-) -> None:
+def _check_keys(schema: type, raw: dict[str, Any], where: str, prefix: str, whole: Any) -> None:
     """Refuse unknown keys. ``whole`` has the names that choose classes, which ``raw`` may lack."""
     sections = {item.name: (item, kind) for item, kind in _sections(schema)}
     known = [item.name for item in dataclasses.fields(schema)]
@@ -382,7 +357,7 @@ def _check_keys(
             raise UserError(f"{where}{prefix}{key} is {value!r}; it holds settings of its own")
         inner = whole.get(key) if isinstance(whole, dict) else None
         chosen = _chosen(*sections[key], inner, f"{where}{prefix}")
-        _check_keys(chosen, value, where, f"{prefix}{key}.", free, inner)
+        _check_keys(chosen, value, where, f"{prefix}{key}.", inner)
 
 
 def _build(schema: type[Schema], raw: dict[str, Any], where: str, prefix: str = "") -> Schema:
@@ -398,11 +373,19 @@ def _build(schema: type[Schema], raw: dict[str, Any], where: str, prefix: str = 
             raise UserError(f"{where}{prefix.removesuffix('.')}: {error}") from None
     sections = {item.name: (item, kind) for item, kind in _sections(schema)}
     hints, parser = typing.get_type_hints(schema), ArgumentParser(exit_on_error=False)
+    raw = {k: value for k, value in raw.items() if value is not None or hints.get(k) != _FREE}
     for item in dataclasses.fields(schema):  # type: ignore[arg-type]
         name, has_default = item.name, item.default is not item.default_factory
         if name in sections and name in raw:
             chosen = _chosen(*sections[name], raw[name], f"{where}{prefix}")
             values[name] = _build(chosen, raw[name], where, f"{prefix}{name}.")
+        elif name in raw and hints[name] == _FREE:
+            # jsonargparse would read text in it as YAML once more ("010" would become 10).
+            if not isinstance(raw[name], dict):
+                raise UserError(
+                    f"{where}{prefix}{name} is {raw[name]!r}; it holds keys with values"
+                )
+            values[name] = raw[name]
         elif name in raw:
             parser.add_argument(f"--{name}", type=hints[name])
         elif not has_default:  # both are dataclasses.MISSING

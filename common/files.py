@@ -154,10 +154,8 @@ def decode_text(data: bytes, name: str | Path) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: is no {encoding.upper()} text ({error.reason} at byte {error.start}); save "
-            "it as UTF-8"
-        ) from None
+        reason = f"is no {encoding.upper()} text ({error.reason} at byte {error.start})"
+        raise UserError(f"{name}: {reason}; save it as UTF-8") from None
     return text.replace("\r\n", "\n")
 
 
@@ -185,9 +183,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: is damaged, no JSON ({error}); delete it and run what wrote it again"
-        ) from None
+        raise UserError(f"{path}: is damaged, no JSON ({error}); delete it and go on") from None
 
 
 def read_json_or_none(path: Path) -> Any | None:
@@ -291,8 +287,7 @@ def lock_file(
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise UserError(
-                f"{folder}: its file system offers no locks ({error.strerror}), so that two runs "
-                "could mix; mount it with locks, or choose another folder"
+                f"{folder}: its file system offers no locks ({error.strerror}); choose another one"
             ) from error
         raise
     return True

@@ -70,17 +70,13 @@ def read_arch(value: Any) -> Arch:
     """
     if isinstance(value, Mapping) and "name" in value:
         if value["name"] != "resnet":
-            raise UserError(
-                f"arch.name is {value['name']!r}: only a ResNet's checkpoint can be read here"
-            )
+            raise UserError(f"arch.name is {value['name']!r}: only ResNets are read here")
         value = {key: number for key, number in value.items() if key != "name"}
     fields = Arch.__dataclass_fields__
     if not isinstance(value, Mapping) or set(value) != set(fields):
         raise UserError(f"arch {value!r}: expected the keys {', '.join(fields)}")
     if not all(type(number) is int and 0 < number <= MAX_CHANNELS for number in value.values()):
-        raise UserError(
-            f"arch {dict(value)!r}: expected positive whole numbers up to {MAX_CHANNELS}"
-        )
+        raise UserError(f"arch {dict(value)}: give positive whole numbers up to {MAX_CHANNELS}")
     arch = Arch(**value)
     if arch.depth not in BLOCKS_PER_STAGE:
         raise UserError(f"depth {arch.depth}: give {', '.join(map(str, BLOCKS_PER_STAGE))}")

@@ -21,15 +21,6 @@ FROZEN = "_frozen"
 """Ending of an arm whose heads are trained on the backbone as it is."""
 ARMS = (RANDOM, "pretrained", RANDOM + FROZEN, "pretrained" + FROZEN)
 """The arms of an experiment that names no variants of its own."""
-FREE_KEYS = (
-    "data.options",
-    "shards.options",
-    "probes.options",
-    "pretrain.overrides",
-    "detection.options",
-    "detection.overrides",
-)
-"""Settings that are handed on: what stands below them belongs to the stage's own command line."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 Evaluation = Literal["knn", "online", "linear", "detection"]
@@ -237,9 +228,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         UserError: For an unreadable file, an unknown key or an impossible value; names it.
     """
-    config = read_settings(
-        PipelineConfig, path, overrides, free=FREE_KEYS, defaults={"name": path.stem}
-    )
+    config = read_settings(PipelineConfig, path, overrides, defaults={"name": path.stem})
     # jsonargparse checks dataclasses within a tuple, but does not make them where it has a default.
     comparisons = (Comparison(**vars(item)) for item in config.comparisons)
     try:

@@ -47,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layout", choices=layouts, default="auto", help="key names (auto)")
     add("--branch-b", choices=BRANCHES, help="the same for B of --verify (online)")
     add("--layout-b", choices=layouts, help="the same for B of --verify (auto)")
-    add("--image", type=Path, help="picture to compare on (default: a generated one)")
-    add("--size", type=int, default=224, help="its side in pixels (default: 224)")
+    add("--size", type=int, default=224, help="side of the picture that both networks see, in "
+        "pixels (default: 224)")  # fmt: skip
     add("--preprocessing", metavar="SPEC", help="imagenet (other projects' default), half, or "
         "mean/std in [0, 1] as 0.485,0.456,0.406/0.229,0.224,0.225")  # fmt: skip
     add("--stride-in", choices=("3x3", "1x1"), help="where the bottlenecks of a Detectron2 file "
@@ -86,16 +86,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
-    from common.backbone import parse_preprocessing
     from detection.convert.parity import TOLERANCE, text, verify
 
     report = verify(
         *arguments.verify,
         layouts=(arguments.layout, arguments.layout_b or "auto"),
         branches=(arguments.branch, arguments.branch_b or "online"),
-        stride_in_1x1=stride(arguments),
-        preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
-        picture=arguments.image,
         size=arguments.size,
         tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
     )
@@ -113,7 +109,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         branch=arguments.branch,
         preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
-        stride_in_1x1=stride(arguments),
+        stride_in_1x1=arguments.stride_in and arguments.stride_in == "1x1",
     )
     if arguments.check:
         pixels = source.preprocessing
@@ -127,7 +123,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         print_check(facts, as_json=arguments.json is not None)
         return 0
     to = arguments.to or "detectron2"
-    card = convert(source, arguments.out, to=to, picture=arguments.image, size=arguments.size)
+    card = convert(source, arguments.out, to=to, size=arguments.size)
     differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
     lines = [
         f"{arguments.checkpoint.name} ({source.layout}, {source.branch}): {source.arch}",
@@ -143,11 +139,6 @@ def run_convert(arguments: argparse.Namespace) -> int:
     lines.append(f"wrote {arguments.out}, {cards} in {card['seconds']:.1f} s")
     show(card, "\n".join(lines), arguments.json)
     return 0
-
-
-def stride(arguments: argparse.Namespace) -> bool | None:
-    """--stride-in as the reader wants it."""
-    return None if arguments.stride_in is None else arguments.stride_in == "1x1"
 
 
 def show(result: dict[str, Any], text: str, json_to: str | None) -> None:

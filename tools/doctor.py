@@ -89,14 +89,13 @@ def check_torchvision_operators() -> Finding:
 
 
 def check_detectron2() -> Finding:
-    """Detectron2, its compiled operators, and the patches in force."""
+    """Detectron2 and its compiled operators."""
     from common.provenance import library_version
     from detection import compat
 
-    patches = ", ".join(compat.install_patches()) or "none"
     version = library_version("detectron2") or "of unknown version"
     compiled = "there" if compat.has_compiled_operators() else "absent, none is needed"
-    return Finding("ok", f"{version}; compiled operators: {compiled}; patches: {patches}")
+    return Finding("ok", f"{version}; compiled operators: {compiled}")
 
 
 def check_opencv() -> Finding:

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="train nothing: evaluate the finished seeds in --out on another set with the same "
-        "class names; weights, --config and --data may be left out",
+        "class names; leave weights, --config and --data out",
     )
     add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
     add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
     """Train, or evaluate what is trained, or check; returns the summary, or what a check says."""
     from detection.training.config import parse_overrides
     from detection.training.other_sets import evaluate_on
-    from detection.training.run import ArmSettings, run_arm
+    from detection.training.run import ArmSettings, check, run_arm
 
     overrides = parse_overrides(arguments.opts)
     for option, key in ((arguments.eval_every, "TEST.EVAL_PERIOD"),
@@ -122,75 +122,58 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
         if option is not None:
             overrides[key] = str(option)
     choice = SetChoice(format=arguments.format, metric_year=arguments.metric_year)
-    settings = None
-    if arguments.config is not None:
-        settings = ArmSettings(
-            weights=None if arguments.weights == "random" else Path(arguments.weights),
-            config=arguments.config,
-            data=arguments.data,
-            choice=replace(
-                choice,
-                format=None if arguments.eval_on else arguments.format,
-                classes=tuple(read_class_names(arguments.classes)) if arguments.classes else None,
-                train_split=arguments.train_split,
-                test_split=arguments.test_split,
-            ),
-            overrides=overrides,
-            freeze=arguments.freeze,
-            name=arguments.arm,
-            num_gpus=arguments.num_gpus,
-            needs_card=not arguments.no_card,
-        )
-    if arguments.check:
-        if settings is None or arguments.eval_on is not None:
-            raise UserError("--check: goes with weights, --config and --data, not with --eval-on")
-        from detection.training.run import check
-
-        return check(settings, has_data=arguments.check == "all")
-    if arguments.eval_on is None:
-        assert settings is not None
-        return run_arm(
-            settings,
+    if arguments.eval_on is not None:
+        return evaluate_on(
+            arguments.eval_on,
             arguments.out,
-            seeds or [0],
+            seeds,
+            choice=replace(choice, test_split=arguments.eval_split),
+            overrides=overrides,
             num_threads=arguments.threads,
             overwrite=arguments.overwrite,
         )
-    if settings is not None:  # the overrides are those of the training
-        overrides = {key: x for key, x in overrides.items() if key == "TEST.NUM_IMAGES"}
-    return evaluate_on(
-        arguments.eval_on,
-        arguments.out,
-        seeds,
-        choice=replace(choice, test_split=arguments.eval_split),
+    settings = ArmSettings(
+        weights=None if arguments.weights == "random" else Path(arguments.weights),
+        config=arguments.config,
+        data=arguments.data,
+        choice=replace(
+            choice,
+            classes=tuple(read_class_names(arguments.classes)) if arguments.classes else None,
+            train_split=arguments.train_split,
+            test_split=arguments.test_split,
+        ),
         overrides=overrides,
-        trained=settings,
+        freeze=arguments.freeze,
+        name=arguments.arm,
+        num_gpus=arguments.num_gpus,
+        needs_card=not arguments.no_card,
+    )
+    if arguments.check:
+        return check(settings, has_data=arguments.check == "all")
+    return run_arm(
+        settings,
+        arguments.out,
+        seeds or [0],
         num_threads=arguments.threads,
         overwrite=arguments.overwrite,
     )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; what training needs may be left out with --eval-on only."""
+    """Read the command line; what training needs is left out with --eval-on only."""
     parser = build_parser()
     arguments = parser.parse_intermixed_args(argv)
-    needed = {
-        "weights": arguments.weights,
-        "--config": arguments.config,
-        "--data": arguments.data,
-    }
-    if arguments.eval_on is not None and arguments.config is None:
-        # Then the first argument is no weights file: the arguments are KEY VALUE pairs.
-        if arguments.weights is not None:
+    if arguments.eval_on is not None:
+        if arguments.config or arguments.data or arguments.check:
+            parser.error("--eval-on: leave weights, --config, --data and --check out")
+        if arguments.weights is not None:  # the first of the KEY VALUE pairs
             arguments.opts = [arguments.weights, *arguments.opts]
-            arguments.weights = needed["weights"] = None
-        if arguments.data is None:
-            return arguments
+        return arguments
+    needed = {"weights": arguments.weights, "--config": arguments.config, "--data": arguments.data}
     missing = [name for name, value in needed.items() if value is None]
     if missing:
-        more = "; with --eval-on, all of them or none" if arguments.eval_on is not None else ""
-        parser.error(f"the following arguments are required: {', '.join(missing)}{more}")
-    if arguments.eval_split is not None and arguments.eval_on is None:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if arguments.eval_split is not None:
         parser.error("--eval-split: goes with --eval-on; for training use --test-split")
     return arguments
 

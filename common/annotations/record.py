@@ -209,10 +209,7 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
     """
     root, choice = Path(root), choice or SetChoice()
     if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder; give a data set made by tools/make_dataset.py, a VOC devkit "
-            "or a COCO folder"
-        )
+        raise UserError(f"{root}: no such folder; give one with a labelled set")
     names = FORMATS.names() if choice.format is None else [choice.format]
     matching = [name for name in names if FORMATS[name].recognises(root)]
     if not matching:
@@ -232,10 +229,8 @@ def check_same_classes(root: Path, own: Sequence[str], needed: Sequence[str]) ->
     unknown, missing = sorted(set(own) - set(needed)), sorted(set(needed) - set(own))
     if unknown or missing:
         raise UserError(
-            f"{root}: its class names are not {', '.join(needed)}"
-            + (f"; only in the set: {', '.join(unknown)}" if unknown else "")
-            + (f"; missing in the set: {', '.join(missing)}" if missing else "")
-            + "; rename the classes in the annotations, or choose a set with the same ones"
+            f"{root}: its class names are not {', '.join(needed)}; only in the set: "
+            f"{', '.join(unknown) or 'none'}; missing in the set: {', '.join(missing) or 'none'}"
         )
 
 

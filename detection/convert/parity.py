@@ -17,13 +17,11 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
-from PIL import Image
 from torch import Tensor, nn
 
-from common.backbone import BackboneCheckpoint, Preprocessing, ReferenceResNet, read_backbone
+from common.backbone import BackboneCheckpoint, ReferenceResNet, read_backbone
 from common.errors import UserError
 from common.files import finite, sha256_of
-from common.pictures import BadPicture, decode
 from common.resnet import Arch, detectron2_name
 from detection.training.config import set_arch
 
@@ -49,24 +47,15 @@ def build_bare_resnet(arch: Arch) -> ResNet:
     return build_resnet_backbone(cfg, ShapeSpec(channels=3))
 
 
-def comparison_picture(path: Path | None, size: int) -> Tensor:
-    """The picture that features are compared on.
+def comparison_picture(size: int) -> Tensor:
+    """The picture that features are compared on: edges, gradients and texture.
 
     Args:
-        path: A picture file; None generates one with edges, gradients and texture.
         size: Side in pixels.
 
     Returns:
         uint8 RGB (size, size, 3).
     """
-    if path is not None:
-        try:
-            picture = decode(Path(path).read_bytes(), where=str(path))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such picture") from None
-        except (BadPicture, OSError) as error:
-            raise UserError(f"{error}; give another picture") from error
-        return torch.from_numpy(np.array(Image.fromarray(picture).resize((size, size))))
     generator = np.random.default_rng(20)
     y, x = np.mgrid[0:size, 0:size] / size
     smooth = np.stack([x, y, 0.5 + 0.5 * np.sin(20 * x * y)], axis=-1)
@@ -135,9 +124,6 @@ def verify(
     *,
     layouts: tuple[str, str] = ("auto", "auto"),
     branches: tuple[str, str] = ("online", "online"),
-    stride_in_1x1: bool | None = None,
-    preprocessing: Preprocessing | None = None,
-    picture: Path | None = None,
     size: int = 224,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
@@ -148,20 +134,16 @@ def verify(
         second: File B.
         layouts: Of A and B; see common.resnet.LAYOUTS, or "auto".
         branches: Of A and B.
-        stride_in_1x1: For Detectron2 files whose card does not say it.
-        preprocessing: The picture's; default: what A says, or B.
-        picture: Compare on this picture; default: a generated one.
-        size: Side of the square the picture is brought to, in pixels.
+        size: Side of the picture in pixels; it is normalised as A says, or B.
         tolerance: Largest relative difference of a tensor or a stage that counts as the same.
 
     Returns:
         Plain JSON: "same" is the verdict, "reasons" says why not, "a" and "b" what was read,
-        "tensors" and "stages" the relative differences (None: no number), "counters" and
-        "preprocessing" whether they agree. A file that is no complete ResNet makes "refused" the
-        reason.
+        "tensors" and "stages" the relative differences (None: no number), "preprocessing" whether
+        the pixels agree. A file that is no complete ResNet makes "refused" the reason.
 
     Raises:
-        UserError: If a file is missing, or the picture cannot be read.
+        UserError: If a file is missing.
     """
     report: dict[str, Any] = {"same": False, "refused": None, "tolerance": tolerance}
     sources: list[BackboneCheckpoint] = []
@@ -169,9 +151,7 @@ def verify(
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint")
         try:
-            source = read_backbone(
-                path, layout=layout, branch=branch, stride_in_1x1=stride_in_1x1, assume=True
-            )
+            source = read_backbone(path, layout=layout, branch=branch, assume=True)
         except UserError as error:
             return report | {"refused": str(error), "reasons": [str(error)]}
         sources.append(source)
@@ -181,9 +161,6 @@ def verify(
             "layout": source.layout,
             "branch": source.branch,
             "arch": asdict(source.arch),
-            "num_tensors": len(source.tensors),
-            "num_dropped": len(source.dropped),
-            "preprocessing": asdict(source.preprocessing),
             "origins": source.origins,
             "notes": list(source.notes),
         }
@@ -194,8 +171,8 @@ def verify(
 
     # Tensors, and the features that each file's own library computes from them.
     stated = [s.preprocessing for s in sources if s.origins["preprocessing"] in _STATED]
-    pixels = preprocessing or (stated[0] if stated else a.preprocessing)
-    image = pixels.normalise(comparison_picture(picture, size))
+    pixels = stated[0] if stated else a.preprocessing
+    image = pixels.normalise(comparison_picture(size))
     computed = [
         features(build_bare_resnet(s.arch), to_detectron2(s.tensors), image)
         if s.layout == "detectron2"
@@ -208,8 +185,6 @@ def verify(
                "relative_difference": relative_difference(value, b.tensors[name])}
         for name, value in a.tensors.items()
     }  # fmt: skip
-    shared = a.counters.keys() & b.counters.keys()
-    num_equal = sum(torch.equal(a.counters[name], b.counters[name]) for name in shared)
     agreement = "not stated"
     if len(stated) == 2:
         pairs = zip(*((*pixels.mean, *pixels.std) for pixels in stated), strict=True)
@@ -225,13 +200,7 @@ def verify(
         reasons.append(f"the features differ from {off[0]} on ({', '.join(off)})")
     if agreement == "different":
         reasons.append("the files state different pixel statistics")
-    counters = {
-        "num_equal": num_equal,
-        "num_different": len(shared) - num_equal,
-        "num_only_in_a": len(a.counters) - len(shared),
-        "num_only_in_b": len(b.counters) - len(shared),
-    }
-    report |= {"tensors": tensors, "stages": stages, "counters": counters}
+    report |= {"tensors": tensors, "stages": stages}
     return finite(report | {"preprocessing": agreement, "reasons": reasons, "same": not reasons})
 
 
@@ -248,7 +217,7 @@ def text(report: dict[str, Any]) -> str:
         lines += [
             f"tensors: {num_same} of {len(report['tensors'])} equal bit by bit",
             f"features on the picture, relative difference: {report['stages']}",
-            f"batch counters: {report['counters']}; pixel statistics: {report['preprocessing']}",
+            f"pixel statistics: {report['preprocessing']}",
         ]
     if report["same"]:
         return "\n".join([*lines, "the same network"])

@@ -28,7 +28,6 @@ from common.backbone import (
     ReferenceResNet,
     read_any_card,
     read_backbone,
-    read_own_card,
 )
 from common.errors import UserError
 from common.files import (
@@ -41,7 +40,6 @@ from common.files import (
 )
 from common.resnet import COUNTER, detectron2_name
 from detection.convert import parity
-from detection.convert.parity import to_detectron2
 from detection.training import weights
 
 _ENDINGS = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth", ".pt")}
@@ -72,7 +70,6 @@ def convert(
     out: Path,
     *,
     to: str = "detectron2",
-    picture: Path | None = None,
     size: int = 224,
 ) -> dict[str, Any]:
     """Convert, compare, write, read back, write the cards.
@@ -82,8 +79,7 @@ def convert(
         out: File ending in .pkl or .pth (to Detectron2), .pth or .pt (to torchvision); the cards
             are written beside it as .json and .md.
         to: "detectron2" or "torchvision".
-        picture: Compare on this picture; default: a generated one.
-        size: Side of the square the picture is brought to, in pixels.
+        size: Side of the picture in pixels.
 
     Returns:
         The card.
@@ -95,8 +91,8 @@ def convert(
     """
     _check_out(source, out, to)
     began = time.perf_counter()
-    image = source.preprocessing.normalise(parity.comparison_picture(picture, size))
-    state = to_detectron2(source.tensors)
+    image = source.preprocessing.normalise(parity.comparison_picture(size))
+    state = parity.to_detectron2(source.tensors)
     stages = parity.compare(
         parity.features(ReferenceResNet(source.arch), source.tensors, image),
         parity.features(parity.build_bare_resnet(source.arch), state, image),
@@ -145,18 +141,12 @@ def _check_out(source: BackboneCheckpoint, out: Path, to: str) -> None:
         raise UserError(f"{out}: end the name in {' or '.join(endings)}")
     if out.resolve() == source.path.resolve():
         raise UserError(f"{out}: is the checkpoint itself; choose another name")
-    for suffix in {".pkl", ".pth", ".pt"} - {out.suffix}:
-        sibling = out.with_suffix(suffix)
-        if sibling.is_file() and read_own_card(sibling)[0] is not None:
-            raise UserError(
-                f"{out}: its card would replace {out.with_suffix('.json').name}, which describes "
-                f"{sibling.name}; choose another name"
-            )
     card, text = out.with_suffix(".json"), out.with_suffix(".md")
     is_text = text.is_file() and text.read_bytes()[: len(MARK)] == MARK.encode()
-    for place, is_card in ((card, read_any_card(card) is not None), (text, is_text)):
-        if place.exists() and not is_card:
-            raise UserError(f"{out}: {place.name} exists and is no card; choose another name")
+    is_card = (read_any_card(card) or {}).get("weights_file") == out.name
+    for place, is_own in ((card, is_card), (text, is_text)):
+        if place.exists() and not is_own:
+            raise UserError(f"{out}: {place.name} exists and is no card of it; choose another name")
 
 
 # -- cards -----------------------------------------------------------------------------------------

@@ -248,55 +248,61 @@ def error_table(
         metric_year: Of the AP50: 2007, 2012, or None for 101 levels of recall.
     """
     chosen = best_scored(objects, detections, verdicts, num_images)
-    data = (objects, detections, verdicts)
     aps = {
-        corrected: average_precisions(*data, len(classes), metric_year, corrected)
+        corrected: average_precisions(
+            objects, detections, verdicts, len(classes), metric_year, corrected
+        )
         for corrected in (None, *GAINS)
     }
-    rows: dict[str, Any] = {}
-    for number, name in enumerate(classes):
-        rows[name] = _row(data, chosen, objects.label == number, detections.label == number)
-        rows[name] |= _costs({key: [values[number]] for key, values in aps.items()})
-    everything = np.ones(len(objects.label), dtype=bool), np.ones(len(chosen), dtype=bool)
+    counted, matched_early = ~objects.difficult, np.zeros(len(objects.label), dtype=bool)
+    matched_early[verdicts.target[chosen & (verdicts.kind == _CORRECT)]] = True
+
+    def counts(own_objects: np.ndarray, own_detections: np.ndarray) -> dict[str, Any]:
+        """Counts among the best-scored detections, and among all of them."""
+        own = own_objects & counted
+        best, every = (
+            np.bincount(verdicts.kind[rows], minlength=len(ALL_KINDS)).tolist()
+            for rows in (own_detections & chosen, own_detections)
+        )
+        return {
+            "num_objects": int(own.sum()),
+            "best_scored": {
+                **dict(zip(KINDS, best, strict=False)),
+                "missed": int((own & ~matched_early).sum()),
+            },
+            "all": {
+                **dict(zip(ALL_KINDS, every, strict=True)),
+                "missed": int((own & ~verdicts.matched).sum()),
+                "unseen": int((own & verdicts.unseen).sum()),
+            },
+        }
+
+    rows = {
+        name: counts(objects.label == number, detections.label == number)
+        | _costs({key: [values[number]] for key, values in aps.items()})
+        for number, name in enumerate(classes)
+    }
+
+    # How often an object of one class was taken for another, among the best-scored detections.
+    taken = np.flatnonzero(chosen & (verdicts.kind == _CONFUSION))
+    pairs = np.stack([objects.label[verdicts.target[taken]], detections.label[taken]], axis=1)
+    kinds, numbers = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-numbers, kind="stable")
     return {
         "format": "fa-errors-1",
         "metric_year": metric_year,
         "match_iou": MATCH_IOU,
         "near_iou": NEAR_IOU,
         "num_images": num_images,
-        **_row(data, chosen, *everything),
+        **counts(np.ones(len(counted), dtype=bool), np.ones(len(chosen), dtype=bool)),
         **_costs(aps),
         "classes": rows,
-        "confusions": _confusions(data, chosen, classes),
-    }
-
-
-def _row(
-    data: tuple[Objects, Detections, Verdicts],
-    chosen: np.ndarray,
-    own_objects: np.ndarray,
-    own_detections: np.ndarray,
-) -> dict[str, Any]:
-    """Counts of a class: among the best-scored detections, and among all of them."""
-    objects, _, verdicts = data
-    own = own_objects & ~objects.difficult
-    matched_early = np.zeros(len(own), dtype=bool)
-    matched_early[verdicts.target[chosen & (verdicts.kind == _CORRECT)]] = True
-    best, every = (
-        np.bincount(verdicts.kind[rows], minlength=len(ALL_KINDS)).tolist()
-        for rows in (own_detections & chosen, own_detections)
-    )
-    return {
-        "num_objects": int(own.sum()),
-        "best_scored": {
-            **dict(zip(KINDS, best, strict=False)),
-            "missed": int((own & ~matched_early).sum()),
-        },
-        "all": {
-            **dict(zip(ALL_KINDS, every, strict=True)),
-            "missed": int((own & ~verdicts.matched).sum()),
-            "unseen": int((own & verdicts.unseen).sum()),
-        },
+        "confusions": [
+            {"object": classes[true], "taken_for": classes[said], "count": count}
+            for (true, said), count in zip(
+                kinds[order].tolist(), numbers[order].tolist(), strict=True
+            )
+        ],
     }
 
 
@@ -307,21 +313,6 @@ def _costs(aps: dict[str | None, list[float | None]]) -> dict[str, Any]:
         return {"AP50": None, "AP50_gained": dict.fromkeys(GAINS)}
     now = float(np.mean(means[None]))
     return {"AP50": now, "AP50_gained": {key: float(np.mean(means[key])) - now for key in GAINS}}
-
-
-def _confusions(
-    data: tuple[Objects, Detections, Verdicts], chosen: np.ndarray, classes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """How often an object of one class was taken for another, among the best-scored detections."""
-    objects, detections, verdicts = data
-    rows = np.flatnonzero(chosen & (verdicts.kind == _CONFUSION))
-    pairs = np.stack([objects.label[verdicts.target[rows]], detections.label[rows]], axis=1)
-    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return [
-        {"object": classes[true], "taken_for": classes[said], "count": int(count)}
-        for (true, said), count in zip(kinds[order].tolist(), counts[order].tolist(), strict=True)
-    ]
 
 
 def objects_of(split: LabelledSplit, classes: Sequence[str]) -> Objects:

@@ -15,11 +15,12 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from common.config import dotted
 from common.errors import UserError
 from common.resnet import Arch
 
@@ -96,7 +97,7 @@ def load_config(
             scaling.
 
     Returns:
-        A config that is not frozen.
+        A config that is not frozen; on the CPU where there is no GPU.
 
     Raises:
         UserError: For a missing file, an unknown key, a value of the wrong kind, or a schedule
@@ -121,6 +122,8 @@ def load_config(
         cfg = _merged(before, overrides)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
     check_schedule(cfg, before.SOLVER, overrides.keys())
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
@@ -151,25 +154,13 @@ def check_device(cfg: CfgNode) -> None:
         raise UserError("SOLVER.AMP.ENABLED: Detectron2's mixed precision needs a GPU; set False")
 
 
-def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """{"SOLVER.BASE_LR": 0.02, ..}: dotted keys of a config, sorted."""
-    flat: dict[str, Any] = {}
-    for key in sorted(node):
-        value = node[key]
-        if isinstance(value, CfgNode):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 def _explain(cfg: CfgNode, error: Exception) -> str:
     """A yacs message, with the nearest known key if the key is unknown."""
     message = str(error.args[0] if error.args else error).splitlines()[0]
     unknown = message.partition("key:")[2].strip()
     if "on-existent" not in message or not unknown:
         return message
-    near = difflib.get_close_matches(unknown, list(flatten(cfg)), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(unknown, list(dotted(cfg)), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see configs/detection/ for the keys in use"
     return f"unknown key {unknown}; {hint}"
 

@@ -10,6 +10,7 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -145,14 +146,16 @@ class PositionSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Endless stream of positions of this rank."""
-        position = self.start + self.rank
-        while True:
-            yield position
-            position += self.world_size
+        return itertools.count(self.start + self.rank, self.world_size)
 
 
 def build_train_loader(
-    cfg: CfgNode, *, start_iteration: int = 0, purpose: str = "train", all_ranks_alike: bool = False
+    cfg: CfgNode,
+    *,
+    start_iteration: int = 0,
+    purpose: str = "train",
+    all_ranks_alike: bool = False,
+    num_workers: int | None = None,
 ) -> DataLoader:
     """Build the training loader at an iteration.
 
@@ -161,6 +164,7 @@ def build_train_loader(
         start_iteration: First iteration of the stream.
         purpose: Streams of different purpose draw different orders.
         all_ranks_alike: Whether every rank sees the same pictures (statistics), not its share.
+        num_workers: Processes that load; None: DATALOADER.NUM_WORKERS.
 
     Returns:
         Endless iterable of lists of examples.
@@ -179,7 +183,7 @@ def build_train_loader(
         sampler=sampler,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers,
         seed=seed,  # or starting the loader would draw from the generator that seeds a step
     )
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from common import checkpoints, provenance
@@ -26,10 +25,7 @@ from detection.evaluation.metrics import METRICS
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from detection.training.run import (
-    ArmSettings,
-    is_finished,
     log_to,
-    prepare,
     summarise,
     write_details,
 )
@@ -46,7 +42,6 @@ def evaluate_on(
     *,
     choice: SetChoice | None = None,
     overrides: Mapping[str, str] | None = None,
-    trained: ArmSettings | None = None,
     num_threads: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -58,7 +53,6 @@ def evaluate_on(
         seeds: Which ones; None: all that are finished.
         choice: Its format, test list and metric (default: the one of the training).
         overrides: Dotted key of the detector's config -> value; keys of TEST only.
-        trained: If not None, the seeds must have been trained with these settings.
         num_threads: On the CPU; None: PyTorch's choice.
         overwrite: Whether a result that was made with another model or set is replaced.
 
@@ -76,15 +70,10 @@ def evaluate_on(
                 "change; leave it out"
             )
     folders = _finished_seeds(out, seeds)
-    if trained is not None:
-        compared = prepare(trained).compared
-        for folder in folders:
-            if not is_finished(folder, compared, overwrite=False):
-                raise UserError(
-                    f"{folder}: has no run.json, so its settings are unknown; {_REPEAT}"
-                )
     results = [read_json(folder / "result.json") for folder in folders]
-    classes = _common_classes(folders, results)
+    classes = results[0]["classes"]
+    if any(result["classes"] != classes for result in results):
+        raise UserError(f"{out}: its seeds have different classes; give --seeds")
     data = read_set(root, replace(choice, classes=tuple(classes), test_only=True))
     trained_year = results[0]["metric_year"]
     if choice.metric_year is None and None not in (data.metric_year, trained_year):
@@ -99,8 +88,8 @@ def evaluate_on(
             "overrides": [word for pair in overrides.items() for word in pair],
         }
         if file.is_file() and not overwrite:
-            old = read_json(file)
-            changed = [key for key, value in made_with.items() if old.get(key) != value]
+            row = read_json(file)
+            changed = [key for key, value in made_with.items() if row.get(key) != value]
             if changed:
                 raise UserError(
                     f"{file}: was made with another {', '.join(changed)} (a set of the same folder "
@@ -111,13 +100,17 @@ def evaluate_on(
                 torch.set_num_threads(num_threads)
             log_to(folder)
             cfg = load_config(folder / "config.yaml", overrides)
-            if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-                cfg.MODEL.DEVICE = "cpu"
             cfg.DATASETS.TEST = (register(data)[1],)
             cfg.freeze()
-            model = _load_detector(cfg, folder / _MODEL)
+            model = build_model(cfg)
+            try:
+                model.load_state_dict(checkpoints.load_torch(folder / _MODEL)["model"])
+            except (KeyError, RuntimeError) as error:
+                raise UserError(
+                    f"{folder / _MODEL}: does not fit the config.yaml beside it; {_REPEAT}"
+                ) from error
             loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
-            evaluation = evaluate_detector(cfg, model, loader, data)
+            evaluation = evaluate_detector(cfg, model.eval(), loader, data)
             assert evaluation is not None  # one process
             write_details(evaluation, folder, f"{file.stem}-")
             row = {
@@ -134,7 +127,7 @@ def evaluate_on(
             write_json(file, row)  # last: its presence says "finished"
             figures = (row[key] for key in METRICS)
             logger.info("%s on %s: AP %.1f  AP50 %.1f  AP75 %.1f", folder.name, name, *figures)
-        rows.append(read_json(file))
+        rows.append(row)
     summary = {
         "name": name,
         "set": str(data.root.resolve()),
@@ -166,35 +159,3 @@ def _finished_seeds(out: Path, seeds: Sequence[int] | None) -> list[Path]:
             if not (folder / needed).is_file():
                 raise UserError(f"{folder}: is not finished, {needed} is missing; {_REPEAT}")
     return folders
-
-
-def _common_classes(folders: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
-    """The detector's class names in order."""
-    lists = []
-    for folder, result in zip(folders, results, strict=True):
-        names = result.get("classes")
-        if names is None and not result.get("classes_without_test_objects"):
-            names = list(result["per_class"])  # an older result: all classes, in order
-        if names is None:
-            raise UserError(
-                f"{folder / 'result.json'}: has no list 'classes' (an older version made it), and "
-                "not every class has an AP to take it from; train the seed again"
-            )
-        lists.append(names)
-    if any(names != lists[0] for names in lists):
-        raise UserError(f"{folders[0].parent}: its seeds have different classes; give --seeds")
-    return lists[0]
-
-
-def _load_detector(cfg: CfgNode, path: Path) -> torch.nn.Module:
-    """Build the detector and fill every tensor of it."""
-    model = build_model(cfg)
-    checkpoint = checkpoints.load_torch(str(path))
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: does not fit the config.yaml beside it ({str(error).splitlines()[0]}); "
-            f"{_REPEAT}"
-        ) from error
-    return model.eval()

@@ -25,10 +25,11 @@ from detectron2.utils.events import EventStorage
 
 from common import pictures, provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
+from common.config import dotted
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
 from detection.evaluation.metrics import METRICS, Evaluation
-from detection.training.config import arch_of_config, check_device, flatten, load_config
+from detection.training.config import arch_of_config, check_device, load_config
 from detection.training.data import register
 from detection.training.trainer import Trainer
 from detection.training.weights import check_card
@@ -146,8 +147,6 @@ def prepare(settings: ArmSettings) -> Arm:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
     if settings.freeze:
         cfg.MODEL.BACKBONE.FREEZE_AT = 5 if "fpn" in cfg.MODEL.BACKBONE.NAME else 4
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
     check_device(cfg)
     if num_gpus > 1 and torch.cuda.device_count() < num_gpus:
         raise UserError(f"--num-gpus {num_gpus}: this machine has {torch.cuda.device_count()}")
@@ -161,7 +160,7 @@ def prepare(settings: ArmSettings) -> Arm:
     if weights is not None and settings.needs_card:
         check_card(weights, cfg)
     start = "random" if weights is None else "pretrained"
-    compared = {key: value for key, value in flatten(cfg).items() if key not in _NOT_COMPARED} | {
+    compared = {key: value for key, value in dotted(cfg).items() if key not in _NOT_COMPARED} | {
         "weights_sha256": sha256_of(weights) if weights else "random",
         "data_sha256": data.digest(),
         "num_gpus": num_gpus,
@@ -260,10 +259,10 @@ def write_details(evaluation: Evaluation, folder: Path, prefix: str = "") -> Non
 def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1; null for one seed) of AP, AP50 and AP75 in percent.
 
-    "coco" holds the means by COCO's metric, where every seed has it.
+    "coco" holds the means by COCO's metric.
     """
     columns = {key: [result[key] for result in results] for key in METRICS}
-    summary = {
+    return {
         "n": len(results),
         "mean": {key: statistics.fmean(values) for key, values in columns.items()},
         "std": {
@@ -271,11 +270,8 @@ def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, 
             for key, values in columns.items()
         },
         "seeds": list(seeds),
+        "coco": {key: statistics.fmean(row["coco"][key] for row in results) for key in METRICS},
     }
-    if all("coco" in result for result in results):  # an older version made none
-        coco = [result["coco"] for result in results]
-        summary["coco"] = {key: statistics.fmean(row[key] for row in coco) for key in METRICS}
-    return summary
 
 
 def log_to(folder: Path) -> None:
@@ -323,8 +319,6 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
         num_train, num_test = arm.data.num_train, len(arm.data.test.pictures)
     else:
         cfg = load_config(settings.config, settings.overrides, num_gpus=settings.num_gpus or 1)
-        if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
         check_device(cfg)
 
     # One step on a blank picture with one object. It is measured in processor time of one thread,

@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.annotations.record import LabelledSet
-from common.errors import UserError
 from common.files import read_json_lines, remove_partial_files, write_json_lines
 from common.resnet import BLOCKS_PER_STAGE
 from detection.evaluation.evaluate import evaluate_detector, evaluated_split
@@ -64,11 +63,6 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
             tensors are named res5.0.conv1.weight .. as in the backbone; the norm is res5.norm.
         """
         resnets = cfg.MODEL.RESNETS
-        if resnets.DEPTH not in BLOCKS_PER_STAGE:
-            raise UserError(
-                f"MODEL.RESNETS.DEPTH {resnets.DEPTH}: choose one of "
-                f"{', '.join(map(str, BLOCKS_PER_STAGE))}"
-            )
         num_blocks = BLOCKS_PER_STAGE[resnets.DEPTH][3]
         out_channels = 8 * resnets.RES2_OUT_CHANNELS
         common = {
@@ -226,7 +220,7 @@ class Trainer(DefaultTrainer):
             hooks.LRScheduler(),
         ]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
-            loader = build_train_loader(_without_workers(cfg), purpose="precise-bn")
+            loader = build_train_loader(cfg, purpose="precise-bn", num_workers=0)
             num_batches = cfg.TEST.PRECISE_BN.NUM_ITER
             built.append(FreshPreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_batches))
         if comm.is_main_process():
@@ -262,7 +256,7 @@ class Trainer(DefaultTrainer):
                 logger.info("%s: all %d backbone tensors loaded", weights.name, num_tensors)
             num_batches = self.cfg.MODEL.BACKBONE.CALIBRATE_BN_BATCHES
             batches = build_train_loader(
-                _without_workers(self.cfg), purpose="calibrate", all_ranks_alike=True
+                self.cfg, purpose="calibrate", all_ranks_alike=True, num_workers=0
             )
             num_norms = calibrate_frozen_norms(model, batches, num_batches)
             if num_norms:
@@ -286,12 +280,3 @@ class Trainer(DefaultTrainer):
         """Evaluate the detector as it is; None on other ranks than the first."""
         loader = build_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])
         return evaluate_detector(self.cfg, self.model, loader, self.data)
-
-
-def _without_workers(cfg: CfgNode) -> CfgNode:
-    """A copy of a config whose loaders start no processes."""
-    copy = cfg.clone()
-    copy.defrost()
-    copy.DATALOADER.NUM_WORKERS = 0
-    copy.freeze()
-    return copy

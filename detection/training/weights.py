@@ -20,9 +20,9 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
 from common import checkpoints
-from common.backbone import D2_CARD
+from common.backbone import D2_CARD, read_own_card
 from common.errors import UserError
-from common.files import read_json, sha256_of, write_atomically, write_text
+from common.files import write_atomically, write_text
 from common.resnet import read_arch
 from detection.training.config import arch_of_config
 
@@ -188,29 +188,19 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
         UserError: If there is no card, the weights are not the ones it describes, or the config
             would use other pixels or another architecture.
     """
-    path = weights.with_suffix(".json")
     if not weights.is_file():
         raise UserError(f"{weights}: no such weights; {_CONVERT}, or say `random`")
-    if not path.is_file():
+    card, fault = read_own_card(weights)
+    if card is None or card["format"] != D2_CARD:
+        name = weights.with_suffix(".json").name
         raise UserError(
-            f"{weights}: has no preprocessing card {path.name} beside it, so its pixel statistics "
-            f"cannot be checked; {_CONVERT}, or trust the config with --no-card"
-        )
-    card = read_json(path)
-    try:
-        if card["format"] != D2_CARD:
-            raise UserError(
-                f"{path}: format {card['format']!r}, expected {D2_CARD!r}; {_CONVERT} again"
-            )
-        _ = card["weights_sha256"], card["preprocessing"]["pixel_mean"], read_arch(card["arch"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a card ({error}); {_CONVERT} again") from error
-    if card["weights_sha256"] != sha256_of(weights):
-        raise UserError(
-            f"{weights}: is not the file that {path.name} describes (sha256 differs); {_CONVERT} "
-            "again"
+            f"{weights}: {fault or f'has no preprocessing card {name} beside it'}, so its pixel "
+            f"statistics cannot be checked; {_CONVERT}, or trust the config with --no-card"
         )
     pixels = card["preprocessing"]
+    missing = {"input_format", "pixel_mean", "pixel_std", "stride_in_1x1"} - pixels.keys()
+    if missing:
+        raise UserError(f"{weights}: its card lacks {', '.join(sorted(missing))}; {_CONVERT} again")
     arch, own = read_arch(card["arch"]), arch_of_config(cfg)
     faults = [] if arch == own else [f"the weights are a {arch}, the config builds a {own}"]
     if pixels["input_format"] != cfg.INPUT.FORMAT:

@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def read(path, *overrides):
-    return read_settings(Outer, path, overrides, free=("inner.options",))
+    return read_settings(Outer, path, overrides)
 
 
 def test_file_and_overrides(path):
@@ -68,7 +68,7 @@ def test_free_values_stay_as_they_are_written(path):
     assert read(path).inner.options == expected
     assert read(path, "inner.options.name='7'").inner.options["name"] == "7"
     assert read(path, "count=2").inner.rate == 0.1
-    with pytest.raises(UserError, match=r"inner\.options is 3; it holds keys with values"):
+    with pytest.raises(UserError, match=r"inner\.options is 3; it holds keys"):
         read(path, "inner.options=3")
 
 
@@ -112,8 +112,8 @@ def test_yaml_is_bounded_and_runs_nothing(text, words):
 def test_a_file_without_keys_is_refused(tmp_path, text):
     file = tmp_path / "x.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"x\.yaml: holds no settings .*see some\.yaml"):
-        read_yaml(file, "some.yaml")
+    with pytest.raises(UserError, match=r"x\.yaml: holds no settings"):
+        read_yaml(file)
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -42,19 +42,13 @@ class Coco(LabelledFormat):
         of COCO's numbers, unless the choice orders the classes. The metric is COCO's.
         """
         if choice.metric_year is not None:
-            raise UserError(
-                f"{root}: is a COCO folder, whose metric is COCO's; leave --metric-year out"
-            )
+            raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
         test, classes = _read_split(root, choice.test_split or "val2017")
         train = ()
         if not choice.test_only:
             split, train_classes = _read_split(root, choice.train_split or "train2017")
             if classes != train_classes:
-                raise UserError(
-                    f"{root / 'annotations'}: instances_{split.name}.json and "
-                    f"instances_{test.name}.json have different categories; take both from the "
-                    "same release"
-                )
+                raise UserError(f"{root}: {split.name} and {test.name} have different categories")
             pictures = tuple(
                 replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
                 for picture in split.pictures
@@ -62,10 +56,7 @@ class Coco(LabelledFormat):
             train = (replace(split, pictures=pictures),)
         for split in (*train, test):
             if not any(picture.objects for picture in split.pictures):
-                raise UserError(
-                    f"{root}: list {split.name!r} holds no object; download it again or choose "
-                    "another list"
-                )
+                raise UserError(f"{root}: list {split.name!r} holds no object; choose another")
         if choice.classes is not None:
             check_same_classes(root, classes, choice.classes)
             classes = choice.classes
@@ -78,10 +69,8 @@ def _read_split(root: Path, name: str) -> tuple[LabelledSplit, tuple[str, ...]]:
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
         raise UserError(
-            f"{path}: no such file (annotation files there: {there}); a COCO folder holds "
-            "annotations/instances_train2017.json and instances_val2017.json, and the pictures in "
-            "train2017 and val2017: give that folder with --data, or name other lists with "
-            "--train-split and --test-split"
+            f"{path}: no such file (there: {there}); give the folder that holds annotations/, or "
+            "name other lists with --train-split and --test-split"
         )
     classes, pictures = read_instances(path, root / name)
     return LabelledSplit(root / name, name, pictures), classes
@@ -111,41 +100,29 @@ def read_instances(path: Path, folder: Path) -> tuple[tuple[str, ...], tuple[Pic
         if len(numbers) < len(images):
             raise UserError(f"{path}: has two pictures of the same id; give each its own")
         objects: dict[int, list[ObjectRecord]] = defaultdict(list)
-        orphans = []
         for row in content["annotations"]:
-            if row["image_id"] in numbers:
-                objects[row["image_id"]].append(_object(path, row, labels))
-            else:
-                orphans.append(row)
-        if orphans:
-            raise UserError(
-                f"{path}: {len(orphans)} of {len(content['annotations'])} annotations are of "
-                f"pictures that it does not list, such as image_id {orphans[0]['image_id']!r}; add "
-                "the pictures or remove the annotations"
-            )
+            if row["image_id"] not in numbers:
+                raise UserError(
+                    f"{path}: annotation {row.get('id')!r} is of a picture that it does not list, "
+                    f"image_id {row['image_id']!r}; add the picture or remove the annotation"
+                )
+            objects[row["image_id"]].append(_object(path, row, labels))
         pictures = tuple(_picture(path, folder, row, objects[row["id"]]) for row in images)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: is no COCO annotation of instances ({type(error).__name__}: {error}); "
-            "download it again"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: is no COCO annotation of instances ({reason})") from error
     return tuple(labels.values()), pictures
 
 
 def _object(path: Path, row: dict[str, Any], labels: dict[int, str]) -> ObjectRecord:
     where = f"{path}: annotation {row.get('id')!r}"
     if row["category_id"] not in labels:
-        raise UserError(
-            f"{where}: category_id {row['category_id']!r} is none of the categories; add it there"
-        )
+        raise UserError(f"{where}: category_id {row['category_id']!r} is none of the categories")
     x, y, width, height = (float(value) for value in row["bbox"])
     if not all(map(math.isfinite, (x, y, width, height))) or min(width, height) < 0:
-        raise UserError(
-            f"{where}: bbox {row['bbox']}: x, y, width and height must be numbers, the last two "
-            "not negative"
-        )
+        raise UserError(f"{where}: bbox {row['bbox']}: give x, y, width >= 0, height >= 0")
     return ObjectRecord(
         labels[row["category_id"]],
         (x, y, x + width, y + height),

@@ -22,6 +22,7 @@ from common.annotations.record import (
     checked_class_name,
     list_file,
 )
+from common.config import unknown
 from common.errors import UserError
 from common.files import read_json, read_text
 from common.pictures import BadPicture, picture_size
@@ -71,15 +72,10 @@ class Voc(LabelledFormat):
         if path.is_file():
             description = read_json(path)
             if not isinstance(description, dict) or not description.get("classes"):
-                raise UserError(
-                    f"{path}: has no list 'classes'; make the data set again with "
-                    "tools/make_dataset.py"
-                )
+                raise UserError(f"{path}: has no list 'classes'; make the data set again")
         classes = tuple(choice.classes or description.get("classes") or VOC_CLASSES)
         if len(set(classes)) != len(classes) or not all(classes):
-            raise UserError(
-                f"class list {', '.join(classes)!r}: names must be different and not empty"
-            )
+            raise UserError(f"classes {', '.join(classes)!r} must be different and not empty")
         if choice.test_only and description:
             check_same_classes(root, description["classes"], classes)
 
@@ -132,15 +128,12 @@ def read_split(
             pictures.append(read_picture(folder, image_id, classes, tolerance_px=tolerance_px))
         except UserError as error:
             problems.append(str(error))
-    if len(problems) > _MAX_PROBLEMS:
-        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
     if problems:
-        raise UserError("\n".join(problems))
+        more = [f"and {len(problems) - _MAX_PROBLEMS} more"] * (len(problems) > _MAX_PROBLEMS)
+        raise UserError("\n".join([*problems[:_MAX_PROBLEMS], *more]))
     if not any(picture.objects for picture in pictures):
-        raise UserError(
-            f"{list_file(folder, name)}: none of its {len(pictures)} pictures holds an object; "
-            "annotate them or choose another list"
-        )
+        path = list_file(folder, name)
+        raise UserError(f"{path}: none of its {len(pictures)} pictures holds an object")
     return LabelledSplit(folder, name, tuple(pictures))
 
 
@@ -165,15 +158,10 @@ def _find_list(root: Path, split: str) -> tuple[Path, str]:
     if not holders:
         there = sorted(f"{folder.name}/{x}" for folder in folders for x in list_names(folder))
         needed = list_file(folders[0] if folders else root / "VOC2007", name)
-        raise UserError(
-            f"{needed}: no such list; lists there: {', '.join(there[:20]) or 'none'}; choose with "
-            "--train-split / --test-split / --eval-split"
-        )
+        raise UserError(f"{needed}: no such list; lists there: {', '.join(there[:20]) or 'none'}")
     if len(holders) > 1:
-        raise UserError(
-            f"list {split!r} is in {holders[0].name} and in {holders[1].name}; say "
-            f"voc_2007_{name} or voc_2012_{name} with --train-split / --test-split"
-        )
+        years = f"{holders[0].name} and in {holders[1].name}"
+        raise UserError(f"list {split!r} is in {years}; say voc_2007_{name} or voc_2012_{name}")
     return holders[0], name
 
 
@@ -217,16 +205,10 @@ def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]
     is_class_wise = all(len(pair) == 2 and pair[1] in ("-1", "0", "1") for pair in pairs)
     if names and is_class_wise and not any(find_picture(folder, line) for line in names):
         if not class_wise:
-            raise UserError(
-                f"{path}: line {names[0]!r} must hold one picture name and nothing else; "
-                "class-wise lists such as aeroplane_train.txt do not serve"
-            )
+            raise UserError(f"{path}: line {names[0]!r} must hold one picture name alone")
         names = [pair[0] for pair in pairs if pair[1] != "-1"]
     if not names:
-        raise UserError(
-            f"{path}: the list is empty; put one picture name a line, without .jpg, or choose "
-            "another list"
-        )
+        raise UserError(f"{path}: the list is empty; put one picture name a line, without .jpg")
     twice, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: {twice!r} is listed {count} times; keep one of the lines")
@@ -247,10 +229,8 @@ def require_picture(folder: Path, image_id: str) -> Path:
     """
     file = find_picture(folder, image_id)
     if file is None:
-        raise UserError(
-            f"{folder / 'JPEGImages' / image_id}.jpg: no such picture, but a list names it; add it "
-            "or take its name off the list"
-        )
+        path = folder / "JPEGImages" / f"{image_id}.jpg"
+        raise UserError(f"{path}: no such picture, but a list names it; add it")
     return file
 
 
@@ -283,7 +263,7 @@ def read_picture(
     if size != (width, height):
         raise UserError(
             f"{path}: <size> says {size[0]:g} x {size[1]:g} pixels, but {file.name} has {width} x "
-            f"{height}; correct the size, and the boxes if the picture was scaled"
+            f"{height}; correct the size and the boxes"
         )
     objects = []
     for number, element in enumerate(tree.findall("object"), start=1):
@@ -291,21 +271,15 @@ def read_picture(
         name = checked_class_name(element.findtext("name"), where)
         where += f" ({name})"
         if classes is not None and name not in classes:
-            raise UserError(
-                f"{where}: unknown class {name!r}; the set's classes are {', '.join(classes)}; "
-                "correct the annotation, or give all names with --classes a,b,c or --classes FILE"
-            )
+            raise UserError(f"{where}: {unknown(f'class {name!r}', name, classes)}; see --classes")
         xmin, ymin, xmax, ymax = (_number(where, element, f"bndbox/{key}") for key in _CORNERS)
         text = f"box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
         if xmax < xmin or ymax < ymin:
-            raise UserError(
-                f"{where}: {text} is empty or turned round; xmin <= xmax and ymin <= ymax must hold"
-            )
+            raise UserError(f"{where}: {text} is empty or turned round")
         low, over = 1 - tolerance_px, tolerance_px
         if min(xmin, ymin) < low or xmax > width + over or ymax > height + over:
             raise UserError(
-                f"{where}: {text} lies outside the picture of {width} x {height} pixels (counted "
-                "from 1, both ends inclusive); clip or correct it"
+                f"{where}: {text} lies outside the picture of {width} x {height} pixels; clip it"
             )
         objects.append(
             ObjectRecord(
@@ -330,10 +304,7 @@ def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:
             raise UserError(f"{path}: has more than {_MAX_XML_BYTES >> 20} MiB; no annotation has")
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such annotation, but a list names {path.stem!r}; add it or take its name "
-            "off the list"
-        ) from None
+        raise UserError(f"{path}: no such annotation, but a list names it; add it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     declared = _DECLARATION.match(content.removeprefix(codecs.BOM_UTF8))
@@ -345,14 +316,9 @@ def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:
         if "<!ENTITY" in text:
             raise UserError(f"{path}: defines entities; write the text in full")
         return content, ElementTree.fromstring(text)
-    except LookupError:
-        raise UserError(
-            f"{path}: says that its encoding is {encoding!r}, which is not known; save it as UTF-8"
-        ) from None
-    except UnicodeError as error:
-        raise UserError(
-            f"{path}: is no {encoding.upper()} text, as it says ({error}); save it as UTF-8"
-        ) from None
+    except (LookupError, UnicodeError) as error:
+        reason = f"is no {encoding.upper()} text, as it says ({error})"
+        raise UserError(f"{path}: {reason}; save it as UTF-8") from None
     except ElementTree.ParseError as error:
         raise UserError(f"{path}: not readable as XML ({error}); write it again") from None
 

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import Tensor, nn
 
+import detection.training.trainer  # noqa: F401  (registers the C4 head)
 from common.backbone import IMAGENET, read_backbone
 from common.errors import UserError
 from common.files import sha256_of
@@ -164,9 +165,9 @@ def test_nothing_is_written_when_features_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = read_backbone(save(torchvision_state(), tmp_path / "a.pth"))
-    swapped = conversion.to_detectron2(source.tensors)
+    swapped = conversion.parity.to_detectron2(source.tensors)
     swapped["res4.0.conv1.weight"] = swapped["res4.0.conv1.weight"].flip(0)
-    monkeypatch.setattr(conversion, "to_detectron2", lambda _: swapped)
+    monkeypatch.setattr(conversion.parity, "to_detectron2", lambda _: swapped)
     with pytest.raises(UserError, match=r"features differ.*res4 .*nothing was written"):
         convert(source, tmp_path / "out.pkl", size=64)
     assert not list(tmp_path.glob("out*"))
@@ -184,7 +185,7 @@ def test_nothing_is_overwritten_that_is_no_card(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"README.md exists and is no card"):
         convert(source, tmp_path / "README.pth")
     convert(source, tmp_path / "b.pkl", size=64)
-    with pytest.raises(UserError, match=r"b.json, which describes b.pkl"):
+    with pytest.raises(UserError, match=r"b.json exists and is no card of it"):
         convert(source, tmp_path / "b.pth", to="torchvision")
     for to, ending in (("torchvision", ".pkl"), ("detectron2", ".pt")):
         with pytest.raises(UserError, match=r"end the name in \.p"):
