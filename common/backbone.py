@@ -106,12 +106,8 @@ def read_any_card(place: Path) -> dict[str, Any] | None:
     card = read_json_or_none(place)
     if not isinstance(card, dict) or card.get("format") not in (D2_CARD, TORCHVISION_CARD):
         return None
-    if not card.keys() >= {"arch", "preprocessing", "branch", "source", "weights_sha256"}:
-        return None
-    source, pixels = card["source"], card["preprocessing"]
-    if not isinstance(source, dict) or not isinstance(pixels, dict):
-        return None
-    return card if {"file", "sha256", "layout"} <= source.keys() else None
+    has_tables = all(isinstance(card.get(key), dict) for key in ("preprocessing", "source"))
+    return card if has_tables and {"arch", "branch", "weights_sha256"} <= card.keys() else None
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -183,8 +179,6 @@ def read_backbone(
         UserError: One message for the first fault.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
     contents = _with_hub_config(path, checkpoints.read(path))
     try:
         state, layout, arch = _network(contents, layout, branch)
@@ -223,17 +217,13 @@ def read_backbone(
         origins = {"preprocessing": origin, "stride": stride_origin}
         assumed = [name for name, known_from in origins.items() if known_from == "assumed"]
         if layout == "detectron2" and assumed and card is None and not assume:
-            options = {"preprocessing": "--preprocessing", "stride": "--stride-in 3x3"}
             raise UserError(
                 f"has no card beside it ({path.with_suffix('.json').name}) to say which pixels and "
-                f"strides it expects; give {' and '.join(options[name] for name in assumed)}"
+                "strides it expects; give --preprocessing and --stride-in 3x3"
             )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    sentences = {
-        "preprocessing": "pixel statistics are ImageNet's by assumption: nothing states them",
-        "stride": "the stride is assumed to lie in the 3x3 convolutions: nothing states it",
-    }
+    notes = [f"{name} is assumed: nothing states it" for name in assumed]
     return BackboneCheckpoint(
         path=path,
         layout=layout,
@@ -247,7 +237,7 @@ def read_backbone(
         origins=origins,
         card=card,
         contents=contents,
-        notes=(*((fault,) if fault else ()), *(sentences[name] for name in assumed)),
+        notes=(fault, *notes) if fault else tuple(notes),
     )
 
 
@@ -377,9 +367,7 @@ def _tensors(
     for name, shape in needed.items():
         value = state[name]
         if isinstance(value, Tensor | np.ndarray) and shapes[name] != shape:
-            hint = " (a CIFAR stem does not convert)" if name == "conv1.weight" else ""
-            raise UserError(f"{name} has shape {shapes[name]}, a {arch} needs {shape}{hint}; "
-                            "its `arch` and its weights do not belong together")  # fmt: skip
+            raise UserError(f"{name} has shape {shapes[name]}, a {arch} needs {shape}")
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize <= 8:
             native = value.dtype.newbyteorder("=")
             value = torch.from_numpy(np.array(value, dtype=native, order="C"))
@@ -429,28 +417,25 @@ def _stated_pixels(
         return _pixels(contents[_HUB_CONFIG]), "config"
     if card is None:
         return IMAGENET, "assumed"
-    stated = card["preprocessing"]
-    if card["format"] == D2_CARD:  # Detectron2 counts pixels from 0 to 255
-        try:
-            stated = {new: [round(value / 255, 8) for value in stated[old]]
-                      for new, old in (("mean", "pixel_mean"), ("std", "pixel_std"))} \
-                | {"order": stated["input_format"]}  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise UserError(f"its card's preprocessing is incomplete ({error!r})") from error
     earlier = card.get("origins")
     is_assumed = isinstance(earlier, dict) and earlier.get("preprocessing") == "assumed"
-    return _pixels(stated), "assumed" if is_assumed else "card"
+    return _pixels(card["preprocessing"], card["format"]), "assumed" if is_assumed else "card"
 
 
-def _pixels(stated: Any) -> Preprocessing:
+def _pixels(stated: Any, card_format: str = "") -> Preprocessing:
     """Mean and deviation as a checkpoint or a card states them, checked."""
+    names = ("mean", "std", "order")
+    if card_format == D2_CARD:
+        names = ("pixel_mean", "pixel_std", "input_format")
     try:
-        mean, std = (tuple(map(float, stated[key])) for key in ("mean", "std"))
-        order = str(stated.get("order", "RGB")).upper()
+        mean, std = (tuple(map(float, stated[key])) for key in names[:2])
+        order = str(stated.get(names[2], "RGB")).upper()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"preprocessing {stated!r:.120}: no mean and std ({error!r})") from error
     if order != "RGB":
         raise UserError(f"preprocessing order {order!r}: only RGB networks are read")
+    if card_format == D2_CARD:  # Detectron2 counts pixels from 0 to 255
+        mean, std = (tuple(round(x / 255, 8) for x in values) for values in (mean, std))
     return _checked(mean, std)
 
 

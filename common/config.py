@@ -93,8 +93,6 @@ def read_settings(
     schema: type[Schema],
     path: Path | None,
     overrides: Sequence[str] = (),
-    *,
-    defaults: Mapping[str, Any] | None = None,
 ) -> Schema:
     """An instance of a frozen dataclass from a YAML file, or none, and overrides.
 
@@ -107,7 +105,6 @@ def read_settings(
             3}}`` becomes ``{"train.epochs": 3}``.
         path: YAML file, or None for overrides alone.
         overrides: ``key=value`` with dotted keys; the values are YAML. The last one wins.
-        defaults: Values of top-level keys that neither file nor overrides set.
     Raises:
         UserError: Unknown key, or a value that the type or the dataclass refuses; names the file
             and the key.
@@ -119,8 +116,6 @@ def read_settings(
     for override in overrides:
         alone = _applied(schema, {}, [override])
         _check_keys(schema, alone, f"override {override!r}: ", "", raw)
-    for key, value in (defaults or {}).items():
-        raw.setdefault(key, value)
     _check_keys(schema, raw, where, "", raw)
     return _build(schema, raw, where)
 

@@ -6,7 +6,6 @@
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import os
@@ -51,10 +50,8 @@ def require(condition: bool, message: str) -> None:
 def at_least(settings: object, section: str, **lowest: float) -> None:
     """Refuse settings below their bound; None is not checked. ``section`` is for the message."""
     for name, bound in lowest.items():
-        value = getattr(settings, name)
-        require(
-            value is None or value >= bound, f"{section}.{name} must be >= {bound}, got {value}"
-        )
+        x = getattr(settings, name)
+        require(x is None or x >= bound, f"{section}.{name} must be >= {bound}, got {x}")
 
 
 def positive(settings: object, section: str, *names: str) -> None:
@@ -67,10 +64,8 @@ def positive(settings: object, section: str, *names: str) -> None:
 def within_0_and_1(settings: object, section: str, *names: str) -> None:
     """Refuse settings outside of 0..1; None is not checked."""
     for name in names:
-        value = getattr(settings, name)
-        require(
-            value is None or 0 <= value <= 1, f"{section}.{name} must be in [0, 1], got {value}"
-        )
+        x = getattr(settings, name)
+        require(x is None or 0 <= x <= 1, f"{section}.{name} must be in [0, 1], got {x}")
 
 
 def printable(text: str) -> str:
@@ -79,12 +74,10 @@ def printable(text: str) -> str:
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, at which file, and what to do about a full disk."""
+    """What the operating system refused, and at which file."""
     if error.errno is None:  # raised by our own code, with a whole sentence
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk full{where}: free some space and run the same command again"
     return f"{error.strerror or error}{where}"
 
 
@@ -155,12 +148,10 @@ def run_or_check_each(main: Callable[[list[str] | None], int]) -> int:
                 status = main(words)
         except SystemExit as stop:  # argparse
             status = stop.code
-        lines = [line for line in err.getvalue().splitlines() if line.strip()] or ["no message"]
-        # The last error, with the lines that belong to it.
-        first = max((n for n, line in enumerate(lines) if "error: " in line), default=-1)
-        message = " ".join(line.strip() for line in lines[first:]).partition("error: ")[2]
+        # The error, with the lines that belong to it; argparse writes its usage before.
+        message = " ".join(err.getvalue().partition("error: ")[2].split()) or "no message"
         answer = out.getvalue().splitlines()[-1:] or ["{}"]
-        print(json.dumps({"error": message or lines[-1]}) if status else answer[0], flush=True)
+        print(json.dumps({"error": message}) if status else answer[0], flush=True)
     return 0
 
 

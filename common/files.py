@@ -26,8 +26,6 @@ from common.errors import UserError
 TEMPORARY_SUFFIX = ".partial"
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
@@ -223,23 +221,15 @@ def sha256_of(path: Path) -> str:
 
 
 def inside(folder: Path, relative: str) -> Path:
-    """Return `folder/relative` after checking that no part of it leads out of `folder`.
+    """Return `folder/relative` after checking that it lies within `folder`, links followed.
 
     Raises:
-        UserError: For an absolute path, a `..`, or a symbolic link among the folders on the way.
+        UserError: For `folder` itself, an absolute path, a `..`, or a link that leads out.
     """
-    parts = PurePosixPath(relative).parts
-    if not parts or PurePosixPath(relative).is_absolute() or ".." in parts:
-        raise UserError(f"{relative!r} is not a path below {folder}; give one without '..'")
-    path = folder
-    for part in parts[:-1]:
-        path = path / part
-        if path.is_symlink():
-            raise UserError(
-                f"{path} is a symbolic link, so nothing below it is removed or replaced; "
-                "move it away or choose another --out"
-            )
-    return path / parts[-1]
+    parts, path = PurePosixPath(relative).parts, folder / relative
+    if not parts or ".." in parts or not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{relative!r} is no path within {folder}; move links away")
+    return path
 
 
 def remove(folder: Path, relative: str) -> bool:

@@ -108,14 +108,8 @@ def infer_arch(shapes: Mapping[str, tuple[int, ...]]) -> Arch:
     )
     for depth, blocks in BLOCKS_PER_STAGE.items():
         if blocks == num_blocks and (depth >= 50) == (third is not None):
-            return read_arch(
-                {
-                    "depth": depth,
-                    "width_per_group": first[0],
-                    "stem_channels": stem[0],
-                    "res2_channels": third[0] if third else first[0],
-                }
-            )
+            numbers = (depth, first[0], stem[0], (third or first)[0])
+            return read_arch(dict(zip(Arch.__dataclass_fields__, numbers, strict=True)))
     raise UserError(f"{num_blocks} blocks per stage fit none of ResNet-18, 34, 50, 101, 152")
 
 
@@ -269,10 +263,7 @@ def to_torchvision(state: Mapping[str, Any], layout: str, branch: str) -> Mapped
             mapped.add(rest, key, value)
     if not mapped.backbone:
         own = " or ".join(repr(prefix) for prefix, is_own in prefixes if is_own)
-        raise UserError(
-            f"no key begins with {own}, where this layout keeps the {branch} backbone; try "
-            "another --layout or --branch"
-        )
+        raise UserError(f"no key begins with {own}; try another --layout or --branch")
     return mapped
 
 

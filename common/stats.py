@@ -36,15 +36,12 @@ def mean_std(values: Sequence[float]) -> dict[str, Any]:
     return {"n": n, "mean": mean, "std": math.sqrt(variance)}
 
 
-def paired_difference(
-    treated: SeedValues, control: SeedValues, level: float = LEVEL
-) -> dict[str, Any]:
+def paired_difference(treated: SeedValues, control: SeedValues) -> dict[str, Any]:
     """Compare two arms seed by seed.
 
     Args:
         treated: Value by seed.
         control: Value by seed; only seeds in both count.
-        level: Coverage of the intervals.
     Returns:
         `seeds`, `differences`, `n`, `mean`, `std`, `level`, `student_t` and `bootstrap` (of the
         percentiles, too narrow for a handful of values) as [low, high] or None below two seeds
@@ -52,19 +49,19 @@ def paired_difference(
     """
     seeds = sorted(treated.keys() & control.keys())
     differences = [treated[seed] - control[seed] for seed in seeds]
-    summary = {"seeds": seeds, "differences": differences, **mean_std(differences), "level": level}
+    summary = {"seeds": seeds, "differences": differences, **mean_std(differences), "level": LEVEL}
     if len(seeds) < 2:
         counted = "no seed" if not seeds else "one seed"
         return summary | {"student_t": None, "bootstrap": None, "note": f"{counted}: no interval"}
     from scipy import stats  # takes half a second, which --help should not wait for
 
-    half = float(stats.t.ppf((1 + level) / 2, len(seeds) - 1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(seeds) - 1))
     half *= summary["std"] / math.sqrt(len(seeds))
     resampled = stats.bootstrap(
         (differences,),
         np.mean,
         n_resamples=NUM_RESAMPLES,
-        confidence_level=level,
+        confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),
     )
@@ -163,7 +160,7 @@ def compare(
     """
     rows = []
     for contrast in contrasts:
-        row = paired_difference(*contrast.sides(), LEVEL)
+        row = paired_difference(*contrast.sides())
         differences = row["differences"]
         rows.append(
             {"name": contrast.name, "decides": contrast.decides}

@@ -180,7 +180,7 @@ class PipelineConfig:
     `pretrained`. `comparisons` make one table of all variants; studies have several `tables`.
     """
 
-    name: str
+    name: str = ""  # default: that of the file
     data: DataStageConfig = DataStageConfig()
     shards: ShardsConfig = ShardsConfig()
     probes: ShardsConfig = ShardsConfig()
@@ -228,12 +228,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         UserError: For an unreadable file, an unknown key or an impossible value; names it.
     """
-    config = read_settings(PipelineConfig, path, overrides, defaults={"name": path.stem})
+    config = read_settings(PipelineConfig, path, overrides)
     # jsonargparse checks dataclasses within a tuple, but does not make them where it has a default.
     comparisons = (Comparison(**vars(item)) for item in config.comparisons)
     try:
         require(not config.tables, "tables are for studies; give comparisons")
-        return check_config(replace(config, comparisons=tuple(comparisons)))
+        name = config.name or path.stem
+        return check_config(replace(config, name=name, comparisons=tuple(comparisons)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

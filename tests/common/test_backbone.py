@@ -130,7 +130,7 @@ def with_nan(state: dict[str, Any]) -> None:
         (lambda s: s.update({"layer1.0.downsample.2.weight": torch.ones(5)}), "has layer1.0.down"),
         (lambda s: s.update({"layer1.0.conv2.weight": torch.ones(2, 1, 3, 3)}), "a ResNet-50 .*ne"),
         (lambda s: s.update({"conv1.weight": torch.ones(3, 1, 7, 7)}), r"shape \(3, 1, 7, 7\)"),
-        (lambda s: s.update({"conv1.weight": torch.ones(3, 3, 3, 3)}), "CIFAR stem does not conve"),
+        (lambda s: s.update({"conv1.weight": torch.ones(3, 3, 3, 3)}), r"shape \(3, 3, 3, 3\)"),
         (lambda s: s.pop("bn1.running_mean"), "lacks bn1.running_mean"),
         # Incomplete or damaged ones.
         (lambda s: s.pop("layer3.1.conv1.weight"), "lacks layer3.1.conv1.weight"),
@@ -177,7 +177,7 @@ def test_our_checkpoint_and_its_architecture_must_belong_together(tmp_path: Path
 
 
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="no such file"):
         read_backbone(tmp_path / "none.pth")
     path = tmp_path / "a.pth"
     for content, reason in (
@@ -214,11 +214,11 @@ def test_detectron2_file_without_card_must_be_explained(tmp_path: Path) -> None:
     path = detectron2_pkl(tmp_path / "b.pkl", torchvision_state())
     with pytest.raises(UserError, match=r"no card beside it \(b.json\).*--preprocessing and --str"):
         read_backbone(path)
-    with pytest.raises(UserError, match=r"give --stride-in 3x3 to tools"):
+    with pytest.raises(UserError, match=r"give --preprocessing and --stride-in 3x3"):
         read_backbone(path, preprocessing=IMAGENET)
     source = read_backbone(path, preprocessing=IMAGENET, stride_in_1x1=False)
     assert source.origins == {"preprocessing": "option", "stride": "option"}
-    with pytest.raises(UserError, match=r"stride in the 1x1 convolution.*no renaming moves it"):
+    with pytest.raises(UserError, match="stride in the 1x1 convolution"):
         read_backbone(path, preprocessing=IMAGENET, stride_in_1x1=True)
 
 
@@ -239,7 +239,7 @@ def test_card_of_a_detectron2_file(tmp_path: Path) -> None:
     assert source.origins == {"preprocessing": "card", "stride": "card"}
     with pytest.raises(UserError, match="stride in the 1x1 convolution"):
         read(preprocessing=pixels | {"stride_in_1x1": True})
-    with pytest.raises(UserError, match="card's preprocessing is incomplete"):
+    with pytest.raises(UserError, match="no mean and std"):
         read(preprocessing={})
     with pytest.raises(UserError, match=r"b.json beside it describes another file"):
         read(weights_sha256="0")

@@ -103,7 +103,7 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
         ([], {"train": "plain"}, "8 of 8 samples have no label"),
         ([], {"val": "plain"}, "8 of 8 samples have no label"),
         ([], {"train": "nothing"}, "nothing"),
-        ([], {"source": "no.pth"}, "no.pth: no such checkpoint"),
+        ([], {"source": "no.pth"}, "no.pth: no such file"),
         ([], {"source": "random:R19"}, "give random: with R18"),
         (["--branch", "ema"], {}, "--branch ema: this torchvision checkpoint holds one network"),
         (["--config", "no.yaml"], {}, "--config no.yaml does not exist"),

@@ -68,10 +68,7 @@ def _read_split(root: Path, name: str) -> tuple[LabelledSplit, tuple[str, ...]]:
     path = root / "annotations" / f"instances_{name}.json"
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
-        raise UserError(
-            f"{path}: no such file (there: {there}); give the folder that holds annotations/, or "
-            "name other lists with --train-split and --test-split"
-        )
+        raise UserError(f"{path}: no such file; there: {there}; see --train-split, --test-split")
     classes, pictures = read_instances(path, root / name)
     return LabelledSplit(root / name, name, pictures), classes
 

@@ -83,10 +83,9 @@ class Voc(LabelledFormat):
         is_official = classes == VOC_CLASSES and (
             not description or description.get("kind") == "voc"
         )
-        train_split = choice.train_split or description.get("train_split")
-        train_split = train_split or ("voc_2007_trainval" if is_official else "train")
-        test_split = choice.test_split or description.get("test_split")
-        test_split = test_split or ("voc_2007_test" if is_official else "test")
+        usual = ("voc_2007_trainval", "voc_2007_test") if is_official else ("train", "test")
+        train_split = choice.train_split or description.get("train_split") or usual[0]
+        test_split = choice.test_split or description.get("test_split") or usual[1]
         if "+" in test_split:
             raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
         usual_year = 2007 if is_official and "2012" not in test_split else 2012
@@ -198,8 +197,7 @@ def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]
     """
     path = list_file(folder, name)
     if not path.is_file():
-        there = ", ".join(list_names(folder)[:20]) or "none"
-        raise UserError(f"{path}: no such list; lists there: {there}; choose one of them")
+        raise UserError(f"{path}: no such list; there: {', '.join(list_names(folder)[:20])}")
     names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     pairs = [line.rsplit(maxsplit=1) for line in names]
     is_class_wise = all(len(pair) == 2 and pair[1] in ("-1", "0", "1") for pair in pairs)

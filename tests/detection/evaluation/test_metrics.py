@@ -1,6 +1,9 @@
-"""AP: Detectron2's evaluator against a computation written from the definition."""
+"""AP by VOC's and by COCO's metric, against computations written from their definitions."""
 
+import contextlib
+import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,32 @@ import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from common.annotations.record import LabelledSet, SetChoice, read_set
+from benchmarks.reference_metrics import COCO as COCO_RULES
+from benchmarks.reference_metrics import (
+    VOC_2007,
+    VOC_2012,
+    DetectionSet,
+    FoundBox,
+    Rules,
+    TrueObject,
+    average_precisions,
+)
+from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
 from detection.evaluation.evaluate import detection_rows
-from detection.evaluation.metrics import ClassFigures, Curve, curve_points, voc_metric
-from tests.detection.tiny_detection import CLASSES, Detection, collect, instances_of, make_voc
+from detection.evaluation.metrics import ClassFigures, Curve, coco_metric, curve_points, voc_metric
+from tests.detection.tiny_detection import (
+    CLASSES,
+    NUMBERS,
+    Detection,
+    collect,
+    instances_of,
+    make_coco,
+    make_voc,
+)
 
 
 def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
@@ -30,48 +53,6 @@ def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
                 score = round(float(generator.random()), 3)
                 found.append((picture.image_id, (label + wrong) % 3, score, box))
     return found
-
-
-def iou(a: list[float], b: list[float]) -> float:
-    """Of boxes in whole pixels, both ends inclusive, as the VOC devkit counts."""
-    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
-    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
-    return width * height / (sum(areas) - width * height)
-
-
-def average_precision(
-    voc: LabelledSet, detections: list[Detection], label: int, threshold: float, year: int
-) -> float:
-    """AP of one class in percent: greedy matching by score, then the area or 11 points."""
-    truth = {picture.image_id: [[*item.voc_box] for item in picture.objects
-                                if item.class_name == voc.classes[label]]
-             for picture in voc.test.pictures}  # fmt: skip
-    num_truth = sum(map(len, truth.values()))
-    used: set[tuple[str, int]] = set()
-    hits = []
-    for image_id, _, _, box in sorted(
-        (row for row in detections if row[1] == label), key=lambda row: -row[2]
-    ):
-        one_based = [round(box[0] + 1, 1), round(box[1] + 1, 1), round(box[2], 1), round(box[3], 1)]
-        overlaps = [iou(one_based, other) for other in truth[image_id]]
-        best = int(np.argmax(overlaps)) if overlaps else -1
-        hit = best >= 0 and overlaps[best] > threshold and (image_id, best) not in used
-        if hit:
-            used.add((image_id, best))
-        hits.append(hit)
-    recall = np.cumsum(hits) / num_truth
-    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-    if year == 2007:
-        points = [max(precision[recall >= t - 1e-12], default=0.0) for t in np.arange(11) / 10]
-        return 100 * float(np.mean(points))
-    area, before = 0.0, 0.0
-    for place, value in enumerate(recall):
-        area += (value - before) * max(precision[place:])
-        before = value
-    return 100 * float(area)
 
 
 def metric(voc: LabelledSet, detections: list[Detection]) -> dict[str, ClassFigures]:
@@ -97,23 +78,52 @@ def tiny(tmp_path: Path) -> LabelledSet:
     return read_set(make_voc(tmp_path / "data", num_train=2, num_test=12))
 
 
+def made_difficult(split: LabelledSplit, number: int) -> LabelledSplit:
+    """A split whose picture `number` has difficult objects only."""
+    pictures = list(split.pictures)
+    hard = tuple(replace(item, difficult=True) for item in pictures[number].objects)
+    pictures[number] = replace(pictures[number], objects=hard)
+    return LabelledSplit(split.folder, split.name, tuple(pictures))
+
+
+def as_set(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> DetectionSet:
+    numbers = {picture.image_id: i for i, picture in enumerate(split.pictures)}
+    truth = [
+        TrueObject(
+            numbers[picture.image_id],
+            voc.classes.index(item.class_name),
+            tuple(int(value) for value in item.voc_box),
+            item.difficult,
+        )
+        for picture in split.pictures
+        for item in picture.objects
+    ]
+    found = [FoundBox(numbers[row[0]], row[1], row[2], tuple(row[3])) for row in rows]
+    return DetectionSet(len(numbers), len(voc.classes), tuple(truth), tuple(found))
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("year", [2007, 2012])
-def test_ap_equals_an_independent_computation(tmp_path: Path, year: int) -> None:
-    voc = read_set(
-        make_voc(tmp_path / "set", num_train=2, num_test=12), SetChoice(metric_year=year)
-    )
-    detections = make_detections(voc)
-    result = metric(voc, detections)
+@pytest.mark.parametrize(
+    ("year", "rules"), [(2007, VOC_2007), (2012, VOC_2012), (None, COCO_RULES)]
+)
+def test_ap_equals_an_independent_computation(
+    year: int | None, rules: Rules, tmp_path: Path
+) -> None:
+    voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12))
+    split, detections = made_difficult(voc.test, 4), make_detections(voc)
+    boxes = collect(split, detections)
+    if year is None:
+        result = coco_metric(split, voc.classes, boxes)[1]
+    else:
+        result = voc_metric(split, voc.classes, boxes, year)
     thresholds = [value / 100 for value in range(50, 100, 5)]
+    data = as_set(voc, split, detections)
     for label, name in enumerate(voc.classes):
-        aps = [average_precision(voc, detections, label, value, year) for value in thresholds]
+        aps = 100 * np.array(average_precisions(data, label, thresholds, rules), dtype=float)
         assert result[name].ap50 == pytest.approx(aps[0])
         assert result[name].ap75 == pytest.approx(aps[5])
-        assert result[name].ap == pytest.approx(np.mean(aps))
-    at_50, at_75 = (
-        np.mean(x) for x in zip(*((r.ap50, r.ap75) for r in result.values()), strict=True)
-    )
+        assert result[name].ap == pytest.approx(aps.mean())
+    at_50, at_75 = (np.mean([getattr(r, key) for r in result.values()]) for key in ("ap50", "ap75"))
     assert 0 < at_75 < at_50 < 100
 
 
@@ -234,3 +244,73 @@ def test_pictures_are_spread_evenly(
     rows = rows_of(tiny, [], num_saved=num_saved, score_thresh=0.0)
     expected = [tiny.test.pictures[place].image_id for place in places]
     assert [Path(row["file_name"]).stem for row in rows] == expected
+
+
+# -- COCO's metric --------------------------------------------------------------------------------
+
+
+def coco(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> dict:
+    return coco_metric(split, voc.classes, collect(split, rows))[0]
+
+
+@pytest.mark.parity
+def test_figures_equal_pycocotools_on_the_files_themselves(tmp_path: Path) -> None:
+    coco_root = make_coco(tmp_path / "coco")
+    coco = read_set(coco_root)
+    draw = np.random.default_rng(0)
+    rows, given = [], []
+    for picture in coco.test.pictures:
+        boxes, labels, scores = [], [], draw.random(6).astype(np.float32).tolist()
+        for item in picture.objects * 6:
+            moved = np.array(item.box) + draw.integers(-40, 40, 4) / 8
+            boxes.append(moved.tolist())
+            labels.append((coco.classes.index(item.class_name) + int(draw.random() < 0.2)) % 3)
+        given += [
+            (picture.image_id, label, score, box)
+            for label, score, box in zip(labels, scores, boxes, strict=True)
+        ]
+        rows += [
+            {
+                "image_id": int(picture.image_id),
+                "category_id": NUMBERS[coco.classes[label]],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": score,
+            }
+            for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True)
+        ]
+    figures, classes = coco_metric(coco.test, coco.classes, collect(coco.test, given))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(coco_root / "annotations/instances_val2017.json"))
+        loaded = truth.loadRes(rows)  # pyright: ignore[reportArgumentType]
+        evaluation = COCOeval(truth, loaded, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    for key, value in zip(("AP", "AP50", "AP75", "APs", "APm"), evaluation.stats, strict=False):
+        assert figures[key] == pytest.approx(100 * value), key
+    assert 0 < figures["APs"] < 100, "small by its mask, not by its box"
+    for name, row in classes.items():
+        curve = row.curves["0.50"].precision
+        assert row.ap50 == pytest.approx(100 * np.mean(curve), abs=0.01), name
+
+
+def test_difficult_object_neither_helps_nor_harms(tmp_path: Path) -> None:
+    voc = read_set(make_voc(tmp_path / "data", num_train=2, num_test=3))
+    rows = [
+        (picture.image_id, voc.classes.index(item.class_name), 0.9, list(item.box))
+        for picture in voc.test.pictures
+        for item in picture.objects
+    ]
+    assert coco(voc, voc.test, rows)["AP"] == pytest.approx(100)
+    hard = made_difficult(voc.test, 0)
+    only_class = voc.test.pictures[0].objects[0].class_name
+    for detections in (rows, rows[1:]):  # found or not
+        result = coco(voc, hard, detections)
+        assert result["AP"] == pytest.approx(100)
+        assert only_class not in result["per_class"]
+
+
+def test_no_detections_and_no_small_objects(tmp_path: Path) -> None:
+    voc = read_set(make_voc(tmp_path / "data", num_train=2, num_test=3))
+    result = coco(voc, voc.test, [])
+    assert (result["AP"], result["APm"], result["APl"]) == (0.0, 0.0, None)
