@@ -212,11 +212,7 @@ def test_no_layout_fits() -> None:
             "positive",
         ),
         ({"depth": 20, "width_per_group": 1, "stem_channels": 64, "res2_channels": 64}, "depth 20"),
-<<<<<<< HEAD:tests/common/test_layouts.py
-        ({"name": "toy", "width": 3}, r"arch\.name is 'toy': only a ResNet's checkpoint can"),
-=======
         ({"depth": 50, "width_per_group": 1, "stem_channels": 1, "res2_channels": 2}, "of 4"),
->>>>>>> 00ab172 (Common: one module for a subject; other networks are refused by their tensors; a ResNet's names and reference stand once):tests/common/test_resnet.py
     ],
 )
 def test_impossible_arch_is_refused(value: object, message: str) -> None:
