@@ -22,9 +22,8 @@ from pretrain.engine.guards import CollapseAlarm, HangTimer, StopOnSignal
 from pretrain.engine.optim import make_optimizer, peak_lr
 from pretrain.engine.run_folder import ProgressLog, RunFolder, check_wandb, open_log
 from pretrain.engine.trainer import Callback, Trainer
-from pretrain.evaluation.online_probe import OnlineProbe
 from pretrain.evaluation.pictures import RunPictures
-from pretrain.evaluation.probe import KnnCallback, Probe
+from pretrain.evaluation.probe import KnnCallback, OnlineProbe, Probe
 from pretrain.model.joint_embedding import FAContrastive, OnlineNetwork
 
 _NUM_TIMED = 8  # pictures
@@ -74,7 +73,7 @@ def make_trainer(
         log,
         CollapseAlarm(engine, log, checkpoints),
         StopOnSignal(log, checkpoints),
-        KnnCallback(probe, online_probe, backbone, log) if is_main and probe else None,
+        KnnCallback(probe, backbone, log) if is_main and probe else None,
         checkpoints,
         HangTimer(engine),
         RunPictures(config, folder, backbone, input_pipeline, probe) if is_main else None,

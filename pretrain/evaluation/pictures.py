@@ -1,7 +1,7 @@
 """Pictures that a person looks at, in ``pictures/`` of a run's folder.
 
 The two views of some samples, nearest neighbours before and after the training, and a map of the
-features in two dimensions: t-SNE, or PCA without scikit-learn. They are made by the first process
+features in two dimensions, where scikit-learn is installed. They are made by the first process
 alone. None of it moves a random state or the weights: a run without pictures ends with the same
 bits.
 """
@@ -9,17 +9,18 @@ bits.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.files import write_json
 from common.pictures import decode
-from pretrain.config import DataConfig, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.data.decode import center_crop
 from pretrain.data.input_pipeline import InputPipeline
 from pretrain.data.shards import Samples, ShardIndex, Subset
@@ -61,6 +62,7 @@ class RunPictures(Callback):
     ) -> None:
         self._config, self._folder, self._backbone = config, folder, backbone
         self._input_pipeline, self._probe = input_pipeline, probe
+        self._device = next(backbone.parameters()).device
 
     def on_start(self) -> None:
         """Of the initial weights.
@@ -71,140 +73,106 @@ class RunPictures(Callback):
         for name in ("views", BEFORE, AFTER):
             for kind in ("jpg", "json"):
                 (self._folder / "pictures" / f"{name}.{kind}").unlink(missing_ok=True)
-        num, pipeline = self._config.eval.num_pictures, self._input_pipeline
-        if num:
-            first = pipeline.first_batch()
-            ids, views = first.samples.sample_ids, first.views
-            save_views(self._folder, pipeline.samples, ids, views, num, self._config.data)
-            self._save_neighbours(BEFORE)
+        if self._config.eval.num_pictures:
+            first = self._input_pipeline.first_batch()
+            self.save_views(first.samples.sample_ids, first.views)
+            self.save_neighbours(BEFORE)
 
     def on_end(self) -> None:
         """Of the last weights, again if a finished run is resumed."""
-        config, num_points = self._config, self._config.eval.num_map_points
-        if not config.eval.num_pictures:
-            return
-        self._save_neighbours(AFTER)
-        if self._probe is not None and num_points:
-            save_map(self._folder, self._backbone, self._probe, num_points, config.seed)
+        config = self._config
+        if config.eval.num_pictures:
+            self.save_neighbours(AFTER)
+            if self._probe is not None and config.eval.num_map_points:
+                num_points = config.eval.num_map_points
+                save_map(self._folder, self._backbone, self._probe, num_points, config.seed)
 
-    def _save_neighbours(self, name: str) -> None:
-        save_neighbours(
-            self._folder,
-            self._backbone,
-            self._input_pipeline.samples,
-            self._probe,
-            self._config.eval.num_pictures,
-            self.trainer.device,
-            self._config.data,
-            name=name,
+    def save_views(self, ids: Int[Tensor, " n"], views: Float[Tensor, "2 n 3 s s"]) -> None:
+        """``views.jpg``: a row per sample with the picture and its two augmented views.
+
+        A stream has the views only.
+        """
+        data, index = self._config.data, self._input_pipeline.samples
+        std = views.new_tensor(data.pixel_std).view(1, 3, 1, 1)
+        mean = views.new_tensor(data.pixel_mean).view(1, 3, 1, 1)
+        rows, described = [], []
+        for i, sample in enumerate(ids[: self._config.eval.num_pictures].tolist()):
+            both = ((views[:, i] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
+            pictures = [] if index is None else [_tile(index, sample)]
+            rows.append([*pictures, *(view.cpu().numpy() for view in both)])
+            described.append({"sample": str(sample) if index is None else index.key_name(sample)})
+        columns = ["picture", "view 1", "view 2"][index is None :]
+        self._save_grid("views", rows, {"columns": columns, "rows": described})
+
+    def save_neighbours(self, name: str) -> None:
+        """``neighbours.jpg``: a query per row, then its nearest pictures in feature space.
+
+        With a probe the queries are spread over its validation set and the bank over its training
+        set, and the labels stand in the JSON; without one both are training pictures. Which
+        pictures they are does not depend on the weights. A stream without a probe has nothing to
+        look through: nothing is written. At most ``MAX_BANK + eval.num_pictures`` pictures pass the
+        network, or without a probe ``MAX_BANK``. No random state moves.
+
+        Args:
+            name: Of the files, ``neighbours_before`` for those of the initial weights.
+        """
+        probe, data, excluded = self._probe, self._config.data, None
+        num_rows, index = self._config.eval.num_pictures, self._input_pipeline.samples
+        with torch.random.fork_rng(devices=[]):  # an evaluation loader draws a number
+            if probe is not None:
+                queries, bank = _spread(probe.val, num_rows), _spread(probe.train, MAX_BANK)
+                features, _ = probe.features(self._backbone, queries)
+                bank_features, _ = probe.features(self._backbone, bank)
+            elif index is not None:
+                # The first pictures are queries among all that are looked at; none finds itself.
+                queries = bank = index
+                bank_features, _ = extract_features(
+                    self._backbone, index, data, self._device, max_samples=MAX_BANK
+                )
+                features = bank_features[:num_rows]
+                excluded = torch.arange(len(features))
+            else:
+                return
+        k = min(NUM_NEIGHBOURS, len(bank_features) - (excluded is not None))
+        values, nearest = top_k(
+            features, bank_features, k, is_unit=False, excluded=excluded, device=self._device
         )
 
+        def class_of(samples: Samples, label: int) -> str | None:
+            if label < 0:
+                return None
+            return samples.classes[label] if samples.classes else str(label)
 
-# -- views and neighbours --
-
-
-def save_views(
-    folder: Path,
-    index: Samples | None,
-    ids: Tensor,
-    views: Tensor,
-    num_rows: int,
-    data: DataConfig,
-) -> None:
-    """``views.jpg``: a row per sample with the picture and its two augmented views.
-
-    A stream (no ``index``) has the views only.
-    """
-    std = views.new_tensor(data.pixel_std).view(1, 3, 1, 1)
-    mean = views.new_tensor(data.pixel_mean).view(1, 3, 1, 1)
-    rows, described = [], []
-    for i in range(min(num_rows, views.shape[1])):
-        sample = int(ids[i])
-        both = ((views[:, i] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
-        pictures = [] if index is None else [_tile(index, sample)]
-        rows.append([*pictures, *(view.cpu().numpy() for view in both)])
-        described.append({"sample": str(sample) if index is None else index.key_name(sample)})
-    _save_grid(folder / "pictures" / "views.jpg", rows)
-    columns = ["picture", "view 1", "view 2"][index is None :]
-    write_json(folder / "pictures" / "views.json", {"columns": columns, "rows": described})
-
-
-def save_neighbours(
-    folder: Path,
-    backbone: nn.Module,
-    index: Samples | None,
-    probe: Probe | None,
-    num_rows: int,
-    device: torch.device,
-    data: DataConfig,
-    *,
-    name: str = AFTER,
-) -> None:
-    """``neighbours.jpg``: a query per row, then its nearest pictures in feature space.
-
-    With a probe the queries are spread over its validation set and the bank over its training set,
-    and the labels stand in the JSON; without one both are training pictures. Which pictures they
-    are does not depend on the weights. A stream without a probe has nothing to look through:
-    nothing is written. At most ``MAX_BANK + num_rows`` pictures pass the network, or without a
-    probe ``MAX_BANK``. No random state moves.
-
-    Args:
-        folder: Of the run; the files lie in ``pictures/``.
-        backbone: Image to pooled features.
-        index: Training pictures.
-        probe: Labelled sets, or None.
-        num_rows: Number of queries.
-        device: Where the backbone is.
-        data: Size and normalisation of pictures where there is no probe.
-        name: Of the files, ``neighbours_before`` for those of the initial weights.
-    """
-    excluded = None
-    with torch.random.fork_rng(devices=[]):  # an evaluation loader draws a number
-        if probe is not None:
-            queries, bank = _spread(probe.val, num_rows), _spread(probe.train, MAX_BANK)
-            features, labels = probe.features(backbone, queries)
-            bank_features, bank_labels = probe.features(backbone, bank)
-        elif index is not None:
-            # The first pictures are queries among all that are looked through; none finds itself.
-            queries = bank = index
-            bank_features, bank_labels, _ = extract_features(
-                backbone,
-                index,
-                image_size=data.image_size,
-                mean=data.pixel_mean,
-                std=data.pixel_std,
-                device=device,
-                max_samples=MAX_BANK,
+        rows, described, query_labels, bank_labels = [], [], queries.labels, bank.labels
+        for query, neighbours in enumerate(nearest.tolist()):
+            rows.append([_tile(queries, query), *(_tile(bank, i) for i in neighbours)])
+            described.append(
+                {
+                    "query": queries.key_name(query),
+                    "query_label": class_of(queries, int(query_labels[query])),
+                    "neighbours": [bank.key_name(i) for i in neighbours],
+                    "neighbour_labels": [class_of(bank, int(bank_labels[i])) for i in neighbours],
+                    "similarities": [round(float(v), 4) for v in values[query]],
+                }
             )
-            features, labels = bank_features[:num_rows], bank_labels[:num_rows]
-            excluded = torch.arange(len(features))
-        else:
-            return
-    k = min(NUM_NEIGHBOURS, len(bank_features) - (excluded is not None))
-    values, nearest = top_k(
-        features, bank_features, k, is_unit=False, excluded=excluded, device=device
-    )
+        self._save_grid(name, rows, {"num_bank": len(bank_features), "rows": described})
 
-    def class_of(samples: Samples, label: int) -> str | None:
-        if label < 0:
-            return None
-        return samples.classes[label] if samples.classes else str(label)
-
-    rows, described = [], []
-    for query, neighbours in enumerate(nearest.tolist()):
-        rows.append([_tile(queries, query), *(_tile(bank, i) for i in neighbours)])
-        described.append(
-            {
-                "query": queries.key_name(query),
-                "query_label": class_of(queries, int(labels[query])),
-                "neighbours": [bank.key_name(i) for i in neighbours],
-                "neighbour_labels": [class_of(bank, int(bank_labels[i])) for i in neighbours],
-                "similarities": [round(float(v), 4) for v in values[query]],
-            }
-        )
-    _save_grid(folder / "pictures" / f"{name}.jpg", rows)
-    report = {"num_bank": len(bank_features), "rows": described}
-    write_json(folder / "pictures" / f"{name}.json", report)
+    def _save_grid(
+        self, name: str, rows: list[list[np.ndarray]], described: dict[str, Any]
+    ) -> None:
+        """Tiles in rows with white gaps, as a JPEG, and what they are, as JSON beside it."""
+        step = TILE + GAP
+        canvas = np.full((len(rows) * step - GAP, len(rows[0]) * step - GAP, 3), 255, np.uint8)
+        for r, row in enumerate(rows):
+            for c, tile in enumerate(row):
+                tile = cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA)
+                canvas[r * step : r * step + TILE, c * step : c * step + TILE] = tile
+        ok, data = cv2.imencode(".jpg", canvas[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+        assert ok, "OpenCV could not encode a JPEG"
+        folder = self._folder / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jpg").write_bytes(data.tobytes())
+        write_json(folder / f"{name}.json", described)
 
 
 def _spread(index: ShardIndex, most: int) -> Subset:
@@ -218,26 +186,9 @@ def _tile(index: Samples, sample: int) -> np.ndarray:
     return center_crop(decode(index.read_bytes(sample), where=index.describe(sample)), TILE)
 
 
-def _save_grid(path: Path, rows: list[list[np.ndarray]]) -> None:
-    """Tiles in rows with white gaps, as a JPEG."""
-    step = TILE + GAP
-    canvas = np.full((len(rows) * step - GAP, len(rows[0]) * step - GAP, 3), 255, np.uint8)
-    for r, row in enumerate(rows):
-        for c, tile in enumerate(row):
-            tile = cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA)
-            canvas[r * step : r * step + TILE, c * step : c * step + TILE] = tile
-    ok, data = cv2.imencode(".jpg", canvas[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
-    assert ok, "OpenCV could not encode a JPEG"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.tobytes())
-
-
-# -- the map --
-
-
 def save_map(
     folder: Path, backbone: nn.Module, probe: Probe, num_points: int, seed: int
-) -> Float[Tensor, "n 2"] | None:
+) -> np.ndarray | None:
     """Write ``pictures/feature_map.png``. No random state moves.
 
     Args:
@@ -247,8 +198,14 @@ def save_map(
         num_points: At most so many, evenly over the set.
         seed: Of t-SNE.
     Returns:
-        The places; None, and no picture, where there are less than ``MIN_POINTS`` pictures.
+        The places [n, 2] by t-SNE (van der Maaten, Hinton, 2008); None, and no picture, without
+        scikit-learn, below ``MIN_POINTS`` pictures, or where all features are the same.
     """
+    try:
+        from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return None
     samples = _spread(probe.val, num_points)
     if samples.num_samples < MIN_POINTS:
         return None
@@ -256,66 +213,33 @@ def save_map(
         features, _ = probe.features(backbone, samples)
     # Rows of length 1, so that Euclidean neighbours are those of the cosine.
     features = functional.normalize(features.float(), dim=1)
-    method, places = "t-SNE", tsne(features, seed)
-    if places is None:
-        method, places = "PCA", principal_components(features)
-    names = dict(enumerate(samples.classes or []))
-    title = f"{method} of the features of {samples.num_samples} validation pictures"
-    _draw(folder / MAP, places, samples.labels, names, title)
-    return places
-
-
-def tsne(features: Float[Tensor, "n d"], seed: int) -> Float[Tensor, "n 2"] | None:
-    """Places by t-SNE (van der Maaten, Hinton, 2008), Barnes-Hut, from principal components.
-
-    One thread: with several the order of sums, and so the map, would depend on their number.
-    None where scikit-learn is not installed, or where all rows are the same.
-    """
-    try:
-        from sklearn.manifold import TSNE
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return None
     if float(features.std(dim=0).norm()) < 1e-6:
         return None
     perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
-    with threadpool_limits(1):
+    with threadpool_limits(1):  # the order of sums, and so the map, depends on their number
         places = TSNE(
             n_components=2, perplexity=perplexity, init="pca", random_state=seed % 2**32
         ).fit_transform(features.numpy())
-    return torch.from_numpy(np.asarray(places, np.float32))
+    _draw(folder / MAP, places, samples)
+    return places
 
 
-def principal_components(features: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
-    """The first two, each with its largest value positive; 0 where there is no second one."""
-    centred = (features - features.mean(dim=0)).double()
-    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    places = torch.zeros(len(features), 2, dtype=torch.float64)
-    num = min(2, len(s))
-    places[:, :num] = u[:, :num] * s[:num]
-    for column in places.T:
-        column *= 1 if column[column.abs().argmax()] >= 0 else -1
-    return places.float()
-
-
-def _draw(
-    path: Path, places: Tensor, labels: np.ndarray, names: dict[int, str], title: str
-) -> None:
-    """One colour and mark a class, the most frequent classes in the legend."""
+def _draw(path: Path, places: np.ndarray, samples: Subset) -> None:
+    """A colour and a mark for each of the most frequent classes."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
+    labels, names = samples.labels, dict(enumerate(samples.classes or []))
     classes, counts = np.unique(labels, return_counts=True)
     frequent = sorted(classes[np.argsort(-counts, kind="stable")][:MAX_CLASSES])
-    others = ~np.isin(labels, frequent)
-    axes.scatter(*places[torch.from_numpy(others)].T, s=9, c="0.7", marker=".")
+    axes.scatter(*places[~np.isin(labels, frequent)].T, s=9, c="0.7", marker=".")
     for i, label in enumerate(frequent):
-        points = places[torch.from_numpy(labels == label)].T
         name = names.get(int(label), str(label)).replace("$", r"\$")
         colour, mark = colormaps["tab10"](i % 10), "os^vDP*"[i % 7]
-        axes.scatter(*points, s=14, color=colour, marker=mark, label=name)
+        axes.scatter(*places[labels == label].T, s=14, color=colour, marker=mark, label=name)
+    title = f"t-SNE of the features of {samples.num_samples} validation pictures"
     axes.set(title=title, xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)

@@ -1,24 +1,37 @@
-"""The kNN probe: two labelled shard sets that pretraining never sees, looked at between epochs."""
+"""Probes of the features while a run goes on: nearest neighbours, and a linear classifier.
+
+The kNN probe looks at two labelled shard sets that pretraining never sees, between epochs. The
+online probe learns from the training's own pictures; no gradient reaches the backbone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.errors import UserError
+from common.errors import UserError, require
+from pretrain import collectives as dist
 from pretrain.config import DataConfig, EvalConfig
+from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples, ShardIndex, open_labelled
 from pretrain.engine.run_folder import ProgressLog
-from pretrain.engine.trainer import Callback
-from pretrain.evaluation.knn import knn_top1
-from pretrain.evaluation.online_probe import OnlineProbe
+from pretrain.engine.trainer import Callback, StepResult
+from pretrain.features.memory_bank import top_k
+
+QUERY_CHUNK = 512
+BANK_CHUNK = 8192
+"""Rows compared together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
+
+
+# -- features and their neighbours --
 
 
 def normalise(
@@ -36,16 +49,14 @@ def normalise(
 def extract_features(
     backbone: nn.Module,
     index: Samples,
-    *,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    data: DataConfig,
     device: torch.device,
+    *,
+    image_size: int = 0,
     batch_size: int = 256,
     max_samples: int | None = None,
     dtype: torch.dtype = torch.float32,
-    each_batch: Callable[[Float[Tensor, "n d"], Int[Tensor, " n"]], None] | None = None,
-) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"], Int[Tensor, " n"]]:
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
     """Pooled features of centre crops in index order, with BN in eval mode.
 
     They are written batch by batch into memory that is allocated once, on the CPU.
@@ -53,42 +64,83 @@ def extract_features(
     Args:
         backbone: Image to pooled features.
         index: What to look at.
-        image_size: Side of the crop, pixels.
-        mean: Of the normalisation, RGB.
-        std: Of the normalisation, RGB.
+        data: Normalisation, and the side of the crop.
         device: Where the backbone is.
+        image_size: Side of the crop in pixels, if it is another one.
         batch_size: Pictures looked at together.
         max_samples: Stop after the batch that reaches so many.
         dtype: What features are stored in. Half precision keeps directions only: rows are brought
             to length 1 first, so that none can overflow.
-        each_batch: Called with each batch's features (float32, on ``device``) and labels.
 
     Returns:
-        Features (CPU), labels (-1 where there is none), sample ids.
+        Features (CPU), labels (-1 where there is none).
     """
     num = index.num_samples
     if max_samples is not None:
         num = min(num, math.ceil(max_samples / batch_size) * batch_size)
     features = torch.empty(0, 0, dtype=dtype)
-    labels, ids = (torch.empty(num, dtype=torch.int64) for _ in range(2))
+    labels = torch.empty(num, dtype=torch.int64)
     was_training = backbone.training
     backbone.eval()
     num_seen = 0
-    for batch in central_crops(index, image_size, batch_size):
-        computed = backbone(normalise(batch.views[0].to(device), mean, std)).float()
-        if each_batch is not None:
-            each_batch(computed, batch.labels)
+    for batch in central_crops(index, image_size or data.image_size, batch_size):
+        x = normalise(batch.views[0].to(device), data.pixel_mean, data.pixel_std)
+        computed = backbone(x).float()
         if num_seen == 0:
             features = torch.empty(num, computed.shape[1], dtype=dtype)
         part = slice(num_seen, num_seen + len(batch.labels))
         is_exact = dtype == torch.float32
         features[part] = computed if is_exact else functional.normalize(computed, dim=1)
-        labels[part], ids[part] = batch.labels, batch.sample_ids
+        labels[part] = batch.labels
         num_seen = part.stop
         if num_seen == num:
             break
     backbone.train(was_training)
-    return features, labels, ids
+    return features, labels
+
+
+@torch.no_grad()
+def knn_grid(
+    bank: Float[Tensor, "m d"],
+    bank_labels: Int[Tensor, " m"],
+    queries: Float[Tensor, "n d"],
+    query_labels: Int[Tensor, " n"],
+    *,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    device: torch.device | None = None,
+) -> list[list[float]]:
+    """Shares of queries classified right by exp(similarity / temperature) votes of the k nearest.
+
+    The protocol of Wu et al. (arXiv 1805.01978), for every k with every temperature in one pass
+    over the similarities, whose memory is bounded. The bank holds at least the largest k entries.
+
+    Returns:
+        Accuracies in [0, 1]: a row for each k, in it a value for each temperature.
+    """
+    assert len(queries) > 0
+    assert len(bank) >= max(ks)
+    similarity, nearest = top_k(
+        queries, bank, max(ks), is_unit=False, chunk_rows=QUERY_CHUNK, chunk_entries=BANK_CHUNK,
+        device=device,
+    )  # fmt: skip
+    similarity, nearest = similarity.cpu(), nearest.cpu()
+    bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    correct = [[0] * len(temperatures) for _ in ks]
+    for start in range(0, len(queries), QUERY_CHUNK):
+        part = slice(start, start + QUERY_CHUNK)
+        labels = bank_labels[nearest[part]]
+        for column, temperature in enumerate(temperatures):
+            weights = (similarity[part] / temperature).exp_()
+            for row, k in enumerate(ks):
+                votes = torch.zeros(len(weights), num_classes)
+                votes.scatter_add_(1, labels[:, :k], weights[:, :k])
+                correct[row][column] += int((votes.argmax(dim=1) == query_labels[part]).sum())
+    return [[count / len(queries) for count in row] for row in correct]
+
+
+# -- the probes --
 
 
 @dataclass(frozen=True)
@@ -112,43 +164,29 @@ class Probe:
             return None
         sets = {"eval.probe_train": config.probe_train, "eval.probe_val": config.probe_val}
         train, val = open_labelled(sets, data.cache)
-        if train.num_samples < config.knn_k:
-            raise UserError(
-                f"eval.knn_k={config.knn_k}, but {config.probe_train} holds {train.num_samples} "
-                "samples; lower knn_k"
-            )
+        require(
+            train.num_samples >= config.knn_k,
+            f"eval.knn_k={config.knn_k}, but {config.probe_train} holds {train.num_samples} "
+            "samples; lower knn_k",
+        )
         return cls(train, val, config, data, device)
 
-    def features(
-        self,
-        backbone: nn.Module,
-        index: Samples,
-        each_batch: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features [n, d] in ``eval.knn_dtype`` and labels [n] of a set or of a part.
-
-        ``each_batch`` is called with the features (float32) and the labels of every batch.
-        """
-        features, labels, _ = extract_features(
+    def features(self, backbone: nn.Module, index: Samples) -> tuple[Tensor, Tensor]:
+        """Features [n, d] in ``eval.knn_dtype`` and labels [n] of a set or of a part."""
+        return extract_features(
             backbone,
             index,
-            image_size=self.config.image_size or self.data.image_size,
-            mean=self.data.pixel_mean,
-            std=self.data.pixel_std,
-            device=self.device,
+            self.data,
+            self.device,
+            image_size=self.config.image_size,
             dtype=getattr(torch, self.config.knn_dtype),
-            each_batch=each_batch,
         )
-        return features, labels
 
-    def top1(
-        self, backbone: nn.Module, each_batch: Callable[[Tensor, Tensor], None] | None = None
-    ) -> float:
-        """Accuracy of the kNN classifier, in [0, 1]; ``each_batch`` sees the validation set."""
-        config, bank = self.config, self.features(backbone, self.train)
-        queries = self.features(backbone, self.val, each_batch)
-        k, temperature = config.knn_k, config.knn_temperature
-        return knn_top1(*bank, *queries, k=k, temperature=temperature, device=self.device)
+    def top1(self, backbone: nn.Module) -> float:
+        """Accuracy of the kNN classifier, in [0, 1]."""
+        bank, queries = (self.features(backbone, index) for index in (self.train, self.val))
+        ks, temperatures = [self.config.knn_k], [self.config.knn_temperature]
+        return knn_grid(*bank, *queries, ks=ks, temperatures=temperatures, device=self.device)[0][0]
 
 
 class KnnCallback(Callback):
@@ -156,17 +194,12 @@ class KnnCallback(Callback):
 
     Args:
         probe: Its sets are looked at by this process alone.
-        online: Its accuracy on the validation set stands beside, if the classes are the same.
         backbone: Whose features are looked at.
         log: Where rows are written.
     """
 
-    def __init__(
-        self, probe: Probe, online: OnlineProbe | None, backbone: nn.Module, log: ProgressLog
-    ) -> None:
-        if online is None or online.classes is None or online.classes != probe.val.classes:
-            online = None
-        self._probe, self._online, self._backbone, self._log = probe, online, backbone, log
+    def __init__(self, probe: Probe, backbone: nn.Module, log: ProgressLog) -> None:
+        self._probe, self._backbone, self._log = probe, backbone, log
 
     def on_start(self) -> None:
         """The accuracy of the initial weights stands in an event as well."""
@@ -179,18 +212,135 @@ class KnnCallback(Callback):
         if epoch == self.trainer.num_epochs or epoch % every == 0:
             self._write_row()
 
-    @torch.no_grad()
     def _write_row(self) -> float:
-        online, num_right = self._online, 0
+        top1 = self._probe.top1(self._backbone)
+        self._log.write("knn", knn_top1=top1)
+        return top1
 
-        def judge(features: Tensor, labels: Tensor) -> None:
-            nonlocal num_right
-            if online is not None:
-                predicted = online.classifier(features).argmax(dim=1).cpu()
-                num_right += int((predicted == labels).sum())
 
-        row = {"knn_top1": self._probe.top1(self._backbone, judge)}
-        if online is not None:
-            row["online_top1_val"] = num_right / self._probe.val.num_samples
-        self._log.write("knn", **row)
-        return row["knn_top1"]
+class OnlineProbe(Callback):
+    """The classifier, its optimiser (Adam), and what it got right since the last look.
+
+    It starts from zero weights, so that it draws no random number. All processes hold the same:
+    gradients and counts are summed over them.
+
+    Args:
+        backbone: Whose outputs of the training's forward passes are learnt from.
+        num_classes: Of the labels.
+        lr: Constant learning rate.
+        device: Of the backbone.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, lr: float, device: torch.device
+    ) -> None:
+        self._lr = lr
+        dim = cast(int, backbone.output_dim)
+        linear = nn.Linear(dim, num_classes, device="meta")  # draws nothing there
+        self.classifier = linear.to_empty(device=device)
+        for parameter in self.classifier.parameters():
+            nn.init.zeros_(parameter)
+        self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr)
+        self._counts = torch.zeros(3, dtype=torch.float64, device=device)  # seen, right, loss
+        self._outputs: list[Tensor] = []
+        backbone.register_forward_hook(self._note)
+
+    @classmethod
+    def open(
+        cls, config: EvalConfig, samples: Samples | None, backbone: nn.Module, device: torch.device
+    ) -> OnlineProbe | None:
+        """The probe of the config, or None where it is off.
+
+        Args:
+            config: The eval section.
+            samples: What the run trains on; None for a stream.
+            backbone: The online network's.
+            device: Of the backbone.
+
+        Raises:
+            UserError: If no sample has a label, or the number of classes cannot be known.
+        """
+        if not config.online_probe:
+            return None
+        if samples is None:
+            raise UserError(
+                "eval.online_probe=true: a stream does not tell its classes; use "
+                "data.streaming=false, or eval.online_probe=false"
+            )
+        most = int(samples.labels.max(initial=-1))
+        require(
+            most >= 0,
+            "eval.online_probe=true, but no sample of data.shards has a label (several sets keep "
+            "theirs only if all have the same classes); make the shards of class folders with "
+            "tools/make_shards.py, or set eval.online_probe=false",
+        )
+        num_classes = len(samples.classes) if samples.classes else most + 1
+        return cls(backbone, num_classes, config.online_probe_lr, device)
+
+    def _note(self, backbone: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():  # cached micro-batches pass twice
+            self._outputs.append(output.detach())
+
+    def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
+        """Learn from the step, if it was made."""
+        self.step(batch.samples.labels)
+        self._outputs = []
+
+    def step(self, labels: Int[Tensor, " n"]) -> None:
+        """One step on the features of both views that were seen; rows labelled -1 are left out.
+
+        So are rows that are not finite.
+        A batch without any label has no gradient; Adam's momentum still moves the weights.
+        """
+        # The step's own forward passes are the last ones; those of an attack come before them.
+        outputs: list[Tensor] = []
+        while sum(map(len, outputs)) < 2 * len(labels):
+            outputs.insert(0, self._outputs.pop())
+        # Rows in the order of the batch; the views take turns in the outputs.
+        views = [torch.cat(outputs[view::2]).float() for view in (0, 1)]
+        assert all(len(view) == len(labels) for view in views), [len(view) for view in views]
+        features = torch.cat(views)
+        is_finite = features.isfinite().all(dim=1)  # the guards look at some steps only
+        features = features.nan_to_num_(0, 0, 0)
+        labels = labels.repeat(2).where(is_finite, -1)
+        logits = self.classifier(features)
+        loss = functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        parameters = list(self.classifier.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        seen, right = (labels >= 0).sum(), (logits.argmax(dim=1) == labels).sum()
+        counts = torch.stack([seen.float(), right.float(), loss.detach()])
+        summed = dist.total(torch.cat([*(g.flatten() for g in gradients), counts]))
+        parts = summed.split([*(p.numel() for p in parameters), 3])
+        for parameter, part in zip(parameters, parts[:-1], strict=True):
+            parameter.grad = (part / summed[-3].clamp(min=1)).view_as(parameter)
+        self.optimizer.step()
+        self._counts += parts[-1]
+
+    def figures(self) -> dict[str, float]:
+        """``online_top1`` and ``online_loss`` since the last call; nothing if no label was seen."""
+        seen, right, loss = self._counts.tolist()
+        self._counts.zero_()
+        return {"online_top1": right / seen, "online_loss": loss / seen} if seen else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its entry of the checkpoint."""
+        return {
+            "online_probe": {
+                "classifier": self.classifier.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "counts": self._counts,
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """Go on from a checkpoint; says so where the classifier has to start anew."""
+        own = state.get("online_probe")
+        if own is None or own["classifier"]["weight"].shape != self.classifier.weight.shape:
+            why = "none" if own is None else "one of another size"
+            return f"eval.online_probe: the checkpoint holds {why}: the classifier starts anew"
+        self.classifier.load_state_dict(own["classifier"])
+        self.optimizer.load_state_dict(own["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr
+        self._counts.copy_(own["counts"])
+        return None

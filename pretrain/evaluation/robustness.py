@@ -52,7 +52,20 @@ class NeighbourStudy:
             f"{num_queries} queries of {index.num_samples} samples leave {num_rest} for the queue: "
             "give fewer queries or more shards",
         )
-        self.network = online_network(state).to(device)
+        # Backbone and projector, without gradients of their parameters.
+        try:
+            backbone = ResNetBackbone(**vars(read_arch(state["arch"])))
+            heads = HeadConfig(**state["config"]["heads"])
+            network = OnlineNetwork(backbone, heads, 1.0, has_predictor=False)
+            parts = ("backbone.", "projector.")
+            weights = {k: v for k, v in state["model"].items() if k.startswith(parts)}
+            network.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint does not fit this version ({type(error).__name__}: "
+                f"{one_line(error)}); pretrain again"
+            ) from error
+        self.network = network.eval().requires_grad_(False).to(device)
         self.mean, self.std = (tuple(state["preprocessing"][name]) for name in ("mean", "std"))
         self.is_query = torch.zeros(index.num_samples, dtype=torch.bool)
         self.is_query[torch.linspace(0, index.num_samples - 1, num_queries).long()] = True
@@ -74,9 +87,9 @@ class NeighbourStudy:
         With a generator they are the control: each pixel value moves by epsilon / 255 up or down,
         at random.
         """
-        entries = self.queue.features[self.nearest(images)]
-        sign = torch.zeros(())
-        if control is not None:
+        if control is None:
+            entries = self.queue.features[self.nearest(images)]
+        else:
             sign = 2 * torch.randint(0, 2, images.shape, generator=control).to(images) - 1
 
         def loss_of(x: Tensor) -> Tensor:
@@ -100,24 +113,3 @@ class NeighbourStudy:
             for x in self.images.split(BATCH_SIZE)
         ]
         return float(torch.cat(flips).double().mean())
-
-
-def online_network(state: dict[str, Any]) -> OnlineNetwork:
-    """Backbone and projector of a checkpoint, in eval mode, without gradients of its parameters.
-
-    Raises:
-        UserError: If the checkpoint's config is not one of this version.
-    """
-    weights = state["model"]
-    try:
-        heads = HeadConfig(**state["config"]["heads"])
-        backbone = ResNetBackbone(**vars(read_arch(state["arch"])))
-        network = OnlineNetwork(backbone, heads, 1.0, has_predictor=False)
-        parts = ("backbone.", "projector.")
-        network.load_state_dict({k: v for k, v in weights.items() if k.startswith(parts)})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"the checkpoint does not fit this version ({type(error).__name__}: {one_line(error)}"
-            "); pretrain again"
-        ) from error
-    return network.eval().requires_grad_(False)

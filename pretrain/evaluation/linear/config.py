@@ -14,7 +14,6 @@ _AT_LEAST = {
     "passes": 0, "num_workers": 0, "init_std": 0, "weight_decay": 0, "momentum": 0,
 }  # fmt: skip
 _MAX_VALUES = 1000  # rates, values of k, temperatures
-_LOWEST_TEMPERATURE = 0.02
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class LinearConfig:
     # cached and knn: features are computed once and kept in a file.
     refit: bool = True  # train once more at the chosen rate, with the held-out part
     passes: int = 0  # 0: central crops; N: N passes of random crops and flips
-    feature_dtype: Literal["float32", "float16"] = "float32"
     # full, and passes > 0
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area, as a share of the picture's
     flip_probability: float = 0.5
@@ -88,13 +86,9 @@ class LinearConfig:
                 0 < len(set(values)) == len(values) <= _MAX_VALUES
                 and all(0 < x < math.inf for x in values)
             )
-            require(is_plain, f"{name}={values}: give some different numbers above 0")
-        lowest = min(self.knn_temperature or [1.0])
-        require(
-            lowest >= _LOWEST_TEMPERATURE,
-            f"knn_temperature={lowest}: exp(1 / temperature) does not fit float32 below "
-            f"{_LOWEST_TEMPERATURE}",
-        )
+            check(is_plain, name, "some different numbers above 0")
+        lowest = min(self.knn_temperature or [1.0])  # exp(1 / 0.011) does not fit into float32
+        check(lowest >= 0.02, "knn_temperature", "at least 0.02")
         require(
             self.protocol == "knn" or len(self.rates()) == 1 or self.holdout > 0,
             f"holdout=0 leaves nothing to select one of {len(self.rates())} rates with (the "

@@ -1,4 +1,7 @@
-"""Features of central or random crops, computed once and kept in a file that survives a kill."""
+"""The frozen network, and its features of central or random crops.
+
+Features are computed once and kept in a file that survives a kill.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,111 @@ import json
 import os
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from common import checkpoints
+from common.backbone import IMAGENET, read_backbone
 from common.errors import require
-from common.files import write_atomically, write_bytes, write_json
+from common.files import sha256_of, write_atomically, write_bytes, write_json
+from common.resnet import NAMED
 from pretrain import collectives as dist
 from pretrain.data.loader import ViewDataset, start_workers
 from pretrain.data.order import OrderedSamples
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.shards import Samples
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.frozen import FrozenBackbone
+from pretrain.evaluation.probe import normalise
+from pretrain.model.resnet import ResNet
 
-FORMAT = "fa-features-2"
+RANDOM = "random:"
+Branch = Literal["online", "ema"]
+FORMAT = "fa-features-3"
 BLOCK_ROWS = 128  # computed and written together: what a kill can cost each process
 _ABSENT = -1  # in place of a block's checksum
 _HEADER_BYTES = 128  # of a .npy file with two dimensions
+
+
+class FrozenBackbone:
+    """Pictures to pooled features, without gradient.
+
+    Args:
+        source: A checkpoint of any layout that conversion reads, or ``random:`` with R18, R34, R50,
+            R101, thin_R50 or such a checkpoint, whose architecture is taken.
+        config: Seed of random weights, size of the pictures, precision.
+        branch: Which network of a checkpoint that has two.
+        device: Where it runs.
+    Attributes:
+        model: The ResNet, on the device.
+        description: For the result: architecture, ``name`` of the file, ``kind`` (checkpoint of
+            ours, another layout's name, or random), branch, ``file_sha256``, and ``weights_hash``
+            of names and values of its tensors, which is what features depend on.
+        view: How central crops are made and computed, for the result and the facts about features;
+            ``image_size`` is the side of a crop in pixels.
+    Raises:
+        UserError: File missing or damaged, no such branch, or an architecture that is not here.
+    """
+
+    def __init__(
+        self, source: str, config: LinearConfig, *, branch: Branch, device: torch.device
+    ) -> None:
+        # Architecture, pixels and tensors, from the file or by the name.
+        name, is_random = source.removeprefix(RANDOM), source.startswith(RANDOM)
+        path, image_size, weights, kind = Path(name), 224, None, "random"
+        if is_random and name in NAMED:
+            arch, self._preprocessing = NAMED[name], IMAGENET
+        else:
+            require(
+                not is_random or path.is_file(),
+                f"{source}: give random: with {', '.join(NAMED)}, or with a checkpoint",
+            )
+            file = read_backbone(path, branch=branch)
+            arch, self._preprocessing = file.arch, file.preprocessing
+            if file.layout == "ours":
+                image_size = int(file.contents["config"]["data"]["image_size"])
+            if not is_random:
+                weights, kind = file.tensors, file.layout.replace("ours", "checkpoint")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = ResNet(arch).eval().requires_grad_(False)
+        if weights is not None:
+            model.load_state_dict(weights)  # without batch counters, which nothing here reads
+        values = model.state_dict().items()
+        values = {k: v for k, v in values if not k.endswith("num_batches_tracked")}
+        self.description: dict[str, Any] = {
+            "arch": asdict(arch),
+            "name": f"{RANDOM if is_random else ''}{path.name}",
+            "kind": kind,
+            "branch": None if is_random else branch,
+            "weights_hash": checkpoints.checksum(values),
+            "file_sha256": None if is_random else sha256_of(path),
+        }
+        # How it runs.
+        self.model, self._device = model.to(device), device
+        if device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._is_bf16 = dist.autocast_type(config.precision, device) is torch.bfloat16
+        self.view: dict[str, Any] = {
+            "image_size": config.image_size or image_size,
+            "mean": list(self._preprocessing.mean),
+            "std": list(self._preprocessing.std),
+            "precision": "bf16" if self._is_bf16 else "fp32",
+            "crop": "central square of 7/8 of the short side",
+        }
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
+        """Pooled features, float32, on the device."""
+        x = normalise(images.to(self._device), self._preprocessing.mean, self._preprocessing.std)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
+            return self.model(x).float()
 
 
 @dataclass(frozen=True)
@@ -40,18 +125,16 @@ class Features:
         facts: What the values follow from, as plain types.
         values: [num_rows, dim], mapped from the file; row p * n + i holds sample i in pass p.
         labels: int64 [n], of the samples.
-        num_stored: Rows that were there already.
     """
 
     path: Path
     facts: dict[str, Any]
     values: np.ndarray
     labels: np.ndarray
-    num_stored: int
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Some rows as float32 [n, dim], on the CPU."""
-        return torch.from_numpy(np.array(self.values[rows], np.float32))
+        return torch.from_numpy(self.values[rows])
 
 
 def extract(
@@ -67,16 +150,16 @@ def extract(
         backbone: The network.
         samples: The pictures.
         name: Of the file.
-        config: Seed and distribution of random crops, type of the values.
+        config: Seed and distribution of random crops.
         folder: Of the file; shared by all processes.
         passes: 0 for one pass of central crops; otherwise random crops, others in each pass.
     Raises:
-        UserError: If a sample does not decode, or a feature does not fit into the type.
+        UserError: If a sample does not decode, or a feature is not finite.
         DiskFullError: If the disk has no room for the file.
     """
     # What the values follow from decides the name of the file.
     num, image_size = samples.num_samples, backbone.view["image_size"]
-    shape, dtype = (num * max(1, passes), backbone.model.output_dim), np.dtype(config.feature_dtype)
+    shape, dtype = (num * max(1, passes), backbone.model.output_dim), np.dtype(np.float32)
     view = dict(backbone.view)
     if passes:
         view["crop"] = config.random_crop | {"seed": config.seed, "passes": passes}
@@ -86,7 +169,6 @@ def extract(
         "samples": samples.fingerprint,
         "view": view,
         "shape": list(shape),
-        "dtype": config.feature_dtype,
         "block_rows": BLOCK_ROWS,
     }
     code = stable_hash(json.dumps(facts, sort_keys=True), num_bytes=8).hex()
@@ -106,8 +188,8 @@ def extract(
     if dist.rank() == 0 and not is_whole:
         write_json(path.with_suffix(".json"), facts)
         write_bytes(sums_path, np.full(len(rows), _ABSENT).tobytes())
-        remedy = "run the same command again, give another --features DIR, or take "
-        write_atomically(path, reserve, remedy=f"{remedy}feature_dtype=float16")
+        remedy = "run the same command again, or give another --features DIR"
+        write_atomically(path, reserve, remedy=remedy)
     dist.wait()
 
     # Blocks that are not there, or are damaged, are shared out among the processes.
@@ -125,17 +207,14 @@ def extract(
     )  # fmt: skip
     with open(path, "r+b") as file, open(sums_path, "r+b") as sums_file:
         for block, reply in zip(bar, replies, strict=True):
-            with np.errstate(over="ignore"):  # reported by the next line
-                content = backbone(reply.checked().views[0]).cpu().numpy().astype(dtype)
+            content = backbone(reply.checked().views[0]).cpu().numpy()
             require(
                 bool(np.isfinite(content).all()),
-                f"{name} features of rows {rows[block][0]} to {rows[block][-1]} are not finite in "
-                f"{dtype}: the weights are damaged, or the values too large; feature_dtype=float32 "
-                "holds the larger ones",
+                f"{name} features of rows {rows[block][0]} to {rows[block][-1]} are not finite: "
+                "the weights are damaged",
             )
             data, place = content.tobytes(), rows[block][0] * values.strides[0]
             os.pwrite(file.fileno(), data, _HEADER_BYTES + place)
             os.pwrite(sums_file.fileno(), np.int64(zlib.crc32(data)).tobytes(), 8 * block)
     dist.wait()
-    num_stored = shape[0] - sum(len(rows[block]) for block in missing)
-    return Features(path, facts, np.load(path, mmap_mode="c"), samples.labels, num_stored)
+    return Features(path, facts, np.load(path, mmap_mode="c"), samples.labels)

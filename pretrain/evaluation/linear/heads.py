@@ -7,7 +7,7 @@ features are short, and save no time where they are long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,63 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain import collectives as dist
-from pretrain.engine.trainer import Callback, Position, StepResult
-from pretrain.evaluation.linear.batches import FeatureBatch
+from pretrain.data.loader import Loader
+from pretrain.data.random_numbers import counter_rng
+from pretrain.engine.trainer import Position, StepResult
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.features import Features
+from pretrain.evaluation.linear.features import Features, FrozenBackbone
 
 TOP = 5
 _MAX_LOGITS = 1 << 22  # numbers in the logits of one batch of an evaluation: 17 MB
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features [n, d] and labels [n] of this process's part of a batch, on any device."""
+
+    features: Tensor
+    labels: Tensor
+    waited: float = 0.0  # seconds, and pictures that were replaced: what the loop counts
+    num_bad: int = 0
+
+
+class StoredBatches:
+    """Batches of stored features: each epoch takes the samples in another order.
+
+    With several passes of random crops, epoch e takes pass e modulo their number. The last batch of
+    an epoch is shorter where need be.
+
+    Args:
+        features: Features of the samples, pass by pass.
+        samples: int64, numbers of those to train on.
+        config: Seed, batch size, passes.
+    """
+
+    def __init__(self, features: Features, samples: np.ndarray, config: LinearConfig) -> None:
+        self._features, self._samples, self._config = features, samples, config
+        self.num_steps = -(-len(samples) // config.batch_size)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[FeatureBatch]:
+        """Batches ``start_step`` .. of an epoch."""
+        config, features = self._config, self._features
+        first_row = epoch % max(1, config.passes) * len(features.labels)
+        order = counter_rng("linear-order", config.seed, epoch).permutation(self._samples)
+        for start in range(start_step * config.batch_size, len(order), config.batch_size):
+            batch = order[start : start + config.batch_size]
+            labels = torch.from_numpy(features.labels[batch])
+            yield FeatureBatch(features.read(first_row + batch), labels)
+
+
+class CropBatches:
+    """The batches of a loader with the features of their first view, computed as they come."""
+
+    def __init__(self, loader: Loader, backbone: FrozenBackbone) -> None:
+        self._loader, self._backbone, self.num_steps = loader, backbone, loader.num_steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[FeatureBatch]:
+        """Batches ``start_step`` .. of an epoch."""
+        for batch in self._loader.epoch(epoch, start_step):
+            yield FeatureBatch(self._backbone(batch.views[0]), batch.labels)
 
 
 class LinearHeads:
@@ -44,6 +94,8 @@ class LinearHeads:
     Attributes:
         weight: float32 [heads, classes, dim].
         bias: float32 [heads, classes].
+        num_right: float32 [epochs, heads], samples that were right before their step.
+        num_seen: float32 [epochs, 1], all samples.
     """
 
     def __init__(
@@ -56,6 +108,8 @@ class LinearHeads:
         self.weight = start.to(device).repeat(len(rates), 1, 1).requires_grad_()
         self.bias = torch.zeros(len(rates), num_classes, device=device, requires_grad=True)
         self._momentum = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self.num_right = torch.zeros(config.epochs, len(rates), device=device)
+        self.num_seen = torch.zeros(config.epochs, 1, device=device)
         self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
 
     def logits(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "heads classes n"]:
@@ -74,14 +128,16 @@ class LinearHeads:
     ) -> StepResult:  # fmt: skip
         """One optimiser step of all classifiers; see ``Task``.
 
-        The result holds the lowest of their mean cross-entropies, and as its output the logits
-        [heads, classes, n], both before the step.
+        The result holds the lowest of their mean cross-entropies before the step.
         """
         config, parameters = self._config, (self.weight, self.bias)
         logits = self.logits(batch.features.to(self.weight.device))
         labels = batch.labels.to(logits.device).expand(len(logits), -1)
         losses = functional.cross_entropy(logits, labels, reduction="none").mean(dim=1)
         gradients = torch.autograd.grad(losses.sum() / dist.world_size(), parameters)
+        epoch = position.step // self._steps_per_epoch
+        self.num_right[epoch] += dist.total((logits.argmax(dim=1) == labels).sum(dim=1).float())
+        self.num_seen[epoch] += len(batch.labels) * dist.world_size()
         rates = self._rates * config.lr_factor(position.step, self._steps_per_epoch)
         with torch.no_grad():
             for w, g, momentum in zip(parameters, gradients, self._momentum, strict=True):
@@ -97,53 +153,19 @@ class LinearHeads:
                 momentum.mul_(config.momentum).add_(g)
                 change = g + config.momentum * momentum if config.nesterov else momentum
                 w.sub_(change * rates.view(per_head))
-        return StepResult(losses.detach().min(), output=logits.detach())
+        return StepResult(losses.detach().min())
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and momentum: its entry of the checkpoint."""
-        return {"heads": [self.weight.detach(), self.bias.detach(), *self._momentum]}
+        """Weights, momentum and counts: its entry of the checkpoint."""
+        own = [self.weight.detach(), self.bias.detach(), *self._momentum]
+        return {"heads": [*own, self.num_right, self.num_seen]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], *, allow_changes: bool = False) -> list[str]:
         """Go on from a checkpoint of the same evaluation."""
-        for own, saved in zip(
-            (self.weight, self.bias, *self._momentum), state["heads"], strict=True
-        ):
+        for own, saved in zip(self.state_dict()["heads"], state["heads"], strict=True):
             own.copy_(saved)
         return []
-
-
-class TrainingCurve(Callback):
-    """Accuracy of every classifier on the batches of each epoch, each batch before its step.
-
-    Attributes:
-        top1: [epochs][heads], in [0, 1].
-    """
-
-    def __init__(self, num_heads: int, device: torch.device) -> None:
-        self.top1: list[list[float]] = []
-        self._num_right, self._num_samples = torch.zeros(num_heads, device=device), 0
-
-    def on_step_end(self, batch: FeatureBatch, result: StepResult) -> None:
-        """Count what was right."""
-        is_right = result.output.argmax(dim=1) == batch.labels.to(result.output.device)
-        self._num_right += dist.total(is_right.sum(dim=1).float())
-        self._num_samples += len(batch.labels) * dist.world_size()
-
-    def on_epoch_end(self) -> None:
-        """The share of the epoch."""
-        self.top1.append((self._num_right / self._num_samples).tolist())
-        self._num_right.zero_()
-        self._num_samples = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its entry of the checkpoint."""
-        return {"curve": [self.top1, self._num_right, self._num_samples]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> str | None:
-        """Go on from a checkpoint."""
-        self.top1, num_right, self._num_samples = state["curve"]
-        self._num_right.copy_(num_right)
 
 
 @dataclass(frozen=True)
@@ -189,10 +211,8 @@ def score(
         is_before = (logits > own) | ((logits == own) & (numbers < y))
         place = is_before.sum(dim=1).masked_fill(~own.squeeze(1).isfinite(), num_classes)
         parts.append(place.cpu())
-    places, own_labels = (
-        torch.cat(parts, dim=1).numpy(),
-        features.labels[rows],
-    )  # 0: the highest logit
+    places = torch.cat(parts, dim=1).numpy()  # 0: the highest logit
+    own_labels = features.labels[rows]
     counts = np.bincount(own_labels, minlength=num_classes).tolist()
     scores = []
     for place in places:

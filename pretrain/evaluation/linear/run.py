@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,17 @@ from common.files import read_json, write_json, write_text
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.loader import Loader, ViewDataset
-from pretrain.data.shards import Samples
+from pretrain.data.random_numbers import draw_uniforms
+from pretrain.data.shards import Samples, ShardIndex, Subset, open_labelled
 from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints, different_keys
 from pretrain.engine.guards import StopOnSignal
 from pretrain.engine.run_folder import ProgressLog
-from pretrain.engine.trainer import Batches, Callback, Trainer
-from pretrain.evaluation.knn import knn_grid
-from pretrain.evaluation.linear.batches import CropBatches, StoredBatches
+from pretrain.engine.trainer import Batches, Trainer
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.features import Features, extract
-from pretrain.evaluation.linear.frozen import Branch, FrozenBackbone
-from pretrain.evaluation.linear.heads import LinearHeads, TrainingCurve, score
-from pretrain.evaluation.linear.sets import open_sets
+from pretrain.evaluation.linear.features import Branch, Features, FrozenBackbone, extract
+from pretrain.evaluation.linear.heads import CropBatches, LinearHeads, StoredBatches, score
+from pretrain.evaluation.probe import knn_grid
 
 FORMAT = "fa-linear-1"
 NAME = "linear.json"
@@ -50,6 +48,159 @@ _NO_FIGURES: dict[str, Any] = {
 }  # fmt: skip
 # Keys that decide rounding or speed, or what is read from elsewhere.
 _NOT_COMPARED = ("device", "num_workers", "subset_list", "checkpoint_every_steps")
+
+
+# -- which samples are trained on, which select the rate, and which are scored --
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Labelled samples.
+
+    Attributes:
+        train: Shards of the training set.
+        val: Shards of the validation set, which decides nothing.
+        classes: Names of both sets' classes; numbers where the shards name none.
+        chosen: All training samples whose labels are used, those that are held out too.
+        fitted: int64 [n], numbers in ``chosen`` of the samples that are trained on.
+        held_out: int64 [m], those that select the rate; none where there is nothing to select.
+    """
+
+    train: ShardIndex
+    val: ShardIndex
+    classes: list[str]
+    chosen: Subset
+    fitted: np.ndarray
+    held_out: np.ndarray
+
+    def part(self, numbers: np.ndarray) -> Subset:
+        """Some of the chosen samples as a set of their own."""
+        return Subset(self.train, self.chosen.sample_ids[numbers])
+
+
+def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
+    """Open and check both sets, choose the subset, and hold a part of it out.
+
+    Raises:
+        UserError: Samples without labels, other classes in the two sets, a subset list that does
+            not fit, too few samples to hold any out.
+    """
+    train_index, val_index = open_labelled({"--train": train, "--val": val})
+    classes, labels = train_index.classes, train_index.labels
+    unseen = np.setdiff1d(val_index.labels, labels)
+    names = [classes[i] if classes else str(i) for i in unseen[:3]]
+    require(
+        not names,
+        f"--val {val_index.name} has samples of {', '.join(names)} ({len(unseen)} classes), of "
+        f"which --train {train_index.name} has none: nothing can be learnt of that class",
+    )
+    hashes = train_index.samples["key"].astype(np.uint64).view(np.int64)
+    chosen = np.arange(len(labels))
+    if config.subset_list is not None:
+        chosen = listed(train_index, Path(config.subset_list))
+    elif config.fraction < 1:
+        chosen = balanced(labels, hashes, config.fraction, seed=config.seed)
+    held_out = np.empty(0, np.int64)
+    if config.protocol != "knn" and len(config.rates()) > 1:
+        held_out = stratified(labels[chosen], hashes[chosen], config.holdout, seed=config.seed)
+        require(
+            len(held_out) > 0,
+            f"holdout={config.holdout}: no class of {train_index.name} has the two samples that "
+            f"it takes to hold one out ({len(chosen)} are chosen); use more labels, or a single "
+            "rate in lrs",
+        )
+    return Sets(
+        train_index, val_index,
+        classes=classes or [str(i) for i in range(int(labels.max()) + 1)],
+        chosen=Subset(train_index, chosen),
+        fitted=np.setdiff1d(np.arange(len(chosen)), held_out),
+        held_out=held_out,
+    )  # fmt: skip
+
+
+def balanced(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -> np.ndarray:
+    """The same number of samples of each class, a function of (seed, keys) alone.
+
+    Each class gives round(share * samples / classes), or all it has. A sample's rank within its
+    class does not depend on the share: the samples of 1 % are among those of 10 %.
+
+    Args:
+        labels: int64 [n].
+        keys: int64 [n], hashed names of the samples.
+        share: Of all samples, above 0 and below 1.
+        seed: Another seed, another subset.
+    Returns:
+        int64, ascending positions in ``labels``.
+    Raises:
+        UserError: If that is less than one sample a class.
+    """
+    classes = np.unique(labels)
+    each = round(share * len(labels) / len(classes))
+    require(
+        each >= 1,
+        f"fraction={share:g} of {len(labels)} samples is less than one sample for each of "
+        f"{len(classes)} classes; use at least {len(classes) / len(labels):.3g}",
+    )
+    return np.flatnonzero(_rank_in_class(labels, keys, "label-fraction", seed) < each)
+
+
+def stratified(labels: np.ndarray, keys: np.ndarray, share: float, *, seed: int) -> np.ndarray:
+    """About the same share of each class, at least one of every class with two samples.
+
+    Args and result as ``balanced``.
+    """
+    counts = np.bincount(labels)
+    due = np.maximum(np.rint(share * counts), 1).astype(np.int64)
+    due = np.minimum(due, counts - 1)  # one stays to be trained on
+    rank = _rank_in_class(labels, keys, "held-out", seed)
+    return np.flatnonzero(rank < due[labels])
+
+
+def _rank_in_class(labels: np.ndarray, keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
+    """Place of each sample in a random order of its class, from 0; int64 [n]."""
+    draws = draw_uniforms(purpose, keys, 0, 1, seed=seed, view_index=0)[0]
+    order = np.lexsort((keys, draws, labels))
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
+    lengths = np.diff(starts, append=len(order))
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(starts, lengths)
+    return rank
+
+
+def listed(index: ShardIndex, path: Path) -> np.ndarray:
+    """The samples that a file names, one a line: official 1 % and 10 % lists, or one of ours.
+
+    A line is a sample's key, or the last part of it; a suffix (``.JPEG``) is left out, as keys have
+    none. Reads the headers of all shards.
+
+    Returns:
+        int64, ascending.
+    Raises:
+        UserError: File missing or empty, or a line that names no sample, or several.
+    """
+    require(path.is_file(), f"subset list {path} does not exist")
+    lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    by_name: dict[str, list[int]] = {}
+    for sample in range(index.num_samples):
+        key = index.key_name(sample)
+        for name in {key, key.rpartition("/")[2]}:
+            by_name.setdefault(name, []).append(sample)
+    listed_samples: set[int] = set()
+    for line in sorted(line for line in lines if line and not line.startswith("#")):
+        folder, slash, last = line.rpartition("/")
+        without_suffix = f"{folder}{slash}{last.rpartition('.')[0] or last}"
+        samples = by_name.get(line) or by_name.get(without_suffix) or []
+        require(
+            len(samples) == 1,
+            f"subset list {path}: {line!r} names {len(samples)} samples of {index.name} (whose "
+            f"first key is {index.key_name(0)!r}); each line must be the key of one sample",
+        )
+        listed_samples.add(samples[0])
+    require(bool(listed_samples), f"subset list {path} is empty")
+    return np.array(sorted(listed_samples), np.int64)
+
+
+# -- the evaluation --
 
 
 class Evaluation:
@@ -83,7 +234,7 @@ class Evaluation:
         )
         out.mkdir(parents=True, exist_ok=True)
         self._seconds: dict[str, float] = {}
-        self._feature_bytes = self._num_stored_rows = 0
+        self._feature_bytes = 0
         with self._timed("open"):
             self.backbone = FrozenBackbone(source, config, branch=branch, device=self.device)
             self.sets = open_sets(train, val, config)
@@ -107,10 +258,8 @@ class Evaluation:
     def _timed(self, part: str) -> Iterator[None]:
         """Add the wall time of what is done within to a part of the work."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
+        yield
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
     def run(self) -> dict[str, Any] | None:
         """The result, written to ``linear.json``; None in all processes but the first.
@@ -120,8 +269,8 @@ class Evaluation:
             StoppedBySignal: After the state was saved.
         """
         out, sets, is_main = self._out, self.sets, dist.rank() == 0
-        lock = run_folder.hold(out) if is_main else None
-        try:
+        lock = closing(run_folder.hold(out)) if is_main else nullcontext()
+        with closing(sets.train), closing(sets.val), lock:
             if (out / NAME).exists():  # finished
                 return read_json(out / NAME) if is_main else None
             if is_main:
@@ -136,10 +285,6 @@ class Evaluation:
             result = json.loads(json.dumps(self._result(figures)))
             write_json(out / NAME, result)
             return result
-        finally:
-            sets.close()
-            if lock is not None:
-                lock.close()
 
     # -- the protocols: figures, or None in a process that the end does not need --
 
@@ -155,16 +300,16 @@ class Evaluation:
             num_workers=config.num_workers, shuffle_window=config.shuffle_window,
             last_batch=config.last_batch,
         )  # fmt: skip
-        curve = TrainingCurve(len(config.rates()), self.device)
         batches = CropBatches(loader, self.backbone)
-        heads = self._train("train", batches, config.peak_rates(), self._out, [curve])
+        heads = self._train("train", batches, config.peak_rates(), self._out)
         held_out = sets.part(sets.held_out)
         central = self._features("held_out", held_out) if held_out.num_samples else None
         val = self._features("val", sets.val)
         if not self._is_needed():
             return None
         rows = np.arange(held_out.num_samples)
-        return self._choice(heads, val, central, rows) | {"training_top1": curve.top1}
+        training_top1 = (heads.num_right / heads.num_seen).tolist()
+        return self._choice(heads, val, central, rows) | {"training_top1": training_top1}
 
     def _cached(self) -> dict[str, Any] | None:
         """Classifiers on stored features, and once more at the chosen rate with all labels."""
@@ -190,10 +335,7 @@ class Evaluation:
         num = self.sets.chosen.num_samples
         ks = self.config.knn_k or [k for k in _KS if k <= num]
         temperatures = self.config.knn_temperature or list(_TEMPERATURES)
-        require(
-            max(ks) <= num,
-            f"knn_k={max(ks)}, but only {num} training samples are used; lower it",
-        )
+        require(max(ks) <= num, f"knn_k={max(ks)}, but only {num} training samples are used")
         train, val = self._features("train", self.sets.chosen), self._features("val", self.sets.val)
         if not self._is_needed():
             return None
@@ -219,7 +361,6 @@ class Evaluation:
                 self.backbone, samples, name, self.config, self._features_folder, passes=passes
             )
         self._feature_bytes += features.values.nbytes
-        self._num_stored_rows += features.num_stored
         return features
 
     def _is_needed(self) -> bool:
@@ -228,15 +369,11 @@ class Evaluation:
         dist.stop()
         return is_main
 
-    def _train(
-        self, part: str, batches: Batches, rates: list[float], folder: Path,
-        callbacks: Sequence[Callback] = (),
-    ) -> LinearHeads:  # fmt: skip
+    def _train(self, part: str, batches: Batches, rates: list[float], folder: Path) -> LinearHeads:
         """Classifiers at the end of the last epoch; exact resume from the folder's checkpoint."""
-        config, dim = self.config, self.backbone.model.output_dim
-        heads = LinearHeads(
-            config, rates, dim, len(self.sets.classes), batches.num_steps, self.device
-        )
+        config, device = self.config, self.device
+        dim, num_classes = self.backbone.model.output_dim, len(self.sets.classes)
+        heads = LinearHeads(config, rates, dim, num_classes, batches.num_steps, device)
         folder.mkdir(exist_ok=True)
         engine = EngineConfig(
             log_every_steps=LOG_EVERY_STEPS,
@@ -244,8 +381,8 @@ class Evaluation:
             keep_checkpoints=0,
         )
         log, checkpoints = ProgressLog(part), Checkpoints(folder, engine)
-        parts = [*callbacks, log, StopOnSignal(log, checkpoints), checkpoints]
-        trainer = Trainer(heads, batches, parts, config.epochs, engine, self.device)
+        parts = [log, StopOnSignal(log, checkpoints), checkpoints]
+        trainer = Trainer(heads, batches, parts, config.epochs, engine, device)
         if (folder / checkpoint.NAME).exists():
             trainer.load_state_dict(checkpoint.read(folder / checkpoint.NAME))
         with self._timed(part):
@@ -305,7 +442,6 @@ class Evaluation:
             "peak_memory_bytes": provenance.peak_memory_bytes(),
             "peak_gpu_memory_bytes": None if is_cpu else torch.cuda.max_memory_allocated(),
             "feature_bytes": self._feature_bytes,
-            "num_feature_rows_found": self._num_stored_rows,
             "device": "cpu" if is_cpu else torch.cuda.get_device_name(),
             "versions": provenance.versions(),
         }
@@ -318,39 +454,30 @@ def table(result: dict[str, Any]) -> str:
         return "-" if value is None else f"{100 * value:.2f}"
 
     source, data, knn = result["checkpoint"], result["data"], result["knn"]
-    branch = f" ({source['branch']})" if source["branch"] else ""
     lines = [
-        f"{result['protocol']} evaluation of {source['name']}{branch}",
+        f"{result['protocol']} evaluation of {source['name']}",
         f"{data['train']['num_used']:,} of {data['train']['num_samples']:,} labels, "
-        f"{data['val']['num_samples']:,} validation pictures, {data['num_classes']} classes\n",
+        f"{data['val']['num_samples']:,} validation pictures, {data['num_classes']} classes",
     ]
     if knn:
-        title = "k, temperature"
-        lines.append(f"{title:>16}" + "".join(f"{t:>9g}" for t in knn["temperatures"]))
+        lines.append("k, temperature  " + "".join(f"{t:>9g}" for t in knn["temperatures"]))
         for k, row in zip(knn["ks"], knn["top1"], strict=True):
             lines.append(f"{k:>16}" + "".join(f"{percent(value):>9}" for value in row))
     else:
         lines.append(f"{'base rate':>12}{'held out':>10}{'val top-1':>11}{'val top-5':>11}")
-        is_selected = result["selection"] is not None
-        for number, row in enumerate(result["rates"]):
-            is_chosen = is_selected and number == result["chosen"]
+        for row in result["rates"]:
             lines.append(
                 f"{row['base_lr']:>12.4g}{percent(row['held_out_top1']):>10}"
                 f"{percent(row['val_top1']):>11}{percent(row['val_top5']):>11}"
-                f"{'  chosen by the held-out part' if is_chosen else ''}"
             )
-        # The best rate may lie outside the sweep.
-        rates = [row["base_lr"] for row in result["rates"]]
-        ends = {min(rates): "lowest of the sweep: lower lr_min",
-                max(rates): "highest of the sweep: raise lr_max"}  # fmt: skip
-        if is_selected and (end := ends.get(result["chosen_base_lr"])):
-            lines.append(f"note: the chosen rate is the {end}, there may be a better one")
+        if result["selection"] is not None:
+            rates, chosen = [row["base_lr"] for row in result["rates"]], result["chosen_base_lr"]
+            lines.append(f"the held-out part chose {chosen:.4g}")
+            if chosen in (min(rates), max(rates)):
+                lines.append("note: that is an end of the sweep, there may be a better rate beyond")
         again = ", trained again with the held-out part" if result["refitted"] else ""
-        lines.append(
-            f"\ntop-1 {percent(result['top1'])} %, top-5 {percent(result['top5'])} % of "
-            f"{result['n']:,}{again}"
-        )
-    total = sum(result["seconds"].values())
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
-    memory = f"peak {result['peak_memory_bytes'] / 1e6:,.0f} MB"
-    return "\n".join([*lines, f"{total:.1f} s ({parts}); {memory}"])
+        top1, top5 = percent(result["top1"]), percent(result["top5"])
+        lines.append(f"top-1 {top1} %, top-5 {top5} % of {result['n']:,}{again}")
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
+    lines.append(f"seconds: {seconds}; peak memory {result['peak_memory_bytes'] / 1e6:,.0f} MB")
+    return "\n".join(lines)

@@ -1,13 +1,14 @@
 """Pictures of the first and the last weights in whole runs: whose, at what cost, what stays."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation import pictures
-from pretrain.evaluation.pictures import save_neighbours
+from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import Probe
 from tests.pretrain.engine.run_helpers import SMALL, TINY, assert_same_state
 
@@ -65,17 +66,9 @@ def test_before_is_of_the_initial_and_after_of_the_last_weights(start, make_run,
     for name, state in (("neighbours_before", None), ("neighbours", state_of(folder)["model"])):
         if state is not None:
             untrained.task.model.online.load_state_dict(state)
-        expected = tmp_path / name
-        save_neighbours(
-            expected,
-            backbone,
-            None,
-            opened,
-            3,
-            untrained.device,
-            untrained.task.config.data,
-        )
-        assert rows_of(folder, name) == rows_of(expected, "neighbours")
+        stream = SimpleNamespace(samples=None)
+        RunPictures(untrained.task.config, tmp_path, backbone, stream, opened).save_neighbours(name)
+        assert rows_of(folder, name) == rows_of(tmp_path, name)
     before, after = rows_of(folder, "neighbours_before"), rows_of(folder, "neighbours")
     assert [row["query"] for row in before] == [row["query"] for row in after]
     assert [row["similarities"] for row in before] != [row["similarities"] for row in after]

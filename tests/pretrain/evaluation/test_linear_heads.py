@@ -10,9 +10,8 @@ from pretrain.config import EngineConfig
 from pretrain.engine.optim import LARS
 from pretrain.engine.trainer import Position, Trainer
 from pretrain.evaluation.linear import heads as heads_module
-from pretrain.evaluation.linear.batches import FeatureBatch, StoredBatches
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.linear.heads import LinearHeads, score
+from pretrain.evaluation.linear.heads import FeatureBatch, LinearHeads, StoredBatches, score
 
 CPU = torch.device("cpu")
 DIM, CLASSES, NUM = 12, 5, 90
@@ -158,13 +157,14 @@ def test_epochs_go_round_the_passes(problem):
     assert rows == [(0, NUM - 1), (NUM, 2 * NUM - 1), (0, NUM - 1)]
 
 
-def test_a_step_returns_loss_and_logits_before_it(problem):
+def test_a_step_counts_what_is_right_before_it(problem):
     heads = make_heads(LinearConfig(init_std=0.5), [0.1, 1])
     before = heads.logits(problem.features).detach()
     labels = torch.from_numpy(problem.labels)
     result = heads.step(FeatureBatch(problem.features, labels), Position())
     torch.testing.assert_close(result.loss, functional.cross_entropy(before[0].T, labels))
-    assert torch.equal(result.output, before)
+    assert heads.num_right[0].tolist() == [int((before[0].argmax(dim=0) == labels).sum())] * 2
+    assert heads.num_seen[0] == NUM
     assert not torch.equal(heads.logits(problem.features), before)
 
 
@@ -214,6 +214,8 @@ def test_equal_logits_do_not_make_a_classifier_right():
     """All classes equal: the first one is predicted, as argmax does."""
     (scores,), _ = scores_of(torch.zeros(1, 7, 7), torch.arange(7))
     assert (scores.top1, scores.top5) == (pytest.approx(1 / 7), pytest.approx(5 / 7))
+    (scores,), _ = scores_of(torch.randn(1, 5, 4), torch.arange(4))
+    assert scores.top5 is None  # there is none of five classes
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -222,11 +224,6 @@ def test_a_classifier_that_diverged_is_wrong(value):
     logits[1] = torch.eye(7)[:, :4]
     scores, _ = scores_of(logits, torch.arange(4))
     assert [one.top1 for one in scores] == [0.0, 1.0]
-
-
-def test_there_is_no_top5_of_five_classes():
-    (scores,), _ = scores_of(torch.randn(1, 5, 4), torch.arange(4))
-    assert scores.top5 is None
 
 
 # --- schedules and rates
