@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from common import parent_death
 from common.errors import UserError
 from common.files import lock_file, read_json_or_none, write_json
 from common.provenance import memory_of
@@ -27,7 +28,7 @@ from common.provenance import memory_of
 _MEMORY_EVERY_SECONDS = 2.0
 _ECHO_SECONDS = 5.0  # a second request within this is an echo of the first; a later one is final
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_PARENT_DEATH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("parent_death.py")))
+_PARENT_DEATH = (sys.executable, "-I", "-S", parent_death.__file__)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,7 @@
 `make_set` does so for every kind of set; `build` fills the folder with generated pictures.
 """
 
-import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +27,7 @@ from common.annotations.record import (
 )
 from common.errors import RunFailed, UserError, require
 from common.files import locked, read_json_or_none, write_json
+from common.parent_death import exit_with_parent
 from pipeline.datasets.options import SetOptions
 from pipeline.datasets.scene import Scene, SceneSource
 
@@ -203,7 +201,7 @@ def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
             bar = stack.enter_context(tqdm(total=sum(counts.values()), unit="img", desc=root.stem))
             done = starmap(render, tasks)
             if num_workers > 1:
-                pool = ProcessPoolExecutor(num_workers, initializer=_end_with_parent)
+                pool = ProcessPoolExecutor(num_workers, initializer=exit_with_parent)
                 done = stack.enter_context(pool).map(render, *zip(*tasks, strict=True))
             for num_done in done:
                 bar.update(num_done)
@@ -213,18 +211,6 @@ def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
         ) from error
     finally:
         cv2.setNumThreads(threads)
-
-
-def _end_with_parent() -> None:
-    """Let a worker end with its parent even if that is killed: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _render_chunk(source: SceneSource, root: Path, part: str, indices: range) -> int:

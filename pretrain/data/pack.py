@@ -12,12 +12,10 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import secrets
 import shutil
 import signal
 import tarfile
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,6 +37,7 @@ from common.files import (
     write_atomically,
     write_json,
 )
+from common.parent_death import exit_with_parent
 from common.pictures import BadPicture
 from pretrain.data.index import Entry, ShardPart, read_index, write_index
 from pretrain.data.pack_plan import ShardOptions, ShardPlan, SourcePicture, make_plan, prepare
@@ -117,14 +116,8 @@ def check_bad(skipped: list[dict[str, str]], max_bad: int) -> None:
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it."""
-
-    def exit_with_parent() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-        os._exit(1)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
 # -- who may write --------------------------------------------------------------------------------
