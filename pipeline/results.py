@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import stats
-from common.files import is_number, read_json_lines, read_json_or_none, write_json
+from common.files import is_number, read_json_lines, read_json_or_none, write_json, write_text
 from common.stats import mean_std, paired_difference
-from pipeline import tables
 from pipeline.config import ARMS, FROZEN
+from pipeline.report import charts
 from pipeline.stages import read_run
 
+DASH = "-"
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
 ALL_METRICS = (*METRICS, *COCO_METRICS)
 PER_CLASS = {"AP": "per_class", "AP50": "per_class_AP50"}  # keys of result.json
 Measured = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Metric -> variant or arm -> seed -> value."""
+Detection = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Rows of each arm, one a seed."""
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
 PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 
@@ -170,16 +174,15 @@ def measured(out: Path) -> dict[str, dict[str, dict[int, float]]]:
     return found
 
 
-def write(out: Path, further: Sequence[tables.Section] = (), **about: Any) -> None:
+def write(out: Path, **about: Any) -> None:
     """Write `out/results.json`, each arm's summary over its finished seeds, and tables.
 
     Args:
         out: The run's folder.
-        further: Sections at the end of the tables.
-        about: Further keys of the results.
+        about: Further keys of the results, as `published`, see `study.read_published`.
     """
-    results = assemble(out)
-    write_json(out / "results.json", results | about)
+    results = assemble(out) | about
+    write_json(out / "results.json", results)
     for arm, rows in results["detection"].items():
         if rows:
             table = results["summary"][arm]
@@ -191,7 +194,7 @@ def write(out: Path, further: Sequence[tables.Section] = (), **about: Any) -> No
                 summary["coco"] = coco
             write_json(out / f"detection/{arm}/summary.json", summary)
     if "tables" in results:
-        tables.write(out, results, further)
+        _write_tables(out, results)
 
 
 def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
@@ -212,13 +215,13 @@ def values(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
     return {row["seed"]: float(row[metric]) for row in rows if is_number(row.get(metric))}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return n, mean and standard deviation of every metric of one arm."""
     return {metric: mean_std(list(values(rows, metric).values())) for metric in ALL_METRICS}
 
 
 def compare(
-    detection: Mapping[str, list[dict[str, Any]]], treated: str, control: str
+    detection: Detection, treated: str, control: str
 ) -> dict[str, Any]:
     """Return the paired differences of every metric, `treated` minus `control`."""
     arms = {"minuend": treated, "subtrahend": control}
@@ -230,40 +233,126 @@ def compare(
     }
 
 
-def verdict(results: Mapping[str, Any], pair: str, metric: str = "AP50") -> dict[str, str]:
-    """Return `kind` (better, worse, unclear, single, missing) and `text`, the finding in words."""
-    treated, control = PAIRS[pair]
-    difference = results["differences"][pair][metric]
-    words = PAIR_TITLES[pair].lower()
-    if not difference["n"]:
-        return {"kind": "missing", "text": f"Not compared ({words}): no seed ran in both arms."}
-    seeds = set(difference["seeds"])
-    means = [
-        mean_std([v for s, v in values(results["detection"][arm], metric).items() if s in seeds])
-        for arm in (control, treated)
-    ]
-    change = f"{metric} {means[0]['mean']:.1f} from random, {means[1]['mean']:.1f} from pretrained"
-    gain = f"a difference of {difference['mean']:+.1f} points"
-    if difference["student_t"] is None:
-        text = f"{change}: {gain} ({words}). One seed: no interval, so it may be chance."
-        return {"kind": "single", "text": text}
-    low, high = difference["student_t"]
-    kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
-    leads = {"better": "Pretraining helps", "worse": "Pretraining hurts"}
-    lead = leads.get(kind, "No clear difference")
-    interval = f"95 % interval {low:+.1f} to {high:+.1f}, {difference['n']} paired seeds"
-    return {"kind": kind, "text": f"{lead} ({words}): {change}, {gain} ({interval})."}
+def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What was found, as `text` and `kind`: better, worse, open, or single (no interval).
 
-
-def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """Return the findings of all pairs that ran."""
-    found = [verdict(results, pair) for pair in PAIRS]
-    texts = [item["text"] for item in found if item["kind"] != "missing"]
+    First the pairs of arms that both ran, then the deciding comparisons of the tables.
+    """
+    found = []
+    for pair, (treated, control) in PAIRS.items():
+        difference = results["differences"][pair]["AP50"]
+        if not difference["n"]:
+            continue
+        before, after = (
+            mean_std([v for seed, v in values(results["detection"][arm], "AP50").items()
+                      if seed in difference["seeds"]])["mean"]
+            for arm in (control, treated)
+        )  # fmt: skip
+        gain = (
+            f"AP50 {before:.1f} from random, {after:.1f} from pretrained, a difference of "
+            f"{difference['mean']:+.1f} points"
+        )
+        about = PAIR_TITLES[pair].lower()
+        if difference["student_t"] is None:
+            text = f"{gain} ({about}). One seed: no interval, so it may be chance."
+            found.append({"kind": "single", "text": text})
+            continue
+        low, high = difference["student_t"]
+        kind = "better" if low > 0 else "worse" if high < 0 else "open"
+        leads = {"better": "Pretraining helps", "worse": "Pretraining hurts"}
+        interval = f"95 % interval {low:+.1f} to {high:+.1f}, {difference['n']} paired seeds"
+        lead = leads.get(kind, "No clear difference")
+        found.append({"kind": kind, "text": f"{lead} ({about}): {gain} ({interval})."})
     for table in results.get("tables", ()):
-        for row in table["comparisons"] if table["metric"] in ("knn", "linear", "AP50") else ():
-            if row["n"]:
-                texts.append(
-                    f"{table['metric']}, {row['name']}: {row['mean']:+.2f} points, 95 % interval "
-                    f"{tables.interval_text(row['student_t'])}, n = {row['n']}: {row['verdict']}"
-                )
-    return texts
+        rows = [row for row in table["comparisons"] if row["decides"] and row["n"]]
+        if table["metric"] in ("knn", "linear", "AP50") and rows:
+            kind = {"shown": "better", "contradicted": "worse"}.get(table["verdict"], "open")
+            kind = "single" if all(row["n"] == 1 for row in rows) else kind
+            told = "; ".join(
+                f"{row['name']}: {row['mean']:+.2f} points, 95 % interval "
+                f"{interval_text(row['student_t'])}, n = {row['n']}: {row['verdict']}"
+                for row in rows
+            )
+            claim = f"{table['claim']} ({table['verdict']}). " if table["claim"] else ""
+            found.append({"kind": kind, "text": f"{claim}{table['metric']}, {told}."})
+    return found
+
+
+# -- tables.md ------------------------------------------------------------------------------------
+
+
+def _write_tables(out: Path, results: Mapping[str, Any]) -> None:
+    """Write tables.md for people and repositories, and differences.svg."""
+    unfinished = [name for name in results["unfinished"] if name != "report"]
+    lines = [f"# Experiment {_plain(results['name'])}", ""]
+    if unfinished:
+        lines += ["PRELIMINARY: not all is finished; nothing here is a result yet.", ""]
+    lines += [f"{len(results['stages'])} stages are finished, {len(unfinished)} are not.", ""]
+    if len(results["commits"]) > 1:
+        lines += [f"MIXED: stages ran at several commits: {', '.join(results['commits'])}.", ""]
+    lines += [results["rule"], ""]
+    claims = [(t["claim"], t["metric"], t["verdict"]) for t in results["tables"] if t["claim"]]
+    lines += _markdown(("claim", "metric", "verdict"), claims)
+    failures = [tuple(entry.values()) for entry in results["failures"]]
+    lines += _markdown(("failed stage", "label", "reason"), failures)
+    drawn = []
+    for table in results["tables"]:
+        title = f"{table['title']}, {table['metric']}" if table["title"] else table["metric"]
+        lines += [f"## {_plain(title)}{' (PRELIMINARY)' * bool(unfinished)}", ""]
+        if table["claim"]:
+            lines += [_plain(f"Claim: {table['claim']}. Verdict: {table['verdict']}."), ""]
+        for row, why in table["left_out"].items():
+            lines += [_plain(f"Left out: {row} ({why})."), ""]
+        rows = [(row["label"], row["n"], mean_text(row)) for row in table["rows"] if row["n"]]
+        lines += _markdown(("percent", "n", "mean ± std"), rows)
+        head = ("difference in points", "n", "mean", "95 % bootstrap", "95 % Student t", "p (t)",
+                "p (sign)", "p (Holm)", "verdict")  # fmt: skip
+        compared = [
+            (row["name"], row["n"], f"{row['mean']:+.2f}", interval_text(row["bootstrap"]),
+             interval_text(row["student_t"]), *map(p_text, (row["p"], row["p_permutation"])),
+             p_text(row["p_holm"]), row["verdict"])
+            for row in table["comparisons"] if row["n"]
+        ]  # fmt: skip
+        lines += _markdown(head, compared)
+        if "coco" not in table["metric"] and "by class" not in table["metric"]:
+            name = f"{table['name']}, {table['metric']}"
+            drawn += [(f"{name}: {row['name']}", row["differences"], row["mean"], row["bootstrap"])
+                      for row in table["comparisons"]]  # fmt: skip
+    published = results.get("published")
+    if published:
+        lines += ["## Published rows", "", _plain(published["protocol"]), ""]
+        rows = [(*(row.get(key) for key in ("init", *METRICS)), row["source"])
+                for row in published["rows"]]  # fmt: skip
+        lines += _markdown(("initialisation", *METRICS, "source"), rows)
+    title = "Paired differences"
+    picture = charts.interval_chart(title, drawn, "difference, points (bar: bootstrap 95 %)")
+    if picture is not None:
+        write_text(out / "differences.svg", charts.standalone(picture) + "\n")
+        lines += [f"![{title}](differences.svg)", ""]
+    write_text(out / "tables.md", "\n".join(lines))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([*_`<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A table's lines; none without rows."""
+    cells = [[_plain(str(DASH if cell is None else cell)) for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in ([*head], ["---"] * len(head), *cells)]
+    return [*lines, ""] if rows else []
+
+
+def mean_text(row: Mapping[str, Any]) -> str:
+    """`50.30 ± 2.00`."""
+    return f"{row['mean']:.2f}" + ("" if row["std"] is None else f" ± {row['std']:.2f}")
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """`[+1.20, +2.30]`."""
+    return DASH if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def p_text(p: float | None) -> str:
+    """Three digits after the point."""
+    return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

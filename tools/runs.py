@@ -104,7 +104,7 @@ def _figure_rows(corner: str, named: Mapping[str, RunInfo]) -> list[list[str]]:
     rows = [[corner, "state", *COLUMNS.values(), "commit", "last row"]]
     for name, run in named.items():
         figures = [run.figures[key] for key in COLUMNS]
-        texts = [DASH if x is None else short_number(x).replace("\u2009", "") for x in figures]
+        texts = [DASH if x is None else short_number(x) for x in figures]
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated)) if run.updated else DASH
         rows.append([name, run.state, *texts, run.commit[:10] if run.commit else DASH, when])
     return rows

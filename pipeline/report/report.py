@@ -1,29 +1,40 @@
-"""Writes `report.html`: one page that needs nothing but itself."""
+"""Writes `report.html`: one page of a pipeline or a study that needs nothing but itself.
+
+The functions above `context` gather what the page shows as plain values; what is missing stays
+empty. Only stages that are finished with the present settings count.
+"""
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
+import io
 import re
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
+from PIL import Image
 
 from common.errors import UserError, run_command
-from common.files import is_number, write_text
+from common.files import is_number, read_json_lines, read_json_or_none, sha256_of, write_text
+from common.stats import mean_std
 from pipeline import results
-from pipeline.config import ARMS
+from pipeline.config import FROZEN
 from pipeline.progress import clock
-from pipeline.report import charts
-from pipeline.report import report_data as data
-from pipeline.report.charts import Series
-from pipeline.stages import RUN_FILE
+from pipeline.report import charts, runs
+from pipeline.report.runs import Item, RunInfo
+from pipeline.results import Detection
+from pipeline.stages import RUN_FILE, read_run
 
 HERE = Path(__file__).resolve().parent
 DASH = "\u2013"
@@ -32,6 +43,8 @@ CURVES = {  # title, what it says, whether its axis starts at 0
     "knn_top1": ("kNN top-1", "accuracy of a nearest-neighbour probe on unseen pictures", True),
     "feature_std": ("Feature deviation", "near 0: all features have collapsed", True),
     "effective_rank": ("Effective rank", "number of directions that the features use", False),
+    "positive_cosine": ("Cosine of positives", "between two views of one picture", False),
+    "negative_cosine": ("Cosine of negatives", "between views of two pictures", False),
     "fa_cosine": ("FA cosine", "how near augmented features stay to their originals", False),
     "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in", True),
     "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture", True),
@@ -42,31 +55,503 @@ CURVES = {  # title, what it says, whether its axis starts at 0
     "images_per_second": ("Images per second", "throughput of the loop", True),
     "data_wait_share": ("Wait for data", "share of the time spent waiting for pictures", True),
 }  # fmt: skip
+PICTURES = {
+    "views.jpg": ("Augmented views", "Three together: the picture, then its two views."),
+    "neighbours_before.jpg": (
+        "Neighbours before pretraining", "First of each row: a query; then its nearest pictures.",
+    ),
+    "neighbours.jpg": (
+        "Neighbours after pretraining", "The same queries; labels are known to the probe only.",
+    ),
+    "feature_map.png": (
+        "Features in two dimensions", "Pictures of the probe; only near distances mean something.",
+    ),
+}  # fmt: skip
+ERROR_KINDS = {
+    "correct": "right class, overlap above 0.5, the first on its object",
+    "localisation": "right class, overlap from 0.1 to 0.5",
+    "confusion": "overlap above 0.5 with an object of another class",
+    "both": "overlap from 0.1 to 0.5 with an object of another class",
+    "duplicate": "a better-scored detection has the object already",
+    "background": "overlap below 0.1 with every object",
+    "missed": "an object that none of the detections matches",
+}
+GRAVITY = ("failed", "damaged", "alarm", "not finite", "overflow", "replaced", "left out",
+           "not run", "noted")  # fmt: skip
+"""Kinds of entries in "Skipped or failed", gravest first."""
+MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
+MOST_OF_A_KIND = 50  # entries that are listed; all are counted
+NUM_PICTURES, NUM_ARMS, NUM_CONFUSIONS = 6, 3, 12
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the report of a run's folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: .venv/bin/python pipeline/report/report.py runs/demo",
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FigureTable:
+    """Variants beside each other, and their paired differences.
+
+    Attributes:
+        title: A heading.
+        notes: Sentences below it.
+        metrics: The columns.
+        rows: (label, {metric: n, mean, std}).
+        differences: `name`, `metric`, and what `stats.paired_difference` gives; where a rule judges
+            them also `p_holm` and `verdict`.
+    """
+
+    title: str
+    notes: Sequence[str]
+    metrics: Sequence[str]
+    rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
+    differences: Sequence[Mapping[str, Any]]
+
+
+def figure_tables(found: Mapping[str, Any]) -> list[FigureTable]:
+    """The tables of some results: all metrics of a table beside each other, classes by themselves.
+
+    Results without tables are those of a pipeline: its arms are one.
+    """
+    groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = defaultdict(list)
+    for table in found.get("tables", ()):
+        groups[table["name"], "by class" in table["metric"]].append(table)
+    made = []
+    for (name, is_by_class), tables in groups.items():
+        first = tables[0]
+        notes = [f"Left out: {row} ({why})." for row, why in first["left_out"].items()]
+        if first["claim"]:
+            verdicts = "; ".join(f"{table['verdict']} by {table['metric']}" for table in tables)
+            notes.insert(0, f"Claim: {first['claim']}: {verdicts}.")
+        rows: dict[str, dict[str, Any]] = defaultdict(dict)
+        for table in tables:
+            for row in table["rows"]:
+                if row["n"]:
+                    rows[row["label"]][table["metric"]] = row
+        differences = [{**row, "metric": table["metric"]}
+                       for table in tables for row in table["comparisons"] if row["n"]]  # fmt: skip
+        title = (first["title"] or name) + ", by class" * is_by_class
+        metrics = [table["metric"] for table in tables]
+        made.append(FigureTable(title, notes, metrics, list(rows.items()), differences))
+    if not made and any(found["detection"].values()):
+        made.append(arm_table("Test set", found["detection"]))
+    return made
+
+
+def arm_table(title: str, detection: Detection) -> FigureTable:
+    """The arms that ran, and the differences of those pairs of which both ran."""
+    arms = {arm: results.summarise(rows) for arm, rows in detection.items() if rows}
+    metrics = [m for m in results.ALL_METRICS if any(arms[arm][m]["n"] for arm in arms)]
+    differences = []
+    for pair, sides in results.PAIRS.items():
+        if all(side in arms for side in sides):
+            compared = results.compare(detection, *sides)
+            name = f"{results.PAIR_TITLES[pair]}: pretrained - random"
+            differences += [{"name": name, "metric": metric, **compared[metric]}
+                            for metric in metrics]  # fmt: skip
+    rows = [(arm_title(arm), figures) for arm, figures in arms.items()]
+    return FigureTable(title, (), metrics, rows, differences)
+
+
+def arm_title(arm: str) -> str:
+    """An arm's name for people."""
+    name = arm.removesuffix(FROZEN)
+    name = {"random": "Random", "pretrained": "Pretrained"}.get(name, name)
+    return name + ", backbone frozen" * arm.endswith(FROZEN)
+
+
+def seed_folders(out: Path, arm: str, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """The folders of an arm's seeds."""
+    return [out / f"detection/{arm}/seed-{row['seed']}" for row in rows]
+
+
+def mean_curve(curves: Sequence[Mapping[float, float]]) -> charts.Line:
+    """(x, mean, low, high) at the places that all curves share, one standard deviation around.
+
+    A single curve is (x, y).
+    """
+    line = []
+    for x in sorted(set.intersection(*map(set, curves))) if curves else []:
+        values = mean_std([curve[x] for curve in curves])
+        mean, std = values["mean"], values["std"]
+        line.append((x, mean) if std is None else (x, mean, mean - std, mean + std))
+    return line
+
+
+def ap_curves(out: Path, detection: Detection) -> dict[str, charts.Line]:
+    """Arm -> AP50 over training iterations, mean over the seeds."""
+    found = {}
+    for arm, rows in detection.items():
+        curves = [
+            {row["iteration"]: row["AP50"] for row in read_json_lines(folder / "curve.jsonl")
+             if is_number(row.get("iteration")) and is_number(row.get("AP50"))}
+            for folder in seed_folders(out, arm, rows)
+        ]  # fmt: skip
+        found[arm_title(arm)] = mean_curve(list(filter(None, curves)))
+    return found
+
+
+def precision_curves(out: Path, detection: Detection) -> dict[str, charts.Line]:
+    """Arm -> (recall, precision at an overlap of 0.5), mean over classes and seeds."""
+    found = {}
+    for arm, rows in detection.items():
+        files = [
+            _formatted(folder / "pr.json", "fa-pr-1") for folder in seed_folders(out, arm, rows)
+        ]
+        curves = [curve["0.50"]["precision"] for file in files
+                  for curve in file.get("classes", {}).values() if "0.50" in curve]  # fmt: skip
+        known = [curve for curve in curves if all(map(is_number, curve))]
+        means = map(fmean, zip(*known, strict=True))
+        found[arm_title(arm)] = [(level / 100, value) for level, value in enumerate(means)]
+    return found
+
+
+def class_rows(detection: Detection) -> list[tuple[str, list[float | None]]]:
+    """(class, its AP in every arm that ran, mean over the seeds), in alphabetical order."""
+    tables = [[row.get("per_class") or {} for row in rows] for rows in detection.values() if rows]
+    names = sorted({name for table in tables for row in table for name in row})
+    return [(name, [_mean(row.get(name) for row in table) for table in tables]) for name in names]
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    return mean_std([value for value in values if is_number(value)])["mean"]
+
+
+def _formatted(path: Path, form: str) -> dict[str, Any]:
+    """A file's content if it is of the right form, else nothing."""
+    content = read_json_or_none(path)
+    return content if isinstance(content, dict) and content.get("format") == form else {}
+
+
+def error_rows(out: Path, detection: Detection) -> list[dict[str, Any]]:
+    """What the detections of each arm are, means over its seeds; arms without `errors.json` not.
+
+    `counts`: of the best-scored ones by kind, and `missed`; `gained`: AP50 if a kind were mended;
+    `confusions`: {(class of the object, class it was taken for): count}.
+    """
+    found = []
+    for arm, rows in detection.items():
+        files = [_formatted(f / "errors.json", "fa-errors-1") for f in seed_folders(out, arm, rows)]
+        tables = list(filter(None, files))
+        if not tables:
+            continue
+        pairs: dict[tuple[str, str], float] = defaultdict(float)
+        for entry in (entry for table in tables for entry in table["confusions"]):
+            pairs[entry["object"], entry["taken_for"]] += entry["count"] / len(tables)
+        about = {"title": arm_title(arm), "n": len(tables), "num_objects": tables[0]["num_objects"]}
+        for name, key in (("counts", "best_scored"), ("gained", "AP50_gained")):
+            about[name] = {k: _mean(t[key].get(k) for t in tables) for k in ERROR_KINDS}
+        found.append({**about, "confusions": dict(pairs)})
+    return found
+
+
+def confusion_rows(arms: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], list[float]]]:
+    """The most frequent confusions by their sum over the arms of `error_rows`, and each one's."""
+    totals: dict[tuple[str, str], float] = defaultdict(float)
+    for arm in arms:
+        for pair, count in arm["confusions"].items():
+            totals[pair] += count
+    best = sorted(totals, key=lambda pair: (-totals[pair], pair))[:NUM_CONFUSIONS]
+    return [(pair, [arm["confusions"].get(pair, 0.0) for arm in arms]) for pair in best]
+
+
+def other_sets(out: Path, detection: Detection) -> list[tuple[FigureTable, list[str]]]:
+    """The arms on each set that `tools/train_voc.sh --eval-on` evaluated.
+
+    With the seeds that were trained again since, as "arm/seed-N", which count nowhere.
+    """
+    stems = {path.stem for path in out.glob("detection/*/seed-*/eval-on-*.json")}
+    beside = {stem + end for stem in stems for end in ("-pr", "-errors", "-detections")}
+    sets = []
+    for stem in sorted(stems - beside):
+        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in detection}
+        outdated = []
+        for arm, seeds in detection.items():
+            for seed, folder in zip(seeds, seed_folders(out, arm, seeds), strict=True):
+                path = folder / f"{stem}.json"
+                result = read_json_or_none(path)
+                if not isinstance(result, dict):
+                    continue
+                # Without a model the folder is a copy of the figures alone.
+                model = folder / "model_final.pth"
+                is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
+                if is_newer and sha256_of(model) != result.get("model_sha256"):
+                    outdated.append(f"{arm}/{folder.name}")
+                else:
+                    rows[arm].append(results.seed_row(seed["seed"], result, ()))
+        sets.append((arm_table(stem.removeprefix("eval-on-"), rows), outdated))
+    return sets
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmbeddedPicture:
+    """A picture that travels inside the page."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def embed(path: Path, max_side: int) -> EmbeddedPicture | None:
+    """A picture as a JPEG data URI, made smaller if need be; None if its file does not open."""
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=85, optimize=True)
+    text = base64.b64encode(stream.getvalue()).decode()
+    return EmbeddedPicture(f"data:image/jpeg;base64,{text}", picture.width, picture.height)
+
+
+def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The best-scored detections of a picture, as many as it shows objects that count.
+
+    Each has `correct`; detections on difficult objects are passed over.
+    """
+    most = max(1, sum(not item.get("difficult") for item in picture["ground_truth"]))
+    detections = sorted(picture["detections"], key=lambda d: -d["score"])
+    counted = [d for d in detections if d.get("kind", "ignored") != "ignored"]
+    return [{**d, "correct": d["kind"] == "correct"} for d in counted[:most]]
+
+
+def detection_pictures(out: Path, detection: Detection, dataset: Path) -> list[dict[str, Any]]:
+    """The first test pictures with the boxes of up to three arms, all of the same seed.
+
+    Args:
+        out: The run's folder.
+        detection: Rows of each arm. Frozen arms are shown where no others ran.
+        dataset: Folder that names of pictures are relative to; nothing outside it is read.
+    Returns:
+        For each picture `item` (its entry in `detections.json`), `arms` (arm -> boxes), `seed`,
+        `name` and `picture`.
+    """
+    ran = [arm for arm, rows in detection.items() if rows]
+    chosen = ([arm for arm in ran if not arm.endswith(FROZEN)] or ran)[:NUM_ARMS]
+    by_arm: dict[str, dict[str, Any]] = {}
+    for seed in sorted({row["seed"] for arm in chosen for row in detection[arm]}):
+        files = {arm: read_json_or_none(out / f"detection/{arm}/seed-{seed}/detections.json")
+                 for arm in chosen}  # fmt: skip
+        by_arm = {arm: {entry["file_name"]: entry for entry in entries}
+                  for arm, entries in files.items() if isinstance(entries, list)}  # fmt: skip
+        if by_arm:
+            break
+    found: list[dict[str, Any]] = []
+    for name, item in next(iter(by_arm.values())).items() if by_arm else ():
+        path = dataset / name
+        is_shared = all(name in entries for entries in by_arm.values())
+        if not is_shared or not path.resolve().is_relative_to(dataset.resolve()):
+            continue
+        picture = embed(path, 480)
+        if picture is not None:
+            arms = {arm: displayed(entries[name]) for arm, entries in by_arm.items()}
+            about = {"item": item, "arms": arms, "seed": seed, "name": path.name}
+            found.append({**about, "picture": picture})
+        if len(found) == NUM_PICTURES:
+            break
+    return found
+
+
+def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str:
+    """What a picture shows, for those who do not see it."""
+    truth = ", ".join(obj["class"] for obj in item["ground_truth"]) or "nothing"
+    detected = ", ".join(f"{box['class']} {box['score']:.2f} {box['kind']}" for box in boxes)
+    return f"Labelled: {truth}. Detected: {detected or 'nothing'}."
+
+
+def pretraining_pictures(folder: Path) -> list[tuple[str, str, EmbeddedPicture]]:
+    """(title, what it shows, picture) of those that a pretraining run left."""
+    found = []
+    for name, (title, about) in PICTURES.items():
+        path = folder / "pictures" / name
+        picture = embed(path, 1400)
+        if picture is None:
+            continue
+        rows = (read_json_or_none(path.with_suffix(".json")) or {}).get("rows") or []
+        known = [(row["query_label"], row.get("neighbour_labels") or [])
+                 for row in rows if row.get("query_label") is not None]  # fmt: skip
+        if known:
+            same = sum(labels.count(query) for query, labels in known)
+            count = sum(len(labels) for _, labels in known)
+            about += f" {same} of {count} neighbours shown have their query's class."
+        found.append((title, about, picture))
+    return found
+
+
+# -- pretraining, and what ran --------------------------------------------------------------------
+
+
+def pretrainings(
+    out: Path, run: Mapping[str, Any], stages: Iterable[str]
+) -> dict[str, list[RunInfo]]:
+    """The runs of every variant among some finished stages, by its label, in the order of seeds."""
+    variants = (run.get("config") or {}).get("variants") or {}
+    found: dict[str, list[RunInfo]] = defaultdict(list)
+    for stage in stages:
+        kind, _, tail = stage.partition("/")
+        if kind == "pretrain":
+            name = tail.partition("/seed-")[0] or "pretrained"
+            label = (variants.get(name) or {}).get("label") or name
+            with contextlib.suppress(UserError):
+                found[label].append(runs.read(out / stage))
+    return found
+
+
+def pretraining_curves(
+    by_variant: Mapping[str, Sequence[RunInfo]], key: str
+) -> dict[str, charts.Line]:
+    """Variant -> a metric over epochs (steps where no epoch is given), mean over its runs."""
+    return {
+        label: mean_curve([curve for run in found if (curve := {
+            float(row.get("epoch", row["step"])): float(row[key])
+            for row in run.rows if row["kind"] in ("train", "knn") and is_number(row.get(key))
+        })])
+        for label, found in by_variant.items()
+    }  # fmt: skip
+
+
+def stage_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per planned stage: status, seconds, memory; the report itself is being written."""
+    rows = []
+    for name in run.get("plan") or []:
+        entry = run["stages"].get(name) or {}
+        status = entry.get("status", "not run")
+        if entry and not entry.get("current"):
+            status = "not run with these settings"
+        row = {"name": name, "status": status, "seconds": None, "memory": None, "resumed": False}
+        if status == "finished":
+            row |= {"seconds": entry.get("seconds"), "memory": entry.get("peak_memory_bytes")}
+            row["resumed"] = bool(entry.get("resumed"))
+        if name != "report":
+            rows.append(row)
+    return rows
+
+
+def skipped_items(
+    out: Path, run: Mapping[str, Any], detection: Detection, stages: Iterable[str]
+) -> list[Item]:
+    """Everything that did not go as planned, gravest first."""
+    items = []
+    for row in stage_rows(run):
+        if row["status"] == "failed":
+            why = str(run["stages"][row["name"]].get("error"))
+            items.append(Item("failed", row["name"], "the stage", why))
+        elif row["status"] != "finished":
+            items.append(Item("not run", row["name"], "the stage", row["status"]))
+    for stage in stages:
+        if stage.startswith(("shards", "probe_")):
+            index = read_json_or_none(out / stage / "index.json") or {}
+            items += [Item("left out", stage, entry["file"], entry["reason"])
+                      for entry in index.get("skipped") or []]  # fmt: skip
+        elif stage.partition("/")[0] == "pretrain":
+            with contextlib.suppress(UserError):
+                items += runs.skipped(runs.read(out / stage), stage)
+    num_test = ((read_json_or_none(out / "data/dataset.json") or {}).get("splits") or {}).get(
+        "test"
     )
-    parser.add_argument("out", type=Path, metavar="DIR", help="folder of a pipeline's run")
-    options = parser.parse_args(arguments)
+    unused: dict[Item, None] = {}  # the arms share their set
+    for arm, rows in detection.items():
+        for folder in seed_folders(out, arm, rows):
+            result = read_json_or_none(folder / "result.json") or {}
+            for name in result.get("classes_without_test_objects") or []:
+                why = "no object in the test pictures"
+                unused[Item("left out", "detection", f"class {name}", why)] = None
+            tested = result.get("num_test_images")
+            if is_number(num_test) and is_number(tested) and tested < num_test:
+                what = f"{num_test - tested} of {num_test} test pictures"
+                unused[Item("left out", "detection", what, "TEST.NUM_IMAGES")] = None
+    return sorted([*items, *unused], key=lambda item: GRAVITY.index(item.kind))
 
-    def write() -> int:
-        text = render(options.out)
-        write_text(options.out / "report.html", text)
-        print(f"{options.out / 'report.html'}: {len(text.encode()) / 1e6:.2f} MB")
-        return 0
 
-    return run_command(write)
+# -- the page -------------------------------------------------------------------------------------
+
+
+def context(out: Path) -> dict[str, Any]:
+    """Everything that the template shows of a run."""
+    run, found = read_run(out), results.assemble(out)
+    detection = {arm: rows for arm, rows in found["detection"].items() if rows}
+    tables, errors = figure_tables(found), error_rows(out, detection)
+    by_variant = pretrainings(out, run, found["stages"])
+    few = by_variant if len(by_variant) <= MOST_VARIANTS else {}
+    items = skipped_items(out, run, detection, found["stages"])
+    by_kind: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_kind[item.kind].append(item)
+    conversions = [name for name in found["stages"] if name.partition("/")[0] == "convert"]
+    stages = stage_rows(run)
+    return {
+        "name": run.get("name") or out.name,
+        "record": run,
+        "is_study": "tables" in found,
+        "findings": results.findings(found),
+        "is_preliminary": any(row["status"] != "finished" for row in stages),
+        "rule": found.get("rule"),
+        "command": " ".join(run.get("command") or []),
+        "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
+        "pictures": detection_pictures(out, detection, out / (run.get("dataset") or "data")),
+        "sentence": sentence,
+        "arm_title": arm_title,
+        "tables": [(table, difference_charts(table)) for table in tables],
+        "arms": [arm_title(arm) for arm in detection],
+        "class_rows": class_rows(detection),
+        "ap_charts": [
+            (charts.line_chart("AP50 over training", ap_curves(out, detection), "iterations",
+                               from_zero=True),
+             "AP50 over training iterations; of several seeds the mean and a standard deviation."),
+            (charts.line_chart("Precision over recall", precision_curves(out, detection), "recall",
+                               from_zero=True),
+             "Highest precision at each recall or beyond, at an overlap of 0.5; mean over classes "
+             "and seeds."),
+        ],
+        "published": (read_json_or_none(out / "results.json") or {}).get("published"),
+        "published_metrics": results.METRICS,
+        "kinds": ERROR_KINDS,
+        "errors": errors,
+        "confusions": confusion_rows(errors),
+        "other_sets": other_sets(out, detection),
+        "pretrainings": by_variant,
+        "curves": [
+            (title, about, charts.line_chart(title, pretraining_curves(few, key), "epoch",
+                                             from_zero=from_zero))
+            for key, (title, about, from_zero) in CURVES.items()
+        ],
+        "alarms": [item for item in items if item.kind == "alarm"],
+        "pretraining_pictures": {label: pretraining_pictures(found[0].folder)
+                                 for label, found in few.items()},
+        "card": read_json_or_none(out / conversions[0] / "backbone.json") if conversions else None,
+        "skipped": {kind: (len(some), some[:MOST_OF_A_KIND]) for kind, some in by_kind.items()},
+        "most_of_a_kind": MOST_OF_A_KIND,
+        "dataset": read_json_or_none(out / "data/dataset.json"),
+        "stages": stages,
+        "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
+        "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
+    }  # fmt: skip
+
+
+def difference_charts(table: FigureTable) -> list[Markup]:
+    """A chart of the paired differences of every metric, but for COCO's and by class."""
+    drawn = [
+        charts.interval_chart(
+            f"{metric}: paired differences, {table.title}",
+            [(row["name"], row["differences"], row["mean"], row["student_t"])
+             for row in table.differences if row["metric"] == metric],
+            f"{metric}, points",
+        )
+        for metric in table.metrics if "coco" not in metric and "by class" not in metric
+    ]  # fmt: skip
+    return [chart for chart in drawn if chart is not None]
 
 
 def render(out: Path) -> str:
     """The page of a run.
 
     Raises:
-        UserError: If the folder holds no pipeline's run.
+        UserError: If the folder holds no run.
     """
     if not (out / RUN_FILE).is_file():
         raise UserError(f"{out} holds no run: {out / RUN_FILE} is missing")
@@ -78,9 +563,8 @@ def render(out: Path) -> str:
         "number": number,
         "signed": signed,
         "clock": lambda value: clock(value) if is_number(value) else DASH,
+        "contents": re.compile(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>').findall,
         "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
-        "scientific": lambda value: f"{value:.1e}" if is_number(value) else DASH,
-        "contents": lambda main: re.findall(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>', main),
     }
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -88,22 +572,19 @@ def render(out: Path) -> str:
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    return environment.get_template("report.html.j2").render(
-        context(data.PipelineRun.load(out)),
-        policy=policy,
-        style=Markup(palette() + (HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-    )
-
-
-def palette() -> str:
-    """The colours as CSS: the system's theme, unless one was chosen; light on paper."""
+    # The system's theme, unless one was chosen; light on paper.
     light, dark = charts.css_variables(charts.LIGHT), charts.css_variables(charts.DARK)
-    return (
+    palette = (
         f":root {{ color-scheme: light; {light} }}\n"
         "@media screen and (prefers-color-scheme: dark) {\n"
         f'  :root:not([data-theme="light"]) {{ color-scheme: dark; {dark} }}\n}}\n'
         f'@media screen {{ :root[data-theme="dark"] {{ color-scheme: dark; {dark} }} }}\n'
+    )
+    return environment.get_template("report.html.j2").render(
+        context(out),
+        policy=policy,
+        style=Markup(palette + (HERE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
     )
 
 
@@ -117,144 +598,28 @@ def signed(value: Any, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
-def context(run: data.PipelineRun) -> dict[str, Any]:
-    """Everything that the template shows of the run itself."""
-    record, summary = run.record, run.results["summary"]
-    stages = data.stage_rows(run)
-    detection = run.results["detection"]
-    has_coco = any(summary[arm][metric]["n"] for arm in ARMS for metric in results.COCO_METRICS)
-    pretrained = run.finished("pretrain")
-    errors = data.error_rows(run)
-    bars = [(row["title"], {k: row["counts"][k] for k in data.ERROR_KINDS}) for row in errors]
-    return {
-        "name": record.get("name") or run.out.name,
-        "record": record,
-        "command": " ".join(record.get("command") or []),
-        "config": yaml.safe_dump(record.get("config") or {}, sort_keys=False, allow_unicode=True),
-        "metrics": results.ALL_METRICS if has_coco else results.METRICS,
-        "verdicts": [v for p in results.PAIRS if (v := results.verdict(run.results, p))],
-        "arms": arm_rows(detection),
-        "arm_titles": data.ARM_TITLES,
-        "pairs": [pair | pair_charts(run, pair) for pair in paired(detection)],
-        "pictures": data.detection_pictures(run, detection, "detections.json", run.dataset()),
-        "sentence": data.sentence,
-        "kinds": data.ERROR_KINDS,
-        "errors": errors,
-        "error_chart": charts.stacked_bars("Kinds of detections", bars, "best-scored detections"),
-        "confusions": data.confusion_rows(errors),
-        "other_sets": [
-            other | {"arms": arm_rows(other["detection"]), "pairs": paired(other["detection"])}
-            for other in data.other_sets(run)
-        ],
-        "pretrain": run.json("pretrain/summary.json") if pretrained else {},
-        "curves": pretraining_charts(run) if pretrained else [],
-        "alarms": data.collapse_alarms(run),
-        "views": data.picture_rows(run, "views") if pretrained else [],
-        "neighbours": data.neighbours(run) if pretrained else {},
-        "feature_map": data.embed(run.out / "pretrain/pictures/feature_map.png", 1400)
-        if pretrained
-        else None,
-        "skipped": data.skipped_groups(data.skipped_of_pipeline(run)),
-        "card": run.json("convert/backbone.json") if run.finished("convert") else {},
-        "dataset": run.json("data/dataset.json"),
-        "stages": stages,
-        "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
-        "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
-    }
+def write(out: Path) -> None:
+    """Write the page of a run's folder."""
+    write_text(out / "report.html", render(out))
 
 
-def arm_rows(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row per arm that ran, with mean and deviation of every metric."""
-    return [
-        {"arm": arm, "title": data.ARM_TITLES[arm], "metrics": results.summarise(detection[arm])}
-        for arm in ARMS
-        if detection[arm]
-    ]
+def main(arguments: list[str] | None = None) -> int:
+    """Write the report of a run's folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: .venv/bin/python pipeline/report/report.py runs/demo",
+    )
+    parser.add_argument(
+        "out", type=Path, metavar="DIR", help="folder of a pipeline's or study's run"
+    )
+    options = parser.parse_args(arguments)
 
+    def work() -> int:
+        write(options.out)
+        print(options.out / "report.html")
+        return 0
 
-def paired(detection: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Paired differences and AP of every class, of each pair of which an arm ran."""
-    return [
-        {
-            "id": pair,
-            "title": results.PAIR_TITLES[pair],
-            "difference": results.compare(detection, *results.PAIRS[pair]),
-            "classes": data.per_class_rows(detection, pair),
-        }
-        for pair, arms in results.PAIRS.items()
-        if any(detection[arm] for arm in arms)
-    ]
-
-
-def pair_charts(run: data.PipelineRun, pair: Mapping[str, Any]) -> dict[str, Any]:
-    """What is drawn of a pair of arms of the run itself, and precision by class."""
-    title = pair["title"].lower()
-    ap_lines = []
-    for tone, (seeds, mean) in data.ap_curves_of_pair(run, pair["id"], "AP50").items():
-        dash = "--" if tone == "random" else "-"
-        if len(seeds) > 1:
-            ap_lines += [
-                Series("", points, tone, thin=True, dash=dash) for points in seeds.values()
-            ]
-        ap_lines.append(Series(tone, mean, tone, dash=dash))
-    classes = []
-    for name, random, pretrained in pair["classes"]:
-        bar = None if random is None or pretrained is None else (random, pretrained)
-        classes.append((name, [] if random is None else [random], pretrained, bar))
-    treated, control = (data.precision_curves(run, arm) for arm in results.PAIRS[pair["id"]])
-    curves = {name: (control.get(name), treated.get(name)) for name in sorted(control | treated)}
-    means = [data.mean_levels(list(by_class.values())) for by_class in (control, treated)]
-    return {
-        "ap_curve": charts.line_chart(
-            f"AP50 over training iterations, {title}", ap_lines, "iterations", from_zero=True
-        ),
-        "slope": charts.slope_chart(
-            f"AP50 of every seed, {title}",
-            data.seed_rows(run.results["detection"], pair["id"], "AP50"),
-        ),
-        "by_class": charts.interval_chart(
-            f"AP per class, {title}", classes, "AP", ("random", "pretrained")
-        ),
-        "precision": charts.line_chart(
-            f"Precision over recall, mean over the classes, {title}",
-            [
-                Series("random", data.reached(means[0]), "random", dash="--"),
-                Series("pretrained", data.reached(means[1])),
-            ],
-            "recall",
-            from_zero=True,
-        ),
-        "precision_rows": [
-            (name, *map(data.precision_figures, both)) for name, both in curves.items()
-        ],
-    }
-
-
-def pretraining_charts(run: data.PipelineRun) -> list[tuple[str, str, Markup]]:
-    """(title, what it says, chart) of every metric that was logged, and of the cosines."""
-    curves, outlines = data.metric_curves(run), data.last_histogram(run)
-    drawn = [
-        (title, about, charts.line_chart(title, [Series(title, curves.get(key, []))], "epoch",
-                                         from_zero=from_zero))
-        for key, (title, about, from_zero) in CURVES.items()
-    ]  # fmt: skip
-    over_time, at_the_end = [], []
-    for name, key, tone, dash in (
-        ("positives", "positive_cosine", "pretrained", "-"),
-        ("negatives", "negative_cosine", "random", "--"),
-    ):
-        means, stds = curves.get(key) or [], dict(curves.get(f"{key}_std") or [])
-        band = [(x, max(y - stds[x], -1), min(y + stds[x], 1)) for x, y in means if x in stds]
-        over_time.append(Series(name, means, tone, dash=dash, band=band))
-        at_the_end.append(Series(name, outlines.get(name) or [], tone, dash=dash))
-    about = "mean and deviation; positives: two views of one picture, negatives: of two pictures"
-    title = "Cosine of pairs of views"
-    drawn.append((title, about, charts.line_chart(title, over_time, "epoch")))
-    about = "share of the pairs in each bin, last batch that was looked at"
-    title = "Cosines at the end"
-    chart = charts.line_chart(title, at_the_end, "cosine", from_zero=True)
-    drawn.append((title, about, chart))
-    return [(title, about, chart) for title, about, chart in drawn if chart is not None]
+    return run_command(work)
 
 
 if __name__ == "__main__":

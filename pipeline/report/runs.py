@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from common.config import dotted
 from common.errors import UserError
 from common.files import is_number, lock_file, read_json_lines
 
@@ -43,9 +45,7 @@ class RunInfo:
         updated: When the last row was written, seconds since 1970; None without rows.
         problems: Files that are missing or damaged.
         config: The resolved config; empty where it cannot be read.
-        environment: Of `environment.json`.
-        events: What rows of kind ``event`` say, in their order.
-        last_row: The last row of kind ``train``.
+        rows: Of `metrics.jsonl`, each with a kind and a step.
     """
 
     folder: Path
@@ -56,9 +56,7 @@ class RunInfo:
     updated: float | None
     problems: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    last_row: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """What `list --json` prints."""
@@ -83,11 +81,6 @@ def find(folder: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds what a run leaves."""
-    return any((folder / mark).exists() for mark in MARKS)
-
-
 def read(folder: Path, now: float | None = None) -> RunInfo:
     """One run.
 
@@ -98,24 +91,21 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     Raises:
         UserError: If the folder holds no run.
     """
-    if not is_run(folder):
+    if not any((folder / mark).exists() for mark in MARKS):
         raise UserError(f"{folder} holds no run: none of {', '.join(MARKS)} is there")
     problems: list[str] = []
     config = _mapping(folder / "config.yaml", problems)
-    environment = _mapping(folder / "environment.json", problems)
+    commit = _mapping(folder / "environment.json", problems).get("commit")
     has_summary = (folder / "summary.json").exists()
-    summary = _mapping(folder / "summary.json", problems) if has_summary else {}
+    summary = _mapping(folder / "summary.json", problems) if has_summary else None
     rows = _rows(folder / "metrics.jsonl", problems)
     updated = (folder / "metrics.jsonl").stat().st_mtime if rows else None
     age = float("inf") if updated is None else (time.time() if now is None else now) - updated
-    state, reason = _state(folder, summary if has_summary else None, rows, age)
-    commit = environment.get("commit")
+    state, reason = _state(folder, summary, rows, age)
     return RunInfo(
-        folder, state, reason, _figures(config, summary, rows),
-        commit if isinstance(commit, str) and commit != "unknown" else None, updated,
-        problems, config, environment,
-        [row for row in rows if row["kind"] == "event"],
-        next((row for row in reversed(rows) if row["kind"] == "train"), {}),
+        folder, state, reason, _figures(config, summary or {}, rows),
+        commit if isinstance(commit, str) and commit != "unknown" else None,
+        updated, problems, config, rows,
     )  # fmt: skip
 
 
@@ -149,8 +139,10 @@ def _state(
     folder: Path, summary: dict[str, Any] | None, rows: Sequence[dict[str, Any]], age: float
 ) -> tuple[str, str]:
     """State and reason; ``summary`` is None where the file is missing."""
-    if is_held(folder / ".lock"):
-        return "running", "a process holds the run's lock"
+    # A look at the lock of a living process of this machine; the run does not notice it.
+    with contextlib.suppress(FileNotFoundError), (folder / ".lock").open(encoding="utf-8") as file:
+        if not lock_file(file, folder, shared=True, of_process=True):
+            return "running", "a process holds the run's lock"
     if summary is not None and not summary:
         return "damaged", "summary.json cannot be read"
     step = rows[-1]["step"] if rows else 0
@@ -164,17 +156,6 @@ def _state(
         return "running", f"its last row is {max(age, 0):.0f} s old"
     last = str(rows[-1].get("message", "")) if rows else ""
     return "failed", last or "it ended and left neither summary.json nor a word"
-
-
-def is_held(lock: Path) -> bool:
-    """Whether a living process of this machine trains there; the run does not notice the look."""
-    try:
-        with lock.open(encoding="utf-8") as file:
-            return not lock_file(file, lock.parent, shared=True, of_process=True)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
 
 
 def _figures(
@@ -196,23 +177,53 @@ def _figures(
     return {key: value if is_number(value) else None for key, value in figures.items()}
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flattened: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flattened |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flattened
-
-
 def differences(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     """Dotted config keys at which runs differ, with the value of each run; None where it has none.
 
     A run whose config cannot be read has None everywhere and makes no difference by that.
     """
-    configs = [flat(run.config) for run in runs]
+    configs = [dotted(run.config) for run in runs]
     differing = {}
     for key in sorted(set().union(*configs)):
         if len({repr(config.get(key)) for config in configs if config}) > 1:
             differing[key] = [config.get(key) for config in configs]
     return differing
+
+
+# What did not go as planned: nothing is left out silently.
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry: of a kind, where it happened, to what, and why."""
+
+    kind: str
+    where: str
+    what: str
+    why: str
+
+
+def skipped(run: RunInfo, where: str) -> list[Item]:
+    """Damaged files, alarms, steps that were left out, replaced samples, notes."""
+    items = [Item("damaged", where, *problem.split(" ", 1)) for problem in run.problems]
+    for row in run.rows:
+        if row["kind"] != "event":
+            continue
+        message, step = str(row.get("message")), f"step {row['step']}"
+        if row.get("collapse"):
+            items.append(Item("alarm", where, step, message))
+        elif "num_skipped_steps" in row:
+            items.append(Item("not finite", where, f"{step}, left out", message))
+        # The page shows a figure and the run's state elsewhere.
+        elif "knn_top1_initial" not in row and not message.startswith("stopped by "):
+            items.append(Item("noted", where, step, message))
+    overflows = [row["num_overflow_steps"] for row in run.rows if "num_overflow_steps" in row][-1:]
+    if overflows and is_number(overflows[0]) and overflows[0] > 0:
+        why = "gradients too large for the loss scale of fp16; it was lowered"
+        items.append(Item("overflow", where, f"{overflows[0]:g} steps", why))
+    replaced: dict[str, str] = {}
+    for row in read_json_lines(run.folder / "bad_samples.jsonl"):
+        replaced.setdefault(str(row.get("sample")), str(row.get("reason", "no reason was kept")))
+    return items + [
+        Item("replaced", where, f"sample {sample}", why) for sample, why in replaced.items()
+    ]
