@@ -1,24 +1,39 @@
-"""What `run_pipeline`, `ablate` and `run_trials` share: their options, and an experiment's run."""
+"""An experiment's run: its options, the checks before its first stage, plan, stages, results.
+
+`run_pipeline`, `ablate` and `run_trials` share this.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from common import provenance
 from common.config import to_plain
-from common.errors import RunFailed, UserError, add_slurm_option, require
-from pipeline import check, results
+from common.errors import EACH, RunFailed, UserError, add_slurm_option, require
+from common.files import read_json_or_none, write_json
+from pipeline import results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
 from pipeline.plan import build_stages, dataset_folder
-from pipeline.progress import Progress, clock
-from pipeline.run import SAVE_SECONDS, Decision, Limits, Runner, TimeIsUp, is_named
+from pipeline.run import SAVE_SECONDS, Decision, Limits, Progress, Runner, TimeIsUp, is_named
+from pipeline.stages import Stage, clock, digest, key_parts
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKS_FILE = "checks.json"
+_LEAST = {"seeds": 1, "parallel": 1, "cpus_per_run": 1, "time_minutes": 1, "gpus_per_run": 0,
+          "max_failures": 0}  # fmt: skip
+
+
+# -- options --------------------------------------------------------------------------------------
 
 
 def add_run_options(main_parser: argparse.ArgumentParser, max_failures: int) -> None:
@@ -31,8 +46,12 @@ def add_run_options(main_parser: argparse.ArgumentParser, max_failures: int) -> 
         metavar="STAGE",
         help="run a stage (or a group of them) again though nothing changed; may be repeated",
     )
-    add("--max-minutes", type=float, metavar="N",
-        help=f"stop in time: {SAVE_SECONDS:g} s before, stages save; exit status 3")  # fmt: skip
+    add(
+        "--max-minutes",
+        type=float,
+        metavar="N",
+        help=f"stop in time: {SAVE_SECONDS:g} s before, stages save; exit status 3",
+    )
     add(
         "--max-failures",
         type=int,
@@ -51,8 +70,13 @@ def add_run_options(main_parser: argparse.ArgumentParser, max_failures: int) -> 
     add("--parallel", type=int, metavar="N", help="stages side by side")
     add("--gpus-per-run", type=int, metavar="N", help="SLURM: of each job (default: 0)")
     add("--cpus-per-run", type=int, metavar="N", help="threads of each, processors of a job")
-    add("--time-minutes", type=int, default=240, metavar="T",
-        help="SLURM: time limit; then the job is queued again (default: 240)")  # fmt: skip
+    add(
+        "--time-minutes",
+        type=int,
+        default=240,
+        metavar="T",
+        help="SLURM: time limit; then the job is queued again (default: 240)",
+    )
     add("--partition", metavar="P", help="SLURM partition")
     add_slurm_option(group)
 
@@ -63,20 +87,19 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
     Raises:
         UserError: For a number that cannot be.
     """
-    least = {"seeds": 1, "parallel": 1, "cpus_per_run": 1, "time_minutes": 1, "gpus_per_run": 0}
-    for name, smallest in (least | {"max_failures": 0}).items():
+    for name, smallest in _LEAST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {smallest} or more")
-    gpus = defaults.pop("gpus", 0)
-    gpus = gpus if options.gpus_per_run is None else options.gpus_per_run
     given = {
         "parallel": options.parallel,
         "threads": options.cpus_per_run,
         "minutes": options.max_minutes,
+        "gpus": options.gpus_per_run,
     }
-    chosen = defaults | {key: value for key, value in given.items() if value is not None}
-    minutes = chosen.get("minutes")
+    chosen = {"gpus": 0, "minutes": None} | defaults
+    chosen |= {key: value for key, value in given.items() if value is not None}
+    minutes, gpus = chosen["minutes"], chosen.pop("gpus")
     require(
         minutes is None or 60 * minutes > SAVE_SECONDS,
         f"--max-minutes {minutes or 0:g}: the last {SAVE_SECONDS:g} s are for saving; give more",
@@ -86,10 +109,140 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
         cpus, further = options.cpus_per_run or 1, tuple(options.slurm_option)
         cluster = SlurmSettings(gpus, cpus, options.time_minutes, options.partition, further)
     return Limits(
-        **chosen, rerun=tuple(options.rerun), max_failures=options.max_failures,
-        retry_failed=getattr(options, "retry_failed", True),
-        cluster=cluster,
+        **chosen, rerun=tuple(options.rerun), max_failures=options.max_failures, cluster=cluster
+    )
+
+
+# -- checks before the first stage ----------------------------------------------------------------
+
+
+def check(
+    config: PipelineConfig,
+    stages: Sequence[Stage],
+    root: Path,
+    out: Path,
+    report: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, Any]]:
+    """Run the checks of some stages, each command once; return what they say, by stage.
+
+    Each program checks its own input (`--check --json`) and says what it would do; what they say is
+    then compared: the pretrained backbone with the detector, the pool with the batch, the disk.
+
+    Args:
+        config: The settings that the stages were made from.
+        stages: Those that will run, or have run.
+        root: The repository.
+        out: The run's folder; if it is there, checks that passed are kept in it.
+        report: Gets a line when checks begin that take a while.
+    Raises:
+        UserError: Naming all that was found.
+    """
+    # Each program is started once and checks what all its stages would do.
+    kept = read_json_or_none(out / CHECKS_FILE) or {}
+    keys: dict[str, str] = {}  # stage -> key of its check
+    by_program: dict[tuple[str, ...], dict[str, Stage]] = defaultdict(dict)
+    for stage in stages:
+        if stage.check:
+            parts = key_parts(stage, root, out, dict.fromkeys(stage.upstream))
+            about = {name: parts[name] for name in ("files", "libraries", "code")}
+            keys[stage.name] = key = digest(about | {"check": list(stage.check)})
+            if key not in kept:
+                by_program[stage.check[:2]].setdefault(key, stage)
+    if by_program:
+        report(f"checking settings and data of {sum(map(len, by_program.values()))} stages")
+    faults = []
+    with ThreadPoolExecutor(provenance.usable_cores()) as threads:
+        answers = threads.map(lambda mine: _ask(mine, root), by_program.values())
+        for mine, told in zip(by_program.values(), answers, strict=True):
+            for (key, stage), answer in zip(mine.items(), told, strict=True):
+                if "error" in answer:
+                    faults.append(f"stage {stage.title}: {answer['error']}")
+                else:
+                    kept[key] = answer
+    facts = {stage: dict(kept[key]) for stage, key in keys.items() if key in kept}
+    # The pool is generated, or packed from the user's pictures.
+    pools = [told.get("num_pool", told.get("num_pictures")) for name, told in facts.items()
+             if name in ("data", "shards")]  # fmt: skip
+    pool = next(filter(None, pools), 0)
+    for stage in stages:
+        told = facts.get(stage.name, {})
+        if "seconds_per_sample" in told:
+            told["num_samples"] = told["num_samples"] or round(pool * stage.config["pool"])
+            told["seconds"] = told["epochs"] * told["num_samples"] * told["seconds_per_sample"]
+    faults += _contradictions(config, stages, facts, out)
+    if faults:
+        raise UserError("nothing was started:\n  " + "\n  ".join(dict.fromkeys(faults)))
+    if out.is_dir():
+        write_json(out / CHECKS_FILE, kept)
+    return facts
+
+
+def _ask(stages: Mapping[str, Stage], root: Path) -> list[dict[str, Any]]:
+    """What the program of some stages says of each of them.
+
+    Raises:
+        UserError: If it breaks.
+    """
+    checks = [stage.check for stage in stages.values()]
+    program, words = checks[0][:2], [list(check[2:]) for check in checks]
+    done = subprocess.run(
+        [*program, EACH], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        input=json.dumps(words), capture_output=True, text=True, check=False,
     )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(answers) < len(words):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"the checks of {Path(program[1]).name} broke: {last}")
+    return answers
+
+
+def _contradictions(
+    config: PipelineConfig, stages: Sequence[Stage], facts: dict[str, Any], out: Path
+) -> list[str]:
+    """What fits by itself, but not together."""
+    of_kind: dict[str, list[tuple[Stage, dict[str, Any]]]] = defaultdict(list)
+    for stage in stages:
+        if stage.name in facts:
+            of_kind[stage.kind].append((stage, facts[stage.name]))
+    faults = []
+    for stage, backbone in (*of_kind["pretrain"], *of_kind["convert"]) if config.arms else ():
+        for _, detector in of_kind["detection"]:
+            for name in ("arch", "pixel_mean", "pixel_std", "input_format", "stride_in_1x1"):
+                one, other = backbone[name], detector[name]
+                if isinstance(one, list):
+                    is_same = all(abs(a - b) < 0.01 for a, b in zip(one, other, strict=True))
+                else:
+                    is_same = one == other
+                if not is_same:
+                    faults.append(
+                        f"{stage.title} makes a backbone with {name} {one}, but detection.config "
+                        f"builds {other}; change one of them"
+                    )
+        branches = backbone.get("branches", [config.convert.branch])
+        if config.convert.branch not in branches:
+            faults.append(
+                f"convert.branch {config.convert.branch}: {stage.title} has only "
+                f"{', '.join(branches)}"
+            )
+    for stage, told in of_kind["pretrain"]:
+        if 0 < told["num_samples"] < told["batch_size"]:
+            faults.append(
+                f"{stage.title}: data.batch_size {told['batch_size']} is more than the "
+                f"{told['num_samples']} pictures of the pool"
+            )
+    # A stage that is stopped and resumed needs no more: checkpoints are replaced.
+    needed = sum(told.get("disk_bytes", 0) for told in facts.values())
+    place = next(path for path in (out, *out.parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        faults.append(
+            f"{out}: the stages leave about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+            "are free; free some space, or choose another --out"
+        )
+    return faults
+
+
+# -- the run --------------------------------------------------------------------------------------
 
 
 def run_experiment(
@@ -97,13 +250,11 @@ def run_experiment(
     out: Path,
     command: list[str],
     limits: Limits,
-    write: Callable[[], None],
     *,
     is_dry: bool = False,
     until: str | None = None,
     only: Callable[[str], bool] = lambda stage: True,
-    has_report: bool = False,
-    config_file: str = "",
+    **about: Any,
 ) -> int:
     """Plan, check and run an experiment; returns the exit status.
 
@@ -112,22 +263,18 @@ def run_experiment(
         out: Its folder.
         command: What a person types to continue.
         limits: How this call runs the stages.
-        write: Writes results and tables; called after every stage.
         is_dry: Whether the plan is only shown.
         until: The last stage that this call runs, or a group of them; None: all.
         only: Whether this call runs a stage.
-        has_report: Whether a page is written.
-        config_file: Where the settings come from, for the page.
+        about: Further keys of the results.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder")
-    stages = build_stages(config, ROOT, out, has_report=has_report)
+    stages = build_stages(config, ROOT, out)
     runner = Runner(ROOT, out, command, limits)
     held = runner.store.run.get("name")
     if held not in (None, config.name):
-        raise UserError(
-            f"{out} holds a run of the pipeline {held!r}, not {config.name!r}; choose another --out"
-        )
+        raise UserError(f"{out} holds a run of {held!r}, not {config.name!r}; choose another --out")
     named = [("--rerun", name) for name in limits.rerun]
     named += [("--until", until)] if until is not None else []
     for option, name in named:
@@ -140,7 +287,7 @@ def run_experiment(
     chosen = [stage for stage in stages[: last + 1] if only(stage.name)]
     if is_dry:
         decisions = runner.plan(stages)
-        facts = check.check(config, chosen, ROOT, out)
+        facts = check(config, chosen, ROOT, out)
         total = 0.0
         for stage in chosen:
             decision = decisions[stage.name]
@@ -152,14 +299,13 @@ def run_experiment(
         return 0
 
     def before_first(decisions: Mapping[str, Decision]) -> None:
-        check.check(config, chosen, ROOT, out, print)
+        check(config, chosen, ROOT, out, print)
         runner.store.open_run(
             config.name,
             plan=[stage.name for stage in stages],
             arms=list(config.arms),
             tables=[to_plain(table) for table in config.all_tables],
             config=to_plain(config),
-            config_file=config_file,
             command=command,
             parallel=limits.parallel,
             dataset=os.path.relpath(dataset_folder(config, out), out),
@@ -169,12 +315,16 @@ def run_experiment(
     try:
         runner.run(
             stages, Progress(len(chosen)), chosen={stage.name for stage in chosen},
-            before_first=before_first, after_each=write,
+            before_first=before_first, after_each=lambda: results.write(out, **about),
         )  # fmt: skip
-    except TimeIsUp as error:
-        print(error)
-        return 3
-    except RunFailed:
+    except (TimeIsUp, RunFailed) as error:
+        # The report's stage did not come: a page of what there is.
+        from pipeline.report import report
+
+        report.write(out)
+        if isinstance(error, TimeIsUp):
+            print(error)
+            return 3
         print(closing_lines(runner))
         raise
     print(closing_lines(runner))
@@ -187,7 +337,7 @@ def closing_lines(runner: Runner) -> str:
     seconds = sum(record.get("seconds") or 0.0 for record in records)
     peak = max((record.get("peak_memory_bytes") or 0 for record in records), default=0)
     lines = [f"\nstages: {clock(seconds)} added up, peak memory of one {peak / 2**30:.2f} GiB"]
-    lines += results.verdicts(results.assemble(runner.out))
+    lines += [finding["text"] for finding in results.findings(results.assemble(runner.out))]
     for name in ("results.json", "tables.md", "report.html"):
         if (runner.out / name).exists():
             lines.append(f"{name.partition('.')[0]}: {runner.out / name}")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from common import parent_death
 from common.errors import UserError
@@ -48,18 +48,6 @@ class Finished:
             return ""
         name = signal.Signals(-self.exit_status).name
         return f"was ended by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
-
-
-class Process(Protocol):
-    """A process that was started."""
-
-    def poll(self) -> Finished | None:
-        """How it ended, or None while it runs."""
-        ...
-
-    def stop(self, signum: int) -> None:
-        """Pass a signal on; SIGKILL ends it for good."""
-        ...
 
 
 @contextlib.contextmanager
@@ -117,7 +105,7 @@ class LocalJob:
             )  # fmt: skip
 
     def poll(self) -> Finished | None:
-        """See `Process`."""
+        """How it ended, or None while it runs."""
         pid, now = self._process.pid, time.monotonic()
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if not ended:
@@ -135,7 +123,7 @@ class LocalJob:
         return Finished(self._process.returncode, now - self._started, peak_bytes)
 
     def stop(self, signum: int) -> None:
-        """See `Process`; the whole session gets the signal."""
+        """Pass a signal on to the whole session; SIGKILL ends it for good."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signum)
 
@@ -217,15 +205,32 @@ class ClusterJob:
     job: Any
     result: Path
 
+    @classmethod
+    def submit(cls, executor: Any, job: CommandJob) -> ClusterJob:
+        """Queue a job.
+
+        Raises:
+            UserError: If the cluster refuses it.
+        """
+        job.result.unlink(missing_ok=True)
+        # Ctrl-C is for this program, which stops its jobs; what it starts inherits the setting.
+        old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return cls(executor.submit(job), job.result)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"submitit cannot submit a stage: {error}") from error
+        finally:
+            signal.signal(signal.SIGINT, old)
+
     def poll(self) -> Finished | None:
-        """See `Process`; a job that left no result was killed."""
+        """How it ended, or None while it runs; a job that left no result was killed."""
         if not self.job.done():
             return None
         ended = read_json_or_none(self.result) or {"exit_status": -signal.SIGKILL, "seconds": 0.0}
         return Finished(ended["exit_status"], ended["seconds"])
 
     def stop(self, signum: int) -> None:
-        """See `Process`: scancel sends SIGTERM, and SIGKILL later."""
+        """Cancel it: scancel sends SIGTERM, and SIGKILL later."""
         self.job.cancel(check=False)
 
 
@@ -275,20 +280,3 @@ class SlurmSettings:
         except RuntimeError as error:  # no srun
             raise UserError(f"submitit cannot use --cluster slurm: {error}") from error
         return executor
-
-
-def submit(executor: Any, job: CommandJob) -> ClusterJob:
-    """Queue a job.
-
-    Raises:
-        UserError: If the cluster refuses it.
-    """
-    job.result.unlink(missing_ok=True)
-    # Ctrl-C is for this program, which stops its jobs; what it starts inherits the setting.
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return ClusterJob(executor.submit(job), job.result)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"submitit cannot submit a stage: {error}") from error
-    finally:
-        signal.signal(signal.SIGINT, old)

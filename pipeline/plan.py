@@ -39,16 +39,13 @@ CODE_VERSIONS = {
 _JOINED_BY = {"classes": ",", "train_split": "+"}  # lists among the options of train_voc.sh
 
 
-def build_stages(
-    config: PipelineConfig, root: Path, out: Path, *, has_report: bool = True
-) -> list[Stage]:
+def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     """Return the stages in the order in which they run, each after those that it reads.
 
     Args:
         config: The settings.
         root: The repository.
         out: The run's folder, absolute.
-        has_report: Whether the last stage writes the page.
     Raises:
         UserError: If a file that the settings name does not exist.
     """
@@ -222,11 +219,11 @@ def build_stages(
                 resumable=True, group="evaluation",
             )  # fmt: skip
 
-    if has_report:
-        add(
-            "report", "report", [out], None, outputs=("report.html",), owns=("report.html",),
-            upstream=tuple(stage.name for stage in stages), config={"pipeline": to_plain(config)},
-        )  # fmt: skip
+    # The page of an unfinished run is written by hand or after a failure, so that it owns nothing.
+    add(
+        "report", "report", [out], None, outputs=("report.html",), owns=(),
+        upstream=tuple(stage.name for stage in stages), config={"pipeline": to_plain(config)},
+    )  # fmt: skip
     return stages
 
 

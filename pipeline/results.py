@@ -220,9 +220,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {metric: mean_std(list(values(rows, metric).values())) for metric in ALL_METRICS}
 
 
-def compare(
-    detection: Detection, treated: str, control: str
-) -> dict[str, Any]:
+def compare(detection: Detection, treated: str, control: str) -> dict[str, Any]:
     """Return the paired differences of every metric, `treated` minus `control`."""
     arms = {"minuend": treated, "subtrahend": control}
     return arms | {
@@ -321,7 +319,7 @@ def _write_tables(out: Path, results: Mapping[str, Any]) -> None:
     published = results.get("published")
     if published:
         lines += ["## Published rows", "", _plain(published["protocol"]), ""]
-        rows = [(*(row.get(key) for key in ("init", *METRICS)), row["source"])
+        rows = [(*(row.get(key) for key in ("init", *METRICS)), row["source"] + " (recalled)" * bool(row.get("recalled")))
                 for row in published["rows"]]  # fmt: skip
         lines += _markdown(("initialisation", *METRICS, "source"), rows)
     title = "Paired differences"

@@ -10,30 +10,30 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
 from common.files import inside, remove
 from pipeline.jobs import (
+    ClusterJob,
     CommandJob,
     Finished,
     LocalJob,
-    Process,
     SlurmSettings,
     last_line,
     signals_noted,
-    submit,
 )
-from pipeline.progress import Progress, clock
 from pipeline.stages import (
     Stage,
     StageStore,
+    clock,
     digest,
     explain,
     input_digest,
@@ -49,6 +49,7 @@ GRACE_SECONDS = 30.0
 _AUTO_AT_MOST = 4
 _HEARTBEAT_SECONDS = 5.0
 _POLL_SECONDS = 0.1
+_SHOWN_EVERY_SECONDS = {True: 0.2, False: 30.0}  # on a terminal, and elsewhere
 _LOG_LINES_SHOWN = 15
 
 
@@ -64,7 +65,6 @@ class Limits:
         parallel: How many stages run side by side.
         threads: CPU threads of each of those, unless OMP_NUM_THREADS says it; None: all cores.
         max_failures: After more than these nothing more begins.
-        retry_failed: Whether stages that failed before run again.
         rerun: Stages, or groups of them, that run again though nothing has changed.
         minutes: Length of the call; None: to the end.
         cluster: Where stages that can resume are queued; None: all are children of this process.
@@ -73,7 +73,6 @@ class Limits:
     parallel: int = 1
     threads: int | None = None
     max_failures: int = 0
-    retry_failed: bool = True
     rerun: tuple[str, ...] = ()
     minutes: float | None = None
     cluster: SlurmSettings | None = None
@@ -83,7 +82,7 @@ class Limits:
 class Decision:
     """What is done with a stage, and why."""
 
-    action: Literal["skip", "run", "resume", "maybe", "failed"]
+    action: Literal["skip", "run", "resume", "maybe"]
     reason: str
     parts: dict[str, Any] = field(default_factory=dict)
 
@@ -91,8 +90,7 @@ class Decision:
 @dataclass
 class _RunningStage:
     stage: Stage
-    job: Process
-    is_queued: bool
+    job: LocalJob | ClusterJob
     before: float  # seconds of earlier attempts
     started: float
     stopped_by: int | None = None
@@ -103,6 +101,32 @@ class _RunningStage:
 def is_named(stage: str, name: str) -> bool:
     """Whether a stage is meant by a name; `random` means all of `random/...`."""
     return stage == name or stage.startswith(f"{name}/")
+
+
+class Progress:
+    """Lines that stay, and what runs now: below them on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        """Show `total` stages on `stream` (standard output)."""
+        self.total, self._stream = total, stream or sys.stdout
+        self._is_live = self._stream.isatty()
+        self._shown_at = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        print("\r\x1b[K" * self._is_live + text, file=self._stream, flush=True)
+
+    def show(self, running: Sequence[str]) -> None:
+        """Show a text for each stage that runs, side by side."""
+        now = time.monotonic()
+        if running and now - self._shown_at >= _SHOWN_EVERY_SECONDS[self._is_live]:
+            self._shown_at = now
+            if self._is_live:
+                share = (shutil.get_terminal_size().columns - 1) // len(running)
+                line = "".join(text[: share - 1].ljust(share) for text in running)
+                print("\r\x1b[K" + line, end="", file=self._stream, flush=True)
+            else:
+                self.say(" | ".join(running))
 
 
 class Runner:
@@ -193,7 +217,7 @@ class Runner:
             waiting = dict(enumerate(todo, 1))
             running: dict[str, _RunningStage] = {}
             failures: dict[str, str] = {}
-            blocked: set[str] = set()  # by a failure, now or before
+            blocked: set[str] = set()  # by a failure
             stopping, num_signals = "", 0
             while waiting or running:
                 # A signal, or the end of the time: those that run save and end, none begins.
@@ -220,7 +244,8 @@ class Runner:
                     if ({s.name for s in waiting.values()} | running.keys()) & set(stage.upstream):
                         continue
                     queue = submitter if stage.resumable else None
-                    beside = [one for one in running.values() if one.is_queued == bool(queue)]
+                    kind = ClusterJob if queue else LocalJob
+                    beside = [one for one in running.values() if isinstance(one.job, kind)]
                     # Jobs of a cluster have cores of their own; here the groups take turns.
                     groups = {one.stage.group for one in beside}
                     is_alone = not queue and (not stage.group or groups != {stage.group})
@@ -230,15 +255,15 @@ class Runner:
                     decision = self._decide(stage)
                     if decision.action == "skip":
                         self.store.update(stage.name, current=True, skipped=True)
-                        progress.skip(number, stage.title, self.store.stages[stage.name]["seconds"])
-                        continue
-                    if decision.action == "failed":
-                        blocked.add(stage.name)
-                        continue
-                    progress.start(number, stage.title, decision.reason)
-                    running[stage.name] = self._start(stage, decision, descriptor, queue)
+                        took = clock(self.store.stages[stage.name]["seconds"])
+                        text = f"unchanged ({took} when it ran)"
+                    else:
+                        text = decision.reason
+                        running[stage.name] = self._start(stage, decision, descriptor, queue)
+                    progress.say(f"[{number}/{progress.total}] {stage.title}: {text}")
 
                 # Look at those that run.
+                shown = []
                 for name, one in list(running.items()):
                     ended = one.job.poll()
                     now_is, seconds = time.monotonic(), one.before + time.monotonic() - one.started
@@ -246,7 +271,8 @@ class Runner:
                         if now_is > one.kill_at:
                             one.kill_at = float("inf")
                             one.job.stop(signal.SIGKILL)
-                        progress.tick(one.stage.title, seconds, last_line(self.log_path(one.stage)))
+                        line = last_line(self.log_path(one.stage))
+                        shown.append(f"{one.stage.title} {clock(seconds)} {line}")
                         if now_is - one.beat > _HEARTBEAT_SECONDS:
                             one.beat = now_is
                             self.store.update(name, seconds=round(seconds, 2))
@@ -260,17 +286,17 @@ class Runner:
                     hint = f"; no further stage begins, these are let finish: {others}"
                     took = clock(self.store.stages[name]["seconds"])
                     text = f"{status} {'in' if status == 'finished' else 'after'} {took}"
-                    progress.finish(one.stage.title, text + hint * bool(others))
+                    progress.say(f"{one.stage.title}: {text}" + hint * bool(others))
                     after_each()
+                progress.show(shown)
                 if running:
                     time.sleep(_POLL_SECONDS)
             after_each()
 
         if signals:
             raise StoppedBySignal(signals[0], f"{stopping}\n  to go on: {self.go_on_command}")
-        if failures or blocked:
-            told = "\nerror: ".join(sorted(failures.values()))
-            raise RunFailed(told or "stages failed before; --retry-failed runs them again")
+        if failures:
+            raise RunFailed("\nerror: ".join(sorted(failures.values())))
         if stopping:
             raise TimeIsUp(stopping)
 
@@ -284,7 +310,7 @@ class Runner:
         record = self.store.stages.get(stage.name)
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
         if record is None:
-            for name in (*stage.owns, *stage.outputs):
+            for name in stage.owns:
                 path = inside(self.out, name)
                 if path.exists() or path.is_symlink():
                     raise UserError(
@@ -296,8 +322,6 @@ class Runner:
             return Decision("run", explain(record["parts"], parts), parts)
         if stage.name in self._again:
             return Decision("run", "asked for", parts)
-        if record["status"] == "failed" and not self.limits.retry_failed:
-            return Decision("failed", "failed before; --retry-failed runs it again", parts)
         if record["status"] == "finished":
             action = "run" if missing else "skip"
             return Decision(action, f"{missing[0]} is missing" if missing else "unchanged", parts)
@@ -313,7 +337,7 @@ class Runner:
         before = (record.get("seconds") or 0.0) if resumed else 0.0
         is_same = record.get("key") == digest(decision.parts)
         if not resumed:
-            for name in dict.fromkeys((*stage.owns, *stage.outputs)):
+            for name in stage.owns:
                 remove(self.out, name)
         self.store.update(
             stage.name, key=digest(decision.parts), parts=decision.parts, kind=stage.kind,
@@ -331,7 +355,6 @@ class Runner:
         with path.open("a" if resumed else "w", encoding="utf-8") as log:
             words = [*(f"{name}={value}" for name, value in own.items()), *stage.command]
             log.write(f"# {now()} {shlex.join(words)}\n")
-        job: Process
         if queue is None:
             bars = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1"}  # keeps logs short
             job = LocalJob(
@@ -340,8 +363,8 @@ class Runner:
             )  # fmt: skip
         else:
             result = path.with_suffix(".json")
-            job = submit(queue, CommandJob(stage.command, self.root, path, result))
-        return _RunningStage(stage, job, bool(queue), before, time.monotonic())
+            job = ClusterJob.submit(queue, CommandJob(stage.command, self.root, path, result))
+        return _RunningStage(stage, job, before, time.monotonic())
 
     def _record(self, one: _RunningStage, ended: Finished) -> tuple[str, str]:
         """Record how a stage ended; returns its status, and what to say of a failure."""

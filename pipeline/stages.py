@@ -22,7 +22,7 @@ from common.provenance import library_version
 FORMAT = "fa-stage-2"
 RUN_FILE = "experiment.json"
 """What is known of a run as a whole; a folder that holds one is a run's."""
-_LOCK_WAIT_SECONDS = 10.0
+_LOCK_WAIT_SECONDS = 5.0
 _PART_NAMES = {
     "config": "setting",
     "code": "code",
@@ -213,6 +213,13 @@ def read_run(out: Path) -> dict[str, Any]:
     return store.run | {"stages": store.stages}
 
 
+def clock(seconds: float) -> str:
+    """Return a duration as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def now() -> str:
     """Return the time of day with the zone, to the second."""
     return datetime.datetime.now(datetime.UTC).astimezone().isoformat(timespec="seconds")
@@ -231,28 +238,14 @@ def lock(out: Path) -> Iterator[int]:
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
+        deadline = time.monotonic() + _LOCK_WAIT_SECONDS  # a stage of a killed run may just end
         while not lock_file(descriptor, out):
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            # Without its owner, the lock is held by a stage of a killed run, which is just ending.
-            if _is_alive(owner) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise UserError(
-                    f"another run is going on in {out} (process {owner or 'unknown'}); "
-                    "wait for it, stop it, or choose another --out"
+                    f"another run is going on in {out}; wait for it, stop it, or choose another "
+                    "--out"
                 )
             time.sleep(0.2)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,7 +1,8 @@
-"""Studies: grids of pretraining runs as an experiment.
+"""Studies: grids of pretraining runs, and trials of given weights, as an experiment.
 
 A grid is a YAML of axes of named levels whose combinations are variants; it is one table with a
-claim. A preset is the scale at which grids are run.
+claim. A preset is the scale at which grids are run. Trials are detectors trained from several
+given weights over seeds.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 from common.config import check_keys, dotted, read_settings, read_yaml
 from common.errors import UserError, require
 from pipeline.config import (
+    RANDOM,
     Comparison,
     DataStageConfig,
+    DetectionConfig,
     Evaluation,
     PipelineConfig,
     PretrainStageConfig,
@@ -26,6 +29,7 @@ from pipeline.config import (
     TableConfig,
     check_config,
 )
+from pipeline.results import METRICS as DETECTION_METRICS
 from pipeline.stages import digest
 
 METRICS = {"knn": "kNN top-1", "linear": "linear top-1", "online": "online linear top-1"}
@@ -211,3 +215,70 @@ def chosen_variants(config: PipelineConfig, texts: Sequence[str]) -> Mapping[str
         for label, variant in table.rows.items():
             found[variant] |= any(text in name for text in texts for name in (table.name, label))
     return found
+
+
+# -- trials ---------------------------------------------------------------------------------------
+
+
+def trials_config(
+    inits: Sequence[str], control: str | None, compare: Sequence[str], seeds: int, config: Path,
+    data: str, words: Sequence[str],
+) -> PipelineConfig:  # fmt: skip
+    """Detectors trained from given weights, each compared with the control.
+
+    `{seed}` in the name of weights or of the data set stands for the seed: then each seed has its
+    own pretraining run or its own split, and the spread over seeds covers that as well.
+
+    Args:
+        inits: "random" or "NAME=FILE".
+        control: The one that all are compared with; None: the first.
+        compare: Further comparisons, "A:B".
+        seeds: How many.
+        config: Detectron2's YAML.
+        data: The labelled set.
+        words: Further words for tools/train_voc.sh.
+    Raises:
+        UserError: For names or files that there are not.
+    """
+    variants: dict[str, dict[str, str]] = {}
+    for word in inits:
+        name, separator, file = word.partition("=")
+        if not name or (not separator and name != RANDOM):
+            raise UserError(f"--init {word!r}: give NAME=FILE, or random")
+        require(name not in variants, f"--init {name}: comes twice; choose another name")
+        variants[name] = {"weights": file if separator else RANDOM}
+    known, control = ", ".join(variants), control or next(iter(variants))
+    require(control in variants, f"--control {control}: give one of {known}")
+    pairs = [(name, control) for name in variants if name != control]
+    for word in compare:
+        treated, _, other = word.partition(":")
+        is_pair = treated in variants and other in variants
+        require(is_pair, f"--compare {word}: give A:B with A and B of {known}")
+        pairs.append((treated, other))
+    comparisons = {f"{a} - {b}": Comparison(f"{a} - {b}", {a: 1, b: -1}) for a, b in pairs}
+    return check_config(
+        PipelineConfig(
+            name="trials",
+            data=DataStageConfig(kind="existing", dataset=data),
+            variants=dict(variants),
+            evaluations=("detection",),
+            detection=DetectionConfig(
+                str(config), words=tuple(words), seeds=seeds, arms=tuple(variants)
+            ),
+            comparisons=tuple(comparisons.values()),
+        )
+    )
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """Published rows with their sources: `protocol`, and `rows` with `init`, metrics, `source`.
+
+    Raises:
+        UserError: If the file is not of the right form.
+    """
+    raw = read_yaml(path)
+    check_keys(raw, {"protocol", "rows"}, {"protocol", "rows"}, str(path))
+    for row in raw["rows"]:
+        known = {"init", "source", "recalled", *DETECTION_METRICS}
+        check_keys(row, known, {"init", "source"}, f"{path}: rows")
+    return raw

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError, run_command
-from pipeline import results, study
+from pipeline import study
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 from pipeline.study import METRICS
 
@@ -20,7 +20,7 @@ examples:
       --cluster slurm --parallel 16 --partition gpu --slurm-option account=vision
 
 Cells that several grids share run once. The same command goes on where the last one stopped.
-DIR/stages holds every stage, DIR/results.json and DIR/tables.md what they say.
+DIR/stages holds every stage, DIR/report.html, results.json and tables.md what they say.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal. docs/pipeline.md explains grids, presets and verdicts.
 """
@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--only", action="append", default=[], metavar="TEXT",
         help="run only cells with this in their grid or levels; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="check the cells, show what would run, and stop")
-    add("--retry-failed", action="store_true", help="run failed stages again")
     add_run_options(parser, max_failures=3)
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options))
@@ -79,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
         return not options.only or all(chosen[name] for name in variants)
 
     return run_experiment(
-        config, out, [sys.executable, *sys.argv], limits, lambda: results.write(out),
-        is_dry=options.list, only=is_chosen,
+        config, out, [sys.executable, *sys.argv], limits, is_dry=options.list, only=is_chosen
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from common import provenance
 from common.errors import UserError, run_command
-from pipeline import results
 from pipeline.config import load_config
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 from pipeline.run import side_by_side
@@ -67,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
         limits = replace(limits, threads=max(1, provenance.usable_cores() // limits.parallel))
     return run_experiment(
         config, out, ["bash", os.path.relpath(ROOT / "tools/run_pipeline.sh"), *sys.argv[1:]],
-        limits, lambda: results.write(out), is_dry=options.dry_run, until=options.until,
-        has_report=True, config_file=path.name,
+        limits, is_dry=options.dry_run, until=options.until,
     )  # fmt: skip
 
 

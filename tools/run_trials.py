@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import run_command
-from pipeline import results, trials
+from pipeline import study
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 
 PUBLISHED = ROOT / "configs/studies/published/voc0712.yaml"
@@ -21,7 +21,7 @@ examples:
 
 {seed} in FILE or in --data stands for the seed: a pretraining run or a split for each.
 Words after -- go to tools/train_voc.sh. Weights without a card are converted first. The same
-command goes on where the last one stopped. DIR/results.json and DIR/tables.md hold what they say.
+command goes on where the last one stopped. DIR/report.html shows what came out.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal.
 """
@@ -45,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seeds", type=int, default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
     add("--published", metavar="FILE|none",
         help="published rows to show (default: those of VOC07+12 for its config)")  # fmt: skip
-    add("--retry-failed", action="store_true", help="run failed stages again")
     add("--dry-run", action="store_true", help="check everything; show what would run, and why")
     add_run_options(parser, max_failures=3)
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -57,20 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, words: list[str]) -> int:
     """Make an experiment of the initialisations and run it."""
     limits = limits_of(options, threads=1)
-    config = trials.make_config(
+    config = study.trials_config(
         *(options.init, options.control, options.compare, options.seeds),
         *(options.config, options.data, words),
     )
-    published, sections = None, []
     default = PUBLISHED if options.config.name.startswith("voc0712_R50_C4") else "none"
     source = str(options.published or default)
-    if source != "none":
-        section, published = trials.read_published(Path(source))
-        sections.append(section)
-    out = options.out.resolve()
     return run_experiment(
-        config, out, [sys.executable, *sys.argv], limits,
-        lambda: results.write(out, sections, published=published), is_dry=options.dry_run,
+        config, options.out.resolve(), [sys.executable, *sys.argv], limits, is_dry=options.dry_run,
+        published=None if source == "none" else study.read_published(Path(source)),
     )  # fmt: skip
 
 

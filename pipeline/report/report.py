@@ -30,11 +30,10 @@ from common.files import is_number, read_json_lines, read_json_or_none, sha256_o
 from common.stats import mean_std
 from pipeline import results
 from pipeline.config import FROZEN
-from pipeline.progress import clock
 from pipeline.report import charts, runs
 from pipeline.report.runs import Item, RunInfo
 from pipeline.results import Detection
-from pipeline.stages import RUN_FILE, read_run
+from pipeline.stages import RUN_FILE, clock, read_run
 
 HERE = Path(__file__).resolve().parent
 DASH = "\u2013"
@@ -82,7 +81,6 @@ GRAVITY = ("failed", "damaged", "alarm", "not finite", "overflow", "replaced", "
 MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
 MOST_OF_A_KIND = 50  # entries that are listed; all are counted
 NUM_PICTURES, NUM_ARMS, NUM_CONFUSIONS = 6, 3, 12
-
 
 
 # -- figures --------------------------------------------------------------------------------------
