@@ -11,20 +11,17 @@ from common import stats
 from common.files import is_number, read_json_lines, read_json_or_none, write_json, write_text
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS, FROZEN
-from pipeline.report import charts
 from pipeline.stages import read_run
 
 DASH = "-"
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
 ALL_METRICS = (*METRICS, *COCO_METRICS)
-PER_CLASS = {"AP": "per_class", "AP50": "per_class_AP50"}  # keys of result.json
 Measured = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Metric -> variant or arm -> seed -> value."""
 Detection = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows of each arm, one a seed."""
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
-PAIR_TITLES = {"fine_tuned": "Fine-tuned", "frozen": "Backbone frozen"}
 
 
 def assemble(out: Path) -> dict[str, Any]:
@@ -73,15 +70,12 @@ def assemble(out: Path) -> dict[str, Any]:
     if others:  # variant/seed-N, or the variant alone
         results["pretrainings"] = others
     if run.get("tables"):
-        found = measured(out)
-        classes = {metric: [m for m in found if m.startswith(f"{metric}:")] for metric in PER_CLASS}
+        found = measured(out, good) | by_metric(detection)
         results |= {
             "rule": stats.RULE,
-            "tables": [make_table(table, found, metric, [metric])
-                       for table in run["tables"] for metric in found if ":" not in metric]
-            # All classes and pairs are one family of comparisons.
-            + [make_table(table, found, f"{metric} by class", names)
-               for table in run["tables"] for metric, names in classes.items() if names],
+            "tables": [
+                make_table(table, found, metric) for table in run["tables"] for metric in found
+            ],
             "failures": [
                 {"stage": name, "label": record["label"], "reason": record["error"]}
                 for name, record in run["stages"].items()
@@ -89,45 +83,56 @@ def assemble(out: Path) -> dict[str, Any]:
             ],
             # More than one: figures of the table may not agree.
             "commits": sorted({str(r["commit"]) for r in good.values() if r.get("commit")}),
-        }  # fmt: skip
+        }
     return results
 
 
-def make_table(
-    table: Mapping[str, Any], found: Measured, title: str, metrics: Sequence[str]
-) -> dict[str, Any]:
-    """Return a table by one metric, or by its values class by class.
+def make_table(table: Mapping[str, Any], found: Measured, metric: str) -> dict[str, Any]:
+    """Return a table by one metric.
 
     Args:
         table: A `TableConfig` as plain values.
-        found: See `measured`.
-        title: What the metric is called.
-        metrics: Of `found`; their comparisons are one family.
+        found: See `Measured`.
+        metric: Of `found`.
     Returns:
         `name`, `title`, `claim`, `metric`, `left_out`; `rows`: `label`, `variant`, `n`, `mean`,
         `std`, `values` by seed; `comparisons`: see `stats.compare`; comparisons of variants whose
         frozen arms were trained come once more, of these; `verdict` on the claim.
     """
-    rows, contrasts = [], []
-    for metric in metrics:
-        prefix = metric.partition(":")[2] + ": " * (":" in metric)
-        values = found[metric]
-        for label, variant in table["rows"].items():
-            by_seed = dict(sorted(values.get(variant, {}).items()))
-            row = {"label": prefix + label, "variant": variant, "values": by_seed}
-            rows.append(row | mean_std(list(by_seed.values())))
-        for ending in ("", FROZEN):
-            for item in table["comparisons"]:
-                if ending and not all(variant + ending in values for variant in item["terms"]):
-                    continue
+    values = found[metric]
+    rows = []
+    for label, variant in table["rows"].items():
+        by_seed = dict(sorted(values.get(variant, {}).items()))
+        row = {"label": label, "variant": variant, "values": by_seed}
+        rows.append(row | mean_std(list(by_seed.values())))
+    contrasts = []
+    for ending in ("", FROZEN):
+        for item in table["comparisons"]:
+            if not ending or all(variant + ending in values for variant in item["terms"]):
                 terms = ((w, values.get(v + ending, {})) for v, w in item["terms"].items())
-                name = prefix + item["name"] + ending.replace("_", ", ")
+                name = item["name"] + ending.replace("_", ", ")
                 contrasts.append(stats.Contrast(name, tuple(terms), item["decides"]))
     compared = stats.compare(contrasts)
     kept = {key: table[key] for key in ("name", "title", "claim", "left_out")}
-    return kept | {"metric": title, "rows": rows, "comparisons": compared} | {
-        "verdict": stats.claim_verdict(compared)
-    }  # fmt: skip
+    judged = {"comparisons": compared, "verdict": stats.claim_verdict(compared)}
+    return kept | {"metric": metric, "rows": rows} | judged
+
+
+def arm_tables(title: str, detection: Detection) -> list[dict[str, Any]]:
+    """The arms that ran, and pretrained - random, as tables by every metric of detection."""
+    rows = {arm_title(arm): arm for arm, seeds in detection.items() if seeds}
+    name, terms = "pretrained - random", {"pretrained": 1, "random": -1}
+    comparisons = [{"name": name, "terms": terms, "decides": True}] * ("pretrained" in detection)
+    table = {"name": title, "title": title, "claim": "", "left_out": {}, "rows": rows}
+    found = by_metric(detection)
+    return [make_table({**table, "comparisons": comparisons}, found, metric) for metric in found]
+
+
+def arm_title(arm: str) -> str:
+    """An arm's name for people."""
+    name = arm.removesuffix(FROZEN)
+    name = {"random": "Random", "pretrained": "Pretrained"}.get(name, name)
+    return name + ", backbone frozen" * arm.endswith(FROZEN)
 
 
 def finished_stages(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -140,38 +145,34 @@ def finished_stages(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def measured(out: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """Return metric -> variant or arm -> seed -> value in percent, of the finished stages of a run.
+def measured(out: Path, stages: Collection[str]) -> dict[str, dict[str, dict[int, float]]]:
+    """Return the percentages of pretraining that finished stages of a run left, see `Measured`.
 
-    Metrics: `knn`, `online`, `linear` of variants; of arms `ALL_METRICS`, and by class as
-    `AP50:dog`. A seed of pretraining that is not named is 0.
+    Metrics: `knn`, `online`, `linear`. A seed of pretraining that is not named is 0.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
-
-    def enter(metric: str, name: str, content: Any, key: str, percent: float = 100.0) -> None:
-        variant, _, seed = name.partition("/seed-")
-        value = content.get(key) if isinstance(content, dict) else None
-        if is_number(value):
-            found.setdefault(metric, {}).setdefault(variant, {})[int(seed or 0)] = percent * value
-
-    for name in finished_stages(read_run(out)):
-        kind, _, tail = name.partition("/")
-        tail = tail or "pretrained"
+    for stage in stages:
+        kind, _, tail = stage.partition("/")
+        variant, _, seed = (tail or "pretrained").partition("/seed-")
+        figures: dict[str, Any] = {}
         if kind == "pretrain":
-            enter("knn", tail, read_json_or_none(out / name / "summary.json"), "knn_top1")
-            rows = read_json_lines(out / name / "metrics.jsonl")
-            last = next((row for row in rows[::-1] if "online_top1" in row), None)
-            enter("online", tail, last, "online_top1")
+            figures["knn"] = (read_json_or_none(out / stage / "summary.json") or {}).get("knn_top1")
+            rows = read_json_lines(out / stage / "metrics.jsonl")
+            logged = [row["online_top1"] for row in rows if "online_top1" in row]
+            figures["online"] = logged[-1] if logged else None
         elif kind == "linear":
-            enter("linear", tail, read_json_or_none(out / name / "linear.json"), "top1")
-        elif "/seed-" in name and kind != "convert":
-            result = read_json_or_none(out / "detection" / name / "result.json") or {}
-            for metric in ALL_METRICS:
-                enter(metric, name, seed_row(0, result, ()), metric, 1.0)
-            for metric, key in PER_CLASS.items():
-                for label in result.get(key) or ():
-                    enter(f"{metric}:{label}", name, result[key], label, 1.0)
+            figures["linear"] = (read_json_or_none(out / stage / "linear.json") or {}).get("top1")
+        for metric, value in figures.items():
+            if is_number(value):
+                found.setdefault(metric, {}).setdefault(variant, {})[int(seed or 0)] = 100 * value
     return found
+
+
+def by_metric(detection: Detection) -> dict[str, dict[str, dict[int, float]]]:
+    """Return the metrics of detection of which there are values, see `Measured`."""
+    found = {metric: {arm: values(rows, metric) for arm, rows in detection.items() if rows}
+             for metric in ALL_METRICS}  # fmt: skip
+    return {metric: by_arm for metric, by_arm in found.items() if any(by_arm.values())}
 
 
 def write(out: Path, **about: Any) -> None:
@@ -232,47 +233,26 @@ def compare(detection: Detection, treated: str, control: str) -> dict[str, Any]:
 
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What was found, as `text` and `kind`: better, worse, open, or single (no interval).
+    """What the deciding comparisons say, by kNN, linear evaluation and AP50.
 
-    First the pairs of arms that both ran, then the deciding comparisons of the tables.
+    Returns:
+        `text`, and `kind`: better, worse, open, or single (one seed: no interval).
     """
     found = []
-    for pair, (treated, control) in PAIRS.items():
-        difference = results["differences"][pair]["AP50"]
-        if not difference["n"]:
-            continue
-        before, after = (
-            mean_std([v for seed, v in values(results["detection"][arm], "AP50").items()
-                      if seed in difference["seeds"]])["mean"]
-            for arm in (control, treated)
-        )  # fmt: skip
-        gain = (
-            f"AP50 {before:.1f} from random, {after:.1f} from pretrained, a difference of "
-            f"{difference['mean']:+.1f} points"
-        )
-        about = PAIR_TITLES[pair].lower()
-        if difference["student_t"] is None:
-            text = f"{gain} ({about}). One seed: no interval, so it may be chance."
-            found.append({"kind": "single", "text": text})
-            continue
-        low, high = difference["student_t"]
-        kind = "better" if low > 0 else "worse" if high < 0 else "open"
-        leads = {"better": "Pretraining helps", "worse": "Pretraining hurts"}
-        interval = f"95 % interval {low:+.1f} to {high:+.1f}, {difference['n']} paired seeds"
-        lead = leads.get(kind, "No clear difference")
-        found.append({"kind": kind, "text": f"{lead} ({about}): {gain} ({interval})."})
-    for table in results.get("tables", ()):
+    for table in results.get("tables") or arm_tables("", results["detection"]):
         rows = [row for row in table["comparisons"] if row["decides"] and row["n"]]
-        if table["metric"] in ("knn", "linear", "AP50") and rows:
-            kind = {"shown": "better", "contradicted": "worse"}.get(table["verdict"], "open")
-            kind = "single" if all(row["n"] == 1 for row in rows) else kind
-            told = "; ".join(
-                f"{row['name']}: {row['mean']:+.2f} points, 95 % interval "
-                f"{interval_text(row['student_t'])}, n = {row['n']}: {row['verdict']}"
-                for row in rows
-            )
-            claim = f"{table['claim']} ({table['verdict']}). " if table["claim"] else ""
-            found.append({"kind": kind, "text": f"{claim}{table['metric']}, {told}."})
+        if table["metric"] not in ("knn", "linear", "AP50") or not rows:
+            continue
+        kind = {"shown": "better", "contradicted": "worse"}.get(table["verdict"], "open")
+        kind = "single" if all(row["n"] == 1 for row in rows) else kind
+        told = "; ".join(
+            f"{row['name']}: {row['mean']:+.2f} points, "
+            + (f"95 % interval {interval_text(row['student_t'])}, n = {row['n']}: {row['verdict']}"
+               if row["n"] > 1 else "n = 1, no interval: it may be chance")
+            for row in rows
+        )  # fmt: skip
+        claim = f"{table['claim']} ({table['verdict']}). " if table["claim"] else ""
+        found.append({"kind": kind, "text": f"{claim}{table['metric']}, {told}."})
     return found
 
 
@@ -280,7 +260,7 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _write_tables(out: Path, results: Mapping[str, Any]) -> None:
-    """Write tables.md for people and repositories, and differences.svg."""
+    """Write tables.md for people and repositories."""
     unfinished = [name for name in results["unfinished"] if name != "report"]
     lines = [f"# Experiment {_plain(results['name'])}", ""]
     if unfinished:
@@ -289,11 +269,8 @@ def _write_tables(out: Path, results: Mapping[str, Any]) -> None:
     if len(results["commits"]) > 1:
         lines += [f"MIXED: stages ran at several commits: {', '.join(results['commits'])}.", ""]
     lines += [results["rule"], ""]
-    claims = [(t["claim"], t["metric"], t["verdict"]) for t in results["tables"] if t["claim"]]
-    lines += _markdown(("claim", "metric", "verdict"), claims)
     failures = [tuple(entry.values()) for entry in results["failures"]]
     lines += _markdown(("failed stage", "label", "reason"), failures)
-    drawn = []
     for table in results["tables"]:
         title = f"{table['title']}, {table['metric']}" if table["title"] else table["metric"]
         lines += [f"## {_plain(title)}{' (PRELIMINARY)' * bool(unfinished)}", ""]
@@ -306,27 +283,24 @@ def _write_tables(out: Path, results: Mapping[str, Any]) -> None:
         head = ("difference in points", "n", "mean", "95 % bootstrap", "95 % Student t", "p (t)",
                 "p (sign)", "p (Holm)", "verdict")  # fmt: skip
         compared = [
-            (row["name"], row["n"], f"{row['mean']:+.2f}", interval_text(row["bootstrap"]),
-             interval_text(row["student_t"]), *map(p_text, (row["p"], row["p_permutation"])),
-             p_text(row["p_holm"]), row["verdict"])
+            (row["name"], row["n"], f"{row['mean']:+.2f}",
+             *(interval_text(row[key]) for key in ("bootstrap", "student_t")),
+             *(p_text(row[key]) for key in ("p", "p_permutation", "p_holm")), row["verdict"])
             for row in table["comparisons"] if row["n"]
         ]  # fmt: skip
         lines += _markdown(head, compared)
-        if "coco" not in table["metric"] and "by class" not in table["metric"]:
-            name = f"{table['name']}, {table['metric']}"
-            drawn += [(f"{name}: {row['name']}", row["differences"], row["mean"], row["bootstrap"])
-                      for row in table["comparisons"]]  # fmt: skip
     published = results.get("published")
     if published:
         lines += ["## Published rows", "", _plain(published["protocol"]), ""]
-        rows = [(*(row.get(key) for key in ("init", *METRICS)), row["source"] + " (recalled)" * bool(row.get("recalled")))
-                for row in published["rows"]]  # fmt: skip
-        lines += _markdown(("initialisation", *METRICS, "source"), rows)
-    title = "Paired differences"
-    picture = charts.interval_chart(title, drawn, "difference, points (bar: bootstrap 95 %)")
-    if picture is not None:
-        write_text(out / "differences.svg", charts.standalone(picture) + "\n")
-        lines += [f"![{title}](differences.svg)", ""]
+        rows = [
+            (
+                row["init"],
+                *map(row.get, METRICS),
+                row["source"] + " [M]" * bool(row.get("recalled")),
+            )
+            for row in published["rows"]
+        ]
+        lines += _markdown(("initialisation", *METRICS, "source ([M]: recalled)"), rows)
     write_text(out / "tables.md", "\n".join(lines))
 
 

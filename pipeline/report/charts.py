@@ -1,7 +1,7 @@
 """Charts as SVG, drawn by matplotlib; text stays text, colours are variables of the style sheet.
 
 matplotlib draws in the colours of `LIGHT`; each is then replaced by its CSS variable, so that a
-chart follows the theme of its page. `standalone` adds the variables to a chart that is a file.
+chart follows the theme of its page.
 """
 
 from __future__ import annotations
@@ -60,14 +60,7 @@ def line_style(number: int) -> tuple[str, str]:
 
 
 def line_chart(
-    title: str,
-    lines: Mapping[str, Line],
-    x_label: str,
-    *,
-    from_zero: bool = False,
-    is_log: bool = False,
-    has_dots: bool = False,
-    chosen: float | None = None,
+    title: str, lines: Mapping[str, Line], x_label: str, *, from_zero: bool = False
 ) -> Markup | None:
     """A line chart, or None where there is nothing to draw.
 
@@ -76,9 +69,6 @@ def line_chart(
         lines: By name; values that are not finite are left out.
         x_label: Name of the horizontal axis.
         from_zero: Whether the vertical axis has to start at 0.
-        is_log: Whether the horizontal axis is spaced by logarithm.
-        has_dots: Whether each value has a dot.
-        chosen: Marked by an upright line.
     """
     known = {name: [point for point in line if all(map(math.isfinite, point))]
              for name, line in lines.items()}  # fmt: skip
@@ -89,15 +79,11 @@ def line_chart(
         for number, (name, line) in enumerate(known.items()):
             tone, dash = line_style(number)
             xs, ys, *band = zip(*line, strict=True)
-            marker = "o" if has_dots or len(line) == 1 else None
+            marker = "o" if len(line) == 1 else None
             axes.plot(xs, ys, dash, color=LIGHT[tone], label=name, marker=marker)
             if band:
                 axes.fill_between(xs, *band, color=LIGHT[tone], alpha=0.18, linewidth=0)
-        if chosen is not None:
-            axes.axvline(chosen, color=LIGHT["muted"], linestyle=":", label="chosen")
         axes.set_xlabel(x_label)
-        if is_log:
-            axes.set_xscale("log")
         if len(known) > 1:
             axes.legend()
         if from_zero:
@@ -141,37 +127,6 @@ def interval_chart(
         return _svg(axes.figure, title, "; ".join(texts))
 
 
-def linear_chart(result: Mapping[str, Any]) -> str | None:
-    """The file `linear.svg` of a `linear.json`; None where it holds no accuracy to draw."""
-    is_knn, title = (
-        bool(result["knn"]),
-        f"Top-1 and top-5 in percent, {result['checkpoint']['name']}",
-    )
-    svg = line_chart(
-        title, linear_lines(result), "k nearest pictures" if is_knn else "base learning rate",
-        is_log=True, has_dots=True,
-        chosen=None if is_knn or result["selection"] is None else result["chosen_base_lr"],
-    )  # fmt: skip
-    return None if svg is None else standalone(svg)
-
-
-def linear_lines(result: Mapping[str, Any]) -> dict[str, Line]:
-    """Line -> (k or base rate, percent); of neighbours a line for every temperature."""
-    if result["knn"]:
-        knn = result["knn"]
-        return {
-            f"temperature {temperature:g}": [
-                (k, 100 * row[i]) for k, row in zip(knn["ks"], knn["top1"], strict=True)
-            ]
-            for i, temperature in enumerate(knn["temperatures"])
-        }
-    keys = {"validation top-1": "val_top1", "validation top-5": "val_top5"}
-    return {
-        label: [(row["base_lr"], 100 * row[key]) for row in result["rates"] if row[key] is not None]
-        for label, key in (keys | {"held-out top-1": "held_out_top1"}).items()
-    }
-
-
 def short_number(value: float) -> str:
     """A number with the digits that matter: four, or all before the point."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -180,15 +135,6 @@ def short_number(value: float) -> str:
 def css_variables(colours: Mapping[str, str]) -> str:
     """Colours as declarations of a style sheet."""
     return "".join(f"--{name}:{colour};" for name, colour in colours.items())
-
-
-def standalone(svg: Markup) -> str:
-    """A chart as a file of its own, in the theme of the system."""
-    style = (
-        f"svg{{{css_variables(LIGHT)}background:var(--card);font-family:sans-serif}}"
-        f"@media(prefers-color-scheme:dark){{svg{{{css_variables(DARK)}}}}}"
-    )
-    return f"{svg[: svg.index('>') + 1]}<style>{style}</style>{svg[svg.index('>') + 1 :]}"
 
 
 @contextmanager

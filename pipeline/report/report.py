@@ -15,7 +15,6 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -80,82 +79,10 @@ GRAVITY = ("failed", "damaged", "alarm", "not finite", "overflow", "replaced", "
 """Kinds of entries in "Skipped or failed", gravest first."""
 MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
 MOST_OF_A_KIND = 50  # entries that are listed; all are counted
-NUM_PICTURES, NUM_ARMS, NUM_CONFUSIONS = 6, 3, 12
+NUM_PICTURES, NUM_ARMS = 6, 3
 
 
 # -- figures --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FigureTable:
-    """Variants beside each other, and their paired differences.
-
-    Attributes:
-        title: A heading.
-        notes: Sentences below it.
-        metrics: The columns.
-        rows: (label, {metric: n, mean, std}).
-        differences: `name`, `metric`, and what `stats.paired_difference` gives; where a rule judges
-            them also `p_holm` and `verdict`.
-    """
-
-    title: str
-    notes: Sequence[str]
-    metrics: Sequence[str]
-    rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
-    differences: Sequence[Mapping[str, Any]]
-
-
-def figure_tables(found: Mapping[str, Any]) -> list[FigureTable]:
-    """The tables of some results: all metrics of a table beside each other, classes by themselves.
-
-    Results without tables are those of a pipeline: its arms are one.
-    """
-    groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = defaultdict(list)
-    for table in found.get("tables", ()):
-        groups[table["name"], "by class" in table["metric"]].append(table)
-    made = []
-    for (name, is_by_class), tables in groups.items():
-        first = tables[0]
-        notes = [f"Left out: {row} ({why})." for row, why in first["left_out"].items()]
-        if first["claim"]:
-            verdicts = "; ".join(f"{table['verdict']} by {table['metric']}" for table in tables)
-            notes.insert(0, f"Claim: {first['claim']}: {verdicts}.")
-        rows: dict[str, dict[str, Any]] = defaultdict(dict)
-        for table in tables:
-            for row in table["rows"]:
-                if row["n"]:
-                    rows[row["label"]][table["metric"]] = row
-        differences = [{**row, "metric": table["metric"]}
-                       for table in tables for row in table["comparisons"] if row["n"]]  # fmt: skip
-        title = (first["title"] or name) + ", by class" * is_by_class
-        metrics = [table["metric"] for table in tables]
-        made.append(FigureTable(title, notes, metrics, list(rows.items()), differences))
-    if not made and any(found["detection"].values()):
-        made.append(arm_table("Test set", found["detection"]))
-    return made
-
-
-def arm_table(title: str, detection: Detection) -> FigureTable:
-    """The arms that ran, and the differences of those pairs of which both ran."""
-    arms = {arm: results.summarise(rows) for arm, rows in detection.items() if rows}
-    metrics = [m for m in results.ALL_METRICS if any(arms[arm][m]["n"] for arm in arms)]
-    differences = []
-    for pair, sides in results.PAIRS.items():
-        if all(side in arms for side in sides):
-            compared = results.compare(detection, *sides)
-            name = f"{results.PAIR_TITLES[pair]}: pretrained - random"
-            differences += [{"name": name, "metric": metric, **compared[metric]}
-                            for metric in metrics]  # fmt: skip
-    rows = [(arm_title(arm), figures) for arm, figures in arms.items()]
-    return FigureTable(title, (), metrics, rows, differences)
-
-
-def arm_title(arm: str) -> str:
-    """An arm's name for people."""
-    name = arm.removesuffix(FROZEN)
-    name = {"random": "Random", "pretrained": "Pretrained"}.get(name, name)
-    return name + ", backbone frozen" * arm.endswith(FROZEN)
 
 
 def seed_folders(out: Path, arm: str, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
@@ -185,7 +112,7 @@ def ap_curves(out: Path, detection: Detection) -> dict[str, charts.Line]:
              if is_number(row.get("iteration")) and is_number(row.get("AP50"))}
             for folder in seed_folders(out, arm, rows)
         ]  # fmt: skip
-        found[arm_title(arm)] = mean_curve(list(filter(None, curves)))
+        found[results.arm_title(arm)] = mean_curve(list(filter(None, curves)))
     return found
 
 
@@ -200,7 +127,7 @@ def precision_curves(out: Path, detection: Detection) -> dict[str, charts.Line]:
                   for curve in file.get("classes", {}).values() if "0.50" in curve]  # fmt: skip
         known = [curve for curve in curves if all(map(is_number, curve))]
         means = map(fmean, zip(*known, strict=True))
-        found[arm_title(arm)] = [(level / 100, value) for level, value in enumerate(means)]
+        found[results.arm_title(arm)] = [(level / 100, value) for level, value in enumerate(means)]
     return found
 
 
@@ -224,8 +151,7 @@ def _formatted(path: Path, form: str) -> dict[str, Any]:
 def error_rows(out: Path, detection: Detection) -> list[dict[str, Any]]:
     """What the detections of each arm are, means over its seeds; arms without `errors.json` not.
 
-    `counts`: of the best-scored ones by kind, and `missed`; `gained`: AP50 if a kind were mended;
-    `confusions`: {(class of the object, class it was taken for): count}.
+    `counts`: of the best-scored ones by kind, and `missed`; `gained`: AP50 if a kind were mended.
     """
     found = []
     for arm, rows in detection.items():
@@ -233,30 +159,23 @@ def error_rows(out: Path, detection: Detection) -> list[dict[str, Any]]:
         tables = list(filter(None, files))
         if not tables:
             continue
-        pairs: dict[tuple[str, str], float] = defaultdict(float)
-        for entry in (entry for table in tables for entry in table["confusions"]):
-            pairs[entry["object"], entry["taken_for"]] += entry["count"] / len(tables)
-        about = {"title": arm_title(arm), "n": len(tables), "num_objects": tables[0]["num_objects"]}
+        about = {
+            "title": results.arm_title(arm),
+            "n": len(tables),
+            "num_objects": tables[0]["num_objects"],
+        }
         for name, key in (("counts", "best_scored"), ("gained", "AP50_gained")):
             about[name] = {k: _mean(t[key].get(k) for t in tables) for k in ERROR_KINDS}
-        found.append({**about, "confusions": dict(pairs)})
+        found.append(about)
     return found
 
 
-def confusion_rows(arms: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], list[float]]]:
-    """The most frequent confusions by their sum over the arms of `error_rows`, and each one's."""
-    totals: dict[tuple[str, str], float] = defaultdict(float)
-    for arm in arms:
-        for pair, count in arm["confusions"].items():
-            totals[pair] += count
-    best = sorted(totals, key=lambda pair: (-totals[pair], pair))[:NUM_CONFUSIONS]
-    return [(pair, [arm["confusions"].get(pair, 0.0) for arm in arms]) for pair in best]
+def other_sets(
+    out: Path, detection: Detection
+) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
+    """Each set that `tools/train_voc.sh --eval-on` evaluated: its name, the tables of the arms.
 
-
-def other_sets(out: Path, detection: Detection) -> list[tuple[FigureTable, list[str]]]:
-    """The arms on each set that `tools/train_voc.sh --eval-on` evaluated.
-
-    With the seeds that were trained again since, as "arm/seed-N", which count nowhere.
+    And the seeds that were trained again since, as "arm/seed-N", which count nowhere.
     """
     stems = {path.stem for path in out.glob("detection/*/seed-*/eval-on-*.json")}
     beside = {stem + end for stem in stems for end in ("-pr", "-errors", "-detections")}
@@ -277,23 +196,15 @@ def other_sets(out: Path, detection: Detection) -> list[tuple[FigureTable, list[
                     outdated.append(f"{arm}/{folder.name}")
                 else:
                     rows[arm].append(results.seed_row(seed["seed"], result, ()))
-        sets.append((arm_table(stem.removeprefix("eval-on-"), rows), outdated))
+        name = stem.removeprefix("eval-on-")
+        sets.append((name, results.arm_tables(name, rows), outdated))
     return sets
 
 
 # -- pictures -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EmbeddedPicture:
-    """A picture that travels inside the page."""
-
-    uri: str
-    width: int
-    height: int
-
-
-def embed(path: Path, max_side: int) -> EmbeddedPicture | None:
+def embed(path: Path, max_side: int) -> str | None:
     """A picture as a JPEG data URI, made smaller if need be; None if its file does not open."""
     try:
         with Image.open(path) as opened:
@@ -303,8 +214,7 @@ def embed(path: Path, max_side: int) -> EmbeddedPicture | None:
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=85, optimize=True)
-    text = base64.b64encode(stream.getvalue()).decode()
-    return EmbeddedPicture(f"data:image/jpeg;base64,{text}", picture.width, picture.height)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -362,7 +272,7 @@ def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str
     return f"Labelled: {truth}. Detected: {detected or 'nothing'}."
 
 
-def pretraining_pictures(folder: Path) -> list[tuple[str, str, EmbeddedPicture]]:
+def pretraining_pictures(folder: Path) -> list[tuple[str, str, str]]:
     """(title, what it shows, picture) of those that a pretraining run left."""
     found = []
     for name, (title, about) in PICTURES.items():
@@ -430,9 +340,7 @@ def stage_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def skipped_items(
-    out: Path, run: Mapping[str, Any], detection: Detection, stages: Iterable[str]
-) -> list[Item]:
+def skipped_items(out: Path, run: Mapping[str, Any], stages: Iterable[str]) -> list[Item]:
     """Everything that did not go as planned, gravest first."""
     items = []
     for row in stage_rows(run):
@@ -449,21 +357,7 @@ def skipped_items(
         elif stage.partition("/")[0] == "pretrain":
             with contextlib.suppress(UserError):
                 items += runs.skipped(runs.read(out / stage), stage)
-    num_test = ((read_json_or_none(out / "data/dataset.json") or {}).get("splits") or {}).get(
-        "test"
-    )
-    unused: dict[Item, None] = {}  # the arms share their set
-    for arm, rows in detection.items():
-        for folder in seed_folders(out, arm, rows):
-            result = read_json_or_none(folder / "result.json") or {}
-            for name in result.get("classes_without_test_objects") or []:
-                why = "no object in the test pictures"
-                unused[Item("left out", "detection", f"class {name}", why)] = None
-            tested = result.get("num_test_images")
-            if is_number(num_test) and is_number(tested) and tested < num_test:
-                what = f"{num_test - tested} of {num_test} test pictures"
-                unused[Item("left out", "detection", what, "TEST.NUM_IMAGES")] = None
-    return sorted([*items, *unused], key=lambda item: GRAVITY.index(item.kind))
+    return sorted(items, key=lambda item: GRAVITY.index(item.kind))
 
 
 # -- the page -------------------------------------------------------------------------------------
@@ -473,10 +367,10 @@ def context(out: Path) -> dict[str, Any]:
     """Everything that the template shows of a run."""
     run, found = read_run(out), results.assemble(out)
     detection = {arm: rows for arm, rows in found["detection"].items() if rows}
-    tables, errors = figure_tables(found), error_rows(out, detection)
+    tables = found.get("tables") or results.arm_tables("Test set", detection)
     by_variant = pretrainings(out, run, found["stages"])
     few = by_variant if len(by_variant) <= MOST_VARIANTS else {}
-    items = skipped_items(out, run, detection, found["stages"])
+    items = skipped_items(out, run, found["stages"])
     by_kind: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_kind[item.kind].append(item)
@@ -493,9 +387,10 @@ def context(out: Path) -> dict[str, Any]:
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
         "pictures": detection_pictures(out, detection, out / (run.get("dataset") or "data")),
         "sentence": sentence,
-        "arm_title": arm_title,
-        "tables": [(table, difference_charts(table)) for table in tables],
-        "arms": [arm_title(arm) for arm in detection],
+        "arm_title": results.arm_title,
+        "tables": tables,
+        "difference_chart": difference_chart,
+        "arms": [results.arm_title(arm) for arm in detection],
         "class_rows": class_rows(detection),
         "ap_charts": [
             (charts.line_chart("AP50 over training", ap_curves(out, detection), "iterations",
@@ -509,8 +404,7 @@ def context(out: Path) -> dict[str, Any]:
         "published": (read_json_or_none(out / "results.json") or {}).get("published"),
         "published_metrics": results.METRICS,
         "kinds": ERROR_KINDS,
-        "errors": errors,
-        "confusions": confusion_rows(errors),
+        "errors": error_rows(out, detection),
         "other_sets": other_sets(out, detection),
         "pretrainings": by_variant,
         "curves": [
@@ -531,18 +425,12 @@ def context(out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def difference_charts(table: FigureTable) -> list[Markup]:
-    """A chart of the paired differences of every metric, but for COCO's and by class."""
-    drawn = [
-        charts.interval_chart(
-            f"{metric}: paired differences, {table.title}",
-            [(row["name"], row["differences"], row["mean"], row["student_t"])
-             for row in table.differences if row["metric"] == metric],
-            f"{metric}, points",
-        )
-        for metric in table.metrics if "coco" not in metric and "by class" not in metric
-    ]  # fmt: skip
-    return [chart for chart in drawn if chart is not None]
+def difference_chart(table: Mapping[str, Any]) -> Markup | None:
+    """The paired differences of a table, with their intervals."""
+    rows = [(row["name"], row["differences"], row["mean"], row["student_t"])
+            for row in table["comparisons"] if row["n"]]  # fmt: skip
+    metric = table["metric"]
+    return charts.interval_chart(f"Paired differences of {metric}, {table['name']}", rows, metric)
 
 
 def render(out: Path) -> str:
