@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import check_keys, dotted, read_settings
-from common.errors import UserError, require
+from common.errors import UserError, at_least, require
 
 RANDOM = "random"
 FROZEN = "_frozen"
@@ -23,7 +23,7 @@ ARMS = (RANDOM, "pretrained", RANDOM + FROZEN, "pretrained" + FROZEN)
 """The arms of an experiment that names no variants of its own."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
-Evaluation = Literal["knn", "online", "linear", "detection"]
+Evaluation = Literal["knn", "linear", "detection"]
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,9 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
         _NAME.fullmatch(config.name) is not None,
         f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'",
     )
-    for key, count in {
-        "detection.seeds": detection.seeds,
-        "seeds.pretraining": 1 if config.seeds.pretraining is None else config.seeds.pretraining,
-    }.items():
-        require(count >= 1, f"{key} is {count}; at least 1 is needed")
+    at_least(detection, "detection", seeds=1)
+    if config.seeds.pretraining is not None:
+        at_least(config.seeds, "seeds", pretraining=1)
     parallel = detection.parallel
     if parallel != "auto" and (parallel is None or parallel < 1):  # None: jsonargparse lets it by.
         raise UserError(f"detection.parallel is {parallel}; give auto or a number from 1 on")

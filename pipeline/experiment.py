@@ -25,7 +25,7 @@ from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
 from pipeline.plan import build_stages, dataset_folder
 from pipeline.run import SAVE_SECONDS, Decision, Limits, Progress, Runner, TimeIsUp, is_named
-from pipeline.stages import Stage, clock, digest, key_parts
+from pipeline.stages import Stage, clock, digest
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS_FILE = "checks.json"
@@ -39,44 +39,21 @@ _LEAST = {"seeds": 1, "parallel": 1, "cpus_per_run": 1, "time_minutes": 1, "gpus
 def add_run_options(main_parser: argparse.ArgumentParser, max_failures: int) -> None:
     """The options that say how long and where stages run."""
     add = main_parser.add_argument
-    add(
-        "--rerun",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="run a stage (or a group of them) again though nothing changed; may be repeated",
-    )
-    add(
-        "--max-minutes",
-        type=float,
-        metavar="N",
-        help=f"stop in time: {SAVE_SECONDS:g} s before, stages save; exit status 3",
-    )
-    add(
-        "--max-failures",
-        type=int,
-        default=max_failures,
-        metavar="N",
-        help=f"begin nothing more after more than N failures (default: {max_failures})",
-    )
+    text = "run a stage (or a group of them) again though nothing changed"
+    add("--rerun", action="append", default=[], metavar="STAGE", help=text)
+    text = f"stop in time: {SAVE_SECONDS:g} s before, stages save; exit status 3"
+    add("--max-minutes", type=float, metavar="N", help=text)
+    text = f"begin nothing more after more than N failures (default: {max_failures})"
+    add("--max-failures", type=int, default=max_failures, metavar="N", help=text)
     group = main_parser.add_argument_group("where stages run")
     add = group.add_argument
-    add(
-        "--cluster",
-        choices=("local", "slurm"),
-        default="local",
-        help="slurm: those that can resume are queued through submitit (default: local)",
-    )
+    text = "slurm: those that can resume are queued through submitit (default: local)"
+    add("--cluster", choices=("local", "slurm"), default="local", help=text)
     add("--parallel", type=int, metavar="N", help="stages side by side")
     add("--gpus-per-run", type=int, metavar="N", help="SLURM: of each job (default: 0)")
     add("--cpus-per-run", type=int, metavar="N", help="threads of each, processors of a job")
-    add(
-        "--time-minutes",
-        type=int,
-        default=240,
-        metavar="T",
-        help="SLURM: time limit; then the job is queued again (default: 240)",
-    )
+    text = "SLURM: time limit; then the job is queued again (default: 240)"
+    add("--time-minutes", type=int, default=240, metavar="T", help=text)
     add("--partition", metavar="P", help="SLURM partition")
     add_slurm_option(group)
 
@@ -143,7 +120,7 @@ def check(
     by_program: dict[tuple[str, ...], dict[str, Stage]] = defaultdict(dict)
     for stage in stages:
         if stage.check:
-            parts = key_parts(stage, root, out, dict.fromkeys(stage.upstream))
+            parts = stage.key_parts(root, out, dict.fromkeys(stage.upstream))
             about = {name: parts[name] for name in ("files", "libraries", "code")}
             keys[stage.name] = key = digest(about | {"check": list(stage.check)})
             if key not in kept:
@@ -325,20 +302,14 @@ def run_experiment(
         if isinstance(error, TimeIsUp):
             print(error)
             return 3
-        print(closing_lines(runner))
+        print(closing_lines(out))
         raise
-    print(closing_lines(runner))
+    print(closing_lines(out))
     return 0
 
 
-def closing_lines(runner: Runner) -> str:
+def closing_lines(out: Path) -> str:
     """Return what a person wants to know at the end."""
-    records = [record for record in runner.store.stages.values() if record.get("current")]
-    seconds = sum(record.get("seconds") or 0.0 for record in records)
-    peak = max((record.get("peak_memory_bytes") or 0 for record in records), default=0)
-    lines = [f"\nstages: {clock(seconds)} added up, peak memory of one {peak / 2**30:.2f} GiB"]
-    lines += [finding["text"] for finding in results.findings(results.assemble(runner.out))]
-    for name in ("results.json", "tables.md", "report.html"):
-        if (runner.out / name).exists():
-            lines.append(f"{name.partition('.')[0]}: {runner.out / name}")
-    return "\n".join(lines)
+    lines = ["", *(finding["text"] for finding in results.findings(results.assemble(out)))]
+    names = ("results.json", "report.html")
+    return "\n".join([*lines, *(str(out / name) for name in names if (out / name).exists())])

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,22 +48,6 @@ class Finished:
             return ""
         name = signal.Signals(-self.exit_status).name
         return f"was ended by {name}" + " (out of memory, perhaps)" * (name == "SIGKILL")
-
-
-@contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of ending the process; yields their numbers as they come."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def last_line(log: Path) -> str:

@@ -14,28 +14,24 @@ from common.errors import UserError
 from pipeline.config import FROZEN, RANDOM, PipelineConfig
 from pipeline.stages import Stage
 
-SCRIPTS = {
-    "data": "tools/make_dataset.py", "shards": "tools/make_shards.py",
-    "pretrain": "tools/pretrain.sh", "linear": "tools/linear_eval.py",
-    "convert": "tools/convert_to_d2.py", "detection": "tools/train_voc.sh",
-    "report": "pipeline/report/report.py",
-}  # fmt: skip
-"""Kind of a stage -> its program."""
 _OPENCV = ("opencv-python", "opencv-python-headless")
 _PRETRAIN = ("torch", "torchvision", "numpy", *_OPENCV, "simplejpeg")
 _DETECTION = ("torch", "torchvision", "numpy", "pillow", "detectron2")
 _PICTURES = ("numpy", *_OPENCV, "pillow")
-LIBRARIES = {
-    "data": _PICTURES, "shards": _PICTURES, "pretrain": _PRETRAIN, "linear": _PRETRAIN,
-    "convert": _DETECTION, "detection": _DETECTION, "report": ("jinja2", "matplotlib", "pillow"),
-}  # fmt: skip
-"""Kind of a stage -> distributions whose versions decide what it makes."""
+KINDS = {
+    "data": ("tools/make_dataset.py", 1, _PICTURES),
+    "shards": ("tools/make_shards.py", 1, _PICTURES),
+    "pretrain": ("tools/pretrain.sh", 1, _PRETRAIN),
+    "linear": ("tools/linear_eval.py", 1, _PRETRAIN),
+    "convert": ("tools/convert_to_d2.py", 1, _DETECTION),
+    "detection": ("tools/train_voc.sh", 1, _DETECTION),
+    "report": ("pipeline/report/report.py", 1, ("jinja2", "matplotlib", "pillow")),
+}
+"""Kind of a stage -> its program, the version of its code, distributions whose versions count.
 
-# Raise a kind's number when a change of the code changes what the stage makes: finished stages of
-# older numbers then run again.
-CODE_VERSIONS = {
-    "data": 1, "shards": 1, "pretrain": 1, "linear": 1, "convert": 1, "detection": 1, "report": 1,
-}  # fmt: skip
+Raise the version when a change of the code changes what the stage makes: finished stages of older
+versions then run again.
+"""
 _JOINED_BY = {"classes": ",", "train_split": "+"}  # lists among the options of train_voc.sh
 
 
@@ -54,8 +50,9 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     stages: list[Stage] = []
 
     def call(kind: str, *words: Any) -> tuple[str, ...]:
-        program = sys.executable if SCRIPTS[kind].endswith(".py") else "bash"
-        return (program, str(root / SCRIPTS[kind]), *map(str, words))
+        script = KINDS[kind][0]
+        program = sys.executable if script.endswith(".py") else "bash"
+        return (program, str(root / script), *map(str, words))
 
     def add(kind: str, name: str, words: list[Any], check: list[Any] | None, **facts: Any) -> None:
         if check is not None:
@@ -65,7 +62,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
         stages.append(
             Stage(
                 name=name, kind=kind, command=call(kind, *words),
-                code_version=CODE_VERSIONS[kind], libraries=LIBRARIES[kind],
+                code_version=KINDS[kind][1], libraries=KINDS[kind][2],
                 check=() if check is None else call(kind, *check), **facts,
             )
         )  # fmt: skip

@@ -1,19 +1,17 @@
-"""The figures of a run, gathered from the files that its stages left: `results.json`, tables."""
+"""The figures of a run, gathered from the files that its stages left: `results.json`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import stats
-from common.files import is_number, read_json_lines, read_json_or_none, write_json, write_text
+from common.files import is_number, read_json_or_none, write_json
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS, FROZEN
 from pipeline.stages import read_run
 
-DASH = "-"
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
 ALL_METRICS = (*METRICS, *COCO_METRICS)
@@ -47,16 +45,11 @@ def assemble(out: Path) -> dict[str, Any]:
         "detection": detection,
         "pretrain": {"images_per_second": None, "knn_top1": None} | pretrain,
         "conversion": {
-            "max_relative_difference": card.get("max_relative_difference"),
-            "stages": card.get("stages"),
-            "seconds": card.get("seconds"),
+            key: card.get(key) for key in ("max_relative_difference", "stages", "seconds")
         },
         "stages": {
-            name: {
-                "seconds": record.get("seconds"),
-                "skipped": record.get("skipped", False),
-                "peak_memory_bytes": record.get("peak_memory_bytes"),
-            }
+            name: {"skipped": record.get("skipped", False)}
+            | {key: record.get(key) for key in ("seconds", "peak_memory_bytes")}
             for name, record in good.items()
         },
         "unfinished": [name for name in plan if name not in good],
@@ -148,21 +141,19 @@ def finished_stages(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def measured(out: Path, stages: Collection[str]) -> dict[str, dict[str, dict[int, float]]]:
     """Return the percentages of pretraining that finished stages of a run left, see `Measured`.
 
-    Metrics: `knn`, `online`, `linear`. A seed of pretraining that is not named is 0.
+    Metrics: `knn`, `linear`. A seed of pretraining that is not named is 0.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
     for stage in stages:
         kind, _, tail = stage.partition("/")
         variant, _, seed = (tail or "pretrained").partition("/seed-")
-        figures: dict[str, Any] = {}
-        if kind == "pretrain":
-            figures["knn"] = (read_json_or_none(out / stage / "summary.json") or {}).get("knn_top1")
-            rows = read_json_lines(out / stage / "metrics.jsonl")
-            logged = [row["online_top1"] for row in rows if "online_top1" in row]
-            figures["online"] = logged[-1] if logged else None
-        elif kind == "linear":
-            figures["linear"] = (read_json_or_none(out / stage / "linear.json") or {}).get("top1")
-        for metric, value in figures.items():
+        sources = {
+            "pretrain": ("knn", "summary.json", "knn_top1"),
+            "linear": ("linear", "linear.json", "top1"),
+        }
+        if kind in sources:
+            metric, file, key = sources[kind]
+            value = (read_json_or_none(out / stage / file) or {}).get(key)
             if is_number(value):
                 found.setdefault(metric, {}).setdefault(variant, {})[int(seed or 0)] = 100 * value
     return found
@@ -176,7 +167,7 @@ def by_metric(detection: Detection) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def write(out: Path, **about: Any) -> None:
-    """Write `out/results.json`, each arm's summary over its finished seeds, and tables.
+    """Write `out/results.json` and each arm's summary over its finished seeds.
 
     Args:
         out: The run's folder.
@@ -194,8 +185,6 @@ def write(out: Path, **about: Any) -> None:
             if all(table[metric]["n"] == len(rows) for metric in COCO_METRICS):
                 summary["coco"] = coco
             write_json(out / f"detection/{arm}/summary.json", summary)
-    if "tables" in results:
-        _write_tables(out, results)
 
 
 def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
@@ -245,86 +234,13 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
             continue
         kind = {"shown": "better", "contradicted": "worse"}.get(table["verdict"], "open")
         kind = "single" if all(row["n"] == 1 for row in rows) else kind
-        told = "; ".join(
-            f"{row['name']}: {row['mean']:+.2f} points, "
-            + (f"95 % interval {interval_text(row['student_t'])}, n = {row['n']}: {row['verdict']}"
-               if row["n"] > 1 else "n = 1, no interval: it may be chance")
-            for row in rows
-        )  # fmt: skip
+        told = []
+        for row in rows:
+            about = "n = 1, no interval: it may be chance"
+            if row["n"] > 1:
+                low, high = row["student_t"]
+                about = f"95 % interval {low:+.2f} to {high:+.2f}, n = {row['n']}: {row['verdict']}"
+            told.append(f"{row['name']}: {row['mean']:+.2f} points, {about}")
         claim = f"{table['claim']} ({table['verdict']}). " if table["claim"] else ""
-        found.append({"kind": kind, "text": f"{claim}{table['metric']}, {told}."})
+        found.append({"kind": kind, "text": f"{claim}{table['metric']}, {'; '.join(told)}."})
     return found
-
-
-# -- tables.md ------------------------------------------------------------------------------------
-
-
-def _write_tables(out: Path, results: Mapping[str, Any]) -> None:
-    """Write tables.md for people and repositories."""
-    unfinished = [name for name in results["unfinished"] if name != "report"]
-    lines = [f"# Experiment {_plain(results['name'])}", ""]
-    if unfinished:
-        lines += ["PRELIMINARY: not all is finished; nothing here is a result yet.", ""]
-    lines += [f"{len(results['stages'])} stages are finished, {len(unfinished)} are not.", ""]
-    if len(results["commits"]) > 1:
-        lines += [f"MIXED: stages ran at several commits: {', '.join(results['commits'])}.", ""]
-    lines += [results["rule"], ""]
-    failures = [tuple(entry.values()) for entry in results["failures"]]
-    lines += _markdown(("failed stage", "label", "reason"), failures)
-    for table in results["tables"]:
-        title = f"{table['title']}, {table['metric']}" if table["title"] else table["metric"]
-        lines += [f"## {_plain(title)}{' (PRELIMINARY)' * bool(unfinished)}", ""]
-        if table["claim"]:
-            lines += [_plain(f"Claim: {table['claim']}. Verdict: {table['verdict']}."), ""]
-        for row, why in table["left_out"].items():
-            lines += [_plain(f"Left out: {row} ({why})."), ""]
-        rows = [(row["label"], row["n"], mean_text(row)) for row in table["rows"] if row["n"]]
-        lines += _markdown(("percent", "n", "mean ± std"), rows)
-        head = ("difference in points", "n", "mean", "95 % bootstrap", "95 % Student t", "p (t)",
-                "p (sign)", "p (Holm)", "verdict")  # fmt: skip
-        compared = [
-            (row["name"], row["n"], f"{row['mean']:+.2f}",
-             *(interval_text(row[key]) for key in ("bootstrap", "student_t")),
-             *(p_text(row[key]) for key in ("p", "p_permutation", "p_holm")), row["verdict"])
-            for row in table["comparisons"] if row["n"]
-        ]  # fmt: skip
-        lines += _markdown(head, compared)
-    published = results.get("published")
-    if published:
-        lines += ["## Published rows", "", _plain(published["protocol"]), ""]
-        rows = [
-            (
-                row["init"],
-                *map(row.get, METRICS),
-                row["source"] + " [M]" * bool(row.get("recalled")),
-            )
-            for row in published["rows"]
-        ]
-        lines += _markdown(("initialisation", *METRICS, "source ([M]: recalled)"), rows)
-    write_text(out / "tables.md", "\n".join(lines))
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"([*_`<>|])", r"\\\1", " ".join(text.split()))
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A table's lines; none without rows."""
-    cells = [[_plain(str(DASH if cell is None else cell)) for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in ([*head], ["---"] * len(head), *cells)]
-    return [*lines, ""] if rows else []
-
-
-def mean_text(row: Mapping[str, Any]) -> str:
-    """`50.30 ± 2.00`."""
-    return f"{row['mean']:.2f}" + ("" if row["std"] is None else f" ± {row['std']:.2f}")
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """`[+1.20, +2.30]`."""
-    return DASH if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
-
-
-def p_text(p: float | None) -> str:
-    """Three digits after the point."""
-    return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

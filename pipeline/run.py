@@ -5,6 +5,7 @@ One loop starts stages while slots are free, looks at those that run, and record
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -12,36 +13,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from types import FrameType
 from typing import Any, Literal, TextIO
 
 from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
 from common.files import inside, remove
-from pipeline.jobs import (
-    ClusterJob,
-    CommandJob,
-    Finished,
-    LocalJob,
-    SlurmSettings,
-    last_line,
-    signals_noted,
-)
-from pipeline.stages import (
-    Stage,
-    StageStore,
-    clock,
-    digest,
-    explain,
-    input_digest,
-    key_parts,
-    lock,
-    now,
-    product_digest,
-)
+from pipeline.jobs import ClusterJob, CommandJob, Finished, LocalJob, SlurmSettings, last_line
+from pipeline.stages import Stage, StageStore, clock, digest, explain, input_digest, lock, now
 
 SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
 GRACE_SECONDS = 30.0
@@ -101,6 +84,22 @@ class _RunningStage:
 def is_named(stage: str, name: str) -> bool:
     """Whether a stage is meant by a name; `random` means all of `random/...`."""
     return stage == name or stage.startswith(f"{name}/")
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM instead of ending the process; yields their numbers as they come."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -281,12 +280,9 @@ class Runner:
                     status, failure = self._record(one, ended)
                     if failure:
                         failures[name] = failure
-                    is_last = len(failures) > limits.max_failures and not stopping
-                    others = ", ".join(running) if failure and is_last else ""
-                    hint = f"; no further stage begins, these are let finish: {others}"
                     took = clock(self.store.stages[name]["seconds"])
                     text = f"{status} {'in' if status == 'finished' else 'after'} {took}"
-                    progress.say(f"{one.stage.title}: {text}" + hint * bool(others))
+                    progress.say(f"{one.stage.title}: {text}")
                     after_each()
                 progress.show(shown)
                 if running:
@@ -306,7 +302,7 @@ class Runner:
 
     def _decide(self, stage: Stage) -> Decision:
         made = {name: self.store.stages.get(name, {}).get("product") for name in stage.upstream}
-        parts = key_parts(stage, self.root, self.out, made)
+        parts = stage.key_parts(self.root, self.out, made)
         record = self.store.stages.get(stage.name)
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
         if record is None:
@@ -382,7 +378,7 @@ class Runner:
             stage.name, status=status, seconds=round(one.before + ended.seconds, 2), ended=now(),
             exit_status=ended.exit_status, peak_memory_bytes=ended.peak_memory_bytes,
             error=None if good else f"{what}: {reason}",
-            product=product_digest(stage, self.out) if good else None,
+            product=stage.product_digest(self.out) if good else None,
         )  # fmt: skip
         if status != "failed":
             return status, ""

@@ -23,13 +23,6 @@ FORMAT = "fa-stage-2"
 RUN_FILE = "experiment.json"
 """What is known of a run as a whole; a folder that holds one is a run's."""
 _LOCK_WAIT_SECONDS = 5.0
-_PART_NAMES = {
-    "config": "setting",
-    "code": "code",
-    "upstream": "what was made by",
-    "files": "input",
-    "libraries": "library",
-}  # of a key, and how messages call them
 
 
 @dataclass(frozen=True)
@@ -77,33 +70,40 @@ class Stage:
         """Name and label."""
         return f"{self.name} ({self.label})" if self.label else self.name
 
+    def key_parts(self, root: Path, out: Path, made: Mapping[str, str | None]) -> dict[str, Any]:
+        """Return what the key hashes, part by part, so that a change can be named.
+
+        Args:
+            root: The repository; the command's mentions of it do not count.
+            out: The run's folder; the command's mentions of it do not count.
+            made: Digests of what the stages before this one made, by name.
+        """
+
+        def anonymous(word: str) -> str:
+            return word.replace(str(out), "{out}").replace(str(root), "{root}")
+
+        return {
+            "command": [anonymous(word) for word in self.command],
+            "config": json.loads(json.dumps(self.config, sort_keys=True, default=str)),
+            "code": {"version": self.code_version},
+            "upstream": {name: made[name] for name in self.upstream},
+            "files": {anonymous(str(path)): input_digest(path) for path in self.files},
+            "libraries": {name: library_version(name) for name in self.libraries},
+        }
+
+    def product_digest(self, out: Path) -> str:
+        """Return a hash of the bytes that the finished stage made."""
+        total = hashlib.sha256()
+        for name in self.products or self.outputs:
+            path = out / name
+            files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+            for file in files:
+                total.update(file.relative_to(out).as_posix().encode() + b"\0")
+                total.update(sha256_of(file).encode())
+        return total.hexdigest()
+
 
 # -- keys -----------------------------------------------------------------------------------------
-
-
-def key_parts(
-    stage: Stage, root: Path, out: Path, made: Mapping[str, str | None]
-) -> dict[str, Any]:
-    """Return what the key hashes, part by part, so that a change can be named.
-
-    Args:
-        stage: The stage.
-        root: The repository; the command's mentions of it do not count.
-        out: The run's folder; the command's mentions of it do not count.
-        made: Digests of what the stages before this one made, by name.
-    """
-
-    def anonymous(word: str) -> str:
-        return word.replace(str(out), "{out}").replace(str(root), "{root}")
-
-    return {
-        "command": [anonymous(word) for word in stage.command],
-        "config": json.loads(json.dumps(stage.config, sort_keys=True, default=str)),
-        "code": {"version": stage.code_version},
-        "upstream": {name: made[name] for name in stage.upstream},
-        "files": {anonymous(str(path)): input_digest(path) for path in stage.files},
-        "libraries": {name: library_version(name) for name in stage.libraries},
-    }
 
 
 def digest(parts: Mapping[str, Any]) -> str:
@@ -127,34 +127,15 @@ def input_digest(path: Path) -> str | None:
     return total.hexdigest()
 
 
-def product_digest(stage: Stage, out: Path) -> str:
-    """Return a hash of the bytes that a finished stage made."""
-    total = hashlib.sha256()
-    for name in stage.products or stage.outputs:
-        path = out / name
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-        for file in files:
-            total.update(file.relative_to(out).as_posix().encode() + b"\0")
-            total.update(sha256_of(file).encode())
-    return total.hexdigest()
-
-
 def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Say what differs between the parts of two keys."""
+    """Say what differs between the parts of two keys: at most three settings, inputs, libraries."""
+    before, after = dotted(old), dotted(new)
     changes = []
-    for part, word in _PART_NAMES.items():
-        before, after = dotted(old.get(part) or {}), dotted(new.get(part) or {})
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                values = f" {before.get(key)} -> {after.get(key)}"
-                is_hash = part in ("upstream", "files")
-                changes.append(f"{word} {key}" + ("" if is_hash else values))
-    if not changes and old.get("command") != new.get("command"):
-        changes.append("command")
-    if not changes:
-        return "changed"
-    rest = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return "changed: " + ", ".join(changes[:3]) + rest
+    for key in sorted((before.keys() | after.keys()) - {"command"}):
+        if before.get(key) != after.get(key):
+            is_hash = key.startswith(("upstream.", "files."))
+            changes.append(key if is_hash else f"{key} {before.get(key)} -> {after.get(key)}")
+    return f"changed: {', '.join(changes[:3] or ['command'])}" + ", .." * (len(changes) > 3)
 
 
 # -- the records of a run's folder ----------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import check_keys, dotted, read_settings, read_yaml
+from common.config import check_keys, dotted, read_yaml
 from common.errors import UserError, require
 from pipeline.config import (
     RANDOM,
@@ -32,7 +32,7 @@ from pipeline.config import (
 from pipeline.results import METRICS as DETECTION_METRICS
 from pipeline.stages import digest
 
-METRICS = {"knn": "kNN top-1", "linear": "linear top-1", "online": "online linear top-1"}
+METRICS = ("knn", "linear")
 NAME_LENGTH = 12  # of a cell's hash
 _TREATED, _CONTROL = "treated", "control"
 
@@ -68,15 +68,6 @@ class Preset:
         is_good = len(self.metrics) > 0 and set(self.metrics) <= set(METRICS)
         require(is_good, f"metrics {list(self.metrics)}: give some of {', '.join(METRICS)}")
         require(len(self.sets) > 0, "sets is empty: name at least one set of data")
-
-
-def read_preset(path: Path) -> Preset:
-    """Read a preset.
-
-    Raises:
-        UserError: For keys that are missing or unknown, and values that cannot be.
-    """
-    return read_settings(Preset, path)
 
 
 def make_config(grids: Sequence[Path], preset: Preset, path: Path, data: str) -> PipelineConfig:

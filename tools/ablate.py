@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from common.config import read_settings
 from common.errors import UserError, run_command
 from pipeline import study
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
             raise UserError(f"--preset {options.preset}: no such preset; there are {known}")
-    preset = study.read_preset(path)
+    preset = read_settings(study.Preset, path)
     data = options.data or next(iter(preset.sets))
     if data not in preset.sets:
         raise UserError(f"--data {data}: {path.stem} has {', '.join(preset.sets)}")

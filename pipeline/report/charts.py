@@ -30,12 +30,10 @@ COLOURS = {
     "open": ("#8a5a00", "#e5b454"),
     "line-1": ("#c2410c", "#ff9a5c"),
     "line-3": ("#8b3fb8", "#cf9bf5"),
-    "line-4": ("#8f6a00", "#e0bc4a"),
-    "line-5": ("#0e7490", "#4fc9dd"),
 }
 """Name -> colour in the light and in the dark theme."""
 LIGHT, DARK = ({name: pair[i] for name, pair in COLOURS.items()} for i in (0, 1))
-LINES = ("accent", "line-1", "good", "line-3", "line-4", "line-5")
+LINES = ("accent", "line-1", "good", "line-3")
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 440, 280
 _STYLE: dict[Any, Any] = {
@@ -54,7 +52,7 @@ Line = Sequence[tuple[float, ...]]
 
 
 def line_style(number: int) -> tuple[str, str]:
-    """Colour and dash pattern of a chart's line: 24 pairs."""
+    """Colour and dash pattern of a chart's line: 16 pairs."""
     dash = DASHES[(number + number // len(LINES)) % len(DASHES)]
     return LINES[number % len(LINES)], dash
 

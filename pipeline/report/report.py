@@ -327,36 +327,39 @@ def stage_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per planned stage: status, seconds, memory; the report itself is being written."""
     rows = []
     for name in run.get("plan") or []:
-        entry = run["stages"].get(name) or {}
-        status = entry.get("status", "not run")
-        if entry and not entry.get("current"):
-            status = "not run with these settings"
-        row = {"name": name, "status": status, "seconds": None, "memory": None, "resumed": False}
-        if status == "finished":
-            row |= {"seconds": entry.get("seconds"), "memory": entry.get("peak_memory_bytes")}
-            row["resumed"] = bool(entry.get("resumed"))
+        entry = run["stages"].get(name) or {"status": "not run", "current": True}
+        status = entry["status"] if entry.get("current") else "not run with these settings"
+        row = {"name": name, "status": status, "resumed": entry.get("resumed")}
+        row |= {"seconds": entry.get("seconds"), "memory": entry.get("peak_memory_bytes")}
         if name != "report":
             rows.append(row)
     return rows
 
 
-def skipped_items(out: Path, run: Mapping[str, Any], stages: Iterable[str]) -> list[Item]:
-    """Everything that did not go as planned, gravest first."""
+def skipped_items(
+    out: Path, run: Mapping[str, Any], stages: Iterable[str], found: Iterable[RunInfo]
+) -> list[Item]:
+    """Everything that did not go as planned, gravest first.
+
+    Args:
+        out: The run's folder.
+        run: Its record.
+        stages: Those that are finished.
+        found: Their pretraining runs.
+    """
     items = []
     for row in stage_rows(run):
-        if row["status"] == "failed":
-            why = str(run["stages"][row["name"]].get("error"))
-            items.append(Item("failed", row["name"], "the stage", why))
-        elif row["status"] != "finished":
-            items.append(Item("not run", row["name"], "the stage", row["status"]))
+        if row["status"] != "finished":
+            why = str(run["stages"].get(row["name"], {}).get("error") or row["status"])
+            kind = "failed" if row["status"] == "failed" else "not run"
+            items.append(Item(kind, row["name"], "the stage", why))
     for stage in stages:
         if stage.startswith(("shards", "probe_")):
             index = read_json_or_none(out / stage / "index.json") or {}
             items += [Item("left out", stage, entry["file"], entry["reason"])
                       for entry in index.get("skipped") or []]  # fmt: skip
-        elif stage.partition("/")[0] == "pretrain":
-            with contextlib.suppress(UserError):
-                items += runs.skipped(runs.read(out / stage), stage)
+    for one in found:
+        items += runs.skipped(one, one.folder.relative_to(out).as_posix())
     return sorted(items, key=lambda item: GRAVITY.index(item.kind))
 
 
@@ -370,7 +373,8 @@ def context(out: Path) -> dict[str, Any]:
     tables = found.get("tables") or results.arm_tables("Test set", detection)
     by_variant = pretrainings(out, run, found["stages"])
     few = by_variant if len(by_variant) <= MOST_VARIANTS else {}
-    items = skipped_items(out, run, found["stages"])
+    pretrained = [one for group in by_variant.values() for one in group]
+    items = skipped_items(out, run, found["stages"], pretrained)
     by_kind: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_kind[item.kind].append(item)
@@ -383,6 +387,7 @@ def context(out: Path) -> dict[str, Any]:
         "findings": results.findings(found),
         "is_preliminary": any(row["status"] != "finished" for row in stages),
         "rule": found.get("rule"),
+        "commits": found.get("commits", ()),
         "command": " ".join(run.get("command") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
         "pictures": detection_pictures(out, detection, out / (run.get("dataset") or "data")),
