@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
     add("--val", required=True, metavar="SHARDS", help="labelled shards with the same classes")
     add("--out", required=True, type=Path, metavar="DIR",
-        help="for linear.json, linear.svg and what is kept")  # fmt: skip
+        help="for linear.json and what is kept")  # fmt: skip
     add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
     add("--config", type=Path, metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml "
         "(default: none; for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
@@ -56,10 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Run the evaluation, print its table and draw its figures."""
+    """Run the evaluation, and print its table."""
     from common.config import read_settings
-    from common.files import write_text
-    from pipeline.report.charts import linear_chart
     from pretrain.evaluation.linear.config import LinearConfig
     from pretrain.evaluation.linear.run import Evaluation, table
 
@@ -76,8 +74,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         branch=arguments.branch, features=arguments.features, resume=arguments.resume,
     ).run()  # fmt: skip
     if result is not None:
-        if picture := linear_chart(result):
-            write_text(arguments.out / "linear.svg", picture)
         print(table(result))
 
 

@@ -82,12 +82,17 @@ MOST_OF_A_KIND = 50  # entries that are listed; all are counted
 NUM_PICTURES, NUM_ARMS = 6, 3
 
 
+Arms = Mapping[str, Sequence[Path]]
+"""Arm -> the folders of its finished seeds."""
+
+
 # -- figures --------------------------------------------------------------------------------------
 
 
-def seed_folders(out: Path, arm: str, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
-    """The folders of an arm's seeds."""
-    return [out / f"detection/{arm}/seed-{row['seed']}" for row in rows]
+def seed_folders(out: Path, detection: Detection) -> dict[str, list[Path]]:
+    """Arm -> the folders of its finished seeds, for the arms that ran."""
+    return {arm: [out / f"detection/{arm}/seed-{row['seed']}" for row in rows]
+            for arm, rows in detection.items() if rows}  # fmt: skip
 
 
 def mean_curve(curves: Sequence[Mapping[float, float]]) -> charts.Line:
@@ -103,26 +108,22 @@ def mean_curve(curves: Sequence[Mapping[float, float]]) -> charts.Line:
     return line
 
 
-def ap_curves(out: Path, detection: Detection) -> dict[str, charts.Line]:
+def ap_curves(arms: Arms) -> dict[str, charts.Line]:
     """Arm -> AP50 over training iterations, mean over the seeds."""
     found = {}
-    for arm, rows in detection.items():
-        curves = [
-            {row["iteration"]: row["AP50"] for row in read_json_lines(folder / "curve.jsonl")
-             if is_number(row.get("iteration")) and is_number(row.get("AP50"))}
-            for folder in seed_folders(out, arm, rows)
-        ]  # fmt: skip
-        found[results.arm_title(arm)] = mean_curve(list(filter(None, curves)))
+    for arm, folders in arms.items():
+        logs = [read_json_lines(folder / "curve.jsonl") for folder in folders]
+        curves = [{row["iteration"]: row["AP50"] for row in log if is_number(row.get("AP50"))}
+                  for log in logs if log]  # fmt: skip
+        found[results.arm_title(arm)] = mean_curve(curves)
     return found
 
 
-def precision_curves(out: Path, detection: Detection) -> dict[str, charts.Line]:
+def precision_curves(arms: Arms) -> dict[str, charts.Line]:
     """Arm -> (recall, precision at an overlap of 0.5), mean over classes and seeds."""
     found = {}
-    for arm, rows in detection.items():
-        files = [
-            _formatted(folder / "pr.json", "fa-pr-1") for folder in seed_folders(out, arm, rows)
-        ]
+    for arm, folders in arms.items():
+        files = [_formatted(folder / "pr.json", "fa-pr-1") for folder in folders]
         curves = [curve["0.50"]["precision"] for file in files
                   for curve in file.get("classes", {}).values() if "0.50" in curve]  # fmt: skip
         known = [curve for curve in curves if all(map(is_number, curve))]
@@ -148,31 +149,25 @@ def _formatted(path: Path, form: str) -> dict[str, Any]:
     return content if isinstance(content, dict) and content.get("format") == form else {}
 
 
-def error_rows(out: Path, detection: Detection) -> list[dict[str, Any]]:
+def error_rows(arms: Arms) -> list[dict[str, Any]]:
     """What the detections of each arm are, means over its seeds; arms without `errors.json` not.
 
     `counts`: of the best-scored ones by kind, and `missed`; `gained`: AP50 if a kind were mended.
     """
     found = []
-    for arm, rows in detection.items():
-        files = [_formatted(f / "errors.json", "fa-errors-1") for f in seed_folders(out, arm, rows)]
+    for arm, folders in arms.items():
+        files = [_formatted(folder / "errors.json", "fa-errors-1") for folder in folders]
         tables = list(filter(None, files))
-        if not tables:
-            continue
-        about = {
-            "title": results.arm_title(arm),
-            "n": len(tables),
-            "num_objects": tables[0]["num_objects"],
-        }
-        for name, key in (("counts", "best_scored"), ("gained", "AP50_gained")):
-            about[name] = {k: _mean(t[key].get(k) for t in tables) for k in ERROR_KINDS}
-        found.append(about)
+        if tables:
+            row = {"title": results.arm_title(arm), "n": len(tables)}
+            row["num_objects"] = tables[0]["num_objects"]
+            for name, key in (("counts", "best_scored"), ("gained", "AP50_gained")):
+                row[name] = {k: _mean(t[key].get(k) for t in tables) for k in ERROR_KINDS}
+            found.append(row)
     return found
 
 
-def other_sets(
-    out: Path, detection: Detection
-) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
+def other_sets(out: Path, arms: Arms) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
     """Each set that `tools/train_voc.sh --eval-on` evaluated: its name, the tables of the arms.
 
     And the seeds that were trained again since, as "arm/seed-N", which count nowhere.
@@ -181,21 +176,20 @@ def other_sets(
     beside = {stem + end for stem in stems for end in ("-pr", "-errors", "-detections")}
     sets = []
     for stem in sorted(stems - beside):
-        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in detection}
+        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         outdated = []
-        for arm, seeds in detection.items():
-            for seed, folder in zip(seeds, seed_folders(out, arm, seeds), strict=True):
-                path = folder / f"{stem}.json"
-                result = read_json_or_none(path)
-                if not isinstance(result, dict):
-                    continue
-                # Without a model the folder is a copy of the figures alone.
-                model = folder / "model_final.pth"
-                is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
-                if is_newer and sha256_of(model) != result.get("model_sha256"):
-                    outdated.append(f"{arm}/{folder.name}")
-                else:
-                    rows[arm].append(results.seed_row(seed["seed"], result, ()))
+        for arm, folder in ((arm, folder) for arm, folders in arms.items() for folder in folders):
+            path, model = folder / f"{stem}.json", folder / "model_final.pth"
+            result = read_json_or_none(path)
+            if not isinstance(result, dict):
+                continue
+            # Without a model the folder is a copy of the figures alone.
+            is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
+            if is_newer and sha256_of(model) != result.get("model_sha256"):
+                outdated.append(f"{arm}/{folder.name}")
+            else:
+                seed = int(folder.name.removeprefix("seed-"))
+                rows[arm].append(results.seed_row(seed, result, ()))
         name = stem.removeprefix("eval-on-")
         sets.append((name, results.arm_tables(name, rows), outdated))
     return sets
@@ -228,27 +222,25 @@ def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**d, "correct": d["kind"] == "correct"} for d in counted[:most]]
 
 
-def detection_pictures(out: Path, detection: Detection, dataset: Path) -> list[dict[str, Any]]:
+def detection_pictures(arms: Arms, dataset: Path) -> list[dict[str, Any]]:
     """The first test pictures with the boxes of up to three arms, all of the same seed.
 
     Args:
-        out: The run's folder.
-        detection: Rows of each arm. Frozen arms are shown where no others ran.
+        arms: Frozen ones are shown where no others ran.
         dataset: Folder that names of pictures are relative to; nothing outside it is read.
     Returns:
         For each picture `item` (its entry in `detections.json`), `arms` (arm -> boxes), `seed`,
         `name` and `picture`.
     """
-    ran = [arm for arm, rows in detection.items() if rows]
-    chosen = ([arm for arm in ran if not arm.endswith(FROZEN)] or ran)[:NUM_ARMS]
-    by_arm: dict[str, dict[str, Any]] = {}
-    for seed in sorted({row["seed"] for arm in chosen for row in detection[arm]}):
-        files = {arm: read_json_or_none(out / f"detection/{arm}/seed-{seed}/detections.json")
-                 for arm in chosen}  # fmt: skip
-        by_arm = {arm: {entry["file_name"]: entry for entry in entries}
-                  for arm, entries in files.items() if isinstance(entries, list)}  # fmt: skip
-        if by_arm:
-            break
+    chosen = ([arm for arm in arms if not arm.endswith(FROZEN)] or [*arms])[:NUM_ARMS]
+    by_seed: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for arm in chosen:
+        for folder in arms[arm]:
+            entries = read_json_or_none(folder / "detections.json")
+            if isinstance(entries, list):
+                by_seed[folder.name][arm] = {entry["file_name"]: entry for entry in entries}
+    # The seed that most arms have, the first of these.
+    seed, by_arm = max(by_seed.items(), key=lambda pair: len(pair[1]), default=("", {}))
     found: list[dict[str, Any]] = []
     for name, item in next(iter(by_arm.values())).items() if by_arm else ():
         path = dataset / name
@@ -257,8 +249,8 @@ def detection_pictures(out: Path, detection: Detection, dataset: Path) -> list[d
             continue
         picture = embed(path, 480)
         if picture is not None:
-            arms = {arm: displayed(entries[name]) for arm, entries in by_arm.items()}
-            about = {"item": item, "arms": arms, "seed": seed, "name": path.name}
+            boxes = {arm: displayed(entries[name]) for arm, entries in by_arm.items()}
+            about = {"item": item, "arms": boxes, "seed": seed, "name": path.name}
             found.append({**about, "picture": picture})
         if len(found) == NUM_PICTURES:
             break
@@ -370,6 +362,7 @@ def context(out: Path) -> dict[str, Any]:
     """Everything that the template shows of a run."""
     run, found = read_run(out), results.assemble(out)
     detection = {arm: rows for arm, rows in found["detection"].items() if rows}
+    arms = seed_folders(out, detection)
     tables = found.get("tables") or results.arm_tables("Test set", detection)
     by_variant = pretrainings(out, run, found["stages"])
     few = by_variant if len(by_variant) <= MOST_VARIANTS else {}
@@ -390,7 +383,7 @@ def context(out: Path) -> dict[str, Any]:
         "commits": found.get("commits", ()),
         "command": " ".join(run.get("command") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
-        "pictures": detection_pictures(out, detection, out / (run.get("dataset") or "data")),
+        "pictures": detection_pictures(arms, out / (run.get("dataset") or "data")),
         "sentence": sentence,
         "arm_title": results.arm_title,
         "tables": tables,
@@ -398,10 +391,10 @@ def context(out: Path) -> dict[str, Any]:
         "arms": [results.arm_title(arm) for arm in detection],
         "class_rows": class_rows(detection),
         "ap_charts": [
-            (charts.line_chart("AP50 over training", ap_curves(out, detection), "iterations",
+            (charts.line_chart("AP50 over training", ap_curves(arms), "iterations",
                                from_zero=True),
              "AP50 over training iterations; of several seeds the mean and a standard deviation."),
-            (charts.line_chart("Precision over recall", precision_curves(out, detection), "recall",
+            (charts.line_chart("Precision over recall", precision_curves(arms), "recall",
                                from_zero=True),
              "Highest precision at each recall or beyond, at an overlap of 0.5; mean over classes "
              "and seeds."),
@@ -409,8 +402,8 @@ def context(out: Path) -> dict[str, Any]:
         "published": (read_json_or_none(out / "results.json") or {}).get("published"),
         "published_metrics": results.METRICS,
         "kinds": ERROR_KINDS,
-        "errors": error_rows(out, detection),
-        "other_sets": other_sets(out, detection),
+        "errors": error_rows(arms),
+        "other_sets": other_sets(out, arms),
         "pretrainings": by_variant,
         "curves": [
             (title, about, charts.line_chart(title, pretraining_curves(few, key), "epoch",
