@@ -260,9 +260,7 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
     variants = config.all_variants
     arms, known = detection.arms, [*variants, *(name + FROZEN for name in variants)]
     if arms is not None:
-        require(
-            len(set(arms)) == len(arms) > 0, "detection.arms must name at least one arm, each once"
-        )
+        require(len(set(arms)) == len(arms) > 0, "detection.arms: name at least one, each once")
         for arm in arms:
             require(arm in known, f"detection.arms: no arm {arm!r}; there are {', '.join(known)}")
     for item in config.comparisons:

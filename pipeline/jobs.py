@@ -236,20 +236,16 @@ class SlurmSettings:
     partition: str | None = None
     options: tuple[tuple[str, str], ...] = ()
 
-    def submitter(self, folder: Path, root: Path) -> Any:
+    def submitter(self, folder: Path) -> Any:
         """What takes jobs.
 
         Args:
             folder: Of submitit's files.
-            root: The repository; jobs find their code there.
         Raises:
             UserError: If there is no SLURM.
         """
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
         os.environ.setdefault("OMP_NUM_THREADS", str(self.cpus))  # jobs inherit it
-        path = os.environ.get("PYTHONPATH")
-        if str(root) not in (path or "").split(os.pathsep):
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
         import submitit
 
         logging.getLogger("submitit").setLevel(logging.ERROR)  # else warns where nothing accounts

@@ -30,7 +30,6 @@ SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are aske
 GRACE_SECONDS = 30.0
 """Time between passing a signal on and ending a stage for good."""
 _AUTO_AT_MOST = 4
-_HEARTBEAT_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _SHOWN_EVERY_SECONDS = {True: 0.2, False: 30.0}  # on a terminal, and elsewhere
 _LOG_LINES_SHOWN = 15
@@ -78,7 +77,6 @@ class _RunningStage:
     started: float
     stopped_by: int | None = None
     kill_at: float = float("inf")
-    beat: float = 0.0
 
 
 def is_named(stage: str, name: str) -> bool:
@@ -210,7 +208,7 @@ class Runner:
                 self.store.update(name, current=is_current, skipped=False)
             submitter = None
             if limits.cluster is not None:
-                submitter = limits.cluster.submitter(self.out / "submitit/%j", self.root)
+                submitter = limits.cluster.submitter(self.out / "submitit/%j")
 
             todo = [stage for stage in stages if chosen is None or stage.name in chosen]
             waiting = dict(enumerate(todo, 1))
@@ -272,9 +270,6 @@ class Runner:
                             one.job.stop(signal.SIGKILL)
                         line = last_line(self.log_path(one.stage))
                         shown.append(f"{one.stage.title} {clock(seconds)} {line}")
-                        if now_is - one.beat > _HEARTBEAT_SECONDS:
-                            one.beat = now_is
-                            self.store.update(name, seconds=round(seconds, 2))
                         continue
                     del running[name]
                     status, failure = self._record(one, ended)
@@ -331,15 +326,14 @@ class Runner:
         resumed = decision.action == "resume"
         record = self.store.stages.get(stage.name, {})
         before = (record.get("seconds") or 0.0) if resumed else 0.0
-        is_same = record.get("key") == digest(decision.parts)
         if not resumed:
             for name in stage.owns:
                 remove(self.out, name)
         self.store.update(
             stage.name, key=digest(decision.parts), parts=decision.parts, kind=stage.kind,
             label=stage.label, status="running", seconds=before, started=now(), resumed=resumed,
-            attempts=(record.get("attempts") or 0) * is_same + 1, exit_status=None, error=None,
-            current=True, skipped=False, commit=provenance.commit(self.root),
+            exit_status=None, error=None, current=True, skipped=False,
+            commit=provenance.commit(self.root),
         )  # fmt: skip
 
         # The share of the cores follows from the limits, not from how many stages happen to run.

@@ -16,19 +16,7 @@ from typing import Any
 
 from common.config import check_keys, dotted, read_yaml
 from common.errors import UserError, require
-from pipeline.config import (
-    RANDOM,
-    Comparison,
-    DataStageConfig,
-    DetectionConfig,
-    Evaluation,
-    PipelineConfig,
-    PretrainStageConfig,
-    SeedsConfig,
-    ShardsConfig,
-    TableConfig,
-    check_config,
-)
+from pipeline import config as schema
 from pipeline.results import METRICS as DETECTION_METRICS
 from pipeline.stages import digest
 
@@ -55,7 +43,7 @@ class Preset:
 
     base: str
     seeds: int
-    metrics: tuple[Evaluation, ...]
+    metrics: tuple[schema.Evaluation, ...]
     sets: dict[str, dict[str, Any]]
     paradigms: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +58,9 @@ class Preset:
         require(len(self.sets) > 0, "sets is empty: name at least one set of data")
 
 
-def make_config(grids: Sequence[Path], preset: Preset, path: Path, data: str) -> PipelineConfig:
+def make_config(
+    grids: Sequence[Path], preset: Preset, path: Path, data: str
+) -> schema.PipelineConfig:
     """The cells of some grids as an experiment; cells that come to the same are one variant.
 
     Args:
@@ -85,25 +75,27 @@ def make_config(grids: Sequence[Path], preset: Preset, path: Path, data: str) ->
     of_set: dict[str, Any] = dict(preset.sets[data])
     # What changes the base config for all cells.
     changes = dotted(of_set.pop("overrides", {})) | preset.overrides
-    check_keys(of_set, set(DataStageConfig.__dataclass_fields__), {"kind"}, f"{path}: sets.{data}")
+    check_keys(
+        of_set, set(schema.DataStageConfig.__dataclass_fields__), {"kind"}, f"{path}: sets.{data}"
+    )
     of_set["shares"] = tuple(of_set.get("shares", ()))
     variants: dict[str, dict[str, Any]] = {}
     tables = [_read_grid(grid, path.stem, preset, dotted(read_yaml(base)), changes, variants)
               for grid in grids]  # fmt: skip
     names = [table.name for table in tables]
     require(len(set(names)) == len(names), f"two grids have one name ({names}); rename a file")
-    config = PipelineConfig(
+    config = schema.PipelineConfig(
         name=f"{path.stem}-{data}",
-        data=DataStageConfig(**of_set),
-        shards=ShardsConfig({"labels": "none"}),
-        pretrain=PretrainStageConfig(str(base.resolve()), side_by_side=True),
+        data=schema.DataStageConfig(**of_set),
+        shards=schema.ShardsConfig({"labels": "none"}),
+        pretrain=schema.PretrainStageConfig(str(base.resolve()), side_by_side=True),
         variants=variants,
-        seeds=SeedsConfig(preset.seeds),
+        seeds=schema.SeedsConfig(preset.seeds),
         evaluations=preset.metrics,
         tables=tuple(tables),
     )
     try:
-        return check_config(config)
+        return schema.check_config(config)
     except UserError as error:
         raise UserError(f"{path}: sets.{data}: {error}") from None
 
@@ -111,7 +103,7 @@ def make_config(grids: Sequence[Path], preset: Preset, path: Path, data: str) ->
 def _read_grid(
     path: Path, preset_name: str, preset: Preset, base: dict[str, Any], changes: dict[str, Any],
     variants: dict[str, dict[str, Any]],
-) -> TableConfig:  # fmt: skip
+) -> schema.TableConfig:  # fmt: skip
     """Read a grid as a preset runs it, and enter its cells among the variants.
 
     `left_out` entries may name the preset that they hold for; comparisons with a cell that is left
@@ -194,12 +186,14 @@ def _read_grid(
                 terms[str(cell)] += weight
         if is_whole:
             decides = bool(entry.get("decides", True))
-            comparisons.append(Comparison(str(entry["name"]), dict(terms), decides))
+            comparisons.append(schema.Comparison(str(entry["name"]), dict(terms), decides))
     rows = {", ".join(names): name for names, name in cells.items()}
-    return TableConfig(path.stem, tuple(comparisons), rows, raw["title"], raw["claim"], left_out)
+    return schema.TableConfig(
+        path.stem, tuple(comparisons), rows, raw["title"], raw["claim"], left_out
+    )
 
 
-def chosen_variants(config: PipelineConfig, texts: Sequence[str]) -> Mapping[str, bool]:
+def chosen_variants(config: schema.PipelineConfig, texts: Sequence[str]) -> Mapping[str, bool]:
     """Return for each variant whether its table or its levels hold one of some texts."""
     found = dict.fromkeys(config.all_variants, False)
     for table in config.tables:
@@ -214,7 +208,7 @@ def chosen_variants(config: PipelineConfig, texts: Sequence[str]) -> Mapping[str
 def trials_config(
     inits: Sequence[str], control: str | None, compare: Sequence[str], seeds: int, config: Path,
     data: str, words: Sequence[str],
-) -> PipelineConfig:  # fmt: skip
+) -> schema.PipelineConfig:  # fmt: skip
     """Detectors trained from given weights, each compared with the control.
 
     `{seed}` in the name of weights or of the data set stands for the seed: then each seed has its
@@ -234,10 +228,10 @@ def trials_config(
     variants: dict[str, dict[str, str]] = {}
     for word in inits:
         name, separator, file = word.partition("=")
-        if not name or (not separator and name != RANDOM):
+        if not name or (not separator and name != schema.RANDOM):
             raise UserError(f"--init {word!r}: give NAME=FILE, or random")
         require(name not in variants, f"--init {name}: comes twice; choose another name")
-        variants[name] = {"weights": file if separator else RANDOM}
+        variants[name] = {"weights": file if separator else schema.RANDOM}
     known, control = ", ".join(variants), control or next(iter(variants))
     require(control in variants, f"--control {control}: give one of {known}")
     pairs = [(name, control) for name in variants if name != control]
@@ -246,14 +240,14 @@ def trials_config(
         is_pair = treated in variants and other in variants
         require(is_pair, f"--compare {word}: give A:B with A and B of {known}")
         pairs.append((treated, other))
-    comparisons = {f"{a} - {b}": Comparison(f"{a} - {b}", {a: 1, b: -1}) for a, b in pairs}
-    return check_config(
-        PipelineConfig(
+    comparisons = {f"{a} - {b}": schema.Comparison(f"{a} - {b}", {a: 1, b: -1}) for a, b in pairs}
+    return schema.check_config(
+        schema.PipelineConfig(
             name="trials",
-            data=DataStageConfig(kind="existing", dataset=data),
+            data=schema.DataStageConfig(kind="existing", dataset=data),
             variants=dict(variants),
             evaluations=("detection",),
-            detection=DetectionConfig(
+            detection=schema.DetectionConfig(
                 str(config), words=tuple(words), seeds=seeds, arms=tuple(variants)
             ),
             comparisons=tuple(comparisons.values()),

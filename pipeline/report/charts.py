@@ -130,11 +130,6 @@ def short_number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def css_variables(colours: Mapping[str, str]) -> str:
-    """Colours as declarations of a style sheet."""
-    return "".join(f"--{name}:{colour};" for name, colour in colours.items())
-
-
 @contextmanager
 def _axes(width: int, height: int, rows: Sequence[str] = ()) -> Iterator[Any]:
     """Axes of a figure of so many pixels in the style of the page, with margins for labels.

@@ -46,25 +46,17 @@ CURVES = {  # title, what it says, whether its axis starts at 0
     "fa_cosine": ("FA cosine", "how near augmented features stay to their originals", False),
     "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in", True),
     "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture", True),
-    "neighbour_label_agreement": (
-        "Labels of neighbours", "share of nearest entries of its class", True,
-    ),
+    "neighbour_label_agreement": ("Labels of neighbours", "share of its class", True),
     "lr": ("Learning rate", "warm-up, then cosine decay", False),
     "images_per_second": ("Images per second", "throughput of the loop", True),
     "data_wait_share": ("Wait for data", "share of the time spent waiting for pictures", True),
-}  # fmt: skip
+}
 PICTURES = {
-    "views.jpg": ("Augmented views", "Three together: the picture, then its two views."),
-    "neighbours_before.jpg": (
-        "Neighbours before pretraining", "First of each row: a query; then its nearest pictures.",
-    ),
-    "neighbours.jpg": (
-        "Neighbours after pretraining", "The same queries; labels are known to the probe only.",
-    ),
-    "feature_map.png": (
-        "Features in two dimensions", "Pictures of the probe; only near distances mean something.",
-    ),
-}  # fmt: skip
+    "views.jpg": ("Augmented views", "In threes: the picture, then its two views."),
+    "neighbours_before.jpg": ("Neighbours before pretraining", "A query, then its nearest."),
+    "neighbours.jpg": ("Neighbours after pretraining", "The same queries, their nearest now."),
+    "feature_map.png": ("Features in two dimensions", "The probe; only near distances count."),
+}
 ERROR_KINDS = {
     "correct": "right class, overlap above 0.5, the first on its object",
     "localisation": "right class, overlap from 0.1 to 0.5",
@@ -74,7 +66,7 @@ ERROR_KINDS = {
     "background": "overlap below 0.1 with every object",
     "missed": "an object that none of the detections matches",
 }
-GRAVITY = ("failed", "damaged", "alarm", "not finite", "overflow", "replaced", "left out",
+GRAVITY = ("failed", "damaged", "alarm", "not finite", "replaced", "left out",
            "not run", "noted")  # fmt: skip
 """Kinds of entries in "Skipped or failed", gravest first."""
 MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
@@ -457,7 +449,8 @@ def render(out: Path) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     # The system's theme, unless one was chosen; light on paper.
-    light, dark = charts.css_variables(charts.LIGHT), charts.css_variables(charts.DARK)
+    light, dark = ("".join(f"--{name}:{colour};" for name, colour in colours.items())
+                   for colours in (charts.LIGHT, charts.DARK))  # fmt: skip
     palette = (
         f":root {{ color-scheme: light; {light} }}\n"
         "@media screen and (prefers-color-scheme: dark) {\n"

@@ -217,10 +217,6 @@ def skipped(run: RunInfo, where: str) -> list[Item]:
         # The page shows a figure and the run's state elsewhere.
         elif "knn_top1_initial" not in row and not message.startswith("stopped by "):
             items.append(Item("noted", where, step, message))
-    overflows = [row["num_overflow_steps"] for row in run.rows if "num_overflow_steps" in row][-1:]
-    if overflows and is_number(overflows[0]) and overflows[0] > 0:
-        why = "gradients too large for the loss scale of fp16; it was lowered"
-        items.append(Item("overflow", where, f"{overflows[0]:g} steps", why))
     replaced: dict[str, str] = {}
     for row in read_json_lines(run.folder / "bad_samples.jsonl"):
         replaced.setdefault(str(row.get("sample")), str(row.get("reason", "no reason was kept")))
