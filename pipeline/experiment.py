@@ -94,11 +94,7 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
 
 
 def check(
-    config: PipelineConfig,
-    stages: Sequence[Stage],
-    root: Path,
-    out: Path,
-    report: Callable[[str], None] = lambda text: None,
+    config: PipelineConfig, stages: Sequence[Stage], root: Path, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Run the checks of some stages, each command once; return what they say, by stage.
 
@@ -110,7 +106,6 @@ def check(
         stages: Those that will run, or have run.
         root: The repository.
         out: The run's folder; if it is there, checks that passed are kept in it.
-        report: Gets a line when checks begin that take a while.
     Raises:
         UserError: Naming all that was found.
     """
@@ -126,7 +121,7 @@ def check(
             if key not in kept:
                 by_program[stage.check[:2]].setdefault(key, stage)
     if by_program:
-        report(f"checking settings and data of {sum(map(len, by_program.values()))} stages")
+        print(f"checking settings and data of {sum(map(len, by_program.values()))} stages")
     faults = []
     with ThreadPoolExecutor(provenance.usable_cores()) as threads:
         answers = threads.map(lambda mine: _ask(mine, root), by_program.values())
@@ -276,7 +271,7 @@ def run_experiment(
         return 0
 
     def before_first(decisions: Mapping[str, Decision]) -> None:
-        check(config, chosen, ROOT, out, print)
+        check(config, chosen, ROOT, out)
         runner.store.open_run(
             config.name,
             plan=[stage.name for stage in stages],

@@ -179,11 +179,9 @@ def write(out: Path, **about: Any) -> None:
         if rows:
             table = results["summary"][arm]
             summary: dict[str, Any] = {"n": len(rows), "seeds": [row["seed"] for row in rows]}
-            for key in ("mean", "std"):
-                summary[key] = {metric: table[metric][key] for metric in METRICS}
-            coco = {metric.removeprefix("coco_"): table[metric]["mean"] for metric in COCO_METRICS}
-            if all(table[metric]["n"] == len(rows) for metric in COCO_METRICS):
-                summary["coco"] = coco
+            summary |= {key: {m: table[m][key] for m in METRICS} for key in ("mean", "std")}
+            if all(table[m]["n"] == len(rows) for m in COCO_METRICS):
+                summary["coco"] = {m.removeprefix("coco_"): table[m]["mean"] for m in COCO_METRICS}
             write_json(out / f"detection/{arm}/summary.json", summary)
 
 

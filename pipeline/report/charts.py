@@ -42,19 +42,12 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": LIGHT["rule"], "grid.linewidth": 1, "lines.linewidth": 2.2,
     "xtick.color": LIGHT["rule"], "xtick.labelcolor": LIGHT["muted"],
-    "ytick.color": LIGHT["rule"], "ytick.labelcolor": LIGHT["muted"], "lines.markersize": 4,
+    "ytick.color": LIGHT["rule"], "ytick.labelcolor": LIGHT["muted"],
     "legend.frameon": False, "legend.fontsize": 11, "figure.facecolor": "none",
-    "path.simplify_threshold": 0.5,
 }  # fmt: skip
 
 Line = Sequence[tuple[float, ...]]
 """Points (x, y), or (x, y, low, high) with the band that is drawn around the line."""
-
-
-def line_style(number: int) -> tuple[str, str]:
-    """Colour and dash pattern of a chart's line: 16 pairs."""
-    dash = DASHES[(number + number // len(LINES)) % len(DASHES)]
-    return LINES[number % len(LINES)], dash
 
 
 def line_chart(
@@ -75,7 +68,9 @@ def line_chart(
         return None
     with _axes(WIDTH, HEIGHT) as axes:
         for number, (name, line) in enumerate(known.items()):
-            tone, dash = line_style(number)
+            # 16 pairs of a colour and a dash pattern.
+            tone = LINES[number % len(LINES)]
+            dash = DASHES[(number + number // len(LINES)) % len(DASHES)]
             xs, ys, *band = zip(*line, strict=True)
             marker = "o" if len(line) == 1 else None
             axes.plot(xs, ys, dash, color=LIGHT[tone], label=name, marker=marker)

@@ -47,9 +47,7 @@ CURVES = {  # title, what it says, whether its axis starts at 0
     "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in", True),
     "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture", True),
     "neighbour_label_agreement": ("Labels of neighbours", "share of its class", True),
-    "lr": ("Learning rate", "warm-up, then cosine decay", False),
     "images_per_second": ("Images per second", "throughput of the loop", True),
-    "data_wait_share": ("Wait for data", "share of the time spent waiting for pictures", True),
 }
 PICTURES = {
     "views.jpg": ("Augmented views", "In threes: the picture, then its two views."),
