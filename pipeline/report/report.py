@@ -288,7 +288,8 @@ def pretrainings(
             name = tail.partition("/seed-")[0] or "pretrained"
             label = (variants.get(name) or {}).get("label") or name
             with contextlib.suppress(UserError):
-                found[label].append(runs.read(out / stage))
+                one = runs.read(out / stage)
+                found[label].append(one)
     return found
 
 

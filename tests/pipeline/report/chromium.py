@@ -45,16 +45,13 @@ class Browser:
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
 
-    def open(
-        self, url: str, *, dark: bool, width: int, still: bool = False, paper: bool = False
-    ) -> None:
+    def open(self, url: str, *, dark: bool, width: int, paper: bool = False) -> None:
         """Open a page and wait until it is loaded.
 
         Args:
             url: Of the page.
             dark: Whether the system's theme is dark.
             width: Of the window, pixels.
-            still: Whether the system asks for less motion.
             paper: Whether the page is shown as it is printed.
         """
         if self._session is None:
@@ -65,9 +62,8 @@ class Browser:
                 self.send(f"{domain}.enable")
         self.events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        motion = {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}
         media = "print" if paper else "screen"
-        self.send("Emulation.setEmulatedMedia", media=media, features=[scheme, motion])
+        self.send("Emulation.setEmulatedMedia", media=media, features=[scheme])
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         self.send("Page.navigate", url=url)
