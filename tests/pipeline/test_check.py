@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from common.errors import UserError
-from pipeline import check
+from pipeline import experiment
 from pipeline.config import load_config
 from pipeline.plan import build_stages
 from tests.detection.tiny_detection import make_voc
@@ -31,16 +31,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def checked(folder: Path, *overrides: str, out: Path | None = None) -> dict[str, dict]:
+def stages_of(folder: Path, out: Path, *overrides: str):
     config = load_config(folder / "own.yaml", overrides)
-    out = out or folder / "nowhere"
-    return check.check(config, build_stages(config, ROOT, out), ROOT, out)
+    return config, build_stages(config, ROOT, out)
+
+
+def checked(folder: Path, *overrides: str) -> dict[str, dict]:
+    """What the checks say; those that passed before are kept in `out`."""
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    return experiment.check(*stages_of(folder, out, *overrides), ROOT, out)
 
 
 def test_what_is_right_passes_and_says_what_it_takes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    facts = checked(folder, out=tmp_path)
+    facts = checked(folder)
     arch = {"depth": 50, "width_per_group": 16, "stem_channels": 16, "res2_channels": 64}
     assert facts["pretrain"]["arch"] == facts["random/seed-0"]["arch"] == arch
     for name in ("pretrain", "random/seed-0"):
@@ -49,13 +55,23 @@ def test_what_is_right_passes_and_says_what_it_takes(
     assert facts["random/seed-0"]["num_train"] > 0
     assert facts["shards"]["num_pictures"] == 12
 
-    # What passed is kept with the run. A full disk is foreseen.
-    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
-    assert checked(folder, out=tmp_path) == facts
+    # What passed is kept with the run, and a dry run shows times and writes nothing.
+    monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
+    assert checked(folder) == facts
+    capsys.readouterr()
+    words = [str(folder / "own.yaml"), "--out", str(folder / "out"), "--dry-run"]
+    assert main([*words, "--until", "pretrain"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[:-1]] == [["run", "shards"], ["run", "pretrain"]]
+    assert ":" in lines[1][2]
+    assert lines[-1][0] == "about"
+    assert [path.name for path in (folder / "out").iterdir()] == ["checks.json"]
+
+    # A full disk is foreseen.
     usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"the stages leave about .* GB are free"):
-        checked(folder, out=tmp_path)
+        checked(folder)
 
 
 PRETRAINING = {  # variant -> what is wrong with it, and what is said of that
@@ -85,44 +101,22 @@ def test_every_fault_is_found_before_the_first_stage(folder: Path) -> None:
     assert "pretrain/arch has only online" in str(caught.value)
 
 
-def test_faults_of_detection(folder: Path) -> None:
-    stages = {}
+def test_faults_of_detection_and_of_shards(folder: Path, tmp_path: Path) -> None:
+    stages, messages = {}, list(DETECTION.values())
     for override in DETECTION:
-        config = load_config(folder / "own.yaml", [f"detection.{override}"])
-        stages[override] = build_stages(config, ROOT, folder / "nowhere")[-2]
-    answers = check._ask(stages, ROOT)
-    for answer, (override, message) in zip(answers, DETECTION.items(), strict=True):
-        assert message in answer.get("error", ""), override
-
-
-def test_faults_of_shards(folder: Path) -> None:
-    config = load_config(folder / "own.yaml", ["shards.options.max_badd=3"])
-    (answer,) = check._ask({"shards": build_stages(config, ROOT, folder / "out")[0]}, ROOT)
-    assert "unrecognized arguments: --max-badd 3" in answer["error"]
-
-
-def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
-    stages, names = {}, []
-    for kind in ("Annotations", "JPEGImages"):
+        stages[override] = stages_of(folder, tmp_path, f"detection.{override}")[1][-2]
+    for kind in ("Annotations", "JPEGImages"):  # damaged files are named
         shutil.copytree(folder / "voc", tmp_path / kind)
         path = min((tmp_path / kind / "VOC2007" / kind).iterdir())
         data = path.read_bytes().replace(b"<xmin>", b"<xmin>-7")
         path.write_bytes(data if kind == "Annotations" else data[: len(data) // 2])
-        config = load_config(folder / "own.yaml", [f"data.dataset={tmp_path / kind}"])
-        stages[kind] = build_stages(config, ROOT, folder / "nowhere")[-2]
-        names.append(path.name)
-    for answer, name in zip(check._ask(stages, ROOT), names, strict=True):
-        assert name in answer["error"]
-
-
-def test_dry_run_checks_shows_times_and_writes_nothing(folder: Path, capsys) -> None:
-    words = [str(folder / "own.yaml"), "--out", str(folder / "out"), "--dry-run"]
-    assert main([*words, "--until", "pretrain"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:2] for line in lines[:-1]] == [["run", "shards"], ["run", "pretrain"]]
-    assert ":" in lines[1][2]
-    assert lines[-1][0] == "about"
-    assert not (folder / "out").exists()
+        stages[kind] = stages_of(folder, tmp_path, f"data.dataset={tmp_path / kind}")[1][-2]
+        messages.append(path.name)
+    for answer, message in zip(experiment._ask(stages, ROOT), messages, strict=True):
+        assert message in answer.get("error", "")
+    wrong = stages_of(folder, tmp_path, "shards.options.max_badd=3")[1][0]
+    (answer,) = experiment._ask({"shards": wrong}, ROOT)
+    assert "unrecognized arguments: --max-badd 3" in answer["error"]
 
 
 def test_every_program_answers_many_checks_at_once(folder: Path, capfd, monkeypatch) -> None:

@@ -16,11 +16,8 @@ from common.errors import RunFailed, UserError
 from common.files import read_json
 from pipeline.experiment import add_run_options, limits_of
 from pipeline.jobs import ClusterJob, CommandJob, SlurmSettings
-from pipeline.progress import Progress
-from pipeline.run import Limits, Runner
+from pipeline.run import Limits, Progress, Runner
 from pipeline.stages import Stage
-
-ROOT = Path(__file__).parents[2]
 
 
 def job(tmp_path: Path, code: str) -> CommandJob:
@@ -164,8 +161,8 @@ def test_what_the_command_line_asks_for() -> None:
 
 
 def test_no_slurm_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PYTHONPATH", "OMP_NUM_THREADS", "SUBMITIT_PREEMPT_SIGNAL"):
+    for name in ("OMP_NUM_THREADS", "SUBMITIT_PREEMPT_SIGNAL"):
         monkeypatch.setenv(name, "")  # what submitter sets is undone
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     with pytest.raises(UserError, match="submitit cannot use --cluster slurm"):
-        SlurmSettings().submitter(tmp_path, ROOT)
+        SlurmSettings().submitter(tmp_path)

@@ -3,18 +3,12 @@ import json
 import pytest
 
 from pipeline import results
-from tests.pipeline.report.run_fixture import (
-    ARM_LEVELS,
-    change_record,
-    dump,
-    dump_lines,
-    make_run,
-)
+from tests.pipeline.report.run_fixture import ARM_LEVELS, GAINS, change, make_run, make_study
 
 
 def test_results_keep_the_contract(tmp_path):
     out = make_run(tmp_path, seeds=2)
-    change_record(out, "data", skipped=True)
+    change(out / "stages/data.json", skipped=True)
     results.write(out)
     found = json.loads((out / "results.json").read_text())
     assert set(found["detection"]) == set(ARM_LEVELS)
@@ -56,10 +50,7 @@ def test_results_keep_the_contract(tmp_path):
 
 def test_results_of_an_older_version_have_no_coco_metric(tmp_path):
     out = make_run(tmp_path, seeds=2)
-    path = out / "detection/random/seed-1/result.json"
-    old = json.loads(path.read_text())
-    del old["coco"]
-    dump(path, old)
+    change(out / "detection/random/seed-1/result.json", coco=None)
     results.write(out)
     found = json.loads((out / "results.json").read_text())
     assert found["detection"]["random"][1]["coco_AP50"] is None
@@ -75,12 +66,12 @@ def mean(values):
 
 def test_only_finished_stages_of_the_present_settings_count(tmp_path):
     out = make_run(tmp_path, seeds=3)
-    change_record(out, "random/seed-1", status="running")
-    change_record(out, "pretrained/seed-2", current=False)
-    change_record(out, "convert", status="failed")
-    run = json.loads((out / "experiment.json").read_text())
-    run["plan"].remove("random_frozen/seed-2")
-    dump(out / "experiment.json", run)
+    change(out / "stages/random/seed-1.json", status="running")
+    change(out / "stages/pretrained/seed-2.json", current=False)
+    change(out / "stages/convert.json", status="failed")
+    plan = json.loads((out / "experiment.json").read_text())["plan"]
+    plan.remove("random_frozen/seed-2")
+    change(out / "experiment.json", plan=plan)
     found = results.assemble(out)
     seeds = {arm: [row["seed"] for row in rows] for arm, rows in found["detection"].items()}
     assert seeds["random"] == [0, 2]
@@ -95,73 +86,34 @@ def test_an_empty_folder_gives_empty_results(tmp_path):
     found = results.assemble(tmp_path)
     assert all(rows == [] for rows in found["detection"].values())
     assert found["pretrain"] == {"images_per_second": None, "knn_top1": None}
-    assert results.verdicts(found) == []
+    assert results.findings(found) == []
 
 
 @pytest.mark.parametrize(
     ("shift", "kind", "words"),
     [
-        ([5.0, 5.2, 4.9], "better", "Pretraining helps"),
-        ([-5.0, -5.2, -4.9], "worse", "Pretraining hurts"),
-        ([5.0, -4.0, 0.5], "unclear", "No clear difference"),
-        ([9.0], "single", "One seed: no interval"),
+        ([5.0, 5.2, 4.9], "better", "95 % interval +4.65 to +5.41, n = 3: better"),
+        ([-5.0, -5.2, -4.9], "worse", "n = 3: worse"),
+        ([5.0, -4.0, 0.5], "open", "inconclusive"),
+        ([9.0], "single", "+9.00 points, n = 1, no interval"),
     ],
 )
-def test_verdict_is_honest(shift, kind, words):
+def test_findings_are_honest(shift, kind, words):
     detection = {arm: [] for arm in ARM_LEVELS}
-    for seed, change in enumerate(shift):
-        for arm, level in (("random", 30.0), ("pretrained", 30.0 + change)):
+    for seed, gain in enumerate(shift):
+        for arm, level in (("random", 30.0), ("pretrained", 30.0 + gain)):
             detection[arm].append({"seed": seed, "AP": level / 2, "AP50": level, "AP75": 1.0})
-    pairs = results.PAIRS.items()
-    differences = {pair: results.compare(detection, *arms) for pair, arms in pairs}
-    found = {"detection": detection, "differences": differences}
-    verdict = results.verdict(found, "fine_tuned")
-    assert verdict["kind"] == kind
-    assert words in verdict["text"]
-    assert results.verdict(found, "frozen")["kind"] == "missing"
+    (finding,) = results.findings({"detection": detection})
+    assert finding["kind"] == kind
+    assert words in finding["text"]
 
 
-GAINS = (3.1, 2.8, 3.3, 2.7)
-
-
-@pytest.fixture
-def compared(tmp_path):
-    """Two variants with four seeds of pretraining, a shared `random`; one pretraining failed."""
-    plan = []
-    for seed, gain in enumerate(GAINS):
-        for variant, level in (("base", 50.0 + seed), ("fa", 50.0 + seed + gain)):
-            stage = f"{variant}/seed-{seed}"
-            dump(tmp_path / f"pretrain/{stage}/summary.json", {"knn_top1": level / 100})
-            rows = [{"kind": "train", "online_top1": 0.1}, {"online_top1": level / 200}]
-            dump_lines(tmp_path / f"pretrain/{stage}/metrics.jsonl", rows)
-            dump(tmp_path / f"linear/{stage}/linear.json", {"top1": None if seed else level / 100})
-            plan += [f"pretrain/{stage}", f"linear/{stage}"]
-        for arm, level in (("random", 20.0), ("base", 24.0), ("fa", 24.0 + gain)):
-            result = {"AP": level / 2, "AP50": level, "AP75": level / 4}
-            result |= {"per_class_AP50": {"cat": level + 1, "dog": None}}
-            dump(tmp_path / f"detection/{arm}/seed-{seed}/result.json", result)
-            plan.append(f"{arm}/seed-{seed}")
-    record = {"format": "fa-stage-2", "status": "finished", "current": True, "seconds": 1.0}
-    record |= {"label": "", "error": None}
-    for number, name in enumerate(plan):
-        dump(tmp_path / f"stages/{name}.json", record | {"commit": "abc" if number else "abd"})
-    failed = {"status": "failed", "error": "no | memory", "label": "FA <b>"}
-    dump(tmp_path / "stages/pretrain/fa/seed-4.json", record | failed)
-    comparison = {"name": "fa - base", "terms": {"fa": 1, "base": -1}, "decides": True}
-    rows = {name: name for name in ("random", "base", "fa")}
-    table = {"name": "compare", "title": "", "claim": "fa helps", "rows": rows, "left_out": {}}
-    run = {"format": "fa-stage-2", "name": "compare", "plan": [*plan, "pretrain/fa/seed-4"]}
-    run |= {"arms": ["random", "base", "fa"], "tables": [table | {"comparisons": [comparison]}]}
-    dump(tmp_path / "experiment.json", run)
-    return tmp_path
-
-
-def test_variants_are_compared_seed_by_seed(compared):
-    results.write(compared)
-    found = json.loads((compared / "results.json").read_text())
+def test_variants_are_compared_seed_by_seed(tmp_path):
+    results.write(make_study(tmp_path))
+    found = json.loads((tmp_path / "results.json").read_text())
     tables = {table["metric"]: table for table in found["tables"]}
-    assert set(tables) == {"knn", "online", "linear", "AP", "AP50", "AP75", "AP50 by class"}
-    for metric, factor in (("knn", 1.0), ("online", 0.5), ("AP50", 1.0), ("AP", 0.5)):
+    assert set(tables) == {"knn", "linear", "AP", "AP50", "AP75"}
+    for metric, factor in (("knn", 1.0), ("AP50", 1.0), ("AP", 0.5)):
         (row,) = tables[metric]["comparisons"]
         assert row["differences"] == pytest.approx([factor * gain for gain in GAINS])
         low, high = row["student_t"]
@@ -170,18 +122,17 @@ def test_variants_are_compared_seed_by_seed(compared):
     assert tables["linear"]["comparisons"][0]["n"] == 1, "a missing figure is no figure"
     assert tables["knn"]["rows"][2]["values"]["2"] == pytest.approx(55.3)
     assert tables["knn"]["rows"][0]["n"] == 0, "random has no pretraining"
-    (row,) = tables["AP50 by class"]["comparisons"]
-    assert (row["name"], row["n"]) == ("cat: fa - base", 4)
     assert found["pretrainings"]["fa/seed-1"]["knn_top1"] == pytest.approx(0.538)
-    assert any(text.startswith("knn, fa - base: +2.9") for text in results.verdicts(found))
+    assert found["commits"] == ["abc", "abd"]
+    assert found["failures"][0]["reason"] == "no <memory>"
+    text = results.findings(found)[0]["text"]
+    assert text.startswith("fa helps (shown). knn, fa - base: +2.9")
 
 
-def test_tables_say_what_is_preliminary_mixed_and_failed(compared):
-    results.write(compared)
-    text = (compared / "tables.md").read_text()
-    assert "PRELIMINARY" in text
-    assert "MIXED: stages ran at several commits: abc, abd" in text
-    assert r"| pretrain/fa/seed-4 | FA \<b\> | no \| memory |" in text
-    assert "| base | 4 | 51.50 ± 1.29 |" in text
-    assert "| fa - base | 4 | +2.98 |" in text
-    assert "compare, knn: fa - base: 2.975 (" in (compared / "differences.svg").read_text()
+def test_frozen_arms_are_compared_once_more():
+    values = {"a": {0: 5.0}, "b": {0: 3.0}, "a_frozen": {0: 2.0}, "b_frozen": {0: 1.0}}
+    item = {"name": "a - b", "terms": {"a": 1, "b": -1}, "decides": True}
+    table = {"name": "t", "title": "", "claim": "", "left_out": {}, "rows": {"a": "a"}}
+    made = results.make_table({**table, "comparisons": [item]}, {"AP": values}, "AP")
+    found = [(row["name"], row["mean"]) for row in made["comparisons"]]
+    assert found == [("a - b", 2.0), ("a - b, frozen", 1.0)]

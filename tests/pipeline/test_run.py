@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,7 @@ import pytest
 from common.errors import RunFailed, UserError
 from common.files import inside, remove
 from pipeline.jobs import last_line
-from pipeline.progress import Progress
-from pipeline.run import Limits, Runner
+from pipeline.run import Limits, Progress, Runner
 from pipeline.stages import Stage, lock, read_run
 
 COPY = """
@@ -110,7 +110,7 @@ def test_changed_setting_runs_only_the_stage_that_has_it(world):
     world.setting = 2
     assert world.reasons() == {
         "first": ("skip", "unchanged"),
-        "second/a": ("run", "changed: setting setting 1 -> 2"),
+        "second/a": ("run", "changed: config.setting 1 -> 2"),
     }
     world.run()
     assert world.counted() == (1, 2)
@@ -141,7 +141,7 @@ def test_raised_code_version_runs_its_stage(world):
     world.code_version = 2
     assert world.reasons() == {
         "first": ("skip", "unchanged"),
-        "second/a": ("run", "changed: code version 1 -> 2"),
+        "second/a": ("run", "changed: code.version 1 -> 2"),
     }
     world.run()
     assert world.counted() == (1, 2)
@@ -243,9 +243,10 @@ def test_links_are_unlinked_not_followed(tmp_path):
     assert (outside / "precious").exists()
 
 
-def test_two_runs_in_one_folder_refuse_each_other(world):
+def test_two_runs_in_one_folder_refuse_each_other(world, monkeypatch):
     world.out.mkdir()
-    with lock(world.out), pytest.raises(UserError, match=r"another run .*\(process \d+\)"):
+    monkeypatch.setattr("pipeline.stages._LOCK_WAIT_SECONDS", 0.0)
+    with lock(world.out), pytest.raises(UserError, match="another run is going on"):
         world.run()
 
 
@@ -278,15 +279,12 @@ def test_failures_up_to_a_bound_do_not_stop_the_others(world):
     fourth = replace(second, name="fourth", upstream=("second/a",), outputs=("x",), owns=())
     fifth = replace(second, name="fifth", upstream=("fourth",), outputs=("y",), owns=())
     stages = [first, second, third, fourth, fifth]
-    runner = world.runner(max_failures=1, retry_failed=False)
+    runner = world.runner(max_failures=1)
     with pytest.raises(RunFailed, match="stage second/a failed with exit status 1"):
         runner.run(stages, Progress(4, io.StringIO()))
     states = {name: record["status"] for name, record in world.records().items()}
     assert states == {"first": "finished", "second/a": "failed", "third": "finished"}
     assert world.records()["second/a"]["error"].endswith("no room")
-    with pytest.raises(RunFailed, match="--retry-failed"):
-        runner.run(stages, Progress(4, io.StringIO()))
-    assert world.records()["second/a"]["attempts"] == 1
 
 
 def test_expected_seconds_are_those_of_the_stage_or_of_its_kind(world):
@@ -305,3 +303,18 @@ def test_the_log_ends_with_the_last_state_of_a_progress_bar(world):
     with pytest.raises(RunFailed, match="step 199"):
         world.run()
     assert last_line(world.out / "logs/first.log") == "step 199"
+
+
+def test_progress_shows_what_runs_side_by_side(monkeypatch):
+    monkeypatch.setattr("pipeline.run._SHOWN_EVERY_SECONDS", {True: 0.0, False: 0.0})
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((41, 9)))
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        progress = Progress(2, stream)
+        progress.show(["random/seed-0 1:05 [##..] 120/700", "fa/seed-0 0:01 "])
+        progress.say("[1/2] random/seed-0: finished")
+        lines = stream.getvalue().replace("\r\x1b[K", "\n").split("\n")
+        live = ["", "random/seed-0 1:05  fa/seed-0 0:01      "]
+        plain = ["random/seed-0 1:05 [##..] 120/700 | fa/seed-0 0:01 "]
+        assert lines == [*(live if is_terminal else plain), "[1/2] random/seed-0: finished", ""]

@@ -1,8 +1,5 @@
 """Runs that are killed or stopped, as real processes."""
 
-import contextlib
-import json
-import signal
 import subprocess
 import sys
 import time
@@ -25,19 +22,13 @@ while not (out.parent / "release").exists():
 DRIVER = """
 import sys
 from pathlib import Path
-from common.errors import StoppedBySignal
 from pipeline.stages import Stage
-from pipeline.progress import Progress
-from pipeline.run import Runner
+from pipeline.run import Progress, Runner
 script, out = sys.argv[1], Path(sys.argv[2])
 stage = Stage(name="slow", command=(sys.executable, script, str(out / "slow")),
               outputs=("slow/done",), owns=("slow",),
               resumable=sys.argv[3] == "True")
-try:
-    Runner(Path(script).parent, out, ["again"]).run([stage], Progress(1))
-except StoppedBySignal as error:
-    print(error)
-    sys.exit(128 + error.number)
+Runner(Path(script).parent, out, ["again"]).run([stage], Progress(1))
 """
 
 
@@ -70,44 +61,3 @@ def test_killed_run_goes_on(tmp_path, resumable):
     assert process.returncode == 0, output
     assert ("continues where it stopped" in output) == resumable
     assert ("did not finish last time" in output) != resumable
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the children of a killed parent")
-def test_stage_of_a_killed_run_does_not_live_on(tmp_path):
-    process = start_slow(tmp_path, resumable=True, expected=["fresh"])
-    children = children_of(process.pid)
-    assert children
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 10
-    while any(is_running(pid) for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def children_of(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_the_stage_and_the_message_tells_how_to_go_on(tmp_path, signum):
-    process = start_slow(tmp_path, resumable=True, expected=["fresh"])
-    process.send_signal(signum)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    assert f"stopped by {signum.name}" in output
-    assert "to go on: again" in output
-    record = json.loads((tmp_path / "out/stages/slow.json").read_text())
-    assert record["status"] == "stopped"

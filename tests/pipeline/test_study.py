@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.config import read_settings
 from common.errors import UserError
 from pipeline import study
 from pipeline.plan import build_stages
-from pipeline.study import NAME_LENGTH, Preset, read_preset
+from pipeline.study import NAME_LENGTH, Preset
 from pretrain.config import load_config
 from tests.slurm.tiny_run import wait_until
-from tools import ablate
+from tools import ablate, run_trials
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "configs/studies"
@@ -27,7 +28,7 @@ OTHERS = sorted(set((STUDIES / "presets").glob("*.yaml")) - {REPRODUCE_CPU})
 
 
 def make(grids: list[Path], path: Path = REPRODUCE_CPU):
-    preset = read_preset(path)
+    preset = read_settings(Preset, path)
     return study.make_config(grids, preset, path, next(iter(preset.sets)))
 
 
@@ -52,7 +53,7 @@ def test_reproduce_cpu_is_as_small_as_promised() -> None:
 def test_stages_of_a_study(tmp_path: Path) -> None:
     """All cells of a seed come before the next seed; parts of the pool are packed once."""
     config = make([STUDIES / "data_scarcity.yaml"])
-    stages = {s.name: s for s in build_stages(config, ROOT, tmp_path, has_report=False)}
+    stages = {s.name: s for s in build_stages(config, ROOT, tmp_path)}
     names = list(stages)
     assert names[:6] == [
         "data",
@@ -62,7 +63,7 @@ def test_stages_of_a_study(tmp_path: Path) -> None:
         "probe_train",
         "probe_val",
     ]
-    seeds = [name.rpartition("seed-")[2] for name in names[6:]]
+    seeds = [name.rpartition("seed-")[2] for name in names[6:-1]]
     assert seeds == sorted(seeds)
     label = {s.label: s for s in stages.values() if s.kind == "pretrain"}
     shards = {row: next(word for word in label[row].command if word.startswith("data.shards="))
@@ -188,7 +189,7 @@ def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str)
     [
         (["--preset", "huge"], "there are longer-cpu, reproduce-cpu, reproduce-gpu"),
         (["--data", "cifar"], "--data cifar: reproduce-cpu has fashion-mnist, photos"),
-        (["--metrics", "top5"], "--metrics top5: give some of knn, linear, online"),
+        (["--metrics", "top5"], "--metrics top5: give some of knn, linear"),
         (["--parallel", "0"], "--parallel 0: give 1 or more"),
         (["--max-minutes", "0.1"], "the last 20 s are for saving"),
     ],
@@ -253,9 +254,11 @@ def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
     assert program.returncode == 128 + signal.SIGTERM, said
     only = subprocess.run([*command, "--only", "none"], capture_output=True, text=True, timeout=300)
     assert only.returncode == 0, only.stderr + only.stdout
-    assert "PRELIMINARY" in (out / "tables.md").read_text()
+    assert "Preliminary" in (out / "report.html").read_text()
     assert subprocess.run(command, timeout=300).returncode == 0
-    assert "PRELIMINARY" not in (out / "tables.md").read_text()
+    page = (out / "report.html").read_text()
+    assert "Preliminary" not in page
+    assert "mask - none" in page or "d, knn" in page
     calm = [*words[:-1], str(tmp_path / "calm")]
     assert subprocess.run([*command[:2], *calm], timeout=300).returncode == 0
     tables = [json.loads((folder / "results.json").read_text())["tables"]
@@ -267,3 +270,102 @@ def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
 def test_presets_are_strict(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sets is empty"):
         Preset("b", 1, ("knn",), {})
+
+
+# Trials
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml\nSOLVER: {STEPS: '(1, 2)'}\n")
+    (tmp_path / "base.yaml").write_text("MODEL: {}\n")
+    (tmp_path / "data/VOC2007").mkdir(parents=True)
+    for name in ("byol", "ours"):
+        (tmp_path / f"{name}.pkl").write_bytes(name.encode())
+        (tmp_path / f"{name}.json").write_text("{}")
+    return [
+        "--init", "random", "--init", f"byol={tmp_path}/byol.pkl",
+        "--init", f"ours={tmp_path}/ours.pkl", "--config", str(tmp_path / "config.yaml"),
+        "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+def make_trials(tmp_path: Path, inits: list[str], data: str = "data", seeds: int = 2, **options):
+    given = {"control": None, "compare": (), "words": ()} | options
+    config = study.trials_config(
+        [word.replace("=", f"={tmp_path}/") for word in inits], given["control"],
+        given["compare"], seeds, tmp_path / "config.yaml", str(tmp_path / data), given["words"],
+    )  # fmt: skip
+    return config, build_stages(config, ROOT, tmp_path / "out")
+
+
+def test_stages_and_comparisons_of_trials(words: list[str], tmp_path: Path) -> None:
+    inits = ["random", "byol=byol.pkl", "ours=ours.pkl"]
+    more = ("--freeze", "SOLVER.MAX_ITER", "5")
+    config, stages = make_trials(tmp_path, inits, compare=["ours:byol"], words=more)
+    names = [f"{name}/seed-{seed}" for seed in (0, 1) for name in ("random", "byol", "ours")]
+    assert [stage.name for stage in stages] == [*names, "report"]
+    command = stages[1].command
+    assert command[1:3] == (str(ROOT / "tools/train_voc.sh"), f"{tmp_path}/byol.pkl")
+    assert command[-3:] == more
+    assert tmp_path / "byol.pkl" in stages[1].files
+    assert {tmp_path / "base.yaml", tmp_path / "data"} <= set(stages[1].files)
+    (table,) = config.all_tables
+    compared = [(item.name, item.terms) for item in table.comparisons]
+    assert compared == [
+        ("byol - random", {"byol": 1, "random": -1}), ("ours - random", {"ours": 1, "random": -1}),
+        ("ours - byol", {"ours": 1, "byol": -1}),
+    ]  # fmt: skip
+
+
+def test_a_pretraining_run_and_a_split_for_each_seed(words: list[str], tmp_path: Path) -> None:
+    for seed in range(2):
+        (tmp_path / f"split-{seed}").mkdir()
+        (tmp_path / f"run-{seed}.pkl").write_bytes(bytes([seed]))
+        (tmp_path / f"run-{seed}.json").write_text("{}")
+    _, stages = make_trials(tmp_path, ["random", "ours=run-{seed}.pkl"], "split-{seed}")
+    given = [(s.command[2], s.command[s.command.index("--data") + 1]) for s in stages[:-1]]
+    assert given == [
+        (weights.format(seed), f"{tmp_path}/split-{seed}")
+        for seed in range(2)
+        for weights in ("random", f"{tmp_path}/run-{{}}.pkl")
+    ]
+
+
+def test_weights_without_a_card_are_converted_once(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "resnet.pth").write_bytes(b"raw")
+    _, stages = make_trials(tmp_path, ["raw=resnet.pth"])
+    names = [stage.name for stage in stages]
+    assert names == ["convert/raw", "raw/seed-0", "raw/seed-1", "report"]
+    assert stages[0].command[2] == str(tmp_path / "resnet.pth")
+    assert stages[0].files == (tmp_path / "resnet.pth",)
+    assert {stage.upstream for stage in stages[1:-1]} == {("convert/raw",)}
+    assert stages[1].command[2] == stages[2].command[2] == stages[0].command[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--init", "weights.pkl"], "--init 'weights.pkl': give NAME=FILE, or random"),
+        (["--init", "random"], "--init random: comes twice"),
+        (["--init", "x=nowhere.pkl"], "nowhere.pkl does not exist"),
+        (["--init", "a b=random", "--control", "x"], "--control x: give one of"),
+        (["--control", "moco"], "--control moco: give one of random, byol, ours"),
+        (["--compare", "ours-byol"], "--compare ours-byol: give A:B"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--published", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--seeds", "0"], "--seeds 0: give 1 or more"),
+    ],
+)
+def test_mistakes_of_trials_are_named(words, change, message, capsys) -> None:
+    assert run_trials.main([*words, *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_published_rows_have_sources(tmp_path: Path) -> None:
+    raw = study.read_published(run_trials.PUBLISHED)
+    assert all(row["source"] for row in raw["rows"])
+    (tmp_path / "bad.yaml").write_text("protocol: p\nrows: [{init: a, source: b, AP5: 1}]")
+    with pytest.raises(UserError, match="unknown key AP5; did you mean AP75"):
+        study.read_published(tmp_path / "bad.yaml")
