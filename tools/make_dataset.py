@@ -8,14 +8,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from common.errors import add_check_options, print_check, require, run_command, run_or_check_each
-from pipeline.datasets.options import SetOptions, flag
+from pipeline.datasets.scene import SetOptions, flag
 
 _EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
   .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
   .venv/bin/python tools/make_dataset.py voc data/voc0712 VOCtrainval_06-Nov-2007.tar \\
       VOCtest_06-Nov-2007.tar VOCtrainval_11-May-2012.tar
-  .venv/bin/python tools/make_dataset.py voc data/parts my_devkit --classes bolt,nut,washer
 """
 _PROJECT = Path(__file__).resolve().parents[1]
 
@@ -55,8 +54,6 @@ def parser() -> argparse.ArgumentParser:
     text = "generated scenes of ten classes, no downloads"
     add = add_kind("procedural", make_procedural, text, is_generated=True)
     add("--num-classes", type=int, metavar="N", help="use only the first N classes")
-    add("--shifted-test", action="store_true",
-        help="test and probe/val have materials and backgrounds of their own, not only shapes")
     add("--material-habit", type=float, default=0.0, metavar="P",
         help="probability that a texture is one typical of the class (default: 0.0)")
 
@@ -78,14 +75,10 @@ def parser() -> argparse.ArgumentParser:
         add(f"--num-{option}", type=int, default=value, metavar="N", help=f"(default: {value})")
     add("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
 
-    text = "PASCAL VOC 2007 and 2012, or a set of that layout: checked, with a dataset.json"
+    text = "PASCAL VOC 2007 and 2012: checked, with a dataset.json"
     add = add_kind("voc", make_voc, text, is_generated=False)
     add("sources", type=Path, nargs="+", metavar="SOURCE",
         help="the official tars, or folders that hold VOC2007 or VOC2012 (files are linked)")
-    add("--classes", metavar="NAMES",
-        help="a set of one's own: its class names, a,b,c or a file with one a line")
-    add("--train-split", default="train", help="list of a set of one's own (default: train)")
-    add("--test-split", default="test", help="list of a set of one's own (default: test)")
     add("--any-count", action="store_true",
         help="accept other than the official archives and numbers of pictures, with a warning: "
         "figures are then not comparable with published ones")
@@ -107,12 +100,11 @@ def set_options(arguments: argparse.Namespace) -> SetOptions:
     return SetOptions(**values)
 
 
-def _print_plan(arguments: argparse.Namespace, options: SetOptions) -> bool:
-    """What --check says of a generated set; a JPEG of quality 92 takes about 0.4 bytes a pixel."""
-    total = sum(options.counts().values())
-    num_bytes = round(0.4 * options.short_side * options.long_side * total)
-    facts = {"num_pool": options.num_pool, "num_pictures": total, "disk_bytes": num_bytes}
-    return print_check(facts, as_json=arguments.json)
+def _print_plan(options: SetOptions, *, as_json: bool) -> bool:
+    """What --check says of a generated set."""
+    num_pictures = sum(options.counts().values())
+    facts = {"num_pool": options.num_pool, "num_pictures": num_pictures}
+    return print_check(facts | {"disk_bytes": options.num_bytes()}, as_json=as_json)
 
 
 def make_procedural(arguments: argparse.Namespace) -> bool:
@@ -121,114 +113,89 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
     from pipeline.datasets.build import Card, build
 
     options, classes = set_options(arguments), tuple(shapes.CLASSES)
-    num_classes = len(classes) if arguments.num_classes is None else arguments.num_classes
-    is_shifted, habit = arguments.shifted_test, arguments.material_habit
-    require(
-        2 <= num_classes <= len(classes),
-        f"--num-classes is {num_classes}: give 2 to {len(classes)}",
-    )
+    num, habit = arguments.num_classes or len(classes), arguments.material_habit
+    require(2 <= num <= len(classes), f"--num-classes is {num}: give 2 to {len(classes)}")
     require(0 <= habit <= 1, f"--material-habit is {habit}: give 0 to 1")
-    require(
-        not (is_shifted and habit),
-        f"--material-habit is {habit} together with --shifted-test: habits draw on all materials, "
-        "so none would be kept for the test; give one of the two",
-    )
     if arguments.check:
-        return _print_plan(arguments, options)
-    kept = "shape parameters" + (", materials and backgrounds" if is_shifted else "")
+        return _print_plan(options, as_json=arguments.json)
+    more = {
+        "num_classes": num,
+        "material_habit": habit,
+        "generator_version": procedural.VERSION,
+    }
     card = Card(
         arguments.out.name,
         "procedural",
-        asdict(options) | {
-            "num_classes": num_classes, "shifted_test": is_shifted, "material_habit": habit,
-            "generator_version": procedural.VERSION,
-        },
+        asdict(options) | more,
         "CC0-1.0 (generated pictures)",
-        f"Generated shapes; test and probe/val use {kept} that train, pool and probe/train "
-        "never use.",
-    )  # fmt: skip
-    source = procedural.ProceduralSource(options, classes[:num_classes], is_shifted, habit)
+        "Generated shapes; test and probe/val use shape parameters that train, pool and "
+        "probe/train never use.",
+    )
+    source = procedural.ProceduralSource(options, classes[:num], habit)
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
 
 
 def make_photos(arguments: argparse.Namespace) -> bool:
     """Make a set of photo composites; see `build` for what is returned and raised."""
-    from pipeline.datasets import packages, photos
+    from pipeline.datasets import photos
     from pipeline.datasets.build import Card, build
 
     options = set_options(arguments)
     if arguments.check:
-        return _print_plan(arguments, options)
-    library = packages.open_library(arguments.packages_dir, arguments.cache or default_cache())
+        return _print_plan(options, as_json=arguments.json)
+    library = photos.open_library(arguments.packages_dir, arguments.cache or cache_of("photos"))
     names, seen, unseen = photos.split(library, arguments.classes, arguments.split_seed)
     if library.missing:
         print(f"{len(library.missing)} listed pictures are not in the packages and left out")
     grounds = len(seen.backgrounds), len(unseen.backgrounds)
+    more = {
+        "classes": arguments.classes,
+        "split_seed": arguments.split_seed,
+        "packages": library.packages,
+        "num_missing_pictures": len(library.missing),
+        "generator_version": photos.VERSION,
+    }
     card = Card(
         arguments.out.name,
         "photos",
-        asdict(options) | {
-            "classes": arguments.classes, "split_seed": arguments.split_seed,
-            "packages": library.packages, "num_missing_pictures": len(library.missing),
-            "generator_version": photos.VERSION,
-        },
-        "Pictures out of tuxpaint-stamps-default (GPL-2), tuxpaint-data (GPL-2) and "
-        "gcompris-qt-data (GPL-3, Creative Commons, public domain, file by file); "
-        "the packages' copyright files apply. Not part of this project.",
+        asdict(options) | more,
+        photos.LICENCE,
         f"Composites of {seen.num_cutouts() + unseen.num_cutouts()} cut-outs "
         f"({unseen.num_cutouts()} only in test and probe/val) on {sum(grounds)} photographs "
         f"({grounds[1]} only in test and probe/val); no claim about natural pictures.",
-    )  # fmt: skip
+    )
     source = photos.PhotoSource(options, names, library.root, seen, unseen)
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
 
 
 def make_fashion(arguments: argparse.Namespace) -> bool:
     """Take Fashion-MNIST's pictures out of its package; see `make_set` for what is returned."""
-    from pipeline.datasets import fashion
-    from pipeline.datasets.build import Card, make_set
+    from pipeline.datasets.importers import FASHION_COUNTS, import_fashion
 
-    names = ("num_pool", "num_probe_train", "num_probe_val")
-    counts = {name: getattr(arguments, name) for name in names}
-    fashion.check_counts(**counts)
+    counts = {name: getattr(arguments, name) for name in FASHION_COUNTS}
+    for name, most in FASHION_COUNTS.items():
+        option = "--" + name.replace("_", "-")
+        require(10 <= counts[name] <= most, f"{option} is {counts[name]}: give 10 to {most:,}")
     if arguments.check:
         return print_check(counts, as_json=arguments.json)
-    options = counts | {"seed": arguments.seed}
-    card = Card(arguments.out.name, "fashion", options, fashion.LICENCE, "28 x 28 grey pixels.")
-
-    def fill(folder: Path) -> None:
-        fashion.write_pictures(folder, **options)
-        probe = {"train": counts["num_probe_train"], "val": counts["num_probe_val"]}
-        card.write(folder, classes=fashion.CLASSES, pool=counts["num_pool"], probe=probe)
-
-    return make_set(card, arguments.out, arguments.overwrite, fill)
+    return import_fashion(
+        arguments.out, cache_of("fashion_mnist"), counts, arguments.seed, arguments.overwrite
+    )
 
 
-def default_cache() -> Path:
-    """Return the folder for what is fetched: $FA_CACHE/photos, else .cache/photos here."""
-    return Path(os.environ.get("FA_CACHE") or _PROJECT / ".cache") / "photos"
+def cache_of(name: str) -> Path:
+    """Return the folder for what is fetched: $FA_CACHE/NAME, else .cache/NAME here."""
+    return Path(os.environ.get("FA_CACHE") or _PROJECT / ".cache") / name
 
 
 def make_voc(arguments: argparse.Namespace) -> bool:
-    """Import a set; see `voc_import.import_voc` for what is returned and raised."""
-    from common.annotations.record import read_class_names
-    from pipeline.datasets import voc_import
+    """Import a set; see `import_voc` for what is returned and raised."""
+    from pipeline.datasets.importers import import_voc
 
     require(not arguments.check, "--check: is for generated sets; an import checks as it goes")
-    classes = tuple(read_class_names(arguments.classes)) if arguments.classes else None
-    lists = (arguments.train_split, arguments.test_split)
-    require(
-        classes is not None or lists == ("train", "test"),
-        "--train-split, --test-split: are for a set with --classes of its own",
-    )
-    require(
-        classes is None or not arguments.any_count,
-        "--any-count: a set with --classes of its own has no official numbers",
-    )
-    request = voc_import.Request(
-        tuple(arguments.sources), classes, *lists, arguments.any_count, arguments.num_workers
-    )
-    return voc_import.import_voc(request, arguments.out, overwrite=arguments.overwrite)
+    sources, out = arguments.sources, arguments.out
+    workers, overwrite = arguments.num_workers, arguments.overwrite
+    return import_voc(sources, out, arguments.any_count, workers, overwrite)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

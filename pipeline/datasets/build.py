@@ -28,14 +28,12 @@ from common.annotations.record import (
 from common.errors import RunFailed, UserError, require
 from common.files import locked, read_json_or_none, write_json
 from common.parent_death import exit_with_parent
-from pipeline.datasets.options import SetOptions
 from pipeline.datasets.scene import Scene, SceneSource
 
 FORMAT = "fa-dataset-1"
 METRIC_YEAR = 2012  # area under the precision-recall curve, not VOC2007's 11 points
 LOCK_WAIT_SECONDS = 5.0  # the workers of a killed run hold its lock until they notice
 _CHUNK = 32  # pictures per task
-_BLOCK = 4096  # bytes a small file takes at least
 
 
 @dataclass(frozen=True)
@@ -113,23 +111,19 @@ def _is_finished(card: Card, out: Path, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     old = read_json_or_none(out / "dataset.json")
-    require(
-        isinstance(old, dict) and old.get("format") == FORMAT,
-        f"{out}: is there and is no data set made by this tool; give another folder",
-    )
-    assert old is not None
-    if overwrite:
-        return False
-    there, requested = old.get("options", {}), card.options
-    if old.get("kind") == card.kind and there == requested:
-        return True
+    if not isinstance(old, dict) or old.get("format") != FORMAT:
+        raise UserError(
+            f"{out}: is there and is no data set made by this tool; give another folder"
+        )
+    there = {"kind": old.get("kind"), **old.get("options", {})}
+    requested = {"kind": card.kind, **card.options}
+    if overwrite or there == requested:
+        return not overwrite
     names = sorted(name for name in {*there, *requested} if there.get(name) != requested.get(name))
-    differing = [
-        f"{name}: {there.get(name)} there, {requested.get(name)} requested" for name in names[:4]
-    ]
+    differing = [f"{x}: {there.get(x)} there, {requested.get(x)} requested" for x in names]
     raise UserError(
-        f"{out}: holds a set made with other options ({', '.join(differing) or 'kind'}); "
-        "give another folder, or --overwrite to replace it"
+        f"{out}: holds a set made with other options ({', '.join(differing[:4])}); give another "
+        "folder, or --overwrite to replace it"
     )
 
 
@@ -155,12 +149,11 @@ def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrit
 
     def fill(root: Path) -> None:
         options = source.options
-        free, needed = shutil.disk_usage(out.parent).free, bytes_needed(options)
+        free, needed = shutil.disk_usage(out.parent).free, options.num_bytes()
         if needed > free:
             raise RunFailed(
                 f"{out.parent}: {free / 1e6:.0f} MB are free, the set may need "
-                f"{needed / 1e6:.0f} MB; free some space, give another folder, or make fewer "
-                "or smaller pictures"
+                f"{needed / 1e6:.0f} MB; free some space, or make fewer or smaller pictures"
             )
         make_folders(root / YEAR_FOLDER)
         (root / "pool").mkdir()
@@ -176,14 +169,6 @@ def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrit
         card.write(root, classes=list(source.class_names), metric_year=METRIC_YEAR, **content)
 
     return make_set(card, out, overwrite, fill)
-
-
-def bytes_needed(options: SetOptions) -> int:
-    """Estimate a set's size in bytes, on the high side."""
-    per_pixel = 0.25 + 0.75 * (options.quality / 100) ** 4
-    picture = max(_BLOCK, options.short_side * options.long_side * per_pixel)
-    num_annotations = options.num_train + options.num_test
-    return int(sum(options.counts().values()) * (picture + _BLOCK / 2) + num_annotations * _BLOCK)
 
 
 def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
@@ -221,10 +206,10 @@ def _render_chunk(source: SceneSource, root: Path, part: str, indices: range) ->
         if part in ("train", "test"):
             write_scene(root, _picture_name(part, index), scene, classes, quality)
         elif part == "pool":
-            write_jpeg(root / part / f"{index:07d}.jpg", scene.image, quality)
+            write_picture(root / part / f"{index:07d}.jpg", scene.image, quality)
         else:
             name = classes[source.probe_label(index)]
-            write_jpeg(root / part / name / f"{index:06d}.jpg", scene.image, quality)
+            write_picture(root / part / name / f"{index:06d}.jpg", scene.image, quality)
     return len(indices)
 
 
@@ -246,7 +231,7 @@ def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], qua
         OSError: If the disk does not take it.
     """
     folder = root / YEAR_FOLDER
-    write_jpeg(folder / "JPEGImages" / f"{name}.jpg", scene.image, quality)
+    write_picture(folder / "JPEGImages" / f"{name}.jpg", scene.image, quality)
     height, width = scene.image.shape[:2]
     objects = []
     for item in scene.objects:
@@ -259,8 +244,8 @@ def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], qua
     annotation_file(folder, name).write_bytes(xml)
 
 
-def write_jpeg(path: Path, image: np.ndarray, quality: int) -> None:
-    """Write a picture, uint8 [h, w, 3] BGR, as JPEG."""
-    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+def write_picture(path: Path, image: np.ndarray, quality: int = 100) -> None:
+    """Write a picture, uint8 [h, w, 3] BGR or [h, w], in the format that its name ends in."""
+    done, data = cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert done, path
     path.write_bytes(data.tobytes())

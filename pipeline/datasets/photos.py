@@ -1,5 +1,11 @@
-"""Composites of real photographs: cut-outs on photographed scenes."""
+"""Composites of real photographs: cut-outs on photographed scenes, out of Debian packages."""
 
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -7,10 +13,11 @@ from typing import ClassVar
 
 import cv2
 import numpy as np
+import zstandard
 
 from common.errors import UserError
-from pipeline.datasets import scene, shapes
-from pipeline.datasets.packages import Library
+from common.files import read_json, write_json
+from pipeline.datasets import packages, scene, shapes
 from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, generator
 
 VERSION = 3  # raise it whenever the pictures of given options change
@@ -31,8 +38,201 @@ CLASS_SETS = {
 _MAX_TURN = 15.0  # degrees
 _MAX_ENLARGE = 2.5  # small cut-outs are not blown up beyond this
 _MIN_CROP = 0.6  # of a background, as a share of its largest crop
+LICENCE = (
+    "Pictures out of tuxpaint-stamps-default (GPL-2), tuxpaint-data (GPL-2) and gcompris-qt-data "
+    "(GPL-3, Creative Commons, public domain, file by file); the packages' copyright files apply. "
+    "Not part of this project."
+)
+PACKAGES = ("tuxpaint-stamps-default", "gcompris-qt-data", "tuxpaint-data")
+KNOWN_VERSIONS = ("2022.06.04-1", "3.1-2", "1:0.9.28-sdl2-1")
+MAX_MISSING_SHARE = 0.05  # of the listed pictures, before a set is refused
+_ZLIB, _FOLDER, _ZSTD = 1, 2, 4  # flags of a resource file's entries
+_MAX_ENTRIES = 100_000  # of a resource file
+_MAX_BYTES = 1 << 28  # of one unpacked file
 
 Files = tuple[str, ...]
+
+# -- the pictures: what the packages hold of two committed lists ----------------------------------
+
+
+@dataclass(frozen=True)
+class Library:
+    """The pictures on disk.
+
+    Attributes:
+        root: Folder with cutouts/, backgrounds/ and licences/.
+        cutouts: Fine class -> groups of near duplicates -> file below cutouts/.
+        backgrounds: Scene -> files below backgrounds/.
+        packages: Package -> version.
+        missing: Listed files that these versions of the packages do not hold.
+    """
+
+    root: Path
+    cutouts: dict[str, list[list[str]]]
+    backgrounds: dict[str, list[str]]
+    packages: dict[str, str]
+    missing: list[str]
+
+
+def listed_cutouts() -> dict[str, list[list[str]]]:
+    """Return the committed list of cut-outs: class -> groups of near duplicates -> files."""
+    return read_json(Path(__file__).with_name("photo_classes.json"))
+
+
+def listed_backgrounds() -> dict[str, list[str]]:
+    """Return the committed list of backgrounds: scene -> files (name.rcc/.., templates/..)."""
+    return read_json(Path(__file__).with_name("photo_backgrounds.json"))
+
+
+def open_library(packages_dir: Path | None, cache: Path) -> Library:
+    """Return the pictures, fetching and unpacking what is not in the cache yet.
+
+    Args:
+        packages_dir: Folder with the .deb files (or with their unpacked `usr` folder), or None to
+            use the ones in the cache and fetch what is missing there.
+        cache: Folder for packages and pictures.
+    Raises:
+        UserError: If packages cannot be had or do not hold the listed pictures.
+    """
+    if packages_dir is None:
+        sources = packages.fetched(PACKAGES, cache, "up to 213 MB")
+    elif (packages_dir / "usr/share").is_dir():
+        sources = [packages_dir]
+    else:
+        found = [packages.newest(packages_dir, name) for name in PACKAGES]
+        sources = [path for path in found if path is not None]
+        if len(sources) < len(PACKAGES):
+            raise UserError(
+                f"--packages-dir {packages_dir}: no {PACKAGES[found.index(None)]}_*.deb there; "
+                f"fetch them with `apt-get download {' '.join(PACKAGES)}`"
+            )
+
+    # The library belongs to these packages and lists. It appears when it is complete.
+    cutouts, scenes = listed_cutouts(), listed_backgrounds()
+    files = [("cutouts", f) for groups in cutouts.values() for group in groups for f in group]
+    files += [("backgrounds", f) for group in scenes.values() for f in group]
+    parts = [json.dumps([cutouts, scenes]), *(f"{p.name} {p.stat().st_size}" for p in sources)]
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
+    root = cache / f"library-{name}"
+    if not (root / "library.json").exists():
+        print("unpacking the pictures (once, about 20 s)", flush=True)
+        partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+        try:
+            for source in sources:
+                with packages.unpacked(source, cache) as package:
+                    _copy_listed(package, files, partial)
+            write_json(partial / "library.json", {"packages": dict(map(_version, sources))})
+            if not root.exists():
+                partial.rename(root)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    # What these versions of the packages hold of the lists.
+    versions = read_json(root / "library.json")["packages"]
+    missing = [f for folder, f in files if not (root / folder / f).is_file()]
+    if len(missing) > MAX_MISSING_SHARE * len(files):
+        known = ", ".join(f"{p} {v}" for p, v in zip(PACKAGES, KNOWN_VERSIONS, strict=True))
+        raise UserError(
+            f"{len(missing)} of {len(files)} listed pictures, e.g. {missing[0]}, are not in the "
+            f"packages ({', '.join(map(' '.join, versions.items()))}); use the versions of Debian "
+            f"12 ({known}) with --packages-dir"
+        )
+
+    def present(groups: list[list[str]]) -> list[list[str]]:
+        kept = ([f for f in group if f not in missing] for group in groups)
+        return [group for group in kept if group]
+
+    return Library(
+        root,
+        {name: present(groups) for name, groups in cutouts.items()},
+        {name: kept[0] for name, group in scenes.items() if (kept := present([group]))},
+        versions,
+        missing,
+    )
+
+
+def _version(source: Path) -> tuple[str, str]:
+    """A package and its version, by the name of its file."""
+    if source.is_dir():
+        return "unpacked", "folder"
+    name, version, _ = source.name.split("_", 2)
+    return name, version.replace("%3a", ":")
+
+
+def _copy_listed(package: Path, files: list[tuple[str, str]], out: Path) -> None:
+    """Copy what an unpacked package holds of the listed (folder, file), and its terms."""
+    share = package / "usr/share"
+    pieces = {f"licences/{name}.txt": share / f"doc/{name}/copyright" for name in PACKAGES}
+    resources: dict[Path, dict[str, str]] = {}  # resource file -> path inside it -> in the library
+    for folder, file in files:
+        holder, _, inside = file.partition("/")
+        if folder == "cutouts":
+            pieces[f"cutouts/{file}"] = share / "tuxpaint/stamps" / file
+        elif holder == "templates":
+            pieces[f"backgrounds/{file}"] = share / "tuxpaint" / file
+        else:
+            path = share / "gcompris-qt/rcc" / holder
+            resources.setdefault(path, {})[inside] = f"backgrounds/{file}"
+    contents = {name: path.read_bytes() for name, path in pieces.items() if path.is_file()}
+    for path, names in resources.items():
+        for place, data in read_rcc(path).items() if path.is_file() else ():
+            if name := names.get(place.partition("/resource/")[2]):
+                contents[name] = data
+    for name, data in contents.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+
+
+def read_rcc(file: Path) -> dict[str, bytes]:
+    """Read all files of a Qt resource file, version 1 to 3.
+
+    Returns:
+        Contents by path inside the resource, e.g. "gcompris/src/.../sea1.webp".
+    Raises:
+        UserError: If it is no resource file, or damaged.
+    """
+    try:
+        return _read_rcc(file.read_bytes())
+    except (struct.error, zlib.error, zstandard.ZstdError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(
+            f"{file}: no readable Qt resource file ({error}); fetch it again"
+        ) from error
+
+
+def _read_rcc(raw: bytes) -> dict[str, bytes]:
+    magic, version, tree, data, names = struct.unpack_from(">4s4I", raw)
+    if magic != b"qres" or not 1 <= version <= 3:
+        raise ValueError(f"starts with {magic!r}, version {version}; known are 1 to 3")
+
+    # Walk the tree; entries are counted, so that a damaged tree cannot loop for ever.
+    files, waiting, num_entries = {}, [(0, "")], 0
+    while waiting:
+        index, path = waiting.pop()
+        num_entries += 1
+        entry = tree + index * (14 if version == 1 else 22)
+        name_offset, flags, count, first = struct.unpack_from(">IHII", raw, entry)
+        if num_entries > _MAX_ENTRIES or (flags & _FOLDER and count > _MAX_ENTRIES):
+            raise ValueError("its tree is damaged")
+        if index:  # the root has no name
+            (length,) = struct.unpack_from(">H", raw, names + name_offset)
+            start = names + name_offset + 6
+            path += raw[start : start + 2 * length].decode("utf-16-be")
+        if flags & _FOLDER:
+            waiting += [(first + i, f"{path}/" if path else "") for i in range(count)]
+            continue
+        (offset,) = struct.unpack_from(">I", raw, entry + 10)
+        (length,) = struct.unpack_from(">I", raw, data + offset)
+        (content,) = struct.unpack_from(f"{length}s", raw, data + offset + 4)
+        if flags & _ZSTD:
+            unpacker = zstandard.ZstdDecompressor()
+            content = unpacker.decompress(content, max_output_size=_MAX_BYTES)
+        elif flags & _ZLIB:
+            content = zlib.decompressobj().decompress(content[4:], _MAX_BYTES)
+        files[path] = content
+    return files
+
+
+# -- the pictures of a set ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Operation:
     """A change of colours or sharpness that is made with some probability.
 
     A new operation is a new module with a subclass, and has the module's name
-    (``common.registry``). The random parameters of a sample are a function of the seed, the
+    (``common.config``). The random parameters of a sample are a function of the seed, the
     sample, its repeat index and the view, whatever other operations there are.
 
     Attributes:

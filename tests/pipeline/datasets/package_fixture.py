@@ -1,10 +1,9 @@
 """A small set by the command line; stand-ins for the Debian packages, with small pictures."""
 
 import hashlib
-import io
-import lzma
 import struct
-import tarfile
+import subprocess
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 import zstandard
 
-from pipeline.datasets import packages
+from pipeline.datasets import photos
 from tools import make_dataset
 
 Files = dict[str, bytes]
@@ -34,6 +33,14 @@ def tree(folder: Path) -> Files:
     """Return all files of a folder by relative path."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def write_tree(root: Path, files: Files) -> Path:
+    """Write files by relative path; return the folder."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
 
 
 def make_rcc(
@@ -71,46 +78,29 @@ def make_rcc(
     return header + entries + data + names
 
 
-def make_deb(path: Path, files: Files, packing: str = "xz") -> None:
+def make_deb(path: Path, files: Files) -> None:
     """Write a Debian package that holds the given files."""
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo("./" + name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    packers: dict[str, Callable[[bytes], bytes]] = {
-        "xz": lambda raw: lzma.compress(raw, preset=0),
-        "zst": lambda raw: zstandard.ZstdCompressor().compress(raw),
-    }
-    parts = [("debian-binary", b"2.0\n"), ("control.tar.xz", lzma.compress(b"odd"))]
-    parts.append((f"data.tar.{packing}", packers[packing](tar.getvalue())))
-    raw = b"!<arch>\n"
-    for name, content in parts:
-        raw += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
-        raw += content + b"\n" * (len(content) % 2)
-    path.write_bytes(raw)
+    control = b"Package: a\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: a\n"
+    with tempfile.TemporaryDirectory() as folder:
+        write_tree(Path(folder), files | {"DEBIAN/control": control})
+        Path(folder).chmod(0o755)
+        command = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", folder, str(path)]
+        subprocess.run(command, check=True, capture_output=True)
 
 
-def _picture(name: str, alpha: bool) -> np.ndarray:
+def encode(name: str, alpha: bool, ending: str = ".png") -> bytes:
     """Return a small picture whose colours follow from its name; cut-outs are ellipses."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
     rng = np.random.default_rng(seed)
     height, width = rng.integers(20, 40, 2)
     coarse = rng.integers(0, 255, (3, 4, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (int(width), int(height)))
-    if not alpha:
-        return image
-    mask = np.zeros((height, width), dtype=np.uint8)
-    cv2.ellipse(
-        mask, (width // 2, height // 2), (width // 2 - 1, height // 2 - 1), 0, 0, 360, 255, -1
-    )
-    return np.dstack([image, mask])
-
-
-def encode(name: str, alpha: bool, ending: str = ".png") -> bytes:
-    """Return a small encoded picture."""
-    done, data = cv2.imencode(ending, _picture(name, alpha))
+    if alpha:
+        mask = np.zeros((height, width), dtype=np.uint8)
+        middle = (width // 2, height // 2)
+        cv2.ellipse(mask, middle, (width // 2 - 1, height // 2 - 1), 0, 0, 360, 255, -1)
+        image = np.dstack([image, mask])
+    done, data = cv2.imencode(ending, image)
     assert done
     return data.tobytes()
 
@@ -119,12 +109,12 @@ def package_files(leave_out: Iterable[str] = ()) -> dict[str, Files]:
     """Return the contents of the three packages: everything listed but `leave_out`."""
     gone = set(leave_out)
     stamps: Files = {}
-    for groups in packages.listed_cutouts().values():
+    for groups in photos.listed_cutouts().values():
         for file in (f for group in groups for f in group if f not in gone):
             stamps["usr/share/tuxpaint/stamps/" + file] = encode(file, True)
     templates: Files = {"usr/share/tuxpaint/templates/unlisted.jpg": b"not read"}
     resources: dict[str, Files] = {}
-    for files in packages.listed_backgrounds().values():
+    for files in photos.listed_backgrounds().values():
         for file in (f for f in files if f not in gone):
             holder, _, inside = file.partition("/")
             if holder == "templates":
@@ -137,13 +127,13 @@ def package_files(leave_out: Iterable[str] = ()) -> dict[str, Files]:
         f"usr/share/gcompris-qt/rcc/{holder}": make_rcc(files, 3, packings[i % 3])
         for i, (holder, files) in enumerate(sorted(resources.items()))
     }
-    return dict(zip(packages.PACKAGES, (stamps, gcompris, templates), strict=True))
+    return dict(zip(photos.PACKAGES, (stamps, gcompris, templates), strict=True))
 
 
 def make_packages(folder: Path, leave_out: Iterable[str] = (), version: str = "1.0-1") -> Path:
     """Write the three packages into a folder, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (name, files) in enumerate(package_files(leave_out).items()):
+    for name, files in package_files(leave_out).items():
         files[f"usr/share/doc/{name}/copyright"] = b"terms"
-        make_deb(folder / f"{name}_{version}_all.deb", files, ("xz", "zst")[i % 2])
+        make_deb(folder / f"{name}_{version}_all.deb", files)
     return folder

@@ -83,18 +83,18 @@ def test_an_object_that_only_hides_others_goes_first_if_it_is_hidden_itself():
     assert objects == []
 
 
-def test_truncated_means_cut_by_the_border():
-    inside = scene.settle([Placed(square(10, 10), 0, 0, 0)], (20, 20))[1][0]
-    cut = scene.settle([Placed(square(10, 10), -4, 0, 0)], (20, 20))[1][0]
-    assert (inside.truncated, cut.truncated) == (False, True)
-    assert cut.box == (0, 0, 6, 10)
-
-
-def test_tiny_objects_are_difficult():
+def test_truncated_means_cut_by_the_border_and_tiny_is_difficult():
     side = scene.DIFFICULT_SIDE_PX
-    tiny = scene.settle([Placed(square(side - 1, side - 1), 2, 2, 0)], (40, 40))[1][0]
-    small = scene.settle([Placed(square(side, 3), 2, 2, 0)], (40, 40))[1][0]
-    assert (tiny.difficult, small.difficult) == (True, False)
+    cases = [
+        # height, width, x: box, truncated, difficult
+        ((10, 10, 0), (0, 0, 10, 10), False, False),
+        ((10, 12, -4), (0, 0, 8, 10), True, False),
+        ((side - 1, side - 1, 2), (2, 0, side + 1, side - 1), False, True),
+        ((side, 3, 2), (2, 0, 5, side), False, False),
+    ]
+    for (height, width, x), box, truncated, difficult in cases:
+        found = scene.settle([Placed(square(height, width), x, 0, 0)], (20, 20))[1][0]
+        assert (found.box, found.truncated, found.difficult) == (box, truncated, difficult)
 
 
 def test_painting_changes_the_boxed_pixels_only():
