@@ -146,7 +146,7 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         print_check({}, as_json=options.json is not None)
         return
     source = open_source(options.source, split=options.split, labels=options.labels)
-    chosen = [picture for picture in source.pictures if is_in_part(picture.name, options.part)]
+    chosen = [SourcePicture(*one) for one in source.pictures if is_in_part(one[1], options.part)]
     require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
     if options.check:
         num_bytes = sum(os.path.getsize(picture.path) for picture in chosen)
@@ -156,13 +156,12 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
     kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
     labels = f"{len(source.classes)} classes" if source.classes else "no labels"
     text = f"{options.source}: {kind}, {len(chosen)} pictures, {labels}"
-    if source.ignored:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(source.ignored.items()))
-        text += f"; other files ignored: {counts}"
+    if source.num_ignored:
+        text += f"; {source.num_ignored} other files ignored"
     print(printable(text), flush=True)
 
     report = write_shards(
-        [SourcePicture(picture.path, picture.name, picture.label) for picture in chosen],
+        chosen,
         options.out,
         options=shard_options,
         classes=None if source.classes is None else list(source.classes),

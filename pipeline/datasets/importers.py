@@ -3,34 +3,24 @@
 import gzip
 import hashlib
 import os
-import re
 import shutil
-import sys
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 
-from common.annotations.formats.voc import (
-    VOC_CLASSES,
-    list_names,
-    read_list,
-    require_picture,
-    year_folders,
-)
-from common.annotations.record import LabelledSplit, SetChoice, list_file, read_set
+from common.annotations.formats import voc
+from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
 from common.pictures import BadPicture, decode_fast, read_header
 from pipeline.datasets import packages
-from pipeline.datasets.build import Card, make_set, write_picture
+from pipeline.datasets.sets import Card, make_set
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
 
@@ -38,24 +28,6 @@ PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 )
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "training", "testing"})
-
-Kind = Literal["folder", "classes", "voc"]
-Labels = Literal["auto", "none"]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One file of a source.
-
-    Attributes:
-        path: Where it is.
-        name: Path relative to the source, with slashes.
-        label: Class number, -1 for none.
-    """
-
-    path: str
-    name: str
-    label: int
 
 
 @dataclass(frozen=True)
@@ -65,19 +37,20 @@ class PictureSource:
     Attributes:
         kind: "folder" (no labels), "classes" (one folder per class) or "voc" (no labels: many
             objects each).
-        pictures: The files, sorted by name.
+        pictures: (path, name, label) of each file, sorted by name: the name is the path relative to
+            the source, with slashes; the label the class number, or -1.
         classes: Class names in label order, or None.
-        ignored: Files that are no pictures, counted by suffix.
+        num_ignored: Files that are no pictures.
     """
 
-    kind: Kind
-    pictures: tuple[Picture, ...]
+    kind: Literal["folder", "classes", "voc"]
+    pictures: tuple[tuple[str, str, int], ...]
     classes: tuple[str, ...] | None
-    ignored: dict[str, int]
+    num_ignored: int
 
 
 def open_source(
-    path: str | Path, *, split: str | None = None, labels: Labels = "auto"
+    path: str | Path, *, split: str | None = None, labels: Literal["auto", "none"] = "auto"
 ) -> PictureSource:
     """Find out what a folder holds and list its pictures.
 
@@ -96,41 +69,30 @@ def open_source(
         f"{root}: no such folder; give a folder of pictures, class folders or a VOC devkit",
     )
     # A VOC devkit. Where no folder has the list, reading it from the first says what is missing.
-    if years := year_folders(root):
+    if years := voc.year_folders(root):
         if split is None:
-            names = sorted({name for year in years for name in list_names(year) if "_" not in name})
-            raise UserError(
-                f"{root}: is a VOC devkit; choose a part with --split, one of: "
-                f"{', '.join(names) or '(none)'}"
+            names = sorted(
+                {name for year in years for name in voc.list_names(year) if "_" not in name}
             )
+            there = ", ".join(names) or "(none)"
+            raise UserError(f"{root}: is a VOC devkit; choose a part with --split, one of: {there}")
         found = []
         for year in [year for year in years if list_file(year, split).exists()] or years[:1]:
-            for image_id in read_list(year, split, class_wise=True):
-                file = require_picture(year, image_id)
-                found.append(Picture(str(file), f"{year.name}/{file.name}", -1))
-        return PictureSource("voc", tuple(sorted(found, key=lambda one: one.name)), None, {})
+            for image_id in voc.read_list(year, split, class_wise=True):
+                file = voc.require_picture(year, image_id)
+                found.append((str(file), f"{year.name}/{file.name}", -1))
+        return PictureSource("voc", tuple(sorted(found, key=itemgetter(1))), None, 0)
 
     # Any other folder: its pictures.
-    if split is not None:
-        if not (root / split).is_dir():
-            folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-            raise UserError(
-                f"{root}: has no folder {split!r} and is no VOC devkit; leave --split out, or "
-                "name one of: " + (", ".join(folders[:10]) or "(no sub-folders)")
-            )
-        root = root / split
-    names, ignored = [], Counter()
-    for file in _walk(root):
-        if file.suffix.lower() in PICTURE_SUFFIXES:
-            names.append(file.relative_to(root).as_posix())
-        else:
-            ignored[file.suffix.lower() or "(no suffix)"] += 1
-    if not names:
-        kinds = [f"{count} {suffix}" for suffix, count in ignored.most_common(3)]
-        raise UserError(
-            f"{root}: holds no pictures (found {', '.join(kinds) or 'nothing at all'}); suffixes "
-            f"read: {' '.join(sorted(PICTURE_SUFFIXES))}"
-        )
+    root = root / (split or "")
+    require(root.is_dir(), f"{root}: no such folder, and no VOC devkit above it; check --split")
+    files = [file.relative_to(root) for file in _walk(root)]
+    names = sorted(x.as_posix() for x in files if x.suffix.lower() in PICTURE_SUFFIXES)
+    require(
+        bool(names),
+        f"{root}: holds no pictures ({len(files)} other files); suffixes read: "
+        f"{' '.join(sorted(PICTURE_SUFFIXES))}",
+    )
 
     # Sub-folders are splits, or classes if every picture lies in one of several.
     tops = sorted({name.split("/")[0] for name in names if "/" in name})
@@ -140,12 +102,9 @@ def open_source(
     )
     has_classes = labels == "auto" and len(tops) > 1 and all("/" in name for name in names)
     number = {name: i for i, name in enumerate(tops if has_classes else ())}
-    pictures = tuple(
-        Picture(str(root / name), name, number.get(name.split("/")[0], -1))
-        for name in sorted(names)
-    )
+    pictures = tuple((str(root / name), name, number.get(name.split("/")[0], -1)) for name in names)
     kind, classes = ("classes", tuple(tops)) if has_classes else ("folder", None)
-    return PictureSource(kind, pictures, classes, dict(ignored))
+    return PictureSource(kind, pictures, classes, len(files) - len(names))
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -173,119 +132,114 @@ OFFICIAL_TARS = {
 # host.robots.ox.ac.uk/pascal/VOC/voc20{07,12}/dbstats.html
 OFFICIAL_COUNTS = {"VOC2007/trainval": 5_011, "VOC2012/trainval": 11_540, "VOC2007/test": 4_952}
 _GIVE_OFFICIAL = f"give {', '.join(OFFICIAL_TARS)}, or the folders unpacked from them"
-_VOC_LICENCE = (
-    "As the set states; PASCAL VOC: photographs from flickr under flickr's terms of use, for "
-    "research. Not part of this project."
-)
-_VOC_NOTES = (
-    "Objects marked difficult are trained on, as Detectron2 does; in the evaluation they are "
-    "neither missed nor errors, as in the devkit."
-)
-_YEAR = re.compile(r"VOC\d{4}")
+_NO_IMPORT = "Other sets need no import: tools/train_voc.sh --data FOLDER --train-split --classes"
 
 
-def import_voc(
-    sources: Sequence[Path], out: Path, any_count: bool, num_workers: int, overwrite: bool
-) -> bool:
+def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: bool) -> bool:
     """Unpack or link, check and describe PASCAL VOC: a devkit with a dataset.json.
 
     Args:
-        sources: Archives and folders.
+        sources: Official archives, and folders that hold VOC2007 or VOC2012 at any depth.
         out: Folder to make.
-        any_count: Whether other than the official archives and numbers of pictures are accepted.
         num_workers: Processes that decode.
         overwrite: Whether a set made with other options is replaced.
     Returns:
         False if the set was there already and was kept.
     Raises:
         UserError: For the first source or list that is wrong.
-        RunFailed: If the disk is full.
     """
-
-    def accept_or_refuse(problem: str) -> None:
-        remedy = "or give --any-count, and compare with no published figure"
-        require(any_count, f"{problem}; {remedy}")
-        print(f"WARNING: {problem}; results are NOT comparable with published ones",
-              file=sys.stderr)  # fmt: skip
+    for source in sources:
+        require(source.exists(), f"{source}: no such file or folder; {_GIVE_OFFICIAL}")
+    card = Card(
+        out.name,
+        "voc",
+        {"sources": {path.name: path.stat().st_size if path.is_file() else 0 for path in sources}},
+        "PASCAL VOC: photographs under flickr's terms of use, for research. Not part of this "
+        "project.",
+        "Objects marked difficult are trained on; in the evaluation they are neither missed nor "
+        "errors, as in the devkit.",
+    )
 
     def fill(root: Path) -> None:
-        # Archives are checked and unpacked; then all are folders, whose files are linked.
+        # Archives are unpacked; then all are folders.
         for source in sources:
-            folder = source
             if source.is_file():
-                expected, digest = OFFICIAL_TARS.get(source.name), _md5(source)
-                if expected not in (None, digest):
-                    accept_or_refuse(
-                        f"{source}: is not the official archive of that name (MD5 {digest} instead "
-                        f"of {expected}); download it again"
-                    )
-                folder = root / "unpacked"
-                _unpack(source, folder)
-            print(f"{source}: {', '.join(_take(folder, root, source))}")
+                _unpack(source, root / "unpacked")
+            _link_devkit(root / "unpacked" if source.is_file() else source, root)
             shutil.rmtree(root / "unpacked", ignore_errors=True)
 
-        # Every list: its annotations, pictures and numbers. They are named as Detectron2 does.
-        there = [x for x in OFFICIAL_COUNTS if list_file(root / x[:7], x[8:]).is_file()]
-        if "VOC2007/test" not in there or len(there) < 2:
-            raise UserError(
-                f"the sources hold {', '.join(there) or 'none of the lists'}; VOC2007/test and a "
-                f"trainval list are needed: {_GIVE_OFFICIAL}. A set with other lists or classes "
-                "needs no import: tools/train_voc.sh --data FOLDER --classes a,b,c"
-            )
-        names = [f"voc_{x[3:].replace('/', '_')}" for x in there]
+        # Every list, named as Detectron2 does: its annotations, number of pictures, pictures.
+        places = [Path(place) for place in OFFICIAL_COUNTS]
+        there = [str(x) for x in places if list_file(root / x.parent, x.name).is_file()]
+        require(
+            "VOC2007/test" in there and len(there) > 1,
+            f"the sources hold {', '.join(there) or 'none of the lists'}; VOC2007/test and a "
+            f"trainval list are needed: {_GIVE_OFFICIAL}. {_NO_IMPORT}",
+        )
+        names = [f"voc_{place[3:].replace('/', '_')}" for place in there]
         train, test = "+".join(names[:-1]), names[-1]
-        data = read_set(root, SetChoice("voc", VOC_CLASSES, train_split=train, test_split=test))
-        counts = {}
+        data = read_set(root, SetChoice("voc", voc.VOC_CLASSES, train_split=train, test_split=test))
         for place, split in zip(there, (*data.train, data.test), strict=True):
-            counts[place] = _counts(split, place, num_workers)
-            print(f"{place}: {', '.join(f'{n} {what}' for what, n in counts[place].items())}")
-            if counts[place]["pictures"] != OFFICIAL_COUNTS[place]:
-                accept_or_refuse(
-                    f"{place} has {counts[place]['pictures']} pictures, the official list "
-                    f"{OFFICIAL_COUNTS[place]}: a part or an altered copy; {_GIVE_OFFICIAL}"
-                )
-        splits = {name: counts[x]["pictures"] for name, x in zip(names, there, strict=True)}
+            files, count = [str(x.file) for x in split.pictures], OFFICIAL_COUNTS[place]
+            require(
+                len(files) == count,
+                f"{place} has {len(files)} pictures, the official list {count}: a part or an "
+                f"altered copy; {_GIVE_OFFICIAL}. {_NO_IMPORT}",
+            )
+            faults = process_map(
+                _fault, files, max_workers=num_workers, chunksize=64, desc=place, disable=None
+            )
+            broken = [fault for fault in faults if fault]
+            more = f"{len(broken)} of {count} pictures do not decode; download the set again"
+            require(not broken, "\n".join([*broken[:5], more]))
         card.write(
             root,
-            classes=VOC_CLASSES,
+            classes=voc.VOC_CLASSES,
             metric_year=2007,
-            splits=splits,
+            splits={name: OFFICIAL_COUNTS[x] for name, x in zip(names, there, strict=True)},
             train_split=train,
             test_split=test,
-            objects=counts,
-            official_counts=all(n["pictures"] == OFFICIAL_COUNTS[x] for x, n in counts.items()),
             pool=0,
             probe={"train": 0, "val": 0},
         )
 
-    for source in sources:
-        require(source.exists(), f"{source}: no such file or folder; {_GIVE_OFFICIAL}")
-    sizes = {path.name: path.stat().st_size if path.is_file() else 0 for path in sources}
-    options = {"sources": sizes, "any_count": any_count}
-    card = Card(out.name, "voc", options, _VOC_LICENCE, _VOC_NOTES)
     return make_set(card, out, overwrite, fill)
 
 
-def _md5(file: Path) -> str:
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _counts(split: LabelledSplit, place: str, num_workers: int) -> dict[str, int]:
-    """Decode every picture of a list; return how many pictures and objects it has."""
-    files = [str(picture.file) for picture in split.pictures]
-    with ProcessPoolExecutor(num_workers) as pool:
-        results = pool.map(_fault, files, chunksize=64)
-        bar = tqdm(results, total=len(files), desc=place, unit=" pictures", disable=None)
-        broken = [fault for fault in bar if fault]
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack an official tar; what would lie or point outside is refused."""
+    with open(archive, "rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     require(
-        not broken,
-        "\n".join(broken[:5])
-        + f"\n{len(broken)} of {len(files)} pictures of {place} do not decode; unpack or download "
-        "the set again",
+        md5 in OFFICIAL_TARS.values(),
+        f"{archive}: is none of the official archives (MD5 {md5}); download it again, or give "
+        "the folder unpacked from it",
     )
-    marks = [item.difficult for picture in split.pictures for item in picture.objects]
-    return {"pictures": len(files), "objects": marks.count(False), "difficult": sum(marks)}
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive}: cannot be unpacked ({error})") from error
+
+
+def _link_devkit(folder: Path, devkit: Path) -> None:
+    """Link the files of VOC2007 and VOC2012, at any depth of a folder; copy where links fail.
+
+    A file that is there already, from an earlier source, stays.
+    """
+
+    def link(file: str, place: str) -> None:
+        if not os.path.exists(place):
+            try:
+                os.link(os.path.realpath(file), place)  # of the file, not of a link to it
+            except OSError:
+                shutil.copyfile(file, place)
+
+    for year in [folder, *folder.rglob("VOC20??")]:
+        for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            if year.name.startswith("VOC20") and (year / part).is_dir():
+                place = devkit / year.name / part
+                shutil.copytree(year / part, place, copy_function=link, dirs_exist_ok=True)
 
 
 def _fault(file: str) -> str | None:
@@ -296,61 +250,6 @@ def _fault(file: str) -> str | None:
     except BadPicture as error:
         return str(error)
     return None
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar, which may be compressed; what would lie or point outside is refused."""
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{archive}: cannot be unpacked as a tar ({error}); download it again, or give the "
-            "unpacked folder"
-        ) from error
-
-
-def _take(folder: Path, devkit: Path, source: Path) -> list[str]:
-    """Bring the files of a folder; they become hard links where the file system has them.
-
-    Args:
-        folder: Holds VOC2007 or the like at most three deep, or is a VOC folder itself (then it
-            becomes VOC2007 unless its name says otherwise).
-        devkit: Where the files go.
-        source: What to name in messages.
-    Returns:
-        Names of the VOC folders.
-    Raises:
-        UserError: If there is none, or a file differs from one that is there already.
-    """
-    if (folder / "JPEGImages").is_dir() or (folder / "Annotations").is_dir():
-        name = folder.resolve().name
-        years = [(name if _YEAR.fullmatch(name) else "VOC2007", folder)]
-    else:
-        patterns = ("VOC*", "*/VOC*", "*/*/VOC*")
-        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-        years = [(p.name, p) for p in paths if _YEAR.fullmatch(p.name) and p.is_dir()]
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-    require(
-        bool(years),
-        f"{source}: holds no VOC set (found {found or 'nothing'}); there must be a folder VOC2007 "
-        "or VOC2012 with JPEGImages, Annotations and ImageSets/Main",
-    )
-    for (name, year), part in product(years, ("Annotations", "JPEGImages", "ImageSets/Main")):
-        for file in sorted(path for path in (year / part).glob("[!.]*") if path.is_file()):
-            place = devkit / name / part / file.name
-            if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(file.resolve(), place)  # of the file, not of a link to it
-                except OSError:
-                    shutil.copyfile(file, place)
-            elif place.read_bytes() != file.read_bytes():
-                raise UserError(
-                    f"{source}: its {name}/{part}/{file.name} differs from the one that an "
-                    "earlier source has brought; give sources of one edition"
-                )
-    return sorted({name for name, _ in years})
 
 
 # -- Fashion-MNIST out of Debian's package: grey pictures of clothes, 28 x 28 pixels --------------
@@ -383,12 +282,22 @@ def import_fashion(
     Raises:
         UserError: If the package cannot be had.
     """
+    from pipeline.datasets.scene import write_picture  # OpenCV is slow to import
+
     options: dict[str, object] = {**counts, "seed": seed}
     card = Card(out.name, "fashion", options, "MIT (Zalando SE)", "28 x 28 grey pixels.")
     probe = {"train": counts["num_probe_train"], "val": counts["num_probe_val"]}
 
     def fill(root: Path) -> None:
-        (train, train_labels), (test, test_labels) = _read_fashion(cache)
+        place, source = "usr/share/datasets/fashion-mnist", SYSTEM
+        kinds = ("images-idx3", "labels-idx1")
+        if not (SYSTEM / place).is_dir():
+            (source,) = packages.fetched([FASHION_PACKAGE], cache, "31 MB")
+        with packages.unpacked(source, cache) as package:
+            (train, train_labels), (test, test_labels) = (
+                [read_idx(package / place / f"{part}-{kind}-ubyte.gz") for kind in kinds]
+                for part in ("train", "t10k")
+            )
         generator = np.random.default_rng(seed)
         (root / "pool").mkdir(parents=True)
         for number, index in enumerate(generator.permutation(len(train))[: counts["num_pool"]]):
@@ -406,19 +315,6 @@ def import_fashion(
         card.write(root, classes=FASHION_CLASSES, pool=counts["num_pool"], probe=probe)
 
     return make_set(card, out, overwrite, fill)
-
-
-def _read_fashion(cache: Path) -> list[list[np.ndarray]]:
-    """Pictures and labels of the training and of the test set."""
-    place, source = "usr/share/datasets/fashion-mnist", SYSTEM
-    if not (SYSTEM / place).is_dir():
-        (source,) = packages.fetched([FASHION_PACKAGE], cache, "31 MB")
-    with packages.unpacked(source, cache) as root:
-        kinds = ("images-idx3", "labels-idx1")
-        return [
-            [read_idx(root / place / f"{part}-{kind}-ubyte.gz") for kind in kinds]
-            for part in ("train", "t10k")
-        ]
 
 
 def read_idx(file: Path) -> np.ndarray:

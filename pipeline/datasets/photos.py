@@ -15,26 +15,18 @@ import cv2
 import numpy as np
 import zstandard
 
-from common.errors import UserError
+from common.errors import UserError, require
 from common.files import read_json, write_json
 from pipeline.datasets import packages, scene, shapes
 from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, generator
 
 VERSION = 3  # raise it whenever the pictures of given options change
-CLASS_SETS = {
-    "coarse": {
-        "animal": ("bird", "fish", "hoofed", "carnivore", "smallmammal"),
-        "plant": ("flower", "fruit", "vegetable"),
-        "artefact": ("vehicle", "instrument", "tool"),
-    },
-    "medium": {
-        "bird": ("bird",),
-        "mammal": ("hoofed", "carnivore", "smallmammal"),
-        "fish": ("fish",),
-        "plant": ("flower", "fruit", "vegetable"),
-        "artefact": ("vehicle", "instrument", "tool"),
-    },
-}  # and "fine", the classes of the list themselves
+_MAMMALS = ("hoofed", "carnivore", "smallmammal")
+_OTHERS = {"plant": ("flower", "fruit", "vegetable"), "artefact": ("vehicle", "instrument", "tool")}
+CLASS_SETS = {  # and "fine", the classes of the list themselves
+    "coarse": {"animal": ("bird", "fish", *_MAMMALS), **_OTHERS},
+    "medium": {"bird": ("bird",), "mammal": _MAMMALS, "fish": ("fish",), **_OTHERS},
+}
 _MAX_TURN = 15.0  # degrees
 _MAX_ENLARGE = 2.5  # small cut-outs are not blown up beyond this
 _MIN_CROP = 0.6  # of a background, as a share of its largest crop
@@ -44,7 +36,6 @@ LICENCE = (
     "Not part of this project."
 )
 PACKAGES = ("tuxpaint-stamps-default", "gcompris-qt-data", "tuxpaint-data")
-KNOWN_VERSIONS = ("2022.06.04-1", "3.1-2", "1:0.9.28-sdl2-1")
 MAX_MISSING_SHARE = 0.05  # of the listed pictures, before a set is refused
 _ZLIB, _FOLDER, _ZSTD = 1, 2, 4  # flags of a resource file's entries
 _MAX_ENTRIES = 100_000  # of a resource file
@@ -62,16 +53,16 @@ class Library:
     Attributes:
         root: Folder with cutouts/, backgrounds/ and licences/.
         cutouts: Fine class -> groups of near duplicates -> file below cutouts/.
-        backgrounds: Scene -> files below backgrounds/.
+        backgrounds: For each scene its files below backgrounds/.
         packages: Package -> version.
-        missing: Listed files that these versions of the packages do not hold.
+        num_missing: Listed files that these versions of the packages do not hold.
     """
 
     root: Path
     cutouts: dict[str, list[list[str]]]
-    backgrounds: dict[str, list[str]]
+    backgrounds: list[list[str]]
     packages: dict[str, str]
-    missing: list[str]
+    num_missing: int
 
 
 def listed_cutouts() -> dict[str, list[list[str]]]:
@@ -99,13 +90,12 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
     elif (packages_dir / "usr/share").is_dir():
         sources = [packages_dir]
     else:
-        found = [packages.newest(packages_dir, name) for name in PACKAGES]
-        sources = [path for path in found if path is not None]
-        if len(sources) < len(PACKAGES):
-            raise UserError(
-                f"--packages-dir {packages_dir}: no {PACKAGES[found.index(None)]}_*.deb there; "
-                f"fetch them with `apt-get download {' '.join(PACKAGES)}`"
-            )
+        sources = [path for x in PACKAGES if (path := packages.newest(packages_dir, x))]
+        require(
+            len(sources) == len(PACKAGES),
+            f"--packages-dir {packages_dir}: not all of {', '.join(PACKAGES)} are there; fetch "
+            f"them with `apt-get download {' '.join(PACKAGES)}`",
+        )
 
     # The library belongs to these packages and lists. It appears when it is complete.
     cutouts, scenes = listed_cutouts(), listed_backgrounds()
@@ -116,12 +106,15 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
     root = cache / f"library-{name}"
     if not (root / "library.json").exists():
         print("unpacking the pictures (once, about 20 s)", flush=True)
-        partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+        partial, versions = root.with_name(f"{root.name}.partial-{os.getpid()}"), {}
         try:
             for source in sources:
                 with packages.unpacked(source, cache) as package:
                     _copy_listed(package, files, partial)
-            write_json(partial / "library.json", {"packages": dict(map(_version, sources))})
+                # A .deb is called NAME_VERSION_ARCHITECTURE.deb.
+                label, version = f"{source.name}_".split("_")[:2]
+                versions[label] = version.replace("%3a", ":") or "unpacked"
+            write_json(partial / "library.json", {"packages": versions})
             if not root.exists():
                 partial.rename(root)
         finally:
@@ -129,34 +122,19 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
 
     # What these versions of the packages hold of the lists.
     versions = read_json(root / "library.json")["packages"]
-    missing = [f for folder, f in files if not (root / folder / f).is_file()]
-    if len(missing) > MAX_MISSING_SHARE * len(files):
-        known = ", ".join(f"{p} {v}" for p, v in zip(PACKAGES, KNOWN_VERSIONS, strict=True))
-        raise UserError(
-            f"{len(missing)} of {len(files)} listed pictures, e.g. {missing[0]}, are not in the "
-            f"packages ({', '.join(map(' '.join, versions.items()))}); use the versions of Debian "
-            f"12 ({known}) with --packages-dir"
-        )
-
-    def present(groups: list[list[str]]) -> list[list[str]]:
-        kept = ([f for f in group if f not in missing] for group in groups)
-        return [group for group in kept if group]
-
-    return Library(
-        root,
-        {name: present(groups) for name, groups in cutouts.items()},
-        {name: kept[0] for name, group in scenes.items() if (kept := present([group]))},
-        versions,
-        missing,
+    present = {file for folder, file in files if (root / folder / file).is_file()}
+    num_missing = len(files) - len(present)
+    require(
+        num_missing <= MAX_MISSING_SHARE * len(files),
+        f"{num_missing} of {len(files)} listed pictures are not in the packages {versions}; use "
+        "those of Debian 12 with --packages-dir",
     )
-
-
-def _version(source: Path) -> tuple[str, str]:
-    """A package and its version, by the name of its file."""
-    if source.is_dir():
-        return "unpacked", "folder"
-    name, version, _ = source.name.split("_", 2)
-    return name, version.replace("%3a", ":")
+    groups = {
+        name: [kept for group in groups if (kept := [f for f in group if f in present])]
+        for name, groups in cutouts.items()
+    }
+    grounds = [kept for group in scenes.values() if (kept := [f for f in group if f in present])]
+    return Library(root, groups, grounds, versions, num_missing)
 
 
 def _copy_listed(package: Path, files: list[tuple[str, str]], out: Path) -> None:
@@ -193,10 +171,8 @@ def read_rcc(file: Path) -> dict[str, bytes]:
     """
     try:
         return _read_rcc(file.read_bytes())
-    except (struct.error, zlib.error, zstandard.ZstdError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(
-            f"{file}: no readable Qt resource file ({error}); fetch it again"
-        ) from error
+    except (struct.error, zlib.error, zstandard.ZstdError, ValueError) as error:
+        raise UserError(f"{file}: damaged Qt resource file ({error}); fetch it again") from error
 
 
 def _read_rcc(raw: bytes) -> dict[str, bytes]:
@@ -264,24 +240,20 @@ def split(library: Library, classes: str, split_seed: int) -> tuple[tuple[str, .
         split_seed: Chooses the split.
     Returns:
         Class names in label order, the training part, the test part.
-    Raises:
-        UserError: If a class is left without pictures on one side.
     """
     table = CLASS_SETS.get(classes) or {name: (name,) for name in library.cutouts}
     divided = {
         name: _divide(groups, 1 / 3, generator("photos", split_seed, name))
         for name, groups in library.cutouts.items()
     }
-    scenes = list(library.backgrounds.values())
-    grounds = _divide(scenes, 1 / 4, generator("photos", split_seed, "backgrounds"))
-    parts = []
-    for side in (0, 1):
-        cutouts = tuple(tuple(divided[k][side] for k in kinds) for kinds in table.values())
-        parts.append(Part(cutouts, grounds[side]))
-        for name, kinds in zip(table, cutouts, strict=True):
-            if not all(kinds) or not grounds[side]:
-                raise UserError(f"class {name}: too few pictures to split; give the full packages")
-    return tuple(table), parts[0], parts[1]
+    grounds = _divide(library.backgrounds, 1 / 4, generator("photos", split_seed, "backgrounds"))
+    seen, unseen = (
+        Part(
+            tuple(tuple(divided[k][side] for k in kinds) for kinds in table.values()), grounds[side]
+        )
+        for side in (0, 1)
+    )
+    return tuple(table), seen, unseen
 
 
 def _divide(groups: list[list[str]], share: float, rng: np.random.Generator) -> tuple[Files, Files]:

@@ -1,4 +1,4 @@
-"""Generated scenes: ten classes told apart by structure, in random materials, light and clutter.
+"""Generated scenes: six classes told apart by structure, in random materials, light and clutter.
 
 Colours know nothing of what wears them; textures may follow what it tends to be made of.
 """
@@ -160,8 +160,8 @@ class Habit:
 
 
 def habit_of(label: int, strength: float) -> Habit:
-    """Return the habit of a class: two neighbouring families of all; classes share families."""
-    first = 2 * label + label // (len(FAMILIES) // 2)  # the sixth class overlaps two others
+    """Return the habit of a class: two neighbouring families of all."""
+    first = 2 * label + label // (len(FAMILIES) // 2)  # the sixth overlaps two others
     return Habit(tuple(FAMILIES[(first + i) % len(FAMILIES)] for i in range(2)), strength)
 
 

@@ -5,100 +5,33 @@ number of workers.
 """
 
 import hashlib
-import math
+import multiprocessing
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
-from common.errors import require
+from common.annotations import canonical
+from common.annotations.record import ObjectRecord
+from pipeline.datasets.sets import Card, SetOptions, make_set
 
 CLUTTER = -1
 MIN_VISIBLE = 0.25  # objects of which less is seen are taken out of the picture
 DIFFICULT_VISIBLE = 0.5  # below this an object counts as difficult
 DIFFICULT_SIDE_PX = 8  # and so does one whose longer side is shorter than this
+_CHUNK = 32  # pictures per task
 _SOLID = 0.35  # opacity from which a pixel belongs to the object's mask
-_BLOCK = 4096  # bytes that a small file takes at least
-
-# -- options --------------------------------------------------------------------------------------
-
-
-def _option(
-    default: float, text: str, least: float = 0, most: float = math.inf, flag: str = ""
-) -> Any:
-    """A field with the help text, the limits and, where it has another name, its option."""
-    more = {"help": text, "least": least, "most": most, "flag": flag}
-    return field(default=default, metadata=more)
-
-
-@dataclass(frozen=True)
-class SetOptions:
-    """Sizes and statistics of a set; every value changes the pictures.
-
-    Sizes of objects are shares of a picture's shorter side, drawn log-uniformly. A probe picture
-    always shows one object. Half of the pictures stand upright.
-    """
-
-    num_pool: int = _option(4000, "unlabelled pictures for pretraining")
-    num_train: int = _option(300, "labelled pictures for fine-tuning", 1)
-    num_test: int = _option(300, "labelled pictures for the evaluation", 1)
-    num_probe_train: int = _option(500, "single-object pictures, kNN reference")
-    num_probe_val: int = _option(250, "single-object pictures, kNN queries")
-    short_side: int = _option(160, "", 32, flag="--image-size")
-    long_side: int = _option(200, "", 0, 8192, "--image-size (long side)")
-    seed: int = _option(0, "seed of everything random")
-    min_object: float = _option(0.25, "smallest object, share of the short side", 0.05)
-    max_object: float = _option(0.8, "largest object, share of the short side", 0, 2.0)
-    min_objects: int = _option(1, "fewest in a labelled picture", 1, flag="--min-objects-per-image")
-    max_objects: int = _option(3, "most in a labelled picture", 0, 20, "--max-objects-per-image")
-    pool_min_object: float = _option(0.5, "as --min-object, for pool and probe", 0.05)
-    pool_max_object: float = _option(0.95, "as --max-object, for pool and probe", 0, 2.0)
-    pool_min_objects: int = _option(1, "fewest in the pool", flag="--pool-min-objects-per-image")
-    pool_max_objects: int = _option(2, "most in the pool", 0, 20, "--pool-max-objects-per-image")
-    clutter: float = _option(1.0, "amount of distractors, 0 is none")
-    quality: int = _option(92, "of the JPEGs, 1..100", 1, 100)
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-            UserError: Naming the option, its value and the remedy.
-        """
-        flags = {option.name: flag(option) for option in fields(self)}
-        for option in fields(self):
-            value, name, limits = getattr(self, option.name), flags[option.name], option.metadata
-            least, most = limits["least"], limits["most"]
-            require(value >= least, f"{name} is {value}: give {least} or more")
-            require(value <= most, f"{name} is {value}: give {most} or less")
-        for low in ("short_side", *(name for name in flags if "min_" in name)):
-            high = low.replace("short", "long").replace("min_", "max_")
-            smallest, largest = getattr(self, low), getattr(self, high)
-            require(
-                smallest <= largest,
-                f"{flags[low]} is {smallest}, more than {flags[high]} {largest}: "
-                "give a range from small to large",
-            )
-
-    def counts(self) -> dict[str, int]:
-        """Return the number of pictures of each part of the set."""
-        parts = ("pool", "train", "test", "probe/train", "probe/val")
-        return {part: getattr(self, f"num_{part.replace('/', '_')}") for part in parts}
-
-    def num_bytes(self) -> int:
-        """Estimate the set's size on the disk, on the high side."""
-        per_pixel = 0.25 + 0.75 * (self.quality / 100) ** 4
-        picture = max(_BLOCK, self.short_side * self.long_side * per_pixel)
-        annotations = (self.num_train + self.num_test) * _BLOCK
-        return int(sum(self.counts().values()) * (picture + _BLOCK / 2) + annotations)
-
-
-def flag(option: Any) -> str:
-    """The command line option of a field of `SetOptions`."""
-    return option.metadata["flag"] or "--" + option.name.replace("_", "-")
-
 
 # -- pictures -------------------------------------------------------------------------------------
 
@@ -193,10 +126,6 @@ class SceneSource(ABC):
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
         """Make one picture; it may show nothing."""
 
-    def probe_label(self, index: int) -> int:
-        """Return the class of a probe picture: all classes in turn."""
-        return index % len(self.class_names)
-
     def place_objects(
         self, rng: np.random.Generator, shape: tuple[int, int], part: str, index: int,
         draw: Callable[[int, Range], Sprite],
@@ -219,7 +148,7 @@ class SceneSource(ABC):
         items: list[Placed] = []
         taken: list[tuple[int, int, int, int]] = []
         for _ in range(1 if is_probe else int(rng.integers(counts[0], counts[1] + 1))):
-            label = self.probe_label(index)
+            label = index % len(self.class_names)  # probe pictures show all classes in turn
             if not is_probe:
                 label = int(rng.integers(len(self.class_names)))
             sprite = draw(label, sizes)
@@ -274,37 +203,29 @@ def _overlap(item: Placed, shape: tuple[int, int]) -> tuple[slice, slice, slice,
     return rows, columns, inner_rows, slice(left - item.x, right - item.x)
 
 
-def visible_masks(items: Sequence[Placed], shape: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Return where each labelled item is seen, in picture coordinates, keyed by its position.
-
-    Args:
-        items: In painting order; later ones cover earlier ones.
-        shape: Rows and columns of the picture.
-    """
-    free = np.ones(shape, dtype=np.float32)
-    masks = {}
-    for index in range(len(items) - 1, -1, -1):
-        rows, columns, inner_rows, inner_columns = _overlap(items[index], shape)
-        alpha = items[index].sprite.alpha[inner_rows, inner_columns]
-        if items[index].label != CLUTTER:
-            mask = np.zeros(shape, dtype=bool)
-            mask[rows, columns] = alpha * free[rows, columns] > _SOLID
-            masks[index] = mask
-        free[rows, columns] *= 1 - alpha
-    return masks
-
-
 def settle(
     items: Sequence[Placed], shape: tuple[int, int]
 ) -> tuple[list[Placed], list[Annotation], list[np.ndarray]]:
     """Take out objects that are hardly seen, then measure the others.
 
+    Args:
+        items: In painting order; later ones cover earlier ones.
+        shape: Rows and columns of the picture.
     Returns:
         The items that stay, and for the labelled ones their annotations and visible masks.
     """
     stay = list(items)
     while True:
-        masks = visible_masks(stay, shape)
+        # Where each labelled item is seen, from the front to the back.
+        free = np.ones(shape, dtype=np.float32)
+        masks: dict[int, np.ndarray] = {}
+        for i in range(len(stay) - 1, -1, -1):
+            rows, columns, inner_rows, inner_columns = _overlap(stay[i], shape)
+            alpha = stay[i].sprite.alpha[inner_rows, inner_columns]
+            if stay[i].label != CLUTTER:
+                masks[i] = np.zeros(shape, dtype=bool)
+                masks[i][rows, columns] = alpha * free[rows, columns] > _SOLID
+            free[rows, columns] *= 1 - alpha
         seen = {i: int(masks[i].sum()) for i in masks}
         whole = {i: int((stay[i].sprite.alpha > _SOLID).sum()) for i in masks}
         hidden = [i for i in masks if seen[i] < max(MIN_VISIBLE * whole[i], 4)]
@@ -417,3 +338,129 @@ def finish(rng: np.random.Generator, image: np.ndarray, cast: float = 0.1) -> np
     sigma = np.float32(rng.uniform(0, 6))
     image += sigma * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
+
+
+# -- sets -----------------------------------------------------------------------------------------
+
+
+def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrite: bool) -> bool:
+    """Write a generated set to `out`.
+
+    Args:
+        source: Makes the pictures.
+        card: Goes into dataset.json.
+        out: Folder to make.
+        num_workers: Processes; 1 works in this one.
+        overwrite: Whether a set made with other options is replaced.
+    Returns:
+        False if the set was there already and was kept.
+    Raises:
+        UserError: If `out` holds something else.
+        OSError: If the disk is full.
+        RuntimeError: If a worker was killed.
+    """
+
+    def fill(root: Path) -> None:
+        canonical.make_folders(root / canonical.YEAR_FOLDER)
+        (root / "pool").mkdir()
+        for split, name in product(("train", "val"), source.class_names):
+            (root / "probe" / split / name).mkdir(parents=True)
+        _render_all(source, root, num_workers)
+        counts = source.options.counts()
+        splits = {split: counts[split] for split in ("train", "test")}
+        for split, count in splits.items():
+            names = [f"{split}_{index:06d}" for index in range(count)]
+            canonical.write_list(root / canonical.YEAR_FOLDER, split, names)
+        card.write(
+            root,
+            classes=source.class_names,
+            metric_year=2012,  # area under the precision-recall curve, not VOC2007's 11 points
+            splits=splits,
+            pool=counts["pool"],
+            probe={split: counts[f"probe/{split}"] for split in ("train", "val")},
+        )
+
+    return make_set(card, out, overwrite, fill)
+
+
+def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
+    counts = source.options.counts()
+    tasks = [
+        (part, range(start, min(start + _CHUNK, count)))
+        for part, count in counts.items()
+        for start in range(0, count, _CHUNK)
+    ]
+    render = partial(_render_chunk, source, root)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # ends OpenCV's threads: a forked worker would wait for them for ever
+    try:
+        with (
+            tqdm(total=sum(counts.values()), unit="img", desc=root.stem) as bar,
+            ProcessPoolExecutor(num_workers, initializer=_end_with_parent) as pool,
+        ):
+            run = map if num_workers == 1 else pool.map
+            for num_done in run(render, *zip(*tasks, strict=True)):
+                bar.update(num_done)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker process was killed (out of memory?): run again, with a smaller --num-workers"
+        ) from error
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end with its parent even if that is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _render_chunk(source: SceneSource, root: Path, part: str, indices: range) -> int:
+    """Make pictures and write each where its part belongs; return how many."""
+    classes, quality = source.class_names, source.options.quality
+    for index in indices:
+        scene = source.scene(part, index)
+        if part in ("train", "test"):
+            write_scene(root, f"{part}_{index:06d}", scene, classes, quality)
+        elif part == "pool":
+            write_picture(root / part / f"{index:07d}.jpg", scene.image, quality)
+        else:
+            name = classes[index % len(classes)]
+            write_picture(root / part / name / f"{index:06d}.jpg", scene.image, quality)
+    return len(indices)
+
+
+def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], quality: int) -> None:
+    """Write one labelled picture below a devkit's root.
+
+    Args:
+        root: Folder that holds VOC2007.
+        name: Picture name without ending.
+        scene: Picture and objects.
+        classes: Class names in label order.
+        quality: JPEG quality, 1..100.
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    folder = root / canonical.YEAR_FOLDER
+    write_picture(folder / "JPEGImages" / f"{name}.jpg", scene.image, quality)
+    height, width = scene.image.shape[:2]
+    objects = []
+    for item in scene.objects:
+        marks = {"difficult": item.difficult, "truncated": item.truncated}
+        objects.append(ObjectRecord(classes[item.label], item.box, **marks))
+    xml = canonical.annotation_xml(f"{name}.jpg", width, height, objects)
+    canonical.annotation_file(folder, name).write_bytes(xml)
+
+
+def write_picture(path: Path, image: np.ndarray, quality: int = 100) -> None:
+    """Write a picture, uint8 [h, w, 3] BGR or [h, w], in the format that its name ends in."""
+    done, data = cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done, path
+    path.write_bytes(data.tobytes())

@@ -1,4 +1,4 @@
-"""The ten object classes of the generated world, and the things that belong to none.
+"""The six object classes of the generated world, and the things that belong to none.
 
 Shape parameters are drawn on [0, 1]. Training objects never take a value in HELD_OUT_BANDS, test
 and probe/val objects take nothing else: unseen objects with the same spread as the seen ones.
@@ -249,33 +249,6 @@ def tree(dice: ShapeDice) -> list[Part]:
     return parts
 
 
-def house(dice: ShapeDice) -> list[Part]:
-    """Walls under a pitched roof, with a door, windows and often a chimney."""
-    half, floor = dice.uniform(0.5, 0.8), 0.85
-    eaves, ridge = dice.uniform(-0.3, 0.15), dice.uniform(0.35, 0.75)
-    over, peak = dice.uniform(0.03, 0.2), dice.uniform(-0.3, 0.3)
-    flat = half * (dice.uniform(0.2, 0.8) if dice.chance(0.4) else 0.0)
-    top = eaves - ridge
-    parts = []
-    if dice.chance(0.6):
-        x = half * dice.uniform(0.3, 0.65) * (1 if dice.chance(0.5) else -1)
-        parts.append(part(rectangle(x - 0.09, top - 0.02, x + 0.09, eaves), slot=THIRD))
-    parts.append(part(rectangle(-half, eaves, half, floor), relief=0.4))
-    roof = [(-half - over, eaves + 0.04), (peak * half - flat, top), (peak * half + flat, top)]
-    parts.append(part(polygon(*roof, (half + over, eaves + 0.04)), slot=SECOND, relief=0.6))
-    door, wide = dice.uniform(-0.6, 0.6) * half, dice.uniform(0.1, 0.17)
-    high = min(dice.uniform(0.35, 0.55), (floor - eaves) * 0.8)
-    frame = rectangle(door - wide, floor - high, door + wide, floor)
-    parts.append(part(frame, slot=dice.integer(2, 3), relief=0.4))
-    glass = dice.integer(3, 4)
-    size, row = dice.uniform(0.09, 0.15), eaves + (floor - eaves) * dice.uniform(0.25, 0.4)
-    for x in np.linspace(-half + 0.2, half - 0.2, dice.integer(2, 3)):
-        if abs(x - door) > wide + size or row + size < floor - high:
-            pane = rectangle(x - size, row - size, x + size, row + size)
-            parts.append(part(pane, slot=glass, relief=0.2))
-    return parts
-
-
 def cup(dice: ShapeDice) -> list[Part]:
     """A vessel with an open rim and a handle at its side; sometimes a saucer or a band."""
     height, foot = dice.uniform(0.55, 1.15), dice.uniform(0.4, 0.95)
@@ -354,86 +327,8 @@ def chair(dice: ShapeDice) -> list[Part]:
     return parts + [part(stroke(leg, thick), slot=SECOND) for leg in legs_in_front]
 
 
-def lamp(dice: ShapeDice) -> list[Part]:
-    """A foot, a straight or jointed arm, and a shade that opens downwards or sideways."""
-    foot, thin = dice.uniform(0.25, 0.45), dice.uniform(0.05, 0.1)
-    top, bottom = dice.uniform(0.12, 0.3), dice.uniform(0.35, 0.6)
-    tall = dice.uniform(0.3, 0.6)
-    shade = polygon((-top, -tall), (top, -tall), (bottom, 0), (-bottom, 0))
-    if dice.chance(0.35):
-        shade = arc(0, 0, bottom, tall, 180, 360, 14)
-    if dice.chance(0.5):
-        joints: list[Place] = [(0, 0.95), (0, -0.35)]
-        place, tilt = np.array([0, -0.35]), dice.uniform(-5, 5)
-    else:
-        knee = (-dice.uniform(0.2, 0.5), dice.uniform(-0.1, 0.2))
-        head = np.array([dice.uniform(0.0, 0.4), dice.uniform(-0.65, -0.4)])
-        joints = [(0, 0.95), knee, head]
-        place, tilt = head + np.array([0.05, 0.1]), dice.uniform(-60, -15)
-    parts = [part(stroke(ends, thin), slot=SECOND) for ends in pairwise(joints)]
-    if dice.chance(0.5):
-        parts.append(part(ellipse(0, 0.95, foot, foot * dice.uniform(0.2, 0.4)), slot=SECOND))
-    else:
-        parts.append(part(profile([(foot * 0.4, 0.8), (foot, 0.95), (foot, 1.02)]), slot=SECOND))
-    bulb = turned(ellipse(0, 0.03, bottom * 0.4, 0.13), np.deg2rad(tilt)) + place
-    return [*parts, part(bulb, slot=LIGHT), part(turned(shade, np.deg2rad(tilt)) + place)]
-
-
-def key(dice: ShapeDice) -> list[Part]:
-    """A bow with a hole, a shaft, and teeth at one side of its end."""
-    radius, hole = dice.uniform(0.26, 0.42), dice.uniform(0.4, 0.72)
-    thick, aspect = dice.uniform(0.09, 0.17), dice.uniform(0.7, 1.3)
-    kind, x = dice.integer(0, 3), -0.62
-    if kind == 0:
-        bow = ellipse(x, 0, radius * aspect**0.5, radius)
-    elif kind == 1:
-        bow = rounded(x - radius, -radius * aspect, x + radius, radius * aspect, radius * 0.4)
-    elif kind == 2:
-        bow = polygon((x - radius, 0), (x, -radius * aspect), (x + radius, 0), (x, radius * aspect))
-    else:
-        angles = np.linspace(0, 2 * np.pi, 36, endpoint=False)
-        bow = polar(radius * (0.85 + 0.2 * np.cos(3 * angles)), angles) + np.array([x, 0])
-    inner = (bow - (x, 0)) * hole + (x, 0)
-    parts = [part(rectangle(x + radius * 0.8, -thick / 2, 1.0, thick / 2))]
-    count = dice.integer(2, 4)
-    for end in np.linspace(0.95, 0.95 - 0.16 * count, count):
-        long, wide = dice.uniform(0.12, 0.34), dice.uniform(0.06, 0.11)
-        parts.append(part(rectangle(end - wide, 0, end, thick / 2 + long)))
-    parts.append(part(bow, inner))
-    if dice.chance(0.4):
-        collar = x + radius + dice.uniform(0.05, 0.2)
-        parts.append(part(rounded(collar, -thick, collar + 0.09, thick, 0.03), slot=SECOND))
-    return parts
-
-
-def umbrella(dice: ShapeDice) -> list[Part]:
-    """A canopy with a scalloped edge in wedges, on a stick with a hooked handle."""
-    wide, high = dice.uniform(0.75, 1.0), dice.uniform(0.45, 0.8)
-    rim, count = dice.uniform(-0.25, 0.05), dice.integer(3, 6)
-    sag, hook = dice.uniform(0.04, 0.14), dice.uniform(0.1, 0.22)
-    thin, end = dice.uniform(0.04, 0.08), dice.uniform(0.65, 0.95)
-    side = 1 if dice.chance(0.5) else -1
-    start, stop = (180, -20) if side > 0 else (0, 200)
-    handle = arc(side * hook, end - hook, hook, hook, start, stop, 12)
-    parts = [
-        part(stroke([(0, rim - high), (0, end - hook)], thin), slot=SECOND),
-        part(stroke(handle, thin * 1.5), slot=SECOND),
-    ]
-    spots = np.sin(np.linspace(-np.pi / 2, np.pi / 2, count + 1)) * wide
-    two_tone = dice.chance(0.5)
-    for i, (left, right) in enumerate(pairwise(spots)):
-        up = curve((left, rim), (left * 0.95, rim - high * 0.75), (0, rim - high))
-        down = curve((0, rim - high), (right * 0.95, rim - high * 0.75), (right, rim))
-        edge = curve((right, rim), ((left + right) / 2, rim - sag * 2), (left, rim))
-        wedge = np.concatenate([up, down, edge])
-        parts.append(part(wedge, slot=THIRD if two_tone and i % 2 else BODY, relief=0.7))
-    parts.append(part(rectangle(-thin / 2, rim - high - 0.12, thin / 2, rim - high), slot=SECOND))
-    return parts
-
-
 CLASSES: dict[str, Callable[[ShapeDice], list[Part]]] = {
-    make.__name__: make
-    for make in (cup, bottle, chair, car, fish, tree, lamp, key, house, umbrella)
+    make.__name__: make for make in (cup, bottle, chair, car, fish, tree)
 }
 
 

@@ -14,7 +14,7 @@ import zstandard
 from common.errors import UserError
 from pipeline.datasets import photos
 from pipeline.datasets.photos import read_rcc
-from pipeline.datasets.scene import SetOptions
+from pipeline.datasets.sets import SetOptions
 from tests.pipeline.datasets.package_fixture import (
     COUNTS,
     SIZES,
@@ -58,7 +58,7 @@ def test_the_committed_lists_are_sound():
 
 
 def test_the_library_holds_every_listed_picture(library: photos.Library, cache, tmp_path: Path):
-    assert library.missing == []
+    assert library.num_missing == 0
     assert library.packages == dict.fromkeys(photos.PACKAGES, "1.0-1")
     for folder, count in (("cutouts", 206), ("backgrounds", 114)):
         assert sum(p.is_file() for p in (library.root / folder).rglob("*")) == count
@@ -90,7 +90,7 @@ def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes,
     assert len(files(unseen)) / 206 == pytest.approx(1 / 3, abs=0.04)
     assert not set(seen.backgrounds) & set(unseen.backgrounds)
     assert len(unseen.backgrounds) / 114 == pytest.approx(1 / 4, abs=0.04)
-    for groups in [*library.cutouts.values(), list(library.backgrounds.values())]:
+    for groups in [*library.cutouts.values(), library.backgrounds]:
         for group in groups:
             sides = [set(group) & (files(p) | set(p.backgrounds)) for p in (seen, unseen)]
             assert sum(map(bool, sides)) == 1
@@ -157,7 +157,7 @@ def test_without_packages_the_remedy_is_named(tmp_path, monkeypatch, capsys, scr
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("cache/*"))
     assert run("photos", tmp_path / "out", *SIZES, *cache, "--packages-dir", tmp_path) == 2
-    assert "no tuxpaint-stamps-default_*.deb there" in capsys.readouterr().err
+    assert "not all of tuxpaint-stamps-default" in capsys.readouterr().err
 
 
 def test_a_few_missing_pictures_are_counted_many_are_refused(tmp_path: Path, capsys):
@@ -229,7 +229,7 @@ def test_resource_files_of_all_formats(version, packing, tmp_path: Path):
 def test_damaged_resource_files_are_refused_by_name(damage, packing, tmp_path: Path):
     file = tmp_path / "odd.rcc"
     file.write_bytes(damage(make_rcc({"a/b.txt": b"some text " * 30}, 3, packing)))
-    with pytest.raises(UserError, match=r"odd\.rcc: no readable Qt resource file .*fetch it again"):
+    with pytest.raises(UserError, match=r"odd\.rcc: damaged Qt resource file .*fetch it again"):
         read_rcc(file)
 
 
@@ -264,8 +264,7 @@ def test_the_true_packages(tmp_path: Path):
         if "apt-get" not in str(error):
             raise
         pytest.skip(str(error))
-    if tuple(library.packages.values()) == photos.KNOWN_VERSIONS:
-        assert library.missing == []
+    assert library.num_missing < 5
     assert run("photos", tmp_path / "set", "--classes", "fine", *SIZES) == 0
     pictures = [cv2.imread(str(p)) for p in (tmp_path / "set").rglob("*.jpg")]
     assert len(pictures) == sum(COUNTS.values())

@@ -1,0 +1,171 @@
+"""A set on disk: its options and description; made whole or not at all, by one run at a time."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, require
+from common.files import locked, read_json_or_none, write_json
+
+FORMAT = "fa-dataset-1"
+LOCK_WAIT_SECONDS = 5.0  # the workers of a killed run hold its lock until they notice
+
+
+@dataclass(frozen=True)
+class Card:
+    """What dataset.json says of every set.
+
+    Attributes:
+        name: Name of the set.
+        kind: "procedural", "photos" or "voc".
+        options: Everything that determines the pictures.
+        licence: Terms of the pictures.
+        notes: Honest limits.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, object]
+    licence: str
+    notes: str
+
+    def write(self, root: Path, **content: object) -> None:
+        """Write dataset.json; `content` are classes, lists and counts."""
+        head = {"format": FORMAT, "name": self.name, "kind": self.kind}
+        tail = {"options": self.options, "licence": self.licence, "notes": self.notes}
+        write_json(root / "dataset.json", head | content | tail)
+
+
+def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None]) -> bool:
+    """Make a set in a folder of its own, which gets its name when it is complete.
+
+    Args:
+        card: Its options decide whether `out` holds this very set.
+        out: Folder to make; while unfinished it is called `out`.partial.
+        overwrite: Whether a set made with other options is replaced.
+        fill: Writes everything below a folder.
+    Returns:
+        False if the set was there already and was kept.
+    Raises:
+        UserError: If `out` holds something else, or another run is writing it.
+        OSError: If the disk does not take it.
+    """
+    unfinished, lock = (out.with_name(out.name + ending) for ending in (".partial", ".lock"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UserError(
+            f"{out.parent}: cannot be written ({error}); give another folder"
+        ) from error
+    with locked(lock, patience=LOCK_WAIT_SECONDS) as is_mine:
+        require(is_mine, f"{out}: another run is writing it; wait for it or give another folder")
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if _is_finished(card, out, overwrite):
+                return False
+            fill(unfinished)
+            if out.exists():
+                shutil.rmtree(out)
+            unfinished.rename(out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return True
+
+
+def _is_finished(card: Card, out: Path, overwrite: bool) -> bool:
+    """Whether `out` holds this very set; refuse to touch anything else.
+
+    Raises:
+        UserError: If `out` is in the way.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    old = read_json_or_none(out / "dataset.json")
+    if not isinstance(old, dict) or old.get("format") != FORMAT:
+        raise UserError(
+            f"{out}: is there and is no data set made by this tool; give another folder"
+        )
+    there = {"kind": old.get("kind"), **old.get("options", {})}
+    requested = {"kind": card.kind, **card.options}
+    if overwrite or there == requested:
+        return not overwrite
+    names = sorted(name for name in {*there, *requested} if there.get(name) != requested.get(name))
+    differing = [f"{x}: {there.get(x)} there, {requested.get(x)} requested" for x in names]
+    raise UserError(
+        f"{out}: holds a set made with other options ({', '.join(differing[:4])}); give another "
+        "folder, or --overwrite to replace it"
+    )
+
+
+# -- options of all generated sets ----------------------------------------------------------------
+
+
+def _option(
+    default: float, text: str, least: float = 0, most: float = math.inf, flag: str = ""
+) -> Any:
+    """A field with the help text, the limits and, where it has another name, its option."""
+    more = {"help": text, "least": least, "most": most, "flag": flag}
+    return field(default=default, metadata=more)
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """Sizes and statistics of a set; every value changes the pictures.
+
+    Sizes of objects are shares of a picture's shorter side, drawn log-uniformly. A probe picture
+    always shows one object. Half of the pictures stand upright.
+    """
+
+    num_pool: int = _option(4000, "unlabelled pictures for pretraining")
+    num_train: int = _option(300, "labelled pictures for fine-tuning", 1)
+    num_test: int = _option(300, "labelled pictures for the evaluation", 1)
+    num_probe_train: int = _option(500, "single-object pictures, kNN reference")
+    num_probe_val: int = _option(250, "single-object pictures, kNN queries")
+    short_side: int = _option(160, "", 32, flag="--image-size")
+    long_side: int = _option(200, "", 0, 8192, "--image-size (long side)")
+    seed: int = _option(0, "seed of everything random")
+    min_object: float = _option(0.25, "smallest object, share of the short side", 0.05)
+    max_object: float = _option(0.8, "largest object, share of the short side", 0, 2.0)
+    min_objects: int = _option(1, "fewest in a labelled picture", 1, flag="--min-objects-per-image")
+    max_objects: int = _option(3, "most in a labelled picture", 0, 20, "--max-objects-per-image")
+    pool_min_object: float = _option(0.5, "as --min-object, for pool and probe", 0.05)
+    pool_max_object: float = _option(0.95, "as --max-object, for pool and probe", 0, 2.0)
+    pool_min_objects: int = _option(1, "fewest in the pool", flag="--pool-min-objects-per-image")
+    pool_max_objects: int = _option(2, "most in the pool", 0, 20, "--pool-max-objects-per-image")
+    clutter: float = _option(1.0, "amount of distractors, 0 is none")
+    quality: int = _option(92, "of the JPEGs, 1..100", 1, 100)
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: Naming the option, its value and the remedy.
+        """
+        flags = {option.name: flag(option) for option in fields(self)}
+        for option in fields(self):
+            value, name, limits = getattr(self, option.name), flags[option.name], option.metadata
+            least, most = limits["least"], limits["most"]
+            require(value >= least, f"{name} is {value}: give {least} or more")
+            require(value <= most, f"{name} is {value}: give {most} or less")
+        for low in ("short_side", *(name for name in flags if "min_" in name)):
+            high = low.replace("short", "long").replace("min_", "max_")
+            smallest, largest = getattr(self, low), getattr(self, high)
+            require(
+                smallest <= largest,
+                f"{flags[low]} is {smallest}, more than {flags[high]} {largest}: "
+                "give a range from small to large",
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of pictures of each part of the set."""
+        parts = ("pool", "train", "test", "probe/train", "probe/val")
+        return {part: getattr(self, f"num_{part.replace('/', '_')}") for part in parts}
+
+
+def flag(option: Any) -> str:
+    """The command line option of a field of `SetOptions`."""
+    return option.metadata["flag"] or "--" + option.name.replace("_", "-")
