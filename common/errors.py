@@ -113,6 +113,16 @@ def run_command(
     return status
 
 
+def command_parser(
+    description: str | None, epilog: str | None = None, **more: Any
+) -> argparse.ArgumentParser:
+    """A parser whose help keeps the line breaks of its texts."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=layout, **more
+    )
+
+
 def add_check_options(parser: argparse.ArgumentParser) -> None:
     """Add both options; `check` is parsed to None, "all" or "settings"."""
     parser.add_argument(

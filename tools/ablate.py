@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config import read_settings
-from common.errors import UserError, run_command
+from common.errors import UserError, command_parser, run_command
 from pipeline import study
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 from pipeline.study import METRICS
@@ -17,11 +17,8 @@ EXAMPLE = """\
 examples:
   .venv/bin/python tools/ablate.py configs/studies/*.yaml --preset reproduce-cpu --out runs/study
   .venv/bin/python tools/ablate.py configs/studies/stop_gradient.yaml --out runs/study --list
-  .venv/bin/python tools/ablate.py configs/studies/*.yaml --preset reproduce-gpu --out runs/gpu \\
-      --cluster slurm --parallel 16 --partition gpu --slurm-option account=vision
 
-Cells that several grids share run once. The same command goes on where the last one stopped.
-DIR/stages holds every stage, DIR/report.html, results.json and tables.md what they say.
+The same command goes on where the last one stopped. DIR/report.html shows what came out.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal. docs/pipeline.md explains grids, presets and verdicts.
 """
@@ -29,9 +26,7 @@ again; 128 + number: stopped by a signal. docs/pipeline.md explains grids, prese
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("grids", nargs="+", type=Path, metavar="GRID.yaml", help="of configs/studies/")
     add("--preset", default="reproduce-cpu", metavar="NAME",

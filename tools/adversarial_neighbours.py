@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import require, run_command
+from common.errors import command_parser, require, run_command
 from common.files import write_json
 from pretrain.collectives import choose_device
 from pretrain.data.shards import ShardIndex
@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth of a pretraining run")
     add("shards", type=Path, metavar="SHARDS", help="folder of shards")

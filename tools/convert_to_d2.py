@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, print_check, run_command, run_or_check_each
+from common.errors import UserError, command_parser, print_check, run_command, run_or_check_each
 from common.files import write_json
 from common.resnet import BRANCHES, LAYOUTS
 
@@ -20,23 +20,18 @@ _EXAMPLE = """\
 examples:
   .venv/bin/python tools/convert_to_d2.py runs/pretrain/checkpoint.pth runs/convert/backbone.pkl
   .venv/bin/python tools/convert_to_d2.py moco_v2_200ep.pth.tar moco.pth --layout moco
-  .venv/bin/python tools/convert_to_d2.py backbone.pkl backbone_tv.pth --to torchvision
   .venv/bin/python tools/convert_to_d2.py --verify checkpoint.pth backbone.pkl --json
 
 OUT ends in .pkl or .pth (torchvision: .pth or .pt); two cards are written beside it, OUT.json for
 programs and OUT.md for people.
 Exit status: 0 done, or the same network; 1 it went wrong, or not the same (a file that is no
 complete ResNet is not); 2 wrong arguments or input."""
+STRIDE_IN_1X1 = {None: None, "3x3": False, "1x1": True}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
     layouts = ("auto", *LAYOUTS)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file to convert")
@@ -109,7 +104,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         branch=arguments.branch,
         preprocessing=arguments.preprocessing and parse_preprocessing(arguments.preprocessing),
-        stride_in_1x1=arguments.stride_in and arguments.stride_in == "1x1",
+        stride_in_1x1=STRIDE_IN_1X1[arguments.stride_in],
     )
     if arguments.check:
         pixels = source.preprocessing
@@ -125,18 +120,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
     to = arguments.to or "detectron2"
     card = convert(source, arguments.out, to=to, size=arguments.size)
     differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
+    ends = [arguments.out.with_suffix(end).name for end in (".json", ".md")]
     lines = [
         f"{arguments.checkpoint.name} ({source.layout}, {source.branch}): {source.arch}",
         f"{card['num_tensors']} tensors and {card['num_counters']} batch counters converted to "
-        f"{to}, {len(card['dropped'])} keys dropped:",
+        f"{to}, {len(card['dropped'])} keys dropped",
+        *(f"note: {note}" for note in source.notes),
+        f"relative difference on the picture: {differences}",
+        f"wrote {arguments.out}, {' and '.join(ends)} in {card['seconds']:.1f} s",
     ]
-    for reason in sorted(set(source.dropped.values())):
-        keys = [key for key, why in source.dropped.items() if why == reason]
-        lines.append(f"  {len(keys):4d}  {reason} ({keys[0]}{', ..' if len(keys) > 1 else ''})")
-    lines += [f"note: {note}" for note in source.notes]
-    lines.append(f"relative difference on the picture: {differences}")
-    cards = " and ".join(arguments.out.with_suffix(end).name for end in (".json", ".md"))
-    lines.append(f"wrote {arguments.out}, {cards} in {card['seconds']:.1f} s")
     show(card, "\n".join(lines), arguments.json)
     return 0
 

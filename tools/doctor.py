@@ -5,7 +5,7 @@ Example:
     .venv/bin/python tools/doctor.py
     .venv/bin/python tools/doctor.py --json
 
-Exit status: 0 everything needed is there (remarks are possible), 1 something is missing.
+Exit status: 0 everything needed is there, 1 something is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ SETUP = "run `bash tools/setup.sh --force`"
 class Finding:
     """One line of the report; `remedy` is empty when nothing is to be done."""
 
-    status: Literal["ok", "remark", "missing"]
+    status: Literal["ok", "missing"]
     detail: str
     remedy: str = ""
 
@@ -51,41 +50,39 @@ def check_packages() -> Finding:
     """Versions of the main packages."""
     versions = {}
     for name in PACKAGES:
-        for candidate in (*ALIASES.get(name, ()), name):
+        for candidate in (name, *ALIASES.get(name, ())):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(candidate)
-    detail = ", ".join(f"{name} {versions.get(name, 'missing')}" for name in PACKAGES)
     absent = ", ".join(name for name in PACKAGES if name not in versions)
-    if absent:
-        return Finding("missing", detail, f"{SETUP} (lacking: {absent})")
-    return Finding("ok", detail)
+    detail = ", ".join(map(" ".join, versions.items()))
+    remedy = f"{SETUP} (lacking: {absent})" if absent else ""
+    return Finding("missing" if absent else "ok", detail, remedy)
 
 
 def check_devices() -> Finding:
     """Processors that torch sees."""
     import torch
 
-    device = "no CUDA GPU, the CPU-sized presets are meant for this"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        device = f"GPU: {', '.join(names)}"
-    elif torch.backends.mps.is_available():
-        device = "Apple GPU (not used by the pipeline)"
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    return Finding("ok", f"{cores} CPU cores, torch uses {threads}; {device}")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = f"GPU: {', '.join(gpus)}" if gpus else "no CUDA GPU: use the presets for CPUs"
+    return Finding("ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}; {device}")
 
 
-def check_torchvision_operators() -> Finding:
-    """Compiled NMS and ROIAlign, which Faster R-CNN here runs on."""
+def check_compiled_libraries() -> Finding:
+    """NMS and ROIAlign, which Faster R-CNN here runs on; OpenCV's JPEG."""
+    import cv2
+    import numpy as np
     import torch
     from torchvision.ops import nms, roi_align
 
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.9]])
     kept = nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist()
     pooled = roi_align(torch.ones(1, 1, 8, 8), [boxes], output_size=2)
-    if kept != [0] or tuple(pooled.shape) != (2, 1, 2, 2):
+    _, data = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if kept != [0] or tuple(pooled.shape) != (2, 1, 2, 2) or image is None:
         return Finding("missing", "wrong results", SETUP)
-    return Finding("ok", "NMS and ROIAlign work")
+    return Finding("ok", f"NMS, ROIAlign and OpenCV {cv2.__version__} work")
 
 
 def check_detectron2() -> Finding:
@@ -98,65 +95,12 @@ def check_detectron2() -> Finding:
     return Finding("ok", f"{version}; compiled operators: {compiled}")
 
 
-def check_opencv() -> Finding:
-    """OpenCV loads and knows JPEG."""
-    import cv2
-    import numpy as np
-
-    written, data = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))
-    if not written or cv2.imdecode(data, cv2.IMREAD_COLOR) is None:
-        return Finding("missing", "cannot write JPEG", SETUP)
-    return Finding("ok", f"{cv2.__version__}, JPEG works")
-
-
-def check_programs() -> Finding:
-    """Programs that only some uses need."""
-    has_compiler = any(map(shutil.which, ("g++", "clang++")))
-    has_browser = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-    remedies = [
-        *(["torch.compile needs a compiler: apt-get install g++"] * (not has_compiler)),
-        *(["the report's browser test: apt-get install chromium"] * (not has_browser)),
-    ]
-    detail = ", ".join(
-        f"{name}: {'yes' if is_there else 'no'}"
-        for name, is_there in (("C++ compiler", has_compiler), ("Chromium", has_browser))
-    )
-    return Finding("remark" if remedies else "ok", detail, "; ".join(remedies))
-
-
-def check_disk() -> Finding:
-    """Free space where results go."""
-    free_gib = shutil.disk_usage(".").free / 2**30
-    if free_gib < 2:
-        remedy = "below 2 GiB a run may fail: free some space or give --out on another disk"
-        return Finding("remark", f"{free_gib:.0f} GiB free", remedy)
-    return Finding("ok", f"{free_gib:.0f} GiB free")
-
-
-def check_memory() -> Finding:
-    """Memory for the presets."""
-    try:
-        with open("/proc/meminfo") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        available_gib = int(rows["MemAvailable"].split()[0]) / 2**20
-    except (OSError, KeyError, ValueError):  # macOS does not say
-        return Finding("ok", "unknown")
-    if available_gib < 4:
-        remedy = "the demo preset may need up to 6 GiB: close programs or use the smoke preset"
-        return Finding("remark", f"{available_gib:.1f} GiB available", remedy)
-    return Finding("ok", f"{available_gib:.1f} GiB available")
-
-
 CHECKS: dict[str, Callable[[], Finding]] = {
     "Python": check_python,
     "packages": check_packages,
     "devices": check_devices,
-    "torchvision operators": check_torchvision_operators,
+    "compiled libraries": check_compiled_libraries,
     "Detectron2": check_detectron2,
-    "OpenCV": check_opencv,
-    "programs": check_programs,
-    "disk": check_disk,
-    "memory": check_memory,
 }
 
 
@@ -184,21 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             findings[name] = check()
         except Exception as error:  # a broken installation may raise anything when imported
-            first_line = (str(error).splitlines() or [""])[0]
-            detail = f"{type(error).__name__}: {first_line}"
+            detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             findings[name] = Finding("missing", detail, remedy_for(name, error))
-    num_missing = sum(finding.status == "missing" for finding in findings.values())
+    is_ready = all(finding.status != "missing" for finding in findings.values())
     if options.json:
         rows = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
-        print(json.dumps({"ready": num_missing == 0, "findings": rows}, indent=1))
+        print(json.dumps({"ready": is_ready, "findings": rows}, indent=1))
     else:
-        marks = {"ok": "ok     ", "remark": "remark ", "missing": "MISSING"}
         for name, finding in findings.items():
-            print(f"{marks[finding.status]}  {name}: {finding.detail}")
-            if finding.remedy:
-                print(f"         -> {finding.remedy}")
-        print(f"{num_missing} missing, see the remedies above" if num_missing else "ready")
-    return 1 if num_missing else 0
+            remedy = f"\n         -> {finding.remedy}" if finding.remedy else ""
+            print(f"{finding.status:7}  {name}: {finding.detail}{remedy}")
+        print("ready" if is_ready else "not ready, see the remedies above")
+    return 0 if is_ready else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import UserError, run_command
+from common.errors import UserError, command_parser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,8 +24,7 @@ examples:
 
 CHECKPOINT is a checkpoint.pth of ours, a ResNet's weights in any layout that tools/convert_to_d2.py
 reads, or random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken.
-Every key=value stands in pretrain/evaluation/linear/config.py and docs/linear_evaluation.md. A
-killed evaluation goes on where it stopped when the same command is given with --resume.
+Every key=value stands in docs/linear_evaluation.md.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
 FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"
@@ -33,9 +32,7 @@ FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
     add("overrides", nargs="*", metavar="key=value", help="e.g. epochs=50 lr_max=30")

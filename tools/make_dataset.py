@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.errors import add_check_options, print_check, require, run_command, run_or_check_each
+from common.errors import (
+    add_check_options,
+    command_parser,
+    print_check,
+    require,
+    run_command,
+    run_or_check_each,
+)
 from pipeline.datasets.sets import SetOptions, flag
 
 _EXAMPLE = """examples:
@@ -22,12 +29,11 @@ _PROJECT = Path(__file__).resolve().parents[1]
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     # fmt: off
-    how = {"epilog": _EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    main_parser = argparse.ArgumentParser(description=__doc__, **how)
+    main_parser = command_parser(__doc__, _EXAMPLE)
     kinds = main_parser.add_subparsers(required=True, metavar="{procedural,photos,fashion,voc}")
 
     def add_kind(name: str, make: Callable, text: str, *, is_generated: bool) -> Callable:
-        one = kinds.add_parser(name, help=text, description=text, **how)
+        one = kinds.add_parser(name, help=text, description=text)
         one.set_defaults(make=make)
         add = one.add_argument
         add("out", type=Path, metavar="OUT", help="folder to make")
@@ -205,9 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers = options.num_workers
         require(workers >= 1, f"--num-workers is {workers}: give 1 or more")
         made = options.make(options)
-        if options.check:
-            return 0
-        print(f"{options.out}: {'made' if made else 'is there already with these options, kept'}")
+        if not options.check:
+            print(f"{options.out}: {'made' if made else 'is there with these options, kept'}")
         return 0
 
     # A RuntimeError is a worker that was killed.

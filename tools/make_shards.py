@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.errors import (
     UserError,
-    add_slurm_option,
+    command_parser,
     print_check,
     printable,
     require,
@@ -35,13 +35,10 @@ SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a V
 examples:
   .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
   .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --resize-short 256
-  .venv/bin/python tools/make_shards.py VOCdevkit data/voc07 --split trainval
   .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train \\
       --submitit slurm --num-tasks 16 --slurm-partition cpu --num-workers 8
-  .venv/bin/python tools/make_shards.py data/shards --verify
   .venv/bin/python tools/make_shards.py data/shards --info
 
-A killed run goes on where it stopped when the same command is given again.
 Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong arguments or input.
 """
 
@@ -49,9 +46,7 @@ Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong argum
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     default = ShardOptions()
-    main_parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    main_parser = command_parser(__doc__, EXAMPLE)
     add = main_parser.add_argument
     add("source", metavar="SOURCE", help="pictures; with --verify, --info: the shards")
     add("out", type=Path, nargs="?", metavar="OUT", help="folder for the shards")
@@ -70,13 +65,8 @@ def parser() -> argparse.ArgumentParser:
                        help="seed of the order over all shards (default: %(default)s)")  # fmt: skip
     order.add_argument("--no-shuffle", action="store_const", const=None, dest="shuffle_seed",
                        help="keep the order of names")  # fmt: skip
-    add(
-        "--part",
-        type=_part,
-        default=(0.0, 1.0),
-        metavar="LOW:HIGH",
-        help="pack a part of the pictures: 0:0.1 and 0.1:1 are a random tenth and the rest",
-    )
+    add("--part", type=_part, default=(0.0, 1.0), metavar="LOW:HIGH",
+        help="pack a part: 0:0.1 and 0.1:1 are a random tenth and the rest")  # fmt: skip
     add("--num-workers", type=int, metavar="N",
         help="processes; the shards do not depend on it (default: all cores; with --submitit: 1 "
         "per task)")  # fmt: skip
@@ -84,13 +74,8 @@ def parser() -> argparse.ArgumentParser:
         help="leave out and list up to N pictures that do not decode (default: 0)")  # fmt: skip
     add("--overwrite", action="store_true", help="throw away other shards in OUT first")
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
-    add(
-        "--check",
-        nargs="?",
-        const="all",
-        choices=("all", "settings"),
-        help="look at SOURCE, say what would be packed, and stop; settings: not at SOURCE",
-    )
+    add("--check", nargs="?", const="all", choices=("all", "settings"),
+        help="look at SOURCE, say what would be packed; settings: not at SOURCE")  # fmt: skip
     add("--info", action="store_true", help="say what a set holds: sizes, formats, classes")
     add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE",
         help="with --info: write it as JSON too; with --check: say it as JSON")  # fmt: skip
@@ -140,8 +125,7 @@ def run(options: argparse.Namespace) -> int:
 def pack(options: argparse.Namespace, num_workers: int) -> None:
     """Write the shards and say what was done."""
     cluster = cluster_of(options)
-    names = [field.name for field in fields(ShardOptions)]
-    shard_options = ShardOptions(**{name: getattr(options, name) for name in names})
+    shard_options = ShardOptions(**{x.name: getattr(options, x.name) for x in fields(ShardOptions)})
     if options.check == "settings":
         print_check({}, as_json=options.json is not None)
         return
@@ -153,12 +137,8 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         facts = {"num_pictures": len(chosen), "disk_bytes": num_bytes}
         print_check(facts, as_json=options.json is not None)
         return
-    kind = {"folder": "a folder", "classes": "class folders", "voc": "a VOC devkit"}[source.kind]
-    labels = f"{len(source.classes)} classes" if source.classes else "no labels"
-    text = f"{options.source}: {kind}, {len(chosen)} pictures, {labels}"
-    if source.num_ignored:
-        text += f"; {source.num_ignored} other files ignored"
-    print(printable(text), flush=True)
+    text = f"{options.source}: {source.kind}, {len(chosen)} pictures, {len(source.classes or ())}"
+    print(printable(f"{text} classes, {source.num_ignored} other files"), flush=True)
 
     report = write_shards(
         chosen,

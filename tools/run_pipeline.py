@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import provenance
-from common.errors import UserError, run_command
+from common.errors import UserError, command_parser, run_command
 from pipeline.config import load_config
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 from pipeline.run import side_by_side
@@ -17,7 +17,6 @@ examples:
   bash tools/run_pipeline.sh demo
   bash tools/run_pipeline.sh demo detection.seeds=5
   bash tools/run_pipeline.sh compare --out runs/compare seeds.pretraining=5
-  bash tools/run_pipeline.sh photos --out runs/first pretrain.overrides.optim.epochs=40
   bash tools/run_pipeline.sh smoke --dry-run
 
 A finished stage is skipped while nothing that it depends on has changed; a stopped or failed run
@@ -29,11 +28,10 @@ stopped by a signal.
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
+        "Pretrain, convert, fine-tune, compare with random initialisation, report.",
+        EPILOG,
         prog="bash tools/run_pipeline.sh",
-        description="Pretrain, convert, fine-tune, compare with random initialisation, report.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("config", help="smoke, demo, compare, photos, or a YAML of one's own")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import run_command
+from common.errors import command_parser, run_command
 from pipeline import study
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 
@@ -15,13 +15,10 @@ examples:
   .venv/bin/python tools/run_trials.py --init random --init byol=runs/byol/backbone.pkl \\
       --init ours=runs/fa/checkpoint.pth --compare ours:byol --seeds 5 \\
       --config configs/detection/thin_R50_C4.yaml --data data/photos --out runs/trials
-  .venv/bin/python tools/run_trials.py --init random --init supervised=resnet50.pth --seeds 5 \\
-      --config configs/detection/voc0712_R50_C4_24k.yaml --data VOCdevkit --out runs/voc \\
-      --cluster slurm --gpus-per-run 8 --parallel 10 -- --num-gpus 8
 
 {seed} in FILE or in --data stands for the seed: a pretraining run or a split for each.
-Words after -- go to tools/train_voc.sh. Weights without a card are converted first. The same
-command goes on where the last one stopped. DIR/report.html shows what came out.
+Words after -- go to tools/train_voc.sh. The same command goes on where the last one stopped.
+DIR/report.html shows what came out.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
 again; 128 + number: stopped by a signal.
 """
@@ -29,9 +26,7 @@ again; 128 + number: stopped by a signal.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--init", action="append", required=True, metavar="NAME=FILE",
         help="random, or a name and weights: converted ones, a checkpoint, torchvision's; "

@@ -7,7 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.errors import UserError, run_command
+from tabulate import tabulate
+
+from common.errors import UserError, command_parser, run_command
 from common.files import finite
 from pipeline.report import runs
 from pipeline.report.charts import short_number
@@ -15,13 +17,11 @@ from pipeline.report.runs import FIGURES, RunInfo
 
 EXAMPLE = """\
 examples:
-  .venv/bin/python tools/runs.py list runs
   .venv/bin/python tools/runs.py list runs --sort knn_top1 --json
   .venv/bin/python tools/runs.py compare runs/first runs/second
 
 Exit status: 0 done; 2 wrong arguments or input. docs/running.md says what the columns mean.
 """
-DASH = "-"
 SORT_KEYS = ("run", "state", "updated", *FIGURES)
 COLUMNS = {
     "step": "step", "epoch": "epoch", "epochs": "of", "loss": "loss", "knn_top1": "kNN",
@@ -31,9 +31,7 @@ COLUMNS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    main_parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    main_parser = command_parser(__doc__, EXAMPLE)
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser("list", help="a line for each run: state, position, figures")
     add.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the runs")
@@ -91,11 +89,8 @@ def _compare(folders: Sequence[Path], *, as_json: bool) -> None:
         print(json.dumps(finite({"runs": plain, "config": differing}), indent=1, default=str))
         return
     print(table(list(zip(*_figure_rows("", compared), strict=True))))
-    if differing:
-        print("\nconfig keys that differ:")
-        print(table([[key, *map(str, values)] for key, values in differing.items()]))
-    else:
-        print("\nthe configs are the same")
+    print("\nconfig keys that differ:" if differing else "\nthe configs are the same")
+    print(table([[key, *map(str, values)] for key, values in differing.items()]))
     _print_problems(compared)
 
 
@@ -104,9 +99,9 @@ def _figure_rows(corner: str, named: Mapping[str, RunInfo]) -> list[list[str]]:
     rows = [[corner, "state", *COLUMNS.values(), "commit", "last row"]]
     for name, run in named.items():
         figures = [run.figures[key] for key in COLUMNS]
-        texts = [DASH if x is None else short_number(x) for x in figures]
-        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated)) if run.updated else DASH
-        rows.append([name, run.state, *texts, run.commit[:10] if run.commit else DASH, when])
+        texts = ["-" if x is None else short_number(x) for x in figures]
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.updated)) if run.updated else "-"
+        rows.append([name, run.state, *texts, run.commit[:10] if run.commit else "-", when])
     return rows
 
 
@@ -118,12 +113,8 @@ def _print_problems(named: Mapping[str, RunInfo]) -> None:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side, the first one to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        texts = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *texts]).rstrip())
-    return "\n".join(lines)
+    sides = ["left", *["right"] * (len(rows[0]) - 1)] if rows else None
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.errors import RunFailed, UserError, add_slurm_option, require, run_command
+from common.errors import (
+    RunFailed,
+    UserError,
+    add_slurm_option,
+    command_parser,
+    require,
+    run_command,
+)
 
 EXAMPLE = """\
 examples:
@@ -27,9 +34,7 @@ examples:
   .venv/bin/python tools/submit_pretrain.py configs/pretrain/demo.yaml out=runs/first \\
       data.shards=data/shards --cluster local --tasks-per-node 2 --wait
 
-Logs and submitit's files lie in out/submitit. `scancel --signal=USR1 JOB` makes a job save and go
-to the end of the queue; `scancel JOB` makes it save and ends it, and the same command with --resume
-goes on. docs/scaling.md has the arithmetic of batch, rate and memory.
+Logs and submitit's files lie in out/submitit. docs/scaling.md says how to stop and go on.
 Exit status: 0 submitted (with --wait: finished); 1 it went wrong; 2 wrong arguments or input.
 """
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,21 +46,17 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
+_MAX_TIMEOUTS = 100  # how often a job whose time is up is queued again
 _NUMBERS = {  # option -> default, least value, help
     "nodes": (1, 1, "default: 1"),
-    "min_nodes": (None, 1, "go on with this many nodes when others are lost (default: all; the "
-                  "job is queued again)"),
+    "min_nodes": (None, 1, "go on with so many when others are lost (default: queued again)"),
     "gpus_per_node": (0, 0, "default: 0, train on the CPU"),
     "tasks_per_node": (None, 1, "training processes of a node (default: its GPUs, or 1)"),
     "cpus_per_node": (None, 1, "default: for each process one and its data.num_workers"),
-    "time_minutes": (None, 1, "time limit; then the job is queued again (default: 240; local: "
-                     "none)"),
-    "max_timeouts": (100, 0, "how often (default: 100)"),
-    "save_seconds": (120, 1, "time to save and end, before the limit or after a signal (default: "
-                     "120)"),
-    "max_restarts": (3, 0, "how often torchrun starts dead processes again, in one job "
-                     "(default: 3)"),
-}  # fmt: skip
+    "time_minutes": (None, 1, "then the job is queued again (default: 240; local: none)"),
+    "save_seconds": (120, 1, "time to save and end, before the limit or a kill (default: 120)"),
+    "max_restarts": (3, 0, "how often torchrun starts dead processes again (default: 3)"),
+}
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # of the rendezvous: below those that Linux gives away
 
 
@@ -164,20 +165,18 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
     add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
     add("--cluster", choices=("local", "slurm"), required=True, help="where the job runs")
     for name, (default, _, text) in _NUMBERS.items():
         add("--" + name.replace("_", "-"), type=int, default=default, metavar="N", help=text)
-    add("--mem-gb", type=float, metavar="GB", help="memory of a node")
     add("--partition", metavar="P", help="SLURM partition")
     add_slurm_option(parser)
     add("--resume", action="store_true", help="go on with the run in out, if there is one")
-    add("--allow-changes", action="store_true", help="with --resume: even with another config")
+    add("--allow-changes", action="append_const", const="--allow-changes", default=[],
+        help="with --resume: even with another config")  # fmt: skip
     add("--wait", action="store_true", help="until the run has ended; the exit status is its own")
     options = parser.parse_intermixed_args(arguments)
 
@@ -217,36 +216,32 @@ def submit(options: argparse.Namespace) -> Any:
     num_processes = options.tasks_per_node or options.gpus_per_node or 1
     nodes, min_nodes = options.nodes, options.min_nodes or options.nodes
     require(min_nodes <= nodes, f"--min-nodes {min_nodes} is above --nodes {nodes}")
-    for total in (count * num_processes for count in range(min_nodes, nodes + 1)):
+    for count in range(min_nodes, nodes + 1):
         require(
-            config.data.batch_size % total == 0,
-            f"data.batch_size={config.data.batch_size} cannot be divided among {total} processes "
-            f"({total // num_processes} nodes of {num_processes}); choose another batch size, or "
-            "another --nodes, --min-nodes or --tasks-per-node",
+            config.data.batch_size % (count * num_processes) == 0,
+            f"data.batch_size={config.data.batch_size} cannot be divided among {count} nodes of "
+            f"{num_processes} processes; choose another batch size or other numbers",
         )
-    words = (options.config, *options.overrides, "--resume")
-    words += ("--allow-changes",) if options.allow_changes else ()
-    node = TorchrunNode(
-        words, nodes, min_nodes, num_processes, options.max_restarts, options.save_seconds
-    )
+    words = (options.config, *options.overrides, "--resume", *options.allow_changes)
+    seconds = options.save_seconds
+    node = TorchrunNode(words, nodes, min_nodes, num_processes, options.max_restarts, seconds)
 
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = signal_name = PREEMPTION.name.removeprefix("SIG")
     os.environ["PYTHONPATH"] = node_environment(node)["PYTHONPATH"]  # the job unpickles from here
     import submitit
 
-    extra = {"signal": f"{signal_name}@{options.save_seconds}", "requeue": True}
+    extra = {"signal": f"{signal_name}@{seconds}", "requeue": True}
     if min_nodes < nodes:
         extra["no-kill"] = True
-    timeouts = options.max_timeouts
     try:
         executor = submitit.AutoExecutor(
             out / "submitit", cluster=options.cluster,
-            slurm_max_num_timeout=timeouts, local_max_num_timeout=timeouts,
+            slurm_max_num_timeout=_MAX_TIMEOUTS, local_max_num_timeout=_MAX_TIMEOUTS,
         )  # fmt: skip
         executor.update_parameters(
             name="pretrain", nodes=nodes, tasks_per_node=1,
             cpus_per_task=options.cpus_per_node or num_processes * (1 + config.data.num_workers),
-            gpus_per_node=options.gpus_per_node, mem_gb=options.mem_gb,
+            gpus_per_node=options.gpus_per_node,
             timeout_min=options.time_minutes or (_LOCAL_MINUTES if is_local else 240),
             slurm_partition=options.partition,
             slurm_additional_parameters=extra | dict(options.slurm_option),

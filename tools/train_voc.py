@@ -12,6 +12,7 @@ from common.errors import (
     RunFailed,
     UserError,
     add_check_options,
+    command_parser,
     print_check,
     run_command,
     run_or_check_each,
@@ -21,8 +22,6 @@ _EXAMPLE = """\
 examples:
   tools/train_voc.sh runs/convert/backbone.pkl --config configs/detection/thin_R50_C4.yaml \\
       --data data/scenes --out runs/pretrained --seeds 0,1,2
-  tools/train_voc.sh random --config configs/detection/thin_R50_C4.yaml --data data/scenes \\
-      --out runs/random_frozen --freeze SOLVER.MAX_ITER=200
   tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
 
 Run it again after an interruption: finished seeds are kept, the others go on from their last
@@ -31,12 +30,7 @@ checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="tools/train_voc.sh",
-        epilog=_EXAMPLE,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, _EXAMPLE, prog="tools/train_voc.sh")
     add = parser.add_argument
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, help="a YAML of configs/detection/")
@@ -44,13 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")
     add("--out", type=Path, required=True, help="folder for the results")
     add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
-    add(
-        "--eval-on",
-        type=Path,
-        metavar="DIR",
+    add("--eval-on", type=Path, metavar="DIR",
         help="train nothing: evaluate the finished seeds in --out on another set with the same "
-        "class names; leave weights, --config and --data out",
-    )
+        "class names; weights, --config and --data may be left out")  # fmt: skip
     add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
     add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
     add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
@@ -58,18 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-eval-images", type=int, metavar="N", help="only the first N test pictures")
     add("--train-split", help="lists joined by +, as voc_2007_trainval+voc_2012_trainval")
     add("--test-split", help="one list, as voc_2007_test")
-    add(
-        "--classes",
-        help="class names in order, a,b,c or a file with one a line (default: dataset.json or VOC)",
-    )
+    add("--classes", help="in order, a,b,c or a file with one a line (default: dataset.json's)")
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
-    add(
-        "--num-gpus",
-        type=_num_gpus,
-        default=1,
-        metavar="N",
-        help="processes, one GPU each; auto: all GPUs that are there (default: 1)",
-    )
+    add("--num-gpus", type=lambda x: None if x == "auto" else int(x), default=1, metavar="N",
+        help="processes, one GPU each; auto: all GPUs that are there (default: 1)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
@@ -169,8 +151,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if arguments.weights is not None:  # the first of the KEY VALUE pairs
             arguments.opts = [arguments.weights, *arguments.opts]
         return arguments
-    needed = {"weights": arguments.weights, "--config": arguments.config, "--data": arguments.data}
-    missing = [name for name, value in needed.items() if value is None]
+    names = ("weights", "--config", "--data")
+    missing = [name for name in names if getattr(arguments, name.lstrip("-")) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     if arguments.eval_split is not None:
@@ -184,11 +166,6 @@ def message_of(error: Exception) -> str:
     if "Traceback (most recent call last)" not in text:
         return text
     return text.splitlines()[-1].removeprefix("common.errors.UserError: ")
-
-
-def _num_gpus(text: str) -> int | None:
-    """A number; None for "auto"."""
-    return None if text == "auto" else int(text)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -134,31 +134,16 @@ def test_download_gives_the_pinned_wheel(tmp_path: Path) -> None:
     assert sha256_of(wheel) == install.WHEEL_SHA256
 
 
-def test_importable_detectron2_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_detectron2_stays_and_a_wrong_wheel_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert install.main([]) == 0
     assert "left as it is" in capsys.readouterr().out
-
-
-def test_wrong_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wheel = tmp_path / "detectron2.whl"
     assert install.main(["--force", "--wheel", str(wheel)]) == 2
-    assert "no such file" in capsys.readouterr().err
     wheel.write_bytes(b"something else")
     assert install.main(["--force", "--wheel", str(wheel)]) == 1
     assert "expected " + install.WHEEL_SHA256 in capsys.readouterr().err
-
-
-def test_failed_download_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS"):
-        monkeypatch.delenv(f"PIP_{name}", raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert install.main(["--wheel-only", str(tmp_path)]) == 1
-    message = capsys.readouterr().err
-    assert "could not download sal-detectron2==0.7.2" in message
-    assert "--wheel FILE" in message
 
 
 # The lock file ------------------------------------------------------------------------------------
@@ -210,17 +195,16 @@ def add_finished_environment(project: Path) -> Path:
     return environment
 
 
-def test_setup_returns_at_once_when_nothing_changed(bare_project: Path) -> None:
-    add_finished_environment(bare_project)
-    done = call_setup(bare_project)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "complete" in done.stdout
-    assert call_setup(bare_project, "--quiet").stdout == ""
-
-
-def test_setup_starts_anew_after_it_was_cut_short(bare_project: Path) -> None:
+def test_setup_returns_at_once_or_starts_anew(bare_project: Path) -> None:
     environment = add_finished_environment(bare_project)
-    (environment / "setup.running").touch()
+    done = call_setup(bare_project, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # A process that lives is waited for; one that was cut short has left a half-made environment.
+    (environment / "setup.running").write_text(f"{os.getpid()}\n")
+    done = call_setup(bare_project)
+    assert done.returncode == 1
+    assert f"process {os.getpid()} is setting up" in done.stderr
+    (environment / "setup.running").write_text("")
     done = call_setup(bare_project)
     assert "cut short" in done.stdout
     assert not environment.exists()
@@ -241,16 +225,6 @@ def test_setup_says_what_is_wrong_with_python(bare_project: Path, body: str, fou
     done = call_setup(bare_project, python=str(python))
     assert done.returncode == 1
     assert found in done.stderr
-    assert "apt-get install python3-venv" in done.stderr
-
-
-def test_two_setups_do_not_meet(bare_project: Path) -> None:
-    environment = add_finished_environment(bare_project)
-    (environment / "setup.running").write_text(f"{os.getpid()}\n")
-    done = call_setup(bare_project)
-    assert done.returncode == 1
-    assert f"process {os.getpid()} is setting up" in done.stderr
-    assert environment.exists()
 
 
 # tools/offline_wheels.sh --------------------------------------------------------------------------
@@ -281,14 +255,6 @@ cat "${{@: -1}}" >>{tmp_path}/requirements
     assert (tmp_path / "requirements").read_text() == lock + pinned
 
 
-@pytest.mark.parametrize("words", ["offline_wheels.sh", "offline_wheels.sh --fast",
-                                   "offline_wheels.sh one two", "setup.sh --fast"])  # fmt: skip
-def test_other_arguments_are_refused(words: str) -> None:
-    name, *arguments = words.split()
-    command = ["bash", str(ROOT / "tools" / name), *arguments]
-    assert subprocess.run(command, capture_output=True).returncode == 2
-
-
 # tools/doctor.py ----------------------------------------------------------------------------------
 
 
@@ -297,18 +263,6 @@ def test_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[str])
     report = json.loads(capsys.readouterr().out)
     assert report["ready"]
     assert [item["name"] for item in report["findings"]] == list(doctor.CHECKS)
-
-
-def test_doctor_takes_opencv_under_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        if name.startswith("opencv") and name != "opencv-python-headless":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "1.2.3"
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert doctor.check_packages().status == "ok"
-    monkeypatch.setattr(doctor, "ALIASES", {})
-    assert "lacking: opencv-python" in doctor.check_packages().remedy
 
 
 @pytest.mark.parametrize(
@@ -326,6 +280,4 @@ def test_doctor_names_the_remedy(name, error, remedy, monkeypatch, capsys) -> No
 
     monkeypatch.setattr(doctor, "CHECKS", {name: broken})
     assert doctor.main([]) == 1
-    shown = capsys.readouterr().out
-    assert f"MISSING  {name}" in shown
-    assert remedy in shown
+    assert remedy in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_pack_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--max-samples-per-shard", "5"]
     assert make_shards.main([*arguments, "--num-workers", "1", "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "class folders, 12 pictures, 3 classes; 1 other files ignored" in out
+    assert "classes, 12 pictures, 3 classes, 1 other files" in out
     assert "12 samples in 3 shards" in out
     assert "all as the index says" in out
     index = ShardIndex.open(tmp_path / "out")

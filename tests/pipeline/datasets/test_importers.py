@@ -105,7 +105,7 @@ def test_archives_become_the_07_12_protocol(tmp_path: Path, tars: list[Path], ca
     assert (data.num_train, data.metric_year, list(data.classes)) == (11, 2007, list(VOC_CLASSES))
     assert sum(item.difficult for p in data.test.pictures for item in p.objects) == 2
     assert run(out, *tars) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "is there with these options" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["devkit", "nested", "years", "mixed"])
