@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import (
     UserError,
+    add_slurm_option,
     command_parser,
     print_check,
     printable,

@@ -5,9 +5,6 @@ number of workers.
 """
 
 import hashlib
-import multiprocessing
-import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +19,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common.annotations import canonical
+from common.annotations import record
 from common.annotations.record import ObjectRecord
+from common.parent_death import exit_with_parent
 from pipeline.datasets.sets import Card, SetOptions, make_set
 
 CLUTTER = -1
@@ -361,7 +359,7 @@ def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrit
     """
 
     def fill(root: Path) -> None:
-        canonical.make_folders(root / canonical.YEAR_FOLDER)
+        record.make_folders(root / record.YEAR_FOLDER)
         (root / "pool").mkdir()
         for split, name in product(("train", "val"), source.class_names):
             (root / "probe" / split / name).mkdir(parents=True)
@@ -370,7 +368,7 @@ def build(source: SceneSource, card: Card, out: Path, num_workers: int, overwrit
         splits = {split: counts[split] for split in ("train", "test")}
         for split, count in splits.items():
             names = [f"{split}_{index:06d}" for index in range(count)]
-            canonical.write_list(root / canonical.YEAR_FOLDER, split, names)
+            record.write_list(root / record.YEAR_FOLDER, split, names)
         card.write(
             root,
             classes=source.class_names,
@@ -396,7 +394,7 @@ def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
     try:
         with (
             tqdm(total=sum(counts.values()), unit="img", desc=root.stem) as bar,
-            ProcessPoolExecutor(num_workers, initializer=_end_with_parent) as pool,
+            ProcessPoolExecutor(num_workers, initializer=exit_with_parent) as pool,
         ):
             run = map if num_workers == 1 else pool.map
             for num_done in run(render, *zip(*tasks, strict=True)):
@@ -407,18 +405,6 @@ def _render_all(source: SceneSource, root: Path, num_workers: int) -> None:
         ) from error
     finally:
         cv2.setNumThreads(threads)
-
-
-def _end_with_parent() -> None:
-    """Let a worker end with its parent even if that is killed: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _render_chunk(source: SceneSource, root: Path, part: str, indices: range) -> int:
@@ -448,15 +434,15 @@ def write_scene(root: Path, name: str, scene: Scene, classes: Sequence[str], qua
     Raises:
         OSError: If the disk does not take it.
     """
-    folder = root / canonical.YEAR_FOLDER
+    folder = root / record.YEAR_FOLDER
     write_picture(folder / "JPEGImages" / f"{name}.jpg", scene.image, quality)
     height, width = scene.image.shape[:2]
     objects = []
     for item in scene.objects:
         marks = {"difficult": item.difficult, "truncated": item.truncated}
         objects.append(ObjectRecord(classes[item.label], item.box, **marks))
-    xml = canonical.annotation_xml(f"{name}.jpg", width, height, objects)
-    canonical.annotation_file(folder, name).write_bytes(xml)
+    xml = record.annotation_xml(f"{name}.jpg", width, height, objects)
+    record.annotation_file(folder, name).write_bytes(xml)
 
 
 def write_picture(path: Path, image: np.ndarray, quality: int = 100) -> None:

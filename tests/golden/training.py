@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from common.config import read_settings
 from pretrain import collectives as dist
 from pretrain.config import AdversarialConfig, DataConfig, FAConfig, HeadConfig, OptimConfig
-from pretrain.engine import rendezvous
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.optim import lr_factor, make_optimizer, peak_lr, set_lr
 from pretrain.features.augmentations.base import fa_generator
@@ -220,9 +219,9 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 if __name__ == "__main__":  # one of two Gloo ranks of test_losses.py; the argument is a file
     torch.set_num_threads(1)
-    rendezvous.start("cpu")
+    dist.start("cpu")
     with float64_is_kept():
         results = {name: run(CELLS[name], NUM_STEPS_OF_RANKS) for name in TWO_RANKS}
     if dist.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
-    rendezvous.stop()
+    dist.stop()

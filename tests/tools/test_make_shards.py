@@ -112,12 +112,12 @@ def test_mistakes_are_told_in_one_line(
 def test_full_disk_is_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain.data.pack import job as shard_job
+    from pretrain.data import pack
 
     def full(self: object, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_job._HashingStream, "write", full)
+    monkeypatch.setattr(pack._HashingStream, "write", full)
     jpeg(tmp_path / "in" / "0.jpg")
     assert make_shards.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
     assert "disk full while writing" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from detection.evaluation.error_analysis import (
 
 def as_arrays(data: DetectionSet) -> tuple[Objects, Detections]:
     """Detections with pixels from 1, corners to 0.1, scores to 3 decimals."""
-    corners = np.array([item.box for item in data.found]).reshape(-1, 4) + [1, 1, 0, 0]
+    corners = np.array([item.box for item in data.found]).reshape(-1, 4) + np.array([1, 1, 0, 0])
     scores = [float(f"{item.score:.3f}") for item in data.found]
     objects = Objects(
         np.array([item.image for item in data.truth], dtype=int),

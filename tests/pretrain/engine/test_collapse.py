@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pretrain.engine.collapse import CollapseAlarm
 
 from common.errors import UserError
 from common.files import read_json_lines
@@ -13,6 +12,7 @@ from pretrain import collectives as dist
 from pretrain.__main__ import main
 from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint
+from pretrain.engine.guards import CollapseAlarm
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
