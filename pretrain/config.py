@@ -240,9 +240,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "engine", log_every_steps=1, checkpoint_every_steps=1)
-        at_least(self, "engine", collapse_patience=1, num_threads=0)
-        at_least(self, "engine", keep_checkpoints=0, collapse_std=0)
-        at_least(self, "engine", collapse_rank=0, watchdog_seconds=0)
+        at_least(self, "engine", collapse_patience=1, num_threads=0, keep_checkpoints=0)
+        at_least(self, "engine", collapse_std=0, collapse_rank=0, watchdog_seconds=0)
         require(
             not (self.compile and self.activation_checkpointing),
             "engine.compile=true and engine.activation_checkpointing=true do not go together: a "

@@ -24,13 +24,16 @@ from common.errors import require
 from common.files import write_json
 from pretrain import collectives as dist
 from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.contrastive_task import ContrastiveTask
-from pretrain.engine.run_folder import ProgressLog
+from pretrain.engine.guards import CollapseAlarm, HangTimer, StopOnSignal
+from pretrain.engine.run_folder import ProgressLog, RunFolder
 from pretrain.engine.trainer import Trainer
 from pretrain.model.joint_embedding import FAContrastive
 
 FORMAT = "fa-profile-3"
 NUM_WARMUP, NUM_TRACED = 5, 3
+_LEFT_OUT = (Checkpoints, CollapseAlarm, HangTimer, ProgressLog, RunFolder, StopOnSignal)
 RANGES = (
     "loader", "wait for views", "transfer", "augmentation", "EMA forward", "forward", "FA", "loss",
     "backward", "guards", "optimiser", "EMA update", "queue", "logging",
@@ -58,7 +61,8 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
         f"{trainer.num_steps}: take fewer, but 1 at least, or raise optim.epochs",
     )
     task, device = trainer.task, trainer.device
-    data, is_cuda, folder = task.config.data, device.type == "cuda", task.folder / "profile"
+    batch_size, is_cuda = task.config.data.batch_size, device.type == "cuda"
+    folder = task.folder / "profile"
     fill_queues(task.model)
     folder.mkdir(exist_ok=True)
 
@@ -71,9 +75,10 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / num
 
-    # Of all callbacks the bar alone stays: nothing is saved, and a signal ends it at once.
+    # A bar without rows, and the online probe: nothing is saved, and a signal ends it at once.
     log = ProgressLog("profile")
-    log.trainer, trainer.callbacks = trainer, [log]
+    kept = [c for c in trainer.callbacks if not isinstance(c, _LEFT_OUT)]
+    log.trainer, trainer.callbacks = trainer, [*kept, log]
     with contextlib.closing(batches(trainer)) as stream, log:
         flops = count_flops(lambda: steps(1))
         steps(NUM_WARMUP - 1)
@@ -87,25 +92,16 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
         return
     trace.export_chrome_trace(str(folder / "trace.json.gz"))
     times = range_seconds(trace.events() or (), is_cuda=is_cuda)
-    ranges = [
-        {
-            "name": name,
-            "ms": 1e3 * times[name] / NUM_TRACED,
-            "share": times[name] / (NUM_TRACED * traced_seconds),
-        }
-        for name in RANGES
-        if name in times
-    ]
+    ms, whole = {k: 1e3 * v / NUM_TRACED for k, v in times.items()}, 1e3 * traced_seconds
+    ranges = [{"name": k, "ms": ms[k], "share": ms[k] / whole} for k in RANGES if k in ms]
     summary = {
         "format": FORMAT,
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
-        "batch_size": data.batch_size,
-        "image_size": data.image_size,
-        "num_steps": num_steps,
+        "batch_size": batch_size,
         "step_ms": 1e3 * seconds,
-        "images_per_second": data.batch_size / seconds,
+        "images_per_second": batch_size / seconds,
         "ranges": ranges,
-        "traced_step_ms": 1e3 * traced_seconds,
+        "traced_step_ms": whole,
         "flops_per_step_and_device": flops,
         "peak_memory_bytes": peak,
     }
