@@ -87,14 +87,6 @@ def test_flops_are_those_of_convolutions_and_products_forward_and_backward():
     assert profiling.count_flops(lambda: work().backward()) == forward + backward
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "fp32")]
-)
-def test_precision_is_that_of_the_context(dtype, name):
-    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
-    assert profiling.precision_of(autocast, torch.device("cpu")) == name
-
-
 def test_trace_has_every_label_in_every_step_and_nothing_else_is_left(profiled):
     folder, _ = profiled
     assert {path.name for path in folder.iterdir()} == {"profile", ".lock"}

@@ -149,7 +149,8 @@ class Again:
 
     def step(self, views, step):
         """The loss; everything is moved on. Rate 2 x 8 / 256, warm-up of half an epoch of two."""
-        assert self.net.predictor is not None and self.ema is not None
+        assert self.net.predictor is not None
+        assert self.ema is not None
         p = [self.net.predictor(self.net.projector(self.net.backbone(v))) for v in views]
         with torch.no_grad():
             t = [self.ema.projector(self.ema.backbone(v)) for v in views]
