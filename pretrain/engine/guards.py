@@ -36,9 +36,7 @@ _NONE = 1 << 62  # later than any step
 _NO_MEMORY = (
     "DefaultCPUAllocator", "is killed by signal: Killed", "is killed by signal: Bus error",
 )  # fmt: skip
-_ROOM = (
-    4  # the rank is judged where batch and width leave room for so many times the one that alarms
-)
+_ROOM = 4  # the rank is judged where batch and width leave room for so many times the alarm's
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A cluster signals all processes of a job, torchrun passes on what it got: one request, echoed.
 _ECHO_SECONDS = 5.0
