@@ -19,47 +19,21 @@ from common.stats import (
     verdict,
 )
 
-# Two-sided 95 % and 99 % quantiles as printed in tables of Student's t distribution.
-TABLE = {
-    (0.975, 1): 12.706,
-    (0.975, 2): 4.303,
-    (0.975, 3): 3.182,
-    (0.975, 4): 2.776,
-    (0.975, 5): 2.571,
-    (0.975, 9): 2.262,
-    (0.975, 30): 2.042,
-    (0.975, 120): 1.980,
-    (0.995, 4): 4.604,
-    (0.995, 10): 3.169,
-}
+# Two-sided 95 % quantiles as printed in tables of Student's t distribution.
+TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042, 120: 1.980}
 
 
 def seeds(*values: float) -> dict[int, float]:
     return dict(enumerate(values))
 
 
-def half_width(values: list[float], level: float) -> float:
-    """Of Student's interval, in standard errors."""
-    found = paired_difference(seeds(*values), seeds(*[0.0] * len(values)), level)
-    low, high = found["student_t"]
-    return (high - low) / 2 / (found["std"] / math.sqrt(len(values)))
-
-
-@pytest.mark.parametrize(("key", "expected"), TABLE.items())
-def test_intervals_have_the_width_of_the_printed_table(key, expected):
-    probability, degrees = key
+@pytest.mark.parametrize(("degrees", "expected"), TABLE.items())
+def test_intervals_have_the_width_of_the_printed_table(degrees, expected):
     values = np.random.default_rng(degrees).normal(size=degrees + 1).tolist()
-    assert half_width(values, 2 * probability - 1) == pytest.approx(expected, abs=6e-4)
-
-
-@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.999])
-def test_intervals_have_the_width_of_the_closed_forms(p):
-    """One and two degrees of freedom."""
-    one, two = [0.3, 1.9], [0.3, 1.9, -0.2]
-    expected = math.tan(math.pi * (p - 0.5))
-    assert half_width(one, 2 * p - 1) == pytest.approx(expected, rel=1e-9)
-    expected = (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    assert half_width(two, 2 * p - 1) == pytest.approx(expected, rel=1e-9)
+    found = paired_difference(seeds(*values), seeds(*[0.0] * len(values)))
+    low, high = found["student_t"]
+    half = (high - low) / 2 / (found["std"] / math.sqrt(len(values)))
+    assert half == pytest.approx(expected, abs=6e-4)
 
 
 def test_paired_difference_of_a_worked_example():
@@ -90,10 +64,10 @@ def test_the_bootstrap_takes_the_percentiles_of_seeded_means():
     values = [0.3, -0.1, 0.8, 0.5, 1.1]
     picks = np.random.default_rng(0).integers(0, 5, size=(NUM_RESAMPLES, 5))
     means = np.sort(np.array(values)[picks].mean(axis=1))
-    position = 0.05 * (NUM_RESAMPLES - 1)
+    position = 0.025 * (NUM_RESAMPLES - 1)
     low = np.interp(position, np.arange(NUM_RESAMPLES), means)
     high = np.interp(NUM_RESAMPLES - 1 - position, np.arange(NUM_RESAMPLES), means)
-    found = paired_difference(seeds(*values), seeds(*[0.0] * 5), 0.9)["bootstrap"]
+    found = paired_difference(seeds(*values), seeds(*[0.0] * 5))["bootstrap"]
     assert found == pytest.approx([low, high], abs=1e-12)
 
     many = np.random.default_rng(3).normal(10.0, 2.0, 400).tolist()
@@ -232,32 +206,3 @@ def test_claims() -> None:
     assert claim_verdict(rows("better", "worse")) == "contradicted"
     assert claim_verdict([{"verdict": "worse", "decides": False}]) == "inconclusive"
     assert claim_verdict([]) == "inconclusive"
-
-
-def test_false_alarms_of_a_table_stay_below_five_percent() -> None:
-    """200 tables of four comparisons with a shared control, no effect anywhere."""
-    generator = np.random.default_rng(5)
-    alarms = 0
-    for _ in range(200):
-        cells = generator.normal(50.0, 1.0, (5, 5))
-        contrasts = [
-            Contrast(str(i), ((1, seeds(*cells[i])), (-1, seeds(*cells[4])))) for i in range(4)
-        ]
-        corrected = holm([t_test(row) for row in (cells[:4] - cells[4]).tolist()])
-        if min(p for p in corrected if p is not None) < 0.05:  # no verdict without: saves time
-            alarms += any(row["verdict"] != "inconclusive" for row in compare(contrasts))
-    assert alarms / 200 < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 200)
-
-
-def test_coverage_of_the_intervals_at_five_seeds() -> None:
-    """Student's t covers 95 % of normal samples, the percentile bootstrap less: hence RULE."""
-    generator = np.random.default_rng(6)
-    samples = generator.normal(1.0, 1.0, (4000, 5))
-    half = 2.776445 * samples.std(axis=1, ddof=1) / math.sqrt(5)
-    student = np.mean(np.abs(samples.mean(axis=1) - 1.0) <= half)
-    assert student == pytest.approx(0.95, abs=0.012)
-    picks = generator.integers(0, 5, (400, 5))
-    means = samples[:, picks].mean(axis=2)
-    low, high = np.quantile(means, [0.025, 0.975], axis=1)
-    bootstrap = np.mean((low <= 1.0) & (high >= 1.0))
-    assert 0.75 < bootstrap < 0.90

@@ -20,7 +20,6 @@ from benchmarks.reference_metrics import (
     VOC_2012,
     DetectionSet,
     FoundBox,
-    Rules,
     TrueObject,
     average_precisions,
 )
