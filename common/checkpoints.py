@@ -255,9 +255,7 @@ def load_torch(path: Path | str) -> Any:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # seeking in a damaged zip
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise UserError(
-            f"{path}: not a readable PyTorch checkpoint ({reason}); save its state_dict"
-        ) from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({reason})") from error
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -74,10 +75,12 @@ def printable(text: str) -> str:
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, and at which file."""
+    """What the operating system refused, at which file, and what to do about a full disk."""
     if error.errno is None:  # raised by our own code, with a whole sentence
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full{where}: free some space and run the same command again"
     return f"{error.strerror or error}{where}"
 
 

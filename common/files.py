@@ -228,7 +228,7 @@ def inside(folder: Path, relative: str) -> Path:
     """
     parts, path = PurePosixPath(relative).parts, folder / relative
     if not parts or ".." in parts or not path.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{relative!r} is no path within {folder}; move links away")
+        raise UserError(f"{relative!r} is not a path below {folder}; move links away")
     return path
 
 
@@ -276,9 +276,7 @@ def lock_file(
         return False
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise UserError(
-                f"{folder}: its file system offers no locks ({error.strerror}); choose another one"
-            ) from error
+            raise UserError(f"{folder}: its file system offers no locks; choose another") from error
         raise
     return True
 

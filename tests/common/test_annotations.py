@@ -185,7 +185,7 @@ def test_faults_of_a_list_are_named(voc):
     (lists / "train.txt").write_text("\n")
     with pytest.raises(UserError, match=r"train\.txt: the list is empty"):
         read_list(voc, "train")
-    with pytest.raises(UserError, match=r"val\.txt: no such list; there: train"):
+    with pytest.raises(UserError, match=r"val\.txt: no such list; lists there: train"):
         read_list(voc, "val")
     (lists / "train.txt").write_text("a\nb\na\n")
     with pytest.raises(UserError, match=r"train\.txt: 'a' is listed 2 times"):

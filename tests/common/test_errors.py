@@ -22,7 +22,8 @@ def broken(error):
         (OSError("our own sentence"), 1, "error: our own sentence"),
         (PermissionError(errno.EACCES, "Permission denied", "a.txt"), 1,
          "error: Permission denied (a.txt)"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1,
+         "error: disk full: free some space and run the same command again"),
         (UserError("\udcff.jpg: no picture"), 2, "error: \\xff.jpg: no picture"),
     ],
 )  # fmt: skip

@@ -138,7 +138,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     with (
-        pytest.raises(UserError, match=r"offers no locks .*choose another"),
+        pytest.raises(UserError, match=r"offers no locks; choose another"),
         files.locked(tmp_path / "name.lock"),
     ):
         pass

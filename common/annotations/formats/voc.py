@@ -197,7 +197,7 @@ def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]
     """
     path = list_file(folder, name)
     if not path.is_file():
-        raise UserError(f"{path}: no such list; there: {', '.join(list_names(folder)[:20])}")
+        raise UserError(f"{path}: no such list; lists there: {', '.join(list_names(folder)[:20])}")
     names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     pairs = [line.rsplit(maxsplit=1) for line in names]
     is_class_wise = all(len(pair) == 2 and pair[1] in ("-1", "0", "1") for pair in pairs)
