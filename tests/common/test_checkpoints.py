@@ -53,14 +53,11 @@ def test_plain_weights_survive_every_protocol(protocol: int) -> None:
     assert isinstance(reference, dict)
     for name, value in reference.items():
         np.testing.assert_array_equal(model[name], value, strict=True)
-
-
-def test_names_of_numpy_1_are_known() -> None:
-    data = pickle.dumps(np.arange(3), protocol=2).replace(b"numpy._core", b"numpy.core")
+    data = pickle.dumps(np.arange(3), protocol=2).replace(b"numpy._core", b"numpy.core")  # numpy 1
     np.testing.assert_array_equal(checkpoints.load(io.BytesIO(data)), np.arange(3))
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_functions_in_a_pickle_are_not_called(protocol: int, tmp_path: Path) -> None:
     target = tmp_path / "made"
     data = pickle.dumps({"model": {}, "trap": Attack(target)}, protocol=protocol)
@@ -177,12 +174,3 @@ def test_a_flipped_bit_in_our_checkpoint_is_seen_by_its_checksum(tmp_path: Path)
     flip_a_byte_of(path, state["model"]["w"].numpy().tobytes())
     with pytest.raises(UserError, match=r"checkpoint\.pth is damaged .checksum"):
         checkpoints.read(path)
-
-
-def test_wrappers_of_training_scripts() -> None:
-    network = {"conv1.weight": 1}
-    for key in checkpoints.WRAPPERS:
-        assert checkpoints.nested({"epoch": 3, key: network}, checkpoints.WRAPPERS) is network
-    assert checkpoints.nested({"model": 3}, checkpoints.WRAPPERS) is None
-    with pytest.raises(UserError, match="are not names of tensors"):
-        checkpoints.named({0: 1})

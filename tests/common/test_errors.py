@@ -1,8 +1,9 @@
+import argparse
 import errno
 
 import pytest
 
-from common.errors import RunFailed, StoppedBySignal, UserError, run_command
+from common.errors import RunFailed, StoppedBySignal, UserError, add_slurm_option, run_command
 
 
 def broken(error):
@@ -41,3 +42,14 @@ def test_a_bug_keeps_its_traceback_unless_it_is_a_named_failure(capsys):
         run_command(broken(RuntimeError("bug")))
     assert run_command(broken(RuntimeError("no memory")), failures=(RuntimeError,)) == 1
     assert capsys.readouterr().err == "error: no memory\n"
+
+
+def test_slurm_options_are_pairs(capsys):
+    parser = argparse.ArgumentParser()
+    add_slurm_option(parser)
+    words = ["--slurm-option", "account=vision", "--slurm-option", "x=a=b"]
+    assert dict(parser.parse_args(words).slurm_option) == {"account": "vision", "x": "a=b"}
+    for word in ("account", "account=", "=x", "a=b\n#SBATCH --uid=0"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--slurm-option", word])
+        assert "is not of the form KEY=VALUE" in capsys.readouterr().err

@@ -26,14 +26,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["a.txt"]
 
 
-def test_remove_partial_files_takes_what_killed_writers_left_only(tmp_path):
-    (tmp_path / "a.json.12.partial").write_bytes(b"half")
-    (tmp_path / "a.json").write_bytes(b"whole")
-    (tmp_path / "set.partial").mkdir()
-    files.remove_partial_files(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "set.partial"]
-
-
 def test_json_comes_back_with_nan_as_null_and_any_file_name(tmp_path):
     path = tmp_path / "a.json"
     value = {"ap": math.nan, "rows": [{"loss": math.inf}, 1.5], "file": "\udcff é 鳥 \u2028"}
@@ -75,11 +67,6 @@ def test_text_in_another_encoding_is_refused_with_the_byte(tmp_path):
     path.write_bytes("鳥".encode("gb2312", "replace") + "鸟".encode("gb2312"))
     with pytest.raises(UserError, match=r"list\.txt: is no UTF-8 text .* at byte \d.*save it as"):
         files.read_text(path)
-
-
-def test_sha256_of_a_file(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert files.sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_a_name_is_held_by_one_and_disappears_when_it_is_free(tmp_path):

@@ -7,7 +7,6 @@ from PIL import Image
 
 from common import pictures
 from common.pictures import BadPicture, decode, decode_fast, read_header
-from pretrain.data.decode import center_crop
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)
@@ -70,12 +69,7 @@ def test_16_bit_pictures_keep_their_high_byte(suffix: str) -> None:
     np.testing.assert_array_equal(image, np.repeat((values >> 8)[..., None], 3, axis=2))
 
 
-def test_16_bit_colour() -> None:
-    data = cv2.imencode(".png", PICTURE[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
-    np.testing.assert_array_equal(decode(data, where=""), PICTURE)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_cut_pictures_are_refused(kind: str, share: float) -> None:
     data = encode(PICTURE, kind)
@@ -96,6 +90,8 @@ def test_giant_pictures_are_refused_before_they_are_decoded(
     monkeypatch.setattr(pictures, "MAX_PIXELS", 60 * 80 - 1)
     with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
         decode(encode(PICTURE, kind), where="x")
+    with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
+        read_header(encode(PICTURE, kind), where="x")
 
 
 def test_bomb_beyond_pillows_own_limit() -> None:
@@ -105,33 +101,16 @@ def test_bomb_beyond_pillows_own_limit() -> None:
         decode(bytes(header), where="x")
 
 
-# -- crops ----------------------------------------------------------------------------------------
-
-
-def test_center_crop_takes_the_middle() -> None:
-    image = np.zeros((80, 160, 3), np.uint8)
-    image[5:75, 45:115] = 200  # 7/8 of the short side
-    assert (center_crop(image, 35) == 200).all()
-    image[:, :44] = image[:, 116:] = 90
-    assert (center_crop(image, 35) == 200).all()
-    assert center_crop(smooth_picture(0, 5, 3), 32).shape == (32, 32, 3)
-
-
 # -- fast decoding --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_header_tells_the_size(name: str) -> None:
-    header = read_header(FORMATS[name], where=name)
-    assert (header.height, header.width) == (60, 80)
-    assert header.is_fast == ((name.endswith("jpeg") and "CMYK" not in name) or "stray" in name)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("reduction", [1, 4])
 def test_fast_decoding_is_close_to_exact_decoding(name: str, reduction: int) -> None:
     data = FORMATS[name]
     header = read_header(data, where=name)
+    assert (header.height, header.width) == (60, 80)
+    assert header.is_fast == ((name.endswith("jpeg") and "CMYK" not in name) or "stray" in name)
     image, by = decode_fast(data, header, reduction, where=name)
     assert by in (1, reduction)
     exact = decode(data, where=name)
@@ -152,10 +131,3 @@ def test_fast_decoding_refuses_cut_pictures(share: float, reduction: int) -> Non
     cut = data[: int(len(data) * share)]
     with pytest.raises(BadPicture, match=r"^a.b: does not decode"):
         decode_fast(cut, read_header(cut, where="a.b"), reduction, where="a.b")
-
-
-def test_header_of_giants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 60 * 80 - 1)
-    for kind in ("JPEG", "PNG", "WEBP"):
-        with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
-            read_header(encode(PICTURE, kind), where="x")

@@ -12,7 +12,6 @@ from common.stats import (
     claim_verdict,
     compare,
     holm,
-    mean_std,
     paired_difference,
     permutation_test,
     t_test,
@@ -60,7 +59,7 @@ def test_one_seed_has_no_interval_and_says_so():
 
 
 def test_the_bootstrap_takes_the_percentiles_of_seeded_means():
-    """The same draws by numpy alone; and the mean's normal interval for many values."""
+    """The same draws by numpy alone."""
     values = [0.3, -0.1, 0.8, 0.5, 1.1]
     picks = np.random.default_rng(0).integers(0, 5, size=(NUM_RESAMPLES, 5))
     means = np.sort(np.array(values)[picks].mean(axis=1))
@@ -69,11 +68,6 @@ def test_the_bootstrap_takes_the_percentiles_of_seeded_means():
     high = np.interp(NUM_RESAMPLES - 1 - position, np.arange(NUM_RESAMPLES), means)
     found = paired_difference(seeds(*values), seeds(*[0.0] * 5))["bootstrap"]
     assert found == pytest.approx([low, high], abs=1e-12)
-
-    many = np.random.default_rng(3).normal(10.0, 2.0, 400).tolist()
-    mean, half = mean_std(many)["mean"], 1.96 * mean_std(many)["std"] / 20
-    found = paired_difference(seeds(*many), seeds(*[0.0] * 400))["bootstrap"]
-    assert found == pytest.approx([mean - half, mean + half], abs=0.02)
 
 
 def test_p_of_the_t_test_is_that_of_the_closed_forms():
@@ -111,13 +105,6 @@ def test_permutation_test_counts_sign_changes() -> None:
     assert permutation_test(rounded) == 1.0
     assert permutation_test([*rounded[:2], -rounded[2]]) == 2 / 8
     assert permutation_test([50.1 - 50.0, 49.8 - 50.0, 50.3 - 50.0]) == 6 / 8
-
-
-def test_many_seeds_are_sampled_and_agree_with_the_normal_approximation() -> None:
-    values = np.random.default_rng(1).normal(0.35, 1.0, 40)
-    z = abs(values.sum()) / math.sqrt((values**2).sum())
-    expected = math.erfc(z / math.sqrt(2))
-    assert permutation_test(values.tolist()) == pytest.approx(expected, abs=0.012)
 
 
 def test_equal_differences_fall_back_on_the_signs() -> None:
@@ -184,17 +171,6 @@ def test_two_seeds_are_never_enough() -> None:
     assert row["verdict"] == "inconclusive"
     nothing = compare([Contrast("y", ((1, {}), (-1, {})))])[0]
     assert (nothing["n"], nothing["p_holm"], nothing["verdict"]) == (0, None, "inconclusive")
-
-
-def test_the_correction_can_take_a_verdict_back() -> None:
-    """p of about 0.03 convinces alone, not among ten."""
-    base = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
-    values = base + 3.298 * base.std(ddof=1) / math.sqrt(5)
-    contrast = Contrast("x", ((1, seeds(*values)), (-1, seeds(*[0.0] * 5))))
-    (alone,) = compare([contrast])
-    assert alone["p"] == alone["p_holm"] == pytest.approx(0.03, abs=1e-4)
-    assert alone["verdict"] == "better"
-    assert {row["verdict"] for row in compare([contrast] * 10)} == {"inconclusive"}
 
 
 def test_claims() -> None:

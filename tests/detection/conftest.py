@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.detection.tiny_detection import CONFIGS, make_voc, write_our_checkpoint
+from common.backbone import IMAGENET, read_backbone
+from common.resnet import Arch
+from detection.convert.to_detectron2 import convert
+from tests.detection.tiny_detection import CONFIGS, make_voc
+from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
 
 _ROOT_KEYS = ("SOLVER", "MODEL", "TEST", "INPUT", "DATALOADER")
 
@@ -25,7 +29,7 @@ def voc_root(tmp_path: Path) -> Path:
     return make_voc(tmp_path / "data")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_overrides() -> list[str]:
     """KEY VALUE pairs that make three iterations of the thin detector cheap."""
     text = (
@@ -38,20 +42,14 @@ def tiny_overrides() -> list[str]:
     return [str(word) for word in text.split()]
 
 
-@pytest.fixture
-def thin_checkpoint(tmp_path: Path) -> Path:
-    """One of our checkpoints: a thin ResNet-50 with a projector and a moving average."""
-    return write_our_checkpoint(tmp_path / "checkpoint.pth")
-
-
 @pytest.fixture(scope="session")
 def thin_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted weights of a thin ResNet-50, with their card."""
-    from common.backbone import read_backbone
-    from detection.convert.to_detectron2 import convert
-
     folder = tmp_path_factory.mktemp("thin")
-    source = read_backbone(write_our_checkpoint(folder / "checkpoint.pth"))
+    arch = Arch(50, 16, 16, 64)
+    state = our_checkpoint(torchvision_state(arch, 1), arch)
+    state["preprocessing"] = {"mean": IMAGENET.mean, "std": IMAGENET.std}
+    source = read_backbone(save(state, folder / "checkpoint.pth"))
     convert(source, folder / "backbone.pkl", size=96)
     return folder / "backbone.pkl"
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ from PIL import Image
 from torch import nn
 
 from common.annotations.record import LabelledSplit, read_set
-from common.resnet import Arch
-from detection.convert.parity import ReferenceResNet
 from detection.evaluation.evaluate import Collector
 from detection.evaluation.metrics import DetectedBoxes
 
@@ -121,29 +118,3 @@ def liven_norms(network: nn.Module, seed: int = 0) -> nn.Module:
             module.running_mean = 0.2 * torch.randn(shape, generator=generator)
             module.running_var = 0.5 + torch.rand(shape, generator=generator)
     return network
-
-
-def write_our_checkpoint(path: Path, **changes: object) -> Path:
-    """Write a checkpoint of our format, some fields changed."""
-    arch = Arch(50, 16, 16, 64)
-    torch.manual_seed(0)
-    networks = [liven_norms(ReferenceResNet(arch), seed) for seed in (1, 2)]
-    states = [
-        {f"backbone.{name}": value for name, value in network.state_dict().items()}
-        | {"projector.0.weight": torch.ones(4, 4)}
-        for network in networks
-    ]
-    checkpoint = {
-        "format": "fa-pretrain-1",
-        "arch": asdict(arch),
-        "preprocessing": {
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
-            "order": "RGB",
-        },
-        "model": states[0],
-        "ema": states[1],
-        **changes,
-    }
-    torch.save(checkpoint, path)
-    return path

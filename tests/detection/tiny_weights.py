@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.backbone import ReferenceResNet
 from common.resnet import Arch
-from detection.convert.parity import ReferenceResNet
 from tests.detection.tiny_detection import liven_norms
 
 TINY = Arch(50, 2, 3, 8)

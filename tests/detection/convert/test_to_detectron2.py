@@ -21,7 +21,7 @@ from common.files import sha256_of
 from common.resnet import Arch
 from detection.convert import to_detectron2 as conversion
 from detection.convert.parity import STAGES, build_bare_resnet, comparison_picture
-from detection.convert.to_detectron2 import convert, place, plain
+from detection.convert.to_detectron2 import convert, place
 from detection.training.config import load_config, set_arch
 from detection.training.weights import check_card, load_backbone, write_weights
 from tests.detection.tiny_detection import CONFIGS, liven_norms
@@ -49,11 +49,13 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 @pytest.mark.parametrize(
     ("arch", "ending"),
-    [(TINY, ".pkl"), (Arch(101, 5, 3, 4), ".pth"), (Arch(152, 1, 5, 8), ".pkl")],
+    [(TINY, ".pkl"), (Arch(101, 5, 3, 4), ".pth")],
     ids=str,
 )
 def test_every_bit_comes_back_for_any_width(arch: Arch, ending: str, tmp_path: Path) -> None:
     state = torchvision_state(arch, 7)
+    if ending == ".pth":  # a checkpoint of old times has few counters or none
+        state = {n: v for n, v in state.items() if n[:3] == "bn1" or not n.endswith("tracked")}
     state["conv1.weight"].view(-1)[:3] = torch.tensor([-0.0, 1e-45, -1e-40])  # easily lost bits
     assert_same_bits(there_and_back(save(state, tmp_path / "from.pth"), ending), state)
 
@@ -99,13 +101,6 @@ def test_torchvisions_own_forward_equals_detectron2s(depth: int, tmp_path: Path)
         limit = 1e-5 * expected[stage].abs().max()
         assert (found[stage] - expected[stage]).abs().max() <= limit
         assert torch.equal(returned[stage], expected[stage])
-
-
-def test_counters_that_are_not_there_are_left_out(tmp_path: Path) -> None:
-    """A checkpoint of old times has none; torchvision's network loads without them."""
-    state = {n: v for n, v in torchvision_state().items() if not n.endswith("tracked")}
-    state["bn1.num_batches_tracked"] = torch.tensor(5)
-    assert set(there_and_back(save(state, tmp_path / "from.pth"), ".pkl")) == set(state)
 
 
 @pytest.mark.parametrize("ending", [".pkl", ".pth"])
@@ -190,17 +185,13 @@ def test_nothing_is_overwritten_that_is_no_card(tmp_path: Path) -> None:
     for to, ending in (("torchvision", ".pkl"), ("detectron2", ".pt")):
         with pytest.raises(UserError, match=r"end the name in \.p"):
             convert(source, tmp_path / f"c{ending}", to=to)
+    arch = Arch(18, 64, 16, 64)
+    narrow = read_backbone(save(our_checkpoint(torchvision_state(arch), arch), path))
+    with pytest.raises(UserError, match="Detectron2 builds ResNet-18/34 with 64 channels only"):
+        convert(narrow, tmp_path / "n.pkl", size=64)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md", "a.pth", "b.json", "b.md", "b.pkl", "summary.json",
     ]  # fmt: skip
-
-
-def test_a_narrow_resnet_18_is_read_but_not_converted(tmp_path: Path) -> None:
-    arch = Arch(18, 64, 16, 64)
-    source = read_backbone(save(our_checkpoint(torchvision_state(arch), arch), tmp_path / "n.pth"))
-    assert source.arch == arch
-    with pytest.raises(UserError, match="Detectron2 builds ResNet-18/34 with 64 channels only"):
-        convert(source, tmp_path / "b.pkl", size=64)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,13 +341,3 @@ def test_malformed_card_of_a_source_breaks_nothing(tmp_path: Path) -> None:
         source = read_backbone(path)
         assert source.card is not None
         assert conversion.pretraining(source)["config"] is None
-
-
-def test_plain_ends_somewhere() -> None:
-    nested: dict[str, Any] = {}
-    inner = nested
-    for _ in range(100):
-        inner["a"] = {}
-        inner = inner["a"]
-    assert "<dict>" in json.dumps(plain(nested))
-    assert plain([float("inf"), (1, None), {2: b"x"}]) == ["inf", [1, None], {"2": "<bytes>"}]

@@ -8,26 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from detection.training.other_sets import result_name
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
 from tools.train_voc import main
 
-_TINY = [
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "8"),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", "8", "TEST.PRECISE_BN.NUM_ITER", "1"),
-    *("TEST.EVAL_PERIOD", "0", "SOLVER.MAX_ITER", "2"),
-]
-
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Path:
     """A folder with data/ and a run/ of two seeds; tests copy it."""
     folder = tmp_path_factory.mktemp("trained")
     make_voc(folder / "data", num_test=6)
     config = str(CONFIGS / "thin_R50_C4.yaml")
     assert main(["random", "--config", config, "--data", str(folder / "data"),
-                 "--out", str(folder / "run"), "--seeds", "0,1", *_TINY]) == 0  # fmt: skip
+                 "--out", str(folder / "run"), "--seeds", "0,1", *tiny_overrides]) == 0  # fmt: skip
     return folder
 
 
@@ -92,18 +84,10 @@ def test_other_set_other_figures_kept_until_the_set_changes(
     listed.write_text("\n".join(listed.read_text().split()[:7]) + "\n")
     assert evaluate("scenes", *chosen) == 2
     assert "was made with another data_sha256" in capsys.readouterr().err
-    assert evaluate("scenes", *chosen, "--overwrite") == 0
+    assert evaluate("scenes", *chosen, "--overwrite", "TEST.NUM_SAVED_IMAGES=2") == 0
     assert read(file)["num_test_images"] == 7
-
-
-def test_test_keys_may_change_and_others_not(
-    place: Path, evaluate, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changed = ("TEST.NUM_SAVED_IMAGES=2", "TEST.SAVED_SCORE_THRESH", "0.0")
-    assert evaluate("data", "--seeds", "0", *changed) == 0
-    shown = json.loads((place / "run/seed-0/eval-on-data-detections.json").read_text())
-    assert len(shown) == 2
-    assert evaluate("data", "INPUT.MIN_SIZE_TEST", "32", "--overwrite") == 2
+    assert len(read(file.with_name("eval-on-scenes-test-detections.json"))) == 2
+    assert evaluate("scenes", *chosen, "INPUT.MIN_SIZE_TEST", "32") == 2
     assert "only keys of TEST" in capsys.readouterr().err
 
 
@@ -155,8 +139,3 @@ def test_wrong_places_are_explained(
     with pytest.raises(SystemExit, match="2"):
         main(["random", "--out", run, "--config", "x", "--data", "y", "--eval-split", "test"])
     assert "goes with --eval-on" in capsys.readouterr().err
-
-
-def test_names(tmp_path: Path) -> None:
-    assert result_name(tmp_path / "my scenes", None) == "my_scenes"
-    assert result_name(tmp_path / "real", "voc_2012_val") == "real-voc_2012_val"

@@ -237,22 +237,16 @@ def test_same_annotations_as_detectron2_reads(voc_root: Path) -> None:
     ours = to_detectron2(voc.train[0], voc.classes)
     theirs = load_voc_instances(str(voc_root / "VOC2007"), "train", CLASSES)
     assert [{**row, "image_id": str(row["image_id"])} for row in theirs] == ours
-
-
-def test_registered_with_its_own_classes(voc_root: Path) -> None:
-    voc = read_set(voc_root)
     for _ in range(2):  # a second time in the same process changes nothing
         train, test = register(voc)
-    assert len(DatasetCatalog.get(train[0])) == 8
+    assert DatasetCatalog.get(train[0]) == ours
     assert MetadataCatalog.get(test).thing_classes == list(CLASSES)
 
 
 REFUSALS = {
     "no such weights": (["none.pkl"], "no such weights"),
     "seeds": (["random", "--seeds", "0,0"], "different integers"),
-    "seed words": (["random", "--seeds", "all"], "give integers"),
     "gpus": (["random", "--num-gpus", "64"], "this machine has"),
-    "no gpus": (["random", "--num-gpus", "0"], "give 1 or more"),
     "key": (["random", "SOLVER.LR", "1"], "unknown key SOLVER.LR"),
 }
 
@@ -267,15 +261,6 @@ def test_wrong_arguments_end_with_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
-
-
-def test_weights_of_another_depth_end_before_training(
-    train: Callable[..., int], thin_weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(str(thin_weights), config="R18_C4.yaml") == 2
-    assert "the weights are a ResNet-50" in capsys.readouterr().err
-    assert train(str(thin_weights), "--no-card", config="R18_C4.yaml") == 2
-    assert "backbone tensors match" in capsys.readouterr().err
 
 
 def test_picture_that_does_not_decode_is_named(
@@ -293,12 +278,6 @@ def test_diverging_training_is_no_users_mistake(
 ) -> None:
     assert train("random", "SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0") == 1
     assert "error: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
-
-
-def test_message_of_an_error_from_a_worker() -> None:
-    text = "Traceback (most recent call last)\n  x\ncommon.errors.UserError: a.jpg: bad"
-    assert command.message_of(ValueError(text)) == "a.jpg: bad"
-    assert command.message_of(ValueError("plain")) == "plain"
 
 
 def shell(*arguments: object) -> list[str]:

@@ -71,17 +71,10 @@ def test_every_tensor_lands(
     assert_landed(model, weights[depth], "backbone.bottom_up." if "FPN" in config else "backbone.")
 
 
-def test_stock_head_would_mistake_basic_blocks(weights: dict[int, Path]) -> None:
-    """Detectron2's own head builds bottlenecks for ResNet-18; here that is an error."""
-    model = detector("R18_C4.yaml", "MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
-    with pytest.raises(UserError, match=r"missing .*roi_heads.res5.*use the config of the"):
-        load_backbone(model, weights[18])
-
-
 def test_another_depth_or_width_is_refused(weights: dict[int, Path]) -> None:
     with pytest.raises(UserError, match=r"r50.pth: only .* tensors match the 265"):
         load_backbone(detector("R18_C4.yaml"), weights[50])
-    with pytest.raises(UserError, match=r"r50.pth: only .*wrong shape"):
+    with pytest.raises(UserError, match=r"r50.pth: only 0 of"):
         load_backbone(detector("thin_R50_C4.yaml"), weights[50])
 
 
@@ -146,7 +139,7 @@ def test_card_is_compared_with_the_config(thin_weights: Path, tmp_path: Path) ->
     refused("MODEL.PIXEL_STD must be", "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]")
     refused("STRIDE_IN_1X1 must be False", "MODEL.RESNETS.STRIDE_IN_1X1", "True")
     refused("the weights are a ResNet-50 .width 16", "MODEL.RESNETS.DEPTH", "101")
-    refused("is not the file that b.json describes", weights_sha256="0")
+    refused("b.json beside it describes another file", weights_sha256="0")
     refused("no preprocessing card b.json", format="x")
     refused("its card lacks input_format", preprocessing={})
     path.with_suffix(".json").write_text(json.dumps(card))
