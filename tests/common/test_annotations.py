@@ -19,6 +19,7 @@ from common.annotations.record import (
     SetChoice,
     annotation_xml,
     coco_content,
+    make_folders,
     read_class_names,
     read_set,
     write_annotations,
@@ -237,8 +238,6 @@ def test_coco_keeps_floats_areas_and_crowds(tmp_path):
          "is no COCO annotation"),
         ({"images": [{"id": 7, "file_name": "../train/1.jpg", "width": 1, "height": 1}]},
          "leads out of"),
-        ({"images": [{"id": 7, "file_name": "2.jpg", "width": 1, "height": 1}]},
-         "no such picture, but instances.json names it"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category twice"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]}, "category twice"),
         ({"categories": [{"id": 1, "name": ""}]}, "class name ''"),
@@ -327,8 +326,7 @@ def test_digest_follows_the_content(voc_root: Path) -> None:
 def make_official(root: Path) -> Path:
     for year in ("2007", "2012"):
         voc = root / f"VOC{year}"
-        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (voc / folder).mkdir(parents=True)
+        make_folders(voc)
         for split in ("trainval", "test"):
             name = f"{year}_{split}"
             Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(voc / f"JPEGImages/{name}.jpg")

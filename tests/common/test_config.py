@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from common.config import MAX_YAML_ALIASES, parse_yaml, read_settings, read_yaml, to_plain
+from common.config import MAX_YAML_ALIASES, parse_yaml, read_settings, read_yaml
 from common.errors import UserError
 
 
@@ -123,12 +123,3 @@ def test_files_that_cannot_be_read(tmp_path):
     large.write_bytes(b"#" * ((1 << 20) + 1))
     with pytest.raises(UserError, match="larger than 1 MiB"):
         read_yaml(large)
-
-
-def test_plain_values_read_back(tmp_path):
-    import yaml
-
-    settings = Outer("x", 2, "b", Inner(0.5, ("a",), {"k": 1}))
-    file = tmp_path / "again.yaml"
-    file.write_text(yaml.safe_dump(to_plain(settings)))
-    assert read(file) == settings

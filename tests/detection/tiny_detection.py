@@ -11,7 +11,14 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from common.annotations.record import LabelledSplit, read_set
+from common.annotations.record import (
+    LabelledSet,
+    LabelledSplit,
+    ObjectRecord,
+    annotation_xml,
+    make_folders,
+    read_set,
+)
 from detection.evaluation.evaluate import Collector
 from detection.evaluation.metrics import DetectedBoxes
 
@@ -32,6 +39,22 @@ def instances_of(rows: Sequence[Detection], image_id: str) -> Instances:
     return instances
 
 
+def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
+    """Ground truth moved about, doubles, wrong classes and boxes at random."""
+    generator = np.random.default_rng(seed)
+    found: list[Detection] = []
+    for picture in voc.test.pictures:
+        for item in picture.objects:
+            label = voc.classes.index(item.class_name)
+            for _ in range(3):
+                shift = generator.normal(0, 4, 4).round(1)
+                box = (np.array(item.box) + shift).clip(0, 95).tolist()
+                wrong = generator.random() < 0.3
+                score = round(float(generator.random()), 3)
+                found.append((picture.image_id, (label + wrong) % 3, score, box))
+    return found
+
+
 def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
     """The detections as an evaluation collects them."""
     collector = Collector(split)
@@ -46,24 +69,15 @@ def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
 
 def annotation(size: int, objects: Sequence[tuple[str, int, int, int, int]]) -> str:
     """A VOC annotation with boxes (name, xmin, ymin, xmax, ymax), 1-based."""
-    items = "".join(
-        f"<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated>"
-        f"<difficult>0</difficult><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
-        f"<ymax>{y1}</ymax></bndbox></object>"
-        for name, x0, y0, x1, y1 in objects
-    )
-    return (
-        f"<annotation><size><width>{size}</width><height>{size}</height><depth>3</depth></size>"
-        f"{items}</annotation>"
-    )
+    rows = [ObjectRecord(name, (x0 - 1, y0 - 1, x1, y1)) for name, x0, y0, x1, y1 in objects]
+    return annotation_xml("picture.jpg", size, size, rows).decode()
 
 
 def make_voc(root: Path, num_train: int = 8, num_test: int = 4, size: int = 96) -> Path:
     """Write a set of coloured rectangles on noise: VOC2007/ and dataset.json."""
     generator = np.random.default_rng(0)
     voc = root / "VOC2007"
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (voc / folder).mkdir(parents=True)
+    make_folders(voc)
     names = [f"{index:06d}" for index in range(num_train + num_test)]
     for index, name in enumerate(names):
         pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)

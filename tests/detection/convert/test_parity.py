@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from common.backbone import read_backbone
 from common.files import sha256_of
@@ -72,9 +71,6 @@ def test_every_layout_of_one_network_is_the_same(ours: Path, pkl: Path, tmp_path
         assert report["b"]["layout"] == layout
         assert set(report["stages"].values()) == {0.0}
         assert all(item["same_bits"] for item in report["tensors"].values())
-        assert report["counters"] == {
-            "num_equal": 53, "num_different": 0, "num_only_in_a": 0, "num_only_in_b": 0,
-        }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -135,17 +131,6 @@ def test_other_pixel_statistics_are_another_network(ours: Path, tmp_path: Path) 
     report = verify(ours, save(changed, tmp_path / "other.pth"), size=64)
     assert report["reasons"] == ["the files state different pixel statistics"]
     assert report["preprocessing"] == "different"
-
-
-def test_counters_are_told_but_do_not_decide(ours: Path, tmp_path: Path) -> None:
-    state = torchvision_state()
-    state["bn1.num_batches_tracked"] = torch.tensor(1)
-    del state["layer1.0.bn1.num_batches_tracked"]
-    report = verify(ours, save(state, tmp_path / "b.pth"), size=64)
-    assert report["same"]
-    assert report["counters"] == {
-        "num_equal": 51, "num_different": 1, "num_only_in_a": 1, "num_only_in_b": 0,
-    }  # fmt: skip
 
 
 def test_another_architecture_is_refused(ours: Path, tmp_path: Path) -> None:

@@ -330,14 +330,3 @@ def test_figures_of_another_step_are_left_out(tmp_path: Path) -> None:
     run_folder(path.parent).rename(older)
     figures = conversion.pretraining(read_backbone(older))["figures"]
     assert figures["knn_top1"] == 0.625  # of the run's folder above
-
-
-def test_malformed_card_of_a_source_breaks_nothing(tmp_path: Path) -> None:
-    path = save(torchvision_state(), tmp_path / "b.pth")
-    card, _ = cards(path, tmp_path / "c.pkl")
-    card["weights_sha256"] = sha256_of(path)
-    for known in ({"figures": [1], "config": "x"}, "text", None, {"step": {"a": 1}, "versions": 3}):
-        (tmp_path / "b.json").write_text(json.dumps(card | {"pretraining": known}))
-        source = read_backbone(path)
-        assert source.card is not None
-        assert conversion.pretraining(source)["config"] is None

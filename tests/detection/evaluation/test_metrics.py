@@ -1,7 +1,5 @@
 """AP by VOC's and by COCO's metric, against computations written from their definitions."""
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +9,6 @@ import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from benchmarks.reference_metrics import COCO as COCO_RULES
 from benchmarks.reference_metrics import (
@@ -29,29 +25,12 @@ from detection.evaluation.evaluate import detection_rows
 from detection.evaluation.metrics import ClassFigures, Curve, coco_metric, curve_points, voc_metric
 from tests.detection.tiny_detection import (
     CLASSES,
-    NUMBERS,
     Detection,
     collect,
     instances_of,
-    make_coco,
+    make_detections,
     make_voc,
 )
-
-
-def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
-    """Ground truth moved about, doubles, wrong classes and boxes at random."""
-    generator = np.random.default_rng(seed)
-    found: list[Detection] = []
-    for picture in voc.test.pictures:
-        for item in picture.objects:
-            label = voc.classes.index(item.class_name)
-            for _ in range(3):
-                shift = generator.normal(0, 4, 4).round(1)
-                box = (np.array(item.box) + shift).clip(0, 95).tolist()
-                wrong = generator.random() < 0.3
-                score = round(float(generator.random()), 3)
-                found.append((picture.image_id, (label + wrong) % 3, score, box))
-    return found
 
 
 def metric(voc: LabelledSet, detections: list[Detection]) -> dict[str, ClassFigures]:
@@ -227,47 +206,6 @@ def test_pictures_are_spread_evenly(
 
 def coco(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> dict:
     return coco_metric(split, voc.classes, collect(split, rows))[0]
-
-
-@pytest.mark.parity
-def test_figures_equal_pycocotools_on_the_files_themselves(tmp_path: Path) -> None:
-    coco_root = make_coco(tmp_path / "coco")
-    coco = read_set(coco_root)
-    draw = np.random.default_rng(0)
-    rows, given = [], []
-    for picture in coco.test.pictures:
-        boxes, labels, scores = [], [], draw.random(6).astype(np.float32).tolist()
-        for item in picture.objects * 6:
-            moved = np.array(item.box) + draw.integers(-40, 40, 4) / 8
-            boxes.append(moved.tolist())
-            labels.append((coco.classes.index(item.class_name) + int(draw.random() < 0.2)) % 3)
-        given += [
-            (picture.image_id, label, score, box)
-            for label, score, box in zip(labels, scores, boxes, strict=True)
-        ]
-        rows += [
-            {
-                "image_id": int(picture.image_id),
-                "category_id": NUMBERS[coco.classes[label]],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": score,
-            }
-            for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True)
-        ]
-    figures, classes = coco_metric(coco.test, coco.classes, collect(coco.test, given))
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(coco_root / "annotations/instances_val2017.json"))
-        loaded = truth.loadRes(rows)  # pyright: ignore[reportArgumentType]
-        evaluation = COCOeval(truth, loaded, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    for key, value in zip(("AP", "AP50", "AP75", "APs", "APm"), evaluation.stats, strict=False):
-        assert figures[key] == pytest.approx(100 * value), key
-    assert 0 < figures["APs"] < 100, "small by its mask, not by its box"
-    for name, row in classes.items():
-        curve = row.curves["0.50"].precision
-        assert row.ap50 == pytest.approx(100 * np.mean(curve), abs=0.01), name
 
 
 def test_no_detections_and_no_small_objects(tmp_path: Path) -> None:

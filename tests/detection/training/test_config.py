@@ -180,18 +180,9 @@ def test_frozen_config_freezes_the_trunk_and_trains_res5() -> None:
     assert isinstance(model.roi_heads, Res5ROIHeadsExtraNorm)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_blocks", "num_channels"),
-    [("R18", (2, 2, 2, 2), 512), ("R50", (3, 4, 6, 3), 2048)],
-)
-def test_pyramids_build_on_the_whole_resnet(
-    name: str, num_blocks: tuple[int, ...], num_channels: int
-) -> None:
-    cfg = load_config(CONFIGS / f"voc0712_{name}_FPN_24k.yaml", {"MODEL.DEVICE": "cpu"})
-    model = build_model(cfg)
-    resnet = model.backbone.bottom_up
-    assert tuple(len(getattr(resnet, f"res{stage}")) for stage in (2, 3, 4, 5)) == num_blocks
-    assert resnet.output_shape()["res5"].channels == num_channels
+def test_pyramid_builds_on_the_whole_resnet() -> None:
+    model = build_model(load_config(CONFIGS / "voc0712_R18_FPN_24k.yaml", {"MODEL.DEVICE": "cpu"}))
+    assert model.backbone.bottom_up.output_shape()["res5"].channels == 512
     assert norm_classes(model) == {"NaiveSyncBatchNorm"}
     assert all(value.requires_grad for value in model.parameters())
 
@@ -199,18 +190,13 @@ def test_pyramids_build_on_the_whole_resnet(
 # -- schedules scaled to the GPUs ------------------------------------------------------------------
 
 PROTOCOL = CONFIGS / "voc0712_R50_C4_24k.yaml"
-Schedule = tuple[int, float, int, tuple[int, ...], int]
+Schedule = tuple[object, ...]
 
 
 def schedule(*overrides: str, num_gpus: int | None, path: Path = PROTOCOL) -> Schedule:
     solver = load_config(path, parse_overrides(overrides), num_gpus=num_gpus).SOLVER
-    return (
-        solver.IMS_PER_BATCH,
-        solver.BASE_LR,
-        solver.MAX_ITER,
-        tuple(solver.STEPS),
-        solver.WARMUP_ITERS,
-    )
+    keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")
+    return tuple(solver[key] for key in keys)
 
 
 PUBLISHED = (16, 0.02, 24_000, (18_000, 22_000), 100)

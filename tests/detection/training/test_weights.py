@@ -108,17 +108,11 @@ def test_damaged_weights_are_refused(thin_weights: Path, tmp_path: Path) -> None
     write_pkl(path, thin_weights, {"model": {**given, "res9.0.weight": given["stem.conv1.weight"]}})
     with pytest.raises(UserError, match=r"not in the detector 1: res9.0.weight"):
         load_backbone(model, path)
-    turned = {**given, "res3.0.conv1.weight": given["res3.0.conv1.weight"].transpose(1, 0, 2, 3)}
-    write_pkl(path, thin_weights, {"model": turned})
-    with pytest.raises(UserError, match=r"only 264 of .*res3.0.conv1.weight"):
-        load_backbone(model, path)
     path.write_bytes(thin_weights.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"b.pkl"):
         load_backbone(model, path)
     with pytest.raises(UserError, match=r"no such weights"):
         load_backbone(model, tmp_path / "none.pkl")
-    with pytest.raises(UserError, match=r"end in .pkl or .pth"):
-        load_backbone(model, tmp_path / "weights.bin")
 
 
 def test_card_is_compared_with_the_config(thin_weights: Path, tmp_path: Path) -> None:
