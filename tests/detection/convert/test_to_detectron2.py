@@ -11,7 +11,6 @@ import torch
 import torchvision
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from PIL import Image
 from torch import Tensor, nn
 
 import detection.training.trainer  # noqa: F401  (registers the C4 head)
@@ -20,7 +19,7 @@ from common.errors import UserError
 from common.files import sha256_of
 from common.resnet import Arch
 from detection.convert import to_detectron2 as conversion
-from detection.convert.parity import STAGES, build_bare_resnet, comparison_picture
+from detection.convert.parity import STAGES, build_bare_resnet
 from detection.convert.to_detectron2 import convert, place
 from detection.training.config import load_config, set_arch
 from detection.training.weights import check_card, load_backbone, write_weights
@@ -201,8 +200,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         return status, captured.out, captured.err
 
     path = save(our_checkpoint(torchvision_state()), tmp_path / "a.pth")
-    Image.fromarray(comparison_picture(None, 100).numpy()).save(tmp_path / "p.png")
-    status, out, _ = call(path, tmp_path / "b.pkl", "--image", tmp_path / "p.png", "--size", 64)
+    status, out, _ = call(path, tmp_path / "b.pkl", "--size", 64)
     assert status == 0
     assert "265 tensors and 53 batch counters converted to detectron2" in out
     assert "a head or state of pretraining" in out

@@ -76,12 +76,9 @@ def as_set(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> Det
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    ("year", "rules"), [(2007, VOC_2007), (2012, VOC_2012), (None, COCO_RULES)]
-)
-def test_ap_equals_an_independent_computation(
-    year: int | None, rules: Rules, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("year", [2007, 2012, None])
+def test_ap_equals_an_independent_computation(year: int | None, tmp_path: Path) -> None:
+    rules = {2007: VOC_2007, 2012: VOC_2012, None: COCO_RULES}[year]
     voc = read_set(make_voc(tmp_path / "set", num_train=2, num_test=12))
     split, detections = made_difficult(voc.test, 4), make_detections(voc)
     boxes = collect(split, detections)
