@@ -122,7 +122,6 @@ def test_flags_may_be_missing_and_names_have_white_space_round_them(voc):
         (xml(box=("nan", 1, 5, 9)), "<bndbox/xmin> holds 'nan'; write a number"),
         (xml(flags="<difficult>maybe</difficult>"), "<difficult> holds 'maybe'; write 0 or 1"),
         (xml(size=(50, 30)), "<size> says 50 x 30 pixels, but a.jpg has 40 x 30"),
-        (xml(size=("wide", 30)), "<size/width> holds 'wide'"),
         ("<annotation>", "not readable as XML"),
     ],
 )
@@ -240,7 +239,6 @@ def test_coco_keeps_floats_areas_and_crowds(tmp_path):
          "leads out of"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category twice"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]}, "category twice"),
-        ({"categories": [{"id": 1, "name": ""}]}, "class name ''"),
     ],
 )  # fmt: skip
 def test_faults_of_coco_are_named(tmp_path, changes, message):
@@ -369,7 +367,6 @@ def no_objects(root: Path) -> None:
     ("harm", "message"),
     [
         (overwrite("dataset.json", "{"), "dataset.json: is damaged, no JSON"),
-        (overwrite("dataset.json", "{}"), "dataset.json: has no list 'classes'"),
         (
             overwrite("dataset.json", '{"classes": ["disc", "box", "bar"], "metric_year": 2010}'),
             "metric year 2010",

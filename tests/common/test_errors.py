@@ -33,10 +33,6 @@ def test_an_error_becomes_a_message_and_an_exit_status(error, status, message, c
     assert capsys.readouterr() == ("", message + "\n")
 
 
-def test_the_status_of_work_that_ends_is_its_own():
-    assert run_command(lambda: 3) == 3
-
-
 def test_a_bug_keeps_its_traceback_unless_it_is_a_named_failure(capsys):
     with pytest.raises(RuntimeError, match="bug"):
         run_command(broken(RuntimeError("bug")))

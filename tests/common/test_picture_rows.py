@@ -54,12 +54,6 @@ def test_other_kinds_are_decoded_whole(name: str) -> None:
     assert decode_fast(data, header, 1, where="", num_rows=16)[0].shape == PICTURE.shape
 
 
-def test_several_scans_are_decoded_whole() -> None:
-    data = bytearray(SEQUENTIAL["4:2:0"])
-    data[data.index(b"\xff\xda") + 4] = 1  # colours of the first scan
-    assert decode_upper_rows(data, (HEIGHT, WIDTH), 16, 1) is None
-
-
 def test_nothing_to_save() -> None:
     for num_rows in (81, 90):
         assert decode_upper_rows(SEQUENTIAL["4:2:0"], (HEIGHT, WIDTH), num_rows, 1) is None
@@ -67,14 +61,6 @@ def test_nothing_to_save() -> None:
 
 def test_a_height_that_is_not_the_headers_is_left_alone() -> None:
     assert decode_upper_rows(SEQUENTIAL["4:2:0"], (HEIGHT + 1, WIDTH), 16, 1) is None
-
-
-def test_what_is_needed_is_decoded_and_little_more() -> None:
-    data = SEQUENTIAL["4:2:0"]
-    header = read_header(data, where="")
-    assert len(decode_fast(data, header, 1, where="", num_rows=20)[0]) == 32
-    assert len(decode_fast(data, header, 2, where="", num_rows=20)[0]) == 16
-    assert len(decode_fast(data, header, 1, where="")[0]) == HEIGHT
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)

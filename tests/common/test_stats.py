@@ -161,15 +161,6 @@ def test_each_condition_of_the_rule_decides(change: dict, expected: str) -> None
     assert verdict(row | change) == expected
 
 
-def test_two_seeds_are_never_enough() -> None:
-    pair = Contrast("x", ((1, seeds(60.0, 60.0)), (-1, seeds(50.0, 50.00001))))
-    row = compare([pair])[0]
-    assert row["p"] < 1e-4
-    assert row["verdict"] == "inconclusive"
-    nothing = compare([Contrast("y", ((1, {}), (-1, {})))])[0]
-    assert (nothing["n"], nothing["p_holm"], nothing["verdict"]) == (0, None, "inconclusive")
-
-
 def test_claims() -> None:
     def rows(*verdicts: str) -> list[dict]:
         return [{"verdict": v, "decides": True} for v in verdicts]

@@ -203,10 +203,3 @@ def test_pictures_are_spread_evenly(
 
 def coco(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> dict:
     return coco_metric(split, voc.classes, collect(split, rows))[0]
-
-
-def test_no_detections_and_no_small_objects(tmp_path: Path) -> None:
-    voc = read_set(make_voc(tmp_path / "data", num_train=2, num_test=3))
-    assert {(row.ap, row.ap50, row.ap75) for row in metric(voc, []).values()} == {(0, 0, 0)}
-    result = coco(voc, voc.test, [])
-    assert (result["AP"], result["APm"], result["APl"]) == (0.0, 0.0, None)

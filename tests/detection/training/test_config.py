@@ -180,13 +180,6 @@ def test_frozen_config_freezes_the_trunk_and_trains_res5() -> None:
     assert isinstance(model.roi_heads, Res5ROIHeadsExtraNorm)
 
 
-def test_pyramid_builds_on_the_whole_resnet() -> None:
-    model = build_model(load_config(CONFIGS / "voc0712_R18_FPN_24k.yaml", {"MODEL.DEVICE": "cpu"}))
-    assert model.backbone.bottom_up.output_shape()["res5"].channels == 512
-    assert norm_classes(model) == {"NaiveSyncBatchNorm"}
-    assert all(value.requires_grad for value in model.parameters())
-
-
 # -- schedules scaled to the GPUs ------------------------------------------------------------------
 
 PROTOCOL = CONFIGS / "voc0712_R50_C4_24k.yaml"
@@ -244,28 +237,8 @@ def test_the_same_as_detectron2_for_any_number_of_gpus(num_gpus: int) -> None:
     assert pytest.approx(3200, abs=16) == ours.TEST.PRECISE_BN.NUM_ITER * ours.SOLVER.IMS_PER_BATCH
 
 
-def test_config_that_is_no_protocol_is_left_alone() -> None:
-    plain = load_config(THIN)
-    assert plain.SOLVER.REFERENCE_WORLD_SIZE == 0
-    for num_gpus in (1, 8):
-        assert load_config(THIN, num_gpus=num_gpus) == plain
-    assert schedule("SOLVER.IMS_PER_BATCH", "8", num_gpus=1, path=THIN)[1:3] == (
-        plain.SOLVER.BASE_LR,
-        plain.SOLVER.MAX_ITER,
-    )
-
-
 def test_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"IMS_PER_BATCH 16 does not divide by .*WORLD_SIZE 3"):
         load_config(PROTOCOL, {"SOLVER.REFERENCE_WORLD_SIZE": "3"}, num_gpus=1)
     with pytest.raises(UserError, match="IMS_PER_BATCH 0: give at least 1"):
         load_config(PROTOCOL, {"SOLVER.IMS_PER_BATCH": "0"}, num_gpus=1)
-
-
-def test_the_coco_config_is_the_1x_schedule() -> None:
-    cfg = load_config(CONFIGS / "coco_R50_C4_1x.yaml")
-    solver = cfg.SOLVER
-    assert (solver.MAX_ITER, list(solver.STEPS), solver.BASE_LR) == (90_000, [60_000, 80_000], 0.02)
-    assert (solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE) == (16, 8)
-    assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON) == (80, False)
-    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [640, 672, 704, 736, 768, 800]
