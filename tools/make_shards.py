@@ -22,12 +22,7 @@ from common.files import write_json
 from pipeline.datasets.importers import open_source
 from pretrain.data.pack import Cluster, WriteReport, write_shards
 from pretrain.data.pack_plan import ShardOptions, SourcePicture
-from pretrain.data.shard_info import (
-    VerifyReport,
-    format_info,
-    gather_info,
-    verify_shards,
-)
+from pretrain.data.shard_info import format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
@@ -149,7 +144,6 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         num_workers=num_workers,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
-        progress=True,
         cluster=cluster,
     )
     text = f"{options.out}: {size_of(report)}"
@@ -175,7 +169,7 @@ def _part(text: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def size_of(report: WriteReport | VerifyReport) -> str:
+def size_of(report: WriteReport) -> str:
     """Samples, shards and bytes of a set."""
     size = f"{report.num_bytes / 1e6:.1f} MB"
     return f"{report.num_samples} samples in {report.num_shards} shards, {size}"
@@ -206,12 +200,11 @@ def verify(shards: str, num_workers: int) -> int:
         "://" not in shards,
         f"{shards}: --verify reads every byte of a local folder; copy the set first",
     )
-    report = verify_shards(shards, num_workers=num_workers, progress=True)
-    for problem in report.problems:
+    problems = verify_shards(Path(shards), num_workers=num_workers)
+    for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    verdict = f"{len(report.problems)} faults" if report.problems else "all as the index says"
-    print(f"{shards}: {size_of(report)}: {verdict}")
-    return 1 if report.problems else 0
+    print(f"{shards}: {f'{len(problems)} faults' if problems else 'all as the index says'}")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ def is_picture(suffix: str) -> bool:
     return suffix.rsplit(".", 1)[-1] in _IMAGE_SUFFIXES
 
 
+def label_of(data: bytes) -> int | None:
+    """The label in a sample's ``cls`` file; None if it is no integer."""
+    try:
+        return int(data[:32].decode())
+    except ValueError:
+        return None
+
+
 # -- the files of one tar -------------------------------------------------------------------------
 
 
@@ -209,12 +217,11 @@ def scan_shard(name: str, stream: IO[bytes]) -> tuple[list[Entry], list[dict[str
         for suffix, member, data in files:
             if is_picture(suffix):
                 picture = picture or member
+            elif suffix == "cls" and (own := label_of(data)) is not None:
+                label = own
             elif suffix == "cls":
-                try:
-                    label = int(data[:32].decode())
-                except ValueError:
-                    reason = f"label {data[:32]!r} is not an integer; kept without a label"
-                    skip(f"{key}.cls", reason)
+                reason = f"label {data[:32]!r} is not an integer; kept without a label"
+                skip(f"{key}.cls", reason)
         if picture is None:
             is_named = key != files[0][1].name
             skip(key, "no picture" if is_named else "a name without a suffix")

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
-from common.errors import RunFailed, UserError, printable, require
+from common.errors import RunFailed, UserError, at_least, printable, require
 from common.files import (
     lock_file,
     locked,
@@ -259,10 +259,8 @@ class Cluster:
     options: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self.num_tasks >= 1, f"{self.num_tasks} tasks: must be at least 1")
-        require(self.time_minutes >= 1, f"{self.time_minutes} minutes per task: must be at least 1")
-        for text in (self.partition or "", *self.options, *self.options.values()):
-            require(text.isprintable(), f"{text!r}: no line breaks in options of the cluster")
+        at_least(self, "cluster", num_tasks=1, time_minutes=1)
+        require((self.partition or "").isprintable(), f"partition {self.partition!r}: is no name")
 
 
 def run_tasks(cluster: Cluster, whole: ShareOfShards) -> Generator[ShardPart]:
@@ -350,7 +348,6 @@ def write_shards(
     num_workers: int = 0,
     max_bad: int = 0,
     overwrite: bool = False,
-    progress: bool = False,
     cluster: Cluster | None = None,
 ) -> WriteReport:
     """Pack pictures into OUT/shard-*.tar with OUT/index.json and OUT/samples.npy.
@@ -366,7 +363,6 @@ def write_shards(
         num_workers: Processes, of each task if there is a cluster; 0 or 1 works in one.
         max_bad: How many pictures may be left out because they do not decode.
         overwrite: Throw away other shards in `out` first.
-        progress: Show a progress bar.
         cluster: Where to make the shards; None: here.
     Raises:
         UserError: If more pictures than allowed are bad, `out` holds other shards or is being
@@ -419,8 +415,8 @@ def write_shards(
             share = ShareOfShards(folder, run_id, todo, options, max_bad, num_workers)
             made = run_tasks(cluster, share) if cluster and todo else share.make()
             num_done = len(pictures) - sum(len(plan.pictures) for plan in todo)
-            total, off = len(pictures), not progress
-            bar = tqdm(None, "packing", total, unit="picture", initial=num_done, disable=off)
+            total = len(pictures)  # shown on a terminal
+            bar = tqdm(None, "packing", total, unit="picture", initial=num_done, disable=None)
             skipped = [item for part in done.values() for item in part.skipped]
             check_bad(skipped, max_bad)
             with bar, closing(made):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from common.errors import UserError, require
+from common.errors import UserError, at_least, positive, require
 from common.pictures import BadPicture, decode
 from pretrain.data.random_numbers import stable_hash
 
@@ -124,10 +124,8 @@ class ShardOptions:
     shuffle_seed: int | None = 0
 
     def __post_init__(self) -> None:
-        most, short = self.max_samples_per_shard, self.resize_short
-        require(most >= 1, f"{most} samples per shard: must be at least 1")
-        require(self.shard_size_mb > 0, f"shard size {self.shard_size_mb} MB: must be above 0")
-        require(short is None or short >= 1, f"short side {short}: must be at least 1 pixel")
+        at_least(self, "shards", max_samples_per_shard=1, resize_short=1)
+        positive(self, "shards", "shard_size_mb")
         require(1 <= self.quality <= 100, f"JPEG quality {self.quality}: must be from 1 to 100")
 
 

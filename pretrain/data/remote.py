@@ -262,6 +262,8 @@ def download(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
             return
         except _NoRangesError:
             pass
+    name = displayed(file.url)
+    other = UserError(f"{name}: a second try brought other bytes than the first; check the source")
     num_bytes = checksum = 0  # of the stream so far
     for attempt in itertools.count():
         position = repeated = 0  # of this try; and the checksum of what came before
@@ -272,22 +274,17 @@ def download(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
                 repeated = zlib.crc32(known, repeated)
                 position += len(data)
                 if known and position >= num_bytes and repeated != checksum:
-                    raise _not_the_same(file)
+                    raise other
                 if new := data[len(known) :]:
                     num_bytes, checksum = position, zlib.crc32(new, checksum)
                     if num_bytes > skipped:
                         yield new[max(0, skipped - num_bytes + len(new)) :]
             _check_number(position, file.size)
             if position < num_bytes:
-                raise _not_the_same(file)
+                raise other
             return
         except Exception as error:
             wait_to_try_again(error, attempt, file.url, patience)
-
-
-def _not_the_same(file: RemoteFile) -> UserError:
-    name = displayed(file.url)
-    return UserError(f"{name}: a second try brought other bytes than the first; check the source")
 
 
 def _fetch_part(file: RemoteFile, start: int, patience: Patience) -> bytes:

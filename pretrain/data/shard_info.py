@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +23,26 @@ MAX_SHARDS_LOOKED_AT = 16  # a remote shard must be fetched whole
 MAX_NAMED = 30  # classes, and pictures that were left out
 
 
-@dataclass
-class VerifyReport:
-    """Result of a check of a shard set; without `problems` all is well."""
-
-    num_shards: int = 0
-    num_samples: int = 0
-    num_bytes: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-def verify_shards(
-    path: str | Path, *, num_workers: int = 2, progress: bool = False
-) -> VerifyReport:
+def verify_shards(folder: Path, *, num_workers: int = 2) -> list[str]:
     """Check every shard against the index: size, SHA-256, samples; and tars that nobody listed.
 
     Args:
-        path: Folder with index.json.
+        folder: Of the shards and index.json.
         num_workers: Threads; hashing is bound by the disk or one core each.
-        progress: Show a progress bar.
+    Returns:
+        What is wrong, a text for each fault.
     Raises:
         UserError: If there is no readable index at all.
     """
-    folder = Path(path)
     index = read_index(folder)
-    shards = index["shards"]
-    report = VerifyReport(len(shards), index["num_samples"], sum(s["bytes"] for s in shards))
-    table = None
+    shards, table, problems = index["shards"], None, []
     try:
         table = load_table(folder, index)
     except UserError as error:
-        report.problems.append(str(error))
+        problems.append(str(error))
     listed = {folder / shard["name"] for shard in shards}
-    report.problems += [
-        f"{tar}: not in the index; take it away" for tar in sorted({*folder.glob("*.tar")} - listed)
-    ]
+    for tar in sorted({*folder.glob("*.tar")} - listed):
+        problems.append(f"{tar}: not in the index; take it away")
 
     def problem_of(number: int) -> str | None:
         path, shard = folder / shards[number]["name"], shards[number]
@@ -78,10 +63,9 @@ def verify_shards(
         return None
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        problems = pool.map(problem_of, range(len(shards)))
-        bar = tqdm(problems, "verifying", len(shards), unit="shard", disable=not progress)
-        report.problems += [problem for problem in bar if problem is not None]
-    return report
+        found = pool.map(problem_of, range(len(shards)))
+        bar = tqdm(found, "verifying", len(shards), unit="shard", disable=None)  # on a terminal
+        return problems + [problem for problem in bar if problem is not None]
 
 
 @dataclass(frozen=True)

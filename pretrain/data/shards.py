@@ -20,7 +20,7 @@ from pretrain.data.index import NO_LABEL, scan_shard
 from pretrain.data.order import SourceSizes
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.remote import displayed
-from pretrain.data.sources import RemoteTars, Source, open_source
+from pretrain.data.sources import Source, open_source
 
 _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shards at a time
 _MAX_NAMED_SHARDS = 8  # whose keys are kept in memory
@@ -141,7 +141,7 @@ class ShardIndex(Samples):
         self.sources = [SourceSizes(self.shard_sizes)]
         self.options: dict[str, Any] = index["options"]
         self.samples: np.ndarray = np.load(source.index_folder / index["samples"], mmap_mode="r")
-        self.is_remote = isinstance(source.tars, RemoteTars)
+        self.is_remote = source.tars.cache is not None
         hashes = [index["samples_sha256"], *(shard["sha256"] for shard in index["shards"])]
         self.fingerprint = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -188,9 +188,9 @@ class ShardIndex(Samples):
 
     def fetch(self, sample_ids: Sequence[int] | np.ndarray) -> None:
         """See `Samples`."""
-        if isinstance(self._tars, RemoteTars):
+        if self._tars.cache is not None:
             shards = self.samples["shard"][np.asarray(sample_ids, np.int64)]
-            self._tars.ensure([int(shard) for shard in dict.fromkeys(shards.tolist())])
+            self._tars.cache.ensure([self._tars.shards[n] for n in dict.fromkeys(shards.tolist())])
 
     def key_name(self, i: int) -> str:
         """See `Samples`."""
@@ -424,12 +424,9 @@ def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) ->
     indexes = [ShardIndex.open(path, cache) for path in sets.values()]
     first = indexes[0]
     for option, index in zip(sets, indexes, strict=True):
-        unlabelled = int((index.labels < 0).sum())
-        require(
-            unlabelled == 0 < index.num_samples,
-            f"{option} {index.name}: {unlabelled} of {index.num_samples} samples have no label; "
-            "make the shards of class folders with tools/make_shards.py",
-        )
+        num, unlabelled = index.num_samples, int((index.labels < 0).sum())
+        lacks = f"{option} {index.name}: {unlabelled} of {num} samples have no label"
+        require(unlabelled == 0 < num, f"{lacks}; make the shards of class folders")
         different = sorted(set(index.classes or []) ^ set(first.classes or []))
         require(
             index.classes == first.classes,

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,42 +179,38 @@ def join(folder: str, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class LocalTars:
-    """Tars on the local disk. They travel to workers by pickling, as `RemoteTars` do."""
+class Tars:
+    """The tars of a source by number, on the local disk or through the cache.
 
-    paths: list[str]
+    They travel to workers by pickling.
 
-    def open(self, number: int) -> int:
-        """A file descriptor that the caller closes; raises OSError."""
-        return os.open(self.paths[number], os.O_RDONLY)
+    Attributes:
+        paths: Of local tars.
+        shards: Of remote ones.
+        cache: None if the tars are local.
+    """
 
-    def name(self, number: int) -> str:
-        """What to call a tar in messages."""
-        return self.paths[number]
-
-
-@dataclass(frozen=True)
-class RemoteTars:
-    """Tars that pass through the cache."""
-
-    shards: list[RemoteShard]
-    cache: ShardCache
+    paths: Sequence[str] = ()
+    shards: Sequence[RemoteShard] = ()
+    cache: ShardCache | None = None
 
     def open(self, number: int) -> int:
-        """A file descriptor of the shard in the cache, fetched first if need be; raises UserError.
+        """A file descriptor that the caller closes; a remote shard is fetched first if need be.
 
-        The caller closes it.
+        Raises:
+            UserError: If a remote one cannot be fetched.
+            OSError: If a local one cannot be opened.
         """
+        if self.cache is None:
+            return os.open(self.paths[number], os.O_RDONLY)
         return self.cache.open(self.shards[number])
 
     def name(self, number: int) -> str:
-        """The URL, and where the copy lies."""
+        """What to call a tar in messages: its path, or its URL and where the copy lies."""
+        if self.cache is None:
+            return self.paths[number]
         shard = self.shards[number]
         return f"{displayed(shard.url)} (copy: {self.cache.path(shard)})"
-
-    def ensure(self, numbers: list[int]) -> None:
-        """Fetch what is missing; raises UserError."""
-        self.cache.ensure([self.shards[number] for number in numbers])
 
 
 # -- opening --------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ class Source:
     name: str
     folder: Path
     index_folder: Path
-    tars: LocalTars | RemoteTars
+    tars: Tars
     index: dict[str, Any] = field(repr=False)
 
 
@@ -272,7 +268,7 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
     others = {*folder.glob("*.tar")} - {*paths} if has_index else ()
     for path in sorted(others):
         raise UserError(f"{path}: a shard that the index does not know: {stale}")
-    return Source(location.text, folder, index_folder, LocalTars([*map(str, paths)]), index)
+    return Source(location.text, folder, index_folder, Tars([*map(str, paths)]), index)
 
 
 def _size_of(path: Path) -> int:
@@ -309,7 +305,7 @@ def _open_remote(location: Location, name: str, options: CacheOptions) -> Source
         for url, shard in zip(urls, index["shards"], strict=True)
     ]
     cache.check_bound([shard.size for shard in shards])
-    tars = RemoteTars(shards, ShardCache(options, remedy))
+    tars = Tars(shards=shards, cache=ShardCache(options, remedy))
     return Source(name, index_folder, index_folder, tars, index)
 
 

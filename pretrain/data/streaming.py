@@ -29,7 +29,7 @@ from webdataset.filters import shuffle
 
 from common.errors import UserError, require
 from pretrain.data.decode import Sample, ViewWriter
-from pretrain.data.index import NO_LABEL, is_picture, sample_hash, tar_samples
+from pretrain.data.index import NO_LABEL, is_picture, label_of, sample_hash, tar_samples
 from pretrain.data.loader import BadSamples, BatchDataset, Reply, ViewBatch, start_workers
 from pretrain.data.order import share_of_rank
 from pretrain.data.random_numbers import stable_hash
@@ -208,7 +208,8 @@ class Reader:
 
         # Shuffle in a buffer whose size follows from the first samples.
         first = list(itertools.islice(mixed, min(_NUM_LOOKED_AT, self.shuffle_buffer)))
-        size = buffer_size(first, self.shuffle_buffer)
+        mean = sum(len(sample.data or b"") for sample in first) / len(first)
+        size = max(1, min(self.shuffle_buffer, int(MAX_BUFFER_BYTES / max(mean, 1))))
         initial = min(_MAX_INITIAL, max(1, size // 4))
         yield from shuffle(size, initial=initial, rng=rng)(itertools.chain(first, mixed))
 
@@ -242,10 +243,8 @@ class Reader:
                     f"{name}: a file of sample {key!r} comes twice; make this shard again",
                 )
                 pictures = (data for suffix, data in by_suffix.items() if is_picture(suffix))
-                try:
-                    label = int(by_suffix["cls"][:32].decode()) if "cls" in by_suffix else NO_LABEL
-                except ValueError:
-                    label = NO_LABEL
+                label = label_of(by_suffix["cls"]) if "cls" in by_suffix else None
+                label = NO_LABEL if label is None else label
                 hashed = sample_hash(key) ^ salt
                 # Numbers are 63 bits of the hash: two names in 2**63 share one.
                 where = f"sample {key!r} in {name}"
@@ -253,17 +252,6 @@ class Reader:
                     hashed & (2**63 - 1), hashed, repeat, label, next(pictures, None), where
                 )
         require(num_samples > 0, f"{name}: holds no files; make it again or leave it out")
-
-
-def buffer_size(first: Sequence[Sample], most: int) -> int:
-    """How many samples a reader holds back: `most`, or as many as fit in its memory.
-
-    Args:
-        first: The first samples of the stream, from which the size of all is judged.
-        most: Upper bound.
-    """
-    mean = sum(len(sample.data or b"") for sample in first) / len(first)
-    return max(1, min(most, int(MAX_BUFFER_BYTES / max(mean, 1))))
 
 
 def _seed(*parts: int | str) -> int:

@@ -77,22 +77,6 @@ def test_chain_of_uint8_is_close_to_both_references(preset: str, number: int) ->
     assert np.quantile(to_pillow, 0.99) < 10
 
 
-def test_samples_do_not_know_their_neighbours() -> None:
-    hashes = np.arange(24) * 7919
-    whole = augment(BATCH[:24], drawn_of("asymmetric", 1, hashes), MEAN, STD)
-    for rows in ([3], [5, 1, 17], list(range(12, 24))):
-        part = augment(BATCH[rows], drawn_of("asymmetric", 1, hashes[rows]), MEAN, STD)
-        torch.testing.assert_close(part, whole[rows], atol=1e-5, rtol=0)
-
-
-def test_input_is_left_alone_and_any_layout_will_do() -> None:
-    before = BATCH.clone()
-    one = augment(BATCH, drawn_of("asymmetric", 0), MEAN, STD)
-    assert torch.equal(BATCH, before)
-    other = augment(BATCH.contiguous(), drawn_of("asymmetric", 0), MEAN, STD)
-    assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("shape", [(5,), (2, 3), ()])
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 def test_normalize_is_what_remains_of_no_augmentation(shape: tuple[int, ...], layout: str) -> None:

@@ -86,15 +86,6 @@ def test_least_recently_used_goes_first(server: Faulty, tmp_path: Path) -> None:
     assert empty(cache)
 
 
-def test_shard_that_is_thrown_out_stays_readable(server: Faulty, tmp_path: Path) -> None:
-    cache = make(tmp_path, 1)
-    file = cache.open(wanted(server, 0))
-    read(cache, wanted(server, 1))
-    assert held(cache, server) == [1]
-    assert os.pread(file, SIZE, 0) == content(0)
-    os.close(file)
-
-
 def test_ensure_fetches_side_by_side_what_the_bound_holds(server: Faulty, tmp_path: Path) -> None:
     cache = make(tmp_path)
     cache.ensure([wanted(server, i) for i in range(NUM_SHARDS)])
@@ -126,13 +117,6 @@ def test_bounds_that_are_too_small(server: Faulty, tmp_path: Path) -> None:
         make(tmp_path, 0.5).open(wanted(server, 0))
     with pytest.raises(UserError, match=r"data.cache_gb: 0.0: must be above 0"):
         CacheOptions(max_bytes=0)
-
-
-def test_lower_bound_throws_out_at_once(server: Faulty, tmp_path: Path) -> None:
-    make(tmp_path).ensure([wanted(server, i) for i in range(4)])
-    small = make(tmp_path, 2)
-    small.check_bound([SIZE] * 2)
-    assert num_bytes(small.folder) == 2 * SIZE
 
 
 @pytest.mark.parametrize(
@@ -177,12 +161,6 @@ def test_full_disk(
     assert num_bytes(cache.folder) == 0
     assert empty(cache)
     assert server.gets.total() == (name == "fsync")
-
-
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"the cache cannot be written .*put data.cache_dir elsew"):
-        make(tmp_path)
 
 
 # -- sizes that nobody knows ----------------------------------------------------------------------

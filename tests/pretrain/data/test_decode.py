@@ -81,17 +81,6 @@ def test_boxes_lie_inside(height: int, width: int) -> None:
     assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
 
 
-def test_policy_decides_ratios_and_flips() -> None:
-    shapes, hashes = sizes(2000, 300, 300), np.arange(2000)
-    for ratio, probability in (((0.5, 0.6), 0.2), ((1.0, 2.0), 1.0)):
-        view = ViewPolicy(Crop((0.1, 0.3), ratio), Flip(probability))
-        drawn = draw_crops(view, shapes, hashes, 0, seed=3, view_index=0)
-        measured = drawn.boxes[:, 3] / drawn.boxes[:, 2]
-        assert measured.min() == pytest.approx(ratio[0], rel=0.03)
-        assert measured.max() == pytest.approx(ratio[1], rel=0.03)
-        assert drawn.flips.mean() == pytest.approx(probability, abs=0.03)
-
-
 def test_ten_failures_give_the_central_box_as_torchvision() -> None:
     draws = np.full((40, 3), 1 - 2**-53)  # whole area at ratio 4/3: fits only 4:3 pictures
     shapes = np.array([[100, 100], [40, 300], [300, 40]])
@@ -137,13 +126,6 @@ GOLDEN_FLIPS = [False, False, False]
 
 
 # -- cutting --------------------------------------------------------------------------------------
-
-
-def test_flip_turns_left_to_right() -> None:
-    kept = crop(PICTURE, (3, 7, 40, 50), 32)
-    flipped = crop(PICTURE, (3, 7, 40, 50), 32, is_flipped=True)
-    np.testing.assert_array_equal(kept[:, ::-1], flipped)
-    assert not np.array_equal(kept, flipped)
 
 
 def test_crop_writes_into_a_batch() -> None:
@@ -224,19 +206,6 @@ def test_shrinking_a_zone_plate_aliases_little(side: int, stretch: float) -> Non
         assert ours > bilinear + 4
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("side", [230, 280, 320, 400, 500, 700])
-def test_shrinking_photographs_aliases_little(side: int) -> None:
-    """Pictures whose amplitudes fall as those of photographs do."""
-    image = falling_spectrum(side, side)
-    reference = antialiased(image, 224)
-    ours = psnr(resize(image, 224, 224), reference)
-    assert ours > 38
-    if side > 320:
-        bilinear = cv2.resize(image, (224, 224), interpolation=cv2.INTER_LINEAR)
-        assert ours > psnr(bilinear, reference) + 5
-
-
 def falling_spectrum(height: int, width: int) -> np.ndarray:
     """uint8 noise whose power falls with the square of the frequency, to the finest detail."""
     rng = np.random.default_rng(7)
@@ -247,16 +216,6 @@ def falling_spectrum(height: int, width: int) -> np.ndarray:
         image += 90 / np.sqrt(cells) * cv2.resize(noise, (width, height))
         cells *= 2
     return np.clip(image, 0, 255).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(64, 64), (65, 129), (257, 127), (30, 20), (64, 700), (50, 40), (1, 1)]
-)
-def test_resize_gives_the_size_and_keeps_constants(height: int, width: int) -> None:
-    image = np.full((height, width, 3), 77, np.uint8)[:, ::-1]
-    out = resize(image, 32, 32)
-    assert out.shape == (32, 32, 3)
-    assert (out == 77).all()
 
 
 @pytest.mark.parametrize("side", [30, 40, 50, 70, 100, 300])

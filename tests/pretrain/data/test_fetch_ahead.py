@@ -1,4 +1,3 @@
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -32,13 +31,6 @@ def test_stays_within_its_lead_and_follows() -> None:
             ahead.advance()
             assert until(lambda number=number: len(fetched) == 3 + number)
     assert fetched == [ids.tolist() for ids in batches(10)]
-
-
-def test_an_endless_epoch_can_be_left() -> None:
-    endless = itertools.repeat(np.arange(4))
-    with FetchAhead(lambda ids: None, endless, 1) as ahead:
-        ahead.advance()
-    assert until(lambda: "fetch-ahead" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_an_error_is_left_to_the_worker_that_needs_the_shard() -> None:

@@ -28,7 +28,7 @@ from pretrain.data.loader import (
     ViewDataset,
     central_crops,
 )
-from pretrain.data.order import OrderedSamples, SourceSizes, epoch_order
+from pretrain.data.order import SourceSizes, epoch_order
 from pretrain.data.policy import Crop, ViewPolicy
 from pretrain.data.shards import Mixture, Samples, ShardIndex, open_samples
 from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
@@ -149,15 +149,6 @@ def test_process_that_fails_in_an_epoch_ends_at_once_with_its_workers(shard_fold
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "KeyError" in done.stderr
-
-
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_share_the_global_batches(index: ShardIndex, world_size: int) -> None:
-    whole = load(index, epoch=1)
-    ranks = [load(index, epoch=1, rank=r, world_size=world_size) for r in range(world_size)]
-    for step, batch in enumerate(whole):
-        views = torch.cat([rank[step].views for rank in ranks], dim=1)
-        assert torch.equal(views, batch.views)
 
 
 @settings(seeded, max_examples=60)
@@ -295,16 +286,6 @@ def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) 
             open_samples({one: 1, two: weight})
 
 
-def test_crops_change_with_epoch_seed_and_view_but_not_with_place(index: ShardIndex) -> None:
-    def crops(seed: int, epoch: int) -> np.ndarray:
-        reply = dataset(index, seed)[OrderedSamples(np.array([7]), np.array([epoch]))]
-        return reply.batch.views[:, 0].numpy()
-
-    np.testing.assert_array_equal(crops(1, 4), crops(1, 4))
-    assert not np.array_equal(crops(1, 4), crops(1, 5))
-    assert not np.array_equal(crops(1, 4), crops(2, 4))
-
-
 # -- faults ---------------------------------------------------------------------------------------
 
 
@@ -347,26 +328,6 @@ def test_bad_samples_are_replaced_and_counted(shards_with_bad: ShardIndex) -> No
     assert same(plain[2:], load(shards_with_bad, max_bad_samples=2, start_step=2))
 
 
-def test_bad_samples_count_once_over_epochs(shards_with_bad: ShardIndex) -> None:
-    loader = Loader(dataset(shards_with_bad), batch_size=8, max_bad_samples=2)
-    for epoch in range(4):
-        list(loader.epoch(epoch))
-    assert set(loader.bad_samples) == {5, 11}
-    strict = Loader(dataset(shards_with_bad), batch_size=8, max_bad_samples=1)
-    with pytest.raises(UserError, match=r"2 bad samples, allowed are 1"):
-        list(strict.epoch(0))
-
-
-def test_nothing_but_bad_samples(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i in range(4):
-            member = tarfile.TarInfo(f"{i}.jpg")
-            member.size = 100
-            tar.addfile(member, io.BytesIO(b"x" * 100))
-    with pytest.raises(UserError, match="samples taken in its place were bad too"):
-        load(ShardIndex.open(tmp_path), batch_size=2, max_bad_samples=9)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_shard_lost_while_running(shard_folder: Path, index: ShardIndex, num_workers: int) -> None:
     (shard_folder / "shard-000000.tar").unlink()
@@ -379,18 +340,12 @@ def test_shard_lost_while_running(shard_folder: Path, index: ShardIndex, num_wor
     [
         ({"batch_size": 41}, "40 samples do not fill one batch of 41"),
         ({"world_size": 3}, "multiple of 3"),
-        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"shuffle_window": 0}, "shuffle window 0"),
     ],
 )
 def test_mistakes_are_named(index: ShardIndex, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(index, **options)
-
-
-def test_dataset_refuses_an_impossible_size(index: ShardIndex) -> None:
-    with pytest.raises(UserError, match="image size 0"):
-        ViewDataset(index, image_size=0, views=VIEWS, seed=0)
 
 
 # -- evaluation -----------------------------------------------------------------------------------

@@ -43,7 +43,3 @@ def test_other_sizes_get_other_memory_and_little_is_kept() -> None:
     del tensors, tensor
     gc.collect()
     assert len(memory._idle) == 4
-
-
-def test_an_empty_batch() -> None:
-    assert ReusedMemory().tensor((0, 3), np.float32).shape == (0, 3)

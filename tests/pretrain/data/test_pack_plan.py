@@ -55,30 +55,6 @@ def test_equal_pictures_are_spread_like_cards(num: int, most: int) -> None:
     assert sorted(counts) == sorted(expected)
 
 
-@pytest.mark.parametrize("num", [12_345, 20_001, 60_000])
-def test_shards_of_photographs_differ_by_a_few_percent(num: int) -> None:
-    """Sizes as log-normal as photographs' (54 kB, half of it deviation), shuffled."""
-    stored = np.random.default_rng(num).lognormal(10.8, 0.5, num).astype(np.int64)
-    for options in (ShardOptions(), ShardOptions(max_samples_per_shard=10**9, shard_size_mb=50)):
-        counts, totals = shard_sizes(stored, options)
-        fewest = max(num / options.max_samples_per_shard, sum(totals) / 1e6 / options.shard_size_mb)
-        assert len(counts) <= 1.06 * fewest + 1
-        assert max(totals) / min(totals) < 1.12
-        assert max(counts) / min(counts) < 1.12
-
-
-def test_small_pictures_first_then_large_ones() -> None:
-    """Without a shuffle both limits count, each where it is the nearer one."""
-    stored = np.concatenate([np.full(4000, 10_000), np.full(1000, 1_000_000)])
-    options = ShardOptions(max_samples_per_shard=500, shard_size_mb=100)
-    counts, totals = shard_sizes(stored, options)
-    assert len(counts) <= 8 + 10 + 1
-    assert max(counts[:7]) <= 500
-    assert min(counts[:7]) > 400
-    assert max(totals) <= 100e6
-    assert min(totals[-9:]) > 80e6
-
-
 def test_giants_get_shards_that_hold_them() -> None:
     stored = np.full(1000, 1000)
     stored[[10, 500, 501]] = [150_000, 60_000, 60_000]

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import submitit.core.core
 
-from common import files as common_files
 from common.errors import RunFailed, UserError
 from common.files import write_json
 from pretrain.data import pack
@@ -187,15 +186,6 @@ def test_command_waits_a_little_for_tasks_then_refuses(begun: ShareOfShards) -> 
         assert not is_held(begun.folder / PARTS / "tasks.lock")
 
 
-def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(common_files.fcntl, "flock", refuse)
-    with pytest.raises(UserError, match="its file system offers no locks"), only_writer(tmp_path):
-        pass
-
-
 def test_failed_task_shows_its_last_words(begun: ShareOfShards) -> None:
     (begun.folder / "shard-000002.tar").mkdir()  # the rename of a finished tar fails
     parts = run_tasks(Cluster("local", 2), begun)
@@ -287,8 +277,8 @@ def test_slurm_loses_a_task_and_makes_it_at_the_next_command(
         (["--submitit", "local"], "--submitit local needs --num-tasks N"),
         (["--num-tasks", "2"], "--num-tasks needs --submitit local or slurm"),
         ([*TWO, "--slurm-time-minutes", "9"], "--slurm-time-minutes needs --submitit slurm"),
-        (["--submitit", "local", "--num-tasks", "0"], "0 tasks: must be at least 1"),
-        ([*SLURM, "--slurm-time-minutes", "0"], "0 minutes per task"),
+        (["--submitit", "local", "--num-tasks", "0"], "cluster.num_tasks must be >= 1, got 0"),
+        ([*SLURM, "--slurm-time-minutes", "0"], "cluster.time_minutes must be >= 1, got 0"),
     ],
 )
 def test_wrong_options(

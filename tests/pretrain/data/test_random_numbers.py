@@ -6,18 +6,6 @@ import pytest
 from pretrain.data.random_numbers import counter_rng, draw_uniforms, stable_hash, uniforms
 
 
-def test_generator_depends_on_its_parts_alone() -> None:
-    first = counter_rng("crop", 0, 3, 2**64 - 1, 1).random(5)
-    np.random.default_rng().random(7)
-    np.testing.assert_array_equal(first, counter_rng("crop", 0, 3, 2**64 - 1, 1).random(5))
-    for other in [
-        ("crop", 0, 3, 2**64 - 1, 0),
-        ("crop", 1, 3, 2**64 - 1, 1),
-        ("order", 0, 3, 7, 1),
-    ]:
-        assert not np.array_equal(first, counter_rng(*other).random(5))
-
-
 def test_generator_keeps_its_values_from_version_to_version() -> None:
     assert stable_hash("order", 1, 2).hex() == "88a4a6cb4cb599d07316e91da6da797e"
     assert counter_rng("order", 1, 2).integers(0, 10**6, 3).tolist() == [895967, 223312, 452357]
@@ -28,13 +16,6 @@ def test_generator_keeps_its_values_from_version_to_version() -> None:
 )
 def test_encoding_of_parts_is_unambiguous(one: tuple, other: tuple) -> None:
     assert stable_hash(*one) != stable_hash(*other)
-
-
-def test_other_kinds_of_parts_are_refused() -> None:
-    with pytest.raises(TypeError, match="must be int or str, got float"):
-        stable_hash(1.0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="bool"):
-        stable_hash(True)
 
 
 HASHES = np.arange(1000)

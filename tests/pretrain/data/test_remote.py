@@ -143,12 +143,6 @@ def test_what_will_not_change_is_told_at_once(server: Faulty, status: int, messa
     assert server.gets["/a.tar"] == 1
 
 
-def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
-    with pytest.raises(UserError, match=r"in 4 tries, the last one: ClientConnectorError"):
-        look("http://127.0.0.1:9/a.tar", PATIENCE)
-
-
 def test_look_tells_size_and_retries(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     times = itertools.count()
     real = Handler.do_HEAD
@@ -187,18 +181,6 @@ def test_delays_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         longest = min(30.0, 0.5 * 2**number)
         assert longest / 2 <= delay <= longest
     assert len({round(delay / 30, 6) for delay in delays[6:]}) > 1  # jitter
-
-
-def test_bugs_are_not_retried() -> None:
-    calls = []
-
-    def broken() -> None:
-        calls.append(1)
-        raise TypeError("a bug")
-
-    with pytest.raises(TypeError, match="a bug"):
-        retried(broken, "http://h/a", Patience())
-    assert len(calls) == 1
 
 
 # -- commands -------------------------------------------------------------------------------------

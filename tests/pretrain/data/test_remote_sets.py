@@ -246,17 +246,6 @@ def test_object_store(
     client.close()
 
 
-def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"no credentials; set AWS_ACCESS_KEY_ID .*FSSPEC_S3_ANON"):
-        ShardIndex.open("s3://set/whole", cache(tmp_path))
-
-
 # -- nginx ----------------------------------------------------------------------------------------
 
 
@@ -311,17 +300,6 @@ def test_slow_server(broken: Faulty, index: ShardIndex, tmp_path: Path) -> None:
     options = cache(tmp_path, patience=Patience(0, 1))
     found = ShardIndex.open(f"{broken.url}/shard-000000.tar", options)
     assert found.read_bytes(3) == index.read_bytes(3)
-
-
-def test_not_there_and_closed(web: Nginx, tmp_path: Path) -> None:
-    for url, message in [
-        ("/nowhere/", r"/nowhere/: there is no index.json, and a web server cannot be searched"),
-        ("/shard-{000000..000009}.tar", r"shard-00000[4-9].tar: there is no such file .*address"),
-        ("/closed/", r"/closed/index.json: not allowed \(HTTP 403\)"),
-        ("/away/a.tar", r"/away/a.tar: there is no such file"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            ShardIndex.open(web.url + url, cache(tmp_path))
 
 
 def test_index_that_changed_is_fetched_again(
@@ -394,13 +372,6 @@ def test_shard_that_changes_later_is_told_when_it_is_fetched(
     assert len(index.read_many([3, 12])) == 2
 
 
-def test_damaged_tar_of_others(broken: Faulty, shard_folder: Path, tmp_path: Path) -> None:
-    path = shard_folder / "shard-000001.tar"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"127.0.0.1:\d+/shard-000001.tar: the tar is cut short"):
-        ShardIndex.open(f"{broken.url}/{ALL}", cache(tmp_path))
-
-
 def test_damaged_copy_names_its_place(broken: Faulty, tmp_path: Path) -> None:
     index = ShardIndex.open(broken.url, cache(tmp_path))
     index.fetch([0])
@@ -408,11 +379,6 @@ def test_damaged_copy_names_its_place(broken: Faulty, tmp_path: Path) -> None:
     copy.write_bytes(b"\0" * copy.stat().st_size)
     with pytest.raises(UserError, match=rf"\(copy: {copy}\) at byte .*delete the copy to fetch it"):
         index.read_bytes(0)
-
-
-def test_cache_too_small_for_the_set(broken: Faulty, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.cache_gb: 5e-05 is too small for shards of up to"):
-        ShardIndex.open(broken.url, cache(tmp_path, max_bytes=50_000))
 
 
 def test_killed_indexing_goes_on_where_it_was(

@@ -66,12 +66,6 @@ def test_a_sample_does_not_know_its_batch(
     assert torch.equal(batch_of(dataset(index, in_workers=True), IDS, REPEATS).views, whole.views)
 
 
-def test_the_same_sample_twice_is_augmented_by_its_repeat_index(index: ShardIndex) -> None:
-    batch = batch_of(dataset(index, in_workers=True), np.array([5, 5, 5]), np.array([0, 1, 0]))
-    assert torch.equal(batch.views[:, 0], batch.views[:, 2])
-    assert not torch.equal(batch.views[:, 0], batch.views[:, 1])
-
-
 @pytest.mark.parametrize("size", [8, 16])
 def test_views_of_reduced_pictures_show_the_same(index: ShardIndex, size: int) -> None:
     """Small views are cut from pictures decoded smaller: nearly those cut from whole ones."""

@@ -1,7 +1,6 @@
 import gc
 import io
 import json
-import os
 import pickle
 import shutil
 import tarfile
@@ -35,15 +34,6 @@ def test_index_gives_every_picture(index: ShardIndex, picture_folder: Path) -> N
 def test_index_travels_to_workers(index: ShardIndex) -> None:
     other = pickle.loads(pickle.dumps(index))
     assert other.read_bytes(7) == index.read_bytes(7)
-
-
-def test_more_shards_than_open_files(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.data.shards._MAX_OPEN_FILES", 2)
-    for i in [0, 10, 20, 30, 5, 15]:
-        assert index.read_bytes(i)[:2] == b"\xff\xd8"
-    assert len(index._files) == 2
-    index.close()
-    assert index.read_bytes(0)[:2] == b"\xff\xd8"
 
 
 # -- other people's tools read our shards ---------------------------------------------------------
@@ -159,16 +149,6 @@ def test_changed_tar_of_a_pattern_is_indexed_again(index: ShardIndex, tmp_path: 
         ShardIndex.open(f"{index.folder}/shard-{{000000..000001}}.tar", options)
 
 
-def test_one_tar_and_none(index: ShardIndex, tmp_path: Path) -> None:
-    options = CacheOptions(tmp_path / "cache")
-    one = ShardIndex.open(index.folder / "shard-000002.tar", options)
-    assert one.read_bytes(4) == index.read_bytes(24)
-    with tarfile.open(tmp_path / "empty.tar", "w"):
-        pass
-    with pytest.raises(UserError, match=r"empty.tar: 1 tars without a single picture"):
-        ShardIndex.open(tmp_path / "empty.tar", options)
-
-
 @pytest.mark.parametrize("num_shards", [1, 4])
 def test_commands_are_shards(index: ShardIndex, tmp_path: Path, num_shards: int) -> None:
     ran = tmp_path / "ran"
@@ -186,11 +166,6 @@ def test_commands_are_shards(index: ShardIndex, tmp_path: Path, num_shards: int)
         assert ran.read_text() == "x\n" * num_shards  # each ran once
     other = pickle.loads(pickle.dumps(found))
     assert other.read_bytes(7) == index.read_bytes(7)
-
-
-def test_command_that_gives_no_tar(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^pipe:seq 3: not an uncompressed tar .*unpack it first"):
-        ShardIndex.open("pipe:seq {3..4}", CacheOptions(tmp_path / "cache"))
 
 
 def test_command_that_gives_other_bytes_later(index: ShardIndex, tmp_path: Path) -> None:
@@ -220,20 +195,6 @@ def test_fingerprint_hears_of_bytes_but_not_of_places(index: ShardIndex, tmp_pat
     names["shards"][2]["sha256"] = "0" * 64
     (tmp_path / "moved" / "index.json").write_text(json.dumps(names))
     assert ShardIndex.open(tmp_path / "moved").fingerprint != index.fingerprint
-
-
-def test_read_many_tells_the_system_first(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, int]] = []
-    advise, pread = os.posix_fadvise, os.pread
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda *a: calls.append(("advise", a[1])) or advise(*a)
-    )
-    monkeypatch.setattr(os, "pread", lambda *a: calls.append(("read", a[2])) or pread(*a))
-    index.read_many([3, 30, 1])
-    at = {i: int(index.samples["offset"][i]) - 512 for i in (1, 3, 30)}
-    assert calls == [(kind, at[i]) for kind in ("advise", "read") for i in (1, 3, 30)]
 
 
 # -- faults ---------------------------------------------------------------------------------------

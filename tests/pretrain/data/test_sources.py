@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pretrain.data import remote
 from pretrain.data import sources as locations
 from pretrain.data.index import FORMAT
-from pretrain.data.remote import Patience, displayed
-from pretrain.data.sources import expand, join, parse
+from pretrain.data.remote import displayed
+from pretrain.data.sources import expand, parse
 from tests.pretrain.data.servers import faulty
 
 
@@ -43,7 +42,6 @@ def touch(folder: Path, *names: str) -> None:
 def test_forms(text: str, scheme: str, is_folder: bool) -> None:
     found = parse(text)
     assert (found.scheme, found.is_folder) == (scheme, is_folder)
-    assert found.is_remote is (scheme != "file")
 
 
 @pytest.mark.parametrize(
@@ -98,12 +96,6 @@ def index_of(name: str) -> str:
     return json.dumps({"format": FORMAT, "num_samples": 0, "shards": [shard], **rest, **hashes})
 
 
-def test_folder_with_index_gives_its_order(tmp_path: Path) -> None:
-    touch(tmp_path, "a.tar", "b.tar")
-    (tmp_path / "index.json").write_text(index_of("b.tar"))
-    assert expand(tmp_path) == [str(tmp_path / "b.tar")]
-
-
 def test_names_with_braces_that_exist_stand_for_themselves(tmp_path: Path) -> None:
     touch(tmp_path, "a-{0..1}.tar", "[x].tar", "x.tar")
     assert expand(f"{tmp_path}/a-{{0..1}}.tar") == [f"{tmp_path}/a-{{0..1}}.tar"]
@@ -144,36 +136,6 @@ def test_web_folder_needs_an_index(tmp_path: Path) -> None:
 # -- names out of an index, names in messages -----------------------------------------------------
 
 
-def test_join_quotes_names_and_keeps_the_query() -> None:
-    assert join("http://h/d/?token=1", "a b?.tar") == "http://h/d/a%20b%3F.tar?token=1"
-    assert join("http://h/d", "%2e%2e%2fa.tar") == "http://h/d/%252e%252e%252fa.tar"
-    assert join("s3://b/p/", "a b.tar") == "s3://b/p/a b.tar"
-
-
 def test_messages_hide_passwords_and_tokens() -> None:
     assert displayed("https://me:secret@host:81/a.tar?token=secret") == "https://host:81/a.tar?..."
     assert displayed("/local/a.tar") == "/local/a.tar"
-
-
-@pytest.mark.parametrize(
-    ("scheme", "module", "pip"),
-    [("gs", "gcsfs", "gcsfs"), ("s3", "s3fs", "s3fs"), ("http", "aiohttp", r"fsspec\[http\]")],
-)
-def test_missing_package_is_named_with_its_command(
-    monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, pip: str
-) -> None:
-    real = remote.importlib.util.find_spec
-    monkeypatch.setattr(
-        remote.importlib.util, "find_spec", lambda name: None if name == module else real(name)
-    )
-    with pytest.raises(UserError, match=rf"{scheme}:// needs a package .* pip install '{pip}"):
-        remote.look(f"{scheme}://bucket/a.tar", Patience())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"retries": -1}, "data.read_retries: -1"), ({"timeout_seconds": 0}, "timeout_seconds: 0")],
-)
-def test_impatience_is_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Patience(**options)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from pretrain.data import remote
-from pretrain.data import streaming as reader_module
 from pretrain.data.decode import Sample
 from pretrain.data.index import sample_hash
 from pretrain.data.loader import ViewBatch, ViewDataset
@@ -264,20 +263,6 @@ def test_workers_of_two_ranks(shard_folder: Path) -> None:
     assert same(found[0], list(ranks[0].epoch(1)))
 
 
-def test_fewer_shards_than_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = write_tar(tmp_path / "a.tar", {f"{i}.jpg": picture(i) for i in range(16)})
-    options = {"batch_size": 4, "samples_per_epoch": 16, "shuffle_buffer": 1}
-    streaming = loader(spec, num_workers=2, **options)
-    batches = list(streaming.epoch(0))
-    assert set(keys_of(batches)) == {sample_hash(str(i)) for i in range(16)}
-    assert "fewer shards (1) than readers (2: ranks x workers)" in capsys.readouterr().err
-    list(streaming.epoch(1))
-    assert capsys.readouterr().err == ""
-    other = loader(spec, rank=1, world_size=2, **options)
-    assert len(list(other.epoch(0))) == 4
-    assert capsys.readouterr().err == ""  # rank 0 says it
-
-
 def test_server_and_command_give_the_same_as_the_disk(shard_folder: Path) -> None:
     expected = list(loader(f"{shard_folder}/shard-{{000000..000003}}.tar").epoch(0))
     with faulty(shard_folder) as server:
@@ -292,18 +277,6 @@ def test_left_streams_are_closed(shard_folder: Path) -> None:
     next(iter(streaming.epoch(0)))
     del streaming
     wait_until_none_streams()
-
-
-def test_impossible_options(shard_folder: Path) -> None:
-    for options, message in [
-        ({"batch_size": 0}, "data.batch_size: 0"),
-        ({"samples_per_epoch": 7}, "must fill one batch of 8"),
-        ({"shuffle_buffer": 0}, "shuffle buffer of 0"),
-        ({"world_size": 3}, "does not divide among 3 ranks"),
-        ({"image_size": 0}, "image size 0"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            loader(str(shard_folder), **options)
 
 
 # -- faults ---------------------------------------------------------------------------------------
@@ -346,12 +319,6 @@ def test_more_bad_samples_than_allowed_stop_the_run(bad_tar: str, num_workers: i
     assert "raise data.max_bad_samples" in message
 
 
-def test_nothing_but_bad_samples_ends(tmp_path: Path) -> None:
-    spec = write_tar(tmp_path / "a.tar", {"a.jpg": b"no picture", "b.cls": b"1"})
-    streaming = loader(spec, max_bad_samples=5)
-    assert "32 samples taken in its place were bad too" in refusal(streaming.epoch(0))
-
-
 def test_missing_and_truncated_on_a_server(shard_folder: Path) -> None:
     tar = shard_folder / "shard-000001.tar"
     spec = "shard-{000000..000003}.tar"
@@ -378,19 +345,6 @@ def test_shard_without_files_and_file_that_comes_twice(tmp_path: Path) -> None:
     message = refusal(loader(str(twice)).epoch(0))
     assert "a file of sample 'a' comes twice" in message
     assert str(twice) in message
-
-
-def test_the_buffer_of_large_pictures_is_smaller_than_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def sample(num_bytes: int) -> Sample:
-        return Sample(0, 0, 0, -1, bytes(num_bytes))
-
-    monkeypatch.setattr(reader_module, "MAX_BUFFER_BYTES", 1000)
-    assert reader_module.buffer_size([sample(10), sample(30)], 16384) == 50  # of 20 bytes
-    assert reader_module.buffer_size([sample(10), sample(30)], 40) == 40
-    assert reader_module.buffer_size([sample(5000)], 16384) == 1
-    assert reader_module.buffer_size([Sample(0, 0, 0, -1, None)], 7) == 7
 
 
 def test_reading_ahead_is_bounded_and_ends_when_closed(
