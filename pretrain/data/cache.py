@@ -211,12 +211,10 @@ class ShardCache:
         if file.size is not None and file.size > self.max_bytes:
             raise self._too_large(displayed(file.url), file.size)
         name = stable_hash(file.url, file.version).hex()
-        with self.lock(name):
-            if file.size is None:  # two that grow could wait for each other
-                with self.lock("growing"):
-                    fetched = self._fetch(file, name, None)
-            else:
-                fetched = self._fetch(file, name, None)
+        # Two that grow could wait for each other.
+        alone = self.lock("growing") if file.size is None else contextlib.nullcontext()
+        with self.lock(name), alone:
+            fetched = self._fetch(file, name, None)
         now = look(file.url, self.options.patience)
         if (now.size, now.version) != (file.size, file.version):
             os.close(fetched[0])

@@ -358,7 +358,6 @@ class RequestSampler(Sampler):
     def __post_init__(self) -> None:
         num_due = sum(source.num_due for source in self.sources)
         self.num_steps = num_steps_per_epoch(num_due, self.batch_size, self.last_batch)
-        assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
         share_of_rank(self.batch_size, self.world_size)  # what does not divide is refused now
 
     def __len__(self) -> int:

@@ -46,7 +46,6 @@ PARTS = ".parts"  # folder for what finished shards of an unfinished run leave f
 PLAN_FILE = "plan.json"
 _TASKS = "tasks.lock"
 _REMEDY = "choose another folder, or --overwrite (which deletes shard-*.tar only)"
-_PATIENCE_SECONDS = 5.0  # for tasks that were cancelled
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here there is no limit
 _POLL_SECONDS = 0.5
 
@@ -133,14 +132,11 @@ def only_writer(folder: Path) -> Iterator[None]:
     with locked(folder / ".lock") as is_mine:
         require(is_mine, f"{folder}: another run is writing here; choose another folder")
         with suppress(FileNotFoundError), open(folder / PARTS / _TASKS, "r+b") as tasks:
-            deadline = time.monotonic() + _PATIENCE_SECONDS
-            while not lock_file(tasks, folder):
-                require(
-                    time.monotonic() < deadline,
-                    f"{folder}: tasks of an earlier command are still writing here; wait for them "
-                    "or cancel them, then give the command again",
-                )
-                time.sleep(0.1)
+            require(
+                lock_file(tasks, folder),
+                f"{folder}: tasks of an earlier command are still writing here; wait for them or "
+                "cancel them, then give the command again",
+            )
         yield
 
 
@@ -260,7 +256,6 @@ class Cluster:
 
     def __post_init__(self) -> None:
         at_least(self, "cluster", num_tasks=1, time_minutes=1)
-        require((self.partition or "").isprintable(), f"partition {self.partition!r}: is no name")
 
 
 def run_tasks(cluster: Cluster, whole: ShareOfShards) -> Generator[ShardPart]:

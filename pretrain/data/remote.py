@@ -214,9 +214,9 @@ def look(url: str, patience: Patience) -> RemoteFile:
     if url.startswith("pipe:"):
         return RemoteFile(url, None, "")
     info = retried(lambda: filesystem(url, patience).info(url), url, patience)
-    versions = [str(info[name]) for name in _VERSION_NAMES if info.get(name)]
+    version = next((str(info[name]) for name in _VERSION_NAMES if info.get(name)), "")
     size = info.get("size", info.get("Size"))
-    return RemoteFile(url, size, versions[0] if versions else "", info.get("partial", True))
+    return RemoteFile(url, size, version, info.get("partial", True))
 
 
 def look_at_all(urls: list[str], patience: Patience) -> list[RemoteFile]:

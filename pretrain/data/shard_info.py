@@ -1,19 +1,18 @@
 """What a shard set holds, and whether it is whole."""
 
-import io
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError, require
+from common.pictures import BadPicture, read_header
 from pretrain.data.index import NO_LABEL, load_table, read_index, scan_file
 from pretrain.data.random_numbers import counter_rng
 from pretrain.data.shards import ShardIndex
@@ -80,9 +79,9 @@ class ShardInfo:
         samples_per_shard: Over the shards, three numbers.
         picture_bytes: Of all pictures as stored, three numbers.
         num_looked_at: Pictures whose headers were read, drawn by a seed from some shards.
-        widths: Pixels, of those looked at that could be read, three numbers; None if none could.
+        num_unreadable: Those of them that are no pictures.
+        widths: Pixels, of the others, three numbers; empty if there are none.
         heights: The same.
-        formats: Number of each of those looked at, such as {"JPEG RGB": 990, "unreadable": 10}.
         class_counts: Samples of each class by its name, or number where no names are known.
         num_unlabelled: Samples without a label.
         skipped: What was left out when the set was made: [{"file", "reason"}].
@@ -96,9 +95,9 @@ class ShardInfo:
     samples_per_shard: list[float]
     picture_bytes: list[float]
     num_looked_at: int
-    widths: list[float] | None
-    heights: list[float] | None
-    formats: dict[str, int]
+    num_unreadable: int
+    widths: list[float]
+    heights: list[float]
     class_counts: dict[str, int]
     num_unlabelled: int
     skipped: list[dict[str, str]]
@@ -119,18 +118,10 @@ def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
     shards = rng.permutation(np.flatnonzero(index.shard_sizes))[:MAX_SHARDS_LOOKED_AT]
     samples = np.flatnonzero(np.isin(index.samples["shard"], shards))
     chosen = np.sort(rng.permutation(samples)[:MAX_LOOKED_AT])
-    sizes, formats = [], Counter()
+    headers = []
     for i in chosen.tolist():
-        data = io.BytesIO(index.read_bytes(i))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(data) as picture:
-                    sizes.append(picture.size)
-                    formats[f"{picture.format} {picture.mode}"] += 1
-        except Exception:  # Pillow raises many kinds, OSError and SyntaxError among them
-            formats["unreadable"] += 1
-    widths, heights = (_spread(side) for side in zip(*sizes, strict=True)) if sizes else (None,) * 2
+        with suppress(BadPicture):
+            headers.append(read_header(index.read_bytes(i), where="picture"))
 
     # Classes without samples are named too, and two of one name kept apart.
     labels, counts = np.unique(index.samples["label"], return_counts=True)
@@ -147,9 +138,9 @@ def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
         samples_per_shard=_spread(index.shard_sizes),
         picture_bytes=_spread(index.samples["size"]),
         num_looked_at=len(chosen),
-        widths=widths,
-        heights=heights,
-        formats=dict(formats.most_common()),
+        num_unreadable=len(chosen) - len(headers),
+        widths=_spread([header.width for header in headers]),
+        heights=_spread([header.height for header in headers]),
         class_counts={names[label]: count_of.get(label, 0) for label in sorted(names)},
         num_unlabelled=num_unlabelled,
         skipped=index.skipped,
@@ -158,7 +149,7 @@ def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
 
 
 def _spread(values: Sequence[float] | np.ndarray) -> list[float]:
-    return [float(np.min(values)), float(np.median(values)), float(np.max(values))]
+    return np.quantile(values, (0, 0.5, 1)).tolist() if len(values) else []
 
 
 def format_info(info: ShardInfo) -> str:

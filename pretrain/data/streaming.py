@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import queue
 import random
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ MAX_BUFFER_BYTES = 256 * 2**20  # of one reader's encoded pictures, by the size 
 _NUM_LOOKED_AT = 64  # samples from which their size is judged
 _MAX_INITIAL = 1000  # samples read before the first is given out; the buffer fills up on the way
 _MAX_PARTS = 2  # of 8 MiB each, fetched and not yet read
-_REMOTE = re.compile(r"(https?|s3|gs)://|pipe:")
 
 
 # -- the bytes of a tar ---------------------------------------------------------------------------
@@ -58,7 +56,7 @@ def open_stream(url: str, patience: Patience) -> "BinaryIO | RemoteStream":
         UserError: If a local file cannot be opened. What servers and commands do wrong is raised by
             `read`.
     """
-    if _REMOTE.match(url):
+    if "://" in url or url.startswith("pipe:"):
         return RemoteStream(url, patience)
     try:
         return open(url, "rb")
@@ -369,14 +367,13 @@ class StreamingLoader:
         shuffle_buffer: int = 2048,
         max_bad_samples: int = 0,
         known_bad: Mapping[int, str] | None = None,
-        patience: Patience | None = None,
+        patience: Patience,
         **views: Any,
     ) -> None:
         require(batch_size >= 1, f"data.batch_size: {batch_size}: must be at least 1")
         fills = f"data.samples_per_epoch: {samples_per_epoch}: must fill one batch of {batch_size}"
         require(samples_per_epoch >= batch_size, fills)
         require(shuffle_buffer >= 1, f"shuffle buffer of {shuffle_buffer}: must be at least 1")
-        patience = patience or Patience()
         sources = open_sources(spec, patience)
         self.num_steps = samples_per_epoch // batch_size
         self._bad = BadSamples(max_bad_samples, known_bad)
@@ -386,7 +383,7 @@ class StreamingLoader:
         reader = partial(Reader, sources, shuffle_buffer=shuffle_buffer, patience=patience)
         dataset = StreamDataset(writer, reader, share, rank, world_size)
         self._requests: list[StreamRequest] = []  # of the epoch that is read
-        self._num_runs = 0
+        self._runs = itertools.count()
         self._loader = start_workers(dataset, self._requests, num_workers)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
@@ -395,9 +392,8 @@ class StreamingLoader:
         Raises:
             UserError: If more samples are bad than allowed, or a shard cannot be read.
         """
-        self._num_runs += 1
         first_repeat = (epoch * self.num_steps + start_step) * _MAX_PASSES
-        request = StreamRequest(self._num_runs, (self._seed, epoch, start_step), first_repeat)
+        request = StreamRequest(next(self._runs), (self._seed, epoch, start_step), first_repeat)
         self._requests[:] = [request] * (self.num_steps - start_step)
         for reply in self._loader:
             self._bad.count(reply)

@@ -1,6 +1,7 @@
 """Small pictures and shard sets for the tests of the data side."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -49,3 +50,13 @@ def sources(folder: Path) -> list[SourcePicture]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of every file in a folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def write_tar(path: Path, files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> str:
+    """A tar as another tool would make it; its path as text."""
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)

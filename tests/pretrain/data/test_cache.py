@@ -250,24 +250,6 @@ def reader(server: Faulty, folder: Path, seed: int, num: int) -> Iterator[subpro
         process.stdout.close()
 
 
-def test_leftover_of_a_killed_process_is_removed(server: Faulty, tmp_path: Path) -> None:
-    cache = make(tmp_path, 5)
-    server.faults = lambda handler, count: handler.cut(1000, wait=True)
-    with reader(server, cache.folder, seed=0, num=1) as process:
-        while not list((cache.folder / "partial").iterdir()):
-            time.sleep(0.01)
-        assert num_bytes(cache.folder) == SIZE  # what it has reserved
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert num_bytes(cache.folder) == SIZE
-    server.faults = lambda handler, count: False
-    for i in range(5):
-        assert read(cache, wanted(server, i)) == content(i)
-    assert held(cache, server) == [0, 1, 2, 3, 4]  # the leftover took no room
-    assert num_bytes(cache.folder) == 5 * SIZE
-    assert empty(cache)
-
-
 def test_many_processes_one_killed(server: Faulty, tmp_path: Path) -> None:
     cache = make(tmp_path, 5)
     is_cut = threading.Event()

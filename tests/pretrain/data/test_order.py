@@ -117,17 +117,6 @@ def test_window_keeps_reads_local(seed: int) -> None:
     assert shards_per_window == [2] * 15
 
 
-def test_every_sample_takes_every_place_equally_often() -> None:
-    num_epochs = 3000
-    counts = np.zeros((8, 8))
-    for epoch in range(num_epochs):
-        counts[np.arange(8), epoch_order([4, 4], seed=0, epoch=epoch, window=8)] += 1
-    chi_square = ((counts - num_epochs / 8) ** 2 / (num_epochs / 8)).sum()
-    assert (
-        chi_square < 94
-    )  # 99.9 % quantile of chi-square with 49 degrees of freedom: 85.4; some room
-
-
 def test_remainder_is_dropped_or_padded() -> None:
     epoch = as_epoch(np.arange(10))
     assert num_steps_per_epoch(10, 3) == 3

@@ -9,14 +9,10 @@ import time
 import zlib
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
-from PIL import Image
 
 from common.errors import UserError
 from common.files import DiskFullError
-from common.pictures import decode
 from pretrain.data import pack as writer
 from pretrain.data.pack import write_shards
 from pretrain.data.pack_plan import ShardOptions, SourcePicture
@@ -166,17 +162,6 @@ def test_full_disk_while_writing(
     assert write_shards(sources(picture_folder), tmp_path, options=TEN).num_samples == 40
 
 
-def test_space_is_checked_first(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = writer.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(
-        UserError, match=r"the shards need about 0.2 MB, only 0.0 MB are free.*--resize-short"
-    ):
-        write_shards(sources(picture_folder), tmp_path, options=TEN)
-
-
 # -- files that are no pictures, or odd ones ------------------------------------------------------
 
 
@@ -225,32 +210,6 @@ def test_files_that_cannot_be_used_are_each_told(tmp_path: Path) -> None:
     assert not reasons
 
 
-def test_colour_models_keep_their_bytes_and_decode(tmp_path: Path) -> None:
-    """CMYK JPEG, 16-bit grey PNG, palette PNG: as they are; shrunk, they become RGB JPEGs."""
-    source = tmp_path / "in"
-    source.mkdir()
-    rgb = Image.fromarray(smooth_picture(1))
-    rgb.convert("CMYK").save(source / "cmyk.jpg", quality=95)
-    rgb.quantize(64).save(source / "palette.png")
-    deep = smooth_picture(2)[..., 0].astype(np.uint16) * 257
-    Image.fromarray(deep).save(source / "deep.png")
-    pictures = [SourcePicture(str(path), path.name) for path in sorted(source.iterdir())]
-    write_shards(pictures, tmp_path / "kept")
-    index = ShardIndex.open(tmp_path / "kept")
-    stored = {index.key_name(i): index.read_bytes(i) for i in range(3)}
-    assert stored == {path.stem: path.read_bytes() for path in source.iterdir()}
-    shrunk = decode(stored["deep"], where="")
-    np.testing.assert_array_equal(shrunk, np.repeat((deep >> 8)[..., None], 3, axis=2))
-    write_shards(pictures, tmp_path / "small", options=ShardOptions(resize_short=24, quality=95))
-    small = ShardIndex.open(tmp_path / "small")
-    for i in range(3):
-        found = decode(small.read_bytes(i), where="")
-        whole = decode(stored[small.key_name(i)], where="")
-        expected = cv2.resize(whole, (32, 24), interpolation=cv2.INTER_AREA)
-        assert found.shape == (24, 32, 3)
-        assert np.abs(found.astype(int) - expected).mean() < 12  # chroma is halved
-
-
 def test_odd_names_become_samples(tmp_path: Path) -> None:
     source = tmp_path / "in"
     deep = source / "/".join(["d" * 200] * 4)
@@ -280,23 +239,6 @@ def test_odd_names_become_samples(tmp_path: Path) -> None:
 
 
 # -- what is stored -------------------------------------------------------------------------------
-
-
-def test_shrunk_pictures(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    large, small = smooth_picture(1, 120, 200), smooth_picture(2, 30, 50)
-    (tmp_path / "in" / "large.png").write_bytes(encode(large, "PNG"))
-    (tmp_path / "in" / "small.png").write_bytes(encode(small, "PNG"))
-    options = ShardOptions(resize_short=60, quality=95)
-    write_shards(sources(tmp_path / "in"), tmp_path / "out", options=options)
-    index = ShardIndex.open(tmp_path / "out")
-    stored = {index.key_name(i): index.read_bytes(i) for i in range(2)}
-    assert stored["small"] == (tmp_path / "in" / "small.png").read_bytes()
-    assert stored["large"][:2] == b"\xff\xd8"
-    shrunk = decode(stored["large"], where="")
-    assert shrunk.shape == (60, 100, 3)
-    expected = cv2.resize(large, (100, 60), interpolation=cv2.INTER_AREA).astype(int)
-    assert np.abs(shrunk - expected).mean() < 3
 
 
 # -- kills ----------------------------------------------------------------------------------------

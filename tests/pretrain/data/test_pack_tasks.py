@@ -1,21 +1,23 @@
-"""Packing in tasks through submitit: here, and on a Slurm that is played by three scripts."""
+"""Packing in tasks through submitit, here and on a cluster."""
 
 import fcntl
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import submitit
 import submitit.core.core
 
-from common.errors import RunFailed, UserError
+from common.errors import RunFailed
 from common.files import write_json
 from pretrain.data import pack
 from pretrain.data.pack import (
@@ -39,7 +41,6 @@ TWO = ["--submitit", "local", "--num-tasks", "2"]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "_PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(pack, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
 
@@ -174,18 +175,6 @@ def test_late_task_of_a_run_that_was_replaced_ends(begun: ShareOfShards) -> None
     assert not list((begun.folder / PARTS).iterdir())
 
 
-def test_command_waits_a_little_for_tasks_then_refuses(begun: ShareOfShards) -> None:
-    with pack.shared_with_tasks(begun.folder, "this-run"):
-        (begun.folder / ".lock").unlink()  # as if its command were dead
-        with (
-            pytest.raises(UserError, match="tasks of an earlier command are still writing"),
-            only_writer(begun.folder),
-        ):
-            pass
-    with only_writer(begun.folder):
-        assert not is_held(begun.folder / PARTS / "tasks.lock")
-
-
 def test_failed_task_shows_its_last_words(begun: ShareOfShards) -> None:
     (begun.folder / "shard-000002.tar").mkdir()  # the rename of a finished tar fails
     parts = run_tasks(Cluster("local", 2), begun)
@@ -195,77 +184,51 @@ def test_failed_task_shows_its_last_words(begun: ShareOfShards) -> None:
 
 # -- what the cluster is asked --------------------------------------------------------------------
 
-FAKE_SLURM = {
-    "sbatch": """
-import os, re, subprocess, sys
-text, job = open(sys.argv[1]).read(), str(os.getpid())
-open(os.environ["FAKE_SLURM"] + "/asked", "w").write(text)
-open(os.environ["FAKE_SLURM"] + "/job", "w").write(job)
-first, last = map(int, re.search(r"--array=(\\d+)-(\\d+)", text).groups())
-for task in range(first, last + 1):
-    ids = {"SLURM_JOB_ID": f"{job}{task}", "SLURM_ARRAY_JOB_ID": job, "SLURM_NTASKS": "1"}
-    ids |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}
-    ids |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "node0"}
-    null = subprocess.DEVNULL
-    subprocess.Popen(["bash", sys.argv[1]], env=os.environ | ids, stdout=null, stderr=null)
-print("Submitted batch job", job)
-""",
-    "srun": """
-import os, subprocess, sys
-words = sys.argv[1:]
-names = {}
-while words[0].startswith("--"):
-    word = words.pop(0)
-    if word in ("--output", "--error"):
-        names[word] = words.pop(0)
-def log(name):
-    for code, key in (("%A", "SLURM_ARRAY_JOB_ID"), ("%a", "SLURM_ARRAY_TASK_ID")):
-        name = name.replace(code, os.environ[key])
-    return open(name.replace("%t", "0"), "a")
-task = os.environ["SLURM_ARRAY_TASK_ID"]
-if task != os.environ.get("FAKE_LOST_TASK"):
-    subprocess.run(words, stdout=log(names["--output"]), stderr=log(names["--error"]))
-open(os.environ["FAKE_SLURM"] + f"/ended-{task}", "w").close()
-""",
-    "sacct": """
-import os
-print("JobID|State|NodeList")
-job = open(os.environ["FAKE_SLURM"] + "/job").read()
-for task in range(2):
-    ended = os.path.exists(os.environ["FAKE_SLURM"] + f"/ended-{task}")
-    print(f"{job}_{task}|{'NODE_FAIL' if ended else 'RUNNING'}|node0")
-""",
-    "scancel": "",
-}
+
+class FakeExecutor:
+    """submitit's executor for a cluster that does its tasks at once, and loses the second one."""
+
+    asked: ClassVar[list[dict]] = []
+    is_lost: ClassVar[bool] = True
+
+    def __init__(self, folder: Path, cluster: str) -> None:
+        self.folder, self.cluster = folder, cluster
+
+    def update_parameters(self, **parameters: object) -> None:
+        self.asked.append({"cluster": self.cluster, **parameters})
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def submit(self, share: ShareOfShards) -> SimpleNamespace:
+        self.is_second = hasattr(self, "is_second")
+        lost = RuntimeError("lost") if self.is_second and self.is_lost else None
+        return SimpleNamespace(
+            job_id="77", state="NODE_FAIL", paths=SimpleNamespace(stderr=self.folder / "77.err"),
+            done=lambda: True, exception=lambda: lost, result=share,
+        )  # fmt: skip
+
+
 SLURM = ["--submitit", "slurm", "--num-tasks", "2", "--slurm-partition", "cpu", "--num-workers",
          "2", "--slurm-time-minutes", "33", "--slurm-mem-gb", "4", "--slurm-option",
          "account=vision lab"]  # fmt: skip
 
 
-def test_slurm_loses_a_task_and_makes_it_at_the_next_command(
+def test_cluster_loses_a_task_and_makes_it_at_the_next_command(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     one_process: dict[str, bytes], capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    for name, text in FAKE_SLURM.items():
-        (folder / name).write_text(f"#!{sys.executable}\n{text}")
-        (folder / name).chmod(stat.S_IRWXU)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(folder))
-    monkeypatch.setenv("FAKE_LOST_TASK", "1")
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeExecutor)
     words = [str(picture_folder), str(tmp_path / "out"), *TEN_EACH, *SLURM]
     assert make_shards.main(words) == 1
     said = capsys.readouterr().err
-    assert re.search(r"task 2 of 2 \(job \d+_1\): was killed or failed \(state NODE_FAIL\)", said)
-    lines = (folder / "asked").read_text().splitlines()
-    for line in ("--partition=cpu", "--time=33", "--mem=4GB", "--cpus-per-task=2",
-                 "--account='vision lab'", "--array=0-1%2"):  # fmt: skip
-        assert f"#SBATCH {line}" in lines
-    monkeypatch.delenv("FAKE_LOST_TASK")
-    until(lambda: len(list(folder.glob("ended-*"))) == 2)
-    for mark in folder.glob("ended-*"):
-        mark.unlink()
+    assert "task 2 of 2 (job 77): was killed or failed (state NODE_FAIL)\n  log: /" in said
+    assert FakeExecutor.asked == [{
+        "cluster": "slurm", "name": "make_shards", "timeout_min": 33, "cpus_per_task": 2,
+        "mem_gb": 4.0, "slurm_partition": "cpu",
+        "slurm_additional_parameters": {"account": "vision lab"},
+    }]  # fmt: skip
+    monkeypatch.setattr(FakeExecutor, "is_lost", False)
     assert make_shards.main(words) == 0
     assert "(2 shards were finished before)" in capsys.readouterr().out
     assert contents(tmp_path / "out") == one_process
@@ -287,15 +250,6 @@ def test_wrong_options(
 ) -> None:  # fmt: skip
     assert make_shards.main([str(picture_folder), str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_no_slurm_here(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    cluster = Cluster("slurm", 2)
-    with pytest.raises(UserError, match=r"submitit cannot start tasks: .*srun"):
-        write_shards(sources(picture_folder), tmp_path / "out", options=TEN, cluster=cluster)
 
 
 def test_packing_imports_neither_submitit_nor_torch() -> None:

@@ -1,4 +1,4 @@
-"""Sets on servers: nginx, an S3 server, Google's answers, and servers that fail on purpose."""
+"""Sets on servers: nginx, an S3 server, and servers that fail on purpose."""
 
 import hashlib
 import itertools
@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import boto3
 import numpy as np
 import pytest
 import torch
-from fsspec.config import conf
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
@@ -28,8 +26,6 @@ from pretrain.data.sources import expand
 from tests.pretrain.data.picture_helpers import NUM_PICTURES
 from tests.pretrain.data.servers import Faulty, Handler, Nginx, faulty, nginx, s3_server
 
-# Read when gcsfs is imported: without it, it asks Google over gRPC of what kind the bucket is.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 ALL = "shard-{000000..000003}.tar"
 
 
@@ -70,58 +66,17 @@ def same_pictures(index: ShardIndex, local: ShardIndex) -> bool:
     return found == expected and index.num_samples == local.num_samples
 
 
-# -- the three kinds of servers -------------------------------------------------------------------
+# -- web servers and object stores ----------------------------------------------------------------
 
 
-def google(handler: Handler, count: int) -> bool:
-    """Objects and listings under /storage/v1/b/BUCKET/o, bytes with alt=media."""
-
-    def answer(value: object) -> bool:
-        data = json.dumps(value).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
-        return True
-
-    root, url = handler.state.root, urlsplit(handler.path)
-    query = {key: values[0] for key, values in parse_qs(url.query).items()}
-    bucket, _, name = url.path.split("/b/", 1)[1].partition("/o")
-
-    def about(path: Path) -> dict[str, str]:
-        own, status = path.relative_to(root / bucket).as_posix(), path.stat()
-        return {"kind": "storage#object", "name": own, "bucket": bucket,
-                "size": str(status.st_size), "etag": f"{status.st_mtime_ns}",
-                "updated": "2026-01-01T00:00:00.000Z"}  # fmt: skip
-
-    if name:
-        path = root / bucket / unquote(name[1:])
-        if not path.is_file():
-            return handler.refuse(404)
-        if query.get("alt") != "media" and "/download/" not in url.path:
-            return answer(about(path))
-        handler.path = f"/{path.relative_to(root)}"
-        return False
-    items = [about(path) for path in sorted((root / bucket).rglob("*")) if path.is_file()]
-    prefix = query.get("prefix", "")
-    return answer({"items": [item for item in items if item["name"].startswith(prefix)]})
-
-
-@pytest.fixture(params=["http", "s3", "gs"])
+@pytest.fixture(params=["http", "s3"])
 def store(
     request: pytest.FixtureRequest, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Faulty]]:
     """The address of the set on a server, and the server; that of S3 cannot list."""
     with faulty(shard_folder.parent) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        if request.param == "gs":
-            pytest.importorskip("gcsfs")
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-            monkeypatch.setitem(conf, "gs", {"token": "anon"})
-            server.faults = google
-        base = server.url if request.param == "http" else f"{request.param}:/"
-        yield f"{base}/shards", server
+        yield f"{server.url if request.param == 'http' else 's3:/'}/shards", server
 
 
 @pytest.mark.parametrize("name", ["/", f"/{ALL}"], ids=["index", "tars"])
@@ -151,8 +106,6 @@ def test_failed_parts_are_fetched_again(
     act: Callable[[Handler], bool],
 ) -> None:  # fmt: skip
     address, server = store
-    if address.startswith("gs:"):
-        return  # gcsfs tries again by itself
     monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
     found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.3)))
     server.faults = lambda handler, count: count in (1, 2) and act(handler)
@@ -177,14 +130,11 @@ def test_one_clear_error(
     num: int,
 ) -> None:  # fmt: skip
     address, server = store
-    is_google = address.startswith("gs:")
-    if is_google and num == 3:
-        return  # gcsfs tries again by itself
     found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.1)))
     server.faults = lambda handler, count: act(handler)
     with pytest.raises(UserError, match=rf"^{address}/shard-000000.tar: .*{message}"):
         found.fetch([3])
-    assert is_google or server.gets["/shards/shard-000000.tar"] == num
+    assert server.gets["/shards/shard-000000.tar"] == num
 
 
 def test_missing_and_cut_shards_are_told_at_the_first_opening(

@@ -96,12 +96,6 @@ def index_of(name: str) -> str:
     return json.dumps({"format": FORMAT, "num_samples": 0, "shards": [shard], **rest, **hashes})
 
 
-def test_names_with_braces_that_exist_stand_for_themselves(tmp_path: Path) -> None:
-    touch(tmp_path, "a-{0..1}.tar", "[x].tar", "x.tar")
-    assert expand(f"{tmp_path}/a-{{0..1}}.tar") == [f"{tmp_path}/a-{{0..1}}.tar"]
-    assert expand(f"{tmp_path}/[x].tar") == [f"{tmp_path}/[x].tar"]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -31,7 +31,13 @@ from pretrain.data.streaming import (
     StreamSource,
     open_sources,
 )
-from tests.pretrain.data.picture_helpers import NUM_PICTURES, encode, seeded, smooth_picture
+from tests.pretrain.data.picture_helpers import (
+    NUM_PICTURES,
+    encode,
+    seeded,
+    smooth_picture,
+    write_tar,
+)
 from tests.pretrain.data.servers import faulty
 
 SIZE = 16
@@ -42,15 +48,6 @@ PATIENCE = Patience(retries=1, timeout_seconds=2)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def picture(seed: int) -> bytes:
@@ -139,21 +136,6 @@ def test_order_follows_from_the_seed_and_changes_with_the_pass(shard_folder: Pat
     assert len({tuple(sorted(keys)) for keys in passes}) == 1
     assert order(seed=(3, 1, 0)) != plain
     assert order(seed=(4, 0, 0)) != plain
-
-
-def test_shuffle_buffer_mixes_shards(shard_folder: Path) -> None:
-    sources = open_sources(str(shard_folder), PATIENCE)
-    plain, mixed = (
-        list(itertools.islice(reader(sources, shuffle_buffer=buffer).samples(), NUM_PICTURES))
-        for buffer in (1, 30)
-    )
-
-    def num_changes(samples: list[Sample]) -> int:
-        shards = [sample.name.split(" in ")[1] for sample in samples]
-        return sum(one != other for one, other in itertools.pairwise(shards))
-
-    assert num_changes(plain) == 3
-    assert num_changes(mixed) > 15
 
 
 def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
