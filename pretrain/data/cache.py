@@ -56,7 +56,7 @@ def make_folder(folder: Path) -> None:
         raise disk_error(error, folder) from error
 
 
-def touch(file: int) -> None:
+def touch(file: int | Path) -> None:
     """Mark a cached shard as just used."""
     with contextlib.suppress(OSError):  # a cache of somebody else's: order of use is a hint
         now = time.time_ns()  # finer than the clock that the system would take
@@ -177,9 +177,9 @@ class ShardCache:
             room -= shard.size
             if room < 0:
                 break  # it would throw out what was fetched a moment ago
-            try:
-                os.utime(self.path(shard))
-            except OSError:
+            if self.path(shard).exists():
+                touch(self.path(shard))
+            else:
                 missing.append(shard)
         if missing:
             with ThreadPoolExecutor(min(NUM_FETCHERS, len(missing))) as pool:

@@ -262,7 +262,7 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
     stale = f"the index is stale; delete {index_folder / 'index.json'} to index the tars again"
     for shard, path in zip(index["shards"], paths, strict=True):
         size, expected = _size_of(path), shard["bytes"]
-        sizes = f"{size:,} of {expected:,} bytes"
+        sizes = f"{size:,} bytes instead of {expected:,}"
         require(size >= expected, f"{path}: shard is cut short, {sizes}; copy or make it again")
         require(size == expected, f"{path}: {sizes}: {stale}")
     others = {*folder.glob("*.tar")} - {*paths} if has_index else ()

@@ -1,99 +1,14 @@
-"""Servers on loopback for tests of remote shards: nginx, and a handler that fails on purpose."""
+"""Servers on loopback for tests of remote shards: one that fails on purpose, and one of S3."""
 
-import os
 import re
-import shutil
 import socket
-import subprocess
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-import pytest
-
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-CONFIG = """
-daemon off; master_process off; worker_processes 1;
-pid {folder}/nginx.pid; error_log {folder}/error.log;
-events {{ worker_connections 64; }}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        root {root};
-        location / {{ }}
-        location /whole/ {{ alias {root}/; max_ranges 0; }}
-        location /slow/ {{ alias {root}/; limit_rate {rate}; }}
-        location /closed/ {{ return 403; }}
-        location /away/ {{ return 302 /$request_id; }}
-    }}
-}}
-"""
-
-
-def require_server(found: object, name: str) -> None:
-    """Skip the test if a server is not installed, or fail if it must be."""
-    if found:
-        return
-    if os.environ.get("REQUIRE_SERVERS") == "1":
-        pytest.fail(f"{name} is not installed")
-    pytest.skip(f"{name} is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@dataclass
-class Nginx:
-    """A running nginx. `/` serves with ranges, `/whole/` without, `/slow/` at a limited rate."""
-
-    url: str
-    folder: Path
-
-    def requests(self) -> list[str]:
-        """Request lines with their status, as 'GET /a.tar 206'."""
-        lines = (self.folder / "access.log").read_text().splitlines()
-        found = [re.search(r'"(\S+) (\S+) HTTP/1.1" (\d+)', line) for line in lines]
-        return [" ".join(match.groups()) for match in found if match]
-
-
-@contextmanager
-def nginx(root: Path, folder: Path, rate: str = "200k") -> Iterator[Nginx]:
-    """Serve `root` from nginx with configuration, logs and pid in `folder`."""
-    require_server(NGINX, "nginx")
-    folder.mkdir()
-    port = free_port()
-    config = CONFIG.format(folder=folder, port=port, root=root, rate=rate)
-    (folder / "nginx.conf").write_text(config)
-    command = [str(NGINX), "-p", str(folder), "-e", str(folder / "error.log"),
-               "-c", str(folder / "nginx.conf")]  # fmt: skip
-    process = subprocess.Popen(command)
-    try:
-        _wait_for(port, process)
-        yield Nginx(f"http://127.0.0.1:{port}", folder)
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _wait_for(port: int, process: subprocess.Popen) -> None:
-    for _ in range(200):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        assert process.poll() is None, "the server ended at once"
-        time.sleep(0.05)
-    raise AssertionError("the server does not listen")
 
 
 @dataclass

@@ -95,15 +95,6 @@ def test_ensure_fetches_side_by_side_what_the_bound_holds(server: Faulty, tmp_pa
     assert server.gets.total() == 5
 
 
-def test_one_fetch_for_many_threads(server: Faulty, tmp_path: Path) -> None:
-    cache = make(tmp_path)
-    server.faults = lambda handler, count: time.sleep(0.2) is not None
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: read(cache, wanted(server, 0)), range(8)))
-    assert found == [content(0)] * 8
-    assert server.gets.total() == 1
-
-
 # -- faults ---------------------------------------------------------------------------------------
 
 
@@ -122,8 +113,8 @@ def test_bounds_that_are_too_small(server: Faulty, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (b"x" * SIZE, "its SHA-256 is not the one in the index: the shard was changed"),
-        (b"x" * (SIZE - 1), "99,999 bytes instead of 100,000: the shard was changed or cut short"),
+        (b"x" * SIZE, "its SHA-256 is not the one in the index: the shard or"),
+        (b"x" * (SIZE - 1), "99,999 bytes instead of 100,000: the shard or the index is stale"),
         (b"x" * (SIZE + 1), "100,001 bytes instead of 100,000: .* or the index is stale; make it"),
     ],
 )
@@ -140,13 +131,6 @@ def test_changed_shard_is_never_kept(
     assert read(cache, wanted(server, 0)) == content(0)
 
 
-def test_meddled_copy_is_fetched_again(server: Faulty, tmp_path: Path) -> None:
-    cache = make(tmp_path)
-    read(cache, wanted(server, 0))
-    cache.path(wanted(server, 0)).write_bytes(b"short")
-    assert read(cache, wanted(server, 0)) == content(0)
-
-
 @pytest.mark.parametrize("name", ["fsync"])
 def test_full_disk(
     server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -156,7 +140,7 @@ def test_full_disk(
 
     cache = make(tmp_path)
     monkeypatch.setattr(os, name, full)
-    with pytest.raises(UserError, match=r"cache: the disk is full .*lower data.cache_gb, or put"):
+    with pytest.raises(UserError, match=r"cache: the disk is full; .*lower data.cache_gb, or put"):
         cache.open(wanted(server, 0))
     assert num_bytes(cache.folder) == 0
     assert empty(cache)
@@ -175,7 +159,7 @@ def test_output_of_a_command_is_named_by_its_content(server: Faulty, tmp_path: P
     assert (size, sha256) == (SIZE, shard.sha256)
     assert read(cache, shard) == content(0)
     again = RemoteShard(f"pipe:cat {server.root}/1.tar", SIZE - 2, "0" * 64)
-    with pytest.raises(UserError, match="more than 99,998 bytes: the shard was changed or cut"):
+    with pytest.raises(UserError, match="more than 99,998 bytes: the shard or the index is stale"):
         cache.open(again)
     with pytest.raises(UserError, match=r"do not fit into the cache of 50,000 bytes"):
         make(tmp_path, 0.5).fetch_unknown(file)

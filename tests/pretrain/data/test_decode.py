@@ -61,18 +61,6 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(one - other).max())
 
 
-def test_flips_come_with_their_probability_and_apart_from_the_boxes() -> None:
-    num = 10_000
-    for probability in (0.0, 0.3, 0.5, 1.0):
-        drawn = draw_one(
-            sizes(num, 200, 300), np.arange(num), 1, **SEED, flip_probability=probability
-        )
-        assert drawn.flips.mean() == pytest.approx(probability, abs=0.015)
-        if 0 < probability < 1:
-            for column in drawn.boxes.T:
-                assert abs(np.corrcoef(drawn.flips, column)[0, 1]) < 0.04
-
-
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (2, 3), (2000, 1500)])
 def test_boxes_lie_inside(height: int, width: int) -> None:
     boxes = draw_one(sizes(500, height, width), np.arange(500), 0, **SEED).boxes

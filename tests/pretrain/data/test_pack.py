@@ -93,19 +93,6 @@ def test_bad_pictures_are_named_and_bounded(tmp_path: Path) -> None:
         write_shards(pictures, tmp_path / "out")
 
 
-def test_bad_pictures_are_counted_over_all_shards(tmp_path: Path) -> None:
-    files = write_pictures(tmp_path / "in", 20)
-    for file in files[::2]:
-        file.write_bytes(b"no picture")
-    options = ShardOptions(max_samples_per_shard=2)
-    with pytest.raises(UserError, match=r"pictures cannot be used, allowed are 4"):
-        write_shards(sources(tmp_path / "in"), tmp_path / "out", options=options, max_bad=4)
-    for file in files:
-        file.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"none of 20 pictures decodes"):
-        write_shards(sources(tmp_path / "in"), tmp_path / "none", options=options, max_bad=20)
-
-
 def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> None:
     pictures = sources(picture_folder)
     write_shards(pictures, tmp_path, options=TEN)

@@ -1,4 +1,3 @@
-import itertools
 import os
 import time
 from collections.abc import Callable
@@ -14,10 +13,6 @@ from pretrain.data.remote import (
     Patience,
     RemoteFile,
     download,
-    look,
-    look_at_all,
-    read_if_there,
-    read_small,
     retried,
 )
 from tests.pretrain.data.servers import Faulty, Handler, faulty
@@ -141,31 +136,6 @@ def test_what_will_not_change_is_told_at_once(server: Faulty, status: int, messa
         fetch(server)
     assert isinstance(caught.value, NotThereError) is (status == 404)
     assert server.gets["/a.tar"] == 1
-
-
-def test_look_tells_size_and_retries(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = itertools.count()
-    real = Handler.do_HEAD
-
-    def failing(handler: Handler) -> None:
-        if next(times) < 2:
-            handler.refuse(503)
-        else:
-            real(handler)
-
-    monkeypatch.setattr(Handler, "do_HEAD", failing)
-    server.faults = lambda handler, count: handler.refuse(503)  # fsspec asks by GET after a HEAD
-    assert look(f"{server.url}/a.tar", PATIENCE).size == len(DATA)
-    server.faults = lambda handler, count: False
-    with pytest.raises(NotThereError, match=r"b.tar: there is no such file"):
-        look_at_all([f"{server.url}/a.tar", f"{server.url}/b.tar"], PATIENCE)
-
-
-def test_small_file_or_none(server: Faulty) -> None:
-    assert read_if_there(f"{server.url}/a.tar", PATIENCE) == DATA
-    assert read_if_there(f"{server.url}/b.tar", PATIENCE) is None
-    with pytest.raises(UserError, match="larger than 1,000 bytes"):
-        read_small(f"{server.url}/a.tar", PATIENCE, 1000)
 
 
 def test_delays_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,12 +197,6 @@ def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:
         ShardIndex.open(tmp_path)
 
 
-def test_missing_shard(shard_folder: Path) -> None:
-    (shard_folder / "shard-000002.tar").unlink()
-    with pytest.raises(UserError, match=r"shard-000002.tar: shard is missing .*copy it back"):
-        ShardIndex.open(shard_folder)
-
-
 def test_truncated_shard(shard_folder: Path) -> None:
     _truncate(shard_folder / "shard-000001.tar")
     with pytest.raises(UserError, match=r"shard-000001.tar: shard is cut short.*make it again"):

@@ -166,19 +166,6 @@ def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(
     assert sorted(sample.sample_hash for sample in found) == sorted(expected.tolist())
 
 
-def test_impossible_sources(shard_folder: Path) -> None:
-    one = str(shard_folder)
-    for spec, message in [
-        ([], "name at least one"),
-        ([one, f"{one}/shard-00000[0-3].tar"], "is named twice"),
-        ({one: 0.0}, r"weight 0.0 of .*: must be above 0"),
-        ({one: float("nan")}, "weight nan"),
-        (f"{one}/none-*.tar", "no file fits"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            loader(spec)
-
-
 # -- batches --------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,5 @@
 """Rules that hold for every registered operation."""
 
-import dataclasses
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,15 +14,6 @@ NAMES = Operation.registry.names()
 
 def drawn_of(operation: Operation, num: int = 30) -> dict[str, np.ndarray]:
     return operation.draw(np.random.default_rng(5).random((operation.num_draws, num)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_setting_has_a_test(name: str) -> None:
-    source = (Path(__file__).parent / f"test_{name}.py").read_text()
-    for field in dataclasses.fields(Operation.registry[name]):
-        assert re.search(rf"\b{field.name}\b", source), (
-            f"test_{name}.py: {field.name} is not tested"
-        )
 
 
 def test_streams_of_random_numbers_do_not_overlap() -> None:
