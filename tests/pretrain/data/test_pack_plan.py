@@ -1,9 +1,7 @@
-"""Sizes of shards, keys, and memory with many pictures."""
+"""Sizes of shards, and keys."""
 
 import itertools
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,6 @@ from common.errors import UserError
 from pretrain.data.index import key_and_suffix
 from pretrain.data.pack_plan import ShardOptions, make_keys, make_plan, split_evenly
 from tests.pretrain.data.picture_helpers import seeded, sources
-
-ROOT = Path(__file__).parents[3]
-
 
 # -- shards of nearly equal size ------------------------------------------------------------------
 
@@ -69,50 +64,6 @@ def test_plan_is_the_same_however_the_pictures_are_listed(picture_folder: Path) 
     shuffled = random.Random(3).sample(pictures, len(pictures))
     options = ShardOptions(shard_size_mb=0.03)
     assert make_plan(pictures, options) == make_plan(shuffled, options)
-
-
-# -- memory ---------------------------------------------------------------------------------------
-
-# Of this program alone; getrusage would count what its parent held before the exec.
-PEAK = """
-def peak():
-    with open("/proc/self/status") as stream:
-        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM:"))
-"""
-PLAN = (
-    PEAK
-    + """
-import sys, time
-from pretrain.data.pack_plan import ShardOptions, SourcePicture, make_plan
-before, num = peak(), int(sys.argv[1])
-names = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i // 1000:08d}.JPEG" for i in range(num))
-pictures = [SourcePicture(f"/nowhere/{name}", name, i % 1000) for i, name in enumerate(names)]
-started = time.process_time()
-plans = make_plan(pictures, ShardOptions())
-assert sum(len(plan.pictures) for plan in plans) == num
-print(peak() - before, peak(), time.process_time() - started)
-"""
-)
-
-
-def plan_cost(num: int) -> tuple[int, int, float]:
-    """Bytes that planning adds at its peak, bytes of the whole process, seconds of one core."""
-    command = [sys.executable, "-c", PLAN, str(num)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    added, peak, seconds = done.stdout.split()
-    return int(added), int(peak), float(seconds)
-
-
-def test_planning_takes_less_than_a_kilobyte_per_picture() -> None:
-    added, _, _ = plan_cost(60_000)
-    assert 60_000 * 100 < added < 60_000 * 1000
-
-
-@pytest.mark.slow
-def test_a_million_pictures_are_planned_in_a_gigabyte_and_a_minute() -> None:
-    _, peak, seconds = plan_cost(1_000_000)
-    assert peak < 2**30
-    assert seconds < 60
 
 
 # -- keys -----------------------------------------------------------------------------------------
