@@ -130,7 +130,8 @@ def tar_files(
     """
 
     def cut_short(how: object) -> UserError:
-        return UserError(f"{name}: the tar is cut short or damaged ({how}); make it again")
+        again = "copy or make this shard again"
+        return UserError(f"{name}: the tar is cut short or damaged ({how}); {again}")
 
     forward = _Forward(stream)
     try:
