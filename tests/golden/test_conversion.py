@@ -136,20 +136,13 @@ def convert(folder: Path, layout: str, arch: str, branch: str, out: str, *more: 
     return *written(folder / out), facts
 
 
-@pytest.mark.parametrize(
-    ("arch", "layouts"),
-    [
-        ("thin_R50", LAYOUTS),
-        ("R18", ("moco",)),
-        pytest.param("R18", LAYOUTS, marks=pytest.mark.slow),
-        pytest.param("R50", LAYOUTS, marks=pytest.mark.slow),
-    ],
-)
-def test_every_layout_gives_these_tensors(
-    arch: str, layouts: tuple[str, ...], tmp_path: Path
-) -> None:
+SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("R18", "R50")]
+
+
+@pytest.mark.parametrize("arch", ["thin_R50", *SLOW])
+def test_every_layout_gives_these_tensors(arch: str, tmp_path: Path) -> None:
     cards, first, beside = {}, {}, {}
-    for layout in layouts:
+    for layout in LAYOUTS:
         out = "out.pth" if layout in ("timm", "lightly") else "out.pkl"
         state, more, cards[layout] = convert(tmp_path / layout, layout, arch, "online", out)
         assert beside.setdefault(Path(out).suffix, more) == more, layout
@@ -157,10 +150,10 @@ def test_every_layout_gives_these_tensors(
         assert list(state) == list(first), layout
         assert bytes_of(state) == bytes_of(first), layout
     check(f"conversion_{arch}", numbers(first), rtol=1e-6, atol=1e-6, bits=bytes_of(first))
-    if layouts == LAYOUTS:
-        check(f"conversion_{arch}_cards", {"cards": cards, "beside": beside}, rtol=1e-6)
+    check(f"conversion_{arch}_cards", {"cards": cards, "beside": beside}, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_moving_averages(tmp_path: Path) -> None:
     cards, first = {}, {}
     for layout in WITH_EMA:

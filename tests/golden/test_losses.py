@@ -27,6 +27,7 @@ def test_twenty_steps_in_float64(name: str) -> None:
     check(f"losses-{name}", figures, rtol=RTOL, atol=ATOL, bits=bits)
 
 
+@pytest.mark.slow  # engine/test_ddp.py compares two ranks with one, too
 @pytest.mark.ddp
 def test_ten_steps_in_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "results.json"

@@ -90,7 +90,7 @@ QUICK = {
         "unknown key": ["smoke", "--out", "out", "detection.seed=2"],
         "unknown stage": ["smoke", "--out", "out", "--until", "nothing"],
         "out is a file": ["smoke", "--out", "tiny.yaml"],
-        "dry run": ["smoke", "--out", "out", "--dry-run"],
+        "dry run": ["smoke", "--out", "out", "--dry-run", "--until", "data"],
     },
     "ablate": {
         "grid is missing": ["missing.yaml", "--out", "study"],

@@ -18,82 +18,6 @@ from common.errors import require
 from common.lazy import Tensor, functional, torch
 
 
-class RowRandom:
-    """Draws numbers for the whole batch and hands out those of some rows.
-
-    So what a row gets depends on (seed, step, its place in the global batch), and not on how many
-    processes or micro-batches share the work.
-
-    Args:
-        generator: The source; draws advance it by the same amount whatever ``rows`` is.
-        rows: The rows that are here, out of ``num_rows``.
-        num_rows: Rows of the global batch.
-    """
-
-    def __init__(self, generator: torch.Generator, rows: slice, num_rows: int) -> None:
-        assert 0 <= rows.start < rows.stop <= num_rows, (rows, num_rows)
-        self.generator, self.rows, self.num_rows = generator, rows, num_rows
-
-    @classmethod
-    def whole(cls, generator: torch.Generator, num_rows: int) -> RowRandom:
-        """All rows are here."""
-        return cls(generator, slice(0, num_rows), num_rows)
-
-    def _source(self, dtype: torch.dtype | None) -> dict:
-        device = self.generator.device
-        return {"generator": self.generator, "device": device, "dtype": dtype or torch.float32}
-
-    def uniform(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
-        """U(0, 1), fp32 unless given: [rows, *tail]."""
-        return torch.rand((self.num_rows, *tail), **self._source(dtype))[self.rows]
-
-    def normal(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
-        """N(0, 1), fp32 unless given: [rows, *tail]."""
-        return torch.randn((self.num_rows, *tail), **self._source(dtype))[self.rows]
-
-    def integers(self, high: int, *tail: int) -> Tensor:
-        """Uniform in 0..high-1, int64: [rows, *tail]."""
-        shape = (self.num_rows, *tail)
-        return torch.randint(high, shape, **self._source(torch.int64))[self.rows]
-
-    def shift(self) -> Tensor:
-        """One number in 1..num_rows-1, for all rows: int64, on the generator's device.
-
-        Raises:
-            ValueError: In a batch of one.
-        """
-        if self.num_rows < 2:
-            raise ValueError(
-                f"another sample of the batch needs a batch of at least 2, got {self.num_rows}"
-            )
-        return torch.randint(1, self.num_rows, (), **self._source(torch.int64))
-
-    def beta(self, alpha: float, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Beta(alpha, alpha), fp32 unless given: [rows, *tail]."""
-        if alpha == 1.0:
-            return self.uniform(*tail, dtype=dtype)
-        # As g1 / (g1 + g2) of two Gamma(alpha, 1) draws; their logarithms are those of
-        # Gamma(alpha + 1) U^(1 / alpha), which cannot underflow.
-        source, logarithms = self._source(torch.float64), []
-        ones = torch.ones((self.num_rows, *tail), dtype=torch.float64, device=source["device"])
-        for _ in range(2):
-            uniform = torch.rand(ones.shape, **source)
-            logarithm = uniform.clamp_min(torch.finfo(torch.float64).tiny).log()
-            # Only this private op of torch's takes a generator.
-            gamma = torch._standard_gamma((alpha + 1) * ones, generator=self.generator)  # type: ignore
-            logarithms.append(gamma.log() + logarithm / alpha)
-        share = torch.sigmoid(logarithms[0] - logarithms[1])
-        return share.to(dtype or torch.float32)[self.rows]
-
-
-def fa_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """FA's random numbers of one optimiser step: a pure function of (seed, step)."""
-    digest = hashlib.blake2b(f"fa|{seed}|{step}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device=device)
-    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-    return generator
-
-
 @dataclass(frozen=True)
 class AugmentationContext:
     """What a method uses beside the features.
@@ -174,3 +98,79 @@ def keep_norm(
 ) -> Float[Tensor, "... d"]:
     """Rescale each augmented row to the norm of its original."""
     return functional.normalize(augmented, dim=-1) * original.norm(dim=-1, keepdim=True)
+
+
+class RowRandom:
+    """Draws numbers for the whole batch and hands out those of some rows.
+
+    So what a row gets depends on (seed, step, its place in the global batch), and not on how many
+    processes or micro-batches share the work.
+
+    Args:
+        generator: The source; draws advance it by the same amount whatever ``rows`` is.
+        rows: The rows that are here, out of ``num_rows``.
+        num_rows: Rows of the global batch.
+    """
+
+    def __init__(self, generator: torch.Generator, rows: slice, num_rows: int) -> None:
+        assert 0 <= rows.start < rows.stop <= num_rows, (rows, num_rows)
+        self.generator, self.rows, self.num_rows = generator, rows, num_rows
+
+    @classmethod
+    def whole(cls, generator: torch.Generator, num_rows: int) -> RowRandom:
+        """All rows are here."""
+        return cls(generator, slice(0, num_rows), num_rows)
+
+    def _source(self, dtype: torch.dtype | None) -> dict:
+        device = self.generator.device
+        return {"generator": self.generator, "device": device, "dtype": dtype or torch.float32}
+
+    def uniform(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
+        """U(0, 1), fp32 unless given: [rows, *tail]."""
+        return torch.rand((self.num_rows, *tail), **self._source(dtype))[self.rows]
+
+    def normal(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
+        """N(0, 1), fp32 unless given: [rows, *tail]."""
+        return torch.randn((self.num_rows, *tail), **self._source(dtype))[self.rows]
+
+    def integers(self, high: int, *tail: int) -> Tensor:
+        """Uniform in 0..high-1, int64: [rows, *tail]."""
+        shape = (self.num_rows, *tail)
+        return torch.randint(high, shape, **self._source(torch.int64))[self.rows]
+
+    def shift(self) -> Tensor:
+        """One number in 1..num_rows-1, for all rows: int64, on the generator's device.
+
+        Raises:
+            ValueError: In a batch of one.
+        """
+        if self.num_rows < 2:
+            raise ValueError(
+                f"another sample of the batch needs a batch of at least 2, got {self.num_rows}"
+            )
+        return torch.randint(1, self.num_rows, (), **self._source(torch.int64))
+
+    def beta(self, alpha: float, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Beta(alpha, alpha), fp32 unless given: [rows, *tail]."""
+        if alpha == 1.0:
+            return self.uniform(*tail, dtype=dtype)
+        # As g1 / (g1 + g2) of two Gamma(alpha, 1) draws; their logarithms are those of
+        # Gamma(alpha + 1) U^(1 / alpha), which cannot underflow.
+        source, logarithms = self._source(torch.float64), []
+        ones = torch.ones((self.num_rows, *tail), dtype=torch.float64, device=source["device"])
+        for _ in range(2):
+            uniform = torch.rand(ones.shape, **source)
+            logarithm = uniform.clamp_min(torch.finfo(torch.float64).tiny).log()
+            # Only this private op of torch's takes a generator.
+            gamma = torch._standard_gamma((alpha + 1) * ones, generator=self.generator)  # type: ignore
+            logarithms.append(gamma.log() + logarithm / alpha)
+        share = torch.sigmoid(logarithms[0] - logarithms[1])
+        return share.to(dtype or torch.float32)[self.rows]
+
+
+def fa_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """FA's random numbers of one optimiser step: a pure function of (seed, step)."""
+    digest = hashlib.blake2b(f"fa|{seed}|{step}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    return generator
