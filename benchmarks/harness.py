@@ -1,7 +1,7 @@
-"""What the benchmarks share: command line, report, turns of candidates, sizes, pictures, peers.
+"""What the benchmarks share: command line, report, turns of candidates, sizes, pictures.
 
-Candidates take turns, round by round, so that whatever else the machine does hits all alike; peers
-do so in processes of their own. What is counted on a CPU is processor time of a whole process, all
+Candidates take turns, round by round, so that whatever else the machine does hits all alike. What
+is counted on a CPU is processor time of a whole process, all
 its threads together, so that nobody gains by a thread of its own.
 """
 
@@ -9,12 +9,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import timeit
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +24,8 @@ import simplejpeg
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError, require, run_command
+from common.errors import require, run_command
 from common.files import write_json
-from common.pictures import BadPicture, decode
 from common.provenance import versions
 from pretrain.collectives import choose_device
 from pretrain.config import HeadConfig
@@ -96,12 +93,6 @@ def _whole(least: int, text: str) -> int:
     return number
 
 
-def add_pictures(parser: argparse.ArgumentParser) -> None:
-    """``--pictures FOLDER``, for `chosen_photos`."""
-    text = "real pictures, shrunk to 500 x 375; default: generated ones"
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=text)
-
-
 def run_and_report(
     measure: Callable[[], dict[str, Any]],
     out: Path | None,
@@ -123,37 +114,20 @@ def run_and_report(
         figures = measure()
         if out is not None:
             write_json(out, figures)
-        print_figures(figures)
+        print(json.dumps(figures, indent=1))
         return 0 if is_success(figures) else 1
 
     # A RuntimeError is a GPU without memory, for instance.
     return run_command(work, failures=(RuntimeError,), when_interrupted="stopped")
 
 
-def print_figures(figures: Mapping[Any, Any], depth: int = 0) -> None:
-    """A line for each figure, named as in the JSON."""
-    for name, value in figures.items():
-        label = "  " * depth + str(name)
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            value = dict(enumerate(value))
-        if isinstance(value, Mapping):
-            print(label)
-            print_figures(value, depth + 1)
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else value
-            print(f"{label:56}{text}")
-
-
 def context(device: torch.device | None = None, sizes: "Sizes | None" = None) -> dict[str, Any]:
     """What else was going on, with which libraries; where a step ran, and on what."""
-    where = {}
+    found: dict[str, Any] = {"load_average": os.getloadavg()[0], "versions": versions()}
     if device is not None and sizes is not None:
-        where = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "sizes": asdict(sizes),
-            "num_threads": torch.get_num_threads(),
-        }
-    return {**where, "load_average": os.getloadavg()[0], "versions": versions()}
+        found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        found |= {"sizes": asdict(sizes), "num_threads": torch.get_num_threads()}
+    return found
 
 
 def one_thread() -> None:
@@ -182,30 +156,6 @@ def take_turns(
     return given
 
 
-def picture_rate(
-    work: Callable[[], object], num_pictures: int, min_seconds: float = 0.0
-) -> Callable[[], float]:
-    """A candidate that works in this process.
-
-    Args:
-        work: Takes all pictures once.
-        num_pictures: How many those are.
-        min_seconds: Processor time of a turn; the work is repeated until it is reached.
-    Returns:
-        Gives source pictures per second of processor time.
-    """
-
-    def turn() -> float:
-        start, repeats, seconds = time.process_time(), 0, 0.0
-        while not repeats or seconds < min_seconds:
-            work()
-            repeats += 1
-            seconds = time.process_time() - start
-        return repeats * num_pictures / seconds
-
-    return turn
-
-
 class Clock:
     """Milliseconds per call: CUDA events, processor time of one thread, or wall-clock time."""
 
@@ -216,20 +166,18 @@ class Clock:
 
     def __call__(self, work: Callable[[], None]) -> float:
         """Run it ``num_calls`` times without waiting in between."""
+        num = self.num_calls
         if self.name == "cuda events":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             before.record()
-            for _ in range(self.num_calls):
+            for _ in range(num):
                 work()
             after.record()
             torch.cuda.synchronize()
-            return before.elapsed_time(after) / self.num_calls
+            return before.elapsed_time(after) / num
         now = time.process_time if self.name == "processor" else time.perf_counter
-        start = now()
-        for _ in range(self.num_calls):
-            work()
-        return 1e3 * (now() - start) / self.num_calls
+        return 1e3 * timeit.timeit(work, timer=now, number=num) / num
 
 
 def medians(rounds: Mapping[K, Sequence[float]]) -> dict[K, float]:
@@ -306,155 +254,34 @@ def encoded_photos(num: int) -> list[bytes]:
             noise = 0.3 * noise + 0.7 * noise.mean(axis=2, keepdims=True)
             image += amplitude * cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
         image += 3 * rng.standard_normal((HEIGHT, WIDTH, 1)).astype(np.float32)
-        found.append(_encode(np.clip(image, 0, 255).astype(np.uint8)))
+        found.append(encode(np.clip(image, 0, 255).astype(np.uint8)))
     return found
 
 
-def photos_of_folder(folder: Path, num: int) -> list[bytes]:
-    """Real pictures, shrunk and cropped in the middle to 500 x 375, as JPEGs of quality 90.
-
-    Pictures that are smaller are left out: enlarged ones would be too smooth. The rest come in the
-    order of their names, again from the beginning where there are fewer than `num`.
-
-    Raises:
-        UserError: If the folder holds no picture that is large enough.
-    """
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
-        try:
-            image = decode(path.read_bytes(), where=str(path))
-        except BadPicture:
-            continue
-        height, width = image.shape[:2]
-        if height < HEIGHT or width < WIDTH:
-            continue
-        scale = max(HEIGHT / height, WIDTH / width)
-        size = (max(WIDTH, round(width * scale)), max(HEIGHT, round(height * scale)))
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        top, left = (small.shape[0] - HEIGHT) // 2, (small.shape[1] - WIDTH) // 2
-        found.append(_encode(small[top : top + HEIGHT, left : left + WIDTH]))
-        if len(found) == num:
-            break
-    if not found:
-        raise UserError(
-            f"--pictures {folder}: no JPEG, PNG or WebP of at least {WIDTH} x {HEIGHT} pixels there"
-        )
-    return [found[number % len(found)] for number in range(num)]
-
-
-def _encode(image: np.ndarray) -> bytes:
+def encode(image: np.ndarray) -> bytes:
     """JPEG of quality 90 with halved colour planes, as cameras and ImageNet have it."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), QUALITY, "RGB", "420")
 
 
-def chosen_photos(folder: Path | None, num: int) -> list[bytes]:
-    """Photographs of a folder (``--pictures``), or generated ones."""
-    return encoded_photos(num) if folder is None else photos_of_folder(folder, num)
-
-
-def write_files(jpegs: Sequence[bytes], folder: Path) -> list[Path]:
-    """One file for each JPEG."""
-    folder.mkdir(parents=True)
-    paths = [folder / f"{number:05d}.jpg" for number in range(len(jpegs))]
-    for path, data in zip(paths, jpegs, strict=True):
-        path.write_bytes(data)
-    return paths
-
-
 def open_as_shards(
-    files: Sequence[Path], folder: Path, num_samples: int | None = None, per_shard: int = 1000
+    jpegs: Sequence[bytes], folder: Path, num_samples: int, per_shard: int = 1000
 ) -> ShardIndex:
-    """Shards of the files; each comes several times, under other names, to reach `num_samples`."""
-    num_samples = num_samples or len(files)
+    """Shards of pictures; each comes several times, under other names, to reach `num_samples`.
+
+    ``files`` in the folder holds one file for each picture, ``shards`` the shards.
+    """
+    (folder / "files").mkdir()
+    for number, data in enumerate(jpegs):
+        (folder / "files" / f"{number:05d}.jpg").write_bytes(data)
     pictures = [
-        SourcePicture(str(files[number % len(files)]), f"{number:07d}.jpg")
-        for number in range(num_samples)
+        SourcePicture(str(folder / "files" / f"{i % len(jpegs):05d}.jpg"), f"{i:07d}.jpg")
+        for i in range(num_samples)
     ]
-    write_shards(pictures, folder, options=ShardOptions(max_samples_per_shard=per_shard))
-    return ShardIndex.open(str(folder))
+    options = ShardOptions(max_samples_per_shard=per_shard)
+    write_shards(pictures, folder / "shards", options=options)
+    return ShardIndex.open(str(folder / "shards"))
 
 
 def two_view_dataset(index: ShardIndex, size: int, *, in_workers: bool) -> ViewDataset:
     """BYOL's two views; photometric changes in the loader on uint8, or none yet."""
     return ViewDataset(index, image_size=size, views=VIEWS, seed=SEED, with_colours=in_workers)
-
-
-# -- peers ----------------------------------------------------------------------------------------
-
-
-class Peer:
-    """A process that runs another library's recipes when it is asked to.
-
-    Args:
-        python: The interpreter; its environment has the library.
-        library: Its name in benchmarks/peers/serve.py.
-        folder: Folder of JPEG files.
-    Attributes:
-        missing: Why the library cannot be used; None if it can.
-        version: Of the library.
-        recipes: Names of what it can run.
-    """
-
-    def __init__(self, python: str, library: str, folder: Path) -> None:
-        self._library = library
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # this project is not installed there
-        environment = {
-            **os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        }  # fmt: skip
-        try:
-            self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.peers.serve", library, str(folder)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-                env=environment,
-            )  # fmt: skip
-        except OSError as error:
-            self._errors.close()
-            raise UserError(
-                f"--peers {python}: cannot be started ({error.strerror}); it must be the "
-                "interpreter of the environment that benchmarks/peers/make_env.sh makes"
-            ) from error
-        hello = self._read()
-        self.missing: str | None = hello.get("missing")
-        self.version, self.recipes = hello.get("version", ""), hello.get("recipes", [])
-
-    def candidate(self, recipe: str, size: int) -> Callable[[], float]:
-        """One recipe at one size of the views: source pictures per second of processor time."""
-
-        def turn() -> float:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"recipe": recipe, "size": size}) + "\n")
-            self._process.stdin.flush()
-            answer = self._read()
-            return answer["num_pictures"] / answer["seconds"]
-
-        return turn
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        status = self._process.wait()
-        self._errors.seek(0)
-        tail = " | ".join(self._errors.read().strip().splitlines()[-5:])
-        raise UserError(f"the process of {self._library} ended with status {status}: {tail}")
-
-    def close(self) -> None:
-        """End the process, which ends at the end of its input."""
-        self._process.communicate()
-        self._errors.close()
-
-
-@contextmanager
-def start_peers(python: str | None, folder: Path) -> Iterator[dict[str, Peer]]:
-    """Peers by library: torchvision from this environment, the others from that of `python`."""
-    interpreters = {"torchvision": sys.executable}
-    if python is not None:
-        interpreters |= dict.fromkeys(("lightly", "dali", "ffcv"), python)
-    with ExitStack() as stack:
-        yield {
-            library: stack.enter_context(closing(Peer(interpreter, library, folder)))
-            for library, interpreter in interpreters.items()
-        }

@@ -1,35 +1,41 @@
-"""Cost of a large index: opening it, the order of an epoch, memory; and the first batch at resume.
+"""What large sets and long runs cost: a large index, and the memory of the loader's workers.
 
 The large set is simulated: shards of the right sizes with no bytes in them (sparse files), and an
 index of as many samples as asked for. It is opened in fresh processes without torch, whose peak
-memory is that of opening and ordering. The first batch is timed on a small set of photographs, at
-step 0 and in the middle of the epoch in turns, each time with a loader of its own that reads in
-this process.
+memory is that of opening and ordering.
+
+The memory of a worker is what it alone holds (Private_Clean + Private_Dirty of
+/proc/PID/smaps_rollup): what would come back if it ended. The largest value is that of all batches,
+among them batches on their way in shared memory that nobody else has mapped yet. Growth is the
+slope, by least squares, of what each worker holds at rest, at the end of an epoch, from the second
+epoch on. "workers" of the figures holds it, for photometric changes on the device and in the
+workers.
 
 Example:
   .venv/bin/python benchmarks/index_scale.py --json index_scale.json
 """
 
 import argparse
-import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks import harness
+from common.provenance import memory_of
 from pretrain.data.index import NO_LABEL, SAMPLE_DTYPE, ShardPart, write_index
-from pretrain.data.loader import Loader
-from pretrain.data.shards import ShardIndex
+from pretrain.data.loader import Loader, ViewDataset
 
+LIMIT_MEBIBYTES = 400  # of a worker
+MODES = {"device": False, "workers": True}  # where photometric changes are made
 LIMITS = {"open_seconds": 5.0, "peak_mebibytes": 1024.0}
 _PICTURE_BYTES, _TAR_BLOCK = 54_000, 512
 _STRIDE = 2 * _TAR_BLOCK + 54_272  # header, picture padded to blocks, room for a label
@@ -92,53 +98,68 @@ def scale(folder: Path, num_shards: int, num_samples: int, num_rounds: int) -> d
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
-def first_batches(index: ShardIndex, batch_size: int, num_rounds: int) -> dict[str, Any]:
-    """Milliseconds to the first batch at step 0 and at resume in the middle, in turns."""
-    dataset = harness.two_view_dataset(index, 224, in_workers=False)
-    middle = Loader(dataset, batch_size=batch_size).num_steps // 2
-    epochs = itertools.count()
+def watch(
+    dataset: ViewDataset, num_epochs: int, batch_size: int, num_workers: int
+) -> dict[str, Any]:
+    """Run epochs through worker processes and look at them.
 
-    def turn(step: int) -> Callable[[], tuple[float, float]]:
-        def milliseconds() -> tuple[float, float]:
-            wall, processor = time.perf_counter(), time.process_time()
-            next(iter(Loader(dataset, batch_size=batch_size).epoch(next(epochs), step)))
-            return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - processor)
+    Returns:
+        largest_mebibytes of all workers; growth_mebibytes_per_epoch of the worst worker, from the
+        second epoch on; at_rest_mebibytes for each epoch, the largest of all workers.
+    """
+    before = set(multiprocessing.active_children())
+    loader = Loader(dataset, batch_size=batch_size, num_workers=num_workers)
+    largest, at_rest = 0.0, []
 
-        return milliseconds
+    def held() -> list[float]:
+        """What each worker holds now, in MiB."""
+        workers = set(multiprocessing.active_children()) - before
+        pids = sorted(worker.pid for worker in workers if worker.pid)
+        return [memory_of(pid, "Private_") / 2**20 for pid in pids]
 
-    clocks = ("wall", "processor")
-    times = harness.take_turns({"start": turn(0), "resume": turn(middle)}, num_rounds)
-    medians = {
-        name: dict(zip(clocks, np.median(values, axis=0).tolist(), strict=True))
-        for name, values in times.items()
-    }
+    for epoch in tqdm(range(num_epochs), unit="epoch", disable=not sys.stderr.isatty()):
+        for _ in loader.epoch(epoch):
+            largest = max(largest, *held())
+        at_rest.append(held())
+    slopes = np.polyfit(np.arange(1, num_epochs), at_rest[1:], 1)[0]
     return {
-        "batch_size": batch_size,
-        "resume_step": middle,
-        "start_ms": medians["start"],
-        "resume_ms": medians["resume"],
-        "ratio": {clock: medians["resume"][clock] / medians["start"][clock] for clock in clocks},
+        "num_workers": len(at_rest[0]),
+        "largest_mebibytes": largest,
+        "growth_mebibytes_per_epoch": float(slopes.max()),
+        "at_rest_mebibytes": [max(epoch) for epoch in at_rest],
     }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; the figures for JSON."""
+    """Measure both; the figures for JSON."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        modes, folder = {}, Path(name)
         (folder / "large").mkdir()
         large = scale(folder / "large", options.shards, options.samples, options.rounds)
-        files = harness.write_files(harness.encoded_photos(64), folder / "files")
-        index = harness.open_as_shards(files, folder / "small", options.pictures, per_shard=256)
-        first = first_batches(index, options.batch_size, options.batches)
-        index.close()
+        jpegs = harness.encoded_photos(64)
+        shards = harness.open_as_shards(jpegs, folder, options.pictures, per_shard=256)
+        for mode, in_workers in MODES.items():
+            dataset = harness.two_view_dataset(shards, options.image_size, in_workers=in_workers)
+            modes[mode] = watch(dataset, options.epochs, options.batch_size, options.workers)
+        shards.close()
+    largest = max(found["largest_mebibytes"] for found in modes.values())
     return {
         "num_shards": options.shards,
         "num_samples": options.samples,
         **large,
         "limits": LIMITS,
         "within_limits": all(large[name] <= limit for name, limit in LIMITS.items()),
-        "first_batch": {"num_pictures": options.pictures, **first},
         "num_rounds": options.rounds,
+        "workers": {
+            "limit_mebibytes": LIMIT_MEBIBYTES,
+            "largest_mebibytes": largest,
+            "within_limit": largest < LIMIT_MEBIBYTES,
+            "modes": modes,
+            "num_epochs": options.epochs,
+            "num_samples": options.pictures,
+            "batch_size": options.batch_size,
+            "image_size": options.image_size,
+        },
         **harness.context(),
     }
 
@@ -149,14 +170,16 @@ def main(arguments: list[str] | None = None) -> int:
         ("shards", 10_000, 1, "simulated shards"),
         ("samples", 10_000_000, 256, "simulated samples"),
         ("rounds", 3, 1, "fresh processes that open them"),
-        ("pictures", 8192, 2, "pictures of the small set"),
-        ("batch-size", 64, 1, "of the first batch"),
-        ("batches", 15, 1, "first batches of each kind"),
+        ("epochs", 20, 3, "epochs of the loader"),
+        ("pictures", 1024, 1, "pictures per epoch"),
+        ("batch-size", 128, 1, "samples in a batch"),
+        ("image-size", 224, 1, "side of a view in pixels"),
+        ("workers", 2, 1, "worker processes"),
     )
     parser = harness.make_parser(__doc__, counts)
     options = parser.parse_args(arguments)
-    if options.pictures < 2 * options.batch_size:
-        parser.error("--pictures must be two batches")
+    if options.pictures < options.batch_size:
+        parser.error(f"--pictures must fill a batch of {options.batch_size}")
     harness.one_thread()
     return harness.run_and_report(lambda: run(options), options.json)
 

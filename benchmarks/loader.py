@@ -3,23 +3,26 @@
 All figures are source pictures (each gives two views) per second of processor time of one thread,
 medians over rounds in which every candidate takes its turn: what else the machine does disturbs
 them little. The other libraries live in an environment of their own
-(benchmarks/peers/make_env.sh); without --peers only torchvision is compared. --workers adds
-rates in wall-clock time.
+(benchmarks/peers/make_env.sh); without --peers only torchvision is compared.
 
 Examples:
   export OMP_NUM_THREADS=1
   .venv/bin/python benchmarks/loader.py --json loader.json
-  .venv/bin/python benchmarks/loader.py --json loader.json --peers /tmp/peers/bin/python --workers 2
+  .venv/bin/python benchmarks/loader.py --json loader.json --peers /tmp/peers/bin/python
 """
 
 import argparse
 import io
 import itertools
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,13 @@ import numpy as np
 import simplejpeg
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL import __version__ as pillow_version
-from torch.utils.data import DataLoader
 
 from benchmarks import harness
 from benchmarks.harness import SEED, VIEWS, two_view_dataset
-from benchmarks.peers.transform_recipes import MEAN, STD, PillowViews
+from benchmarks.peers.serve import LIBRARIES, MEAN, STD
+from common.errors import UserError, require
 from pretrain.data.input_pipeline import augment, normalize
 from pretrain.data.loader import Loader, ViewBatch
 from pretrain.data.policy import draw_parameters
@@ -51,8 +54,8 @@ CROPS, WHOLE = "two crops, uint8, {} px", "whole recipe, uint8 in the loader, {}
 FLOAT = "whole recipe, float in batches, {} px"
 PILLOW, LIGHTLY = "torchvision v1 on Pillow, {} px", "lightly, {} px"
 OWN_BLUR = "torchvision v1 on Pillow, its own blur, {} px"
-WALL_SIZE, WALL_BATCH = 224, 64
-TORCHVISION = "torchvision v1 on Pillow, DataLoader"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def decoders(jpegs: list[bytes]) -> dict[str, Work]:
@@ -78,47 +81,33 @@ def decoders(jpegs: list[bytes]) -> dict[str, Work]:
     return {name: partial(decode_all, decode) for name, decode in found.items()}
 
 
-def epochs(
-    index: ShardIndex, size: int, batch_size: int, *, in_workers: bool, is_whole: bool,
-    num_workers: int = 0,
-) -> Work:  # fmt: skip
-    """Read, decode, crop twice: an epoch for each call; `is_whole`: up to normalised floats."""
-    dataset = two_view_dataset(index, size, in_workers=in_workers)
-    loader = Loader(dataset, batch_size=batch_size, num_workers=num_workers)
+def ours(index: ShardIndex, batch_size: int) -> dict[str, Work]:
+    """Our loader, read, decode, crop twice, in its stages and ways; an epoch for each call."""
     numbers = itertools.count()
 
-    def epoch() -> None:
+    def epoch(loader: Loader, is_whole: bool) -> None:
         for batch in loader.epoch(next(numbers)):
-            if is_whole:
+            if is_whole:  # up to normalised floats
                 finish(batch)
 
-    return epoch
+    works = {}
+    ways = {CROPS: (False, False), WHOLE: (True, True), FLOAT: (False, True)}
+    for size, (name, (in_workers, is_whole)) in itertools.product(SIZES, ways.items()):
+        dataset = two_view_dataset(index, size, in_workers=in_workers)
+        loader = Loader(dataset, batch_size=batch_size)
+        works[name.format(size)] = partial(epoch, loader, is_whole)
+    return works
 
 
 def finish(batch: ViewBatch) -> list[torch.Tensor]:
     """What is left to do with a batch of the loader: both views as normalised floats."""
     if batch.is_augmented:
         return [normalize(view, MEAN, STD) for view in batch.views]
-    return [
-        augment(
-            view,
-            draw_parameters(
-                VIEWS[n], batch.sample_hashes.numpy(), batch.repeats.numpy(), seed=SEED,
-                view_index=n,
-            ),
-            MEAN, STD,
-        )
-        for n, view in enumerate(batch.views)
-    ]  # fmt: skip
-
-
-def ours(index: ShardIndex, batch_size: int) -> dict[str, Work]:
-    """Our loader in its stages and ways, in this process."""
-    ways = {CROPS: (False, False), WHOLE: (True, True), FLOAT: (False, True)}
-    return {
-        name.format(size): epochs(index, size, batch_size, in_workers=worker, is_whole=whole)
-        for size, (name, (worker, whole)) in itertools.product((224, 64), ways.items())
-    }
+    hashes, repeats, found = batch.sample_hashes.numpy(), batch.repeats.numpy(), []
+    for n, view in enumerate(batch.views):
+        drawn = draw_parameters(VIEWS[n], hashes, repeats, seed=SEED, view_index=n)
+        found.append(augment(view, drawn, MEAN, STD))
+    return found
 
 
 def measure(
@@ -130,14 +119,13 @@ def measure(
         Rates of decoders, ours, peers; versions of the peers' libraries; why libraries are left
         out.
     """
-    files = harness.write_files(jpegs, folder / "files")
-    index = harness.open_as_shards(files, folder / "shards", EPOCHS_OF * len(files))
+    index = harness.open_as_shards(jpegs, folder, EPOCHS_OF * len(jpegs))
     works = {("decoders", name): (work, len(jpegs)) for name, work in decoders(jpegs).items()}
     works |= {
         ("ours", name): (work, index.num_samples) for name, work in ours(index, batch_size).items()
     }
-    turns = {key: harness.picture_rate(*work, TURN_SECONDS) for key, work in works.items()}
-    with harness.start_peers(python, folder / "files") as peers:
+    turns = {key: picture_rate(*work, TURN_SECONDS) for key, work in works.items()}
+    with start_peers(python, folder / "files") as peers:
         for library, peer in peers.items():
             for size in SIZES if library == "torchvision" else SIZES[:1]:
                 for recipe in peer.recipes:
@@ -174,58 +162,127 @@ def result(measured: Rates) -> dict[str, Any]:
     }
 
 
-def worker_rates(
-    files: Sequence[Path], folder: Path, num_workers: int, num_pictures: int, num_rounds: int
-) -> dict[str, Any]:
-    """Pictures per second through `num_workers` processes to float views in this process.
-
-    Each loader keeps its workers; they take turns, an epoch each, after one that warms up.
+def picture_rate(
+    work: Callable[[], object], num_pictures: int, min_seconds: float = 0.0
+) -> Callable[[], float]:
+    """A candidate that works in this process.
 
     Args:
-        files: JPEGs; they come again until an epoch is full.
-        folder: Where our shards are made.
-        num_workers: Processes of each loader.
-        num_pictures: Length of an epoch.
-        num_rounds: Timed epochs of each.
+        work: Takes all pictures once.
+        num_pictures: How many those are.
+        min_seconds: Processor time of a turn; the work is repeated until it is reached.
+    Returns:
+        Gives source pictures per second of processor time.
     """
-    index = harness.open_as_shards(files, folder, num_pictures)
-    theirs = DataLoader(  # a folder of pictures as torchvision's users read it
-        PillowViews([str(path) for path in files], WALL_SIZE, num_pictures),
-        batch_size=WALL_BATCH, shuffle=True, drop_last=True, num_workers=num_workers,
-        persistent_workers=True, worker_init_fn=_one_thread,
-    )  # fmt: skip
-    works: dict[str, Work] = {
-        f"ours, {name}": epochs(
-            index, WALL_SIZE, WALL_BATCH, in_workers=is_uint8, is_whole=True,
-            num_workers=num_workers,
-        )
-        for name, is_uint8 in (("uint8 in the workers", True), ("float in batches", False))
-    }  # fmt: skip
-    works[TORCHVISION] = lambda: [None for _batch in theirs]
-    num_whole = num_pictures // WALL_BATCH * WALL_BATCH
 
-    def rate(work: Work) -> float:
-        start = time.perf_counter()
-        work()
-        return num_whole / (time.perf_counter() - start)
+    def turn() -> float:
+        start, repeats, seconds = time.process_time(), 0, 0.0
+        while not repeats or seconds < min_seconds:
+            work()
+            repeats += 1
+            seconds = time.process_time() - start
+        return repeats * num_pictures / seconds
 
-    turns = {name: partial(rate, work) for name, work in works.items()}
-    rates = harness.take_turns(turns, num_rounds)
-    index.close()
-    return {
-        "num_workers": num_workers,
-        "num_pictures": num_whole,
-        "images_per_second": harness.medians(rates),
-    }
+    return turn
 
 
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+class Peer:
+    """A process that runs another library's recipes when it is asked to.
+
+    Args:
+        python: The interpreter; its environment has the library.
+        library: Its name in benchmarks/peers/serve.py.
+        folder: Folder of JPEG files.
+    Attributes:
+        missing: Why the library cannot be used; None if it can.
+        version: Of the library.
+        recipes: Names of what it can run.
+    """
+
+    def __init__(self, python: str, library: str, folder: Path) -> None:
+        self._library = library
+        path = [str(harness.ROOT), os.environ.get("PYTHONPATH", "")]  # it is not installed there
+        environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        try:
+            self._process = subprocess.Popen(
+                [python, "-m", "benchmarks.peers.serve", library, str(folder)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=environment,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"--peers {python}: cannot be started ({error.strerror}); it must be the "
+                "interpreter of the environment that benchmarks/peers/make_env.sh makes"
+            ) from error
+        hello = self._read()
+        self.missing: str | None = hello.get("missing")
+        self.version, self.recipes = hello.get("version", ""), hello.get("recipes", [])
+
+    def candidate(self, recipe: str, size: int) -> Callable[[], float]:
+        """One recipe at one size of the views: source pictures per second of processor time."""
+
+        def turn() -> float:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({"recipe": recipe, "size": size}) + "\n")
+            self._process.stdin.flush()
+            answer = self._read()
+            return answer["num_pictures"] / answer["seconds"]
+
+        return turn
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        status = self._process.wait()
+        raise UserError(f"the process of {self._library} ended with status {status}")
+
+    def close(self) -> None:
+        """End the process, which ends at the end of its input."""
+        self._process.communicate()
+
+
+@contextmanager
+def start_peers(python: str | None, folder: Path) -> Iterator[dict[str, Peer]]:
+    """Peers by library: torchvision from this environment, the others from that of `python`."""
+    interpreters = dict.fromkeys(LIBRARIES, python) | {"torchvision": sys.executable}
+    with ExitStack() as stack:
+        yield {
+            library: stack.enter_context(closing(Peer(interpreter, library, folder)))
+            for library, interpreter in interpreters.items()
+            if interpreter is not None
+        }
+
+
+def photos_of_folder(folder: Path, num: int) -> list[bytes]:
+    """Real pictures, shrunk and cropped in the middle to 500 x 375, as JPEGs of quality 90.
+
+    Pictures that are smaller are left out: enlarged ones would be too smooth. The rest come in the
+    order of their names, again from the beginning where there are fewer than `num`.
+
+    Raises:
+        UserError: If the folder holds no picture that is large enough.
+    """
+    size, found = (harness.WIDTH, harness.HEIGHT), []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+        with Image.open(path) as picture:
+            if len(found) < num and picture.width >= size[0] and picture.height >= size[1]:
+                fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.BOX)
+                found.append(harness.encode(np.asarray(fitted)))
+    require(
+        bool(found),
+        f"--pictures {folder}: no JPEG, PNG or WebP of at least {size[0]} x {size[1]} pixels there",
+    )
+    return [found[number % len(found)] for number in range(num)]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON."""
-    jpegs = harness.chosen_photos(options.pictures, options.num_photos)
+    num = options.num_photos
+    is_real = options.pictures is not None
+    jpegs = photos_of_folder(options.pictures, num) if is_real else harness.encoded_photos(num)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measured, versions, left_out = measure(
@@ -237,18 +294,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "num_rounds": options.num_rounds,
             "num_photos": len(jpegs),
             "batch_size": options.batch_size,
-            "pictures": "generated" if options.pictures is None else "folder",
+            "pictures": "folder" if is_real else "generated",
             "mean_kilobytes": sum(map(len, jpegs)) / len(jpegs) / 1e3,
             **harness.context(),
             "left_out": left_out,
         }
         figures["versions"] |= {"opencv": cv2.__version__, "pillow": pillow_version} | versions
-        if options.workers:
-            files = sorted((folder / "files").iterdir())
-            figures["workers"] = worker_rates(
-                files, folder / "epoch", options.workers, options.epoch_pictures,
-                options.num_rounds,
-            )  # fmt: skip
     return figures
 
 
@@ -258,18 +309,15 @@ def main(arguments: list[str] | None = None) -> int:
         ("num-photos", 64, 1, "photographs"),
         ("batch-size", 64, 16, "of our loader"),
         ("num-rounds", 5, 1, "turns of each candidate"),
-        ("workers", 0, 0, "also rates through N worker processes, in wall-clock time"),
-        ("epoch-pictures", 1024, WALL_BATCH, "pictures per epoch with --workers"),
     )
     parser = harness.make_parser(__doc__, counts)
-    harness.add_pictures(parser)
+    text = "real pictures, shrunk to 500 x 375; default: generated ones"
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=text)
     environment = "interpreter of the other libraries' environment (peers/make_env.sh)"
     parser.add_argument("--peers", metavar="PYTHON", help=environment)
     options = parser.parse_args(arguments)
-    if options.batch_size % 16:
-        parser.error("--batch-size must be a multiple of 16")
-    if options.num_photos < options.batch_size or options.num_photos % options.batch_size:
-        parser.error(f"--num-photos must be a multiple of the batch size, {options.batch_size}")
+    if options.batch_size % 16 or options.num_photos % options.batch_size:
+        parser.error("--batch-size must be a multiple of 16, --num-photos of --batch-size")
     harness.one_thread()
     return harness.run_and_report(lambda: run(options), options.json)
 

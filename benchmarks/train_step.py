@@ -35,10 +35,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ from pretrain.run import make_trainer
 
 CPU_SIZES = Sizes(batch_size=32)
 BATCHES_PER_EPOCH = 8
-_NUM_PHOTOS, _NEVER = 16, 1 << 40
+_NEVER = 1 << 40
 # Of the rivals.
 LR, MOMENTUM, WEIGHT_DECAY, ETA, TAU = 0.1, 0.9, 1e-6, 1e-3, 0.99
 
@@ -71,34 +71,27 @@ LR, MOMENTUM, WEIGHT_DECAY, ETA, TAU = 0.1, 0.9, 1e-6, 1e-3, 0.99
 # -- arms -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Flags:
-    """PyTorch's global switches that an arm runs under."""
-
-    cudnn_benchmark: bool
-    cudnn_tf32: bool
-    matmul_tf32: bool
-
-    @classmethod
-    def now(cls) -> "Flags":
-        """As they stand."""
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        return cls(cudnn.benchmark, cudnn.allow_tf32, bool(matmul.allow_tf32))
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """These in the context, what was before after it."""
-        cudnn: Any = torch.backends.cudnn
-        matmul, before = torch.backends.cuda.matmul, Flags.now()
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = astuple(self)
-        try:
-            yield
-        finally:
-            cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = astuple(before)
+Switches = tuple[bool, bool, bool]  # cuDNN's search, TF32 in cuDNN, TF32 in matrix products
+FAST: Switches = (False, True, True)
+LIGHTNING: Switches = (False, True, False)
 
 
-FAST = Flags(cudnn_benchmark=False, cudnn_tf32=True, matmul_tf32=True)
-LIGHTNING = Flags(cudnn_benchmark=False, cudnn_tf32=True, matmul_tf32=False)
+def switches_now() -> Switches:
+    """PyTorch's global switches as they stand."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return cudnn.benchmark, cudnn.allow_tf32, bool(matmul.allow_tf32)
+
+
+@contextlib.contextmanager
+def switched(switches: Switches) -> Iterator[None]:
+    """These in the context, what was before after it."""
+    cudnn: Any = torch.backends.cudnn
+    before, matmul = switches_now(), torch.backends.cuda.matmul
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 class Ours:
@@ -110,22 +103,18 @@ class Ours:
     """
 
     def __init__(self, run: Trainer[ContrastiveTask], views: Tensor) -> None:
-        self.run, self.flags, self.optimizer = run, Flags.now(), run.task.optimizer
+        self.run, self.switches = run, switches_now()
         self.autocast = run.task.autocast
         if run.task.config.engine.channels_last:
             views = torch.stack([v.permute(0, 2, 3, 1) for v in views]).permute(0, 1, 4, 2, 3)
         self.views, self._batch = views, batch_of(views)
 
-    def steps(self, num: int) -> None:
-        """So many optimiser steps."""
-        self.steps_on(self._batch for _ in range(num))
-
-    def steps_on(self, batches: Iterable[DeviceBatch]) -> None:
-        """A step on each batch."""
-        with self.flags.kept():
+    def steps(self, num: int, batches: Iterator[DeviceBatch] | None = None) -> None:
+        """So many optimiser steps, on the batch or on those that are given."""
+        with switched(self.switches):
             for callback in self.run.callbacks:
                 callback.on_epoch_start()
-            for batch in batches:
+            for batch in islice(batches or repeat(self._batch), num):
                 self.run.step(batch)
 
     def loss(self) -> Tensor:
@@ -138,7 +127,7 @@ class Ours:
     def networks(self) -> list[nn.Module]:
         """The trained one first, then its EMA."""
         model = self.run.task.model
-        return [model.online, *([model.ema] if model.ema else [])]
+        return [part for part in (model.online, model.ema) if part is not None]
 
 
 def batch_of(views: Tensor) -> DeviceBatch:
@@ -162,21 +151,21 @@ class Recipe:
         is_mixed: fp16 autocast with a gradient scaler; bf16 on a CPU. Otherwise fp32.
         is_channels_last: Weights, and each batch as it comes.
         is_ema_first: The EMA network moves before the forward passes, not after the update.
-        flags: PyTorch's global switches.
+        switches: PyTorch's global ones.
     """
 
     is_mixed: bool
     is_channels_last: bool
     is_ema_first: bool
-    flags: Flags
+    switches: Switches
 
 
 RECIPES = {
-    "eager": Recipe(is_mixed=False, is_channels_last=False, is_ema_first=False, flags=FAST),
+    "eager": Recipe(is_mixed=False, is_channels_last=False, is_ema_first=False, switches=FAST),
     "solo-learn-like": Recipe(
-        is_mixed=True, is_channels_last=True, is_ema_first=False, flags=LIGHTNING
+        is_mixed=True, is_channels_last=True, is_ema_first=False, switches=LIGHTNING
     ),
-    "lightly-like": Recipe(is_mixed=True, is_channels_last=False, is_ema_first=True, flags=FAST),
+    "lightly-like": Recipe(is_mixed=True, is_channels_last=False, is_ema_first=True, switches=FAST),
 }
 
 
@@ -191,7 +180,7 @@ class Rival:
 
     def __init__(self, recipe: Recipe, model: FAContrastive, views: Tensor) -> None:
         assert model.ema is not None
-        self.recipe, self.flags = recipe, recipe.flags
+        self.recipe, self.switches = recipe, recipe.switches
         self._online: Any = plain_copy(model.online)
         self._target: Any = plain_copy(model.ema)
         self._layout = torch.channels_last if recipe.is_channels_last else torch.contiguous_format
@@ -204,7 +193,7 @@ class Rival:
 
     def steps(self, num: int) -> None:
         """So many optimiser steps."""
-        with self.flags.kept():
+        with switched(self.switches):
             for _ in range(num):
                 if self.recipe.is_ema_first:
                     self._move_target()
@@ -291,6 +280,12 @@ class LoopLARS(torch.optim.Optimizer):
 Arm = Ours | Rival
 
 
+def random_views(sizes: Sizes, device: torch.device) -> Tensor:
+    """[2, n, 3, s, s], normal, seeded: as normalised pictures would be."""
+    shape = (2, sizes.batch_size, 3, sizes.image_size, sizes.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def make_arms(run: Trainer[ContrastiveTask], views: Tensor) -> dict[str, Arm]:
     """All arms from the weights of a freshly built run."""
     rivals = {name: Rival(recipe, run.task.model, views) for name, recipe in RECIPES.items()}
@@ -306,7 +301,7 @@ def check_same_loss(arms: dict[str, Arm], tolerance: float = 1e-4) -> dict[str, 
         RuntimeError: If one differs from ours by more than the tolerance, relative.
     """
     losses: dict[str, float] = {}
-    with Flags(False, False, False).kept(), torch.no_grad():
+    with switched((False, False, False)), torch.no_grad():
         for name, arm in arms.items():
             before = [(b, b.clone()) for network in arm.networks() for b in network.buffers()]
             losses[name] = float(arm.loss())
@@ -319,13 +314,6 @@ def check_same_loss(arms: dict[str, Arm], tolerance: float = 1e-4) -> dict[str, 
 
 
 # -- measuring ------------------------------------------------------------------------------------
-
-
-def make_shards(folder: Path, batch_size: int) -> Path:
-    """Shards of generated photographs, 500 x 375, some batches of them."""
-    files = harness.write_files(harness.encoded_photos(_NUM_PHOTOS), folder / "files")
-    harness.open_as_shards(files, folder / "shards", BATCHES_PER_EPOCH * batch_size).close()
-    return folder / "shards"
 
 
 def build_run(
@@ -364,12 +352,6 @@ def build_run(
     return make_trainer(load_config(out / "config.yaml", settings), resume=False)
 
 
-def random_views(sizes: Sizes, device: torch.device) -> torch.Tensor:
-    """[2, n, 3, s, s], normal, seeded: as normalised pictures would be."""
-    shape = (2, sizes.batch_size, 3, sizes.image_size, sizes.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-
 def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) -> dict[str, Any]:
     """Images per second in wall-clock time, on synthetic data and from shards, in turns.
 
@@ -377,40 +359,21 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
     """
     stream, batch_size = batches(ours.run), ours.run.task.config.data.batch_size
 
-    def rate(steps: Callable[[], None]) -> float:
-        seconds = []
-        for work in (lambda: None, steps):
-            work()
-            if ours.run.device.type == "cuda":
-                torch.cuda.synchronize(ours.run.device)
-            seconds.append(time.perf_counter())
-        return num_steps * batch_size / (seconds[1] - seconds[0])
+    def synchronised() -> float:
+        if ours.run.device.type == "cuda":
+            torch.cuda.synchronize(ours.run.device)
+        return time.perf_counter()
 
-    def from_shards() -> float:
-        ours.steps_on(islice(stream, num_drained))
-        return rate(lambda: ours.steps_on(islice(stream, num_steps)))
+    def rate(given: Iterator[DeviceBatch] | None) -> float:
+        if given is not None:
+            ours.steps(num_drained, given)
+        start = synchronised()
+        ours.steps(num_steps, given)
+        return num_steps * batch_size / (synchronised() - start)
 
-    turns = {"synthetic": lambda: rate(lambda: ours.steps(num_steps)), "shards": from_shards}
     with contextlib.closing(stream):
+        turns = {"synthetic": partial(rate, None), "shards": partial(rate, stream)}
         return harness.take_turns(turns, num_rounds, num_warmups=0)
-
-
-def gpu_memory_bytes(arms: dict[str, Arm], device: torch.device) -> dict[str, int]:
-    """Each arm's own tensors between steps, and what one more step adds at its peak."""
-    found = {}
-    for name, arm in arms.items():
-        tensors = [t for network in arm.networks() for t in network.state_dict().values()]
-        tensors += [p.grad for n in arm.networks() for p in n.parameters() if p.grad is not None]
-        kept = [value for state in arm.optimizer.state.values() for value in state.values()]
-        tensors += [value for value in kept if isinstance(value, Tensor)]
-        own = sum(t.numel() * t.element_size() for t in tensors)
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        arm.steps(1)
-        torch.cuda.synchronize(device)
-        found[name] = own + torch.cuda.max_memory_allocated(device) - before
-    return found
 
 
 def result(
@@ -436,15 +399,6 @@ def result(
     }
 
 
-def precisions(arms: dict[str, Arm], device: torch.device) -> dict[str, str]:
-    """What each arm computes in."""
-    found = {}
-    for name, arm in arms.items():
-        with arm.flags.kept():
-            found[name] = precision_of(arm.autocast(), device)
-    return found
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON.
 
@@ -454,12 +408,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device, sizes = harness.chosen_sizes(options, CPU_SIZES)
     is_gpu, peak = device.type == "cuda", options.peak_tflops
     require(peak is None or 0 < peak < math.inf, f"--peak-tflops {peak}: must be more than 0")
-    num_steps = options.calls or (10 if is_gpu else 1)
-    num_wall_steps = options.wall_steps or (40 if is_gpu else 6)
+    num_steps, num_wall_steps, num_warmups = (10, 40, 10) if is_gpu else (1, 6, 2)
     num_workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
     with tempfile.TemporaryDirectory() as name:
-        make_shards(Path(name), sizes.batch_size)
-        run = build_run(Path(name), sizes, device.type, num_workers, options.settings)
+        folder, num_samples = Path(name), BATCHES_PER_EPOCH * sizes.batch_size
+        harness.open_as_shards(harness.encoded_photos(16), folder, num_samples).close()
+        run = build_run(folder, sizes, device.type, num_workers, options.settings)
         arms = make_arms(run, random_views(sizes, device))
         losses = check_same_loss(arms)
         per_picture = count_flops(lambda: arms["eager"].steps(1)) // sizes.batch_size
@@ -467,12 +421,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         # All arms on synthetic data, after warm-up steps; then the engine alone, also from shards.
         clock = Clock(device, 1)
         for arm in arms.values():
-            arm.steps(max(options.warmup, 10 if is_gpu else 1))
+            arm.steps(num_warmups)
         turns = {n: partial(clock, partial(arm.steps, num_steps)) for n, arm in arms.items()}
         times = harness.take_turns(turns, options.rounds, num_warmups=0)
         measured = {name: [ms / num_steps for ms in rounds] for name, rounds in times.items()}
-        used = precisions(arms, device)
-        memory = gpu_memory_bytes(arms, device) if is_gpu else None
+        used = {}
+        for name, arm in arms.items():
+            with switched(arm.switches):
+                used[name] = precision_of(arm.autocast(), device)
         ours = arms.pop("ours")
         assert isinstance(ours, Ours)
         arms.clear()
@@ -483,7 +439,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **result(measured, wall, sizes, per_picture, peak),
         "loss_in_fp32": losses,
         "precision": used,
-        "gpu_memory_bytes": memory,
         "clock": clock.name,
         "num_rounds": options.rounds,
         "steps_per_turn": num_steps,
@@ -496,9 +451,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     counts = (
         ("rounds", 5, 1, "rounds in which every arm takes its turn"),
-        ("warmup", 2, 0, "steps of each arm before the first round (GPU 10)"),
-        ("calls", 0, 0, "steps of one turn; 0: 1 on a CPU, 10 on a GPU"),
-        ("wall-steps", 0, 0, "steps of one turn from shards; 0: 6 on a CPU, 40 on a GPU"),
         ("workers", 0, 0, "of the loader; 0: one less than cores, at least 1"),
     )
     parser = harness.make_parser(__doc__, counts, sizes=CPU_SIZES)

@@ -1,94 +1,379 @@
 """Our own VOC and COCO metrics against Detectron2's evaluator and pycocotools, on random sets.
 
-What separates the two metrics is measured too: from the VOC rules to the COCO rules, one rule after
-another, each also alone (docs/detection.md explains the rules).
+Average precision is written from the definitions (docs/detection.md explains what separates the
+two metrics); tests compare with it too. Random detections lie on a grid of 1/8 pixel: every sum is
+exact, so that no metric decides an overlap that equals its threshold by the way it rounds.
 
-Examples:
+Example:
   .venv/bin/python benchmarks/voc_eval_parity.py --json parity.json
-  .venv/bin/python benchmarks/voc_eval_parity.py --sets 100 --detections runs/a/detections.json
 """
 
-import functools
+import detection.compat  # noqa: F401  (before detectron2)
+
+# isort: split
+import contextlib
+import io
 import math
 import sys
 import tempfile
+import uuid
+import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_eval
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO as CocoSet
+from pycocotools.cocoeval import COCOeval
 
 from benchmarks import harness
-from benchmarks import reference_metrics as metrics
-from benchmarks.reference_metrics import COCO, VOC_2007, VOC_2012, DetectionSet, Rules
+from common.annotations.record import ObjectRecord, PictureRecord, coco_content, write_annotations
 
 TOLERANCE = 1e-6
 VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 COCO_AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
-_WHOLE_EVALUATOR_EVERY = 10  # sets; it computes each class and threshold once more
-
-# From the rules of VOC 2012 to those of COCO, in this order; after the last one all are COCO's.
-PATH: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("scores and corners not rounded", {"rounded": False}),
-    ("equal scores in a fixed order", {"order": metrics.stable_order}),
-    ("an overlap equal to the threshold matches", {"reached": True}),
-    ("lengths from 0, no extra pixel", {"origin": 0, "extra_pixel": False}),
-    ("a claimed object is not claimed again", {"matching": "free"}),
-    ("counted objects before difficult ones", {"counted_first": True}),
-    ("difficult: overlap with the detection only", {"crowd_overlap": True}),
-    ("101 recall levels, not the area", {"recall_points": metrics.POINTS_101}),
-    ("at most 100 detections a picture and class", {"max_detections": 100}),
-)
-ALONE: tuple[tuple[str, Rules, dict[str, Any]], ...] = (
-    *((name, VOC_2012, change) for name, change in PATH),
-    ("11 recall levels, not the area", VOC_2012, {"recall_points": metrics.ELEVEN_POINTS}),
-    (
-        "11 levels as decimals, not as 3 * 0.1",
-        VOC_2007,
-        {"recall_points": metrics.ELEVEN_EXACT_POINTS},
-    ),
-    ("mistake: the extra pixel forgotten", VOC_2012, {"extra_pixel": False}),
-    ("COCO: small objects only", COCO, {"area_range": COCO_AREAS[1]}),
-    ("COCO: medium objects only", COCO, {"area_range": COCO_AREAS[2]}),
-    ("COCO: large objects only", COCO, {"area_range": COCO_AREAS[3]}),
-)
+_TO_CONTINUOUS = np.array([1.0, 1.0, 0.0, 0.0])  # from corners counted from 1, inclusive, to 0
+_SIDE = 256  # pixels of a picture of a random set
+_SCORE_LEVELS = (3, 20, 1 << 20)  # few levels: many equal scores
 
 
-def voc_differences(data: DetectionSet, folder: Path, *, whole: bool) -> list[float]:
+@dataclass(frozen=True)
+class TrueObject:
+    """An annotated object; `box` is (xmin, ymin, xmax, ymax) in whole pixels from 1, inclusive."""
+
+    image: int
+    label: int
+    box: tuple[int, int, int, int]
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """A detection; `box` is (x0, y0, x1, y1) in continuous pixel coordinates from 0."""
+
+    image: int
+    label: int
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class DetectionSet:
+    """Objects and detections of a few pictures, detections in the order of the pictures."""
+
+    num_images: int
+    num_classes: int
+    truth: tuple[TrueObject, ...]
+    found: tuple[FoundBox, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A metric.
+
+    Attributes:
+        is_voc: VOC rounds scores to 3 decimals and corners to 0.1 pixels, counts pixels from 1 and
+            a side as xmax - xmin + 1, wants an overlap above the threshold, and has a detection
+            claim the object that it overlaps most: a second claim is a false positive. COCO has
+            lengths from 0, an overlap that reaches the threshold, a claim of the best object that
+            is still free and preferably counts, the overlap with a difficult object relative to the
+            detection alone, and at most 100 detections of a picture and class.
+        recall_points: Levels at which precision is averaged; None: area under the curve.
+        area_range: Smallest and largest area (pixels) of what is looked at; the rest is ignored.
+    """
+
+    is_voc: bool
+    recall_points: tuple[float, ...] | None
+    area_range: tuple[float, float] = (0.0, 1e10)
+
+
+# Both libraries count recall levels in floating point: 3 * 0.1 is a little more than 0.3, so that a
+# recall of exactly 3/10 does not reach that level (nor 6/10 and 7/10 theirs).
+COCO = Rules(is_voc=False, recall_points=tuple(k * 0.01 for k in range(101)))
+VOC_2007 = Rules(is_voc=True, recall_points=tuple(k * 0.1 for k in range(11)))
+VOC_2012 = Rules(is_voc=True, recall_points=None)
+
+
+# -- average precision --
+
+
+def average_precisions(
+    data: DetectionSet, label: int, thresholds: Sequence[float], rules: Rules
+) -> list[float] | None:
+    """AP of one class at each overlap threshold, in 0..1.
+
+    Returns:
+        None if the class has no object that counts: its AP is not defined.
+    """
+    # The objects of each picture.
+    truth = []
+    for image in range(data.num_images):
+        own = [item for item in data.truth if item.image == image and item.label == label]
+        corners = np.array([item.box for item in own], dtype=float).reshape(-1, 4)
+        corners -= _TO_CONTINUOUS * (not rules.is_voc)  # pixel 1 covers 0..1
+        difficult = np.array([item.difficult for item in own], dtype=bool)
+        truth.append(_Truth(corners, difficult | ~_is_in_range(corners, rules), difficult))
+    num_counted = sum(int((~one.ignored).sum()) for one in truth)
+    if num_counted == 0:
+        return None
+
+    # The detections, best first, with their overlaps.
+    found = [item for item in data.found if item.label == label]
+    scores = -np.array([round(f.score, 3) if rules.is_voc else f.score for f in found])
+    # Equal scores stay in the order they came in (COCO), or as numpy's default sort leaves them.
+    order = np.argsort(scores, kind=None if rules.is_voc else "stable")
+    claims, kept = [], Counter()
+    for item in (found[place] for place in order):
+        kept[item.image] += 1
+        if rules.is_voc or kept[item.image] <= 100:
+            box = np.array(item.box) + _TO_CONTINUOUS * rules.is_voc
+            if rules.is_voc:
+                box = np.array([float(f"{value:.1f}") for value in box])
+            in_range = bool(_is_in_range(box[None], rules)[0])
+            claims.append((item.image, _overlaps(box, truth[item.image], rules), in_range))
+    return [_average_precision(claims, truth, t, num_counted, rules) for t in thresholds]
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Objects of one class in one picture: corners (n, 4), who is ignored, who may be reused."""
+
+    corners: np.ndarray
+    ignored: np.ndarray
+    difficult: np.ndarray
+
+
+def _areas(corners: np.ndarray, rules: Rules) -> np.ndarray:
+    extra = float(rules.is_voc)
+    return (corners[:, 2] - corners[:, 0] + extra) * (corners[:, 3] - corners[:, 1] + extra)
+
+
+def _is_in_range(corners: np.ndarray, rules: Rules) -> np.ndarray:
+    smallest, largest = rules.area_range
+    areas = _areas(corners, rules)
+    return (areas >= smallest) & (areas <= largest)
+
+
+def _overlaps(box: np.ndarray, truth: _Truth, rules: Rules) -> np.ndarray:
+    """Intersection over union of a box with each object of a picture."""
+    extra = float(rules.is_voc)
+    low = np.maximum(box[:2], truth.corners[:, :2])
+    high = np.minimum(box[2:], truth.corners[:, 2:])
+    shared = np.clip(high - low + extra, 0.0, None).prod(axis=1)
+    own = _areas(box[None], rules)
+    union = own + _areas(truth.corners, rules) - shared
+    if not rules.is_voc:
+        union = np.where(truth.difficult, own, union)
+    return shared / union
+
+
+def _average_precision(
+    claims: Sequence[tuple[int, np.ndarray, bool]], truth: Sequence[_Truth], threshold: float,
+    num_counted: int, rules: Rules,
+) -> float:  # fmt: skip
+    """AP of claims: (picture, overlap with each object there, whether its own size is seen)."""
+    # True and false positives, best score first; what is ignored is left out.
+    used = [np.zeros(len(one.ignored), dtype=bool) for one in truth]
+    verdicts = []
+    for image, overlaps, in_range in claims:
+        one, taken = truth[image], used[image]
+        candidates = overlaps > threshold if rules.is_voc else overlaps >= threshold
+        if not rules.is_voc:
+            candidates &= ~taken | one.difficult
+            if (candidates & ~one.ignored).any():
+                candidates &= ~one.ignored
+        if candidates.any():
+            best = np.flatnonzero(candidates & (overlaps == overlaps[candidates].max()))
+            match = best[0 if rules.is_voc else -1]
+            if not one.ignored[match]:
+                verdicts.append(not taken[match])
+            taken[match] = True
+        elif in_range:
+            verdicts.append(False)
+
+    # The precision at a recall is the highest one at that recall or beyond; its average.
+    hits = np.cumsum(np.array(verdicts, dtype=float))
+    recall = hits / num_counted
+    precision = hits / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    if rules.recall_points is None:
+        return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+    places = np.searchsorted(recall, rules.recall_points, side="left")
+    return float(np.mean(np.append(envelope, 0.0)[places]))
+
+
+# -- random sets --
+
+
+def random_set(seed: int) -> DetectionSet:
+    """Objects (some difficult, some doubled) and detections (moved, doubled, wrong, or none)."""
+    rng = np.random.default_rng(seed)
+    crowded = rng.random() < 0.04  # more detections in a picture than COCO looks at
+    num_images = 1 if crowded else int(rng.integers(1, 7))
+    num_classes = 1 if crowded else int(rng.integers(1, 5))
+    share_difficult = float(rng.choice([0.0, 0.2, 0.5]))
+    levels = int(rng.choice(_SCORE_LEVELS))
+    truth: list[TrueObject] = []
+    found: list[FoundBox] = []
+    silent = rng.random() < 0.05  # a detector that finds nothing
+    for image in range(num_images):
+        for _ in range(int(rng.integers(0, 7)) + (40 if crowded else 0)):
+            label = int(rng.integers(num_classes))  # a class may end without objects
+            item = TrueObject(image, label, _box(rng), bool(rng.random() < share_difficult))
+            truth += [item] * (2 if rng.random() < 0.08 else 1)
+        near = [item for item in truth if item.image == image]
+        num_found = 0 if silent else int(rng.integers(0, 25)) + (150 if crowded else 0)
+        for _ in range(num_found):
+            found += _detection(rng, image, num_classes, near, levels)
+    return DetectionSet(num_images, num_classes, tuple(truth), tuple(found))
+
+
+def _box(rng: np.random.Generator) -> tuple[int, int, int, int]:
+    side = int(rng.choice([30, 90, _SIDE]))  # below and above COCO's area limits
+    xmin, ymin = (int(value) for value in rng.integers(1, _SIDE - 4, 2))
+    width, height = (int(value) for value in rng.integers(1, side, 2))
+    return xmin, ymin, min(xmin + width, _SIDE), min(ymin + height, _SIDE)
+
+
+def _detection(
+    rng: np.random.Generator, image: int, num_classes: int, near: list[TrueObject], levels: int
+) -> list[FoundBox]:
+    """One detection, sometimes twice: most are a moved object, exact, or anywhere."""
+    label, box = int(rng.integers(num_classes)), np.array(_box(rng), dtype=float)
+    if near and rng.random() < 0.85:
+        item = near[int(rng.integers(len(near)))]
+        label = item.label if rng.random() < 0.85 else label
+        xmin, ymin, xmax, ymax = item.box
+        spread = float(rng.choice([0.0, 0.04, 0.12])) * np.array([xmax - xmin, ymax - ymin] * 2)
+        box = np.array([xmin - 1, ymin - 1, xmax, ymax], dtype=float)
+        if rng.random() < 0.1:  # an overlap of exactly 1/2 or 3/4
+            box[2] -= (xmax - xmin + 1) * float(rng.choice([0.25, 0.5]))
+        else:
+            box += rng.normal(0, 1, 4) * spread
+    box = np.round(8 * box) / 8
+    box[2:] = np.maximum(box[2:], box[:2] + 0.125)
+    score = float(np.float32(rng.integers(1, levels + 1) / levels))
+    one = FoundBox(image, label, score, tuple(box.tolist()))
+    return [one] * (2 if rng.random() < 0.1 else 1)
+
+
+# -- the two libraries --
+
+
+def picture_records(data: DetectionSet) -> list[PictureRecord]:
+    """The pictures of a random set as readers give them; classes are class0, class1, .."""
+    pictures = []
+    for image in range(data.num_images):
+        objects = tuple(
+            ObjectRecord(
+                f"class{item.label}", tuple(item.box - _TO_CONTINUOUS), difficult=item.difficult
+            )
+            for item in data.truth
+            if item.image == image
+        )
+        file = Path(f"{image}.jpg")
+        pictures.append(PictureRecord(str(image), file, _SIDE, _SIDE, objects, ""))
+    return pictures
+
+
+class Detectron2Evaluation:
+    """Detectron2's own VOC evaluator, as it is, after the last picture of a set."""
+
+    def __init__(self, data: DetectionSet, folder: Path) -> None:
+        """Write the annotations into an empty folder."""
+        parse_rec.cache_clear()  # it keeps every annotation that it has read
+        write_annotations(folder, "test", picture_records(data))
+        self._folder, dataset = folder, f"stock-{uuid.uuid4()}"
+        names = [f"class{label}" for label in range(data.num_classes)]
+        metadata = {"thing_classes": names, "dirname": str(folder)}
+        MetadataCatalog.get(dataset).set(**metadata, year=2012, split="test")
+        evaluator = PascalVOCDetectionEvaluator(dataset)
+        MetadataCatalog.remove(dataset)
+        evaluator.reset()
+        for image in range(data.num_images):
+            found = [item for item in data.found if item.image == image]
+            instances = Instances((1, 1))
+            instances.pred_boxes = Boxes(torch.tensor([item.box for item in found]).reshape(-1, 4))
+            instances.scores = torch.tensor([item.score for item in found])
+            instances.pred_classes = torch.tensor([item.label for item in found]).long()
+            evaluator.process([{"image_id": str(image)}], [{"instances": instances}])
+        self._lines = evaluator._predictions
+
+    def class_figures(self, label: int, threshold: float) -> tuple[np.ndarray, float, float]:
+        """Recall after each detection of a class, and its AP in 0..1 by 11 points and by area.
+
+        Without an object that counts it divides by zero: then no recall is a number.
+        """
+        lines = self._folder / f"class{label}.txt"
+        lines.write_text("\n".join(self._lines.get(label, [""])))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0
+            recall, precision, eleven = voc_eval(
+                str(lines), f"{self._folder}/Annotations/{{}}.xml",
+                f"{self._folder}/ImageSets/Main/test.txt", f"class{label}", ovthresh=threshold,
+                use_07_metric=True,
+            )  # fmt: skip
+        return recall, float(eleven), float(voc_ap(recall, precision, use_07_metric=False))
+
+
+def pycocotools_evaluation(data: DetectionSet) -> COCOeval:
+    """Pycocotools on a set, difficult objects as crowds; its `eval["precision"]` is filled."""
+    truth: Any = CocoSet()
+    found: Any = CocoSet()
+    classes = [f"class{label}" for label in range(data.num_classes)]
+    truth.dataset = coco_content(picture_records(data), classes)
+    rows = []
+    for item in data.found:
+        x0, y0, x1, y1 = item.box
+        rows.append({
+            "image_id": item.image + 1, "category_id": item.label + 1, "score": item.score,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+        })  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found.dataset = truth.dataset | {"annotations": []}
+        found.createIndex()
+        if rows:  # loadRes takes no empty list
+            found = truth.loadRes(rows)
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+# -- the comparison --
+
+
+def voc_differences(data: DetectionSet, folder: Path) -> list[float]:
     """Compare with Detectron2's VOC evaluator on one set.
 
     Args:
         data: The set.
         folder: An empty place for annotations.
-        whole: Whether the means of the whole evaluator are compared too, beside its `voc_eval`.
 
     Returns:
         Difference of each AP in 0..1, of classes, thresholds and both years; infinite if one side
         says that AP is not defined and the other does not.
     """
-    theirs = metrics.Detectron2Evaluation(data, folder)
-    ours = {rules: by_class(data, rules) for rules in (VOC_2007, VOC_2012)}
-    differences = []
+    theirs, differences = Detectron2Evaluation(data, folder), []
     for label in range(data.num_classes):
+        ours = [
+            average_precisions(data, label, VOC_THRESHOLDS, rules) for rules in (VOC_2007, VOC_2012)
+        ]
         for place, threshold in enumerate(VOC_THRESHOLDS):
             recall, *values = theirs.class_figures(label, threshold)
             # Without an object that counts its recall is no number; its 11-point sum makes 0 of it.
-            is_undefined = ours[VOC_2012][label] is None and not np.isfinite(recall).any()
-            for rows, value in zip(ours.values(), values, strict=True):
-                differences.append(_apart(rows[label], place, None if is_undefined else value))
-    for year, rows in zip((2007, 2012), ours.values(), strict=True) if whole else ():
-        defined = [row for row in rows if row is not None]
-        if len(defined) == data.num_classes:
-            stock, means = theirs.means(year), _means(defined)
-            differences += [abs(stock[key] / 100 - value) for key, value in means.items()]
+            is_undefined = ours[0] is None and not np.isfinite(recall).any()
+            for row, value in zip(ours, values, strict=True):
+                differences.append(_apart(row, place, None if is_undefined else value))
     return differences
-
-
-def by_class(data: DetectionSet, rules: Rules) -> list[list[float] | None]:
-    """AP of each class at VOC_THRESHOLDS, in 0..1; None if none of its objects counts."""
-    labels = range(data.num_classes)
-    return [metrics.average_precisions(data, label, VOC_THRESHOLDS, rules) for label in labels]
 
 
 def _apart(ours: Sequence[float] | None, place: int, theirs: float | None) -> float:
@@ -99,104 +384,44 @@ def _apart(ours: Sequence[float] | None, place: int, theirs: float | None) -> fl
 
 def coco_differences(data: DetectionSet) -> list[float]:
     """Compare with pycocotools on one set, over classes, thresholds and areas."""
-    evaluation = metrics.pycocotools_evaluation(data)
+    evaluation = pycocotools_evaluation(data)
     thresholds = evaluation.params.iouThrs.tolist()
     differences = []
     for area, limits in enumerate(COCO_AREAS):
         rules = replace(COCO, area_range=limits)
         for label in range(data.num_classes):
             theirs = evaluation.eval["precision"][:, :, label, area, -1].mean(axis=1)
-            ours = metrics.average_precisions(data, label, thresholds, rules)
+            ours = average_precisions(data, label, thresholds, rules)
             for place, value in enumerate(theirs.tolist()):
                 differences.append(_apart(ours, place, None if value < 0 else value))
     return differences
 
 
-def _means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    """AP, AP50, AP75 over classes."""
-    table = np.array(rows)
-    columns = {"AP": table, "AP50": table[:, 0], "AP75": table[:, 5]}
-    return {name: float(values.mean()) for name, values in columns.items()}
-
-
-def figures(data: DetectionSet, rules: Rules) -> dict[str, float] | None:
-    """AP, AP50 and AP75 of a set in percent; None if no class has an object that counts."""
-    defined = [row for row in by_class(data, rules) if row is not None]
-    return {key: 100 * value for key, value in _means(defined).items()} if defined else None
-
-
-def separation(sets: Sequence[DetectionSet]) -> dict[str, Any]:
-    """What each rule is worth, in points of AP and AP50.
-
-    Returns:
-        {"alone": rows, "path": rows}; a row has the name of the rule, and for AP and AP50 the mean,
-        the mean size and the largest size of its effect (None if no set has an AP under it).
-    """
-    known = functools.cache(lambda number, rules: figures(sets[number], rules))
-
-    def effect(name: str, before: Rules, after: Rules) -> dict[str, Any]:
-        row: dict[str, Any] = {"rule": name}
-        pairs = [(known(number, before), known(number, after)) for number in range(len(sets))]
-        for key in ("AP", "AP50"):
-            changes = np.array([b[key] - a[key] for a, b in pairs if a and b])
-            size, row["num_sets"], row[key] = np.abs(changes), len(changes), None
-            if len(changes):  # some object of that size
-                row[key] = {
-                    "mean": float(changes.mean()), "mean_size": float(size.mean()),
-                    "max_size": float(size.max()),
-                }  # fmt: skip
-        return row
-
-    alone = [effect(name, rules, replace(rules, **change)) for name, rules, change in ALONE]
-    path, rules = [], VOC_2012
-    for name, change in PATH:
-        after = replace(rules, **change)
-        path.append(effect(name, rules, after))
-        rules = after
-    assert rules == COCO
-    path.append(effect("all of them: VOC 2012 to COCO", VOC_2012, COCO))
-    path.append(effect("VOC 2007 to COCO", VOC_2007, COCO))
-    return {"alone": alone, "path": path}
-
-
 def compare(num_sets: int, first_seed: int, folder: Path) -> dict[str, Any]:
     """Both comparisons on sets first_seed, first_seed + 1, .."""
-    differences: dict[str, list[float]] = {"voc": [], "coco": []}
+    voc, coco = [], []
     for number in range(num_sets):
-        data = metrics.random_set(first_seed + number)
-        whole = number % _WHOLE_EVALUATOR_EVERY == 0
-        differences["voc"] += voc_differences(data, folder / str(number), whole=whole)
-        differences["coco"] += coco_differences(data)
-    worst = {name: max(values, default=0.0) for name, values in differences.items()}
+        data = random_set(first_seed + number)
+        voc += voc_differences(data, folder / str(number))
+        coco += coco_differences(data)
     return {
         "sets": num_sets,
-        "max_difference": max(worst.values()),
-        "max_difference_voc": worst["voc"],
-        "max_difference_coco": worst["coco"],
-        "num_compared_voc": len(differences["voc"]),
-        "num_compared_coco": len(differences["coco"]),
+        "max_difference": max(voc + coco),
+        "max_difference_voc": max(voc),
+        "max_difference_coco": max(coco),
+        "num_compared_voc": len(voc),
+        "num_compared_coco": len(coco),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 also if the metrics differ."""
     counts = (("sets", 1000, 1, "random sets"), ("seed", 0, 0, "of the first set"))
-    parser = harness.make_parser(__doc__, counts)
-    parser.add_argument(
-        "--detections", type=Path, action="append", default=[], metavar="FILE",
-        help="a detections.json: what the rules are worth there, too (may be given several times)",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+    options = harness.make_parser(__doc__, counts).parse_args(arguments)
 
     def measure() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
-            result = compare(options.sets, options.seed, Path(folder))
-        sets = [metrics.random_set(options.seed + number) for number in range(options.sets)]
-        result["separation"] = separation(sets)
-        if options.detections:
-            real = [metrics.real_set(file)[0] for file in options.detections]
-            result["separation_real"] = separation(real)
-        return result
+            return compare(options.sets, options.seed, Path(folder))
 
     return harness.run_and_report(
         measure, options.json, is_success=lambda figures: figures["max_difference"] <= TOLERANCE

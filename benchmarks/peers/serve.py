@@ -1,25 +1,270 @@
-"""A library in a process of its own: run a recipe over all pictures whenever a line asks for it.
+"""Other libraries' two BYOL views, in a process of their own that runs a recipe whenever asked.
 
-Started by benchmarks/harness.py in the library's environment. Input, line by line:
+Started by benchmarks/loader.py in the library's environment. Input, line by line:
 {"recipe": name, "size": pixels}; answer: {"seconds": processor time, "num_pictures": n}.
+
+torchvision works on Pillow pictures as solo-learn sets it up, and on tensors; lightly with its own
+defaults. Settings of solo-learn (its documented `asymmetric` augmentation for ImageNet): crops of
+8-100 % of the area, bicubic; jitter 0.4, 0.4, 0.2, 0.1 with probability 0.8; grey 0.2; Pillow's
+blur of a random radius from 0.1 to 2 with probability 1 and 0.1; solarisation 0 and 0.2; flip.
+
+NVIDIA DALI on the CPU: one thread, one decoding for both views. Jitter is DALI's own joined
+operation (`color_twist`: one matrix for brightness, contrast, saturation and hue), which does less
+work than the four operations of the others; its decoder uses the fast inverse DCT and plain
+upsampling of the colour planes, and crops are bilinear. Nothing runs ahead, so that no work falls
+between the turns.
+
+FFCV decodes and crops only (it has no hue, grey, blur or solarisation): it is beside our crops. A
+field of FFCV gives one view for each decoding; two views are two fields over the same JPEG. Its
+writer encodes anew, with quality 90.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import random
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import torch
+import torchvision
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+from torchvision.transforms import v2
 
-# Library -> what is imported, and the module here that holds its recipes.
-LIBRARIES = {
-    "torchvision": ("torchvision", "transform_recipes"),
-    "lightly": ("lightly", "transform_recipes"),
-    "dali": ("nvidia.dali", "dali_recipes"),
-    "ffcv": ("ffcv", "ffcv_recipes"),
+with contextlib.suppress(ImportError, OSError):  # it reads the names below from this module
+    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
+
+BATCH = 16  # of DALI and FFCV
+MEAN_255, STD_255 = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+JITTER = (0.4, 0.4, 0.2, 0.1)
+BLUR_SIGMA = (0.1, 2.0)
+VIEWS = ((1.0, 0.0), (0.1, 0.2))  # probabilities of blur and solarisation
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR_SIGMA)))
+
+
+def _kernel_size(size: int) -> int:
+    """A tenth of the side, odd, as the papers have it: 23 at 224 px."""
+    return max(3, size // 10 // 2 * 2 + 1)
+
+
+def pillow_views(size: int, blur_by: Callable | None = None) -> list[transforms.Compose]:
+    """The two views of a Pillow picture, in torchvision's first set of transforms.
+
+    Args:
+        size: Side of a view in pixels.
+        blur_by: The blur; Pillow's if none.
+    """
+    crop = transforms.RandomResizedCrop(
+        size, (0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+    )
+    jitter = transforms.RandomApply([transforms.ColorJitter(*JITTER)], 0.8)
+    first = [crop, jitter, transforms.RandomGrayscale(0.2)]
+    last = [transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    return [
+        transforms.Compose([
+            *first, transforms.RandomApply([blur_by or _blur], blur),
+            transforms.RandomApply([ImageOps.solarize], solarize), *last,
+            transforms.Normalize(MEAN, STD),
+        ])
+        for blur, solarize in VIEWS
+    ]  # fmt: skip
+
+
+def tensor_views(size: int) -> list[v2.Compose]:
+    """The two views of a uint8 tensor, in torchvision's second set of transforms."""
+    crop = v2.RandomResizedCrop(size, (0.08, 1.0), antialias=True)  # bilinear: its fastest
+    first = [crop, v2.RandomApply([v2.ColorJitter(*JITTER)], 0.8), v2.RandomGrayscale(0.2)]
+    last = [v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)]
+    return [
+        v2.Compose([
+            *first, v2.RandomApply([v2.GaussianBlur(_kernel_size(size), BLUR_SIGMA)], blur),
+            v2.RandomSolarize(128, solarize), *last, v2.Normalize(list(MEAN), list(STD)),
+        ])
+        for blur, solarize in VIEWS
+    ]  # fmt: skip
+
+
+def read_pillow(path: str) -> Image.Image:
+    """An RGB picture."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def epochs(
+    files: Sequence[str], read: Callable[[str], Any], views: Sequence[Callable]
+) -> Callable[[], None]:
+    """Read, decode and make the views of every file."""
+
+    def epoch() -> None:
+        for path in files:
+            image = read(path)
+            for view in views:
+                view(image)
+
+    return epoch
+
+
+def pillow(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Both views of every file, on Pillow pictures."""
+    return epochs(files, read_pillow, pillow_views(size))
+
+
+def pillow_with_torchvision_blur(files: Sequence[str], size: int) -> Callable[[], None]:
+    """The same with torchvision's own blur, a convolution on tensors, as other projects have it."""
+    blur = transforms.GaussianBlur(_kernel_size(size), BLUR_SIGMA)
+    return epochs(files, read_pillow, pillow_views(size, blur))
+
+
+def tensors(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Both views of every file, on uint8 tensors."""
+
+    def read(path: str) -> Any:
+        return torchvision.io.decode_jpeg(torchvision.io.read_file(path))
+
+    return epochs(files, read, tensor_views(size))
+
+
+def lightly(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Both views of every file, as lightly does by default."""
+    from lightly.transforms import byol_transform  # pyright: ignore[reportMissingImports]
+
+    transform = byol_transform.BYOLTransform(
+        byol_transform.BYOLView1Transform(input_size=size),
+        byol_transform.BYOLView2Transform(input_size=size),
+    )
+    return epochs(files, read_pillow, [transform])
+
+
+# -- NVIDIA DALI --
+
+
+def _byol(files: Sequence[str], size: int) -> Any:
+    data, _ = fn.readers.file(files=list(files), random_shuffle=True, name="reader")
+    image = fn.decoders.image(data, device="cpu", output_type=types.RGB, use_fast_idct=True)
+    return _view(image, size, 1.0, 0.0), _view(image, size, 0.1, 0.2)
+
+
+def _view(image: object, size: int, blur: float, solarize: float) -> object:
+    """One view; the `if`s are conditions for each sample, which DALI takes from the source."""
+    view = fn.random_resized_crop(image, size=size, random_area=(0.08, 1.0))
+    if _chance(0.8):
+        view = fn.color_twist(
+            view,
+            brightness=fn.random.uniform(range=(0.6, 1.4)),
+            contrast=fn.random.uniform(range=(0.6, 1.4)),
+            saturation=fn.random.uniform(range=(0.8, 1.2)),
+            hue=fn.random.uniform(range=(-36.0, 36.0)),
+        )
+    if _chance(0.2):
+        view = fn.hsv(view, saturation=0.0)
+    if _chance(blur):
+        view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=(0.1, 2.0)))
+    if _chance(solarize):
+        view = view ^ ((view >= 128) * types.Constant(255, dtype=types.UINT8))
+    return fn.crop_mirror_normalize(
+        view, mirror=fn.random.coin_flip(), mean=list(MEAN_255), std=list(STD_255),
+        dtype=types.FLOAT, output_layout="CHW",
+    )  # fmt: skip
+
+
+def _chance(probability: float) -> object:
+    return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
+
+
+def dali(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Read, decode and make both views of every file; the last batch wraps around."""
+    make: Any = pipeline_def(enable_conditionals=True)(_byol)  # it adds options
+    pipeline = make(
+        files, size, batch_size=BATCH, num_threads=1, device_id=None, seed=0,
+        exec_pipelined=False, exec_async=False,
+    )  # fmt: skip
+    pipeline.build()
+    if len(files) % BATCH:
+        raise ValueError(f"{len(files)} files: must be a multiple of {BATCH}")
+
+    def epoch() -> None:
+        for _ in range(len(files) // BATCH):
+            pipeline.run()
+
+    return epoch
+
+
+# -- FFCV --
+
+FIELDS = ("view1", "view2")
+
+
+class _Pictures:
+    """Each file decoded, once for each view."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = list(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, ...]:
+        image = cv2.imread(self.files[number], cv2.IMREAD_COLOR_RGB)
+        assert image is not None, self.files[number]
+        return (image,) * len(FIELDS)
+
+
+def ffcv(files: Sequence[str], size: int) -> Callable[[], None]:
+    """Read, decode and crop every file twice."""
+    from ffcv.fields import RGBImageField, rgb_image  # pyright: ignore[reportMissingImports]
+    from ffcv.loader import Loader, OrderOption  # pyright: ignore[reportMissingImports]
+    from ffcv.transforms import (  # pyright: ignore[reportMissingImports]
+        RandomHorizontalFlip,
+        ToTensor,
+    )
+    from ffcv.writer import DatasetWriter  # pyright: ignore[reportMissingImports]
+
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, "pictures.beton")
+    fields = {name: RGBImageField(write_mode="jpg", jpeg_quality=90) for name in FIELDS}
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(_Pictures(files))
+    crop = rgb_image.RandomResizedCropRGBImageDecoder
+    pipelines = {name: [crop((size, size)), RandomHorizontalFlip(), ToTensor()] for name in FIELDS}
+    loader = Loader(
+        str(path), batch_size=BATCH, num_workers=1, order=OrderOption.RANDOM, seed=0,
+        pipelines=pipelines, drop_last=False,
+    )  # fmt: skip
+
+    def epoch(_: tempfile.TemporaryDirectory = folder) -> None:  # the folder lives as long as this
+        for _batch in loader:
+            pass
+
+    return epoch
+
+
+# -- serving --
+
+# Library -> what is imported, and its recipes.
+LIBRARIES: dict[str, tuple[str, dict[str, Callable]]] = {
+    "torchvision": (
+        "torchvision",
+        {
+            "torchvision v1 on Pillow": pillow,
+            "torchvision v1 on Pillow, its own blur": pillow_with_torchvision_blur,
+            "torchvision v2 on tensors": tensors,
+        },
+    ),
+    "lightly": ("lightly", {"lightly": lightly}),
+    "dali": ("nvidia.dali", {"NVIDIA DALI, CPU": dali}),
+    "ffcv": ("ffcv", {"FFCV, two crops": ffcv}),
 }
 
 
@@ -34,10 +279,9 @@ def main(library: str, folder: str) -> None:
     def answer(**values: object) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    package, module = LIBRARIES[library]
+    package, recipes = LIBRARIES[library]
     try:
         version = importlib.import_module(package).__version__
-        recipes = importlib.import_module(f"benchmarks.peers.{module}").RECIPES[library]
     except (ImportError, OSError) as error:
         answer(missing=str(error))
         return

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.reference_metrics import DetectionSet, random_set
+from benchmarks.voc_eval_parity import DetectionSet, random_set
 from common.annotations.record import LabelledSplit, SetChoice, read_set
 from detection.training.data import to_detectron2
 from tests.golden.detection_inputs import (

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.kill_resume import BATCH
 from common.files import read_json_lines
 from tests.slurm.tiny_run import (
+    BATCH,
     ROOT,
     STEPS_PER_EPOCH,
     kill_all,

@@ -233,9 +233,9 @@ BASE = {
 @pytest.mark.slow
 def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
     """Real runs: one cell, then stopped within the other, resumed, equal to a calm study."""
-    from benchmarks import kill_resume
+    from tests.slurm.tiny_run import make_shards
 
-    words = write_study(tmp_path, kill_resume.make_shards(tmp_path), BASE)
+    words = write_study(tmp_path, make_shards(tmp_path), BASE)
     command = [sys.executable, str(ROOT / "tools/ablate.py"), *words]
     done = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True)
     assert len(re.findall("first run", done.stdout)) == 2

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_resume import identical, make_shards
 from tests.slurm.tiny_run import (
     ROOT,
+    identical,
     last_step,
+    make_shards,
     run_undisturbed,
     training_processes,
     wait_until,

@@ -1,5 +1,6 @@
 """A run of seconds over generated pictures, for tests that disturb jobs of several processes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,24 +9,85 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import yaml
+from pretrain.data.pack.plan import ShardOptions, SourcePicture
+from pretrain.data.pack.writer import write_shards
 
-from benchmarks import kill_resume
+from common.checkpoints import checksum
 from common.files import read_json_lines
+from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS_PER_EPOCH = kill_resume.STEPS_PER_EPOCH
+NUM_PICTURES, BATCH, EPOCHS = 96, 16, 4
+STEPS_PER_EPOCH = NUM_PICTURES // BATCH
+COMPARED = ("model", "ema", "optimizer", "queue", "negatives", "schedule", "position")
+
+
+def config() -> dict[str, Any]:
+    """A run of seconds that has everything a checkpoint must hold."""
+    return {
+        "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+        "data": {"image_size": 32, "batch_size": BATCH, "num_workers": 1, "shuffle_window": 32},
+        "heads": {"projector_hidden_dim": 64, "predictor_hidden_dim": 64, "output_dim": 32},
+        "objective": {"name": "byol"},
+        "fa": {"method": "nn", "queue_size": 48, "min_fill": 16},
+        "optim": {"name": "lars", "epochs": EPOCHS, "base_lr": 1.0, "warmup_epochs": 1.0},
+        "engine": {
+            "device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1,
+            "checkpoint_every_steps": 2,
+        },
+        "eval": {"knn_every_epochs": 1, "knn_k": 5, "num_pictures": 2},
+    }  # fmt: skip
+
+
+def make_shards(folder: Path) -> Path:
+    """Labelled pictures of two kinds of soft structure."""
+    pictures = []
+    for i in range(NUM_PICTURES):
+        coarse = np.random.default_rng(i).integers(0, 256, (4 + 4 * (i % 2), 6, 3), dtype=np.uint8)
+        path = folder / f"{i:03d}.png"
+        cv2.imwrite(str(path), cv2.resize(coarse, (48, 40), interpolation=cv2.INTER_CUBIC))
+        pictures.append(SourcePicture(str(path), path.name, i % 2))
+    options = ShardOptions(max_samples_per_shard=20)
+    write_shards(pictures, folder / "shards", options=options, classes=["even", "odd"])
+    return folder / "shards"
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it, from the top."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def identical(one: Path, other: Path) -> bool:
+    """Whether two runs ended in the same state after the same losses, bit for bit."""
+    states, curves = [], []
+    for folder in (one, other):
+        state = checkpoint.load(folder / "checkpoint.pth")
+        state["position"].pop("train_seconds")
+        states.append(state)
+        rows = read_json_lines(folder / "metrics.jsonl")
+        curves.append([(row["step"], row["loss"]) for row in rows if row["kind"] == "train"])
+    return curves[0] == curves[1] and all(
+        checksum({"part": states[0][part]}) == checksum({"part": states[1][part]})
+        for part in COMPARED
+    )
 
 
 def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     """Shards and a config that names them: 6 steps an epoch, a checkpoint every second step."""
-    shards = str(kill_resume.make_shards(folder))
-    config = kill_resume.config()
+    shards, settings = str(make_shards(folder)), config()
     changes = {"data": {"shards": shards}, "eval": {"probe_train": shards, "probe_val": shards}}
     for section, values in [*changes.items(), *sections.items()]:
-        config[section] |= values
+        settings[section] |= values
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(settings))
     return path
 
 
@@ -54,11 +116,9 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
 
 def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL to a process and all below it."""
-    for pid in kill_resume.descendants(process.pid):
-        try:
+    for pid in descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     process.wait()
 
 

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import kill_resume
-from tests.slurm.tiny_run import last_step, run_undisturbed, wait_until, write_config
+from tests.slurm.tiny_run import (
+    descendants,
+    identical,
+    last_step,
+    run_undisturbed,
+    wait_until,
+    write_config,
+)
 from tools import submit_pretrain
 from tools.submit_pretrain import TorchrunNode, node_environment, torchrun_command
 
@@ -117,7 +123,7 @@ def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> Non
         )
     try:
         wait_until(lambda: last_step(out) >= 10 or process.poll() is not None, 900, "step 10")
-        tasks = [pid for pid in kill_resume.descendants(process.pid) if is_task(pid)]
+        tasks = [pid for pid in descendants(process.pid) if is_task(pid)]
         os.kill(tasks[0], signal.SIGUSR1)
         assert process.wait(900) == 0, (tmp_path / "log").read_text()
     finally:
@@ -126,7 +132,7 @@ def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> Non
     said = "".join(file.read_text() for file in (out / "submitit").glob("*_log.*"))
     assert "Calling checkpoint method" in said
     assert "stopped by" in said
-    assert kill_resume.identical(whole, out)
+    assert identical(whole, out)
 
 
 def is_task(pid: int) -> bool:

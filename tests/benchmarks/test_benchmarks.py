@@ -1,0 +1,240 @@
+"""Each benchmark runs at a tiny size and keeps the keys of its JSON; turns are fair."""
+
+import importlib
+import io
+import json
+import statistics
+import sys
+import time
+from contextlib import closing
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from PIL import Image
+
+from benchmarks import fa_overhead, harness, index_scale, loader
+from benchmarks.peers import serve
+from common.errors import UserError
+from pretrain.data.loader import ViewDataset
+from pretrain.data.shards import ShardIndex
+
+STEP = [
+    "--device", "cpu", "--width", "4", "--image-size", "32", "--batch-size", "4",
+    "--queue-size", "64", "--dim", "8", "--hidden-dim", "8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def figures_of(module, arguments, tmp_path):
+    out = tmp_path / "figures.json"
+    assert module.main([*arguments, "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("fa_overhead", "--cells byol/sideways/nn", "names nothing that can train"),
+        ("fa_overhead", "--repeats 0", "--repeats: 0: must be at least 1"),
+        ("index_scale", "--pictures 7 --batch-size 8", "must fill a batch of 8"),
+        ("loader", "--num-photos 24 --batch-size 16", "multiple of 16, --num-photos of --batch"),
+        ("train_step", "--peak-tflops -1", "--peak-tflops -1.0: must be more than 0"),
+        ("train_step", "--json no/such/folder/step.json", "its folder does not exist"),
+    ],
+)
+def test_wrong_arguments(name, arguments, message, capsys):
+    try:
+        status = importlib.import_module(f"benchmarks.{name}").main(arguments.split())
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+# --- the harness
+
+
+def spin(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_a_slower_candidate_has_a_lower_rate_and_takes_its_turns():
+    turns = []
+
+    def candidate(name, seconds):
+        return loader.picture_rate(lambda: (turns.append(name), spin(seconds)), 10, 0.0)
+
+    candidates = {"fast": candidate("fast", 0.01), "slow": candidate("slow", 0.03)}
+    found = harness.take_turns(candidates, 3)
+    assert turns == ["fast", "slow"] * 4  # the first turn of each warms up
+    ratio = statistics.median(found["fast"]) / statistics.median(found["slow"])
+    assert ratio == pytest.approx(3, rel=0.2)
+    # Processor time counts, not waiting.
+    rate = loader.picture_rate(lambda: (time.sleep(0.1), spin(0.02)), 1, 0.0)()
+    assert 0.02 <= 1 / rate < 0.1
+
+
+def test_pictures_are_like_real_ones(tmp_path):
+    for data in (jpegs := harness.encoded_photos(2)):
+        height, width, _, subsampling = simplejpeg.decode_jpeg_header(data)
+        assert (height, width, subsampling) == (375, 500, "420")
+    assert 45e3 < statistics.mean(map(len, jpegs)) < 60e3
+    # Those of a folder are fitted and repeated.
+    image = np.zeros((900, 1000, 3), np.uint8)
+    image[:, :500] = (250, 10, 10)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(np.full((1000, 500, 3), 90, np.uint8)).save(tmp_path / "b.webp", lossless=True)
+    Image.fromarray(image[:300]).save(tmp_path / "too_small.jpg")
+    found = loader.photos_of_folder(tmp_path, 3)
+    assert found[0] == found[2] != found[1]
+    with Image.open(io.BytesIO(found[0])) as picture:
+        assert picture.size == (500, 375)
+        assert np.abs(np.asarray(picture)[:, :240].astype(int) - (250, 10, 10)).max() < 20
+    with pytest.raises(UserError, match="no JPEG, PNG or WebP of at least 500 x 375 pixels"):
+        loader.photos_of_folder(tmp_path / "nothing", 1)
+
+
+# --- cost of FA, large indexes and workers
+
+
+def test_fa_overhead(tmp_path):
+    cells = "byol/parallel/nn@4,infonce/parallel/mask,infonce/post/mask"
+    arguments = [*STEP, "--repeats", "2", "--fa-repeats", "2", "--cells", cells]
+    figures = figures_of(fa_overhead, arguments, tmp_path)
+    assert "no gradient reaches" in figures["refused"]["infonce/post/mask"]
+    assert list(figures["cells"]) == ["byol/parallel/nn@4", "infonce/parallel/mask"]
+    for name, cell in figures["cells"].items():
+        assert min(cell["ms"], cell["fa_ms"], figures["baseline_ms"]) > 0
+        assert cell["fa_share"] == pytest.approx(cell["fa_ms"] / cell["baseline_ms"])
+        assert cell["ratio_range"][0] <= cell["ratio"] <= cell["ratio_range"][1]
+        assert cell["num_features"] == (4 if name.endswith("@4") else 1)
+    assert (figures["device"], figures["sizes"]["queue_size"]) == ("cpu", 64)
+
+
+def test_simulated_shards_pass_all_checks_and_take_no_room(tmp_path):
+    index_scale.simulate(tmp_path, num_shards=7, num_samples=1000)
+    index = ShardIndex.open(str(tmp_path))
+    assert sorted(index.shard_sizes) == [142, 143, 143, 143, 143, 143, 143]
+    assert len(np.unique(index.samples["key"])) == 1000
+    tars = sorted(tmp_path.glob("*.tar"))
+    assert sum(path.stat().st_blocks * 512 for path in tars) < 1e6
+    tars[3].write_bytes(b"")  # the checks are the real ones
+    with pytest.raises(UserError, match="cut short"):
+        ShardIndex.open(str(tmp_path))
+
+
+def test_index_scale(tmp_path):
+    arguments = [
+        "--shards", "7", "--samples", "1000", "--rounds", "1", "--epochs", "3", "--pictures", "16",
+        "--batch-size", "8", "--image-size", "32", "--workers", "1",
+    ]  # fmt: skip
+    figures = figures_of(index_scale, arguments, tmp_path)
+    assert figures["open_seconds"] > 0 < figures["order_seconds"]
+    assert 10 < figures["libraries_mebibytes"] <= figures["peak_mebibytes"] < 1024
+    assert figures["within_limits"]
+    workers = figures["workers"]
+    assert set(workers["modes"]) == {"device", "workers"}
+    for found in workers["modes"].values():
+        assert (found["num_workers"], len(found["at_rest_mebibytes"])) == (1, 3)
+        assert 1 < found["largest_mebibytes"] <= workers["largest_mebibytes"] < 400
+
+
+class Leaking(ViewDataset):
+    """Keeps 4 MiB with every batch."""
+
+    kept: ClassVar[list[np.ndarray]] = []
+
+    def __getitem__(self, request):
+        self.kept.append(np.ones(4 << 20, np.uint8))
+        return super().__getitem__(request)
+
+
+def test_a_leak_of_a_worker_is_seen(tmp_path):
+    index = harness.open_as_shards(harness.encoded_photos(2), tmp_path, 16)
+    dataset = Leaking(index, image_size=32, views=harness.VIEWS, seed=0, with_colours=True)
+    found = index_scale.watch(dataset, 4, 8, 1)
+    index.close()
+    assert found["growth_mebibytes_per_epoch"] == pytest.approx(8, abs=4)  # two batches
+
+
+# --- the loader and its peers
+
+FAKE_LIGHTLY = """
+import time
+import torch
+class BYOLView1Transform:
+    def __init__(self, input_size): self.size = input_size
+BYOLView2Transform = BYOLView1Transform
+class BYOLTransform:
+    def __init__(self, one, two): self.size = one.size
+    def __call__(self, image):
+        assert image.mode == "RGB" and image.size == (500, 375)
+        print("chatter that must not reach the protocol")
+        end = time.process_time() + 0.02
+        while time.process_time() < end: pass
+        return [torch.zeros(3, self.size, self.size)] * 2
+"""
+
+
+def test_a_peer_answers_in_a_process_of_its_own(tmp_path, monkeypatch):
+    package = tmp_path / "lightly"
+    (package / "transforms").mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0.0.fake'\n")
+    (package / "transforms" / "__init__.py").write_text("")
+    (package / "transforms" / "byol_transform.py").write_text(FAKE_LIGHTLY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "0.jpg").write_bytes(harness.encoded_photos(1)[0])
+    peer = loader.Peer(sys.executable, "lightly", tmp_path)
+    with closing(peer):
+        assert (peer.missing, peer.version) == (None, "0.0.fake")
+        turn = peer.candidate("lightly", 32)
+        turn()
+        assert turn() == pytest.approx(1 / 0.02, rel=0.4)  # 20 ms and a decoding
+        (tmp_path / "0.jpg").write_bytes(b"no picture")
+        with pytest.raises(UserError, match="lightly ended with status 1"):
+            turn()
+
+
+def test_loader(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(loader, "EPOCHS_OF", 1)
+    arguments = ["--num-photos", "16", "--batch-size", "16", "--num-rounds", "1"]
+    figures = figures_of(loader, arguments, tmp_path)
+    assert figures["ceiling"] == max(figures["decoders"].values()) > 0
+    own, peers = figures["ours"], figures["peers"]
+    assert figures["loader_share"] == pytest.approx(
+        own["two crops, uint8, 224 px"] / figures["ceiling"]
+    )
+    whole = own["whole recipe, uint8 in the loader, 224 px"]
+    assert figures["cpu_vs_pil"] == pytest.approx(whole / peers["torchvision v1 on Pillow, 224 px"])
+    own_blur = peers["torchvision v1 on Pillow, its own blur, 224 px"]
+    assert figures["cpu_vs_pil_own_blur"] == pytest.approx(whole / own_blur)
+    assert figures["cpu_vs_lightly"] is None  # no --peers
+
+
+def test_the_pillow_recipe_does_what_it_says():
+    """Both views: all operations happen, as often as the documented settings say."""
+    flat = Image.fromarray(np.full((64, 64, 3), (200, 60, 90), np.uint8))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (serve.MEAN, serve.STD))
+    first, second = serve.pillow_views(32)
+    made = torch.stack([first(flat) for _ in range(300)]) * std + mean
+    gray = (made.amax(1) - made.amin(1)).amax((1, 2)) < 1e-3
+    assert 0.12 < gray.float().mean() < 0.28  # 0.2
+    unchanged = ((made - torch.tensor([200, 60, 90]).view(3, 1, 1) / 255).abs() < 3e-3).all(3)
+    assert 0.1 < unchanged.all(2).all(1).float().mean() < 0.23  # no jitter, not grey: 0.2 * 0.8
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    rough = [
+        statistics.median(float(np.abs(np.diff(view(noise), axis=1)).mean()) for _ in range(30))
+        for view in (first, second)
+    ]
+    assert rough[0] < 0.5 * rough[1]  # the first is blurred always
