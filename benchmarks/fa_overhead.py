@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "cells": cells,
         "refused": refused,
         "goals": GOALS[device.type],
-        "precision": "bf16" if uses_bf16("auto", device) else "fp32",
+        "precision": "fp32" if autocast_type("auto", device) is None else "bf16",
         "clock": clock.name,
         "num_rounds": options.repeats,
         "fa_repeats": options.fa_repeats,

@@ -28,13 +28,11 @@ from common.errors import require, run_command
 from common.files import write_json
 from common.provenance import versions
 from pretrain.collectives import choose_device
-from pretrain.config import HeadConfig
 from pretrain.data.loader import ViewDataset
 from pretrain.data.pack import write_shards
 from pretrain.data.pack_plan import ShardOptions, SourcePicture
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
-from pretrain.model.backbones.resnet import ResNetBackbone
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 _SPECTRUM = ((4, 45), (8, 35), (16, 25), (32, 18), (64, 12), (128, 9), (250, 6))
@@ -209,24 +207,6 @@ class Sizes:
     queue_size: int = 16384
     dim: int = 256
     hidden_dim: int = 4096
-
-    def arch(self) -> ResNetBackbone:
-        """The ResNet."""
-        last = 4 * self.width if self.depth == 50 else self.width
-        return ResNetBackbone(
-            depth=self.depth,
-            width_per_group=self.width,
-            stem_channels=self.width,
-            res2_channels=last,
-        )
-
-    def heads(self) -> HeadConfig:
-        """Projector and predictor."""
-        return HeadConfig(
-            projector_hidden_dim=self.hidden_dim,
-            predictor_hidden_dim=self.hidden_dim,
-            output_dim=self.dim,
-        )
 
 
 CUDA_SIZES = Sizes(depth=50, image_size=224, batch_size=256, queue_size=98304)

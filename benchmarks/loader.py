@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,36 +111,6 @@ def finish(batch: ViewBatch) -> list[torch.Tensor]:
     return found
 
 
-def measure(
-    jpegs: list[bytes], folder: Path, python: str | None, num_rounds: int, batch_size: int
-) -> tuple[Rates, dict[str, str], dict[str, str]]:
-    """All candidates in turns.
-
-    Returns:
-        Rates of decoders, ours, peers; versions of the peers' libraries; why libraries are left
-        out.
-    """
-    index = harness.open_as_shards(jpegs, folder, EPOCHS_OF * len(jpegs))
-    works = {("decoders", name): (work, len(jpegs)) for name, work in decoders(jpegs).items()}
-    works |= {
-        ("ours", name): (work, index.num_samples) for name, work in ours(index, batch_size).items()
-    }
-    turns = {key: picture_rate(*work, TURN_SECONDS) for key, work in works.items()}
-    with start_peers(python, folder / "files") as peers:
-        for library, peer in peers.items():
-            for size in SIZES if library == "torchvision" else SIZES[:1]:
-                for recipe in peer.recipes:
-                    turns["peers", f"{recipe}, {size} px"] = peer.candidate(recipe, size)
-        measured = harness.take_turns(turns, num_rounds)
-        versions = {library: peer.version for library, peer in peers.items() if not peer.missing}
-        left_out = {library: peer.missing for library, peer in peers.items() if peer.missing}
-    index.close()
-    groups: Rates = {"decoders": {}, "ours": {}, "peers": {}}
-    for (group, name), values in measured.items():
-        groups[group][name] = values
-    return groups, versions, left_out
-
-
 def result(measured: Rates) -> dict[str, Any]:
     """The figures for JSON; shares and ratios of medians of the same run."""
     median = {group: harness.medians(found) for group, found in measured.items()}
@@ -204,17 +175,10 @@ class Peer:
         path = [str(harness.ROOT), os.environ.get("PYTHONPATH", "")]  # it is not installed there
         environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        try:
-            self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.peers.serve", library, str(folder)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=environment,
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(
-                f"--peers {python}: cannot be started ({error.strerror}); it must be the "
-                "interpreter of the environment that benchmarks/peers/make_env.sh makes"
-            ) from error
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.peers.serve", library, str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
         hello = self._read()
         self.missing: str | None = hello.get("missing")
         self.version, self.recipes = hello.get("version", ""), hello.get("recipes", [])
@@ -280,26 +244,43 @@ def photos_of_folder(folder: Path, num: int) -> list[bytes]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON."""
+    require(
+        options.peers is None or shutil.which(options.peers) is not None,
+        f"--peers {options.peers}: not the interpreter that benchmarks/peers/make_env.sh makes",
+    )
     num = options.num_photos
     is_real = options.pictures is not None
     jpegs = photos_of_folder(options.pictures, num) if is_real else harness.encoded_photos(num)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        measured, versions, left_out = measure(
-            jpegs, folder, options.peers, options.num_rounds, options.batch_size
-        )
-        if options.peers is None:
-            left_out["lightly, NVIDIA DALI, FFCV"] = "no --peers was given"
-        figures = result(measured) | {
-            "num_rounds": options.num_rounds,
-            "num_photos": len(jpegs),
-            "batch_size": options.batch_size,
-            "pictures": "folder" if is_real else "generated",
-            "mean_kilobytes": sum(map(len, jpegs)) / len(jpegs) / 1e3,
-            **harness.context(),
-            "left_out": left_out,
-        }
-        figures["versions"] |= {"opencv": cv2.__version__, "pillow": pillow_version} | versions
+        index = harness.open_as_shards(jpegs, folder, EPOCHS_OF * num)
+        works = {("decoders", name): (work, num) for name, work in decoders(jpegs).items()}
+        for name, work in ours(index, options.batch_size).items():
+            works["ours", name] = work, index.num_samples
+        turns = {key: picture_rate(*work, TURN_SECONDS) for key, work in works.items()}
+        with start_peers(options.peers, folder / "files") as peers:
+            for library, peer in peers.items():
+                for size in SIZES if library == "torchvision" else SIZES[:1]:
+                    for recipe in peer.recipes:
+                        turns["peers", f"{recipe}, {size} px"] = peer.candidate(recipe, size)
+            measured = harness.take_turns(turns, options.num_rounds)
+        index.close()
+    groups: Rates = {"decoders": {}, "ours": {}, "peers": {}}
+    for (group, name), values in measured.items():
+        groups[group][name] = values
+    figures = result(groups) | {
+        "num_rounds": options.num_rounds,
+        "num_photos": num,
+        "batch_size": options.batch_size,
+        "pictures": "folder" if is_real else "generated",
+        "mean_kilobytes": sum(map(len, jpegs)) / num / 1e3,
+        **harness.context(),
+        "left_out": {library: peer.missing for library, peer in peers.items() if peer.missing},
+    }
+    if options.peers is None:
+        figures["left_out"]["lightly, NVIDIA DALI, FFCV"] = "no --peers was given"
+    figures["versions"] |= {"opencv": cv2.__version__, "pillow": pillow_version}
+    figures["versions"] |= {name: peer.version for name, peer in peers.items() if not peer.missing}
     return figures
 
 

@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -333,8 +333,14 @@ def build_run(
     out = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
     config: dict[str, Any] = {
         "out": str(out / "run"),
-        "arch": asdict(sizes.arch()),
-        "heads": asdict(sizes.heads()),
+        "arch": {
+            "depth": sizes.depth, "width_per_group": sizes.width, "stem_channels": sizes.width,
+            "res2_channels": sizes.width * (4 if sizes.depth >= 50 else 1),
+        },
+        "heads": {
+            "projector_hidden_dim": sizes.hidden_dim, "predictor_hidden_dim": sizes.hidden_dim,
+            "output_dim": sizes.dim,
+        },
         "data": {
             "shards": str(folder / "shards"), "image_size": sizes.image_size,
             "batch_size": sizes.batch_size, "num_workers": num_workers, "shuffle_window": 4096,
@@ -376,29 +382,6 @@ def wall_rates(ours: Ours, num_rounds: int, num_steps: int, num_drained: int) ->
         return harness.take_turns(turns, num_rounds, num_warmups=0)
 
 
-def result(
-    measured: dict[str, list[float]], wall: dict[str, list[float]], sizes: Sizes,
-    per_picture: int, peak_tflops: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The figures that are reported, from milliseconds and rates of each round."""
-    rates = {n: [1e3 * sizes.batch_size / ms for ms in found] for n, found in measured.items()}
-    median, rivals = harness.medians(rates), [name for name in rates if name != "ours"]
-    ratios = {f"ours/{name}": harness.ratios(rates["ours"], rates[name]) for name in rivals}
-    shares = harness.ratios(wall["shards"], wall["synthetic"])
-    return {
-        "images_per_second": median,
-        "mfu": peak_tflops and median["ours"] * per_picture / (1e12 * peak_tflops),
-        "from_shards_share": statistics.median(shares),
-        "ratios": harness.medians(ratios),
-        "ratio_range": harness.ranges(ratios),
-        "range": harness.ranges(rates),
-        "wall_images_per_second": harness.medians(wall),
-        "share_range": [min(shares), max(shares)],
-        "flops_per_picture": per_picture,
-        "peak_tflops": peak_tflops,
-    }
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; the figures for JSON.
 
@@ -424,7 +407,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             arm.steps(num_warmups)
         turns = {n: partial(clock, partial(arm.steps, num_steps)) for n, arm in arms.items()}
         times = harness.take_turns(turns, options.rounds, num_warmups=0)
-        measured = {name: [ms / num_steps for ms in rounds] for name, rounds in times.items()}
+        images = 1e3 * num_steps * sizes.batch_size
+        rates = {name: [images / ms for ms in rounds] for name, rounds in times.items()}
         used = {}
         for name, arm in arms.items():
             with switched(arm.switches):
@@ -433,10 +417,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         assert isinstance(ours, Ours)
         arms.clear()
         wall = wall_rates(ours, options.rounds, num_wall_steps, 2 * num_workers + 2)
+    median = harness.medians(rates)
+    ratios = {
+        f"ours/{name}": harness.ratios(rates["ours"], of_rival)
+        for name, of_rival in rates.items()
+        if name != "ours"
+    }
+    shares = harness.ratios(wall["shards"], wall["synthetic"])
     return {
         **harness.context(device, sizes),
         "num_cores": os.cpu_count(),
-        **result(measured, wall, sizes, per_picture, peak),
+        "images_per_second": median,
+        "mfu": peak and median["ours"] * per_picture / (1e12 * peak),
+        "from_shards_share": statistics.median(shares),
+        "ratios": harness.medians(ratios),
+        "ratio_range": harness.ranges(ratios),
+        "range": harness.ranges(rates),
+        "wall_images_per_second": harness.medians(wall),
+        "share_range": [min(shares), max(shares)],
+        "flops_per_picture": per_picture,
+        "peak_tflops": peak,
         "loss_in_fp32": losses,
         "precision": used,
         "clock": clock.name,

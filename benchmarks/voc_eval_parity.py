@@ -283,44 +283,28 @@ def picture_records(data: DetectionSet) -> list[PictureRecord]:
     return pictures
 
 
-class Detectron2Evaluation:
-    """Detectron2's own VOC evaluator, as it is, after the last picture of a set."""
+def detectron2_lines(data: DetectionSet, folder: Path) -> dict[int, list[str]]:
+    """What Detectron2's own evaluator gets to its metric: lines of each class's detections.
 
-    def __init__(self, data: DetectionSet, folder: Path) -> None:
-        """Write the annotations into an empty folder."""
-        parse_rec.cache_clear()  # it keeps every annotation that it has read
-        write_annotations(folder, "test", picture_records(data))
-        self._folder, dataset = folder, f"stock-{uuid.uuid4()}"
-        names = [f"class{label}" for label in range(data.num_classes)]
-        metadata = {"thing_classes": names, "dirname": str(folder)}
-        MetadataCatalog.get(dataset).set(**metadata, year=2012, split="test")
-        evaluator = PascalVOCDetectionEvaluator(dataset)
-        MetadataCatalog.remove(dataset)
-        evaluator.reset()
-        for image in range(data.num_images):
-            found = [item for item in data.found if item.image == image]
-            instances = Instances((1, 1))
-            instances.pred_boxes = Boxes(torch.tensor([item.box for item in found]).reshape(-1, 4))
-            instances.scores = torch.tensor([item.score for item in found])
-            instances.pred_classes = torch.tensor([item.label for item in found]).long()
-            evaluator.process([{"image_id": str(image)}], [{"instances": instances}])
-        self._lines = evaluator._predictions
-
-    def class_figures(self, label: int, threshold: float) -> tuple[np.ndarray, float, float]:
-        """Recall after each detection of a class, and its AP in 0..1 by 11 points and by area.
-
-        Without an object that counts it divides by zero: then no recall is a number.
-        """
-        lines = self._folder / f"class{label}.txt"
-        lines.write_text("\n".join(self._lines.get(label, [""])))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0
-            recall, precision, eleven = voc_eval(
-                str(lines), f"{self._folder}/Annotations/{{}}.xml",
-                f"{self._folder}/ImageSets/Main/test.txt", f"class{label}", ovthresh=threshold,
-                use_07_metric=True,
-            )  # fmt: skip
-        return recall, float(eleven), float(voc_ap(recall, precision, use_07_metric=False))
+    The annotations are written into the folder, which is empty.
+    """
+    parse_rec.cache_clear()  # it keeps every annotation that it has read
+    write_annotations(folder, "test", picture_records(data))
+    dataset = f"stock-{uuid.uuid4()}"
+    names = [f"class{label}" for label in range(data.num_classes)]
+    metadata = {"thing_classes": names, "dirname": str(folder)}
+    MetadataCatalog.get(dataset).set(**metadata, year=2012, split="test")
+    evaluator = PascalVOCDetectionEvaluator(dataset)
+    MetadataCatalog.remove(dataset)
+    evaluator.reset()
+    for image in range(data.num_images):
+        found = [item for item in data.found if item.image == image]
+        instances = Instances((1, 1))
+        instances.pred_boxes = Boxes(torch.tensor([item.box for item in found]).reshape(-1, 4))
+        instances.scores = torch.tensor([item.score for item in found])
+        instances.pred_classes = torch.tensor([item.label for item in found]).long()
+        evaluator.process([{"image_id": str(image)}], [{"instances": instances}])
+    return evaluator._predictions
 
 
 def pycocotools_evaluation(data: DetectionSet) -> COCOeval:
@@ -362,16 +346,25 @@ def voc_differences(data: DetectionSet, folder: Path) -> list[float]:
         Difference of each AP in 0..1, of classes, thresholds and both years; infinite if one side
         says that AP is not defined and the other does not.
     """
-    theirs, differences = Detectron2Evaluation(data, folder), []
+    lines, differences = detectron2_lines(data, folder), []
     for label in range(data.num_classes):
+        detections = folder / f"class{label}.txt"
+        detections.write_text("\n".join(lines.get(label, [""])))
         ours = [
             average_precisions(data, label, VOC_THRESHOLDS, rules) for rules in (VOC_2007, VOC_2012)
         ]
         for place, threshold in enumerate(VOC_THRESHOLDS):
-            recall, *values = theirs.class_figures(label, threshold)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0
+                recall, precision, eleven = voc_eval(
+                    str(detections), f"{folder}/Annotations/{{}}.xml",
+                    f"{folder}/ImageSets/Main/test.txt", f"class{label}", ovthresh=threshold,
+                    use_07_metric=True,
+                )  # fmt: skip
+            area = float(voc_ap(recall, precision, use_07_metric=False))
             # Without an object that counts its recall is no number; its 11-point sum makes 0 of it.
             is_undefined = ours[0] is None and not np.isfinite(recall).any()
-            for row, value in zip(ours, values, strict=True):
+            for row, value in zip(ours, (float(eleven), area), strict=True):
                 differences.append(_apart(row, place, None if is_undefined else value))
     return differences
 
@@ -397,31 +390,26 @@ def coco_differences(data: DetectionSet) -> list[float]:
     return differences
 
 
-def compare(num_sets: int, first_seed: int, folder: Path) -> dict[str, Any]:
-    """Both comparisons on sets first_seed, first_seed + 1, .."""
-    voc, coco = [], []
-    for number in range(num_sets):
-        data = random_set(first_seed + number)
-        voc += voc_differences(data, folder / str(number))
-        coco += coco_differences(data)
-    return {
-        "sets": num_sets,
-        "max_difference": max(voc + coco),
-        "max_difference_voc": max(voc),
-        "max_difference_coco": max(coco),
-        "num_compared_voc": len(voc),
-        "num_compared_coco": len(coco),
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 also if the metrics differ."""
     counts = (("sets", 1000, 1, "random sets"), ("seed", 0, 0, "of the first set"))
     options = harness.make_parser(__doc__, counts).parse_args(arguments)
 
     def measure() -> dict[str, Any]:
+        voc, coco = [], []
         with tempfile.TemporaryDirectory(prefix="voc-eval-parity-") as folder:
-            return compare(options.sets, options.seed, Path(folder))
+            for seed in range(options.seed, options.seed + options.sets):
+                data = random_set(seed)
+                voc += voc_differences(data, Path(folder, str(seed)))
+                coco += coco_differences(data)
+        return {
+            "sets": options.sets,
+            "max_difference": max(voc + coco),
+            "max_difference_voc": max(voc),
+            "max_difference_coco": max(coco),
+            "num_compared_voc": len(voc),
+            "num_compared_coco": len(coco),
+        }
 
     return harness.run_and_report(
         measure, options.json, is_success=lambda figures: figures["max_difference"] <= TOLERANCE
