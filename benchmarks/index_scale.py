@@ -149,16 +149,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **large,
         "limits": LIMITS,
         "within_limits": all(large[name] <= limit for name, limit in LIMITS.items()),
-        "num_rounds": options.rounds,
         "workers": {
             "limit_mebibytes": LIMIT_MEBIBYTES,
             "largest_mebibytes": largest,
             "within_limit": largest < LIMIT_MEBIBYTES,
             "modes": modes,
-            "num_epochs": options.epochs,
-            "num_samples": options.pictures,
-            "batch_size": options.batch_size,
-            "image_size": options.image_size,
         },
         **harness.context(),
     }

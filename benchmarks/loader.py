@@ -175,7 +175,7 @@ class Peer:
         path = [str(harness.ROOT), os.environ.get("PYTHONPATH", "")]  # it is not installed there
         environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        self._process = subprocess.Popen(
+        self._process: Any = subprocess.Popen(
             [python, "-m", "benchmarks.peers.serve", library, str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
@@ -187,7 +187,6 @@ class Peer:
         """One recipe at one size of the views: source pictures per second of processor time."""
 
         def turn() -> float:
-            assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"recipe": recipe, "size": size}) + "\n")
             self._process.stdin.flush()
             answer = self._read()
@@ -196,7 +195,6 @@ class Peer:
         return turn
 
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)

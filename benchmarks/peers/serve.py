@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageFilter, ImageOps
@@ -205,21 +204,6 @@ def dali(files: Sequence[str], size: int) -> Callable[[], None]:
 FIELDS = ("view1", "view2")
 
 
-class _Pictures:
-    """Each file decoded, once for each view."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = list(files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, ...]:
-        image = cv2.imread(self.files[number], cv2.IMREAD_COLOR_RGB)
-        assert image is not None, self.files[number]
-        return (image,) * len(FIELDS)
-
-
 def ffcv(files: Sequence[str], size: int) -> Callable[[], None]:
     """Read, decode and crop every file twice."""
     from ffcv.fields import RGBImageField, rgb_image  # pyright: ignore[reportMissingImports]
@@ -232,8 +216,9 @@ def ffcv(files: Sequence[str], size: int) -> Callable[[], None]:
 
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, "pictures.beton")
+    pictures = [(cv2.imread(file, cv2.IMREAD_COLOR_RGB),) * len(FIELDS) for file in files]
     fields = {name: RGBImageField(write_mode="jpg", jpeg_quality=90) for name in FIELDS}
-    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(_Pictures(files))
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(pictures)
     crop = rgb_image.RandomResizedCropRGBImageDecoder
     pipelines = {name: [crop((size, size)), RandomHorizontalFlip(), ToTensor()] for name in FIELDS}
     loader = Loader(

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.reference_metrics import COCO as COCO_RULES
-from benchmarks.reference_metrics import (
+from benchmarks.voc_eval_parity import COCO as COCO_RULES
+from benchmarks.voc_eval_parity import (
     VOC_2007,
     VOC_2012,
     DetectionSet,
