@@ -31,13 +31,6 @@ def test_every_preset_gives_whole_stages(path, tmp_path):
         assert Path(script).is_file()
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_every_preset_says_purpose_command_time_and_result(path):
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert [line[2:].split(":")[0] for line in head[:4]] == ["Purpose", "Command", "Time", "Expect"]
-    assert f"run_pipeline.sh {path.stem}" in head[1]
-
-
 def test_stages_of_one_pretraining(tmp_path):
     stages = stages_of(SMOKE, tmp_path)
     first = ["data", "shards", "probe_train", "probe_val", "pretrain", "convert"]

@@ -272,26 +272,6 @@ def test_the_skip_link_leads_to_the_content(browser, page):
     ]
 
 
-def test_pictures_are_whole_and_described(browser, page):
-    browser.open(page.as_uri(), dark=False, width=1280)
-    pictures = browser.value(
-        "Promise.all([...document.images].map(i => i.decode().catch(() => 0)"
-        ".then(() => [i.naturalWidth, i.alt.length])))"
-    )
-    assert len(pictures) >= 15
-    assert all(natural_width > 0 and alt > 0 for natural_width, alt in pictures)
-    assert browser.complaints() == []
-    assert browser.requests() == [page.as_uri()]
-
-
-def test_charts_are_drawn_in_the_colours_of_the_theme(browser, page):
-    drawn = "#pretraining .chart path[style*='stroke: var(--accent)']"
-    line = f'getComputedStyle(document.querySelector("{drawn}")).stroke'
-    for dark, colours in ((False, charts.LIGHT), (True, charts.DARK)):
-        browser.open(page.as_uri(), dark=dark, width=DESK)
-        assert browser.value(line) == rgb(colours["accent"])
-
-
 def test_the_page_of_a_study_and_of_an_empty_run(browser, tmp_path):
     out = make_study(tmp_path / "study")
     (tmp_path / "empty").mkdir()
