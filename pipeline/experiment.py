@@ -240,17 +240,14 @@ def run_experiment(
         only: Whether this call runs a stage.
         about: Further keys of the results.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is not a folder")
     stages = build_stages(config, ROOT, out)
     runner = Runner(ROOT, out, command, limits)
     held = runner.store.run.get("name")
     if held not in (None, config.name):
         raise UserError(f"{out} holds a run of {held!r}, not {config.name!r}; choose another --out")
-    named = [("--rerun", name) for name in limits.rerun]
-    named += [("--until", until)] if until is not None else []
+    named = [("--rerun", name) for name in limits.rerun] + [("--until", until)] * bool(until)
     for option, name in named:
-        if not any(is_named(stage.name, name) for stage in stages):
+        if not any(is_named(stage.name, str(name)) for stage in stages):
             names = ", ".join(stage.name for stage in stages[:20])
             raise UserError(
                 f"{option} {name}: the stages are {names}" + ", .." * (len(stages) > 20)

@@ -226,12 +226,10 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
 
 def detection_words(config: PipelineConfig) -> list[str]:
     """Options and overrides of `tools/train_voc.sh` that all arms share."""
-    options = {
-        key: _JOINED_BY[key].join(map(str, value))
-        if key in _JOINED_BY and isinstance(value, list)
-        else value
-        for key, value in config.detection.options.items()
-    }
+    options = dict(config.detection.options)
+    for key, separator in _JOINED_BY.items():
+        if isinstance(options.get(key), list):
+            options[key] = separator.join(map(str, options[key]))
     words = flags(options)
     for key, value in config.detection.overrides.items():
         words += [key, str(value)]  # Detectron2 reads Python's own spelling.

@@ -110,12 +110,10 @@ def interval_chart(
             if interval is not None:
                 axes.plot(interval, [place] * 2, color=LIGHT["border"], linewidth=3)
                 texts[-1] += f" ({' to '.join(map(short_number, interval))})"
-            for xs, mark, tone, size in (
-                (values, "o", "muted", 7),
-                ([] if mean is None else [mean], "D", "accent", 6),
-            ):
-                axes.plot(xs, [place] * len(xs), mark, color=LIGHT[tone], markersize=size,
-                          markerfacecolor=LIGHT["card" if mark == "o" else tone])  # fmt: skip
+            rings = axes.plot(values, [place] * len(values), "o", color=LIGHT["muted"])
+            rings[0].set(markerfacecolor=LIGHT["card"], markersize=7)
+            axes.plot([] if mean is None else mean, [] if mean is None else place, "D",
+                      color=LIGHT["accent"])  # fmt: skip
         axes.set_xlabel(x_label)
         return _svg(axes.figure, title, "; ".join(texts))
 

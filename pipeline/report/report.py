@@ -474,9 +474,11 @@ def signed(value: Any, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
-def write(out: Path) -> None:
-    """Write the page of a run's folder."""
+def write(out: Path) -> int:
+    """Write the page of a run's folder, and say where; returns exit status 0."""
     write_text(out / "report.html", render(out))
+    print(out / "report.html")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -489,13 +491,7 @@ def main(arguments: list[str] | None = None) -> int:
         "out", type=Path, metavar="DIR", help="folder of a pipeline's or study's run"
     )
     options = parser.parse_args(arguments)
-
-    def work() -> int:
-        write(options.out)
-        print(options.out / "report.html")
-        return 0
-
-    return run_command(work)
+    return run_command(lambda: write(options.out))
 
 
 if __name__ == "__main__":

@@ -84,12 +84,6 @@ def test_more_seeds_add_stages_and_change_none(tmp_path):
     assert order[:4] == [f"{arm}/seed-0" for arm in ARMS], "whole pairs come first"
 
 
-def test_random_arms_do_not_depend_on_pretraining(tmp_path):
-    stages = stages_of(SMOKE, tmp_path)
-    assert stages["random/seed-0"].upstream == ("data",)
-    assert stages["pretrained/seed-0"].upstream == ("data", "convert")
-
-
 def test_every_stage_counts_the_code_version_of_its_kind(tmp_path, monkeypatch):
     for number, (kind, (script, _, libraries)) in enumerate(KINDS.items()):
         monkeypatch.setitem(KINDS, kind, (script, 10 + number, libraries))

@@ -73,11 +73,9 @@ class World:
         return read_run(self.out)["stages"]
 
     def counted(self) -> tuple[int, int]:
-        found = []
-        for name in ("value.txt.runs", "a.txt.runs"):
-            path = self.counts / name
-            found.append(len(path.read_text()) if path.exists() else 0)
-        return found[0], found[1]
+        paths = [self.counts / name for name in ("value.txt.runs", "a.txt.runs")]
+        first, second = (len(path.read_text()) if path.exists() else 0 for path in paths)
+        return first, second
 
     def reasons(self) -> dict[str, tuple[str, str]]:
         plan = self.runner().plan(self.stages())
