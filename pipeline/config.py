@@ -166,11 +166,6 @@ class Variant:
     weights: str | None = None
     label: str = ""
 
-    @property
-    def is_pretrained(self) -> bool:
-        """Whether its weights are made here."""
-        return self.weights is None
-
 
 @dataclass(frozen=True)
 class PipelineConfig:
@@ -293,7 +288,7 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
         not config.arms or data.dataset is not None,
         "data.kind existing needs data.dataset, the VOC-layout folder for detection",
     )
-    if any(variant.is_pretrained for variant in variants.values()):
+    if any(variant.weights is None for variant in variants.values()):
         require(
             (data.pool is None) != (data.shards is None),
             "data.kind existing needs either data.pool (pictures) or data.shards (ready shards)",

@@ -91,7 +91,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
         for low, high in itertools.pairwise(ends):
             sources[f"shards/{high:g}"] = (pool, [*pack, "--part", f"{low:g}:{high:g}"])
     sources |= {"probe_train": (train, probe), "probe_val": (val, probe)}
-    if not any(variant.is_pretrained for variant in variants.values()):
+    if not any(variant.weights is None for variant in variants.values()):
         sources = {}
     packed: dict[str, Path] = {}
     for name, (source, options) in sources.items():
@@ -116,13 +116,13 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     for seed in config.all_seeds:
         # Backbones: pretrained here, or given; those that have no card are converted.
         for variant in variants.values():
-            own_seed = seed if config.seeds.pretraining and variant.is_pretrained else None
+            own_seed = seed if config.seeds.pretraining and variant.weights is None else None
             if "{seed}" in (variant.weights or ""):
                 own_seed = seed
             if variant.weights == RANDOM or (own_seed is None and seed > 0):
                 backbones[variant.name, seed] = backbones.get((variant.name, 0), (RANDOM, ()))
                 continue
-            is_plain = variant.name == "pretrained" and variant.is_pretrained and own_seed is None
+            is_plain = variant.name == "pretrained" and variant.weights is None and own_seed is None
             tail = "" if is_plain else f"/{variant.name}"
             tail += "" if own_seed is None else f"/seed-{own_seed}"
             if variant.weights is None:

@@ -370,8 +370,7 @@ def context(out: Path) -> dict[str, Any]:
         "is_study": "tables" in found,
         "findings": results.findings(found),
         "is_preliminary": any(row["status"] != "finished" for row in stages),
-        "rule": found.get("rule"),
-        "commits": found.get("commits", ()),
+        "results": found,
         "command": " ".join(run.get("command") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
         "pictures": detection_pictures(arms, out / (run.get("dataset") or "data")),
@@ -409,8 +408,6 @@ def context(out: Path) -> dict[str, Any]:
         "most_of_a_kind": MOST_OF_A_KIND,
         "dataset": read_json_or_none(out / "data/dataset.json"),
         "stages": stages,
-        "total_seconds": sum(row["seconds"] or 0.0 for row in stages),
-        "peak_memory": max((row["memory"] or 0 for row in stages), default=0),
     }  # fmt: skip
 
 
@@ -436,7 +433,7 @@ def render(out: Path) -> str:
     )  # fmt: skip
     environment.filters |= {
         "number": number,
-        "signed": signed,
+        "signed": lambda value, digits=1: number(value, digits, "+"),
         "clock": lambda value: clock(value) if is_number(value) else DASH,
         "contents": re.compile(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>').findall,
         "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
@@ -464,14 +461,9 @@ def render(out: Path) -> str:
     )
 
 
-def number(value: Any, digits: int = 1) -> str:
-    """A number for a table; a dash where there is none."""
-    return f"{value:.{digits}f}" if is_number(value) else DASH
-
-
-def signed(value: Any, digits: int = 1) -> str:
-    """A number with its sign (a true minus); a dash where there is none."""
-    return f"{value:+.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
+def number(value: Any, digits: int = 1, sign: str = "") -> str:
+    """A number for a table, with a true minus; a dash where there is none."""
+    return f"{value:{sign}.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
 def write(out: Path) -> int:
