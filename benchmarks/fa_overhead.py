@@ -122,10 +122,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "cells": cells,
         "refused": refused,
         "goals": GOALS[device.type],
-<<<<<<< HEAD
-        "precision": "fp32" if autocast_type("auto", device) is None else "bf16",
-=======
->>>>>>> d8de5dd (Benchmarks: figures no longer repeat the arguments; FFCV's pictures are a list)
         "clock": clock.name,
     }
 
