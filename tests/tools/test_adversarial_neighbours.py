@@ -71,8 +71,6 @@ def test_json_and_table(work, tmp_path, capsys):
     assert weak["attack"] <= strong["attack"]
     assert 0 <= strong["control"] < strong["attack"] <= 1
     assert f"{strong['attack']:.1%}" in capsys.readouterr().out
-    assert call(work, *options) == 0
-    assert json.loads(out.read_text()) == figures
 
 
 def test_the_figure_equals_its_definition(study, monkeypatch):
@@ -87,7 +85,9 @@ def test_the_figure_equals_its_definition(study, monkeypatch):
     assert study.flips(0.0, 1) == 0
 
 
-def test_the_attack_lowers_the_similarity_to_the_neighbour_more_than_the_control(study):
+def test_the_attack_lowers_the_similarity_to_a_neighbour_in_the_queue(study):
+    assert int(study.is_query.sum()) == len(study.images) == 8
+    assert study.queue.num_entries == NUM - 8
     entries = study.queue.features[study.nearest(study.images)]
     generator = torch.Generator().manual_seed(0)
     moved = (study.changed(study.images, 8.0, 5), study.changed(study.images, 8.0, 1, generator))
@@ -96,52 +96,25 @@ def test_the_attack_lowers_the_similarity_to_the_neighbour_more_than_the_control
             torch.nn.functional.cosine_similarity(study.network.project(x), entries).mean()
             for x in moved
         )
+        own = torch.nn.functional.normalize(study.network.project(study.images), dim=1)
     assert attacked < control
-
-
-def test_queries_are_not_in_the_queue(work, study):
-    assert int(study.is_query.sum()) == len(study.images) == 8
-    assert study.queue.num_entries == NUM - 8
-    own = torch.nn.functional.normalize(study.network.project(study.images), dim=1)
-    assert float((own @ study.queue.features.T).max()) < 1 - 1e-6
+    assert float((own @ study.queue.features.T).max()) < 1 - 1e-6  # no query is in the queue
 
 
 def test_pictures_stay_within_the_bound(study):
     std = torch.tensor(study.std).view(1, 3, 1, 1)
-    generator = torch.Generator().manual_seed(0)
-    for moved in (
-        study.changed(study.images, 4.0, 4),
-        study.changed(study.images, 4.0, 1, generator),
-    ):
-        change = ((moved - study.images) * std).abs()
-        assert 0 < change.max() <= 4 / 255 + 1e-5
+    for steps, generator in ((4, None), (1, torch.Generator().manual_seed(0))):
+        change = (study.changed(study.images, 4.0, steps, generator) - study.images) * std
+        assert 0 < change.abs().max() <= 4 / 255 + 1e-5
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--num", "32"], "32 queries of 32 samples leave 0 for the queue"),
-        (["--num", "0"], "0 queries of 32 samples"),
         (["--steps", "0"], "--steps 0: give at least 1"),
-        (["--json", "no/such/r.json"], "no such folder"),
-        (["--epsilon", "1,-2"], "argument --epsilon"),
     ],
 )
 def test_wrong_arguments(work, options, message, capsys):
-    try:
-        status = call(work, *options)
-    except SystemExit as caught:
-        status = caught.code
-    assert status == 2
+    assert call(work, *options) == 2
     assert message in capsys.readouterr().err
-
-
-def test_checkpoint_that_is_missing_or_of_another_version(work, tmp_path, capsys):
-    assert tool.main([str(tmp_path / "no.pth"), str(work / "shards")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    state = checkpoint.load(work / "run" / "checkpoint.pth")
-    state["config"]["heads"]["bottleneck"] = 3
-    del state["checksum"]  # as in checkpoints of older versions
-    torch.save(state, tmp_path / "old.pth")
-    assert tool.main([str(tmp_path / "old.pth"), str(work / "shards"), "--num", "8"]) == 2
-    assert "does not fit this version" in capsys.readouterr().err

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import RunFailed
 from common.files import sha256_of
 from common.provenance import library_version
 from tools import doctor
@@ -51,41 +50,18 @@ def test_repacked_wheel_holds_the_package_and_is_the_same_bytes_in_any_order(
     install.write_wheel(dict(reversed(members.items())), second)
     assert first.read_bytes() == second.read_bytes()
     with zipfile.ZipFile(first) as archive:
-        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         content = {name: archive.read(name) for name in archive.namelist()}
-    own = {name.removeprefix(f"{install.DIST_INFO}/"): data for name, data in content.items()}
-    assert {name for name in own if name.startswith("detectron2")} == {
+    assert {name for name in content if name.startswith("detectron2/")} == {
         "detectron2/__init__.py", "detectron2/utils/env.py",
         "detectron2/model_zoo/configs/Base.yaml",
     }  # fmt: skip
-    assert own["LICENSE"] == LICENCE
-    assert b"a59f0563" in own["NOTICE"]
-    assert b"Name: detectron2\nVersion: 0.6+a59f0563.purepy\n" in own["METADATA"]
-    assert b"numpy<2" not in own["METADATA"]
-
+    assert content[f"{install.DIST_INFO}/LICENSE"] == LICENCE
     # RECORD lists every file with its hash.
-    record = content.pop(f"{install.DIST_INFO}/RECORD").decode()
-    rows = {name: (digest, size) for name, digest, size in csv.reader(io.StringIO(record))}
-    assert rows.pop(f"{install.DIST_INFO}/RECORD") == ("", "")
+    record = content[f"{install.DIST_INFO}/RECORD"].decode()
+    rows = {name: digest for name, digest, _ in csv.reader(io.StringIO(record))}
     assert rows.keys() == content.keys()
-    for name, data in content.items():
-        expected = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
-        assert rows[name] == (f"sha256={expected}", str(len(data)))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"not a zip", "is not a wheel"), (None, "holds no detectron2 package")],
-)
-def test_wrong_source_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
-    wheel = tmp_path / "source.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("other/__init__.py", "")
-    if content is not None:
-        wheel.write_bytes(content)
-    with pytest.raises(RunFailed, match=message):
-        install.read_members(wheel)
+    digest = base64.urlsafe_b64encode(hashlib.sha256(LICENCE).digest()).decode().rstrip("=")
+    assert rows[f"{install.DIST_INFO}/LICENSE"] == f"sha256={digest}"
 
 
 def test_pinned_hash_follows_from_the_installed_files(tmp_path: Path) -> None:
@@ -166,65 +142,35 @@ def test_lock_pins_every_requirement_with_a_hash() -> None:
 # tools/setup.sh -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bare_project(tmp_path: Path) -> Path:
+def test_setup_returns_at_once_or_starts_anew(tmp_path: Path) -> None:
+    """A project with a finished environment; its only Python is /bin/true."""
     project = tmp_path / "with space"
-    (project / "tools").mkdir(parents=True)
-    for name in ("requirements.lock", "setup.py", "tools/setup.sh", "tools/install_detectron2.py"):
-        shutil.copy(ROOT / name, project / name)
-    return project
-
-
-def call_setup(
-    project: Path, *arguments: str, python: str = ""
-) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ, PYTHON=python or "no-such-python")
-    command = ["bash", str(project / "tools/setup.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-
-
-def add_finished_environment(project: Path) -> Path:
     environment = project / ".venv"
     (environment / "bin").mkdir(parents=True)
+    (project / "tools").mkdir()
+    inputs = ("requirements.lock", "setup.py", "tools/install_detectron2.py")
+    for name in (*inputs, "tools/setup.sh"):
+        shutil.copy(ROOT / name, project / name)
     (environment / "bin/python").symlink_to(shutil.which("true") or "/bin/true")
-    names = ("requirements.lock", "setup.py", "tools/install_detectron2.py")
-    inputs = [project / name for name in names]
-    data = b"".join(path.read_bytes() for path in inputs)
+    data = b"".join((project / name).read_bytes() for name in inputs)
     stamp = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout
     (environment / "setup.stamp").write_bytes(stamp)
-    return environment
 
+    def call(*words: str) -> tuple[int, str]:
+        command = ["bash", str(project / "tools/setup.sh"), *words]
+        variables = os.environ | {"PYTHON": "no-such-python"}
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+        return done.returncode, done.stdout + done.stderr
 
-def test_setup_returns_at_once_or_starts_anew(bare_project: Path) -> None:
-    environment = add_finished_environment(bare_project)
-    done = call_setup(bare_project, "--quiet")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert call("--quiet") == (0, "")
     # A process that lives is waited for; one that was cut short has left a half-made environment.
     (environment / "setup.running").write_text(f"{os.getpid()}\n")
-    done = call_setup(bare_project)
-    assert done.returncode == 1
-    assert f"process {os.getpid()} is setting up" in done.stderr
+    status, printed = call()
+    assert (status, f"process {os.getpid()} is setting up" in printed) == (1, True)
     (environment / "setup.running").write_text("")
-    done = call_setup(bare_project)
-    assert "cut short" in done.stdout
+    status, printed = call()
+    assert (status, "cut short" in printed) == (1, True)  # there is no interpreter to go on with
     assert not environment.exists()
-    assert done.returncode == 1  # this test offers no interpreter to go on with
-
-
-@pytest.mark.parametrize(
-    ("body", "found"),
-    [
-        ("echo Python 3.9.2; exit 1", "is Python 3.9.2"),
-        ('case "$2" in *ensurepip*) exit 1 ;; esac', "lacks the venv module"),
-    ],
-)
-def test_setup_says_what_is_wrong_with_python(bare_project: Path, body: str, found: str) -> None:
-    python = bare_project / "python3"
-    python.write_text(f"#!/bin/sh\n{body}\n")
-    python.chmod(0o755)
-    done = call_setup(bare_project, python=str(python))
-    assert done.returncode == 1
-    assert found in done.stderr
 
 
 # tools/offline_wheels.sh --------------------------------------------------------------------------
@@ -265,19 +211,12 @@ def test_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[str])
     assert [item["name"] for item in report["findings"]] == list(doctor.CHECKS)
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "remedy"),
-    [
-        ("OpenCV", ImportError("libGL.so.1: cannot open shared"), "apt-get install libgl1"),
-        ("devices", RuntimeError("operator torchvision::nms does not exist"), "from one index"),
-        ("Detectron2", ImportError("No module named 'detectron2'"), "install_detectron2.py"),
-        ("packages", ImportError("No module named 'torch'"), "tools/setup.sh"),
-    ],
-)
-def test_doctor_names_the_remedy(name, error, remedy, monkeypatch, capsys) -> None:
+def test_doctor_names_the_remedy(monkeypatch, capsys) -> None:
     def broken() -> doctor.Finding:
-        raise error
+        raise ImportError("libGL.so.1: cannot open shared")
 
-    monkeypatch.setattr(doctor, "CHECKS", {name: broken})
+    monkeypatch.setattr(doctor, "CHECKS", {"OpenCV": broken})
     assert doctor.main([]) == 1
-    assert remedy in capsys.readouterr().out
+    assert "apt-get install libgl1" in capsys.readouterr().out
+    error = RuntimeError("operator torchvision::nms does not exist")
+    assert "from one index" in doctor.remedy_for("devices", error)

@@ -61,9 +61,6 @@ def test_easy_classes_are_separated(work, tmp_path, capsys, protocol):
     result = json.loads((tmp_path / "out" / "linear.json").read_text())
     assert result["top1"] == 1.0
     assert result["config"]["protocol"] == protocol
-    if protocol != "knn":
-        assert result["per_class"] == {"dark": 1.0, "light": 1.0}
-        assert "top-1 100.00 %" in printed
     assert tool.main(options_of(work, tmp_path / "out", *more)) == 2
     assert "holds an evaluation already" in capsys.readouterr().err
     assert tool.main(options_of(work, tmp_path / "out", *more, "--resume")) == 0
@@ -83,32 +80,17 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
     assert result["config"]["fraction"] == 0.5
     assert result["config"]["seed"] == 4
     assert result["data"]["train"]["num_used"] == 30
-    assert result["checkpoint"]["name"] == "random:thin_R50"
     assert len(list((tmp_path / "kept").glob("*.npy"))) == 2
-    listed = tmp_path / "out" / "subset.txt"
-    again = options_of(
-        work, tmp_path / "again", "--subset-list", str(listed), "--seed", "4",
-        source="random:thin_R50",
-    )  # fmt: skip
-    assert tool.main(again) == 0
-    other = json.loads((tmp_path / "again" / "linear.json").read_text())
-    assert other["rates"] == result["rates"]
 
 
 @pytest.mark.parametrize(
     ("more", "places", "message"),
     [
         ([], {"train": "plain"}, "8 of 8 samples have no label"),
-        ([], {"val": "plain"}, "8 of 8 samples have no label"),
-        ([], {"train": "nothing"}, "nothing"),
         ([], {"source": "no.pth"}, "no.pth: no such file"),
-        ([], {"source": "random:R19"}, "give random: with R18"),
         (["--branch", "ema"], {}, "--branch ema: this torchvision checkpoint holds one network"),
         (["--config", "no.yaml"], {}, "--config no.yaml does not exist"),
-        (["epochz=3"], {}, "epochz"),
-        (["--fraction", "2"], {}, "fraction=2.0: must be above 0, at most 1"),
         (["--fraction", "0.01"], {}, "less than one sample for each of 2 classes"),
-        (["--subset-list", "no.txt"], {}, "subset list no.txt does not exist"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(work, tmp_path, capsys, more, places, message):
@@ -118,31 +100,12 @@ def test_mistakes_are_reported_in_one_line(work, tmp_path, capsys, more, places,
     assert message in error
 
 
-def test_a_full_disk_is_no_traceback(work, tmp_path, capsys, monkeypatch):
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    assert tool.main(options_of(work, tmp_path / "out")) == 1
-    assert "error: disk full while writing" in capsys.readouterr().err
-
-
 def start(work, out, *more):
     command = [sys.executable, str(ROOT / "tools" / "linear_eval.py")]
     return subprocess.Popen(
         [*command, *options_of(work, out, *more)], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def state_when(path, is_there, process):
-    """Wait until a file of the evaluation says something; then its process is still going."""
-    for _ in range(1200):
-        if is_there():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    pytest.fail(f"nothing in {path}")
 
 
 @pytest.mark.slow
@@ -154,7 +117,9 @@ def test_a_killed_evaluation_ends_with_the_same_weights(work, tmp_path, number):
     assert whole.returncode == 0, printed
     out = tmp_path / "parts"
     process = start(work, out, *more)
-    state_when(out, (out / "checkpoint.pth").exists, process)
+    while not (out / "checkpoint.pth").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15), printed

@@ -35,15 +35,12 @@ def config(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.batch=3"], "data.batch"),
         (["out=null"], "out is not set"),
-        (["--tasks-per-node", "5"], "batch_size=24 cannot be divided among 5 processes"),
+        (["--tasks-per-node", "5"], "batch_size=24 cannot be divided among 1 nodes of 5"),
         (["--nodes", "4", "--min-nodes", "1", "--tasks-per-node", "3", "data.batch_size=12"],
-         "divided among 9 processes (3 nodes of 3)"),
+         "divided among 3 nodes of 3"),
         (["--nodes", "2", "--min-nodes", "3"], "--min-nodes 3 is above --nodes 2"),
-        (["--nodes", "0"], "--nodes 0: must be >= 1"),
         (["--cluster", "local", "--nodes", "2"], "--cluster local has one node"),
-        (["--max-restarts", "-1"], "--max-restarts -1: must be >= 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_before_anything_is_submitted(
@@ -66,29 +63,20 @@ def test_a_run_is_not_overwritten_and_no_slurm_is_reported(
     assert "continue it with --resume" in capsys.readouterr().err
 
 
-def test_one_node_needs_no_rendezvous_with_others() -> None:
-    node = TorchrunNode(("a.yaml", "out=b c", "--resume"), 1, 1, 8, 3, 120)
+def test_the_command_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node needs no rendezvous with others; several meet at the first one."""
+    node = TorchrunNode(("a.yaml", "out=b c", "--resume"), 1, 1, 8, 3, 77)
     command = torchrun_command(node, "77", 0, "first")
-    assert {"--standalone", "--local-addr=127.0.0.1"} <= set(command)
-    assert "--nproc-per-node=8" in command
+    assert {"--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=8"} <= set(command)
     assert command[-5:] == ["-m", "pretrain", "a.yaml", "out=b c", "--resume"]
-
-
-def test_nodes_meet_at_the_first_one() -> None:
-    node = TorchrunNode(("a.yaml",), 8, 6, 8, 3, 120)
-    first, other = (torchrun_command(node, "4077", n, "gpu-1") for n in (0, 5))
+    nodes = TorchrunNode(("a.yaml",), 8, 6, 8, 3, 120)
+    first, other = (torchrun_command(nodes, "4077", n, "gpu-1") for n in (0, 5))
     assert {"--nnodes=6:8", "--rdzv-endpoint=gpu-1:24077", "--rdzv-id=4077"} <= set(first)
     assert set(first) ^ set(other) == {"--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"}
-
-
-def test_environment_finds_the_code_and_keeps_the_users_choice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    environment = node_environment(TorchrunNode((), 1, 1, 1, 0, 77))
+    environment = node_environment(node)
     assert environment["MALLOC_TOP_PAD_"] == "1"
-    assert environment["MALLOC_TRIM_THRESHOLD_"] == "8589934592"
     assert environment["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere"
     assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "77"
 

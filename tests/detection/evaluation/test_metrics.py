@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator
+
 from benchmarks.voc_eval_parity import COCO as COCO_RULES
 from benchmarks.voc_eval_parity import (
     VOC_2007,
@@ -16,9 +19,6 @@ from benchmarks.voc_eval_parity import (
     TrueObject,
     average_precisions,
 )
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import PascalVOCDetectionEvaluator
-
 from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
 from detection.evaluation.evaluate import detection_rows

@@ -108,24 +108,19 @@ def test_archives_become_the_07_12_protocol(tmp_path: Path, tars: list[Path], ca
     assert "is there with these options" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("layout", ["devkit", "nested", "years", "mixed"])
+@pytest.mark.parametrize("layout", ["devkit", "nested", "mixed"])
 def test_folders_of_every_usual_shape(tmp_path: Path, tars: list[Path], layout: str) -> None:
-    place = tmp_path / "place"
-    if layout == "devkit":  # all unpacked into one VOCdevkit
-        sources = [write_tree(place, ALL)]
-    elif layout == "nested":  # one folder that holds a folder an archive
-        sources = [place]
+    place, out, sources = tmp_path / "place", tmp_path / "voc", [tmp_path / "place"]
+    if layout == "nested":  # one folder that holds a folder an archive
         for name, files in PARTS.items():
             write_tree(place / name.removesuffix(".tar"), files)
-    elif layout == "years":
+    elif layout == "devkit":  # all unpacked into one VOCdevkit
         write_tree(place, ALL)
-        sources = [place / "VOCdevkit/VOC2007", place / "VOCdevkit/VOC2012"]
     else:  # archives, and a folder with a part of them again
-        sources = [write_tree(place, PARTS[TRAINVAL07]), *tars]
-    out = tmp_path / "voc"
+        sources = [write_tree(place, PARTS[TRAINVAL07]) / "VOCdevkit/VOC2007", *tars]
     assert run(out, *sources) == 0
     assert read_set(out).num_train == 11
-    if layout == "devkit":
+    if layout != "nested":
         name = "VOC2007/JPEGImages/2007_000000.jpg"
         assert os.path.samefile(place / "VOCdevkit" / name, out / name), "linked, not copied"
 
@@ -238,8 +233,6 @@ def test_fashion_mnist_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_more_than_there_is_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run_command("fashion", tmp_path / "p", "--num-pool", 60001, "--check") == 2
     assert "--num-pool is 60001: give 10 to 60,000" in capsys.readouterr().err
-    assert run_command("fashion", tmp_path / "p", "--check", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["num_pool"] == 60000
 
 
 @pytest.mark.parametrize("cut", [slice(0, -3), slice(1, None), slice(0, 3)])

@@ -73,8 +73,7 @@ def test_the_library_holds_every_listed_picture(library: photos.Library, cache, 
 
 
 @pytest.mark.parametrize(
-    ("classes", "num", "seed"), [("coarse", 3, 0), ("coarse", 3, 7), ("medium", 5, 1),
-                                 ("fine", 11, 0), ("fine", 11, 7)]
+    ("classes", "num", "seed"), [("coarse", 3, 0), ("medium", 5, 1), ("fine", 11, 7)]
 )  # fmt: skip
 def test_train_and_test_share_no_picture_and_no_near_duplicate(library, classes, num, seed):
     names, seen, unseen = photos.split(library, classes, seed)
@@ -108,8 +107,7 @@ def test_each_part_uses_its_own_pictures_only(library, monkeypatch, part):
     scenes = [source.scene(part, i) for i in range(25)]
     own = unseen if part in ("test", "probe/val") else seen
     allowed = {f for kinds in own.cutouts for kind in kinds for f in kind} | set(own.backgrounds)
-    assert used
-    assert used <= allowed
+    assert 0 < len(used & allowed) == len(used)
     assert all(s.image.dtype == np.uint8 and s.objects for s in scenes)
     if part.startswith("probe"):
         assert [s.objects[0].label for s in scenes] == [i % 3 for i in range(25)]
@@ -137,26 +135,19 @@ def test_packages_are_fetched_with_apt_get_once_and_the_bytes_are_the_same_for_a
     assert card["options"]["packages"] == dict.fromkeys(photos.PACKAGES, "1.0-1")
     assert "206 cut-outs" in card["notes"]
     assert "GPL-2" in card["licence"]
-    assert str(tmp_path) not in json.dumps(card)
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        (None, "apt-get is not on this system"),
-        ('echo "E: Unable to locate package x" >&2; exit 100', "E: Unable to locate package x"),
-    ],
-)
-def test_without_packages_the_remedy_is_named(tmp_path, monkeypatch, capsys, script, message):
-    if script:
-        (tmp_path / "apt-get").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "apt-get").chmod(0o755)
+def test_without_packages_the_remedy_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    cache = ["--cache", tmp_path / "cache"]
-    assert run("photos", tmp_path / "out", *SIZES, *cache) == 2
-    assert message in capsys.readouterr().err
+    words = ["photos", tmp_path / "out", *SIZES, "--cache", tmp_path / "cache"]
+    assert run(*words) == 2
+    assert "apt-get is not on this system" in capsys.readouterr().err
+    write_tree(tmp_path, {"apt-get": b'#!/bin/sh\necho "E: no such package" >&2; exit 100'})
+    (tmp_path / "apt-get").chmod(0o755)
+    assert run(*words) == 2
+    assert "E: no such package" in capsys.readouterr().err
     assert not list(tmp_path.glob("cache/*"))
-    assert run("photos", tmp_path / "out", *SIZES, *cache, "--packages-dir", tmp_path) == 2
+    assert run(*words, "--packages-dir", tmp_path) == 2
     assert "not all of tuxpaint-stamps-default" in capsys.readouterr().err
 
 
@@ -216,10 +207,7 @@ def test_resource_files_of_all_formats(version, packing, tmp_path: Path):
     "damage",
     [
         lambda raw: b"",
-        lambda raw: b"PNG!" + raw[4:],
-        lambda raw: raw[:4] + struct.pack(">I", 9) + raw[8:],
         lambda raw: raw[:60],
-        lambda raw: raw[:4] + struct.pack(">4I", 3, 0xFFFFFF, 24, 24) + raw[20:],
         # a folder whose only entry is itself
         lambda raw: (b"qres" + struct.pack(">4I", 1, 20, 34, 34) + struct.pack(">IHII", 0, 2, 1, 0)
                      + struct.pack(">HI", 1, 0) + "a".encode("utf-16-be")),
@@ -234,15 +222,6 @@ def test_damaged_resource_files_are_refused_by_name(damage, packing, tmp_path: P
 
 
 # -- cut-outs -------------------------------------------------------------------------------------
-
-
-def test_a_damaged_cut_out_is_named(tmp_path: Path):
-    empty = np.zeros((5, 5, 4), np.uint8)
-    write_tree(tmp_path, {"cutouts/a.png": b"no picture",
-                          "cutouts/b.png": cv2.imencode(".png", empty)[1].tobytes()})  # fmt: skip
-    for name, message in (("a", r"a\.png: no cut-out"), ("b", r"b\.png: fully transparent")):
-        with pytest.raises(UserError, match=message):
-            photos._load_cutout(tmp_path, f"{name}.png", 100)
 
 
 def test_cut_outs_keep_their_colour_at_the_edge():

@@ -1,25 +1,16 @@
 """The devkit layout, read back by a parser of the test's own."""
 
-import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
-from common.annotations.record import make_folders
+from common.annotations.formats.voc import read_picture
+from common.annotations.record import ObjectRecord, make_folders
 from pipeline.datasets import scene
 from pipeline.datasets.scene import Annotation, Placed, Scene, Sprite, write_scene
 
 CLASSES = ("cup", "bottle")
-
-
-def parse(text: str) -> list[dict[str, str]]:
-    """Read the objects of an annotation with regular expressions only."""
-    found = []
-    for block in re.findall(r"<object>(.*?)</object>", text, flags=re.DOTALL):
-        found.append(dict(re.findall(r"<(\w+)>([^<>]+)</\1>", block)))
-    return found
 
 
 def square(height: int, width: int, opacity: float = 1.0) -> Sprite:
@@ -28,22 +19,18 @@ def square(height: int, width: int, opacity: float = 1.0) -> Sprite:
     )
 
 
-def test_boxes_are_one_based_and_include_both_edges(tmp_path: Path):
+def test_a_scene_becomes_a_picture_and_an_annotation(tmp_path: Path):
     image = np.zeros((40, 60, 3), np.uint8)
     whole = Annotation(1, (0, 0, 60, 40), True, False, 0.9)
     pixel = Annotation(0, (5, 7, 6, 8), False, True, 1.0)
     make_folders(tmp_path / "VOC2007")
     write_scene(tmp_path, "a", Scene(image, [whole, pixel]), CLASSES, 90)
-    text = (tmp_path / "VOC2007/Annotations/a.xml").read_text()
-    first, second = parse(text)
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    assert [int(first[k]) for k in corners] == [1, 1, 60, 40]
-    assert [int(second[k]) for k in corners] == [6, 8, 6, 8]
-    assert (first["name"], first["truncated"], first["difficult"]) == ("bottle", "1", "0")
-    assert (second["name"], second["truncated"], second["difficult"]) == ("cup", "0", "1")
-    written = cv2.imread(str(tmp_path / "VOC2007/JPEGImages/a.jpg"))
-    assert written is not None
-    assert written.shape == (40, 60, 3)
+    record = read_picture(tmp_path / "VOC2007", "a", CLASSES)
+    assert (record.width, record.height) == (60, 40)
+    assert record.objects == (
+        ObjectRecord("bottle", (0, 0, 60, 40), truncated=True),
+        ObjectRecord("cup", (5, 7, 6, 8), difficult=True),
+    )
 
 
 def test_boxes_follow_what_is_seen():
