@@ -124,7 +124,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
     lines = [
         f"{arguments.checkpoint.name} ({source.layout}, {source.branch}): {source.arch}",
         f"{card['num_tensors']} tensors and {card['num_counters']} batch counters converted to "
-        f"{to}, {len(card['dropped'])} keys dropped",
+        f"{to}, {len(card['dropped'])} keys dropped: "
+        f"{', '.join(sorted(set(source.dropped.values()))) or 'none'}",
         *(f"note: {note}" for note in source.notes),
         f"relative difference on the picture: {differences}",
         f"wrote {arguments.out}, {' and '.join(ends)} in {card['seconds']:.1f} s",

@@ -32,13 +32,13 @@ def test_layout_and_card(made: Path):
     card = json.loads((made / "dataset.json").read_text())
     assert card["format"] == "fa-dataset-1"
     assert card["kind"] == "procedural"
-    assert card["splits"] == {"train": 9, "test": 7}
-    assert (card["pool"], card["probe"]) == (12, {"train": 11, "val": 10})
+    assert card["splits"] == {"train": 5, "test": 3}
+    assert (card["pool"], card["probe"]) == (5, {"train": 7, "val": 6})
     assert (card["options"]["short_side"], card["options"]["long_side"]) == (48, 60)
     assert str(made.parent) not in json.dumps(card)
-    assert len(list((made / "pool").iterdir())) == 12
+    assert len(list((made / "pool").iterdir())) == 5
     assert all(path.stem.isdigit() for path in (made / "pool").iterdir())  # tell no class
-    for split, count in (("train", 11), ("val", 10)):
+    for split, count in (("train", 7), ("val", 6)):
         folders = sorted((made / "probe" / split).iterdir())
         assert [f.name for f in folders] == sorted(card["classes"])
         assert sum(len(list(f.glob("*.jpg"))) for f in folders) == count
@@ -50,12 +50,12 @@ def test_no_two_pictures_are_the_same_and_the_devkit_reads(made: Path):
     assert len(pictures) == len(set(pictures)) == sum(COUNTS.values())
     data = read_set(made)
     assert (data.classes, data.metric_year) == (tuple(CLASSES), 2012)
-    assert (data.num_train, len(data.test.pictures)) == (9, 7)
+    assert (data.num_train, len(data.test.pictures)) == (5, 3)
     assert all(x.objects for split in (*data.train, data.test) for x in split.pictures)
 
 
 def test_every_byte_is_the_same_for_any_number_of_workers(made: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(scene, "_CHUNK", 4)
+    monkeypatch.setattr(scene, "_CHUNK", 2)
     assert run("procedural", tmp_path / "scenes", *SIZES, "--num-workers", 3) == 0
     assert tree(tmp_path / "scenes") == tree(made)
 

@@ -5,7 +5,8 @@ import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ from pipeline.datasets import photos
 from tools import make_dataset
 
 Files = dict[str, bytes]
-COUNTS = {"pool": 12, "train": 9, "test": 7, "probe-train": 11, "probe-val": 10}
+COUNTS = {"pool": 5, "train": 5, "test": 3, "probe-train": 7, "probe-val": 6}
 SIZES = [word for name, count in COUNTS.items() for word in (f"--num-{name}", str(count))]
 SIZES += ["--image-size", "48", "--num-workers", "1"]
 
@@ -88,6 +89,7 @@ def make_deb(path: Path, files: Files) -> None:
         subprocess.run(command, check=True, capture_output=True)
 
 
+@cache
 def encode(name: str, alpha: bool, ending: str = ".png") -> bytes:
     """Return a small picture whose colours follow from its name; cut-outs are ellipses."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
@@ -105,17 +107,16 @@ def encode(name: str, alpha: bool, ending: str = ".png") -> bytes:
     return data.tobytes()
 
 
-def package_files(leave_out: Iterable[str] = ()) -> dict[str, Files]:
-    """Return the contents of the three packages: everything listed but `leave_out`."""
-    gone = set(leave_out)
+def package_files() -> dict[str, Files]:
+    """Return the contents of the three packages: everything that is listed."""
     stamps: Files = {}
     for groups in photos.listed_cutouts().values():
-        for file in (f for group in groups for f in group if f not in gone):
+        for file in (f for group in groups for f in group):
             stamps["usr/share/tuxpaint/stamps/" + file] = encode(file, True)
     templates: Files = {"usr/share/tuxpaint/templates/unlisted.jpg": b"not read"}
     resources: dict[str, Files] = {}
     for files in photos.listed_backgrounds().values():
-        for file in (f for f in files if f not in gone):
+        for file in files:
             holder, _, inside = file.partition("/")
             if holder == "templates":
                 templates["usr/share/tuxpaint/templates/" + inside] = encode(file, False, ".jpg")
@@ -130,10 +131,9 @@ def package_files(leave_out: Iterable[str] = ()) -> dict[str, Files]:
     return dict(zip(photos.PACKAGES, (stamps, gcompris, templates), strict=True))
 
 
-def make_packages(folder: Path, leave_out: Iterable[str] = (), version: str = "1.0-1") -> Path:
+def make_packages(folder: Path, version: str = "1.0-1") -> Path:
     """Write the three packages into a folder, which is returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, files in package_files(leave_out).items():
+    for name, files in package_files().items():
         files[f"usr/share/doc/{name}/copyright"] = b"terms"
         make_deb(folder / f"{name}_{version}_all.deb", files)
     return folder

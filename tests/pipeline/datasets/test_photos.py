@@ -124,7 +124,7 @@ def test_packages_are_fetched_with_apt_get_once_and_the_bytes_are_the_same_for_a
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
     monkeypatch.setenv("FA_CACHE", str(tmp_path / "cache"))
     assert run("photos", tmp_path / "a" / "set", *SIZES) == 0
-    assert run("photos", tmp_path / "c", *SIZES, "--seed", 1) == 0
+    photos.open_library(None, tmp_path / "cache" / "photos")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["download -q " + " ".join(photos.PACKAGES)]
     where = ["--packages-dir", debs, "--cache", cache]
@@ -151,14 +151,12 @@ def test_without_packages_the_remedy_is_named(tmp_path, monkeypatch, capsys):
     assert "not all of tuxpaint-stamps-default" in capsys.readouterr().err
 
 
-def test_a_few_missing_pictures_are_counted_many_are_refused(tmp_path: Path, capsys):
-    listed = [f for gs in photos.listed_cutouts().values() for g in gs for f in g]
-    few = make_packages(tmp_path / "few", listed[:3])
-    where = ["--packages-dir", few, "--cache", tmp_path / "cache"]
-    assert run("photos", tmp_path / "out", *SIZES, *where) == 0
-    assert "3 listed pictures are not in the packages" in capsys.readouterr().out
-    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert card["options"]["num_missing_pictures"] == 3
+def test_a_few_missing_pictures_are_counted_many_are_refused(debs, tmp_path: Path):
+    few = tmp_path / "few"
+    shutil.copytree(debs, few)
+    stamps = package_files()["tuxpaint-stamps-default"]
+    make_deb(few / "tuxpaint-stamps-default_1.0-1_all.deb", dict(list(stamps.items())[3:]))
+    assert photos.open_library(few, tmp_path / "cache").num_missing == 3
     make_deb(few / "tuxpaint-stamps-default_9.9-1_all.deb", {})
     os.utime(few / "tuxpaint-stamps-default_9.9-1_all.deb", (1e11, 1e11))  # the youngest
     with pytest.raises(UserError, match=r"206 of 320 listed pictures.*9\.9-1.*Debian 12"):
