@@ -12,11 +12,11 @@ from typing import Any
 import cv2
 import numpy as np
 import yaml
-from pretrain.data.pack.plan import ShardOptions, SourcePicture
-from pretrain.data.pack.writer import write_shards
 
 from common.checkpoints import checksum
 from common.files import read_json_lines
+from pretrain.data.pack import write_shards
+from pretrain.data.pack_plan import ShardOptions, SourcePicture
 from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

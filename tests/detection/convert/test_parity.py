@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from common.backbone import read_backbone
 from common.files import sha256_of
