@@ -136,8 +136,11 @@ def test_other_formats_and_shrunk_pictures(
     )
 
 
-def test_index_of_tars_that_another_tool_made(tmp_path: Path) -> None:
+def test_index_of_tars_that_another_tool_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same table, labels and keys from the members alone, without our index.json."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = {}
     for i in range(5):
         files[f"train/{i:03d}.cls"] = str(i % 2).encode()

@@ -146,11 +146,11 @@ def test_unlabelled_shards_are_refused(shards, unlabelled_shards):
 
 def test_other_classes_are_refused(shards, make_shards):
     other = make_shards("other", num=4, classes=["class-0", "class-9"])
-    message = r"--val .*: other classes than --train .* \(class-1, class-9 in one of them only\)"
+    message = r"--val .*: other classes than --train .* \(class-1, class-9\)"
     with pytest.raises(UserError, match=message):
         sets_of(shards, other)
     turned = make_shards("turned", num=4, classes=["class-1", "class-0"])
-    with pytest.raises(UserError, match=r"other classes .* \(the same names in another order\)"):
+    with pytest.raises(UserError, match=r"other classes .* \(another order\)"):
         sets_of(shards, turned)
 
 
