@@ -136,9 +136,7 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
         if location.scheme != "file":
             data = read_if_there(url, patience)
         else:
-            require(
-                Path(text).is_dir(), f"{text}: no such folder of shards; see tools/make_shards.py"
-            )
+            require(Path(text).is_dir(), f"{text}: no such folder of shards; see make_shards.py")
             data = Path(url).read_bytes() if Path(url).exists() else None
         if data is not None:
             names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
