@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from contextlib import closing
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,10 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks import fa_overhead, harness, index_scale, loader
-from benchmarks.peers import serve
 from common.errors import UserError
-from pretrain.data.loader import ViewDataset
-from pretrain.data.shards import ShardIndex
 
 STEP = [
     "--device", "cpu", "--width", "4", "--image-size", "32", "--batch-size", "4",
@@ -121,18 +117,6 @@ def test_fa_overhead(tmp_path):
     assert (figures["device"], figures["sizes"]["queue_size"]) == ("cpu", 64)
 
 
-def test_simulated_shards_pass_all_checks_and_take_no_room(tmp_path):
-    index_scale.simulate(tmp_path, num_shards=7, num_samples=1000)
-    index = ShardIndex.open(str(tmp_path))
-    assert sorted(index.shard_sizes) == [142, 143, 143, 143, 143, 143, 143]
-    assert len(np.unique(index.samples["key"])) == 1000
-    tars = sorted(tmp_path.glob("*.tar"))
-    assert sum(path.stat().st_blocks * 512 for path in tars) < 1e6
-    tars[3].write_bytes(b"")  # the checks are the real ones
-    with pytest.raises(UserError, match="cut short"):
-        ShardIndex.open(str(tmp_path))
-
-
 def test_index_scale(tmp_path):
     arguments = [
         "--shards", "7", "--samples", "1000", "--rounds", "1", "--epochs", "3", "--pictures", "16",
@@ -147,24 +131,6 @@ def test_index_scale(tmp_path):
     for found in workers["modes"].values():
         assert (found["num_workers"], len(found["at_rest_mebibytes"])) == (1, 3)
         assert 1 < found["largest_mebibytes"] <= workers["largest_mebibytes"] < 400
-
-
-class Leaking(ViewDataset):
-    """Keeps 4 MiB with every batch."""
-
-    kept: ClassVar[list[np.ndarray]] = []
-
-    def __getitem__(self, request):
-        self.kept.append(np.ones(4 << 20, np.uint8))
-        return super().__getitem__(request)
-
-
-def test_a_leak_of_a_worker_is_seen(tmp_path):
-    index = harness.open_as_shards(harness.encoded_photos(2), tmp_path, 16)
-    dataset = Leaking(index, image_size=32, views=harness.VIEWS, seed=0, with_colours=True)
-    found = index_scale.watch(dataset, 4, 8, 1)
-    index.close()
-    assert found["growth_mebibytes_per_epoch"] == pytest.approx(8, abs=4)  # two batches
 
 
 # --- the loader and its peers
@@ -220,21 +186,3 @@ def test_loader(tmp_path, monkeypatch):
     own_blur = peers["torchvision v1 on Pillow, its own blur, 224 px"]
     assert figures["cpu_vs_pil_own_blur"] == pytest.approx(whole / own_blur)
     assert figures["cpu_vs_lightly"] is None  # no --peers
-
-
-def test_the_pillow_recipe_does_what_it_says():
-    """Both views: all operations happen, as often as the documented settings say."""
-    flat = Image.fromarray(np.full((64, 64, 3), (200, 60, 90), np.uint8))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (serve.MEAN, serve.STD))
-    first, second = serve.pillow_views(32)
-    made = torch.stack([first(flat) for _ in range(300)]) * std + mean
-    gray = (made.amax(1) - made.amin(1)).amax((1, 2)) < 1e-3
-    assert 0.12 < gray.float().mean() < 0.28  # 0.2
-    unchanged = ((made - torch.tensor([200, 60, 90]).view(3, 1, 1) / 255).abs() < 3e-3).all(3)
-    assert 0.1 < unchanged.all(2).all(1).float().mean() < 0.23  # no jitter, not grey: 0.2 * 0.8
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    rough = [
-        statistics.median(float(np.abs(np.diff(view(noise), axis=1)).mean()) for _ in range(30))
-        for view in (first, second)
-    ]
-    assert rough[0] < 0.5 * rough[1]  # the first is blurred always

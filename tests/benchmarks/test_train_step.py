@@ -102,18 +102,6 @@ def test_loop_lars_by_hand():
     assert network.bias.item() == pytest.approx(b, rel=1e-6)
 
 
-def test_ours_is_the_engines_step(arms, folder):
-    """The same weights as the engine's parts give when they are called one by one."""
-    ours = arms["ours"]
-    other = train_step.build_run(folder, SIZES, "cpu", 0, ["engine.precision=fp32"])
-    other.task.model.load_state_dict(ours.run.task.model.state_dict())
-    ours.steps(1)
-    other.step(train_step.batch_of(ours.views))
-    assert ours.run.position.step == 1
-    for key, value in ours.run.task.model.state_dict().items():
-        assert torch.equal(value, other.task.model.state_dict()[key]), key
-
-
 def test_contract(tmp_path):
     before, out = train_step.switches_now(), tmp_path / "step.json"
     assert train_step.main([*TINY, "--peak-tflops", "0.5", "--json", str(out)]) == 0

@@ -107,22 +107,6 @@ def test_random_weights_are_those_of_their_seed():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_random_weights_of_a_checkpoints_architecture(our_checkpoint):
-    path, model = our_checkpoint
-    network = load(f"random:{path}", seed=1)
-    assert network.model.arch == model.online.backbone.arch
-    view = [network.view[key] for key in ("image_size", "mean", "std")]
-    assert view == [48, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
-    assert network.description["kind"] == "random"
-    assert network.description["weights_hash"] != load(path).description["weights_hash"]
-
-
-@pytest.mark.parametrize("source", ["random:R19", "random:no/such.pth"])
-def test_unknown_random_networks_are_refused(source):
-    with pytest.raises(UserError, match=f"{source}: give random: with R18"):
-        load(source)
-
-
 # --- features on the disk
 
 
@@ -226,14 +210,6 @@ def test_a_full_disk_is_reported_before_anything_is_computed(many, weights, tmp_
     monkeypatch.setattr(stored.os, "posix_fallocate", refuse)
     with pytest.raises(DiskFullError, match="or give another --features DIR"):
         features_of(many, weights, tmp_path, stop_after=0)
-
-
-def test_workers_give_the_same_features(many, weights, tmp_path):
-    files = [
-        features_of(many, weights, tmp_path / f"{num}", num_workers=num, passes=1)[0]
-        for num in (0, 1)
-    ]
-    assert files[0].path.read_bytes() == files[1].path.read_bytes()
 
 
 def test_a_bad_picture_is_named(shards, weights, tmp_path):

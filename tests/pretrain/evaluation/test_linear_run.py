@@ -2,10 +2,9 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.config import read_settings
-from common.errors import StoppedBySignal, UserError
+from common.errors import UserError
 from common.resnet import Arch
 from pretrain.config import DataConfig
 from pretrain.data.loader import Loader, ViewDataset
@@ -193,22 +192,6 @@ def test_a_refit_goes_on_without_another_sweep(evaluate, tmp_path, monkeypatch):
     assert (parts["rates"], parts["top1"]) == (whole["rates"], whole["top1"])
 
 
-@pytest.mark.parametrize("config", [FULL, CONFIG])
-def test_a_signal_saves_first(evaluate, tmp_path, monkeypatch, config):
-    train_step = LinearHeads.step
-
-    def signalled(self, batch, position, **options):
-        if position.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(self, batch, position, **options)
-
-    monkeypatch.setattr(LinearHeads, "step", signalled)
-    with pytest.raises(StoppedBySignal, match=r"SIGTERM after step 6; .*--resume"):
-        evaluate(config)
-    assert checkpoint.read(tmp_path / "out" / checkpoint.NAME)["position"]["step"] == 6
-    assert not (tmp_path / "out" / "linear.json").exists()
-
-
 def test_a_checkpoint_of_another_evaluation_is_refused(evaluate, tmp_path):
     with pytest.raises(UserError, match="36 samples do not fill one batch of 64"):
         evaluate(replace(FULL, batch_size=64), "none")
@@ -257,23 +240,6 @@ def test_a_refit_is_a_training_on_all_labels_at_the_chosen_rate(evaluate):
     assert (alone["top1"], alone["per_class"]) == (refitted["top1"], refitted["per_class"])
 
 
-def test_the_held_out_part_is_judged_on_central_crops(evaluate, monkeypatch):
-    """With passes of random crops the file that is scored is another than the one trained on."""
-    views = []
-
-    def noted(heads, features, *arguments):
-        views.append(features.facts["view"])
-        return score(heads, features, *arguments)
-
-    score = run.score
-    monkeypatch.setattr(run, "score", noted)
-    result = evaluate(replace(CONFIG, passes=2))
-    assert views == [views[0]] * 3
-    assert isinstance(views[0]["crop"], str)
-    assert result["preprocessing"]["training"]["random_resized_crop"] == [0.08, 1.0]
-    assert result["feature_bytes"] == (2 * 40 + 40 + 24) * 64 * 4
-
-
 def test_a_fraction_is_written_down_and_can_be_named_again(evaluate, tmp_path):
     first = evaluate(replace(CONFIG, fraction=0.5), "first")
     assert first["data"]["train"]["num_used"] == 20
@@ -298,12 +264,6 @@ def test_knn_grid_equals_the_probes_knn_in_each_cell(evaluate, frozen, shards, v
             assert [[value]] == knn_grid(*bank, *queries, ks=[k], temperatures=[temperature])
     assert result["top1"] == knn["top1"][2][1]  # k = 20, temperature 0.07
     assert result["rates"] == []
-
-
-def test_knn_takes_what_there_is_and_refuses_more(evaluate):
-    assert evaluate(replace(CONFIG, protocol="knn"))["knn"]["ks"] == [1, 5, 10, 20]
-    with pytest.raises(UserError, match="knn_k=41, but only 40 training samples are used"):
-        evaluate(replace(CONFIG, protocol="knn", knn_k=[5, 41]), "other")
 
 
 # --- folders and results

@@ -152,15 +152,6 @@ def test_rows_that_are_not_finite_are_left_out():
     assert_same_state(*results)
 
 
-def test_a_batch_without_labels_counts_nothing():
-    backbone = Backbone()
-    probe = OnlineProbe(backbone, 3, 0.1, CPU)
-    seen_by(probe, backbone, torch.randn(2, 4, 5))
-    probe.step(torch.full((4,), -1))
-    assert probe.figures() == {}
-    assert float(probe.classifier.weight.detach().abs().max()) == 0
-
-
 # --- what it needs
 
 

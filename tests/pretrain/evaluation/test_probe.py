@@ -13,7 +13,7 @@ from common.errors import UserError
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.shards import ShardIndex
 from pretrain.evaluation import probe as probe_module
-from pretrain.evaluation.probe import Probe, extract_features, knn_grid, normalise
+from pretrain.evaluation.probe import Probe, extract_features, knn_grid
 from pretrain.features.memory_bank import top_k
 
 CPU = torch.device("cpu")
@@ -152,11 +152,6 @@ def test_k_and_temperature_matter():
     assert grid == [[1.0, 1.0], [1.0, 0.0]]
 
 
-def test_a_class_that_the_bank_lacks_is_simply_wrong():
-    bank, bank_labels, queries, _ = data(n=3)
-    assert knn(bank, bank_labels, queries, torch.tensor([9, 9, 9]), k=5, temperature=1) == 0
-
-
 # --- the probe
 
 
@@ -177,10 +172,6 @@ def config(shards):
     return EvalConfig(probe_train=str(shards), probe_val=str(shards), knn_k=3)
 
 
-def test_no_probe_where_none_is_set():
-    assert Probe.open(EvalConfig(), DATA, CPU) is None
-
-
 def test_k_and_temperature_reach_the_classifier(config, monkeypatch):
     assert Probe.open(replace(config, knn_k=1), DATA, CPU).top1(MeanColour()) == 1.0
     seen = {}
@@ -199,13 +190,6 @@ def test_half_precision_finds_the_same(config, name):
     assert probe.top1(MeanColour()) == pytest.approx(exact, abs=0.1)  # 4 of 40; a hard case
 
 
-def test_image_size_is_the_probe_s_own_or_the_training_s(config):
-    for own, expected in ((0, 32), (48, 48)):
-        backbone = MeanColour()
-        Probe.open(replace(config, image_size=own), DATA, CPU).top1(backbone)
-        assert {shape[2:] for shape in backbone.seen} == {(expected, expected)}
-
-
 def test_what_cannot_work_is_refused(config, unlabelled_shards):
     for changes, message in (
         ({"probe_val": str(unlabelled_shards)}, r"eval\.probe_val .*: 24 of 24 samples have no la"),
@@ -217,14 +201,6 @@ def test_what_cannot_work_is_refused(config, unlabelled_shards):
 
 
 # --- features
-
-
-def test_normalise_equals_numpy():
-    images = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8)
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    expected = (images.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    np.testing.assert_allclose(normalise(images, mean, std).numpy(), expected, atol=1e-6)
-    assert images.dtype == torch.uint8
 
 
 def test_features_come_in_index_order_whatever_the_batch(shards):
