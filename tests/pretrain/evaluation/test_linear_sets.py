@@ -50,11 +50,6 @@ def test_a_smaller_fraction_lies_within_a_larger_one(labelled):
     assert small < large
 
 
-def test_less_than_one_sample_a_class_is_refused(labelled):
-    with pytest.raises(UserError, match=r"fraction=0.0001 of 1000 samples is less than one .* 5 "):
-        balanced(labelled[0], labelled[1], 0.0001, seed=0)
-
-
 def test_the_held_out_part_is_stratified_and_independent_of_the_fraction(labelled):
     labels, keys = labelled
     held_out = stratified(labels, keys, 0.1, seed=0)
