@@ -112,8 +112,10 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
                 with packages.unpacked(source, cache) as package:
                     _copy_listed(package, files, partial)
                 # A .deb is called NAME_VERSION_ARCHITECTURE.deb.
-                label, version = f"{source.name}_".split("_")[:2]
-                versions[label] = version.replace("%3a", ":") or "unpacked"
+                label, version, _ = (source.name if source.is_file() else "all_unpacked_").split(
+                    "_"
+                )
+                versions[label] = version.replace("%3a", ":")
             write_json(partial / "library.json", {"packages": versions})
             if not root.exists():
                 partial.rename(root)
