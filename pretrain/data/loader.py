@@ -143,6 +143,16 @@ class Reply:
             self.batch = self.batch.pin_memory()
         return self
 
+    def checked(self) -> ViewBatch:
+        """The batch, where no sample may be replaced.
+
+        Raises:
+            UserError: If one is bad, or there is no batch.
+        """
+        if reason := self.error or next(iter(self.bad.values()), None):
+            raise UserError(f"{reason}; repair or remove it and make the shards again")
+        return self.batch
+
 
 class BadSamples:
     """The samples that one process replaced so far, and how many may be.
@@ -485,6 +495,4 @@ def central_crops(
         for ids in np.split(numbers, range(batch_size, len(numbers), batch_size))
     ]
     for reply in start_workers(dataset, requests, num_workers):
-        if reason := reply.error or next(iter(reply.bad.values()), None):
-            raise UserError(f"{reason}; repair or remove it and make the shards again")
-        yield reply.batch
+        yield reply.checked()

@@ -113,7 +113,7 @@ def test_stride_in_another_place_is_seen_although_all_tensors_are_equal(ours: Pa
     right = features(network, state, image)
     for stage in ("res3", "res4", "res5"):
         block = network.get_submodule(f"{stage}.0")
-        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)  # type: ignore[union-attr]
     stages = compare(right, features(network, state, image))
     assert stages["res2"] == 0
     assert min(stages[stage] for stage in ("res3", "res4", "res5")) > 1e-2

@@ -239,6 +239,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-2000])  # also damages its link, step-00000003.pth
     found, note = load_newest(tmp_path)
     assert found["step"] == 2
+    assert note is not None
     assert "damaged" in note
     assert "step-00000002.pth (step 2) instead" in note
     for file in (tmp_path / "checkpoints").iterdir():

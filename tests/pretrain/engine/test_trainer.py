@@ -168,6 +168,7 @@ class Again:
         with torch.no_grad():
             for w, m in zip(self.parameters, self.momenta, strict=True):
                 g = w.grad
+                assert g is not None
                 if w.ndim > 1:
                     g = g + 1e-6 * w
                     g = g * 1e-3 * w.norm() / g.norm()
