@@ -29,8 +29,7 @@ from common.files import write_json
 from common.provenance import versions
 from pretrain.collectives import choose_device
 from pretrain.data.loader import ViewDataset
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.shards import ShardIndex
 

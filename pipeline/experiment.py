@@ -23,9 +23,8 @@ from common.files import read_json_or_none, write_json
 from pipeline import results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
-from pipeline.plan import build_stages, dataset_folder
+from pipeline.plan import Stage, build_stages, clock, dataset_folder, digest
 from pipeline.run import SAVE_SECONDS, Decision, Limits, Progress, Runner, TimeIsUp, is_named
-from pipeline.stages import Stage, clock, digest
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS_FILE = "checks.json"

@@ -10,7 +10,7 @@ from common import stats
 from common.files import is_number, read_json_or_none, write_json
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS, FROZEN
-from pipeline.stages import read_run
+from pipeline.plan import read_run
 
 METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes

@@ -24,7 +24,7 @@ from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
 from common.files import inside, remove
 from pipeline.jobs import ClusterJob, CommandJob, Finished, LocalJob, SlurmSettings, last_line
-from pipeline.stages import Stage, StageStore, clock, digest, explain, input_digest, lock, now
+from pipeline.plan import Stage, StageStore, clock, digest, explain, input_digest, lock, now
 
 SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
 GRACE_SECONDS = 30.0

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from common.config import check_keys, dotted, read_yaml
 from common.errors import UserError, require
 from pipeline import config as schema
+from pipeline.plan import digest
 from pipeline.results import METRICS as DETECTION_METRICS
-from pipeline.stages import digest
 
 METRICS = ("knn", "linear")
 NAME_LENGTH = 12  # of a cell's hash

@@ -81,7 +81,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Compare two files and print the report."""
-    from detection.convert.parity import TOLERANCE, text, verify
+    from detection.convert import TOLERANCE, text, verify
 
     report = verify(
         *arguments.verify,
@@ -97,7 +97,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert a file and print what became of it."""
     from common.backbone import parse_preprocessing, read_backbone
-    from detection.convert.to_detectron2 import convert
+    from detection.convert import convert
 
     source = read_backbone(
         arguments.checkpoint,

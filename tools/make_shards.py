@@ -20,8 +20,7 @@ from common.errors import (
 )
 from common.files import write_json
 from pipeline.datasets.importers import open_source
-from pretrain.data.pack import Cluster, WriteReport, write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import Cluster, ShardOptions, SourcePicture, WriteReport, write_shards
 from pretrain.data.shard_info import format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 

@@ -20,8 +20,7 @@ from common import checkpoints, provenance
 from common.annotations.record import SetChoice, read_set
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
-from detection.evaluation.evaluate import evaluate_detector
-from detection.evaluation.metrics import METRICS
+from detection.evaluation.evaluate import METRICS, evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from detection.training.run import (

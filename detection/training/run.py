@@ -28,7 +28,7 @@ from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.config import dotted
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
-from detection.evaluation.metrics import METRICS, Evaluation
+from detection.evaluation.evaluate import METRICS, Evaluation
 from detection.training.config import arch_of_config, check_device, load_config
 from detection.training.data import register
 from detection.training.trainer import Trainer

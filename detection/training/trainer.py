@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 from common.annotations.record import LabelledSet
 from common.files import read_json_lines, remove_partial_files, write_json_lines
 from common.resnet import BLOCKS_PER_STAGE
-from detection.evaluation.evaluate import evaluate_detector, evaluated_split
-from detection.evaluation.metrics import Evaluation
+from detection.evaluation.evaluate import Evaluation, evaluate_detector, evaluated_split
 from detection.training.data import build_test_loader, build_train_loader, derive_seed
 from detection.training.weights import (
     RunCheckpointer,

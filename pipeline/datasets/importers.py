@@ -19,8 +19,7 @@ from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
 from common.pictures import BadPicture, decode_fast, read_header
-from pipeline.datasets import packages
-from pipeline.datasets.sets import Card, make_set
+from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
 
@@ -292,8 +291,8 @@ def import_fashion(
         place, source = "usr/share/datasets/fashion-mnist", SYSTEM
         kinds = ("images-idx3", "labels-idx1")
         if not (SYSTEM / place).is_dir():
-            (source,) = packages.fetched([FASHION_PACKAGE], cache, "31 MB")
-        with packages.unpacked(source, cache) as package:
+            (source,) = fetched([FASHION_PACKAGE], cache, "31 MB")
+        with unpacked(source, cache) as package:
             (train, train_labels), (test, test_labels) = (
                 [read_idx(package / place / f"{part}-{kind}-ubyte.gz") for kind in kinds]
                 for part in ("train", "t10k")

@@ -17,8 +17,9 @@ import zstandard
 
 from common.errors import UserError, require
 from common.files import read_json, write_json
-from pipeline.datasets import packages, scene, shapes
+from pipeline.datasets import scene, shapes
 from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, generator
+from pipeline.datasets.sets import fetched, newest_package, unpacked
 
 VERSION = 3  # raise it whenever the pictures of given options change
 _MAMMALS = ("hoofed", "carnivore", "smallmammal")
@@ -86,11 +87,11 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
         UserError: If packages cannot be had or do not hold the listed pictures.
     """
     if packages_dir is None:
-        sources = packages.fetched(PACKAGES, cache, "up to 213 MB")
+        sources = fetched(PACKAGES, cache, "up to 213 MB")
     elif (packages_dir / "usr/share").is_dir():
         sources = [packages_dir]
     else:
-        sources = [path for x in PACKAGES if (path := packages.newest(packages_dir, x))]
+        sources = [path for x in PACKAGES if (path := newest_package(packages_dir, x))]
         require(
             len(sources) == len(PACKAGES),
             f"--packages-dir {packages_dir}: not all of {', '.join(PACKAGES)} are there; fetch "
@@ -109,7 +110,7 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
         partial, versions = root.with_name(f"{root.name}.partial-{os.getpid()}"), {}
         try:
             for source in sources:
-                with packages.unpacked(source, cache) as package:
+                with unpacked(source, cache) as package:
                     _copy_listed(package, files, partial)
                 # A .deb is called NAME_VERSION_ARCHITECTURE.deb.
                 label, version, _ = (source.name if source.is_file() else "all_unpacked_").split(

@@ -29,10 +29,10 @@ from common.files import is_number, read_json_lines, read_json_or_none, sha256_o
 from common.stats import mean_std
 from pipeline import results
 from pipeline.config import FROZEN
+from pipeline.plan import RUN_FILE, clock, read_run
 from pipeline.report import charts, runs
 from pipeline.report.runs import Item, RunInfo
 from pipeline.results import Detection
-from pipeline.stages import RUN_FILE, clock, read_run
 
 HERE = Path(__file__).resolve().parent
 DASH = "\u2013"

@@ -6,7 +6,7 @@ from common import resnet as layouts
 from common.backbone import ReferenceResNet, tensor_shapes
 from common.errors import UserError
 from common.resnet import Arch, infer_arch, read_arch
-from detection.convert.parity import build_bare_resnet
+from detection.convert import build_bare_resnet
 
 ARCHS = {
     18: Arch(18, 64, 64, 64),

@@ -8,7 +8,7 @@ import torch
 
 from common.backbone import IMAGENET, read_backbone
 from common.resnet import Arch
-from detection.convert.to_detectron2 import convert
+from detection.convert import convert
 from tests.detection.tiny_detection import CONFIGS, make_voc
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
 

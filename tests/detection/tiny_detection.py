@@ -19,8 +19,7 @@ from common.annotations.record import (
     make_folders,
     read_set,
 )
-from detection.evaluation.evaluate import Collector
-from detection.evaluation.metrics import DetectedBoxes
+from detection.evaluation.evaluate import Collector, DetectedBoxes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "detection"

@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.annotations.record import LabelledSet
-from detection.evaluation.evaluate import evaluate_detector
-from detection.evaluation.metrics import Evaluation
+from detection.evaluation.evaluate import Evaluation, evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 

@@ -15,8 +15,7 @@ import yaml
 from PIL import Image
 
 from pretrain.__main__ import main as pretrain
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from tests.golden.gate import check, digest
 
 pytestmark = pytest.mark.slow

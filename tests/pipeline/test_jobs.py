@@ -16,8 +16,8 @@ from common.errors import RunFailed, UserError
 from common.files import read_json
 from pipeline.experiment import add_run_options, limits_of
 from pipeline.jobs import ClusterJob, CommandJob, SlurmSettings
+from pipeline.plan import Stage
 from pipeline.run import Limits, Progress, Runner
-from pipeline.stages import Stage
 
 
 def job(tmp_path: Path, code: str) -> CommandJob:

@@ -9,8 +9,8 @@ import pytest
 from common.errors import RunFailed, UserError
 from common.files import inside, remove
 from pipeline.jobs import last_line
+from pipeline.plan import Stage, lock, read_run
 from pipeline.run import Limits, Progress, Runner
-from pipeline.stages import Stage, lock, read_run
 
 COPY = """
 import pathlib, sys
@@ -232,7 +232,7 @@ def test_links_are_unlinked_not_followed(tmp_path):
 
 def test_two_runs_in_one_folder_refuse_each_other(world, monkeypatch):
     world.out.mkdir()
-    monkeypatch.setattr("pipeline.stages._LOCK_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.plan._LOCK_WAIT_SECONDS", 0.0)
     with lock(world.out), pytest.raises(UserError, match="another run is going on"):
         world.run()
 

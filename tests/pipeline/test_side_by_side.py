@@ -14,8 +14,8 @@ import pytest
 from common.errors import RunFailed
 from pipeline import run
 from pipeline.jobs import session_members
+from pipeline.plan import Stage, read_run
 from pipeline.run import Limits, Progress, Runner, TimeIsUp
-from pipeline.stages import Stage, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 # A stage: says that it has begun, waits for files of others or of the test, leaves its output.

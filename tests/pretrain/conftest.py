@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pretrain.config import FAConfig, HeadConfig
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.features.augmentations.base import FeatureAugmentation
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive

@@ -15,8 +15,7 @@ import yaml
 
 from common.checkpoints import checksum
 from common.files import read_json_lines
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

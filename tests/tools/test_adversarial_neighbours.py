@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import SourcePicture
+from pretrain.data.pack import SourcePicture, write_shards
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
-from pretrain.evaluation import robustness
-from pretrain.evaluation.robustness import NeighbourStudy
 from pretrain.run import make_trainer
+from tools import adversarial_neighbours as robustness
 from tools import adversarial_neighbours as tool
+from tools.adversarial_neighbours import NeighbourStudy
 
 CONFIG = """\
 data: {image_size: 32, batch_size: 16, num_workers: 0}

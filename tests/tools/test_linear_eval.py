@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from common.resnet import Arch
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
 from pretrain.model.resnet import ResNet
 from tools import linear_eval as tool

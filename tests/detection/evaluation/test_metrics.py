@@ -21,8 +21,14 @@ from benchmarks.voc_eval_parity import (
 )
 from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
-from detection.evaluation.evaluate import detection_rows
-from detection.evaluation.metrics import ClassFigures, Curve, coco_metric, curve_points, voc_metric
+from detection.evaluation.evaluate import (
+    ClassFigures,
+    Curve,
+    coco_metric,
+    curve_points,
+    detection_rows,
+    voc_metric,
+)
 from tests.detection.tiny_detection import (
     CLASSES,
     Detection,

@@ -13,8 +13,7 @@ from detectron2.utils import comm
 from torch.multiprocessing.spawn import spawn
 
 from common.annotations.record import read_set
-from detection.evaluation.evaluate import Collector, detection_rows
-from detection.evaluation.metrics import coco_metric, voc_metric
+from detection.evaluation.evaluate import Collector, coco_metric, detection_rows, voc_metric
 from tests.detection.tiny_detection import instances_of, make_detections, make_voc
 
 NUM_PROCESSES = 2

@@ -14,7 +14,7 @@ from torch import nn
 import detection.training.trainer  # noqa: F401  (registers the C4 head)
 from common.errors import UserError
 from common.resnet import Arch
-from detection.convert.parity import to_detectron2
+from detection.convert import to_detectron2
 from detection.training.config import load_config, parse_overrides
 from detection.training.weights import (
     RunCheckpointer,

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline import results
+from pipeline.plan import read_run
 from pipeline.report import charts, report, runs
-from pipeline.stages import read_run
 from tests.pipeline.report.run_fixture import (
     ARM_LEVELS,
     CLASSES,

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions
+from pretrain.data.pack import ShardOptions, write_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import sources, write_pictures
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import settings
 from PIL import Image
 
-from pretrain.data.pack_plan import SourcePicture
+from pretrain.data.pack import SourcePicture
 
 NUM_PICTURES = 40
 seeded = settings(deadline=None, derandomize=True)  # on a busy machine any example may be slow

@@ -14,8 +14,7 @@ import pytest
 from common.errors import UserError
 from common.files import DiskFullError
 from pretrain.data import pack as writer
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.data.shard_info import verify_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import (

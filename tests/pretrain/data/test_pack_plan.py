@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from pretrain.data.index import key_and_suffix
-from pretrain.data.pack_plan import ShardOptions, make_keys, make_plan, split_evenly
+from pretrain.data.pack import ShardOptions, make_keys, make_plan, split_evenly
 from tests.pretrain.data.picture_helpers import seeded, sources
 
 # -- shards of nearly equal size ------------------------------------------------------------------

@@ -23,12 +23,13 @@ from pretrain.data import pack
 from pretrain.data.pack import (
     PARTS,
     Cluster,
+    ShardOptions,
     ShareOfShards,
+    make_plan,
     only_writer,
     run_tasks,
     write_shards,
 )
-from pretrain.data.pack_plan import ShardOptions, make_plan
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import contents, sources, write_pictures
 from tools import make_shards

@@ -6,8 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.files import sha256_of
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.data.shard_info import MAX_SHARDS_LOOKED_AT, format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 from tests.pretrain.data.picture_helpers import encode, smooth_picture, write_tar

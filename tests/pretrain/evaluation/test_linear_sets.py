@@ -7,8 +7,7 @@ import pytest
 from common.errors import UserError
 from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.order import OrderedSamples, SourceSizes
-from pretrain.data.pack import write_shards
-from pretrain.data.pack_plan import ShardOptions, SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.data.policy import Crop, ViewPolicy
 from pretrain.data.shards import ShardIndex, Subset
 from pretrain.evaluation.linear.config import LinearConfig

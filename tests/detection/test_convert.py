@@ -18,9 +18,8 @@ from common.backbone import IMAGENET, read_backbone
 from common.errors import UserError
 from common.files import sha256_of
 from common.resnet import Arch
-from detection.convert import to_detectron2 as conversion
-from detection.convert.parity import STAGES, build_bare_resnet
-from detection.convert.to_detectron2 import convert, place
+from detection import convert as conversion
+from detection.convert import STAGES, build_bare_resnet, convert, place
 from detection.training.config import load_config, set_arch
 from detection.training.weights import check_card, load_backbone, write_weights
 from tests.detection.tiny_detection import CONFIGS, liven_norms
@@ -159,9 +158,9 @@ def test_nothing_is_written_when_features_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = read_backbone(save(torchvision_state(), tmp_path / "a.pth"))
-    swapped = conversion.parity.to_detectron2(source.tensors)
+    swapped = conversion.to_detectron2(source.tensors)
     swapped["res4.0.conv1.weight"] = swapped["res4.0.conv1.weight"].flip(0)
-    monkeypatch.setattr(conversion.parity, "to_detectron2", lambda _: swapped)
+    monkeypatch.setattr(conversion, "to_detectron2", lambda _: swapped)
     with pytest.raises(UserError, match=r"features differ.*res4 .*nothing was written"):
         convert(source, tmp_path / "out.pkl", size=64)
     assert not list(tmp_path.glob("out*"))

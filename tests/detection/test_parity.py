@@ -14,16 +14,16 @@ import torch
 from common.backbone import read_backbone
 from common.files import sha256_of
 from common.resnet import Arch
-from detection.convert.parity import (
+from detection.convert import (
     build_bare_resnet,
     compare,
     comparison_picture,
+    convert,
     features,
     relative_difference,
     to_detectron2,
     verify,
 )
-from detection.convert.to_detectron2 import convert
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
 
