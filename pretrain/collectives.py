@@ -37,6 +37,8 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     ``auto`` takes bf16 where the hardware computes in it. On a CPU without AVX512-BF16 or AMX it is
     emulated, and slower than fp32.
     """
+    if precision == "fp16":
+        return torch.float16
     is_bf16 = precision == "bf16"
     if precision == "auto" and device.type == "cuda":
         is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

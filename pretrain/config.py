@@ -221,7 +221,8 @@ class EngineConfig:
     """How the loop runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is native
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
+    min_loss_scale: float = 1.0  # fp16: the run stops where the loss scale falls below
     tf32: bool = True  # on a GPU, fp32 products rounded to 10 bits; neighbours are searched exactly
     channels_last: bool = True
     compile: bool = False  # the backbone, by torch.compile; takes minutes before the first step
@@ -231,6 +232,7 @@ class EngineConfig:
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 2  # the newest ones stay in checkpoints/; 2: one to fall back on
+    keep_every_steps: int = 0  # checkpoints at multiples of this stay for good; 0: none
     on_collapse: Literal["warn", "stop"] = "warn"  # pretrain/engine/guards.py
     collapse_std: float = 0.1  # alarm below this feature_std; 0.1: mean cosine 0.99; 0: never
     collapse_rank: float = 2.0  # alarm below this effective rank; 0: never
@@ -240,8 +242,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "engine", log_every_steps=1, checkpoint_every_steps=1)
-        at_least(self, "engine", collapse_patience=1, num_threads=0, keep_checkpoints=0)
+        at_least(self, "engine", collapse_patience=1, num_threads=0)
+        at_least(self, "engine", keep_checkpoints=0, keep_every_steps=0)
         at_least(self, "engine", collapse_std=0, collapse_rank=0, watchdog_seconds=0)
+        positive(self, "engine", "min_loss_scale")
         require(
             not (self.compile and self.activation_checkpointing),
             "engine.compile=true and engine.activation_checkpointing=true do not go together: a "
@@ -318,6 +322,11 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        require(
+            self.engine.precision != "fp16" or self.adversarial.epsilon == 0,
+            "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "
+            "lost in fp16; use bf16 or fp32",
+        )
         refuse_without_gradient(self.objective, self.fa)
         micro, batch = self.optim.micro_batch_size, self.data.batch_size
         if micro == 0:

@@ -32,6 +32,7 @@ class Gradients:
         optim: ``micro_batch_size`` (of all processes together; 0: no micro-batches) and
             ``accumulation``.
         autocast: A fresh context for every forward pass.
+        scale: Of the loss that backward is called on, for fp16; gradients stay scaled.
 
     Raises:
         UserError: If the micro-batches cannot be shared out among the processes.
@@ -41,6 +42,7 @@ class Gradients:
     forward: nn.Module
     optim: OptimConfig
     autocast: Callable[[], contextlib.AbstractContextManager]
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss
 
     def __post_init__(self) -> None:
         size, world_size = self.optim.micro_batch_size, dist.world_size()
@@ -72,7 +74,7 @@ class Gradients:
                 output = self.forward(views[:, part], compare)
                 share = output.loss / len(parts)
             with record_function("backward"), self._sync(part is parts[-1]):
-                share.backward()
+                self.scale(share).backward()
             total += share.detach()
             outputs.append(replace(output, loss=output.loss.detach()))
         outputs[0] = replace(outputs[0], loss=total)
@@ -104,7 +106,7 @@ class Gradients:
             whole = slice(0, views.shape[1])
             output = self._compare(t, views, whole, generator, progress)(cached)
         with record_function("backward"):
-            output.loss.backward()
+            self.scale(output.loss).backward()
         assert cached.grad is not None
         # Second pass, with graph: each micro-batch's projections again, from the same random
         # state, and the cached gradient through them. DDP waits for the heads' gradients too.

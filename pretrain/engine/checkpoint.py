@@ -133,7 +133,7 @@ class Checkpoints(Callback):
 
     Args:
         folder: The run's folder.
-        config: ``keep_checkpoints``.
+        config: ``keep_checkpoints`` and ``keep_every_steps``.
         parameters: What must be finite in a checkpoint.
     """
 
@@ -215,20 +215,25 @@ class Checkpoints(Callback):
     def _write(self, state: dict[str, Any], step: int) -> None:
         try:
             save(state, self._path)
-            keep(self._path, step, self._config.keep_checkpoints)
+            keep(self._path, step, self._config.keep_checkpoints, self._config.keep_every_steps)
         except BaseException as error:  # raised again in the training's thread
             self._error = error
 
 
-def keep(path: Path, step: int, num_kept: int) -> None:
+def keep(path: Path, step: int, num_kept: int, kept_every_steps: int = 0) -> None:
     """Keep the newest checkpoints as hard links (or copies) in ``checkpoints/``.
 
     Args:
         path: The newest.
         step: Its step.
         num_kept: How many stay.
+        kept_every_steps: Those at multiples of this step stay besides; 0: none.
     """
-    if num_kept == 0:
+
+    def stays(number: int) -> bool:
+        return kept_every_steps > 0 and number % kept_every_steps == 0
+
+    if num_kept == 0 and not stays(step):
         return
     folder = path.parent / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -238,7 +243,8 @@ def keep(path: Path, step: int, num_kept: int) -> None:
         os.link(path, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
-    for old in sorted(folder.glob("step-*.pth"))[:-num_kept]:
+    passing = [file for file in folder.glob("step-*.pth") if not stays(int(file.stem[5:]))]
+    for old in sorted(passing, reverse=True)[num_kept:]:
         old.unlink()
 
 

@@ -64,12 +64,13 @@ class ContrastiveTask:
         self.num_steps = input_pipeline.num_steps * config.optim.epochs
         self.data_fingerprint = input_pipeline.fingerprint
         self.autocast_type = dist.autocast_type(config.engine.precision, device)
-        self.guard = NonFiniteGuard(folder, model, device)
+        self.guard = NonFiniteGuard(config.engine, folder, model, device)
         forward: nn.Module = model.online
         if dist.is_on():
             devices = [device] if device.type == "cuda" else None
             forward = DistributedDataParallel(forward, device_ids=devices, broadcast_buffers=False)
-        self.gradients = Gradients(model, forward, config.optim, self.autocast)
+        scale = self.guard.scaler.scale
+        self.gradients = Gradients(model, forward, config.optim, self.autocast, scale)
 
     def autocast(self) -> torch.autocast:
         """A fresh context in which forward passes run."""
@@ -82,7 +83,7 @@ class ContrastiveTask:
         """One optimiser step: forward, loss, backward, update, EMA and queue; see ``Task``.
 
         Raises:
-            NonFiniteLossError: Loss or gradients are not finite.
+            NonFiniteLossError: Loss or gradients are not finite, or fp16 cannot hold gradients.
         """
         config, step, progress = self.config, position.step, position.step / self.num_steps
         factor = lr_factor(config.optim, step, self.num_steps)
@@ -96,25 +97,32 @@ class ContrastiveTask:
         first, loss = outputs[0], outputs[0].loss.detach()
         self.model.before_update(step)
         with record_function("guards"):
-            self.guard.check(batch.samples, loss, position, is_due=is_logged or is_saved)
-        with record_function("optimiser"):
-            self.optimizer.step()
-        # The queue's figures are those before the batch itself enters.
-        ids, labels, queue = batch.samples.sample_ids, batch.samples.labels, {}
-        if is_logged:
-            num = len(first.projection)
-            queue = self.model.queue_report(first, ids[:num], labels[:num])
-        tau = config.objective.tau(step, self.num_steps)
-        self.model.after_optimizer_step(tau, outputs, ids, labels)
+            has_overflowed = self.guard.check(
+                batch.samples, loss, self.optimizer, position, is_due=is_logged or is_saved
+            )
+        queue = {}
+        if not has_overflowed:
+            with record_function("optimiser"):
+                self.optimizer.step()
+            # The queue's figures are those before the batch itself enters.
+            ids, labels = batch.samples.sample_ids, batch.samples.labels
+            if is_logged:
+                num = len(first.projection)
+                queue = self.model.queue_report(first, ids[:num], labels[:num])
+            tau = config.objective.tau(step, self.num_steps)
+            self.model.after_optimizer_step(tau, outputs, ids, labels)
         figures, histograms = {}, {}
         if is_logged and dist.rank() == 0:
             with record_function("logging"):
                 figures = {"lr": lr, **first.figures(), "fa_active": int(first.is_augmented)}
                 figures |= queue
+                if self.guard.scaler.is_enabled():
+                    figures["loss_scale"] = self.guard.scaler.get_scale()
+                    figures["num_overflow_steps"] = position.num_overflow_steps + has_overflowed
                 every = ROWS_PER_HISTOGRAM * config.engine.log_every_steps
                 if (step + 1) % every == 0 or step + 1 == self.num_steps:
                     histograms = first.histograms()
-        return StepResult(loss, figures, histograms, output=first)
+        return StepResult(loss, figures, histograms, has_overflowed, first)
 
     def state_dict(self) -> dict[str, Any]:
         """All but position and random state, which the loop adds."""
@@ -130,6 +138,7 @@ class ContrastiveTask:
             "model": self.model.online.state_dict(),
             "ema": None if ema is None else ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.guard.scaler.state_dict(),
             "schedule": {"num_steps": self.num_steps, "data_fingerprint": self.data_fingerprint},
             "queue": None if queue is None else queue.state_dict(),
             "negatives": None if memory is None else memory.state_dict(),
@@ -159,6 +168,8 @@ class ContrastiveTask:
             if self.model.memory is not None:
                 self.model.memory.load_state_dict(state["negatives"])
             load_state(self.optimizer, state["optimizer"])
+            if state.get("scaler"):  # of a run in fp16
+                self.guard.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 "the checkpoint does not fit this config "

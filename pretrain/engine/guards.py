@@ -43,20 +43,30 @@ _ECHO_SECONDS = 5.0
 
 
 class NonFiniteGuard:
-    """Looks at loss and gradient norm between the backward pass and the update.
+    """Looks at loss and gradients between the backward pass and the update.
 
     It looks at every step of a single process on a CPU, elsewhere at the steps that are logged or
     saved, so that a GPU is not waited for. The first step that was not finite is known exactly in
     either case. All processes decide alike.
 
+    In fp16 it looks at every step: gradients that are too large for the loss scale lower the scale,
+    and the update is left out.
+
     Args:
+        config: ``precision`` and ``min_loss_scale``.
         folder: The run's folder.
         model: Of the gradients.
         device: Where steps run.
+    Attributes:
+        scaler: Of the loss. Starts at 65,536, halves at an overflow, doubles after 2,000 steps
+            without; the identity but in fp16.
     """
 
-    def __init__(self, folder: Path, model: FAContrastive, device: torch.device) -> None:
-        self._folder, self._device = folder, device
+    def __init__(
+        self, config: EngineConfig, folder: Path, model: FAContrastive, device: torch.device
+    ) -> None:
+        self._folder, self._device, self._min_scale = folder, device, config.min_loss_scale
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._is_always_due = device.type == "cpu" and not dist.is_on()
         self._parameters = list(model.online.parameters())
         # Steps that were not looked at yet: number from 1 on, the local samples, and float64 [2]:
@@ -64,24 +74,45 @@ class NonFiniteGuard:
         self._seen: list[tuple[int, ViewBatch, Tensor]] = []
 
     @torch.no_grad()
-    def check(self, samples: ViewBatch, loss: Tensor, position: Position, *, is_due: bool) -> None:
-        """After the backward pass, before the update.
+    def check(
+        self,
+        samples: ViewBatch,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        position: Position,
+        *,
+        is_due: bool,
+    ) -> bool:
+        """After the backward pass; gradients become those of the loss without its scale.
 
         Args:
             samples: This process's part of the batch.
             loss: Of this process's rows, without graph.
+            optimizer: Of the parameters.
             position: Before this step; only read.
             is_due: The device is waited for at this step anyway: it is logged or saved.
 
+        Returns:
+            Whether the update must be left out, since gradients were too large for fp16.
+
         Raises:
-            NonFiniteLossError: Loss or gradients are not finite; the step's batch is on the disk.
+            NonFiniteLossError: Loss or gradients are not finite, and the step's batch is on the
+                disk; or the loss scale has fallen below its least.
         """
-        # The gradients are the same in all processes.
-        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        # The gradients are the same in all processes, so the scale is as well.
+        has_overflowed = False
+        if self.scaler.is_enabled():
+            scale = self.scaler.get_scale()
+            self.scaler.unscale_(optimizer)
+            self.scaler.update()
+            has_overflowed = self.scaler.get_scale() < scale
+        # After an overflow the loss alone says whether the step was good.
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = loss.new_zeros(()) if has_overflowed else nn.utils.get_total_norm(gradients)
         figures = torch.stack([loss.double(), norm.double()])
         self._seen.append((position.step + 1, samples, figures))
-        if not (self._is_always_due or is_due):
-            return
+        if not (self._is_always_due or is_due or has_overflowed):
+            return False
         # The first step that was not finite in any process.
         seen, self._seen = self._seen, []
         bad = (~torch.stack([figures for *_, figures in seen]).isfinite().all(dim=1)).tolist()
@@ -89,7 +120,13 @@ class NonFiniteGuard:
         if dist.is_on():
             first = -int(dist.highest(torch.tensor(-first, device=self._device)))
         if first == _NONE:
-            return
+            if has_overflowed and self.scaler.get_scale() < self._min_scale:
+                raise NonFiniteLossError(
+                    f"the loss scale is {self.scaler.get_scale():g} at step {position.step + 1}, "
+                    f"below engine.min_loss_scale ({self._min_scale:g}): gradients are not finite "
+                    "in fp16; use engine.precision=bf16 or fp32"
+                )
+            return has_overflowed
         # That step and its samples in all processes.
         _, samples, figures = next(entry for entry in seen if entry[0] == first)
         figures = dist.gather(figures.unsqueeze(0))

@@ -22,10 +22,11 @@ class Position:
     """Where a run stands.
 
     Attributes:
-        step: Finished steps.
+        step: Finished steps, those that were left out included.
         epoch: Finished epochs.
         step_in_epoch: Finished steps of the epoch that has begun.
         num_bad_samples: Pictures that were replaced, in all processes.
+        num_overflow_steps: Steps left out since the loss scale of fp16 was too high.
         train_seconds: Time spent in steps and in waiting for data.
     """
 
@@ -33,6 +34,7 @@ class Position:
     epoch: int = 0
     step_in_epoch: int = 0
     num_bad_samples: int = 0
+    num_overflow_steps: int = 0
     train_seconds: float = 0.0
 
 
@@ -44,12 +46,14 @@ class StepResult:
         loss: Of this process's samples, without graph.
         figures: For the row of a logged step, in the first process.
         histograms: For a row of kind ``similarity``, at some of the logged steps.
+        has_overflowed: The update was left out since gradients were too large for fp16.
         output: For callbacks that know the task.
     """
 
     loss: Tensor
     figures: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, list[float]] = field(default_factory=dict)
+    has_overflowed: bool = False
     output: Any = None
 
 
@@ -123,7 +127,7 @@ class Callback:
         """When the batch has come."""
 
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
-        """After a step; the position is already the next one."""
+        """After a step, also one that was left out; the position is already the next one."""
 
     def figures(self) -> dict[str, float]:
         """What the row of a logged step holds besides; called in the first process only."""
@@ -212,6 +216,7 @@ class Trainer(Generic[AnyTask]):
         # Where the run stands now.
         position.step += 1
         position.step_in_epoch += 1
+        position.num_overflow_steps += result.has_overflowed
         position.train_seconds += time.perf_counter() - started + batch.waited
         # Several processes sum only where they wait for each other anyway.
         self._num_new_bad_samples += batch.num_bad

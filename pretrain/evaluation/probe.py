@@ -283,7 +283,8 @@ class OnlineProbe(Callback):
 
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
         """Learn from the step, if it was made."""
-        self.step(batch.samples.labels)
+        if not result.has_overflowed:
+            self.step(batch.samples.labels)
         self._outputs = []
 
     def step(self, labels: Int[Tensor, " n"]) -> None:

@@ -90,6 +90,8 @@ WRONG_VALUES = {
     "engine.checkpoint_every_steps=0": r"engine\.checkpoint_every_steps must be >= 1, got 0",
     "engine.num_threads=-1": r"engine\.num_threads must be >= 0, got -1",
     "engine.keep_checkpoints=-1": r"engine\.keep_checkpoints must be >= 0, got -1",
+    "engine.keep_every_steps=-1": r"engine\.keep_every_steps must be >= 0, got -1",
+    "engine.min_loss_scale=0": r"engine\.min_loss_scale must be > 0, got 0",
     "engine.watchdog_seconds=-1": r"engine\.watchdog_seconds must be >= 0, got -1",
     "data.cache_gb=0": r"data\.cache_gb: 0.* must be above 0",
     "data.read_retries=-1": r"data\.read_retries: -1: must be 0 or more",
@@ -104,7 +106,7 @@ WRONG_VALUES = {
     "eval.num_map_points=5": r"eval\.num_map_points must be 0 \(no map\) or from 8 to 3000, got 5",
     "objective=byol fa.architecture=pre": "no gradient reaches the backbone and the projector",
     "eval.probe_train=x": r"eval\.probe_train and eval\.probe_val go together",
-    "engine.precision=fp16": "precision",
+    "engine.precision=fp8": "precision",
     "engine.compile=true engine.activation_checkpointing=true": "do not go together",
     "optim.epoch=3": r"unknown key optim\.epoch; did you mean optim\.epochs\?",
 }

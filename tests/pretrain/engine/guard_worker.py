@@ -3,13 +3,14 @@
 usage: guard_worker.py WHAT RANK STEPS ARGUMENTS...   (torchrun's variables in the environment)
 
 WHAT happens in process RANK before the steps of STEPS ("3,7", numbered from 1 on):
-`poison`: one pixel is NaN; `sleep-in-forward`: it sleeps in the network. Its weights lie in
-OUT/rank-R.pth afterwards.
+`poison`: one pixel is NaN; `overflow`: a gradient is infinite, and all loss scales start at 256;
+`sleep-in-forward`: it sleeps in the network. Its weights lie in OUT/rank-R.pth afterwards.
 """
 
 import os
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -24,6 +25,9 @@ def stand_still():
 def happen(what, run, batch):
     if what == "poison":
         batch.views[0, 1, 2, 3, 4] = torch.nan
+    elif what == "overflow":
+        weight = run.task.model.online.projector[0].weight
+        handle = weight.register_hook(lambda g: handle.remove() or torch.full_like(g, torch.inf))
     else:
         run.task.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
 
@@ -43,6 +47,9 @@ def meddle(what, rank, steps):
             own = os.environ.get("RANK", "0")
             torch.save(self.task.model.state_dict(), self.task.folder / f"rank-{own}.pth")
 
+    if what == "overflow":
+        scaler = partial(torch.amp.GradScaler, init_scale=256.0)
+        torch.amp.GradScaler = scaler  # type: ignore[misc]
     Trainer.step, Trainer.train = disturbed, kept  # type: ignore[method-assign]
 
 

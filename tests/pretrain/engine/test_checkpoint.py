@@ -158,8 +158,9 @@ def test_checksums_tell_values_apart_and_survive_the_file(tmp_path):
 # --- written beside the training
 
 
-def writer_in(folder, num_kept=2):
-    return Checkpoints(folder, EngineConfig(keep_checkpoints=num_kept))
+def writer_in(folder, num_kept=2, kept_every_steps=0):
+    engine = EngineConfig(keep_checkpoints=num_kept, keep_every_steps=kept_every_steps)
+    return Checkpoints(folder, engine)
 
 
 def save(writer, state):
@@ -189,9 +190,12 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
     assert written["slots"][0]["m"].tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize(("num_kept", "kept"), [(0, []), (2, [6, 7])])
-def test_saves_follow_each_other_and_the_newest_stay(tmp_path, num_kept, kept):
-    writer = writer_in(tmp_path, num_kept)
+@pytest.mark.parametrize(
+    ("num_kept", "every", "kept"),
+    [(0, 0, []), (2, 0, [6, 7]), (0, 3, [3, 6]), (2, 3, [3, 5, 6, 7])],
+)
+def test_saves_follow_each_other_and_the_newest_and_every_mth_stay(tmp_path, num_kept, every, kept):
+    writer = writer_in(tmp_path, num_kept, every)
     for step in (*range(1, 8), 7):  # again at one step: it is replaced
         save(writer, state(step))
     writer.wait()

@@ -280,6 +280,7 @@ ON_GPU = {
     "fused adamw": ["optim.name=adamw"],
     "lars": ["optim.name=lars"],
     "bf16": ["engine.precision=bf16"],
+    "fp16": ["engine.precision=fp16"],
     "checkpointing": ["engine.activation_checkpointing=true"],
     "compile": ["engine.compile=true"],
 }

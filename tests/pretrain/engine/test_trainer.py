@@ -440,15 +440,16 @@ def test_arch_heads_and_threads_of_the_config_are_built(make_run):
 
 def test_precision_decides_autocast(make_run):
     seen, results = [], {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         run = make_run(f"engine.precision={precision}")
         run.task.model.online.projector[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
         output = one_step(run).output
         results[precision] = output.loss.item()
         assert output.loss.dtype == torch.float32
-    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
-    assert results["fp32"] != results["bf16"]
-    assert results["fp32"] == pytest.approx(results["bf16"], abs=0.5)  # BN of 8 samples
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float16] * 2
+    for precision in ("bf16", "fp16"):
+        assert results["fp32"] != results[precision]
+        assert results["fp32"] == pytest.approx(results[precision], abs=0.5)  # BN of 8 samples
 
 
 def test_channels_last_changes_memory_not_meaning(make_run):
