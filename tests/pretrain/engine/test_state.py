@@ -101,7 +101,7 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
     checkpoint.save(run.state_dict(), path)
     loaded = torch.load(path, weights_only=True)
     assert_plain(loaded)
-    assert set(loaded) == {*checkpoint.FIELDS, "checksum"}
+    assert set(loaded) == {*checkpoint.FIELDS, "scaler", "checksum"}
     assert loaded["step"] == loaded["position"]["step"] == 1
     assert loaded["arch"] == {
         "name": "resnet", "depth": 50, "width_per_group": 64, "stem_channels": 64,
