@@ -50,7 +50,6 @@ from common.resnet import COUNTER, Arch, detectron2_name
 from detection.training import weights
 from detection.training.config import set_arch
 
-
 STAGES = ("res2", "res3", "res4", "res5")
 TOLERANCE = 1e-5
 _STATED = ("checkpoint", "card", "config")
