@@ -1,5 +1,6 @@
 """Files on servers, through fsspec, and output of commands: what is there, trying again."""
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -8,7 +9,7 @@ import select
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -268,17 +269,18 @@ def download(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
     for attempt in itertools.count():
         position = repeated = 0  # of this try; and the checksum of what came before
         try:
-            stream = _run_command(file, patience) if is_command else _stream(file, patience)
-            for data in stream:
-                known = data[: max(0, num_bytes - position)]
-                repeated = zlib.crc32(known, repeated)
-                position += len(data)
-                if known and position >= num_bytes and repeated != checksum:
-                    raise other
-                if new := data[len(known) :]:
-                    num_bytes, checksum = position, zlib.crc32(new, checksum)
-                    if num_bytes > skipped:
-                        yield new[max(0, skipped - num_bytes + len(new)) :]
+            read = _run_command if is_command else _stream
+            with contextlib.closing(read(file, patience)) as stream:  # ends the command, too
+                for data in stream:
+                    known = data[: max(0, num_bytes - position)]
+                    repeated = zlib.crc32(known, repeated)
+                    position += len(data)
+                    if known and position >= num_bytes and repeated != checksum:
+                        raise other
+                    if new := data[len(known) :]:
+                        num_bytes, checksum = position, zlib.crc32(new, checksum)
+                        if num_bytes > skipped:
+                            yield new[max(0, skipped - num_bytes + len(new)) :]
             _check_number(position, file.size)
             if position < num_bytes:
                 raise other
@@ -311,13 +313,13 @@ def _check_number(num_bytes: int, expected: int | None) -> None:
         raise EOFError(f"{num_bytes:,} bytes came instead of {expected:,}")
 
 
-def _stream(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
+def _stream(file: RemoteFile, patience: Patience) -> Generator[bytes]:
     with filesystem(file.url, patience).open(file.url, block_size=0, size=file.size) as stream:
         while data := stream.read(_STREAM_BYTES):
             yield data
 
 
-def _run_command(file: RemoteFile, patience: Patience) -> Iterator[bytes]:
+def _run_command(file: RemoteFile, patience: Patience) -> Generator[bytes]:
     """A command's output; its exit status must be 0."""
     command = file.url.removeprefix("pipe:")
     with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0) as process:
