@@ -9,7 +9,7 @@ case "${1:-}" in
 usage: bash tools/test.sh [pytest arguments]
 
 Runs the tests, setting up .venv/ first if it is missing. Tests marked `slow` are left out unless asked for.
-Without arguments the tests are shared out among all cores, at most 4, file by file.
+All tests, or all slow ones, are shared out among all cores, at most 4, file by file.
 
 example:
   bash tools/test.sh                       # everything that is quick
@@ -23,7 +23,10 @@ HELP
 esac
 
 bash tools/setup.sh --quiet
-if [ $# -eq 0 ]; then
-    set -- --numprocesses auto --maxprocesses 4 --dist loadfile
-fi
+case " $* " in
+    "  " | " -m slow ")
+        set -- "$@" --numprocesses auto --maxprocesses 4 --dist loadfile
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the processes share the cores
+        ;;
+esac
 exec .venv/bin/python -m pytest "$@"
