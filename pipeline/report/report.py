@@ -64,8 +64,7 @@ ERROR_KINDS = {
     "background": "overlap below 0.1 with every object",
     "missed": "an object that none of the detections matches",
 }
-GRAVITY = ("failed", "damaged", "alarm", "not finite", "replaced", "left out",
-           "not run", "noted")  # fmt: skip
+GRAVITY = ("failed", "damaged", "alarm", "replaced", "left out", "not run", "noted")
 """Kinds of entries in "Skipped or failed", gravest first."""
 MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
 MOST_OF_A_KIND = 50  # entries that are listed; all are counted

@@ -204,7 +204,7 @@ class Item:
 
 
 def skipped(run: RunInfo, where: str) -> list[Item]:
-    """Damaged files, alarms, steps that were left out, replaced samples, notes."""
+    """Damaged files, alarms, replaced samples, notes."""
     items = [Item("damaged", where, *problem.split(" ", 1)) for problem in run.problems]
     for row in run.rows:
         if row["kind"] != "event":
@@ -212,8 +212,6 @@ def skipped(run: RunInfo, where: str) -> list[Item]:
         message, step = str(row.get("message")), f"step {row['step']}"
         if row.get("collapse"):
             items.append(Item("alarm", where, step, message))
-        elif "num_skipped_steps" in row:
-            items.append(Item("not finite", where, f"{step}, left out", message))
         # The page shows a figure and the run's state elsewhere.
         elif "knn_top1_initial" not in row and not message.startswith("stopped by "):
             items.append(Item("noted", where, step, message))
