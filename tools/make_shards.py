@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="check sizes, SHA-256 and samples against the index")
     add("--check", nargs="?", const="all", choices=("all", "settings"),
         help="look at SOURCE, say what would be packed; settings: not at SOURCE")  # fmt: skip
-    add("--info", action="store_true", help="say what a set holds: sizes, formats, classes")
+    add("--info", action="store_true", help="say what a set holds: counts, sizes, classes")
     add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE",
         help="with --info: write it as JSON too; with --check: say it as JSON")  # fmt: skip
     group = main_parser.add_argument_group("several tasks, through submitit")
