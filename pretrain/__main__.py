@@ -14,7 +14,7 @@ example:
   tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards --resume
 
 Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
-Every key stands in pretrain/config.py; --print-config shows the values after all overrides."""
+--print-config shows every key, with its value after all overrides."""
 
 OUT_OF_MEMORY = (
     "Lower optim.micro_batch_size, data.num_workers, data.batch_size or data.image_size, or set "

@@ -24,7 +24,7 @@ examples:
 
 CHECKPOINT is a checkpoint.pth of ours, a ResNet's weights in any layout that tools/convert_to_d2.py
 reads, or random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken.
-Every key=value stands in docs/linear_evaluation.md.
+Every key=value stands in pretrain/evaluation/linear/config.py.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
 FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"
