@@ -382,6 +382,9 @@ def _build(schema: type[Schema], raw: dict[str, Any], where: str, prefix: str = 
                 )
             values[name] = raw[name]
         elif name in raw:
+            # jsonargparse lets a null by, whatever the type.
+            if raw[name] is None and not {None, type(None)} & {*typing.get_args(hints[name])}:
+                raise UserError(f"{where}{prefix}{name} is null; give a value, or leave it out")
             parser.add_argument(f"--{name}", type=hints[name])
         elif not has_default:  # both are dataclasses.MISSING
             raise UserError(f"{where}{prefix}{name} is missing")

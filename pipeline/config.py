@@ -246,10 +246,9 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
         f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'",
     )
     at_least(detection, "detection", seeds=1)
-    if config.seeds.pretraining is not None:
-        at_least(config.seeds, "seeds", pretraining=1)
+    at_least(config.seeds, "seeds", pretraining=1)
     parallel = detection.parallel
-    if parallel != "auto" and (parallel is None or parallel < 1):  # None: jsonargparse lets it by.
+    if parallel != "auto" and parallel < 1:
         raise UserError(f"detection.parallel is {parallel}; give auto or a number from 1 on")
     config = _checked_variants(config)
     variants = config.all_variants
@@ -314,10 +313,14 @@ def _checked_variants(config: PipelineConfig) -> PipelineConfig:
     fields = set(Variant.__dataclass_fields__) - {"name"}
     for name, raw in config.variants.items():
         where = f"variants.{name}"
-        is_good = _NAME.fullmatch(name) is not None and not name.endswith(FROZEN)
+        is_good = _NAME.fullmatch(str(name)) is not None and not str(name).endswith(FROZEN)
+        is_good &= isinstance(name, str)  # YAML reads 1 as a number
         require(is_good, f"{where}: name it with letters, digits, '-', '_' and '.'; not ..{FROZEN}")
         raw = {} if raw is None else dict(raw) if isinstance(raw, dict) else raw
         check_keys(raw, fields, set(), where)
+        for key in ("config", "weights", "label"):
+            is_text = isinstance(raw.get(key, ""), str | None)
+            require(is_text, f"{where}.{key} is {raw.get(key)!r}; it takes text")
         overrides = raw.get("overrides") or {}
         check_keys(overrides, None, set(), f"{where}.overrides")
         raw["overrides"] = dotted(overrides)

@@ -93,7 +93,7 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
 
 
 def check(
-    config: PipelineConfig, stages: Sequence[Stage], root: Path, out: Path
+    config: PipelineConfig, stages: Sequence[Stage], root: Path, out: Path, *, is_dry: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Run the checks of some stages, each command once; return what they say, by stage.
 
@@ -105,6 +105,7 @@ def check(
         stages: Those that will run, or have run.
         root: The repository.
         out: The run's folder; if it is there, checks that passed are kept in it.
+        is_dry: Whether nothing is written.
     Raises:
         UserError: Naming all that was found.
     """
@@ -143,7 +144,7 @@ def check(
     faults += _contradictions(config, stages, facts, out)
     if faults:
         raise UserError("nothing was started:\n  " + "\n  ".join(dict.fromkeys(faults)))
-    if out.is_dir():
+    if out.is_dir() and not is_dry:
         write_json(out / CHECKS_FILE, kept)
     return facts
 
@@ -245,9 +246,10 @@ def run_experiment(
     held = runner.store.run.get("name")
     if held not in (None, config.name):
         raise UserError(f"{out} holds a run of {held!r}, not {config.name!r}; choose another --out")
-    named = [("--rerun", name) for name in limits.rerun] + [("--until", until)] * bool(until)
+    named = [("--rerun", name) for name in limits.rerun]
+    named += [] if until is None else [("--until", until)]
     for option, name in named:
-        if not any(is_named(stage.name, str(name)) for stage in stages):
+        if not any(is_named(stage.name, name) for stage in stages):
             names = ", ".join(stage.name for stage in stages[:20])
             raise UserError(
                 f"{option} {name}: the stages are {names}" + ", .." * (len(stages) > 20)
@@ -256,7 +258,7 @@ def run_experiment(
     chosen = [stage for stage in stages[: last + 1] if only(stage.name)]
     if is_dry:
         decisions = runner.plan(stages)
-        facts = check(config, chosen, ROOT, out)
+        facts = check(config, chosen, ROOT, out, is_dry=True)
         total = 0.0
         for stage in chosen:
             decision = decisions[stage.name]
@@ -287,10 +289,13 @@ def run_experiment(
             before_first=before_first, after_each=lambda: results.write(out, **about),
         )  # fmt: skip
     except (TimeIsUp, RunFailed) as error:
-        # The report's stage did not come: a page of what there is.
+        # The report's stage did not come: a page of what there is. If it came and failed, its own
+        # message counts.
         from pipeline.report import report
 
-        report.write(out)
+        made = runner.store.stages.get("report", {})
+        if not (made.get("current") and made["status"] == "failed"):
+            report.write(out)
         if isinstance(error, TimeIsUp):
             print(error)
             return 3

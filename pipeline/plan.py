@@ -28,7 +28,7 @@ from pipeline.config import FROZEN, RANDOM, PipelineConfig
 FORMAT = "fa-stage-2"
 RUN_FILE = "experiment.json"
 """What is known of a run as a whole; a folder that holds one is a run's."""
-_LOCK_WAIT_SECONDS = 5.0
+_LOCK_WAIT_SECONDS = 10.0  # a loader's workers look for their killed parent every 5 s
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
     add("--eval-on", type=Path, metavar="DIR",
         help="train nothing: evaluate the finished seeds in --out on another set with the same "
-        "class names; weights, --config and --data may be left out")  # fmt: skip
+        "class names; weights, --config and --data are left out")  # fmt: skip
     add("--eval-split", metavar="LIST", help="the list of --eval-on's set (default: its test list)")
     add("--freeze", action="store_true", help="freeze the whole backbone before the ROI head")
     add("--arm", help="name of this arm in the results (default: from weights and --freeze)")
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-split", help="one list, as voc_2007_test")
     add("--classes", help="in order, a,b,c or a file with one a line (default: dataset.json's)")
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
-    add("--num-gpus", type=lambda x: None if x == "auto" else int(x), default=1, metavar="N",
+    add("--num-gpus", type=num_gpus, default=1, metavar="N",
         help="processes, one GPU each; auto: all GPUs that are there (default: 1)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
@@ -58,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_check_options(parser)
     add("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config; also KEY VALUE")
     return parser
+
+
+def num_gpus(text: str) -> int | None:
+    """A number; None for "auto"."""
+    return None if text == "auto" else int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -215,6 +215,10 @@ def skipped(run: RunInfo, where: str) -> list[Item]:
         # The page shows a figure and the run's state elsewhere.
         elif "knn_top1_initial" not in row and not message.startswith("stopped by "):
             items.append(Item("noted", where, step, message))
+    counts = [row["num_overflow_steps"] for row in run.rows if "num_overflow_steps" in row]
+    if any(counts[-1:]):
+        why = "gradients were too large for fp16, and the loss scale was halved"
+        items.append(Item("noted", where, f"{counts[-1]} steps, left out", why))
     replaced: dict[str, str] = {}
     for row in read_json_lines(run.folder / "bad_samples.jsonl"):
         replaced.setdefault(str(row.get("sample")), str(row.get("reason", "no reason was kept")))

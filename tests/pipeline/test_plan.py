@@ -187,6 +187,9 @@ def test_impossible_own_data_is_refused(tmp_path, own, data, message):
         ("variants={a: {pool: 0.5}}", "variant a: no pool 0.5"),
         ("comparisons=[{name: c, terms: {a: 1}}]", "'a' is none of"),
         ("data.kind=fashion", "fashion has no boxes"),
+        ("detection.seeds=null", "detection.seeds is null"),
+        ("variants={1: {}}", "variants.1: name it"),
+        ("variants={a: {weights: 3}}", "variants.a.weights is 3; it takes text"),
     ],
 )
 def test_wrong_settings_are_named(override, words):
@@ -229,6 +232,7 @@ def test_bases_of_a_detection_config_count(tmp_path):
         (["nowhere"], "neither a preset (compare, demo, photos, smoke"),
         (["smoke", "detection.seedz=1"], "seedz"),
         (["smoke", "--until", "lunch"], "--until lunch: the stages are data, shards"),
+        (["smoke", "--until", ""], "--until : the stages are data, shards"),
         (["smoke", "--rerun", "lunch"], "--rerun lunch: the stages are data, shards"),
         (["smoke", "--sedes", "3"], "unrecognized arguments: --sedes"),
     ],

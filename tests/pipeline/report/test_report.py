@@ -188,6 +188,7 @@ def test_what_a_run_left_out_or_alarmed_about(tmp_path):
     assert runs.skipped(runs.read(folder), "pretrain") == []
     events = [
         {"collapse": {"feature_std": 0.1}, "message": "collapsed"},
+        {"kind": "train", "num_overflow_steps": 2},
         {"message": "wandb went away"},
         {"message": "kNN before training", "knn_top1_initial": 0.2},
         {"message": "stopped by SIGTERM after step 4"},
@@ -202,6 +203,7 @@ def test_what_a_run_left_out_or_alarmed_about(tmp_path):
         ("damaged", "metrics.jsonl", "has 1 damaged lines"),
         ("alarm", "step 9", "collapsed"),
         ("noted", "step 9", "wandb went away"),
+        ("noted", "2 steps, left out", found[3][2]),
         *(("replaced", f"sample {i}", f"byte {i}") for i in range(3)),
         ("replaced", "sample 99", "no reason was kept"),
     ]
@@ -212,11 +214,10 @@ def test_what_a_run_left_out_or_alarmed_about(tmp_path):
     run = read_run(out)
     items = report.skipped_items(out, run, ["shards"], [runs.read(folder)])
     assert [item.kind for item in items] == [
-        *("failed", "damaged", "alarm", *["replaced"] * 4),
-        *("left out", "not run", "noted"),
+        *("failed", "damaged", "alarm", *["replaced"] * 4, "left out", "not run", *["noted"] * 2),
     ]
     assert (items[0].where, items[0].why) == ("random/seed-0", "no <memory>")
-    assert (items[-3].what, items[-2].where) == ("broken.jpg", "pretrained/seed-0")
+    assert (items[-4].what, items[-3].where) == ("broken.jpg", "pretrained/seed-0")
     entries = [{"file": f"{i}.jpg", "reason": "does not decode"} for i in range(70)]
     dump(out / "shards/index.json", {"skipped": entries})
     text = Page(report.render(out)).text
