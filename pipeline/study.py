@@ -8,13 +8,14 @@ given weights over seeds.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import check_keys, dotted, read_yaml
+from common.config import check_keys, dotted, read_settings, read_yaml
 from common.errors import UserError, require
 from pipeline import config as schema
 from pipeline.plan import digest
@@ -73,19 +74,35 @@ def make_config(
     base = path.parent / preset.base
     of_set: dict[str, Any] = dict(preset.sets[data])
     # What changes the base config for all cells.
-    changes = dotted(of_set.pop("overrides", {})) | preset.overrides
+    own = of_set.pop("overrides", {})
+    check_keys(own, None, set(), f"{path}: sets.{data}.overrides")
+    changes = dotted(own) | preset.overrides
     check_keys(
         of_set, set(schema.DataStageConfig.__dataclass_fields__), {"kind"}, f"{path}: sets.{data}"
     )
-    of_set["shares"] = tuple(of_set.get("shares", ()))
+    try:  # JSON is YAML, too
+        words = [f"{key}={json.dumps(value)}" for key, value in of_set.items()]
+        source = read_settings(schema.DataStageConfig, None, words)
+    except UserError as error:
+        raise UserError(f"{path}: sets.{data}: {error}") from None
     variants: dict[str, dict[str, Any]] = {}
-    tables = [_read_grid(grid, path.stem, preset, dotted(read_yaml(base)), changes, variants)
-              for grid in grids]  # fmt: skip
+    tables = []
+    for grid in grids:
+        try:
+            cells = _read_grid(grid, path.stem, preset, dotted(read_yaml(base)), changes, variants)
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{grid}: a value is of another kind than a grid holds there ({error}); see "
+                "configs/studies/"
+            ) from error
+        tables.append(cells)
     names = [table.name for table in tables]
     require(len(set(names)) == len(names), f"two grids have one name ({names}); rename a file")
     config = schema.PipelineConfig(
         name=f"{path.stem}-{data}",
-        data=schema.DataStageConfig(**of_set),
+        data=source,
         shards=schema.ShardsConfig({"labels": "none"}),
         pretrain=schema.PretrainStageConfig(str(base.resolve()), side_by_side=True),
         variants=variants,
@@ -262,6 +279,7 @@ def read_published(path: Path) -> dict[str, Any]:
     """
     raw = read_yaml(path)
     check_keys(raw, {"protocol", "rows"}, {"protocol", "rows"}, str(path))
+    require(isinstance(raw["rows"], list), f"{path}: rows is {raw['rows']!r}; give a list")
     for row in raw["rows"]:
         known = {"init", "source", "recalled", *DETECTION_METRICS}
         check_keys(row, known, {"init", "source"}, f"{path}: rows")

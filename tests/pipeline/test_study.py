@@ -147,6 +147,7 @@ def test_what_is_merged_in_which_order(files: Path) -> None:
         ("paradigm: byol", "paradigm: moco", "has no paradigm 'moco'; it has byol"),
         ("axes:", "axes: [", "is not YAML"),
         ("loss: {mean: {}, free: {fa.feature_loss: free}}", "loss: {}", "loss is empty"),
+        ("mean: {}", "mean: none", "of another kind than a grid holds"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(files: Path, old: str, new: str, message: str) -> None:
@@ -166,6 +167,7 @@ def test_mistakes_in_a_grid_are_named(files: Path, old: str, new: str, message: 
         ({"sets": {"a": {"kind": "fashion", "pools": 1}}}, "unknown key pools; did you mean pool"),
         ({"sedes": 3}, "unknown key sedes; did you mean seeds"),
         ({"sets": {}}, "sets is empty"),
+        ({"sets": {"a": {"kind": "fotos"}}}, "sets.a: .*kind"),
     ],
 )
 def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str) -> None:
