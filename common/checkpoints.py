@@ -201,6 +201,12 @@ class TorchUnpickler(RestrictedUnpickler):
     )
 
 
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of a reader, and a remedy; torch adds its C++ stack."""
+    first = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+    return f"{first}; copy it again"
+
+
 def load(file: IO[bytes], *, encoding: str = "latin1") -> Any:
     """Read one pickle of plain data; can stand in for `pickle.load`.
 
@@ -216,7 +222,9 @@ def load(file: IO[bytes], *, encoding: str = "latin1") -> Any:
         return RestrictedUnpickler(file, encoding=encoding).load()
     except _READ_ERRORS as error:
         name = getattr(file, "name", "the file")
-        raise UserError(f"{name}: not a readable pickle of plain data ({error})") from error
+        raise UserError(
+            f"{name}: not a readable pickle of plain data ({_reason(error)})"
+        ) from error
 
 
 def _pickle_module() -> ModuleType:
@@ -254,8 +262,7 @@ def load_torch(path: Path | str) -> Any:
     except (*_READ_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # seeking in a damaged zip
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({reason})") from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({_reason(error)})") from error
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -287,7 +294,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             tensors[name] = flat.reshape(shape)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
+        raise UserError(f"{path}: not a readable .safetensors file ({_reason(error)})") from error
     return tensors
 
 

@@ -77,10 +77,14 @@ def line_chart(
             if band:
                 axes.fill_between(xs, *band, color=LIGHT[tone], alpha=0.18, linewidth=0)
         axes.set_xlabel(x_label)
-        if len(known) > 1:
-            axes.legend()
         if from_zero:
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        if len(known) > 1:
+            # The legend has room of its own, above the lines.
+            columns = 2 if len(known) > 2 and max(map(len, known)) <= 20 else 1
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high + 0.11 * math.ceil(len(known) / columns) * (high - low))
+            axes.legend(loc="upper right", ncols=columns)
         texts = [f"{name}: from {short_number(line[0][1])} to {short_number(line[-1][1])}"
                  for name, line in known.items()]  # fmt: skip
         return _svg(axes.figure, title, "; ".join(texts))
