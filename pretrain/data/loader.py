@@ -143,13 +143,14 @@ class Reply:
             self.batch = self.batch.pin_memory()
         return self
 
-    def checked(self) -> ViewBatch:
-        """The batch, where no sample may be replaced.
+    def checked(self, *, may_replace: bool = False) -> ViewBatch:
+        """The batch, in which no sample is replaced unless that is allowed.
 
         Raises:
             UserError: If one is bad, or there is no batch.
         """
-        if reason := self.error or next(iter(self.bad.values()), None):
+        bad = None if may_replace else next(iter(self.bad.values()), None)
+        if reason := self.error or bad:
             raise UserError(f"{reason}; repair or remove it and make the shards again")
         return self.batch
 
@@ -481,12 +482,13 @@ def _leaving() -> Synchronized:
 
 
 def central_crops(
-    index: Samples, image_size: int, batch_size: int, num_workers: int = 0
-) -> Iterator[ViewBatch]:
+    index: Samples, image_size: int, batch_size: int, num_workers: int = 0, *,
+    may_replace: bool = False,
+) -> Iterator[ViewBatch]:  # fmt: skip
     """One central crop of every sample, in index order, the last batch shorter.
 
     Raises:
-        UserError: If a sample does not decode.
+        UserError: If a sample does not decode and none ``may_replace`` it.
     """
     dataset = ViewDataset(index, image_size=image_size, views="central")
     numbers = np.arange(index.num_samples)
@@ -495,4 +497,4 @@ def central_crops(
         for ids in np.split(numbers, range(batch_size, len(numbers), batch_size))
     ]
     for reply in start_workers(dataset, requests, num_workers):
-        yield reply.checked()
+        yield reply.checked(may_replace=may_replace)

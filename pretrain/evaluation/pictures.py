@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.files import write_json
-from common.pictures import decode
+from common.pictures import BadPicture, decode
 from pretrain.config import PretrainConfig
 from pretrain.data.decode import center_crop
 from pretrain.data.input_pipeline import InputPipeline
@@ -118,21 +118,21 @@ class RunPictures(Callback):
         """
         probe, data, excluded = self._probe, self._config.data, None
         num_rows, index = self._config.eval.num_pictures, self._input_pipeline.samples
-        with torch.random.fork_rng(devices=[]):  # an evaluation loader draws a number
-            if probe is not None:
-                queries, bank = _spread(probe.val, num_rows), _spread(probe.train, MAX_BANK)
-                features, _ = probe.features(self._backbone, queries)
-                bank_features, _ = probe.features(self._backbone, bank)
-            elif index is not None:
-                # The first pictures are queries among all that are looked at; none finds itself.
-                queries = bank = index
-                bank_features, _ = extract_features(
-                    self._backbone, index, data, self._device, max_samples=MAX_BANK
-                )
-                features = bank_features[:num_rows]
-                excluded = torch.arange(len(features))
-            else:
-                return
+        if probe is not None:
+            queries, bank = _spread(probe.val, num_rows), _spread(probe.train, MAX_BANK)
+            features, _ = probe.features(self._backbone, queries)
+            bank_features, _ = probe.features(self._backbone, bank)
+        elif index is not None:
+            # The first pictures are queries among all that are looked at; none finds itself. The
+            # training counts those that do not decode.
+            queries = bank = index
+            bank_features, _ = extract_features(
+                self._backbone, index, data, self._device, max_samples=MAX_BANK, may_replace=True
+            )
+            features = bank_features[:num_rows]
+            excluded = torch.arange(len(features))
+        else:
+            return
         k = min(NUM_NEIGHBOURS, len(bank_features) - (excluded is not None))
         values, nearest = top_k(
             features, bank_features, k, is_unit=False, excluded=excluded, device=self._device
@@ -182,8 +182,11 @@ def _spread(index: ShardIndex, most: int) -> Subset:
 
 
 def _tile(index: Samples, sample: int) -> np.ndarray:
-    """The middle square of a sample's picture, uint8 RGB [TILE, TILE, 3]."""
-    return center_crop(decode(index.read_bytes(sample), where=index.describe(sample)), TILE)
+    """The middle square of a sample's picture, uint8 RGB [TILE, TILE, 3]; grey without one."""
+    try:
+        return center_crop(decode(index.read_bytes(sample), where="picture"), TILE)
+    except BadPicture:
+        return np.full((TILE, TILE, 3), 128, np.uint8)
 
 
 def save_map(
@@ -209,8 +212,7 @@ def save_map(
     samples = _spread(probe.val, num_points)
     if samples.num_samples < MIN_POINTS:
         return None
-    with torch.random.fork_rng(devices=[]):  # an evaluation loader draws a number
-        features, _ = probe.features(backbone, samples)
+    features, _ = probe.features(backbone, samples)
     # Rows of length 1, so that Euclidean neighbours are those of the cosine.
     features = functional.normalize(features.float(), dim=1)
     if float(features.std(dim=0).norm()) < 1e-6:

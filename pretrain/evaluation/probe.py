@@ -55,6 +55,7 @@ def extract_features(
     image_size: int = 0,
     batch_size: int = 256,
     max_samples: int | None = None,
+    may_replace: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
     """Pooled features of centre crops in index order, with BN in eval mode.
@@ -69,6 +70,7 @@ def extract_features(
         image_size: Side of the crop in pixels, if it is another one.
         batch_size: Pictures looked at together.
         max_samples: Stop after the batch that reaches so many.
+        may_replace: Of a sample that does not decode, take the features of another one.
         dtype: What features are stored in. Half precision keeps directions only: rows are brought
             to length 1 first, so that none can overflow.
 
@@ -83,7 +85,8 @@ def extract_features(
     was_training = backbone.training
     backbone.eval()
     num_seen = 0
-    for batch in central_crops(index, image_size or data.image_size, batch_size):
+    size = image_size or data.image_size
+    for batch in central_crops(index, size, batch_size, may_replace=may_replace):
         x = normalise(batch.views[0].to(device), data.pixel_mean, data.pixel_std)
         computed = backbone(x).float()
         if num_seen == 0:

@@ -34,7 +34,7 @@ def test_bad_pictures_stop_the_run_or_are_counted(start, make_shards):
     assert "sample 13" in message
     assert path.name in message
     assert "data.max_bad_samples" in message
-    status, folder, err = start("count", where, "data.max_bad_samples=1")
+    status, folder, err = start("count", where, "data.max_bad_samples=1", "eval.num_pictures=14")
     assert status == 0, err
     assert train_rows(folder)[-1]["num_bad_samples"] == 2  # once in each epoch
     assert json.loads((folder / "summary.json").read_text())["num_skipped_samples"] == 2
