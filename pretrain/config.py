@@ -322,6 +322,7 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        require(-(2**63) <= self.seed < 2**63, f"seed must be a 64-bit number, got {self.seed}")
         require(
             self.engine.precision != "fp16" or self.adversarial.epsilon == 0,
             "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "

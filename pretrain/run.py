@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,6 @@ from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import InputPipeline
-from pretrain.data.shards import open_labelled, open_samples
 from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.contrastive_task import ContrastiveTask
@@ -171,17 +171,18 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     """
     data, engine = config.data, config.engine
     check_wandb(config.tracking)
-    num_samples = data.samples_per_epoch or None
+    device, num_samples = dist.choose_device(engine.device), data.samples_per_epoch or None
+    samples = None
     if has_data:
-        samples = None if data.streaming or data.shards is None else open_samples(data.shards)
-        num_samples = num_samples if samples is None else samples.num_samples
-        if config.eval.probe_train and config.eval.probe_val:
-            open_labelled({"eval.probe_train": config.eval.probe_train,
-                           "eval.probe_val": config.eval.probe_val})  # fmt: skip
+        folder, channels_last = Path(config.out or "."), engine.channels_last
+        batches = InputPipeline(
+            data, seed=config.seed, device=device, channels_last=channels_last, folder=folder
+        )
+        samples, num_samples = batches.samples, batches.num_samples
+        Probe.open(config.eval, data, device)
 
     # The model as it is trained, and one batch through its backbone. Processor time of one thread,
     # so that other programs beside this one do not count.
-    device = dist.choose_device(engine.device)
     num_threads = engine.num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
     uncompiled = dataclasses.replace(engine, compile=False)
@@ -196,6 +197,8 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
         loss.backward()
         loss.item()
     seconds = (time.process_time() - started) / (num_threads if device.type == "cpu" else 1)
+    if has_data:
+        OnlineProbe.open(config.eval, samples, model.online.backbone, device)
 
     # A checkpoint holds the model, its EMA, the momentum, and the queues.
     num_bytes = checkpoint.num_bytes([model.state_dict(), list(model.online.parameters())])

@@ -81,6 +81,7 @@ def test_free_values_stay_as_they_are_written(path):
         ("count.x=1", "unknown key|holds a value|count"),
         ("count=0", "count must be >= 1, got 0"),
         ("count=many", "count"),
+        ("count=null", "count is null; give a value, or leave it out"),
         ("mode=c", "mode"),
         ("count", "is not of the form key=value"),
         ("--count=3", "is not of the form key=value"),
