@@ -273,6 +273,7 @@ class StopOnSignal(Callback):
             "the same command with --resume goes on"
         )
         self._checkpoints.save(waits=True)
+        dist.wait()  # the end of another process would end the first one in its saving
         self._log.write("event", message=message)
         raise StoppedBySignal(number, message)
 
