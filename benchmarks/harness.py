@@ -24,7 +24,7 @@ import simplejpeg
 import torch
 from tqdm import tqdm
 
-from common.errors import require, run_command
+from common.errors import command_parser, require, run_command
 from common.files import write_json
 from common.provenance import versions
 from pretrain.collectives import choose_device
@@ -61,11 +61,8 @@ def make_parser(
         sizes: Adds ``--device`` and an option for each size, None where it is not given: for
             `chosen_sizes`. These are the defaults on a CPU.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="Exit status: 0 done, 1 it went wrong, 2 wrong arguments.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog = "Exit status: 0 done, 1 it went wrong, 2 wrong arguments."
+    parser = command_parser(description, epilog)
     add = parser.add_argument
     add("--json", type=Path, metavar="OUT", help="write the figures here too")
     for name, default, least, text in counts:

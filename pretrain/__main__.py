@@ -6,7 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common.errors import add_check_options, print_check, require, run_command, run_or_check_each
+from common.errors import (
+    add_check_options,
+    command_parser,
+    print_check,
+    require,
+    run_command,
+    run_or_check_each,
+)
 
 EXAMPLE = """\
 example:
@@ -24,13 +31,10 @@ OUT_OF_MEMORY = (
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="tools/pretrain.sh",
-        description="Pretrain a ResNet on WebDataset shards: contrastive learning with feature "
-        "augmentation.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    description = (
+        "Pretrain a ResNet on WebDataset shards: contrastive learning with feature augmentation."
     )
+    parser = command_parser(description, EXAMPLE, prog="tools/pretrain.sh")
     parser.add_argument("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.epochs=20")
     parser.add_argument(

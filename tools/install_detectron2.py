@@ -15,7 +15,6 @@ Example:
 Exit status: 0 installed or already there, 1 it went wrong, 2 wrong arguments or input.
 """
 
-import argparse
 import base64
 import hashlib
 import importlib.metadata
@@ -28,7 +27,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.errors import RunFailed, UserError, run_command
+from common.errors import RunFailed, UserError, command_parser, run_command
 from common.files import sha256_of
 from common.provenance import library_version
 
@@ -193,9 +192,7 @@ def is_usable() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--force", action="store_true", help="install even if detectron2 is importable")
     add("--wheel-only", type=Path, metavar="OUT", help="write the wheel to OUT, install nothing")

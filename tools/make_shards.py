@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Pack, verify, describe; returns the exit status."""
     require(options.info or options.check or not options.json, "--json needs --info")
+    require(options.check or options.json != Path("-"), "--info --json needs a FILE")
     require(options.max_bad >= 0, "--max-bad must not be negative")
     num_workers = options.num_workers
     if num_workers is None:
