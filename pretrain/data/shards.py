@@ -64,11 +64,6 @@ class Samples:
         """Labels of all samples, int64 [num_samples]; -1 where there is none."""
         return self.samples[:]["label"].astype(np.int64)
 
-    @property
-    def has_labels(self) -> bool:
-        """True if every sample has a label."""
-        return self.num_samples > 0 and bool((self.labels != NO_LABEL).all())
-
     def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
         """The encoded pictures of some samples, in the order of `sample_ids`, not copied.
 
@@ -229,10 +224,10 @@ class ShardIndex(Samples):
             raise UserError(f"{self.describe(i)}: cannot be read ({error.strerror})") from error
         if len(data) < _TAR_BLOCK + size or not _header_fits(data, size):
             index = self._source.index_folder / "index.json"
-            copy = "delete the copy to fetch it again, or" if self.is_remote else ""
+            copy = "delete the copy to fetch it again, or " if self.is_remote else ""
             raise UserError(
                 f"{self.describe(i)}: the shard does not hold what the index says; it was changed "
-                f"or cut short: {copy} make it again, or delete {index} to index it again"
+                f"or cut short: {copy}make it again, or delete {index} to index it again"
             )
         return memoryview(data)[_TAR_BLOCK:]
 

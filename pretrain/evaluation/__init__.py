@@ -1,1 +1,1 @@
-"""Frozen features, the kNN probe, collapse figures and pictures to look at."""
+"""Probes of the features, linear evaluation, and pictures to look at."""

@@ -15,10 +15,17 @@ from tests.pretrain.engine.run_helpers import TINY, error_of, train_rows
 BASE = TINY
 
 
-def test_missing_shards(start, tmp_path):
+def test_missing_shards(start, shards, tmp_path):
     message = error_of(start("a", f"data.shards={tmp_path / 'nothing'}"), 2)
     assert "nothing" in message
     assert "make_shards" in message
+    # --check finds what a run would.
+    for words, text in (
+        (["data.batch_size=4096"], "do not fill one batch of 4096"),
+        (["eval.probe_train={}", "eval.probe_val={}", "eval.knn_k=999"], "lower knn_k"),
+    ):
+        result = start("a", *(word.format(shards) for word in words), "--check=all")
+        assert text in error_of(result, 2)
 
 
 def test_bad_pictures_stop_the_run_or_are_counted(start, make_shards):
