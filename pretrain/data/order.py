@@ -148,7 +148,7 @@ def num_steps_per_epoch(num_samples: int, batch_size: int, last_batch: LastBatch
         UserError: If the batch is empty or larger than the data set.
     """
     require(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
-    fills = f"{num_samples} samples do not fill one batch of {batch_size}: take a smaller one"
+    fills = f"{num_samples} samples do not fill one batch of {batch_size}: lower the batch size"
     require(num_samples >= batch_size, fills)
     return -(-num_samples // batch_size) if last_batch == "pad" else num_samples // batch_size
 

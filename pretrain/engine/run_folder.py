@@ -38,7 +38,7 @@ def prepare(config: PretrainConfig, *, resume: bool) -> Path:
     """Make the run's folder, or refuse one that holds another run.
 
     Raises:
-        UserError: ``out`` missing, or a run stands there and ``--resume`` was not given.
+        UserError: ``out`` missing or a file, or a run stands there and ``--resume`` was not given.
     """
     if config.out is None:
         raise UserError("out is not set: name the folder of this run, e.g. out=runs/first")
@@ -47,7 +47,10 @@ def prepare(config: PretrainConfig, *, resume: bool) -> Path:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume, or choose another out=DIR"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"out={folder}: a file is in the way; choose another out=DIR") from error
     return folder
 
 

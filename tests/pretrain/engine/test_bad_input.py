@@ -19,6 +19,8 @@ def test_missing_shards(start, shards, tmp_path):
     message = error_of(start("a", f"data.shards={tmp_path / 'nothing'}"), 2)
     assert "nothing" in message
     assert "make_shards" in message
+    (tmp_path / "file").touch()
+    assert "a file is in the way" in error_of(start("b", f"out={tmp_path / 'file'}"), 2)
     # --check finds what a run would.
     for words, text in (
         (["data.batch_size=4096"], "do not fill one batch of 4096"),
