@@ -12,7 +12,7 @@ import torch
 from pretrain import collectives as dist
 from tests.pretrain.engine.run_helpers import free_port, start_worker, wait_for_workers
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 METHODS = {
     "none": {"method": "none"},

@@ -18,6 +18,8 @@ from pretrain.engine import profiling
 from pretrain.features.feature_augmentation import FeatureAugmenter
 from tests.pretrain.engine.run_helpers import SMALL
 
+pytestmark = pytest.mark.slow  # many seconds of a core
+
 BASE = SMALL | {
     "fa": {"method": "nn", "queue_size": 64, "min_fill": 64},
     "optim": SMALL["optim"] | {"epochs": 3},
