@@ -10,6 +10,7 @@ import yaml
 from common.config import dotted, to_plain
 from common.errors import UserError
 from pretrain.config import PretrainConfig, load_config
+from pretrain.data.augmentations.operation import Operation
 from pretrain.features.augmentations.base import FeatureAugmentation
 from pretrain.objectives.base import Objective
 
@@ -169,6 +170,7 @@ def dotted_keys(cls=PretrainConfig, prefix=""):
     [
         pytest.param(Objective.registry, "objectives", id="objectives"),
         pytest.param(FeatureAugmentation.registry, "features", id="features"),
+        pytest.param(Operation.registry, "data/augmentations", id="operations"),
     ],
 )
 def test_every_registered_class_is_tested(registry, folder):
