@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from common.errors import UserError
-from common.files import decode_text
+from common.files import decode_text, read_regular
 
 Schema = TypeVar("Schema")
 Base = TypeVar("Base")
@@ -54,11 +54,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: If it is missing, too large, not YAML, or holds something else.
     """
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_YAML_BYTES else None
+        data = read_regular(path, MAX_YAML_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if data is None:
-        raise UserError(f"{path}: is larger than {MAX_YAML_BYTES >> 20} MiB; no config is")
     raw = parse_yaml(decode_text(data, path), str(path))
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise UserError(f"{path}: holds no settings (key: value)")

@@ -1,4 +1,7 @@
-"""Files of our own: written whole or not at all, read with a clear error, hashed and locked.
+"""Files: written whole or not at all, read within bounds and with a clear error, hashed, locked.
+
+A name may come from a data set or a run folder of somebody else. What reads it opens it with
+`open_regular`, which never waits on a pipe or a device, and reads no more than a bound.
 
 The locks are flock(2): the system frees them when a process ends, however it ends. On NFS, Linux
 turns them into locks at the server, so that they hold between machines; that needs NFSv4, or NFSv3
@@ -15,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +28,15 @@ from typing import IO, Any, BinaryIO, TypeGuard
 from common.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
+MAX_TEXT_BYTES = 256 << 20  # a list of ImageNet's 1.3 million pictures has 50 MB
+MAX_JSON_BYTES = 2 << 30  # COCO's instances_train2017.json has 450 MB
+MAX_JSON_DEPTH = 50  # nested lists and objects; ours and COCO's have fewer than ten
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -96,6 +109,27 @@ def remove_partial_files(folder: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a log in a run's folder for reading and appending; it is made if there is none.
+
+    Raises:
+        UserError: If it is a link, which may lead out of the folder, or a pipe, device or socket.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise UserError(f"{path}: is a link or a socket, not a file; remove it") from None
+    try:
+        _check_kind(os.fstat(descriptor), path)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{path}: {error.strerror}; remove it") from None
+    return os.fdopen(descriptor, "a+b")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes atomically."""
     write_atomically(path, lambda file: file.write(data))
@@ -138,6 +172,55 @@ def is_number(value: Any) -> TypeGuard[float]:
     return is_real and math.isfinite(value)
 
 
+def require_regular(path: str | Path) -> None:
+    """Check that a path is a file with an end, before a library opens it.
+
+    Raises:
+        OSError: If it is missing, a folder, or a pipe, device or socket, on which a reader waits.
+    """
+    _check_kind(os.stat(path), path)
+
+
+def _check_kind(facts: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(facts.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder where a file is expected", str(path))
+    if not stat.S_ISREG(facts.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(facts.st_mode), "no regular file")
+        raise OSError(errno.EINVAL, f"is {kind} where a file is expected", str(path))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a user's file for reading.
+
+    Raises:
+        OSError: See `require_regular`; or if it cannot be opened.
+    """
+    require_regular(path)  # opening a device may already do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_kind(os.fstat(descriptor), path)  # it may have been exchanged
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """The bytes of a user's file.
+
+    Raises:
+        OSError: See `open_regular`.
+        UserError: If it is larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UserError(
+                f"{path}: has {size:,} bytes, at most {max_bytes:,} are read; is it the right file?"
+            )
+        return file.read()
+
+
 def decode_text(data: bytes, name: str | Path) -> str:
     """Text of a user's file: UTF-8, or what its byte order mark says; lines end in LF.
 
@@ -161,27 +244,51 @@ def read_text(path: Path) -> str:
     """Read a user's text file, see `decode_text`.
 
     Raises:
-        UserError: If it cannot be read or decoded.
+        UserError: If it cannot be read or decoded, or is larger than MAX_TEXT_BYTES.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_TEXT_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     return decode_text(data, path)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON of our own.
+def read_json(path: Path, *, remedy: str = "delete it and go on") -> Any:
+    """Read JSON, by default a file of our own.
+
+    Args:
+        path: The file; UTF-8, UTF-16 or UTF-32, with or without byte order mark.
+        remedy: What to do if it is damaged.
 
     Raises:
-        UserError: If the file is missing or damaged.
+        UserError: If the file is missing, damaged, larger than MAX_JSON_BYTES, or nests deeper
+            than MAX_JSON_DEPTH.
     """
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, MAX_JSON_BYTES))
+        if _is_deeper(value, MAX_JSON_DEPTH):
+            raise RecursionError(f"it nests deeper than {MAX_JSON_DEPTH}")
+        return value
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged, no JSON ({error}); delete it and go on") from None
+        raise UserError(f"{path}: is damaged, no JSON ({error}); {remedy}") from None
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects nest deeper; without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    while level and depth:
+        depth -= 1
+        level = [
+            item
+            for node in level
+            for item in (node.values() if isinstance(node, dict) else node)
+            if isinstance(item, (dict, list))
+        ]
+    return bool(level)
 
 
 def read_json_or_none(path: Path) -> Any | None:
@@ -199,12 +306,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         The rows, empty if there is no such file.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path, MAX_JSON_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
     rows = []
     for line in text.split("\n"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
                 rows.append(row)
@@ -213,7 +320,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -120,7 +120,3 @@ def test_a_file_without_keys_is_refused(tmp_path, text):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_yaml(tmp_path / "missing.yaml")
-    large = tmp_path / "large.yaml"
-    large.write_bytes(b"#" * ((1 << 20) + 1))
-    with pytest.raises(UserError, match="larger than 1 MiB"):
-        read_yaml(large)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from common import files
+from common.config import read_yaml
 from common.errors import UserError
 
 
@@ -39,11 +40,53 @@ def test_a_damaged_or_missing_json_is_one_clear_error(tmp_path):
     path = tmp_path / "a.json"
     with pytest.raises(UserError, match=r"a\.json: cannot be read \(No such file"):
         files.read_json(path)
-    for text in ('{"a": 1', "[" * 100_000):
+    deep = '[{"a":' * 30 + "1" + "}]" * 30
+    for text in ('{"a": 1', "[" * 100_000, deep, "9" * 5000, "\xff"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"a\.json: is damaged, no JSON .*delete it"):
             files.read_json(path)
         assert files.read_json_or_none(path) is None
+
+
+NO_FILES = {
+    "pipe": os.mkfifo,
+    "link": lambda path: path.symlink_to("/dev/zero"),
+    "folder": os.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_no_reader_waits_on_what_is_no_file(tmp_path, kind):
+    path = tmp_path / "a"
+    NO_FILES[kind](path)
+    for read in (files.read_text, files.read_json, read_yaml):
+        with pytest.raises(UserError, match=r"/a: cannot be read \(is a .* where a file"):
+            read(path)
+    for read in (files.sha256_of, files.read_json_lines, files.require_regular):
+        with pytest.raises(OSError, match="where a file is expected"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_appended_to_is_a_file_in_its_folder(tmp_path, kind):
+    path = tmp_path / "log"
+    for text in (b"a\n", b"b\n"):
+        with files.open_to_append(path) as file:
+            file.write(text)
+    assert path.read_bytes() == b"a\nb\n"
+    path.unlink()
+    NO_FILES[kind](path)
+    with pytest.raises((UserError, IsADirectoryError)):
+        files.open_to_append(path)
+
+
+def test_a_file_larger_than_the_bound_is_not_read(tmp_path):
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    for read in (files.read_text, files.read_json, read_yaml):
+        with pytest.raises(UserError, match=r"a\.json: has 1,099,511,627,776 bytes, at most"):
+            read(path)
 
 
 def test_json_lines_leave_out_a_line_that_was_cut(tmp_path):
@@ -51,7 +94,7 @@ def test_json_lines_leave_out_a_line_that_was_cut(tmp_path):
     assert files.read_json_lines(path) == []
     files.write_json_lines(path, [{"step": 1}, {"step": 2, "text": "a\u2028b"}])
     with path.open("a") as file:
-        file.write('{"step": 3')
+        file.write("[" * 100_000 + '\n{"step": 3')
     assert files.read_json_lines(path) == [{"step": 1}, {"step": 2, "text": "a\u2028b"}]
 
 
