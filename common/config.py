@@ -16,6 +16,7 @@ import difflib
 import importlib
 import importlib.util
 import io
+import os
 import pkgutil
 import re
 import types
@@ -35,7 +36,12 @@ Base = TypeVar("Base")
 _FREE = dict[str, Any]  # the type of mappings that are handed on
 MAX_YAML_BYTES = 1 << 20  # a config has a few KiB
 MAX_YAML_DEPTH = 20  # nested collections
-MAX_YAML_ALIASES = 100  # "*name": ten levels of ten each make 10^10 values of a file of 1 KiB
+MAX_YAML_VALUES = 20_000  # "*name" counts as what it names: 1 KiB of aliases can hold 10^10 values
+MAX_BASES = 20  # files of Detectron2's format below one
+BASE_KEY = "_BASE_"
+_URLS = ("http://", "https://")  # Detectron2 would download them
+_YAML_TAG = "tag:yaml.org,2002:"
+_PYTHON_TAG = f"{_YAML_TAG}python"
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,6 +69,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_yaml_with_bases(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Read a YAML file in Detectron2's format, whose key `_BASE_` names a file or several.
+
+    They are given relative to the file that names them; its own values go before theirs.
+
+    Returns:
+        The values of all, and the files below `path`, nearest first.
+
+    Raises:
+        UserError: See `read_yaml`; if a file builds on itself or on more than MAX_BASES others.
+    """
+    bases: list[Path] = []
+
+    def read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+        raw = read_yaml(path)
+        given = raw.pop(BASE_KEY, [])
+        values: dict[str, Any] = {}
+        for name in given if isinstance(given, list) else [given]:
+            if not isinstance(name, str) or "\0" in name or name.startswith(_URLS):
+                raise UserError(f"{path}: {BASE_KEY} {name!r} is no path of a file; give one")
+            base = (path.parent / os.path.expanduser(name)).resolve()
+            if base in (*above, path.resolve()):
+                raise UserError(f"{path}: builds on itself through {BASE_KEY} {name}; remove it")
+            bases.append(base)
+            if len(bases) > MAX_BASES:
+                raise UserError(f"{path}: builds on more than {MAX_BASES} files; join some")
+            values = _overlaid(values, read(base, (*above, path.resolve())))
+        return _overlaid(values, raw)
+
+    return read(path, ()), bases
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML without running code.
 
@@ -70,21 +108,50 @@ def parse_yaml(text: str, where: str) -> Any:
         UserError: If it does not parse, names Python objects, nests too deep or repeats too much.
     """
     try:
-        depth = num_aliases = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            num_aliases += isinstance(event, yaml.AliasEvent)
-            if depth > MAX_YAML_DEPTH or num_aliases > MAX_YAML_ALIASES:
-                raise UserError(
-                    f"{where}: nests deeper than {MAX_YAML_DEPTH} or has more than "
-                    f"{MAX_YAML_ALIASES} aliases (*name); write it out plainly"
-                )
+        _check_bounds(text, where)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: is not YAML: {one_line(error)}") from None
+
+
+def _check_bounds(text: str, where: str) -> None:
+    """Refuse what is too deep or large once its aliases are written out, and Python's tags."""
+    # A collection's anchor, number of values and depth, aliases written out.
+    open_nodes: list[list[Any]] = [["", 0, 0]]
+    known: dict[str, tuple[int, int]] = {}  # anchor -> number of values and depth
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        tag: str = getattr(event, "tag", None) or ""
+        anchor: str = getattr(event, "anchor", None) or ""
+        if tag.startswith(_PYTHON_TAG):
+            raise UserError(
+                f"{where}: the tag !!{tag.removeprefix(_YAML_TAG)} makes Python objects and may "
+                "run code; write a plain value"
+            )
+        size, depth = 1, 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([anchor, 1, 1])
+            size = 0
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == node[0] for node in open_nodes):
+                raise UserError(f"{where}: *{anchor} stands within &{anchor} itself; write it out")
+            size, depth = known.get(anchor, (1, 0))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size, depth = open_nodes.pop()
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        if size:
+            known[anchor] = (size, depth)
+            parent = open_nodes[-1]
+            parent[1] += size
+            parent[2] = max(parent[2], depth + 1)
+        total = sum(node[1] for node in open_nodes)
+        if len(open_nodes) - 1 + depth > MAX_YAML_DEPTH or total > MAX_YAML_VALUES:
+            raise UserError(
+                f"{where}: nests deeper than {MAX_YAML_DEPTH} or has more than {MAX_YAML_VALUES:,} "
+                "values, its aliases (*name) written out; is it the right file?"
+            )
 
 
 def read_settings(

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -189,7 +190,7 @@ def _check_kind(facts: os.stat_result, path: str | Path) -> None:
         raise OSError(errno.EINVAL, f"is {kind} where a file is expected", str(path))
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a user's file for reading.
 
     Raises:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import dotted, read_yaml, to_plain
+from common.config import dotted, read_yaml, read_yaml_with_bases, to_plain
 from common.errors import UserError
 from common.files import lock_file, read_json_or_none, sha256_of, write_json
 from common.provenance import library_version
@@ -424,7 +424,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
             dataset = dataset_folder(config, out, seed)
             shared = ["--config", detector, "--data", dataset, "--out"]
             freeze = ["--freeze"] * arm.endswith(FROZEN)
-            files = [detector, *config_bases(detector)]
+            files = [detector, *read_yaml_with_bases(detector)[1]]
             files += [] if is_made else [dataset]
             files += [weights] if isinstance(weights, Path) and not upstream else []
             place = f"detection/{arm}"
@@ -476,21 +476,6 @@ def find_config(root: Path, name: str) -> Path:
         if candidate.is_file():
             return candidate.resolve()
     raise UserError(f"config file {name} does not exist, neither in {root} nor here")
-
-
-def config_bases(path: Path) -> list[Path]:
-    """Return the files that a Detectron2 YAML builds on through `_BASE_`, nearest first.
-
-    Raises:
-        UserError: If one of the files cannot be read or is not YAML.
-    """
-    bases: list[Path] = []
-    while base := read_yaml(path).get("_BASE_"):
-        path = (path.parent / str(base)).resolve()
-        if path in bases:
-            raise UserError(f"{path}: builds on itself through _BASE_; remove one of the lines")
-        bases.append(path)
-    return bases
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

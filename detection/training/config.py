@@ -12,15 +12,16 @@ import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
 import difflib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from common.config import dotted
+from common.config import dotted, read_yaml_with_bases
 from common.errors import UserError
 from common.resnet import Arch
 
@@ -33,6 +34,9 @@ _BY_ARGUMENT = {
     "OUTPUT_DIR": "use --out",
     "SEED": "use --seeds",
 }
+
+# What yacs raises; the last two come from Python's parser, for a value of a thousand brackets.
+_REFUSALS = (KeyError, ValueError, AssertionError, TypeError, RecursionError, MemoryError)
 
 
 def arch_of_config(cfg: CfgNode) -> Arch:
@@ -90,7 +94,8 @@ def load_config(
     """Load a config file and apply overrides.
 
     Args:
-        path: YAML in Detectron2's format; `_BASE_` is followed.
+        path: YAML in Detectron2's format, version 2; `_BASE_` is followed. It is read without
+            running code, which Detectron2's own `merge_from_file` would do.
         overrides: Dotted key -> value as text.
         num_gpus: Scale a protocol's schedule to so many GPUs (`scale_schedule`), and to
             SOLVER.IMS_PER_BATCH if it is overridden; other overrides stay as they are. Default: no
@@ -107,14 +112,18 @@ def load_config(
     add_keys(cfg)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config; see configs/detection/")
+    raw, _ = read_yaml_with_bases(Path(path))
+    if (version := raw.get("VERSION", cfg.VERSION)) != cfg.VERSION:
+        raise UserError(f"{path}: VERSION {version!r}: only {cfg.VERSION} is read; convert it")
     try:
-        cfg.merge_from_file(str(path))
-    except (KeyError, ValueError, AssertionError, TypeError, OSError, yaml.YAMLError) as error:
+        cfg.merge_from_other_cfg(CfgNode(raw))
+    except _REFUSALS as error:
         raise UserError(f"{path}: {_explain(cfg, error)}") from error
     for key in overrides:
         if key in _BY_ARGUMENT:
             raise UserError(f"{key}: {_BY_ARGUMENT[key]}")
     before, cfg = cfg, _merged(cfg, overrides)
+    _check_lists(cfg, path)
     if num_gpus is not None and cfg.SOLVER.REFERENCE_WORLD_SIZE > 0:
         before.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
         is_given = "SOLVER.IMS_PER_BATCH" in overrides
@@ -133,9 +142,30 @@ def _merged(cfg: CfgNode, overrides: Mapping[str, str]) -> CfgNode:
     for key, value in overrides.items():
         try:
             copy.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, TypeError) as error:
+        except _REFUSALS as error:
             raise UserError(f"override {key}={value}: {_explain(cfg, error)}") from error
     return copy
+
+
+def _check_lists(cfg: CfgNode, path: Path) -> None:
+    """Refuse text among numbers, and numbers that are not finite: yacs looks at no list's items."""
+    stock = dotted(get_cfg())
+    for key, value in dotted(cfg).items():
+        items = _items(value)
+        is_numeric = isinstance(value, list | tuple) and bool(numbers := _items(stock.get(key)))
+        is_numeric = is_numeric and all(isinstance(item, int | float) for item in numbers)
+        for item in items:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise UserError(f"{path}: {key} is {value}; give finite numbers")
+            if is_numeric and not isinstance(item, int | float):
+                raise UserError(f"{path}: {key} is {value}; give numbers, not {item!r}")
+
+
+def _items(value: Any) -> list[Any]:
+    """What a list holds, lists within it written out."""
+    if isinstance(value, list | tuple):
+        return [inner for item in value for inner in _items(item)]
+    return [value]
 
 
 def check_device(cfg: CfgNode) -> None:
@@ -156,7 +186,7 @@ def check_device(cfg: CfgNode) -> None:
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
     """A yacs message, with the nearest known key if the key is unknown."""
-    message = str(error.args[0] if error.args else error).splitlines()[0]
+    message = str(error.args[0] if error.args else type(error).__name__).partition("\n")[0][:400]
     unknown = message.partition("key:")[2].strip()
     if "on-existent" not in message or not unknown:
         return message

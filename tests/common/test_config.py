@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from common.config import MAX_YAML_ALIASES, parse_yaml, read_settings, read_yaml
+from common.config import parse_yaml, read_settings, read_yaml, read_yaml_with_bases
 from common.errors import UserError
 
 
@@ -94,19 +94,68 @@ def test_mistakes_are_named_in_one_line(path, override, words):
     assert "\n" not in str(caught.value)
 
 
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 18))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("!!python/object/apply:os.system ['echo']", "is not YAML"),
+        ("a: !!python/object/apply:os.system ['echo']", "tag !!python/object/apply:os.system"),
+        ("!!python/tuple [1, 2]", "tag !!python/tuple makes"),
+        ("%TAG ! tag:yaml.org,2002:python/\n---\na: !object/new:os.system {}", "python/object/new"),
+        ("a: !mine 3", "is not YAML: could not determine .* '!mine'"),
         ("[" * 30 + "]" * 30, "nests deeper"),
-        ("a: &a 1\nb: [" + "*a," * (MAX_YAML_ALIASES + 1) + "]", "aliases"),
+        (BOMB, "more than 20,000 values"),
+        (BOMB.replace("18", "9") + "<<: *a14\n", "more than 20,000 values"),
+        (
+            "a0: &a0 {b: 1}\n" + "".join(f"a{i}: &a{i} {{b: *a{i - 1}}}\n" for i in range(1, 30)),
+            "deeper",
+        ),
+        ("a: &a [*a]", r"\*a stands within &a itself"),
+        ("a: &a {b: {<<: *a}}", r"\*a stands within &a itself"),
+        ("a: [" + "1," * 20_000 + "]", "more than 20,000 values"),
+        ("a: *b", "is not YAML: .*undefined alias"),
         ("a: [1", "is not YAML"),
+        ("a: 2026-13-45", "is not YAML"),
+        ("{[1]: 2}", "is not YAML"),
         ("[" * 3000, "nests deeper|is not YAML"),
     ],
 )
 def test_yaml_is_bounded_and_runs_nothing(text, words):
     with pytest.raises(UserError, match=words):
         parse_yaml(text, "here")
+
+
+def test_aliases_that_repeat_little_are_read():
+    text = "a: &a {x: 1}\nb: [*a, *a]\nc: {<<: *a, y: 2}"
+    assert parse_yaml(text, "here") == {"a": {"x": 1}, "b": [{"x": 1}] * 2, "c": {"x": 1, "y": 2}}
+
+
+def test_files_below_a_yaml_are_read_with_it(tmp_path):
+    own, base, third = (tmp_path / f"{name}.yaml" for name in ("own", "base", "third"))
+    base.write_text("A: {x: 1, y: 1}\n")
+    third.write_text("A: {y: 2}\nC: 3\n")
+    own.write_text('_BASE_: "base.yaml"\nB: 2\n')
+    assert read_yaml_with_bases(own) == ({"A": {"x": 1, "y": 1}, "B": 2}, [base])
+    own.write_text("_BASE_: [base.yaml, third.yaml]\nA: {x: 4}\n")
+    assert read_yaml_with_bases(own) == ({"A": {"x": 4, "y": 2}, "C": 3}, [base, third])
+    for name, message in {
+        "nowhere.yaml": r"nowhere\.yaml: cannot be read",
+        "base.yaml": r"base\.yaml: builds on itself",
+        "own.yaml": r"base\.yaml: builds on itself",
+        "/dev/zero": "/dev/zero: cannot be read .is a device",
+        "https://host/a.yaml": "is no path of a file",
+        "[[a]]": "is no path of a file",
+        "[third.yaml]": "own.yaml: builds on more than 20 files",
+        "'!!python/name:os.system'": "cannot be read",
+        "!!python/name:os.system": r"base\.yaml: the tag !!python/name:os.system",
+    }.items():
+        own.write_text(
+            f"_BASE_: {'base.yaml' if 'third' not in name else '[' + 'third.yaml,' * 21 + ']'}"
+        )
+        base.write_text(f"_BASE_: {name}\n")
+        with pytest.raises(UserError, match=message):
+            read_yaml_with_bases(own)
 
 
 @pytest.mark.parametrize("text", ["- a\n", "3", "", "1: 2\n"])

@@ -5,7 +5,7 @@ import pytest
 
 from common.errors import UserError
 from pipeline.config import ARMS, Comparison, load_config
-from pipeline.plan import KINDS, build_stages, config_bases, flags
+from pipeline.plan import KINDS, build_stages, flags
 from tools import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,18 +212,6 @@ def test_settings_of_the_pipeline_itself_cannot_be_overridden(tmp_path):
 def test_flags():
     options = {"num_train": 3, "image_size": [96, 120], "quick": True, "slow": False, "none": None}
     assert flags(options) == ["--num-train", "3", "--image-size", "96", "120", "--quick"]
-
-
-def test_bases_of_a_detection_config_count(tmp_path):
-    (tmp_path / "base.yaml").write_text("A: 1\n")
-    (tmp_path / "own.yaml").write_text('_BASE_: "base.yaml"\nB: 2\n')
-    assert config_bases(tmp_path / "own.yaml") == [tmp_path / "base.yaml"]
-    (tmp_path / "base.yaml").write_text("_BASE_: nowhere.yaml\n")
-    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
-        config_bases(tmp_path / "own.yaml")
-    (tmp_path / "base.yaml").write_text("_BASE_: base.yaml\n")
-    with pytest.raises(UserError, match=r"base\.yaml: builds on itself"):
-        config_bases(tmp_path / "own.yaml")
 
 
 @pytest.mark.parametrize(

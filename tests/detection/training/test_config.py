@@ -123,11 +123,18 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
     for text, message in {
         "VERSION: 2\nSOLVER: {BASE_LRR: 1}": "did you mean SOLVER.BASE_LR",
         "VERSION: 2\nSOLVER: [": "x.yaml: ",
-        "VERSION: 2\n_BASE_: none.yaml": "x.yaml: ",
+        "VERSION: 2\n_BASE_: none.yaml": "none.yaml: cannot be read",
+        "VERSION: 1\nMODEL: {WEIGHT: a}": "VERSION 1: only 2 is read",
+        "SEED: 2026-01-01": "SEED",
+        "SOLVER: {STEPS: [a]}": r"SOLVER.STEPS is .*; give numbers, not 'a'",
+        "SOLVER: {BASE_LR: .nan}": "SOLVER.BASE_LR is nan; give finite",
+        f"OUTPUT_DIR: '{'-' * 90000}1'": "x.yaml: ",
+        f"A: !!python/object/apply:os.mkdir [{tmp_path}/ran]": "tag !!python/object/apply",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_config(path)
+        assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
