@@ -1,14 +1,17 @@
 """From the bytes of a picture to uint8 RGB pixels: exact, or fast for training.
 
 One decision for all programs. Grey, palette, CMYK and 16-bit pictures become 8-bit RGB;
-transparency is dropped, not composed; an EXIF orientation is not applied.
+transparency is dropped, not composed; pictures are upright: turned as their EXIF orientation says,
+as browsers and Pillow's `ImageOps.exif_transpose` do. One that is damaged or unknown counts as 1.
 """
 
 import io
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import simplejpeg
@@ -20,12 +23,46 @@ _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # sequential, whose rows follow each other in the file
 _TABLES = (0xC4, 0xC8, 0xCC)  # markers among those of frames that are none
 _SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_APP1 = 0xE1  # holds EXIF or XMP
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')  # Pillow's pattern
+_ORIENTATION = 0x112  # EXIF's tag
+_INTEGERS = {3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4}  # EXIF types of whole numbers, their bytes
+_MIRRORED = (2, 3, 6, 7)  # orientations that turn columns round, after a change of places
+_UPSIDE_DOWN = (3, 4, 7, 8)  # those that turn rows round
+_USUAL_HEADER, _MAX_HEADER = 1 << 16, 1 << 24  # bytes before the pixels
 _BLOCKS = 16  # rows that are decoded together in most files
 _LEFT_OVER = "extraneous bytes before marker 0xd9"  # libjpeg, of data between the rows and the end
 
 
 class BadPicture(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
+
+
+@dataclass(frozen=True)
+class PictureShape:
+    """Size of a picture, upright, and how the file stores it.
+
+    Attributes:
+        width: In pixels, upright.
+        height: In pixels, upright.
+        orientation: EXIF's, from 1 to 8: how the stored pixels are to be turned.
+    """
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether rows and columns change places."""
+        return self.orientation >= 5
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height of the stored pixels."""
+        return (self.height, self.width) if self.is_turned else (self.width, self.height)
 
 
 def decode(data: Encoded, *, where: str) -> np.ndarray:
@@ -39,28 +76,36 @@ def decode(data: Encoded, *, where: str) -> np.ndarray:
     Raises:
         BadPicture: If the picture does not decode, is cut short, or is larger than MAX_PIXELS.
     """
-    if data[:2] == b"\xff\xd8":
+    image, orientation = _decode_stored(data, where)
+    return upright(image, orientation)
+
+
+def _decode_stored(data: Encoded, where: str) -> tuple[np.ndarray, int]:
+    """As `decode`, but not upright: the pixels and the orientation that is to be applied."""
+    if data[:2] == _JPEG:
+        orientation = _jpeg_orientation(data, where)
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(int(width), int(height), where)
             if colorspace not in _FOUR_COLOURS:
-                return simplejpeg.decode_jpeg(data, "RGB")  # accurate DCT, as Pillow's
+                # accurate DCT, as Pillow's
+                return simplejpeg.decode_jpeg(data, "RGB"), orientation
         except BadPicture:
             raise
         except ValueError:
             pass  # damaged a little or a lot: Pillow forgives stray bytes, but not a missing end
-        return _decode_pillow(data, where)
-    _check_size(*_size(io.BytesIO(data), where), where)
+        return _decode_pillow(data, where), orientation
+    _, orientation = _open_header(io.BytesIO(data), where)
     # The formats in which OpenCV is faster than Pillow and agrees with it: PNG and WebP.
-    if data[:8] == b"\x89PNG\r\n\x1a\n" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+    if data[:8] == _PNG or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         import cv2  # so that a command line answers --help without it
 
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # Pillow says more
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None:
-            return image
-    return _decode_pillow(data, where)
+            return image, orientation
+    return _decode_pillow(data, where), orientation
 
 
 @dataclass(frozen=True)
@@ -68,33 +113,61 @@ class Header:
     """What a picture's header says.
 
     Attributes:
-        height: In pixels.
-        width: In pixels.
+        height: In pixels, upright.
+        width: In pixels, upright.
         is_fast: True for JPEGs that libjpeg-turbo can turn into RGB: grey and colour, not CMYK.
+        orientation: How the pixels of `decode_fast` are to be turned: EXIF's, from 1 to 8.
     """
 
     height: int
     width: int
     is_fast: bool
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width of what `decode_fast` gives."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+    def stored_box(self, box: Sequence[int]) -> tuple[int, int, int, int]:
+        """Where a box of the upright picture lies in the stored one.
+
+        Args:
+            box: Top, left, height and width in pixels.
+        """
+        top, left, height, width = box
+        if self.orientation in _MIRRORED:
+            left = self.width - left - width
+        if self.orientation in _UPSIDE_DOWN:
+            top = self.height - top - height
+        return (left, top, width, height) if self.orientation >= 5 else (top, left, height, width)
 
 
 def read_header(data: Encoded, *, where: str) -> Header:
     """Size of a picture without decoding it.
 
     Args:
-        data: The encoded picture.
+        data: The encoded picture; of a JPEG, the part before its pixels is enough.
         where: What to call the picture in an error.
     Raises:
         BadPicture: If there is no header, or it states more than MAX_PIXELS pixels.
     """
-    is_fast = False
+    if data[:2] != _JPEG:
+        shape, orientation = _open_header(io.BytesIO(data), where)
+        return Header(shape.height, shape.width, is_fast=False, orientation=orientation)
+    orientation, is_fast = _jpeg_orientation(data, where), False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(int(width), int(height), where)
         is_fast = colorspace not in _FOUR_COLOURS
-    except ValueError:  # another format, or damaged
-        width, height = _size(io.BytesIO(data), where)
-    _check_size(int(width), int(height), where)
-    return Header(int(height), int(width), is_fast)
+    except BadPicture:
+        raise
+    except ValueError:  # damaged
+        shape, _ = _open_header(io.BytesIO(data), where)
+        width, height = shape.stored_size
+    if orientation >= 5:
+        height, width = width, height
+    return Header(int(height), int(width), is_fast, orientation)
 
 
 def decode_fast(
@@ -103,14 +176,15 @@ def decode_fast(
     """Decode for training: JPEGs with libjpeg-turbo's fastest settings, and smaller on request.
 
     The fast DCT and the unsmoothed chroma cost little; docs/augmentation.md gives the figures.
-    Other formats are decoded whole, as `decode` does.
+    Other formats are decoded whole. Pixels are as stored, so that a crop of the upright picture is
+    `upright(image[stored_box], header.orientation)`, and only the crop is turned.
 
     Args:
         data: The encoded picture.
         header: From `read_header`.
         reduction: 1, 2, 4 or 8: JPEGs come out so many times smaller, sides rounded up.
         where: What to call the picture in an error.
-        num_rows: How many rows of the whole picture are needed, from the top; all if None.
+        num_rows: How many rows of the stored picture are needed, from the top; all if None.
     Returns:
         uint8 [h, w, 3], RGB, at least the rows needed, and how many times smaller it is:
         `reduction`, or 1.
@@ -118,7 +192,7 @@ def decode_fast(
         BadPicture: If the picture does not decode or is cut short.
     """
     if header.is_fast:
-        size = (header.height, header.width)
+        size = header.stored_size
         if num_rows is not None:
             image = decode_upper_rows(data, size, num_rows, reduction)
             if image is not None:
@@ -127,32 +201,89 @@ def decode_fast(
             return decode_fastest(data, size, reduction), reduction
         except ValueError:
             pass  # damaged a little or a lot: Pillow decides
-    return decode(data, where=where), 1
+    return _decode_stored(data, where)[0], 1
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height that a picture file's header states; an EXIF orientation is not applied.
+def read_shape(path: Path) -> PictureShape:
+    """Size and orientation of a picture file, from its header alone.
 
     Raises:
-        BadPicture: If it is no picture.
+        BadPicture: If it is no picture, or states more than MAX_PIXELS pixels.
     """
+    where = str(path)
     try:
         with open(path, "rb") as file:
-            return _size(file, str(path))
+            head = file.read(_USUAL_HEADER)
+            if head[:2] != _JPEG:
+                file.seek(0)
+                return _open_header(file, where)[0]
+            if len(head) == _USUAL_HEADER and _header_end(head)[0] is None:
+                head += file.read(_MAX_HEADER)
     except OSError as error:
         raise BadPicture(f"{path}: cannot be read ({error.strerror or error})") from error
+    header = read_header(head, where=where)
+    return PictureShape(header.width, header.height, header.orientation)
 
 
-def _size(file: IO[bytes], where: str) -> tuple[int, int]:
+def upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels as an EXIF orientation says.
+
+    Args:
+        image: uint8 [h, w, 3]; a slice is fine.
+        orientation: From 1 to 8.
+    Returns:
+        uint8 [h, w, 3], or [w, h, 3] from 5 on: the same array for 1, else a new one.
+    """
+    if orientation == 1:
+        return image
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    rows = -1 if orientation in _UPSIDE_DOWN else 1
+    columns = -1 if orientation in _MIRRORED else 1
+    return np.ascontiguousarray(image[::rows, ::columns])
+
+
+def _open_header(file: IO[bytes], where: str) -> tuple[PictureShape, int]:
+    """Shape by Pillow, and the orientation that its pixels still need: it turns TIFFs itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")
         try:
             with Image.open(file) as picture:
-                return picture.size
+                width, height = picture.size
+                is_tiff, orientation = picture.format == "TIFF", _orientation_of(picture, file)
+                is_upright = is_tiff and _ORIENTATION in getattr(picture, "tag_v2", ())
         except Image.DecompressionBombError as error:
             raise BadPicture(f"{where}: {error}") from error
         except Exception as error:  # Pillow raises many kinds, OSError and SyntaxError among them
             raise BadPicture(f"{where}: does not decode, no picture ({_short(error)})") from error
+    _check_size(width, height, where)
+    if orientation >= 5 and not is_upright:
+        width, height = height, width
+    return PictureShape(width, height, orientation), 1 if is_tiff else orientation
+
+
+def _orientation_of(picture: Image.Image, file: IO[bytes]) -> int:
+    """EXIF's orientation, 1 if there is none or it is damaged; no pixel is decoded for it."""
+    try:
+        if picture.format == "PNG" and "exif" not in picture.info:
+            exif = _exif_behind_pixels(file)
+            if exif is not None:
+                picture.info["exif"] = exif
+        orientation = Image.Image.getexif(picture).get(_ORIENTATION)  # PNG's own decodes all
+    except Exception:  # of damaged metadata: as many kinds as there are of damaged pictures
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _exif_behind_pixels(file: IO[bytes]) -> bytes | None:
+    """A PNG's eXIf, wherever it stands among the chunks."""
+    file.seek(len(_PNG))
+    while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
+        length = int.from_bytes(start[:4], "big")
+        if start[4:] == b"eXIf":
+            return file.read(length)
+        file.seek(length + 4, io.SEEK_CUR)
+    return None
 
 
 def _decode_pillow(data: Encoded, where: str) -> np.ndarray:
@@ -183,6 +314,66 @@ def _short(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+# -- the orientation of a JPEG: read from the bytes, since most pictures have none -----------------
+
+
+def _jpeg_orientation(data: Encoded, where: str) -> int:
+    """As `_orientation_of`, for a JPEG.
+
+    Raises:
+        BadPicture: If there are more than _MAX_HEADER bytes before the pixels.
+    """
+    end, segments = _header_end(data)
+    if (len(data) if end is None else end) > _MAX_HEADER and end != 0:
+        raise BadPicture(f"{where}: more than {_MAX_HEADER:,} bytes of metadata; remove them")
+    if not segments:
+        return 1
+    exif = b"".join(s[len(_EXIF) :] for s in segments if s.startswith(_EXIF))
+    orientation = _exif_orientation(exif)
+    if orientation is None:
+        xmp = next((s for s in reversed(segments) if s.startswith(_XMP)), b"")
+        match = _XMP_ORIENTATION.search(xmp)
+        orientation = int(match[2]) if match else 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _header_end(data: Encoded) -> tuple[int | None, list[bytes]]:
+    """Where the pixels of a JPEG begin, None if not in `data`; and its EXIF and XMP segments."""
+    at, segments = 2, []
+    try:
+        while data[at] == 0xFF:
+            marker = data[at + 1]
+            if marker == 0xFF:  # padding
+                at += 1
+                continue
+            if marker == _SCAN:
+                return at, segments
+            length = data[at + 2] << 8 | data[at + 3]
+            if marker == _APP1:
+                segments.append(bytes(data[at + 4 : at + 2 + length]))
+            at += 2 + length
+    except IndexError:
+        return None, segments
+    return at, segments  # no marker where one should be: damaged
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """Orientation in the first directory of EXIF data; None if there is none."""
+    order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(exif[at : at + size], order)
+
+    if exif[:2] not in (b"II", b"MM") or number(2, 2) != 42:
+        return None
+    start = number(4, 4)
+    for entry in range(start + 2, min(start + 2 + 12 * number(start, 2), len(exif) - 11), 12):
+        size = _INTEGERS.get(number(entry + 2, 2))
+        if number(entry, 2) == _ORIENTATION and size and 1 <= number(entry + 4, 4) <= 4 // size:
+            return number(entry + 8, size)
+    return None
 
 
 # -- JPEGs fast: the whole picture, or its upper rows alone ----------------------------------------

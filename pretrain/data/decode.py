@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from common.errors import require
-from common.pictures import BadPicture, decode, decode_fast, read_header
+from common.pictures import BadPicture, decode, decode_fast, read_header, upright
 from pretrain.data.policy import ViewPolicy, draw_parameters
 from pretrain.data.random_numbers import draw_uniforms
 
@@ -121,6 +121,12 @@ class ViewWriter:
             made = [operation.picture_steps(own, self.image_size) for operation, own in drawn]
             steps.append([[*chain(*(own[k] for own in made))] for k in range(len(rows))])
 
+        # Crops are cut out of the pixels as stored, and turned alone.
+        for k, header in enumerate(headers):
+            if header.orientation != 1:
+                for view in crops:
+                    view.boxes[k] = header.stored_box(view.boxes[k].tolist())
+
         # Each picture is decoded once, down to its lowest crop, and no larger than its smallest one
         # needs.
         sides = np.min([view.boxes[:, 2:] for view in crops], axis=(0, 2))
@@ -141,7 +147,7 @@ class ViewWriter:
             for view, target in enumerate(out[:, row]):
                 crop(
                     image, boxes[view][k], self.image_size, is_flipped=flips[view][k],
-                    reduction=reduction, out=target,
+                    reduction=reduction, orientation=headers[k].orientation, out=target,
                 )  # fmt: skip
                 for step in steps[view][k]:
                     step(target)
@@ -270,17 +276,19 @@ def crop(
     *,
     is_flipped: bool = False,
     reduction: int = 1,
+    orientation: int = 1,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cut a box out of a picture and resize it to a view.
+    """Cut a box out of a picture, turn it upright, and resize it to a view.
 
     Args:
-        image: uint8 [height, width, 3], the picture decoded `reduction` times smaller.
-        box: Top, left, height and width in pixels of the whole picture. Its edges are rounded to
-            whole pixels of the reduced one.
+        image: uint8 [height, width, 3], the picture as stored, decoded `reduction` times smaller.
+        box: Top, left, height and width in pixels of the whole stored picture. Its edges are
+            rounded to whole pixels of the reduced one.
         size: Side of the view in pixels.
         is_flipped: Turn the view left to right.
         reduction: 1, 2, 4 or 8.
+        orientation: EXIF's: how the stored pixels are to be turned.
         out: Where to write the view, contiguous; a new array if none.
     Returns:
         uint8 [size, size, 3].
@@ -290,7 +298,7 @@ def crop(
         half = reduction // 2
         top, left = (top + half) // reduction, (left + half) // reduction
         bottom, right = (bottom + half) // reduction, (right + half) // reduction
-    view = resize(image[top:bottom, left:right], size, size, out)
+    view = resize(upright(image[top:bottom, left:right], orientation), size, size, out)
     return cv2.flip(view, 1, dst=view) if is_flipped else view
 
 

@@ -1,19 +1,23 @@
 import io
+import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from common import pictures
-from common.pictures import BadPicture, decode, decode_fast, read_header
-from tests.pretrain.data.picture_helpers import encode, smooth_picture
+from common.pictures import BadPicture, decode, decode_fast, read_header, read_shape, upright
+from tests.pretrain.data.picture_helpers import encode, seeded, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)
 
 
 def pillow(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
 
 
 def converted(mode: str, kind: str, **options: object) -> bytes:
@@ -22,10 +26,10 @@ def converted(mode: str, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def turned(kind: str, **options: object) -> bytes:
+def turned(kind: str, orientation: int = 6, mode: str = "RGB", **options: object) -> bytes:
     exif = Image.Exif()
-    exif[0x112] = 6  # orientation: turn by 90 degrees
-    return converted("RGB", kind, exif=exif.tobytes(), **options)
+    exif[0x112] = orientation  # 6: turn by 90 degrees
+    return converted(mode, kind, exif=exif.tobytes(), **options)
 
 
 FORMATS = {
@@ -60,6 +64,88 @@ def test_formats_decode_exactly_as_with_pillow(name: str) -> None:
     assert image.dtype == np.uint8
     assert image.flags.c_contiguous
     np.testing.assert_array_equal(image, pillow(FORMATS[name]))
+
+
+# -- orientation ----------------------------------------------------------------------------------
+
+TURNED = {
+    "jpeg": ("JPEG", "RGB", {}),
+    "progressive jpeg": ("JPEG", "RGB", {"progressive": True}),
+    "CMYK jpeg": ("JPEG", "CMYK", {}),
+    "mpo": ("MPO", "RGB", {}),
+    "png": ("PNG", "RGB", {}),
+    "webp": ("WEBP", "RGB", {"lossless": True}),
+    "avif": ("AVIF", "RGB", {}),
+    "tiff": ("TIFF", "RGB", {}),
+    "lzw tiff": ("TIFF", "L", {"compression": "tiff_lzw"}),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", TURNED)
+def test_pictures_are_upright_as_pillows(name: str, orientation: int, tmp_path: Path) -> None:
+    kind, mode, options = TURNED[name]
+    data = turned(kind, orientation, mode, **options)
+    (tmp_path / "x").write_bytes(data)
+    expected = pillow(data)
+    image = decode(data, where="x")
+    np.testing.assert_array_equal(image, expected)
+    assert image.flags.c_contiguous
+    shape = read_shape(tmp_path / "x")
+    assert (shape.height, shape.width) == expected.shape[:2]
+    assert (shape.stored_size, shape.orientation) == ((80, 60), orientation)
+    assert shape.is_turned == (orientation >= 5)
+    header = read_header(data, where="x")
+    stored, _ = decode_fast(data, header, 1, where="x")
+    assert (header.height, header.width) == expected.shape[:2]
+    assert header.stored_size == stored.shape[:2]
+    np.testing.assert_allclose(upright(stored, header.orientation), expected, atol=40)
+    top, left, height, width = box = (3, 7, 20, 30)  # a crop, cut out of the stored pixels
+    row, column, rows, columns = header.stored_box(box)
+    part = upright(stored[row : row + rows, column : column + columns], header.orientation)
+    whole = upright(stored, header.orientation)
+    np.testing.assert_array_equal(part, whole[top : top + height, left : left + width])
+
+
+def test_exif_behind_a_pngs_pixels_counts() -> None:
+    data, plain = turned("PNG"), FORMATS["png"]
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    behind = plain[:-12] + chunk + plain[-12:]
+    np.testing.assert_array_equal(decode(behind, where=""), pillow(behind))
+    assert read_header(behind, where="").orientation == 6
+
+
+@seeded
+@given(
+    orientation=st.integers(0, 9),
+    order=st.sampled_from("<>"),
+    changes=st.lists(st.tuples(st.integers(4, 25), st.integers(0, 255)), max_size=3),
+    cut=st.sampled_from([0, 0, 0, 3, 9, 20]),
+    before=st.sampled_from([b"", b"\xff\xfe\x00\x04ab", b"\xff"]),
+)
+def test_orientations_of_jpegs_are_those_that_pillow_reads(
+    orientation: int, order: str, changes: list[tuple[int, int]], cut: int, before: bytes
+) -> None:
+    """Of whole and of damaged EXIF data; what Pillow fails on or browsers do not know is 1."""
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x112] = orientation
+    block = bytearray(exif.tobytes())
+    for place, value in changes:
+        block[6 + place] = value
+    block = block[: len(block) - cut]
+    data = FORMATS["jpeg"]
+    segment = b"\xff\xe1" + (2 + len(block)).to_bytes(2, "big") + bytes(block)
+    data = data[:2] + before + segment + data[2:]
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            expected = Image.open(io.BytesIO(data)).getexif().get(0x112, 1)
+        except Exception:  # of many kinds
+            expected = 1
+    expected = expected if expected in range(1, 9) else 1
+    assert read_header(data, where="").orientation == expected
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
@@ -109,16 +195,17 @@ def test_bomb_beyond_pillows_own_limit() -> None:
 def test_fast_decoding_is_close_to_exact_decoding(name: str, reduction: int) -> None:
     data = FORMATS[name]
     header = read_header(data, where=name)
-    assert (header.height, header.width) == (60, 80)
+    assert header.stored_size == (60, 80)
     assert header.is_fast == ((name.endswith("jpeg") and "CMYK" not in name) or "stray" in name)
     image, by = decode_fast(data, header, reduction, where=name)
     assert by in (1, reduction)
     exact = decode(data, where=name)
     if not header.is_fast:
         assert by == 1
-        np.testing.assert_array_equal(image, exact)
+        np.testing.assert_array_equal(upright(image, header.orientation), exact)
         return
     assert image.shape == (-(-60 // by), -(-80 // by), 3)
+    exact = np.rot90(exact) if header.orientation == 6 else exact
     whole = exact[: 60 // by * by, : 80 // by * by].reshape(60 // by, by, 80 // by, by, 3)
     difference = np.abs(image[: 60 // by, : 80 // by] - whole.mean(axis=(1, 3)))
     assert difference.mean() < 6  # a tenth of the blocks' chroma is unsmoothed at the edges

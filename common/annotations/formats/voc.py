@@ -25,7 +25,7 @@ from common.annotations.record import (
 from common.config import unknown
 from common.errors import UserError
 from common.files import read_json, read_text
-from common.pictures import BadPicture, picture_size
+from common.pictures import BadPicture, read_shape
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
 VOC_CLASSES = (
@@ -254,7 +254,8 @@ def read_picture(
     content, tree = _parse(path)
     file = require_picture(folder, image_id)
     try:
-        width, height = picture_size(file)
+        shape = read_shape(file)
+        width, height = shape.width, shape.height
     except BadPicture as error:
         raise UserError(f"{error}; replace the picture") from error
     size = tuple(_number(path, tree, f"size/{side}") for side in ("width", "height"))
