@@ -5,10 +5,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from common.pictures import decode_fast, read_header
+from common.pictures import decode_fast, read_header, upright
 from pretrain.data import decode as crops
 from pretrain.data.decode import boxes_from_draws, crop, draw_crops, reductions_for, resize
 from pretrain.data.policy import Crop, Flip, ViewPolicy
@@ -101,6 +101,50 @@ def test_crops_depend_on_seed_repeat_hash_view_and_size_alone() -> None:
     for other_keys, other_repeats in ((keys + 1, repeats), (keys, repeats + 1)):
         other = draw_one(shapes, other_keys, other_repeats, **SEED)
         assert (other.boxes == whole.boxes).all(axis=1).mean() < 0.1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [8, 100])  # decoded smaller, decoded whole
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])  # upper rows alone, or all
+def test_views_of_turned_pictures_are_upright(
+    orientation: int, size: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crops of the upright picture; reduced, their edges are rounded in the stored one."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = encode(smooth_picture(2, 131, 203), exif=exif, **options)
+    header = read_header(data, where="")
+    assert (header.width < header.height) == (orientation >= 5)
+    places = np.arange(131 * 203).reshape(131, 203, 1)  # number of the stored pixel
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+    assert turned == (header.width, header.height)
+    policy = ViewPolicy(Crop((0.2, 0.6)), Flip(0.5))
+    samples = [crops.Sample(0, key, 0, -1, data) for key in range(6)]
+    views = np.zeros((2, 6, size, size, 3), np.uint8)
+    decoded = []
+
+    def spy(*args: Any, **named: Any) -> tuple[np.ndarray, int]:
+        decoded.append(decode_fast(*args, **named))
+        return decoded[-1]
+
+    monkeypatch.setattr(crops, "decode_fast", spy)
+    writer = crops.ViewWriter(image_size=size, views=(policy, policy), seed=3)
+    assert writer.write(samples, views) == {}
+    shapes = sizes(6, header.height, header.width)
+    for number in range(2):
+        drawn = draw_crops(policy, shapes, np.arange(6), 0, seed=3, view_index=number)
+        for key, (top, left, height, width) in enumerate(drawn.boxes.tolist()):
+            by = decoded[key][1]
+            assert (by > 1) == (size == 8)
+            whole, _ = decode_fast(data, header, by, where="")
+            part = upright(places, orientation)[top : top + height, left : left + width]
+            (y0, x0), (y1, x1) = (divmod(int(at), 203) for at in (part.min(), part.max()))
+            y0, x0, y1, x1 = ((at + by // 2) // by for at in (y0, x0, y1 + 1, x1 + 1))
+            expected = resize(upright(whole[y0:y1, x0:x1], orientation), size, size)
+            expected = expected[:, ::-1] if drawn.flips[key] else expected
+            np.testing.assert_array_equal(views[number, key], expected)
+    is_upper = [len(image) < -(-131 // by) for image, by in decoded]
+    assert any(is_upper) == (not options)
 
 
 # -- cutting --------------------------------------------------------------------------------------
