@@ -29,12 +29,20 @@ from common.resnet import Arch
 _BY_ARGUMENT = {
     "MODEL.WEIGHTS": "give the weights as the first argument",
     "MODEL.ROI_HEADS.NUM_CLASSES": "it follows from the data set's class list",
+    "MODEL.RETINANET.NUM_CLASSES": "it follows from the data set's class list",
     "DATASETS.TRAIN": "use --data and --train-split",
     "DATASETS.TEST": "use --data and --test-split",
     "OUTPUT_DIR": "use --out",
     "SEED": "use --seeds",
 }
 
+# Detectors that learn from boxes alone.
+_DETECTORS = ("GeneralizedRCNN", "RetinaNet")
+_NEEDS_MORE = {
+    "MODEL.MASK_ON": "masks",
+    "MODEL.KEYPOINT_ON": "keypoints",
+    "MODEL.LOAD_PROPOSALS": "files of proposals",
+}
 # What yacs raises; the last two come from Python's parser, for a value of a thousand brackets.
 _REFUSALS = (KeyError, ValueError, AssertionError, TypeError, RecursionError, MemoryError)
 
@@ -131,6 +139,7 @@ def load_config(
         cfg = _merged(before, overrides)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = num_gpus
     check_schedule(cfg, before.SOLVER, overrides.keys())
+    _check_detector(cfg, path)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -166,6 +175,26 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, list | tuple):
         return [inner for item in value for inner in _items(item)]
     return [value]
+
+
+def _check_detector(cfg: CfgNode, path: Path) -> None:
+    """Refuse a detector that boxes alone cannot train, or that has no classes."""
+    name, generator = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if name not in _DETECTORS:
+        known = " and ".join(_DETECTORS)
+        raise UserError(f"{path}: MODEL.META_ARCHITECTURE {name} is not supported; {known} are")
+    if name == "GeneralizedRCNN" and generator == "PrecomputedProposals":
+        raise UserError(f"{path}: MODEL.PROPOSAL_GENERATOR.NAME {generator}: give RPN")
+    for key, needed in _NEEDS_MORE.items():
+        if cfg.MODEL[key.removeprefix("MODEL.")]:
+            raise UserError(f"{path}: {key}: sets here hold no {needed}, only boxes; set False")
+
+
+def set_num_classes(cfg: CfgNode, num_classes: int) -> None:
+    """Make the head of the config's detector tell so many classes apart."""
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
 
 
 def check_device(cfg: CfgNode) -> None:

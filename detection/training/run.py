@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,12 @@ from common.config import dotted
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json, write_text
 from detection.evaluation.evaluate import METRICS, Evaluation
-from detection.training.config import arch_of_config, check_device, load_config
+from detection.training.config import (
+    arch_of_config,
+    check_device,
+    load_config,
+    set_num_classes,
+)
 from detection.training.data import register
 from detection.training.trainer import Trainer
 from detection.training.weights import check_card
@@ -140,11 +145,15 @@ def prepare(settings: ArmSettings) -> Arm:
         num_gpus = max(1, torch.cuda.device_count())
     if num_gpus < 1:
         raise UserError(f"--num-gpus {num_gpus}: give 1 or more; 1 is right for the CPU")
-    data = read_set(settings.data, settings.choice)
-
-    # The config: file, overrides, data set and device filled in.
     cfg = load_config(settings.config, settings.overrides, num_gpus=num_gpus)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
+    lists = {
+        "usual_train": "+".join(cfg.DATASETS.TRAIN) or None,
+        "usual_test": "+".join(cfg.DATASETS.TEST) or None,
+    }
+    data = read_set(settings.data, replace(settings.choice, **lists))
+
+    # The rest of the config follows from the data set, the options and the device.
+    set_num_classes(cfg, len(data.classes))
     if settings.freeze:
         cfg.MODEL.BACKBONE.FREEZE_AT = 5 if "fpn" in cfg.MODEL.BACKBONE.NAME else 4
     check_device(cfg)

@@ -26,6 +26,7 @@ from pretrain.engine.run_folder import ProgressLog
 from pretrain.engine.trainer import Callback, StepResult
 from pretrain.features.memory_bank import top_k
 
+_LOWEST_TEMPERATURE = 1e-30  # float32 holds it; the nearest entry alone decides
 QUERY_CHUNK = 512
 BANK_CHUNK = 8192
 """Rows compared together: similarities never take more than 512 x 8192 x 4 bytes, 17 MB."""
@@ -135,7 +136,9 @@ def knn_grid(
         part = slice(start, start + QUERY_CHUNK)
         labels = bank_labels[nearest[part]]
         for column, temperature in enumerate(temperatures):
-            weights = (similarity[part] / temperature).exp_()
+            # As shares of the nearest entry's vote: exp(1 / 0.011) is beyond float32.
+            gaps = similarity[part] - similarity[part].amax(dim=1, keepdim=True)
+            weights = (gaps / max(temperature, _LOWEST_TEMPERATURE)).exp_()
             for row, k in enumerate(ks):
                 votes = torch.zeros(len(weights), num_classes)
                 votes.scatter_add_(1, labels[:, :k], weights[:, :k])

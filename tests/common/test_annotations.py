@@ -19,13 +19,18 @@ from common.annotations.record import (
     SetChoice,
     annotation_xml,
     coco_content,
-    make_folders,
     read_class_names,
     read_set,
     write_annotations,
 )
 from common.errors import UserError
-from tests.detection.tiny_detection import CLASSES, annotation, make_coco, make_voc
+from tests.detection.tiny_detection import (
+    CLASSES,
+    annotation,
+    make_coco,
+    make_official,
+    make_voc,
+)
 
 FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>1</difficult>"
 
@@ -321,18 +326,6 @@ def test_digest_follows_the_content(voc_root: Path) -> None:
     assert read_set(voc_root).digest() != before
 
 
-def make_official(root: Path) -> Path:
-    for year in ("2007", "2012"):
-        voc = root / f"VOC{year}"
-        make_folders(voc)
-        for split in ("trainval", "test"):
-            name = f"{year}_{split}"
-            Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(voc / f"JPEGImages/{name}.jpg")
-            (voc / f"Annotations/{name}.xml").write_text(annotation(20, [("dog", 1, 1, 20, 20)]))
-            (voc / f"ImageSets/Main/{split}.txt").write_text(f"{name}\n")
-    return root
-
-
 def test_official_devkit_and_the_0712_protocol(tmp_path: Path) -> None:
     assert tuple(VOC_CLASSES) == CLASS_NAMES
     root = make_official(tmp_path / "VOCdevkit")
@@ -343,6 +336,12 @@ def test_official_devkit_and_the_0712_protocol(tmp_path: Path) -> None:
     both = read_set(root, SetChoice(train_split=lists, test_split="voc_2007_test"))
     assert [split.folder.name for split in both.train] == ["VOC2007", "VOC2012"]
     assert both.num_train == 2
+    assert read_set(root, SetChoice(usual_train=lists, usual_test="voc_2012_test")).num_train == 2
+    shutil.rmtree(root / "VOC2012")
+    assert read_set(root, SetChoice(train_split="trainval", usual_train=lists)).num_train == 1
+    with pytest.raises(UserError, match=r"VOC2012/.*trainval.txt: no such list.* the config"):
+        read_set(root, SetChoice(usual_train=lists))
+    make_official(root)
     assert read_set(tmp_path).num_train == 1  # the folder that holds VOCdevkit
     assert read_set(root, SetChoice(test_split="voc_2012_test")).metric_year == 2012
     with pytest.raises(UserError, match="in VOC2007 and in VOC2012; say voc_2007_test"):

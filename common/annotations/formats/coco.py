@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,8 @@ from common.annotations.record import (
     checked_class_name,
 )
 from common.errors import UserError
+
+_OFFICIAL_SPLIT = re.compile(r"coco_(20\d\d)_([a-z]+)")
 
 
 class Coco(LabelledFormat):
@@ -43,10 +46,12 @@ class Coco(LabelledFormat):
         """
         if choice.metric_year is not None:
             raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
-        test, classes = _read_split(root, choice.test_split or "val2017")
+        test, classes = _read_split(root, choice.test_split or _usual(choice.usual_test, "val2017"))
         train = ()
         if not choice.test_only:
-            split, train_classes = _read_split(root, choice.train_split or "train2017")
+            split, train_classes = _read_split(
+                root, choice.train_split or _usual(choice.usual_train, "train2017")
+            )
             if classes != train_classes:
                 raise UserError(f"{root}: {split.name} and {test.name} have different categories")
             pictures = tuple(
@@ -61,6 +66,12 @@ class Coco(LabelledFormat):
             check_same_classes(root, classes, choice.classes)
             classes = choice.classes
         return LabelledSet(root, root.resolve().name, classes, None, train, test)
+
+
+def _usual(name: str | None, default: str) -> str:
+    """The list that a Detectron2 config names: coco_2014_train is train2014."""
+    match = _OFFICIAL_SPLIT.fullmatch(name or "")
+    return f"{match[2]}{match[1]}" if match else default
 
 
 def _read_split(root: Path, name: str) -> tuple[LabelledSplit, tuple[str, ...]]:

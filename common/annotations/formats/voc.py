@@ -83,7 +83,13 @@ class Voc(LabelledFormat):
         is_official = classes == VOC_CLASSES and (
             not description or description.get("kind") == "voc"
         )
-        usual = ("voc_2007_trainval", "voc_2007_test") if is_official else ("train", "test")
+        usual = ("train", "test")
+        if is_official:
+            config = (choice.usual_train or "", choice.usual_test or "")
+            official = ("voc_2007_trainval", "voc_2007_test")
+            usual = tuple(
+                a if a.startswith("voc_") else b for a, b in zip(config, official, strict=True)
+            )
         train_split = choice.train_split or description.get("train_split") or usual[0]
         test_split = choice.test_split or description.get("test_split") or usual[1]
         if "+" in test_split:
@@ -156,8 +162,12 @@ def _find_list(root: Path, split: str) -> tuple[Path, str]:
     holders = [folder for folder in folders if list_file(folder, name).is_file()]
     if not holders:
         there = sorted(f"{folder.name}/{x}" for folder in folders for x in list_names(folder))
-        needed = list_file(folders[0] if folders else root / "VOC2007", name)
-        raise UserError(f"{needed}: no such list; lists there: {', '.join(there[:20]) or 'none'}")
+        year = match[1] if match else 2007
+        needed = list_file(folders[0] if folders else root / f"VOC{year}", name)
+        raise UserError(
+            f"{needed}: no such list; lists there: {', '.join(there[:20]) or 'none'}; "
+            "the config and --train-split, --test-split say which are read"
+        )
     if len(holders) > 1:
         years = f"{holders[0].name} and in {holders[1].name}"
         raise UserError(f"list {split!r} is in {years}; say voc_2007_{name} or voc_2012_{name}")

@@ -87,8 +87,6 @@ class LinearConfig:
                 and all(0 < x < math.inf for x in values)
             )
             check(is_plain, name, "some different numbers above 0")
-        lowest = min(self.knn_temperature or [1.0])  # exp(1 / 0.011) does not fit into float32
-        check(lowest >= 0.02, "knn_temperature", "at least 0.02")
         require(
             self.protocol == "knn" or len(self.rates()) == 1 or self.holdout > 0,
             f"holdout=0 leaves nothing to select one of {len(self.rates())} rates with (the "

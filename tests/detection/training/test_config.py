@@ -118,6 +118,22 @@ def test_override_that_cannot_train_is_refused(overrides: str, message: str) -> 
         load_config(THIN, parse_overrides(overrides.split()))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("MODEL.META_ARCHITECTURE=PanopticFPN", "PanopticFPN is not supported; GeneralizedRCNN"),
+        ("MODEL.META_ARCHITECTURE=Nonsense", "Nonsense is not supported"),
+        ("MODEL.MASK_ON=True", "sets here hold no masks"),
+        ("MODEL.LOAD_PROPOSALS=True", "hold no files of proposals"),
+        ("MODEL.PROPOSAL_GENERATOR.NAME=PrecomputedProposals", "give RPN"),
+        ("MODEL.RETINANET.NUM_CLASSES=3", "follows from the data set's class list"),
+    ],
+)
+def test_detectors_that_boxes_cannot_train_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(THIN, parse_overrides([override]))
+
+
 def test_unreadable_config_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     for text, message in {

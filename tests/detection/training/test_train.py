@@ -21,9 +21,10 @@ from detectron2.modeling import build_model
 from common.annotations.record import read_set
 from detection.training.config import load_config, parse_overrides
 from detection.training.data import build_train_loader, register, to_detectron2
+from detection.training.run import ArmSettings, prepare
 from detection.training.trainer import Trainer
 from detection.training.weights import calibrate_frozen_norms
-from tests.detection.tiny_detection import CLASSES, CONFIGS, ROOT, make_coco
+from tests.detection.tiny_detection import CLASSES, CONFIGS, ROOT, make_coco, make_official
 from tools import train_voc as command
 
 RESULT_KEYS = {
@@ -220,6 +221,27 @@ def test_coco_trains_and_its_own_metric_is_the_result(
     assert result["AP"] == result["coco"]["AP"]
     assert set(result["per_class_AP75"]) == set(result["coco"]["per_class"])
     assert command.main([*options, "--metric-year", "2007", *tiny_overrides]) == 2
+
+
+def test_retinanet_trains_with_as_many_classes_as_the_set_has(
+    train: Callable[..., int], tmp_path: Path
+) -> None:
+    retinanet = {
+        "MODEL.META_ARCHITECTURE": "RetinaNet",
+        "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+        "MODEL.RESNETS.OUT_FEATURES": "['res3','res4','res5']",
+        "MODEL.FPN.IN_FEATURES": "['res3','res4','res5']",
+    }
+    assert train("random", *(f"{key}={value}" for key, value in retinanet.items())) == 0
+    bias = final_model(tmp_path / "out/seed-0")["head.cls_score.bias"]
+    assert len(bias) == 9 * len(CLASSES)  # nine anchors
+
+
+def test_a_config_says_which_lists_of_a_devkit_count(tmp_path: Path) -> None:
+    root = make_official(tmp_path / "VOCdevkit")
+    arm = prepare(ArmSettings(None, CONFIGS / "voc0712_R50_C4_24k.yaml", root))
+    assert [split.folder.name for split in arm.data.train] == ["VOC2007", "VOC2012"]
+    assert prepare(ArmSettings(None, CONFIGS / "thin_R50_C4.yaml", root)).data.num_train == 1
 
 
 def test_a_protocol_is_scaled_to_one_gpu(train: Callable[..., int], tmp_path: Path) -> None:

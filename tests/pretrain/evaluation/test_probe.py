@@ -71,6 +71,15 @@ def test_a_grid_equals_a_loop_in_each_cell_and_compares_once(chunk, monkeypatch)
             assert value == pytest.approx(by_hand(*sets, k, temperature))
 
 
+@pytest.mark.parametrize("temperature", [0.011, 1e-3, 1e-50])
+def test_a_low_temperature_leaves_the_vote_to_the_nearest(temperature):
+    sets = data()
+    if temperature > 0.01:  # float64 holds exp(1 / 0.011)
+        assert knn(*sets, k=20, temperature=temperature) == by_hand(*sets, 20, temperature)
+    else:
+        assert knn(*sets, k=20, temperature=temperature) == knn(*sets, k=1, temperature=1.0)
+
+
 def by_numpy(bank, queries, k):
     """All similarities at once, in float64, sorted whole."""
     bank, queries = (x.double().numpy() for x in (bank, queries))
