@@ -17,7 +17,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from common.errors import UserError
+from common.files import open_regular, read_regular
+
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a decompression bomb
+MAX_FILE_BYTES = 2**29  # far above any picture of MAX_PIXELS pixels that is compressed
 Encoded = bytes | memoryview  # a picture in its file format
 _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # sequential, whose rows follow each other in the file
@@ -63,6 +67,23 @@ class PictureShape:
     def stored_size(self) -> tuple[int, int]:
         """Width and height of the stored pixels."""
         return (self.height, self.width) if self.is_turned else (self.width, self.height)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a picture file.
+
+    Raises:
+        BadPicture: If it cannot be read, is empty, no plain file or larger than MAX_FILE_BYTES.
+    """
+    try:
+        data = read_regular(path, MAX_FILE_BYTES)
+    except UserError as error:
+        raise BadPicture(str(error)) from error
+    except OSError as error:
+        raise BadPicture(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise BadPicture(f"{path}: is empty (0 bytes)")
+    return data
 
 
 def decode(data: Encoded, *, where: str) -> np.ndarray:
@@ -212,7 +233,7 @@ def read_shape(path: Path) -> PictureShape:
     """
     where = str(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(_USUAL_HEADER)
             if head[:2] != _JPEG:
                 file.seek(0)

@@ -8,6 +8,7 @@ the uninterrupted run would have seen, with any number of loader workers.
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
+import copy
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -24,12 +26,16 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.detection_utils import check_image_size, convert_PIL_to_numpy
+from detectron2.data.transforms import AugInput
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.annotations.record import LabelledSet, LabelledSplit
 from common.errors import UserError
+from common.pictures import BadPicture, decode, read_file
 
 
 def derive_seed(*parts: int | str, bits: int = 32) -> int:
@@ -51,18 +57,32 @@ def derive_seed(*parts: int | str, bits: int = 32) -> int:
 # pyright: reportCallIssue=false, reportOptionalCall=false, reportReturnType=false
 
 
-class CheckedMapper(DatasetMapper):
-    """Detectron2's mapper, which names the file when a picture does not decode."""
+class BoxMapper(DatasetMapper):
+    """Detectron2's mapper for boxes, with the project's decoder: upright pictures."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Decode and augment one picture."""
+        example = copy.deepcopy(dataset_dict)
+        path = example["file_name"]
         try:
-            return super().__call__(dataset_dict)
-        except (OSError, SyntaxError) as error:
+            image = decode(read_file(path), where=path)
+        except BadPicture as error:
             raise UserError(
-                f"{dataset_dict['file_name']}: does not decode ({error}); replace the picture or "
-                "remove its line from the list"
+                f"{error}; replace the picture or remove its line from the list"
             ) from error
+        if self.image_format != "RGB":
+            image = convert_PIL_to_numpy(Image.fromarray(image), self.image_format)
+        check_image_size(example, image)
+        augmented = AugInput(image)
+        transforms = self.augmentations(augmented)
+        image = augmented.image
+        assert image is not None
+        example["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.is_train:
+            self._transform_annotations(example, transforms, image.shape[:2])
+        else:
+            del example["annotations"]
+        return example
 
 
 def to_detectron2(split: LabelledSplit, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -174,7 +194,7 @@ def build_train_loader(
     )
     assert isinstance(pictures, list)
     seed = derive_seed(purpose, max(cfg.SEED, 0))
-    dataset = PositionedPictures(pictures, CheckedMapper(cfg, is_train=True), seed)
+    dataset = PositionedPictures(pictures, BoxMapper(cfg, is_train=True), seed)
     rank, world = (0, 1) if all_ranks_alike else (comm.get_rank(), comm.get_world_size())
     sampler = PositionSampler(start_iteration * cfg.SOLVER.IMS_PER_BATCH, rank, world)
     return build_detection_train_loader(
@@ -195,7 +215,7 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
         pictures = pictures[: cfg.TEST.NUM_IMAGES]
     return build_detection_test_loader(
         pictures,
-        mapper=CheckedMapper(cfg, is_train=False),
+        mapper=BoxMapper(cfg, is_train=False),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

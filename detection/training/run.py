@@ -378,8 +378,8 @@ def _open_pictures(data: LabelledSet) -> None:
 
     def fault(path: Path) -> str | None:
         try:
-            pictures.decode(path.read_bytes(), where=str(path))
-        except (pictures.BadPicture, OSError) as error:
+            pictures.decode(pictures.read_file(path), where=str(path))
+        except pictures.BadPicture as error:
             return str(error)
         return None
 

@@ -18,7 +18,7 @@ from tqdm.contrib.concurrent import process_map
 from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
-from common.pictures import BadPicture, decode_fast, read_header
+from common.pictures import BadPicture, decode_fast, read_file, read_header
 from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
@@ -244,7 +244,7 @@ def _link_devkit(folder: Path, devkit: Path) -> None:
 def _fault(file: str) -> str | None:
     """What is wrong with a picture; all of its data is read, a JPEG at an eighth of its size."""
     try:
-        data = Path(file).read_bytes()
+        data = read_file(file)
         decode_fast(data, read_header(data, where=file), 8, where=file)
     except BadPicture as error:
         return str(error)

@@ -26,6 +26,7 @@ from PIL import Image
 
 from common.errors import UserError, run_command
 from common.files import is_number, read_json_lines, read_json_or_none, sha256_of, write_text
+from common.pictures import BadPicture, decode, read_file
 from common.stats import mean_std
 from pipeline import results
 from pipeline.config import FROZEN
@@ -190,9 +191,8 @@ def other_sets(out: Path, arms: Arms) -> list[tuple[str, list[dict[str, Any]], l
 def embed(path: Path, max_side: int) -> str | None:
     """A picture as a JPEG data URI, made smaller if need be; None if its file does not open."""
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        picture = Image.fromarray(decode(read_file(path), where=str(path)))
+    except BadPicture:
         return None
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -17,7 +17,6 @@ import re
 import secrets
 import shutil
 import signal
-import stat
 import tarfile
 import time
 from collections import Counter
@@ -44,11 +43,10 @@ from common.files import (
     write_json,
 )
 from common.parent_death import exit_with_parent
-from common.pictures import BadPicture, decode
+from common.pictures import BadPicture, decode, read_file
 from pretrain.data.index import Entry, ShardPart, read_index, write_index
 from pretrain.data.random_numbers import stable_hash
 
-MAX_FILE_BYTES = 2**30  # far above any picture of MAX_PIXELS pixels that is compressed
 _KEPT = {  # what may be stored as it is, by its suffix
     "jpg": re.compile(rb"\xff\xd8"),
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -75,20 +73,9 @@ def prepare(path: str, resize_short: int | None, quality: int) -> tuple[str, byt
     Returns:
         Suffix and bytes. Formats other than JPEG, PNG and WebP become PNG.
     Raises:
-        BadPicture: If the file cannot be read, is empty, no plain file or larger than
-            MAX_FILE_BYTES, or does not decode.
+        BadPicture: If the file cannot be read, or does not decode.
     """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise BadPicture(f"{path}: not a plain file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise BadPicture(f"{path}: {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadPicture(f"{path}: cannot be read ({error.strerror})") from error
-    if not data:
-        raise BadPicture(f"{path}: is empty (0 bytes)")
+    data = read_file(path)
     image = decode(data, where=path)
     import cv2  # not needed to parse a command line
 

@@ -9,18 +9,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
+from PIL import Image
 
 from common.annotations.record import read_set
 from detection.training.config import load_config, parse_overrides
-from detection.training.data import build_train_loader, register, to_detectron2
+from detection.training.data import BoxMapper, build_train_loader, register, to_detectron2
 from detection.training.run import ArmSettings, prepare
 from detection.training.trainer import Trainer
 from detection.training.weights import calibrate_frozen_norms
@@ -208,6 +212,39 @@ def test_training_positions_do_not_depend_on_where_one_starts(voc_root: Path) ->
     assert batches(2) == whole[2:]
     epoch = [image_id for batch in whole[:2] for image_id, _ in batch]
     assert len(set(epoch)) == 8  # each picture once an epoch
+
+
+@pytest.mark.parametrize("colours", ["RGB", "BGR"])
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("orientation", [1, 4, 6])
+def test_examples_are_those_of_detectron2s_mapper(
+    colours: str, is_train: bool, orientation: int, tmp_path: Path
+) -> None:
+    """And pictures that it reads wrongly come out right: 16 bits."""
+    cfg = load_config(CONFIGS / "thin_R50_C4.yaml", {"MODEL.DEVICE": "cpu"})
+    cfg.INPUT.FORMAT = colours
+    exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    exif[0x112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    width, height = (50, 70) if orientation == 6 else (70, 50)
+    box = {"category_id": 1, "bbox": [3.0, 4.0, 30.0, 44.0], "bbox_mode": BoxMode.XYXY_ABS}
+    picture = {"file_name": str(tmp_path / "a.jpg"), "width": width, "height": height}
+    picture["annotations"] = [box]
+    kinds: list[Any] = [BoxMapper, DatasetMapper]
+    mappers = [kind(cfg, is_train=is_train) for kind in kinds]
+    examples = []
+    for mapper in mappers:
+        np.random.seed(4)  # noqa: NPY002
+        examples.append(mapper(picture))
+    ours, theirs = examples
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours["image"], theirs["image"])
+    if is_train:
+        boxes = [example["instances"].gt_boxes.tensor for example in examples]
+        assert torch.equal(*boxes)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) << 8).save(tmp_path / "a.png")
+    picture |= {"file_name": str(tmp_path / "a.png"), "width": 70, "height": 50}
+    assert 100 < mappers[0](picture)["image"].float().mean() < 155
 
 
 def test_coco_trains_and_its_own_metric_is_the_result(

@@ -186,11 +186,11 @@ def test_files_that_cannot_be_used_are_each_told(tmp_path: Path) -> None:
         "bomb.png": "3600000000 pixels",
         "cut.jpg": "does not decode",
         "empty.jpg": "is empty (0 bytes)",
-        "folder.jpg": "not a plain file",
+        "folder.jpg": "is a folder",
         "gone.jpg": "cannot be read (No such file",
-        "huge.jpg": "1,073,741,825 bytes, more than",
+        "huge.jpg": "1,073,741,825 bytes, at most",
         "loop.jpg": "cannot be read (Too many levels of symbolic links)",
-        "pipe.jpg": "not a plain file",
+        "pipe.jpg": "is a named pipe",
     }.items():
         assert words in reasons.pop(name)
     assert not reasons
