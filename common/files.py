@@ -11,6 +11,7 @@ switched on for all nodes (Lustre: the mount option `flock`).
 
 import codecs
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -19,15 +20,22 @@ import json
 import math
 import os
 import shutil
+import socket
 import stat
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, TypeGuard
 
 from common.errors import UserError
 
+Form = Mapping[str, type | tuple[type, ...]]
+"""Keys that a JSON object must have, and the types of their values."""
+NUMBER = (int, float)
+LOCK = ".lock"
+"""In a folder while a program works there; a killed one leaves the file, but holds no lock."""
 TEMPORARY_SUFFIX = ".partial"
 MAX_TEXT_BYTES = 256 << 20  # a list of ImageNet's 1.3 million pictures has 50 MB
 MAX_JSON_BYTES = 2 << 30  # COCO's instances_train2017.json has 450 MB
@@ -38,6 +46,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+_HOLD_SECONDS = 5.0  # a process that was killed may still be going
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -300,23 +309,91 @@ def read_json_or_none(path: Path) -> Any | None:
         return None
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; a line that a kill cut off is left out.
+def has_form(value: Any, form: Form) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is an object with these keys."""
+    return isinstance(value, dict) and all(isinstance(value.get(k), form[k]) for k in form)
+
+
+def read_record(path: Path, form: Form, *, remedy: str) -> dict[str, Any]:
+    """Read a JSON object of our own.
+
+    Args:
+        path: Its file.
+        form: What it must have.
+        remedy: What to do where it has not.
+
+    Raises:
+        UserError: If the file is missing, damaged, or of another form.
+    """
+    value = read_json_or_none(path)
+    if not has_form(value, form):
+        state = "is damaged" if path.exists() else "is missing"
+        raise UserError(f"{path}: {state}; {remedy}")
+    return value
+
+
+def read_record_or_none(path: Path, form: Form | None = None) -> dict[str, Any] | None:
+    """The JSON object in `path`; None where it is missing, damaged, or of another form."""
+    value = read_json_or_none(path)
+    return value if has_form(value, form or {}) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether what a program left is there and, as far as a glance tells, not cut by a crash.
+
+    A file is not empty; one of JSON holds an object.
+    """
+    if path.is_dir():
+        return True
+    if path.suffix == ".json":
+        return isinstance(read_json_or_none(path), dict)
+    return path.is_file() and path.stat().st_size > 0
+
+
+def read_json_lines(
+    path: Path,
+    form: Form | None = None,
+    *,
+    report: Callable[[str], object] = lambda message: None,
+) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a last line that a kill cut off is left out.
+
+    Args:
+        path: Of the file.
+        form: What each must have.
+        report: Called once if other lines are damaged: says which, they are left out too.
 
     Returns:
         The rows, empty if there is no such file.
     """
     try:
-        text = read_regular(path, MAX_JSON_BYTES).decode("utf-8", "replace")
+        *lines, last = read_regular(path, MAX_JSON_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
-    rows = []
-    for line in text.split("\n"):
+    rows, damaged = [], []
+    for number, line in enumerate([*lines, last], 1):
+        row = None
         with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
+            row = json.loads(line.decode())
+        if has_form(row, form or {}):
+            rows.append(row)
+        elif number <= len(lines):
+            damaged.append(number)
+    if damaged:
+        listed = ", ".join(map(str, damaged[:5])) + ", .." * (len(damaged) > 5)
+        lines = f"{len(damaged)} damaged line" + "s" * (len(damaged) > 1)
+        report(f"{path} has {lines}, left out: {listed}")
     return rows
+
+
+def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows; after a line that a kill cut off they begin a new one."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def sha256_of(path: Path) -> str:
@@ -395,12 +472,13 @@ def unlock(file: int | IO[Any]) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
+def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> Iterator[bool]:
     """Hold a lock by name; the file is there only while somebody holds or wants it.
 
     Args:
         path: Of the lock file, in a folder that is there.
         patience: Seconds to wait for it; `math.inf` for ever.
+        of_process: As in `lock_file`.
     Yields:
         True if it is held now.
     """
@@ -409,7 +487,9 @@ def locked(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
     while descriptor is None:
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            is_locked = lock_file(opened, path.parent, wait=patience == math.inf)
+            is_locked = lock_file(
+                opened, path.parent, wait=patience == math.inf, of_process=of_process
+            )
             # The last holder removes the name before it unlocks: then there is a newer file.
             with contextlib.suppress(FileNotFoundError):
                 if is_locked and os.path.samestat(os.fstat(opened), os.stat(path)):
@@ -422,9 +502,52 @@ def locked(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
                 break
             time.sleep(0.1)
     try:
+        if descriptor is not None:
+            note_holder(descriptor)
         yield descriptor is not None
     finally:
         if descriptor is not None:
             path.unlink(missing_ok=True)
             unlock(descriptor)
             os.close(descriptor)
+
+
+@contextmanager
+def held(path: Path, *, patience: float = _HOLD_SECONDS, of_process: bool = True) -> Iterator[None]:
+    """Hold a lock by name, as `locked`, or refuse to go on.
+
+    The lock is this process's own: loaders' workers do not inherit it, and the system frees it
+    however the process ends.
+
+    Raises:
+        UserError: If somebody else holds it; says who. A killed one may take a few seconds to go.
+    """
+    with locked(path, patience=patience, of_process=of_process) as is_mine:
+        if not is_mine:
+            place = path.parent if path.name == LOCK else path.with_suffix("")
+            raise UserError(f"{place}: {holder(path)}; wait for it, stop it, or choose another out")
+        yield
+
+
+def note_holder(descriptor: int) -> None:
+    """Write into a lock file who holds it: process, machine, since when, command."""
+    record = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": " ".join(sys.argv)[:300],
+    }
+    with contextlib.suppress(OSError):  # a full disk; the lock holds without it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
+
+
+def holder(path: Path) -> str:
+    """Who works under a lock that is held, as a clause for messages."""
+    note = read_record_or_none(path, {"pid": int, "host": str, "since": str, "command": str})
+    if note is None:
+        return "another process is at work here"
+    return (
+        f"process {note['pid']} on {note['host']} is at work here since {note['since']} "
+        f"({note['command']})"
+    )

@@ -19,7 +19,7 @@ from typing import Any
 from common import provenance
 from common.config import to_plain
 from common.errors import EACH, RunFailed, UserError, add_slurm_option, require
-from common.files import read_json_or_none, write_json
+from common.files import read_record_or_none, write_json
 from pipeline import results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
@@ -110,7 +110,8 @@ def check(
         UserError: Naming all that was found.
     """
     # Each program is started once and checks what all its stages would do.
-    kept = read_json_or_none(out / CHECKS_FILE) or {}
+    kept = read_record_or_none(out / CHECKS_FILE) or {}
+    kept = {key: told for key, told in kept.items() if isinstance(told, dict)}
     keys: dict[str, str] = {}  # stage -> key of its check
     by_program: dict[tuple[str, ...], dict[str, Stage]] = defaultdict(dict)
     for stage in stages:
@@ -307,6 +308,8 @@ def run_experiment(
 
 def closing_lines(out: Path) -> str:
     """Return what a person wants to know at the end."""
-    lines = ["", *(finding["text"] for finding in results.findings(results.assemble(out)))]
+    found = results.assemble(out)
+    lines = ["", *(finding["text"] for finding in results.findings(found))]
+    lines += [f"warning: {item['file']} {item['fault']}" for item in found["damaged"]]
     names = ("results.json", "report.html")
     return "\n".join([*lines, *(str(out / name) for name in names if (out / name).exists())])

@@ -22,7 +22,7 @@ from typing import Any
 
 from common import parent_death
 from common.errors import UserError
-from common.files import lock_file, read_json_or_none, write_json
+from common.files import NUMBER, lock_file, read_record_or_none, write_json
 from common.provenance import memory_of
 
 _MEMORY_EVERY_SECONDS = 2.0
@@ -210,7 +210,8 @@ class ClusterJob:
         """How it ended, or None while it runs; a job that left no result was killed."""
         if not self.job.done():
             return None
-        ended = read_json_or_none(self.result) or {"exit_status": -signal.SIGKILL, "seconds": 0.0}
+        ended = read_record_or_none(self.result, {"exit_status": int, "seconds": NUMBER})
+        ended = ended or {"exit_status": -signal.SIGKILL, "seconds": 0.0}
         return Finished(ended["exit_status"], ended["seconds"])
 
     def stop(self, signum: int) -> None:

@@ -21,13 +21,24 @@ from typing import Any
 
 from common.config import dotted, read_yaml, read_yaml_with_bases, to_plain
 from common.errors import UserError
-from common.files import lock_file, read_json_or_none, sha256_of, write_json
+from common.files import (
+    LOCK,
+    Form,
+    holder,
+    lock_file,
+    note_holder,
+    read_record_or_none,
+    sha256_of,
+    write_json,
+)
 from common.provenance import library_version
 from pipeline.config import FROZEN, RANDOM, PipelineConfig
 
 FORMAT = "fa-stage-2"
 RUN_FILE = "experiment.json"
 """What is known of a run as a whole; a folder that holds one is a run's."""
+_RUN_FORM: Form = {"format": str}
+_STAGE_FORM: Form = {"format": str, "status": str}
 _LOCK_WAIT_SECONDS = 10.0  # a loader's workers look for their killed parent every 5 s
 
 
@@ -153,13 +164,14 @@ class StageStore:
     Attributes:
         run: Content of `experiment.json`: name, plan, config, command, versions ..
         stages: The record of each stage by name.
+        damaged: Stages whose record is there but cannot be read; RUN_FILE if that cannot.
     """
 
     def __init__(self, out: Path) -> None:
         """Read what `out` holds; nothing is written yet.
 
         Raises:
-            UserError: If a file is there but is no such record.
+            UserError: If a record is of another version.
         """
         self.out = out
         self.load()
@@ -168,17 +180,24 @@ class StageStore:
         """Read the files again."""
         paths = {p.relative_to(self.out / "stages").with_suffix("").as_posix(): p
                  for p in sorted((self.out / "stages").rglob("*.json"))}  # fmt: skip
-        self.run = self._read(self.out / RUN_FILE) if (self.out / RUN_FILE).exists() else {}
-        self.stages = {name: self._read(path) for name, path in paths.items()}
+        run_paths = {RUN_FILE: self.out / RUN_FILE} if (self.out / RUN_FILE).exists() else {}
+        self.damaged: set[str] = set()
+        self.run = self._read(run_paths, _RUN_FORM).get(RUN_FILE, {})
+        self.stages = self._read(paths, _STAGE_FORM)
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        data = read_json_or_none(path)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise UserError(
-                f"{path} is damaged or not of this version; move {self.out} away or choose "
-                "another --out"
-            )
-        return data
+    def _read(self, paths: Mapping[str, Path], form: Form) -> dict[str, dict[str, Any]]:
+        records = {}
+        for name, path in paths.items():
+            record = read_record_or_none(path, form)
+            if record is None:
+                self.damaged.add(name)
+            elif record["format"] != FORMAT:
+                raise UserError(
+                    f"{path} is not of this version; move {self.out} away or choose another --out"
+                )
+            else:
+                records[name] = record
+        return records
 
     def open_run(self, name: str, **facts: Any) -> None:
         """Record the experiment's name and what is known about this call."""
@@ -195,9 +214,15 @@ class StageStore:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """Content of `experiment.json`, and `stages`: the record of each stage; empty without a run."""
+    """Content of `experiment.json`, and `stages`: the record of each stage; empty without a run.
+
+    Raises:
+        UserError: If `experiment.json` is damaged.
+    """
     store = StageStore(out)
-    return store.run | {"stages": store.stages}
+    if RUN_FILE in store.damaged:
+        raise UserError(f"{out / RUN_FILE}: is damaged; the command of this run writes it anew")
+    return store.run | {"stages": store.stages, "damaged": sorted(store.damaged)}
 
 
 def clock(seconds: float) -> str:
@@ -223,16 +248,17 @@ def lock(out: Path) -> Iterator[int]:
         UserError: If another run holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS  # a stage of a killed run may just end
         while not lock_file(descriptor, out):
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"another run is going on in {out}; wait for it, stop it, or choose another "
-                    "--out"
+                    f"another run is going on in {out}: {holder(out / LOCK)}; wait for it, stop "
+                    "it, or choose another --out"
                 )
             time.sleep(0.2)
+        note_holder(descriptor)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import stats
-from common.files import is_number, read_json_or_none, write_json
+from common.files import (
+    NUMBER,
+    Form,
+    is_number,
+    read_json_lines,
+    read_json_or_none,
+    read_record_or_none,
+    write_json,
+)
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS, FROZEN
 from pipeline.plan import read_run
@@ -19,6 +27,15 @@ Measured = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Metric -> variant or arm -> seed -> value."""
 Detection = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows of each arm, one a seed."""
+_FORMS: dict[str, tuple[str, Form]] = {
+    "data": ("dataset.json", {}),
+    "shards": ("index.json", {}),
+    "pretrain": ("summary.json", {}),
+    "linear": ("linear.json", {}),
+    "convert": ("backbone.json", {}),
+    "detection": ("result.json", dict.fromkeys(METRICS, NUMBER)),
+}
+"""Kind of a stage -> the file that tells its figures, and what that must have."""
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
 
 
@@ -27,17 +44,17 @@ def assemble(out: Path) -> dict[str, Any]:
     run = read_run(out)
     plan, good = run.get("plan") or [], finished_stages(run)
 
-    def left_by(stage: str, file: str) -> dict[str, Any]:
-        return (read_json_or_none(out / stage / file) if stage in good else None) or {}
+    def left_by(stage: str) -> dict[str, Any]:
+        return (read_figures(out, stage) if stage in good else None) or {}
 
-    pretrain, card = left_by("pretrain", "summary.json"), left_by("convert", "backbone.json")
+    pretrain, card = left_by("pretrain"), left_by("convert")
     detection: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, *run.get("arms", ()))}
     kept = ("per_class", "per_class_AP50", "iterations", "seconds", "num_threads")
     for arm, rows in detection.items():
         seeds = (name.rpartition("/seed-")[2] for name in good if name.startswith(f"{arm}/"))
         for seed in sorted(map(int, seeds)):
-            result = read_json_or_none(out / f"detection/{arm}/seed-{seed}/result.json")
-            if isinstance(result, dict):
+            result = read_figures(out, f"{arm}/seed-{seed}")
+            if result is not None:
                 rows.append(seed_row(seed, result, (*kept, "peak_memory_bytes")))
     results = {
         "format": "fa-results-1",
@@ -52,13 +69,19 @@ def assemble(out: Path) -> dict[str, Any]:
             | {key: record.get(key) for key in ("seconds", "peak_memory_bytes")}
             for name, record in good.items()
         },
+        "damaged": damaged_files(out, good)
+        + [
+            {"stage": name, "file": f"stages/{name}.json", "fault": "is damaged; it runs again"}
+            for name in plan
+            if name in run["damaged"]
+        ],
         "unfinished": [name for name in plan if name not in good],
         "versions": run.get("versions") or {},
         "commit": run.get("commit"),
         "summary": {arm: summarise(rows) for arm, rows in detection.items()},
         "differences": {pair: compare(detection, *arms) for pair, arms in PAIRS.items()},
     }
-    others = {name.removeprefix("pretrain/"): left_by(name, "summary.json")
+    others = {name.removeprefix("pretrain/"): left_by(name)
               for name in good if name.startswith("pretrain/")}  # fmt: skip
     if others:  # variant/seed-N, or the variant alone
         results["pretrainings"] = others
@@ -138,6 +161,61 @@ def finished_stages(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def folder_of(stage: str) -> str:
+    """The folder of a stage, relative to the run's."""
+    return stage if _kind_of(stage) != "detection" else f"detection/{stage}"
+
+
+def _kind_of(stage: str) -> str:
+    """A stage's kind by its name, also of records that do not tell it."""
+    kind = stage.partition("/")[0].replace("probe_train", "shards").replace("probe_val", "shards")
+    return kind if kind in _FORMS or "/seed-" not in stage else "detection"
+
+
+def read_figures(out: Path, stage: str) -> dict[str, Any] | None:
+    """The file that tells a stage's figures; None where it is missing or damaged."""
+    file, form = _FORMS[_kind_of(stage)]
+    return read_record_or_none(out / folder_of(stage) / file, form)
+
+
+def damaged_files(
+    out: Path, stages: Iterable[str], *, has_details: bool = False
+) -> list[dict[str, str]]:
+    """Files of finished stages whose content is missing from the figures.
+
+    Args:
+        out: The run's folder.
+        stages: Which ones.
+        has_details: Whether files that only the page reads count too; those of pretraining runs are
+            told by `runs.read`.
+    Returns:
+        `stage`, `file` (relative to the run's folder), `fault`: what is wrong, and the remedy.
+    """
+    found = []
+
+    def add(stage: str, path: Path, fault: str) -> None:
+        place = path.relative_to(out).as_posix()
+        found.append({"stage": stage, "file": place, "fault": fault})
+
+    for stage in stages:
+        kind, folder = _kind_of(stage), out / folder_of(stage)
+        if kind in _FORMS and read_figures(out, stage) is None:
+            path = folder / _FORMS[kind][0]
+            state = "is damaged" if path.exists() else "is missing"
+            add(stage, path, f"{state}; the command of this run makes it again")
+        if has_details and kind in ("detection", "pretrain"):
+            pattern = "*.json" if kind == "detection" else "pictures/*.json"
+            for path in sorted(folder.glob(pattern)):
+                is_own = path.name in (_FORMS[kind][0], "metrics.json")  # the latter has lines
+                if not is_own and not isinstance(read_json_or_none(path), dict | list):
+                    add(stage, path, "is damaged")
+            path, faults = folder / "curve.jsonl", []
+            read_json_lines(path, report=faults.append)
+            for fault in faults:
+                add(stage, path, fault.removeprefix(f"{path} "))
+    return found
+
+
 def measured(out: Path, stages: Collection[str]) -> dict[str, dict[str, dict[int, float]]]:
     """Return the percentages of pretraining that finished stages of a run left, see `Measured`.
 
@@ -147,13 +225,10 @@ def measured(out: Path, stages: Collection[str]) -> dict[str, dict[str, dict[int
     for stage in stages:
         kind, _, tail = stage.partition("/")
         variant, _, seed = (tail or "pretrained").partition("/seed-")
-        sources = {
-            "pretrain": ("knn", "summary.json", "knn_top1"),
-            "linear": ("linear", "linear.json", "top1"),
-        }
+        sources = {"pretrain": ("knn", "knn_top1"), "linear": ("linear", "top1")}
         if kind in sources:
-            metric, file, key = sources[kind]
-            value = (read_json_or_none(out / stage / file) or {}).get(key)
+            metric, key = sources[kind]
+            value = (read_figures(out, stage) or {}).get(key)
             if is_number(value):
                 found.setdefault(metric, {}).setdefault(variant, {})[int(seed or 0)] = 100 * value
     return found
@@ -176,10 +251,13 @@ def write(out: Path, **about: Any) -> None:
     results = assemble(out) | about
     write_json(out / "results.json", results)
     for arm, rows in results["detection"].items():
-        if rows:
+        lost = [item["file"] for item in results["damaged"] if item["stage"].startswith(f"{arm}/")]
+        if rows or lost:
             table = results["summary"][arm]
             summary: dict[str, Any] = {"n": len(rows), "seeds": [row["seed"] for row in rows]}
             summary |= {key: {m: table[m][key] for m in METRICS} for key in ("mean", "std")}
+            if lost:
+                summary["damaged"] = lost
             if all(table[m]["n"] == len(rows) for m in COCO_METRICS):
                 summary["coco"] = {m.removeprefix("coco_"): table[m]["mean"] for m in COCO_METRICS}
             write_json(out / f"detection/{arm}/summary.json", summary)

@@ -6,6 +6,7 @@ One loop starts stages while slots are free, looks at those that run, and record
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from typing import Any, Literal, TextIO
 
 from common import provenance
 from common.errors import RunFailed, StoppedBySignal, UserError
-from common.files import inside, remove
+from common.files import inside, is_whole, remove
 from pipeline.jobs import ClusterJob, CommandJob, Finished, LocalJob, SlurmSettings, last_line
 from pipeline.plan import Stage, StageStore, clock, digest, explain, input_digest, lock, now
 
@@ -199,6 +200,8 @@ class Runner:
         stop_at = start + 60 * limits.minutes - SAVE_SECONDS if limits.minutes else float("inf")
         with lock(self.out) as descriptor, signals_noted() as signals:
             self.store.load()  # Another run may have written before the lock was ours.
+            for name in sorted(self.store.damaged):
+                progress.say(f"warning: the record of {name} in {self.out} is damaged")
             decisions = self.plan(stages)
             before_first(decisions)
             # Which records speak of the present settings. What is skipped is known only when its
@@ -300,6 +303,9 @@ class Runner:
         parts = stage.key_parts(self.root, self.out, made)
         record = self.store.stages.get(stage.name)
         missing = [name for name in stage.outputs if not inside(self.out, name).exists()]
+        damaged = [name for name in stage.outputs if not is_whole(inside(self.out, name))]
+        if stage.name in self.store.damaged:
+            return Decision("run", f"stages/{stage.name}.json is damaged", parts)
         if record is None:
             for name in stage.owns:
                 path = inside(self.out, name)
@@ -309,13 +315,18 @@ class Runner:
                         f"(stage {stage.name}); move it away or choose another --out"
                     )
             return Decision("run", "first run", parts)
-        if record["key"] != digest(parts):
-            return Decision("run", explain(record["parts"], parts), parts)
+        if record.get("key") != digest(parts):
+            return Decision("run", explain(record.get("parts") or {}, parts), parts)
         if stage.name in self._again:
             return Decision("run", "asked for", parts)
         if record["status"] == "finished":
-            action = "run" if missing else "skip"
-            return Decision(action, f"{missing[0]} is missing" if missing else "unchanged", parts)
+            if missing:
+                return Decision("run", f"{missing[0]} is missing", parts)
+            if damaged:  # a program that trains goes on from its checkpoint
+                is_trained = stage.resumable and stage.kind != "shards"
+                action = "resume" if is_trained else "run"
+                return Decision(action, f"{damaged[0]} is damaged", parts)
+            return Decision("skip", "unchanged", parts)
         if stage.resumable:
             return Decision("resume", "continues where it stopped", parts)
         return Decision("run", "did not finish last time", parts)
@@ -326,6 +337,11 @@ class Runner:
         resumed = decision.action == "resume"
         record = self.store.stages.get(stage.name, {})
         before = (record.get("seconds") or 0.0) if resumed else 0.0
+        path = self.log_path(stage)
+        if resumed and record["status"] == "running" and path.exists():
+            # An attempt that was killed with its runner lasted until its last line, at least.
+            started = datetime.datetime.fromisoformat(record["started"]).timestamp()
+            before += max(0.0, path.stat().st_mtime - started)
         if not resumed:
             for name in stage.owns:
                 remove(self.out, name)
@@ -340,7 +356,6 @@ class Runner:
         own = {}
         if stage.group and self.limits.threads and not os.environ.get("OMP_NUM_THREADS"):
             own["OMP_NUM_THREADS"] = str(self.limits.threads)
-        path = self.log_path(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if resumed else "w", encoding="utf-8") as log:
             words = [*(f"{name}={value}" for name, value in own.items()), *stage.command]

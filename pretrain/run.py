@@ -48,8 +48,7 @@ def make_trainer(
     dist.start(device.type)
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)
-    folder = run_folder.prepare(config, resume=resume)
-    lock = run_folder.hold(folder) if dist.rank() == 0 else None
+    folder, lock = run_folder.prepare(config, resume=resume)
     input_pipeline = InputPipeline(
         config.data,
         seed=config.seed,
@@ -77,7 +76,7 @@ def make_trainer(
         checkpoints,
         HangTimer(engine),
         RunPictures(config, folder, backbone, input_pipeline, probe) if is_main else None,
-        RunFolder(folder, lock, config, input_pipeline.num_samples) if lock else None,
+        RunFolder(folder, lock, config, input_pipeline.num_samples) if is_main else None,
     ]
     present = [callback for callback in callbacks if callback is not None]
     trainer = Trainer(task, input_pipeline, present, config.optim.epochs, engine, device)
@@ -85,6 +84,7 @@ def make_trainer(
         state, note = checkpoint.load_newest(folder)
         changes = trainer.load_state_dict(state, allow_changes=allow_changes)
         log.notes = [*([note] if note else []), *changes]
+    log.notes += input_pipeline.notes
     return trainer
 
 

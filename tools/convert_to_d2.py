@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, command_parser, print_check, run_command, run_or_check_each
-from common.files import write_json
+from common.files import LOCK, held, write_json
 from common.resnet import BRANCHES, LAYOUTS
 
 _EXAMPLE = """\
@@ -118,7 +118,9 @@ def run_convert(arguments: argparse.Namespace) -> int:
         print_check(facts, as_json=arguments.json is not None)
         return 0
     to = arguments.to or "detectron2"
-    card = convert(source, arguments.out, to=to, size=arguments.size)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with held(arguments.out.with_name(arguments.out.name + LOCK)):
+        card = convert(source, arguments.out, to=to, size=arguments.size)
     differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
     ends = [arguments.out.with_suffix(end).name for end in (".json", ".md")]
     lines = [

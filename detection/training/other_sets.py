@@ -8,7 +8,9 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from detectron2.modeling import build_model
 from common import checkpoints, provenance
 from common.annotations.record import SetChoice, read_set
 from common.errors import UserError
-from common.files import read_json, sha256_of, write_json
+from common.files import LOCK, held, sha256_of, write_json
 from detection.evaluation.evaluate import METRICS, evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from detection.training.run import (
     log_to,
+    read_result,
     summarise,
     write_details,
 )
@@ -59,9 +62,10 @@ def evaluate_on(
         What OUT/eval-on-NAME.json holds: mean, standard deviation and number of seeds.
 
     Raises:
-        UserError: If a seed is not finished, or the set does not fit the detector.
+        UserError: If a seed is not finished or being worked on, or the set does not fit the
+            detector.
     """
-    choice, overrides = choice or SetChoice(), overrides or {}
+    overrides = overrides or {}
     for key in overrides:
         if not key.startswith("TEST."):
             raise UserError(
@@ -69,12 +73,34 @@ def evaluate_on(
                 "change; leave it out"
             )
     folders = _finished_seeds(out, seeds)
-    results = [read_json(folder / "result.json") for folder in folders]
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(held(folder / LOCK))
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        return _evaluate_seeds(root, out, folders, choice or SetChoice(), overrides, overwrite)
+
+
+def _evaluate_seeds(
+    root: Path,
+    out: Path,
+    folders: Sequence[Path],
+    choice: SetChoice,
+    overrides: Mapping[str, str],
+    overwrite: bool,
+) -> dict[str, Any]:
+    """As `evaluate_on`, of the seeds in some folders."""
+    results = []
+    for folder in folders:
+        result = read_result(folder / "result.json")
+        if result is None:
+            raise UserError(f"{folder / 'result.json'}: is damaged; {_REPEAT}")
+        results.append(result)
     classes = results[0]["classes"]
     if any(result["classes"] != classes for result in results):
         raise UserError(f"{out}: its seeds have different classes; give --seeds")
     data = read_set(root, replace(choice, classes=tuple(classes), test_only=True))
-    trained_year = results[0]["metric_year"]
+    trained_year = results[0].get("metric_year")
     if choice.metric_year is None and None not in (data.metric_year, trained_year):
         data = replace(data, metric_year=trained_year)
     name = result_name(root, choice.test_split)
@@ -86,8 +112,10 @@ def evaluate_on(
             "model_sha256": sha256_of(folder / _MODEL),
             "overrides": [word for pair in overrides.items() for word in pair],
         }
-        if file.is_file() and not overwrite:
-            row = read_json(file)
+        row = read_result(file)
+        if file.is_file() and row is None:
+            print(f"warning: {file} is damaged, and is made again", file=sys.stderr)
+        if row is not None and not overwrite:
             changed = [key for key, value in made_with.items() if row.get(key) != value]
             if changed:
                 raise UserError(
@@ -95,8 +123,6 @@ def evaluate_on(
                     "name?); rename the folder, or replace the result with --overwrite"
                 )
         else:
-            if num_threads:
-                torch.set_num_threads(num_threads)
             log_to(folder)
             cfg = load_config(folder / "config.yaml", overrides)
             cfg.DATASETS.TEST = (register(data)[1],)
@@ -104,7 +130,7 @@ def evaluate_on(
             model = build_model(cfg)
             try:
                 model.load_state_dict(checkpoints.load_torch(folder / _MODEL)["model"])
-            except (KeyError, RuntimeError) as error:
+            except (KeyError, TypeError, RuntimeError) as error:
                 raise UserError(
                     f"{folder / _MODEL}: does not fit the config.yaml beside it; {_REPEAT}"
                 ) from error
@@ -147,8 +173,9 @@ def _finished_seeds(out: Path, seeds: Sequence[int] | None) -> list[Path]:
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; --out must hold trained seeds (seed-0, ..)")
     if seeds is None:
-        finished = [path for path in out.glob("seed-*") if (path / "result.json").is_file()]
-        folders = sorted(finished, key=lambda path: int(path.name.removeprefix("seed-")))
+        finished = [path.parent for path in out.glob("seed-*/result.json")]
+        numbered = [path for path in finished if path.name.removeprefix("seed-").isdecimal()]
+        folders = sorted(numbered, key=lambda path: int(path.name.removeprefix("seed-")))
     else:
         folders = [out / f"seed-{seed}" for seed in seeds]
     if not folders:

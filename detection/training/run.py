@@ -27,7 +27,15 @@ from common import pictures, provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.config import dotted
 from common.errors import UserError
-from common.files import read_json, sha256_of, write_json, write_text
+from common.files import (
+    LOCK,
+    NUMBER,
+    held,
+    read_record_or_none,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from detection.evaluation.evaluate import METRICS, Evaluation
 from detection.training.config import (
     arch_of_config,
@@ -52,6 +60,9 @@ _RESULT_FILES = (
     *("result.json", "curve.jsonl", "metrics.json", "last_checkpoint", "*.pth"),
     *("detections.json", "pr.json", "errors.json"),
 )
+
+
+_RESULT = {"arm": str, "seed": int, "classes": list, **dict.fromkeys(METRICS, NUMBER)}
 
 
 @dataclass(frozen=True)
@@ -117,18 +128,19 @@ def run_arm(
         What summary.json holds.
 
     Raises:
-        UserError: For wrong input, before any training.
+        UserError: For wrong input, before any training; another process works on a seed.
     """
     arm = prepare(settings)
     results = []
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        if not is_finished(folder, arm.compared, overwrite=overwrite):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "run.json", {"settings": arm.compared, "seed": seed})
-            arguments = (arm, seed, folder, num_threads)
-            launch(_train_seed, arm.num_gpus, dist_url="auto", args=arguments)
-        results.append(read_json(folder / "result.json"))
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder / LOCK):
+            if not is_finished(folder, arm.compared, overwrite=overwrite):
+                write_json(folder / "run.json", {"settings": arm.compared, "seed": seed})
+                arguments = (arm, seed, folder, num_threads)
+                launch(_train_seed, arm.num_gpus, dist_url="auto", args=arguments)
+            results.append(read_result(folder / "result.json"))
     summary = summarise(results, seeds)
     write_json(out / "summary.json", summary)
     return summary
@@ -185,29 +197,40 @@ def prepare(settings: ArmSettings) -> Arm:
 
 
 def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> bool:
-    """Whether a seed's result is there and made with these settings.
+    """Whether a seed's result is there, whole and made with these settings.
 
     Raises:
-        UserError: If what is there was made with other settings and `overwrite` is false.
+        UserError: If what is there was made with other settings, or with settings that are no
+            longer known, and `overwrite` is false.
     """
-    record = folder / "run.json"
-    if not record.is_file():
-        return False
-    old = read_json(record)["settings"]
-    changed = sorted(key for key in {*old, *compared} if old.get(key) != compared.get(key))
-    if not changed:
-        return (folder / "result.json").is_file()
+    there = [file for pattern in _RESULT_FILES for file in folder.glob(pattern)]
+    record = read_record_or_none(folder / "run.json", {"settings": dict})
+    reason = ""
+    if record is not None:
+        old = record["settings"]
+        changed = sorted(key for key in {*old, *compared} if old.get(key) != compared.get(key))
+        listed = [f"{key}: {old.get(key)} -> {compared.get(key)}" for key in changed[:4]]
+        more = ["..", *listed][: len(changed) > 4]
+        reason = f"was made with other settings ({'; '.join([*listed, *more])})" if changed else ""
+    elif there:
+        reason = "run.json, which tells its settings, is missing or damaged"
+    if not reason:
+        result = folder / "result.json"
+        if result.is_file() and read_result(result) is None:
+            print(f"warning: {result} is damaged; the seed is evaluated again", file=sys.stderr)
+        return read_result(result) is not None
     if not overwrite:
-        listed = "; ".join(f"{key}: {old.get(key)} -> {compared.get(key)}" for key in changed[:4])
         raise UserError(
-            f"{folder}: was made with other settings ({listed}"
-            f"{'; ..' if len(changed) > 4 else ''}); choose another --out, or run it "
-            "again with --overwrite"
+            f"{folder}: {reason}; choose another --out, or run it again with --overwrite"
         )
-    for pattern in _RESULT_FILES:
-        for file in folder.glob(pattern):
-            file.unlink()
+    for file in there:
+        file.unlink()
     return False
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A seed's result.json or eval-on-NAME.json; None where it is missing or damaged."""
+    return read_record_or_none(path, _RESULT)
 
 
 def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> None:
@@ -268,7 +291,7 @@ def write_details(evaluation: Evaluation, folder: Path, prefix: str = "") -> Non
 def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1; null for one seed) of AP, AP50 and AP75 in percent.
 
-    "coco" holds the means by COCO's metric.
+    "coco" holds the means by COCO's metric; null if a result of an older version has none.
     """
     columns = {key: [result[key] for result in results] for key in METRICS}
     return {
@@ -279,7 +302,9 @@ def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, 
             for key, values in columns.items()
         },
         "seeds": list(seeds),
-        "coco": {key: statistics.fmean(row["coco"][key] for row in results) for key in METRICS},
+        "coco": None
+        if not all(row.get("coco") for row in results)
+        else {key: statistics.fmean(row["coco"][key] for row in results) for key in METRICS},
     }
 
 

@@ -22,8 +22,16 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.utils.data import DataLoader
 
+from common import checkpoints
 from common.annotations.record import LabelledSet
-from common.files import read_json_lines, remove_partial_files, write_json_lines
+from common.errors import UserError
+from common.files import (
+    has_form,
+    read_json_lines,
+    remove_partial_files,
+    write_json_lines,
+    write_text,
+)
 from common.resnet import BLOCKS_PER_STAGE
 from detection.evaluation.evaluate import Evaluation, evaluate_detector, evaluated_split
 from detection.training.data import build_test_loader, build_train_loader, derive_seed
@@ -38,6 +46,7 @@ from detection.training.weights import (
 logger = logging.getLogger(__name__)
 _PRINT_PERIOD = 20
 _CHECKPOINTS_KEPT = 2
+_ROW = {"iteration": int}
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -149,7 +158,8 @@ class CurveHook(hooks.EvalHook):
         """Drop points later than the checkpoint; evaluate now if a kill lost the point of now."""
         start, is_due = self.trainer.start_iter, False
         if comm.is_main_process():
-            rows = [row for row in read_json_lines(self._file) if row["iteration"] <= start]
+            rows = read_json_lines(self._file, _ROW, report=logger.warning)
+            rows = [row for row in rows if row["iteration"] <= start]
             write_json_lines(self._file, rows)
             is_due = (
                 self._period > 0
@@ -171,7 +181,8 @@ class CurveHook(hooks.EvalHook):
             return {}
         self.last = result
         point = {"iteration": iteration, **result.means}
-        rows = [row for row in read_json_lines(self._file) if row["iteration"] != iteration]
+        rows = read_json_lines(self._file, _ROW)
+        rows = [row for row in rows if row["iteration"] != iteration]
         write_json_lines(self._file, [*rows, point])
         logger.info(
             "iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %.1f s)",
@@ -179,6 +190,22 @@ class CurveHook(hooks.EvalHook):
             *(result.num_images, result.seconds),
         )
         return {"bbox": result.means}
+
+
+def point_at_newest(folder: Path) -> None:
+    """Write which checkpoint training goes on from; damaged ones are passed over with a word."""
+    pointer = folder / "last_checkpoint"
+    for path in sorted(folder.glob("model_*.pth"), reverse=True):  # "final" is after all numbers
+        try:
+            content = checkpoints.load_torch(path)
+        except UserError as error:
+            logger.warning("%s; going on from an earlier state", error)
+            continue
+        if has_form(content, {"model": dict, "optimizer": dict, "iteration": int}):
+            write_text(pointer, path.name)
+            return
+        logger.warning("%s: is no checkpoint of a training; going on from an earlier state", path)
+    pointer.unlink(missing_ok=True)
 
 
 class Trainer(DefaultTrainer):
@@ -237,9 +264,7 @@ class Trainer(DefaultTrainer):
         """
         if comm.is_main_process():
             remove_partial_files(self.folder)
-            pointer = self.folder / "last_checkpoint"
-            if pointer.is_file() and not (self.folder / pointer.read_text().strip()).is_file():
-                pointer.unlink()
+            point_at_newest(self.folder)
         comm.synchronize()
         if self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
@@ -266,10 +291,8 @@ class Trainer(DefaultTrainer):
                 )
         if comm.is_main_process():
             metrics = self.folder / "metrics.json"
-            rows = read_json_lines(metrics)
-            write_json_lines(
-                metrics, [row for row in rows if row.get("iteration", 0) < self.start_iter]
-            )
+            rows = read_json_lines(metrics, _ROW, report=logger.warning)
+            write_json_lines(metrics, [row for row in rows if row["iteration"] < self.start_iter])
             # The newest value of everything that is measured, not smoothed.
             writers = [JSONWriter(str(metrics), window_size=1), CommonMetricPrinter(self.max_iter)]
             period = min(_PRINT_PERIOD, self.max_iter)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, require
-from common.files import locked, read_json_or_none, write_json
+from common.files import held, read_record_or_none, write_json
 
 
 def fetched(names: Sequence[str], cache: Path, size: str) -> list[Path]:
@@ -129,8 +129,7 @@ def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None
         raise UserError(
             f"{out.parent}: cannot be written ({error}); give another folder"
         ) from error
-    with locked(lock, patience=LOCK_WAIT_SECONDS) as is_mine:
-        require(is_mine, f"{out}: another run is writing it; wait for it or give another folder")
+    with held(lock, patience=LOCK_WAIT_SECONDS, of_process=False):
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             if _is_finished(card, out, overwrite):
@@ -152,12 +151,13 @@ def _is_finished(card: Card, out: Path, overwrite: bool) -> bool:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    old = read_json_or_none(out / "dataset.json")
-    if not isinstance(old, dict) or old.get("format") != FORMAT:
+    old = read_record_or_none(out / "dataset.json", {"format": str, "options": dict})
+    if old is None or old["format"] != FORMAT:
         raise UserError(
-            f"{out}: is there and is no data set made by this tool; give another folder"
+            f"{out}: is there, and its dataset.json is missing, damaged or not of this tool; give "
+            "another folder"
         )
-    there = {"kind": old.get("kind"), **old.get("options", {})}
+    there = {"kind": old.get("kind"), **old["options"]}
     requested = {"kind": card.kind, **card.options}
     if overwrite or there == requested:
         return not overwrite

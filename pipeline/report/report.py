@@ -25,7 +25,15 @@ from markupsafe import Markup
 from PIL import Image
 
 from common.errors import UserError, run_command
-from common.files import is_number, read_json_lines, read_json_or_none, sha256_of, write_text
+from common.files import (
+    has_form,
+    is_number,
+    read_json_lines,
+    read_json_or_none,
+    read_record_or_none,
+    sha256_of,
+    write_text,
+)
 from common.pictures import BadPicture, decode, read_file
 from common.stats import mean_std
 from pipeline import results
@@ -72,6 +80,7 @@ MOST_OF_A_KIND = 50  # entries that are listed; all are counted
 NUM_PICTURES, NUM_ARMS = 6, 3
 
 
+_PICTURE = {"file_name": str, "ground_truth": list, "detections": list}
 Arms = Mapping[str, Sequence[Path]]
 """Arm -> the folders of its finished seeds."""
 
@@ -102,7 +111,8 @@ def ap_curves(arms: Arms) -> dict[str, charts.Line]:
     """Arm -> AP50 over training iterations, mean over the seeds."""
     found = {}
     for arm, folders in arms.items():
-        logs = [read_json_lines(folder / "curve.jsonl") for folder in folders]
+        form = {"iteration": int}
+        logs = [read_json_lines(folder / "curve.jsonl", form) for folder in folders]
         curves = [{row["iteration"]: row["AP50"] for row in log if is_number(row.get("AP50"))}
                   for log in logs if log]  # fmt: skip
         found[results.arm_title(arm)] = mean_curve(curves)
@@ -135,8 +145,8 @@ def _mean(values: Iterable[Any]) -> float | None:
 
 def _formatted(path: Path, form: str) -> dict[str, Any]:
     """A file's content if it is of the right form, else nothing."""
-    content = read_json_or_none(path)
-    return content if isinstance(content, dict) and content.get("format") == form else {}
+    content = read_record_or_none(path) or {}
+    return content if content.get("format") == form else {}
 
 
 def error_rows(arms: Arms) -> list[dict[str, Any]]:
@@ -170,8 +180,8 @@ def other_sets(out: Path, arms: Arms) -> list[tuple[str, list[dict[str, Any]], l
         outdated = []
         for arm, folder in ((arm, folder) for arm, folders in arms.items() for folder in folders):
             path, model = folder / f"{stem}.json", folder / "model_final.pth"
-            result = read_json_or_none(path)
-            if not isinstance(result, dict):
+            result = read_record_or_none(path)
+            if result is None:  # not evaluated there, or damaged, see `skipped_items`
                 continue
             # Without a model the folder is a copy of the figures alone.
             is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
@@ -227,7 +237,9 @@ def detection_pictures(arms: Arms, dataset: Path) -> list[dict[str, Any]]:
         for folder in arms[arm]:
             entries = read_json_or_none(folder / "detections.json")
             if isinstance(entries, list):
-                by_seed[folder.name][arm] = {entry["file_name"]: entry for entry in entries}
+                by_seed[folder.name][arm] = {
+                    entry["file_name"]: entry for entry in entries if has_form(entry, _PICTURE)
+                }
     # The seed that most arms have, the first of these.
     seed, by_arm = max(by_seed.items(), key=lambda pair: len(pair[1]), default=("", {}))
     found: list[dict[str, Any]] = []
@@ -261,7 +273,7 @@ def pretraining_pictures(folder: Path) -> list[tuple[str, str, str]]:
         picture = embed(path, 1400)
         if picture is None:
             continue
-        rows = (read_json_or_none(path.with_suffix(".json")) or {}).get("rows") or []
+        rows = (read_record_or_none(path.with_suffix(".json")) or {}).get("rows") or []
         known = [(row["query_label"], row.get("neighbour_labels") or [])
                  for row in rows if row.get("query_label") is not None]  # fmt: skip
         if known:
@@ -311,6 +323,8 @@ def stage_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name in run.get("plan") or []:
         entry = run["stages"].get(name) or {"status": "not run", "current": True}
         status = entry["status"] if entry.get("current") else "not run with these settings"
+        if name in run["damaged"]:
+            status = "record damaged"
         row = {"name": name, "status": status, "resumed": entry.get("resumed")}
         row |= {"seconds": entry.get("seconds"), "memory": entry.get("peak_memory_bytes")}
         if name != "report":
@@ -337,9 +351,11 @@ def skipped_items(
             items.append(Item(kind, row["name"], "the stage", why))
     for stage in stages:
         if stage.startswith(("shards", "probe_")):
-            index = read_json_or_none(out / stage / "index.json") or {}
+            index = read_record_or_none(out / stage / "index.json", {"skipped": list}) or {}
             items += [Item("left out", stage, entry["file"], entry["reason"])
-                      for entry in index.get("skipped") or []]  # fmt: skip
+                      for entry in index.get("skipped", ())]  # fmt: skip
+    items += [Item("damaged", item["stage"], item["file"], item["fault"])
+              for item in results.damaged_files(out, stages, has_details=True)]  # fmt: skip
     for one in found:
         items += runs.skipped(one, one.folder.relative_to(out).as_posix())
     return sorted(items, key=lambda item: GRAVITY.index(item.kind))
@@ -388,7 +404,7 @@ def context(out: Path) -> dict[str, Any]:
              "Highest precision at each recall or beyond, at an overlap of 0.5; mean over classes "
              "and seeds."),
         ],
-        "published": (read_json_or_none(out / "results.json") or {}).get("published"),
+        "published": (read_record_or_none(out / "results.json") or {}).get("published"),
         "published_metrics": results.METRICS,
         "kinds": ERROR_KINDS,
         "errors": error_rows(arms),
@@ -402,10 +418,10 @@ def context(out: Path) -> dict[str, Any]:
         "alarms": [item for item in items if item.kind == "alarm"],
         "pretraining_pictures": {label: pretraining_pictures(found[0].folder)
                                  for label, found in few.items()},
-        "card": read_json_or_none(out / conversions[0] / "backbone.json") if conversions else None,
+        "card": results.read_figures(out, conversions[0]) if conversions else None,
         "skipped": {kind: (len(some), some[:MOST_OF_A_KIND]) for kind, some in by_kind.items()},
         "most_of_a_kind": MOST_OF_A_KIND,
-        "dataset": read_json_or_none(out / "data/dataset.json"),
+        "dataset": read_record_or_none(out / "data/dataset.json"),
         "stages": stages,
     }  # fmt: skip
 

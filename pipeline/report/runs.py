@@ -16,9 +16,9 @@ import yaml
 
 from common.config import dotted
 from common.errors import UserError
-from common.files import is_number, lock_file, read_json_lines
+from common.files import LOCK, NUMBER, Form, is_number, lock_file, read_json_lines
 
-MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth", ".lock")
+MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth")
 """A folder that holds one of these is a run."""
 NO_RUN = ("experiment.json",)
 """A folder that holds this is an experiment's, and its runs lie below."""
@@ -46,6 +46,7 @@ class RunInfo:
         problems: Files that are missing or damaged.
         config: The resolved config; empty where it cannot be read.
         rows: Of `metrics.jsonl`, each with a kind and a step.
+        replaced: Bad sample -> reason, of `bad_samples.jsonl`.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class RunInfo:
     problems: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    replaced: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What `list --json` prints."""
@@ -98,14 +100,20 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     commit = _mapping(folder / "environment.json", problems).get("commit")
     has_summary = (folder / "summary.json").exists()
     summary = _mapping(folder / "summary.json", problems) if has_summary else None
-    rows = _rows(folder / "metrics.jsonl", problems)
+    if not (folder / "metrics.jsonl").exists():
+        problems.append("metrics.jsonl is missing")
+    rows = _rows(folder / "metrics.jsonl", {"kind": str, "step": NUMBER}, problems)
+    bad = _rows(folder / "bad_samples.jsonl", {"sample": int, "reason": str}, problems)
+    replaced: dict[str, str] = {}
+    for row in bad:
+        replaced.setdefault(str(row["sample"]), row["reason"])
     updated = (folder / "metrics.jsonl").stat().st_mtime if rows else None
     age = float("inf") if updated is None else (time.time() if now is None else now) - updated
     state, reason = _state(folder, summary, rows, age)
     return RunInfo(
         folder, state, reason, _figures(config, summary or {}, rows),
         commit if isinstance(commit, str) and commit != "unknown" else None,
-        updated, problems, config, rows,
+        updated, problems, config, rows, replaced,
     )  # fmt: skip
 
 
@@ -114,7 +122,7 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         content = None
     if isinstance(content, dict):
         return content
@@ -122,17 +130,10 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Rows with a kind and a step; a torn last line belongs to a kill and is no damage."""
-    if not path.exists():
-        problems.append(f"{path.name} is missing")
-        return []
-    rows = read_json_lines(path)
-    whole = [row for row in rows if isinstance(row.get("kind"), str) and is_number(row.get("step"))]
-    num_bad = path.read_bytes().count(b"\n") - len(whole)
-    if num_bad > 0:
-        problems.append(f"{path.name} has {num_bad} damaged lines")
-    return whole
+def _rows(path: Path, form: Form, problems: list[str]) -> list[dict[str, Any]]:
+    """Rows of a form; a torn last line belongs to a kill and is no damage."""
+    place = f"{path.parent}/"
+    return read_json_lines(path, form, report=lambda m: problems.append(m.removeprefix(place)))
 
 
 def _state(
@@ -140,7 +141,7 @@ def _state(
 ) -> tuple[str, str]:
     """State and reason; ``summary`` is None where the file is missing."""
     # A look at the lock of a living process of this machine; the run does not notice it.
-    with contextlib.suppress(FileNotFoundError), (folder / ".lock").open(encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open("rb") as file:
         if not lock_file(file, folder, shared=True, of_process=True):
             return "running", "a process holds the run's lock"
     if summary is not None and not summary:
@@ -219,9 +220,6 @@ def skipped(run: RunInfo, where: str) -> list[Item]:
     if any(counts[-1:]):
         why = "gradients were too large for fp16, and the loss scale was halved"
         items.append(Item("noted", where, f"{counts[-1]} steps, left out", why))
-    replaced: dict[str, str] = {}
-    for row in read_json_lines(run.folder / "bad_samples.jsonl"):
-        replaced.setdefault(str(row.get("sample")), str(row.get("reason", "no reason was kept")))
     return items + [
-        Item("replaced", where, f"sample {sample}", why) for sample, why in replaced.items()
+        Item("replaced", where, f"sample {sample}", why) for sample, why in run.replaced.items()
     ]

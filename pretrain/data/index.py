@@ -5,6 +5,7 @@ A shard set is a row of WebDataset tars with samples.npy (where each picture lie
 so damage and impossible entries are refused by name.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -266,7 +267,12 @@ class ShardPart:
             fingerprint: Of what the tar was made of.
         """
         write_atomically(Path(f"{path}.npy"), lambda file: np.save(file, self.table))
-        facts = {"fingerprint": fingerprint, "shard": self.shard, "skipped": self.skipped}
+        facts = {
+            "fingerprint": fingerprint,
+            "shard": self.shard,
+            "skipped": self.skipped,
+            "table_sha256": hashlib.sha256(self.table.tobytes()).hexdigest(),
+        }
         write_json(Path(f"{path}.json"), facts)
 
     @classmethod
@@ -277,9 +283,9 @@ class ShardPart:
             if facts["fingerprint"] != fingerprint:
                 return None
             part = cls(np.load(f"{path}.npy"), facts["shard"], facts["skipped"])
-            is_whole = part.table.dtype == SAMPLE_DTYPE
-            return part if is_whole and len(part.table) == part.shard["num_samples"] else None
-        except (OSError, ValueError, KeyError, TypeError):
+            is_whole = hashlib.sha256(part.table.tobytes()).hexdigest() == facts["table_sha256"]
+            return part if is_whole and part.table.dtype == SAMPLE_DTYPE else None
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             return None
 
 

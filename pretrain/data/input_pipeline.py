@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from common.errors import UserError
-from common.files import read_json_lines
+from common.files import append_json_lines, read_json_lines
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
 from pretrain.data.loader import Loader, ReusedMemory, ViewBatch, ViewDataset
@@ -67,6 +66,7 @@ class InputPipeline:
         num_samples: How many there are; of a stream what an epoch takes.
         num_steps: Global batches per epoch.
         fingerprint: Which samples these are, and with which weights; None for a stream.
+        notes: What of the list of bad samples is damaged.
     Raises:
         UserError: If nothing is named, or what is named cannot be read.
     """
@@ -103,7 +103,10 @@ class InputPipeline:
             "with_colours": in_workers(data.photometric, self._device),
         }
         # Bad samples of earlier parts of the run count too, those of all processes.
-        known_bad = {row["sample"]: row["reason"] for row in read_json_lines(self._bad_path)}
+        self.notes: list[str] = []
+        form = {"sample": int, "reason": str}
+        rows = read_json_lines(self._bad_path, form, report=self.notes.append)
+        known_bad = {row["sample"]: row["reason"] for row in rows}
         batches: dict[str, Any] = {
             "batch_size": data.batch_size,
             "rank": dist.rank(),
@@ -167,10 +170,11 @@ class InputPipeline:
                 return
             bad = self._loader.bad_samples
             if len(bad) > self._num_listed:
-                with open(self._bad_path, "a", encoding="utf-8") as stream:
-                    for sample, reason in itertools.islice(bad.items(), self._num_listed, None):
-                        line = {"sample": sample, "reason": reason, "rank": dist.rank()}
-                        stream.write(json.dumps(line) + "\n")
+                append_json_lines(
+                    self._bad_path,
+                    ({"sample": sample, "reason": reason, "rank": dist.rank()}
+                     for sample, reason in itertools.islice(bad.items(), self._num_listed, None)),
+                )  # fmt: skip
                 self._num_listed = len(bad)
             yield batch, time.perf_counter() - started
 

@@ -9,7 +9,6 @@ beside the logs; OUT/.parts goes when the set is complete.
 import errno
 import hashlib
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -35,8 +34,11 @@ from tqdm import tqdm
 
 from common.errors import RunFailed, UserError, at_least, positive, printable, require
 from common.files import (
+    LOCK,
+    held,
     lock_file,
-    locked,
+    read_record,
+    read_record_or_none,
     remove_partial_files,
     sha256_of,
     write_atomically,
@@ -363,8 +365,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: If another command, or a task of an earlier one, is writing there.
     """
-    with locked(folder / ".lock") as is_mine:
-        require(is_mine, f"{folder}: another run is writing here; choose another folder")
+    with held(folder / LOCK, patience=0.0, of_process=False):
         with suppress(FileNotFoundError), open(folder / PARTS / _TASKS, "r+b") as tasks:
             require(
                 lock_file(tasks, folder),
@@ -389,7 +390,7 @@ def shared_with_tasks(folder: Path, run_id: str) -> Iterator[None]:
     with tasks:
         lock_file(tasks, folder, shared=True, wait=True)
         plan_file = folder / PARTS / PLAN_FILE
-        if not plan_file.exists() or json.loads(plan_file.read_text())["run"] != run_id:
+        if (read_record_or_none(plan_file) or {}).get("run") != run_id:
             raise replaced
         yield
 
@@ -618,9 +619,10 @@ def write_shards(
                     path.unlink(missing_ok=True)
                 shutil.rmtree(parts, ignore_errors=True)
             if plan_file.exists():
-                is_mine = json.loads(plan_file.read_text())["fingerprint"] == fingerprint
+                remedy = f"what was made here is not known; {_REMEDY}"
+                found = read_record(plan_file, {"fingerprint": str}, remedy=remedy)
                 other = f"{folder}: an unfinished run with another source or other options is here"
-                require(is_mine, f"{other}; {_REMEDY}")
+                require(found["fingerprint"] == fingerprint, f"{other}; {_REMEDY}")
             elif tars := sorted(folder.glob("*.tar")):
                 raise UserError(f"{tars[0]}: a tar that this run did not make; {_REMEDY}")
             parts.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,8 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
 
     # A bar without rows, and the online probe: nothing is saved, and a signal ends it at once.
     log = ProgressLog("profile")
-    kept = [c for c in trainer.callbacks if not isinstance(c, _LEFT_OUT)]
+    callbacks = trainer.callbacks  # one of them holds the folder's lock
+    kept = [c for c in callbacks if not isinstance(c, _LEFT_OUT)]
     log.trainer, trainer.callbacks = trainer, [*kept, log]
     with contextlib.closing(batches(trainer)) as stream, log:
         flops = count_flops(lambda: steps(1))
@@ -88,6 +89,7 @@ def profile(trainer: Trainer[ContrastiveTask], num_steps: int) -> None:
         peak = (torch.cuda.max_memory_allocated if is_cuda else provenance.peak_memory_bytes)()
         with torch_profile() as trace:
             traced_seconds = steps(NUM_TRACED)
+    trainer.callbacks = callbacks
     if dist.rank() != 0:
         return
     trace.export_chrome_trace(str(folder / "trace.json.gz"))

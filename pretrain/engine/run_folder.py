@@ -1,4 +1,4 @@
-"""What a run writes into its folder beside checkpoints: config, rows, summary; its lock.
+"""What a run writes into its folder beside checkpoints: config, rows, summary.
 
 Rows go to metrics.jsonl, TensorBoard, Weights & Biases and the progress bar. After a resume they go
 on as if the run had not been interrupted.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
-import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -31,63 +30,35 @@ from pretrain.config import PretrainConfig, TrackingConfig
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.engine.trainer import Callback, Position, StepResult
 
-_LOCK_TRIES, _LOCK_PAUSE_SECONDS = 20, 0.25  # a process that was killed may still be going
+_ROW: files.Form = {"kind": str, "step": int}
 
 
-def prepare(config: PretrainConfig, *, resume: bool) -> Path:
-    """Make the run's folder, or refuse one that holds another run.
+def prepare(config: PretrainConfig, *, resume: bool) -> tuple[Path, ExitStack]:
+    """Make the run's folder and hold it, or refuse one that holds another run.
+
+    Returns:
+        The folder, and its lock in the first process: ``close`` frees it, so does the end of this
+        object; in the others nothing.
 
     Raises:
-        UserError: ``out`` missing or a file, or a run stands there and ``--resume`` was not given.
+        UserError: ``out`` missing or a file; another process works there; or a run stands there and
+            ``--resume`` was not given.
     """
     if config.out is None:
         raise UserError("out is not set: name the folder of this run, e.g. out=runs/first")
-    folder = Path(config.out)
-    if (folder / "checkpoint.pth").exists() and not resume:
-        raise UserError(
-            f"{folder} holds a run already: continue it with --resume, or choose another out=DIR"
-        )
+    folder, lock = Path(config.out), ExitStack()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"out={folder}: a file is in the way; choose another out=DIR") from error
-    return folder
-
-
-class FolderLock:
-    """An open lock file: ``close`` frees the folder; so does the end of this object."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.close = weakref.finalize(self, file.close)
-
-
-def hold(folder: Path) -> FolderLock:
-    """Lock the folder against a second run.
-
-    The lock is the process's own: the loader's workers do not inherit it, and the system frees it
-    however the process ends.
-
-    Raises:
-        UserError: If another process holds it; a killed one may take a few seconds to go.
-    """
-    path = folder / ".lock"
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-    for _ in range(_LOCK_TRIES):
-        if not files.lock_file(file, folder, of_process=True):
-            time.sleep(_LOCK_PAUSE_SECONDS)
-            continue
+    if dist.rank() == 0:
+        lock.enter_context(files.held(folder / files.LOCK))
         files.remove_partial_files(folder)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        return FolderLock(file)
-    file.seek(0)
-    owner = file.read().strip() or "unknown"
-    file.close()
-    raise UserError(
-        f"{folder}: another process (number {owner}) is training here; wait for it, stop it, or "
-        "choose another out=DIR"
-    )
+    if (folder / "checkpoint.pth").exists() and not resume:
+        raise UserError(
+            f"{folder} holds a run already: continue it with --resume, or choose another out=DIR"
+        )
+    return folder, lock
 
 
 class RunFolder(Callback):
@@ -95,13 +66,13 @@ class RunFolder(Callback):
 
     Args:
         folder: Of the run.
-        lock: Of the folder.
+        lock: Of the folder, see ``prepare``.
         config: Of the run.
         num_samples: How many pictures there are.
     """
 
     def __init__(
-        self, folder: Path, lock: FolderLock, config: PretrainConfig, num_samples: int
+        self, folder: Path, lock: ExitStack, config: PretrainConfig, num_samples: int
     ) -> None:
         self._folder, self._lock, self._config = folder, lock, config
         self._num_samples = num_samples
@@ -124,8 +95,8 @@ class RunFolder(Callback):
     def on_end(self) -> None:
         """Write ``summary.json``, whose presence says that the run is complete; free the folder."""
         position = self.trainer.position
-        rows = files.read_json_lines(self._folder / "metrics.jsonl")
-        knn = {row["step"]: row["knn_top1"] for row in rows if row["kind"] == "knn"}
+        rows = files.read_json_lines(self._folder / "metrics.jsonl", _ROW)
+        knn = {row["step"]: row.get("knn_top1") for row in rows if row["kind"] == "knn"}
         num_images = position.step * self._config.data.batch_size
         summary = {
             "steps": position.step,
@@ -170,13 +141,17 @@ class MetricLog:
             its last checkpoint does not know, and they will be run again. -1 drops all.
         last_probe_step: The same for rows of kind ``knn``.
         wandb_run: Started before, since it sees only writers that are made after it.
+    Attributes:
+        notes: What was found damaged.
     """
 
     def __init__(
         self, folder: Path, last_step: int, last_probe_step: int, wandb_run: Any | None = None
     ) -> None:
         path = folder / "metrics.jsonl"
-        last, rows = {"knn": last_probe_step}, files.read_json_lines(path)
+        self.notes: list[str] = []
+        rows = files.read_json_lines(path, _ROW, report=self.notes.append)
+        last = {"knn": last_probe_step}
         kept = [row for row in rows if row["step"] <= last.get(row["kind"], last_step)]
         files.write_json_lines(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -220,7 +195,7 @@ def open_log(
         import wandb  # type: ignore[import-not-found]
 
         path = folder / WANDB_ID_FILE
-        known = {} if is_new or not path.exists() else json.loads(path.read_text("utf-8"))
+        known = {} if is_new else files.read_record_or_none(path) or {}
         wandb_run = wandb.init(
             project=config.tracking.project,
             name=folder.name,
@@ -260,6 +235,7 @@ class ProgressLog(Callback):
         trainer, is_main = self.trainer, dist.rank() == 0
         if is_main and self.open_rows is not None:
             self._rows = self.open_rows(trainer.position, trainer.batches.num_steps)
+            self.notes += self._rows.notes
         self._bar = tqdm(
             total=trainer.num_steps,
             initial=trainer.position.step,

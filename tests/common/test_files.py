@@ -94,8 +94,41 @@ def test_json_lines_leave_out_a_line_that_was_cut(tmp_path):
     assert files.read_json_lines(path) == []
     files.write_json_lines(path, [{"step": 1}, {"step": 2, "text": "a\u2028b"}])
     with path.open("a") as file:
-        file.write("[" * 100_000 + '\n{"step": 3')
-    assert files.read_json_lines(path) == [{"step": 1}, {"step": 2, "text": "a\u2028b"}]
+        file.write('{"step": 3')
+    told = []
+    assert len(files.read_json_lines(path, {"step": int}, report=told.append)) == 2
+    assert told == [], "what a kill cut off is no damage"
+    files.append_json_lines(path, [{"step": 4}])
+    rows = files.read_json_lines(path, {"step": int}, report=told.append)
+    assert rows == [{"step": 1}, {"step": 2, "text": "a\u2028b"}, {"step": 4}]
+    assert told == [f"{path} has 1 damaged line, left out: 3"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"\0" * 9, b"[1]", b"7", b"null", b'{"kind": "train"}', b'{"step": "1"}',
+             b'{"step": 1, "text": "\xff"}', b"[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_line_is_left_out_and_told(tmp_path, line):
+    path, told = tmp_path / "a.jsonl", []
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    rows = files.read_json_lines(path, {"step": int}, report=told.append)
+    assert (rows, told) == (
+        [{"step": 1}, {"step": 2}],
+        [f"{path} has 1 damaged line, left out: 2"],
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\0" * 9, b"[1]", b"7", b"null", b"\xff",
+                                     b"{}", b'{"a": "1"}'])  # fmt: skip
+def test_a_damaged_record_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"a\.json: is missing; make it"):
+        files.read_record(path, {"a": int}, remedy="make it")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json: is damaged; make it"):
+        files.read_record(path, {"a": int}, remedy="make it")
+    assert files.read_record_or_none(path, {"a": int}) is None
+    assert files.is_whole(path) == (content[:1] == b"{" and content[-1:] == b"}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -116,6 +149,11 @@ def test_a_name_is_held_by_one_and_disappears_when_it_is_free(tmp_path):
     path = tmp_path / "name.lock"
     with files.locked(path) as first, files.locked(path) as second:
         assert (first, second) == (True, False)
+        with (
+            pytest.raises(UserError, match=rf"name: process {os.getpid()} on .* since 2.*pytest"),
+            files.held(path, patience=0.0, of_process=False),
+        ):
+            pass
         assert path.exists()
     assert not path.exists()
 

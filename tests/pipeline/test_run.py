@@ -1,3 +1,4 @@
+import datetime
 import io
 import os
 import sys
@@ -233,16 +234,49 @@ def test_links_are_unlinked_not_followed(tmp_path):
 def test_two_runs_in_one_folder_refuse_each_other(world, monkeypatch):
     world.out.mkdir()
     monkeypatch.setattr("pipeline.plan._LOCK_WAIT_SECONDS", 0.0)
-    with lock(world.out), pytest.raises(UserError, match="another run is going on"):
+    message = rf"another run is going on in .*: process {os.getpid()} on .* is at work here since 2"
+    with lock(world.out), pytest.raises(UserError, match=message):
         world.run()
 
 
-@pytest.mark.parametrize("name", ["stages/first.json", "experiment.json"])
-def test_damaged_record_is_refused(world, name):
-    (world.out / name).parent.mkdir(parents=True)
-    (world.out / name).write_text("{")
-    with pytest.raises(UserError, match=r"\.json is damaged"):
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 9, b"[]", b"7", b"null", b"\xff"])
+def test_a_stage_with_a_damaged_record_runs_again(world, content):
+    world.run()
+    (world.out / "stages/first.json").write_bytes(content)
+    (world.out / "experiment.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"experiment\.json: is damaged; the command of this run"):
+        world.records()
+    assert world.reasons()["first"] == ("run", "stages/first.json is damaged")
+    runner = world.run()
+    assert world.counted() == (2, 1)
+    runner.store.open_run("name")
+    assert world.records()["first"]["status"] == "finished"
+
+
+def test_a_record_of_another_version_is_refused(world):
+    (world.out / "stages").mkdir(parents=True)
+    (world.out / "stages/first.json").write_text('{"format": "fa-stage-1", "status": "finished"}')
+    with pytest.raises(UserError, match=r"first\.json is not of this version; move .* away"):
         world.runner()
+
+
+@pytest.mark.parametrize(("resumable", "action"), [(True, "resume"), (False, "run")])
+def test_a_stage_whose_output_is_damaged_is_not_skipped(world, resumable, action):
+    world.run()
+    (world.out / "first/value.txt").write_bytes(b"")
+    stages = [replace(world.stages()[0], resumable=resumable)]
+    decision = world.runner().plan(stages)["first"]
+    assert (decision.action, decision.reason) == (action, "first/value.txt is damaged")
+
+
+def test_an_attempt_that_was_killed_with_its_runner_lasted_until_its_last_line(world):
+    world.run()
+    stage, runner = replace(world.stages()[0], resumable=True), world.runner()
+    started = datetime.datetime.fromisoformat(world.records()["first"]["started"]).timestamp()
+    runner.store.update("first", status="running", seconds=5.0)
+    os.utime(runner.log_path(stage), (started, started + 100))
+    runner.run([stage], Progress(1, io.StringIO()))
+    assert 105 <= world.records()["first"]["seconds"] < 130
 
 
 def test_rerun_runs_a_stage_once_more_and_what_it_makes_decides(world):

@@ -81,7 +81,7 @@ def test_the_same_options_keep_the_set_and_others_are_refused_unless_told(
 def test_a_folder_with_other_things_is_never_touched(tmp_path: Path, capsys, extra):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert run("procedural", tmp_path, *SIZES, *extra) == 2
-    assert "is no data set made by this tool; give another folder" in capsys.readouterr().err
+    assert "missing, damaged or not of this tool; give another" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -119,7 +119,7 @@ def test_two_runs_never_write_the_same_set(tmp_path: Path, capsys, monkeypatch):
     with open(tmp_path / "out.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run("procedural", tmp_path / "out", *SIZES) == 2
-    assert "another run is writing it" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: another process is at work here" in capsys.readouterr().err
 
 
 def test_a_killed_run_starts_again_cleanly(made: Path, tmp_path: Path, monkeypatch):

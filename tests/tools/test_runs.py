@@ -94,6 +94,12 @@ def test_a_held_lock_means_running_whatever_the_files_say(tmp_path):
 # --- damaged and unfinished folders
 
 
+def test_a_lock_alone_is_no_run(tmp_path):
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear/.lock").write_text("{}")  # of a killed evaluation
+    assert list(runs.find(tmp_path)) == []
+
+
 def test_damaged_files_are_named_and_the_rest_is_told(tmp_path):
     folder = make(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -111,7 +117,7 @@ def test_damaged_files_are_named_and_the_rest_is_told(tmp_path):
         "config.yaml is damaged",
         "environment.json is damaged",
         "summary.json is damaged",
-        "metrics.jsonl has 2 damaged lines",
+        "metrics.jsonl has 2 damaged lines, left out: 1, 2",
     ]
     assert run.figures["loss"] == pytest.approx(1.0)
     assert (run.figures["epochs"], run.commit) == (None, None)

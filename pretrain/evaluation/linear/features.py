@@ -184,8 +184,7 @@ def extract(
         os.posix_fallocate(file.fileno(), 0, num_bytes)
 
     rows = np.split(np.arange(shape[0]), range(BLOCK_ROWS, shape[0], BLOCK_ROWS))  # of each block
-    is_whole = sums_path.exists() and path.exists() and path.stat().st_size == num_bytes
-    if dist.rank() == 0 and not is_whole:
+    if dist.rank() == 0 and not _has_room(path, shape, sums_path, len(rows)):
         write_json(path.with_suffix(".json"), facts)
         write_bytes(sums_path, np.full(len(rows), _ABSENT).tobytes())
         remedy = "run the same command again, or give another --features DIR"
@@ -218,3 +217,12 @@ def extract(
             os.pwrite(sums_file.fileno(), np.int64(zlib.crc32(data)).tobytes(), 8 * block)
     dist.wait()
     return Features(path, facts, np.load(path, mmap_mode="c"), samples.labels)
+
+
+def _has_room(path: Path, shape: tuple[int, int], sums_path: Path, num_blocks: int) -> bool:
+    """Whether both files are there, with the head and the size that they must have."""
+    try:
+        is_right = np.load(path, mmap_mode="r").shape == shape
+        return is_right and sums_path.stat().st_size == 8 * num_blocks
+    except (OSError, ValueError):
+        return False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ import torch
 from common import provenance
 from common.config import to_plain
 from common.errors import require
-from common.files import read_json, write_json, write_text
+from common.files import (
+    LOCK,
+    NUMBER,
+    held,
+    read_record,
+    read_record_or_none,
+    write_json,
+    write_text,
+)
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.random_numbers import draw_uniforms
 from pretrain.data.shards import Samples, ShardIndex, Subset, open_labelled
-from pretrain.engine import checkpoint, run_folder
+from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import Checkpoints, different_keys
 from pretrain.engine.guards import StopOnSignal
 from pretrain.engine.run_folder import ProgressLog
@@ -216,8 +225,8 @@ class Evaluation:
         features: Folder of the features; None: ``out/features``.
         resume: Go on with what ``out`` holds; a finished result is given back.
     Raises:
-        UserError: Anything that cannot work; ``out`` holds another evaluation, or this one and
-            ``resume`` is not set.
+        UserError: Anything that cannot work; another process works in ``out``; it holds another
+            evaluation, or this one and ``resume`` is not set.
     """
 
     def __init__(
@@ -227,12 +236,15 @@ class Evaluation:
         self.config, self._out, self._features_folder = config, out, features or out / "features"
         self.device = dist.choose_device(config.device)
         dist.start(self.device.type)
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock = ExitStack()
+        if dist.rank() == 0:
+            self._lock.enter_context(held(out / LOCK))
         exists = [(out / name).exists() for name in (NAME, checkpoint.NAME)]
         require(
             resume or not any(exists),
             f"{out} holds an evaluation already: go on with --resume, or choose another --out",
         )
-        out.mkdir(parents=True, exist_ok=True)
         self._seconds: dict[str, float] = {}
         self._feature_bytes = 0
         with self._timed("open"):
@@ -245,8 +257,13 @@ class Evaluation:
             "image_size": self.backbone.view["image_size"],
             "config": {k: v for k, v in to_plain(config).items() if k not in _NOT_COMPARED},
         }
+        self._finished = read_record_or_none(out / NAME, {"identity": dict, "top1": NUMBER})
+        if exists[0] and not self._finished and dist.rank() == 0:
+            print(f"warning: {out / NAME} is damaged, and is made again", file=sys.stderr)
         if any(exists):
-            known = read_json(out / (NAME if exists[0] else IDENTITY))
+            remedy = f"remove {out} and start again"
+            form = {"identity": dict}
+            known = self._finished or read_record(out / IDENTITY, form, remedy=remedy)
             changes = different_keys(known["identity"], self.identity)
             require(
                 not changes,
@@ -269,10 +286,9 @@ class Evaluation:
             StoppedBySignal: After the state was saved.
         """
         out, sets, is_main = self._out, self.sets, dist.rank() == 0
-        lock = closing(run_folder.hold(out)) if is_main else nullcontext()
-        with closing(sets.train), closing(sets.val), lock:
-            if (out / NAME).exists():  # finished
-                return read_json(out / NAME) if is_main else None
+        with closing(sets.train), closing(sets.val), self._lock:
+            if self._finished:
+                return self._finished if is_main else None
             if is_main:
                 write_json(out / IDENTITY, {"identity": self.identity})
                 if sets.chosen.num_samples < sets.train.num_samples:

@@ -13,7 +13,7 @@ import torch
 from common.checkpoints import checksum
 from common.errors import UserError
 from common.files import DiskFullError
-from pretrain.config import EngineConfig
+from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints, load_newest
 
@@ -60,7 +60,8 @@ def test_a_kill_in_the_middle_leaves_the_old_file_and_the_next_save_works(path):
     assert step_of(path) == 1
     checkpoint.save(state(2), path)
     assert step_of(path) == 2
-    run_folder.hold(path.parent).close()
+    config = PretrainConfig(out=str(path.parent))
+    run_folder.prepare(config, resume=True)[1].close()
     assert not partial.exists()
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import files
 from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import PretrainConfig, TrackingConfig
@@ -70,6 +72,7 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path, last, last_probe,
     with (tmp_path / "metrics.jsonl").open("a") as file:  # a line cut by a kill
         file.write('{"kind": "train", "step": 1, "lo')
     log = MetricLog(tmp_path, last, last_probe)
+    assert log.notes == []
     log.write("event", 5, message="on")
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -77,6 +80,15 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path, last, last_probe,
     assert [r["step"] for r in found if r["kind"] == "train"] == train
     assert [r["step"] for r in found if r["kind"] == "knn"] == knn
     assert found[-1]["step"] == 5
+
+
+def test_a_row_without_a_step_is_left_out_and_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train"}\n{"kind": "train", "step": 1}\n')
+    log = MetricLog(tmp_path, 5, 5)
+    log.close()
+    assert log.notes == [f"{path} has 1 damaged line, left out: 1"]
+    assert rows(tmp_path) == [{"kind": "train", "step": 1}]
 
 
 # --- Weights & Biases
@@ -139,7 +151,7 @@ def test_wandb_is_started_continued_and_told_the_end(tmp_path, wandb, capsys):
 
 def callback(folder):
     """Of a run that stands at its end."""
-    callback = RunFolder(folder, run_folder.hold(folder), PretrainConfig(), 2560)
+    callback = RunFolder(folder, ExitStack(), PretrainConfig(), 2560)
     position = Position(step=10, epoch=2, num_bad_samples=3, train_seconds=4.0)
     callback.trainer = Mock(position=position, device=torch.device("cpu"))
     return callback
@@ -161,35 +173,49 @@ def test_summary_takes_the_first_and_the_last_probe(tmp_path, steps):
 def test_a_folder_is_made_and_one_with_a_run_is_refused_without_resume(tmp_path):
     folder = tmp_path / "a" / "b"
     config = replace(PretrainConfig(), out=str(folder))
-    assert run_folder.prepare(config, resume=False) == folder
+    made, lock = run_folder.prepare(config, resume=False)
+    assert made == folder
+    assert (folder / ".lock").exists()
+    lock.close()
+    assert not (folder / ".lock").exists()
     (folder / "checkpoint.pth").write_bytes(b"")
     with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
         run_folder.prepare(config, resume=False)
-    assert run_folder.prepare(config, resume=True) == folder
+    run_folder.prepare(config, resume=True)[1].close()
     with pytest.raises(UserError, match="out is not set: name the folder of this run"):
         run_folder.prepare(PretrainConfig(), resume=False)
 
 
 HOLDING = """
 import sys
-from pathlib import Path
+from dataclasses import replace
+from pretrain.config import PretrainConfig
 from pretrain.engine import run_folder
-held = run_folder.hold(Path(sys.argv[1]))
+held = run_folder.prepare(replace(PretrainConfig(), out=sys.argv[1]), resume=False)
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
 def test_a_folder_belongs_to_one_run_until_its_process_is_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_LOCK_PAUSE_SECONDS", 0.01)
+    """Others are refused before they look at what is there, and told who holds it."""
+    monkeypatch.setattr(files.held, "__kwdefaults__", {"patience": 0.3, "of_process": True})
+    config = replace(PretrainConfig(), out=str(tmp_path))
+    (tmp_path / "x.pth.1.partial").touch()  # of a writer that was killed
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     ) as other:  # fmt: skip
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"\(number {other.pid}\) is training here"):
-            run_folder.hold(tmp_path)
+        (tmp_path / "checkpoint.pth").touch()
+        message = rf"{tmp_path}: process {other.pid} on .* is at work here since 2\d{{3}}-.* \(-c "
+        with pytest.raises(UserError, match=message):
+            run_folder.prepare(config, resume=False)
+        monkeypatch.setattr(run_folder.dist, "rank", lambda: 1)  # only the first process takes it
+        run_folder.prepare(config, resume=True)
+        monkeypatch.undo()
         other.kill()
         other.wait()
-    run_folder.hold(tmp_path).close()
+    run_folder.prepare(config, resume=True)[1].close()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -76,7 +76,7 @@ def test_files_of_a_run(start, shards):
     assert len(board) == 1
     assert found - board == {
         "config.yaml", "environment.json", "metrics.jsonl", "checkpoint.pth", "summary.json",
-        "checkpoints/step-00000010.pth", ".lock",
+        "checkpoints/step-00000010.pth",
         "pictures/views.jpg", "pictures/views.json",
         "pictures/neighbours.jpg", "pictures/neighbours.json",
         "pictures/neighbours_before.jpg", "pictures/neighbours_before.json",
