@@ -201,7 +201,7 @@ def point_at_newest(folder: Path) -> None:
         except UserError as error:
             logger.warning("%s; going on from an earlier state", error)
             continue
-        if has_form(content, {"model": dict, "optimizer": dict, "iteration": int}):
+        if has_form(content, {"model": dict, "trainer": dict}):
             write_text(pointer, path.name)
             return
         logger.warning("%s: is no checkpoint of a training; going on from an earlier state", path)

@@ -214,7 +214,8 @@ def test_what_a_run_left_out_or_alarmed_about(tmp_path):
     run = read_run(out)
     items = report.skipped_items(out, run, ["shards"], [runs.read(folder)])
     assert [item.kind for item in items] == [
-        *("failed", "damaged", "alarm", *["replaced"] * 4, "left out", "not run", *["noted"] * 2),
+        *("failed", "damaged", "damaged", "alarm", *["replaced"] * 3, "left out", "not run"),
+        *["noted"] * 2,
     ]
     assert (items[0].where, items[0].why) == ("random/seed-0", "no <memory>")
     assert (items[-4].what, items[-3].where) == ("broken.jpg", "pretrained/seed-0")
