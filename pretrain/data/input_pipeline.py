@@ -85,14 +85,31 @@ class InputPipeline:
         self._data, self._seed, self._device = data, seed, device
         self._channels_last = channels_last
         self._bad_path = folder / BAD_SAMPLES
+        self.notes: set[str] = set()
         self.samples = None if data.streaming else open_samples(data.shards, data.cache)
+        left_out = [] if self.samples is None else self.samples.left_out
+        if len(left_out) > data.max_bad_samples:
+            reasons = "\n".join(f"  {item['file']}: {item['reason']}" for item in left_out[:10])
+            raise UserError(
+                f"data.shards: {len(left_out)} files of the tars cannot be used, allowed are "
+                f"data.max_bad_samples={data.max_bad_samples}:\n{reasons}\n"
+                "make the tars without them, or raise data.max_bad_samples"
+            )
+        self._left_out = {item["file"]: item["reason"] for item in left_out}
         self._loader = self._make_loader(data.num_workers)
-        self._num_listed = len(self._loader.bad_samples)
+        # What is left out is listed once, by the first process.
+        self._num_listed = len(self._listed() if dist.rank() == 0 else self._loader.bad_samples)
         self.num_steps = self._loader.num_steps
         self.fingerprint, self.num_samples = None, data.samples_per_epoch
         if self.samples is not None:
             self.fingerprint = self.samples.fingerprint
             self.num_samples = self.samples.num_samples
+
+    def _listed(self) -> dict[Any, str]:
+        """Bad samples of earlier parts of the run, those of all processes: they count too."""
+        form = {"sample": (int, str), "reason": str}
+        rows = read_json_lines(self._bad_path, form, report=self.notes.add)
+        return {row["sample"]: row["reason"] for row in rows}
 
     def _make_loader(self, num_workers: int) -> Loader | StreamingLoader:
         data = self._data
@@ -102,18 +119,13 @@ class InputPipeline:
             "seed": self._seed,
             "with_colours": in_workers(data.photometric, self._device),
         }
-        # Bad samples of earlier parts of the run count too, those of all processes.
-        self.notes: list[str] = []
-        form = {"sample": int, "reason": str}
-        rows = read_json_lines(self._bad_path, form, report=self.notes.append)
-        known_bad = {row["sample"]: row["reason"] for row in rows}
         batches: dict[str, Any] = {
             "batch_size": data.batch_size,
             "rank": dist.rank(),
             "world_size": dist.world_size(),
             "num_workers": num_workers,
             "max_bad_samples": data.max_bad_samples,
-            "known_bad": known_bad,
+            "known_bad": self._listed() | self._left_out,
         }
         if self.samples is not None:
             return Loader(

@@ -165,7 +165,7 @@ class BadSamples:
         reasons: {sample number: reason}.
     """
 
-    def __init__(self, most: int, known: Mapping[int, str] | None) -> None:
+    def __init__(self, most: int, known: Mapping[Any, str] | None) -> None:
         self.reasons: dict[int, str] = dict(known or {})
         self._most = most
 
@@ -393,7 +393,8 @@ class Loader:
         shuffle_window: Window of the shuffle, in samples.
         max_bad_samples: How many different bad samples this rank replaces before it stops.
         last_batch: "drop" leaves the remainder below one batch out, "pad" fills it up.
-        known_bad: Bad samples of an earlier part of the run: {sample number: reason}.
+        known_bad: Of an earlier part of the run, or left out of the tars: {sample number or file:
+            reason}.
     Attributes:
         num_steps: Global batches per epoch.
         bad_samples: Those replaced so far: {sample number: reason}.
@@ -410,7 +411,7 @@ class Loader:
         shuffle_window: int = 4096,
         max_bad_samples: int = 0,
         last_batch: LastBatch = "drop",
-        known_bad: Mapping[int, str] | None = None,
+        known_bad: Mapping[Any, str] | None = None,
     ) -> None:
         self._sampler = RequestSampler(
             sources=dataset.index.sources,

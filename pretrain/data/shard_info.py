@@ -84,7 +84,8 @@ class ShardInfo:
         heights: The same.
         class_counts: Samples of each class by its name, or number where no names are known.
         num_unlabelled: Samples without a label.
-        skipped: What was left out when the set was made: [{"file", "reason"}].
+        num_left_out: Files that are no samples, or pictures that could not be packed.
+        skipped: Which they are: [{"file", "reason"}]; with "kept" what is missing from samples.
         options: What it was made with.
     """
 
@@ -100,7 +101,8 @@ class ShardInfo:
     heights: list[float]
     class_counts: dict[str, int]
     num_unlabelled: int
-    skipped: list[dict[str, str]]
+    num_left_out: int
+    skipped: list[dict[str, Any]]
     options: dict[str, Any]
 
 
@@ -143,6 +145,7 @@ def gather_info(index: ShardIndex, *, seed: int = 0) -> ShardInfo:
         heights=_spread([header.height for header in headers]),
         class_counts={names[label]: count_of.get(label, 0) for label in sorted(names)},
         num_unlabelled=num_unlabelled,
+        num_left_out=sum("kept" not in item for item in index.skipped),
         skipped=index.skipped,
         options=index.options,
     )
@@ -155,14 +158,19 @@ def _spread(values: Sequence[float] | np.ndarray) -> list[float]:
 def format_info(info: ShardInfo) -> str:
     """The description as text for a terminal, a line for each fact; long lists are cut."""
 
+    def named(item: Any) -> str:
+        if not isinstance(item, dict):
+            return f"{item}"
+        file, reason = item["file"], item["reason"]
+        return reason if file in reason else f"{file}: {reason}"
+
     def text(value: Any) -> str:
         if isinstance(value, dict):
             value = [f"{name} {one}" for name, one in value.items()]
         if not isinstance(value, list):
             return f"{value}"
         rest = [f"and {len(value) - MAX_NAMED} more"] if len(value) > MAX_NAMED else []
-        parts = [item["reason"] if isinstance(item, dict) else f"{item}" for item in value]
-        return ", ".join(parts[:MAX_NAMED] + rest) or "none"
+        return ", ".join([*map(named, value[:MAX_NAMED]), *rest]) or "none"
 
     facts = vars(info) | {"class_counts": dict(Counter(info.class_counts).most_common())}
     return "\n".join(f"{name.replace('_', ' ')}: {text(value)}" for name, value in facts.items())

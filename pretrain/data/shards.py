@@ -16,7 +16,7 @@ import numpy as np
 
 from common.errors import UserError, require
 from pretrain.data.cache import CacheOptions, touch
-from pretrain.data.index import NO_LABEL, scan_shard
+from pretrain.data.index import NO_LABEL, sample_hash, scan_shard
 from pretrain.data.order import SourceSizes
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.remote import displayed
@@ -26,6 +26,7 @@ _MAX_OPEN_FILES = 64  # per process; a shuffle window touches a handful of shard
 _MAX_NAMED_SHARDS = 8  # whose keys are kept in memory
 _TOUCH_SECONDS = 1.0  # between two marks in the cache that an open shard is used
 _TAR_BLOCK = 512
+_MAX_CLASSES = 10_000  # without names and in a set with fewer samples
 
 
 class Samples:
@@ -44,7 +45,7 @@ class Samples:
     num_samples: int
     classes: list[str] | None
     samples: Any
-    skipped: list[dict[str, str]]
+    skipped: list[dict[str, Any]]
     sources: list[SourceSizes]
     is_remote: bool
     fingerprint: str
@@ -57,6 +58,11 @@ class Samples:
         Raises:
             IndexError: If there is no such sample.
         """
+        raise NotImplementedError
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """Those of `skipped` that lie in tars of other tools; what was packed here was bounded."""
         raise NotImplementedError
 
     @property
@@ -142,7 +148,7 @@ class ShardIndex(Samples):
         self._files: OrderedDict[int, int] = OrderedDict()
         self._used: dict[int, float] = {}  # shard: when its use was last marked in the cache
         self._files_owner, self._swept = os.getpid(), time.monotonic()
-        self._names: dict[int, dict[int, str]] = {}
+        self._names: dict[int, dict[tuple[int, int], str]] = {}  # by offset and hash, per shard
 
     @classmethod
     def open(cls, path: str | Path, cache: CacheOptions | None = None) -> "ShardIndex":
@@ -159,6 +165,12 @@ class ShardIndex(Samples):
                 server cannot be read.
         """
         return cls(open_source(path, cache or CacheOptions()))
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """See `Samples`."""
+        is_external = bool(self.options.get("external"))
+        return [item for item in self.skipped if is_external and "kept" not in item]
 
     def read_many(self, sample_ids: Sequence[int] | np.ndarray) -> list[memoryview]:
         """See `Samples`."""
@@ -195,8 +207,10 @@ class ShardIndex(Samples):
                 entries, _ = scan_shard(self._tars.name(shard), stream)
             if len(self._names) >= _MAX_NAMED_SHARDS:
                 self._names.clear()
-            self._names[shard] = {entry.offset: entry.name for entry in entries}
-        return self._names[shard].get(int(self.samples[i]["offset"]), f"sample-{i}")
+            names = {(entry.offset, sample_hash(entry.name)): entry.name for entry in entries}
+            self._names[shard] = names
+        place = int(self.samples[i]["offset"]), int(self.samples[i]["key"])
+        return self._names[shard].get(place, f"sample-{i}")
 
     def describe(self, i: int) -> str:
         """See `Samples`."""
@@ -295,6 +309,11 @@ class Subset(Samples):
         self.sources = [SourceSizes([count for count in counts if count])]
         self.fingerprint = stable_hash(parent.fingerprint, self.sample_ids.tobytes().hex()).hex()
 
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """See `Samples`."""
+        return self.parent.left_out
+
     def places(self, sample_ids: np.ndarray) -> list[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """See `Samples`."""
         return [(self.parent, np.arange(len(sample_ids)), self.sample_ids[sample_ids])]
@@ -329,6 +348,11 @@ class Mixture(Samples):
         parts = [f"{one.fingerprint} {float(weight)!r}" for one, weight in pairs]
         self.fingerprint = stable_hash(*parts).hex()
         self.samples = _MixedTable(self)
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """See `Samples`."""
+        return [item for one in self.sets for item in one.left_out]
 
     def places(self, sample_ids: np.ndarray) -> list[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """See `Samples`."""
@@ -407,6 +431,23 @@ def open_samples(
     return Mixture(sets, list(weights.values()))
 
 
+def num_classes(samples: Samples) -> int:
+    """How many classes the labels of a set may name: the named ones, or the largest label and one.
+
+    Raises:
+        UserError: If unnamed labels are so large that they are no class numbers.
+    """
+    if samples.classes:
+        return len(samples.classes)
+    most, limit = int(samples.labels.max(initial=-1)), max(samples.num_samples, _MAX_CLASSES)
+    require(
+        most < limit,
+        f"label {most} among {samples.num_samples} samples: labels are class numbers 0, 1, .., "
+        f"here below {limit}; correct the .cls files, or make the shards again",
+    )
+    return most + 1
+
+
 def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) -> list[ShardIndex]:
     """Open shard sets for an evaluation: each sample has a label, and all have the same classes.
 
@@ -421,7 +462,9 @@ def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) ->
     for option, index in zip(sets, indexes, strict=True):
         num, unlabelled = index.num_samples, int((index.labels < 0).sum())
         lacks = f"{option} {index.name}: {unlabelled} of {num} samples have no label"
-        require(unlabelled == 0 < num, f"{lacks}; make the shards of class folders")
+        remedy = "make the shards of class folders with make_shards.py --labels folders"
+        require(unlabelled == 0 < num, f"{lacks}; {remedy}")
+        num_classes(index)
         different = sorted(set(index.classes or []) ^ set(first.classes or []))
         require(
             index.classes == first.classes,

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -272,7 +273,10 @@ def open_source(spec: str | Path, options: CacheOptions) -> Source:
 
 def _size_of(path: Path) -> int:
     try:
-        return path.stat().st_size
+        status = path.stat()
+        is_file = stat.S_ISREG(status.st_mode)  # opening a pipe may never end
+        require(is_file, f"{path}: no plain file; name a pipe as pipe:cat PIPE")
+        return status.st_size
     except OSError as error:
         raise UserError(
             f"{path}: shard is missing ({error.strerror}); copy it back or correct the pattern"

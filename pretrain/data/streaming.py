@@ -15,8 +15,11 @@ docs/shards.md says when to use it and what it costs.
 
 import contextlib
 import itertools
+import os
 import queue
 import random
+import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +29,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch.utils.data
 from webdataset.filters import shuffle
 
-from common.errors import UserError, require
+from common.errors import UserError, printable, require
 from pretrain.data.decode import Sample, ViewWriter
-from pretrain.data.index import NO_LABEL, is_picture, label_of, sample_hash, tar_samples
+from pretrain.data.index import Notes, sample_hash, tar_samples
 from pretrain.data.loader import BadSamples, BatchDataset, Reply, ViewBatch, start_workers
 from pretrain.data.order import share_of_rank
 from pretrain.data.random_numbers import stable_hash
@@ -59,6 +62,8 @@ def open_stream(url: str, patience: Patience) -> "BinaryIO | RemoteStream":
     if "://" in url or url.startswith("pipe:"):
         return RemoteStream(url, patience)
     try:
+        is_file = stat.S_ISREG(os.stat(url).st_mode)  # opening a pipe may never end
+        require(is_file, f"{url}: no plain file; name a pipe as pipe:cat PIPE")
         return open(url, "rb")
     except OSError as error:
         raise UserError(f"{url}: cannot be opened ({error.strerror}); check the path") from error
@@ -228,28 +233,25 @@ class Reader:
         return itertools.islice(samples, first, None, step) if is_by_sample else samples
 
     def _samples_of(self, url: str, number_of_set: int, repeat: int) -> Iterator[Sample]:
-        """The samples of one tar. A file that comes twice ends the run, as in webdataset."""
-        name, num_samples, salt = displayed(url), 0, 0
+        """The samples of one tar; what is left out of it has no picture, and is counted as bad."""
+        name, num_samples, salt, notes = displayed(url), 0, 0, Notes()
         if number_of_set:
             salt = int.from_bytes(stable_hash("source", number_of_set, num_bytes=8), "little")
         with contextlib.closing(open_stream(url, self.patience)) as stream:
-            for key, files in tar_samples(stream, name, lambda s: s == "cls" or is_picture(s)):
+            for one in tar_samples(stream, name, notes, with_pictures=True):
                 num_samples += 1
-                by_suffix = {suffix: data for suffix, _, data in files}
-                require(
-                    len(by_suffix) == len(files),
-                    f"{name}: a file of sample {key!r} comes twice; make this shard again",
-                )
-                pictures = (data for suffix, data in by_suffix.items() if is_picture(suffix))
-                label = label_of(by_suffix["cls"]) if "cls" in by_suffix else None
-                label = NO_LABEL if label is None else label
+                key, where, data = one.name, f"sample {one.name!r} in {name}", one.data
+                if one.fault:
+                    data = None
+                    where = f"{one.name!r} in {name} ({one.fault})"
+                    key = f"{one.name}@{one.offset}"
                 hashed = sample_hash(key) ^ salt
                 # Numbers are 63 bits of the hash: two names in 2**63 share one.
-                where = f"sample {key!r} in {name}"
-                yield Sample(
-                    hashed & (2**63 - 1), hashed, repeat, label, next(pictures, None), where
-                )
+                yield Sample(hashed & (2**63 - 1), hashed, repeat, one.label, data, where)
         require(num_samples > 0, f"{name}: holds no files; make it again or leave it out")
+        if repeat == 0:
+            for item in notes.items():
+                print(printable(f"{name}: {item['file']}: {item['reason']}"), file=sys.stderr)
 
 
 def _seed(*parts: int | str) -> int:
@@ -366,7 +368,7 @@ class StreamingLoader:
         num_workers: int = 0,
         shuffle_buffer: int = 2048,
         max_bad_samples: int = 0,
-        known_bad: Mapping[int, str] | None = None,
+        known_bad: Mapping[Any, str] | None = None,
         patience: Patience,
         **views: Any,
     ) -> None:

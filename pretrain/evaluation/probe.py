@@ -21,7 +21,7 @@ from pretrain import collectives as dist
 from pretrain.config import DataConfig, EvalConfig
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import central_crops
-from pretrain.data.shards import Samples, ShardIndex, open_labelled
+from pretrain.data.shards import Samples, ShardIndex, num_classes, open_labelled
 from pretrain.engine.run_folder import ProgressLog
 from pretrain.engine.trainer import Callback, StepResult
 from pretrain.features.memory_bank import top_k
@@ -278,10 +278,9 @@ class OnlineProbe(Callback):
             most >= 0,
             "eval.online_probe=true, but no sample of data.shards has a label (several sets keep "
             "theirs only if all have the same classes); make the shards of class folders with "
-            "tools/make_shards.py, or set eval.online_probe=false",
+            "tools/make_shards.py --labels folders, or set eval.online_probe=false",
         )
-        num_classes = len(samples.classes) if samples.classes else most + 1
-        return cls(backbone, num_classes, config.online_probe_lr, device)
+        return cls(backbone, num_classes(samples), config.online_probe_lr, device)
 
     def _note(self, backbone: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():  # cached micro-batches pass twice

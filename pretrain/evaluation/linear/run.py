@@ -30,7 +30,7 @@ from pretrain import collectives as dist
 from pretrain.config import EngineConfig
 from pretrain.data.loader import Loader, ViewDataset
 from pretrain.data.random_numbers import draw_uniforms
-from pretrain.data.shards import Samples, ShardIndex, Subset, open_labelled
+from pretrain.data.shards import Samples, ShardIndex, Subset, num_classes, open_labelled
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import Checkpoints, different_keys
 from pretrain.engine.guards import StopOnSignal
@@ -120,7 +120,7 @@ def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
         )
     return Sets(
         train_index, val_index,
-        classes=classes or [str(i) for i in range(int(labels.max()) + 1)],
+        classes=classes or [str(i) for i in range(num_classes(train_index))],
         chosen=Subset(train_index, chosen),
         fitted=np.setdiff1d(np.arange(len(chosen)), held_out),
         held_out=held_out,

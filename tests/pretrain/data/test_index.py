@@ -46,8 +46,8 @@ def read(path: Path, *, wanted: str = "") -> dict[str, bytes]:
     """The files, the same from a file and from a pipe."""
     results = []
     for stream in (io.BytesIO(path.read_bytes()), Pipe(path.read_bytes())):
-        files = tar_files(stream, str(path), lambda name: name.endswith(wanted))
-        results.append([(member.name, data) for member, data in files])
+        files = tar_files(stream, str(path), lambda name, size: name.endswith(wanted))
+        results.append([(member.name, member.data) for member in files])
     assert results[0] == results[1]
     return dict(results[0])
 
@@ -56,7 +56,7 @@ def refusal(path: Path) -> str:
     messages = []
     for stream in (io.BytesIO(path.read_bytes()), Pipe(path.read_bytes())):
         with pytest.raises(UserError) as caught:
-            list(tar_files(stream, str(path), lambda name: True))
+            list(tar_files(stream, str(path), lambda name, size: True))
         messages.append(str(caught.value))
     assert messages[0].partition("(")[0] == messages[1].partition("(")[0]
     return messages[0]
