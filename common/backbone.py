@@ -8,6 +8,7 @@ caller. If nothing states it, a Detectron2 file is refused; for the other layout
 statistics are assumed, and `notes` says so.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -26,10 +27,13 @@ from common.files import read_json_or_none, sha256_of
 from common.resnet import (
     COUNTER,
     Arch,
+    backbone_prefixes,
     detect_layout,
     infer_arch,
+    is_average,
     read_arch,
     to_torchvision,
+    without_wrappers,
 )
 
 D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"  # formats of cards
@@ -38,6 +42,7 @@ _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # timm's architectures whose tensors have a plain ResNet's names and shapes, but which compute
 # something else: pooling against aliasing has no weights. Other kinds have tensors of their own.
 _SAME_TENSORS = re.compile(r"^(se)?resnet(aa|blur)\d+")
+_PARTS = ("net", "network", "backbone", "encoder", "ema", "student", "teacher")
 _COPY_AGAIN = "copy the checkpoint again, or take an older one"
 
 
@@ -181,8 +186,8 @@ def read_backbone(
     path = Path(path)
     contents = _with_hub_config(path, checkpoints.read(path))
     try:
-        state, layout, arch = _network(contents, layout, branch)
-        mapped = to_torchvision(state, layout, branch)
+        state, layout, arch, place = _network(contents, layout, branch)
+        mapped = to_torchvision(state, layout, branch, place)
         # Tensors that claim more bytes than the file has are refused before they are touched.
         claimed = sum(
             value.numel() * value.dtype.itemsize if isinstance(value, Tensor) else value.nbytes
@@ -256,23 +261,38 @@ def _with_hub_config(path: Path, checkpoint: Any) -> Any:
 
 def _network(
     checkpoint: Any, layout: str, branch: str
-) -> tuple[Mapping[str, Any], str, Arch | None]:
-    """The state_dict inside a checkpoint, its layout, and its architecture if it says so."""
+) -> tuple[Mapping[str, Any], str, Arch | None, str]:
+    """The state_dict inside a checkpoint, its layout, its architecture if it says so, its place."""
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         kind = "nothing" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise UserError(f"holds {kind}, not a state_dict; {_COPY_AGAIN}")
     is_ours = checkpoint.get("format") == checkpoints.FORMAT
     if layout != "auto" and is_ours != (layout == "ours"):
-        raise UserError(f"--layout {layout}: format is {checkpoint.get('format')!r}, ours is "
+        stated = checkpoint.get("format")
+        stated = repr(stated[:40]) if isinstance(stated, str) else "missing"
+        raise UserError(f"--layout {layout}: its format is {stated}, ours is "
                         f"{checkpoints.FORMAT!r}; use --layout auto")  # fmt: skip
     if is_ours:
-        state = checkpoint.get("ema" if branch == "ema" else "model")
+        part = "ema" if branch == "ema" else "model"
+        state = checkpoint.get(part)
         if not state or not isinstance(state, Mapping):
             raise UserError(f"holds no {branch} network; use --branch online")
-        return checkpoints.named(state), "ours", read_arch(checkpoint.get("arch"))
+        return checkpoints.named(state), "ours", read_arch(checkpoint.get("arch")), f"{part}."
 
-    # Other projects' files keep the network bare or under a key, and do not say their layout.
-    state = checkpoints.named(checkpoints.nested(checkpoint, checkpoints.WRAPPERS) or checkpoint)
+    # Other projects' files keep networks bare or under keys, and do not say their layout.
+    tables = _tables(checkpoint)
+    state = checkpoints.nested(checkpoint, checkpoints.WRAPPERS) or checkpoint
+    place = next((where for where, table in tables.items() if table is state), "")
+    if not tables:
+        _refuse_objects(checkpoint)
+        checkpoints.named(state)
+    elif not _has(state, place, branch):
+        there = [where for where, table in tables.items() if _has(table, where, branch)]
+        if len(there) > 1:
+            raise UserError(f"holds networks under {' and '.join(map(repr, there))}; save the one "
+                            "that is meant as a state_dict of its own")  # fmt: skip
+        place = (there or list(tables))[0]
+        state = tables[place]
     if layout == "auto":
         layout = detect_layout(state)
         is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver", _HUB_CONFIG))
@@ -280,17 +300,55 @@ def _network(
     if layout == "detectron2":  # the counters lie beside the model, see weights.write_weights
         beside = checkpoint.get(COUNTER)
         counters = checkpoints.named(beside) if isinstance(beside, Mapping) else {}
-        return {**state, **counters}, layout, None
+        return {**state, **counters}, layout, None, place
     if layout in ("torchvision", "timm"):
-        name = str(checkpoint.get("arch", ""))
+        name = str(checkpoint.get("arch", ""))[:80]
         if _SAME_TENSORS.match(name):
             raise UserError(f"arch {name!r} has a plain ResNet's tensors, but other pooling")
-        if branch == "ema":
-            state = checkpoints.nested(checkpoint, checkpoints.EMA_WRAPPERS)
-            if state is None:
-                raise UserError(f"--branch ema: this {layout} checkpoint holds one network")
-            state = checkpoints.named(state)
-    return state, layout, None
+        if branch == "ema" and not _has(state, place, branch):
+            raise UserError(f"--branch ema: this {layout} checkpoint holds one network")
+    return state, layout, None, place
+
+
+def _tables(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """Every state_dict with a ResNet in it, by the keys that lead there: "student." and so on."""
+    found: dict[str, Mapping[str, Any]] = {}
+    seen, level = set(), {"": checkpoint}
+    while level:
+        below: dict[str, Mapping[Any, Any]] = {}
+        for place, table in level.items():
+            if id(table) in seen:
+                continue
+            seen.add(id(table))
+            with contextlib.suppress(UserError):
+                detect_layout(checkpoints.named(table))
+                found[place] = table
+            for key, value in table.items():
+                is_name = isinstance(key, str) and not key.startswith(("optim", "loss", COUNTER))
+                if is_name and isinstance(value, Mapping):
+                    below[f"{place}{key}."] = value
+        level = below
+    return found
+
+
+def _has(state: Mapping[Any, Any], place: str, branch: str) -> bool:
+    """Whether a state_dict of another project holds this branch's ResNet."""
+    try:
+        prefixes = backbone_prefixes(without_wrappers(checkpoints.named(state)))
+        prefixes = prefixes or ([""] if detect_layout(state) == "detectron2" else [])
+    except UserError:
+        return False
+    return any(is_average(place + prefix) == (branch == "ema") for prefix in prefixes)
+
+
+def _refuse_objects(checkpoint: Mapping[Any, Any]) -> None:
+    """Say what to save in place of a whole network."""
+    for key, value in checkpoint.items():
+        if isinstance(value, checkpoints.Placeholder) and key in (*checkpoints.WRAPPERS, *_PARTS):
+            raise UserError(
+                f"{key!r} is a whole object, a {value.qualified_name}, which only its own program "
+                f"can build; save its weights there: torch.save(model.state_dict(), PATH)"
+            )
 
 
 class ReferenceResNet(nn.Module):

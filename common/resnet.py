@@ -122,6 +122,7 @@ _HEAD = "a head or state of pretraining; the detector has its own"
 _OTHER_BRANCH = "the other branch (see --branch)"
 _CLASSIFIER = "the classifier; the detector has its own"
 _DETECTOR = "a part of the detector behind or beside its ResNet"
+_COPY = "the same backbone under another name"
 _EXTRA_NORM = "the extra norm behind a C4 head's res5; a ResNet has none"
 COUNTER = "num_batches_tracked"
 
@@ -189,7 +190,6 @@ class _Layout(NamedTuple):
     online: tuple[str, ...] = ("",)  # prefixes of the trained backbone
     ema: tuple[str, ...] = ()  # prefixes of its moving average
     fc: str = _CLASSIFIER  # what `fc.*` behind the prefix is
-    numbered: bool = False  # whether the children may be numbered, as in an nn.Sequential
 
 
 _LAYOUTS = {
@@ -208,33 +208,58 @@ _LAYOUTS = {
     "lightly": _Layout(
         online=("backbone.", "student_backbone.", "query_backbone."),
         ema=("backbone_momentum.", "teacher_backbone.", "key_backbone.", "momentum_backbone."),
-        numbered=True,
     ),
 }
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _INSIDE_DETECTOR = re.compile(r"^(backbone\.bottom_up\.|backbone\.|roi_heads\.(?=res5\.\d))")
 _DETECTOR_PARTS = ("proposal_generator.", "roi_heads.", "backbone.fpn_", "pixel_mean", "pixel_std")
-_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module)\.")
+# A key of a backbone, behind whatever prefix; as torchvision names it, or numbered.
+_BLOCK = re.compile(r"((?:.+\.)?)(layer[1-4]|[4-7])\.\d+\.conv1\.weight")
+_EMA = re.compile(r"(^|[._])(k|key|momentum|teacher|target|ema|averaged?)([._]|$)")
+# Heads that lie beside a backbone without a prefix of its own, as SwAV has them.
+_HEADS = re.compile(
+    r"(head|heads|neck|projection_head|projector|prototypes|prediction_head|predictor|classifier"
+    r"|queue|queue_ptr|n_averaged)(\.|$)"
+)
 
 
-def to_torchvision(state: Mapping[str, Any], layout: str, branch: str) -> Mapped:
+def backbone_prefixes(state: Mapping[str, Any]) -> list[str]:
+    """What stands before the names of each ResNet in a state_dict without wrappers.
+
+    "" for bare names, "encoder_q.0." for the first child of MoCo's encoder.
+    """
+    found = {match[1]: match[2] for key in state if (match := _BLOCK.fullmatch(key))}
+    return [
+        prefix
+        for prefix, child in found.items()
+        if child.startswith("layer") or any(key.startswith(f"{prefix}0.") for key in state)
+    ]
+
+
+def is_average(prefix: str) -> bool:
+    """Whether a prefix is that of a moving average or a teacher: the branch "ema"."""
+    return _EMA.search(prefix) is not None
+
+
+def to_torchvision(state: Mapping[str, Any], layout: str, branch: str, place: str = "") -> Mapped:
     """Name a checkpoint's backbone tensors as torchvision does.
 
     Args:
-        state: The network's state_dict; wrappers of DistributedDataParallel and torch.compile
-            (`module.`, `_orig_mod.`) are cut out of the names first.
-        layout: One of LAYOUTS.
+        state: The network's state_dict; wrappers of DistributedDataParallel, FSDP and torch.compile
+            (`module.`, `_orig_mod.`) are cut out of the names first, in any nesting.
+        layout: One of LAYOUTS. The backbone may lie deeper than the project's own code has it, as
+            in "model.encoder_q.0.conv1.weight".
         branch: "online" or "ema".
+        place: Where the state lies in its checkpoint, as "teacher.", which may say the branch.
 
     Returns:
         Every key either under its torchvision name or dropped with a reason. Whether the backbone
-        is complete and holds nothing else is for the reader to check (`common.backbone`). Of our
-        own files, torchvision's and timm's, `state` is the branch already: they keep the moving
-        average apart.
+        is complete and holds nothing else is for the reader to check (`common.backbone`).
 
     Raises:
-        UserError: For two keys of one name, for an unknown part of a Detectron2 file, or if the
-            branch is not there.
+        UserError: For two keys of one name, for an unknown part of a Detectron2 file, if the branch
+            is not there, or if it is there twice with other values.
     """
     state = without_wrappers(state)
     if layout == "detectron2":
@@ -242,29 +267,70 @@ def to_torchvision(state: Mapping[str, Any], layout: str, branch: str) -> Mapped
             raise UserError("--branch ema: a detectron2 checkpoint holds one network; leave it out")
         return _from_detectron2(state)
     kind, mapped = _LAYOUTS[layout], Mapped({}, {}, {})
-    prefixes = [(prefix, branch == "ema") for prefix in kind.ema]
-    prefixes += [(prefix, branch == "online" or not kind.ema) for prefix in kind.online]
-    for key, value in state.items():
-        prefix, is_own = next(
-            ((prefix, is_own) for prefix, is_own in prefixes if key.startswith(prefix)),
-            (None, False),
+    found = [prefix for prefix in backbone_prefixes(state) if layout in _layouts_of(prefix)]
+    own = [prefix for prefix in found if is_average(place + prefix) == (branch == "ema")]
+    if not own:
+        usual = (kind.ema if branch == "ema" else ()) or kind.online
+        names = " or ".join(repr(prefix) for prefix in usual)
+        there = ", ".join(repr(place + prefix) for prefix in found) or "none"
+        raise UserError(
+            f"no key begins with {names} (backbones found: {there}); try another --layout or "
+            "--branch"
         )
-        rest = key.removeprefix(prefix or "")
-        if prefix is None or rest == "n_averaged":  # torch's AveragedModel counts its updates
-            mapped.dropped[key] = _HEAD
-        elif not is_own:
-            mapped.dropped[key] = _OTHER_BRANCH
-        elif rest.startswith("fc."):
+    prefix, copies = own[0], own[1:]
+    for other in copies:
+        if not _is_copy(state, prefix, other):
+            raise UserError(
+                f"holds two backbones that differ, {place + prefix!r} and {place + other!r}; save "
+                "the one that is meant as a state_dict of its own"
+            )
+    known = {*found, *kind.online, *kind.ema}
+    for key, value in state.items():
+        begin = max((p for p in known if key.startswith(p)), key=len, default="")
+        rest = key.removeprefix(prefix)
+        child, _, inner = rest.partition(".")
+        if begin in copies:
+            mapped.dropped[key] = _COPY
+        elif begin != prefix or not key.startswith(prefix):
+            is_other = begin and is_average(place + begin) != (branch == "ema")
+            mapped.dropped[key] = _OTHER_BRANCH if is_other else _HEAD
+        elif child == "fc":
             mapped.dropped[key] = kind.fc
+        elif _HEADS.match(rest):
+            mapped.dropped[key] = _HEAD
         else:
-            child, _, inner = rest.partition(".")
-            if kind.numbered and child in _SEQUENTIAL:
-                rest = f"{_SEQUENTIAL[child]}.{inner}"
-            mapped.add(rest, key, value)
-    if not mapped.backbone:
-        own = " or ".join(repr(prefix) for prefix, is_own in prefixes if is_own)
-        raise UserError(f"no key begins with {own}; try another --layout or --branch")
+            mapped.add(
+                f"{_SEQUENTIAL[child]}.{inner}" if child in _SEQUENTIAL else rest, key, value
+            )
     return mapped
+
+
+def _layouts_of(prefix: str) -> set[str]:
+    """Layouts in which a backbone may have this prefix, or a longer one around theirs."""
+    parts = set(prefix.split("."))
+    named = {
+        name
+        for name, kind in _LAYOUTS.items()
+        if parts & {own.rstrip(".") for own in (*kind.online, *kind.ema) if own}
+    }
+    return named or {"torchvision", "timm", "lightly"}
+
+
+def _is_copy(state: Mapping[str, Any], first: str, second: str) -> bool:
+    """Whether two backbones have the same values, as where a module has two names."""
+    one, two = (
+        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for prefix in (first, second)
+    )
+    shared = one.keys() & two.keys()
+    return bool(shared) and all(
+        one[name] is two[name]
+        or (
+            getattr(one[name], "shape", 0) == getattr(two[name], "shape", 1)
+            and bool((one[name] == two[name]).all())
+        )
+        for name in shared
+    )
 
 
 def _from_detectron2(state: Mapping[str, Any]) -> Mapped:
@@ -286,12 +352,12 @@ def _from_detectron2(state: Mapping[str, Any]) -> Mapped:
 
 
 def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys without `module.` and `_orig_mod.`.
+    """Keys without `module.`, `_orig_mod.` and FSDP's wrapper.
 
     Raises:
         UserError: If two keys become one.
     """
-    plain = {_WRAPPERS.sub(r"\1", key): value for key, value in state.items()}
+    plain = {_WRAPPERS.sub("", key): value for key, value in state.items()}
     if len(plain) != len(state):
         raise UserError("two keys differ only by a wrapper's name; the checkpoint is damaged")
     return plain
@@ -306,19 +372,20 @@ def detect_layout(state: Mapping[str, Any]) -> str:
         UserError: If none fits.
     """
     names = without_wrappers(state)
-    firsts = {name.partition(".")[0] for name in names}
     if any(torchvision_name(_INSIDE_DETECTOR.sub("", name)) for name in names):
         return "detectron2"
-    if firsts & {"encoder_q", "base_encoder"}:
+    firsts = {name.partition(".")[0] for name in names}
+    prefixes = backbone_prefixes(names)
+    if not prefixes:
+        listed = ", ".join(sorted(firsts)[:8]) or "nothing"
+        raise UserError(f"no known layout: the keys begin with {listed}; choose one with --layout")
+    parts = {part for prefix in prefixes for part in prefix.split(".")}
+    if parts & {"encoder_q", "base_encoder"}:
         return "moco"
-    if "conv1" in firsts:
+    if "" in prefixes and "conv1.weight" in names:
         return "torchvision"
     lightly = {"student_backbone", "teacher_backbone", "backbone_momentum", "query_backbone",
                "projection_head", "prediction_head"}  # fmt: skip
-    numbered = ("backbone.0.", "backbone.4.")
-    if firsts & lightly or any(name.startswith(numbered) for name in names):
+    if (firsts | parts) & lightly or any(f"{prefix}0.weight" in names for prefix in prefixes):
         return "lightly"
-    if firsts & {"backbone", "encoder"}:
-        return "solo-learn"
-    listed = ", ".join(sorted(firsts)[:8]) or "nothing"
-    raise UserError(f"no known layout: the keys begin with {listed}; choose one with --layout")
+    return "solo-learn" if "solo-learn" in _layouts_of(prefixes[0]) else "torchvision"

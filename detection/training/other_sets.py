@@ -129,8 +129,10 @@ def _evaluate_seeds(
             cfg.freeze()
             model = build_model(cfg)
             try:
-                model.load_state_dict(checkpoints.load_torch(folder / _MODEL)["model"])
-            except (KeyError, TypeError, RuntimeError) as error:
+                state = checkpoints.read(folder / _MODEL)["model"]
+                checkpoints.check_finite(state, folder / _MODEL)
+                model.load_state_dict(state)
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(
                     f"{folder / _MODEL}: does not fit the config.yaml beside it; {_REPEAT}"
                 ) from error

@@ -25,6 +25,7 @@ from detectron2.utils.events import EventStorage
 
 from common import pictures, provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
+from common.backbone import read_own_card
 from common.config import dotted
 from common.errors import UserError
 from common.files import (
@@ -180,6 +181,9 @@ def prepare(settings: ArmSettings) -> Arm:
     weights = settings.weights
     if weights is not None and settings.needs_card:
         check_card(weights, cfg)
+    elif weights is not None and (fault := read_own_card(weights)[1]):
+        raise UserError(f"{weights}: {fault}: it is damaged, or the card is another file's; "
+                        "copy both again, or remove the card")  # fmt: skip
     start = "random" if weights is None else "pretrained"
     compared = {key: value for key, value in dotted(cfg).items() if key not in _NOT_COMPARED} | {
         "weights_sha256": sha256_of(weights) if weights else "random",

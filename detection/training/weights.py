@@ -104,7 +104,15 @@ class RunCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _torch_load(self, f: str) -> Any:
-        return checkpoints.load_torch(f)
+        content = checkpoints.read(f)
+        if not isinstance(content, dict):
+            raise UserError(f"{f}: holds a {type(content).__name__}, no weights; {_CONVERT}")
+        return content
+
+    def _load_file(self, filename: str) -> Any:
+        loaded = super()._load_file(filename)
+        checkpoints.check_finite(loaded["model"], filename)
+        return loaded
 
 
 class WeightsCheckpointer(RunCheckpointer):
@@ -168,7 +176,8 @@ def load_backbone(model: nn.Module, path: Path) -> int:
     try:
         WeightsCheckpointer(model).load(f"{path}{query}", checkpointables=[])
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        is_named = str(error).startswith(f"{path}: ")
+        raise UserError(f"{'' if is_named else f'{path}: '}{error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a Detectron2 weight file ({error}); {_CONVERT}") from error
     return len(backbone_tensor_names(model))

@@ -1,7 +1,7 @@
 """Checkpoints of a run: what they hold, how they are written beside the training, and read again.
 
 A checkpoint is a dict of plain types and tensors with a checksum (schema in docs/files.md),
-written atomically and read with ``weights_only=True``.
+written atomically and read as plain data (``common.checkpoints``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from common.checkpoints import FORMAT, check_sum, checksum
+from common import checkpoints
+from common.checkpoints import FORMAT, checksum
 from common.config import dotted
 from common.errors import RunFailed, UserError
 from common.files import write_atomically
@@ -89,17 +90,18 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
+        state = checkpoints.read(path)
+    except UserError as error:
         raise UserError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not a "
-            "checkpoint of this program. Take an older one from checkpoints/ or start again"
+            f"checkpoint {path} cannot be read: it is damaged or not a checkpoint of this program "
+            f"({error}). Take an older one from checkpoints/ or start again"
         ) from error
     if not isinstance(state, dict):
         raise UserError(
             f"{path} is not a checkpoint of format {FORMAT!r}: it holds a {type(state).__name__}"
         )
-    check_sum(state, path)
+    if state.get("format") != FORMAT:  # else `checkpoints.read` has done so
+        checkpoints.check_sum(state, path)
     return state
 
 

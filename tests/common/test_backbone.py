@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.backbone import D2_CARD, IMAGENET, parse_preprocessing, read_backbone
-from common.checkpoints import load_safetensors as load
+from common.checkpoints import read as load
 from common.errors import UserError
 from common.files import sha256_of
 from common.resnet import Arch, detectron2_name
