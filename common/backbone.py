@@ -9,7 +9,6 @@ statistics are assumed, and `notes` says so.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common import checkpoints
 from common.errors import UserError
-from common.files import read_json_or_none, sha256_of
+from common.files import read_json, read_json_or_none, sha256_of
 from common.resnet import (
     COUNTER,
     Arch,
@@ -251,10 +250,10 @@ def _with_hub_config(path: Path, checkpoint: Any) -> Any:
     if path.suffix not in (".safetensors", ".bin") or not isinstance(checkpoint, Mapping):
         return checkpoint
     try:
-        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        config = read_json(path.with_name("config.json"))
         name, stated = config["architecture"], config["pretrained_cfg"]
         pixels = {key: stated[key] for key in ("mean", "std")}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, KeyError, TypeError):
         return checkpoint
     return {"state_dict": checkpoint, "arch": str(name), _HUB_CONFIG: pixels}
 

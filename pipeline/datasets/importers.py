@@ -18,6 +18,7 @@ from tqdm.contrib.concurrent import process_map
 from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
+from common.files import open_regular
 from common.pictures import BadPicture, decode_fast, read_file, read_header
 from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
@@ -207,7 +208,7 @@ def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: 
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack an official tar; what would lie or point outside is refused."""
-    with open(archive, "rb") as file:
+    with open_regular(archive) as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     require(
         md5 in OFFICIAL_TARS.values(),

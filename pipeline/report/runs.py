@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import time
@@ -12,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.config import dotted
+from common.config import dotted, read_yaml
 from common.errors import UserError
-from common.files import LOCK, NUMBER, Form, is_number, lock_file, read_json_lines
+from common.files import LOCK, NUMBER, Form, is_number, lock_file, read_json, read_json_lines
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth")
 """A folder that holds one of these is a run."""
@@ -120,9 +117,8 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
 def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
     """A file of YAML or JSON; empty, and named among the problems, where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
+    except UserError:
         content = None
     if isinstance(content, dict):
         return content

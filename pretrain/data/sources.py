@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from common.errors import UserError, require
-from common.files import locked, write_bytes
+from common.files import MAX_JSON_BYTES, locked, read_regular, write_bytes
 from pretrain.data.cache import NUM_FETCHERS, CacheOptions, RemoteShard, ShardCache, make_folder
 from pretrain.data.index import (
     SAMPLE_DTYPE,
@@ -138,7 +138,7 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
             data = read_if_there(url, patience)
         else:
             require(Path(text).is_dir(), f"{text}: no such folder of shards; see make_shards.py")
-            data = Path(url).read_bytes() if Path(url).exists() else None
+            data = read_regular(url, MAX_JSON_BYTES) if Path(url).exists() else None
         if data is not None:
             names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
             return [join(text, one) for one in names]

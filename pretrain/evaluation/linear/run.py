@@ -23,6 +23,7 @@ from common.files import (
     held,
     read_record,
     read_record_or_none,
+    read_text,
     write_json,
     write_text,
 )
@@ -188,7 +189,7 @@ def listed(index: ShardIndex, path: Path) -> np.ndarray:
         UserError: File missing or empty, or a line that names no sample, or several.
     """
     require(path.is_file(), f"subset list {path} does not exist")
-    lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    lines = {line.strip() for line in read_text(path).split("\n")}
     by_name: dict[str, list[int]] = {}
     for sample in range(index.num_samples):
         key = index.key_name(sample)
