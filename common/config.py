@@ -236,7 +236,6 @@ def _applied(schema: type, raw: dict[str, Any], overrides: Sequence[str]) -> dic
         key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise UserError(f"override {override!r} is not of the form key=value")
-        value = parse_yaml(text, f"override {override!r}")
         # The way to the field; what follows a free mapping is one key of it.
         names, parts, kind = key.split("."), [], schema
         while names:
@@ -244,6 +243,8 @@ def _applied(schema: type, raw: dict[str, Any], overrides: Sequence[str]) -> dic
             kind = typing.get_type_hints(kind).get(parts[-1]) if _is_schema(kind) else None
             if kind == _FREE and names:
                 parts, names, kind = [*parts, ".".join(names)], [], None
+        is_name = any("\udc80" <= character <= "\udcff" for character in text)  # not UTF-8
+        value = text.strip() if is_name else parse_yaml(text, f"override {override!r}")
         if (isinstance(value, bool | int | float) or not text.strip()) and _is_text(kind):
             value = text.strip()  # out=2026 names a folder
         node = raw

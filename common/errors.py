@@ -74,11 +74,21 @@ def printable(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
+_IN_THE_WAY = {
+    errno.EEXIST: "a file is in the way; choose another name",
+    errno.ENOTDIR: "a file is where a folder is expected; choose another name",
+    errno.EISDIR: "a folder is where a file is expected; choose another name",
+    errno.ENAMETOOLONG: "this name is too long; choose another",
+}
+
+
 def describe_os_error(error: OSError) -> str:
     """What the operating system refused, at which file, and what to do about a full disk."""
     if error.errno is None:  # raised by our own code, with a whole sentence
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
+    if error.errno in _IN_THE_WAY and error.filename:
+        return f"{os.fsdecode(error.filename)}: {_IN_THE_WAY[error.errno]}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full{where}: free some space and run the same command again"
     return f"{error.strerror or error}{where}"
@@ -100,6 +110,9 @@ def run_command(
         The exit status: that of `work`; 1 if it went wrong; 2 for wrong arguments or input; 130
         after Ctrl-C; 128 + the number of another signal.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
     except UserError as error:
@@ -109,7 +122,8 @@ def run_command(
     except KeyboardInterrupt:
         status, message = 130, when_interrupted
     except OSError as error:
-        status, message = 1, f"error: {describe_os_error(error)}"
+        status = 2 if error.errno in _IN_THE_WAY else 1
+        message = f"error: {describe_os_error(error)}"
     except (RunFailed, *failures) as error:
         status, message = 1, f"error: {error}"
     print(printable(message), file=sys.stderr, flush=True)

@@ -76,6 +76,8 @@ def write_atomically(
         OSError: If the folder cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with open(partial, "wb") as file:
@@ -146,15 +148,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode())
+    r"""Write UTF-8 text atomically; bytes of a name that are no UTF-8 become \udcXX."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys in their order; NaN and infinities become null."""
     text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # Bytes of a file name that are no UTF-8 are lone surrogates: written as \udcXX, which is JSON.
-    write_bytes(path, text.encode(errors="backslashreplace"))
+    write_text(path, text)  # \udcXX is JSON, and comes back as it was
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -429,6 +430,33 @@ def remove(folder: Path, relative: str) -> bool:
     return True
 
 
+def check_out_folder(folder: Path) -> None:
+    """Refuse a folder to write to that holds links out of it, or what a writer would wait on.
+
+    The folder may come from somebody else, and a program that goes on with what it holds follows
+    such names. The folder itself may be a link. Folders that links lead to are not looked into.
+
+    Raises:
+        UserError: Naming the link, pipe, device or socket.
+    """
+    root = folder.resolve()
+    waiting = [root] if root.is_dir() else []
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    try:
+                        is_inside = Path(entry.path).resolve().is_relative_to(root)
+                    except (OSError, RuntimeError):  # links in a circle
+                        is_inside = False
+                    if not is_inside:
+                        raise UserError(f"{entry.path}: is a link out of {folder}; remove it")
+                elif entry.is_dir():
+                    waiting.append(Path(entry.path))
+                elif not entry.is_file():
+                    raise UserError(f"{entry.path}: is a pipe, device or socket; remove it")
+
+
 # -- locks ----------------------------------------------------------------------------------------
 
 
@@ -485,7 +513,7 @@ def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> It
     deadline = time.monotonic() + patience
     descriptor = None
     while descriptor is None:
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             is_locked = lock_file(
                 opened, path.parent, wait=patience == math.inf, of_process=of_process

@@ -241,7 +241,8 @@ def run_experiment(
         only: Whether this call runs a stage.
         about: Further keys of the results.
     """
-    require(out.is_dir() or not out.exists(), f"{out} is a file; choose another --out")
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    require(place.is_dir(), f"{place} is a file; choose another --out")
     stages = build_stages(config, ROOT, out)
     runner = Runner(ROOT, out, command, limits)
     held = runner.store.run.get("name")

@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.files import (
     LOCK,
     Form,
+    check_out_folder,
     holder,
     lock_file,
     note_holder,
@@ -248,6 +249,7 @@ def lock(out: Path) -> Iterator[int]:
         UserError: If another run holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
+    check_out_folder(out)
     descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS  # a stage of a killed run may just end

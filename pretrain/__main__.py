@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.errors import (
     add_check_options,
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import yaml
 
     from common.config import to_plain
+    from common.files import check_out_folder
     from pretrain import collectives as dist
     from pretrain.config import load_config
 
@@ -70,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
             return 0
+        if config.out is not None:
+            check_out_folder(Path(config.out))
         from pretrain.engine.guards import out_of_memory_explained
         from pretrain.engine.profiling import profile
         from pretrain.run import check, make_trainer

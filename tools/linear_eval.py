@@ -55,12 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, and print its table."""
     from common.config import read_settings
+    from common.files import check_out_folder
     from pretrain.evaluation.linear.config import LinearConfig
     from pretrain.evaluation.linear.run import Evaluation, table
 
     path = arguments.config or (FULL if arguments.protocol == "full" else None)
     if path is not None and not path.is_file():
         raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
+    for folder in filter(None, (arguments.out, arguments.features)):
+        check_out_folder(folder)
     named = {
         key: getattr(arguments, key) for key in ("protocol", "fraction", "subset_list", "seed")
     }

@@ -18,7 +18,7 @@ from common.errors import (
     run_command,
     run_or_check_each,
 )
-from common.files import write_json
+from common.files import check_out_folder, write_json
 from pipeline.datasets.importers import open_source
 from pretrain.data.pack import Cluster, ShardOptions, SourcePicture, WriteReport, write_shards
 from pretrain.data.shard_info import format_info, gather_info, verify_shards
@@ -125,6 +125,11 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
     if options.check == "settings":
         print_check({}, as_json=options.json is not None)
         return
+    check_out_folder(options.out)
+    is_swapped = not Path(options.source).exists() and options.out.is_dir()
+    require(not is_swapped or not any(options.out.iterdir()),
+            f"{options.source}: no such folder; give the pictures first, then the folder for the "
+            f"shards: make_shards.py {options.out} {options.source}")  # fmt: skip
     source = open_source(options.source, split=options.split, labels=options.labels)
     chosen = [SourcePicture(*one) for one in source.pictures if is_in_part(one[1], options.part)]
     require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
@@ -199,6 +204,11 @@ def verify(shards: str, num_workers: int) -> int:
     require(
         "://" not in shards,
         f"{shards}: --verify reads every byte of a local folder; copy the set first",
+    )
+    require(
+        (Path(shards) / "index.json").is_file(),
+        f"{shards}: has no index.json to verify against; tools/make_shards.py PICTURES SHARDS "
+        "makes shards with one",
     )
     problems = verify_shards(Path(shards), num_workers=num_workers)
     for problem in problems:

@@ -195,12 +195,15 @@ def submit(options: argparse.Namespace) -> Any:
         UserError: Anything in the arguments, the config or the folder that cannot work; no such
             cluster, or it refuses the job.
     """
+    from common.files import check_out_folder
     from pretrain.config import load_config
 
     # The config, the folder of the run, and the numbers.
     config, is_local = load_config(options.config, options.overrides), options.cluster == "local"
     out = Path(config.out or "")
     require(bool(config.out), "out is not set: name the folder of this run, e.g. out=runs/first")
+    require(not out.is_file(), f"out={out}: a file is in the way; choose another out=DIR")
+    check_out_folder(out)
     require(
         options.resume or not (out / "checkpoint.pth").exists(),
         f"{out} holds a run already: continue it with --resume, or choose another out=DIR",

@@ -17,6 +17,7 @@ from common.errors import (
     run_command,
     run_or_check_each,
 )
+from common.files import check_out_folder
 
 _EXAMPLE = """\
 examples:
@@ -103,6 +104,7 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
     from detection.training.other_sets import evaluate_on
     from detection.training.run import ArmSettings, check, run_arm
 
+    check_out_folder(arguments.out)
     overrides = parse_overrides(arguments.opts)
     for option, key in ((arguments.eval_every, "TEST.EVAL_PERIOD"),
                         (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip

@@ -32,6 +32,7 @@ from common.files import (
     LOCK,
     NUMBER,
     held,
+    open_to_append,
     read_record_or_none,
     sha256_of,
     write_json,
@@ -315,7 +316,9 @@ def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, 
 def log_to(folder: Path) -> None:
     """Everything to log.txt; our own lines and Detectron2's progress to the console."""
     rank = comm.get_rank()
-    file = logging.FileHandler(folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}"))
+    path = folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
+    open_to_append(path).close()  # refuses a link that leads out of the folder
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))

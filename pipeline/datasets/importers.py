@@ -227,19 +227,17 @@ def _link_devkit(folder: Path, devkit: Path) -> None:
 
     A file that is there already, from an earlier source, stays.
     """
-
-    def link(file: str, place: str) -> None:
-        if not os.path.exists(place):
-            try:
-                os.link(os.path.realpath(file), place)  # of the file, not of a link to it
-            except OSError:
-                shutil.copyfile(file, place)
-
     for year in [folder, *folder.rglob("VOC20??")]:
         for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
             if year.name.startswith("VOC20") and (year / part).is_dir():
                 place = devkit / year.name / part
-                shutil.copytree(year / part, place, copy_function=link, dirs_exist_ok=True)
+                place.mkdir(parents=True, exist_ok=True)
+                for file in (year / part).iterdir():
+                    if file.is_file() and not (place / file.name).exists():
+                        try:
+                            os.link(os.path.realpath(file), place / file.name)  # not of a link
+                        except OSError:
+                            shutil.copyfile(file, place / file.name)
 
 
 def _fault(file: str) -> str | None:

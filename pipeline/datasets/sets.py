@@ -127,7 +127,7 @@ def make_set(card: Card, out: Path, overwrite: bool, fill: Callable[[Path], None
         lock.touch()
     except OSError as error:
         raise UserError(
-            f"{out.parent}: cannot be written ({error}); give another folder"
+            f"{out.parent}: cannot be written ({error.strerror}); give another folder"
         ) from error
     with held(lock, patience=LOCK_WAIT_SECONDS, of_process=False):
         try:

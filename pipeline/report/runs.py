@@ -13,12 +13,23 @@ from typing import Any
 
 from common.config import dotted, read_yaml
 from common.errors import UserError
-from common.files import LOCK, NUMBER, Form, is_number, lock_file, read_json, read_json_lines
+from common.files import (
+    LOCK,
+    NUMBER,
+    Form,
+    is_number,
+    lock_file,
+    open_regular,
+    read_json,
+    read_json_lines,
+)
 
 MARKS = ("metrics.jsonl", "environment.json", "checkpoint.pth")
 """A folder that holds one of these is a run."""
 NO_RUN = ("experiment.json",)
 """A folder that holds this is an experiment's, and its runs lie below."""
+LINEAR = "identity.json"
+"""A folder that holds this is a linear evaluation's; its checkpoints are no runs."""
 RECENT_SECONDS = 60.0
 """A run whose rows are younger goes on, where a lock cannot be seen (a shared file system)."""
 NUM_LAST_ROWS = 10  # whose median speed stands for a run that is not finished
@@ -75,7 +86,9 @@ def find(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} is no folder; name the one that holds the runs, e.g. runs")
     for place, folders, files in os.walk(folder):
         folders.sort()
-        if set(MARKS) & set(files) and not set(NO_RUN) & {*folders, *files}:
+        if LINEAR in files:
+            folders.clear()
+        elif set(MARKS) & set(files) and not set(NO_RUN) & {*folders, *files}:
             folders.clear()  # its own folders hold pictures and checkpoints
             yield Path(place)
 
@@ -90,7 +103,8 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     Raises:
         UserError: If the folder holds no run.
     """
-    if not any((folder / mark).exists() for mark in MARKS):
+    is_linear = (folder / LINEAR).exists()
+    if is_linear or not any((folder / mark).exists() for mark in MARKS):
         raise UserError(f"{folder} holds no run: none of {', '.join(MARKS)} is there")
     problems: list[str] = []
     config = _mapping(folder / "config.yaml", problems)
@@ -129,7 +143,11 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
 def _rows(path: Path, form: Form, problems: list[str]) -> list[dict[str, Any]]:
     """Rows of a form; a torn last line belongs to a kill and is no damage."""
     place = f"{path.parent}/"
-    return read_json_lines(path, form, report=lambda m: problems.append(m.removeprefix(place)))
+    try:
+        return read_json_lines(path, form, report=lambda m: problems.append(m.removeprefix(place)))
+    except (OSError, UserError) as error:
+        problems.append(f"{path.name} cannot be read ({getattr(error, 'strerror', None) or error})")
+        return []
 
 
 def _state(
@@ -137,7 +155,7 @@ def _state(
 ) -> tuple[str, str]:
     """State and reason; ``summary`` is None where the file is missing."""
     # A look at the lock of a living process of this machine; the run does not notice it.
-    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open("rb") as file:
+    with contextlib.suppress(OSError), open_regular(folder / LOCK) as file:
         if not lock_file(file, folder, shared=True, of_process=True):
             return "running", "a process holds the run's lock"
     if summary is not None and not summary:

@@ -137,14 +137,20 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
         if location.scheme != "file":
             data = read_if_there(url, patience)
         else:
-            require(Path(text).is_dir(), f"{text}: no such folder of shards; see make_shards.py")
+            require(
+                Path(text).is_dir(),
+                f"{text}: no such folder of shards; tools/make_shards.py PICTURES {text} makes it",
+            )
             data = read_regular(url, MAX_JSON_BYTES) if Path(url).exists() else None
         if data is not None:
             names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
             return [join(text, one) for one in names]
         is_web = location.scheme in ("http", "https")
         require(not is_web, f"{name}: there is no index.json, and {_BRACES_REMEDY}")
-        remedy = "holds neither index.json nor .tar files; make shards with tools/make_shards.py"
+        remedy = (
+            "holds neither index.json nor .tar files; pack pictures first: "
+            f"tools/make_shards.py {name} SHARDS"
+        )
         texts = [join(glob.escape(text) if location.scheme == "file" else text, "*.tar")]
     elif _BRACES.search(text) and not Path(text).exists():
         try:

@@ -57,6 +57,11 @@ def test_what_looks_like_a_number_is_text_where_text_is_due(path, text):
     assert read(path, "out=x", "out=null").out is None
 
 
+def test_a_path_that_is_no_utf8_is_taken_as_it_is(path):
+    settings = read_settings(Outer, path, ["out=runs/\udcff: 1"])
+    assert settings.out == "runs/\udcff: 1"
+
+
 def test_free_keys_are_handed_on_flat(path):
     found = read(path, "inner.options.train.epochs=3", "inner.options.lr=0.5")
     assert found.inner.options == {"train.epochs": 3, "lr": 0.5}

@@ -25,12 +25,27 @@ def broken(error):
          "error: Permission denied (a.txt)"),
         (OSError(errno.ENOSPC, "No space left on device"), 1,
          "error: disk full: free some space and run the same command again"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), 2,
+         "error: out: a file is in the way; choose another name"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"a\xff/b"), 2,
+         "error: a\\xff/b: a file is where a folder is expected; choose another name"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a.json"), 2,
+         "error: a.json: a folder is where a file is expected; choose another name"),
         (UserError("\udcff.jpg: no picture"), 2, "error: \\xff.jpg: no picture"),
     ],
 )  # fmt: skip
 def test_an_error_becomes_a_message_and_an_exit_status(error, status, message, capsys):
     assert run_command(broken(error)) == status
     assert capsys.readouterr() == ("", message + "\n")
+
+
+def test_file_names_that_are_no_utf8_are_printed(capsys):
+    def work():
+        print("runs/\udcff")
+        return 0
+
+    assert run_command(work) == 0
+    assert capsys.readouterr().out == "runs/\\udcff\n"
 
 
 def test_a_bug_keeps_its_traceback_unless_it_is_a_named_failure(capsys):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -17,8 +18,6 @@ from common.errors import UserError
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "new" / "a.txt"
     files.write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        files.write_text(path, "\ud800")
     with pytest.raises(ZeroDivisionError):
         files.write_atomically(path, lambda file: file.write(b"half") / 0)
     assert path.read_text() == "old"
@@ -33,6 +32,8 @@ def test_json_comes_back_with_nan_as_null_and_any_file_name(tmp_path):
     files.write_json(path, value)
     expected = {"ap": None, "rows": [{"loss": None}, 1.5], "file": "\udcff é 鳥 \u2028"}
     assert files.read_json(path) == expected
+    with pytest.raises(IsADirectoryError):
+        files.write_json(tmp_path, value)
     assert json.loads(path.read_text(encoding="utf-8")) == expected
 
 
@@ -78,6 +79,25 @@ def test_what_is_appended_to_is_a_file_in_its_folder(tmp_path, kind):
     NO_FILES[kind](path)
     with pytest.raises((UserError, IsADirectoryError)):
         files.open_to_append(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("a/log", lambda path: path.symlink_to("../../other"), "a link out of"),
+        ("a/seed-0", lambda path: path.symlink_to("/tmp"), "a link out of"),
+        ("a/round", lambda path: path.symlink_to("round"), "a link out of"),
+        ("a/pipe", os.mkfifo, "a pipe, device or socket"),
+        ("a/newest", lambda path: path.symlink_to("b"), None),
+    ],
+)
+def test_a_folder_to_write_to_leads_nowhere_else(tmp_path, name, make, words):
+    files.check_out_folder(tmp_path / "missing")
+    (tmp_path / "out/a/b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")  # the folder itself may be one
+    make(tmp_path / "out" / name)
+    with pytest.raises(UserError, match=f"{name}: is {words}") if words else nullcontext():
+        files.check_out_folder(tmp_path / "link")
 
 
 def test_a_file_larger_than_the_bound_is_not_read(tmp_path):

@@ -123,6 +123,32 @@ def test_damaged_files_are_named_and_the_rest_is_told(tmp_path):
     assert (run.figures["epochs"], run.commit) == (None, None)
 
 
+def test_files_that_one_would_wait_on_are_named_and_a_linear_evaluation_is_no_run(tmp_path):
+    folder = make(tmp_path / "a")
+    for name in ("config.yaml", "environment.json", "summary.json", "metrics.jsonl"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    assert runs.read(folder).problems == [
+        "config.yaml is damaged",
+        "environment.json is damaged",
+        "summary.json is damaged",
+        "metrics.jsonl cannot be read (is a named pipe where a file is expected)",
+    ]
+    for name in ("linear/identity.json", "linear/.lock", "linear/refit/checkpoint.pth"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(runs.find(tmp_path)) == [folder]
+    with pytest.raises(UserError, match="linear holds no run"):
+        runs.read(tmp_path / "linear")
+
+
+@pytest.mark.parametrize("text", ["optim: &a {b: *a}", "a: !!python/object/apply:os.abort []"])
+def test_a_config_of_a_stranger_is_damaged(tmp_path, text):
+    folder = make(tmp_path / "a")
+    (folder / "config.yaml").write_text(text)
+    assert runs.read(folder).problems == ["config.yaml is damaged"]
+
+
 # --- figures
 
 
