@@ -104,6 +104,12 @@ def write_atomically(
         os.close(descriptor)
 
 
+def sync(path: Path) -> None:
+    """Let what was appended to a file, if it is there, survive a loss of power."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _is_full(error: BaseException, folder: Path) -> bool:
     """Whether a write failed for want of space; torch's writer hides the OSError that said so."""
     cause: BaseException | None = error
@@ -373,12 +379,13 @@ def read_json_lines(
         return []
     rows, damaged = [], []
     for number, line in enumerate([*lines, last], 1):
-        row = None
+        row, is_cut = None, number > len(lines)
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line.decode())
+            is_cut = False
         if has_form(row, form or {}):
             rows.append(row)
-        elif number <= len(lines):
+        elif not (is_cut and line[:1] in (b"", b"{")):
             damaged.append(number)
     if damaged:
         listed = ", ".join(map(str, damaged[:5])) + ", .." * (len(damaged) > 5)

@@ -209,8 +209,12 @@ def damaged_files(
                 is_own = path.name in (_FORMS[kind][0], "metrics.json")  # the latter has lines
                 if not is_own and not isinstance(read_json_or_none(path), dict | list):
                     add(stage, path, "is damaged")
+        if has_details and kind == "detection":
             path, faults = folder / "curve.jsonl", []
-            read_json_lines(path, report=faults.append)
+            rows = read_json_lines(path, {"iteration": int}, report=faults.append)
+            last = (read_figures(out, stage) or {}).get("iterations")
+            if not faults and max((row["iteration"] for row in rows), default=0) < (last or 0):
+                faults.append("lacks its last points")
             for fault in faults:
                 add(stage, path, fault.removeprefix(f"{path} "))
     return found

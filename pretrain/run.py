@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
-from pretrain.data.input_pipeline import InputPipeline
+from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline
 from pretrain.engine import checkpoint, run_folder
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.contrastive_task import ContrastiveTask
@@ -80,11 +80,15 @@ def make_trainer(
     ]
     present = [callback for callback in callbacks if callback is not None]
     trainer = Trainer(task, input_pipeline, present, config.optim.epochs, engine, device)
-    if resume and (folder / checkpoint.NAME).exists():
+    log.notes += input_pipeline.notes
+    if resume and checkpoint.is_in(folder):
         state, note = checkpoint.load_newest(folder)
         changes = trainer.load_state_dict(state, allow_changes=allow_changes)
-        log.notes = [*([note] if note else []), *changes]
-    log.notes += input_pipeline.notes
+        log.notes += [*([note] if note else []), *changes]
+        logged_every = state["config"]["engine"]["log_every_steps"]
+        log.logged_step = state["step"] // logged_every * logged_every
+        if trainer.position.num_bad_samples and not (folder / BAD_SAMPLES).exists():
+            log.notes.append(f"{BAD_SAMPLES} is missing: samples replaced before count anew")
     return trainer
 
 

@@ -114,6 +114,9 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     if not (folder / "metrics.jsonl").exists():
         problems.append("metrics.jsonl is missing")
     rows = _rows(folder / "metrics.jsonl", {"kind": str, "step": NUMBER}, problems)
+    last, steps = max((row["step"] for row in rows), default=0), (summary or {}).get("steps")
+    if rows and is_number(steps) and last < steps:
+        problems.append(f"metrics.jsonl ends at step {last} of {steps}")
     bad = _rows(folder / "bad_samples.jsonl", {"sample": int, "reason": str}, problems)
     replaced: dict[str, str] = {}
     for row in bad:

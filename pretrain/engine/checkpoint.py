@@ -19,10 +19,10 @@ from common import checkpoints
 from common.checkpoints import FORMAT, checksum
 from common.config import dotted
 from common.errors import RunFailed, UserError
-from common.files import write_atomically
+from common.files import sync, write_atomically
 from pretrain import collectives as dist
 from pretrain.config import EngineConfig
-from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.data.input_pipeline import BAD_SAMPLES, DeviceBatch
 from pretrain.engine.trainer import Callback, StepResult
 
 NAME = "checkpoint.pth"
@@ -103,6 +103,11 @@ def read(path: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:  # else `checkpoints.read` has done so
         checkpoints.check_sum(state, path)
     return state
+
+
+def is_in(folder: Path) -> bool:
+    """Whether a run has left a checkpoint in its folder."""
+    return (folder / NAME).exists() or any((folder / "checkpoints").glob("step-*.pth"))
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -216,6 +221,8 @@ class Checkpoints(Callback):
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         try:
+            for name in ("metrics.jsonl", BAD_SAMPLES):  # what a resumed run will not write again
+                sync(self._path.with_name(name))
             save(state, self._path)
             keep(self._path, step, self._config.keep_checkpoints, self._config.keep_every_steps)
         except BaseException as error:  # raised again in the training's thread

@@ -28,6 +28,7 @@ from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig, TrackingConfig
 from pretrain.data.input_pipeline import DeviceBatch
+from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Callback, Position, StepResult
 
 _ROW: files.Form = {"kind": str, "step": int}
@@ -54,7 +55,7 @@ def prepare(config: PretrainConfig, *, resume: bool) -> tuple[Path, ExitStack]:
     if dist.rank() == 0:
         lock.enter_context(files.held(folder / files.LOCK))
         files.remove_partial_files(folder)
-    if (folder / "checkpoint.pth").exists() and not resume:
+    if checkpoint.is_in(folder) and not resume:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume, or choose another out=DIR"
         )
@@ -97,19 +98,23 @@ class RunFolder(Callback):
         position = self.trainer.position
         rows = files.read_json_lines(self._folder / "metrics.jsonl", _ROW)
         knn = {row["step"]: row.get("knn_top1") for row in rows if row["kind"] == "knn"}
+        # Of a run that goes on after its end the figures stay, also if the rows are lost.
+        path = self._folder / "summary.json"
+        old = files.read_record_or_none(path) or {}
+        old = old if old.get("steps") == position.step else {}
         num_images = position.step * self._config.data.batch_size
         summary = {
             "steps": position.step,
             "epochs": self._config.optim.epochs,
             "seconds": position.train_seconds,
             "images_per_second": num_images / max(position.train_seconds, 1e-9),
-            "knn_top1": knn.get(position.step),
-            "knn_top1_initial": knn.get(0),
+            "knn_top1": knn.get(position.step, old.get("knn_top1")),
+            "knn_top1_initial": knn.get(0, old.get("knn_top1_initial")),
             "num_samples": self._num_samples,
             "num_skipped_samples": position.num_bad_samples,
             "peak_memory_bytes": provenance.peak_memory_bytes(),
         }
-        files.write_json(self._folder / "summary.json", summary)
+        files.write_json(path, summary)
         self._lock.close()
 
 
@@ -143,6 +148,7 @@ class MetricLog:
         wandb_run: Started before, since it sees only writers that are made after it.
     Attributes:
         notes: What was found damaged.
+        last_step: Of the rows that were kept; 0 without any.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class MetricLog:
         last = {"knn": last_probe_step}
         kept = [row for row in rows if row["step"] <= last.get(row["kind"], last_step)]
         files.write_json_lines(path, kept)
+        self.last_step = max((row["step"] for row in kept), default=0)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
         self._wandb_run = wandb_run
@@ -221,12 +228,13 @@ class ProgressLog(Callback):
             steps; None: no rows are written.
     Attributes:
         notes: Reported as warnings when the run begins.
+        logged_step: Up to which rows must be there when the run begins.
     """
 
     def __init__(
         self, title: str, open_rows: Callable[[Position, int], MetricLog] | None = None
     ) -> None:
-        self.title, self.open_rows, self.notes = title, open_rows, []
+        self.title, self.open_rows, self.notes, self.logged_step = title, open_rows, [], 0
         self._rows: MetricLog | None = None  # while the run goes on
         self._bar = tqdm(disable=True)
         self._start_row()
@@ -236,6 +244,9 @@ class ProgressLog(Callback):
         if is_main and self.open_rows is not None:
             self._rows = self.open_rows(trainer.position, trainer.batches.num_steps)
             self.notes += self._rows.notes
+            if self._rows.last_step < self.logged_step:
+                lost = f"{self._rows.last_step + 1} to {self.logged_step}"
+                self.notes.append(f"metrics.jsonl: the rows of steps {lost} are lost")
         self._bar = tqdm(
             total=trainer.num_steps,
             initial=trainer.position.step,

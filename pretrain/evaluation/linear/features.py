@@ -224,5 +224,5 @@ def _has_room(path: Path, shape: tuple[int, int], sums_path: Path, num_blocks: i
     try:
         is_right = np.load(path, mmap_mode="r").shape == shape
         return is_right and sums_path.stat().st_size == 8 * num_blocks
-    except (OSError, ValueError):
+    except (OSError, EOFError, ValueError):
         return False
