@@ -620,7 +620,7 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     require(path.exists(), f"{path}: missing; {_REMEDY}")
     try:
         table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
     if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
         num = index["num_samples"]

@@ -46,7 +46,7 @@ from common.files import (
 )
 from common.parent_death import exit_with_parent
 from common.pictures import BadPicture, decode, read_file
-from pretrain.data.index import Entry, ShardPart, read_index, write_index
+from pretrain.data.index import Entry, ShardPart, load_table, read_index, write_index
 from pretrain.data.random_numbers import stable_hash
 
 _KEPT = {  # what may be stored as it is, by its suffix
@@ -330,7 +330,7 @@ def read_part(folder: Path, plan: ShardPlan) -> ShardPart | None:
     """The part that `write_shard` left, if it is this plan's and its tar is whole; else None."""
     part = ShardPart.load(folder / PARTS / plan.name, plan.fingerprint)
     with suppress(OSError):
-        if part is not None and (folder / plan.name).stat().st_size == part.shard["bytes"]:
+        if part is not None and sha256_of(folder / plan.name) == part.shard["sha256"]:
             return part
     return None
 
@@ -678,6 +678,7 @@ def _finished_index(folder: Path, fingerprint: str) -> dict[str, Any]:
     index = read_index(folder)
     other = f"{folder}: holds shards of another source or of other options; {_REMEDY}"
     require(index["options"].get("fingerprint") == fingerprint, other)
+    load_table(folder, index)
     for shard in index["shards"]:
         tar = folder / shard["name"]
         is_whole = tar.exists() and tar.stat().st_size == shard["bytes"]

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from pipeline import results
+from pipeline.experiment import closing_lines
 from tests.pipeline.report.run_fixture import ARM_LEVELS, GAINS, change, make_run, make_study
 
 
@@ -58,6 +59,31 @@ def test_results_of_an_older_version_have_no_coco_metric(tmp_path):
     assert found["differences"]["fine_tuned"]["coco_AP50"]["seeds"] == [0]
     assert found["differences"]["fine_tuned"]["AP50"]["seeds"] == [0, 1]
     assert "coco" not in json.loads((out / "detection/random/summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b'{"AP": 1', b"\0" * 9, b"[]", b"7", b"null", b"{}"]
+)
+@pytest.mark.parametrize(
+    "file", ["detection/random/seed-1/result.json", "stages/random/seed-1.json"]
+)
+def test_a_seed_does_not_disappear_silently(tmp_path, file, content):
+    out = make_run(tmp_path, seeds=2)
+    if content is not None:
+        (out / file).write_bytes(content)
+    elif file.startswith("stages"):
+        pytest.skip("a stage that left no record did not run")
+    else:
+        (out / file).unlink()
+    results.write(out)
+    found = json.loads((out / "results.json").read_text())
+    assert [row["seed"] for row in found["detection"]["random"]] == [0]
+    (lost,) = [item for item in found["damaged"] if item["stage"] == "random/seed-1"]
+    assert lost["file"] == file
+    assert lost["fault"].startswith("is missing" if content is None else "is damaged")
+    summary = json.loads((out / "detection/random/summary.json").read_text())
+    assert (summary["n"], summary["damaged"]) == (1, [file])
+    assert any(file in line for line in closing_lines(out).splitlines())
 
 
 def mean(values):

@@ -16,7 +16,7 @@ import torch
 
 from common import provenance
 from common.config import to_plain
-from common.errors import require
+from common.errors import UserError, require
 from common.files import (
     LOCK,
     NUMBER,
@@ -401,7 +401,12 @@ class Evaluation:
         parts = [log, StopOnSignal(log, checkpoints), checkpoints]
         trainer = Trainer(heads, batches, parts, config.epochs, engine, device)
         if (folder / checkpoint.NAME).exists():
-            trainer.load_state_dict(checkpoint.read(folder / checkpoint.NAME))
+            try:
+                state = checkpoint.read(folder / checkpoint.NAME)
+            except UserError as error:  # they cost minutes
+                log.notes.append(f"{error}. These classifiers are trained from the start")
+            else:
+                trainer.load_state_dict(state)
         with self._timed(part):
             trainer.train()
         return heads

@@ -91,6 +91,25 @@ def test_other_set_other_figures_kept_until_the_set_changes(
     assert "only keys of TEST" in capsys.readouterr().err
 
 
+def test_damaged_results_are_made_again_or_named(
+    place: Path, evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, result = place / "run/seed-1/eval-on-data.json", place / "run/seed-1/result.json"
+    assert evaluate("data", "--seeds", "1") == 0
+    figures, whole = read(file), result.read_bytes()
+    (place / "run/seed-x").mkdir()
+    (place / "run/seed-x/result.json").touch()  # no seed
+    for content in (b"", b'{"AP": 1', b"\0" * 9, b"[]", b"7", b"null", b"\xff", b"{}"):
+        file.write_bytes(content)
+        assert evaluate("data") == 0
+        assert "eval-on-data.json is damaged, and is made again" in capsys.readouterr().err
+        assert read(file)["per_class"] == figures["per_class"]
+        result.write_bytes(content)
+        assert evaluate("data") == 2
+        assert "seed-1/result.json: is damaged; train it first" in capsys.readouterr().err
+        result.write_bytes(whole)
+
+
 def rename_class(root: Path, old: str, new: str) -> None:
     for path in (root / "VOC2007/Annotations").iterdir():
         path.write_text(path.read_text().replace(f"<name>{old}<", f"<name>{new}<"))

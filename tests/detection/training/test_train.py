@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +159,49 @@ def test_finished_seed_is_kept_and_changed_settings_are_refused(
     assert "--overwrite" in message
     assert train("random", "--overwrite", "SOLVER.BASE_LR", "0.001") == 0
     assert result.stat().st_mtime_ns != before
+
+
+def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out" / "seed-0"
+    assert train("random", "SOLVER.MAX_ITER", "2") == 0
+    figures, state = read(folder / "result.json"), final_model(folder)
+    shutil.copy(folder / "model_final.pth", folder / "model_0000000.pth")
+    for content in (b"", b'{"AP": 1', b"\0" * 9, b"[]", b"7", b"null", b"\xff", b"{}"):
+        (folder / "result.json").write_bytes(content)
+        (folder / "last_checkpoint").write_bytes(content)
+        (folder / "curve.jsonl").write_bytes(content + b'\n{"AP": 1}\n')
+        (folder / "model_final.pth").write_bytes(content)  # the one before it is whole
+        assert train("random", "SOLVER.MAX_ITER", "2") == 0
+        printed = "".join(capsys.readouterr())
+        assert "result.json is damaged; the seed is evaluated again" in printed
+        assert "curve.jsonl has 2 damaged lines, left out: 1, 2" in printed
+        assert "model_final.pth: not a readable PyTorch checkpoint" in printed
+        assert read(folder / "result.json")["per_class"] == figures["per_class"]
+        shutil.copy(folder / "model_final.pth", folder / "model_0000000.pth")
+        (folder / "run.json").rename(folder / "kept")
+        (folder / "run.json").write_bytes(content)
+        assert train("random", "SOLVER.MAX_ITER", "2") == 2
+        assert "seed-0: run.json, which tells its settings, is missing or damaged" in (
+            capsys.readouterr().err
+        )
+        (folder / "kept").rename(folder / "run.json")
+    assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
+    (folder / ".lock").touch()  # of a holder that was killed
+    assert train("random", "SOLVER.MAX_ITER", "2") == 0
+    holding = "import sys; from common.files import held; from pathlib import Path\n" \
+        "with held(Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(folder / ".lock")], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"1\n"
+        assert train("random", "SOLVER.MAX_ITER", "2") == 2
+        assert f"seed-0: process {other.pid} on " in capsys.readouterr().err
+        other.communicate()
+    assert not (folder / ".lock").exists()
 
 
 def test_frozen_arms_are_calibrated_and_do_not_train(

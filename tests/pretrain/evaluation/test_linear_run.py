@@ -171,6 +171,24 @@ def test_training_goes_on_bit_for_bit_from_its_last_checkpoint(
     assert (parts["rates"], parts["top1"]) == (whole["rates"], whole["top1"])
 
 
+@pytest.mark.parametrize("content", [b"", b'{"a', b"\0" * 9, b"[]", b"7", b"null", b"\xff", b"{}"])
+def test_damaged_files_are_made_again_or_named(evaluate, tmp_path, capsys, content):
+    out = tmp_path / "out"
+    top1 = evaluate(CONFIG)["top1"]
+    assert not (out / ".lock").exists()
+    (out / "linear.json").write_bytes(content)
+    for path in (out / checkpoint.NAME, *(out / "features").iterdir()):
+        path.write_bytes(content)
+    assert evaluate(CONFIG, resume=True)["top1"] == top1
+    printed = capsys.readouterr().err
+    assert f"{out / 'linear.json'} is damaged, and is made again" in printed
+    assert "These classifiers are trained from the start" in printed
+    (out / "linear.json").write_bytes(content)
+    (out / "identity.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"identity\.json: is damaged; remove .*out and start"):
+        evaluate(CONFIG, resume=True)
+
+
 def test_a_refit_goes_on_without_another_sweep(evaluate, tmp_path, monkeypatch):
     config = replace(CONFIG, checkpoint_every_steps=2)
     whole = evaluate(config, "whole")
