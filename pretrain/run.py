@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, require
+from common.files import is_whole
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline
@@ -87,8 +88,8 @@ def make_trainer(
         log.notes += [*([note] if note else []), *changes]
         logged_every = state["config"]["engine"]["log_every_steps"]
         log.logged_step = state["step"] // logged_every * logged_every
-        if trainer.position.num_bad_samples and not (folder / BAD_SAMPLES).exists():
-            log.notes.append(f"{BAD_SAMPLES} is missing: samples replaced before count anew")
+        if trainer.position.num_bad_samples and not is_whole(folder / BAD_SAMPLES):
+            log.notes.append(f"{BAD_SAMPLES} is lost: samples that were replaced count anew")
     return trainer
 
 

@@ -114,10 +114,13 @@ def read(folder: Path, now: float | None = None) -> RunInfo:
     if not (folder / "metrics.jsonl").exists():
         problems.append("metrics.jsonl is missing")
     rows = _rows(folder / "metrics.jsonl", {"kind": str, "step": NUMBER}, problems)
-    last, steps = max((row["step"] for row in rows), default=0), (summary or {}).get("steps")
-    if rows and is_number(steps) and last < steps:
+    last = max((row["step"] for row in rows), default=0)
+    steps, num_bad = ((summary or {}).get(key) for key in ("steps", "num_skipped_samples"))
+    if is_number(steps) and last < steps and (folder / "metrics.jsonl").exists():
         problems.append(f"metrics.jsonl ends at step {last} of {steps}")
     bad = _rows(folder / "bad_samples.jsonl", {"sample": int, "reason": str}, problems)
+    if is_number(num_bad) and num_bad > 0 and not bad:
+        problems.append("bad_samples.jsonl names none of the samples that were replaced")
     replaced: dict[str, str] = {}
     for row in bad:
         replaced.setdefault(str(row["sample"]), row["reason"])
