@@ -114,7 +114,10 @@ class _Forward:
 
     def seek(self, position: int, /) -> int:
         if self.is_seekable:
-            self._position = cast(IO[bytes], self._stream).seek(position)
+            try:
+                self._position = cast(IO[bytes], self._stream).seek(position)
+            except (OSError, OverflowError) as error:
+                raise tarfile.ReadError(f"no file is {position:,} bytes long") from error
             return position
         assert position >= self._position, "tarfile went back"
         while self._position < position:
@@ -250,7 +253,8 @@ def tar_files(
 def _headers(forward: _Forward) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar from here on; none is kept."""
     tar = tarfile.open(fileobj=cast(IO[bytes], forward), mode="r:", encoding="utf-8")  # noqa: SIM115
-    while (member := tar.next()) is not None:
+    is_empty = cast(Any, tar).firstmember is None  # then it would read the first header again
+    while not is_empty and (member := tar.next()) is not None:
         cast(Any, tar).members.clear()  # kept for random access
         if member.size < 0:  # tarfile would go back, for ever
             raise tarfile.ReadError(f"a file of {member.size:,} bytes")
