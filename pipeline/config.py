@@ -56,7 +56,7 @@ class DataStageConfig:
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    """How pictures are packed: options of `tools/make_shards.py`."""
+    """How pictures are packed: options of `tools/make_shards.py`; of probes `labels: folders`."""
 
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -272,7 +272,7 @@ _DETECTION = ("torch", "torchvision", "numpy", "pillow", "detectron2")
 _PICTURES = ("numpy", *_OPENCV, "pillow")
 KINDS = {
     "data": ("tools/make_dataset.py", 1, _PICTURES),
-    "shards": ("tools/make_shards.py", 1, _PICTURES),
+    "shards": ("tools/make_shards.py", 2, _PICTURES),
     "pretrain": ("tools/pretrain.sh", 1, _PRETRAIN),
     "linear": ("tools/linear_eval.py", 1, _PRETRAIN),
     "convert": ("tools/convert_to_d2.py", 1, _DETECTION),
@@ -329,7 +329,8 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
         )  # fmt: skip
 
     # Shards of the pool (maybe in parts) and of the probe, unless they are packed already.
-    pack, probe = flags(config.shards.options), flags(config.probes.options)
+    pack = flags(config.shards.options)
+    probe = flags({"labels": "folders"} | config.probes.options)
     if is_made:
         pool, train, val = (out / "data" / name for name in ("pool", "probe/train", "probe/val"))
     else:

@@ -103,7 +103,6 @@ def make_config(
     config = schema.PipelineConfig(
         name=f"{path.stem}-{data}",
         data=source,
-        shards=schema.ShardsConfig({"labels": "none"}),
         pretrain=schema.PretrainStageConfig(str(base.resolve()), side_by_side=True),
         variants=variants,
         seeds=schema.SeedsConfig(preset.seeds),

@@ -25,11 +25,13 @@ from pretrain.data.shard_info import format_info, gather_info, verify_shards
 from pretrain.data.shards import ShardIndex
 
 EXAMPLE = """\
-SOURCE is a folder of pictures, a tree of class folders (ImageNet-style), or a VOC devkit.
+SOURCE is a folder of pictures at any depth (ImageNet-style class folders: --labels folders), or a
+VOC devkit.
 
 examples:
   .venv/bin/python tools/make_shards.py data/scenes/pool data/shards
-  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --resize-short 256
+  .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train --labels folders \\
+      --resize-short 256
   .venv/bin/python tools/make_shards.py imagenet data/imagenet --split train \\
       --submitit slurm --num-tasks 16 --slurm-partition cpu --num-workers 8
   .venv/bin/python tools/make_shards.py data/shards --info
@@ -46,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE", help="pictures; with --verify, --info: the shards")
     add("out", type=Path, nargs="?", metavar="OUT", help="folder for the shards")
     add("--split", metavar="NAME", help="list of a VOC devkit (train, trainval, ..) or sub-folder")
-    add("--labels", choices=("auto", "none"), default="auto",
-        help="auto: class folders become labels (default); none: no labels")  # fmt: skip
+    add("--labels", default="none", metavar="{folders,none,LIST}",
+        help="none (default); folders: the first folder below SOURCE is a picture's class; or a "
+        "text file with NAME CLASS in each line")  # fmt: skip
     add("--max-samples-per-shard", type=int, default=default.max_samples_per_shard, metavar="N",
         help="most samples in a shard (default: %(default)s)")  # fmt: skip
     add("--shard-size-mb", type=float, default=default.shard_size_mb, metavar="MB",
@@ -138,8 +141,8 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         facts = {"num_pictures": len(chosen), "disk_bytes": num_bytes}
         print_check(facts, as_json=options.json is not None)
         return
-    text = f"{options.source}: {source.kind}, {len(chosen)} pictures, {len(source.classes or ())}"
-    print(printable(f"{text} classes, {source.num_ignored} other files"), flush=True)
+    text = f"{options.source}: {source.kind}, {len(chosen)} pictures, {source.num_ignored} other"
+    print(printable(f"{text} files; {source.about_labels}"), flush=True)
 
     report = write_shards(
         chosen,

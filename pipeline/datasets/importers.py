@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
@@ -18,7 +19,7 @@ from tqdm.contrib.concurrent import process_map
 from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
-from common.files import open_regular
+from common.files import open_regular, read_text
 from common.pictures import BadPicture, decode_fast, read_file, read_header
 from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
@@ -35,22 +36,23 @@ class PictureSource:
     """What a folder turned out to be.
 
     Attributes:
-        kind: "folder" (no labels), "classes" (one folder per class) or "voc" (no labels: many
-            objects each).
+        kind: "folder", or "voc" (no labels: many objects each).
         pictures: (path, name, label) of each file, sorted by name: the name is the path relative to
             the source, with slashes; the label the class number, or -1.
         classes: Class names in label order, or None.
         num_ignored: Files that are no pictures.
+        about_labels: What was taken for labels and why, for people.
     """
 
-    kind: Literal["folder", "classes", "voc"]
+    kind: Literal["folder", "voc"]
     pictures: tuple[tuple[str, str, int], ...]
     classes: tuple[str, ...] | None
     num_ignored: int
+    about_labels: str
 
 
 def open_source(
-    path: str | Path, *, split: str | None = None, labels: Literal["auto", "none"] = "auto"
+    path: str | Path, *, split: str | None = None, labels: str = "none"
 ) -> PictureSource:
     """Find out what a folder holds and list its pictures.
 
@@ -58,10 +60,11 @@ def open_source(
         path: A VOC devkit (holds VOC2007 or the like, or is such a folder), a tree of class
             folders, or any folder of pictures.
         split: A list of a devkit's ImageSets/Main, or a sub-folder such as train.
-        labels: "none" ignores class folders.
+        labels: "none"; "folders", if the first folder below the source is a picture's class; or a
+            list, see `read_labels`.
     Raises:
-        UserError: If there is no such folder or split, it holds no picture, or a split must be
-            chosen.
+        UserError: If there is no such folder or split, it holds no picture, a split must be chosen,
+            or the labels do not fit the pictures.
     """
     root = Path(path)
     require(
@@ -80,8 +83,9 @@ def open_source(
         for year in [year for year in years if list_file(year, split).exists()] or years[:1]:
             for image_id in voc.read_list(year, split, class_wise=True):
                 file = voc.require_picture(year, image_id)
-                found.append((str(file), f"{year.name}/{file.name}", -1))
-        return PictureSource("voc", tuple(sorted(found, key=itemgetter(1))), None, 0)
+                found.append((str(file), f"{year.name}/{file.name}"))
+        require(labels != "folders", f"{root}: --labels folders: a VOC devkit has no class folders")
+        return _labelled("voc", sorted(found, key=itemgetter(1)), labels, 0)
 
     # Any other folder: its pictures.
     root = root / (split or "")
@@ -94,17 +98,89 @@ def open_source(
         f"{' '.join(sorted(PICTURE_SUFFIXES))}",
     )
 
-    # Sub-folders are splits, or classes if every picture lies in one of several.
+    # Sub-folders may be splits.
     tops = sorted({name.split("/")[0] for name in names if "/" in name})
     require(
         len(tops) < 2 or not {top.lower() for top in tops} <= SPLIT_NAMES,
         f"{root}: its folders {', '.join(tops)} look like splits; choose one with --split",
     )
-    has_classes = labels == "auto" and len(tops) > 1 and all("/" in name for name in names)
-    number = {name: i for i, name in enumerate(tops if has_classes else ())}
-    pictures = tuple((str(root / name), name, number.get(name.split("/")[0], -1)) for name in names)
-    kind, classes = ("classes", tuple(tops)) if has_classes else ("folder", None)
-    return PictureSource(kind, pictures, classes, len(files) - len(names))
+    if labels == "folders":
+        loose = [name for name in names if "/" not in name]
+        require(
+            not loose,
+            f"{root}: --labels folders: {len(loose)} pictures lie in no folder, as {loose[:1]}; "
+            "move them, or pack without labels",
+        )
+    pictures = [(str(root / name), name) for name in names]
+    return _labelled("folder", pictures, labels, len(files) - len(names))
+
+
+def _labelled(
+    kind: Literal["folder", "voc"], pictures: list[tuple[str, str]], labels: str, num_ignored: int
+) -> PictureSource:
+    """The pictures (path, name) with the labels that were asked for, and a sentence about these."""
+    names, tops = [name for _, name in pictures], sorted({x.split("/")[0] for _, x in pictures})
+    given: dict[str, str] = {}
+    about = "no labels"
+    if labels == "folders":
+        given = {name: name.split("/")[0] for name in names}
+        about = f"labels: {len(tops)} classes, the first folders ({_few(tops)})"
+    elif labels != "none":
+        listed = read_labels(Path(labels))
+        keys = {x: x if x in listed else os.path.splitext(x)[0] for x in names}
+        given = {name: listed[key] for name, key in keys.items() if key in listed}
+        unknown = sorted(set(listed) - {keys[name] for name in given})
+        require(
+            not unknown,
+            f"{labels}: {len(unknown)} of {len(listed)} names are no pictures of the source, as "
+            f"{unknown[:1]}; names are paths below the source",
+        )
+        about = f"labels: {len(set(given.values()))} classes of {labels}"
+        about += f", {len(names) - len(given)} pictures are not in it" * (len(given) < len(names))
+    elif kind == "folder" and len(tops) > 1 and all("/" in name for name in names):
+        about += (
+            f": its {len(tops)} first folders ({_few(tops)}) are not taken for classes; with "
+            "--labels folders they are"
+        )
+    classes = sorted(set(given.values()))
+    number = {name: i for i, name in enumerate(classes)}
+    if is_numbered := labels not in ("none", "folders") and all(map(str.isdecimal, classes)):
+        number = {name: int(name) for name in classes}
+    rows = tuple((path, name, number.get(given.get(name, ""), -1)) for path, name in pictures)
+    known = None if is_numbered or not classes else tuple(classes)
+    return PictureSource(kind, rows, known, num_ignored, about)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *[".."][: len(names) > 3]])
+
+
+def read_labels(file: Path) -> dict[str, str]:
+    """Read a list of labels: a picture's name and its class in each line.
+
+    A tab, else the last comma, else the last white space parts them. A name is the path below the
+    source, with or without its suffix. Classes that are all numbers are the labels themselves.
+
+    Raises:
+        UserError: If it cannot be read, a line is none, a name has two classes, or a number is too
+            large.
+    """
+    listed: dict[str, str] = {}
+    require(file.is_file(), f"--labels {file}: no such file; give folders, none or a list")
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        divider = "\t" if "\t" in line else "," if "," in line else None
+        parts = [part.strip() for part in line.rsplit(divider, 1)]
+        where = f"{file}, line {number}: {line.strip()!r}"
+        require(len(parts) == 2 and all(parts), f"{where}: write NAME CLASS")
+        name = parts[0].removeprefix("./")
+        is_new = listed.setdefault(name, parts[1]) == parts[1]
+        require(is_new, f"{where}: has class {listed[name]!r} in a line above; keep one")
+        is_small = not parts[1].isdecimal() or len(parts[1]) < 10
+        require(is_small, f"{where}: no class has such a number; count classes from 0")
+    require(bool(listed), f"{file}: lists no picture; write NAME CLASS in each line")
+    return listed
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -218,8 +294,8 @@ def _unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{archive}: cannot be unpacked ({error})") from error
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise UserError(f"{archive}: cannot be unpacked ({error}); download it again") from error
 
 
 def _link_devkit(folder: Path, devkit: Path) -> None:

@@ -80,6 +80,6 @@ def labelled_shards(folder: Path, *, num: int, seed: int) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         assert cv2.imwrite(str(path), picture.round().astype(np.uint8))
     shards = folder / "shards"
-    options = ["--max-samples-per-shard", "10", "--num-workers", "1"]
+    options = ["--max-samples-per-shard", "10", "--num-workers", "1", "--labels", "folders"]
     assert make_shards([str(folder / "pictures"), str(shards), *options]) == 0
     return shards

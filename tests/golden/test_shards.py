@@ -69,10 +69,11 @@ def samples_of(index: ShardIndex) -> list[list[Any]]:
     ]
 
 
+LABELS = ("--labels", "folders")
 CASES = {
     "folder": ("folder", "--max-samples-per-shard", "3"),
     "folder_in_order": ("folder", "--no-shuffle"),
-    "classes": ("classes", "--max-samples-per-shard", "5", "--shuffle-seed", "4"),
+    "classes": ("classes", *LABELS, "--max-samples-per-shard", "5", "--shuffle-seed", "4"),
     "classes_without_labels": ("classes", "--labels", "none", "--shard-size-mb", "0.02"),
     "devkit": ("devkit", "--split", "trainval"),
 }

@@ -1,4 +1,5 @@
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def test_pack_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         jpeg(tmp_path / "in" / f"c{i % 3}" / f"a b{i}.jpg", i)
     (tmp_path / "in" / "c0" / "notes.txt").write_text("x")
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--max-samples-per-shard", "5"]
+    arguments += ["--labels", "folders"]
     assert make_shards.main([*arguments, "--num-workers", "1", "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "classes, 12 pictures, 3 classes, 1 other files" in out
+    assert "folder, 12 pictures, 1 other files; labels: 3 classes, the first folders (c0, c1" in out
     assert "12 samples in 3 shards" in out
     assert "all as the index says" in out
     index = ShardIndex.open(tmp_path / "out")
@@ -90,14 +92,11 @@ def test_full_disk_is_status_1(
 def test_kinds_of_sources(devkit: Path, tmp_path: Path) -> None:
     for name in ("train/cat/1.JPEG", "train/dog/deep/2.png", "val/cat/3.jpg", "val/dog/4.webp"):
         jpeg(tmp_path / "tree" / name)
-    tree = open_source(tmp_path / "tree", split="train")
-    assert (tree.kind, tree.classes) == ("classes", ("cat", "dog"))
+    tree = open_source(tmp_path / "tree", split="train", labels="folders")
+    assert tree.classes == ("cat", "dog")
     assert [picture[1:] for picture in tree.pictures] == [("cat/1.JPEG", 0), ("dog/deep/2.png", 1)]
-    plain = open_source(tmp_path / "tree" / "train", labels="none")
+    plain = open_source(tmp_path / "tree" / "train")
     assert (plain.kind, plain.classes, plain.pictures[1][2]) == ("folder", None, -1)
-    assert open_source(tmp_path / "tree" / "val" / "cat").kind == "folder"
-    jpeg(tmp_path / "tree" / "train" / "loose.jpg")
-    assert open_source(tmp_path / "tree" / "train").kind == "folder"
     for root in (devkit, devkit / "VOC2007"):
         voc = open_source(root, split="test")
         assert voc.kind == "voc"
@@ -114,24 +113,67 @@ def test_hidden_files_and_loops_of_links(tmp_path: Path) -> None:
     assert names == ["a.jpg", "link/c.jpg"]
 
 
+def test_date_folders_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for i in range(4):
+        jpeg(tmp_path / f"in/{('2024-05', '2024-06 Holiday')[i % 2]}/IMG_{i}.jpg", i)
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--num-workers", "0"]
+    assert make_shards.main(words) == 0
+    said = "no labels: its 2 first folders (2024-05, 2024-06 Holiday) are not taken for classes"
+    assert said in capsys.readouterr().out
+    index = ShardIndex.open(tmp_path / "out")
+    assert (index.classes, index.labels.tolist()) == (None, [-1] * 4)
+
+
 @pytest.mark.parametrize(
-    ("source", "split", "message"),
+    ("text", "expected"),
     [
-        ("devkit", None, r"choose a part with --split, one of: test, train$"),
-        ("devkit", "val", r"val.txt: no such list; lists there: .*test, train"),
-        ("empty", None, r"holds no pictures \(1 other files\)"),
-        ("empty", "train", r"empty/train: no such folder"),
-        ("tree", None, r"train, val look like splits; choose one with --split"),
+        ("a b/1.jpg cat\n./a b/2 dog\n", [("cat", "dog"), 0, 1, -1]),
+        ("a b/1.jpg,big cat\r\n\r\na b/2.jpg,dog\r\n3.png,dog", [("big cat", "dog"), 0, 1, 1]),
+        ("a b/1.jpg\t7\na b/2.jpg\t10", [None, 7, 10, -1]),
+        ("a b/1.jpg cat\nc.jpg dog", "1 of 2 names are no pictures of the source, as ['c.jpg']"),
+        ("a b/1.jpg cat\na b/1.jpg dog", "has class 'cat' in a line above"),
+        ("1.jpg", "line 1: '1.jpg': write NAME CLASS"),
+        ("a b/1.jpg 3000000000", "no class has such a number"),
+        ("\n", "lists no picture"),
     ],
 )
-def test_sources_that_cannot_be_used(devkit: Path, source, split, message) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_labels_from_a_list(tmp_path: Path, text: str, expected: list | str, encoding: str) -> None:
+    for name in ("a b/1.jpg", "a b/2.jpg", "3.png"):
+        jpeg(tmp_path / "in" / name)
+    (tmp_path / "list").write_bytes(text.encode(encoding))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            open_source(tmp_path / "in", labels=str(tmp_path / "list"))
+        return
+    source = open_source(tmp_path / "in", labels=str(tmp_path / "list"))
+    label = {name: label for _, name, label in source.pictures}
+    found = [source.classes, *(label[name] for name in ("a b/1.jpg", "a b/2.jpg", "3.png"))]
+    assert found == expected
+    assert ("1 pictures are not in it" in source.about_labels) == (expected[-1] == -1)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("devkit", {}, r"choose a part with --split, one of: test, train$"),
+        ("devkit", {"split": "val"}, r"val.txt: no such list; lists there: .*test, train"),
+        ("devkit", {"split": "test", "labels": "folders"}, r"a VOC devkit has no class folders"),
+        ("empty", {}, r"holds no pictures \(1 other files\)"),
+        ("empty", {"split": "train"}, r"empty/train: no such folder"),
+        ("tree", {}, r"train, val look like splits; choose one with --split"),
+        ("loose", {"labels": "folders"}, r"1 pictures lie in no folder, as \['2.jpg'\]"),
+        ("loose", {"labels": "auto"}, r"--labels auto: no such file; give folders, none or a list"),
+    ],
+)
+def test_sources_that_cannot_be_used(devkit: Path, source, options, message) -> None:
     root = devkit.parent
-    jpeg(root / "tree/train/x/1.jpg")
-    jpeg(root / "tree/val/x/2.jpg")
+    for name in ("tree/train/x/1.jpg", "tree/val/x/2.jpg", "loose/x/1.jpg", "loose/2.jpg"):
+        jpeg(root / name)
     (root / "empty").mkdir()
     (root / "empty/a.txt").write_text("x")
     with pytest.raises(UserError, match=message):
-        open_source(root / source, split=split)
+        open_source(root / source, **options)
 
 
 def test_parts_hold_each_picture_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -243,7 +243,7 @@ def test_killed_run_goes_on_with_what_is_whole(
 ) -> None:
     write_pictures(tmp_path / "in", 300)
     out = tmp_path / "out"
-    words = [str(tmp_path / "in"), str(out), "--max-samples-per-shard", "5"]
+    words = [str(tmp_path / "in"), str(out), "--max-samples-per-shard", "5", "--labels", "folders"]
     command = [sys.executable, "-m", "tools.make_shards", *words, "--num-workers", "2"]
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=null, stderr=null, start_new_session=True, cwd=ROOT)

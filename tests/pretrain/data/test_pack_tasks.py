@@ -37,6 +37,7 @@ from tools import make_shards
 ROOT = Path(__file__).parents[3]
 TEN = ShardOptions(max_samples_per_shard=10)
 TEN_EACH = ["--max-samples-per-shard", "10"]
+LABELS = ("--labels", "folders")
 TWO = ["--submitit", "local", "--num-tasks", "2"]
 
 
@@ -74,7 +75,7 @@ def test_killed_command_and_killed_task(tmp_path: Path, capsys: pytest.CaptureFi
     """Tasks outlive their command; another one is refused until they have ended, then goes on."""
     source, out = tmp_path / "in", tmp_path / "out"
     write_pictures(source, 600)
-    words = [str(source), str(out), *TEN_EACH]
+    words = [str(source), str(out), *TEN_EACH, *LABELS]
     script = [sys.executable, "-m", "tools.make_shards"]
     with open(os.devnull, "w") as null:
         command = subprocess.Popen([*script, *words, *TWO], stdout=null, stderr=null, cwd=ROOT)
@@ -220,7 +221,7 @@ def test_cluster_loses_a_task_and_makes_it_at_the_next_command(
     one_process: dict[str, bytes], capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(submitit, "AutoExecutor", FakeExecutor)
-    words = [str(picture_folder), str(tmp_path / "out"), *TEN_EACH, *SLURM]
+    words = [str(picture_folder), str(tmp_path / "out"), *TEN_EACH, *LABELS, *SLURM]
     assert make_shards.main(words) == 1
     said = capsys.readouterr().err
     assert "task 2 of 2 (job 77): was killed or failed (state NODE_FAIL)\n  log: /" in said
