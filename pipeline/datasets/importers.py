@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import lzma
 import os
 import shutil
 import tarfile
@@ -67,10 +66,8 @@ def open_source(
             or the labels do not fit the pictures.
     """
     root = Path(path)
-    require(
-        root.is_dir(),
-        f"{root}: no such folder; give a folder of pictures, class folders or a VOC devkit",
-    )
+    no_folder = "is a file: unpack an archive" if root.is_file() else "no such folder"
+    require(root.is_dir(), f"{root}: {no_folder}; give a folder of pictures or a VOC devkit")
     # A VOC devkit. Where no folder has the list, reading it from the first says what is missing.
     if years := voc.year_folders(root):
         if split is None:
@@ -294,8 +291,8 @@ def _unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise UserError(f"{archive}: cannot be unpacked ({error}); download it again") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive}: cannot be unpacked ({error})") from error
 
 
 def _link_devkit(folder: Path, devkit: Path) -> None:
@@ -335,6 +332,7 @@ FASHION_CLASSES = (
 )
 FASHION_COUNTS = {"num_pool": 60_000, "num_probe_train": 60_000, "num_probe_val": 10_000}
 SYSTEM = Path("/")  # where an installed package lies
+_MAX_IDX_BYTES = 10**8  # twice the largest file
 
 
 def import_fashion(
@@ -372,6 +370,10 @@ def import_fashion(
                 [read_idx(package / place / f"{part}-{kind}-ubyte.gz") for kind in kinds]
                 for part in ("train", "t10k")
             )
+        for images, labels in ((train, train_labels), (test, test_labels)):
+            is_whole = images.ndim == 3 and labels.shape == (len(images),)
+            wrong = f"{place}: pictures {images.shape}, labels {labels.shape}; fetch it anew"
+            require(is_whole, wrong)
         generator = np.random.default_rng(seed)
         (root / "pool").mkdir(parents=True)
         for number, index in enumerate(generator.permutation(len(train))[: counts["num_pool"]]):
@@ -398,7 +400,10 @@ def read_idx(file: Path) -> np.ndarray:
         UserError: If it is none.
     """
     try:
-        raw = gzip.decompress(file.read_bytes())
+        with gzip.open(file) as stream:  # to its end, where the checksum is
+            raw = stream.read(_MAX_IDX_BYTES + 1)
+        if len(raw) > _MAX_IDX_BYTES:
+            raise ValueError(f"more than {_MAX_IDX_BYTES:,} bytes")
         shape = np.frombuffer(raw, dtype=">u4", count=raw[3], offset=4)
         return np.frombuffer(raw, dtype=np.uint8, offset=4 + shape.nbytes).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:

@@ -431,9 +431,12 @@ def open_samples(
     return Mixture(sets, list(weights.values()))
 
 
-def num_classes(samples: Samples) -> int:
+def num_classes(samples: Samples, what: str) -> int:
     """How many classes the labels of a set may name: the named ones, or the largest label and one.
 
+    Args:
+        samples: The set.
+        what: To call it in messages.
     Raises:
         UserError: If unnamed labels are so large that they are no class numbers.
     """
@@ -442,8 +445,8 @@ def num_classes(samples: Samples) -> int:
     most, limit = int(samples.labels.max(initial=-1)), max(samples.num_samples, _MAX_CLASSES)
     require(
         most < limit,
-        f"label {most} among {samples.num_samples} samples: labels are class numbers 0, 1, .., "
-        f"here below {limit}; correct the .cls files, or make the shards again",
+        f"{what}: label {most} among {samples.num_samples} samples: labels are class numbers 0, 1, "
+        f".., here below {limit}; correct the .cls files, or make the shards again",
     )
     return most + 1
 
@@ -464,7 +467,7 @@ def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) ->
         lacks = f"{option} {index.name}: {unlabelled} of {num} samples have no label"
         remedy = "make the shards of class folders with make_shards.py --labels folders"
         require(unlabelled == 0 < num, f"{lacks}; {remedy}")
-        num_classes(index)
+        num_classes(index, f"{option} {index.name}")
         different = sorted(set(index.classes or []) ^ set(first.classes or []))
         require(
             index.classes == first.classes,

@@ -280,7 +280,7 @@ class OnlineProbe(Callback):
             "theirs only if all have the same classes); make the shards of class folders with "
             "tools/make_shards.py --labels folders, or set eval.online_probe=false",
         )
-        return cls(backbone, num_classes(samples), config.online_probe_lr, device)
+        return cls(backbone, num_classes(samples, "data.shards"), config.online_probe_lr, device)
 
     def _note(self, backbone: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():  # cached micro-batches pass twice

@@ -121,7 +121,7 @@ def open_sets(train: str, val: str, config: LinearConfig) -> Sets:
         )
     return Sets(
         train_index, val_index,
-        classes=classes or [str(i) for i in range(num_classes(train_index))],
+        classes=classes or [str(i) for i in range(num_classes(train_index, "--train"))],
         chosen=Subset(train_index, chosen),
         fitted=np.setdiff1d(np.arange(len(chosen)), held_out),
         held_out=held_out,

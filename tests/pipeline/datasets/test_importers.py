@@ -236,9 +236,15 @@ def test_more_than_there_is_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("cut", [slice(0, -3), slice(1, None), slice(0, 3)])
-def test_damaged_files_are_refused(cut: slice, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(
+    cut: slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importers, "_MAX_IDX_BYTES", 1000)
     raw = gzip.decompress(idx(np.zeros((4, 5, 6), np.uint8)))
-    for content in (gzip.compress(raw[cut]), raw, gzip.compress(raw)[:-9]):
+    wrong_sum = bytearray(gzip.compress(raw))
+    wrong_sum[-6] ^= 0xFF
+    bomb = gzip.compress(bytes(1001))
+    for content in (gzip.compress(raw[cut]), raw, gzip.compress(raw)[:-9], wrong_sum, bomb):
         (tmp_path / "a.gz").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.gz: no readable IDX file"):
             importers.read_idx(tmp_path / "a.gz")

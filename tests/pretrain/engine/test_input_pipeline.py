@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import shutil
+import tarfile
 import threading
 
 import pytest
@@ -66,6 +67,33 @@ def damage(folder, number):
     with open(folder / index.shard_names[int(row["shard"])], "r+b") as stream:
         stream.seek(int(row["offset"]))
         stream.write(bytes(int(row["size"])))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_tars_leave_out_is_bounded_and_listed(make_pipeline, shards, tmp_path, streaming):
+    """Of tars that another tool made: a file without a suffix, and a link that names nothing."""
+    folder = shutil.copytree(shards, tmp_path / "external")
+    for name in ("index.json", "samples.npy"):
+        (folder / name).unlink()
+    with tarfile.open(folder / "z.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("README"))
+        link = tarfile.TarInfo("a.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "b.jpg"
+        tar.addfile(link)
+    options = {"shards": str(folder), "cache_dir": str(tmp_path / "cache")}
+    if streaming:
+        options |= {"streaming": True, "samples_per_epoch": 120}
+    with pytest.raises(UserError, match=r"(?s)2 (files of|bad).*max_bad_samples") as caught:
+        ids_of(make_pipeline(**options, max_bad_samples=1))
+    assert "README" in str(caught.value) or "a.jpg" in str(caught.value)
+    (tmp_path / BAD_SAMPLES).unlink(missing_ok=True)
+    for epoch in range(2):  # a resumed run lists them once
+        ids_of(make_pipeline(**options, max_bad_samples=2), epoch)
+    rows = [json.loads(line) for line in (tmp_path / BAD_SAMPLES).read_text().splitlines()]
+    texts = " ".join(f"{row['sample']} {row['reason']}" for row in rows)
+    assert len(rows) == 2
+    assert "without a suffix" in texts
+    assert "link to 'b.jpg'" in texts
 
 
 def test_bad_samples_are_listed_and_counted_through_a_resume(make_pipeline, shards, tmp_path):
