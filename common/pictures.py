@@ -1,8 +1,10 @@
 """From the bytes of a picture to uint8 RGB pixels: exact, or fast for training.
 
-One decision for all programs. Grey, palette, CMYK and 16-bit pictures become 8-bit RGB;
-transparency is dropped, not composed; pictures are upright: turned as their EXIF orientation says,
-as browsers and Pillow's `ImageOps.exif_transpose` do. One that is damaged or unknown counts as 1.
+One decision for all programs. Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; those of
+32 bits are refused, since nothing says which value is white. Transparency is dropped, not composed;
+of several frames or pages the first is taken. Pictures are upright: turned as their EXIF
+orientation says, as browsers and Pillow's `ImageOps.exif_transpose` do; one that is damaged or
+unknown counts as 1. What a file may cost, in time and memory, is bounded before it is decoded.
 """
 
 import io
@@ -16,6 +18,7 @@ from typing import IO, Literal
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from common.errors import UserError
 from common.files import open_regular, read_regular
@@ -24,9 +27,13 @@ MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a dec
 MAX_FILE_BYTES = 2**29  # far above any picture of MAX_PIXELS pixels that is compressed
 Encoded = bytes | memoryview  # a picture in its file format
 _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
+# What is read, known by content, not by suffix. Others need programs (EPS) or have no first bytes.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000")
+_HEAVY = ("AVIF", "JPEG2000")  # take twice the memory of others while they are decoded
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # sequential, whose rows follow each other in the file
 _TABLES = (0xC4, 0xC8, 0xCC)  # markers among those of frames that are none
 _SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
+_SCAN_START = b"\xff\xda"
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _APP1 = 0xE1  # holds EXIF or XMP
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -36,6 +43,10 @@ _INTEGERS = {3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4}  # EXIF types of whole numbers
 _MIRRORED = (2, 3, 6, 7)  # orientations that turn columns round, after a change of places
 _UPSIDE_DOWN = (3, 4, 7, 8)  # those that turn rows round
 _USUAL_HEADER, _MAX_HEADER = 1 << 16, 1 << 24  # bytes before the pixels
+_MAX_SCANS = 64  # of a JPEG; encoders write ten
+_MAX_TEXTS, _MAX_VALUES = 100, 1 << 20  # compressed texts of a PNG; values of one TIFF field
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
+_BAND = 1 << 22  # pixels that Pillow converts at a time
 _BLOCKS = 16  # rows that are decoded together in most files
 _LEFT_OVER = "extraneous bytes before marker 0xd9"  # libjpeg, of data between the rows and the end
 
@@ -104,7 +115,7 @@ def decode(data: Encoded, *, where: str) -> np.ndarray:
 def _decode_stored(data: Encoded, where: str) -> tuple[np.ndarray, int]:
     """As `decode`, but not upright: the pixels and the orientation that is to be applied."""
     if data[:2] == _JPEG:
-        orientation = _jpeg_orientation(data, where)
+        orientation = _check_jpeg(data, where)
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(int(width), int(height), where)
@@ -176,7 +187,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
     if data[:2] != _JPEG:
         shape, orientation = _open_header(io.BytesIO(data), where)
         return Header(shape.height, shape.width, is_fast=False, orientation=orientation)
-    orientation, is_fast = _jpeg_orientation(data, where), False
+    orientation, is_fast = _check_jpeg(data, where), False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height), where)
@@ -238,7 +249,7 @@ def read_shape(path: Path) -> PictureShape:
             if head[:2] != _JPEG:
                 file.seek(0)
                 return _open_header(file, where)[0]
-            if len(head) == _USUAL_HEADER and _header_end(head)[0] is None:
+            if len(head) == _USUAL_HEADER and _header_of(head)[0] is None:
                 head += file.read(_MAX_HEADER)
     except OSError as error:
         raise BadPicture(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -266,65 +277,126 @@ def upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _open_header(file: IO[bytes], where: str) -> tuple[PictureShape, int]:
     """Shape by Pillow, and the orientation that its pixels still need: it turns TIFFs itself."""
+    _check_tiff(file, where)
+    exif = _check_png(file, where)
+    file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(file) as picture:
+            with Image.open(file, formats=_FORMATS) as picture:
+                fault, is_heavy = _fault_of(picture), picture.format in _HEAVY
+                is_heavy |= picture.format == "WEBP" and getattr(picture, "is_animated", False)
                 width, height = picture.size
-                is_tiff, orientation = picture.format == "TIFF", _orientation_of(picture, file)
+                if exif is not None:
+                    picture.info["exif"] = exif
+                is_tiff, orientation = picture.format == "TIFF", _orientation_of(picture)
                 is_upright = is_tiff and _ORIENTATION in getattr(picture, "tag_v2", ())
         except Image.DecompressionBombError as error:
-            raise BadPicture(f"{where}: {error}") from error
+            raise BadPicture(f"{where}: {error}; shrink the picture") from error
         except Exception as error:  # Pillow raises many kinds, OSError and SyntaxError among them
             raise BadPicture(f"{where}: does not decode, no picture ({_short(error)})") from error
-    _check_size(width, height, where)
+    _check_size(width, height, where, MAX_PIXELS // 2 if is_heavy else MAX_PIXELS)
+    if fault:
+        raise BadPicture(f"{where}: {fault}; convert it to 8 bits")
     if orientation >= 5 and not is_upright:
         width, height = height, width
     return PictureShape(width, height, orientation), 1 if is_tiff else orientation
 
 
-def _orientation_of(picture: Image.Image, file: IO[bytes]) -> int:
+def _fault_of(picture: Image.Image) -> str | None:
+    """Why values cannot be turned into 8 bits; None if they can."""
+    if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
+        return "has values of 32 bits, and nothing says which is white"
+    if picture.mode.startswith("I;16") and isinstance(picture, TiffImageFile):
+        bits, photometric = picture.tag_v2.get(258, (16,))[0], picture.tag_v2.get(262)
+        if bits != 16 or photometric == 0:
+            return f"has {bits}-bit values, 0 is {'white' if photometric == 0 else 'black'}"
+    return None
+
+
+def _orientation_of(picture: Image.Image) -> int:
     """EXIF's orientation, 1 if there is none or it is damaged; no pixel is decoded for it."""
     try:
-        if picture.format == "PNG" and "exif" not in picture.info:
-            exif = _exif_behind_pixels(file)
-            if exif is not None:
-                picture.info["exif"] = exif
         orientation = Image.Image.getexif(picture).get(_ORIENTATION)  # PNG's own decodes all
     except Exception:  # of damaged metadata: as many kinds as there are of damaged pictures
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _exif_behind_pixels(file: IO[bytes]) -> bytes | None:
-    """A PNG's eXIf, wherever it stands among the chunks."""
-    file.seek(len(_PNG))
+def _check_png(file: IO[bytes], where: str) -> bytes | None:
+    """Bound what the chunks of a PNG cost.
+
+    Returns:
+        Its EXIF data, wherever they stand among the chunks: Pillow looks before the pixels alone.
+    """
+    file.seek(0)
+    start = file.read(33)
+    if start[:8] != _PNG:
+        return None
+    width, height = (int.from_bytes(start[at : at + 4], "big") for at in (16, 20))
+    bits = _CHANNELS.get(start[25], 4) * start[24]
+    room = 2 * height * (1 + width * bits // 8) + (1 << 16)  # twice, for interlaced ones
+    exif, num_texts = None, 0
     while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
-        length = int.from_bytes(start[:4], "big")
-        if start[4:] == b"eXIf":
-            return file.read(length)
+        length, kind = int.from_bytes(start[:4], "big"), start[4:]
+        num_texts += kind in (b"zTXt", b"iTXt")
+        room -= length if kind == b"IDAT" else 0
+        is_long = length > _MAX_HEADER and kind not in (b"IDAT", b"fdAT")
+        if is_long or num_texts > _MAX_TEXTS or room < 0:
+            raise BadPicture(f"{where}: is a PNG of much more data than its pixels need")
+        if kind == b"eXIf":
+            exif = file.read(length)
+            length = 0
         file.seek(length + 4, io.SEEK_CUR)
-    return None
+    return exif
+
+
+def _check_tiff(file: IO[bytes], where: str) -> None:
+    """Refuse a TIFF with lists that take Pillow gigabytes, such as places of a million strips."""
+    file.seek(0)
+    start = file.read(16)
+    if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return
+    order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
+    is_big = b"+" in start[:4]
+    place, num_bytes, step = (start[8:], 8, 20) if is_big else (start[4:8], 2, 12)
+    file.seek(min(int.from_bytes(place, order), MAX_FILE_BYTES))
+    entries = file.read(step * min(65_535, int.from_bytes(file.read(num_bytes), order)))
+    for at in range(0, len(entries) - step + 1, step):
+        kind = int.from_bytes(entries[at + 2 : at + 4], order)
+        count = int.from_bytes(entries[at + 4 : at + (12 if is_big else 8)], order)
+        if count > _MAX_VALUES and kind not in (1, 2, 7):  # bytes and text
+            raise BadPicture(f"{where}: is a TIFF with a field of {count:,} values")
 
 
 def _decode_pillow(data: Encoded, where: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as picture:
-                if picture.mode.startswith("I;16"):
-                    return np.repeat(
-                        (np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2
-                    )
-                return np.array(picture.convert("RGB"))
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+                _check_size(*picture.size, where)
+                picture.load()
+                width, height = picture.size
+                image = np.empty((height, width, 3), np.uint8)
+                step = max(1, _BAND // width)
+                for top in range(0, height, step):
+                    rows = picture.crop((0, top, width, min(top + step, height)))
+                    if rows.mode.startswith("I"):
+                        image[top : top + step] = (np.asarray(rows) >> 8)[..., None]
+                    else:
+                        image[top : top + step] = np.asarray(rows.convert("RGB"))
+                return image
+    except BadPicture:
+        raise
     except Exception as error:  # Pillow raises many kinds, OSError and SyntaxError among them
         raise BadPicture(f"{where}: does not decode ({_short(error)})") from error
 
 
-def _check_size(width: int, height: int, where: str) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, where: str, most: int | None = None) -> None:
+    most = MAX_PIXELS if most is None else most
+    if width * height > most:
         raise BadPicture(
-            f"{where}: {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded: "
+            f"{where}: {width} x {height} pixels, more than the {most:,} that are decoded: "
             "shrink the picture"
         )
     if width < 1 or height < 1:
@@ -337,18 +409,20 @@ def _short(error: Exception) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
-# -- the orientation of a JPEG: read from the bytes, since most pictures have none -----------------
+# -- the header of a JPEG: read from the bytes, since it must cost next to nothing ----------------
 
 
-def _jpeg_orientation(data: Encoded, where: str) -> int:
-    """As `_orientation_of`, for a JPEG.
+def _check_jpeg(data: Encoded, where: str) -> int:
+    """Bound what a JPEG costs.
 
-    Raises:
-        BadPicture: If there are more than _MAX_HEADER bytes before the pixels.
+    Returns:
+        Its orientation, as `_orientation_of`.
     """
-    end, segments = _header_end(data)
-    if (len(data) if end is None else end) > _MAX_HEADER and end != 0:
+    end, is_one_scan, segments = _header_of(data)
+    if (len(data) if end is None else end) >= _MAX_HEADER:
         raise BadPicture(f"{where}: more than {_MAX_HEADER:,} bytes of metadata; remove them")
+    if not is_one_scan and bytes(data).count(_SCAN_START) > _MAX_SCANS:
+        raise BadPicture(f"{where}: is a JPEG of more than {_MAX_SCANS} scans; save it anew")
     if not segments:
         return 1
     exif = b"".join(s[len(_EXIF) :] for s in segments if s.startswith(_EXIF))
@@ -360,24 +434,30 @@ def _jpeg_orientation(data: Encoded, where: str) -> int:
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def _header_end(data: Encoded) -> tuple[int | None, list[bytes]]:
-    """Where the pixels of a JPEG begin, None if not in `data`; and its EXIF and XMP segments."""
-    at, segments = 2, []
+def _header_of(data: Encoded) -> tuple[int | None, bool, list[bytes]]:
+    """The part of a JPEG before its pixels.
+
+    Returns:
+        Where it ends, None if not in `data`; whether one scan has all pixels; and its EXIF and XMP
+        segments.
+    """
+    at, num_colours, segments = 2, 0, []
     try:
-        while data[at] == 0xFF:
+        while data[at] == 0xFF and at < _MAX_HEADER:
             marker = data[at + 1]
             if marker == 0xFF:  # padding
                 at += 1
                 continue
             if marker == _SCAN:
-                return at, segments
-            length = data[at + 2] << 8 | data[at + 3]
+                return at, data[at + 4] == num_colours, segments
             if marker == _APP1:
-                segments.append(bytes(data[at + 4 : at + 2 + length]))
-            at += 2 + length
+                segments.append(bytes(data[at + 4 : at + 2 + (data[at + 2] << 8 | data[at + 3])]))
+            elif marker in _HUFFMAN_FRAMES:
+                num_colours = data[at + 9]
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
     except IndexError:
-        return None, segments
-    return at, segments  # no marker where one should be: damaged
+        return None, False, segments
+    return at, False, segments  # too long, or no marker where one should be
 
 
 def _exif_orientation(exif: bytes) -> int | None:

@@ -1,5 +1,9 @@
 import io
+import os
+import time
 import warnings
+import zlib
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -10,10 +14,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from common import pictures
-from common.pictures import BadPicture, decode, decode_fast, read_header, read_shape, upright
+from common.pictures import (
+    BadPicture,
+    decode,
+    decode_fast,
+    read_file,
+    read_header,
+    read_shape,
+    upright,
+)
 from tests.pretrain.data.picture_helpers import encode, seeded, smooth_picture
 
 PICTURE = smooth_picture(5, 60, 80)
+OTHER = Image.new("RGB", (80, 60))
 
 
 def pillow(data: bytes) -> np.ndarray:
@@ -51,6 +64,16 @@ FORMATS = {
     "bmp": converted("RGB", "BMP"),
     "gif": converted("RGB", "GIF"),
     "CMYK tiff": converted("CMYK", "TIFF"),
+    "grey + alpha tiff": converted("LA", "TIFF"),
+    "LAB tiff": converted("LAB", "TIFF"),
+    "fax tiff": converted("1", "TIFF", compression="group4"),
+    "avif": converted("RGB", "AVIF"),
+    "jpeg 2000": converted("RGB", "JPEG2000"),
+    "16-bit colour png": cv2.imencode(".png", PICTURE.astype(np.uint16) * 257)[1].tobytes(),
+    **{
+        f"{kind} of two frames": converted("RGB", kind, save_all=True, append_images=[OTHER])
+        for kind in ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+    },
     "turned jpeg": turned("JPEG"),
     "turned png": turned("PNG"),
     "turned webp": turned("WEBP", lossless=True),
@@ -148,11 +171,94 @@ def test_orientations_of_jpegs_are_those_that_pillow_reads(
     assert read_header(data, where="").orientation == expected
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_16_bit_pictures_keep_their_high_byte(suffix: str) -> None:
-    values = np.arange(60 * 80, dtype=np.uint16).reshape(60, 80) * 13
-    image = decode(cv2.imencode(suffix, values)[1].tobytes(), where="")
-    np.testing.assert_array_equal(image, np.repeat((values >> 8)[..., None], 3, axis=2))
+GREY_16 = np.arange(60 * 80, dtype=np.uint16).reshape(60, 80) * 13
+
+
+def saved(values: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "pgm", "jp2"])
+def test_16_bit_pictures_keep_their_high_byte(kind: str) -> None:
+    if kind == "big-endian tiff":
+        data = saved(GREY_16.astype(">u2"), "TIFF")
+    else:
+        data = cv2.imencode(f".{kind}", GREY_16)[1].tobytes()
+    image = decode(data, where="")
+    np.testing.assert_array_equal(image, np.repeat((GREY_16 >> 8)[..., None], 3, axis=2))
+
+
+def with_tag(tag: int, value: int) -> bytes:
+    """A 16-bit TIFF with another value of a tag."""
+    data = saved(GREY_16, "TIFF")
+    start = data.index(tag.to_bytes(2, "little") + b"\3\0\1\0\0\0")
+    return data[: start + 8] + value.to_bytes(2, "little") + data[start + 10 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (saved(GREY_16.astype(np.float32) / 65535, "TIFF"), "values of 32 bits"),
+        (saved(GREY_16.astype(np.int32), "TIFF"), "values of 32 bits"),
+        (saved(GREY_16.astype(np.float32), "PPM"), "values of 32 bits"),
+        (with_tag(258, 12), "12-bit values"),
+        (with_tag(262, 0), "0 is white"),
+        (converted("RGB", "EPS"), "no known format"),  # Ghostscript would run it
+    ],
+)
+def test_what_would_come_out_wrong_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(BadPicture, match=rf"x: .*{message}"):
+        decode(data, where="x")
+    with pytest.raises(BadPicture, match=rf"x: .*{message}"):
+        read_shape(tmp_path / "x")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+@cache
+def bombs() -> dict[str, tuple[bytes, str]]:
+    """Small or plain files that cost much time or memory, and a word of their refusal."""
+    png, jpeg, grey = FORMATS["png"], FORMATS["jpeg"], converted("L", "TIFF")
+    zeros = zlib.compress(bytes(1 << 24), 9)
+    text, segment = chunk(b"zTXt", b"a\0\0" + zeros), b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)
+    progressive = FORMATS["progressive jpeg"]
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    strips = grey.index(b"\x11\1\4\0\1\0\0\0")
+    more = "more data than its pixels"
+    return {
+        "text": (png[:33] + text + png[33:], "too large"),
+        "texts behind the pixels": (png[:-12] + text * 101 + png[-12:], more),
+        "EXIF of a PNG": (png[:33] + chunk(b"eXIf", bytes(1 << 25)) + png[33:], more),
+        "pixels": (png[:33] + chunk(b"IDAT", zeros) * 9 + png[-12:], more),
+        "EXIF": (jpeg[:2] + segment * 257 + jpeg[2:], "bytes of metadata"),
+        "padding": (b"\xff\xd8" + b"\xff" * (1 << 25), "bytes of metadata"),
+        "scans": (progressive[:-2] + scan * 64 + progressive[-2:], "more than 64 scans"),
+        "strips": (grey[: strips + 6] + b"\0\1" + grey[strips + 8 :], "16,777,217 values"),
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_bombs_are_refused_at_once(name: str) -> None:
+    data, message = bombs()[name]
+    started = time.process_time()
+    with pytest.raises(BadPicture, match=message):
+        decode(data, where="x")
+    with pytest.raises(BadPicture, match=message):
+        read_header(data, where="x")
+    assert time.process_time() - started < 5
+
+
+def test_files_on_which_one_would_wait_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path, message in ((tmp_path / "pipe.jpg", "named pipe"), (Path("/dev/zero"), "device")):
+        for read in (read_file, read_shape):
+            with pytest.raises(BadPicture, match=message):
+                read(path)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -169,11 +275,11 @@ def test_what_is_no_picture(data: bytes) -> None:
         decode(data, where="x")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
 def test_giant_pictures_are_refused_before_they_are_decoded(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 60 * 80 - 1)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", (60 * 80 - 1) * (2 if kind == "AVIF" else 1))
     with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
         decode(encode(PICTURE, kind), where="x")
     with pytest.raises(BadPicture, match=r"80 x 60 pixels, more than .* shrink the picture"):
