@@ -48,6 +48,8 @@ _KINDS = {
 }
 _HOLD_SECONDS = 5.0  # a process that was killed may still be going
 _BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's
+    (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -238,23 +240,24 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
         return file.read()
 
 
-def decode_text(data: bytes, name: str | Path) -> str:
-    """Text of a user's file: UTF-8, or what its byte order mark says; lines end in LF.
+def decode_text(data: bytes, name: str | Path, *, encoding: str = "utf-8") -> str:
+    """Text of a user's file: what its byte order mark says, or else `encoding`; lines end in LF.
 
     UTF-16 without a mark is known by its zero bytes.
 
     Raises:
-        UserError: If it is neither; the message names the byte.
+        UserError: If it is not in that encoding; the message names the byte.
     """
-    encoding = next((encoding for bom, encoding in _BOMS if data.startswith(bom)), "utf-8")
-    if encoding == "utf-8" and b"\0" in data[:200]:
-        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    marked = next((encoding for bom, encoding in _BOMS if data.startswith(bom)), None)
+    if marked is None and b"\0" in data[:200]:
+        marked = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    encoding = marked or encoding
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         reason = f"is no {encoding.upper()} text ({error.reason} at byte {error.start})"
         raise UserError(f"{name}: {reason}; save it as UTF-8") from None
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path: Path) -> str:

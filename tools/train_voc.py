@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", type=Path, help="a YAML of configs/detection/")
     add("--data", type=Path, help="set with dataset.json, a VOC devkit or a COCO folder")
     add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")
+    add("--exif", choices=("auto", "stored"), default="auto",
+        help="boxes of pictures with an EXIF orientation: of the picture, upright or as stored, "
+        "that has the annotation's size (auto, default), or as stored")  # fmt: skip
     add("--out", type=Path, required=True, help="folder for the results")
     add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
     add("--eval-on", type=Path, metavar="DIR",
@@ -110,7 +113,7 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
                         (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip
         if option is not None:
             overrides[key] = str(option)
-    choice = SetChoice(format=arguments.format, metric_year=arguments.metric_year)
+    choice = SetChoice(arguments.format, metric_year=arguments.metric_year, exif=arguments.exif)
     if arguments.eval_on is not None:
         return evaluate_on(
             arguments.eval_on,

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 from common.config import Registry
@@ -20,6 +20,7 @@ from common.files import read_text
 YEAR_FOLDER = "VOC2007"
 
 _MAX_CLASS_NAME = 100  # characters
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class ObjectRecord:
     """
 
     class_name: str
-    box: tuple[float, float, float, float]
+    box: Box
     difficult: bool = False
     crowd: bool = False
     truncated: bool = False
     area: float | None = None
 
     @property
-    def voc_box(self) -> tuple[float, float, float, float]:
+    def voc_box(self) -> Box:
         """(xmin, ymin, xmax, ymax) as VOC counts: from 1, both ends inclusive."""
         x0, y0, x1, y1 = self.box
         return x0 + 1.0, y0 + 1.0, x1, y1
@@ -56,9 +57,10 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class PictureRecord:
-    """One picture and its objects; width and height in pixels.
+    """One upright picture and its objects; width and height in pixels.
 
-    `content_digest` is a hash of the annotation and of the picture's size in bytes.
+    `content_digest` is a hash of the annotation, of the picture's size in bytes, and of the boxes
+    if they are not the annotation's own.
     """
 
     image_id: str
@@ -95,6 +97,7 @@ class LabelledSet:
         metric_year: VOC's AP (2007: 11 points, 2012: area), or None for COCO's.
         train: Lists to train on; empty if only the test list was read.
         test: The list to evaluate on.
+        notes: A line with a number for each kind of repair that the reader made.
     """
 
     root: Path
@@ -103,6 +106,7 @@ class LabelledSet:
     metric_year: int | None
     train: tuple[LabelledSplit, ...]
     test: LabelledSplit
+    notes: tuple[str, ...] = ()
 
     @property
     def num_train(self) -> int:
@@ -133,6 +137,9 @@ class SetChoice:
             folder, where neither an option nor a dataset.json says which.
         test_only: Read no training list; then `classes` are a detector's, and the set must have
             the same ones.
+        exif: Of pictures with an EXIF orientation. "auto": boxes are of the picture, upright or as
+            stored, that has the annotation's size; of the upright one if both have. "stored":
+            boxes are of the picture as stored.
     """
 
     format: str | None = None
@@ -143,6 +150,7 @@ class SetChoice:
     usual_train: str | None = None
     usual_test: str | None = None
     test_only: bool = False
+    exif: Literal["auto", "stored"] = "auto"
 
 
 def checked_class_name(text: object, where: str) -> str:
@@ -166,7 +174,7 @@ def read_class_names(text: str) -> list[str]:
         UserError: If there is none, or one is there twice.
     """
     path = Path(text)
-    parts = read_text(path).splitlines() if path.is_file() else text.split(",")
+    parts = read_text(path).split("\n") if path.is_file() else text.split(",")
     names = [checked_class_name(part, "--classes") for part in parts if part.strip()]
     if not names or len(set(names)) != len(names):
         raise UserError(

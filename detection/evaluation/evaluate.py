@@ -13,15 +13,18 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_eval
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    inference_on_dataset,
+    pascal_voc_evaluation,
+)
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -31,9 +34,8 @@ from torch.utils.data import DataLoader
 from common.annotations.record import (
     LabelledSet,
     LabelledSplit,
+    PictureRecord,
     coco_content,
-    list_file,
-    write_annotations,
 )
 from common.errors import UserError
 from detection.evaluation.error_analysis import (
@@ -156,12 +158,12 @@ def voc_metric(
     """
     absent = split.classes_without_objects(classes)
     in_voc, rows = boxes.in_voc(), {}
-    with tempfile.TemporaryDirectory(prefix="voc-evaluation-") as name:
-        # Not the user's own files: Detectron2's reader takes UTF-8 and whole numbers only, does not
-        # strip class names, and no name of a picture may hold a space.
-        folder = Path(name)
-        write_annotations(folder, "test", split.pictures)
-        lines = folder / "detections.txt"
+    with (
+        tempfile.TemporaryDirectory(prefix="voc-evaluation-") as name,
+        _records_for_voc_eval(split.pictures),
+    ):
+        listed, lines = Path(name, "pictures.txt"), Path(name, "detections.txt")
+        listed.write_text("\n".join(map(str, range(len(split.pictures)))))
         for label, class_name in enumerate(classes):
             if class_name in absent:
                 continue
@@ -175,10 +177,10 @@ def voc_metric(
             )
             precisions, curves = [], {}
             for threshold in _THRESHOLDS:
-                recall, precision, average = voc_eval(
+                recall, precision, average = pascal_voc_evaluation.voc_eval(
                     str(lines),
-                    f"{folder}/Annotations/{{}}.xml",
-                    str(list_file(folder, "test")),
+                    "{}",
+                    str(listed),
                     class_name,
                     ovthresh=threshold / 100.0,
                     use_07_metric=metric_year == 2007,
@@ -188,8 +190,29 @@ def voc_metric(
                     curves[f"{threshold / 100:.2f}"] = curve_points(recall, precision)
             at_50, at_75 = (precisions[_THRESHOLDS.index(place)] for place in (50, 75))
             rows[class_name] = ClassFigures(float(np.mean(precisions)), at_50, at_75, curves)
-    parse_rec.cache_clear()  # it keeps every annotation it has read
     return rows
+
+
+@contextlib.contextmanager
+def _records_for_voc_eval(pictures: Sequence[PictureRecord]) -> Iterator[None]:
+    """Give `voc_eval` records by their places, and not the user's files.
+
+    Detectron2's reader takes UTF-8 and whole numbers only, and does not strip class names; and no
+    name of a picture may hold a space.
+    """
+    records = {
+        str(place): [
+            {"name": item.class_name, "difficult": item.is_ignored, "bbox": item.voc_box}
+            for item in picture.objects
+        ]
+        for place, picture in enumerate(pictures)
+    }
+    stock = pascal_voc_evaluation.parse_rec
+    pascal_voc_evaluation.parse_rec = records.__getitem__
+    try:
+        yield
+    finally:
+        pascal_voc_evaluation.parse_rec = stock
 
 
 def curve_points(recall: np.ndarray, precision: np.ndarray) -> Curve:

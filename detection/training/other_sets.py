@@ -124,6 +124,8 @@ def _evaluate_seeds(
                 )
         else:
             log_to(folder)
+            for note in data.notes:
+                logger.info("%s: %s", root, note)
             cfg = load_config(folder / "config.yaml", overrides)
             cfg.DATASETS.TEST = (register(data)[1],)
             cfg.freeze()

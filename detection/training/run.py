@@ -248,6 +248,8 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
     if num_threads:
         torch.set_num_threads(num_threads)
     log_to(folder)
+    for note in data.notes:
+        logger.info("%s: %s", data.root, note)
     if comm.is_main_process():
         write_text(folder / "config.yaml", cfg.dump())
     logger.info(
@@ -347,17 +349,19 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
         has_data: Whether the set is there already: it is read, and every picture is opened.
     Returns:
         `arch`, `pixel_mean` and `pixel_std` (0..255), `input_format` and `stride_in_1x1` of the
-        detector, `num_train` and `num_test` (None: not known), `seconds` (from one step on a blank
-        picture, so it says little more than the order of magnitude), `disk_bytes`.
+        detector, `num_train` and `num_test` (None: not known), `notes` (what was repaired in the
+        annotations), `seconds` (from one step on a blank picture, so it says little more than the
+        order of magnitude), `disk_bytes`.
     Raises:
         UserError: For wrong input.
     """
-    num_train = num_test = None
+    num_train, num_test, notes = None, None, ()
     if has_data:
         arm = prepare(settings)
         cfg = arm.cfg
         _open_pictures(arm.data)
         num_train, num_test = arm.data.num_train, len(arm.data.test.pictures)
+        notes = arm.data.notes
     else:
         cfg = load_config(settings.config, settings.overrides, num_gpus=settings.num_gpus or 1)
         check_device(cfg)
@@ -394,6 +398,7 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
         "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.RESNETS.DEPTH >= 50,
         "num_train": num_train,
         "num_test": num_test,
+        "notes": notes,
         "seconds": solver.MAX_ITER * solver.IMS_PER_BATCH * seconds
         + num_evaluations * per_evaluation,
         "disk_bytes": 6 * num_bytes,  # two checkpoints with momentum, the last weights

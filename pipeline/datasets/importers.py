@@ -78,8 +78,9 @@ def open_source(
             raise UserError(f"{root}: is a VOC devkit; choose a part with --split, one of: {there}")
         found = []
         for year in [year for year in years if list_file(year, split).exists()] or years[:1]:
+            pictures = voc.PictureFinder(year)
             for image_id in voc.read_list(year, split, class_wise=True):
-                file = voc.require_picture(year, image_id)
+                file = pictures.require(image_id)
                 found.append((str(file), f"{year.name}/{file.name}"))
         require(labels != "folders", f"{root}: --labels folders: a VOC devkit has no class folders")
         return _labelled("voc", sorted(found, key=itemgetter(1)), labels, 0)

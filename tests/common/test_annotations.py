@@ -11,6 +11,7 @@ import pytest
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from PIL import Image
 
+from common.annotations.checks import Findings, notes
 from common.annotations.formats.coco import read_instances
 from common.annotations.formats.voc import VOC_CLASSES, read_list, read_picture
 from common.annotations.record import (
@@ -97,23 +98,35 @@ def test_xml_is_read_in_the_encoding_that_it_names(voc, declared, encoding):
 @pytest.mark.parametrize(
     ("head", "encoding", "message"),
     [
-        ('<?xml version="1.0" encoding="klingon"?>', "utf-8", "is no KLINGON text.*as UTF-8"),
-        ('<?xml version="1.0" encoding="rot13"?>', "utf-8", "is no ROT13 text.*save it as"),
-        ('<?xml version="1.0" encoding="utf-8"?>', "gbk", "is no UTF-8 text, as it says"),
-        ('<?xml version="1.0" encoding="utf-16"?>', "utf-8", "not readable as XML|is no UTF-16"),
-        ('<!DOCTYPE a [<!ENTITY b "bbbb">]>', "utf-8", "defines entities"),
+        *((f'<?xml version="1.0" encoding="{name}"?>', "utf-8", f"encoding '{name}', unknown; save")
+          for name in ("klingon", "rot13", "zlib", "idna", "unicode_escape")),
+        ('<?xml version="1.0" encoding="utf-8"?>', "gbk", "is no UTF-8 text .*; save it as UTF-8"),
+        ("", "gbk", "is no UTF-8 text .*; save it as UTF-8"),
+        ('<!DOCTYPE a [<!ENTITY b "bbbb">]>', "utf-8", "defines a document type or entities"),
+        ('<!DOCTYPE annotation SYSTEM "voc.dtd">', "utf-8", "defines a document type or entities"),
+        ('<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a>', "utf-16", "defines a document ty"),
     ],
-)
+)  # fmt: skip
 def test_an_encoding_that_cannot_be_read_is_one_clear_error(voc, head, encoding, message):
     write(voc, head + xml("鸟"), encoding)
     with pytest.raises(UserError, match=rf"a\.xml: .*({message})"):
         read_picture(voc, "a", None)
 
 
-def test_flags_may_be_missing_and_names_have_white_space_round_them(voc):
-    write(voc, xml(" \n traffic light\t", flags=""))
+@pytest.mark.parametrize(
+    ("flags", "is_difficult"),
+    [
+        ("", False),
+        ("<difficult/><truncated> </truncated>", False),
+        ("<difficult>Unspecified</difficult>", False),
+        ("<difficult> 1\n</difficult>", True),
+        ("<difficult>True</difficult><occluded>maybe</occluded>", True),
+    ],
+)
+def test_flags_may_be_missing_and_names_have_white_space_round_them(voc, flags, is_difficult):
+    write(voc, xml(" \n traffic light\t", flags=flags))
     (item,) = read_picture(voc, "a", ["traffic light"]).objects
-    assert item == ObjectRecord("traffic light", (0, 0, 40, 30))
+    assert item == ObjectRecord("traffic light", (0, 0, 40, 30), difficult=is_difficult)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +135,25 @@ def test_flags_may_be_missing_and_names_have_white_space_round_them(voc):
         (xml("unicorn"), r"object 1 \(unicorn\): unknown class 'unicorn'; known are dog"),
         (xml(""), "object 1: class name"),
         (xml("x" * 101), "object 1: class name .* 1 to 100 characters"),
-        (xml(box=(1, 1, 41, 30)), r"box \(1, 1, 41, 30\) lies outside the picture of 40 x 30"),
-        (xml(box=(9, 1, 3, 9)), r"box \(9, 1, 3, 9\) is empty or turned round"),
-        (xml(box=("nan", 1, 5, 9)), "<bndbox/xmin> holds 'nan'; write a number"),
+        (xml(box=(1, 1, 41.5, 30)), r"box \(1, 1, 41.5, 30\) lies outside the picture of 40 x 30"),
+        (xml(box=(-0.5, 1, 9, 30)), "lies outside the picture of 40 x 30 pixels; clip it"),
+        (xml(box=(0, 1, 0, 9)), "lies outside"),
+        (xml(box=(1, 1, 1e308, 9)), "lies outside"),
+        (xml(box=(9, 1, 3, 9)), r"box \(9, 1, 3, 9\) is empty or turned round; exchange"),
+        *((xml(box=(x, 1, 5, 9)), f"<bndbox/xmin> holds '{x}'; write a number")
+          for x in ("nan", "-inf", "1e999", "2,5", "1_0", "")),
         (xml(flags="<difficult>maybe</difficult>"), "<difficult> holds 'maybe'; write 0 or 1"),
-        (xml(size=(50, 30)), "<size> says 50 x 30 pixels, but a.jpg has 40 x 30"),
+        (xml(size=(50, 30)), "size says 50 x 30 pixels, but a.jpg has 40 x 30; correct"),
+        (xml(size=(0, 30)), "size says 0 x 30 pixels"),
+        (xml(size=(-40, "nan")), "<size/height> holds 'nan'; write a number"),
+        (xml().replace("bndbox", "robndbox"), r"\(dog\): has 0 <bndbox>; give it one"),
+        (xml(flags="<bndbox/>"), r"\(dog\): has 2 <bndbox>; give it one"),
+        (xml().replace("<object>", "<objects><object>").replace("</object>", "</object></objects>"),
+         "has a <bndbox> that is in no <object>"),
         ("<annotation>", "not readable as XML"),
+        (f"<set>{xml()}</set>", "holds <set>, not VOC's <annotation>; export it"),
     ],
-)
+)  # fmt: skip
 def test_each_fault_of_an_annotation_is_named(voc, text, message):
     write(voc, text)
     with pytest.raises(UserError, match=rf"a\.xml: .*{message}.*;|a\.xml: .*{message}"):
@@ -147,18 +171,30 @@ def test_missing_and_damaged_files_are_named(voc):
         read_picture(voc, "a", None)
     with open(voc / "Annotations/a.xml", "r+b") as file:
         file.truncate((16 << 20) + 1)
-    with pytest.raises(UserError, match="has more than 16 MiB"):
+    with pytest.raises(UserError, match="has 16,777,217 bytes, at most 16,777,216 are read"):
         read_picture(voc, "a", None)
 
 
-def test_one_pixel_beyond_is_read_where_it_is_allowed_and_other_suffixes(voc):
-    suffix = ".JPG"
-    write(voc, xml(box=(0, 1, 41, 31)))
-    (voc / "JPEGImages/a.jpg").unlink()
-    picture(voc / f"JPEGImages/a{suffix}")
-    record = read_picture(voc, "a", None, tolerance_px=1)
-    assert record.file.name == f"a{suffix}"
-    assert record.objects[0].box == (-1, 0, 41, 31)
+def test_one_pixel_beyond_is_clipped_but_in_the_official_sets(voc):
+    digests = {read_picture(voc, "a", None).content_digest}
+    write(voc, xml(box=(0, 1, 41, 30.5)))
+    records = [read_picture(voc, "a", None, is_official=flag) for flag in (True, False)]
+    assert [x.objects[0].box for x in records] == [(-1, 0, 41, 30.5), (0, 0, 40, 30)]
+    assert len(digests | {record.content_digest for record in records}) == 3
+
+
+def test_doubled_objects_are_said(voc):
+    write(voc, xml().replace("</annotation>", xml()[xml().index("<object>") :]))
+    found = Findings()
+    assert len(read_picture(voc, "a", None, findings=found).objects) == 2
+    (note,) = notes([found])
+    assert note.startswith("1 objects marked twice, same class and box: VOC's metric finds one")
+
+
+def test_two_pictures_of_one_name_are_refused(voc):
+    picture(voc / "JPEGImages/a.PNG")
+    with pytest.raises(UserError, match=r"'a' may be each of a\.PNG, a\.jpg; keep one of them"):
+        read_picture(voc, "a", None)
 
 
 # -- VOC: lists -----------------------------------------------------------------------------------
@@ -171,8 +207,16 @@ def test_names_with_spaces_and_class_wise_lists(voc):
     (lists / "spaces.txt").write_text("a 1\nb 1\n")
     (lists / "mixed.txt").write_text("photo (1)\na\n")
     (lists / "dog_train.txt").write_text("a  1\nc -1\nd  0\n")
-    (lists / "windows.txt").write_bytes("a\r\nb\r\n".encode("utf-16"))
-    assert read_list(voc, "windows") == ["a", "b"]
+    (lists / "action_train.txt").write_text(
+        "photo (1)  1  1\nb 4 -1\nphoto (1) 3 1\nd 1 -1\nc 1 0\n"
+    )
+    assert read_list(voc, "action_train", class_wise=True) == ["photo (1)", "c"]
+    with pytest.raises(
+        UserError, match=r"action_train\.txt: line 'photo .*' must hold one picture"
+    ):
+        read_list(voc, "action_train")
+    (lists / "suffix.txt").write_text("a.jpg\nb 1.JPG\n")
+    assert read_list(voc, "suffix") == ["a", "b 1"]
     assert read_list(voc, "spaces") == ["a 1", "b 1"]
     assert read_list(voc, "mixed") == ["photo (1)", "a"]
     assert read_list(voc, "dog_train", class_wise=True) == ["a", "d"]
@@ -190,6 +234,10 @@ def test_faults_of_a_list_are_named(voc):
     (lists / "train.txt").write_text("a\nb\na\n")
     with pytest.raises(UserError, match=r"train\.txt: 'a' is listed 2 times"):
         read_list(voc, "train")
+    for name in ("../a", "/a", "x/../../a", ".", "a\0b"):
+        (lists / "train.txt").write_text(f"{250 * 'b'}\n{name}\n")
+        with pytest.raises(UserError, match=r"train\.txt: .* leads out of .*JPEGImages; give a"):
+            read_list(voc, "train")
 
 
 def test_class_names_of_an_option_or_a_file(tmp_path):
@@ -238,17 +286,68 @@ def test_coco_keeps_floats_areas_and_crowds(tmp_path):
          "annotation 1: category_id 5 is none of the categories"),
         ({"annotations": [{"id": 1, "image_id": 7, "category_id": 9, "bbox": [0, 0, -1, 1]}]},
          r"annotation 1: bbox \[0, 0, -1, 1\]"),
-        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 9, "bbox": [0, 0, 1]}]},
-         "is no COCO annotation"),
-        ({"images": [{"id": 7, "file_name": "../train/1.jpg", "width": 1, "height": 1}]},
-         "leads out of"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category twice"),
+        *(({"annotations": [{"id": 1, "image_id": 7, "category_id": 9, "bbox": box}]},
+           rf"annotation 1: bbox .*{message}")
+          for box, message in [([0, 0, 1], "give x, y, width"), (None, "give x, y"),
+                               (["0", 0, 1, 1], "give x, y"), ([float("nan"), 0, 1, 1], "give x"),
+                               ([0, 0, float("inf"), 1], "give x"), ([0, 0, 10**400, 1], "give x"),
+                               ([0, 0, 41.5, 9], "lies outside the picture of 40 x 30"),
+                               ([-2, 0, 9, 9], "lies outside"), ([1e308] * 4, "lies outside"),
+                               ([3, 3, 0, 9], "is empty; remove")]),
+        *(({"annotations": [{"id": 1, "image_id": image, "category_id": category,
+                             "bbox": [0, 0, 1, 1], **more}]}, message)
+          for image, category, more, message in [
+              ("7", 9, {}, "does not list, image_id '7'"), ([7], 9, {}, "image_id"),
+              (None, 9, {}, "image_id None"), (7, None, {}, "category_id None is none"),
+              (7, "9", {}, "category_id '9' is none"), (7, 9, {"area": -1}, "area -1: give"),
+              (7, 9, {"area": float("nan")}, "area nan: give"), (7, 9, {"area": 1e11}, "area 1"),
+              (7, 9, {"iscrowd": 2}, "iscrowd 2: give 0 or 1")]),
+        ({"annotations": [{"id": 1}, {"id": 1}]}, "has 2 annotations of the id 1; give each"),
+        ({"images": [{"id": 7}, {"id": 7}]}, "has 2 images of the id 7; give each its own"),
+        ({"images": [{"id": 7}, {"id": "8"}]}, "images have the ids (7, '8'|'8', 7): give whole"),
+        ({"images": [{"file_name": "1.jpg"}]}, "images have the ids None: give whole numbers"),
+        ({"images": [{"id": 1.5}]}, "images have the ids 1.5"),
+        ({"images": [{"id": True}]}, "images have the ids True"),
+        ({"images": None}, "is no COCO annotation of instances: 'images' must be a list"),
+        ({"annotations": [1]}, "'annotations' must be a list of objects; export it again"),
+        ({"images": [{"id": i, "file_name": "1.jpg"} for i in (7, 8)]},
+         r"picture 8: names 1\.jpg, as 7 does; keep one"),
+        *(({"images": [{"id": 7, "file_name": name}]}, f"picture 7: {message}")
+          for name, message in [("../train/1.jpg", "file_name .* leads out of"), (7, "file_name 7"),
+                                ("/etc/passwd", "file_name .* leads out"), ("", "file_name ''"),
+                                ("2.jpg", "no such picture, .*2.jpg; add it"),
+                                ("x" * 300, "no such picture")]),
+        ({"images": [{"id": 7, "file_name": "1.jpg", "width": 41, "height": 30}]},
+         r"picture 7: its size says 41 x 30 pixels, but 1\.jpg has 40 x 30; correct"),
+        ({"images": [{"id": 7, "file_name": "1.jpg", "width": "40", "height": 30}]},
+         "picture 7: its size says nan x 30"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "categories of the id"),
+        ({"categories": [{"id": 1}]}, "category 1: class name None"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]}, "category twice"),
     ],
 )  # fmt: skip
 def test_faults_of_coco_are_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         read_instances(coco(tmp_path, **changes), tmp_path / "train")
+
+
+def test_up_to_ten_faults_of_coco_are_named_together(tmp_path):
+    rows = [{"id": i, "image_id": 7, "category_id": 9, "bbox": [0, 0, -1, 1]} for i in range(12)]
+    with pytest.raises(UserError) as caught:
+        read_instances(coco(tmp_path, annotations=rows), tmp_path / "train")
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 11
+    assert lines[-1] == "and 2 more"
+
+
+def test_empty_boxes_are_left_out_where_they_are_few(tmp_path):
+    """COCO's own lists hold some."""
+    rows = [{"id": i, "image_id": 7, "category_id": 9, "bbox": [0, 0, i, 9]} for i in range(2)]
+    rows += [{"image_id": 7, "category_id": 9, "bbox": [0, 0, 9, 9]}] * 998
+    path = coco(tmp_path, annotations=rows)
+    _, (record,) = read_instances(path, tmp_path / "train", findings=(found := Findings()))
+    assert len(record.objects) == 999
+    assert notes([found]) == ("1 objects with an empty box: left out",)
 
 
 # -- what we write --------------------------------------------------------------------------------
@@ -370,6 +469,9 @@ def no_objects(root: Path) -> None:
             overwrite("dataset.json", '{"classes": ["disc", "box", "bar"], "metric_year": 2010}'),
             "metric year 2010",
         ),
+        (overwrite("dataset.json", '{"classes": "disc"}'), "dataset.json: has no list 'classes'"),
+        (overwrite("dataset.json", '{"classes": ["disc", 7]}'), "dataset.json: class name 7"),
+        (overwrite("dataset.json", '{"classes": ["a"], "test_split": 7}'), "test_split 7: give"),
         (
             overwrite("VOC2007/ImageSets/Main/train.txt", "x\n000001\ny"),
             r"(?s)x.xml: .*y.xml: no",
@@ -398,6 +500,33 @@ def test_boxes_classes_and_crowds_of_coco(coco_root: Path) -> None:
         assert [item.box for item in ours.objects] == [item.box for item in expected]
     crowds = [item.crowd for picture in coco.test.pictures for item in picture.objects]
     assert crowds == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("places", [("val.json", "val"), ("instances_val.json", "images/val"),
+                                    ("val.json", "images"), ("val.json", ".")])  # fmt: skip
+def test_other_names_of_coco_files(coco_root: Path, places: tuple[str, str]) -> None:
+    (coco_root / "annotations/instances_val2017.json").rename(coco_root / "annotations" / places[0])
+    pictures = coco_root / places[1]
+    pictures.mkdir(parents=True, exist_ok=True)
+    for path in (coco_root / "val2017").iterdir():
+        path.rename(pictures / path.name)
+    shutil.rmtree(coco_root / "val2017")
+    data = read_set(coco_root, SetChoice(test_split="val", test_only=True))
+    assert (data.test.name, len(data.test.pictures)) == ("val", 5)
+    with pytest.raises(
+        UserError, match=r"no such file; there: .*; see --train-split, --test-split"
+    ):
+        read_set(coco_root, SetChoice(test_only=True))
+
+
+def test_orphans_of_coco_are_refused(coco_root: Path) -> None:
+    path = coco_root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for row in content["annotations"][1:]:
+        row["image_id"] += 1000
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"(?s)annotation 2 is of a picture.*annotation 6 is of a"):
+        read_set(coco_root)
 
 
 def test_other_categories_and_another_metric_are_refused(coco_root: Path) -> None:

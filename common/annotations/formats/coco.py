@@ -1,14 +1,24 @@
 """COCO's layout: one JSON file of pictures, categories and boxes for each list."""
 
 import hashlib
-import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from common.annotations.checks import (
+    EMPTY,
+    Findings,
+    Frame,
+    find_file,
+    leads_out,
+    notes,
+    number,
+    placed,
+    read_frame,
+)
 from common.annotations.record import (
     LabelledFormat,
     LabelledSet,
@@ -20,19 +30,26 @@ from common.annotations.record import (
     checked_class_name,
 )
 from common.errors import UserError
+from common.files import read_json
 
 _OFFICIAL_SPLIT = re.compile(r"coco_(20\d\d)_([a-z]+)")
+_MAX_AREA = 1e10  # square pixels: pycocotools ignores objects above it
+_MAX_EMPTY = 1 / 1000  # share of objects with an empty box; COCO's own lists hold some
 
 
 class Coco(LabelledFormat):
-    """ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017."""
+    """ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017.
+
+    A list NAME of another set is annotations/instances_NAME.json or annotations/NAME.json, and its
+    pictures are in ROOT/NAME, ROOT/images/NAME, ROOT/images or ROOT.
+    """
 
     holds = "COCO's annotations/instances_train2017.json and instances_val2017.json"
 
     @classmethod
     def recognises(cls, root: Path) -> bool:
-        """Whether there is a file of instances or a folder of COCO's pictures."""
-        return any((root / "annotations").glob("instances_*.json")) or any(
+        """Whether there is a JSON file of annotations or a folder of COCO's pictures."""
+        return any((root / "annotations").glob("*.json")) or any(
             (root / name).is_dir() for name in ("train2017", "val2017")
         )
 
@@ -46,12 +63,14 @@ class Coco(LabelledFormat):
         """
         if choice.metric_year is not None:
             raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
-        test, classes = _read_split(root, choice.test_split or _usual(choice.usual_test, "val2017"))
+        found = [Findings()]
+        test_name = choice.test_split or _usual(choice.usual_test, "val2017")
+        test, classes = _read_split(root, test_name, choice.exif, found[0])
         train = ()
         if not choice.test_only:
-            split, train_classes = _read_split(
-                root, choice.train_split or _usual(choice.usual_train, "train2017")
-            )
+            found.append(Findings())
+            train_name = choice.train_split or _usual(choice.usual_train, "train2017")
+            split, train_classes = _read_split(root, train_name, choice.exif, found[1])
             if classes != train_classes:
                 raise UserError(f"{root}: {split.name} and {test.name} have different categories")
             pictures = tuple(
@@ -65,7 +84,8 @@ class Coco(LabelledFormat):
         if choice.classes is not None:
             check_same_classes(root, classes, choice.classes)
             classes = choice.classes
-        return LabelledSet(root, root.resolve().name, classes, None, train, test)
+        name = root.resolve().name
+        return LabelledSet(root, name, classes, None, train, test, notes(found))
 
 
 def _usual(name: str | None, default: str) -> str:
@@ -74,81 +94,161 @@ def _usual(name: str | None, default: str) -> str:
     return f"{match[2]}{match[1]}" if match else default
 
 
-def _read_split(root: Path, name: str) -> tuple[LabelledSplit, tuple[str, ...]]:
+def _read_split(
+    root: Path, name: str, exif: str, findings: Findings
+) -> tuple[LabelledSplit, tuple[str, ...]]:
     """One list and its class names."""
-    path = root / "annotations" / f"instances_{name}.json"
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
-        raise UserError(f"{path}: no such file; there: {there}; see --train-split, --test-split")
-    classes, pictures = read_instances(path, root / name)
-    return LabelledSplit(root / name, name, pictures), classes
+    folder = root / "annotations"
+    paths = [folder / f"instances_{name}.json", folder / f"{name}.json"]
+    path = next((path for path in paths if not leads_out(name) and path.is_file()), None)
+    if path is None:
+        there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "none"
+        raise UserError(
+            f"{paths[0]}: no such file; there: {there}; see --train-split, --test-split, "
+            "--eval-split"
+        )
+    places = [root / name, root / "images" / name, root / "images", root]
+    pictures_in = next(place for place in places if place.is_dir())
+    classes, pictures = read_instances(path, pictures_in, exif=exif, findings=findings)
+    return LabelledSplit(pictures_in, name, pictures), classes
 
 
-def read_instances(path: Path, folder: Path) -> tuple[tuple[str, ...], tuple[PictureRecord, ...]]:
+def read_instances(
+    path: Path, folder: Path, *, exif: str = "auto", findings: Findings | None = None
+) -> tuple[tuple[str, ...], tuple[PictureRecord, ...]]:
     """Read and check the boxes of a list; masks are not used, boxes are not rounded.
 
     Args:
-        path: instances_NAME.json.
+        path: instances_NAME.json. Its ids are all numbers, or all text.
         folder: Holds the pictures.
+        exif: See `SetChoice`.
+        findings: Repairs are counted here.
 
     Returns:
         Class names in the order of COCO's numbers, and the pictures in the order of theirs.
 
     Raises:
-        UserError: If the file does not hold what it must, or an annotation has no picture.
+        UserError: If the file does not hold what it must, with up to ten faults together.
     """
-    try:
-        content = json.loads(path.read_bytes())
-        categories = sorted((row["id"], row["name"]) for row in content["categories"])
-        labels = {number: checked_class_name(name, str(path)) for number, name in categories}
-        images = sorted(content["images"], key=lambda row: row["id"])
-        numbers = {row["id"] for row in images}
-        if len(labels) < len(categories) or len(set(labels.values())) < len(categories):
-            raise UserError(f"{path}: names or numbers a category twice; give each once")
-        if len(numbers) < len(images):
-            raise UserError(f"{path}: has two pictures of the same id; give each its own")
-        objects: dict[int, list[ObjectRecord]] = defaultdict(list)
-        for row in content["annotations"]:
-            if row["image_id"] not in numbers:
+    findings = Findings() if findings is None else findings
+    content = read_json(path, remedy="export it again")
+    labels = {
+        row["id"]: checked_class_name(row.get("name"), f"{path}: category {row['id']!r}")
+        for row in sorted(_rows(path, content, "categories"), key=lambda row: row["id"])
+    }
+    if len(set(labels.values())) < len(labels):
+        raise UserError(f"{path}: names a category twice; give each once")
+    images = sorted(_rows(path, content, "images"), key=lambda row: row["id"])
+    annotations = _rows(path, content, "annotations")
+
+    # Pictures first: boxes are checked against them.
+    pictures: dict[int | str, tuple[Path, Frame]] = {}
+    ids_of: dict[Path, int | str] = {}
+    for row in images:
+        where = f"{path}: picture {row['id']!r:.60}"
+        try:
+            file = _file(folder, row.get("file_name"), where)
+            if file in ids_of:
+                raise UserError(f"{where}: names {file.name}, as {ids_of[file]!r} does; keep one")
+            ids_of[file] = row["id"]
+            size = [0.0 if row.get(k) is None else number(row[k]) for k in ("width", "height")]
+            frame = read_frame(file, (size[0], size[1]), exif, where, findings)
+            pictures[row["id"]] = (file, frame)
+        except UserError as error:
+            findings.faults.append(str(error))
+
+    # Objects. An empty box is left out if there are few, else the file is wrong.
+    objects: dict[int | str, list[ObjectRecord]] = {row["id"]: [] for row in images}
+    empty = []
+    for row in annotations:
+        where, image = f"{path}: annotation {row.get('id')!r:.60}", row.get("image_id")
+        try:
+            if type(image) not in (int, str) or image not in objects:
                 raise UserError(
-                    f"{path}: annotation {row.get('id')!r} is of a picture that it does not list, "
-                    f"image_id {row['image_id']!r}; add the picture or remove the annotation"
+                    f"{where} is of a picture that it does not list, image_id {image!r:.60}; add "
+                    "the picture or remove the annotation"
                 )
-            objects[row["image_id"]].append(_object(path, row, labels))
-        pictures = tuple(_picture(path, folder, row, objects[row["id"]]) for row in images)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: is no COCO annotation of instances ({reason})") from error
-    return tuple(labels.values()), pictures
-
-
-def _object(path: Path, row: dict[str, Any], labels: dict[int, str]) -> ObjectRecord:
-    where = f"{path}: annotation {row.get('id')!r}"
-    if row["category_id"] not in labels:
-        raise UserError(f"{where}: category_id {row['category_id']!r} is none of the categories")
-    x, y, width, height = (float(value) for value in row["bbox"])
-    if not all(map(math.isfinite, (x, y, width, height))) or min(width, height) < 0:
-        raise UserError(f"{where}: bbox {row['bbox']}: give x, y, width >= 0, height >= 0")
-    return ObjectRecord(
-        labels[row["category_id"]],
-        (x, y, x + width, y + height),
-        crowd=bool(row.get("iscrowd", 0)),
-        area=float(row["area"]) if "area" in row else None,
+            item, where = _object(row, labels, where)
+            x0, y0, x1, y1 = item.box
+            if x1 <= x0 or y1 <= y0:
+                empty.append(f"{where} is empty; remove the annotation")
+            elif image in pictures:
+                box = placed(item.box, pictures[image][1], where, findings)
+                objects[image].append(replace(item, box=box))
+        except UserError as error:
+            findings.faults.append(str(error))
+    if len(empty) > _MAX_EMPTY * len(annotations):
+        findings.faults += empty
+    elif empty:
+        findings.repairs[EMPTY] += len(empty)
+    findings.raise_faults()
+    return tuple(labels.values()), tuple(
+        _picture(row, *pictures[row["id"]], objects[row["id"]]) for row in images
     )
 
 
+def _rows(path: Path, content: Any, key: str) -> list[dict[str, Any]]:
+    """A list of objects; their ids are all whole numbers or all text, and differ.
+
+    Annotations need none.
+    """
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(
+            f"{path}: is no COCO annotation of instances: {key!r} must be a list of objects; "
+            "export it again"
+        )
+    ids = [row.get("id") for row in rows if key != "annotations" or row.get("id") is not None]
+    kinds = {type(value) for value in ids}
+    if len(kinds) > 1 or not kinds <= {int, str}:
+        examples = ", ".join(f"{next(x for x in ids if type(x) is kind)!r:.40}" for kind in kinds)
+        raise UserError(
+            f"{path}: {key} have the ids {examples}: give whole numbers to all, or text to all"
+        )
+    twice, count = Counter(ids).most_common(1)[0] if ids else (None, 0)
+    if count > 1:
+        raise UserError(f"{path}: has {count} {key} of the id {twice!r:.60}; give each its own")
+    return rows
+
+
+def _file(folder: Path, name: Any, where: str) -> Path:
+    """A picture's file."""
+    if not isinstance(name, str) or leads_out(name):
+        raise UserError(f"{where}: file_name {name!r:.120} leads out of {folder}; give one within")
+    file = find_file(folder / name)
+    if file is None:
+        raise UserError(f"{where}: no such picture, {folder / name}; add it")
+    return file
+
+
+def _object(
+    row: dict[str, Any], labels: dict[int | str, str], where: str
+) -> tuple[ObjectRecord, str]:
+    """One object, its box as it stands there, and where it is, for messages."""
+    category, bbox, area = row.get("category_id"), row.get("bbox"), row.get("area")
+    if type(category) not in (int, str) or category not in labels:
+        raise UserError(f"{where}: category_id {category!r:.60} is none of the categories; add it")
+    values = [number(value) for value in bbox] if isinstance(bbox, list) else []
+    where += f": bbox {bbox!r:.120}"
+    if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) < 0:
+        raise UserError(f"{where}: give x, y, width >= 0, height >= 0")
+    if area is not None and not 0 <= number(area) <= _MAX_AREA:
+        raise UserError(f"{where}: area {area!r:.60}: give square pixels, or leave it out")
+    if row.get("iscrowd") not in (None, 0, 1):
+        raise UserError(f"{where}: iscrowd {row['iscrowd']!r:.60}: give 0 or 1")
+    x, y, width, height = values
+    item = ObjectRecord(
+        labels[category],
+        (x, y, x + width, y + height),
+        crowd=bool(row.get("iscrowd")),
+        area=number(area) if area else None,
+    )
+    return item, where
+
+
 def _picture(
-    path: Path, folder: Path, row: dict[str, Any], objects: list[ObjectRecord]
+    row: dict[str, Any], file: Path, frame: Frame, objects: list[ObjectRecord]
 ) -> PictureRecord:
-    name = PurePosixPath(row["file_name"])
-    file = folder / name
-    if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"{path}: file_name {str(name)!r} leads out of {folder}; give one within")
-    if not file.is_file():
-        raise UserError(f"{file}: no such picture, but {path.name} names it; add it")
     text = repr((row["id"], row["file_name"], file.stat().st_size, objects))
     digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
-    width, height = int(row["width"]), int(row["height"])
-    return PictureRecord(str(row["id"]), file, width, height, tuple(objects), digest)
+    return PictureRecord(str(row["id"]), file, frame.width, frame.height, tuple(objects), digest)

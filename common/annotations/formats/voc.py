@@ -1,15 +1,27 @@
 """PASCAL VOC's layout: lists of pictures, and one XML file of objects for each picture."""
 
 import codecs
+import contextlib
 import hashlib
 import math
+import os
 import re
+import unicodedata
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from common.annotations.checks import (
+    TWICE,
+    Findings,
+    find_file,
+    leads_out,
+    notes,
+    placed,
+    read_frame,
+)
 from common.annotations.record import (
     LabelledFormat,
     LabelledSet,
@@ -24,8 +36,7 @@ from common.annotations.record import (
 )
 from common.config import unknown
 from common.errors import UserError
-from common.files import read_json, read_text
-from common.pictures import BadPicture, read_shape
+from common.files import decode_text, read_json, read_regular, read_text
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
 VOC_CLASSES = (
@@ -34,13 +45,20 @@ VOC_CLASSES = (
     *("train", "tvmonitor"),
 )
 _OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
-_MAX_PROBLEMS = 10  # wrong annotations of a list that one message names
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+)  # in capitals too
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _MAX_XML_BYTES = 16 << 20
 _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>]*\?>""")
-# What Chinese programs call by the older names is often the wider set, which holds all of theirs.
-_CODECS = {"gb2312": "gb18030", "gbk": "gb18030", "utf-8": "utf-8-sig", "utf8": "utf-8-sig"}
+# Windows programs call by the older names the wider sets, which hold all of theirs.
+_CODECS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
+# Others of Python's codecs are no encodings of texts, such as rot13, or interpret them.
+_TEXT_CODEC = re.compile(
+    r"(utf-(8|16|32)|iso|cp|gb|shift_|euc_|koi8|mac-|big5|ascii|tis|hz|johab).*"
+)
+_NOT_SAID = ("", "unspecified", "unknown", "none", "null")
+_FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 
 
 # -- sets -----------------------------------------------------------------------------------------
@@ -70,9 +88,7 @@ class Voc(LabelledFormat):
         description: dict[str, Any] = {}
         path = root / "dataset.json"
         if path.is_file():
-            description = read_json(path)
-            if not isinstance(description, dict) or not description.get("classes"):
-                raise UserError(f"{path}: has no list 'classes'; make the data set again")
+            description = _read_description(path)
         classes = tuple(choice.classes or description.get("classes") or VOC_CLASSES)
         if len(set(classes)) != len(classes) or not all(classes):
             raise UserError(f"classes {', '.join(classes)!r} must be different and not empty")
@@ -99,43 +115,64 @@ class Voc(LabelledFormat):
         if year not in (2007, 2012):
             raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
 
-        def read(name: str) -> LabelledSplit:
-            return read_split(*_find_list(root, name), classes, tolerance_px=int(is_official))
+        found: list[Findings] = []
 
+        def read(name: str) -> LabelledSplit:
+            found.append(Findings())
+            return _read_split(
+                *_find_list(root, name), classes, choice.exif, is_official, found[-1]
+            )
+
+        train = () if choice.test_only else tuple(map(read, train_split.split("+")))
+        test = read(test_split)
         return LabelledSet(
             root=root,
             name=str(description.get("name") or root.name),
             classes=classes,
             metric_year=year,
-            train=() if choice.test_only else tuple(map(read, train_split.split("+"))),
-            test=read(test_split),
+            train=train,
+            test=test,
+            notes=notes(found),
         )
 
 
-def read_split(
-    folder: Path, name: str, classes: Collection[str], *, tolerance_px: int = 0
+def _read_description(path: Path) -> dict[str, Any]:
+    """What dataset.json says of classes, lists and metric."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
+        raise UserError(f"{path}: has no list 'classes'; make the data set again")
+    for key in ("train_split", "test_split"):
+        if not isinstance(content.get(key), str | None):
+            raise UserError(f"{path}: {key} {content[key]!r:.60}: give lists joined by +")
+    return content | {"classes": [checked_class_name(x, str(path)) for x in content["classes"]]}
+
+
+def _read_split(
+    folder: Path,
+    name: str,
+    classes: Collection[str],
+    exif: str,
+    is_official: bool,
+    findings: Findings,
 ) -> LabelledSplit:
-    """Read a list and every annotation that it names.
-
-    Args:
-        folder: VOC2007 or the like.
-        name: Of the list.
-        classes: Names that may occur.
-        tolerance_px: See `read_picture`.
-
-    Raises:
-        UserError: For a missing or empty list, for up to ten wrong annotations together, and if
-            no picture holds an object.
-    """
-    pictures, problems = [], []
+    """Read a list and every annotation that it names."""
+    pictures, finder = [], PictureFinder(folder)
     for image_id in read_list(folder, name):
         try:
-            pictures.append(read_picture(folder, image_id, classes, tolerance_px=tolerance_px))
+            pictures.append(
+                read_picture(
+                    folder,
+                    image_id,
+                    classes,
+                    finder=finder,
+                    exif=exif,
+                    is_official=is_official,
+                    findings=findings,
+                )
+            )
         except UserError as error:
-            problems.append(str(error))
-    if problems:
-        more = [f"and {len(problems) - _MAX_PROBLEMS} more"] * (len(problems) > _MAX_PROBLEMS)
-        raise UserError("\n".join([*problems[:_MAX_PROBLEMS], *more]))
+            findings.faults.append(str(error))
+    findings.raise_faults()
     if not any(picture.objects for picture in pictures):
         path = list_file(folder, name)
         raise UserError(f"{path}: none of its {len(pictures)} pictures holds an object")
@@ -193,60 +230,107 @@ def list_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in list_file(folder, "x").parent.glob("*.txt"))
 
 
+class PictureFinder:
+    """Finds the pictures of JPEGImages by their name in a list; a folder is listed once.
+
+    A name may come with or without suffix. Its accents may be composed or not (NFC, NFD): lists
+    and files often come from different systems.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Of a VOC folder; nothing is read."""
+        self.root = folder / "JPEGImages"
+        self._listed: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(self, image_id: str) -> list[Path]:
+        """The picture; or none, or several that the name could mean."""
+        place = self.root / image_id
+        if place.parent not in self._listed:
+            by_stem: defaultdict[str, list[Path]] = defaultdict(list)
+            with contextlib.suppress(OSError, ValueError):
+                for file in map(Path, sorted(os.scandir(place.parent), key=os.fspath)):
+                    if file.suffix.lower() in _SUFFIXES:
+                        by_stem[unicodedata.normalize("NFC", file.stem)].append(file)
+            self._listed[place.parent] = by_stem
+        files = self._listed[place.parent].get(unicodedata.normalize("NFC", place.name), [])
+        return [file for file in files if file.stem == place.name] or files
+
+    def without_suffix(self, image_id: str) -> str:
+        """A name of a list as the annotation has it: a.jpg is a if there is no a.jpg.jpg."""
+        stem, suffix = os.path.splitext(image_id)
+        if suffix.lower() not in _SUFFIXES or self.find(image_id):
+            return image_id
+        return stem
+
+    def require(self, image_id: str) -> Path:
+        """The picture.
+
+        Raises:
+            UserError: If there is none, or several.
+        """
+        files = self.find(image_id)
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{self.root}: {image_id!r} may be each of {names}; keep one of them")
+        if not files or not files[0].is_file():
+            path = self.root / f"{image_id}.jpg"
+            raise UserError(f"{path}: no such picture, but a list names it; add it")
+        return files[0]
+
+
 def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]:
     """Picture names of a list, each once and without suffix; they may hold spaces.
 
     Args:
         folder: VOC2007 or the like.
         name: Of the list.
-        class_wise: Whether a list such as aeroplane_train serves, whose lines end in 1, 0 or -1;
-            the pictures with -1, without the class, are left out.
+        class_wise: Whether a list such as aeroplane_train serves, whose lines end in 1, 0 or -1,
+            those of actions after the number of an object; the pictures with -1 are left out.
 
     Raises:
-        UserError: If the list is missing or empty, or names a picture twice.
+        UserError: If the list is missing or empty, names a picture twice, or leads out of the
+            folder.
     """
-    path = list_file(folder, name)
+    path, finder = list_file(folder, name), PictureFinder(folder)
     if not path.is_file():
         raise UserError(f"{path}: no such list; lists there: {', '.join(list_names(folder)[:20])}")
     names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    pairs = [line.rsplit(maxsplit=1) for line in names]
-    is_class_wise = all(len(pair) == 2 and pair[1] in ("-1", "0", "1") for pair in pairs)
-    if names and is_class_wise and not any(find_picture(folder, line) for line in names):
-        if not class_wise:
-            raise UserError(f"{path}: line {names[0]!r} must hold one picture name alone")
-        names = [pair[0] for pair in pairs if pair[1] != "-1"]
+    for num_columns in (2, 3):
+        rows = [line.rsplit(maxsplit=num_columns - 1) for line in names]
+        if (
+            not any(map(finder.find, names))
+            and all(len(row) == num_columns and row[-1] in ("-1", "0", "1") for row in rows)
+            and all(part.isdecimal() for row in rows for part in row[1:-1])
+            and any(finder.find(row[0]) for row in rows)
+        ):
+            if not class_wise:
+                raise UserError(f"{path}: line {names[0]!r} must hold one picture name alone")
+            names = list(dict.fromkeys(row[0] for row in rows if row[-1] != "-1"))
+            break
+    names = [finder.without_suffix(line) for line in names]
     if not names:
         raise UserError(f"{path}: the list is empty; put one picture name a line, without .jpg")
+    for line in names:
+        if leads_out(line) or "\0" in line:
+            raise UserError(f"{path}: {line!r:.120} leads out of {finder.root}; give a name in it")
     twice, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: {twice!r} is listed {count} times; keep one of the lines")
     return names
 
 
-def find_picture(folder: Path, image_id: str) -> Path | None:
-    """JPEGImages/ID with any of the usual suffixes."""
-    files = (folder / "JPEGImages" / f"{image_id}{suffix}" for suffix in _SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
-
-
-def require_picture(folder: Path, image_id: str) -> Path:
-    """As `find_picture`.
-
-    Raises:
-        UserError: If there is none.
-    """
-    file = find_picture(folder, image_id)
-    if file is None:
-        path = folder / "JPEGImages" / f"{image_id}.jpg"
-        raise UserError(f"{path}: no such picture, but a list names it; add it")
-    return file
-
-
 # -- annotations ----------------------------------------------------------------------------------
 
 
 def read_picture(
-    folder: Path, image_id: str, classes: Collection[str] | None, *, tolerance_px: int = 0
+    folder: Path,
+    image_id: str,
+    classes: Collection[str] | None,
+    *,
+    finder: PictureFinder | None = None,
+    exif: str = "auto",
+    is_official: bool = False,
+    findings: Findings | None = None,
 ) -> PictureRecord:
     """Read Annotations/ID.xml and the header of the picture.
 
@@ -254,52 +338,61 @@ def read_picture(
         folder: VOC2007 or the like.
         image_id: Name without suffix.
         classes: Names that may occur; None: any.
-        tolerance_px: How far a box may reach beyond its picture. 1 is for the official sets:
-            a few of their boxes do.
+        finder: Of the pictures in `folder`.
+        exif: See `SetChoice`.
+        is_official: PASCAL's own set: nothing is clipped, so that figures compare with others'. A
+            few of its boxes reach a pixel beyond their picture.
+        findings: Repairs are counted here.
 
     Raises:
         UserError: If a file is missing or unreadable, or its content would mislead training.
     """
+    findings = Findings() if findings is None else findings
+    finder = finder or PictureFinder(folder)
     path = annotation_file(folder, image_id)
+    path = find_file(path) or find_file(path.with_name(f"{path.stem}.XML")) or path
     content, tree = _parse(path)
-    file = require_picture(folder, image_id)
-    try:
-        shape = read_shape(file)
-        width, height = shape.width, shape.height
-    except BadPicture as error:
-        raise UserError(f"{error}; replace the picture") from error
-    size = tuple(_number(path, tree, f"size/{side}") for side in ("width", "height"))
-    if size != (width, height):
-        raise UserError(
-            f"{path}: <size> says {size[0]:g} x {size[1]:g} pixels, but {file.name} has {width} x "
-            f"{height}; correct the size and the boxes"
-        )
-    objects = []
+    file = finder.require(image_id)
+    size = tuple(
+        _number(path, tree, place) if (tree.findtext(place) or "").strip() else 0.0
+        for place in ("size/width", "size/height")
+    )
+    frame = read_frame(file, (size[0], size[1]), exif, path, findings)
+    own_boxes, objects = [], []
     for number, element in enumerate(tree.findall("object"), start=1):
         where = f"{path}: object {number}"
         name = checked_class_name(element.findtext("name"), where)
         where += f" ({name})"
         if classes is not None and name not in classes:
             raise UserError(f"{where}: {unknown(f'class {name!r}', name, classes)}; see --classes")
+        if (num_boxes := len(element.findall("bndbox"))) != 1:
+            raise UserError(f"{where}: has {num_boxes} <bndbox>; give it one, an object for each")
         xmin, ymin, xmax, ymax = (_number(where, element, f"bndbox/{key}") for key in _CORNERS)
-        text = f"box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
+        where += f": box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
         if xmax < xmin or ymax < ymin:
-            raise UserError(f"{where}: {text} is empty or turned round")
-        low, over = 1 - tolerance_px, tolerance_px
-        if min(xmin, ymin) < low or xmax > width + over or ymax > height + over:
-            raise UserError(
-                f"{where}: {text} lies outside the picture of {width} x {height} pixels; clip it"
-            )
+            raise UserError(f"{where} is empty or turned round; exchange its corners")
+        own_boxes.append((xmin - 1.0, ymin - 1.0, xmax, ymax))
+        box = placed(own_boxes[-1], frame, where, findings, clips=not is_official)
         objects.append(
             ObjectRecord(
                 name,
-                (xmin - 1.0, ymin - 1.0, xmax, ymax),
+                box,
                 difficult=_flag(where, element, "difficult"),
                 truncated=_flag(where, element, "truncated"),
             )
         )
+    num_elsewhere = sum(1 for _ in tree.iter("bndbox")) - len(own_boxes)
+    if num_elsewhere > len(tree.findall("object/part/bndbox")):
+        raise UserError(f"{path}: has a <bndbox> that is in no <object> of <annotation>; move it")
+    if num_twice := len(objects) - len({(item.class_name, item.box) for item in objects}):
+        findings.repairs[TWICE] += num_twice
     digest = hashlib.sha256(content + f"{image_id}{file.stat().st_size}".encode())
-    return PictureRecord(image_id, file, width, height, tuple(objects), digest.hexdigest())
+    boxes = [item.box for item in objects]
+    if boxes != own_boxes:
+        digest.update(repr(boxes).encode())
+    return PictureRecord(
+        image_id, file, frame.width, frame.height, tuple(objects), digest.hexdigest()
+    )
 
 
 def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:
@@ -309,43 +402,57 @@ def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:
     here. Entities are refused: they can expand without bound.
     """
     try:
-        if path.stat().st_size > _MAX_XML_BYTES:
-            raise UserError(f"{path}: has more than {_MAX_XML_BYTES >> 20} MiB; no annotation has")
-        content = path.read_bytes()
+        content = read_regular(path, _MAX_XML_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: no such annotation, but a list names it; add it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    declared = _DECLARATION.match(content.removeprefix(codecs.BOM_UTF8))
-    encoding = declared[1].decode().lower() if declared else "utf-8"
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
+    text = decode_text(content, path, encoding=_encoding(path, content)).lstrip()
+    if "<!ENTITY" in text or "<!DOCTYPE" in text:
+        raise UserError(f"{path}: defines a document type or entities; write the text in full")
     try:
-        text = content.decode(_CODECS.get(encoding, encoding))
-        if "<!ENTITY" in text:
-            raise UserError(f"{path}: defines entities; write the text in full")
-        return content, ElementTree.fromstring(text)
-    except (LookupError, UnicodeError) as error:
-        reason = f"is no {encoding.upper()} text, as it says ({error})"
-        raise UserError(f"{path}: {reason}; save it as UTF-8") from None
+        tree = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise UserError(f"{path}: not readable as XML ({error}); write it again") from None
+    for element in tree.iter():  # without namespaces
+        element.tag = element.tag.rpartition("}")[2]
+    if tree.tag != "annotation":
+        raise UserError(f"{path}: holds <{tree.tag:.40}>, not VOC's <annotation>; export it as VOC")
+    return content, tree
+
+
+def _encoding(path: Path, content: bytes) -> str:
+    """The codec for what an XML file declares, without regard to byte order marks."""
+    declared = _DECLARATION.match(content.removeprefix(codecs.BOM_UTF8))
+    if declared is None:
+        return "utf-8"
+    name = declared[1].decode()
+    try:
+        codec = codecs.lookup(name).name
+    except LookupError:
+        codec = ""
+    if not _TEXT_CODEC.fullmatch(codec):
+        raise UserError(f"{path}: declares the encoding {name!r:.40}, unknown; save it as UTF-8")
+    # In UTF-16 the declaration would not have been found: programs that write UTF-8 say so, too.
+    return "utf-8" if codec.startswith(("utf-16", "utf-32")) else _CODECS.get(codec, codec)
 
 
 def _number(where: object, element: ElementTree.Element, field: str) -> float:
     text = (element.findtext(field) or "").strip()
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: <{field}> holds {text!r}; write a number")
+        raise UserError(f"{where}: <{field}> holds {text!r:.60}; write a number")
     return value
 
 
 def _flag(where: str, element: ElementTree.Element, field: str) -> bool:
-    """A mark that is 0 or 1; 0 if it is not there."""
-    text = (element.findtext(field) or "0").strip()
-    if text not in ("0", "1"):
-        raise UserError(f"{where}: <{field}> holds {text!r}; write 0 or 1")
-    return text == "1"
+    """A mark that is 0 or 1; 0 if it is not there or says nothing."""
+    text = (element.findtext(field) or "").strip().lower()
+    if text in _NOT_SAID:
+        return False
+    if text not in _FLAGS:
+        raise UserError(f"{where}: <{field}> holds {text!r:.60}; write 0 or 1")
+    return _FLAGS[text]

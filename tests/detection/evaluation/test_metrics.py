@@ -1,5 +1,6 @@
 """AP by VOC's and by COCO's metric, against computations written from their definitions."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,21 @@ def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(tmp_pat
     assert {name: row.ap for name, row in result.items()} == pytest.approx(
         dict.fromkeys(CLASSES, 100)
     )
+
+
+def test_fractional_boxes_are_not_rounded(tmp_path: Path) -> None:
+    """Small ones: rounded to whole pixels they would overlap by less than 0.95."""
+    root = make_voc(tmp_path / "set", num_train=1, num_test=12)
+    for path in (root / "VOC2007/Annotations").iterdir():
+        text = re.sub(r"<(.m..)>\d+<", r"<\1>20.6<", path.read_text())
+        path.write_text(text.replace("max>20.6", "max>26.3"))
+    voc = read_set(root)
+    box = list(voc.test.pictures[0].objects[0].box)
+    assert box == [19.6, 19.6, 26.3, 26.3]
+    detections = [(p.image_id, voc.classes.index(p.objects[0].class_name), 0.9, box)
+                  for p in voc.test.pictures]  # fmt: skip
+    for row in metric(voc, detections).values():
+        assert row.ap == pytest.approx(100)
 
 
 def test_rows_hold_what_the_report_draws(tiny: LabelledSet) -> None:

@@ -1,0 +1,183 @@
+"""What every format checks and repairs: a picture's size and orientation, and the boxes on it.
+
+Faults are collected, so that one message names several; repairs are counted, so that they are said.
+"""
+
+import contextlib
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.annotations.record import Box
+from common.errors import UserError
+from common.pictures import BadPicture, read_shape
+
+MAX_FAULTS = 10  # that one message names
+_BEYOND = 1.0  # pixels: tools that count corners from 0 or to W + 1 reach so far outside
+TURNED = "pictures annotated as they are stored: boxes turned by the EXIF orientation"
+AMBIGUOUS = (
+    "pictures whose EXIF orientation keeps their size: boxes taken as of the upright picture; "
+    "--exif stored says otherwise"
+)
+NO_SIZE = "annotations without a size: the picture's taken"
+CLIPPED = "boxes up to 1 pixel outside their picture: clipped"
+TWICE = "objects marked twice, same class and box: VOC's metric finds one of them; remove the other"
+EMPTY = "objects with an empty box: left out"
+
+
+class Findings:
+    """What is wrong with a list, and what was repaired while it was read."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.repairs: Counter[str] = Counter()
+
+    def raise_faults(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            UserError: With a line for each of up to ten faults.
+        """
+        if self.faults:
+            more = len(self.faults) - MAX_FAULTS
+            lines = [*self.faults[:MAX_FAULTS], *[f"and {more} more"] * (more > 0)]
+            raise UserError("\n".join(lines))
+
+
+def notes(findings: Iterable[Findings]) -> tuple[str, ...]:
+    """A line with a number for each kind of repair."""
+    total: Counter[str] = sum((own.repairs for own in findings), Counter())
+    return tuple(f"{number} {repair}" for repair, number in total.items())
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture as its boxes see it.
+
+    Attributes:
+        width: Of the upright picture.
+        height: Of the upright picture.
+        orientation: EXIF's number, by which boxes turn; 1: they are upright.
+    """
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    @property
+    def annotated_size(self) -> tuple[int, int]:
+        """Width and height of the picture on which the boxes were drawn."""
+        is_swapped = self.orientation >= 5
+        return (self.height, self.width) if is_swapped else (self.width, self.height)
+
+
+def read_frame(
+    file: Path, size: tuple[float, float], exif: str, where: object, findings: Findings
+) -> Frame:
+    """Compare a picture with the size that its annotation gives.
+
+    Args:
+        file: The picture; its header is read.
+        size: Width and height in the annotation; zeros: not given.
+        exif: See `SetChoice.exif`.
+        where: The annotation, for messages.
+        findings: Repairs are counted here.
+
+    Raises:
+        UserError: If the picture is none, or has another size.
+    """
+    try:
+        shape = read_shape(file)
+    except BadPicture as error:
+        raise UserError(f"{error}; replace the picture") from error
+    upright, stored = (shape.width, shape.height), shape.stored_size
+    orientation = shape.orientation
+    if not any(size):
+        findings.repairs[NO_SIZE] += 1
+    allowed = {upright, stored} if exif == "auto" else {stored}
+    if any(size) and size not in allowed:
+        real = " or ".join(f"{width} x {height}" for width, height in sorted(allowed))
+        turned = f" (EXIF orientation {orientation})" if orientation > 1 else ""
+        raise UserError(
+            f"{where}: its size says {size[0]:g} x {size[1]:g} pixels, but {file.name} has {real}"
+            f"{turned}; correct the size and the boxes"
+        )
+    if orientation == 1:
+        return Frame(*upright)
+    if exif == "stored" or (any(size) and size != upright):
+        findings.repairs[TURNED] += 1
+        return Frame(*upright, orientation)
+    if not any(size) or upright == stored:
+        findings.repairs[AMBIGUOUS] += 1
+    return Frame(*upright)
+
+
+def placed(box: Box, frame: Frame, where: str, findings: Findings, *, clips: bool = True) -> Box:
+    """A box on the upright picture, inside it.
+
+    Args:
+        box: (x0, y0, x1, y1) in continuous pixel coordinates of the annotation, finite.
+        frame: The picture.
+        where: Picture and object, for messages.
+        findings: Repairs are counted here.
+        clips: Whether what lies outside is cut off.
+
+    Raises:
+        UserError: If it reaches more than a pixel outside, or is empty.
+    """
+    width, height = frame.annotated_size
+    x0, y0, x1, y1 = box
+    over = max(-x0, -y0, x1 - width, y1 - height)
+    clipped = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    if over > _BEYOND or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        raise UserError(f"{where} lies outside the picture of {width} x {height} pixels; clip it")
+    if over > 0 and clips:
+        findings.repairs[CLIPPED] += 1
+        box = clipped
+    return turned(box, frame)
+
+
+def turned(box: Box, frame: Frame) -> Box:
+    """A box of the stored picture on the upright one (EXIF 2.3, tag Orientation)."""
+    x0, y0, x1, y1 = box
+    width, height = frame.width, frame.height  # upright; 5 to 8 swap the axes
+    across, down = (width - x1, width - x0), (height - y1, height - y0)
+    if frame.orientation >= 5:
+        across, down = (width - y1, width - y0), (height - x1, height - x0)
+    left, right = (x0, x1) if frame.orientation < 5 else (y0, y1)
+    top, bottom = (y0, y1) if frame.orientation < 5 else (x0, x1)
+    if frame.orientation in (2, 3, 6, 7):
+        left, right = across
+    if frame.orientation in (3, 4, 7, 8):
+        top, bottom = down
+    return left, top, right, bottom
+
+
+def find_file(path: Path) -> Path | None:
+    """A file, also if its name has accents composed otherwise (NFC, NFD); None if there is none."""
+    for form in (None, "NFC", "NFD"):
+        name = path.name if form is None else unicodedata.normalize(form, path.name)
+        with contextlib.suppress(OSError, ValueError):  # too long, holds a zero byte
+            if path.with_name(name).is_file():
+                return path.with_name(name)
+    return None
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name of a list or an annotation is no path below a folder."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or not path.parts
+
+
+def number(value: Any) -> float:
+    """A JSON number as float; NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
