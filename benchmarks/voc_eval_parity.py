@@ -34,7 +34,15 @@ from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks import harness
-from common.annotations.record import ObjectRecord, PictureRecord, coco_content, write_annotations
+from common.annotations.record import (
+    ObjectRecord,
+    PictureRecord,
+    annotation_file,
+    annotation_xml,
+    coco_content,
+    make_folders,
+    write_list,
+)
 
 TOLERANCE = 1e-6
 VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -289,7 +297,12 @@ def detectron2_lines(data: DetectionSet, folder: Path) -> dict[int, list[str]]:
     The annotations are written into the folder, which is empty.
     """
     parse_rec.cache_clear()  # it keeps every annotation that it has read
-    write_annotations(folder, "test", picture_records(data))
+    make_folders(folder)
+    pictures = picture_records(data)
+    for item in pictures:
+        xml = annotation_xml(item.file.name, item.width, item.height, item.objects)
+        annotation_file(folder, item.image_id).write_bytes(xml)
+    write_list(folder, "test", [item.image_id for item in pictures])
     dataset = f"stock-{uuid.uuid4()}"
     names = [f"class{label}" for label in range(data.num_classes)]
     metadata = {"thing_classes": names, "dirname": str(folder)}

@@ -133,6 +133,8 @@ def check(
                 else:
                     kept[key] = answer
     facts = {stage: dict(kept[key]) for stage, key in keys.items() if key in kept}
+    for note in dict.fromkeys(note for told in facts.values() for note in told.get("notes", ())):
+        print(note)
     # The pool is generated, or packed from the user's pictures.
     pools = [told.get("num_pool", told.get("num_pictures")) for name, told in facts.items()
              if name in ("data", "shards")]  # fmt: skip

@@ -103,7 +103,7 @@ def read_frame(
         real = " or ".join(f"{width} x {height}" for width, height in sorted(allowed))
         turned = f" (EXIF orientation {orientation})" if orientation > 1 else ""
         raise UserError(
-            f"{where}: its size says {size[0]:g} x {size[1]:g} pixels, but {file.name} has {real}"
+            f"{where}: its size is {size[0]:g} x {size[1]:g} pixels, but {file.name} has {real}"
             f"{turned}; correct the size and the boxes"
         )
     if orientation == 1:

@@ -308,18 +308,6 @@ def write_list(folder: Path, name: str, image_ids: Sequence[str]) -> None:
     list_file(folder, name).write_text(text, encoding="utf-8")
 
 
-def write_annotations(folder: Path, list_name: str, pictures: Sequence[PictureRecord]) -> None:
-    """Write a VOC folder without pictures: Annotations/0.xml, 1.xml, .. and their list.
-
-    The pictures are named by their place, since VOC's evaluator takes no name with a space.
-    """
-    make_folders(folder)
-    for number, picture in enumerate(pictures):
-        xml = annotation_xml(picture.file.name, picture.width, picture.height, picture.objects)
-        annotation_file(folder, str(number)).write_bytes(xml)
-    write_list(folder, list_name, [str(number) for number in range(len(pictures))])
-
-
 def coco_content(pictures: Sequence[PictureRecord], classes: Sequence[str]) -> dict[str, Any]:
     """Ground truth as COCO's JSON holds it: boxes not rounded, ignored objects as crowds.
 

@@ -355,13 +355,13 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
     Raises:
         UserError: For wrong input.
     """
-    num_train, num_test, notes = None, None, ()
+    num_train, num_test, notes = None, None, []
     if has_data:
         arm = prepare(settings)
         cfg = arm.cfg
         _open_pictures(arm.data)
         num_train, num_test = arm.data.num_train, len(arm.data.test.pictures)
-        notes = arm.data.notes
+        notes = [f"{arm.data.root}: {note}" for note in arm.data.notes]
     else:
         cfg = load_config(settings.config, settings.overrides, num_gpus=settings.num_gpus or 1)
         check_device(cfg)

@@ -151,8 +151,8 @@ def read_instances(
             if file in ids_of:
                 raise UserError(f"{where}: names {file.name}, as {ids_of[file]!r} does; keep one")
             ids_of[file] = row["id"]
-            size = [0.0 if row.get(k) is None else number(row[k]) for k in ("width", "height")]
-            frame = read_frame(file, (size[0], size[1]), exif, where, findings)
+            width, height = (number(row.get(side) or 0) for side in ("width", "height"))
+            frame = read_frame(file, (width, height), exif, where, findings)
             pictures[row["id"]] = (file, frame)
         except UserError as error:
             findings.faults.append(str(error))

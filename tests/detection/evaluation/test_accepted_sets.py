@@ -1,6 +1,10 @@
-"""Sets as tools write them, through reader, loader and evaluator: a detector that sees the coloured
-rectangles reaches AP 100 if boxes, classes and pixels agree."""
+"""Sets as tools write them, through reader, loader, evaluator and page.
 
+A detector that sees the coloured rectangles reaches AP 100 if boxes, classes and pixels agree.
+"""
+
+import base64
+import io
 import json
 import unicodedata
 from collections.abc import Callable
@@ -20,6 +24,7 @@ from detection.evaluation.evaluate import Evaluation, evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from pipeline.datasets.importers import open_source
+from pipeline.report.report import embed
 from tests.detection.tiny_detection import CONFIGS
 
 CLASSES = ("cat", "dog")  # red, blue
@@ -385,6 +390,13 @@ def test_boxes_turn_with_their_picture(
         assert row["ground_truth"][0]["box"] == list(turned(box_of(number), orientation))
         size = SIZE[::-1] if orientation >= 5 else SIZE
         assert (row["width"], row["height"]) == size
+        uri = embed(data.root / row["file_name"], 480)
+        assert uri is not None
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), int)
+        x0, y0, x1, y1 = map(int, row["ground_truth"][0]["box"])
+        inside = drawn[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3]
+        assert drawn.shape == (*size[::-1], 3)
+        assert (abs(inside[..., 0] - inside[..., 2]) > 150).all()
 
 
 def test_square_pictures_and_sizes_of_neither(tmp_path: Path) -> None:

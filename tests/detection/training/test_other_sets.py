@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
+from tests.detection.tiny_detection import CLASSES, CONFIGS, make_coco, make_voc
 from tools.train_voc import main
 
 
@@ -108,6 +108,23 @@ def test_damaged_results_are_made_again_or_named(
         assert evaluate("data") == 2
         assert "seed-1/result.json: is damaged; train it first" in capsys.readouterr().err
         result.write_bytes(whole)
+
+
+def test_a_coco_folder(place: Path, evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of other files' names, and with annotations that are wrong: told before any work."""
+    root = make_coco(place / "coco")
+    file = (root / "annotations/instances_val2017.json").rename(root / "annotations/holiday.json")
+    (root / "val2017").rename(root / "holiday")
+    assert evaluate("coco", "--seeds", "0", "--eval-split", "holiday") == 0
+    row = read(place / "run/seed-0/eval-on-coco-holiday.json")
+    assert (row["metric_year"], row["num_test_images"]) == (None, 5)
+    content = read(file)
+    for annotation in content["annotations"][:3]:
+        annotation["bbox"][2] = -1
+    file.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert evaluate("coco", "--seeds", "0", "--eval-split", "holiday") == 2
+    assert capsys.readouterr().err.count("give x, y, width >= 0, height >= 0") == 3
 
 
 def rename_class(root: Path, old: str, new: str) -> None:
