@@ -1,4 +1,4 @@
-"""Damage for any kind of file: bytes, trees of JSON or YAML, text, and what stands in its place."""
+"""Damage for any kind of file: bytes, text, a value of its tree, what stands in its place."""
 
 import copy
 import gzip
@@ -6,186 +6,131 @@ import io
 import json
 import lzma
 import os
-import zipfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 OUTSIDE = "outside"  # a folder beside the input that must stay empty
-NUMBERS = (0, -1, 1, 2, 255, 65536, 2**31 - 1, 2**31, 2**32 + 1, 2**63, -(2**63), 10**30, 10**400)
-FLOATS = (0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"))
-
-
-def deep(levels: int) -> Any:
-    """Lists within lists."""
-    value: Any = 1
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-def text(rng: Random) -> str:
-    """A string that a careless program stumbles over."""
-    return rng.choice((
-        "", " ", "x\0y", "\ud800", "a\nb", "\ufeffa", "é", "猫", "１２", "1_000", "nan", "1e999", "-5",
-        "%s{}$(id)", f"../{OUTSIDE}/x", f"../../{OUTSIDE}/x", "/dev/zero", "/", ".", "..", "~",
-        "x" * 300, "A" * 200_000, "[" * 5000, "true", "null", "\u202ex", "<b>&amp;", "s3://x/y",
-    ))  # fmt: skip
+_DEEP: Any = [1]
+for _ in range(60):
+    _DEEP = [_DEEP]
+VALUES = (
+    0, -1, 1, 255, 65536, 2**31 - 1, 2**31, 2**32 + 1, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0,
+    1e-320, 1e308, float("nan"), float("inf"), float("-inf"), None, True, [], {}, {"": 1}, _DEEP,
+)  # fmt: skip
+TEXTS = (
+    "", " ", "x\0y", "\ud800", "a\nb", "\ufeffa", "é", "猫", "１２", "1_000", "nan", "1e999", "-5",
+    "~", "%s{}$(id)", f"../{OUTSIDE}/x", f"../../{OUTSIDE}/x", "/dev/zero", "/", ".", "..",
+    "x" * 300, "A" * 200_000, "[" * 5000, "true", "null", "\u202ex", "<b>&amp;", "s3://x/y",
+)  # fmt: skip
+LINES = ("[" * 100_000, "{" * 50_000, '{"a":' * 30_000, "-" * 10**6, *TEXTS[:9])
+CODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "gb18030")
+_JPEG = io.BytesIO()
+Image.new("RGB", (8, 8)).save(_JPEG, "JPEG")
+OTHERS = {
+    "jpeg": _JPEG.getvalue(), "gzip": gzip.compress(bytes(999)), "xz": lzma.compress(bytes(999)),
+    "json": b"[1, {}]", "text": b"hello\n", "pickle": b"\x80\x02K\x01.",
+    "zip": b"PK\5\6" + bytes(18),
+}  # fmt: skip
 
 
 def hostile(rng: Random) -> Any:
-    """A value of any type."""
-    return rng.choice((
-        lambda: rng.choice(NUMBERS), lambda: rng.choice(FLOATS), lambda: text(rng),
-        lambda: rng.choice((None, True, False, [], {}, [None], {"": 1}, [[]], deep(60))),
-    ))()  # fmt: skip
+    """A value that a careless program stumbles over."""
+    return rng.choice(rng.choice((VALUES, TEXTS)))
 
 
-def shown(value: Any) -> str:
-    """A value in a report."""
-    try:
-        return repr(value)[:60]
-    except (ValueError, RecursionError):
-        return type(value).__name__
-
-
-def damage(data: bytes, rng: Random) -> tuple[bytes, str]:
-    """Bytes changed without a look at what they mean."""
-    size, at = len(data), rng.randrange(len(data) + 1)
-    length = rng.choice((1, 2, 8, 64, 512, max(1, size // 3)))
-    how = rng.randrange(9)
-    if how <= 1 and size:
-        found = bytearray(data)
-        for _ in range(rng.choice((1, 1, 1, 3, 20))):
-            found[rng.randrange(size)] ^= 1 << rng.randrange(8)
-        return bytes(found), "bits flipped"
-    if how == 2:
-        return data[:at], f"cut at {at} of {size}"
-    if how == 3:
-        return data[:at] + bytes(length) + data[at + length :], f"{length} zeros at {at}"
-    if how == 4:
-        return data[:at] + data[at + length :], f"{length} bytes taken out at {at}"
-    if how == 5:
-        return data[:at] + data[at : at + length] + data[at:], f"{length} bytes doubled at {at}"
-    if how == 6:
-        return data[:at] + rng.randbytes(length) + data[at:], f"{length} bytes put in at {at}"
-    if how == 7:
-        number = rng.choice(
-            (b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\x80", b"\0" * 4, b"\xff\xfe")
-        )
-        return data[:at] + number + data[at + len(number) :], f"{number.hex()} at {at}"
-    return data + rng.randbytes(length), f"{length} bytes at the end"
-
-
-def other_file(rng: Random) -> tuple[bytes, str]:
-    """Content of another kind."""
-    stream = io.BytesIO()
-    kind = rng.choice(("jpeg", "zip", "gzip", "xz", "npy", "json", "text", "pickle"))
-    if kind == "jpeg":
-        Image.new("RGB", (8, 8)).save(stream, "JPEG")
-    elif kind == "zip":
-        with zipfile.ZipFile(stream, "w") as archive:
-            archive.writestr("a", "b")
-    elif kind == "npy":
-        np.save(stream, np.zeros(3))
-    by_kind = {"gzip": gzip.compress(bytes(1000)), "xz": lzma.compress(bytes(1000)),
-               "json": b"[1, {}]", "text": b"hello\n", "pickle": b"\x80\x02K\x01."}  # fmt: skip
-    return by_kind.get(kind, stream.getvalue()), kind
+def damage(path: Path, rng: Random) -> str:
+    """Change a file's bytes without a look at what they mean; returns what was done."""
+    data = path.read_bytes()
+    at, length = rng.randrange(len(data)), rng.choice((1, 2, 8, 64, 512, len(data) // 3))
+    head, piece, tail = data[:at], data[at : at + length], data[at + length :]
+    number = rng.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\x80", bytes(4), b"\xff\xfe"))
+    changed = {
+        "cut": head, "zeros": head + bytes(len(piece)) + tail, "taken out": head + tail,
+        "doubled": head + piece + piece + tail, "put in": head + rng.randbytes(length) + data[at:],
+        "number": head + number + data[at + len(number) :], "added": data + rng.randbytes(length),
+    }  # fmt: skip
+    how = rng.choice((*changed, "bits", "bits"))
+    flipped = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 3, 20))):
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(changed.get(how, flipped))
+    return f"{how} at {at} of {len(data)}, length {length}"
 
 
 def replace(path: Path, rng: Random) -> str:
-    """Something else at a file's place; a power loss leaves files empty or full of zeros."""
-    size = path.stat().st_size
-    how = rng.choice(("empty", "zeros", "fifo", "folder", "/dev/zero", "loop", "nowhere", "other"))
+    """Put something else at a file's place; a loss of power leaves it empty or full of zeros."""
+    data, links = path.read_bytes(), {"loop": path.name, "nowhere": "no/file", "zero": "/dev/zero"}
+    how = rng.choice(("empty", "zeros", "cut", "fifo", "folder", "other", *links))
     path.unlink()
-    if how in ("empty", "zeros"):
-        path.write_bytes(bytes(size) if how == "zeros" else b"")
-    elif how == "fifo":
+    if how == "fifo":
         os.mkfifo(path)
     elif how == "folder":
         path.mkdir()
-    elif how == "other":
-        content, how = other_file(rng)
-        path.write_bytes(content)
+    elif how in links:
+        path.symlink_to(links[how])
     else:
-        path.symlink_to({"loop": path.name, "nowhere": "no/such/file"}.get(how, how))
+        contents = {
+            "empty": b"",
+            "zeros": bytes(len(data)),
+            "cut": data[: rng.randrange(len(data))],
+        }
+        how = rng.choice(list(OTHERS)) if how == "other" else how
+        path.write_bytes({**OTHERS, **contents}[how])
     return f"{how} in its place"
 
 
-def nodes(tree: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a tree."""
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    found = []
-    for key, value in list(pairs):
-        found.append((tree, key))
-        if isinstance(value, dict | list):
-            found += nodes(value)
-    return found
-
-
 def change_tree(tree: Any, rng: Random) -> str:
-    """One value of a tree of dicts and lists, changed in place."""
+    """Change one value of a tree of dicts and lists, in place."""
+
+    def nodes(container: Any) -> list[tuple[Any, Any]]:
+        pairs = list(container.items() if isinstance(container, dict) else enumerate(container))
+        inner = [node for _, v in pairs if isinstance(v, dict | list) for node in nodes(v)]
+        return [(container, key) for key, _ in pairs] + inner
+
     container, key = rng.choice(nodes(tree))
+    value, other = container[key], rng.choice(nodes(tree))
     how = rng.choice(("set", "set", "set", "remove", "double", "rename", "nest", "swap", "text"))
     if how == "remove":
         del container[key]
     elif how == "double" and isinstance(container, list):
-        container.insert(key, copy.deepcopy(container[key]))
+        container.insert(key, copy.deepcopy(value))
     elif how == "rename" and isinstance(container, dict):
-        container[text(rng)] = container.pop(key)
-    elif how == "nest":
-        container[key] = [container[key]]
-    elif how == "swap":
-        other, name = rng.choice(nodes(tree))
-        container[key] = copy.deepcopy(other[name])
-    elif how == "text":
-        container[key] = str(container[key])
+        container[rng.choice(TEXTS)] = container.pop(key)
     else:
-        container[key] = hostile(rng)
-        return f"{key!s:.40} = {shown(container[key])}"
-    return f"{how} {key!s:.40}"
+        new = {"nest": [value], "text": str(value), "swap": copy.deepcopy(other[0][other[1]])}
+        container[key] = new[how] if how in new else hostile(rng)
+        how = f"{how}: {container[key]!r:.60}"
+    return f"{key!s:.40} {how}"
 
 
-def change_text(content: str, rng: Random) -> tuple[bytes, str]:
-    """Another spelling of a text, or a piece of it where it does not belong."""
-    coded = {"bom": "utf-8-sig", "utf-16": "utf-16", "utf-16-le": "utf-16-le", "latin": "latin-1",
-             "gb18030": "gb18030", "utf-32": "utf-32"}  # fmt: skip
-    how = rng.choice((*coded, "crlf", "lines", "line", "cut", "bombs"))
-    if how in coded:
-        return content.encode(coded[how], "replace"), how
-    if how == "crlf":
-        return content.replace("\n", "\r\n").encode(), how
+def change_text(path: Path, rng: Random) -> str:
+    """Write a text in another encoding, or lines where they do not belong."""
+    content, how = path.read_text(encoding="utf-8"), rng.choice((*CODINGS, "crlf", "twice", "line"))
     lines = content.split("\n")
     at = rng.randrange(len(lines))
-    if how == "lines":
-        lines.insert(at, rng.choice(lines))
-    elif how == "line":
-        lines[at] = text(rng)
-    elif how == "cut":
-        return content[: rng.randrange(len(content) + 1)].encode(errors="surrogatepass"), how
-    else:
-        lines.insert(at, rng.choice(("[" * 100_000, "{" * 50_000, '{"a":' * 30_000, "-" * 10**6)))
-    return "\n".join(lines).encode(errors="surrogatepass"), f"{how} at line {at + 1}"
+    if how in ("twice", "line"):
+        lines.insert(at, rng.choice(lines if how == "twice" else LINES))
+        path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+        return f"{how} at line {at + 1}: {lines[at]:.30}"
+    content = content.replace("\n", "\r\n") if how == "crlf" else content
+    path.write_bytes(content.encode("utf-8" if how == "crlf" else how, "replace"))
+    return how
 
 
 def change_json(path: Path, rng: Random) -> str:
-    """A JSON file with a value, its text or its bytes changed, or a key given twice."""
-    content = path.read_bytes()
+    """Change a value, the text or the bytes of a JSON file, or give a key twice."""
     how = rng.randrange(8)
-    if how == 0:
-        changed, what = damage(content, rng)
-    elif how == 1:
-        changed, what = change_text(content.decode(), rng)
-    elif how == 2:
-        key = rng.choice([str(k) for _, k in nodes(json.loads(content))])
-        twice = f"{{{json.dumps(key)}: {json.dumps(hostile(rng))}, "
-        changed, what = content.replace(b"{", twice.encode(), 1), f"{key} twice"
-    else:
-        tree = json.loads(content)
-        what = change_tree(tree, rng)
-        changed = json.dumps(tree).encode()
-    path.write_bytes(changed)
+    if how <= 1:
+        return (damage, change_text)[how](path, rng)
+    content = path.read_text()
+    tree = json.loads(content)
+    if how == 2 and isinstance(tree, dict):
+        key = rng.choice(list(tree))
+        path.write_text(f"{{{json.dumps(key)}: {json.dumps(hostile(rng))}, {content[1:]}")
+        return f"{key} twice"
+    what = change_tree(tree, rng)
+    path.write_text(json.dumps(tree))
     return what

@@ -8,6 +8,7 @@ independent reader finds nothing lost; and it writes nothing outside its own fol
 """
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from common.errors import UserError, run_command
 from tests.fuzz.kinds import KINDS, Kind
 from tests.fuzz.mutate import OUTSIDE
 
-MAX_SECONDS, MAX_CPU_SECONDS = 20.0, 6.0  # of the wall: the machine may be busy
+MAX_SECONDS, MAX_CPU_SECONDS = 12.0, 6.0  # of the wall: the machine may be busy
 MAX_BYTES, KILLED_ABOVE = 2 << 30, 3 << 30  # resident, with all libraries
 COMMAND_SHARE = 0.12  # of the cases, through a whole command line
 OUTCOMES = (
@@ -66,7 +67,8 @@ def case(kind: Kind, number: int, seed: int, folder: Path) -> dict[str, Any]:
 
     def work() -> int:
         if result["command"] is not None:
-            return kind.run(result["command"])
+            program, *words = result["command"]
+            return importlib.import_module(program).main(words)
         faults.extend(kind.read(given))
         return 0
 
@@ -171,6 +173,8 @@ def run(
                     del running[process]
                     result = finish(folder, status, usage, killed)
                     found.append({"kind": kind.name, "number": number, **result})
+                    if line := fault(found[-1]):
+                        print(line, flush=True)
                     if keep is None:
                         shutil.rmtree(folder, ignore_errors=True)
     return found
@@ -188,11 +192,12 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def failures(found: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each case that went wrong, with what reproduces it."""
-    return [f"{row['kind']} {row['number']}: {row['outcome']}: [{row['what']}]"
-            f"{' by command' if row.get('command') else ''} {row['detail']}"
-            for row in found if row["outcome"] not in ("refused", "accepted")]  # fmt: skip
+def fault(row: dict[str, Any]) -> str:
+    """A line about a case that went wrong, with what reproduces it; empty for one that did not."""
+    if row["outcome"] in ("refused", "accepted"):
+        return ""
+    how = " by command" * bool(row.get("command"))
+    return f"{row['kind']} {row['number']}: {row['outcome']}{how}: [{row['what']}] {row['detail']}"
 
 
 def main() -> int:
@@ -215,12 +220,10 @@ def main() -> int:
     found = run(names, numbers, options.seed, jobs=options.jobs, keep=keep)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
-    print(table(found), f"{len(found)} cases in {time.monotonic() - started:.0f} s", sep="\n")
-    bad = failures(found)
-    print("\n".join(bad))
     if options.only:
         print("\n".join(f"{row['what']} -> {row['outcome']}: {row['detail']}" for row in found))
-    return int(bool(bad))
+    print(table(found), f"{len(found)} cases in {time.monotonic() - started:.0f} s", sep="\n")
+    return int(any(map(fault, found)))
 
 
 if __name__ == "__main__":
