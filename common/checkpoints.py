@@ -42,7 +42,7 @@ _TYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 # Bounds that no checkpoint of a network comes near.
-MAX_OPCODES = 2_000_000  # of a pickle; each may take some 300 bytes of memory
+MAX_OPCODES = 1_000_000  # of a pickle; each may take some 300 bytes of memory
 MAX_UNKNOWN_NAMES = 2000  # classes; each takes some 2 KB
 MAX_RARE_KEYS = 1000  # keys of tables whose hashes a file could choose to be the same
 MAX_DEPTH = 100  # of tables in tables
@@ -99,7 +99,7 @@ class _Dtype:
         """Take the byte order; any other state is refused."""
         size = (-1, self.value.itemsize)
         match state:
-            case (3, "<" | ">" | "|" | "=" as order, None, None, None, int(length), int(), int()):
+            case (3, "<" | ">" | "|" | "=" as order, None, None, None, int(length), int(), 0 | 8):
                 if length in size:
                     self.value = self.value.newbyteorder(order)
                     return
@@ -585,6 +585,8 @@ def _read_zip(file: IO[bytes], num_bytes: int, path: Path) -> Any:
             raise _refuse("records that lie over each other, or have one name")
 
         def read_record(name: str) -> Tensor:
+            if folder + name not in records:
+                raise _refuse(f"no record {name!r:.80}")
             info = records[folder + name]
             data = torch.empty(info.file_size, dtype=torch.uint8)
             view, place = data.numpy(), 0
@@ -816,6 +818,6 @@ def check_finite(state: Mapping[str, Any], path: Path | str) -> None:
         tensor = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
         if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"{path}: {name} holds NaN or infinity: the training diverged, or the file is damaged; "
-                "take an older checkpoint"
+                f"{path}: {name} holds NaN or infinity: the training diverged, or the file is "
+                "damaged; take an older checkpoint"
             )
