@@ -267,8 +267,11 @@ def to_torchvision(state: Mapping[str, Any], layout: str, branch: str, place: st
             raise UserError("--branch ema: a detectron2 checkpoint holds one network; leave it out")
         return _from_detectron2(state)
     kind, mapped = _LAYOUTS[layout], Mapped({}, {}, {})
-    found = [prefix for prefix in backbone_prefixes(state) if layout in _layouts_of(prefix)]
+    found = backbone_prefixes(state)
     own = [prefix for prefix in found if is_average(place + prefix) == (branch == "ema")]
+    in_layout = [prefix for prefix in found if layout in _layouts_of(prefix)]
+    # The other branch may have a name that no layout has, as PixPro's "encoder_k" beside "encoder".
+    own = [prefix for prefix in own if prefix in in_layout] or (own if in_layout else [])
     if not own:
         usual = (kind.ema if branch == "ema" else ()) or kind.online
         names = " or ".join(repr(prefix) for prefix in usual)

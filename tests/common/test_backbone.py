@@ -117,6 +117,97 @@ def test_timm_training_checkpoint_and_its_average(tmp_path: Path) -> None:
         read_backbone(save(checkpoint | {"arch": "resnetblur50"}, path))
 
 
+def prefixed(prefix: str, seed: int = 0) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in torchvision_state(seed=seed).items()}
+
+
+def numbered(prefix: str, seed: int = 0) -> dict[str, Tensor]:
+    """Children of an nn.Sequential."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    parts = ((*n.partition("."), value) for n, value in torchvision_state(seed=seed).items())
+    return {f"{prefix}{numbers[first]}.{rest}": value for first, _, rest, value in parts}
+
+
+def heads(*names: str) -> dict[str, Tensor]:
+    return {name: torch.ones(2, 2) for name in names}
+
+
+# Layout, whether there is a moving average (of seed 5), and the checkpoint.
+WRAPPED: dict[str, tuple[str, bool, Any]] = {
+    "compiled in DDP": ("torchvision", False, {"state_dict": prefixed("module._orig_mod.")}),
+    "DDP in DDP": ("torchvision", False, {"model": prefixed("module.module.")}),
+    "DDP in MoCo": ("moco", True, {
+        "state_dict": prefixed("module.encoder_q.module.") | prefixed("encoder_k._orig_mod.", 5)
+        | heads("module.queue", "module.encoder_q.fc.0.weight")}),
+    "SupContrast": ("solo-learn", False, {"model": prefixed("encoder.module.") | heads("head.w")}),
+    "Lightning": ("torchvision", False, {
+        "state_dict": prefixed("model.") | heads("model.fc.weight"), "loops": {"epoch": {0: 1}}}),
+    "MoCo in Lightning": ("moco", True, {
+        "state_dict": prefixed("model.encoder_q.") | prefixed("model.encoder_k.", 5)}),
+    "DINO": ("solo-learn", True, {
+        "student": prefixed("module.backbone.") | heads("module.head.mlp.0.weight"),
+        "teacher": prefixed("backbone.", 5) | heads("head.mlp.0.weight"),
+        "optimizer": {"state": prefixed("")}, "dino_loss": heads("center")}),
+    "DINO in Lightning": ("solo-learn", True, {
+        "state_dict": prefixed("student.backbone.") | prefixed("teacher.backbone.", 5)}),
+    "VISSL": ("torchvision", False, {"phase": 1, "classy_state_dict": {
+        "base_model": {"model": {"trunk": prefixed("base_model._feature_blocks."),
+                                 "heads": heads("0.clf.0.weight")}, "meters": {}},
+        "loss": prefixed("moco_encoder.trunk._feature_blocks.", 5)}}),
+    "SwAV": ("torchvision", False, prefixed("module.") | heads(
+        "module.projection_head.0.weight", "module.prototypes.weight")),
+    "Barlow Twins": ("solo-learn", False, {"model": prefixed("module.backbone.") | heads(
+        "module.projector.0.weight", "module.bn.running_mean")}),
+    "lightly": ("lightly", True, {
+        "state_dict": numbered("backbone.") | numbered("backbone_momentum.", 5)}),
+    "lightly's collection": ("lightly", True, {
+        "state_dict": numbered("resnet_moco.backbone.")
+        | numbered("resnet_moco.momentum_backbone.", 5)}),
+    "children alone": ("lightly", False, numbered("")),
+    "DenseCL": ("moco", True, {
+        "state_dict": prefixed("encoder_q.0.") | prefixed("encoder_k.0.", 5)
+        | heads("queue2", "encoder_q.1.mlp2.0.weight", "encoder_k.1.mlp.0.weight")}),
+    "OpenSelfSup": ("solo-learn", True, {  # the backbone has two names
+        "state_dict": prefixed("backbone.") | prefixed("online_net.0.")
+        | prefixed("target_net.0.", 5)}),
+    "PixPro": ("solo-learn", True, {
+        "model": prefixed("module.encoder.") | prefixed("module.encoder_k.", 5)}),
+    "timm's average": ("torchvision", True, {
+        "model": prefixed(""), "ema": {"module": prefixed("", 5)}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_backbone_is_found_in_any_wrapping(case: str, tmp_path: Path) -> None:
+    layout, has_average, checkpoint = WRAPPED[case]
+    path = save(checkpoint, tmp_path / "a.pth")
+    for branch, seed in (("online", 0), ("ema", 5)):
+        if branch == "ema" and not has_average:
+            with pytest.raises(UserError, match="--branch"):
+                read_backbone(path, branch=branch)
+            continue
+        source = read_backbone(path, branch=branch)
+        assert source.layout == layout
+        expected = torchvision_state(seed=seed)
+        assert all(torch.equal(value, expected[name]) for name, value in source.tensors.items())
+        assert all(torch.equal(value, expected[name]) for name, value in source.counters.items())
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "reason"),
+    [
+        (torch.nn.Linear(2, 2), "holds a whole object, a torch.nn.*Linear.*model.state_dict"),
+        ({"model": torch.nn.Linear(2, 2)}, "'model' is a whole object.*model.state_dict"),
+        (prefixed("rgb.") | prefixed("depth.", 5), "two backbones that differ, 'rgb.' and 'depth"),
+        ({"a": prefixed(""), "b": prefixed("")}, "networks under 'a.' and 'b.'"),
+        ({"teacher": prefixed("")}, r"backbones found: 'teacher.'.*--branch"),
+    ],
+)
+def test_what_holds_no_one_backbone(checkpoint: Any, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"a\.pth: .*{reason}"):
+        read_backbone(save(checkpoint, tmp_path / "a.pth"))
+
+
 def with_nan(state: dict[str, Any]) -> None:
     state["layer2.0.bn1.bias"] = torch.full_like(state["layer2.0.bn1.bias"], float("nan"))
 
