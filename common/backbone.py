@@ -42,6 +42,7 @@ _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # something else: pooling against aliasing has no weights. Other kinds have tensors of their own.
 _SAME_TENSORS = re.compile(r"^(se)?resnet(aa|blur)\d+")
 _PARTS = ("net", "network", "backbone", "encoder", "ema", "student", "teacher")
+_FORM_ERRORS = (AttributeError, KeyError, TypeError, ValueError, ArithmeticError)
 _COPY_AGAIN = "copy the checkpoint again, or take an older one"
 
 
@@ -80,7 +81,8 @@ def parse_preprocessing(text: str) -> Preprocessing:
 
 
 def _checked(mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or max(*mean, *std) > 1 or min(mean) < 0:
+    is_plain = all(0 <= x <= 1 for x in mean) and all(0 < x <= 1 for x in std)
+    if len(mean) != 3 or len(std) != 3 or not is_plain:
         raise UserError(
             f"mean {mean} / std {std}: give three numbers each, for pixels in [0, 1], std above 0"
         )
@@ -265,7 +267,7 @@ def _network(
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         kind = "nothing" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise UserError(f"holds {kind}, not a state_dict; {_COPY_AGAIN}")
-    is_ours = checkpoint.get("format") == checkpoints.FORMAT
+    is_ours = checkpoints.is_ours(checkpoint)
     if layout != "auto" and is_ours != (layout == "ours"):
         stated = checkpoint.get("format")
         stated = repr(stated[:40]) if isinstance(stated, str) else "missing"
@@ -487,7 +489,7 @@ def _pixels(stated: Any, card_format: str = "") -> Preprocessing:
     try:
         mean, std = (tuple(map(float, stated[key])) for key in names[:2])
         order = str(stated.get(names[2], "RGB")).upper()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (*_FORM_ERRORS, RuntimeError) as error:
         raise UserError(f"preprocessing {stated!r:.120}: no mean and std ({error!r})") from error
     if order != "RGB":
         raise UserError(f"preprocessing order {order!r}: only RGB networks are read")

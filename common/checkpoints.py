@@ -117,7 +117,9 @@ def _as_bytes(data: object) -> bytes:
 
 def _whole_numbers(values: object) -> tuple[int, ...]:
     """A shape, or strides."""
-    sizes = tuple(values) if isinstance(values, tuple | list) and len(values) <= 32 else (None,)
+    sizes: tuple[Any, ...] = (None,)
+    if isinstance(values, tuple | list) and len(values) <= 32:
+        sizes = tuple(values)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes):
         raise _refuse("a shape that is no few whole numbers")
     return sizes
@@ -747,9 +749,15 @@ def read(path: Path | str) -> Any:
             f"{path}: holds a whole object, a {content.qualified_name}, which only its own "
             "program can build; save its weights there: torch.save(model.state_dict(), PATH)"
         )
-    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+    if is_ours(content):
         check_sum(content, path)
     return content
+
+
+def is_ours(content: Any) -> bool:
+    """Whether this is a checkpoint of `pretrain`."""
+    stated = content.get("format") if isinstance(content, Mapping) else None
+    return isinstance(stated, str) and stated == FORMAT
 
 
 def check_sum(state: Mapping[str, Any], path: Path) -> None:
@@ -758,7 +766,7 @@ def check_sum(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: If they differ.
     """
-    if "checksum" in state and state["checksum"] != checksum(state):
+    if "checksum" in state and str(state["checksum"]) != checksum(state):
         raise UserError(f"checkpoint {path} is damaged (checksum): take one from checkpoints/")
 
 

@@ -69,12 +69,12 @@ def read_arch(value: Any) -> Arch:
         UserError: If it is another backbone's, not four whole numbers, or of no known depth.
     """
     if isinstance(value, Mapping) and "name" in value:
-        if value["name"] != "resnet":
-            raise UserError(f"arch.name is {value['name']!r}: only ResNets are read here")
+        if str(value["name"]) != "resnet":
+            raise UserError(f"arch.name is {value['name']!r:.80}: only ResNets are read here")
         value = {key: number for key, number in value.items() if key != "name"}
     fields = Arch.__dataclass_fields__
     if not isinstance(value, Mapping) or set(value) != set(fields):
-        raise UserError(f"arch {value!r}: expected the keys {', '.join(fields)}")
+        raise UserError(f"arch {value!r:.200}: expected the keys {', '.join(fields)}")
     if not all(type(number) is int and 0 < number <= MAX_CHANNELS for number in value.values()):
         raise UserError(f"arch {dict(value)}: give positive whole numbers up to {MAX_CHANNELS}")
     arch = Arch(**value)

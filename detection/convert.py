@@ -433,7 +433,7 @@ def pretraining(source: BackboneCheckpoint) -> dict[str, Any]:
         summary = _mapping(read_json_or_none(folder / "summary.json"))
         schedule = _mapping(source.contents.get("schedule"))
         step = source.contents.get("step")
-        if step is not None and summary.get("steps") == step:  # else they are another step's
+        if type(step) is int and summary.get("steps") == step:  # else they are another step's
             figures = {key: summary.get(key) for key in _FIGURES}
             known["figures"] = {key: value for key, value in figures.items() if is_number(value)}
         known |= {
@@ -478,7 +478,10 @@ def place(location: str) -> str:
         program = location.removeprefix("pipe:").partition(" ")[0]
         return f"pipe:{program} .."
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", location):
-        parts = urlsplit(location)
+        try:
+            parts = urlsplit(location)
+        except ValueError:  # as of brackets that do not close
+            return f"{location.partition(':')[0]}://.."
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     path = Path(location)
     return "/".join(path.parts[-2:]).lstrip("/") if path.is_absolute() else location

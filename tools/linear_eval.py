@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError, command_parser, run_command
+from common.resnet import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml "
         "(default: none; for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
     add("--branch", choices=("online", "ema"), default="online", help="default: online")
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="key names (auto)")
+    add("--preprocessing", metavar="SPEC", help="imagenet, half, or mean/std of the pixels, where "
+        "the checkpoint says none, as for tools/convert_to_d2.py")  # fmt: skip
+    add("--stride-in", choices=("3x3", "1x1"), help="the same of a Detectron2 file")
     add("--fraction", metavar="F", help="share of the training labels, e.g. 0.01")
     add("--subset-list", metavar="FILE", help="keys of the samples to train on, one a line")
     add("--seed", metavar="N", help="of subset, held-out part, order, crops, random weights")
@@ -54,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, and print its table."""
+    from common.backbone import parse_preprocessing
     from common.config import read_settings
     from common.files import check_out_folder
     from pretrain.evaluation.linear.config import LinearConfig
@@ -67,11 +73,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     named = {
         key: getattr(arguments, key) for key in ("protocol", "fraction", "subset_list", "seed")
     }
+    pixels = arguments.preprocessing
     overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
     result = Evaluation(
         read_settings(LinearConfig, path, [*arguments.overrides, *overrides]),
         arguments.checkpoint, arguments.train, arguments.val, arguments.out,
         branch=arguments.branch, features=arguments.features, resume=arguments.resume,
+        layout=arguments.layout, preprocessing=pixels and parse_preprocessing(pixels),
+        stride_in_1x1=arguments.stride_in and arguments.stride_in == "1x1",
     ).run()  # fmt: skip
     if result is not None:
         print(table(result))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common import checkpoints
 from common.backbone import D2_CARD, read_own_card
 from common.errors import UserError
-from common.files import write_atomically, write_text
+from common.files import is_number, write_atomically, write_text
 from common.resnet import read_arch
 from detection.training.config import arch_of_config
 
@@ -216,7 +216,10 @@ def check_card(weights: Path, cfg: CfgNode) -> dict[str, Any]:
         faults.append(f"INPUT.FORMAT must be {pixels['input_format']!r}, not {cfg.INPUT.FORMAT!r}")
     for key, field in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
         values = [float(value) for value in cfg.MODEL[key]]
-        if max(abs(a - b) for a, b in zip(values, pixels[field], strict=True)) > 0.01:
+        stated = pixels[field]
+        if not isinstance(stated, list) or len(stated) != 3 or not all(map(is_number, stated)):
+            raise UserError(f"{weights}: its card says no three numbers in {field}; {_CONVERT}")
+        if max(abs(a - b) for a, b in zip(values, stated, strict=True)) > 0.01:
             faults.append(f"MODEL.{key} must be {pixels[field]}, not {values}")
     if pixels["stride_in_1x1"] != cfg.MODEL.RESNETS.STRIDE_IN_1X1 and arch.depth >= 50:
         faults.append(

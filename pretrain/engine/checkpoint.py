@@ -70,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, damaged, or something else than our checkpoint.
     """
     state = read(path)
-    if state.get("format") != FORMAT:
+    if not checkpoints.is_ours(state):
         raise UserError(
             f"{path} is not a checkpoint of format {FORMAT!r}; only a run of tools/pretrain.sh "
             "can be resumed"
@@ -100,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint of format {FORMAT!r}: it holds a {type(state).__name__}"
         )
-    if state.get("format") != FORMAT:  # else `checkpoints.read` has done so
+    if not checkpoints.is_ours(state):  # else `checkpoints.read` has done so
         checkpoints.check_sum(state, path)
     return state
 

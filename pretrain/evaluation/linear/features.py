@@ -45,11 +45,13 @@ class FrozenBackbone:
     """Pictures to pooled features, without gradient.
 
     Args:
-        source: A checkpoint of any layout that conversion reads, or ``random:`` with R18, R34, R50,
+        source: A checkpoint that conversion reads, or ``random:`` with R18, R34, R50,
             R101, thin_R50 or such a checkpoint, whose architecture is taken.
         config: Seed of random weights, size of the pictures, precision.
         branch: Which network of a checkpoint that has two.
         device: Where it runs.
+        reading: What a checkpoint does not say of itself, as `read_backbone` takes it: layout,
+            preprocessing, stride_in_1x1.
     Attributes:
         model: The ResNet, on the device.
         description: For the result: architecture, ``name`` of the file, ``kind`` (checkpoint of
@@ -62,7 +64,13 @@ class FrozenBackbone:
     """
 
     def __init__(
-        self, source: str, config: LinearConfig, *, branch: Branch, device: torch.device
+        self,
+        source: str,
+        config: LinearConfig,
+        *,
+        branch: Branch,
+        device: torch.device,
+        **reading: Any,
     ) -> None:
         # Architecture, pixels and tensors, from the file or by the name.
         name, is_random = source.removeprefix(RANDOM), source.startswith(RANDOM)
@@ -74,10 +82,10 @@ class FrozenBackbone:
                 not is_random or path.is_file(),
                 f"{source}: give random: with {', '.join(NAMED)}, or with a checkpoint",
             )
-            file = read_backbone(path, branch=branch)
+            file = read_backbone(path, branch=branch, **reading)
             arch, self._preprocessing = file.arch, file.preprocessing
             if file.layout == "ours":
-                image_size = int(file.contents["config"]["data"]["image_size"])
+                image_size = _image_size(file.contents.get("config"), image_size)
             if not is_random:
                 weights, kind = file.tensors, file.layout.replace("ours", "checkpoint")
         with torch.random.fork_rng(devices=[]):
@@ -114,6 +122,13 @@ class FrozenBackbone:
         x = normalise(images.to(self._device), self._preprocessing.mean, self._preprocessing.std)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
             return self.model(x).float()
+
+
+def _image_size(config: Any, default: int) -> int:
+    """Side of the crops that a checkpoint of ours was trained on, if its config says so."""
+    data = config.get("data") if isinstance(config, dict) else None
+    size = data.get("image_size") if isinstance(data, dict) else None
+    return size if type(size) is int and 16 <= size <= 4096 else default
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ class Evaluation:
         branch: Of a checkpoint with two networks.
         features: Folder of the features; None: ``out/features``.
         resume: Go on with what ``out`` holds; a finished result is given back.
+        reading: As ``FrozenBackbone`` takes it.
     Raises:
         UserError: Anything that cannot work; another process works in ``out``; it holds another
             evaluation, or this one and ``resume`` is not set.
@@ -233,6 +234,7 @@ class Evaluation:
     def __init__(
         self, config: LinearConfig, source: str, train: str, val: str, out: Path, *,
         branch: Branch = "online", features: Path | None = None, resume: bool = False,
+        **reading: Any,
     ) -> None:  # fmt: skip
         self.config, self._out, self._features_folder = config, out, features or out / "features"
         self.device = dist.choose_device(config.device)
@@ -249,7 +251,9 @@ class Evaluation:
         self._seconds: dict[str, float] = {}
         self._feature_bytes = 0
         with self._timed("open"):
-            self.backbone = FrozenBackbone(source, config, branch=branch, device=self.device)
+            self.backbone = FrozenBackbone(
+                source, config, branch=branch, device=self.device, **reading
+            )
             self.sets = open_sets(train, val, config)
         self.identity = {
             "weights": self.backbone.description["weights_hash"],

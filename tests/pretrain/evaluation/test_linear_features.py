@@ -1,6 +1,7 @@
 """Frozen networks, and their features on the disk."""
 
 import errno
+import pickle
 import shutil
 from dataclasses import asdict, replace
 
@@ -10,9 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
+from common.backbone import parse_preprocessing
 from common.errors import UserError
 from common.files import DiskFullError
-from common.resnet import NAMED, Arch
+from common.resnet import NAMED, Arch, detectron2_name
 from pretrain.config import DataConfig
 from pretrain.data.loader import ViewDataset
 from pretrain.data.order import OrderedSamples
@@ -95,6 +97,26 @@ def test_other_layouts_give_torchvisions_features(tmp_path, layout):
     setattr(model, "fc", nn.Identity())  # noqa: B010
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(network.model(images), model(images).detach())
+
+
+def test_what_conversion_takes_is_taken(tmp_path):
+    """Weights of Detectron2 without a card, with the same options; ours without a config."""
+    state = torchvision.models.resnet18().state_dict()
+    model = {n: v.numpy() for n, v in state.items() if not n.startswith("fc.")}
+    named = {detectron2_name(name): value for name, value in model.items()}
+    (tmp_path / "d2.pkl").write_bytes(pickle.dumps({"model": named}))
+    with pytest.raises(UserError, match="give --preprocessing"):
+        load(tmp_path / "d2.pkl")
+    network = FrozenBackbone(
+        str(tmp_path / "d2.pkl"), LinearConfig(), branch="online", device=CPU, layout="detectron2",
+        preprocessing=parse_preprocessing("half"), stride_in_1x1=False,
+    )  # fmt: skip
+    assert network.view["mean"] == [0.5, 0.5, 0.5]
+    assert torch.equal(network.model.state_dict()["conv1.weight"], state["conv1.weight"])
+    ours = {"format": checkpoint.FORMAT, "arch": asdict(NAMED["R18"]), "preprocessing": None,
+            "model": {f"backbone.{n}": torch.from_numpy(v) for n, v in model.items()}}  # fmt: skip
+    torch.save(ours, tmp_path / "ours.pth")
+    assert load(tmp_path / "ours.pth").view["image_size"] == 224
 
 
 def test_random_weights_are_those_of_their_seed():
