@@ -197,7 +197,7 @@ def point_at_newest(folder: Path) -> None:
     pointer = folder / "last_checkpoint"
     for path in sorted(folder.glob("model_*.pth"), reverse=True):  # "final" is after all numbers
         try:
-            content = checkpoints.load_torch(path)
+            content = checkpoints.read(path)
         except UserError as error:
             logger.warning("%s; going on from an earlier state", error)
             continue

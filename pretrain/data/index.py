@@ -20,7 +20,16 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from common.errors import UserError, require
-from common.files import read_json_or_none, sha256_of, write_atomically, write_json
+from common.files import (
+    MAX_JSON_BYTES,
+    open_regular,
+    read_json_or_none,
+    read_regular,
+    require_regular,
+    sha256_of,
+    write_atomically,
+    write_json,
+)
 from common.pictures import MAX_FILE_BYTES
 from pretrain.data.random_numbers import stable_hash
 
@@ -511,7 +520,7 @@ class ShardPart:
 
 def scan_file(path: Path) -> ShardPart:
     """The part of a local tar; raises as `tar_files`, and OSError."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         entries, skipped = scan_shard(str(path), stream)
     return ShardPart.of(path.name, entries, skipped, path.stat().st_size, sha256_of(path))
 
@@ -551,9 +560,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Read a folder's index.json; raises as `parse_index`."""
     path = folder / "index.json"
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_JSON_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as an index ({error}); {_REMEDY}") from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read as an index ({reason}); {_REMEDY}") from error
     return parse_index(data, str(path))
 
 
@@ -623,6 +633,7 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     path = folder / index["samples"]
     require(path.exists(), f"{path}: missing; {_REMEDY}")
     try:
+        require_regular(path)
         table = np.load(path, mmap_mode="r")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error

@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from common.errors import UserError, require
-from common.files import MAX_JSON_BYTES, locked, read_regular, write_bytes
+from common.files import MAX_JSON_BYTES, locked, read_regular, require_regular, write_bytes
 from pretrain.data.cache import NUM_FETCHERS, CacheOptions, RemoteShard, ShardCache, make_folder
 from pretrain.data.index import (
     SAMPLE_DTYPE,
@@ -141,7 +141,10 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
                 Path(text).is_dir(),
                 f"{text}: no such folder of shards; tools/make_shards.py PICTURES {text} makes it",
             )
-            data = read_regular(url, MAX_JSON_BYTES) if Path(url).exists() else None
+            try:
+                data = read_regular(url, MAX_JSON_BYTES) if Path(url).exists() else None
+            except OSError as error:
+                raise UserError(f"{url}: cannot be read ({error.strerror})") from error
         if data is not None:
             names = [shard["name"] for shard in parse_index(data, displayed(url))["shards"]]
             return [join(text, one) for one in names]
@@ -208,6 +211,7 @@ class Tars:
             OSError: If a local one cannot be opened.
         """
         if self.cache is None:
+            require_regular(self.paths[number])
             return os.open(self.paths[number], os.O_RDONLY)
         return self.cache.open(self.shards[number])
 
