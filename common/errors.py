@@ -78,6 +78,7 @@ _IN_THE_WAY = {
     errno.EEXIST: "a file is in the way; choose another name",
     errno.ENOTDIR: "a file is where a folder is expected; choose another name",
     errno.EISDIR: "a folder is where a file is expected; choose another name",
+    errno.ELOOP: "a link is in the way; remove it",
     errno.ENAMETOOLONG: "this name is too long; choose another",
 }
 

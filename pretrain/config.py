@@ -323,6 +323,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require(-(2**63) <= self.seed < 2**63, f"seed must be a 64-bit number, got {self.seed}")
+        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in self.out or "")
+        require(is_utf8, f"out={self.out}: is no UTF-8, which TensorBoard needs; rename the folder")
         require(
             self.engine.precision != "fp16" or self.adversarial.epsilon == 0,
             "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "

@@ -106,6 +106,7 @@ WRONG_VALUES = {
     "eval.num_pictures=-1": r"eval\.num_pictures must be >= 0, got -1",
     "eval.num_map_points=5": r"eval\.num_map_points must be 0 \(no map\) or from 8 to 3000, got 5",
     "objective=byol fa.architecture=pre": "no gradient reaches the backbone and the projector",
+    "out=runs/\udcff": "out=runs/.* is no UTF-8, which TensorBoard needs",
     "eval.probe_train=x": r"eval\.probe_train and eval\.probe_val go together",
     "engine.precision=fp8": "precision",
     "engine.compile=true engine.activation_checkpointing=true": "do not go together",
