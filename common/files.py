@@ -46,7 +46,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-_HOLD_SECONDS = 5.0  # a process that was killed may still be going
+HOLD_SECONDS = 5.0
+"""How long `held` waits: a process that was killed may still be going."""
 _BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -551,15 +552,20 @@ def locked(path: Path, *, patience: float = 0.0, of_process: bool = False) -> It
 
 
 @contextmanager
-def held(path: Path, *, patience: float = _HOLD_SECONDS, of_process: bool = True) -> Iterator[None]:
+def held(path: Path, *, patience: float | None = None, of_process: bool = True) -> Iterator[None]:
     """Hold a lock by name, as `locked`, or refuse to go on.
 
     The lock is this process's own: loaders' workers do not inherit it, and the system frees it
     however the process ends.
 
+    Args:
+        path: Of the lock file, in a folder that is there.
+        patience: Seconds to wait for it; None: `HOLD_SECONDS`.
+        of_process: As in `lock_file`.
     Raises:
-        UserError: If somebody else holds it; says who. A killed one may take a few seconds to go.
+        UserError: If somebody else holds it; says who.
     """
+    patience = HOLD_SECONDS if patience is None else patience
     with locked(path, patience=patience, of_process=of_process) as is_mine:
         if not is_mine:
             place = path.parent if path.name == LOCK else path.with_suffix("")

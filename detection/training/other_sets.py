@@ -6,6 +6,7 @@ Nothing is trained and nothing of a seed's own files changes; the result is writ
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
+import json
 import logging
 import re
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from common import checkpoints, provenance
 from common.annotations.record import SetChoice, read_set
+from common.config import dotted
 from common.errors import UserError
-from common.files import LOCK, held, sha256_of, write_json
+from common.files import LOCK, held, read_record, sha256_of, write_json
 from detection.evaluation.evaluate import METRICS, evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
@@ -126,7 +129,7 @@ def _evaluate_seeds(
             log_to(folder)
             for note in data.notes:
                 logger.info("%s: %s", root, note)
-            cfg = load_config(folder / "config.yaml", overrides)
+            cfg = _trained_config(folder, overrides)
             cfg.DATASETS.TEST = (register(data)[1],)
             cfg.freeze()
             model = build_model(cfg)
@@ -164,6 +167,27 @@ def _evaluate_seeds(
     }
     write_json(out / f"eval-on-{name}.json", summary)
     return summary
+
+
+def _trained_config(folder: Path, overrides: Mapping[str, str]) -> CfgNode:
+    """The config of a seed, with overrides.
+
+    Raises:
+        UserError: If its config.yaml is not what run.json says that the seed was trained with.
+    """
+    path, record = folder / "config.yaml", folder / "run.json"
+    settings = {}  # of a seed that was copied without it
+    if record.exists():
+        settings = read_record(record, {"settings": dict}, remedy=_REPEAT)["settings"]
+    found = json.loads(json.dumps(dotted(load_config(path, {}))))
+    common = settings.keys() & found.keys() - {"MODEL.DEVICE"}  # perhaps another machine
+    changed = sorted(key for key in common if found[key] != settings[key])
+    if changed:
+        raise UserError(
+            f"{path}: is damaged, {changed[0]} is {found[changed[0]]} and was "
+            f"{settings[changed[0]]} in run.json; {_REPEAT}"
+        )
+    return load_config(path, overrides)
 
 
 def result_name(root: Path, split: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,11 @@ def test_damaged_results_are_made_again_or_named(
         assert evaluate("data") == 2
         assert "seed-1/result.json: is damaged; train it first" in capsys.readouterr().err
         result.write_bytes(whole)
+    file.unlink()
+    config = place / "run/seed-1/config.yaml"  # cut where what is left is a config, too
+    config.write_text(config.read_text().partition("\nTEST:")[0])
+    assert evaluate("data") == 2
+    assert re.search(r"config\.yaml: is damaged, TEST\.\S+ is", capsys.readouterr().err)
 
 
 def test_a_coco_folder(place: Path, evaluate, capsys: pytest.CaptureFixture[str]) -> None:

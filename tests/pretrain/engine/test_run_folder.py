@@ -199,7 +199,7 @@ sys.stdin.read()
 
 def test_a_folder_belongs_to_one_run_until_its_process_is_gone(tmp_path, monkeypatch):
     """Others are refused before they look at what is there, and told who holds it."""
-    monkeypatch.setattr(files.held, "__kwdefaults__", {"patience": 0.3, "of_process": True})
+    monkeypatch.setattr(files, "HOLD_SECONDS", 0.3)
     config = replace(PretrainConfig(), out=str(tmp_path))
     (tmp_path / "x.pth.1.partial").touch()  # of a writer that was killed
     with subprocess.Popen(
