@@ -55,6 +55,7 @@ def prepare(config: PretrainConfig, *, resume: bool) -> tuple[Path, ExitStack]:
     if dist.rank() == 0:
         lock.enter_context(files.held(folder / files.LOCK))
         files.remove_partial_files(folder)
+    dist.wait()  # no process looks at what is there before
     if checkpoint.is_in(folder) and not resume:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume, or choose another out=DIR"

@@ -243,6 +243,7 @@ class Evaluation:
         self._lock = ExitStack()
         if dist.rank() == 0:
             self._lock.enter_context(held(out / LOCK))
+        dist.wait()  # no process looks at what is there before
         exists = [(out / name).exists() for name in (NAME, checkpoint.NAME)]
         require(
             resume or not any(exists),
