@@ -206,7 +206,10 @@ def _read_rcc(raw: bytes) -> dict[str, bytes]:
             unpacker = zstandard.ZstdDecompressor()
             content = unpacker.decompress(content, max_output_size=_MAX_BYTES)
         elif flags & _ZLIB:
-            content = zlib.decompressobj().decompress(content[4:], _MAX_BYTES)
+            unpacker = zlib.decompressobj()
+            content = unpacker.decompress(content[4:], _MAX_BYTES)
+            if not unpacker.eof:  # where the checksum is
+                raise ValueError(f"{path} is cut short or larger than {_MAX_BYTES:,} bytes")
         files[path] = content
     return files
 

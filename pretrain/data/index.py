@@ -37,6 +37,7 @@ FORMAT = "fa-shards-1"
 SAMPLE_DTYPE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u8")]
 )
+RULES = 2  # of `tar_samples`; another number, and tars of other tools are indexed again
 NO_LABEL = -1
 MAX_LABEL = 2**31 - 1  # what the table holds
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")

@@ -6,6 +6,7 @@ place; the other two only translate numbers.
 
 import hashlib
 import os
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, require
+from common.errors import UserError, printable, require
 from pretrain.data.cache import CacheOptions, touch
 from pretrain.data.index import NO_LABEL, sample_hash, scan_shard
 from pretrain.data.order import SourceSizes
@@ -468,6 +469,10 @@ def open_labelled(sets: Mapping[str, str], cache: CacheOptions | None = None) ->
         remedy = "make the shards of class folders with make_shards.py --labels folders"
         require(unlabelled == 0 < num, f"{lacks}; {remedy}")
         num_classes(index, f"{option} {index.name}")
+        if left_out := index.left_out:
+            some = f"{len(left_out)} files of its tars are no samples, as {left_out[0]['file']}"
+            text = f"warning: {option} {index.name}: {some}: {left_out[0]['reason']}"
+            print(printable(text), file=sys.stderr)
         different = sorted(set(index.classes or []) ^ set(first.classes or []))
         require(
             index.classes == first.classes,

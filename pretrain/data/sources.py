@@ -29,6 +29,7 @@ from common.errors import UserError, require
 from common.files import MAX_JSON_BYTES, locked, read_regular, require_regular, write_bytes
 from pretrain.data.cache import NUM_FETCHERS, CacheOptions, RemoteShard, ShardCache, make_folder
 from pretrain.data.index import (
+    RULES,
     SAMPLE_DTYPE,
     ShardPart,
     load_table,
@@ -339,7 +340,8 @@ def _index_tars(
     Raises:
         UserError: If one cannot be read or is damaged, or none holds a picture.
     """
-    key = stable_hash(*(f"{file.url}\n{file.size}\n{file.version}" for file in files)).hex()
+    tars = (f"{file.url}\n{file.size}\n{file.version}" for file in files)
+    key = stable_hash(f"rules {RULES}", *tars).hex()
     target, locks = place / "indexes" / key, place / "locks"
 
     def part_of(file: RemoteFile) -> ShardPart:

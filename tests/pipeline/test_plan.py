@@ -135,6 +135,7 @@ def test_own_pictures(tmp_path, own):
     assert list(stages)[:3] == ["shards", "pretrain", "convert"]
     assert str(own["pool"]) in stages["shards"].command
     assert stages["shards"].files == (own["pool"],)
+    assert "--labels" not in stages["shards"].command
     words = stages["random/seed-0"].command
     assert words[words.index("--data") + 1] == str(own["voc"])
     assert not any(word.startswith("eval.probe") for word in stages["pretrain"].command)
@@ -147,6 +148,8 @@ def test_own_shards_and_probe(tmp_path, own):
     stages = stages_of(path, tmp_path / "out")
     assert list(stages)[:3] == ["probe_train", "probe_val", "pretrain"]
     assert f"data.shards={own['shards']}" in stages["pretrain"].command
+    for probe in ("probe_train", "probe_val"):  # class folders; those of a pool are none
+        assert stages[probe].command[-2:] == ("--labels", "folders")
     assert own["shards"] / "index.json" in stages["pretrain"].files
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -199,6 +200,15 @@ def test_resource_files_of_all_formats(version, packing, tmp_path: Path):
     packer = zstandard.ZstdCompressor(write_content_size=False)
     file.write_bytes(make_rcc({"a.bin": content}, version, "zstd", pack=packer.compress))
     assert read_rcc(file) == {"a.bin": content}
+
+
+def test_compressed_resources_are_read_to_their_checksum(tmp_path: Path):
+    file = tmp_path / "x.rcc"
+    for cut in (4, 12):
+        packed = bytes(4) + zlib.compress(b"some text " * 30)[:-cut]
+        file.write_bytes(make_rcc({"a.txt": b""}, 3, "zlib", pack=lambda _, data=packed: data))
+        with pytest.raises(UserError, match=r"x\.rcc: damaged .*a\.txt is cut short"):
+            read_rcc(file)
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,16 @@ def test_labels_that_are_none_are_counted(
             open_labelled({"--val": str(path)}, CacheOptions(tmp_path / "cache"))
 
 
+def test_what_a_labelled_set_leaves_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of(("a.jpg", J[0]), ("a.cls", b"1"), ("README", b"")))
+    (index,) = open_labelled({"--val": str(path)}, CacheOptions(tmp_path / "cache"))
+    assert index.labels.tolist() == [1]
+    assert "1 files of its tars are no samples, as a.tar/README" in capsys.readouterr().err
+
+
 def test_named_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     for read in (indexed, lambda path: streamed(str(path))):
