@@ -27,13 +27,25 @@ MAX_PIXELS = 100_000_000  # 10,000 x 10,000; a larger picture is taken for a dec
 MAX_FILE_BYTES = 2**29  # far above any picture of MAX_PIXELS pixels that is compressed
 Encoded = bytes | memoryview  # a picture in its file format
 _FOUR_COLOURS = ("CMYK", "YCCK")  # Pillow knows which of them are inverted
-# What is read, known by content, not by suffix. Others need programs (EPS) or have no first bytes.
+# What is read, whatever the suffix says. Others start programs (EPS) or are known by suffix alone.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000")
+_FIRST_BYTES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8|BM....\0\0\0\0|P[1-6]\s+[0-9#]|II[*+]\0"
+    rb"|MM\0[*+]|....ftypavi[fs]|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    re.DOTALL,
+)
+PICTURE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm"),
+        *(".pnm", ".tif", ".tiff", ".avif", ".jp2"),
+    }
+)
+_OTHER_SUFFIXES = (".xml", ".txt", ".json", ".csv", ".cls", ".html")  # not worth to open a file
 _HEAVY = ("AVIF", "JPEG2000")  # take twice the memory of others while they are decoded
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # sequential, whose rows follow each other in the file
 _TABLES = (0xC4, 0xC8, 0xCC)  # markers among those of frames that are none
 _SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
-_SCAN_START = b"\xff\xda"
+_SCAN_START, _PADDING = b"\xff\xda", re.compile(rb"\xff+")
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _APP1 = 0xE1  # holds EXIF or XMP
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -95,6 +107,18 @@ def read_file(path: str | Path) -> bytes:
     if not data:
         raise BadPicture(f"{path}: is empty (0 bytes)")
     return data
+
+
+def is_picture_file(path: Path) -> bool:
+    """Whether a file is a picture by its suffix, or by its first bytes if that says nothing."""
+    suffix = path.suffix.lower()
+    if suffix in PICTURE_SUFFIXES or suffix in _OTHER_SUFFIXES:
+        return suffix in PICTURE_SUFFIXES
+    try:
+        with open_regular(path) as file:
+            return _FIRST_BYTES.match(file.read(16)) is not None
+    except OSError:
+        return False
 
 
 def decode(data: Encoded, *, where: str) -> np.ndarray:
@@ -445,8 +469,8 @@ def _header_of(data: Encoded) -> tuple[int | None, bool, list[bytes]]:
     try:
         while data[at] == 0xFF and at < _MAX_HEADER:
             marker = data[at + 1]
-            if marker == 0xFF:  # padding
-                at += 1
+            if padding := marker == 0xFF and _PADDING.match(data, at):
+                at = padding.end() - 1
                 continue
             if marker == _SCAN:
                 return at, data[at + 4] == num_colours, segments

@@ -19,14 +19,18 @@ from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
 from common.files import open_regular, read_text
-from common.pictures import BadPicture, decode_fast, read_file, read_header
+from common.pictures import (
+    PICTURE_SUFFIXES,
+    BadPicture,
+    decode_fast,
+    is_picture_file,
+    read_file,
+    read_header,
+)
 from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
 
-PICTURE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-)
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "training", "testing"})
 
 
@@ -89,7 +93,7 @@ def open_source(
     root = root / (split or "")
     require(root.is_dir(), f"{root}: no such folder, and no VOC devkit above it; check --split")
     files = [file.relative_to(root) for file in _walk(root)]
-    names = sorted(x.as_posix() for x in files if x.suffix.lower() in PICTURE_SUFFIXES)
+    names = sorted(x.as_posix() for x in files if is_picture_file(root / x))
     require(
         bool(names),
         f"{root}: holds no pictures ({len(files)} other files); suffixes read: "

@@ -30,7 +30,7 @@ from common.files import (
     write_atomically,
     write_json,
 )
-from common.pictures import MAX_FILE_BYTES
+from common.pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES
 from pretrain.data.random_numbers import stable_hash
 
 FORMAT = "fa-shards-1"
@@ -40,7 +40,6 @@ SAMPLE_DTYPE = np.dtype(
 RULES = 2  # of `tar_samples`; another number, and tars of other tools are indexed again
 NO_LABEL = -1
 MAX_LABEL = 2**31 - 1  # what the table holds
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL
 )  # WebDataset's rule: first dot of the name
@@ -80,8 +79,8 @@ def key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def is_picture(suffix: str) -> bool:
-    """Whether a member with this suffix is a picture; "left.jpg" is one too."""
-    return suffix.rsplit(".", 1)[-1] in _IMAGE_SUFFIXES
+    """Whether a member with this suffix is a sample's picture; "left.jpg" is one too."""
+    return f".{suffix.rpartition('.')[2]}" in PICTURE_SUFFIXES
 
 
 def label_of(data: bytes) -> tuple[int, str]:

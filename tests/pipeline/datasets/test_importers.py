@@ -11,11 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.annotations.formats.voc import VOC_CLASSES
 from common.annotations.record import read_set
 from common.errors import UserError
 from pipeline.datasets import importers
+from pretrain.data.pack import SourcePicture, write_shards
 from tests.pipeline.datasets.package_fixture import run as run_command
 from tests.pipeline.datasets.package_fixture import write_tree
 
@@ -248,3 +250,27 @@ def test_damaged_files_are_refused(
         (tmp_path / "a.gz").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.gz: no readable IDX file"):
             importers.read_idx(tmp_path / "a.gz")
+
+
+def test_pictures_are_known_by_content_where_the_suffix_says_nothing(tmp_path: Path) -> None:
+    folder, picture = tmp_path / "in", Image.new("RGB", (20, 16))
+    folder.mkdir()
+    for name, kind in {
+        "a.jfif": "JPEG", "b.avif": "AVIF", "c": "JPEG", "d": "AVIF", "e": "TIFF", "f": "PPM",
+        "g": "BMP", "h": "JPEG2000", "photo.png_large": "PNG", "photo.webp@2x": "WEBP",
+        "i.v2": "GIF",
+    }.items():  # fmt: skip
+        picture.save(folder / name, kind)
+    names = sorted(path.name for path in folder.iterdir())
+    for name, content in {
+        "j": b"BM Co.",
+        "k.heic": b"\0\0\0\x18ftypheic",
+        "l.xml": b"\xff\xd8\xff",
+    }.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe")
+    source = importers.open_source(folder)
+    assert [name for _, name, _ in source.pictures] == names
+    assert source.num_ignored == 4
+    report = write_shards([SourcePicture(*one) for one in source.pictures], tmp_path / "out")
+    assert report.num_samples == len(names)
