@@ -17,6 +17,7 @@ import zstandard
 
 from common.errors import UserError, require
 from common.files import read_json, write_json
+from common.pictures import BadPicture, decode, read_file
 from pipeline.datasets import scene, shapes
 from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, generator
 from pipeline.datasets.sets import fetched, newest_package, unpacked
@@ -408,9 +409,10 @@ def _load_cutout(root: Path, name: str, max_side: int) -> list[np.ndarray]:
 def _load_background(root: Path, name: str, short_side: int) -> np.ndarray:
     """Read a background, uint8 BGR, reduced to a shorter side of `short_side` pixels."""
     path = root / "backgrounds" / name
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise UserError(f"{path}: does not decode; delete the cache, run again")
+    try:
+        image = np.ascontiguousarray(decode(read_file(path), where=str(path))[:, :, ::-1])
+    except BadPicture as error:
+        raise UserError(f"{error}; delete the cache, run again") from error
     return _shrink(image, min(1.0, short_side / min(image.shape[:2])))
 
 

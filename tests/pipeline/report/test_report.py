@@ -152,7 +152,9 @@ def test_pictures_outside_the_data_set_are_never_read(tmp_path):
 
 
 def test_large_pictures_are_made_smaller_and_damaged_ones_left_out(tmp_path):
-    Image.new("RGB", (300, 200)).save(tmp_path / "big.png")
+    exif = Image.Exif()
+    exif[0x112] = 6  # a quarter turn: boxes are drawn on the upright picture
+    Image.new("RGB", (200, 300)).save(tmp_path / "big.png", exif=exif)
     uri = report.embed(tmp_path / "big.png", 60)
     (tmp_path / "small.jpg").write_bytes(base64.b64decode(uri.partition(",")[2]))
     with Image.open(tmp_path / "small.jpg") as small:

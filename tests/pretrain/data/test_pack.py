@@ -9,10 +9,13 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from common.errors import UserError
 from common.files import DiskFullError
+from common.pictures import decode
 from pretrain.data import pack as writer
 from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.data.shard_info import verify_shards
@@ -28,6 +31,24 @@ from tools import make_shards
 
 ROOT = Path(__file__).parents[3]
 TEN = ShardOptions(max_samples_per_shard=10)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("TIFF", "png")])
+@pytest.mark.parametrize("resize_short", [None, 30])
+def test_turned_pictures_are_upright_once(
+    kind: str, suffix: str, resize_short: int | None, tmp_path: Path
+) -> None:
+    """Whether a shard holds the file's bytes, a smaller picture or another format."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / "x").write_bytes(encode(smooth_picture(1, 60, 80), kind, exif=exif))
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "x")).convert("RGB")
+    packed, data = writer.prepare(str(tmp_path / "x"), resize_short, 95)
+    assert packed == ("jpg" if resize_short else suffix)
+    image = decode(data, where="")
+    assert image.shape == ((40, 30, 3) if resize_short else (80, 60, 3))
+    expected = np.asarray(upright.resize(image.shape[1::-1], Image.Resampling.BOX), np.float32)
+    assert np.abs(image - expected).mean() < 4
 
 
 def test_bytes_do_not_depend_on_workers_or_list_order(picture_folder: Path, tmp_path: Path) -> None:
