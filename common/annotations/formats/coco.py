@@ -217,7 +217,7 @@ def _file(folder: Path, name: Any, where: str) -> Path:
         raise UserError(f"{where}: file_name {name!r:.120} leads out of {folder}; give one within")
     file = find_file(folder / name)
     if file is None:
-        raise UserError(f"{where}: no such picture, {folder / name}; add it")
+        raise UserError(f"{where}: no such picture, {name!r:.120} in {folder}; add it")
     return file
 
 

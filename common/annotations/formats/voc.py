@@ -49,7 +49,7 @@ _SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 )  # in capitals too
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_MAX_XML_BYTES = 16 << 20
+_MAX_XML_BYTES = 4 << 20  # some 8,000 objects
 _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>]*\?>""")
 # Windows programs call by the older names the wider sets, which hold all of theirs.
 _CODECS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
