@@ -6,6 +6,7 @@ write a VOC devkit with whole boxes, and COCO's JSON unrounded.
 """
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,12 +155,12 @@ class SetChoice:
 
 
 def checked_class_name(text: object, where: str) -> str:
-    """A class name without white space round it.
+    """A class name without white space round it, its accents composed.
 
     Raises:
         UserError: If it is empty, longer than 100 characters or does not print.
     """
-    name = text.strip() if isinstance(text, str) else ""
+    name = unicodedata.normalize("NFC", text.strip()) if isinstance(text, str) else ""
     if not 0 < len(name) <= _MAX_CLASS_NAME or not name.isprintable():
         raise UserError(
             f"{where}: class name {text!r:.60}: give 1 to {_MAX_CLASS_NAME} characters that print"

@@ -214,8 +214,11 @@ def test_names_with_spaces_and_class_wise_lists(voc):
         UserError, match=r"action_train\.txt: line 'photo .*' must hold one picture"
     ):
         read_list(voc, "action_train")
-    (lists / "suffix.txt").write_text("a.jpg\nb 1.JPG\n")
-    assert read_list(voc, "suffix") == ["a", "b 1"]
+    picture(voc / "JPEGImages/a.png.jpg")
+    (lists / "suffix.txt").write_text("a.jpg\nb 1.JPG\na.png\nno.jpg\n")
+    assert read_list(voc, "suffix") == ["a", "b 1", "a.png", "no"]
+    (lists / "cat_train.txt").write_text("a.jpg 1\nb 1.jpg -1\n")
+    assert read_list(voc, "cat_train", class_wise=True) == ["a"]
     assert read_list(voc, "spaces") == ["a 1", "b 1"]
     assert read_list(voc, "mixed") == ["photo (1)", "a"]
     assert read_list(voc, "dog_train", class_wise=True) == ["a", "d"]
@@ -242,7 +245,7 @@ def test_faults_of_a_list_are_named(voc):
 def test_class_names_of_an_option_or_a_file(tmp_path):
     (tmp_path / "names.txt").write_bytes("cat\r\n traffic light \r\n".encode("utf-16"))
     assert read_class_names(str(tmp_path / "names.txt")) == ["cat", "traffic light"]
-    assert read_class_names("cat, dog") == ["cat", "dog"]
+    assert read_class_names("cat, e\u0301toile") == ["cat", "\u00e9toile"]
     for text in (" , ", "cat,cat"):
         with pytest.raises(UserError, match="give different names"):
             read_class_names(text)
@@ -314,7 +317,7 @@ def test_coco_keeps_floats_areas_and_crowds(tmp_path):
         *(({"images": [{"id": 7, "file_name": name}]}, f"picture 7: {message}")
           for name, message in [("../train/1.jpg", "file_name .* leads out of"), (7, "file_name 7"),
                                 ("/etc/passwd", "file_name .* leads out"), ("", "file_name ''"),
-                                ("2.jpg", "no such picture, .*2.jpg; add it"),
+                                ("2.jpg", "no such picture, '2.jpg' in .*; add it"),
                                 ("x" * 300, "no such picture")]),
         ({"images": [{"id": 7, "file_name": "1.jpg", "width": 41, "height": 30}]},
          r"picture 7: its size is 41 x 30 pixels, but 1\.jpg has 40 x 30; correct"),

@@ -253,14 +253,18 @@ class PictureFinder:
                         by_stem[unicodedata.normalize("NFC", file.stem)].append(file)
             self._listed[place.parent] = by_stem
         files = self._listed[place.parent].get(unicodedata.normalize("NFC", place.name), [])
+        if not files and (stem := self.without_suffix(image_id)) != image_id:
+            suffix = place.suffix.lower()
+            return [file for file in self.find(stem) if file.suffix.lower() == suffix]
         return [file for file in files if file.stem == place.name] or files
 
     def without_suffix(self, image_id: str) -> str:
-        """A name of a list as the annotation has it: a.jpg is a if there is no a.jpg.jpg."""
+        """A name of a list as the annotation has it: a.jpg is a, unless there is an a.jpg.jpg."""
         stem, suffix = os.path.splitext(image_id)
-        if suffix.lower() not in _SUFFIXES or self.find(image_id):
-            return image_id
-        return stem
+        place = self.root / image_id
+        by_stem = self._listed.get(place.parent, {})
+        is_whole = unicodedata.normalize("NFC", place.name) in by_stem
+        return image_id if is_whole or suffix.lower() not in _SUFFIXES else stem
 
     def require(self, image_id: str) -> Path:
         """The picture.

@@ -325,6 +325,17 @@ def test_coco_as_tools_write_it(tmp_path: Path, name: str) -> None:
     assert result.errors["AP50"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_coco_pictures(tmp_path: Path, form: Any) -> None:
+    def rename(content: dict[str, Any]) -> None:
+        content["images"][0]["file_name"] = unicodedata.normalize(form, "sub/é 1.JPG")
+
+    for other in ("NFC", "NFD"):
+        root = make_coco(tmp_path / other, rename)
+        write_picture(root / f"val2017/sub/{unicodedata.normalize(other, 'é 1.JPG')}", 0)
+        assert evaluated(read_set(root, SetChoice(test_only=True))).coco["AP"] == pytest.approx(100)
+
+
 def test_boxes_of_coco_at_the_edge_are_clipped(tmp_path: Path) -> None:
     def widen(content: dict[str, Any]) -> None:
         content["annotations"][0]["bbox"] = [-1, -0.5, 130, 97.5]
