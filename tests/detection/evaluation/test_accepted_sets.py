@@ -26,6 +26,7 @@ from detection.training.data import build_test_loader, register
 from pipeline.datasets.importers import open_source
 from pipeline.report.report import embed
 from tests.detection.tiny_detection import CONFIGS
+from tools.train_voc import main
 
 CLASSES = ("cat", "dog")  # red, blue
 SIZE = (128, 96)
@@ -408,6 +409,19 @@ def test_boxes_turn_with_their_picture(
         inside = drawn[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3]
         assert drawn.shape == (*size[::-1], 3)
         assert (abs(inside[..., 0] - inside[..., 2]) > 150).all()
+
+
+def test_the_option_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_turned_voc(tmp_path / "set", 3, False)
+    words = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data", str(root)]
+    words += ["--out", str(tmp_path / "out"), "--classes", "cat,dog", "--check", "all", "--json"]
+    notes = []
+    for more in ((), ("--exif", "stored")):
+        assert main([*words, *more]) == 0
+        notes += json.loads(capsys.readouterr().out)["notes"]
+    assert [note.split(":")[1][:30] for note in notes] == [
+        " 8 pictures whose EXIF orienta", " 8 pictures annotated as they "
+    ]  # fmt: skip
 
 
 def test_square_pictures_and_sizes_of_neither(tmp_path: Path) -> None:

@@ -121,10 +121,14 @@ def test_a_coco_folder(place: Path, evaluate, capsys: pytest.CaptureFixture[str]
     root = make_coco(place / "coco")
     file = (root / "annotations/instances_val2017.json").rename(root / "annotations/holiday.json")
     (root / "val2017").rename(root / "holiday")
+    content = read(file)
+    content["annotations"][0]["bbox"][0] = -0.5
+    file.write_text(json.dumps(content))
     assert evaluate("coco", "--seeds", "0", "--eval-split", "holiday") == 0
     row = read(place / "run/seed-0/eval-on-coco-holiday.json")
     assert (row["metric_year"], row["num_test_images"]) == (None, 5)
-    content = read(file)
+    log = (place / "run/seed-0/log.txt").read_text()
+    assert f"{root}: 1 boxes up to 1 pixel outside their picture: clipped\n" in log
     for annotation in content["annotations"][:3]:
         annotation["bbox"][2] = -1
     file.write_text(json.dumps(content))

@@ -205,13 +205,17 @@ def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(
 
 
 def test_frozen_arms_are_calibrated_and_do_not_train(
-    train: Callable[..., int], thin_weights: Path, tmp_path: Path
+    train: Callable[..., int], thin_weights: Path, tmp_path: Path, voc_root: Path
 ) -> None:
+    path = voc_root / "VOC2007/Annotations/000000.xml"
+    path.write_text(re.sub(r"<xmin>\d+<", "<xmin>0<", path.read_text()))
     assert train(str(thin_weights), "--freeze") == 0
     folder = tmp_path / "out" / "seed-0"
     assert read(folder / "result.json")["arm"] == "pretrained_frozen"
     assert read(folder / "result.json")["frozen"] is True
-    assert "43 frozen batch norms: statistics measured" in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "43 frozen batch norms: statistics measured" in log
+    assert f"{voc_root}: 1 boxes up to 1 pixel outside their picture: clipped\n" in log
     given, state = pickle.loads(thin_weights.read_bytes())["model"], final_model(folder)
     for name, value in given.items():
         if name.startswith("res5"):
