@@ -29,7 +29,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from common import checkpoints, pictures
-from common.annotations.record import coco_content, read_set, write_annotations
+from common.annotations.record import annotation_xml, coco_content, read_set
 from common.backbone import read_backbone
 from common.config import dotted, read_settings, to_plain
 from common.files import sha256_of
@@ -432,8 +432,8 @@ class LabelledKind(Kind):
             own: Boxes = {}
             for split in splits:
                 coco_content(split.pictures, found.classes)
-                write_annotations(folder.parent / role, "list", split.pictures)
                 for one in split.pictures:
+                    annotation_xml(one.file.name, one.width, one.height, one.objects)
                     own[one.file.stem] = sorted((o.class_name, o.box) for o in one.objects)
             right = {name: sorted(rows) for name, rows in self.boxes(folder, role).items()}
             if own.keys() != right.keys():
