@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.files import read_json_lines
 from pretrain.config import PretrainConfig, TrackingConfig
 from pretrain.engine import run_folder
-from pretrain.engine.run_folder import MetricLog, RunFolder, check_wandb, open_log
+from pretrain.engine.run_folder import MetricLog, ProgressLog, RunFolder, check_wandb, open_log
 from pretrain.engine.trainer import Position
 
 
@@ -89,6 +89,11 @@ def test_a_row_without_a_step_is_left_out_and_told(tmp_path):
     log.close()
     assert log.notes == [f"{path} has 1 damaged line, left out: 1"]
     assert rows(tmp_path) == [{"kind": "train", "step": 1}]
+    log = ProgressLog("x", lambda position, num_steps: MetricLog(tmp_path, 5, 5))
+    log.trainer, log.logged_step = Mock(num_steps=9, position=Position(step=5)), 5
+    log.trainer.batches.num_steps = 9
+    with log:
+        assert log.notes == ["metrics.jsonl: the rows of steps 2 to 5 are lost"]
 
 
 # --- Weights & Biases
@@ -168,6 +173,11 @@ def test_summary_takes_the_first_and_the_last_probe(tmp_path, steps):
     assert (found["knn_top1_initial"], found["knn_top1"]) == (0.0 if 0 in steps else None, 0.5)
     assert found["images_per_second"] == 10 * 256 / 4.0
     assert found["num_skipped_samples"] == 3
+    (tmp_path / "metrics.jsonl").write_bytes(b"")  # lost; a run that goes on at its end keeps them
+    callback(tmp_path).on_end()
+    assert json.loads((tmp_path / "summary.json").read_text()) | {"peak_memory_bytes": 0} == (
+        found | {"peak_memory_bytes": 0}
+    )
 
 
 def test_a_folder_is_made_and_one_with_a_run_is_refused_without_resume(tmp_path):
@@ -182,6 +192,10 @@ def test_a_folder_is_made_and_one_with_a_run_is_refused_without_resume(tmp_path)
     with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
         run_folder.prepare(config, resume=False)
     run_folder.prepare(config, resume=True)[1].close()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoint.pth").rename(folder / "checkpoints/step-00000001.pth")
+    with pytest.raises(UserError, match="holds a run already"):
+        run_folder.prepare(config, resume=False)
     with pytest.raises(UserError, match="out is not set: name the folder of this run"):
         run_folder.prepare(PretrainConfig(), resume=False)
 
