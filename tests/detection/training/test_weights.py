@@ -108,6 +108,10 @@ def test_damaged_weights_are_refused(thin_weights: Path, tmp_path: Path) -> None
     write_pkl(path, thin_weights, {"model": {**given, "res9.0.weight": given["stem.conv1.weight"]}})
     with pytest.raises(UserError, match=r"not in the detector 1: res9.0.weight"):
         load_backbone(model, path)
+    bad = {**given, "res3.1.conv2.weight": given["res3.1.conv2.weight"] * float("nan")}
+    write_pkl(path, thin_weights, {"model": bad})
+    with pytest.raises(UserError, match=r"b.pkl: res3.1.conv2.weight holds NaN"):
+        load_backbone(model, path)
     path.write_bytes(thin_weights.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"b.pkl"):
         load_backbone(model, path)
@@ -136,6 +140,8 @@ def test_card_is_compared_with_the_config(thin_weights: Path, tmp_path: Path) ->
     refused("b.json beside it describes another file", weights_sha256="0")
     refused("no preprocessing card b.json", format="x")
     refused("its card lacks input_format", preprocessing={})
+    two = {**card["preprocessing"], "pixel_std": [1.0, 2.0]}
+    refused("its card says no three numbers in pixel_std", preprocessing=two)
     path.with_suffix(".json").write_text(json.dumps(card))
     assert check_card(path, load_config(config)) == card
     with pytest.raises(UserError, match=r"no such weights.*say `random`"):
@@ -156,6 +162,25 @@ def test_run_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.M
         checkpointer.save("second")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
     assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
+
+
+def test_damaged_checkpoint_of_a_detector_ends_its_resume(tmp_path: Path) -> None:
+    model = nn.Linear(32, 32)
+    checkpointer = RunCheckpointer(model, str(tmp_path))
+    checkpointer.save("first")
+    path = tmp_path / "first.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(model.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"first.pth: is damaged at .*CRC"):
+        RunCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    torch.save([1], path)
+    with pytest.raises(UserError, match=r"first.pth: holds a list"):
+        RunCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    model.bias.data[3] = float("inf")
+    checkpointer.save("first")
+    with pytest.raises(UserError, match=r"first.pth: bias holds NaN or infinity"):
+        RunCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
 
 
 def test_calibration_leaves_each_module_its_training_mode() -> None:
