@@ -10,6 +10,7 @@ the CRCs of the zip archive.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -271,7 +272,10 @@ def read(path: Path | str) -> Any:
             check_extent(content, num_bytes)
         except UserError:
             raise
-        except (*_READ_ERRORS, RecursionError) as error:
+        except (*_READ_ERRORS, RecursionError, OSError) as error:
+            # A damaged zip archive makes zipfile seek to a place before the file.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             raise UserError(f"{path}: not a readable {kind} ({_reason(error)})") from error
     if isinstance(content, Placeholder):
         raise UserError(
@@ -323,7 +327,8 @@ def _hash_into(digest: Any, value: Any) -> None:
     elif isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         digest.update(f"tensor {plain.dtype} {tuple(plain.shape)};".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        flat = plain.as_strided((plain.numel(),), (1,))  # one element may have any stride
+        digest.update(flat.view(torch.uint8).numpy())
     else:
         digest.update(f"{value!r};".encode())
 

@@ -167,6 +167,11 @@ def test_a_flipped_bit_in_somebody_s_checkpoint_is_seen_by_its_crc(tmp_path: Pat
         checkpoints.read(path)
 
 
+def test_the_checksum_of_one_element_with_a_stride_is_that_of_its_value() -> None:
+    odd = torch.full((9,), 2.0).as_strided((1,), (5,))
+    assert checkpoints.checksum({"w": odd}) == checkpoints.checksum({"w": torch.full((1,), 2.0)})
+
+
 def test_a_flipped_bit_in_our_checkpoint_is_seen_by_its_checksum(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     state = {"format": checkpoints.FORMAT, "model": {"w": torch.full((64,), 1.5)}}
