@@ -45,7 +45,17 @@ _PYTHON_TAG = f"{_YAML_TAG}python"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also reads 1e-3 as a number, as YAML 1.2 says."""
+    """PyYAML's safe loader with two rules of YAML 1.2: 1e-3 is a number, no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise UserError(
+                    f"line {key.start_mark.line + 1}: key {key.value} stands twice; remove one"
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -108,15 +118,15 @@ def parse_yaml(text: str, where: str) -> Any:
         UserError: If it does not parse, names Python objects, nests too deep or repeats too much.
     """
     try:
-        _check_bounds(text, where)
+        _check_bounds(text)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
-            raise
+            raise UserError(f"{where}: {error}") from None
         raise UserError(f"{where}: is not YAML: {one_line(error)}") from None
 
 
-def _check_bounds(text: str, where: str) -> None:
+def _check_bounds(text: str) -> None:
     """Refuse what is too deep or large once its aliases are written out, and Python's tags."""
     # A collection's anchor, number of values and depth, aliases written out.
     open_nodes: list[list[Any]] = [["", 0, 0]]
@@ -126,7 +136,7 @@ def _check_bounds(text: str, where: str) -> None:
         anchor: str = getattr(event, "anchor", None) or ""
         if tag.startswith(_PYTHON_TAG):
             raise UserError(
-                f"{where}: the tag !!{tag.removeprefix(_YAML_TAG)} makes Python objects and may "
+                f"the tag !!{tag.removeprefix(_YAML_TAG)} makes Python objects and may "
                 "run code; write a plain value"
             )
         size, depth = 1, 0
@@ -135,7 +145,7 @@ def _check_bounds(text: str, where: str) -> None:
             size = 0
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == node[0] for node in open_nodes):
-                raise UserError(f"{where}: *{anchor} stands within &{anchor} itself; write it out")
+                raise UserError(f"*{anchor} stands within &{anchor} itself; write it out")
             size, depth = known.get(anchor, (1, 0))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size, depth = open_nodes.pop()
@@ -149,7 +159,7 @@ def _check_bounds(text: str, where: str) -> None:
         total = sum(node[1] for node in open_nodes)
         if len(open_nodes) - 1 + depth > MAX_YAML_DEPTH or total > MAX_YAML_VALUES:
             raise UserError(
-                f"{where}: nests deeper than {MAX_YAML_DEPTH} or has more than {MAX_YAML_VALUES:,} "
+                f"nests deeper than {MAX_YAML_DEPTH} or has more than {MAX_YAML_VALUES:,} "
                 "values, its aliases (*name) written out; is it the right file?"
             )
 

@@ -14,6 +14,7 @@ from common.errors import (
     add_check_options,
     command_parser,
     print_check,
+    require,
     run_command,
     run_or_check_each,
 )
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
     from detection.training.run import ArmSettings, check, run_arm
 
     check_out_folder(arguments.out)
+    require(arguments.threads is None or arguments.threads > 0, "--threads: give 1 or more")
     overrides = parse_overrides(arguments.opts)
     for option, key in ((arguments.eval_every, "TEST.EVAL_PERIOD"),
                         (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip
@@ -188,8 +190,8 @@ def parse_seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--seeds {text!r}: give integers such as 0,1,2") from None
-    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r}: give different integers from 0 on")
+    if min(seeds) < 0 or max(seeds) >= 1 << 32 or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text!r}: give different integers from 0 on, below 2^32")
     return seeds
 
 

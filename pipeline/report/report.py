@@ -26,6 +26,7 @@ from PIL import Image
 
 from common.errors import UserError, run_command
 from common.files import (
+    check_out_folder,
     has_form,
     is_number,
     read_json_lines,
@@ -143,6 +144,9 @@ def _mean(values: Iterable[Any]) -> float | None:
     return mean_std([value for value in values if is_number(value)])["mean"]
 
 
+_ERRORS = {"num_objects": int, "best_scored": dict, "AP50_gained": dict}
+
+
 def _formatted(path: Path, form: str) -> dict[str, Any]:
     """A file's content if it is of the right form, else nothing."""
     content = read_record_or_none(path) or {}
@@ -157,7 +161,7 @@ def error_rows(arms: Arms) -> list[dict[str, Any]]:
     found = []
     for arm, folders in arms.items():
         files = [_formatted(folder / "errors.json", "fa-errors-1") for folder in folders]
-        tables = list(filter(None, files))
+        tables = [table for table in files if has_form(table, _ERRORS)]
         if tables:
             row = {"title": results.arm_title(arm), "n": len(tables)}
             row["num_objects"] = tables[0]["num_objects"]
@@ -258,6 +262,13 @@ def detection_pictures(arms: Arms, dataset: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _dataset(path: Path) -> dict[str, Any] | None:
+    """What dataset.json says, if the page can show it."""
+    content = read_record_or_none(path) or {}
+    is_sound = isinstance(content.get("classes", []), list)
+    return content if is_sound and isinstance(content.get("splits", {}), dict) else None
+
+
 def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str:
     """What a picture shows, for those who do not see it."""
     truth = ", ".join(obj["class"] for obj in item["ground_truth"]) or "nothing"
@@ -273,7 +284,8 @@ def pretraining_pictures(folder: Path) -> list[tuple[str, str, str]]:
         picture = embed(path, 1400)
         if picture is None:
             continue
-        rows = (read_record_or_none(path.with_suffix(".json")) or {}).get("rows") or []
+        described = read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {"rows": []}
+        rows = [row for row in described["rows"] if isinstance(row, dict)]
         known = [(row["query_label"], row.get("neighbour_labels") or [])
                  for row in rows if row.get("query_label") is not None]  # fmt: skip
         if known:
@@ -421,7 +433,7 @@ def context(out: Path) -> dict[str, Any]:
         "card": results.read_figures(out, conversions[0]) if conversions else None,
         "skipped": {kind: (len(some), some[:MOST_OF_A_KIND]) for kind, some in by_kind.items()},
         "most_of_a_kind": MOST_OF_A_KIND,
-        "dataset": read_record_or_none(out / "data/dataset.json"),
+        "dataset": _dataset(out / "data/dataset.json"),
         "stages": stages,
     }  # fmt: skip
 
@@ -498,7 +510,12 @@ def main(arguments: list[str] | None = None) -> int:
         "out", type=Path, metavar="DIR", help="folder of a pipeline's or study's run"
     )
     options = parser.parse_args(arguments)
-    return run_command(lambda: write(options.out))
+
+    def work() -> int:
+        check_out_folder(options.out)
+        return write(options.out)
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

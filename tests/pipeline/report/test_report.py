@@ -332,19 +332,25 @@ def test_a_studys_page(tmp_path):
     assert page.source.count('class="chart"') >= 4
 
 
+OTHER_FORM = {"format": "fa-errors-1", "classes": 5, "splits": [], "rows": 3, "name": {}}
+
+
 @pytest.mark.parametrize(
     "pattern",
     ["pretrain/*", "pretrain/pictures/*.json", "detection/*/*/curve.jsonl",
-     "detection/*/*/pr.json", "detection/*/*/detections.json", "detection/random/*/result.json"],
+     "detection/*/*/pr.json", "detection/*/*/detections.json", "detection/random/*/result.json",
+     "detection/*/*/errors.json", "data/dataset.json", "convert/*.json", "*/linear.json"],
 )  # fmt: skip
-def test_any_missing_file_leaves_a_page(run_folder, tmp_path, monkeypatch, pattern):
+@pytest.mark.parametrize("content", [None, "[1, {}]", json.dumps(OTHER_FORM)])
+def test_any_file_that_is_missing_or_of_another_form_leaves_a_page(
+    run_folder, tmp_path, monkeypatch, pattern, content
+):
     monkeypatch.setattr(charts, "line_chart", lambda *_, **__: None)  # what takes time
     monkeypatch.setattr(charts, "interval_chart", lambda *_: None)
     subprocess.run(["cp", "-r", str(run_folder), str(tmp_path / "run")], check=True)
     found = [path for path in (tmp_path / "run").glob(pattern) if path.is_file()]
-    assert found
     for path in found:
-        path.unlink()
+        path.unlink() if content is None else path.write_text(content)
     assert "What ran" in Page(report.render(tmp_path / "run")).text
 
 
