@@ -43,6 +43,25 @@ _NEEDS_MORE = {
     "MODEL.KEYPOINT_ON": "keypoints",
     "MODEL.LOAD_PROPOSALS": "files of proposals",
 }
+# What Detectron2 finds out late, or never.
+_LOWEST = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.MIN_SIZE_TEST": 0,
+    "INPUT.MIN_SIZE_TRAIN": 1,
+    "MODEL.PIXEL_STD": 1e-6,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 0,
+    "SOLVER.BASE_LR": 0,
+    "TEST.IMS_PER_BATCH": 1,
+    "TEST.NUM_IMAGES": 0,
+}
+_CHOICES = {
+    "INPUT.FORMAT": ("RGB", "BGR"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+}
 # What yacs raises; the last two come from Python's parser, for a value of a thousand brackets.
 _REFUSALS = (KeyError, ValueError, AssertionError, TypeError, RecursionError, MemoryError)
 
@@ -131,7 +150,7 @@ def load_config(
         if key in _BY_ARGUMENT:
             raise UserError(f"{key}: {_BY_ARGUMENT[key]}")
     before, cfg = cfg, _merged(cfg, overrides)
-    _check_lists(cfg, path)
+    _check_values(cfg, path)
     if num_gpus is not None and cfg.SOLVER.REFERENCE_WORLD_SIZE > 0:
         before.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE
         is_given = "SOLVER.IMS_PER_BATCH" in overrides
@@ -156,14 +175,20 @@ def _merged(cfg: CfgNode, overrides: Mapping[str, str]) -> CfgNode:
     return copy
 
 
-def _check_lists(cfg: CfgNode, path: Path) -> None:
-    """Refuse text among numbers, and numbers that are not finite: yacs looks at no list's items."""
+def _check_values(cfg: CfgNode, path: Path) -> None:
+    """Refuse text among numbers, and numbers that are not finite or too low; yacs checks none."""
     stock = dotted(get_cfg())
     for key, value in dotted(cfg).items():
         items = _items(value)
         is_numeric = isinstance(value, list | tuple) and bool(numbers := _items(stock.get(key)))
         is_numeric = is_numeric and all(isinstance(item, int | float) for item in numbers)
+        if (choices := _CHOICES.get(key)) and value not in choices:
+            raise UserError(f"{path}: {key} is {value}; known are {', '.join(choices)}")
+        if (lowest := _LOWEST.get(key)) is not None and not items:
+            raise UserError(f"{path}: {key} is empty; give at least one number")
         for item in items:
+            if lowest is not None and isinstance(item, int | float) and item < lowest:
+                raise UserError(f"{path}: {key} is {value}; give at least {lowest}")
             if isinstance(item, float) and not math.isfinite(item):
                 raise UserError(f"{path}: {key} is {value}; give finite numbers")
             if is_numeric and not isinstance(item, int | float):

@@ -87,7 +87,7 @@ class Voc(LabelledFormat):
         """
         description: dict[str, Any] = {}
         path = root / "dataset.json"
-        if path.is_file():
+        if path.exists():
             description = _read_description(path)
         classes = tuple(choice.classes or description.get("classes") or VOC_CLASSES)
         if len(set(classes)) != len(classes) or not all(classes):
@@ -138,7 +138,7 @@ class Voc(LabelledFormat):
 
 def _read_description(path: Path) -> dict[str, Any]:
     """What dataset.json says of classes, lists and metric."""
-    content = read_json(path)
+    content = read_json(path, remedy="make the data set again")
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
         raise UserError(f"{path}: has no list 'classes'; make the data set again")
     for key in ("train_split", "test_split"):

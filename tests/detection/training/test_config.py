@@ -111,6 +111,10 @@ def test_schedule_is_scaled_with_max_iter() -> None:
         ("SOLVER.BASE_LR", r"SOLVER.BASE_LR: this key has no value"),
         ("MODEL.WEIGHTS x.pkl", r"MODEL.WEIGHTS: give the weights as the first argument"),
         ("SEED 3", r"SEED: use --seeds"),
+        ("INPUT.MIN_SIZE_TRAIN ()", r"INPUT.MIN_SIZE_TRAIN is empty"),
+        ("INPUT.MIN_SIZE_TRAIN (-4,)", r"is \(-4,\); give at least 1"),
+        ("MODEL.PIXEL_STD [1.0,0.0,1.0]", r"MODEL.PIXEL_STD is .*; give at least 1e-06"),
+        ("SOLVER.LR_SCHEDULER_NAME Fast", r"is Fast; known are WarmupMultiStepLR"),
     ],
 )
 def test_override_that_cannot_train_is_refused(overrides: str, message: str) -> None:
