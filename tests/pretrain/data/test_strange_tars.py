@@ -110,6 +110,8 @@ WHOLE = {
     "dots": (tar_of(*((f"street.2024.{i:02d}.jpg", J[i]) for i in range(12))), 12, 0),
     "dots and labels": (tar_of(*(x for i in range(3) for x in (
         (f"s.2024.{i}.cls", b"3"), (f"s.2024.{i}.jpg", J[i])))), 3, 0),
+    "dots beside a plain name": (tar_of(("a.2024.01.jpg", J[0]), ("a.2024.02.jpg", J[1]),
+                                 ("a.jpg", J[2]), ("a.3.mask.jpg", J[3])), 4, 0),
     "dots in folders": (tar_of(*((f"v1.0/a.b/{i}.jpg", J[i]) for i in range(3))), 3, 0),
     "fields": (tar_of(*(x for i in range(3) for x in (
         (f"{i}.cls", b"1"), (f"{i}.jpg", J[i]), (f"{i}.seg.png", J[i + 3])))), 3, 0),
