@@ -355,7 +355,7 @@ def _check_png(file: IO[bytes], where: str) -> bytes | None:
     """
     file.seek(0)
     start = file.read(33)
-    if start[:8] != _PNG:
+    if len(start) < 33 or start[:8] != _PNG:
         return None
     width, height = (int.from_bytes(start[at : at + 4], "big") for at in (16, 20))
     bits = _CHANNELS.get(start[25], 4) * start[24]

@@ -268,7 +268,9 @@ def test_cut_pictures_are_refused(kind: str, share: float) -> None:
         decode(data[: int(len(data) * share)], where="a.b")
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"hello", b"\0" * 1000])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8", b"hello", b"\0" * 1000, b"\x89PNG\r\n\x1a\n", b"II*\0"]
+)
 def test_what_is_no_picture(data: bytes) -> None:
     with pytest.raises(BadPicture, match=r"^x: "):
         decode(data, where="x")
