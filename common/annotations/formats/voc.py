@@ -37,6 +37,7 @@ from common.annotations.record import (
 from common.config import unknown
 from common.errors import UserError
 from common.files import decode_text, read_json, read_regular, read_text
+from common.pictures import PICTURE_SUFFIXES
 
 # The twenty names of the PASCAL VOC challenges 2007 to 2012, in their official order.
 VOC_CLASSES = (
@@ -45,9 +46,6 @@ VOC_CLASSES = (
     *("train", "tvmonitor"),
 )
 _OFFICIAL_SPLIT = re.compile(r"voc_(2007|2012)_(\w+)")
-_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
-)  # in capitals too
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _MAX_XML_BYTES = 4 << 20  # some 8,000 objects
 _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>]*\?>""")
@@ -249,7 +247,7 @@ class PictureFinder:
             by_stem: defaultdict[str, list[Path]] = defaultdict(list)
             with contextlib.suppress(OSError, ValueError):
                 for file in map(Path, sorted(os.scandir(place.parent), key=os.fspath)):
-                    if file.suffix.lower() in _SUFFIXES:
+                    if file.suffix.lower() in PICTURE_SUFFIXES:
                         by_stem[unicodedata.normalize("NFC", file.stem)].append(file)
             self._listed[place.parent] = by_stem
         files = self._listed[place.parent].get(unicodedata.normalize("NFC", place.name), [])
@@ -264,7 +262,7 @@ class PictureFinder:
         place = self.root / image_id
         by_stem = self._listed.get(place.parent, {})
         is_whole = unicodedata.normalize("NFC", place.name) in by_stem
-        return image_id if is_whole or suffix.lower() not in _SUFFIXES else stem
+        return image_id if is_whole or suffix.lower() not in PICTURE_SUFFIXES else stem
 
     def require(self, image_id: str) -> Path:
         """The picture.
