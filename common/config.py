@@ -41,6 +41,8 @@ MAX_BASES = 20  # files of Detectron2's format below one
 BASE_KEY = "_BASE_"
 _URLS = ("http://", "https://")  # Detectron2 would download them
 _YAML_TAG = "tag:yaml.org,2002:"
+# What PyYAML raises; those after ValueError for `!!timestamp x`, `!!bool x`, `!!int ""`.
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, AttributeError, KeyError, IndexError)
 _PYTHON_TAG = f"{_YAML_TAG}python"
 
 
@@ -97,7 +99,7 @@ def read_yaml_with_bases(path: Path) -> tuple[dict[str, Any], list[Path]]:
         given = raw.pop(BASE_KEY, [])
         values: dict[str, Any] = {}
         for name in given if isinstance(given, list) else [given]:
-            if not isinstance(name, str) or "\0" in name or name.startswith(_URLS):
+            if not isinstance(name, str) or not name.isprintable() or name.startswith(_URLS):
                 raise UserError(f"{path}: {BASE_KEY} {name!r} is no path of a file; give one")
             base = (path.parent / os.path.expanduser(name)).resolve()
             if base in (*above, path.resolve()):
@@ -120,7 +122,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         _check_bounds(text)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         if isinstance(error, UserError):
             raise UserError(f"{where}: {error}") from None
         raise UserError(f"{where}: is not YAML: {one_line(error)}") from None

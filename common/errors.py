@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MAX_MESSAGE = 8000  # characters
 EACH = "--check-each"
 """The only word of a call that checks many: standard input holds a JSON list of argument lists."""
 
@@ -70,8 +71,11 @@ def within_0_and_1(settings: object, section: str, *names: str) -> None:
 
 
 def printable(text: str) -> str:
-    """A file name, or text that holds one; bytes that are no UTF-8 become hexadecimal codes."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
+    """A file name, or text that holds one; what is no UTF-8 becomes hexadecimal codes."""
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a pair of UTF-16, which stands for no byte
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 _IN_THE_WAY = {
@@ -127,7 +131,10 @@ def run_command(
         message = f"error: {describe_os_error(error)}"
     except (RunFailed, *failures) as error:
         status, message = 1, f"error: {error}"
-    print(printable(message), file=sys.stderr, flush=True)
+    message = printable(message)
+    if len(message) > MAX_MESSAGE:  # it quotes a file that holds one long word
+        message = f"{message[:MAX_MESSAGE]} .. ({len(message):,} characters)"
+    print(message, file=sys.stderr, flush=True)
     return status
 
 

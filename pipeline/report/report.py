@@ -26,6 +26,7 @@ from PIL import Image
 
 from common.errors import UserError, run_command
 from common.files import (
+    NUMBER,
     check_out_folder,
     has_form,
     is_number,
@@ -81,7 +82,10 @@ MOST_OF_A_KIND = 50  # entries that are listed; all are counted
 NUM_PICTURES, NUM_ARMS = 6, 3
 
 
-_PICTURE = {"file_name": str, "ground_truth": list, "detections": list}
+_PICTURE = {"file_name": str, "width": NUMBER, "height": NUMBER, "ground_truth": list,
+            "detections": list}  # fmt: skip
+_TRUE_BOX = {"class": str, "box": list}
+_DETECTED_BOX = {**_TRUE_BOX, "score": NUMBER}
 Arms = Mapping[str, Sequence[Path]]
 """Arm -> the folders of its finished seeds."""
 
@@ -242,7 +246,7 @@ def detection_pictures(arms: Arms, dataset: Path) -> list[dict[str, Any]]:
             entries = read_json_or_none(folder / "detections.json")
             if isinstance(entries, list):
                 by_seed[folder.name][arm] = {
-                    entry["file_name"]: entry for entry in entries if has_form(entry, _PICTURE)
+                    entry["file_name"]: entry for entry in entries if _is_drawable(entry)
                 }
     # The seed that most arms have, the first of these.
     seed, by_arm = max(by_seed.items(), key=lambda pair: len(pair[1]), default=("", {}))
@@ -267,6 +271,19 @@ def _dataset(path: Path) -> dict[str, Any] | None:
     content = read_record_or_none(path) or {}
     is_sound = isinstance(content.get("classes", []), list)
     return content if is_sound and isinstance(content.get("splits", {}), dict) else None
+
+
+def _is_drawable(entry: Any) -> bool:
+    """Whether an entry of detections.json has what the page draws."""
+    if not has_form(entry, _PICTURE):
+        return False
+    truth, detected = entry["ground_truth"], entry["detections"]
+    have_form = all(has_form(one, _TRUE_BOX) for one in truth) and all(
+        has_form(one, _DETECTED_BOX) for one in detected
+    )
+    return have_form and all(
+        len(one["box"]) == 4 and all(map(is_number, one["box"])) for one in (*truth, *detected)
+    )
 
 
 def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str:
@@ -322,8 +339,9 @@ def pretraining_curves(
     """Variant -> a metric over epochs (steps where no epoch is given), mean over its runs."""
     return {
         label: mean_curve([curve for run in found if (curve := {
-            float(row.get("epoch", row["step"])): float(row[key])
+            float(place): float(row[key])
             for row in run.rows if row["kind"] in ("train", "knn") and is_number(row.get(key))
+            and is_number(place := row.get("epoch", row["step"]))
         })])
         for label, found in by_variant.items()
     }  # fmt: skip

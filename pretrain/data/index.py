@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ _READ_BYTES = 1 << 20  # read at once
 _MAX_HEADER_BYTES = 1 << 18  # of a long name, or pax attributes
 _LONG_NUMBER = re.compile(rb"[0-9]{300}")
 _MAX_LINKS = 16  # from one to the next
+# What numpy raises for a damaged .npy.
+_NPY_ERRORS = (OSError, EOFError, ValueError, SyntaxError, OverflowError, tokenize.TokenError)
 _REMEDY = "delete index.json and run again to index the tars, or make the shards again"
 
 
@@ -514,7 +517,7 @@ class ShardPart:
             part = cls(np.load(f"{path}.npy"), facts["shard"], facts["skipped"])
             is_whole = hashlib.sha256(part.table.tobytes()).hexdigest() == facts["table_sha256"]
             return part if is_whole and part.table.dtype == SAMPLE_DTYPE else None
-        except (OSError, EOFError, ValueError, KeyError, TypeError):
+        except (*_NPY_ERRORS, KeyError, TypeError, AttributeError):
             return None
 
 
@@ -584,18 +587,20 @@ def parse_index(data: bytes, where: str) -> dict[str, Any]:
         for shard in index["shards"]:
             check_name(shard["name"], where)
             is_hash = len(shard["sha256"]) == 64 and set(shard["sha256"]) <= set("0123456789abcdef")
-            if not is_hash or int(shard["bytes"]) < 0:
-                raise ValueError(f"shard {shard['name']!r}: bytes or sha256 are impossible")
-        total = sum(int(shard["num_samples"]) for shard in index["shards"])
-        if total != int(index["num_samples"]):
+            sizes = (shard["bytes"], shard["num_samples"])
+            if not is_hash or not all(type(size) is int and size >= 0 for size in sizes):
+                raise ValueError(f"shard {shard['name']!r}: sizes or sha256 are impossible")
+        total = sum(shard["num_samples"] for shard in index["shards"])
+        if total != index["num_samples"]:
             raise ValueError(f"{total} samples in the shards, num_samples {index['num_samples']}")
         if "/" in check_name(index["samples"], where):
             raise ValueError("samples must be a file beside index.json")
         for name, kind in (("skipped", list), ("options", dict), ("samples_sha256", str)):
             if not isinstance(index[name], kind):
                 raise ValueError(f"{name} is no {kind.__name__}")
-        if not all({"file", "reason"} <= set(item) for item in index["skipped"]):
-            raise ValueError("skipped: an entry without file and reason")
+        for item in index["skipped"]:
+            if not (isinstance(item["file"], str) and isinstance(item["reason"], str)):
+                raise ValueError("skipped: an entry without file and reason")
         if not all(isinstance(name, str) for name in index["classes"] or []):
             raise ValueError("classes are not names")
     except UserError:
@@ -634,10 +639,10 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     require(path.exists(), f"{path}: missing; {_REMEDY}")
     try:
         require_regular(path)
-        table = np.load(path, mmap_mode="r")
-    except (OSError, EOFError, ValueError) as error:
+        table = np.lib.format.open_memmap(path, mode="r")  # np.load takes an .npz as well
+    except _NPY_ERRORS as error:
         raise UserError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-    if table.dtype != SAMPLE_DTYPE or len(table) != index["num_samples"]:
+    if table.dtype != SAMPLE_DTYPE or table.shape != (index["num_samples"],):
         num = index["num_samples"]
         raise UserError(f"{path}: does not fit index.json ({num} samples); {_REMEDY}")
     if sha256_of(path) != index["samples_sha256"]:

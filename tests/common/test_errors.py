@@ -32,6 +32,8 @@ def broken(error):
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a.json"), 2,
          "error: a.json: a folder is where a file is expected; choose another name"),
         (UserError("\udcff.jpg: no picture"), 2, "error: \\xff.jpg: no picture"),
+        (UserError("\ud800: no name"), 2, "error: \\ud800: no name"),
+        (UserError("x" * 9000), 2, f"error: {'x' * 7993} .. (9,007 characters)"),
     ],
 )  # fmt: skip
 def test_an_error_becomes_a_message_and_an_exit_status(error, status, message, capsys):

@@ -244,7 +244,8 @@ class Tars(Kind):
             left[content] -= left[content] > 0
         for content, label in zip(data, labels, strict=True):
             own = [name for name, one in there if one == content]
-            stems = [stem for stem in classes if len(own) == 1 and own[0].startswith(f"{stem}.")]
+            is_one = len(own) == 1 == [name for name, _ in there].count(own[0])
+            stems = [stem for stem in classes if is_one and own[0].startswith(f"{stem}.")]
             if len(stems) == 1 and not is_reported(f"{stems[0]}.cls"):
                 text = classes[stems[0]].strip()
                 is_number = re.fullmatch(rb"[+-]?[0-9]{1,10}", text) and -1 <= int(text) < 2**31
@@ -252,7 +253,8 @@ class Tars(Kind):
                     faults.append(f"label {label} of {own[0]!r}, for {text[:20]!r}")
         # Of a reason that comes often the files are counted.
         counted = sum(int(number) - 1 for number in re.findall(r"\((\d+) such\)", said))
-        return faults[counted:] + ["pictures that are not in the tars"] * (sum(left.values()) > 0)
+        invented = {*data} - {content for _, content in there}
+        return faults[counted:] + ["pictures that are not in the tars"] * bool(invented)
 
     def command(self, folder: Path, rng: Random) -> list[str]:
         return ["tools.make_shards", str(folder), "--info"]
@@ -520,7 +522,7 @@ class Voc(LabelledKind):
 
     def boxes(self, folder: Path, role: str) -> Boxes:
         data = (folder / f"VOC2007/ImageSets/Main/{role}.txt").read_bytes()
-        text = data.decode("utf-16" if b"\0" in data[:50] else "utf-8-sig")
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
         names = [re.sub(r"(\s+-?1|\s+0)$|\.jpg$", "", line.strip()) for line in text.splitlines()]
         found: Boxes = {}
         for name in filter(None, names):
@@ -763,9 +765,6 @@ class Settings(Kind):
         return faults + [f"{key} is given twice" for key, count in keys.items() if count > 1]
 
     def command(self, folder: Path, rng: Random) -> list[str]:
-        if self.file.parent.name == "pipeline":
-            out = str(folder.parent / "out")
-            return ["tools.run_pipeline", str(self.file), "--out", out, "--dry-run"]
         return ["pretrain.__main__", str(self.file), "--print-config"]
 
 

@@ -1,13 +1,15 @@
 """Tars file by file, however they are damaged, and the names that an index may hold."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
-from pretrain.data.index import check_name, tar_files
+from pretrain.data.index import SAMPLE_DTYPE, ShardPart, check_name, load_table, tar_files
 
 FILES = {  # sizes at and beside multiples of 512, an empty file, a name above 100 characters
     "a.jpg": b"1" * 1024,
@@ -116,3 +118,21 @@ def test_names_that_leave_the_folder_are_refused(name: object) -> None:
 def test_names_below_the_folder_are_taken() -> None:
     for name in ("a.tar", "x/y..z.tar", "ü {0..1}.tar", "%2e%2e%2fa.tar"):
         assert check_name(name, "") == name
+
+
+def test_damaged_tables_are_refused(tmp_path: Path) -> None:
+    path, index = tmp_path / "samples.npy", {"samples": "samples.npy", "num_samples": 3}
+    np.save(path, np.zeros(3, SAMPLE_DTYPE))
+    whole = path.read_bytes()
+    np.savez(tmp_path / "a.npz", np.zeros(3))
+    damaged = [whole[:at] + bytes(9) + whole[at + 9 :] for at in range(0, 128, 3)]
+    for data in (b"", whole[:60], whole[:200], (tmp_path / "a.npz").read_bytes(), *damaged):
+        path.write_bytes(data)
+        (tmp_path / "samples.json").write_text('{"fingerprint": "", "shard": {}, "skipped": []}')
+        with pytest.raises(UserError, match=r"samples\.npy: (cannot be read|does not fit)"):
+            load_table(tmp_path, index)
+        assert ShardPart.load(tmp_path / "samples") is None
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="named pipe"):
+        load_table(tmp_path, index)
