@@ -327,7 +327,7 @@ HOSTILE: dict[str, bytes] = {
     "many classes": b"\x80\x02(" + b"".join(b"ca\n%d\n" % n for n in range(200_000)) + b"l.",
     # Archives and storages.
     "deflated record": zipped(
-        tensor(storage("0", 10**8), 0, "I100000000\n", "I1\n") + b".",
+        tensor(storage("0", 25_000_000), 0, "I25000000\n", "I1\n") + b".",
         ("data/0", bytes(100_000_000)), compress=8,
     ),
     "records over each other": overlapping([str(n) for n in range(300)], 4_000_000),
@@ -398,5 +398,5 @@ def test_hostile_files_are_refused_in_5_seconds_and_1_gib(tmp_path: Path) -> Non
     for name, seconds, answer in rows:
         assert re.search("not a readable|TorchScript|cannot be read", answer), (name, answer)
         assert float(seconds) < 5, name
-        assert "MemoryError" not in answer, name
+        assert not re.search("MemoryError|alloc", answer), (name, answer)
         assert len(answer) < 600, name
