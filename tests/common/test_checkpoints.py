@@ -395,6 +395,9 @@ def test_hostile_files_are_refused_in_5_seconds_and_1_gib(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines()]
     assert len(rows) == len(HOSTILE) + len(HEADERS) + 3
+    reasons = {name: answer for name, _, answer in rows}
+    assert "is compressed" in reasons["deflated record"]  # before it is read
+    assert "over each other" in reasons["records over each other"]
     for name, seconds, answer in rows:
         assert re.search("not a readable|TorchScript|cannot be read", answer), (name, answer)
         assert float(seconds) < 5, name
