@@ -21,9 +21,14 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from common.config import dotted, read_yaml_with_bases
+from common import provenance
+from common.annotations.record import checked_class_name
+from common.config import dotted, parse_yaml, read_yaml_with_bases
 from common.errors import UserError
+from common.files import read_text, write_text
 from common.resnet import Arch
+
+DESCRIPTION = "fa-detector-1"  # format of what a weight file says of its detector
 
 # Keys that an argument of the command decides -> which one.
 _BY_ARGUMENT = {
@@ -83,7 +88,7 @@ def set_arch(cfg: CfgNode, arch: Arch) -> None:
     resnets.RES2_OUT_CHANNELS = arch.res2_channels
 
 
-def add_keys(cfg: CfgNode) -> None:
+def add_keys(cfg: CfgNode, path: Path | None = None) -> None:
     """Add the keys that this project reads beside Detectron2's own.
 
     - MODEL.BACKBONE.CALIBRATE_BN_BATCHES: before training, set the statistics of *frozen* batch
@@ -92,12 +97,87 @@ def add_keys(cfg: CfgNode) -> None:
     - TEST.NUM_IMAGES: evaluate on the first so many pictures of the test list (0: all).
     - TEST.NUM_SAVED_IMAGES: how many test pictures detections.json holds, evenly spread.
     - TEST.SAVED_SCORE_THRESH: lowest score in it.
+
+    Their values are those in `extra_file(path)`, if there is one.
     """
     cfg.MODEL.BACKBONE.CALIBRATE_BN_BATCHES = 0
     cfg.TEST.IMS_PER_BATCH = 1
     cfg.TEST.NUM_IMAGES = 0
     cfg.TEST.NUM_SAVED_IMAGES = 24
     cfg.TEST.SAVED_SCORE_THRESH = 0.05
+    if path is not None and extra_file(path).is_file():
+        _merge_text(cfg, read_text(extra_file(path)), str(extra_file(path)))
+
+
+def _merge_text(cfg: CfgNode, text: str, where: str) -> None:
+    """Merge a YAML text without bases, and without running code.
+
+    Raises:
+        UserError: If it is no YAML, or its keys or values are not the config's.
+    """
+    try:
+        cfg.merge_from_other_cfg(CfgNode(parse_yaml(text, where)))
+    except (*_REFUSALS, AttributeError) as error:
+        raise UserError(f"{where}: {_explain(cfg, error)}") from error
+
+
+def extra_file(path: Path) -> Path:
+    """Where our keys of a saved config are, so that plain Detectron2 loads the config itself."""
+    return path.with_name(f"{path.stem}_extra{path.suffix}")
+
+
+def dump_config(cfg: CfgNode) -> tuple[str, str]:
+    """YAML of Detectron2's keys, and of ours (`add_keys`)."""
+    known = dotted(get_cfg()).keys()
+    plain, extra = cfg.clone(), CfgNode({"VERSION": cfg.VERSION})
+    plain.defrost()
+    for key in dotted(cfg).keys() - known:
+        *sections, name = key.split(".")
+        source, target = plain, extra
+        for section in sections:
+            source, target = source[section], target.setdefault(section, CfgNode())
+        target[name] = source.pop(name)
+    return plain.dump(), extra.dump()
+
+
+def write_config(cfg: CfgNode, path: Path) -> None:
+    """Write a config, and our keys to `extra_file`."""
+    for place, text in zip((path, extra_file(path)), dump_config(cfg), strict=True):
+        write_text(place, text)
+
+
+def describe(cfg: CfgNode, classes: Sequence[str]) -> dict[str, Any]:
+    """What a weight file says of its detector, in plain data; see `read_description`."""
+    config, extra = dump_config(cfg)
+    return {
+        "format": DESCRIPTION,
+        "config": config,
+        "config_extra": extra,
+        "classes": list(classes),
+        "versions": provenance.versions(),
+    }
+
+
+def read_description(description: Any, where: str) -> tuple[CfgNode, tuple[str, ...]]:
+    """The config and the class names that `describe` wrote.
+
+    Raises:
+        UserError: If it is none, or of another version of this program.
+    """
+    cfg = get_cfg()
+    add_keys(cfg)
+    try:
+        if description["format"] != DESCRIPTION:
+            raise ValueError(f"format {description['format']!r:.40} is not known")
+        for key in ("config", "config_extra"):
+            _merge_text(cfg, description[key], key)
+        _check_lists(cfg, Path("config"))
+        classes = tuple(checked_class_name(name, "classes") for name in description["classes"])
+        if len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise ValueError(f"{len(classes)} names for {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: its description of the detector is wrong ({error})") from error
+    return cfg, classes
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -136,7 +216,7 @@ def load_config(
             whose parts do not fit.
     """
     cfg, overrides = get_cfg(), overrides or {}
-    add_keys(cfg)
+    add_keys(cfg, Path(path))
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config; see configs/detection/")
     raw, _ = read_yaml_with_bases(Path(path))

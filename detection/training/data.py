@@ -27,7 +27,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.detection_utils import check_image_size, convert_PIL_to_numpy
-from detectron2.data.transforms import AugInput
+from detectron2.data.transforms import AugInput, TransformList
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
@@ -60,6 +60,23 @@ def derive_seed(*parts: int | str, bits: int = 32) -> int:
 class BoxMapper(DatasetMapper):
     """Detectron2's mapper for boxes, with the project's decoder: upright pictures."""
 
+    def of_pixels(self, image: np.ndarray) -> tuple[torch.Tensor, TransformList]:
+        """Augment a picture: in an evaluation and for predictions, resize it.
+
+        Args:
+            image: uint8 [height, width, 3], RGB.
+
+        Returns:
+            uint8 (3, h, w) in the detector's order of colours, and what was done to it.
+        """
+        if self.image_format != "RGB":
+            image = convert_PIL_to_numpy(Image.fromarray(image), self.image_format)
+        augmented = AugInput(image)
+        transforms = self.augmentations(augmented)
+        assert augmented.image is not None
+        channels_first = augmented.image.transpose(2, 0, 1)
+        return torch.as_tensor(np.ascontiguousarray(channels_first)), transforms
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Decode and augment one picture."""
         example = copy.deepcopy(dataset_dict)
@@ -70,16 +87,10 @@ class BoxMapper(DatasetMapper):
             raise UserError(
                 f"{error}; replace the picture or remove its line from the list"
             ) from error
-        if self.image_format != "RGB":
-            image = convert_PIL_to_numpy(Image.fromarray(image), self.image_format)
         check_image_size(example, image)
-        augmented = AugInput(image)
-        transforms = self.augmentations(augmented)
-        image = augmented.image
-        assert image is not None
-        example["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        example["image"], transforms = self.of_pixels(image)
         if self.is_train:
-            self._transform_annotations(example, transforms, image.shape[:2])
+            self._transform_annotations(example, transforms, example["image"].shape[1:])
         else:
             del example["annotations"]
         return example

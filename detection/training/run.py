@@ -36,7 +36,6 @@ from common.files import (
     read_record_or_none,
     sha256_of,
     write_json,
-    write_text,
 )
 from detection.evaluation.evaluate import METRICS, Evaluation
 from detection.training.config import (
@@ -44,6 +43,7 @@ from detection.training.config import (
     check_device,
     load_config,
     set_num_classes,
+    write_config,
 )
 from detection.training.data import register
 from detection.training.trainer import Trainer
@@ -251,7 +251,7 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
     for note in data.notes:
         logger.info("%s: %s", data.root, note)
     if comm.is_main_process():
-        write_text(folder / "config.yaml", cfg.dump())
+        write_config(cfg, folder / "config.yaml")
     logger.info(
         "%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
         *(arm.name, seed, data.num_train, len(data.test.pictures), len(data.classes)),

@@ -87,13 +87,20 @@ def calibrate_frozen_norms(
 
 
 class RunCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with files that are whole or absent, read without running code."""
+    """Detectron2's checkpointer with files that are whole or absent, read without running code.
+
+    `description` is written into every file: what `detection.predict.load_detector` needs.
+    """
+
+    description: dict[str, Any] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write NAME.pth and then the pointer to it, each by rename."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
+        if self.description is not None:
+            data["detector"] = self.description
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         data.update(kwargs)
         write_atomically(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))

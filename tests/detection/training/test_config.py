@@ -16,7 +16,7 @@ from detection.training.config import (
     parse_overrides,
     scale_schedule,
 )
-from detection.training.trainer import Res5ROIHeadsExtraNorm
+from detection.training.heads import Res5ROIHeadsExtraNorm
 from tests.detection.tiny_detection import CONFIGS
 
 THIN = CONFIGS / "thin_R50_C4.yaml"

@@ -1,0 +1,207 @@
+"""Pictures to predict on: files, folders, globs and the frames of videos, opened by content."""
+
+import glob
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, printable
+from common.files import open_regular, read_regular
+from common.pictures import BadPicture, decode, read_shape
+
+_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
+    *(".avif", ".heic", ".heif"),
+}
+_MAX_BYTES = 2**29  # far above any picture that is decoded
+_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # in a ftyp box
+_VIDEO_STARTS = (b"\x1aE\xdf\xa3", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"OggS", b"FLV", b"0&\xb2u")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to open; `is_named` if the user gave it, and not a folder that holds it."""
+
+    path: Path
+    is_named: bool
+
+
+@dataclass(frozen=True)
+class OpenedPicture:
+    """A picture, upright.
+
+    Attributes:
+        path: Of its file.
+        pixels: uint8 [height, width, 3], RGB.
+        data: The file's bytes; None for a frame.
+        frame: Number in a video, from 0; None for a file.
+    """
+
+    path: Path
+    pixels: np.ndarray
+    data: bytes | None = None
+    frame: int | None = None
+
+
+@dataclass(frozen=True)
+class OtherFile:
+    """A file in a folder that is no picture and does not claim to be one."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video; its frames are read one after another."""
+
+    path: Path
+
+
+Opened = OpenedPicture | OtherFile | BadPicture
+
+
+def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
+    """Files, those below folders (by name), and those that globs match; each once.
+
+    Hidden files and what lies in `out` are passed over.
+
+    Raises:
+        UserError: If one is missing, lies in `out`, or nothing is found.
+    """
+    out = out.resolve()
+    found: dict[str, SourceFile] = {}
+    for text in given:
+        paths = [Path(text)]
+        if not paths[0].exists():
+            paths = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
+        if not paths:
+            raise UserError(f"{text}: no such picture, folder or video, and no glob that matches")
+        for path in paths:
+            if path.resolve().is_relative_to(out):
+                raise UserError(f"{path}: lies in --out {out}; choose another --out")
+            files = _below(path, out, set()) if path.is_dir() else [path]
+            for file in files:
+                found.setdefault(os.path.abspath(file), SourceFile(file, not path.is_dir()))
+    if not found:
+        raise UserError(f"{', '.join(given)}: holds no file; give pictures, folders or a video")
+    return list(found.values())
+
+
+def _below(folder: Path, out: Path, visited: set[Path]) -> Iterator[Path]:
+    """Files below a folder by name, links followed, no folder twice on the way."""
+    place = folder.resolve()
+    if place in visited or place == out:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__MACOSX":
+            continue
+        if path.is_dir():
+            yield from _below(path, out, visited | {place})
+        else:
+            yield path
+
+
+def open_all(files: Sequence[SourceFile], every: int, num_threads: int) -> Iterator[Opened]:
+    """Open files in their order, a few ahead in threads.
+
+    Args:
+        files: From `find_files`.
+        every: Take every so many frames of a video.
+        num_threads: That decode.
+
+    Yields:
+        One for each file, at least one for each video.
+    """
+    rest, waiting = iter(files), deque[Future]()
+    with ThreadPoolExecutor(num_threads) as pool:
+        while True:
+            while len(waiting) < 2 * num_threads and (file := next(rest, None)) is not None:
+                waiting.append(pool.submit(_open, file))
+            if not waiting:
+                return
+            opened = waiting.popleft().result()
+            if isinstance(opened, Video):
+                yield from _frames(opened.path, every)
+            else:
+                yield opened
+
+
+def _open(file: SourceFile) -> Opened | Video:
+    path = file.path
+    try:
+        with open_regular(path) as stream:
+            start = stream.read(16)
+        if _is_video(start):
+            return Video(path)
+        try:
+            read_shape(path)
+        except BadPicture:
+            if file.is_named or path.suffix.lower() in _SUFFIXES:
+                raise
+            return OtherFile(path)
+        data = read_regular(path, _MAX_BYTES)
+        return OpenedPicture(path, decode(data, where=str(path)), data)
+    except OSError as error:
+        return BadPicture(f"{path}: cannot be read ({error.strerror or error})")
+    except BadPicture as error:
+        return error
+    except UserError as error:
+        return BadPicture(str(error))
+
+
+def _is_video(start: bytes) -> bool:
+    """Whether a file of these first bytes is a video: MP4, MOV, AVI, Matroska, WebM, MPEG, .."""
+    if start[4:8] == b"ftyp":
+        return start[8:12] not in _PICTURE_BRANDS
+    is_avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
+    return is_avi or start.startswith(_VIDEO_STARTS)
+
+
+def _frames(path: Path, every: int) -> Iterator[Opened]:
+    """Every so many frames of a video, turned as its file says."""
+    import cv2
+
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    video, number = cv2.VideoCapture(os.fspath(path)), 0
+    try:
+        while video.grab():
+            if number % every == 0:
+                is_whole, frame = video.retrieve()
+                if is_whole:
+                    pixels = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                    yield OpenedPicture(path, pixels, frame=number)
+                else:
+                    yield BadPicture(f"{path}: frame {number} does not decode")
+            number += 1
+        expected = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    finally:
+        video.release()
+    # Files without an index state no number, or a negative one; the others may be off by a few.
+    if number == 0 or number < 0.95 * expected - 5:
+        stated = f" of {expected}" if expected > 0 else ""
+        yield BadPicture(f"{path}: a video of which {number}{stated} frames decode; repair it")
+
+
+def name_of(picture: OpenedPicture, taken: set[str]) -> str:
+    """A file name without suffix for what is written of a picture; no two are the same.
+
+    A frame is VIDEO-000123. What is no letter, digit, space or one of ``._-()`` becomes ``_``.
+
+    Args:
+        picture: The picture.
+        taken: Names given so far, in lower case; the new one is added.
+    """
+    stem = "".join(c if c.isalnum() or c in " ._-()" else "_" for c in printable(picture.path.stem))
+    stem = stem[:120].strip() or "picture"
+    if picture.frame is not None:
+        stem = f"{stem}-{picture.frame:06d}"
+    name, number = stem, 2
+    while name.lower() in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name.lower())
+    return name
