@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,4 +67,11 @@ def patch_safe_pickle() -> None:
     module.__dict__["pickle"] = SimpleNamespace(load=checkpoints.load)
 
 
+def silence_torch() -> None:
+    """Keep torch's advice to the authors of Detectron2 off the user's screen."""
+    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
 patch_safe_pickle()
+silence_torch()

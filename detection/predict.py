@@ -31,6 +31,8 @@ from common.files import read_json, read_json_or_none
 from detection.training.config import load_config, read_description
 from detection.training.data import BoxMapper
 
+# Detectron2 makes these at run time.
+# pyright: reportCallIssue=false
 MODEL_FILE = "model_final.pth"
 Pixels = np.ndarray  # uint8 [height, width, 3], RGB, upright
 _TRAIN = "train it with tools/train_voc.sh, or give another RUN"
@@ -95,15 +97,13 @@ class Detector:
             instances = output["instances"].to("cpu")
             columns = (instances.pred_classes, instances.scores, instances.pred_boxes.tensor)
             rows = zip(*(column.numpy() for column in columns), strict=True)
-            # The shortest decimals that give the same float32 again.
-            found.append(
-                [
-                    Prediction(
-                        self.classes[label], float(str(score)), tuple(float(str(x)) for x in box)
-                    )
-                    for label, score, box in rows
-                ]
-            )
+            boxes = []
+            for label, score, corners in rows:
+                # The shortest decimals that give the same float32 again.
+                x0, y0, x1, y1 = (float(str(value)) for value in corners)
+                box = (x0, y0, x1, y1)
+                boxes.append(Prediction(self.classes[label], float(str(score)), box))
+            found.append(boxes)
         return found
 
     @overload
