@@ -14,6 +14,7 @@ import detection.compat
 import detection.training.heads  # noqa: F401  (registers the C4 head)
 
 # isort: split
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,11 @@ def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
     Raises:
         UserError: If there is no detector, or what belongs to it is missing or does not fit.
     """
+    has_gpu = torch.cuda.is_available()
+    device = device or ("cuda" if has_gpu else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not has_gpu):
+        there = "cpu, cuda or cuda:N" if has_gpu else "cpu: this machine has no GPU that torch uses"
+        raise UserError(f"--device {device}: give {there}")
     weights = find_weights(Path(path))
     content = checkpoints.read(weights)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
@@ -218,7 +224,7 @@ def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
         cfg, classes = read_description(content["detector"], str(weights))
     else:
         cfg, classes = _read_beside(weights)
-    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = ""
     cfg.freeze()
     try:

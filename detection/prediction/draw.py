@@ -33,7 +33,9 @@ def draw_boxes(
     picture = Image.fromarray(image)
     scale = max(1, -(-_SMALLEST // max(picture.size)))
     if scale > 1:
-        picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.BICUBIC)
+        picture = picture.resize(
+            (scale * picture.width, scale * picture.height), Image.Resampling.BICUBIC
+        )
     width, height = picture.size
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(width, height) / 250))

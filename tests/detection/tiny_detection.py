@@ -72,13 +72,19 @@ def annotation(size: int, objects: Sequence[tuple[str, int, int, int, int]]) -> 
     return annotation_xml("picture.jpg", size, size, rows).decode()
 
 
-def make_voc(root: Path, num_train: int = 8, num_test: int = 4, size: int = 96) -> Path:
-    """Write a set of coloured rectangles on noise: VOC2007/ and dataset.json."""
+def make_voc(
+    root: Path, num_train: int = 8, num_test: int = 4, size: int = 96, growth: int = 0
+) -> Path:
+    """Write a set of coloured rectangles on noise: VOC2007/ and dataset.json.
+
+    Each picture is `growth` pixels larger than the one before.
+    """
     generator = np.random.default_rng(0)
     voc = root / "VOC2007"
     make_folders(voc)
     names = [f"{index:06d}" for index in range(num_train + num_test)]
     for index, name in enumerate(names):
+        size += growth
         pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
         label = index % len(CLASSES)
         x, y = (int(value) for value in generator.integers(0, size // 2, 2))
