@@ -234,6 +234,20 @@ def _read_safetensors(file: IO[bytes], num_bytes: int) -> dict[str, Tensor]:
     return {name: tensors[name] for name in header}
 
 
+def dump_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a `.safetensors` file, in the layout that `load_safetensors` reads."""
+    names, header, parts, end = {kind: name for name, kind in _TYPES.items()}, {}, [], 0
+    for name, value in tensors.items():
+        plain = value.detach().cpu().contiguous()
+        parts.append(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        begin, end = end, end + len(parts[-1])
+        header[name] = {"dtype": names[plain.dtype], "shape": list(plain.shape),
+                        "data_offsets": [begin, end]}  # fmt: skip
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
 def read(path: Path | str) -> Any:
     """Read weights of any kind to the CPU: a pickle, `.safetensors`, or what `torch.save` wrote.
 

@@ -27,7 +27,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
-from common import provenance
+from common import checkpoints, provenance
 from common.backbone import (
     D2_CARD,
     TORCHVISION_CARD,
@@ -43,6 +43,7 @@ from common.files import (
     read_json_or_none,
     sha256_of,
     write_atomically,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -249,7 +250,12 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"not the same: {reason}" for reason in report["reasons"])])
 
 
-_ENDINGS = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth", ".pt")}
+_ENDINGS = {
+    "detectron2": (".pkl", ".pth"),
+    "torchvision": (".pth", ".pt"),
+    "timm": (".pth", ".pt"),
+    "safetensors": (".safetensors",),
+}
 MARK = "<!-- model card of feature-augmented pretraining -->"
 _TRAINING = ("step", "num_steps", "epoch", "data_fingerprint", "config", "versions", "commit",
              "device", "figures")  # fmt: skip
@@ -283,9 +289,9 @@ def convert(
 
     Args:
         source: From `read_backbone`.
-        out: File ending in .pkl or .pth (to Detectron2), .pth or .pt (to torchvision); the cards
-            are written beside it as .json and .md.
-        to: "detectron2" or "torchvision".
+        out: File ending as _ENDINGS says; the cards are written beside it as .json and .md.
+        to: "detectron2", "torchvision", "timm" (which has the same names), or "safetensors" (in
+            torchvision's names).
         size: Side of the picture in pixels.
 
     Returns:
@@ -322,10 +328,13 @@ def convert(
             weights.load_backbone(detector, out)
             loaded = detector.backbone.state_dict()
             assert all(torch.equal(loaded[name], value) for name, value in state.items())
+        elif to == "safetensors":
+            write_bytes(out, checkpoints.dump_safetensors(to_torchvision(source)))
         else:
             write_atomically(out, lambda file: torch.save(to_torchvision(source), file))
         # Read as a file of another project is read; every bit must be there.
-        written = read_backbone(out, layout=to, assume=True)
+        layout = "torchvision" if to == "safetensors" else to
+        written = read_backbone(out, layout=layout, assume=True)
         changed = [name for name, value in source.tensors.items()
                    if not same_bits(value, written.tensors[name])]  # fmt: skip
         changed += [name for name, value in source.counters.items()
@@ -367,7 +376,7 @@ def build_card(
     Args:
         source: What was converted.
         out: The file written.
-        to: "detectron2" or "torchvision".
+        to: See `convert`.
         stages: Relative difference of each stage on the picture.
         seconds: Duration of the conversion.
     """

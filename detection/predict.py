@@ -218,7 +218,7 @@ def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
         raise UserError(f"--device {device}: give {there}")
     weights = find_weights(Path(path))
     content = checkpoints.read(weights)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    if not is_detector(content):
         raise UserError(f"{weights}: holds no detector; give a {MODEL_FILE} of tools/train_voc.sh")
     if "detector" in content:
         cfg, classes = read_description(content["detector"], str(weights))
@@ -236,6 +236,12 @@ def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
             f"{weights}: its weights do not fit its config ({' '.join(reason)}); {_TRAIN}"
         ) from error
     return Detector(cfg, classes, model)
+
+
+def is_detector(content: Any) -> bool:
+    """Whether a checkpoint's content is a detector's, and no backbone's."""
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and any(str(key).startswith("roi_heads.") for key in model)
 
 
 def _read_beside(weights: Path) -> tuple[CfgNode, tuple[str, ...]]:

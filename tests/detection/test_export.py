@@ -1,0 +1,243 @@
+"""Detectors and backbones in other programs' forms: the same results, or no file."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from common import checkpoints
+from common.backbone import ReferenceResNet, read_backbone
+from common.errors import UserError
+from detection import export
+from detection.predict import Detector, load_detector
+from detection.training.config import describe, load_config, parse_overrides, write_config
+from tests.detection.tiny_detection import CLASSES, CONFIGS, liven_norms
+from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
+from tools.export import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated")
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+IMAGES = [image[:120, : 90 + 40 * i] for i, image in enumerate(export.comparison_pictures()[:3])]
+
+
+@pytest.fixture(scope="module", params=["thin_R50_C4", "R18_FPN", "R18_C4"])
+def folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+    tiny_overrides: list[str],
+) -> Path:  # fmt: skip
+    """An untrained detector with a lively extra norm and different scores, as a seed's folder."""
+    place = tmp_path_factory.mktemp("export") / request.param
+    cfg = load_config(CONFIGS / f"{request.param}.yaml", parse_overrides(tiny_overrides))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0
+    features = model.backbone.train()(torch.randn(2, 3, 64, 64))  # norms measure: features near 1
+    if "C4" in request.param:
+        model.roi_heads.res5.train()(features["res4"])
+        liven_norms(model.roi_heads.res5.norm)
+    predictor = model.roi_heads.box_predictor
+    torch.nn.init.normal_(predictor.cls_score.weight, std=0.1)
+    torch.nn.init.normal_(predictor.bbox_pred.weight, std=1e-2)
+    place.mkdir()
+    write_config(cfg, place / "config.yaml")
+    save({"model": model.state_dict(), "detector": describe(cfg, CLASSES)},
+         place / "model_final.pth")  # fmt: skip
+    return place
+
+
+@pytest.fixture
+def detector(folder: Path) -> Detector:
+    return load_detector(folder, device="cpu")
+
+
+PLAIN = """
+import json, sys
+import cv2
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+cfg.MODEL.WEIGHTS = sys.argv[2]
+found = DefaultPredictor(cfg)(cv2.imread(sys.argv[3]))["instances"]
+assert "detection" not in sys.modules
+columns = (found.pred_boxes.tensor, found.scores, found.pred_classes)
+print(json.dumps([column.tolist() for column in columns]))
+"""
+
+
+def test_plain_detectron2_finds_the_same(detector: Detector, folder: Path, tmp_path: Path) -> None:
+    """A pyramid from the seed's own files; a C4 detector exported, its extra norm folded."""
+    files = [folder / "config.yaml", folder / "model_final.pth"]
+    if folder.name == "R18_C4":
+        with pytest.raises(UserError, match="basic blocks"):
+            export.export_detector(detector, tmp_path / "a.pth", "detectron2", IMAGES)
+        assert not list(tmp_path.iterdir())
+        return
+    if folder.name == "thin_R50_C4":
+        files = [tmp_path / "plain.yaml", tmp_path / "plain.pth"]
+        export.export_detector(detector, files[1], "detectron2", IMAGES)
+    cv2.imwrite(str(tmp_path / "a.png"), IMAGES[2][..., ::-1])
+    command = [sys.executable, "-c", PLAIN, *map(str, files), str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    own = detector(IMAGES[2], score=0)
+    rows = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    assert own
+    for one, (box, score, label) in zip(own, rows, strict=True):
+        assert one.class_name == CLASSES[label]
+        assert one.score == pytest.approx(score, abs=1e-4)
+        assert one.box == pytest.approx(box, abs=1e-2)
+
+
+@pytest.mark.parametrize("to", ["torchscript", "onnx"])
+def test_traced_forms_find_the_same_at_every_size(
+    detector: Detector, to: str, tmp_path: Path
+) -> None:
+    out = tmp_path / {"torchscript": "a.pt", "onnx": "a.onnx"}[to]
+    if to == "onnx" and not HAS_ONNX:
+        with pytest.raises(UserError, match="pip install onnx onnxruntime"):
+            export.export_detector(detector, out, to, IMAGES)
+        assert not list(tmp_path.iterdir())
+        return
+    card = export.export_detector(detector, out, to, IMAGES)
+    assert card["num_boxes"] > 0
+    assert card["largest_difference"] <= 1e-3
+    assert json.loads(out.with_suffix(".json").read_text())["classes"] == list(CLASSES)
+    if to == "torchscript":
+        example = detector.example(IMAGES[1])
+        boxes, scores, _ = torch.jit.load(out)(example["image"].float())
+        own = detector(IMAGES[1], score=0)
+        assert scores.tolist() == pytest.approx([one.score for one in own], abs=1e-3)
+        scale = IMAGES[1].shape[1] / example["image"].shape[2]
+        assert scale * boxes[0, 0].item() == pytest.approx(own[0].box[0], abs=0.01)
+
+
+def test_a_form_that_computes_something_else_is_not_written(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.jit.load
+
+    def changed(file: object) -> object:
+        network = real(file)
+        return lambda image: [value * 1.001 for value in network(image)]
+
+    monkeypatch.setattr(torch.jit, "load", changed)
+    with pytest.raises(UserError, match="nothing was written"):
+        export.export_detector(detector, tmp_path / "a.pt", "torchscript", IMAGES)
+    monkeypatch.undo()
+    detector.model.roi_heads.box_predictor.test_score_thresh = 1.0
+    with pytest.raises(UserError, match="finds nothing on the 3 pictures"):
+        export.export_detector(detector, tmp_path / "a.pt", "torchscript", IMAGES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows.flip(0), 0.0),  # another order
+        (lambda rows: rows + torch.tensor([5e-4, 0, 0, 0, 0, 0]), 5e-4),
+        (lambda rows: rows + 2e-3 * torch.eye(3, 6).roll(4, 1), 2e-3),  # one score
+        (lambda rows: rows[1:], float("inf")),  # one is missing
+        (lambda rows: rows[:2], 0.0),  # one at the threshold is missing
+        (lambda rows: torch.cat([rows, rows[:1]]), float("inf")),  # one is there twice
+        (lambda rows: rows + torch.tensor([0, 0, 0, 0, 0, 1.0]), float("inf")),  # other classes
+        (lambda rows: rows * float("nan"), float("inf")),
+    ],
+)
+def test_difference_of_two_sets_of_boxes(change, expected: float) -> None:
+    rows = torch.tensor(
+        [[0, 0, 9, 9, 0.9, 0], [1, 1, 5, 5, 0.5, 1], [2, 2, 4, 4, 0.0505, 1]], dtype=torch.float32
+    )
+
+    def columns(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return rows[:, :4], rows[:, 4], rows[:, 5].nan_to_num().long()
+
+    found = export.difference(columns(rows), columns(change(rows)), 0.05)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [("torchvision", "a.pth"), ("timm", "a.pth"), ("safetensors", "a.safetensors"),
+     ("torchscript", "a.pt"), ("onnx", "a.onnx")],
+)  # fmt: skip
+def test_backbone_in_every_form(
+    to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torchvision_state()
+    source = save(our_checkpoint(state), tmp_path / "checkpoint.pth")
+    out = tmp_path / "out" / name
+    out.parent.mkdir()
+    status = main([str(tmp_path), str(out), "--to", to])
+    if to == "onnx" and not HAS_ONNX:
+        assert status == 2
+        assert "needs onnx and onnxruntime" in capsys.readouterr().err
+        assert not list(out.parent.iterdir())
+        return
+    assert status == 0
+    card = json.loads(out.with_suffix(".json").read_text())
+    if to in ("torchscript", "onnx"):
+        assert card["largest_difference"] <= 1e-3
+    if to == "torchscript":
+        image = torch.rand(2, 3, 64, 96)
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
+        network = ReferenceResNet(TINY).eval()
+        network.load_state_dict(state)
+        with torch.no_grad():
+            own = network((image - mean) / std)["res5"].mean((2, 3))
+            assert torch.allclose(torch.jit.load(out)(image)[0], own, atol=1e-4)
+    elif to != "onnx":
+        written = checkpoints.read(out)
+        assert list(written) == list(state)
+        assert all(torch.equal(written[key], value) for key, value in state.items())
+        assert read_backbone(out).preprocessing == read_backbone(source).preprocessing
+
+
+def test_backbone_of_a_detector_and_wrong_requests(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if folder.name == "R18_FPN":
+        pytest.skip("res5 in the head is the harder case")
+    out = tmp_path / "a.safetensors"
+    assert main([str(folder), str(out), "--to", "safetensors"]) == 0
+    model = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    written = checkpoints.read(out)
+    key = "layer4.0.conv1.weight"
+    assert torch.equal(written[key], model["roi_heads.res5.0.conv1.weight"])
+    assert json.loads((tmp_path / "a.json").read_text())["preprocessing"]["order"] == "RGB"
+    notes = save({"model": {"fc.weight": torch.ones(3)}}, tmp_path / "b.pth")
+    for words, message in (
+        ([folder, tmp_path / "a.pth", "--to", "torchscript"], "end the name in .pt or .ts"),
+        ([folder, folder / "model_final.pth", "--to", "detectron2"], "is the input"),
+        ([folder, tmp_path, "--to", "onnx"], "is a folder"),
+        ([tmp_path / "none.pth", out, "--to", "timm"], "no such file or folder"),
+        ([notes, out, "--to", "torchscript"], "b.pth"),
+        ([folder, out, "--to", "timm", "--pictures", str(out)], "goes with a detector"),
+    ):
+        assert main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_safetensors_of_every_type_and_shape_are_read_back(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "half": torch.randn(3).half(),
+        "turned": torch.arange(6.0).view(2, 3).t(), "bits": torch.tensor([True, False]),
+    }  # fmt: skip
+    (tmp_path / "a.safetensors").write_bytes(checkpoints.dump_safetensors(tensors))
+    again = checkpoints.load_safetensors(tmp_path / "a.safetensors")
+    assert list(again) == list(tensors)
+    for key, value in tensors.items():
+        assert again[key].dtype == value.dtype
+        np.testing.assert_array_equal(again[key].numpy(), value.numpy())
