@@ -14,7 +14,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from benchmarks import fa_overhead, harness, index_scale, loader
+from benchmarks import fa_overhead, harness, index_scale, loader, predict
 from common.errors import UserError
 
 STEP = [
@@ -186,3 +186,13 @@ def test_loader(tmp_path, monkeypatch):
     own_blur = peers["torchvision v1 on Pillow, its own blur, 224 px"]
     assert figures["cpu_vs_pil_own_blur"] == pytest.approx(whole / own_blur)
     assert figures["cpu_vs_lightly"] is None  # no --peers
+
+
+def test_predict_beside_the_default_predictor(tmp_path):
+    figures = figures_of(
+        predict, ["--pictures", "2", "--rounds", "1", "--batch", "2", "--threads", "1"], tmp_path
+    )
+    names = {"ours, batch of 1", "ours, batch of 2", "DefaultPredictor"}
+    assert figures["pictures_per_second"].keys() == names
+    assert all(rate > 0 for rate in figures["pictures_per_second"].values())
+    assert figures["times_default_predictor"]["DefaultPredictor"] == 1
