@@ -66,10 +66,12 @@ def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
     return result["boxes"]
 
 
-def annotation(size: int, objects: Sequence[tuple[str, int, int, int, int]]) -> str:
+def annotation(
+    size: int, objects: Sequence[tuple[str, int, int, int, int]], width: int | None = None
+) -> str:
     """A VOC annotation with boxes (name, xmin, ymin, xmax, ymax), 1-based."""
     rows = [ObjectRecord(name, (x0 - 1, y0 - 1, x1, y1)) for name, x0, y0, x1, y1 in objects]
-    return annotation_xml("picture.jpg", size, size, rows).decode()
+    return annotation_xml("picture.jpg", width or size, size, rows).decode()
 
 
 def make_voc(
@@ -77,22 +79,23 @@ def make_voc(
 ) -> Path:
     """Write a set of coloured rectangles on noise: VOC2007/ and dataset.json.
 
-    Each picture is `growth` pixels larger than the one before.
+    Each picture is `growth` pixels wider than the one before.
     """
     generator = np.random.default_rng(0)
     voc = root / "VOC2007"
     make_folders(voc)
     names = [f"{index:06d}" for index in range(num_train + num_test)]
     for index, name in enumerate(names):
-        size += growth
-        pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        columns = size + growth * index
+        pixels = generator.integers(0, 256, (size, columns, 3), dtype=np.uint8)
         label = index % len(CLASSES)
         x, y = (int(value) for value in generator.integers(0, size // 2, 2))
         width, height = ((40, 40), (30, 44), (48, 16))[label]
         pixels[y : y + height, x : x + width] = 40 + 80 * label
         Image.fromarray(pixels).save(voc / "JPEGImages" / f"{name}.jpg")
         box = (CLASSES[label], x + 1, y + 1, min(x + width, size), min(y + height, size))
-        (voc / "Annotations" / f"{name}.xml").write_text(annotation(size, [box]))
+        text = annotation(size, [box], columns)
+        (voc / "Annotations" / f"{name}.xml").write_text(text)
     for split, part in (("train", names[:num_train]), ("test", names[num_train:])):
         (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(part) + "\n")
     (root / "dataset.json").write_text(
