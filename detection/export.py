@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common import provenance
 from common.backbone import BackboneCheckpoint, ReferenceResNet
 from common.errors import UserError
-from common.files import write_bytes, write_json, write_text
+from common.files import read_json_or_none, write_bytes, write_json, write_text
 from detection.convert import comparison_picture
 from detection.predict import Detector
 from detection.training.config import describe, dump_config
@@ -117,7 +117,7 @@ def export_detector(
         UserError: If a package is missing, the form cannot express the detector, no picture has a
             box, or a box differs by more than TOLERANCE; then nothing is written.
     """
-    check_ending(out, to)
+    check_out(out, to)
     examples = [detector.example(image)["image"].float() for image in images]
     reference = TraceableDetector(detector.model)
     config = None
@@ -161,7 +161,7 @@ def export_detector(
 
 def export_backbone(source: BackboneCheckpoint, out: Path, to: str) -> dict[str, Any]:
     """Write a backbone as TorchScript or ONNX, and a card beside it; see `export_detector`."""
-    check_ending(out, to)
+    check_out(out, to)
     network = TraceableBackbone(source)
     examples = [
         torch.from_numpy(image).permute(2, 0, 1)[None] / 255 for image in comparison_pictures()
@@ -260,14 +260,21 @@ def check_difference(worst: float, out: Path) -> None:
         )
 
 
-def check_ending(out: Path, to: str) -> None:
-    """Refuse a name that says another form.
+def check_out(out: Path, to: str) -> None:
+    """Refuse a name that says another form, and one whose card would replace another file's.
 
     Raises:
-        UserError: Naming the endings.
+        UserError: Naming the endings, or the file.
     """
     if out.suffix not in ENDINGS[to]:
         raise UserError(f"{out}: for --to {to} end the name in {' or '.join(ENDINGS[to])}")
+    beside = [".json"] + [".yaml"] * (to == "detectron2")
+    card = read_json_or_none(out.with_suffix(".json"))
+    if isinstance(card, dict) and card.get("format") == CARD and card.get("file") == out.name:
+        return  # made anew
+    for file in map(out.with_suffix, beside):
+        if file.exists():
+            raise UserError(f"{out}: {file.name} exists and is not of it; choose another name")
 
 
 def _write_card(

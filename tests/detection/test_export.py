@@ -222,6 +222,7 @@ def test_backbone_of_a_detector_and_wrong_requests(
         ([folder, tmp_path / "a.pth", "--to", "torchscript"], "end the name in .pt or .ts"),
         ([folder, folder / "model_final.pth", "--to", "detectron2"], "is the input"),
         ([folder, tmp_path, "--to", "onnx"], "is a folder"),
+        ([folder, out.with_suffix(".pt"), "--to", "torchscript"], "a.json exists and is not of it"),
         ([tmp_path / "none.pth", out, "--to", "timm"], "no such file or folder"),
         ([notes, out, "--to", "torchscript"], "b.pth"),
         ([folder, out, "--to", "timm", "--pictures", str(out)], "goes with a detector"),
