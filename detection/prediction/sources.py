@@ -68,7 +68,7 @@ Opened = OpenedPicture | OtherFile | BadPicture
 def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
     """Files, those below folders (by name), and those that globs match; each once.
 
-    Hidden files and what lies in `out` are passed over.
+    Hidden files are passed over, what lies in `out`, and folders of other predictions.
 
     Raises:
         UserError: If one is missing, lies in `out`, or nothing is found.
@@ -95,7 +95,8 @@ def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
 def _below(folder: Path, out: Path, visited: set[Path]) -> Iterator[Path]:
     """Files below a folder by name, links followed, no folder twice on the way."""
     place = folder.resolve()
-    if place in visited or place == out:
+    is_result = bool(visited) and (folder / "predictions.json").is_file()
+    if place in visited or place == out or is_result:
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__MACOSX":

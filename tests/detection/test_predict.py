@@ -272,6 +272,8 @@ def test_results_in_the_folder_are_not_predicted_on(
     assert "give --overwrite" in capsys.readouterr().err
     assert len(predict(tmp_path, "--overwrite")) == 1
     assert not (tmp_path / "out/coco").exists()
+    shutil.copytree(tmp_path / "out", tmp_path / "older")
+    assert len(predict(tmp_path, "--overwrite")) == 1
     predict(tmp_path / "out/pictures", "--overwrite", status=2)
     assert "lies in --out" in capsys.readouterr().err
     (tmp_path / "out/predictions.json").unlink()
