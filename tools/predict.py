@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     from common.pictures import BadPicture
     from common.provenance import usable_cores
     from detection.predict import Prediction, find_weights, load_detector
+    from detection.prediction.draw import drawable_name
     from detection.prediction.sources import OpenedPicture, OtherFile, find_files, open_all
     from detection.prediction.write import FORMATS, PredictionWriter, prepare
 
@@ -134,6 +135,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(text)
     if not classes:
         print(f"no score reached {arguments.score}; the highest is {highest:.2f}: see --score")
+    undrawn = [name for name in classes if drawable_name(name, detector.classes) != name]
+    if undrawn:
+        print(printable(f"drawn as numbers, since the font lacks letters: {', '.join(undrawn)}"))
     print(printable(f"wrote {arguments.out}/predictions.json and {arguments.out}/pictures"))
 
 

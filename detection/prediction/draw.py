@@ -7,12 +7,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from detection.predict import Prediction
 
 _SMALLEST = 400  # longest side in pixels below which the drawn picture is enlarged
 _GOLDEN = 0.618034  # turns of the colour circle from one class to the next
+# Comes with matplotlib: Latin, Greek, Cyrillic, Arabic letters.
+_FONT = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
 Rectangle = tuple[float, float, float, float]
 
 
@@ -47,7 +50,8 @@ def draw_boxes(
         draw.rectangle(corners, outline=colour(classes.index(one.class_name)), width=line)
     plates: list[Rectangle] = []
     for one in reversed(ordered):
-        text, size = _label(one, draw, font, width / 2)
+        name = drawable_name(one.class_name, classes)
+        text, size = _label(name, one.score, draw, font, width / 2)
         plate = place_plate([scale * value for value in one.box], size, plates, (width, height))
         if plate is None:
             continue
@@ -96,17 +100,22 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
 
 
 def _label(
-    one: Prediction, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, room: float
+    name: str, score: float, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, room: float
 ) -> tuple[str, tuple[float, float]]:
     """Text of a label, no wider than `room`, and the size of its plate."""
-    name = one.class_name
     top, bottom = font.getbbox("Åg")[1::2]
     while True:
-        text = f"{name} {one.score:.2f}"
+        text = f"{name} {score:.2f}"
         width = draw.textlength(text, font) + font.size / 2
         if width <= room or len(name) < 3:
             return text, (float(round(width)), float(round(bottom - top + font.size / 4)))
         name = f"{name.removesuffix('…')[:-1]}…"
+
+
+def drawable_name(name: str, classes: Sequence[str]) -> str:
+    """A class's name, or "class N" (its place) if the font lacks a letter of it."""
+    has_all = all(_glyphs().get_char_index(ord(letter)) for letter in name)
+    return name if has_all else f"class {classes.index(name)}"
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -116,8 +125,10 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 @cache
+def _glyphs() -> FT2Font:
+    return FT2Font(_FONT)
+
+
+@cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic, Arabic letters."""
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size
-    )
+    return ImageFont.truetype(_FONT, size)

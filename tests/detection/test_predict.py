@@ -28,7 +28,7 @@ from benchmarks.voc_eval_parity import (
 from common.annotations.record import SetChoice, read_set
 from common.errors import UserError
 from detection.predict import Prediction, find_weights, load_detector
-from detection.prediction.draw import draw_boxes, place_plate
+from detection.prediction.draw import draw_boxes, drawable_name, place_plate
 from detection.training.config import describe, load_config, parse_overrides
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
 from tools import train_voc
@@ -398,3 +398,5 @@ def test_labels_overlap_no_other_and_stay_in_the_picture() -> None:
     drawn = np.asarray(draw_boxes(blank, [one], [one.class_name]))
     assert (drawn[150:200, 10:12] != 90).any(-1).all(), "the box"
     assert (drawn[:, 250:] == 90).all(), "a long name is cut"
+    assert drawable_name("собака", ["a", "собака"]) == "собака"
+    assert drawable_name("\u732b", ["a", "\u732b"]) == "class 1", "the font has no such letter"
