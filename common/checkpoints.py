@@ -235,7 +235,7 @@ def _read_safetensors(file: IO[bytes], num_bytes: int) -> dict[str, Tensor]:
 
 
 def dump_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a `.safetensors` file, in the layout that `load_safetensors` reads."""
+    """The bytes of a `.safetensors` file, in the layout that `_read_safetensors` reads."""
     names, header, parts, end = {kind: name for name, kind in _TYPES.items()}, {}, [], 0
     for name, value in tensors.items():
         plain = value.detach().cpu().contiguous()

@@ -68,7 +68,8 @@ class Detector:
     def __init__(self, cfg: CfgNode, classes: Sequence[str], model: nn.Module) -> None:
         self.cfg, self.classes, self.model = cfg, tuple(classes), model.eval()
         self.batch_size: int = cfg.TEST.IMS_PER_BATCH
-        self.lowest_score: float = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+        head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+        self.lowest_score: float = cfg.MODEL[head].SCORE_THRESH_TEST
         self._mapper = BoxMapper(cfg, is_train=False)
 
     def example(self, image: Pixels) -> dict[str, Any]:
@@ -241,7 +242,8 @@ def load_detector(path: Path | str, *, device: str | None = None) -> Detector:
 def is_detector(content: Any) -> bool:
     """Whether a checkpoint's content is a detector's, and no backbone's."""
     model = content.get("model") if isinstance(content, dict) else None
-    return isinstance(model, dict) and any(str(key).startswith("roi_heads.") for key in model)
+    heads = ("roi_heads.", "head.cls_")  # Faster R-CNN's, RetinaNet's
+    return isinstance(model, dict) and any(str(key).startswith(heads) for key in model)
 
 
 def _read_beside(weights: Path) -> tuple[CfgNode, tuple[str, ...]]:

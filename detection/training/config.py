@@ -171,7 +171,8 @@ def read_description(description: Any, where: str) -> tuple[CfgNode, tuple[str, 
             raise ValueError(f"format {description['format']!r:.40} is not known")
         for key in ("config", "config_extra"):
             _merge_text(cfg, description[key], key)
-        _check_lists(cfg, Path("config"))
+        _check_values(cfg, Path("config"))
+        _check_detector(cfg, Path("config"))
         classes = tuple(checked_class_name(name, "classes") for name in description["classes"])
         if len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             raise ValueError(f"{len(classes)} names for {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes")

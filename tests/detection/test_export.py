@@ -239,7 +239,7 @@ def test_safetensors_of_every_type_and_shape_are_read_back(tmp_path: Path) -> No
         "turned": torch.arange(6.0).view(2, 3).t(), "bits": torch.tensor([True, False]),
     }  # fmt: skip
     (tmp_path / "a.safetensors").write_bytes(checkpoints.dump_safetensors(tensors))
-    again = checkpoints.load_safetensors(tmp_path / "a.safetensors")
+    again = checkpoints.read(tmp_path / "a.safetensors")
     assert list(again) == list(tensors)
     for key, value in tensors.items():
         assert again[key].dtype == value.dtype
