@@ -244,7 +244,7 @@ class Tars(Kind):
             left[content] -= left[content] > 0
         for content, label in zip(data, labels, strict=True):
             own = [name for name, one in there if one == content]
-            is_one = len(own) == 1 == [name for name, _ in there].count(own[0])
+            is_one = len(own) == data.count(content) == 1 == [n for n, _ in there].count(own[0])
             stems = [stem for stem in classes if is_one and own[0].startswith(f"{stem}.")]
             if len(stems) == 1 and not is_reported(f"{stems[0]}.cls"):
                 text = classes[stems[0]].strip()
