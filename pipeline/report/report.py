@@ -302,8 +302,8 @@ def pretraining_pictures(folder: Path) -> list[tuple[str, str, str]]:
         if picture is None:
             continue
         described = read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {"rows": []}
-        rows = [row for row in described["rows"] if isinstance(row, dict)]
-        known = [(row["query_label"], row.get("neighbour_labels") or [])
+        rows = [row for row in described["rows"] if has_form(row, {"neighbour_labels": list})]
+        known = [(row["query_label"], row["neighbour_labels"])
                  for row in rows if row.get("query_label") is not None]  # fmt: skip
         if known:
             same = sum(labels.count(query) for query, labels in known)

@@ -144,6 +144,7 @@ def test_as_many_boxes_as_objects_and_kinds_decide():
 def test_pictures_outside_the_data_set_are_never_read(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
     entry = {"file_name": "../secret.png", "ground_truth": [], "detections": []}
+    entry |= {"width": 20, "height": 20}
     dump(tmp_path / "seed-0/detections.json", [entry])
     (tmp_path / "data").mkdir()
     assert report.detection_pictures({"random": [tmp_path / "seed-0"]}, tmp_path / "data") == []
