@@ -244,8 +244,10 @@ class Tars(Kind):
             left[content] -= left[content] > 0
         for content, label in zip(data, labels, strict=True):
             own = [name for name, one in there if one == content]
-            is_one = len(own) == data.count(content) == 1 == [n for n, _ in there].count(own[0])
-            stems = [stem for stem in classes if is_one and own[0].startswith(f"{stem}.")]
+            is_one = len(own) == data.count(content) == 1
+            # A class file of one picture; of several with one beginning the reader chooses.
+            of = {stem: [n for n, _ in there if n.startswith(f"{stem}.")] for stem in classes}
+            stems = [stem for stem, named in of.items() if is_one and named == own]
             if len(stems) == 1 and not is_reported(f"{stems[0]}.cls"):
                 text = classes[stems[0]].strip()
                 is_number = re.fullmatch(rb"[+-]?[0-9]{1,10}", text) and -1 <= int(text) < 2**31
