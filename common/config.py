@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
             if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
                 raise UserError(
                     f"line {key.start_mark.line + 1}: key {key.value} stands twice; remove one"

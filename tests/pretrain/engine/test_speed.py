@@ -148,6 +148,7 @@ def test_batch_norm_of_the_config_is_built(make_run):
 
 def test_synchronised_batch_norm_of_several_processes_on_a_cpu_is_refused(make_run, monkeypatch):
     monkeypatch.setattr(dist, "is_on", lambda: True)
+    monkeypatch.setattr(dist, "wait", lambda: None)
     with pytest.raises(UserError, match=r"synchronised: torch has it for GPUs only; .*per_process"):
         make_run("engine.batch_norm=synchronised")
 
