@@ -91,7 +91,10 @@ class Kind:
 
 # -- shards ---------------------------------------------------------------------------------------
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "ppm", "pgm", "pnm", "tif", "tiff"),
+    *("gif", "avif", "jp2"),
+)
 NAMES = (
     "{key}.v1.{suffix}", "{key}.JPG", "{key}", "{key}.jfif", "{key}.left.png", "__meta__/{suffix}",
     "._p.{suffix}", f"../{mutate.OUTSIDE}/x.{{suffix}}", "/x.{suffix}", "n" * 300 + ".{suffix}",
