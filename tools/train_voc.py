@@ -36,11 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, help="a YAML of configs/detection/")
-    add("--data", type=Path, help="set with dataset.json, a VOC devkit or a COCO folder")
+    add("--data", type=Path, help="labelled pictures: a set with dataset.json, or VOC's, COCO's or "
+        "YOLO's files as annotation tools write them")  # fmt: skip
     add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")
     add("--exif", choices=("auto", "stored"), default="auto",
         help="boxes of pictures with an EXIF orientation: of the picture, upright or as stored, "
         "that has the annotation's size (auto, default), or as stored")  # fmt: skip
+    add("--max-left-out", type=int, default=0, metavar="N",
+        help="leave out up to N faulty pictures and objects (default: 0, stop)")  # fmt: skip
     add("--out", type=Path, required=True, help="folder for the results")
     add("--seeds", help="comma-separated, one run each (default: 0; --eval-on: all finished)")
     add("--eval-on", type=Path, metavar="DIR",
@@ -115,7 +118,12 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
                         (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip
         if option is not None:
             overrides[key] = str(option)
-    choice = SetChoice(arguments.format, metric_year=arguments.metric_year, exif=arguments.exif)
+    choice = SetChoice(
+        arguments.format,
+        metric_year=arguments.metric_year,
+        exif=arguments.exif,
+        max_left_out=arguments.max_left_out,
+    )
     if arguments.eval_on is not None:
         return evaluate_on(
             arguments.eval_on,

@@ -7,7 +7,6 @@ import contextlib
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,40 +17,76 @@ from common.pictures import BadPicture, read_shape
 
 MAX_FAULTS = 10  # that one message names
 _BEYOND = 1.0  # pixels: tools that count corners from 0 or to W + 1 reach so far outside
+_LEAST_INSIDE = 0.1  # share of a box that is clipped; of others the picture or the unit is wrong
 TURNED = "pictures annotated as they are stored: boxes turned by the EXIF orientation"
 AMBIGUOUS = (
     "pictures whose EXIF orientation keeps their size: boxes taken as of the upright picture; "
     "--exif stored says otherwise"
 )
+UPRIGHT = "pictures with an EXIF orientation: boxes taken as shares of the upright picture"
 NO_SIZE = "annotations without a size: the picture's taken"
 CLIPPED = "boxes up to 1 pixel outside their picture: clipped"
+CUT = "boxes that reach further outside their picture: clipped"
 TWICE = "objects marked twice, same class and box: VOC's metric finds one of them; remove the other"
 EMPTY = "objects with an empty box: left out"
+NOT_CHOSEN = "objects of other classes than --classes: left out"
+UNLABELLED = "pictures without an annotation: left out"
+
+# What is left out up to --max-left-out.
+PICTURE, ANNOTATION = "pictures that are missing or unreadable", "annotations that cannot be used"
+OBJECT, OUTSIDE = "objects whose values cannot be used", "boxes outside their picture"
+UNKNOWN = "objects of unknown classes"
+
+
+class Unusable(UserError):
+    """A fault of one picture or object; `kind` is what is counted if it is left out."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Findings:
-    """What is wrong with a list, and what was repaired while it was read."""
+    """What was repaired and left out while a set was read.
 
-    def __init__(self) -> None:
+    Attributes:
+        max_left_out: How many faulty pictures and objects are left out; one more is an error.
+        faults: A line for each of them.
+        left_out: Their numbers by kind.
+        repairs: Numbers of repairs by kind.
+        ignored: Numbers of what a user or the format wants left out; not bounded.
+    """
+
+    def __init__(self, max_left_out: int = 0) -> None:
+        self.max_left_out = max_left_out
         self.faults: list[str] = []
+        self.left_out: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+
+    def leave_out(self, error: UserError, kind: str) -> None:
+        """Count a picture or object that cannot be used; `kind` if the error does not say it."""
+        self.faults.append(str(error))
+        self.left_out[error.kind if isinstance(error, Unusable) else kind] += 1
 
     def raise_faults(self) -> None:
-        """Raise what was found.
+        """Refuse a set in which too much must be left out.
 
         Raises:
             UserError: With a line for each of up to ten faults.
         """
-        if self.faults:
-            more = len(self.faults) - MAX_FAULTS
+        count = len(self.faults)
+        if count > self.max_left_out:
+            more = count - MAX_FAULTS
             lines = [*self.faults[:MAX_FAULTS], *[f"and {more} more"] * (more > 0)]
+            lines[-1] += f" (--max-left-out {count} leaves out all {count})" if count > 1 else ""
+            if count == 1:
+                lines[-1] += " (--max-left-out 1 leaves it out)"
             raise UserError("\n".join(lines))
 
-
-def notes(findings: Iterable[Findings]) -> tuple[str, ...]:
-    """A line with a number for each kind of repair."""
-    total: Counter[str] = sum((own.repairs for own in findings), Counter())
-    return tuple(f"{number} {repair}" for repair, number in total.items())
+    def all_left_out(self) -> dict[str, int]:
+        """Numbers by kind of everything that was left out, bounded or not."""
+        return dict(self.ignored + self.left_out)
 
 
 @dataclass(frozen=True)
@@ -76,13 +111,13 @@ class Frame:
 
 
 def read_frame(
-    file: Path, size: tuple[float, float], exif: str, where: object, findings: Findings
+    file: Path, size: tuple[float, float] | None, exif: str, where: object, findings: Findings
 ) -> Frame:
     """Compare a picture with the size that its annotation gives.
 
     Args:
         file: The picture; its header is read.
-        size: Width and height in the annotation; zeros: not given.
+        size: Width and height in the annotation; zeros: not given. None: of a format that has none.
         exif: See `SetChoice.exif`.
         where: The annotation, for messages.
         findings: Repairs are counted here.
@@ -93,9 +128,13 @@ def read_frame(
     try:
         shape = read_shape(file)
     except BadPicture as error:
-        raise UserError(f"{error}; replace the picture") from error
+        raise Unusable(PICTURE, f"{error}; replace the picture") from error
     upright, stored = (shape.width, shape.height), shape.stored_size
     orientation = shape.orientation
+    if size is None:
+        if orientation > 1:
+            findings.repairs[TURNED if exif == "stored" else UPRIGHT] += 1
+        return Frame(*upright, orientation if exif == "stored" else 1)
     if not any(size):
         findings.repairs[NO_SIZE] += 1
     allowed = {upright, stored} if exif == "auto" else {stored}
@@ -124,19 +163,26 @@ def placed(box: Box, frame: Frame, where: str, findings: Findings, *, clips: boo
         frame: The picture.
         where: Picture and object, for messages.
         findings: Repairs are counted here.
-        clips: Whether what lies outside is cut off.
+        clips: Whether what lies outside is cut off; else a pixel outside stays, more is refused.
 
     Raises:
-        UserError: If it reaches more than a pixel outside, or is empty.
+        UserError: If it lies outside or nearly so, or is empty.
     """
     width, height = frame.annotated_size
     x0, y0, x1, y1 = box
     over = max(-x0, -y0, x1 - width, y1 - height)
     clipped = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    if over > _BEYOND or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise UserError(f"{where} lies outside the picture of {width} x {height} pixels; clip it")
+    sides = clipped[2] - clipped[0], clipped[3] - clipped[1]
+    is_inside = min(sides) > 0
+    if is_inside and over > _BEYOND:  # shares, so that nothing overflows
+        inside = sides[0] / (x1 - x0) * (sides[1] / (y1 - y0))
+        is_inside = clips and inside >= _LEAST_INSIDE
+    if not is_inside:
+        raise Unusable(
+            OUTSIDE, f"{where} lies outside the picture of {width} x {height} pixels; clip it"
+        )
     if over > 0 and clips:
-        findings.repairs[CLIPPED] += 1
+        findings.repairs[CLIPPED if over <= _BEYOND else CUT] += 1
         box = clipped
     return turned(box, frame)
 

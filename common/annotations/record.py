@@ -8,8 +8,8 @@ write a VOC devkit with whole boxes, and COCO's JSON unrounded.
 import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
@@ -98,7 +98,9 @@ class LabelledSet:
         metric_year: VOC's AP (2007: 11 points, 2012: area), or None for COCO's.
         train: Lists to train on; empty if only the test list was read.
         test: The list to evaluate on.
-        notes: A line with a number for each kind of repair that the reader made.
+        others: Further lists, if they were asked for.
+        repaired: Number of each kind of repair that the reader made.
+        left_out: Number of each kind of pictures and objects that the reader left out.
     """
 
     root: Path
@@ -107,7 +109,15 @@ class LabelledSet:
     metric_year: int | None
     train: tuple[LabelledSplit, ...]
     test: LabelledSplit
-    notes: tuple[str, ...] = ()
+    others: tuple[LabelledSplit, ...] = ()
+    repaired: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line with a number for each kind of repair and of what was left out."""
+        told = [*self.repaired.items(), *self.left_out.items()]
+        return tuple(f"{number} {kind}" for kind, number in told)
 
     @property
     def num_train(self) -> int:
@@ -141,6 +151,10 @@ class SetChoice:
         exif: Of pictures with an EXIF orientation. "auto": boxes are of the picture, upright or as
             stored, that has the annotation's size; of the upright one if both have. "stored":
             boxes are of the picture as stored.
+        max_left_out: How many faulty pictures and objects are left out; more are an error.
+        val_share: Of the pictures of a set without lists, those that are evaluated.
+        split_seed: Chooses them.
+        all_lists: Read the set's further lists too, into `LabelledSet.others`.
     """
 
     format: str | None = None
@@ -152,6 +166,10 @@ class SetChoice:
     usual_test: str | None = None
     test_only: bool = False
     exif: Literal["auto", "stored"] = "auto"
+    max_left_out: int = 0
+    val_share: float = 0.2
+    split_seed: int = 0
+    all_lists: bool = False
 
 
 def checked_class_name(text: object, where: str) -> str:
@@ -222,7 +240,8 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
     """
     root, choice = Path(root), choice or SetChoice()
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give one with a labelled set")
+        fault = "is a file: unpack an archive" if root.is_file() else "no such folder"
+        raise UserError(f"{root}: {fault}; give the folder of a labelled set")
     names = FORMATS.names() if choice.format is None else [choice.format]
     matching = [name for name in names if FORMATS[name].recognises(root)]
     if not matching:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from tqdm.contrib.concurrent import process_map
 
+from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, require
@@ -92,7 +93,7 @@ def open_source(
     # Any other folder: its pictures.
     root = root / (split or "")
     require(root.is_dir(), f"{root}: no such folder, and no VOC devkit above it; check --split")
-    files = [file.relative_to(root) for file in _walk(root)]
+    files = [file.relative_to(root) for file in walk(root)]
     names = sorted(x.as_posix() for x in files if is_picture_file(root / x))
     require(
         bool(names),
@@ -183,19 +184,6 @@ def read_labels(file: Path) -> dict[str, str]:
         require(is_small, f"{where}: no class has such a number; count classes from 0")
     require(bool(listed), f"{file}: lists no picture; write NAME CLASS in each line")
     return listed
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Files below a folder through links, each real folder once; hidden names are left out."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(f for f in subfolders if not f.startswith((".", "__MACOSX")))
-        yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
 # -- PASCAL VOC 2007 and 2012 -------------------------------------------------------------------

@@ -4,21 +4,26 @@ import hashlib
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.annotations.checks import (
     EMPTY,
+    OBJECT,
+    PICTURE,
+    UNKNOWN,
     Findings,
     Frame,
+    Unusable,
     find_file,
     leads_out,
-    notes,
     number,
     placed,
     read_frame,
 )
+from common.annotations.lists import assemble
 from common.annotations.record import (
     LabelledFormat,
     LabelledSet,
@@ -26,30 +31,37 @@ from common.annotations.record import (
     ObjectRecord,
     PictureRecord,
     SetChoice,
-    check_same_classes,
     checked_class_name,
 )
 from common.errors import UserError
-from common.files import read_json
+from common.files import open_regular, read_json
 
 _OFFICIAL_SPLIT = re.compile(r"coco_(20\d\d)_([a-z]+)")
 _MAX_AREA = 1e10  # square pixels: pycocotools ignores objects above it
 _MAX_EMPTY = 1 / 1000  # share of objects with an empty box; COCO's own lists hold some
+_HEAD = 1 << 16  # bytes by which a file is known
+_BEGINNING = re.compile(
+    rb"(\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*\{\s*"
+    rb'"(info|licenses|images|annotations|categories|type|contributor|year)"'
+)
+GROUPS = "categories without objects that group others: left out"
+ELSEWHERE = "pictures whose path is of another place: found by the file's name"
 
 
 class Coco(LabelledFormat):
     """ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017.
 
-    A list NAME of another set is annotations/instances_NAME.json or annotations/NAME.json, and its
-    pictures are in ROOT/NAME, ROOT/images/NAME, ROOT/images or ROOT.
+    A list NAME of another set is annotations/instances_NAME.json or annotations/NAME.json (CVAT),
+    NAME.json (Label Studio), or a JSON file in a folder NAME (Roboflow). Pictures are looked for
+    in ROOT/NAME, ROOT/images/NAME, ROOT/images, beside the JSON file, and in ROOT.
     """
 
-    holds = "COCO's annotations/instances_train2017.json and instances_val2017.json"
+    holds = "COCO's JSON, as annotations/instances_train2017.json, result.json, train/NAME.json"
 
     @classmethod
     def recognises(cls, root: Path) -> bool:
         """Whether there is a JSON file of annotations or a folder of COCO's pictures."""
-        return any((root / "annotations").glob("*.json")) or any(
+        return bool(_json_files(root)) or any(
             (root / name).is_dir() for name in ("train2017", "val2017")
         )
 
@@ -63,29 +75,32 @@ class Coco(LabelledFormat):
         """
         if choice.metric_year is not None:
             raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
-        found = [Findings()]
-        test_name = choice.test_split or _usual(choice.usual_test, "val2017")
-        test, classes = _read_split(root, test_name, choice.exif, found[0])
-        train = ()
-        if not choice.test_only:
-            found.append(Findings())
-            train_name = choice.train_split or _usual(choice.usual_train, "train2017")
-            split, train_classes = _read_split(root, train_name, choice.exif, found[1])
-            if classes != train_classes:
-                raise UserError(f"{root}: {split.name} and {test.name} have different categories")
-            pictures = tuple(
-                replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
-                for picture in split.pictures
-            )
-            train = (replace(split, pictures=pictures),)
-        for split in (*train, test):
-            if not any(picture.objects for picture in split.pictures):
-                raise UserError(f"{root}: list {split.name!r} holds no object; choose another")
-        if choice.classes is not None:
-            check_same_classes(root, classes, choice.classes)
-            classes = choice.classes
-        name = root.resolve().name
-        return LabelledSet(root, name, classes, None, train, test, notes(found))
+        files, found = _json_files(root), Findings(choice.max_left_out)
+        categories: dict[str, tuple[str, ...]] = {}
+
+        def load(name: str) -> LabelledSplit:
+            split, categories[name] = _read_split(root, files, name, choice.exif, found)
+            for other, classes in categories.items():
+                if classes != categories[name]:
+                    raise UserError(f"{root}: {name} and {other} have different categories")
+            return split
+
+        usual = (_usual(choice.usual_train, "train2017"), _usual(choice.usual_test, "val2017"))
+        data = assemble(
+            root, list(files), load, choice, found,
+            stated=lambda: next(iter(categories.values())),
+            usual=usual if usual[1] in files else None,
+            metric_year=None,
+        )  # fmt: skip
+        return replace(data, train=tuple(map(_without_crowds, data.train)))
+
+
+def _without_crowds(split: LabelledSplit) -> LabelledSplit:
+    pictures = tuple(
+        replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
+        for picture in split.pictures
+    )
+    return replace(split, pictures=pictures)
 
 
 def _usual(name: str | None, default: str) -> str:
@@ -94,35 +109,60 @@ def _usual(name: str | None, default: str) -> str:
     return f"{match[2]}{match[1]}" if match else default
 
 
+def _json_files(root: Path) -> dict[str, Path]:
+    """Lists and their files: all in ROOT/annotations, those of annotations in ROOT and below it."""
+    own = root / "annotations"
+    found = {path.stem.removeprefix("instances_"): path for path in sorted(own.glob("*.json"))}
+    for path in sorted(root.glob("*.json")):
+        if _holds_annotations(path):
+            found.setdefault(path.stem.removeprefix("instances_"), path)
+    for path in sorted(root.glob("*/*.json")):
+        if path.parent != own and _holds_annotations(path):
+            found.setdefault(path.parent.name, path)
+    return found
+
+
+def _holds_annotations(path: Path) -> bool:
+    """Whether the beginning of a JSON file is one of COCO's annotations."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(_HEAD)
+    except (OSError, UserError):
+        return False
+    is_whole = len(head) < _HEAD
+    text = head.replace(b"\0", b"")  # UTF-16 or UTF-32
+    needed = (b'"images"', b'"annotations"') if is_whole else ()
+    return _BEGINNING.match(text) is not None and all(key in text for key in needed)
+
+
 def _read_split(
-    root: Path, name: str, exif: str, findings: Findings
+    root: Path, files: dict[str, Path], name: str, exif: str, findings: Findings
 ) -> tuple[LabelledSplit, tuple[str, ...]]:
     """One list and its class names."""
-    folder = root / "annotations"
-    paths = [folder / f"instances_{name}.json", folder / f"{name}.json"]
-    path = next((path for path in paths if not leads_out(name) and path.is_file()), None)
+    path = files.get(name)
     if path is None:
-        there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "none"
+        needed, there = root / f"annotations/instances_{name}.json", ", ".join(files) or "none"
         raise UserError(
-            f"{paths[0]}: no such file; there: {there}; see --train-split, --test-split, "
+            f"{needed}: no such file; lists there: {there}; see --train-split, --test-split, "
             "--eval-split"
         )
-    places = [root / name, root / "images" / name, root / "images", root]
-    pictures_in = next(place for place in places if place.is_dir())
-    classes, pictures = read_instances(path, pictures_in, exif=exif, findings=findings)
-    return LabelledSplit(pictures_in, name, pictures), classes
+    places = [root / name, root / "images" / name, root / "images", path.parent / "images",
+              path.parent, root]  # fmt: skip
+    places = list(dict.fromkeys(place for place in places if place.is_dir()))
+    classes, pictures = read_instances(path, *places, exif=exif, findings=findings)
+    return LabelledSplit(places[0], name, pictures), classes
 
 
 def read_instances(
-    path: Path, folder: Path, *, exif: str = "auto", findings: Findings | None = None
+    path: Path, *folders: Path, exif: str = "auto", findings: Findings | None = None
 ) -> tuple[tuple[str, ...], tuple[PictureRecord, ...]]:
     """Read and check the boxes of a list; masks are not used, boxes are not rounded.
 
     Args:
         path: instances_NAME.json. Its ids are all numbers, or all text.
-        folder: Holds the pictures.
+        folders: Hold the pictures; the first that has one counts.
         exif: See `SetChoice`.
-        findings: Repairs are counted here.
+        findings: Repairs and what is left out are counted here; None: nothing is left out.
 
     Returns:
         Class names in the order of COCO's numbers, and the pictures in the order of theirs.
@@ -130,7 +170,8 @@ def read_instances(
     Raises:
         UserError: If the file does not hold what it must, with up to ten faults together.
     """
-    findings = Findings() if findings is None else findings
+    is_strict = findings is None
+    findings = findings or Findings()
     content = read_json(path, remedy="export it again")
     labels = {
         row["id"]: checked_class_name(row.get("name"), f"{path}: category {row['id']!r}")
@@ -140,6 +181,13 @@ def read_instances(
         raise UserError(f"{path}: names a category twice; give each once")
     images = sorted(_rows(path, content, "images"), key=lambda row: row["id"])
     annotations = _rows(path, content, "annotations")
+    # Roboflow lists the project first, as a class above the others.
+    used = [row.get("category_id") for row in annotations]
+    above = {row.get("supercategory") for row in content["categories"]
+             if row.get("supercategory") != row.get("name")}  # fmt: skip
+    for key in [key for key, label in labels.items() if label in above and key not in used]:
+        findings.ignored[GROUPS] += 1
+        del labels[key]
 
     # Pictures first: boxes are checked against them.
     pictures: dict[int | str, tuple[Path, Frame]] = {}
@@ -147,7 +195,7 @@ def read_instances(
     for row in images:
         where = f"{path}: picture {row['id']!r:.60}"
         try:
-            file = _file(folder, row.get("file_name"), where)
+            file = _file(folders, row.get("file_name"), where, findings)
             if file in ids_of:
                 raise UserError(f"{where}: names {file.name}, as {ids_of[file]!r} does; keep one")
             ids_of[file] = row["id"]
@@ -155,7 +203,7 @@ def read_instances(
             frame = read_frame(file, (width, height), exif, where, findings)
             pictures[row["id"]] = (file, frame)
         except UserError as error:
-            findings.faults.append(str(error))
+            findings.leave_out(error, PICTURE)
 
     # Objects. An empty box is left out if there are few, else the file is wrong.
     objects: dict[int | str, list[ObjectRecord]] = {row["id"]: [] for row in images}
@@ -176,14 +224,18 @@ def read_instances(
                 box = placed(item.box, pictures[image][1], where, findings)
                 objects[image].append(replace(item, box=box))
         except UserError as error:
-            findings.faults.append(str(error))
+            findings.leave_out(error, OBJECT)
     if len(empty) > _MAX_EMPTY * len(annotations):
-        findings.faults += empty
+        for message in empty:
+            findings.leave_out(UserError(message), OBJECT)
     elif empty:
-        findings.repairs[EMPTY] += len(empty)
-    findings.raise_faults()
+        findings.ignored[EMPTY] += len(empty)
+    if is_strict:
+        findings.raise_faults()
     return tuple(labels.values()), tuple(
-        _picture(row, *pictures[row["id"]], objects[row["id"]]) for row in images
+        _picture(row, *pictures[row["id"]], objects[row["id"]])
+        for row in images
+        if row["id"] in pictures
     )
 
 
@@ -211,14 +263,24 @@ def _rows(path: Path, content: Any, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _file(folder: Path, name: Any, where: str) -> Path:
-    """A picture's file."""
-    if not isinstance(name, str) or leads_out(name):
-        raise UserError(f"{where}: file_name {name!r:.120} leads out of {folder}; give one within")
-    file = find_file(folder / name)
-    if file is None:
-        raise UserError(f"{where}: no such picture, {name!r:.120} in {folder}; add it")
-    return file
+def _file(folders: Sequence[Path], name: Any, where: str, findings: Findings) -> Path:
+    """A picture's file; one elsewhere, as on the server of Label Studio, is found by its name."""
+    if not isinstance(name, str):
+        raise UserError(f"{where}: file_name {name!r:.120}: give the name of a file")
+    clean = name.replace("\\", "/")
+    for folder in folders if not leads_out(clean) else ():
+        if (file := find_file(folder / clean)) is not None:
+            return file
+    last = clean.partition("?")[0].rpartition("/")[2]
+    for folder in folders if last != clean and not leads_out(last) else ():
+        if (file := find_file(folder / last)) is not None:
+            findings.repairs[ELSEWHERE] += 1
+            return file
+    if leads_out(clean):
+        raise Unusable(
+            PICTURE, f"{where}: file_name {name!r:.120} leads out of {folders[0]}; give one within"
+        )
+    raise Unusable(PICTURE, f"{where}: no such picture, {name!r:.120} in {folders[0]}; add it")
 
 
 def _object(
@@ -227,7 +289,9 @@ def _object(
     """One object, its box as it stands there, and where it is, for messages."""
     category, bbox, area = row.get("category_id"), row.get("bbox"), row.get("area")
     if type(category) not in (int, str) or category not in labels:
-        raise UserError(f"{where}: category_id {category!r:.60} is none of the categories; add it")
+        raise Unusable(
+            UNKNOWN, f"{where}: category_id {category!r:.60} is none of the categories; add it"
+        )
     values = [number(value) for value in bbox] if isinstance(bbox, list) else []
     where += f": bbox {bbox!r:.120}"
     if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) < 0:

@@ -10,18 +10,24 @@ import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.annotations.checks import (
+    ANNOTATION,
+    OBJECT,
+    PICTURE,
     TWICE,
+    UNKNOWN,
     Findings,
+    Unusable,
     find_file,
     leads_out,
-    notes,
     placed,
     read_frame,
 )
+from common.annotations.lists import assemble
 from common.annotations.record import (
     LabelledFormat,
     LabelledSet,
@@ -30,7 +36,6 @@ from common.annotations.record import (
     PictureRecord,
     SetChoice,
     annotation_file,
-    check_same_classes,
     checked_class_name,
     list_file,
 )
@@ -55,6 +60,7 @@ _CODECS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr"
 _TEXT_CODEC = re.compile(
     r"(utf-(8|16|32)|iso|cp|gb|shift_|euc_|koi8|mac-|big5|ascii|tis|hz|johab).*"
 )
+_QUOTED = re.compile(r'".+"')
 _NOT_SAID = ("", "unspecified", "unknown", "none", "null")
 _FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 
@@ -80,58 +86,64 @@ class Voc(LabelledFormat):
     def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
         """Read and check the chosen lists; see `LabelledFormat.read`.
 
-        Classes: the choice, else dataset.json, else the 20 VOC names. The metric of the 20 VOC
-        names in VOC2007 is the 11-point AP, that of any other set the area.
+        Classes: the choice, else dataset.json, else the 20 VOC names, else those that occur. The
+        metric of the 20 VOC names in VOC2007 is the 11-point AP, that of any other set the area.
         """
         description: dict[str, Any] = {}
         path = root / "dataset.json"
         if path.exists():
             description = _read_description(path)
-        classes = tuple(choice.classes or description.get("classes") or VOC_CLASSES)
-        if len(set(classes)) != len(classes) or not all(classes):
-            raise UserError(f"classes {', '.join(classes)!r} must be different and not empty")
-        if choice.test_only and description:
-            check_same_classes(root, description["classes"], classes)
+        elif choice.classes is None and _has_official_lists(root):
+            data = _read(root, choice, {}, is_official=True)
+            splits = (*data.train, data.test)
+            named = {x.class_name for y in splits for z in y.pictures for x in z.objects}
+            if named <= set(VOC_CLASSES):
+                return data
+        classes = choice.classes or tuple(description.get("classes", ()))
+        kind = description.get("kind", "voc")
+        is_official = classes == VOC_CLASSES and kind == "voc"
+        return _read(root, choice, description, is_official=is_official)
 
-        # PASCAL's own set, unpacked or imported, has its own lists, metric and tolerance.
-        is_official = classes == VOC_CLASSES and (
-            not description or description.get("kind") == "voc"
+
+def _has_official_lists(root: Path) -> bool:
+    folders = [folder for folder in _devkit_folders(root) if folder.name.startswith("VOC20")]
+    return any(list_file(folder, "trainval").is_file() for folder in folders)
+
+
+def _read(
+    root: Path, choice: SetChoice, description: dict[str, Any], *, is_official: bool
+) -> LabelledSet:
+    """As `Voc.read`; PASCAL's own set has its own classes, lists, metric and tolerance."""
+    usual = ("train", "test") if description else None
+    if is_official:
+        config = (choice.usual_train or "", choice.usual_test or "")
+        official = ("voc_2007_trainval", "voc_2007_test")
+        usual = tuple(
+            a if a.startswith("voc_") else b for a, b in zip(config, official, strict=True)
         )
-        usual = ("train", "test")
-        if is_official:
-            config = (choice.usual_train or "", choice.usual_test or "")
-            official = ("voc_2007_trainval", "voc_2007_test")
-            usual = tuple(
-                a if a.startswith("voc_") else b for a, b in zip(config, official, strict=True)
-            )
-        train_split = choice.train_split or description.get("train_split") or usual[0]
-        test_split = choice.test_split or description.get("test_split") or usual[1]
-        if "+" in test_split:
-            raise UserError(f"--test-split {test_split}: give one list; AP is taken over one set")
-        usual_year = 2007 if is_official and "2012" not in test_split else 2012
-        year = choice.metric_year or description.get("metric_year") or usual_year
-        if year not in (2007, 2012):
-            raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
-
-        found: list[Findings] = []
-
-        def read(name: str) -> LabelledSplit:
-            found.append(Findings())
-            return _read_split(
-                *_find_list(root, name), classes, choice.exif, is_official, found[-1]
-            )
-
-        train = () if choice.test_only else tuple(map(read, train_split.split("+")))
-        test = read(test_split)
-        return LabelledSet(
-            root=root,
-            name=str(description.get("name") or root.name),
-            classes=classes,
-            metric_year=year,
-            train=train,
-            test=test,
-            notes=notes(found),
-        )
+    if usual is not None:
+        usual = (description.get("train_split") or usual[0],
+                 description.get("test_split") or usual[1])  # fmt: skip
+    test_split = choice.test_split or (usual or ("", ""))[1]
+    usual_year = 2007 if is_official and "2012" not in test_split else 2012
+    year = description.get("metric_year") or usual_year
+    if year not in (2007, 2012):
+        raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
+    stated = description.get("classes") or (VOC_CLASSES if is_official else None)
+    findings = Findings(choice.max_left_out)
+    return assemble(
+        root,
+        _list_names(root),
+        lambda name: _read_split(
+            *_find_list(root, name), stated, choice.exif, is_official, findings
+        ),
+        choice,
+        findings,
+        stated=lambda: stated,
+        usual=usual,
+        metric_year=year,
+        name=description.get("name") and str(description["name"]),
+    )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -142,13 +154,16 @@ def _read_description(path: Path) -> dict[str, Any]:
     for key in ("train_split", "test_split"):
         if not isinstance(content.get(key), str | None):
             raise UserError(f"{path}: {key} {content[key]!r:.60}: give lists joined by +")
-    return content | {"classes": [checked_class_name(x, str(path)) for x in content["classes"]]}
+    classes = [checked_class_name(x, str(path)) for x in content["classes"]]
+    if len(set(classes)) != len(classes) or not classes:
+        raise UserError(f"{path}: classes {', '.join(classes)!r} must be different and not none")
+    return content | {"classes": classes}
 
 
 def _read_split(
     folder: Path,
     name: str,
-    classes: Collection[str],
+    classes: Collection[str] | None,
     exif: str,
     is_official: bool,
     findings: Findings,
@@ -169,11 +184,7 @@ def _read_split(
                 )
             )
         except UserError as error:
-            findings.faults.append(str(error))
-    findings.raise_faults()
-    if not any(picture.objects for picture in pictures):
-        path = list_file(folder, name)
-        raise UserError(f"{path}: none of its {len(pictures)} pictures holds an object")
+            findings.leave_out(error, ANNOTATION)
     return LabelledSplit(folder, name, tuple(pictures))
 
 
@@ -181,6 +192,12 @@ def _devkit_folders(root: Path) -> list[Path]:
     """VOC folders with lists: the folder itself, those in it, and those in ROOT/VOCdevkit."""
     folders = [*year_folders(root), *year_folders(root / "VOCdevkit")]
     return [folder for folder in folders if list_file(folder, "x").parent.is_dir()]
+
+
+def _list_names(root: Path) -> list[str]:
+    """Lists of pictures, each once, without the class-wise ones as cat_train beside train."""
+    names = {name for folder in _devkit_folders(root) for name in list_names(folder)}
+    return sorted(name for name in names if name.rpartition("_")[2] not in names - {name})
 
 
 def _find_list(root: Path, split: str) -> tuple[Path, str]:
@@ -273,10 +290,12 @@ class PictureFinder:
         files = self.find(image_id)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise UserError(f"{self.root}: {image_id!r} may be each of {names}; keep one of them")
+            raise Unusable(
+                PICTURE, f"{self.root}: {image_id!r} may be each of {names}; keep one of them"
+            )
         if not files or not files[0].is_file():
             path = self.root / f"{image_id}.jpg"
-            raise UserError(f"{path}: no such picture, but a list names it; add it")
+            raise Unusable(PICTURE, f"{path}: no such picture, but a list names it; add it")
         return files[0]
 
 
@@ -309,6 +328,9 @@ def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]
                 raise UserError(f"{path}: line {names[0]!r} must hold one picture name alone")
             names = list(dict.fromkeys(row[0] for row in rows if row[-1] != "-1"))
             break
+    # CVAT quotes names with spaces.
+    names = [line[1:-1] if _QUOTED.fullmatch(line) and not finder.find(line) else line
+             for line in names]  # fmt: skip
     names = [finder.without_suffix(line) for line in names]
     if not names:
         raise UserError(f"{path}: the list is empty; put one picture name a line, without .jpg")
@@ -344,64 +366,104 @@ def read_picture(
         exif: See `SetChoice`.
         is_official: PASCAL's own set: nothing is clipped, so that figures compare with others'. A
             few of its boxes reach a pixel beyond their picture.
-        findings: Repairs are counted here.
+        findings: Repairs and objects left out are counted here; None: nothing is left out.
 
     Raises:
         UserError: If a file is missing or unreadable, or its content would mislead training.
     """
-    findings = Findings() if findings is None else findings
-    finder = finder or PictureFinder(folder)
     path = annotation_file(folder, image_id)
     path = find_file(path) or find_file(path.with_name(f"{path.stem}.XML")) or path
-    content, tree = _parse(path)
-    file = finder.require(image_id)
+    tree = parse_annotation(path)
+    file = (finder or PictureFinder(folder)).require(image_id)
+    return read_objects(
+        path, tree, file, image_id, classes, exif=exif, is_official=is_official, findings=findings
+    )
+
+
+Parsed = tuple[bytes, ElementTree.Element]  # the bytes of an XML file and its elements
+
+
+def read_objects(
+    path: Path,
+    parsed: Parsed,
+    file: Path,
+    image_id: str,
+    classes: Collection[str] | None,
+    *,
+    exif: str = "auto",
+    is_official: bool = False,
+    findings: Findings | None = None,
+) -> PictureRecord:
+    """The objects of an annotation from `parse_annotation`, for its picture; see `read_picture`."""
+    is_strict = findings is None
+    findings = findings or Findings()
+    content, tree = parsed
     size = tuple(
         _number(path, tree, place) if (tree.findtext(place) or "").strip() else 0.0
         for place in ("size/width", "size/height")
     )
     frame = read_frame(file, (size[0], size[1]), exif, path, findings)
+    num_own, num_boxes = 0, sum(1 for _ in tree.iter("bndbox"))
+    for element in tree.findall("object"):
+        num_own += len(element.findall("bndbox"))
+    if num_boxes - num_own > len(tree.findall("object/part/bndbox")):
+        raise UserError(f"{path}: has a <bndbox> that is in no <object> of <annotation>; move it")
     own_boxes, objects = [], []
     for number, element in enumerate(tree.findall("object"), start=1):
         where = f"{path}: object {number}"
-        name = checked_class_name(element.findtext("name"), where)
-        where += f" ({name})"
-        if classes is not None and name not in classes:
-            raise UserError(f"{where}: {unknown(f'class {name!r}', name, classes)}; see --classes")
-        if (num_boxes := len(element.findall("bndbox"))) != 1:
-            raise UserError(f"{where}: has {num_boxes} <bndbox>; give it one, an object for each")
-        xmin, ymin, xmax, ymax = (_number(where, element, f"bndbox/{key}") for key in _CORNERS)
-        where += f": box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
-        if xmax < xmin or ymax < ymin:
-            raise UserError(f"{where} is empty or turned round; exchange its corners")
-        own_boxes.append((xmin - 1.0, ymin - 1.0, xmax, ymax))
-        box = placed(own_boxes[-1], frame, where, findings, clips=not is_official)
-        objects.append(
-            ObjectRecord(
-                name,
-                box,
-                difficult=_flag(where, element, "difficult"),
-                truncated=_flag(where, element, "truncated"),
-            )
-        )
-    num_elsewhere = sum(1 for _ in tree.iter("bndbox")) - len(own_boxes)
-    if num_elsewhere > len(tree.findall("object/part/bndbox")):
-        raise UserError(f"{path}: has a <bndbox> that is in no <object> of <annotation>; move it")
+        try:
+            item, where = _read_object(where, element, classes)
+            own_boxes.append(item.box)
+            box = placed(item.box, frame, where, findings, clips=not is_official)
+            objects.append(replace(item, box=box))
+        except UserError as error:
+            findings.leave_out(error, OBJECT)
     if num_twice := len(objects) - len({(item.class_name, item.box) for item in objects}):
         findings.repairs[TWICE] += num_twice
+    if is_strict:
+        findings.raise_faults()
     digest = hashlib.sha256(content + f"{image_id}{file.stat().st_size}".encode())
     boxes = [item.box for item in objects]
-    if boxes != own_boxes:
+    if boxes != own_boxes or len(boxes) < num_own:
         digest.update(repr(boxes).encode())
     return PictureRecord(
         image_id, file, frame.width, frame.height, tuple(objects), digest.hexdigest()
     )
 
 
-def _parse(path: Path) -> tuple[bytes, ElementTree.Element]:
-    """Bytes and elements of an XML file in the encoding that it names.
+def _read_object(
+    where: str, element: ElementTree.Element, classes: Collection[str] | None
+) -> tuple[ObjectRecord, str]:
+    """One object, its box as it stands there, and where it is, for messages."""
+    name = checked_class_name(element.findtext("name"), where)
+    where += f" ({name})"
+    if classes is not None and name not in classes:
+        raise Unusable(
+            UNKNOWN, f"{where}: {unknown(f'class {name!r}', name, classes)}; see --classes"
+        )
+    if (num_boxes := len(element.findall("bndbox"))) != 1:
+        raise UserError(f"{where}: has {num_boxes} <bndbox>; give it one, an object for each")
+    xmin, ymin, xmax, ymax = (_number(where, element, f"bndbox/{key}") for key in _CORNERS)
+    where += f": box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
+    if xmax < xmin or ymax < ymin:
+        raise UserError(f"{where} is empty or turned round; exchange its corners")
+    item = ObjectRecord(
+        name,
+        (xmin - 1.0, ymin - 1.0, xmax, ymax),
+        difficult=_flag(where, element, "difficult"),
+        truncated=_flag(where, element, "truncated"),
+    )
+    return item, where
+
+
+def parse_annotation(path: Path) -> Parsed:
+    """Bytes and elements of a VOC annotation in the encoding that it names.
 
     Python's parser knows no encoding of several bytes but UTF-8 and UTF-16, so text is decoded
     here. Entities are refused: they can expand without bound.
+
+    Raises:
+        UserError: If it is missing, unreadable, or no VOC annotation.
     """
     try:
         content = read_regular(path, _MAX_XML_BYTES)

@@ -1,0 +1,82 @@
+"""Pictures and annotations at any place below a folder, and which belong together."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from common.pictures import PICTURE_SUFFIXES
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Files below a folder, sorted, through links, each real folder once; hidden ones left out."""
+    seen = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(f for f in subfolders if not f.startswith((".", "__MACOSX")))
+        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+class FolderFiles:
+    """The pictures below a folder, and the files of one suffix that annotate them.
+
+    Paths are relative to the folder.
+    """
+
+    def __init__(self, root: Path, suffix: str) -> None:
+        """List the folder once."""
+        self.root = root
+        self.pictures: list[PurePosixPath] = []
+        self.annotations: list[PurePosixPath] = []
+        for file in walk(root):
+            path = PurePosixPath(file.relative_to(root).as_posix())
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                self.pictures.append(path)
+            elif path.suffix.lower() == suffix:
+                self.annotations.append(path)
+        self._by_name: defaultdict[str, list[PurePosixPath]] = defaultdict(list)
+        for picture in self.pictures:
+            for key in (picture.stem, picture.name):
+                self._by_name[composed(key)].append(picture)
+
+    def picture_of(self, annotation: PurePosixPath, told: str = "") -> list[PurePosixPath]:
+        """The pictures that an annotation can belong to; one if it is clear.
+
+        Args:
+            annotation: a/b.xml: b.jpg in the same folder, else in the nearest one.
+            told: File name in the annotation; it decides between pictures, or is all there is.
+        """
+        told = told.replace("\\", "/").rpartition("/")[2].strip()
+        named = self._by_name.get(composed(annotation.stem), [])
+        named = named or (self._by_name.get(composed(told), []) if told else [])
+
+        def likeness(picture: PurePosixPath) -> tuple[bool, int, bool]:
+            return (
+                picture.parent == annotation.parent,
+                num_common(picture.parts[:-1], annotation.parts[:-1]),
+                composed(picture.name) == composed(told),
+            )
+
+        best = max(map(likeness, named), default=None)
+        return [picture for picture in dict.fromkeys(named) if likeness(picture) == best]
+
+
+def composed(text: str) -> str:
+    """A name with its accents composed, as lists and files come from different systems."""
+    return unicodedata.normalize("NFC", text)
+
+
+def num_common(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many folders two paths share at their beginning, and at their end after these."""
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    end = 0
+    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+        end += 1
+    return start + end

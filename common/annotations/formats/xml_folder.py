@@ -1,0 +1,90 @@
+"""Pictures and VOC's XML anywhere in a folder: LabelImg, Roboflow's and Label Studio's exports."""
+
+from pathlib import Path, PurePosixPath
+
+from common.annotations.checks import ANNOTATION, PICTURE, UNLABELLED, Findings, Unusable
+from common.annotations.files import FolderFiles, walk
+from common.annotations.formats.voc import Parsed, Voc, parse_annotation, read_objects
+from common.annotations.lists import assemble, by_role
+from common.annotations.record import (
+    LabelledFormat,
+    LabelledSet,
+    LabelledSplit,
+    PictureRecord,
+    SetChoice,
+)
+from common.errors import UserError
+
+
+class XmlFolder(LabelledFormat):
+    """ROOT/a.jpg and ROOT/a.xml, at any depth, or in folders of their own.
+
+    An annotation belongs to the picture of its name in the same folder, else in the nearest one.
+    Folders called train, valid or val, and test, are lists.
+    """
+
+    holds = "pictures and VOC's XML files, side by side or in folders of their own"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        """Whether there is an XML file, and no VOC devkit."""
+        if Voc.recognises(root):
+            return False
+        return any(path.suffix.lower() == ".xml" for path in walk(root))
+
+    @classmethod
+    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+        """Read and check the chosen lists; see `LabelledFormat.read`.
+
+        Classes are those that occur, sorted, unless the choice says them. Pictures without an
+        annotation are left out: nobody has labelled them yet.
+        """
+        files, findings = FolderFiles(root, ".xml"), Findings(choice.max_left_out)
+        pairs: dict[str, tuple[PurePosixPath, Parsed]] = {}
+        for path in files.annotations:
+            try:
+                parsed = parse_annotation(root / path)
+                found = files.picture_of(path, parsed[1].findtext("filename") or "")
+                picture = _one(root / path, found)
+                if picture in pairs:
+                    raise UserError(f"{root / path}: is of {picture}, as {pairs[picture][0]} is; "
+                                    "keep one of them")  # fmt: skip
+                pairs[picture] = path, parsed
+            except UserError as error:
+                findings.leave_out(error, ANNOTATION)
+        if num_without := len(files.pictures) - len(pairs):
+            findings.ignored[UNLABELLED] += num_without
+        names = {x: (*PurePosixPath(x).parts[:-1], *path.parts[:-1])
+                 for x, (path, _) in sorted(pairs.items())}  # fmt: skip
+        lists = by_role(names)
+
+        def load(name: str) -> LabelledSplit:
+            if name not in lists:
+                raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
+            pictures: list[PictureRecord] = []
+            for picture in lists[name]:
+                path, parsed = pairs[picture]
+                try:
+                    pictures.append(
+                        read_objects(root / path, parsed, root / picture, picture, None,
+                                     exif=choice.exif, findings=findings)
+                    )  # fmt: skip
+                except UserError as error:
+                    findings.leave_out(error, ANNOTATION)
+            return LabelledSplit(root, name, tuple(pictures))
+
+        return assemble(root, list(lists), load, choice, findings)
+
+
+def _one(annotation: Path, pictures: list[PurePosixPath]) -> str:
+    """The picture of an annotation.
+
+    Raises:
+        UserError: If there is none, or several.
+    """
+    if not pictures:
+        raise Unusable(PICTURE, f"{annotation}: its picture {annotation.stem} is not there; add it")
+    if len(pictures) > 1:
+        listed = ", ".join(map(str, pictures[:4]))
+        raise Unusable(PICTURE, f"{annotation}: may be of each of {listed}; keep one of them")
+    return pictures[0].as_posix()

@@ -1,0 +1,320 @@
+"""YOLO's layout: a text file of boxes for each picture, and a list of class names.
+
+A line is a class number from 0 and centre and size of a box as shares of the picture; or a number
+and the corners of a polygon, whose box is taken. Shares are of the upright picture, as Ultralytics
+takes them.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.annotations.checks import (
+    ANNOTATION,
+    OBJECT,
+    PICTURE,
+    UNKNOWN,
+    Findings,
+    Unusable,
+    find_file,
+    placed,
+    read_frame,
+)
+from common.annotations.files import FolderFiles, walk
+from common.annotations.lists import assemble, by_role, role_of
+from common.annotations.record import (
+    Box,
+    LabelledFormat,
+    LabelledSet,
+    LabelledSplit,
+    ObjectRecord,
+    PictureRecord,
+    SetChoice,
+    checked_class_name,
+)
+from common.config import read_yaml
+from common.errors import UserError
+from common.files import read_text
+
+_NAME_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
+_LISTS = ("train", "val", "valid", "test")
+POLYGONS = "polygons: their boxes taken"
+SCORES = "boxes with a score: the score is not used"
+KEYPOINTS = "objects with key points: these are not used"
+NO_FILE = "pictures without a text file: taken as without objects"
+MOVED = "paths of another place: found below the folder"
+
+
+class Yolo(LabelledFormat):
+    """ROOT/data.yaml or ROOT/classes.txt; ROOT/images/a.jpg and ROOT/labels/a.txt, or side by side.
+
+    Lists are the entries train, val and test of data.yaml: a folder, a text file of paths, or
+    several of these. Without them, text files of these names (CVAT), or folders.
+    """
+
+    holds = "YOLO's data.yaml, or classes.txt and a text file for each picture"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        """Whether there is a YAML file with names, or a list of names and a text file of boxes."""
+        if _yaml_file(root) is not None:
+            return True
+        if _names_file(root) is None:
+            return False
+        files = FolderFiles(root, ".txt")
+        return any(files.picture_of(path) for path in files.annotations)
+
+    @classmethod
+    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+        """Read and check the chosen lists; see `LabelledFormat.read`.
+
+        A picture without a text file, or with an empty one, has no objects.
+        """
+        files, findings = FolderFiles(root, ".txt"), Findings(choice.max_left_out)
+        path, content = _yaml_file(root), {}
+        if path is not None:
+            content = read_yaml(path)
+        names = _class_names(root, path, content)
+        lists = _lists(files, path, content, findings)
+        has_keypoints = "kpt_shape" in content
+
+        def load(name: str) -> LabelledSplit:
+            if name not in lists:
+                raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
+            pictures = []
+            for picture in lists[name]:
+                try:
+                    text = _text_file(root, picture)
+                    pictures.append(
+                        _read_picture(root, picture, text, names, choice.exif, findings,
+                                      has_keypoints=has_keypoints)
+                    )  # fmt: skip
+                except UserError as error:
+                    findings.leave_out(error, ANNOTATION)
+            return LabelledSplit(root, name, tuple(pictures))
+
+        return assemble(root, list(lists), load, choice, findings, stated=lambda: names)
+
+
+# -- the set ---------------------------------------------------------------------------------------
+
+
+def _yaml_file(root: Path) -> Path | None:
+    """data.yaml or another YAML file in the folder that has `names`."""
+    paths = [*root.glob("*.yaml"), *root.glob("*.yml")]
+    for path in sorted(paths, key=lambda path: (path.stem not in ("data", "dataset"), path.name)):
+        try:
+            if "names" in read_yaml(path):
+                return path
+        except UserError:
+            if path.stem == "data":
+                raise
+    return None
+
+
+def _names_file(root: Path) -> Path | None:
+    """The list of class names in the folder, or beside the text files."""
+    for name in _NAME_FILES:
+        if (root / name).is_file():
+            return root / name
+    return next((path for path in walk(root) if path.name in _NAME_FILES), None)
+
+
+def _class_names(root: Path, path: Path | None, content: dict[str, Any]) -> tuple[str, ...]:
+    """Class names in the order of their numbers: a list, or a map from numbers."""
+    if path is None:
+        path = _names_file(root)
+        if path is None:
+            raise UserError(f"{root}: has no data.yaml with names, nor classes.txt; add one")
+        raw: Any = [line for line in read_text(path).split("\n") if line.strip()]
+    else:
+        raw = content["names"]
+    if isinstance(raw, dict):
+        numbers = [_whole(key) for key in raw]
+        if sorted(numbers, key=str) != sorted(range(len(raw)), key=str):
+            raise UserError(f"{path}: names has the numbers {numbers!s:.120}; count them from 0")
+        raw = [value for _, value in sorted(zip(numbers, raw.values(), strict=True))]
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{path}: names must be a list of class names; write names: [cat, dog]")
+    names = tuple(checked_class_name(str(one), f"{path}: names") for one in raw)
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: names holds one twice; give each class its own")
+    return names
+
+
+def _whole(value: object) -> int:
+    text = str(value).strip()
+    return int(text) if text.isdecimal() else -1
+
+
+def _lists(
+    files: FolderFiles, path: Path | None, content: dict[str, Any], findings: Findings
+) -> dict[str, list[PurePosixPath]]:
+    """The pictures of every list."""
+    root, known = files.root, set(files.pictures)
+    entries = {name: content[name] for name in _LISTS if content.get(name)}
+    if path is None:  # CVAT writes train.txt beside obj.names
+        entries = {name: f"{name}.txt" for name in _LISTS if (root / f"{name}.txt").is_file()}
+    found: dict[str, list[PurePosixPath]] = {}
+    base = content.get("path")
+    bases = [PurePosixPath(base)] if isinstance(base, str) else []
+    for name, entry in entries.items():
+        rows: dict[PurePosixPath, None] = {}
+        for one in entry if isinstance(entry, list) else [entry]:
+            if not isinstance(one, str):
+                raise UserError(f"{path}: {name} holds {one!r:.60}; give a folder or a text file")
+            place = _place(root, one, bases, findings)
+            if place is None:
+                if role_of(name) == "test":
+                    continue  # Roboflow writes the line also where there is no such picture
+                raise UserError(f"{path or root}: {name}: {one}: no such folder or file below "
+                                f"{root}; correct the path")  # fmt: skip
+            if (root / place).is_dir():
+                parts = place.parts
+                rows |= dict.fromkeys(x for x in files.pictures if x.parts[: len(parts)] == parts)
+            else:
+                rows |= dict.fromkeys(_listed(root, place, bases, known, findings))
+        if rows:
+            found[name] = list(rows)
+    if not found:
+        names = {str(picture): picture.parts[:-1] for picture in files.pictures}
+        grouped = by_role(names)
+        found = {name: list(map(PurePosixPath, grouped[name])) for name in grouped}
+    return found
+
+
+def _place(
+    root: Path, name: str, bases: Sequence[PurePosixPath], findings: Findings
+) -> PurePosixPath | None:
+    """Where a path of data.yaml or of a list is below the folder; None if nowhere.
+
+    It is looked for as it is, below `path`, and without its first folders, since Roboflow writes
+    ../train/images, and others paths of another machine.
+    """
+    given = PurePosixPath(name.strip().replace("\\", "/"))
+    for place in (*(base / given for base in bases), given):
+        if not place.is_absolute() and ".." not in place.parts and (root / place).exists():
+            return PurePosixPath(*place.parts)
+    parts = [part for part in given.parts if part not in ("..", "/")]
+    for start in range(len(parts)):
+        place = PurePosixPath(*parts[start:])
+        if (root / place).exists():
+            if start or given.is_absolute():
+                findings.repairs[MOVED] += 1
+            return place
+    return None
+
+
+def _listed(
+    root: Path,
+    file: PurePosixPath,
+    bases: Sequence[PurePosixPath],
+    known: set[PurePosixPath],
+    findings: Findings,
+) -> list[PurePosixPath]:
+    """The pictures that a text file names, one a line; paths may begin at its own folder."""
+    found = []
+    for line in read_text(root / file).split("\n"):
+        if line.strip():
+            place = _place(root, line, [file.parent, *bases], findings)
+            if place in known:
+                found.append(place)
+            else:
+                name = line.strip()
+                message = f"{root / file}: no such picture, {name!r:.120}; add it"
+                findings.leave_out(Unusable(PICTURE, message), PICTURE)
+    return found
+
+
+def _text_file(root: Path, picture: PurePosixPath) -> Path | None:
+    """The text file of a picture: labels/ in place of the last images/, or beside it."""
+    folders, name = picture.parts[:-1], f"{picture.stem}.txt"
+    places = [picture.with_name(name), PurePosixPath("labels", *folders, name)]
+    for at in (i for i, part in enumerate(folders) if part == "images"):
+        places.insert(0, PurePosixPath(*folders[:at], "labels", *folders[at + 1 :], name))
+    if len(folders) and "images" not in folders:  # train/a.jpg, labels beside train or below it
+        places += [PurePosixPath(*folders, "labels", name)]
+    return next((file for place in places if (file := find_file(root / place))), None)
+
+
+# -- a picture -------------------------------------------------------------------------------------
+
+
+def _read_picture(
+    root: Path,
+    picture: PurePosixPath,
+    text_file: Path | None,
+    names: Sequence[str],
+    exif: str,
+    findings: Findings,
+    *,
+    has_keypoints: bool,
+) -> PictureRecord:
+    """The boxes of a picture; see `Yolo`."""
+    file = root / picture
+    frame = read_frame(file, None, exif, text_file or file, findings)
+    if text_file is None:
+        findings.repairs[NO_FILE] += 1
+    text = read_text(text_file) if text_file else ""
+    objects = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{text_file}, line {number}"
+        try:
+            label, shares = _numbers(line, names, where, findings, has_keypoints=has_keypoints)
+            width, height = frame.annotated_size
+            box = (shares[0] * width, shares[1] * height, shares[2] * width, shares[3] * height)
+            where += f" ({label}): {line.strip()!r:.80}"
+            box = placed(_on_the_edge(box, width, height), frame, where, findings)
+            objects.append(ObjectRecord(label, box))
+        except UserError as error:
+            findings.leave_out(error, OBJECT)
+    digest = hashlib.sha256(repr((str(picture), file.stat().st_size, objects)).encode())
+    return PictureRecord(
+        str(picture), file, frame.width, frame.height, tuple(objects), digest.hexdigest()
+    )
+
+
+def _on_the_edge(box: Box, width: int, height: int) -> Box:
+    """A box whose sides are off the picture's edge by less than the digits of a share give."""
+    edges = (0.0, 0.0, float(width), float(height))
+    x0, y0, x1, y1 = (
+        edge if abs(value - edge) < 1e-5 * max(width, height) else value
+        for value, edge in zip(box, edges, strict=True)
+    )
+    return x0, y0, x1, y1
+
+
+def _numbers(
+    line: str, names: Sequence[str], where: str, findings: Findings, *, has_keypoints: bool
+) -> tuple[str, Box]:
+    """Class name, and x0, y0, x1, y1 as shares of the picture."""
+    try:
+        label, *values = [math.nan if "_" in word else float(word) for word in line.split()]
+    except ValueError:
+        values, label = [], math.nan
+    if not all(map(math.isfinite, (label, *values))) or label != int(label):
+        raise UserError(f"{where}: {line.strip()!r:.80}: give a class number and shares")
+    if not 0 <= label < len(names):
+        raise Unusable(
+            UNKNOWN, f"{where}: class {label:g}: there are {len(names)} names, from 0 on; add it"
+        )
+    if len(values) > 5 and not has_keypoints:
+        if len(values) % 2:
+            raise UserError(f"{where}: {len(values)} numbers; give a box, or pairs of a polygon")
+        findings.repairs[POLYGONS] += 1
+        x, y = values[::2], values[1::2]
+        box = (min(x), min(y), max(x), max(y))
+    elif len(values) < 4:
+        raise UserError(f"{where}: {len(values)} numbers behind the class; give 4")
+    else:
+        if len(values) > 4:
+            findings.repairs[KEYPOINTS if has_keypoints else SCORES] += 1
+        x, y, width, height = values[:4]
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    if box[2] <= box[0] or box[3] <= box[1]:
+        raise UserError(f"{where}: {line.strip()!r:.80}: the box is empty; remove it")
+    return names[int(label)], box

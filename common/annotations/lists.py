@@ -1,0 +1,272 @@
+"""Which pictures are trained on and which evaluated: a set's own lists, or a seeded split."""
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from common.annotations.checks import NOT_CHOSEN, Findings
+from common.annotations.record import (
+    LabelledSet,
+    LabelledSplit,
+    PictureRecord,
+    SetChoice,
+    check_same_classes,
+)
+from common.config import unknown
+from common.errors import UserError
+
+TRAIN, VAL, TEST, ALL = "train", "val", "test", "all"
+_ROLES = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation"), VAL),
+    **dict.fromkeys(("test", "testing"), TEST),
+}
+_END = re.compile(r"[\d_.-]*$")  # of train2017
+
+
+def role_of(*names: str) -> str | None:
+    """What the first name that tells it is for: "train", "val" or "test"; None if none does."""
+    return next((_ROLES[x.lower()] for x in names if x.lower() in _ROLES), None)
+
+
+def by_role(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Group pictures by the first folder of theirs that is called train, valid or the like.
+
+    Args:
+        names: Picture -> names of the folders that say it.
+
+    Returns:
+        Role -> pictures; all of them under "all" if some lie in no such folder.
+    """
+    found: dict[str, list[str]] = {}
+    for picture, folders in names.items():
+        found.setdefault(role_of(*folders) or ALL, []).append(picture)
+    return {ALL: list(names)} if ALL in found else found
+
+
+def assemble(
+    root: Path,
+    lists: Collection[str],
+    load: Callable[[str], LabelledSplit],
+    choice: SetChoice,
+    findings: Findings,
+    *,
+    stated: Callable[[], Sequence[str] | None] = lambda: None,
+    usual: tuple[str, str] | None = None,
+    metric_year: int | None = 2012,
+    name: str | None = None,
+) -> LabelledSet:
+    """Choose lists and classes of a set, and read what is needed.
+
+    Without lists of its own for training and for evaluation, all pictures are split into "train"
+    and "val"; if only a test list is needed, it is "all".
+
+    Args:
+        root: Of the set.
+        lists: Names of its lists.
+        load: Reads one of them; raises for others.
+        choice: What is wanted.
+        findings: Of the reader.
+        stated: After reading, the classes that the set itself names; None: those that occur.
+        usual: Lists for training, joined by +, and for evaluation that are not guessed.
+        metric_year: Of the set, unless the choice says it.
+        name: Of the set; None: its folder's.
+
+    Raises:
+        UserError: If there is no such list or class, or nothing to train on.
+    """
+    read: dict[str, LabelledSplit] = {}
+    roles = usual or _roles(root, lists, choice)
+    is_split = roles is None
+    if roles is None:
+        whole = [load(one) for one in lists]
+        findings.raise_faults()
+        read = _split(root, whole, choice)
+        lists, roles = (TRAIN, VAL), (TRAIN, ALL if choice.test_only else VAL)
+    train_names = [] if choice.test_only else (choice.train_split or roles[0]).split("+")
+    test_name = choice.test_split or roles[1]
+    if "+" in test_name:
+        raise UserError(f"--test-split {test_name}: give one list; AP is taken over one set")
+    needed = dict.fromkeys([*train_names, test_name])
+    others = [one for one in lists if one not in needed] if choice.all_lists else []
+    for one in [*needed, *others]:
+        if is_split and one not in read:
+            raise UserError(
+                f"{root}: {unknown(f'list {one!r}', one, [*read])}; it has no lists of its own"
+            )
+        if one not in read:
+            read[one] = load(one)
+            findings.raise_faults()
+    splits = {one: read[one] for one in [*needed, *others]}
+    if usual is None and not (choice.test_only or choice.all_lists or choice.train_split):
+        for one in lists:
+            if one not in needed:
+                findings.ignored[f"list that is not used, {one}: see --train-split"] += 1
+
+    # Classes: those of the set, in its order, or the chosen ones.
+    present = sorted({x.class_name for split in splits.values() for y in split.pictures
+                      for x in y.objects})  # fmt: skip
+    told = stated()
+    classes = tuple(told if told is not None else present)
+    if choice.classes is not None:
+        if choice.test_only:
+            own = classes if told is not None else {*present, *choice.classes}
+            check_same_classes(root, sorted(own), choice.classes)
+        for one in choice.classes:
+            if one not in classes and told is not None:
+                raise UserError(f"--classes: {unknown(f'class {one!r}', one, classes)}")
+            if one not in present and not choice.test_only:
+                findings.repairs[f"class of --classes that does not occur, {one}"] += 1
+        classes = choice.classes
+        splits = {one: _chosen(split, classes, findings) for one, split in splits.items()}
+    for one in needed:
+        if not any(picture.objects for picture in splits[one].pictures):
+            none = f"none of its {len(splits[one].pictures)} pictures holds an object"
+            raise UserError(f"{root}: list {one!r}: {none}; choose another")
+    return LabelledSet(
+        root=root,
+        name=name or root.resolve().name,
+        classes=classes,
+        metric_year=choice.metric_year or metric_year,
+        train=tuple(splits[one] for one in train_names),
+        test=splits[test_name],
+        others=tuple(splits[one] for one in others),
+        repaired=dict(findings.repairs),
+        left_out=findings.all_left_out(),
+    )
+
+
+def _roles(root: Path, lists: Collection[str], choice: SetChoice) -> tuple[str, str] | None:
+    """The list to train on and the one to evaluate on; None if there are none for both."""
+    of_role: dict[str, str] = {}
+    for one in lists:
+        of_role.setdefault(role_of(one, _END.sub("", one)) or one, one)
+    train = of_role.get(TRAIN) or of_role.get("trainval")
+    test = of_role.get(TEST) or of_role.get(VAL)
+    is_told = choice.test_split in lists and (choice.test_only or choice.train_split is not None)
+    if is_told or (test and (train or choice.test_only)):
+        return choice.train_split or train or "", choice.test_split or test or ""
+    if len(lists) > 1 and not choice.test_only:
+        raise UserError(
+            f"{root}: its lists are {', '.join(lists)}; say which with --train-split and "
+            "--test-split"
+        )
+    return None
+
+
+def _chosen(split: LabelledSplit, classes: Sequence[str], findings: Findings) -> LabelledSplit:
+    """A list with the objects of some classes alone; the others are counted."""
+    pictures = []
+    for picture in split.pictures:
+        kept = tuple(item for item in picture.objects if item.class_name in classes)
+        if dropped := len(picture.objects) - len(kept):
+            findings.ignored[NOT_CHOSEN] += dropped
+        pictures.append(replace(picture, objects=kept))
+    return replace(split, pictures=tuple(pictures))
+
+
+# -- the split -------------------------------------------------------------------------------------
+
+
+def _split(
+    root: Path, whole: Sequence[LabelledSplit], choice: SetChoice
+) -> dict[str, LabelledSplit]:
+    """All pictures, and the two parts of them; a picture's name is its path below the root."""
+    pictures = {
+        unicodedata.normalize("NFC", Path(os.path.relpath(picture.file, root)).as_posix()): picture
+        for split in whole
+        for picture in split.pictures
+    }
+    if not pictures:
+        raise UserError(f"{root}: holds no labelled picture that can be read; see --format")
+    if len(whole) > 1:  # whose numbers may be the same
+        pictures = {key: replace(item, image_id=key) for key, item in pictures.items()}
+
+    def part(name: str, chosen: Collection[str]) -> LabelledSplit:
+        rows = tuple(pictures[key] for key in sorted(pictures) if key in chosen)
+        return LabelledSplit(root, name, rows)
+
+    everything = {ALL: part(ALL, pictures)}
+    if choice.test_only and choice.test_split in (None, ALL):
+        return everything
+    kept = choice.classes if not choice.test_only else None
+    classes_of = {key: _classes_of(picture, kept) for key, picture in pictures.items()}
+    val = seeded_split(classes_of, choice.val_share, choice.split_seed)
+    return everything | {TRAIN: part(TRAIN, pictures.keys() - val), VAL: part(VAL, val)}
+
+
+def _classes_of(picture: PictureRecord, kept: Collection[str] | None) -> frozenset[str]:
+    names = {item.class_name for item in picture.objects}
+    return frozenset(names if kept is None else names & set(kept))
+
+
+def seeded_split(classes_of: Mapping[str, Collection[str]], share: float, seed: int) -> set[str]:
+    """Choose pictures for the evaluation: of every class the same share, rare classes first.
+
+    Iterative stratification (Sechidis, Tsoumakas, Vlahavas, 2011) with two parts. A function of
+    the arguments; their order does not matter. A class in two pictures or more is on both sides
+    where that is possible by moving one picture after another.
+
+    Args:
+        classes_of: Name of a picture -> classes on it, maybe none.
+        share: Of the pictures, between 0 and 1.
+        seed: Other choice.
+
+    Raises:
+        UserError: If the share is none, or there is one picture alone.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--val-share {share:g}: give a number between 0 and 1")
+    if len(classes_of) < 2:
+        raise UserError(
+            "one labelled picture cannot be split for training and evaluation; add more"
+        )
+
+    def hashed(name: str) -> bytes:
+        data = f"{seed}/{name}".encode(errors="surrogatepass")
+        return hashlib.blake2b(data, digest_size=16).digest()
+
+    order = sorted(classes_of, key=lambda name: (hashed(name), name))
+    own = {name: frozenset(classes_of[name]) or frozenset(("",)) for name in order}  # "": no object
+    total = Counter(label for name in order for label in own[name])
+    chosen: dict[str, bool] = {}
+    for label in sorted(total, key=lambda label: (total[label], label)):
+        most = max(total[label] - 1, 0)
+        wanted = min(max(round(share * total[label]), 1 if label else 0), most)
+        wanted -= sum(chosen.get(name, False) for name in order if label in own[name])
+        for name in order:
+            if label in own[name] and name not in chosen:
+                chosen[name] = wanted > 0
+                wanted -= 1
+    if not any(chosen.values()):  # every class is in one picture alone
+        chosen[order[0]] = True
+    _mend(order, own, chosen)
+    return {name for name in order if chosen[name]}
+
+
+def _mend(order: Sequence[str], own: Mapping[str, frozenset[str]], chosen: dict[str, bool]) -> None:
+    """Move pictures so that classes in two pictures or more are on both sides."""
+    total = Counter(label for name in order for label in own[name] if label)
+    sides = Counter((label, chosen[name]) for name in order for label in own[name])
+
+    def lonely(label: str) -> bool:
+        return total[label] > 1 and 0 in (sides[label, True], sides[label, False])
+
+    for name in order:
+        if any(map(lonely, own[name])):
+            before = sum(map(lonely, own[name]))
+            for label in own[name]:
+                sides[label, chosen[name]] -= 1
+                sides[label, not chosen[name]] += 1
+            is_better = sum(map(lonely, own[name])) < before
+            chosen[name] = not chosen[name]
+            if not is_better or len(set(chosen.values())) < 2:
+                chosen[name] = not chosen[name]
+                for label in own[name]:
+                    sides[label, chosen[name]] += 1
+                    sides[label, not chosen[name]] -= 1

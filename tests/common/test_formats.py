@@ -1,0 +1,246 @@
+"""Sets as annotation tools write them: recognised, and read to the same boxes; seeded splits."""
+
+import json
+from collections.abc import Callable, Collection
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.annotations.lists import seeded_split
+from common.annotations.record import FORMATS, LabelledSet, SetChoice, read_set
+from common.errors import UserError
+from tests import layouts
+from tests.layouts import BOXES, LABELS, LAYOUTS, NAMES, PARTS, write
+
+
+def objects_of(data: LabelledSet) -> dict[str, Any]:
+    """Stem of each picture -> its objects' classes and boxes, to a hundredth of a pixel."""
+    splits = (*data.train, data.test, *data.others)
+    return {
+        picture.file.stem: [
+            (item.class_name, tuple(round(value, 2) for value in item.box))
+            for item in picture.objects
+        ]
+        for split in splits
+        for picture in split.pictures
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_tools(tmp_path: Path, name: str) -> None:
+    kind, make, has_lists = LAYOUTS[name]
+    make(tmp_path)
+    assert [x for x in FORMATS.names() if FORMATS[x].recognises(tmp_path)] == [kind]
+    data = read_set(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert objects_of(data) == {x: [(LABELS[x], BOXES[x])] for x in NAMES}
+    assert (data.num_train, len(data.test.pictures)) == (4, 2)
+    if has_lists:
+        assert {picture.file.stem for picture in data.test.pictures} == set(PARTS["valid"])
+    for split in (*data.train, data.test):
+        assert {x.objects[0].class_name for x in split.pictures} == {"cat", "dog"}
+    assert read_set(tmp_path).digest() == data.digest()
+    alone = read_set(tmp_path, SetChoice(classes=("dog", "cat"), test_only=True))
+    assert len(alone.test.pictures) == (2 if has_lists else 6), "without lists all are evaluated"
+    dogs = read_set(tmp_path, SetChoice(classes=("dog",)))
+    assert dogs.classes == ("dog",)
+    assert dogs.left_out["objects of other classes than --classes: left out"] == 3
+    with pytest.raises(UserError, match=r"only in the set: cat|unknown class"):
+        read_set(tmp_path, SetChoice(classes=("dog", "cow"), test_only=True))
+
+
+# -- YOLO -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    LAYOUTS["Ultralytics"][1](tmp_path)
+    return tmp_path
+
+
+def label_file(name: str = NAMES[0], part: str = "train") -> str:
+    return f"labels/{part}/{name}.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "box", "note"),
+    [
+        ("0 0.1 0.2 0.5 0.2 0.5 0.75 0.3 0.75", (12.8, 19.2, 64, 72), "polygons: their boxes"),
+        ("0 0.25 0.5 0.25 0.5 0.93\n", (16, 24, 48, 72), "boxes with a score"),
+        ("\ufeff0.0 0.25\t0.5  0.25 0.5\r\n\r\n", (16, 24, 48, 72), None),
+        ("0 0.9 0.5 0.5 0.5", (83.2, 24, 128, 72), "boxes that reach further outside"),
+        ("0 0.500001 0.5 1.000002 1", (0, 0, 128, 96), None),
+    ],
+)
+def test_lines_of_yolo(yolo: Path, text: str, box: tuple, note: str | None) -> None:
+    write(yolo / label_file(), text)
+    data = read_set(yolo)
+    assert objects_of(data)[NAMES[0]] == [("cat", box)]
+    assert [line[2 : 2 + len(note or "")] for line in data.notes] == [note] * bool(note)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2 0.5 0.5 0.1 0.1", "class 2: there are 2 names, from 0 on"),
+        ("-1 0.5 0.5 0.1 0.1", "class -1: there are 2 names"),
+        ("0 0.5 0.5 0.1", "3 numbers behind the class; give 4"),
+        ("0 0.5 0.5 0 0.1", "the box is empty"),
+        ("0 nan 0.5 0.1 0.1", "give a class number and shares"),
+        ("cat 0.5 0.5 0.1 0.1", "give a class number and shares"),
+        ("0.5 0.5 0.5 0.1 0.1", "give a class number and shares"),
+        ("0 64 48 20 20", "lies outside the picture of 128 x 96"),
+        ("0 1.5 0.5 0.1 0.1", "lies outside the picture"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "7 numbers; give a box, or pairs of a polygon"),
+    ],
+)
+def test_faulty_lines_stop_the_set_or_are_left_out(yolo: Path, text: str, message: str) -> None:
+    write(yolo / label_file(), f"{text}\n{layouts.line(NAMES[0])}")
+    with pytest.raises(UserError, match=rf"photo 0.txt, line 1.*{message}.*--max-left-out 1"):
+        read_set(yolo)
+    data = read_set(yolo, SetChoice(max_left_out=1))
+    assert objects_of(data)[NAMES[0]] == [("cat", BOXES[NAMES[0]])]
+    assert sum(data.left_out.values()) == 1
+
+
+def test_yolo_pictures_without_objects_and_turned_ones(yolo: Path) -> None:
+    write(yolo / label_file(), "")
+    (yolo / label_file(NAMES[1])).unlink()
+    layouts.paint(yolo / f"images/train/{NAMES[2]}.jpg", NAMES[2], orientation=6)
+    data = read_set(yolo)
+    assert objects_of(data)[NAMES[0]] == objects_of(data)[NAMES[1]] == []
+    assert objects_of(data)[NAMES[2]] == [("cat", BOXES[NAMES[2]])], "shares of the upright one"
+    assert list(data.repaired.values()) == [1, 1]
+    stored = read_set(yolo, SetChoice(exif="stored"))
+    x0, y0, x1, y1 = (
+        value / side for value, side in zip(BOXES[NAMES[2]], (128, 96) * 2, strict=True)
+    )
+    ((_, box),) = objects_of(stored)[NAMES[2]]
+    turned = (128 * (1 - y1), 96 * x0, 128 * (1 - y0), 96 * x1)
+    assert box == pytest.approx(turned, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("names: [cat, cat]\n", "holds one twice"),
+        ("names: {1: cat, 2: dog}\n", "count them from 0"),
+        ("names: 2\n", "names must be a list"),
+        ("names: [cat, dog]\ntrain: images/no\nval: images/valid\n", "no such folder or file"),
+        ("names: [cat, dog]\ntrain: 7\n", "train holds 7; give a folder"),
+        ("names: [cat, dog]\ntrain: ../../../etc\nval: /etc/passwd\n", "no such folder or file"),
+        ("names: !!python/object:os.x {}\n", "holds no labelled set|could not|constructor"),
+    ],
+)
+def test_faults_of_data_yaml(yolo: Path, content: str, message: str) -> None:
+    write(yolo / "pets.yaml", content)
+    with pytest.raises(UserError, match=message):
+        read_set(yolo)
+
+
+# -- XML in a folder ------------------------------------------------------------------------------
+
+
+def make_labelimg(root: Path) -> None:
+    LAYOUTS["LabelImg"][1](root)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message", "is_bounded"),
+    [
+        (lambda x: (x / "photo 0.jpg").unlink(), "its picture photo 0 is not there", True),
+        (lambda x: (x / "photo 0.jpg").write_bytes(b"x"), "does not decode", True),
+        (lambda x: (x / "photo 0.xml").write_text("<a"), "not readable as XML", True),
+        (lambda x: layouts.paint(x / "photo 0.png", NAMES[0]), None, False),
+        (lambda x: (x / "photo 0.xml").unlink(), None, False),
+    ],
+)
+def test_pictures_that_are_left_out(
+    tmp_path: Path, harm: Callable[[Path], Any], message: str | None, is_bounded: bool
+) -> None:
+    make_labelimg(tmp_path)
+    harm(tmp_path)
+    if message:
+        with pytest.raises(UserError, match=message):
+            read_set(tmp_path)
+    data = read_set(tmp_path, SetChoice(max_left_out=int(is_bounded)))
+    expected = NAMES if (tmp_path / "photo 0.png").exists() else NAMES[1:]
+    assert objects_of(data).keys() == set(expected)
+    assert sum(data.left_out.values()) >= 1
+
+
+def test_nearest_picture_and_doubt(tmp_path: Path) -> None:
+    """The same names in two lists; the same name twice in one folder."""
+    for part in ("train", "valid"):
+        for name in NAMES[:2]:
+            layouts.paint(tmp_path / part / "images" / f"{name}.jpg", name)
+            write(tmp_path / part / "Annotations" / f"{name}.xml", layouts.xml(name, "none"))
+    data = read_set(tmp_path)
+    assert (data.num_train, len(data.test.pictures)) == (2, 2)
+    layouts.paint(tmp_path / "train/images/photo 0.png", NAMES[0])
+    with pytest.raises(UserError, match=r"may be of each of .*photo 0.jpg, .*photo 0.png"):
+        read_set(tmp_path)
+
+
+# -- COCO -----------------------------------------------------------------------------------------
+
+
+def test_a_category_above_others_is_none(tmp_path: Path) -> None:
+    LAYOUTS["Roboflow COCO"][1](tmp_path)
+    assert [*read_set(tmp_path).left_out.values()] == [2], "one in each list"
+    path = tmp_path / "train/_annotations.coco.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 0
+    for other in PARTS:
+        for name in PARTS["train"]:
+            layouts.paint(tmp_path / other / f"{name}.jpg", name)
+        write(tmp_path / other / "_annotations.coco.json", json.dumps(content))
+    assert read_set(tmp_path).classes == ("pets", "cat", "dog"), "used, so it is one"
+
+
+def test_a_folder_of_two_formats_is_refused(tmp_path: Path) -> None:
+    make_labelimg(tmp_path)
+    LAYOUTS["LabelImg YOLO"][1](tmp_path)
+    with pytest.raises(UserError, match="looks like xml_folder and yolo; choose one with --format"):
+        read_set(tmp_path)
+    for kind in ("xml_folder", "yolo"):
+        assert len(objects_of(read_set(tmp_path, SetChoice(format=kind)))) == 6
+
+
+# -- the split ------------------------------------------------------------------------------------
+
+
+def on_both_sides(classes_of: dict[str, Collection[str]], val: Collection[str]) -> bool:
+    names = {x for row in classes_of.values() for x in row}
+    sides = {x: [name in val for name, row in classes_of.items() if x in row] for x in names}
+    return all(len(set(own)) == 2 for own in sides.values() if len(own) > 1)
+
+
+@given(st.lists(st.frozensets(st.sampled_from("abcd"), max_size=3), min_size=2, max_size=7),
+       st.floats(0.1, 0.5), st.integers(0, 3))  # fmt: skip
+def test_every_class_is_on_both_sides_where_possible(
+    rows: list[frozenset[str]], share: float, seed: int
+) -> None:
+    classes_of = {f"p{i}": row for i, row in enumerate(rows)}
+    val = seeded_split(classes_of, share, seed)
+    assert 0 < len(val) < len(rows)
+    assert seeded_split(dict(reversed(classes_of.items())), share, seed) == val
+    choices = [{f"p{i}" for i, is_val in enumerate(x) if is_val}
+               for x in product((False, True), repeat=len(rows))]  # fmt: skip
+    possible = any(on_both_sides(classes_of, x) for x in choices if 0 < len(x) < len(rows))
+    assert on_both_sides(classes_of, val) == possible
+
+
+def test_the_share_holds_in_every_class() -> None:
+    rows = {f"{i}.jpg": ["abc"[(i % 10) // 4]] + ["d"] * (i % 50 == 0) for i in range(1000)}
+    val = seeded_split(rows, 0.2, 0)
+    count = {x: sum(x in rows[name] for name in val) for x in "abcd"}
+    assert count == {"a": 80, "b": 80, "c": 40, "d": 4}
+    assert len(val & seeded_split(rows, 0.2, 1)) < 100
+    for share, number in ((0.0, 5), (1.0, 5), (0.2, 1)):
+        with pytest.raises(UserError, match=r"val-share|one labelled picture"):
+            seeded_split({str(i): ["a"] for i in range(number)}, share, 0)
