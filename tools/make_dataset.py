@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from common.annotations.record import FORMATS, SetChoice, read_class_names, read_set
 from common.errors import (
     add_check_options,
     command_parser,
@@ -20,6 +21,7 @@ from pipeline.datasets.sets import SetOptions, flag
 _EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
   .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
+  .venv/bin/python tools/make_dataset.py import data/birds labelled/birds --show birds.jpg
   .venv/bin/python tools/make_dataset.py voc data/voc0712 VOCtrainval_06-Nov-2007.tar \\
       VOCtest_06-Nov-2007.tar VOCtrainval_11-May-2012.tar
 """
@@ -30,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     # fmt: off
     main_parser = command_parser(__doc__, _EXAMPLE)
-    kinds = main_parser.add_subparsers(required=True, metavar="{procedural,photos,fashion,voc}")
+    names = "{procedural,photos,fashion,voc,import}"
+    kinds = main_parser.add_subparsers(required=True, metavar=names)
 
     def add_kind(name: str, make: Callable, text: str, *, is_generated: bool) -> Callable:
         one = kinds.add_parser(name, help=text, description=text)
@@ -85,6 +88,23 @@ def parser() -> argparse.ArgumentParser:
     add = add_kind("voc", make_voc, text, is_generated=False)
     add("sources", type=Path, nargs="+", metavar="SOURCE",
         help="the official tars, or folders that hold VOC2007 or VOC2012 (files are linked)")
+
+    text = "labelled pictures as annotation tools write them: VOC, COCO, YOLO, LabelImg"
+    add = add_kind("import", make_import, text, is_generated=False)
+    add("source", type=Path, metavar="SOURCE", help="their folder")
+    add("--format", choices=FORMATS.names(), help="of the source (default: recognised)")
+    add("--classes", metavar="NAMES", help="in order, a,b,c or a file with one a line; objects of "
+        "others are left out (default: all)")
+    add("--val-share", type=float, default=0.2, metavar="F",
+        help="of the pictures, where the source has no lists of its own (default: 0.2)")
+    add("--seed", type=int, default=0, metavar="N", help="of that choice (default: 0)")
+    add("--train-split", metavar="LISTS", help="lists to train on, joined by + (default: train)")
+    add("--test-split", metavar="LIST", help="the list to evaluate (default: test, else val)")
+    add("--exif", choices=("auto", "stored"), default="auto",
+        help="boxes of pictures with an EXIF orientation: as tools/train_voc.sh has it")
+    add("--max-left-out", type=int, default=0, metavar="N",
+        help="leave out up to N faulty pictures and objects (default: 0, stop)")
+    add("--show", type=Path, metavar="JPG", help="draw labelled samples")
     # fmt: on
     return main_parser
 
@@ -200,6 +220,44 @@ def make_voc(arguments: argparse.Namespace) -> bool:
 
     require(not arguments.check, "--check: is for generated sets; an import checks as it goes")
     return import_voc(arguments.sources, arguments.out, arguments.num_workers, arguments.overwrite)
+
+
+def make_import(arguments: argparse.Namespace) -> bool:
+    """Import labelled pictures; see `import_labelled` for what is returned and raised."""
+    from pipeline.datasets.labelled import describe, import_labelled, read_source, write_sheet
+
+    source = arguments.source
+    require(not arguments.out.is_relative_to(source.resolve()), f"{arguments.out}: lies in "
+            f"{source}; give another folder")  # fmt: skip
+    choice = SetChoice(
+        arguments.format,
+        classes=tuple(read_class_names(arguments.classes)) if arguments.classes else None,
+        train_split=arguments.train_split,
+        test_split=arguments.test_split,
+        exif=arguments.exif,
+        max_left_out=arguments.max_left_out,
+        val_share=arguments.val_share,
+        split_seed=arguments.seed,
+    )
+    data = read_source(source, choice)
+    if arguments.check:
+        facts = {
+            "classes": list(data.classes),
+            "splits": {x.name: len(x.pictures) for x in (*data.train, data.test, *data.others)},
+            "repaired": dict(data.repaired),
+            "left_out": dict(data.left_out),
+        }
+        return print_check(facts, as_json=arguments.json)
+    print("\n".join(describe(data)))
+    made = import_labelled(
+        source, data, choice, arguments.out, arguments.num_workers, arguments.overwrite
+    )
+    if arguments.show:
+        count = write_sheet(
+            read_set(arguments.out, SetChoice("voc", all_lists=True)), arguments.show
+        )
+        print(f"{arguments.show}: {count} pictures with their labels")
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -213,6 +213,11 @@ def find_file(path: Path) -> Path | None:
     return None
 
 
+def composed(text: str) -> str:
+    """A name with its accents composed, as lists and files come from different systems."""
+    return unicodedata.normalize("NFC", text)
+
+
 def leads_out(name: str) -> bool:
     """Whether a name of a list or an annotation is no path below a folder."""
     path = PurePosixPath(name)

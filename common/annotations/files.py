@@ -1,11 +1,11 @@
 """Pictures and annotations at any place below a folder, and which belong together."""
 
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from common.annotations.checks import composed
 from common.pictures import PICTURE_SUFFIXES
 
 
@@ -64,11 +64,6 @@ class FolderFiles:
 
         best = max(map(likeness, named), default=None)
         return [picture for picture in dict.fromkeys(named) if likeness(picture) == best]
-
-
-def composed(text: str) -> str:
-    """A name with its accents composed, as lists and files come from different systems."""
-    return unicodedata.normalize("NFC", text)
 
 
 def num_common(a: Sequence[str], b: Sequence[str]) -> int:

@@ -3,13 +3,12 @@
 import hashlib
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.annotations.checks import NOT_CHOSEN, Findings
+from common.annotations.checks import NOT_CHOSEN, Findings, composed
 from common.annotations.record import (
     LabelledSet,
     LabelledSplit,
@@ -138,6 +137,7 @@ def assemble(
         others=tuple(splits[one] for one in others),
         repaired=dict(findings.repairs),
         left_out=findings.all_left_out(),
+        num_faulty=len(findings.faults),
     )
 
 
@@ -178,7 +178,7 @@ def _split(
 ) -> dict[str, LabelledSplit]:
     """All pictures, and the two parts of them; a picture's name is its path below the root."""
     pictures = {
-        unicodedata.normalize("NFC", Path(os.path.relpath(picture.file, root)).as_posix()): picture
+        composed(Path(os.path.relpath(picture.file, root)).as_posix()): picture
         for split in whole
         for picture in split.pictures
     }

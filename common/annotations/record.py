@@ -101,6 +101,7 @@ class LabelledSet:
         others: Further lists, if they were asked for.
         repaired: Number of each kind of repair that the reader made.
         left_out: Number of each kind of pictures and objects that the reader left out.
+        num_faulty: How many of these count for `SetChoice.max_left_out`.
     """
 
     root: Path
@@ -112,6 +113,7 @@ class LabelledSet:
     others: tuple[LabelledSplit, ...] = ()
     repaired: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    num_faulty: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -292,7 +294,7 @@ def annotation_xml(picture: str, width: int, height: int, objects: Sequence[Obje
         picture: File name with its suffix.
         width: Columns of the picture.
         height: Rows of the picture.
-        objects: Their boxes are rounded to whole pixels.
+        objects: Their boxes are rounded, see `whole_box`.
     Returns:
         XML in ASCII, other characters as numbers; boxes 1-based, both ends included.
     """
@@ -302,7 +304,7 @@ def annotation_xml(picture: str, width: int, height: int, objects: Sequence[Obje
     _add(ElementTree.SubElement(root, "size"), width=width, height=height, depth=3)
     _add(root, segmented=0)
     for item in objects:
-        xmin, ymin, xmax, ymax = (round(value) for value in item.voc_box)
+        x0, y0, x1, y1 = whole_box(item.box, width, height)
         node = ElementTree.SubElement(root, "object")
         _add(
             node,
@@ -312,9 +314,15 @@ def annotation_xml(picture: str, width: int, height: int, objects: Sequence[Obje
             difficult=int(item.is_ignored),
         )
         box = ElementTree.SubElement(node, "bndbox")
-        _add(box, xmin=xmin, ymin=ymin, xmax=max(xmin, xmax), ymax=max(ymin, ymax))
+        _add(box, xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
     ElementTree.indent(root)
     return ElementTree.tostring(root) + b"\n"
+
+
+def whole_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """Rounded to whole pixels, within the picture, no side below one pixel."""
+    x0, y0 = min(max(round(box[0]), 0), width - 1), min(max(round(box[1]), 0), height - 1)
+    return x0, y0, min(max(round(box[2]), x0 + 1), width), min(max(round(box[3]), y0 + 1), height)
 
 
 def _add(parent: ElementTree.Element, **values: object) -> None:
