@@ -437,12 +437,20 @@ class LabelledKind(Kind):
         found.digest()
         for role, splits in (("train", found.train), ("test", (found.test,))):
             own: Boxes = {}
+            right = self.boxes(folder, role)
+            is_clipped = any("clipped" in note for note in found.notes)
             for split in splits:
                 coco_content(split.pictures, found.classes)
                 for one in split.pictures:
                     annotation_xml(one.file.name, one.width, one.height, one.objects)
                     own[one.file.stem] = sorted((o.class_name, o.box) for o in one.objects)
-            right = {name: sorted(rows) for name, rows in self.boxes(folder, role).items()}
+                    if is_clipped and one.file.stem in right:  # what is said to be cut off
+                        most = (one.width, one.height, one.width, one.height)
+                        rows = right[one.file.stem]
+                        right[one.file.stem] = [
+                            (name, tuple(np.clip(box, 0, most))) for name, box in rows
+                        ]
+            right = {name: sorted(rows) for name, rows in right.items()}
             if own.keys() != right.keys():
                 faults.append(f"{role}: other pictures: {sorted(own.keys() ^ right.keys())[:4]}")
             for name in own.keys() & right.keys():
