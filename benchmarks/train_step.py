@@ -50,6 +50,7 @@ from torch.nn import functional
 from benchmarks import harness
 from benchmarks.harness import Clock, Sizes
 from common.errors import require
+from common.network import ResNet
 from pretrain.config import load_config
 from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.data.loader import ViewBatch
@@ -58,7 +59,6 @@ from pretrain.engine.profiling import batches, count_flops, precision_of
 from pretrain.engine.trainer import Trainer
 from pretrain.features.augmentations.base import RowRandom, fa_generator
 from pretrain.model.joint_embedding import FAContrastive
-from pretrain.model.resnet import ResNet
 from pretrain.run import make_trainer
 
 CPU_SIZES = Sizes(batch_size=32)

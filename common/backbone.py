@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor
 
 from common import checkpoints
 from common.errors import UserError
 from common.files import read_json, read_json_or_none, sha256_of
+from common.network import ResNet
 from common.resnet import (
     COUNTER,
     Arch,
@@ -53,11 +53,11 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def normalise(self, picture: Tensor) -> Tensor:
-        """uint8 RGB (H, W, 3) -> float32 (1, 3, H, W)."""
-        pixels = picture.permute(2, 0, 1)[None].to(torch.float32) / 255
-        mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.std))
-        return (pixels - mean) / std
+    def normalise(self, images: Tensor) -> Tensor:
+        """(image / 255 - mean) / std per channel: uint8 RGB (N, 3, H, W) -> float32."""
+        x = images.float().div_(255)
+        mean, std = (x.new_tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.std))
+        return x.sub_(mean).div_(std)
 
 
 # Statistics of ImageNet, used by torchvision and nearly every self-supervised code.
@@ -352,58 +352,13 @@ def _refuse_objects(checkpoint: Mapping[Any, Any]) -> None:
             )
 
 
-class ReferenceResNet(nn.Module):
-    """A ResNet without its classifier, of torchvision's blocks and names, at any width.
-
-    Args:
-        arch: Depth and channels; bottlenecks take output channels that 4 divides.
-    """
-
-    def __init__(self, arch: Arch) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, arch.stem_channels, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(arch.stem_channels)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        block = Bottleneck if arch.is_bottleneck else BasicBlock
-        channels = arch.stem_channels
-        for stage, num_blocks in enumerate(arch.blocks_per_stage):
-            width, out = arch.width_per_group << stage, arch.res2_channels << stage
-            planes, layer = out // block.expansion, nn.Sequential()
-            # torchvision truncates planes * base_width / 64, where rounding must not decide.
-            base_width = 64 * (width + 0.5) / planes if arch.is_bottleneck else 64
-            for number in range(num_blocks):
-                stride, shortcut = 2 if stage > 0 and number == 0 else 1, None
-                if stride != 1 or channels != out:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
-                    )
-                layer.append(block(channels, planes, stride, shortcut, base_width=base_width))  # pyright: ignore[reportArgumentType]  # fmt: skip
-                channels = out
-            self.add_module(f"layer{stage + 1}", layer)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the four stages.
-
-        Args:
-            x: Normalised pictures (N, 3, H, W), float32.
-
-        Returns:
-            "res2" (N, C, H/4, W/4) to "res5" (N, 8C, H/32, W/32).
-        """
-        x = self.maxpool(self.bn1(self.conv1(x)).relu())
-        features = {}
-        for number in (1, 2, 3, 4):
-            x = features[f"res{number + 1}"] = self.get_submodule(f"layer{number}")(x)
-        return features
-
-
 def tensor_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a ResNet without classifier and without batch counters.
 
     Names and order are those of torchvision's state_dict.
     """
     with torch.device("meta"):
-        state = ReferenceResNet(arch).state_dict()
+        state = ResNet(arch).state_dict()
     return {name: tuple(x.shape) for name, x in state.items() if not name.endswith(COUNTER)}
 
 

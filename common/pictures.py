@@ -136,6 +136,27 @@ def decode(data: Encoded, *, where: str) -> np.ndarray:
     return upright(image, orientation)
 
 
+def from_pillow(picture: Image.Image, *, where: str) -> np.ndarray:
+    """The pixels of a picture that Pillow has opened or made, by the rules of `decode`.
+
+    Args:
+        picture: Of any mode; it is loaded.
+        where: What to call it in an error.
+    Returns:
+        uint8 [height, width, 3], RGB, upright.
+    Raises:
+        BadPicture: As `decode`.
+    """
+    _check_size(*picture.size, where)
+    if fault := _fault_of(picture):
+        raise BadPicture(f"{where}: {fault}; convert it to 8 bits")
+    try:
+        picture.load()
+        return upright(_rgb(picture), _orientation_of(picture))
+    except Exception as error:  # as many kinds as there are of damaged pictures
+        raise BadPicture(f"{where}: does not decode ({_short(error)})") from error
+
+
 def _decode_stored(data: Encoded, where: str) -> tuple[np.ndarray, int]:
     """As `decode`, but not upright: the pixels and the orientation that is to be applied."""
     if data[:2] == _JPEG:
@@ -400,20 +421,25 @@ def _decode_pillow(data: Encoded, where: str) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
                 _check_size(*picture.size, where)
                 picture.load()
-                width, height = picture.size
-                image = np.empty((height, width, 3), np.uint8)
-                step = max(1, _BAND // width)
-                for top in range(0, height, step):
-                    rows = picture.crop((0, top, width, min(top + step, height)))
-                    if rows.mode.startswith("I"):
-                        image[top : top + step] = (np.asarray(rows) >> 8)[..., None]
-                    else:
-                        image[top : top + step] = np.asarray(rows.convert("RGB"))
-                return image
+                return _rgb(picture)
     except BadPicture:
         raise
     except Exception as error:  # Pillow raises many kinds, OSError and SyntaxError among them
         raise BadPicture(f"{where}: does not decode ({_short(error)})") from error
+
+
+def _rgb(picture: Image.Image) -> np.ndarray:
+    """Pixels of a loaded picture, a band at a time."""
+    width, height = picture.size
+    image = np.empty((height, width, 3), np.uint8)
+    step = max(1, _BAND // width)
+    for top in range(0, height, step):
+        rows = picture.crop((0, top, width, min(top + step, height)))
+        if rows.mode.startswith("I"):
+            image[top : top + step] = (np.asarray(rows) >> 8)[..., None]
+        else:
+            image[top : top + step] = np.asarray(rows.convert("RGB"))
+    return image
 
 
 def _check_size(width: int, height: int, where: str, most: int | None = None) -> None:

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
+from detectron2.modeling.backbone.resnet import ResNet as Detectron2ResNet
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from torch import Tensor, nn
 
 from common import checkpoints, provenance
@@ -32,7 +33,6 @@ from common.backbone import (
     D2_CARD,
     TORCHVISION_CARD,
     BackboneCheckpoint,
-    ReferenceResNet,
     read_any_card,
     read_backbone,
 )
@@ -47,6 +47,7 @@ from common.files import (
     write_json,
     write_text,
 )
+from common.network import ResNet
 from common.resnet import COUNTER, Arch, detectron2_name
 from detection.training import weights
 from detection.training.config import set_arch
@@ -56,7 +57,7 @@ TOLERANCE = 1e-5
 _STATED = ("checkpoint", "card", "config")
 
 
-def build_bare_resnet(arch: Arch) -> ResNet:
+def build_bare_resnet(arch: Arch) -> Detectron2ResNet:
     """Detectron2's ResNet with all four stages as outputs (a C4 detector's own stops at res4).
 
     Raises:
@@ -100,7 +101,7 @@ def features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dic
     """Features res2 to res5 in fp32 and evaluation mode; every tensor must find its place.
 
     Args:
-        network: `ReferenceResNet`, or Detectron2's from `build_bare_resnet`.
+        network: `ResNet`, or Detectron2's from `build_bare_resnet`.
         state: Its tensors, batch counters left out.
         image: Normalised pictures (N, 3, H, W), float32.
     """
@@ -108,7 +109,8 @@ def features(network: nn.Module, state: dict[str, Tensor], image: Tensor) -> dic
     left = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
     assert not left, f"missing {left}"
     assert not result.unexpected_keys, f"unexpected {result.unexpected_keys}"
-    return network.eval()(image)
+    network.eval()
+    return network.stages(image) if isinstance(network, ResNet) else network(image)
 
 
 def compare(reference: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
@@ -198,11 +200,11 @@ def verify(
     # Tensors, and the features that each file's own library computes from them.
     stated = [s.preprocessing for s in sources if s.origins["preprocessing"] in _STATED]
     pixels = stated[0] if stated else a.preprocessing
-    image = pixels.normalise(comparison_picture(size))
+    image = pixels.normalise(comparison_picture(size).permute(2, 0, 1)[None])
     computed = [
         features(build_bare_resnet(s.arch), to_detectron2(s.tensors), image)
         if s.layout == "detectron2"
-        else features(ReferenceResNet(s.arch), s.tensors, image)
+        else features(ResNet(s.arch), s.tensors, image)
         for s in sources
     ]
     stages = compare(*computed)
@@ -304,10 +306,10 @@ def convert(
     """
     _check_out(source, out, to)
     began = time.perf_counter()
-    image = source.preprocessing.normalise(comparison_picture(size))
+    image = source.preprocessing.normalise(comparison_picture(size).permute(2, 0, 1)[None])
     state = to_detectron2(source.tensors)
     stages = compare(
-        features(ReferenceResNet(source.arch), source.tensors, image),
+        features(ResNet(source.arch), source.tensors, image),
         features(build_bare_resnet(source.arch), state, image),
     )
     if not max(stages.values()) <= TOLERANCE:

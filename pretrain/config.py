@@ -127,7 +127,7 @@ class FAConfig:
 class InitConfig:
     """How weights start."""
 
-    residual_gamma: float = 1.0  # last BN weight of each residual block; see model/resnet.py
+    residual_gamma: float = 1.0  # last BN weight of each residual block; see common/network.py
 
     def __post_init__(self) -> None:
         at_least(self, "init", residual_gamma=0)

@@ -173,7 +173,7 @@ def test_common_needs_torch_for_checkpoints_only() -> None:
         if name.split(".")[0] in ("torch", "torchvision")
     }
     # lazy.py names them for type checkers only.
-    reading = {f"common/{name}.py" for name in ("backbone", "checkpoints", "pickles")}
+    reading = {f"common/{name}.py" for name in ("backbone", "checkpoints", "network", "pickles")}
     assert found == {*reading, "common/lazy.py"}
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from common.backbone import Preprocessing
 from common.config import one_line
 from common.errors import UserError, command_parser, require, run_command
 from common.files import write_json
@@ -33,7 +34,6 @@ from pretrain.data.loader import central_crops
 from pretrain.data.shards import Samples, ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.engine.accumulation import perturb
-from pretrain.evaluation.probe import normalise
 from pretrain.features.memory_bank import SupportQueue
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import OnlineNetwork
@@ -80,14 +80,16 @@ class NeighbourStudy:
                 f"{one_line(error)}); pretrain again"
             ) from error
         self.network = network.eval().requires_grad_(False).to(device)
-        self.mean, self.std = (tuple(state["preprocessing"][name]) for name in ("mean", "std"))
+        self.pixels = Preprocessing(
+            *(tuple(state["preprocessing"][key]) for key in ("mean", "std"))
+        )
         self.is_query = torch.zeros(index.num_samples, dtype=torch.bool)
         self.is_query[torch.linspace(0, index.num_samples - 1, num_queries).long()] = True
         self.queue = SupportQueue(num_rest, state["config"]["heads"]["output_dim"]).to(device)
         queries = []
         image_size = state["config"]["data"]["image_size"]
         for batch in central_crops(index, image_size, BATCH_SIZE):
-            x = normalise(batch.views[0], self.mean, self.std)
+            x = self.pixels.normalise(batch.views[0])
             is_query = self.is_query[batch.sample_ids]
             queries.append(x[is_query])
             self.queue.put(self.network.project(x[~is_query].to(device)))
@@ -113,7 +115,7 @@ class NeighbourStudy:
 
         return perturb(
             loss_of, images, epsilon=epsilon, num_steps=num_steps, step_size=None,
-            pixel_mean=self.mean, pixel_std=self.std,
+            pixel_mean=self.pixels.mean, pixel_std=self.pixels.std,
         )  # fmt: skip
 
     def nearest(self, images: Float[Tensor, "n 3 s s"]) -> Tensor:

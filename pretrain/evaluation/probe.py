@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.backbone import Preprocessing
 from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import DataConfig, EvalConfig
@@ -33,17 +34,6 @@ BANK_CHUNK = 8192
 
 
 # -- features and their neighbours --
-
-
-def normalise(
-    images: UInt8[Tensor, "n 3 s s"],
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> Float[Tensor, "n 3 s s"]:
-    """(image / 255 - mean) / std per channel, float32."""
-    shape = (1, 3, 1, 1)
-    x = images.float().div_(255)
-    return x.sub_(x.new_tensor(mean).view(shape)).div_(x.new_tensor(std).view(shape))
 
 
 @torch.no_grad()
@@ -87,8 +77,9 @@ def extract_features(
     backbone.eval()
     num_seen = 0
     size = image_size or data.image_size
+    pixels = Preprocessing(data.pixel_mean, data.pixel_std)
     for batch in central_crops(index, size, batch_size, may_replace=may_replace):
-        x = normalise(batch.views[0].to(device), data.pixel_mean, data.pixel_std)
+        x = pixels.normalise(batch.views[0].to(device))
         computed = backbone(x).float()
         if num_seen == 0:
             features = torch.empty(num, computed.shape[1], dtype=dtype)

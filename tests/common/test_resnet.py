@@ -3,8 +3,9 @@ import torch
 import torchvision
 
 from common import resnet as layouts
-from common.backbone import ReferenceResNet, tensor_shapes
+from common.backbone import tensor_shapes
 from common.errors import UserError
+from common.network import ResNet
 from common.resnet import Arch, infer_arch, read_arch
 from detection.convert import build_bare_resnet
 
@@ -38,12 +39,12 @@ def test_table_covers_torchvisions_own_network(depth: int) -> None:
 @pytest.mark.parametrize("depth", ARCHS)
 def test_reference_equals_torchvisions_own_features(depth: int) -> None:
     theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
-    ours = ReferenceResNet(ARCHS[depth]).eval()
+    ours = ResNet(ARCHS[depth]).eval()
     state = {name: value for name, value in theirs.state_dict().items() if "fc." not in name}
     ours.load_state_dict(state)
     image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        features = ours(image)
+        features = ours.stages(image)
         x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
         for stage, name in enumerate(("res2", "res3", "res4", "res5"), start=1):
             x = getattr(theirs, f"layer{stage}")(x)
@@ -116,7 +117,7 @@ def test_every_key_is_mapped_or_dropped_with_a_reason(case: str) -> None:
 def test_detectron2s_names_cover_its_own_network_both_ways(arch: Arch) -> None:
     with torch.device("meta"):
         theirs = build_bare_resnet(arch).state_dict()
-        ours = set(ReferenceResNet(arch).state_dict())
+        ours = set(ResNet(arch).state_dict())
     assert {layouts.torchvision_name(name) for name in theirs} == ours
     table = name_table(arch)
     assert set(table.values()) == without_counters(theirs)

@@ -108,7 +108,7 @@ def test_relative_difference_is_of_the_largest_value() -> None:
 @pytest.mark.parity
 def test_stride_in_another_place_is_seen_although_all_tensors_are_equal(ours: Path) -> None:
     source = read_backbone(ours)
-    image = source.preprocessing.normalise(comparison_picture(128))
+    image = source.preprocessing.normalise(comparison_picture(128).permute(2, 0, 1)[None])
     state, network = to_detectron2(source.tensors), build_bare_resnet(source.arch)
     right = features(network, state, image)
     for stage in ("res3", "res4", "res5"):

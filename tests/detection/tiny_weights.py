@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.backbone import ReferenceResNet
+from common.network import ResNet
 from common.resnet import Arch
 from tests.detection.tiny_detection import liven_norms
 
@@ -16,7 +16,7 @@ TINY = Arch(50, 2, 3, 8)
 def torchvision_state(arch: Arch = TINY, seed: int = 0) -> dict[str, Tensor]:
     """A state_dict as torchvision's: its order, lively norms, batch counters that all differ."""
     torch.manual_seed(seed)
-    state = liven_norms(ReferenceResNet(arch), seed).state_dict()
+    state = liven_norms(ResNet(arch), seed).state_dict()
     counters = [name for name in state if name.endswith("num_batches_tracked")]
     for number, name in enumerate(counters):
         state[name].fill_(1000 + 7 * number + seed)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.network import ResNet
 from common.resnet import Arch
-from pretrain.model.resnet import ResNet
 from tests.golden.gate import check
 from tests.golden.pictures import labelled_shards
 from tests.golden.training import fill_weights

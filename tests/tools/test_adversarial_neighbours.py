@@ -101,7 +101,7 @@ def test_the_attack_lowers_the_similarity_to_a_neighbour_in_the_queue(study):
 
 
 def test_pictures_stay_within_the_bound(study):
-    std = torch.tensor(study.std).view(1, 3, 1, 1)
+    std = torch.tensor(study.pixels.std).view(1, 3, 1, 1)
     for steps, generator in ((4, None), (1, torch.Generator().manual_seed(0))):
         change = (study.changed(study.images, 4.0, steps, generator) - study.images) * std
         assert 0 < change.abs().max() <= 4 / 255 + 1e-5

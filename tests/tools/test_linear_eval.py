@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.network import ResNet
 from common.resnet import Arch
 from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
-from pretrain.model.resnet import ResNet
 from tools import linear_eval as tool
 
 ROOT = Path(__file__).parents[2]

@@ -23,6 +23,7 @@ from common import checkpoints
 from common.backbone import IMAGENET, read_backbone
 from common.errors import require
 from common.files import sha256_of, write_atomically, write_bytes, write_json
+from common.network import ResNet
 from common.resnet import NAMED
 from pretrain import collectives as dist
 from pretrain.data.loader import ViewDataset, start_workers
@@ -30,8 +31,7 @@ from pretrain.data.order import OrderedSamples
 from pretrain.data.random_numbers import stable_hash
 from pretrain.data.shards import Samples
 from pretrain.evaluation.linear.config import LinearConfig
-from pretrain.evaluation.probe import normalise
-from pretrain.model.resnet import ResNet
+from pretrain.load import PicturePreprocessing, from_checkpoint
 
 RANDOM = "random:"
 Branch = Literal["online", "ema"]
@@ -72,27 +72,25 @@ class FrozenBackbone:
         device: torch.device,
         **reading: Any,
     ) -> None:
-        # Architecture, pixels and tensors, from the file or by the name.
+        # The network, from the file or by the name.
         name, is_random = source.removeprefix(RANDOM), source.startswith(RANDOM)
-        path, image_size, weights, kind = Path(name), 224, None, "random"
+        path, kind = Path(name), "random"
         if is_random and name in NAMED:
-            arch, self._preprocessing = NAMED[name], IMAGENET
+            arch, self._pixels = NAMED[name], PicturePreprocessing(IMAGENET.mean, IMAGENET.std)
         else:
             require(
                 not is_random or path.is_file(),
                 f"{source}: give random: with {', '.join(NAMED)}, or with a checkpoint",
             )
             file = read_backbone(path, branch=branch, **reading)
-            arch, self._preprocessing = file.arch, file.preprocessing
-            if file.layout == "ours":
-                image_size = _image_size(file.contents.get("config"), image_size)
-            if not is_random:
-                weights, kind = file.tensors, file.layout.replace("ours", "checkpoint")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = ResNet(arch).eval().requires_grad_(False)
-        if weights is not None:
-            model.load_state_dict(weights)  # without batch counters, which nothing here reads
+            model: ResNet = from_checkpoint(file)
+            arch, self._pixels = file.arch, model.preprocessing
+            kind = kind if is_random else file.layout.replace("ours", "checkpoint")
+        if is_random:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = ResNet(arch).eval()
+        model.requires_grad_(False)
         values = model.state_dict().items()
         values = {k: v for k, v in values if not k.endswith("num_batches_tracked")}
         self.description: dict[str, Any] = {
@@ -109,9 +107,9 @@ class FrozenBackbone:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._is_bf16 = dist.autocast_type(config.precision, device) is torch.bfloat16
         self.view: dict[str, Any] = {
-            "image_size": config.image_size or image_size,
-            "mean": list(self._preprocessing.mean),
-            "std": list(self._preprocessing.std),
+            "image_size": config.image_size or self._pixels.image_size,
+            "mean": list(self._pixels.mean),
+            "std": list(self._pixels.std),
             "precision": "bf16" if self._is_bf16 else "fp32",
             "crop": "central square of 7/8 of the short side",
         }
@@ -119,16 +117,9 @@ class FrozenBackbone:
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
         """Pooled features, float32, on the device."""
-        x = normalise(images.to(self._device), self._preprocessing.mean, self._preprocessing.std)
+        x = self._pixels.normalise(images.to(self._device))
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
             return self.model(x).float()
-
-
-def _image_size(config: Any, default: int) -> int:
-    """Side of the crops that a checkpoint of ours was trained on, if its config says so."""
-    data = config.get("data") if isinstance(config, dict) else None
-    size = data.get("image_size") if isinstance(data, dict) else None
-    return size if type(size) is int and 16 <= size <= 4096 else default
 
 
 @dataclass(frozen=True)

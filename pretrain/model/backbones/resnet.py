@@ -10,7 +10,7 @@ from common.resnet import BLOCKS_PER_STAGE, Arch
 from pretrain.model.backbones.base import Backbone
 
 if TYPE_CHECKING:
-    from pretrain.model.resnet import ResNet
+    from common.network import ResNet
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ResNetBackbone(Arch, Backbone):
 
     def build(self, residual_gamma: float = 1.0) -> ResNet:
         """See the base class."""
-        from pretrain.model.resnet import ResNet
+        from common.network import ResNet
 
         sizes = (self.depth, self.width_per_group, self.stem_channels, self.res2_channels)
         return ResNet(Arch(*sizes), residual_gamma)

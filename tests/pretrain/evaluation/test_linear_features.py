@@ -11,9 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
-from common.backbone import parse_preprocessing
+from common.backbone import Preprocessing, parse_preprocessing
 from common.errors import UserError
 from common.files import DiskFullError
+from common.network import ResNet
 from common.resnet import NAMED, Arch, detectron2_name
 from pretrain.config import DataConfig
 from pretrain.data.loader import ViewDataset
@@ -24,8 +25,7 @@ from pretrain.engine import checkpoint
 from pretrain.evaluation.linear import features as stored
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.features import BLOCK_ROWS, FrozenBackbone, extract
-from pretrain.evaluation.probe import extract_features, normalise
-from pretrain.model.resnet import ResNet
+from pretrain.evaluation.probe import extract_features
 
 CPU = torch.device("cpu")
 TINY = Arch(18, 8, 8, 8)
@@ -73,7 +73,7 @@ def test_our_checkpoint_gives_either_branch(our_checkpoint):
     hashes = set()
     for branch, own in (("online", model.online), ("ema", model.ema)):
         network = load(path, branch)
-        pixels = normalise(images, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        pixels = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)).normalise(images)
         assert torch.equal(network(images), own.backbone.eval()(pixels))
         assert (network.description["kind"], network.description["branch"]) == (
             "checkpoint",

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from common.config import read_settings
 from common.errors import UserError
+from common.network import ResNet
 from common.resnet import Arch
 from pretrain.config import DataConfig
 from pretrain.data.loader import Loader, ViewDataset
@@ -27,7 +28,6 @@ from pretrain.evaluation.linear.features import FrozenBackbone
 from pretrain.evaluation.linear.heads import LinearHeads
 from pretrain.evaluation.linear.run import Evaluation, table
 from pretrain.evaluation.probe import extract_features, knn_grid
-from pretrain.model.resnet import ResNet
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

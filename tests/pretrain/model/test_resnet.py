@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
+from common.network import ResNet
 from common.resnet import Arch
 from pretrain.model.backbones.resnet import ResNetBackbone
-from pretrain.model.resnet import ResNet
 
 FULL_WIDTH = {
     18: Arch(18, 64, 64, 64),

@@ -1,4 +1,4 @@
-"""ResNets in torchvision's weight layout, at any width."""
+"""The one ResNet of all programs: torchvision's blocks and names, at any width."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from common.resnet import Arch
 class ResNet(nn.Module):
     """A ResNet without its classifier (He et al., 2016; stride in the 3x3, as torchvision).
 
-    Parameter names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...), so at full
-    width its ``state_dict`` is a torchvision one without ``fc``.
+    Modules are named as torchvision's (``conv1``, ``bn1``, ``layer1`` to ``layer4``, ``avgpool``,
+    ``fc``, which is the identity), so at full width its ``state_dict`` is a torchvision one without
+    ``fc``.
 
     Args:
-        arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels and
-            ``width_per_group * 2**i`` in the 3x3 convolution, as in Detectron2.
+        arch: Depth and widths. Bottleneck stages have ``res2_channels * 2**i`` output channels, a
+            multiple of 4, and ``width_per_group * 2**i`` in the 3x3 convolution, as in Detectron2.
         residual_gamma: Initial weight of the last BN of each residual block. 1 is torchvision's;
             0 starts each block as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
             Below 1 a deep, narrow net leaves the plateau of InfoNCE earlier; at 0 a short run
@@ -31,6 +32,7 @@ class ResNet(nn.Module):
             (docs/results.md).
 
     Attributes:
+        output_dim: Number of features.
         checkpoints_stages: Whether a forward pass with gradient keeps the input of each stage only
             and the backward pass computes the stage once more: less memory, about a third more
             time. The numbers are the same.
@@ -48,6 +50,8 @@ class ResNet(nn.Module):
         for stage, num_blocks in enumerate(arch.blocks_per_stage):
             layer, channels = self._stage(block, channels, stage, num_blocks)
             self.add_module(f"layer{stage + 1}", layer)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc: nn.Module = nn.Identity()
         self.output_dim = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -61,9 +65,9 @@ class ResNet(nn.Module):
     ) -> tuple[nn.Sequential, int]:
         out_channels = self.arch.res2_channels * 2**stage
         planes = out_channels // block.expansion
-        base_width = 64
-        if block is Bottleneck:  # torchvision: width = planes * base_width / 64
-            base_width = 64 * self.arch.width_per_group * 2**stage // planes
+        # torchvision truncates planes * base_width / 64, where rounding must not decide.
+        width = self.arch.width_per_group * 2**stage
+        base_width = 64 * (width + 0.5) / planes if block is Bottleneck else 64
         blocks = []
         for i in range(num_blocks):
             stride = 2 if i == 0 and stage > 0 else 1
@@ -73,13 +77,22 @@ class ResNet(nn.Module):
                     nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
                     nn.BatchNorm2d(out_channels),
                 )
-            blocks.append(block(in_channels, planes, stride, downsample, base_width=base_width))
+            own = (in_channels, planes, stride, downsample)
+            blocks.append(block(*own, base_width=base_width))  # pyright: ignore[reportArgumentType]
             in_channels = out_channels
         return nn.Sequential(*blocks), out_channels
 
-    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Globally average-pooled features of the last stage."""
+    def stages(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n c y x"]]:
+        """The maps of all stages, under Detectron2's names.
+
+        Args:
+            images: Normalised pictures, float32.
+
+        Returns:
+            "res2" (n, C, h/4, w/4) to "res5" (n, 8 C, h/32, w/32).
+        """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = {}
         for stage in range(4):
             layer = self.get_submodule(f"layer{stage + 1}")
             if self.checkpoints_stages and torch.is_grad_enabled():
@@ -89,7 +102,12 @@ class ResNet(nn.Module):
                 )
             else:
                 x = layer(x)
-        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
+            maps[f"res{stage + 2}"] = x
+        return maps
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Globally average-pooled features of the last stage."""
+        return self.fc(torch.flatten(self.avgpool(self.stages(images)["res5"]), 1))
 
 
 def _first_and_second_pass(
