@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import io
@@ -27,13 +26,14 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, unknown
 from common.files import decode_text, read_regular
 
 Schema = TypeVar("Schema")
 Base = TypeVar("Base")
 
 _FREE = dict[str, Any]  # the type of mappings that are handed on
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MAX_YAML_BYTES = 1 << 20  # a config has a few KiB
 MAX_YAML_DEPTH = 20  # nested collections
 MAX_YAML_VALUES = 20_000  # "*name" counts as what it names: 1 KiB of aliases can hold 10^10 values
@@ -46,12 +46,32 @@ _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, AttributeError, KeyE
 _PYTHON_TAG = f"{_YAML_TAG}python"
 
 
+def find_config(name: str | Path, kind: str, presets: str = "**/*.yaml") -> Path:
+    """The file of a config: in the working folder, else in the repository, else a preset.
+
+    Args:
+        name: A path; or a preset, a file below configs/KIND/ with or without its ending, as `demo`.
+        kind: Folder below configs/, as "pretrain".
+        presets: Which files in it are presets.
+    Raises:
+        UserError: If there is none; proposes the nearest.
+    """
+    folder = CONFIGS / kind
+    for path in (Path(name), CONFIGS.parent / name, folder / name, folder / f"{name}.yaml"):
+        if path.exists() and not path.is_dir():
+            return path
+    names = [str(path.relative_to(folder).with_suffix("")) for path in folder.glob(presets)]
+    files = [str(path) for path in Path(name).parent.glob("*.y*ml")]
+    files += [f"configs/{kind}/{preset}.yaml" for preset in names]
+    raise UserError(unknown(f"config {str(name)!r}", str(name), names, more=files))
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with two rules of YAML 1.2: 1e-3 is a number, no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
                 raise UserError(
                     f"line {key.start_mark.line + 1}: key {key.value} stands twice; remove one"
@@ -226,15 +246,6 @@ def check_keys(raw: Any, known: Collection[str] | None, needed: set[str], where:
             raise UserError(f"{where}: {unknown(f'key {key}', str(key), known)}")
     for key in sorted(needed - set(raw)):
         raise UserError(f"{where}: {key} is missing")
-
-
-def unknown(
-    what: str, name: str, known: Collection[str], prefix: str = "", more: Collection[str] = ()
-) -> str:
-    """What to say of a name that nobody knows: the nearest one, of ``more`` as well; else all."""
-    near = difflib.get_close_matches(name, sorted({*known, *more}), n=1)
-    remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-    return f"unknown {what}; {remedy}"
 
 
 def one_line(error: BaseException) -> str:

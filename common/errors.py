@@ -2,19 +2,24 @@
 
 `--check [all|settings] [--json]`: a program checks its whole input and says what it would do.
 `--slurm-option KEY=VALUE`: further lines of sbatch.
+What nobody knows (a key, a file, an option, a value of one) is answered with the nearest name.
 """
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 MAX_MESSAGE = 8000  # characters
+MAX_LISTED = 20  # names in a message
 EACH = "--check-each"
 """The only word of a call that checks many: standard input holds a JSON list of argument lists."""
 
@@ -78,6 +83,32 @@ def printable(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
+def unknown(
+    what: str, name: str, known: Collection[str], prefix: str = "", more: Collection[str] = ()
+) -> str:
+    """What to say of a name that nobody knows: the nearest one, of ``more`` as well; else some."""
+    near = difflib.get_close_matches(name, sorted({*known, *more}), n=1)
+    if near:
+        return f"unknown {what}; did you mean {prefix}{near[0]}?"
+    listed = ", ".join(sorted(known)[:MAX_LISTED]) + ", .." * (len(known) > MAX_LISTED)
+    return f"unknown {what}; known are {listed}"
+
+
+def no_such_file(path: str | Path, remedy: str) -> str:
+    """What to say of a file or folder that is not there: the nearest name beside it, or a remedy.
+
+    Args:
+        path: As the user wrote it.
+        remedy: What to do where no name is near.
+    """
+    path, there = Path(path), []
+    with contextlib.suppress(OSError, ValueError):
+        there = os.listdir(path.parent)
+    near = difflib.get_close_matches(path.name, there, n=1)
+    remedy = f"did you mean {path.parent / near[0]}?" if near else remedy
+    return f"{path}: no such file or folder; {remedy}"
+
+
 _IN_THE_WAY = {
     errno.EEXIST: "a file is in the way; choose another name",
     errno.ENOTDIR: "a file is where a folder is expected; choose another name",
@@ -96,6 +127,8 @@ def describe_os_error(error: OSError) -> str:
         return f"{os.fsdecode(error.filename)}: {_IN_THE_WAY[error.errno]}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full{where}: free some space and run the same command again"
+    if error.errno == errno.ENOENT and error.filename:
+        return no_such_file(os.fsdecode(error.filename), "check the path")
     return f"{error.strerror or error}{where}"
 
 
@@ -138,14 +171,58 @@ def run_command(
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Proposes the nearest name; an option with an optional value takes no word that is none."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read `--check KEY=VALUE` as `--check=all KEY=VALUE`."""
+        words = list(sys.argv[1:] if args is None else args)
+        for index, (word, following) in enumerate(itertools.pairwise(words)):
+            action = self._option_string_actions.get(word)
+            if word == "--":
+                break
+            if action is not None and action.nargs == "?" and not _may_be_value(action, following):
+                words[index] = f"{word}={action.const}"
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Report it, with the nearest known options."""
+        _, is_unknown, listed = message.partition("unrecognized arguments: ")
+        known = list(self._option_string_actions)
+        for action in self._actions:  # the options of commands within this one
+            if isinstance(action, argparse._SubParsersAction):
+                known += [
+                    name for one in action.choices.values() for name in one._option_string_actions
+                ]
+        options = [word.partition("=")[0] for word in listed.split() if word.startswith("--")]
+        near = [name for word in options if is_unknown
+                for name in difflib.get_close_matches(word, sorted(set(known)), n=1)]  # fmt: skip
+        super().error(message + f"; did you mean {', '.join(near)}?" * bool(near))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = action.choices
+        if choices is not None and value not in choices:
+            text = unknown(f"value {value!r}", str(value), [str(choice) for choice in choices])
+            raise argparse.ArgumentError(action, text)
+
+
+def _may_be_value(action: argparse.Action, word: str) -> bool:
+    """Whether a word after an option is its value, or meant to be."""
+    if action.choices is not None:
+        is_misspelt = word.isalpha() and difflib.get_close_matches(word, map(str, action.choices))
+        return word in action.choices or bool(is_misspelt)
+    try:
+        return word.startswith("-") or not callable(action.type) or action.type(word) is not None
+    except ValueError:
+        return False
+
+
 def command_parser(
     description: str | None, epilog: str | None = None, **more: Any
 ) -> argparse.ArgumentParser:
     """A parser whose help keeps the line breaks of its texts."""
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=layout, **more
-    )
+    return _Parser(description=description, epilog=epilog, formatter_class=layout, **more)
 
 
 def add_check_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import dotted, read_yaml, read_yaml_with_bases, to_plain
+from common.config import dotted, find_config, read_yaml, read_yaml_with_bases, to_plain
 from common.errors import UserError
 from common.files import (
     LOCK,
@@ -363,7 +363,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
     probes = {f"eval.{name}": str(packed[name]) for name in ("probe_train", "probe_val")
               if name in packed}  # fmt: skip
 
-    detector = find_config(root, detection.config) if config.arms else None
+    detector = find_config(detection.config, "detection").resolve() if config.arms else None
     detector_options = detection_words(config)
     backbones: dict[tuple[str, int], tuple[Path | str, tuple[str, ...]]] = {}
     for seed in config.all_seeds:
@@ -380,7 +380,9 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
             tail += "" if own_seed is None else f"/seed-{own_seed}"
             if variant.weights is None:
                 weights = out / f"pretrain{tail}/checkpoint.pth"
-                own_yaml = find_config(root, variant.config or config.pretrain.config)
+                own_yaml = find_config(
+                    variant.config or config.pretrain.config, "pretrain"
+                ).resolve()
                 overrides = config.pretrain.overrides | variant.overrides
                 shares = [f"shards/{share:g}" for share in (*data.shares, 1.0)
                           if share <= variant.pool] if data.shares else ["shards"]  # fmt: skip
@@ -493,18 +495,6 @@ def dataset_folder(config: PipelineConfig, out: Path, seed: int = 0) -> Path:
     """Return the VOC-layout set that detection is trained and tested on."""
     own = config.data.dataset
     return out / "data" if own is None else Path(own.replace("{seed}", str(seed))).resolve()
-
-
-def find_config(root: Path, name: str) -> Path:
-    """Return a config file's path, given relative to the repository or to the working folder.
-
-    Raises:
-        UserError: If it is in neither.
-    """
-    for candidate in (root / name, Path(name)):
-        if candidate.is_file():
-            return candidate.resolve()
-    raise UserError(f"config file {name} does not exist, neither in {root} nor here")
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -18,8 +18,8 @@ from common.errors import (
 
 EXAMPLE = """\
 example:
-  tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards optim.epochs=9
-  tools/pretrain.sh configs/pretrain/demo.yaml out=runs/first data.shards=data/shards --resume
+  tools/pretrain.sh demo out=runs/first data.shards=data/shards optim.epochs=9
+  tools/pretrain.sh demo out=runs/first data.shards=data/shards --resume
 
 Several processes: NPROC=8 tools/pretrain.sh ... starts them with torchrun.
 --print-config shows every key, with its value after all overrides."""
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "Pretrain a ResNet on WebDataset shards: contrastive learning with feature augmentation."
     )
     parser = command_parser(description, EXAMPLE, prog="tools/pretrain.sh")
-    parser.add_argument("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
+    parser.add_argument("config", help="YAML file, or a preset of configs/pretrain/, as demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.epochs=20")
     parser.add_argument(
         "--resume", action="store_true", help="continue out/checkpoint.pth if there is one"

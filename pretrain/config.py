@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.config import read_settings, with_sections
+from common.config import find_config, read_settings, with_sections
 from common.errors import at_least, positive, require, within_0_and_1
 from pretrain.data.cache import CacheOptions
 from pretrain.data.order import LastBatch
@@ -417,9 +417,9 @@ def refuse_without_gradient(objective: Objective, fa: FAConfig) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read a YAML file and apply ``key=value`` overrides with dotted keys.
+    """Read a YAML file or a preset (`find_config`) and apply ``key=value`` overrides.
 
     Raises:
         UserError: File missing, unknown key, or a value that its dataclass refuses.
     """
-    return read_settings(PretrainConfig, Path(path), overrides)
+    return read_settings(PretrainConfig, find_config(path, "pretrain"), overrides)

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.config import read_settings
-from common.errors import UserError, command_parser, run_command
+from common.config import find_config, read_settings
+from common.errors import command_parser, require, run_command, unknown
 from pipeline import study
-from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
+from pipeline.experiment import add_run_options, limits_of, run_experiment
 from pipeline.study import METRICS
 
-PRESETS = ROOT / "configs/studies/presets"
 EXAMPLE = """\
 examples:
   .venv/bin/python tools/ablate.py configs/studies/*.yaml --preset reproduce-cpu --out runs/study
-  .venv/bin/python tools/ablate.py configs/studies/stop_gradient.yaml --out runs/study --list
+  .venv/bin/python tools/ablate.py stop_gradient --out runs/study --list
 
 The same command goes on where the last one stopped. DIR/report.html shows what came out.
 Exit status: 0 all is finished; 1 runs failed; 2 wrong arguments or input; 3 time is up, call it
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("grids", nargs="+", type=Path, metavar="GRID.yaml", help="of configs/studies/")
+    add("grids", nargs="+", metavar="GRID", help="a file, or a preset of configs/studies/")
     add("--preset", default="reproduce-cpu", metavar="NAME",
         help="scale of the study: a file of configs/studies/presets/, or a path "
         "(default: reproduce-cpu)")  # fmt: skip
@@ -46,25 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Make an experiment of the grids and run it."""
-    path = PRESETS / f"{options.preset}.yaml"
-    if not path.is_file():
-        path = Path(options.preset)
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-            raise UserError(f"--preset {options.preset}: no such preset; there are {known}")
+    path = find_config(options.preset, "studies/presets")
+    grids = [find_config(name, "studies", "*.yaml") for name in options.grids]
     preset = read_settings(study.Preset, path)
     data = options.data or next(iter(preset.sets))
-    if data not in preset.sets:
-        raise UserError(f"--data {data}: {path.stem} has {', '.join(preset.sets)}")
+    require(data in preset.sets, f"--data: {unknown(f'set {data}', data, preset.sets)}")
     metrics = tuple(options.metrics.split(",")) if options.metrics else preset.metrics
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UserError(f"--metrics {unknown[0]}: give some of {', '.join(METRICS)}")
+    for name in metrics:
+        require(name in METRICS, f"--metrics: {unknown(f'metric {name}', name, METRICS)}")
     limits = limits_of(
         options, parallel=preset.parallel, threads=1, gpus=preset.gpus, minutes=preset.max_minutes
     )
     preset = replace(preset, metrics=metrics, seeds=options.seeds or preset.seeds)
-    config = study.make_config(options.grids, preset, path, data)
+    config = study.make_config(grids, preset, path, data)
     chosen = study.chosen_variants(config, options.only)
     out = options.out.resolve()
 

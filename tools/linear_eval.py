@@ -9,10 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import UserError, command_parser, run_command
+from common.errors import command_parser, run_command
 from common.resnet import LAYOUTS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 EXAMPLE = """\
 examples:
@@ -21,14 +19,13 @@ examples:
   .venv/bin/python tools/linear_eval.py random:R18 --train A --val B --out C --fraction 0.1
   .venv/bin/python tools/linear_eval.py resnet50.pth --train A --val B --out C --protocol knn
   .venv/bin/torchrun --standalone --nproc-per-node=8 tools/linear_eval.py CHECKPOINT --train A \\
-      --val B --out C --config configs/linear/imagenet1k_lars.yaml --resume
+      --val B --out C --config imagenet1k_lars --resume
 
 CHECKPOINT is a checkpoint.pth of ours, a ResNet's weights in any layout that tools/convert_to_d2.py
 reads, or random: with R18, R34, R50, R101, thin_R50 or a checkpoint whose architecture is taken.
 Every key=value stands in pretrain/evaluation/linear/config.py.
 Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input, 128 + n stopped by signal n.
 """
-FULL = ROOT / "configs" / "linear" / "imagenet100.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", required=True, type=Path, metavar="DIR",
         help="for linear.json and what is kept")  # fmt: skip
     add("--protocol", choices=("cached", "full", "knn"), help="default: cached, or the config's")
-    add("--config", type=Path, metavar="YAML", help="e.g. configs/linear/imagenet1k_moco.yaml "
-        "(default: none; for --protocol full configs/linear/imagenet100.yaml)")  # fmt: skip
+    add("--config", metavar="YAML", help="file or preset of configs/linear/, as imagenet1k_moco "
+        "(default: none; for --protocol full imagenet100)")  # fmt: skip
     add("--branch", choices=("online", "ema"), default="online", help="default: online")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help="key names (auto)")
     add("--preprocessing", metavar="SPEC", help="imagenet, half, or mean/std of the pixels, where "
@@ -60,14 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the evaluation, and print its table."""
     from common.backbone import parse_preprocessing
-    from common.config import read_settings
+    from common.config import find_config, read_settings
     from common.files import check_out_folder
     from pretrain.evaluation.linear.config import LinearConfig
     from pretrain.evaluation.linear.run import Evaluation, table
 
-    path = arguments.config or (FULL if arguments.protocol == "full" else None)
-    if path is not None and not path.is_file():
-        raise UserError(f"--config {path} does not exist; see configs/linear/ for examples")
+    name = arguments.config or ("imagenet100" if arguments.protocol == "full" else None)
+    path = None if name is None else find_config(name, "linear")
     for folder in filter(None, (arguments.out, arguments.features)):
         check_out_folder(folder)
     named = {

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import provenance
-from common.errors import UserError, command_parser, run_command
+from common.config import find_config
+from common.errors import command_parser, run_command
 from pipeline.config import load_config
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
 from pipeline.run import side_by_side
@@ -50,13 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run the stages of an experiment that a YAML holds, or show what would run."""
-    path = ROOT / "configs/pipeline" / f"{options.config}.yaml"
-    if "/" in options.config or not path.is_file():
-        path = Path(options.config)
-        if not path.is_file():
-            names = sorted(file.stem for file in (ROOT / "configs/pipeline").glob("*.yaml"))
-            raise UserError(f"{path} is neither a preset ({', '.join(names)}) nor a YAML file")
-    config = load_config(path, options.overrides)
+    config = load_config(find_config(options.config, "pipeline"), options.overrides)
     out = Path(options.out or Path("runs") / config.name).absolute()
     parallel = side_by_side(config.detection.parallel, len(config.arms) or len(config.all_variants))
     limits = limits_of(options, parallel=parallel)

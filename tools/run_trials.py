@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.config import find_config
 from common.errors import command_parser, run_command
 from pipeline import study
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
@@ -14,7 +15,7 @@ EXAMPLE = """\
 examples:
   .venv/bin/python tools/run_trials.py --init random --init byol=runs/byol/backbone.pkl \\
       --init ours=runs/fa/checkpoint.pth --compare ours:byol --seeds 5 \\
-      --config configs/detection/thin_R50_C4.yaml --data data/photos --out runs/trials
+      --config thin_R50_C4 --data data/photos --out runs/trials
 
 {seed} in FILE or in --data stands for the seed: a pretraining run or a split for each.
 Words after -- go to tools/train_voc.sh. The same command goes on where the last one stopped.
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "repeat it")  # fmt: skip
     add("--control", metavar="NAME", help="the one that all are compared with (default: the first)")
     add("--compare", action="append", default=[], metavar="A:B", help="a further comparison, A - B")
-    add("--config", type=Path, required=True, help="a YAML of configs/detection/")
+    add("--config", required=True, help="a YAML file, or a preset of configs/detection/")
     add("--data", required=True, metavar="DIR",
         help="data set with dataset.json, a VOC devkit or a COCO folder")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the trials")
@@ -51,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, words: list[str]) -> int:
     """Make an experiment of the initialisations and run it."""
     limits = limits_of(options, threads=1)
+    detector = find_config(options.config, "detection")
     config = study.trials_config(
         *(options.init, options.control, options.compare, options.seeds),
-        *(options.config, options.data, words),
+        *(detector, options.data, words),
     )
-    default = PUBLISHED if options.config.name.startswith("voc0712_R50_C4") else "none"
+    default = PUBLISHED if detector.name.startswith("voc0712_R50_C4") else "none"
     source = str(options.published or default)
     return run_experiment(
         config, options.out.resolve(), [sys.executable, *sys.argv], limits, is_dry=options.dry_run,

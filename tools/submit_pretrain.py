@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
-    add("config", help="YAML file, e.g. configs/pretrain/demo.yaml")
+    add("config", help="YAML file, or a preset of configs/pretrain/, as demo")
     add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
     add("--cluster", choices=("local", "slurm"), required=True, help="where the job runs")
     for name, (default, _, text) in _NUMBERS.items():

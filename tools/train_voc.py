@@ -22,7 +22,7 @@ from common.files import check_out_folder
 
 _EXAMPLE = """\
 examples:
-  tools/train_voc.sh runs/convert/backbone.pkl --config configs/detection/thin_R50_C4.yaml \\
+  tools/train_voc.sh runs/convert/backbone.pkl --config thin_R50_C4 \\
       --data data/scenes --out runs/pretrained --seeds 0,1,2
   tools/train_voc.sh --out runs/pretrained --eval-on data/real_scenes
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, _EXAMPLE, prog="tools/train_voc.sh")
     add = parser.add_argument
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
-    add("--config", type=Path, help="a YAML of configs/detection/")
+    add("--config", type=Path, help="YAML file or preset of configs/detection/, as thin_R50_C4")
     add("--data", type=Path, help="labelled pictures: a set with dataset.json, or VOC's, COCO's or "
         "YOLO's files as annotation tools write them")  # fmt: skip
     add("--format", choices=FORMATS.names(), help="of --data or --eval-on (default: recognised)")

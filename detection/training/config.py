@@ -11,7 +11,6 @@ number of iterations for precise batch norm follows.
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
@@ -23,8 +22,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from common import provenance
 from common.annotations.record import checked_class_name
-from common.config import dotted, parse_yaml, read_yaml_with_bases
-from common.errors import UserError
+from common.config import dotted, find_config, parse_yaml, read_yaml_with_bases
+from common.errors import UserError, unknown
 from common.files import read_text, write_text
 from common.resnet import Arch
 
@@ -202,8 +201,8 @@ def load_config(
     """Load a config file and apply overrides.
 
     Args:
-        path: YAML in Detectron2's format, version 2; `_BASE_` is followed. It is read without
-            running code, which Detectron2's own `merge_from_file` would do.
+        path: YAML in Detectron2's format, version 2, or a preset (`find_config`); `_BASE_` is
+            followed. It is read without running code, unlike by Detectron2's `merge_from_file`.
         overrides: Dotted key -> value as text.
         num_gpus: Scale a protocol's schedule to so many GPUs (`scale_schedule`), and to
             SOLVER.IMS_PER_BATCH if it is overridden; other overrides stay as they are. Default: no
@@ -217,10 +216,9 @@ def load_config(
             whose parts do not fit.
     """
     cfg, overrides = get_cfg(), overrides or {}
-    add_keys(cfg, Path(path))
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config; see configs/detection/")
-    raw, _ = read_yaml_with_bases(Path(path))
+    path = find_config(path, "detection")
+    add_keys(cfg, path)
+    raw, _ = read_yaml_with_bases(path)
     if (version := raw.get("VERSION", cfg.VERSION)) != cfg.VERSION:
         raise UserError(f"{path}: VERSION {version!r}: only {cfg.VERSION} is read; convert it")
     try:
@@ -322,12 +320,12 @@ def check_device(cfg: CfgNode) -> None:
 def _explain(cfg: CfgNode, error: Exception) -> str:
     """A yacs message, with the nearest known key if the key is unknown."""
     message = str(error.args[0] if error.args else type(error).__name__).partition("\n")[0][:400]
-    unknown = message.partition("key:")[2].strip()
-    if "on-existent" not in message or not unknown:
+    key = message.partition("key:")[2].strip()
+    if "on-existent" not in message or not key:
         return message
-    near = difflib.get_close_matches(unknown, list(dotted(cfg)), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "see configs/detection/ for the keys in use"
-    return f"unknown key {unknown}; {hint}"
+    near = [name for name in dotted(cfg) if name.endswith(f".{key}")]
+    known = near or [name for name in dotted(cfg) if name.startswith(key.rpartition(".")[0])]
+    return unknown(f"key {key}", key, known, more=dotted(cfg))
 
 
 def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = None) -> Fraction:

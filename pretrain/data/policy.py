@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from common.config import unknown, with_sections
-from common.errors import UserError, require, within_0_and_1
+from common.config import with_sections
+from common.errors import UserError, require, unknown, within_0_and_1
 from pretrain.data.augmentations.operation import Operation, Parameters
 from pretrain.data.random_numbers import draw_uniforms
 

@@ -6,7 +6,14 @@ from typing import Any, Literal
 
 import pytest
 
-from common.config import parse_yaml, read_settings, read_yaml, read_yaml_with_bases
+from common.config import (
+    CONFIGS,
+    find_config,
+    parse_yaml,
+    read_settings,
+    read_yaml,
+    read_yaml_with_bases,
+)
 from common.errors import UserError
 
 
@@ -178,3 +185,20 @@ def test_a_file_without_keys_is_refused(tmp_path, text):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_yaml(tmp_path / "missing.yaml")
+
+
+def test_configs_are_found_here_then_in_the_repository_then_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = ("demo", "demo.yaml", "configs/pretrain/demo.yaml")
+    assert {find_config(name, "pretrain") for name in named} == {CONFIGS / "pretrain/demo.yaml"}
+    deep = find_config("imagenet1k/R50_moco_100ep", "pretrain")
+    assert deep == CONFIGS / "pretrain/imagenet1k/R50_moco_100ep.yaml"
+    for name in ("demo.yaml", "mine.yaml"):
+        Path(name).write_text("{}")
+        assert find_config(name, "pretrain") == Path(name)
+    Path("demo").mkdir()  # a folder is no config
+    assert find_config("demo", "pretrain") == CONFIGS / "pretrain/demo.yaml"
+    for name, near in {"dmeo": "demo", "./min.yaml": "mine.yaml", "R5O_C4": "R50_C4"}.items():
+        kind = "detection" if near == "R50_C4" else "pretrain"
+        with pytest.raises(UserError, match=rf"unknown config '{name}'; did you mean {near}\?"):
+            find_config(name, kind)

@@ -3,7 +3,16 @@ import errno
 
 import pytest
 
-from common.errors import RunFailed, StoppedBySignal, UserError, add_slurm_option, run_command
+from common.errors import (
+    RunFailed,
+    StoppedBySignal,
+    UserError,
+    add_check_options,
+    add_slurm_option,
+    command_parser,
+    no_such_file,
+    run_command,
+)
 
 
 def broken(error):
@@ -66,3 +75,56 @@ def test_slurm_options_are_pairs(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(["--slurm-option", word])
         assert "is not of the form KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "parsed"),
+    [
+        (["--check", "a=1"], ("all", 0, ["a=1"])),
+        (["--check", "settings", "a=1"], ("settings", 0, ["a=1"])),
+        (["a=1", "--check"], ("all", 0, ["a=1"])),
+        (["--check", "--json", "a=1"], ("all", 0, ["a=1"])),
+        (["--profile", "a=1", "b=2"], (None, 20, ["a=1", "b=2"])),
+        (["--profile", "3", "b=2"], (None, 3, ["b=2"])),
+    ],
+)
+@pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args"])
+def test_an_optional_value_is_no_word_of_another_kind(parse, words, parsed):
+    parser = command_parser("")
+    add_check_options(parser)
+    parser.add_argument("--profile", nargs="?", const=20, type=int, default=0)
+    parser.add_argument("words", nargs="*")
+    options = getattr(parser, parse)(words)
+    assert (options.check, options.profile, options.words) == parsed
+    assert parser.parse_args(["--", "--check", "b=2"]).words == ["--check", "b=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--check", "setings"], "unknown value 'setings'; did you mean settings?"),
+        (["--format=vok"], "unknown value 'vok'; did you mean voc?"),
+        (["--format", "png"], "unknown value 'png'; known are coco, voc"),
+        (["--otu=x", "--xyz"], "unrecognized arguments: --otu=x --xyz; did you mean --out?"),
+        (["run", "--lst"], "unrecognized arguments: --lst; did you mean --list?"),
+        (["rnu"], "unknown value 'rnu'; did you mean run?"),
+    ],
+)
+def test_options_and_their_values_are_answered_with_the_nearest(words, message, capsys):
+    parser = command_parser("")
+    add_check_options(parser)
+    parser.add_argument("--format", choices=("voc", "coco"))
+    parser.add_argument("--out")
+    parser.add_subparsers().add_parser("run").add_argument("--list")
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_is_answered_with_its_neighbour(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    near = f"{tmp_path}/photo: no such file or folder; did you mean {tmp_path}/photos?"
+    assert no_such_file(tmp_path / "photo", "give a folder") == near
+    assert no_such_file(tmp_path / "x", "give a folder").endswith("folder; give a folder")
+    assert run_command(lambda: open(tmp_path / "photo").close() or 0) == 1
+    assert near in capsys.readouterr().err

@@ -203,7 +203,7 @@ def test_wrong_settings_are_named(override, words):
 
 @pytest.mark.parametrize("key", ["pretrain.config", "detection.config"])
 def test_missing_config_files_are_named(tmp_path, key):
-    with pytest.raises(UserError, match=r"config file nowhere\.yaml does not exist"):
+    with pytest.raises(UserError, match=r"unknown config 'nowhere.yaml'"):
         stages_of(SMOKE, tmp_path, f"{key}=nowhere.yaml")
 
 
@@ -220,7 +220,7 @@ def test_flags():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "neither a preset (compare, demo, photos, smoke"),
+        (["nowhere"], "unknown config 'nowhere'; known are compare, demo, photos, smoke"),
         (["smoke", "detection.seedz=1"], "seedz"),
         (["smoke", "--until", "lunch"], "--until lunch: the stages are data, shards"),
         (["smoke", "--until", ""], "--until : the stages are data, shards"),

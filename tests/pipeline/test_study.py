@@ -179,9 +179,9 @@ def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--preset", "huge"], "there are longer-cpu, reproduce-cpu, reproduce-gpu"),
-        (["--data", "cifar"], "--data cifar: reproduce-cpu has fashion-mnist, photos"),
-        (["--metrics", "top5"], "--metrics top5: give some of knn, linear"),
+        (["--preset", "huge"], "known are longer-cpu, reproduce-cpu, reproduce-gpu"),
+        (["--data", "cifar"], "--data: unknown set cifar; known are fashion-mnist, photos"),
+        (["--metrics", "top5"], "--metrics: unknown metric top5; known are knn, linear"),
         (["--parallel", "0"], "--parallel 0: give 1 or more"),
         (["--max-minutes", "0.1"], "the last 20 s are for saving"),
     ],
@@ -340,7 +340,7 @@ def test_weights_without_a_card_are_converted_once(words: list[str], tmp_path: P
         (["--control", "moco"], "--control moco: give one of random, byol, ours"),
         (["--compare", "ours-byol"], "--compare ours-byol: give A:B"),
         (["--data", "nowhere"], "nowhere does not exist"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--config", "nowhere.yaml"], "unknown config 'nowhere.yaml'"),
         (["--published", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--seeds", "0"], "--seeds 0: give 1 or more"),
     ],

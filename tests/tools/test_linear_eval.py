@@ -82,7 +82,7 @@ def test_named_options_reach_the_evaluation(work, tmp_path, capsys):
         ([], {"train": "plain"}, "8 of 8 samples have no label"),
         ([], {"source": "no.pth"}, "no.pth: no such file"),
         (["--branch", "ema"], {}, "--branch ema: this torchvision checkpoint holds one network"),
-        (["--config", "no.yaml"], {}, "--config no.yaml does not exist"),
+        (["--config", "no.yaml"], {}, "unknown config 'no.yaml'; known are imagenet100"),
         (["--fraction", "0.01"], {}, "less than one sample for each of 2 classes"),
     ],
 )

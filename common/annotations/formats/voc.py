@@ -39,8 +39,7 @@ from common.annotations.record import (
     checked_class_name,
     list_file,
 )
-from common.config import unknown
-from common.errors import UserError
+from common.errors import UserError, unknown
 from common.files import decode_text, read_json, read_regular, read_text
 from common.pictures import PICTURE_SUFFIXES
 
