@@ -213,7 +213,7 @@ def _may_be_value(action: argparse.Action, word: str) -> bool:
         return word in action.choices or bool(is_misspelt)
     try:
         return word.startswith("-") or not callable(action.type) or action.type(word) is not None
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         return False
 
 
@@ -233,6 +233,13 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
         "may not be there yet",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="with --check: say it as JSON")
+
+
+def json_file(text: str) -> Path:
+    """The type of options that name a file or stand alone: the next word is another's, or this."""
+    if text != "-" and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a file name that ends in .json")
+    return Path(text)
 
 
 def print_check(facts: Mapping[str, Any], *, as_json: bool) -> bool:

@@ -12,7 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, command_parser, print_check, run_command, run_or_check_each
+from common.errors import (
+    UserError,
+    command_parser,
+    json_file,
+    print_check,
+    run_command,
+    run_or_check_each,
+)
 from common.files import LOCK, held, write_json
 from common.resnet import BRANCHES, LAYOUTS
 
@@ -52,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "the same (default: 1e-5)")  # fmt: skip
     add("--check", nargs="?", const="all", choices=("all",),
         help="read the checkpoint, say what is in it, and stop")  # fmt: skip
-    add("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON: to FILE, or "
-        "instead of the text")  # fmt: skip
+    add("--json", type=json_file, nargs="?", const=Path("-"), metavar="FILE",
+        help="the result as JSON: to FILE, or instead of the text")  # fmt: skip
     return parser
 
 
@@ -136,13 +143,13 @@ def run_convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show(result: dict[str, Any], text: str, json_to: str | None) -> None:
+def show(result: dict[str, Any], text: str, json_to: Path | None) -> None:
     """Print the text, or JSON in its place; with a file name both."""
-    if json_to == "-":
+    if json_to == Path("-"):
         print(json.dumps(result, indent=2, allow_nan=False))
         return
     if json_to is not None:
-        write_json(Path(json_to), result)
+        write_json(json_to, result)
     print(text)
 
 

@@ -12,6 +12,7 @@ from common.errors import (
     UserError,
     add_slurm_option,
     command_parser,
+    json_file,
     print_check,
     printable,
     require,
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--check", nargs="?", const="all", choices=("all", "settings"),
         help="look at SOURCE, say what would be packed; settings: not at SOURCE")  # fmt: skip
     add("--info", action="store_true", help="say what a set holds: counts, sizes, classes")
-    add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE",
+    add("--json", type=json_file, nargs="?", const=Path("-"), metavar="FILE",
         help="with --info: write it as JSON too; with --check: say it as JSON")  # fmt: skip
     group = main_parser.add_argument_group("several tasks, through submitit")
     add = group.add_argument

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.solver import build_lr_scheduler
 
 from common import provenance
 from common.annotations.record import checked_class_name
@@ -370,6 +371,31 @@ def scale_schedule(cfg: CfgNode, num_gpus: int, images_per_batch: int | None = N
     test.EVAL_PERIOD = scaled(test.EVAL_PERIOD)
     test.PRECISE_BN.NUM_ITER = max(1, scaled(test.PRECISE_BN.NUM_ITER))
     return factor
+
+
+def first_other_rate(
+    old: Mapping[str, Any], new: Mapping[str, Any]
+) -> tuple[int, float, float] | None:
+    """Where two schedules, of dotted keys, part before the end of the old one.
+
+    Returns:
+        The iteration and both factors on SOLVER.BASE_LR; None if they are the same throughout.
+    """
+    multipliers = []
+    for settings in (old, new):
+        cfg = get_cfg()
+        for key in cfg.SOLVER:
+            cfg.SOLVER[key] = settings.get(f"SOLVER.{key}", cfg.SOLVER[key])
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        multipliers.append(build_lr_scheduler(cfg, optimizer)._multiplier)  # type: ignore
+    for iteration in range(old["SOLVER.MAX_ITER"]):
+        one, other = (
+            multiplier(iteration / settings["SOLVER.MAX_ITER"])
+            for multiplier, settings in zip(multipliers, (old, new), strict=True)
+        )
+        if not math.isclose(one, other, rel_tol=1e-9):
+            return iteration, one, other
+    return None
 
 
 def check_schedule(cfg: CfgNode, before: CfgNode, overridden: Collection[str]) -> None:

@@ -41,6 +41,7 @@ from detection.evaluation.evaluate import METRICS, Evaluation
 from detection.training.config import (
     arch_of_config,
     check_device,
+    first_other_rate,
     load_config,
     set_num_classes,
     write_config,
@@ -204,6 +205,8 @@ def prepare(settings: ArmSettings) -> Arm:
 def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> bool:
     """Whether a seed's result is there, whole and made with these settings.
 
+    A higher SOLVER.MAX_ITER continues the seed: its result is removed, its checkpoints stay.
+
     Raises:
         UserError: If what is there was made with other settings, or with settings that are no
             longer known, and `overwrite` is false.
@@ -214,6 +217,9 @@ def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> b
     if record is not None:
         old = record["settings"]
         changed = sorted(key for key in {*old, *compared} if old.get(key) != compared.get(key))
+        if not overwrite and _continues(folder, old, compared, changed):
+            (folder / "result.json").unlink(missing_ok=True)
+            return False
         listed = [f"{key}: {old.get(key)} -> {compared.get(key)}" for key in changed[:4]]
         more = ["..", *listed][: len(changed) > 4]
         reason = f"was made with other settings ({'; '.join([*listed, *more])})" if changed else ""
@@ -231,6 +237,37 @@ def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> b
     for file in there:
         file.unlink()
     return False
+
+
+_LAST = "SOLVER.MAX_ITER"
+_SCHEDULE = {_LAST, "SOLVER.STEPS", "SOLVER.WARMUP_FACTOR", "SOLVER.WARMUP_ITERS"}
+
+
+def _continues(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], changed: Sequence[str]
+) -> bool:
+    """Whether a seed only has to train longer: its iterations so far would be the same ones.
+
+    Raises:
+        UserError: If it is only longer, but they would have had other learning rates.
+    """
+    is_known = set(changed) <= _SCHEDULE & old.keys() and old.keys() == new.keys()
+    if not is_known or old[_LAST] >= new[_LAST]:
+        return False
+    faults = first_other_rate(old, new)
+    if faults is None:
+        return True
+    iteration, one, other = faults
+    kept = {key: old[key] for key in changed if key != _LAST}
+    remedy = "choose another --out, or --overwrite"
+    if kept and first_other_rate(old, new | kept) is None:
+        words = " ".join(f"{key}={json.dumps(x, separators=(',', ':'))}" for key, x in kept.items())
+        remedy = f"give {words}, too (STEPS may have more, from {old[_LAST]} on), or {remedy}"
+    raise UserError(
+        f"{folder}: cannot go on to {_LAST} {new[_LAST]}: its iteration {iteration} had {one:.4g} "
+        f"times SOLVER.BASE_LR, this schedule ({new['SOLVER.LR_SCHEDULER_NAME']}) has {other:.4g} "
+        f"there; {remedy}"
+    )
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

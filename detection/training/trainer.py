@@ -4,6 +4,7 @@ import detection.compat
 import detection.training.heads  # noqa: F401  (registers the C4 head)
 
 # isort: split
+import contextlib
 import logging
 import time
 import weakref
@@ -145,7 +146,12 @@ class CurveHook(hooks.EvalHook):
 def point_at_newest(folder: Path) -> None:
     """Write which checkpoint training goes on from; damaged ones are passed over with a word."""
     pointer = folder / "last_checkpoint"
-    for path in sorted(folder.glob("model_*.pth"), reverse=True):  # "final" is after all numbers
+    paths = sorted(folder.glob("model_*.pth"), reverse=True)  # "final" is after all numbers
+    if len(paths) > 1 and paths[0].name == "model_final.pth":  # of a shorter training, perhaps
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+            final, end = paths[0], f"model_{checkpoints.read(paths[0])['iteration']:07d}.pth"
+            paths.sort(key=lambda path: end if path == final else path.name, reverse=True)
+    for path in paths:
         try:
             content = checkpoints.read(path)
         except UserError as error:
@@ -220,6 +226,11 @@ class Trainer(DefaultTrainer):
         if self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             self.start_iter = self.iter + 1
+            # The rate of this iteration by this config: the checkpoint's may have been shorter.
+            for group, rate in zip(
+                self.optimizer.param_groups, self.scheduler.get_lr(), strict=True
+            ):
+                group["lr"] = rate
             self._trainer.reset_data_loader(
                 lambda: build_train_loader(self.cfg, start_iteration=self.start_iter)
             )

@@ -1,5 +1,6 @@
 import argparse
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from common.errors import (
     add_check_options,
     add_slurm_option,
     command_parser,
+    json_file,
     no_such_file,
     run_command,
 )
@@ -86,6 +88,7 @@ def test_slurm_options_are_pairs(capsys):
         (["--check", "--json", "a=1"], ("all", 0, ["a=1"])),
         (["--profile", "a=1", "b=2"], (None, 20, ["a=1", "b=2"])),
         (["--profile", "3", "b=2"], (None, 3, ["b=2"])),
+        (["--report", "a.pth", "--report", "b.json"], (None, 0, ["a.pth"])),
     ],
 )
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args"])
@@ -93,6 +96,7 @@ def test_an_optional_value_is_no_word_of_another_kind(parse, words, parsed):
     parser = command_parser("")
     add_check_options(parser)
     parser.add_argument("--profile", nargs="?", const=20, type=int, default=0)
+    parser.add_argument("--report", type=json_file, nargs="?", const=Path("-"))
     parser.add_argument("words", nargs="*")
     options = getattr(parser, parse)(words)
     assert (options.check, options.profile, options.words) == parsed

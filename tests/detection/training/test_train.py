@@ -47,9 +47,9 @@ def final_model(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 
 
-def assert_same_training(one: Path, two: Path) -> None:
+def assert_same_training(one: Path, two: Path, *, but: str = "nothing") -> None:
     a, b = final_model(one), final_model(two)
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert [name for name in a if not torch.equal(a[name], b[name]) and but not in name] == []
     assert read(one / "result.json")["per_class"] == read(two / "result.json")["per_class"]
     losses = [
         [row["total_loss"] for row in map(json.loads, lines) if "total_loss" in row]
@@ -134,6 +134,60 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     assert curve.read_text() == (folder / "curve.jsonl").read_text()
     assert not list(folder.glob("*.partial"))
     assert "resuming after iteration 2" in (folder / "log.txt").read_text()
+
+
+def test_a_finished_seed_trains_on_as_if_it_had_been_longer_from_the_start(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    schedule = ("SOLVER.STEPS=(2,)", "SOLVER.WARMUP_ITERS=1", "SOLVER.CHECKPOINT_PERIOD=2")
+    longer = (*schedule[1:], "SOLVER.STEPS=(2,3)", "SOLVER.MAX_ITER=6")
+    assert train("random", *longer, out="whole") == 0
+    assert train("random", *schedule) == 0
+    folder = tmp_path / "out" / "seed-0"
+    result, state = read(folder / "result.json"), final_model(folder)
+    for words, message in {
+        ("SOLVER.MAX_ITER=6", "SOLVER.WARMUP_ITERS=1"): r"2 had 0.1 times .* has 1 there; give "
+        r"SOLVER.STEPS=\[2\], too \(STEPS may have more, from 3 on\), or choose another --out",
+        (*longer, "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR"): "made with other settings",
+        (*longer, "SOLVER.BASE_LR=0.5"): "made with other settings",
+        (*schedule, "SOLVER.MAX_ITER=2", "SOLVER.STEPS=(1,)"): "made with other settings",
+    }.items():
+        assert train("random", *words) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert read(folder / "result.json") == result
+
+    run_step = Trainer.run_step
+
+    def die_at_5(self: Trainer) -> None:
+        if self.iter == 5:
+            raise Killed
+        run_step(self)
+
+    # Killed on its way, it goes on from the later checkpoint, not from the end of the shorter one.
+    monkeypatch.setattr(Trainer, "run_step", die_at_5)
+    monkeypatch.setattr(Trainer, "after_train", close_files)
+    with pytest.raises(Killed):
+        train("random", *longer)
+    monkeypatch.undo()
+    assert not (folder / "result.json").exists()
+    assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
+    assert train("random", *longer) == 0
+    log = (folder / "log.txt").read_text()
+    assert "resuming after iteration 3 of 6" in log
+    assert "resuming after iteration 4 of 6" in log
+    # Precise batch norm measured once more, at the end of the shorter one; only it counts that.
+    assert_same_training(tmp_path / "whole" / "seed-0", folder, but="num_batches_tracked")
+
+
+def test_a_cosine_cannot_be_made_longer(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosine = ("SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR", "SOLVER.WARMUP_ITERS=1")
+    assert train("random", *cosine) == 0
+    assert train("random", *cosine, "SOLVER.MAX_ITER=6") == 2
+    message = capsys.readouterr().err
+    assert re.search(r"cannot go on to SOLVER.MAX_ITER 6: .*WarmupCosineLR.*; choose", message)
 
 
 def test_finished_seed_is_kept_and_changed_settings_are_refused(
