@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from common.drawing import drawable_name
     from common.pictures import BadPicture
     from common.provenance import usable_cores
     from detection.predict import Prediction, find_weights, load_detector
-    from detection.prediction.draw import drawable_name
     from detection.prediction.sources import OpenedPicture, OtherFile, find_files, open_all
     from detection.prediction.write import FORMATS, PredictionWriter, prepare
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from common.annotations.checks import composed
@@ -29,35 +30,33 @@ from common.annotations.record import (
     write_list,
 )
 from common.files import write_json, write_text
-from common.pictures import decode, read_header
+from common.pictures import read_header
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _KEPT = frozenset({".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})  # beside JPEG and PNG
 _QUALITY = 95
 _UNSAFE = re.compile(r"[^\w.-]+")
-_MAX_NAME = 100  # characters
+_MAX_NAME = 140  # characters
 
 
-def upright_copy(data: bytes, suffix: str, *, where: str) -> tuple[str, bytes]:
+def upright_copy(data: bytes | None, pixels: np.ndarray, suffix: str) -> tuple[str, bytes]:
     """Suffix and bytes of a picture for a data set.
 
     Args:
-        data: Of the file.
+        data: Of the file; None if there is none.
+        pixels: uint8 [height, width, 3], RGB, upright.
         suffix: Of the file's name.
-        where: What to call it in an error.
 
     Returns:
         An upright picture as it is. One that its EXIF orientation turns, or that few programs read,
-        is encoded again: a JPEG as JPEG of quality 95, others as PNG.
-
-    Raises:
-        BadPicture: If it does not decode.
+        is encoded again: a JPEG or what has no file as JPEG of quality 95, others as PNG.
     """
-    kind = ".jpg" if data.startswith(_JPEG) else ".png" if data.startswith(_PNG) else suffix.lower()
-    pixels = decode(data, where=where)
-    is_upright = read_header(data, where=where).orientation == 1
-    if is_upright and (kind in (".jpg", ".png") or kind in _KEPT):
-        return kind, data
+    kind = ".jpg" if data is None or data.startswith(_JPEG) else suffix.lower()
+    if data is not None:
+        kind = ".png" if data.startswith(_PNG) else kind
+        is_upright = read_header(data, where="picture").orientation == 1
+        if is_upright and (kind in (".jpg", ".png") or kind in _KEPT):
+            return kind, data
     encoded = io.BytesIO()
     kind = kind if kind == ".jpg" else ".png"
     options = {"quality": _QUALITY, "subsampling": 0} if kind == ".jpg" else {}
@@ -67,6 +66,8 @@ def upright_copy(data: bytes, suffix: str, *, where: str) -> tuple[str, bytes]:
 
 def safe_name(name: str, taken: Collection[str]) -> str:
     """A file's name without suffix that is safe everywhere, and not one of those taken.
+
+    Detectron2's reader of VOC takes no names with spaces.
 
     Args:
         name: Letters, digits, points and hyphens stay.
@@ -161,10 +162,13 @@ class YoloWriter(SetWriter):
 
     def finish(self) -> None:
         """Write data.yaml."""
-        known = [name for name in self.lists if name in ("train", "val", "test")]
-        places: dict[str, str | list[str]] = {name: f"images/{name}" for name in known}
-        if others := [f"images/{name}" for name in self.lists if name not in places]:
-            places["train"] = [*["images/train"] * ("train" in places), *others]
+        folders = {name: f"images/{name}" for name in self.lists}
+        places: dict[str, str | list[str]] = {
+            name: folders.pop(name) for name in ("train", "val", "test") if name in folders
+        }
+        if others := list(folders.values()):
+            first = [f"images/{name}" for name in places if name == "train"]
+            places["train"] = [*first, *others] if len(others) + len(first) > 1 else others[0]
         content = places | {"names": list(self.classes)}
         lines = [
             f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()

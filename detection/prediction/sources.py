@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.annotations.write import safe_name
 from common.errors import UserError, printable
 from common.files import open_regular, read_regular
 from common.pictures import BadPicture, decode, read_shape
@@ -191,18 +192,13 @@ def _frames(path: Path, every: int) -> Iterator[Opened]:
 def name_of(picture: OpenedPicture, taken: set[str]) -> str:
     """A file name without suffix for what is written of a picture; no two are the same.
 
-    A frame is VIDEO-000123. What is no letter, digit, space or one of ``._-()`` becomes ``_``.
+    A frame is VIDEO-000123.
 
     Args:
         picture: The picture.
         taken: Names given so far, in lower case; the new one is added.
     """
-    stem = "".join(c if c.isalnum() or c in " ._-()" else "_" for c in printable(picture.path.stem))
-    stem = stem[:120].strip() or "picture"
-    if picture.frame is not None:
-        stem = f"{stem}-{picture.frame:06d}"
-    name, number = stem, 2
-    while name.lower() in taken:
-        name, number = f"{stem}-{number}", number + 1
+    frame = "" if picture.frame is None else f"-{picture.frame:06d}"
+    name = safe_name(f"{printable(picture.path.stem)[:120]}{frame}", taken)
     taken.add(name.lower())
     return name

@@ -134,9 +134,10 @@ def _copy(job: tuple[PictureRecord, Path, str]) -> tuple[str | None, bool]:
     where = str(picture.file)
     try:
         data = read_file(picture.file)
-        suffix, upright = upright_copy(data, picture.file.suffix, where=where)
+        pixels = decode(data, where=where)
     except BadPicture as error:
         return str(error), False
+    suffix, upright = upright_copy(data, pixels, picture.file.suffix)
     write_voc_picture(folder, f"{name}{suffix}", upright, picture)
     return None, upright is not data
 
