@@ -125,7 +125,7 @@ def check(
         print(f"checking settings and data of {sum(map(len, by_program.values()))} stages")
     faults = []
     with ThreadPoolExecutor(provenance.usable_cores()) as threads:
-        answers = threads.map(lambda mine: _ask(mine, root), by_program.values())
+        answers = threads.map(lambda mine: ask(mine, root), by_program.values())
         for mine, told in zip(by_program.values(), answers, strict=True):
             for (key, stage), answer in zip(mine.items(), told, strict=True):
                 if "error" in answer:
@@ -152,16 +152,20 @@ def check(
     return facts
 
 
-def _ask(stages: Mapping[str, Stage], root: Path) -> list[dict[str, Any]]:
+def ask(stages: Mapping[str, Stage], root: Path, **environment: str) -> list[dict[str, Any]]:
     """What the program of some stages says of each of them.
 
+    Args:
+        stages: Of one program.
+        root: The repository.
+        environment: Variables that the program sees besides.
     Raises:
         UserError: If it breaks.
     """
     checks = [stage.check for stage in stages.values()]
     program, words = checks[0][:2], [list(check[2:]) for check in checks]
     done = subprocess.run(
-        [*program, EACH], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        [*program, EACH], cwd=root, env=os.environ | environment | {"PYTHONPATH": str(root)},
         input=json.dumps(words), capture_output=True, text=True, check=False,
     )  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -2,19 +2,24 @@
 
 import argparse
 import os
+import shlex
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from common import provenance
 from common.config import find_config
 from common.errors import command_parser, run_command
+from common.files import write_text
 from pipeline.config import load_config
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
+from pipeline.own_data import BUDGETS, YAML_FILE, prepare
 from pipeline.run import side_by_side
 
 EPILOG = """\
 examples:
+  bash tools/run_pipeline.sh --images my_pictures --labels my_labelled_pictures
   bash tools/run_pipeline.sh demo
   bash tools/run_pipeline.sh demo detection.seeds=5
   bash tools/run_pipeline.sh compare --out runs/compare seeds.pretraining=5
@@ -35,9 +40,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="bash tools/run_pipeline.sh",
     )
     add = parser.add_argument
-    add("config", help="smoke, demo, compare, photos, or a YAML of one's own")
+    add("config", nargs="?", help="smoke, demo, compare, photos, or a YAML of one's own; none with "
+        "--labels")  # fmt: skip
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     add("--out", metavar="DIR", help="folder of the run (default: runs/<name>)")
+    own = parser.add_argument_group("two folders instead of a YAML, which is written into the run")
+    add_own = own.add_argument
+    add_own("--images", type=Path, metavar="DIR", help="pictures for pretraining, labelled or not "
+            "(default: the labelled ones)")  # fmt: skip
+    add_own("--labels", type=Path, metavar="DIR", help="labelled pictures as LabelImg, CVAT, "
+            "Roboflow, Label Studio, COCO or YOLO tools write them, or a VOC devkit")  # fmt: skip
+    add_own("--budget", choices=tuple(BUDGETS), help="of the whole run: 10 minutes (default), an "
+            "hour, 10 hours; sizes and schedules are chosen for this machine")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything; show what would run, and why")
     add("--until", metavar="STAGE", help="stop after this stage (or group of them)")
     add_run_options(parser, max_failures=0)
@@ -46,21 +60,44 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += rest
+    if options.labels is not None and options.config is not None:
+        if "=" not in options.config:
+            parser.error(f"{options.config}: give a YAML or preset, or --labels DIR, not both")
+        options.overrides, options.config = [options.config, *options.overrides], None
+    if options.labels is None and (options.images or options.budget):
+        parser.error("--images and --budget go with --labels DIR, the labelled pictures")
+    if options.labels is None and options.config is None:
+        parser.error("give a preset, a YAML, or --images DIR --labels DIR")
     return run_command(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the stages of an experiment that a YAML holds, or show what would run."""
-    config = load_config(find_config(options.config, "pipeline"), options.overrides)
-    out = Path(options.out or Path("runs") / config.name).absolute()
+    if options.labels is not None:
+        out = Path(options.out or Path("runs") / options.labels.absolute().name).absolute()
+        text = prepare(
+            options.images, options.labels, out, options.budget or "quick", is_dry=options.dry_run
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, YAML_FILE)
+            write_text(path, text)
+            config = load_config(path, options.overrides)
+    else:
+        config = load_config(find_config(options.config, "pipeline"), options.overrides)
+        out = Path(options.out or Path("runs") / config.name).absolute()
     parallel = side_by_side(config.detection.parallel, len(config.arms) or len(config.all_variants))
     limits = limits_of(options, parallel=parallel)
     if limits.parallel > 1 and limits.threads is None:
         limits = replace(limits, threads=max(1, provenance.usable_cores() // limits.parallel))
-    return run_experiment(
+    status = run_experiment(
         config, out, ["bash", os.path.relpath(ROOT / "tools/run_pipeline.sh"), *sys.argv[1:]],
         limits, is_dry=options.dry_run, until=options.until,
     )  # fmt: skip
+    if status == 0 and config.arms and not (options.dry_run or options.until):
+        python, program = (os.path.relpath(x) for x in (sys.executable, ROOT / "tools/predict.py"))
+        words = shlex.join([python, program, os.path.relpath(out)])
+        print(f"boxes on other pictures: {words} PICTURES --out DIR")
+    return status
 
 
 if __name__ == "__main__":
