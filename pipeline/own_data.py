@@ -48,10 +48,13 @@ _LEAST_ITERATIONS = 300  # of detection, see configs/detection/base_small.yaml
 _MOST_PASSES = 400  # over the pool, and over the labelled pictures
 _MOST_STEPS, _MOST_ITERATIONS = 3000, 1500  # where few pictures make many passes short
 _BAD_SHARE = 20  # one picture in so many, and three at least, may be damaged
+_PASSES_OF_A_PART, _LEAST_PART = 10, 1000  # where the pool is too large for the time
+_LEAST_EVALUATED, _EVALUATION_SHARE = 100, 0.2  # pictures; of a detector's time
 _OBJECT_PIXELS = 32  # of the median object in the detector: two cells of its stride 16
 
 # Start, checks, calibration and page, measured on one core: seconds.
 _FIXED_SECONDS = {"checks": 30.0, "pack": 8.0, "pretrain": 12.0, "convert": 12.0, "report": 15.0}
+_PACK_SECONDS = 0.003  # of a picture, beside its decoding
 _FIXED_SECONDS_OF_A_DETECTOR = 15.0
 _PARALLEL_POWER = 0.8  # N threads are N^0.8 times as fast as one
 _FORWARD_SHARE = 0.4  # of a training step that an evaluated picture takes
@@ -125,6 +128,8 @@ class Sizes:
         min_size, ims_per_batch, iterations: Of the detector; min_size in pixels.
         anchors: Sides in pixels.
         seeds, parallel: Detectors of an arm; how many stages run side by side.
+        part, num_pool: Share of the pool that is packed, its pictures.
+        num_eval: Test pictures that are evaluated.
         pretrain_seconds, detection_seconds, seconds: Expected, of all detectors, of the whole run.
     """
 
@@ -137,6 +142,9 @@ class Sizes:
     parallel: int
     epochs: int = 2
     iterations: int = 100
+    part: float = 1.0
+    num_pool: int = 0
+    num_eval: int = 0
     pretrain_seconds: float = 0.0
     detection_seconds: float = 0.0
     seconds: float = 0.0
@@ -328,44 +336,58 @@ def fit(data: OwnData, machine: Machine, budget: str, sizes: Sizes, costs: Costs
     They are at least what can train at all, and at most a few hundred passes over the pictures;
     `seconds` of the result may exceed the budget.
     """
-    fixed = sum(_FIXED_SECONDS.values()) + 0.003 * data.num_pool
-    num_detectors = _NUM_ARMS * sizes.seeds
-    fixed += _FIXED_SECONDS_OF_A_DETECTOR * num_detectors / sizes.parallel
-    time_left = max(0.0, BUDGETS[budget] * _PLANNED_SHARE - fixed)
+    cores, num_detectors = machine.cores, _NUM_ARMS * sizes.seeds
 
     # N threads beside each other, or the GPU and as many processes that decode.
     def speed(cores: float) -> float:
         return 1.0 if machine.gpu_memory else max(1.0, cores) ** _PARALLEL_POWER
 
-    epoch = data.num_pool * costs.pretrain / speed(machine.cores)
-    steps = max(1, data.num_pool // sizes.batch)
-    most = max(_MOST_PASSES, math.ceil(_MOST_STEPS / steps))
-    least = math.ceil(_LEAST_STEPS / steps)
-    epochs = min(max(int(_PRETRAIN_SHARE * time_left / epoch), least, 2), most)
+    decoding = data.decode_seconds / (min(4, cores) if machine.gpu_memory else 1)
+    fixed = sum(_FIXED_SECONDS.values())
+    fixed += (data.num_train + data.num_test) * data.decode_seconds / cores  # the checks open all
+    fixed += _FIXED_SECONDS_OF_A_DETECTOR * num_detectors / sizes.parallel
+    time_left = max(0.0, BUDGETS[budget] * _PLANNED_SHARE - fixed)
 
-    decoding = data.decode_seconds / (min(4, machine.cores) if machine.gpu_memory else 1)
+    # Pretraining: of a large pool a random part, so that several passes fit.
+    packing = (_PACK_SECONDS + data.decode_seconds) / cores
+    sample = costs.pretrain / speed(cores)
+    fitting = int(_PRETRAIN_SHARE * time_left / (packing + _PASSES_OF_A_PART * sample))
+    num_pool = min(data.num_pool, max(fitting, _LEAST_PART))
+    part = 1.0 if num_pool == data.num_pool else math.ceil(1000 * num_pool / data.num_pool) / 1000
+    num_pool = round(part * data.num_pool)
+    steps = max(1, num_pool // sizes.batch)
+    most = max(_MOST_PASSES, math.ceil(_MOST_STEPS / steps))
+    least = max(2, math.ceil(_LEAST_STEPS / steps))
+    pretrain_time = _PRETRAIN_SHARE * time_left - num_pool * packing
+    epochs = min(max(int(pretrain_time / (num_pool * sample)), least), most)
+    pretraining = num_pool * (packing + epochs * sample)
+
+    # Detection: of many test pictures some, then as many iterations as fit.
     area = min(data.aspect, 2.0)  # times are of square pictures
-    per_picture = costs.detection * area / speed(machine.cores / sizes.parallel) + decoding
-    evaluation = data.num_test * (per_picture - decoding) * _FORWARD_SHARE
-    evaluation += data.num_test * decoding
+    step = costs.detection * area / speed(cores / sizes.parallel)
+    evaluated = step * _FORWARD_SHARE + decoding
     times = num_detectors / sizes.parallel
-    for_steps = (time_left - epochs * epoch) / times - evaluation
+    each = max(0.0, time_left - pretraining) / times
+    num_eval = min(data.num_test, max(_LEAST_EVALUATED, int(_EVALUATION_SHARE * each / evaluated)))
+    iterations = int((each - num_eval * evaluated) / (sizes.ims_per_batch * (step + decoding)))
     most = max(_MOST_ITERATIONS, _MOST_PASSES * data.num_train // sizes.ims_per_batch)
-    iterations = int(for_steps / (sizes.ims_per_batch * per_picture))
     iterations = 10 * (min(max(iterations, _LEAST_ITERATIONS), most) // 10)
-    detection = times * (iterations * sizes.ims_per_batch * per_picture + evaluation)
+    detection = iterations * sizes.ims_per_batch * (step + decoding) + num_eval * evaluated
     return replace(
         sizes,
+        part=part,
+        num_pool=num_pool,
         epochs=epochs,
         iterations=iterations,
-        pretrain_seconds=epochs * epoch,
-        detection_seconds=detection,
-        seconds=fixed + epochs * epoch + detection,
+        num_eval=num_eval,
+        pretrain_seconds=pretraining,
+        detection_seconds=times * detection,
+        seconds=fixed + pretraining + times * detection,
     )
 
 
 def choose(data: OwnData, machine: Machine, budget: str, name: str, out: Path) -> Sizes:
-    """Sizes whose steps were measured here; smaller pictures where those would not fit.
+    """Sizes whose steps were measured here; smaller ones where too few iterations would fit.
 
     Raises:
         UserError: If a program refuses its settings.
@@ -373,11 +395,14 @@ def choose(data: OwnData, machine: Machine, budget: str, name: str, out: Path) -
     sizes = first_sizes(data, machine, budget)
     while True:
         fitted = fit(data, machine, budget, sizes, _measure(data, machine, sizes, name, out))
-        is_smallest = machine.gpu_memory > 0 or sizes.min_size <= 128
+        is_smallest = (sizes.ims_per_batch if machine.gpu_memory else sizes.min_size / 64) <= 2
         if fitted.iterations > _LEAST_ITERATIONS or is_smallest:
             return fitted
-        smaller = max(128, 32 * int(sizes.min_size * 0.75 / 32))
-        sizes = _with_anchors(data, replace(sizes, min_size=smaller))
+        if machine.gpu_memory:
+            sizes = replace(sizes, ims_per_batch=sizes.ims_per_batch // 2)
+        else:
+            smaller = max(128, 32 * int(sizes.min_size * 0.75 / 32))
+            sizes = _with_anchors(data, replace(sizes, min_size=smaller))
 
 
 def _measure(data: OwnData, machine: Machine, sizes: Sizes, name: str, out: Path) -> Costs:
@@ -407,8 +432,12 @@ def _measure(data: OwnData, machine: Machine, sizes: Sizes, name: str, out: Path
 def to_yaml(data: OwnData, machine: Machine, sizes: Sizes, name: str, budget: str = "") -> str:
     """The experiment as a person would write it, with the reason of each size."""
     is_thin = not machine.gpu_memory
-    queue = min(4096, data.num_pool // sizes.batch * sizes.batch)
-    steps = sizes.epochs * (data.num_pool // sizes.batch)
+    num_pool = sizes.num_pool or data.num_pool
+    queue = min(4096, num_pool // sizes.batch * sizes.batch)
+    steps = sizes.epochs * (num_pool // sizes.batch)
+    is_part, is_some = sizes.part < 1, 0 < sizes.num_eval < data.num_test
+    part = f'    part: "0:{sizes.part:g}"  # {num_pool} pictures at random: all take too long\n'
+    some = f"    num_eval_images: {sizes.num_eval}  # the first; all take too long\n"
     workers = 1 if machine.cores <= 2 else min(8, machine.cores // 2)
     scale = list(range(480, 801, 32)) if sizes.min_size == 800 else [
         32 * round(share * sizes.min_size / 32) for share in (0.6, 0.8, 1.0)]  # fmt: skip
@@ -457,6 +486,7 @@ shards:
   options:
     resize_short: {max(160, sizes.image_size * 8 // 7)}  # views are {sizes.image_size} px
     max_bad: {max(3, data.num_pool // _BAD_SHARE)}  # damaged pictures, at most; they are listed
+{part * is_part}\
 pretrain:
   config: configs/pretrain/demo.yaml
   overrides:
@@ -470,6 +500,7 @@ detection:
     train_split: {q(data.train_split)}
     test_split: {q(data.test_split)}
     max_left_out: {data.max_left_out}  # faulty pictures and objects, at most; they are counted
+{some * is_some}\
   overrides:
     # {sizes.min_size} px of the pictures' {data.short_side:.0f}: the median object has \
 {data.objects[4] * sizes.min_size:.0f} px.
@@ -524,8 +555,8 @@ def prepare(images: Path | None, labels: Path, out: Path, budget: str, *, is_dry
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", out.name).strip("-.") or "own"
     sizes = choose(data, machine, budget, name, out)
     kind = "ResNet-50" if machine.gpu_memory else "thin ResNet-50"
-    print(f"plan:     {kind}, {sizes.image_size} px, {sizes.epochs} epochs of batch {sizes.batch}: "
-          f"about {clock(sizes.pretrain_seconds)}\n"
+    print(f"plan:     {kind}, {sizes.num_pool} pictures at {sizes.image_size} px, {sizes.epochs} "
+          f"epochs of batch {sizes.batch}: about {clock(sizes.pretrain_seconds)}\n"
           f"          {_NUM_ARMS * sizes.seeds} detectors, {sizes.min_size} px, {sizes.iterations} "
           f"iterations of {sizes.ims_per_batch}: about {clock(sizes.detection_seconds)}\n"
           f"          whole run: about {clock(sizes.seconds)} of {clock(BUDGETS[budget])} "

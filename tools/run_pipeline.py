@@ -79,8 +79,10 @@ def run(options: argparse.Namespace) -> int:
             options.images, options.labels, out, options.budget or "quick", is_dry=options.dry_run
         )
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, YAML_FILE)
-            write_text(path, text)
+            path = out / YAML_FILE
+            if not path.is_file():  # --dry-run leaves none
+                path = Path(folder, YAML_FILE)
+                write_text(path, text)
             config = load_config(path, options.overrides)
     else:
         config = load_config(find_config(options.config, "pipeline"), options.overrides)

@@ -112,10 +112,10 @@ def test_faults_of_detection_and_of_shards(folder: Path, tmp_path: Path) -> None
         path.write_bytes(data if kind == "Annotations" else data[: len(data) // 2])
         stages[kind] = stages_of(folder, tmp_path, f"data.dataset={tmp_path / kind}")[1][-2]
         messages.append(path.name)
-    for answer, message in zip(experiment._ask(stages, ROOT), messages, strict=True):
+    for answer, message in zip(experiment.ask(stages, ROOT), messages, strict=True):
         assert message in answer.get("error", "")
     wrong = stages_of(folder, tmp_path, "shards.options.max_badd=3")[1][0]
-    (answer,) = experiment._ask({"shards": wrong}, ROOT)
+    (answer,) = experiment.ask({"shards": wrong}, ROOT)
     assert "unrecognized arguments: --max-badd 3" in answer["error"]
 
 

@@ -1,0 +1,212 @@
+"""Two folders instead of a YAML: what they hold, sizes by machine, pictures and time."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.config import read_settings
+from common.errors import UserError
+from detection.training.config import load_config as load_detector
+from pipeline import own_data
+from pipeline.config import PipelineConfig, load_config
+from pipeline.own_data import BUDGETS, Costs, Machine, OwnData, first_sizes, fit, survey, to_yaml
+from pipeline.plan import build_stages
+from pretrain.config import PretrainConfig
+from tests import layouts
+from tools.run_pipeline import main
+
+ROOT = Path(__file__).parents[2]
+SMALL, LARGE = Machine(2, 8), Machine(64, 256, 80)
+DATA = OwnData(
+    Path("/pool"), None, 2000, Path("/labels"), "train", "val", 240, 60, ("a", "b"), 15, 720.0,
+    1.33, tuple(0.05 * i for i in range(1, 10)), 0.004,
+)  # fmt: skip
+COSTS = Costs(0.003, 0.03)  # of the thin network on one core
+
+
+def fitted(data: OwnData, machine: Machine, budget: str, costs: Costs = COSTS):
+    return fit(data, machine, budget, first_sizes(data, machine, budget), costs)
+
+
+@pytest.mark.parametrize("machine", [SMALL, LARGE])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("num_pool", [32, 60, 2000, 10**6])
+def test_every_plan_fits_the_time_and_the_pool(machine, budget, num_pool, tmp_path):
+    data = replace(DATA, num_pool=num_pool)
+    sizes = fitted(data, machine, budget, COSTS if machine == SMALL else Costs(0.002, 0.02))
+    assert sizes.seconds <= BUDGETS[budget]
+    assert 2 * sizes.batch <= sizes.num_pool <= num_pool
+    assert sizes.epochs * (sizes.num_pool // sizes.batch) >= own_data._LEAST_STEPS
+    assert sizes.iterations >= own_data._LEAST_ITERATIONS
+    assert (sizes.num_pool < num_pool) == (sizes.part < 1)
+    # Every program takes what was written.
+    (tmp_path / "own.yaml").write_text(to_yaml(data, machine, sizes, "own", budget))
+    config = read_settings(PipelineConfig, tmp_path / "own.yaml")
+    overrides = {key: str(value) for key, value in config.detection.overrides.items()}
+    cfg = load_detector(ROOT / config.detection.config, overrides, num_gpus=1)
+    assert sizes.iterations == cfg.SOLVER.MAX_ITER
+    assert sizes.ims_per_batch == cfg.SOLVER.IMS_PER_BATCH
+    assert [list(sizes.anchors)] == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    words = [f"{key}={json.dumps(value)}" for key, value in config.pretrain.overrides.items()]
+    pretrain = read_settings(PretrainConfig, ROOT / config.pretrain.config, words)
+    assert pretrain.optim.epochs == sizes.epochs
+    is_thin = not machine.gpu_memory
+    assert (pretrain.arch.width_per_group, cfg.MODEL.RESNETS.WIDTH_PER_GROUP) == (
+        (16, 16) if is_thin else (64, 64)
+    )
+
+
+def test_sizes_follow_pictures_objects_memory_and_time():
+    tiny = replace(DATA, objects=tuple(value / 10 for value in DATA.objects))
+    assert first_sizes(DATA, SMALL, "quick").min_size == 128
+    assert first_sizes(tiny, SMALL, "quick").min_size == 256
+    assert first_sizes(tiny, SMALL, "night").min_size == 512
+    assert first_sizes(replace(tiny, short_side=200.0), SMALL, "night").min_size == 192
+    assert first_sizes(DATA, LARGE, "quick").min_size == 800
+    assert first_sizes(replace(DATA, short_side=120.0), LARGE, "quick").min_size == 256
+    assert [first_sizes(replace(DATA, num_pool=n), SMALL, "quick").batch for n in (60, 120, 900)] \
+        == [16, 32, 128]  # fmt: skip
+    assert first_sizes(DATA, Machine(2, 4), "quick").parallel == 1
+    assert first_sizes(DATA, SMALL, "quick").parallel == 2
+    assert first_sizes(DATA, Machine(8, 64, 12), "quick").ims_per_batch == 4
+    # More time, cores or simpler steps: more training. Too little: the least, and its time.
+    quick, hour = (fitted(DATA, SMALL, budget) for budget in ("quick", "hour"))
+    assert hour.epochs > quick.epochs
+    assert fitted(DATA, Machine(8, 64), "quick").iterations > quick.iterations
+    slow = fitted(DATA, SMALL, "quick", Costs(0.003, 3.0))
+    assert slow.iterations == own_data._LEAST_ITERATIONS
+    assert slow.seconds > BUDGETS["quick"]
+    many = fitted(replace(DATA, num_test=10**5), SMALL, "quick")
+    assert own_data._LEAST_EVALUATED <= many.num_eval < 10**5
+
+
+def test_smaller_pictures_where_the_objects_would_take_too_long(monkeypatch, tmp_path):
+    def measure(data, machine, sizes, name, out):
+        return Costs(0.003, 0.2 * (sizes.min_size / 128) ** 2)
+
+    monkeypatch.setattr(own_data, "_measure", measure)
+    tiny = replace(DATA, objects=tuple(value / 10 for value in DATA.objects))
+    sizes = own_data.choose(tiny, SMALL, "quick", "own", tmp_path)
+    assert sizes.min_size == 128
+    assert sizes.anchors == (8, 8, 8)
+    sizes = own_data.choose(DATA, LARGE, "quick", "own", tmp_path)
+    assert (sizes.min_size, sizes.ims_per_batch) == (800, 2)
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """40 unlabelled pictures in `images`, six with LabelImg's XML in `labels`, an empty folder."""
+    for name in layouts.NAMES:
+        layouts.paint(tmp_path / "labels" / f"{name}.jpg", name)
+        layouts.write(tmp_path / "labels" / f"{name}.xml", layouts.xml(name, f"{name}.jpg"))
+        shutil.copy(tmp_path / "labels" / f"{name}.xml", _made(tmp_path / "apart/xml"))
+        shutil.copy(tmp_path / "labels" / f"{name}.jpg", _made(tmp_path / "apart/jpg"))
+    for i in range(40):
+        shutil.copy(tmp_path / "labels/photo 1.jpg", _made(tmp_path / "images") / f"{i}.jpg")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_what_two_folders_hold(folders):
+    data = survey(folders / "images", folders / "labels")
+    assert (data.num_pool, data.num_train + data.num_test) == (40, 6)
+    assert data.classes == ("cat", "dog")
+    assert data.short_side == 96
+    assert data.objects[4] == pytest.approx(41 / 96, abs=0.02)
+    # Labels within the pictures, or the same folder, or the labelled ones alone.
+    shutil.move(folders / "labels", folders / "images/labels")
+    inside = survey(folders / "images", folders / "images/labels")
+    assert inside.num_pool == 46
+    assert any("lie in the pool too" in note for note in inside.notes)
+    for name in ("train", "valid"):  # as Roboflow's
+        shutil.copytree(folders / "images", folders / "parts" / name)
+    alone = survey(None, folders / "parts")
+    assert (alone.pool_split, alone.num_pool, alone.num_train) == ("train", 46, 6)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ("labels", "images", "swapped? Give --images {0}/images --labels {0}/labels"),
+        ("none", "labels", "--images {0}/none: no such folder"),
+        ("images", "none", "--labels {0}/none: no such folder"),
+        ("images", "labels/photo 1.jpg", "is a file"),
+        ("empty", "labels", "{0}/empty: holds no pictures"),
+        ("images", "empty", "--labels {0}/empty: holds no labelled set"),
+        ("labels", "labels", "6 pictures; pretraining takes 32 at least, and hundreds"),
+        ("apart/jpg", "apart/xml", "Give --labels {0}/apart"),
+    ],
+)
+def test_wrong_folders_are_named_with_a_remedy(images, labels, message, folders, capsys):
+    words = ["--images", folders / images, "--labels", folders / labels, "--out", folders / "run"]
+    assert main([*map(str, words)]) == 2
+    assert message.format(folders) in capsys.readouterr().err
+    assert not (folders / "run").exists()
+
+
+def test_wrong_words(folders, capsys):
+    own = ["--images", str(folders / "images"), "--labels", str(folders / "labels")]
+    for words in (["demo", *own], own[:2], ["demo", "--budget", "quick"], []):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+    assert main([*own, "--out", str(folders / "images/run")]) == 2
+    assert "lies in --images" in capsys.readouterr().err
+
+
+def test_the_yaml_is_left_in_the_run_and_goes_on(folders, monkeypatch, capsys):
+    monkeypatch.setattr(own_data, "_measure", lambda *_: COSTS)
+    images, labels, out = (folders / name for name in ("images", "labels", "run"))
+    text = own_data.prepare(images, labels, out, "quick", is_dry=True)
+    assert not out.exists()
+    assert own_data.prepare(images, labels, out, "quick", is_dry=False) == text
+    config = load_config(out / own_data.YAML_FILE)
+    assert config.name == "run"
+    assert "pretrained/seed-0" in {stage.name for stage in build_stages(config, ROOT, out)}
+    # A person's changes stay.
+    changed = text.replace("seeds: 1", "seeds: 2")
+    (out / own_data.YAML_FILE).write_text(changed)
+    assert own_data.prepare(images, labels, out, "quick", is_dry=False) == changed
+    with pytest.raises(UserError, match="other folders or another budget"):
+        own_data.prepare(images, labels, out, "hour", is_dry=False)
+
+
+@pytest.mark.slow
+def test_two_folders_become_a_run_that_its_yaml_continues(folders):
+    def run(*words: str) -> str:
+        command = ["bash", str(ROOT / "tools/run_pipeline.sh"), *words, "--out", "run", *SMALLEST]
+        done = subprocess.run(
+            command, cwd=folders, capture_output=True, text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    output = run("--images", "images", "--labels", "labels")
+    assert "tools/predict.py run PICTURES --out DIR" in output
+    assert (folders / "run/report.html").is_file()
+    lines = run("run/pipeline.yaml", "--dry-run").splitlines()
+    actions = [line.split()[0] for line in lines if line.split()[0] in ("run", "skip", "maybe")]
+    assert actions == ["skip"] * 6
+
+
+SMALLEST = [
+    *("pretrain.overrides.optim.epochs=2", "pretrain.overrides.optim.warmup_epochs=1"),
+    *("pretrain.overrides.data.image_size=32", "pretrain.overrides.data.num_workers=0"),
+    *("detection.overrides.SOLVER.MAX_ITER=4", "detection.overrides.TEST.EVAL_PERIOD=0"),
+    *("detection.overrides.TEST.PRECISE_BN.NUM_ITER=2",),
+    *("detection.overrides.MODEL.BACKBONE.CALIBRATE_BN_BATCHES=2",),
+]
