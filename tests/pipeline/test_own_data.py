@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.annotations.record import SetChoice, read_set
 from common.config import read_settings
 from common.errors import UserError
 from detection.training.config import load_config as load_detector
@@ -135,6 +136,18 @@ def test_what_two_folders_hold(folders):
         shutil.copytree(folders / "images", folders / "parts" / name)
     alone = survey(None, folders / "parts")
     assert (alone.pool_split, alone.num_pool, alone.num_train) == ("train", 46, 6)
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_labels_of_every_tool_and_their_pictures_as_pool(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_data, "LEAST_POOL", 1)
+    layouts.LAYOUTS[layout][1](tmp_path)
+    data = survey(None, tmp_path)
+    assert (data.num_train + data.num_test, data.classes) == (6, ("cat", "dog"))
+    assert data.num_pool in (4, 6)
+    # The lists are found again by the names that the YAML holds.
+    named = SetChoice(train_split=data.train_split, test_split=data.test_split)
+    assert read_set(tmp_path, named).digest() == read_set(tmp_path).digest()
 
 
 @pytest.mark.parametrize(
