@@ -275,7 +275,8 @@ def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dic
         result: Content of its result.json, or of its eval-on-NAME.json.
         kept: What else of the result is kept.
     """
-    coco = result.get("coco") or {}  # results of older versions have none
+    coco = result.get("coco")  # results of older versions have none
+    coco = coco if isinstance(coco, dict) else {}
     figures = {**result, **{f"coco_{metric}": coco.get(metric) for metric in METRICS}}
     return {"seed": seed} | {key: figures.get(key) for key in (*ALL_METRICS, *kept)}
 
