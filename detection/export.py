@@ -23,9 +23,10 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from common import provenance
-from common.backbone import BackboneCheckpoint, ReferenceResNet
+from common.backbone import BackboneCheckpoint
 from common.errors import UserError
 from common.files import read_json_or_none, write_bytes, write_json, write_text
+from common.network import ResNet
 from detection.convert import comparison_picture
 from detection.predict import Detector
 from detection.training.config import describe, dump_config
@@ -70,7 +71,7 @@ class TraceableBackbone(nn.Module):
 
     def __init__(self, source: BackboneCheckpoint) -> None:
         super().__init__()
-        self.network = ReferenceResNet(source.arch)
+        self.network = ResNet(source.arch)
         self.network.load_state_dict(source.tensors, strict=False)  # counters are left out
         pixels = source.preprocessing
         self.mean, self.std = (torch.tensor(x).view(1, 3, 1, 1) for x in (pixels.mean, pixels.std))
@@ -85,7 +86,7 @@ class TraceableBackbone(nn.Module):
         Returns:
             Mean features (n, c), and res5 (n, c, h / 32, w / 32).
         """
-        res5 = self.network((image - self.mean) / self.std)["res5"]
+        res5 = self.network.stages((image - self.mean) / self.std)["res5"]
         return res5.mean(dim=(2, 3)), res5
 
 

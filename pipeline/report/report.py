@@ -316,17 +316,22 @@ def pretraining_pictures(folder: Path) -> list[tuple[str, str, str]]:
 # -- pretraining, and what ran --------------------------------------------------------------------
 
 
+def _table(value: Any) -> Mapping[str, Any]:
+    """A part of a file that should be a table; empty if it is none."""
+    return value if isinstance(value, dict) else {}
+
+
 def pretrainings(
     out: Path, run: Mapping[str, Any], stages: Iterable[str]
 ) -> dict[str, list[RunInfo]]:
     """The runs of every variant among some finished stages, by its label, in the order of seeds."""
-    variants = (run.get("config") or {}).get("variants") or {}
+    variants = _table(_table(run.get("config")).get("variants"))
     found: dict[str, list[RunInfo]] = defaultdict(list)
     for stage in stages:
         kind, _, tail = stage.partition("/")
         if kind == "pretrain":
             name = tail.partition("/seed-")[0] or "pretrained"
-            label = (variants.get(name) or {}).get("label") or name
+            label = str(_table(variants.get(name)).get("label") or name)
             with contextlib.suppress(UserError):
                 one = runs.read(out / stage)
                 found[label].append(one)

@@ -18,6 +18,7 @@ from pipeline.config import PipelineConfig, load_config
 from pipeline.own_data import BUDGETS, Costs, Machine, OwnData, first_sizes, fit, survey, to_yaml
 from pipeline.plan import build_stages
 from pretrain.config import PretrainConfig
+from pretrain.model.backbones.resnet import ResNetBackbone
 from tests import layouts
 from tools.run_pipeline import main
 
@@ -56,6 +57,7 @@ def test_every_plan_fits_the_time_and_the_pool(machine, budget, num_pool, tmp_pa
     words = [f"{key}={json.dumps(value)}" for key, value in config.pretrain.overrides.items()]
     pretrain = read_settings(PretrainConfig, ROOT / config.pretrain.config, words)
     assert pretrain.optim.epochs == sizes.epochs
+    assert isinstance(pretrain.arch, ResNetBackbone)
     is_thin = not machine.gpu_memory
     assert (pretrain.arch.width_per_group, cfg.MODEL.RESNETS.WIDTH_PER_GROUP) == (
         (16, 16) if is_thin else (64, 64)
