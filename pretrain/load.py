@@ -120,13 +120,16 @@ def load_backbone(
     Raises:
         UserError: If there is no such file, or it holds no complete ResNet.
     """
-    path = Path(path)
-    if path.is_dir():
-        path /= "checkpoint.pth"
+    path = checkpoint_of(Path(path))
     if isinstance(preprocessing, str):
         preprocessing = parse_preprocessing(preprocessing)
     file = read_backbone(path, branch=branch, preprocessing=preprocessing, **reading)
     return from_checkpoint(file, image_size)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The file that is meant by a file, or by a run's folder."""
+    return path / "checkpoint.pth" if path.is_dir() else path
 
 
 def from_checkpoint(file: BackboneCheckpoint, image_size: int | None = None) -> LoadedBackbone:

@@ -8,6 +8,7 @@ bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.files import write_json
+from common.files import write_bytes, write_json
 from common.pictures import BadPicture, decode
 from pretrain.config import PretrainConfig
 from pretrain.data.decode import center_crop
@@ -30,6 +31,7 @@ from pretrain.features.memory_bank import top_k
 
 TILE = 96  # pixels
 GAP = 4
+CAPTION = 16  # height of a line under a tile
 NUM_NEIGHBOURS = 6
 MAX_BANK = 2048  # pictures that neighbours are looked for among
 MIN_POINTS = 8  # of the map
@@ -102,7 +104,9 @@ class RunPictures(Callback):
             rows.append([*pictures, *(view.cpu().numpy() for view in both)])
             described.append({"sample": str(sample) if index is None else index.key_name(sample)})
         columns = ["picture", "view 1", "view 2"][index is None :]
-        self._save_grid("views", rows, {"columns": columns, "rows": described})
+        save_grid(
+            self._folder / "pictures/views.jpg", rows, {"columns": columns, "rows": described}
+        )
 
     def save_neighbours(self, name: str) -> None:
         """``neighbours.jpg``: a query per row, then its nearest pictures in feature space.
@@ -155,24 +159,43 @@ class RunPictures(Callback):
                     "similarities": [round(float(v), 4) for v in values[query]],
                 }
             )
-        self._save_grid(name, rows, {"num_bank": len(bank_features), "rows": described})
+        save_grid(
+            self._folder / f"pictures/{name}.jpg",
+            rows,
+            {"num_bank": len(bank_features), "rows": described},
+        )
 
-    def _save_grid(
-        self, name: str, rows: list[list[np.ndarray]], described: dict[str, Any]
-    ) -> None:
-        """Tiles in rows with white gaps, as a JPEG, and what they are, as JSON beside it."""
-        step = TILE + GAP
-        canvas = np.full((len(rows) * step - GAP, len(rows[0]) * step - GAP, 3), 255, np.uint8)
-        for r, row in enumerate(rows):
-            for c, tile in enumerate(row):
-                tile = cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA)
-                canvas[r * step : r * step + TILE, c * step : c * step + TILE] = tile
-        ok, data = cv2.imencode(".jpg", canvas[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
-        assert ok, "OpenCV could not encode a JPEG"
-        folder = self._folder / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jpg").write_bytes(data.tobytes())
-        write_json(folder / f"{name}.json", described)
+
+def save_grid(
+    path: Path,
+    rows: list[list[np.ndarray]],
+    described: dict[str, Any],
+    captions: list[list[str]] | None = None,
+) -> None:
+    """Tiles in rows with white gaps, as a JPEG, and what they are, as JSON beside it.
+
+    Args:
+        path: Of the JPEG.
+        rows: uint8 RGB [h, w, 3]; each is resized to TILE. Shorter rows end in white.
+        described: For the JSON.
+        captions: A few ASCII letters under each tile.
+    """
+    step, line = TILE + GAP, CAPTION if captions else 0
+    width = max(map(len, rows)) * step - GAP
+    canvas = np.full((len(rows) * (step + line) - GAP, width, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        top = r * (step + line)
+        for c, tile in enumerate(row):
+            tile = cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA)
+            canvas[top : top + TILE, c * step : c * step + TILE] = tile
+            if captions:
+                place = (c * step + 2, top + TILE + CAPTION - 4)
+                cv2.putText(canvas, captions[r][c], place, cv2.FONT_HERSHEY_SIMPLEX, 0.4,
+                            (0, 0, 0), 1, cv2.LINE_AA)  # fmt: skip
+    ok, data = cv2.imencode(".jpg", canvas[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+    assert ok, "OpenCV could not encode a JPEG"
+    write_bytes(path, data.tobytes())
+    write_json(path.with_suffix(".json"), described)
 
 
 def _spread(index: ShardIndex, most: int) -> Subset:
@@ -182,9 +205,14 @@ def _spread(index: ShardIndex, most: int) -> Subset:
 
 
 def _tile(index: Samples, sample: int) -> np.ndarray:
-    """The middle square of a sample's picture, uint8 RGB [TILE, TILE, 3]; grey without one."""
+    """The tile of a sample's picture."""
+    return tile_of(lambda: index.read_bytes(sample))
+
+
+def tile_of(read: Callable[[], bytes]) -> np.ndarray:
+    """The middle square of a picture, uint8 RGB [TILE, TILE, 3]; grey where it does not decode."""
     try:
-        return center_crop(decode(index.read_bytes(sample), where="picture"), TILE)
+        return center_crop(decode(read(), where="picture"), TILE)
     except BadPicture:
         return np.full((TILE, TILE, 3), 128, np.uint8)
 
