@@ -3,10 +3,10 @@
 A name may come from a data set or a run folder of somebody else. What reads it opens it with
 `open_regular`, which never waits on a pipe or a device, and reads no more than a bound.
 
-The locks are flock(2): the system frees them when a process ends, however it ends. On NFS, Linux
-turns them into locks at the server, so that they hold between machines; that needs NFSv4, or NFSv3
-with its lock service, and no `nolock` or `local_lock`. Other cluster file systems need flock to be
-switched on for all nodes (Lustre: the mount option `flock`).
+The locks are those of fcntl(2), of a process or of an open file; both kinds see each other. The
+system frees them when their owner ends, however it ends. They hold between machines on NFSv4, or
+NFSv3 with its lock service, without `nolock` or `local_lock`. Other cluster file systems need locks
+to be switched on for all nodes (Lustre: the mount option `flock`).
 """
 
 import codecs
@@ -22,6 +22,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -482,7 +483,7 @@ def lock_file(
     """Lock an open file.
 
     Args:
-        file: Open for writing.
+        file: Open for writing; where the lock is shared, for reading.
         folder: Where it lies, for messages.
         shared: Others may share the lock.
         wait: Until it is free.
@@ -495,7 +496,7 @@ def lock_file(
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:
-        (fcntl.lockf if of_process else fcntl.flock)(file, kind)
+        _set_lock(file, kind, of_process=of_process)
     except (BlockingIOError, PermissionError):  # lockf may say EACCES
         return False
     except OSError as error:
@@ -506,8 +507,19 @@ def lock_file(
 
 
 def unlock(file: int | IO[Any]) -> None:
-    """Free a lock, also for a forked process that holds the same open file."""
-    fcntl.flock(file, fcntl.LOCK_UN)
+    """Free the lock of an open file, also for a forked process that holds the same open file."""
+    _set_lock(file, fcntl.LOCK_UN)
+
+
+def _set_lock(file: int | IO[Any], kind: int, *, of_process: bool = False) -> None:
+    if of_process or not hasattr(fcntl, "F_OFD_SETLK"):  # macOS: its flock sees lockf
+        (fcntl.lockf if of_process else fcntl.flock)(file, kind)
+        return
+    mode = kind & ~fcntl.LOCK_NB
+    is_waiting = mode == kind != fcntl.LOCK_UN
+    kinds = {fcntl.LOCK_SH: fcntl.F_RDLCK, fcntl.LOCK_EX: fcntl.F_WRLCK}
+    whole_file = struct.pack("hhqqi4x", kinds.get(mode, fcntl.F_UNLCK), os.SEEK_SET, 0, 0, 0)
+    fcntl.fcntl(file, fcntl.F_OFD_SETLKW if is_waiting else fcntl.F_OFD_SETLK, whole_file)
 
 
 @contextmanager

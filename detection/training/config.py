@@ -60,12 +60,17 @@ _LOWEST = {
     "TEST.NUM_IMAGES": 0,
 }
 _CHOICES = {
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.FORMAT": ("RGB", "BGR"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.LR_SCHEDULER_NAME": (
         "WarmupMultiStepLR",
         "WarmupCosineLR",
         "WarmupStepWithFixedGammaLR",
     ),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
 # What yacs raises; the last two come from Python's parser, for a value of a thousand brackets.
 _REFUSALS = (KeyError, ValueError, AssertionError, TypeError, RecursionError, MemoryError)
@@ -263,7 +268,7 @@ def _check_values(cfg: CfgNode, path: Path) -> None:
         is_numeric = isinstance(value, list | tuple) and bool(numbers := _items(stock.get(key)))
         is_numeric = is_numeric and all(isinstance(item, int | float) for item in numbers)
         if (choices := _CHOICES.get(key)) and value not in choices:
-            raise UserError(f"{path}: {key} is {value}; known are {', '.join(choices)}")
+            raise UserError(f"{path}: {unknown(f'{key} {value}', str(value), choices)}")
         if (lowest := _LOWEST.get(key)) is not None and not items:
             raise UserError(f"{path}: {key} is empty; give at least one number")
         for item in items:

@@ -3,17 +3,19 @@
 import detection.compat  # noqa: F401  (before detectron2)
 
 # isort: split
+import contextlib
 import json
 import logging
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import launch
@@ -26,7 +28,7 @@ from detectron2.utils.events import EventStorage
 from common import pictures, provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.backbone import read_own_card
-from common.config import dotted
+from common.config import dotted, one_line
 from common.errors import UserError
 from common.files import (
     LOCK,
@@ -46,12 +48,12 @@ from detection.training.config import (
     set_num_classes,
     write_config,
 )
-from detection.training.data import register
+from detection.training.data import BoxMapper, register
 from detection.training.trainer import Trainer
 from detection.training.weights import check_card
 
 # Detectron2 makes these at run time.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 logger = logging.getLogger(__name__)
 _FORWARD_SHARE = 1 / 3  # of the time of a training step
 # Config keys that change no result: where it runs, where it writes, names made from hashes.
@@ -408,17 +410,18 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cfg.MODEL.WEIGHTS = ""
-    try:
+    with _refusals_explained(settings.config):
         model = build_model(cfg).train()
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"{settings.config}: Detectron2 cannot build it: {error}") from error
+        Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+        for is_train in (True, False):
+            BoxMapper(cfg, is_train=is_train).of_pixels(np.zeros((480, 640, 3), np.uint8))
     side = int(cfg.INPUT.MIN_SIZE_TRAIN[0])
     instances = Instances((side, side))
     instances.gt_boxes = Boxes(torch.tensor([[side / 4, side / 4, side / 2, side / 2]]))
     instances.gt_classes = torch.zeros(1, dtype=torch.int64)
     item = {"image": torch.zeros(3, side, side, dtype=torch.uint8), "instances": instances}
     started = 0.0
-    with EventStorage():
+    with _refusals_explained(settings.config), EventStorage():
         for _ in range(2):  # the first warms up
             started = time.process_time()
             torch.stack(list(model([dict(item)]).values())).sum().backward()
@@ -440,6 +443,21 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
         + num_evaluations * per_evaluation,
         "disk_bytes": 6 * num_bytes,  # two checkpoints with momentum, the last weights
     }
+
+
+@contextlib.contextmanager
+def _refusals_explained(config: Path) -> Iterator[None]:
+    """Detectron2 finds out late what does not fit: its errors about settings as a UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        raise UserError(
+            f"{config}: Detectron2 cannot train with these settings ({one_line(error)}); take back "
+            "the last override or change of the file"
+        ) from error
 
 
 def _open_pictures(data: LabelledSet) -> None:

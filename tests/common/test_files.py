@@ -197,34 +197,39 @@ def test_waiters_for_a_name_get_it_one_after_the_other(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_lock_of_the_process_is_not_inherited_and_one_of_the_file_is(tmp_path):
+@pytest.mark.parametrize("of_process", [True, False], ids=["process", "file"])
+def test_locks_of_processes_and_files_see_each_other_and_only_files_pass_theirs_on(
+    tmp_path, of_process
+):
     asking = (
         "import sys; from common.files import lock_file\n"
-        "print(lock_file(open(sys.argv[1], 'a'), '.', of_process=bool(int(sys.argv[2]))))"
+        "for kind in (True, False):\n"
+        "    with open(sys.argv[1], 'a+') as file:\n"
+        "        print(*(lock_file(file, '.', shared=shared, of_process=kind)\n"
+        "                for shared in (True, False)))"
     )
 
-    def can_another_lock(of_process):
-        command = [sys.executable, "-c", asking, str(tmp_path / "a"), str(int(of_process))]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() == "True"
+    def others_can_lock():
+        command = [sys.executable, "-c", asking, str(tmp_path / "a")]
+        return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
 
-    for of_process in (True, False):
-        file = open(tmp_path / "a", "a")  # noqa: SIM115
-        assert files.lock_file(file, tmp_path, of_process=of_process)
-        assert not can_another_lock(of_process)
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-        file.close()
-        assert can_another_lock(of_process) is of_process
-        child.kill()
-        child.join()
-        assert can_another_lock(of_process)
+    file = open(tmp_path / "a", "a")  # noqa: SIM115
+    assert files.lock_file(file, tmp_path, of_process=of_process)
+    assert others_can_lock() == {"False"}
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    file.close()
+    assert others_can_lock() == {str(of_process)}
+    child.kill()
+    child.join()
+    assert others_can_lock() == {"True"}
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    def no_locks(file, kind):
+    def no_locks(file, kind, of_process):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files, "_set_lock", no_locks)
     with (
         pytest.raises(UserError, match=r"offers no locks; choose another"),
         files.locked(tmp_path / "name.lock"),

@@ -1,7 +1,6 @@
 """A stage as a job of a cluster: stopped when asked, queued by the runner, reported when killed."""
 
 import argparse
-import fcntl
 import io
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunFailed, UserError
-from common.files import read_json
+from common.files import lock_file, read_json, unlock
 from pipeline.experiment import add_run_options, limits_of
 from pipeline.jobs import ClusterJob, CommandJob, SlurmSettings
 from pipeline.plan import Stage
@@ -63,12 +62,12 @@ def test_a_request_to_stop_lets_the_command_save(tmp_path: Path) -> None:
 def test_an_attempt_that_outlived_its_runner_ends_first(tmp_path: Path) -> None:
     """The lock is the older attempt's; the newer one waits."""
     with (tmp_path / "x.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, tmp_path)
 
         def end() -> None:
             time.sleep(0.3)
             (tmp_path / "older").touch()
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            unlock(lock)
 
         older = threading.Thread(target=end)
         older.start()

@@ -46,9 +46,10 @@ def words_of(program, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("program", "lock", "kind"),
-    [(pretrain, "out/.lock", "process"), (linear_eval, "out/.lock", "process"),
-     (convert_to_d2, "out/backbone.pkl.lock", "process"), (make_shards, "out/.lock", "file"),
-     (make_dataset, "out.lock", "file")],
+    # Held by the other kind of lock than the program takes: as by a pipeline in a run's folder.
+    [(pretrain, "out/.lock", "file"), (linear_eval, "out/.lock", "file"),
+     (convert_to_d2, "out/backbone.pkl.lock", "file"), (make_shards, "out/.lock", "process"),
+     (make_dataset, "out.lock", "process")],
 )  # fmt: skip
 def test_the_second_program_is_told_who_holds_the_folder(
     tmp_path, monkeypatch, capsys, program, lock, kind

@@ -1,7 +1,6 @@
 """The command line: layout, determinism, restarts, and one clear message per mistake."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.annotations.record import read_set
+from common.files import lock_file
 from pipeline.datasets import scene, sets
 from pipeline.datasets.shapes import CLASSES
 from tests.pipeline.datasets.package_fixture import COUNTS, SIZES, run, tree
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys, monkeypatch):
 def test_two_runs_never_write_the_same_set(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(sets, "LOCK_WAIT_SECONDS", 0.2)
     with open(tmp_path / "out.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, tmp_path)
         assert run("procedural", tmp_path / "out", *SIZES) == 2
     assert f"{tmp_path / 'out'}: another process is at work here" in capsys.readouterr().err
 

@@ -114,7 +114,8 @@ def test_schedule_is_scaled_with_max_iter() -> None:
         ("INPUT.MIN_SIZE_TRAIN ()", r"INPUT.MIN_SIZE_TRAIN is empty"),
         ("INPUT.MIN_SIZE_TRAIN (-4,)", r"is \(-4,\); give at least 1"),
         ("MODEL.PIXEL_STD [1.0,0.0,1.0]", r"MODEL.PIXEL_STD is .*; give at least 1e-06"),
-        ("SOLVER.LR_SCHEDULER_NAME Fast", r"is Fast; known are WarmupMultiStepLR"),
+        ("SOLVER.LR_SCHEDULER_NAME Fast", r"unknown .* Fast; known are WarmupCosineLR"),
+        ("INPUT.CROP.TYPE relativ", r"unknown INPUT.CROP.TYPE relativ; did you mean relative\?"),
     ],
 )
 def test_override_that_cannot_train_is_refused(overrides: str, message: str) -> None:

@@ -412,6 +412,11 @@ REFUSALS = {
     "threads": (["random", "--threads", "0"], "give 1 or more"),
     "gpus": (["random", "--num-gpus", "64"], "this machine has"),
     "key": (["random", "SOLVER.LR", "1"], "unknown key SOLVER.LR"),
+    "step": (["random", "--check", "MODEL.PIXEL_MEAN=[1.0,2.0]"], "Detectron2 cannot train"),
+    "augmentation": (
+        ["random", "--check", "INPUT.CROP.ENABLED=True", "INPUT.CROP.SIZE=[1,2,3]"],
+        "Detectron2 cannot train",
+    ),
 }
 
 

@@ -1,6 +1,5 @@
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.files import lock_file
 from pretrain.data import cache as cache_module
 from pretrain.data import remote
 from pretrain.data.cache import CacheOptions, RemoteShard, ShardCache
@@ -63,7 +63,7 @@ def held(cache: ShardCache, server: Faulty) -> list[int]:
 def num_bytes(folder: Path) -> int:
     """Bytes of shards and downloads in flight, while nobody moves them."""
     with open(folder / "space.lock", "ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        lock_file(stream, folder, wait=True)
         files = [*(folder / "shards").iterdir(), *(folder / "partial").iterdir()]
         return sum(path.stat().st_size for path in files)
 

@@ -1,6 +1,5 @@
 """Packing in tasks through submitit, here and on a cluster."""
 
-import fcntl
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ import submitit
 import submitit.core.core
 
 from common.errors import RunFailed
-from common.files import write_json
+from common.files import lock_file, write_json
 from pretrain.data import pack
 from pretrain.data.pack import (
     PARTS,
@@ -64,11 +63,7 @@ def until(condition, seconds: float = 60) -> None:
 
 def is_held(lock: Path) -> bool:
     with open(lock, "r+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not lock_file(stream, lock.parent)
 
 
 def test_killed_command_and_killed_task(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
