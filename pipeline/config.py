@@ -34,7 +34,7 @@ class DataStageConfig:
         kind: A generator of `tools/make_dataset.py`, or `existing` for one's own data.
         options: Handed to the generator: `train: 300` becomes `--train 300`.
         shares: Parts of the pool below 1 that variants ask for, ascending, as [0.1, 0.25].
-        dataset: With `existing`: the VOC-layout or COCO folder for detection; `{seed}` in it stands
+        dataset: With `existing`: labelled pictures for detection (docs/data.md); `{seed}` in it stands
             for the seed.
         pool: With `existing`: pictures for pretraining (folder, ImageNet tree or VOC devkit).
         pool_split: With `existing`: the split of a VOC devkit that is packed.
@@ -285,7 +285,7 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
     require(not data.options, "data.options belong to the generators; data.kind is existing")
     require(
         not config.arms or data.dataset is not None,
-        "data.kind existing needs data.dataset, the VOC-layout folder for detection",
+        "data.kind existing needs data.dataset, the labelled pictures for detection",
     )
     if any(variant.weights is None for variant in variants.values()):
         require(

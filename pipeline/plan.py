@@ -492,7 +492,7 @@ def detection_words(config: PipelineConfig) -> list[str]:
 
 
 def dataset_folder(config: PipelineConfig, out: Path, seed: int = 0) -> Path:
-    """Return the VOC-layout set that detection is trained and tested on."""
+    """Return the labelled set that detection is trained and tested on."""
     own = config.data.dataset
     return out / "data" if own is None else Path(own.replace("{seed}", str(seed))).resolve()
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--compare", action="append", default=[], metavar="A:B", help="a further comparison, A - B")
     add("--config", required=True, help="a YAML file, or a preset of configs/detection/")
     add("--data", required=True, metavar="DIR",
-        help="data set with dataset.json, a VOC devkit or a COCO folder")  # fmt: skip
+        help="labelled pictures, as train_voc.sh takes them")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the trials")
     add("--seeds", type=int, default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
     add("--published", metavar="FILE|none",
