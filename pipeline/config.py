@@ -34,8 +34,8 @@ class DataStageConfig:
         kind: A generator of `tools/make_dataset.py`, or `existing` for one's own data.
         options: Handed to the generator: `train: 300` becomes `--train 300`.
         shares: Parts of the pool below 1 that variants ask for, ascending, as [0.1, 0.25].
-        dataset: With `existing`: labelled pictures for detection (docs/data.md); `{seed}` in it stands
-            for the seed.
+        dataset: With `existing`: labelled pictures for detection (docs/data.md); `{seed}` in it
+            stands for the seed.
         pool: With `existing`: pictures for pretraining (folder, ImageNet tree or VOC devkit).
         pool_split: With `existing`: the split of a VOC devkit that is packed.
         shards: With `existing`: ready shards instead of `pool`.

@@ -27,6 +27,7 @@ UPRIGHT = "pictures with an EXIF orientation: boxes taken as shares of the uprig
 NO_SIZE = "annotations without a size: the picture's taken"
 CLIPPED = "boxes up to 1 pixel outside their picture: clipped"
 CUT = "boxes that reach further outside their picture: clipped"
+POLYGONS = "polygons: their boxes taken"
 TWICE = "objects marked twice, same class and box: VOC's metric finds one of them; remove the other"
 EMPTY = "objects with an empty box: left out"
 NOT_CHOSEN = "objects of other classes than --classes: left out"

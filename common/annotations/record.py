@@ -246,6 +246,10 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
         raise UserError(f"{root}: {fault}; give the folder of a labelled set")
     names = FORMATS.names() if choice.format is None else [choice.format]
     matching = [name for name in names if FORMATS[name].recognises(root)]
+    inner = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+    is_nested = len(inner) == 1 and inner[0].is_dir() and not inner[0].is_symlink()
+    if not matching and is_nested:  # as archives are unpacked
+        return read_set(inner[0], choice)
     if not matching:
         listed = "; ".join(f"{name}: {FORMATS[name].holds}" for name in names)
         raise UserError(f"{root}: holds no labelled set; give a folder with one ({listed})")

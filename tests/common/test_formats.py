@@ -202,6 +202,23 @@ def test_a_category_above_others_is_none(tmp_path: Path) -> None:
     assert read_set(tmp_path).classes == ("pets", "cat", "dog"), "used, so it is one"
 
 
+def test_polygons_other_tasks_and_hidden_files(tmp_path: Path) -> None:
+    """In the only folder of an archive."""
+    LAYOUTS["CVAT COCO"][1](tmp_path / "a/export")
+    path = tmp_path / "a/export/annotations/instances_default.json"
+    content = json.loads(path.read_text())
+    for row in content["annotations"]:
+        x, y, w, h = row.pop("bbox")
+        row["segmentation"] = [[x, y, x + w, y, x + w, y + h], [x, y + h, x, y, x + 1, y + 1]]
+    write(path, json.dumps(content))
+    for name in ("annotations/captions_default.json", "annotations/._instances_default.json"):
+        write(path.parents[1] / name, "{}")
+    write(tmp_path / "__MACOSX/a.json", path.read_text())
+    data = read_set(tmp_path)
+    assert objects_of(data) == {x: [(LABELS[x], BOXES[x])] for x in NAMES}
+    assert data.notes == ("6 polygons: their boxes taken",)
+
+
 def test_a_folder_of_two_formats_is_refused(tmp_path: Path) -> None:
     make_labelimg(tmp_path)
     LAYOUTS["LabelImg YOLO"][1](tmp_path)

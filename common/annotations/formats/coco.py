@@ -13,6 +13,7 @@ from common.annotations.checks import (
     EMPTY,
     OBJECT,
     PICTURE,
+    POLYGONS,
     UNKNOWN,
     Findings,
     Frame,
@@ -39,6 +40,7 @@ from common.files import open_regular, read_json
 _OFFICIAL_SPLIT = re.compile(r"coco_(20\d\d)_([a-z]+)")
 _MAX_AREA = 1e10  # square pixels: pycocotools ignores objects above it
 _MAX_EMPTY = 1 / 1000  # share of objects with an empty box; COCO's own lists hold some
+_OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
 _HEAD = 1 << 16  # bytes by which a file is known
 _BEGINNING = re.compile(
     rb"(\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*\{\s*"
@@ -112,7 +114,10 @@ def _usual(name: str | None, default: str) -> str:
 def _json_files(root: Path) -> dict[str, Path]:
     """Lists and their files: all in ROOT/annotations, those of annotations in ROOT and below it."""
     own = root / "annotations"
-    found = {path.stem.removeprefix("instances_"): path for path in sorted(own.glob("*.json"))}
+    tables = sorted(path for path in own.glob("*.json") if not path.name.startswith("."))
+    if any(path.name.startswith("instances_") for path in tables):  # others are of other tasks
+        tables = [path for path in tables if not path.name.startswith(_OTHER_TASKS)]
+    found = {path.stem.removeprefix("instances_"): path for path in tables}
     for path in sorted(root.glob("*.json")):
         if _holds_annotations(path):
             found.setdefault(path.stem.removeprefix("instances_"), path)
@@ -128,6 +133,8 @@ def _holds_annotations(path: Path) -> bool:
         with open_regular(path) as file:
             head = file.read(_HEAD)
     except (OSError, UserError):
+        return False
+    if path.name.startswith(".") or path.parent.name == "__MACOSX":
         return False
     is_whole = len(head) < _HEAD
     text = head.replace(b"\0", b"")  # UTF-16 or UTF-32
@@ -216,7 +223,7 @@ def read_instances(
                     f"{where} is of a picture that it does not list, image_id {image!r:.60}; add "
                     "the picture or remove the annotation"
                 )
-            item, where = _object(row, labels, where)
+            item, where = _object(row, labels, where, findings)
             x0, y0, x1, y1 = item.box
             if x1 <= x0 or y1 <= y0:
                 empty.append(f"{where} is empty; remove the annotation")
@@ -284,10 +291,14 @@ def _file(folders: Sequence[Path], name: Any, where: str, findings: Findings) ->
 
 
 def _object(
-    row: dict[str, Any], labels: dict[int | str, str], where: str
+    row: dict[str, Any], labels: dict[int | str, str], where: str, findings: Findings
 ) -> tuple[ObjectRecord, str]:
     """One object, its box as it stands there, and where it is, for messages."""
     category, bbox, area = row.get("category_id"), row.get("bbox"), row.get("area")
+    if not bbox and (polygons := _polygons(row.get("segmentation"))):
+        x, y = polygons[::2], polygons[1::2]
+        bbox = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+        findings.repairs[POLYGONS] += 1
     if type(category) not in (int, str) or category not in labels:
         raise Unusable(
             UNKNOWN, f"{where}: category_id {category!r:.60} is none of the categories; add it"
@@ -308,6 +319,13 @@ def _object(
         area=number(area) if area else None,
     )
     return item, where
+
+
+def _polygons(segmentation: Any) -> list[float]:
+    """All corners, x and y in turn; empty if there are none, or they are no numbers."""
+    parts = segmentation if isinstance(segmentation, list) else []
+    values = [number(x) for part in parts if isinstance(part, list) for x in part]
+    return values if len(values) % 2 == 0 and all(map(math.isfinite, values)) else []
 
 
 def _picture(

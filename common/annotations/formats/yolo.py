@@ -15,6 +15,7 @@ from common.annotations.checks import (
     ANNOTATION,
     OBJECT,
     PICTURE,
+    POLYGONS,
     UNKNOWN,
     Findings,
     Unusable,
@@ -40,7 +41,6 @@ from common.files import read_text
 
 _NAME_FILES = ("classes.txt", "obj.names", "predefined_classes.txt")
 _LISTS = ("train", "val", "valid", "test")
-POLYGONS = "polygons: their boxes taken"
 SCORES = "boxes with a score: the score is not used"
 KEYPOINTS = "objects with key points: these are not used"
 NO_FILE = "pictures without a text file: taken as without objects"
