@@ -25,6 +25,7 @@ _ROLES = {
     **dict.fromkeys(("val", "valid", "validation"), VAL),
     **dict.fromkeys(("test", "testing"), TEST),
 }
+_MAX_RELATED = 100  # pictures with which one that is moved changes places
 _END = re.compile(r"[\d_.-]*$")  # of train2017
 
 
@@ -210,7 +211,7 @@ def seeded_split(classes_of: Mapping[str, Collection[str]], share: float, seed: 
 
     Iterative stratification (Sechidis, Tsoumakas, Vlahavas, 2011) with two parts. A function of
     the arguments; their order does not matter. A class in two pictures or more is on both sides
-    where that is possible by moving one picture after another.
+    where that is possible by moving one or two pictures at a time.
 
     Args:
         classes_of: Name of a picture -> classes on it, maybe none.
@@ -233,14 +234,16 @@ def seeded_split(classes_of: Mapping[str, Collection[str]], share: float, seed: 
 
     order = sorted(classes_of, key=lambda name: (hashed(name), name))
     own = {name: frozenset(classes_of[name]) or frozenset(("",)) for name in order}  # "": no object
-    total = Counter(label for name in order for label in own[name])
+    pictures_of: dict[str, list[str]] = {}
+    for name in order:
+        for label in own[name]:
+            pictures_of.setdefault(label, []).append(name)
     chosen: dict[str, bool] = {}
-    for label in sorted(total, key=lambda label: (total[label], label)):
-        most = max(total[label] - 1, 0)
-        wanted = min(max(round(share * total[label]), 1 if label else 0), most)
-        wanted -= sum(chosen.get(name, False) for name in order if label in own[name])
-        for name in order:
-            if label in own[name] and name not in chosen:
+    for _, names in sorted(pictures_of.items(), key=lambda item: (len(item[1]), item[0])):
+        wanted = min(round(share * len(names)), len(names) - 1)
+        wanted -= sum(chosen.get(name, False) for name in names)
+        for name in names:
+            if name not in chosen:
                 chosen[name] = wanted > 0
                 wanted -= 1
     if not any(chosen.values()):  # every class is in one picture alone
@@ -250,23 +253,30 @@ def seeded_split(classes_of: Mapping[str, Collection[str]], share: float, seed: 
 
 
 def _mend(order: Sequence[str], own: Mapping[str, frozenset[str]], chosen: dict[str, bool]) -> None:
-    """Move pictures so that classes in two pictures or more are on both sides."""
+    """Move pictures, one or two at a time, so that more classes are on both sides."""
     total = Counter(label for name in order for label in own[name] if label)
     sides = Counter((label, chosen[name]) for name in order for label in own[name])
 
-    def lonely(label: str) -> bool:
+    def is_lonely(label: str) -> bool:
         return total[label] > 1 and 0 in (sides[label, True], sides[label, False])
 
-    for name in order:
-        if any(map(lonely, own[name])):
-            before = sum(map(lonely, own[name]))
+    def move(*names: str) -> None:
+        for name in names:
             for label in own[name]:
                 sides[label, chosen[name]] -= 1
                 sides[label, not chosen[name]] += 1
-            is_better = sum(map(lonely, own[name])) < before
             chosen[name] = not chosen[name]
-            if not is_better or len(set(chosen.values())) < 2:
-                chosen[name] = not chosen[name]
-                for label in own[name]:
-                    sides[label, chosen[name]] += 1
-                    sides[label, not chosen[name]] -= 1
+
+    def is_better_moved(*names: str) -> bool:
+        labels = frozenset().union(*(own[name] for name in names))
+        before = sum(map(is_lonely, labels))
+        move(*names)
+        if sum(map(is_lonely, labels)) < before and len(set(chosen.values())) == 2:
+            return True
+        move(*names)
+        return False
+
+    for name in [*order] * 3:  # a later move makes an earlier one possible
+        if any(map(is_lonely, own[name])) and not is_better_moved(name):
+            related = [one for one in order if one != name and own[one] & own[name]]
+            any(is_better_moved(name, one) for one in related[:_MAX_RELATED])
