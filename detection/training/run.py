@@ -49,6 +49,7 @@ from detection.training.config import (
     write_config,
 )
 from detection.training.data import BoxMapper, register
+from detection.training.labels import describe
 from detection.training.trainer import Trainer
 from detection.training.weights import check_card
 
@@ -291,6 +292,7 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
         logger.info("%s: %s", data.root, note)
     if comm.is_main_process():
         write_config(cfg, folder / "config.yaml")
+        write_json(folder / "labels.json", describe(data))
     logger.info(
         "%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
         *(arm.name, seed, data.num_train, len(data.test.pictures), len(data.classes)),
