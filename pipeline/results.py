@@ -36,6 +36,7 @@ _FORMS: dict[str, tuple[str, Form]] = {
     "detection": ("result.json", dict.fromkeys(METRICS, NUMBER)),
 }
 """Kind of a stage -> the file that tells its figures, and what that must have."""
+NEAR_ZERO = 3.0  # points of AP50, below which a detector has hardly learnt anything
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
 
 
@@ -302,19 +303,40 @@ def compare(detection: Detection, treated: str, control: str) -> dict[str, Any]:
     }
 
 
+def near_zero(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels of a table's rows whose mean is near 0; a frozen backbone may well be so."""
+    return [row["label"] for row in rows if row["n"] and row["mean"] < NEAR_ZERO
+            and not row["variant"].endswith(FROZEN)]  # fmt: skip
+
+
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the deciding comparisons say, by kNN, linear evaluation and AP50.
 
     Returns:
-        `text`, and `kind`: better, worse, open, or single (one seed: no interval).
+        `text`, `kind`: better, worse, open, or single (one seed: no interval); `answer`: in short.
+        Where AP50 is near 0 everywhere, this alone is said of AP50.
     """
     found = []
     for table in results.get("tables") or arm_tables("", results["detection"]):
+        if table["metric"] == "AP50" and (too_low := near_zero(table["rows"])):
+            trained = [row["label"] for row in table["rows"]
+                       if row["n"] and not row["variant"].endswith(FROZEN)]  # fmt: skip
+            if too_low == trained:
+                text = (
+                    f"AP50 is below {NEAR_ZERO:g} for {', '.join(too_low)}: trained too short to "
+                )
+                text += (
+                    "compare anything. Raise the detector's SOLVER.MAX_ITER; look at the labels."
+                )
+                found.append({"kind": "missing", "answer": "AP near 0.", "text": text})
+                continue
         rows = [row for row in table["comparisons"] if row["decides"] and row["n"]]
         if table["metric"] not in ("knn", "linear", "AP50") or not rows:
             continue
         kind = {"shown": "better", "contradicted": "worse"}.get(table["verdict"], "open")
         kind = "single" if all(row["n"] == 1 for row in rows) else kind
+        answer = {"better": "Yes.", "worse": "No, the contrary.", "open": "Not shown.",
+                  "single": "One seed cannot tell."}[kind]  # fmt: skip
         told = []
         for row in rows:
             about = "n = 1, no interval: it may be chance"
@@ -323,5 +345,11 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
                 about = f"95 % interval {low:+.2f} to {high:+.2f}, n = {row['n']}: {row['verdict']}"
             told.append(f"{row['name']}: {row['mean']:+.2f} points, {about}")
         claim = f"{table['claim']} ({table['verdict']}). " if table["claim"] else ""
-        found.append({"kind": kind, "text": f"{claim}{table['metric']}, {'; '.join(told)}."})
+        found.append(
+            {
+                "kind": kind,
+                "answer": answer,
+                "text": f"{claim}{table['metric']}, {'; '.join(told)}.",
+            }
+        )
     return found

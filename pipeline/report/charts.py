@@ -105,21 +105,72 @@ def interval_chart(
     if all(mean is None for _, _, mean, _ in rows):
         return None
     texts = []
-    labels = [name for name, *_ in rows]
-    width = WIDTH if max(map(len, labels)) < 20 else 720
-    with _axes(width, 76 + 24 * len(rows), labels) as axes:
+    # Names at the left, or above their rows if they are long.
+    names = [name for name, *_ in rows]
+    is_long = max(map(len, names)) >= 20
+    height, labels = (40, [""] * len(rows)) if is_long else (24, names)
+    with _axes(WIDTH, 76 + height * len(rows), labels) as axes:
         axes.axvline(0, color=LIGHT["muted"], linestyle="--", linewidth=1)
         for place, (name, values, mean, interval) in enumerate(rows):
+            if is_long:
+                axes.text(0, place - 0.3, _short(name), transform=axes.get_yaxis_transform())
             texts.append(f"{name}: {short_number(mean) if mean is not None else 'no value'}")
             if interval is not None:
                 axes.plot(interval, [place] * 2, color=LIGHT["border"], linewidth=3)
                 texts[-1] += f" ({' to '.join(map(short_number, interval))})"
             rings = axes.plot(values, [place] * len(values), "o", color=LIGHT["muted"])
             rings[0].set(markerfacecolor=LIGHT["card"], markersize=7)
-            axes.plot([] if mean is None else mean, [] if mean is None else place, "D",
-                      color=LIGHT["accent"])  # fmt: skip
+            tone = LIGHT["accent" if interval is not None else "border"]  # grey: one seed
+            axes.plot([] if mean is None else mean, [] if mean is None else place, "D", color=tone)
         axes.set_xlabel(x_label)
         return _svg(axes.figure, title, "; ".join(texts))
+
+
+def matrix_chart(
+    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]
+) -> Markup:
+    """Counts as squares, darker the larger their share of the row.
+
+    Args:
+        title: For screen readers, with the largest counts.
+        rows: Names at the left.
+        columns: Names above.
+        values: One row of counts each.
+    """
+    from matplotlib.patches import Rectangle
+
+    side = 30
+    longest = min(40, max(map(len, columns)))
+    top = 16 + 7.5 * longest
+    width = round(20 + 7.5 * min(40, max(map(len, rows))) + side * len(columns)) + 14
+    told = []
+    with _axes(width, round(top + side * len(rows)) + 14, rows) as axes:
+        axes.figure.subplots_adjust(top=1 - top / (top + side * len(rows) + 14),
+                                    bottom=14 / (top + side * len(rows) + 14))  # fmt: skip
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.xaxis.tick_top()
+        axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=90)
+        for y, (name, row) in enumerate(zip(rows, values, strict=True)):
+            for x, value in enumerate(row):
+                share = value / sum(row) if value else 0.0
+                square = Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, linewidth=0)
+                square.set(facecolor=LIGHT["accent"], alpha=0.05 + 0.5 * share)
+                axes.add_patch(square)
+                if value:
+                    text = f"{value:.1f}" if value < 0.95 else f"{value:.0f}"
+                    axes.text(x, y, text, ha="center", va="center", fontsize=10)
+            if any(row):
+                most = max(range(len(row)), key=row.__getitem__)
+                told.append(f"{name}: most {columns[most]}, {row[most]:.0f} of {sum(row):.0f}")
+        return _svg(axes.figure, title, "; ".join(told), is_fixed=True)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:39] + "\u2026"
 
 
 def short_number(value: float) -> str:
@@ -144,15 +195,17 @@ def _axes(width: int, height: int, rows: Sequence[str] = ()) -> Iterator[Any]:
         figure.subplots_adjust(left / width, 46 / height, 1 - 14 / width, 1 - 14 / height)
         axes = figure.subplots()
         if rows:
-            texts = [name if len(name) <= 40 else name[:39] + "\u2026" for name in rows]
-            axes.set_yticks(range(len(rows)), texts)
+            axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.grid(visible=False, axis="y")
         yield axes
 
 
-def _svg(figure: Any, title: str, description: str) -> Markup:
-    """The figure as an element of a page: no ids twice, no style sheet, colours as variables."""
+def _svg(figure: Any, title: str, description: str, *, is_fixed: bool = False) -> Markup:
+    """The figure as an element of a page: no ids twice, no style sheet, colours as variables.
+
+    With `is_fixed` it has a width of its own, else that of its place.
+    """
     import matplotlib
 
     label = escape(f"{title}. {description}")
@@ -168,7 +221,8 @@ def _svg(figure: Any, title: str, description: str) -> Markup:
     body = re.sub(r"font-family: [^;]*;", "", body)
     for name, colour in LIGHT.items():
         body = body.replace(colour, f"var(--{name})")
+    fixed = f' style="width:{figure.get_figwidth() * 72:.0f}px"' * is_fixed
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'class="chart" {size[0]} role="img" aria-label="{label}">{body}'
+        f'class="chart"{fixed} {size[0]} role="img" aria-label="{label}">{body}'
     )

@@ -1,6 +1,6 @@
 "use strict";
-// All content is there without this. It adds: the choice of a theme, sorting of tables, and open
-// details on paper.
+// All content is there without this. It adds: the choice of a theme, sorting of tables, open details
+// on paper; boxes by score and class, and enlarged pictures.
 
 // Before anything is drawn: the theme that was chosen last, where the browser keeps such things.
 try {
@@ -99,6 +99,49 @@ const makeSortable = (table) => {
   table.caption?.append(note);
 };
 
+// Boxes by score and class; pictures with none of the class are hidden.
+const addBoxControls = (form) => {
+  const [score, chosen] = [form.querySelector("input"), form.querySelector("select")];
+  const show = () => {
+    const isChosen = (box) => !chosen.value || box.dataset.class === chosen.value;
+    let count = 0;
+    for (const shot of document.querySelectorAll(".shot")) {
+      const boxes = [...shot.querySelectorAll("[data-class]")];
+      for (const box of boxes) {
+        box.toggleAttribute("hidden", !isChosen(box) || Number(box.dataset.score ?? 1) < Number(score.value));
+        count += Number(!box.hasAttribute("hidden") && box.matches("[data-score]:not(.name)"));
+      }
+      shot.hidden = chosen.value !== "" && !boxes.some(isChosen);
+    }
+    form.querySelector("output").value = Number(score.value).toFixed(2);
+    tell(`${count} boxes`);
+  };
+  score.addEventListener("input", show);
+  chosen.addEventListener("input", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.reset();
+  form.hidden = false;
+};
+
+// A button over a picture shows a copy of it in a dialog.
+const addEnlarging = (place, dialog) => {
+  const drawing = place.querySelector("svg");
+  const button = Object.assign(document.createElement("button"), { type: "button" });
+  button.setAttribute("aria-label", `Enlarge ${drawing.getAttribute("aria-label").split(". ")[0]}`);
+  button.addEventListener("click", () => {
+    const head = document.createElement("p");
+    const close = Object.assign(document.createElement("button"), { type: "button", textContent: "Close" });
+    close.addEventListener("click", () => dialog.close());
+    head.append(button.getAttribute("aria-label").slice(8), close);
+    const copy = place.cloneNode(true);
+    copy.querySelector("button").remove();
+    copy.querySelector("image")?.removeAttribute("id");
+    dialog.replaceChildren(head, copy);
+    dialog.showModal();
+  });
+  place.append(button);
+};
+
 const openedForPaper = [];
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details:not([open])")) {
@@ -113,4 +156,9 @@ addEventListener("afterprint", () => {
 addEventListener("DOMContentLoaded", () => {
   addThemeSwitch(document.getElementById("theme"));
   document.querySelectorAll("table.sortable").forEach(makeSortable);
+  const form = document.getElementById("controls");
+  if (form) addBoxControls(form);
+  const dialog = document.getElementById("enlarged");
+  dialog?.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  for (const place of document.querySelectorAll(".overlay")) addEnlarging(place, dialog);
 });

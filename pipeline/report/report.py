@@ -10,7 +10,6 @@ import argparse
 import base64
 import contextlib
 import hashlib
-import io
 import re
 import sys
 from collections import defaultdict
@@ -22,50 +21,47 @@ from typing import Any
 import jinja2
 import yaml
 from markupsafe import Markup
-from PIL import Image
 
 from common.errors import UserError, run_command
 from common.files import (
-    NUMBER,
     check_out_folder,
     has_form,
     is_number,
     read_json_lines,
-    read_json_or_none,
     read_record_or_none,
     sha256_of,
     write_text,
 )
-from common.pictures import BadPicture, decode, read_file
 from common.stats import mean_std
 from pipeline import results
 from pipeline.config import FROZEN
 from pipeline.plan import RUN_FILE, clock, read_run
-from pipeline.report import charts, runs
+from pipeline.report import charts, pictures, runs
+from pipeline.report.pictures import Album, Arms
 from pipeline.report.runs import Item, RunInfo
 from pipeline.results import Detection
 
 HERE = Path(__file__).resolve().parent
 DASH = "\u2013"
-CURVES = {  # title, what it says, whether its axis starts at 0
-    "loss": ("Loss", "the objective that is minimised", False),
-    "knn_top1": ("kNN top-1", "accuracy of a nearest-neighbour probe on unseen pictures", True),
-    "feature_std": ("Feature deviation", "near 0: all features have collapsed", True),
-    "effective_rank": ("Effective rank", "number of directions that the features use", False),
-    "positive_cosine": ("Cosine of positives", "between two views of one picture", False),
-    "negative_cosine": ("Cosine of negatives", "between views of two pictures", False),
-    "fa_cosine": ("FA cosine", "how near augmented features stay to their originals", False),
-    "neighbour_age": ("Age of neighbours", "steps since the nearest queue entry came in", True),
-    "self_hit_rate": ("Self-hits", "share of nearest entries that show the same picture", True),
-    "neighbour_label_agreement": ("Labels of neighbours", "share of its class", True),
-    "images_per_second": ("Images per second", "throughput of the loop", True),
-}
-PICTURES = {
-    "views.jpg": ("Augmented views", "In threes: the picture, then its two views."),
-    "neighbours_before.jpg": ("Neighbours before pretraining", "A query, then its nearest."),
-    "neighbours.jpg": ("Neighbours after pretraining", "The same queries, their nearest now."),
-    "feature_map.png": ("Features in two dimensions", "The probe; only near distances count."),
-}
+CURVES = {  # title, what it says and what to hope for, whether its axis starts at 0
+    "loss": ("Loss", "What is minimised; hope for a fall that flattens, without leaps.", False),
+    "knn_top1": ("kNN top-1", "A nearest-neighbour probe on unseen pictures; hope that it rises "
+                 "far above its start.", True),
+    "feature_std": ("Feature deviation", "Hope for a steady value; near 0 all have collapsed.",
+                    True),
+    "effective_rank": ("Effective rank", "Directions that the features use; hope for many.", False),
+    "positive_cosine": ("Cosine of positives", "Two views of one picture; hope for near 1.", False),
+    "negative_cosine": ("Cosine of negatives", "Two pictures; hope for near 0, far below the "
+                        "positives.", False),
+    "fa_cosine": ("FA cosine", "Augmented features and their originals; hope for high, below 1.",
+                  False),
+    "neighbour_age": ("Age of neighbours", "Steps since the nearest entry came in; hope for a "
+                      "steady value.", True),
+    "self_hit_rate": ("Self-hits", "Nearest entries of the same picture; hope for few.", True),
+    "neighbour_label_agreement": ("Labels of neighbours", "Share of its class; hope for a rise.",
+                                  True),
+    "images_per_second": ("Images per second", "Hope for a level line: nothing waits.", True),
+}  # fmt: skip
 ERROR_KINDS = {
     "correct": "right class, overlap above 0.5, the first on its object",
     "localisation": "right class, overlap from 0.1 to 0.5",
@@ -79,15 +75,7 @@ GRAVITY = ("failed", "damaged", "alarm", "replaced", "left out", "not run", "not
 """Kinds of entries in "Skipped or failed", gravest first."""
 MOST_VARIANTS = 6  # whose curves and pictures are shown; a study has more
 MOST_OF_A_KIND = 50  # entries that are listed; all are counted
-NUM_PICTURES, NUM_ARMS = 6, 3
-
-
-_PICTURE = {"file_name": str, "width": NUMBER, "height": NUMBER, "ground_truth": list,
-            "detections": list}  # fmt: skip
-_TRUE_BOX = {"class": str, "box": list}
-_DETECTED_BOX = {**_TRUE_BOX, "score": NUMBER}
-Arms = Mapping[str, Sequence[Path]]
-"""Arm -> the folders of its finished seeds."""
+MOST_CLASSES = 20  # of the confusion matrix, the most frequent ones
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -175,6 +163,58 @@ def error_rows(arms: Arms) -> list[dict[str, Any]]:
     return found
 
 
+def confusion(folders: Sequence[Path]) -> tuple[list[str], list[list[float]]] | None:
+    """What objects were taken for by the best-scored detections, mean over the seeds of an arm.
+
+    Returns:
+        The most frequent classes; for each of them, and last for detections that are on no object,
+        duplicate or badly placed: counts by the class that was said, last of objects not found.
+        None without `errors.json`.
+    """
+    form = {"classes": dict, "confusions": list}
+    files = [_formatted(folder / "errors.json", "fa-errors-1") for folder in folders]
+    files = [file for file in files if has_form(file, form)]
+    own = {"num_objects": int, "best_scored": dict}
+    tables = [{name: row["best_scored"] for name, row in file["classes"].items()
+               if has_form(row, own)} for file in files]  # fmt: skip
+    if not any(tables):
+        return None
+    counts = {name: row["num_objects"] for name, row in files[0]["classes"].items()
+              if name in tables[0]}  # fmt: skip
+    names = sorted(sorted(counts, key=lambda name: -counts[name])[:MOST_CLASSES])
+    matrix = [[0.0] * (len(names) + 1) for _ in range(len(names) + 1)]
+    place = {name: number for number, name in enumerate(names)}
+    for file, table in zip(files, tables, strict=True):
+        taken = dict.fromkeys(names, 0)
+        for row in file["confusions"]:
+            if has_form(row, {"object": str, "taken_for": str, "count": int}):
+                true, said = row["object"], row["taken_for"]
+                if true in place and said in place:
+                    matrix[place[true]][place[said]] += row["count"] / len(files)
+                if true in place:
+                    taken[true] += row["count"]
+        for name in names:
+            of = {kind: value if is_number(value := table.get(name, {}).get(kind)) else 0.0
+                  for kind in ERROR_KINDS}  # fmt: skip
+            at = place[name]
+            false = of["localisation"] + of["both"] + of["duplicate"] + of["background"]
+            matrix[at][at] += of["correct"] / len(files)
+            matrix[-1][at] += false / len(files)
+            matrix[at][-1] += max(0.0, of["missed"] - taken[name]) / len(files)
+    return names, matrix
+
+
+def confusion_charts(arms: Arms) -> list[tuple[str, Markup]]:
+    """(arm, its confusion matrix), for the arms whose detections are shown."""
+    chosen = [arm for arm in arms if not arm.endswith(FROZEN)] or [*arms]
+    found = [(results.arm_title(arm), confusion(arms[arm])) for arm in chosen[: pictures.NUM_ARMS]]
+    return [
+        (title, charts.matrix_chart(f"Confusion matrix, {title}", [*told[0], "nothing there"],
+                                    [*told[0], "not found"], told[1]))
+        for title, told in found if told
+    ]  # fmt: skip
+
+
 def other_sets(out: Path, arms: Arms) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
     """Each set that `tools/train_voc.sh --eval-on` evaluated: its name, the tables of the arms.
 
@@ -206,111 +246,11 @@ def other_sets(out: Path, arms: Arms) -> list[tuple[str, list[dict[str, Any]], l
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def embed(path: Path, max_side: int) -> str | None:
-    """A picture as a JPEG data URI, made smaller if need be; None if its file does not open."""
-    try:
-        picture = Image.fromarray(decode(read_file(path), where=str(path)))
-    except BadPicture:
-        return None
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=85, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def displayed(picture: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The best-scored detections of a picture, as many as it shows objects that count.
-
-    Each has `correct`; detections on difficult objects are passed over.
-    """
-    most = max(1, sum(not item.get("difficult") for item in picture["ground_truth"]))
-    detections = sorted(picture["detections"], key=lambda d: -d["score"])
-    counted = [d for d in detections if d.get("kind", "ignored") != "ignored"]
-    return [{**d, "correct": d["kind"] == "correct"} for d in counted[:most]]
-
-
-def detection_pictures(arms: Arms, dataset: Path) -> list[dict[str, Any]]:
-    """The first test pictures with the boxes of up to three arms, all of the same seed.
-
-    Args:
-        arms: Frozen ones are shown where no others ran.
-        dataset: Folder that names of pictures are relative to; nothing outside it is read.
-    Returns:
-        For each picture `item` (its entry in `detections.json`), `arms` (arm -> boxes), `seed`,
-        `name` and `picture`.
-    """
-    chosen = ([arm for arm in arms if not arm.endswith(FROZEN)] or [*arms])[:NUM_ARMS]
-    by_seed: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for arm in chosen:
-        for folder in arms[arm]:
-            entries = read_json_or_none(folder / "detections.json")
-            if isinstance(entries, list):
-                by_seed[folder.name][arm] = {
-                    entry["file_name"]: entry for entry in entries if _is_drawable(entry)
-                }
-    # The seed that most arms have, the first of these.
-    seed, by_arm = max(by_seed.items(), key=lambda pair: len(pair[1]), default=("", {}))
-    found: list[dict[str, Any]] = []
-    for name, item in next(iter(by_arm.values())).items() if by_arm else ():
-        path = dataset / name
-        is_shared = all(name in entries for entries in by_arm.values())
-        if not is_shared or not path.resolve().is_relative_to(dataset.resolve()):
-            continue
-        picture = embed(path, 480)
-        if picture is not None:
-            boxes = {arm: displayed(entries[name]) for arm, entries in by_arm.items()}
-            about = {"item": item, "arms": boxes, "seed": seed, "name": path.name}
-            found.append({**about, "picture": picture})
-        if len(found) == NUM_PICTURES:
-            break
-    return found
-
-
 def _dataset(path: Path) -> dict[str, Any] | None:
     """What dataset.json says, if the page can show it."""
     content = read_record_or_none(path) or {}
     is_sound = isinstance(content.get("classes", []), list)
     return content if is_sound and isinstance(content.get("splits", {}), dict) else None
-
-
-def _is_drawable(entry: Any) -> bool:
-    """Whether an entry of detections.json has what the page draws."""
-    if not has_form(entry, _PICTURE):
-        return False
-    truth, detected = entry["ground_truth"], entry["detections"]
-    have_form = all(has_form(one, _TRUE_BOX) for one in truth) and all(
-        has_form(one, _DETECTED_BOX) for one in detected
-    )
-    return have_form and all(
-        len(one["box"]) == 4 and all(map(is_number, one["box"])) for one in (*truth, *detected)
-    )
-
-
-def sentence(item: Mapping[str, Any], boxes: Sequence[Mapping[str, Any]]) -> str:
-    """What a picture shows, for those who do not see it."""
-    truth = ", ".join(obj["class"] for obj in item["ground_truth"]) or "nothing"
-    detected = ", ".join(f"{box['class']} {box['score']:.2f} {box['kind']}" for box in boxes)
-    return f"Labelled: {truth}. Detected: {detected or 'nothing'}."
-
-
-def pretraining_pictures(folder: Path) -> list[tuple[str, str, str]]:
-    """(title, what it shows, picture) of those that a pretraining run left."""
-    found = []
-    for name, (title, about) in PICTURES.items():
-        path = folder / "pictures" / name
-        picture = embed(path, 1400)
-        if picture is None:
-            continue
-        described = read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {"rows": []}
-        rows = [row for row in described["rows"] if has_form(row, {"neighbour_labels": list})]
-        known = [(row["query_label"], row["neighbour_labels"])
-                 for row in rows if row.get("query_label") is not None]  # fmt: skip
-        if known:
-            same = sum(labels.count(query) for query, labels in known)
-            count = sum(len(labels) for _, labels in known)
-            about += f" {same} of {count} neighbours shown have their query's class."
-        found.append((title, about, picture))
-    return found
 
 
 # -- pretraining, and what ran --------------------------------------------------------------------
@@ -414,6 +354,9 @@ def context(out: Path) -> dict[str, Any]:
         by_kind[item.kind].append(item)
     conversions = [name for name in found["stages"] if name.partition("/")[0] == "convert"]
     stages = stage_rows(run)
+    album, dataset = Album(), out / (run.get("dataset") or "data")
+    shown = pictures.detection_pictures(arms, dataset, album)
+    labels = pictures.labelled_set(arms, dataset, album)
     return {
         "name": run.get("name") or out.name,
         "record": run,
@@ -423,9 +366,14 @@ def context(out: Path) -> dict[str, Any]:
         "results": found,
         "command": " ".join(run.get("command") or []),
         "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True),
-        "pictures": detection_pictures(arms, out / (run.get("dataset") or "data")),
-        "sentence": sentence,
-        "arm_title": results.arm_title,
+        "pictures": shown,
+        "usual_score": pictures.usual_score(shown),
+        "shown_classes": sorted({box["class"] for row in shown for boxes in
+                                 (row["truth"], *(arm["found"] for arm in row["arms"]))
+                                 for box in boxes}),
+        "labels": labels,
+        "size_chart": size_chart(labels),
+        "album": album,
         "tables": tables,
         "difference_chart": difference_chart,
         "arms": [results.arm_title(arm) for arm in detection],
@@ -433,16 +381,18 @@ def context(out: Path) -> dict[str, Any]:
         "ap_charts": [
             (charts.line_chart("AP50 over training", ap_curves(arms), "iterations",
                                from_zero=True),
-             "AP50 over training iterations; of several seeds the mean and a standard deviation."),
+             "Hope for lines that rise and flatten; one that still rises was stopped too early. Of "
+             "several seeds the mean and a standard deviation."),
             (charts.line_chart("Precision over recall", precision_curves(arms), "recall",
                                from_zero=True),
-             "Highest precision at each recall or beyond, at an overlap of 0.5; mean over classes "
-             "and seeds."),
+             "Hope for lines near the upper right corner: all found, nothing false. Overlap above "
+             "0.5; mean over classes and seeds."),
         ],
         "published": (read_record_or_none(out / "results.json") or {}).get("published"),
         "published_metrics": results.METRICS,
         "kinds": ERROR_KINDS,
         "errors": error_rows(arms),
+        "confusions": confusion_charts(arms),
         "other_sets": other_sets(out, arms),
         "pretrainings": by_variant,
         "curves": [
@@ -451,18 +401,35 @@ def context(out: Path) -> dict[str, Any]:
             for key, (title, about, from_zero) in CURVES.items()
         ],
         "alarms": [item for item in items if item.kind == "alarm"],
-        "pretraining_pictures": {label: pretraining_pictures(found[0].folder)
+        "pretraining_pictures": {label: pictures.pretraining_pictures(found[0].folder, album)
                                  for label, found in few.items()},
         "card": results.read_figures(out, conversions[0]) if conversions else None,
         "skipped": {kind: (len(some), some[:MOST_OF_A_KIND]) for kind, some in by_kind.items()},
         "most_of_a_kind": MOST_OF_A_KIND,
+        "most_classes": MOST_CLASSES,
+        "most_bytes": pictures.MOST_BYTES,
+        "near_zero": results.near_zero,
         "dataset": _dataset(out / "data/dataset.json"),
         "stages": stages,
     }  # fmt: skip
 
 
+def size_chart(labels: Mapping[str, Any] | None) -> Markup | None:
+    """Share of the boxes by their side, of every list."""
+    lines = {}
+    for row in (labels or {}).get("lists", ()):
+        total = sum(row["sizes"]) if all(map(is_number, row["sizes"])) else 0
+        if total:
+            lines[row["use"]] = [(10 * step + 5, 100 * count / total)
+                                 for step, count in enumerate(row["sizes"])]  # fmt: skip
+    label = "side of the box, % of the picture's"
+    return charts.line_chart("Sizes of boxes, in percent", lines, label, from_zero=True)
+
+
 def difference_chart(table: Mapping[str, Any]) -> Markup | None:
-    """The paired differences of a table, with their intervals."""
+    """The paired differences of a table, with their intervals; None of single seeds."""
+    if all(row["n"] < 2 for row in table["comparisons"]):
+        return None
     rows = [(row["name"], row["differences"], row["mean"], row["student_t"])
             for row in table["comparisons"] if row["n"]]  # fmt: skip
     metric = table["metric"]

@@ -110,11 +110,22 @@ def _detection(folder: Path, arm: str, level: float) -> None:
     falling = [max(0.0, level / 50 * (1 - recall / 80)) for recall in range(101)]
     classes = {name: {"0.50": {"precision": falling}} for name in CLASSES}
     dump(folder / "pr.json", {"format": "fa-pr-1", "classes": classes})
+    lists = [{"use": use, "name": use, "num_pictures": n, "num_empty": 1, "num_objects": 2 * n,
+              "num_ignored": 0, "median_side": 80.5, "sizes": [0, 0, 0, n, n, 0, 0, 0, 0, 0],
+              "objects": dict.fromkeys(CLASSES, n), "pictures": dict.fromkeys(CLASSES, n - 1)}
+             for use, n in (("training", 200), ("test", 100))]  # fmt: skip
+    samples = [_detections(i, arm) for i in range(4)]
+    labels = {"format": "fa-labels-1", "name": "made-up", "classes": list(CLASSES)}
+    dump(folder / "labels.json", labels | {"lists": lists, "samples": samples, "repaired": []})
     kinds = ("localisation", "confusion", "both", "duplicate", "background", "missed")
     best = dict.fromkeys(kinds, 100 - level) | {"correct": level}
     gained = {kind: (place + 1) * level / 20 for place, kind in enumerate(kinds)}
     errors = {"format": "fa-errors-1", "num_objects": 100, "best_scored": best}
-    dump(folder / "errors.json", errors | {"AP50_gained": gained})
+    own = {name: {"num_objects": 20, "best_scored": {k: v / 5 for k, v in best.items()}}
+           for name in CLASSES}  # fmt: skip
+    taken = [{"object": CLASSES[0], "taken_for": CLASSES[1], "count": 7}]
+    dump(folder / "errors.json",
+         errors | {"AP50_gained": gained, "classes": own, "confusions": taken})  # fmt: skip
 
 
 def _detections(index: int, arm: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tests.pipeline.report.run_fixture import evaluate_elsewhere, make_run, make
 pytestmark = pytest.mark.browser
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 PHONE, DESK = 360, 1400
+WIDTHS = (400, 1280)  # common ones
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,64 @@ def test_detections_are_on_the_first_screen(browser, page):
         assert 0 < top < bottom < 900
 
 
+COUNT = "document.querySelectorAll('.shot:not([hidden]) [data-score]:not(.name, [hidden])').length"
+
+
+def test_boxes_by_score_and_class(browser, page):
+    """Six pictures, two arms, three detections each: 0.91, 0.42, 0.2."""
+    browser.open(page.as_uri(), dark=False, width=DESK)
+    assert browser.value(COUNT) == 24
+    set_to = "{0}.value = '{1}'; {0}.dispatchEvent(new Event('input')); {2}"
+    score_box, class_box = "document.querySelector('#score')", "document.querySelector('#class')"
+    for score, count in ((0.05, 36), (0.95, 0), (0.5, 12)):
+        assert browser.value(set_to.format(score_box, score, COUNT)) == count
+        assert browser.value("document.querySelector('#controls output').value") == f"{score:.2f}"
+    assert browser.value(set_to.format(class_box, "bird", COUNT)) == 4
+    shots = "document.querySelectorAll('.shot:not([hidden])').length"
+    assert browser.value(shots) == 3, "those with a bird, labelled or detected"
+    browser.focus("#score")
+    browser.press("ArrowLeft")
+    assert browser.value("document.querySelector('#score').value") == "0.49"
+    assert browser.complaints() == []
+
+
+def test_a_picture_is_enlarged_and_closed_again(browser, page):
+    open_ = "document.querySelector('dialog').open"
+    for width in WIDTHS:
+        browser.open(page.as_uri(), dark=True, width=width)
+        browser.focus(".overlay button")
+        name = browser.value("document.activeElement.getAttribute('aria-label')")
+        assert name == "Enlarge 000000.jpg, Random"
+        before = browser.value("document.activeElement.parentElement.clientWidth")
+        browser.press("Enter")
+        assert browser.value(open_)
+        assert browser.value("document.querySelector('dialog .overlay').clientWidth") > 1.8 * before
+        assert browser.value(CHECKS) == []
+        assert browser.value("document.activeElement.textContent") == "Close"
+        browser.press("Enter")
+        assert not browser.value(open_)
+        assert browser.value("document.activeElement.getAttribute('aria-label')") == name
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_drawn_labels_stay_on_their_plates_and_can_be_read(browser, page, width):
+    browser.open(page.as_uri(), dark=False, width=width)
+    sizes = browser.value("""(() => {
+      document.querySelectorAll("[data-score]").forEach((box) => box.removeAttribute("hidden"));
+      return [...document.querySelectorAll(".overlay .small text")].map((text) => {
+        const [a, b] = [text, text.previousElementSibling].map((e) => e.getBoundingClientRect());
+        const letters = parseFloat(text.getAttribute("font-size")) * text.getScreenCTM().a;
+        return [a.left - b.left, b.right - a.right, b.width, letters];
+      });
+    })()""")
+    assert len(sizes) == 36 + 8
+    for left, right, wide, letters in sizes:
+        assert min(left, right) > -0.5
+        assert wide > 20
+        assert letters >= 9  # pixels
+
+
 def test_the_focus_is_seen_wherever_the_keyboard_leads(browser, page):
     browser.open(page.as_uri(), dark=False, width=DESK)
     focused = """(() => {
@@ -185,8 +244,8 @@ def test_the_focus_is_seen_wherever_the_keyboard_leads(browser, page):
         seen.append(name)
     assert seen[0] == "Askip"
     stops = browser.value(
-        "[...document.querySelectorAll('a[href], button, summary, [tabindex=\"0\"]')]"
-        ".filter(element => element.checkVisibility()).length"
+        '[...document.querySelectorAll(\'a[href], button, summary, select, #score, [tabindex="0"]'
+        "')].filter(element => element.checkVisibility()).length"
     )
     assert len(seen) == stops + 1  # and one radio of the group
 
@@ -227,7 +286,9 @@ def test_without_scripts_all_content_is_there(browser, page):
         assert browser.value(words).split() == with_scripts.split()
         assert colours(browser) == DARK
         assert browser.value("getComputedStyle(document.getElementById('theme')).display") == "none"
-        unseen = "[...document.querySelectorAll('main *')].filter(e => !e.closest('details')"
+        unseen = (
+            "[...document.querySelectorAll('main *')].filter(e => !e.closest('details, form, svg')"
+        )
         hidden = browser.value(f"{unseen} && !e.checkVisibility()).map(e => e.outerHTML)")
         assert hidden == []
     finally:

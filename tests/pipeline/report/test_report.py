@@ -12,11 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from pipeline import results
 from pipeline.plan import read_run
-from pipeline.report import charts, report, runs
+from pipeline.report import charts, pictures, report, runs
+from pipeline.report.pictures import Album
 from tests.pipeline.report.run_fixture import (
     ARM_LEVELS,
     CLASSES,
@@ -116,54 +116,6 @@ def test_other_sets_and_detectors_that_were_trained_again(run_folder, arms):
         path.write_text(before)
 
 
-def test_first_pictures_with_the_boxes_of_the_fine_tuned_arms(run_folder, arms):
-    found = report.detection_pictures(arms, run_folder / "data")
-    assert [row["name"] for row in found] == [f"{i:06d}.jpg" for i in range(6)]
-    assert [list(row["arms"]) for row in found] == [["random", "pretrained"]] * 6
-    correct = [[box["correct"] for box in boxes] for boxes in found[0]["arms"].values()]
-    assert correct == [[False, False], [True, False]]
-    frozen = {arm: folders for arm, folders in arms.items() if arm.endswith("_frozen")}
-    assert list(report.detection_pictures(frozen, run_folder / "data")[0]["arms"]) == list(frozen)
-    assert report.detection_pictures({}, run_folder / "data") == []
-
-
-def test_as_many_boxes_as_objects_and_kinds_decide():
-    truth = [{"class": "cat", "box": [0, 0, 10, 10]}]
-    truth.append({"class": "dog", "box": [50, 0, 60, 10], "difficult": True})
-    boxes = [
-        {"class": "cat", "score": 0.7, "box": [0, 0, 10, 9], "kind": "duplicate"},
-        {"class": "dog", "score": 0.9, "box": [50, 0, 60, 10], "kind": "ignored"},
-        {"class": "cat", "score": 0.8, "box": [0, 0, 10, 10], "kind": "correct"},
-    ]
-    shown = report.displayed({"ground_truth": truth, "detections": boxes})
-    assert [(d["score"], d["correct"]) for d in shown] == [(0.8, True)]
-    told = report.sentence({"ground_truth": truth}, shown)
-    assert told == "Labelled: cat, dog. Detected: cat 0.80 correct."
-
-
-def test_pictures_outside_the_data_set_are_never_read(tmp_path):
-    Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
-    entry = {"file_name": "../secret.png", "ground_truth": [], "detections": []}
-    entry |= {"width": 20, "height": 20}
-    dump(tmp_path / "seed-0/detections.json", [entry])
-    (tmp_path / "data").mkdir()
-    assert report.detection_pictures({"random": [tmp_path / "seed-0"]}, tmp_path / "data") == []
-    dump(tmp_path / "seed-0/detections.json", [entry | {"file_name": "secret.png"}])
-    assert len(report.detection_pictures({"random": [tmp_path / "seed-0"]}, tmp_path)) == 1
-
-
-def test_large_pictures_are_made_smaller_and_damaged_ones_left_out(tmp_path):
-    exif = Image.Exif()
-    exif[0x112] = 6  # a quarter turn: boxes are drawn on the upright picture
-    Image.new("RGB", (200, 300)).save(tmp_path / "big.png", exif=exif)
-    uri = report.embed(tmp_path / "big.png", 60)
-    (tmp_path / "small.jpg").write_bytes(base64.b64decode(uri.partition(",")[2]))
-    with Image.open(tmp_path / "small.jpg") as small:
-        assert small.size == (60, 40)
-    (tmp_path / "big.png").write_bytes(b"no picture")
-    assert report.embed(tmp_path / "big.png", 600) is None
-
-
 def test_pretraining_of_every_variant(run_folder, tmp_path):
     found = report.pretrainings(run_folder, read_run(run_folder), ["data", "pretrain"])
     assert list(found) == ["pretrained"]
@@ -171,7 +123,8 @@ def test_pretraining_of_every_variant(run_folder, tmp_path):
     assert [x for x, _ in curve] == [0, 5, 10, 15, 20]
     assert len(report.pretraining_curves(found, "fa_cosine")["pretrained"]) == 17, "not the nan"
     shown = {
-        title: about for title, about, _ in report.pretraining_pictures(run_folder / "pretrain")
+        title: about
+        for title, about, _ in pictures.pretraining_pictures(run_folder / "pretrain", Album())
     }
     assert list(shown) == [
         "Augmented views", "Neighbours before pretraining", "Neighbours after pretraining",
@@ -286,7 +239,17 @@ def test_a_pipelines_page(page):
     assert [row[0] for row in page.cells("Test set: differences")][:3] == [
         "pretrained - random, AP", "pretrained - random, frozen, AP", "pretrained - random, AP50",
     ]  # fmt: skip
-    words = ["Kinds of errors", "real_scenes", "Effective rank", "4.5e-07", "265 tensors"]
+    assert page.cells("Labelled boxes")[0] == [CLASSES[0], "200 on 199", "100 on 99"]
+    assert page.text.index("The labelled set") < page.text.index("Average precision")
+    assert page.text.count("Hope for") + page.text.count("hope ") >= page.source.count('"chart"')
+    words = [
+        "What was taken for what",
+        "Kinds of errors",
+        "real_scenes",
+        "Effective rank",
+        "4.5e-07",
+        "265 tensors",
+    ]
     words += ["12 of 18", "broken.jpg", "commit 0123456789", "torch 2.15.0", "random/seed-1"]
     for word in (*words, *CLASSES, "x=<script>alert(1)</script>"):
         assert word in page.text
@@ -306,7 +269,7 @@ def test_a_page_needs_nothing_else_and_lets_nothing_in(page):
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     assert page.source.index("Content-Security-Policy") < page.source.index("<script>")
-    used = set(re.findall(r"var\(--([\w-]+)\)", page.source)) - {"n"}
+    used = set(re.findall(r"var\(--([\w-]+)\)", page.source)) - {"n", "box"}
     assert used <= charts.LIGHT.keys()
 
 
@@ -325,12 +288,14 @@ def test_a_studys_page(tmp_path):
     rows = {row[0]: row[1:] for row in page.cells("compare: differences")}
     assert rows["fa - base, AP50"][0] == f"+{statistics.fmean(GAINS):.2f}"
     assert rows["fa - base, AP50"][3:] == ["4", "0.000", "better"]
-    assert rows["fa - base, linear"][3] == "1, no interval"
+    assert rows["fa - base, linear"][3] == "n = 1, no interval"
+    assert "Not shown. AP50" not in page.text
+    assert page.text.index("Yes. fa helps") < page.text.index("Contents")
     assert ["MoCo", "–", "81.50", "–", "s"] in page.cells("as published")
     assert "no <memory>" in page.text
     for section in ("detections", "errors", "other-sets", "conversion"):
         assert f'<section id="{section}"' not in page.source
-    assert page.source.count('class="chart"') >= 4
+    assert page.source.count('class="chart"') == 3, "none of a single difference"
 
 
 OTHER_FORM = {"format": "fa-errors-1", "classes": 5, "splits": [], "rows": 3, "name": {}}
@@ -356,11 +321,48 @@ def test_any_file_that_is_missing_or_of_another_form_leaves_a_page(
 
 
 def test_one_seed_nothing_at_all_and_no_run(tmp_path, capsys):
-    assert "n = 1, no interval" in Page(report.render(make_run(tmp_path / "a", seeds=1))).text
+    page = Page(report.render(make_run(tmp_path / "a", seeds=1)))
+    assert "One seed cannot tell. AP50" in page.text
+    table = page.source.split("Test set: mean")[2].split("</table>")[0]
+    assert table.count('<tr class="single">') == table.count("n = 1, no interval") == 4
+    assert "<summary>Differences of one seed (n = 1, no interval" in page.source
+    assert "Paired differences" not in page.source, "no picture of a difference by chance"
     dump(tmp_path / "b/experiment.json", {"format": "fa-stage-2", "plan": ["data", "pretrain"]})
     assert "data the stage not run" in Page(report.render(tmp_path / "b")).text
     assert report.main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lowest", [0.5, 40.0])
+def test_ap_near_zero_is_said_instead_of_a_difference(tmp_path, lowest):
+    out = make_run(tmp_path)
+    for arm in ("random", "pretrained"):
+        for path in out.glob(f"detection/{arm}/*/result.json"):
+            change(path, AP50=lowest if arm == "pretrained" else 0.1)
+    text = Page(report.render(out)).text
+    is_all = lowest < results.NEAR_ZERO
+    assert (
+        "AP near 0. AP50 is below 3 for Random, Pretrained: trained too short" in text
+    ) is is_all
+    assert ("AP50, pretrained - random: " in text) is not is_all
+    named = "Random, Pretrained" if is_all else "Random"
+    assert f"AP50 near 0: {named}: trained too short." in text
+
+
+def test_the_confusion_matrix_counts_every_object_and_detection(tmp_path):
+    """Rows add up to objects, columns to detections."""
+    kinds = dict.fromkeys(report.ERROR_KINDS, 0)
+    cat = {"num_objects": 10, "best_scored": kinds | {"correct": 6, "background": 2, "missed": 4}}
+    dog = {"num_objects": 5, "best_scored": kinds | {"correct": 2, "confusion": 3, "missed": 3}}
+    taken = [{"object": "cat", "taken_for": "dog", "count": 3}]
+    for seed in range(2):
+        dump(tmp_path / f"{seed}/errors.json", {"format": "fa-errors-1", "confusions": taken,
+                                                "classes": {"dog": dog, "cat": cat}})  # fmt: skip
+    told = report.confusion([tmp_path / "0", tmp_path / "1", tmp_path / "none"])
+    assert told == (["cat", "dog"], [[6, 3, 1], [0, 2, 3], [2, 0, 0]])
+    (title, chart), *none = report.confusion_charts({"random": [tmp_path / "0"]})
+    assert (title, none) == ("Random", [])
+    assert "cat: most cat, 6 of 10; dog: most not found, 3 of 5" in chart
 
 
 def test_numbers_of_tables():
