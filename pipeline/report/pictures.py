@@ -32,7 +32,7 @@ MOST_SMALL = 8  # labels on a drawing that is not enlarged
 _SIDE = 800  # pixels, of pictures that can be enlarged
 _PICTURE = {"file_name": str, "width": NUMBER, "height": NUMBER, "ground_truth": list}
 _TRUE_BOX = {"class": str, "box": list}
-_SMALL, _LARGE = 0.036, 0.022  # height of letters, as a share of the drawing's width
+_SMALL, _LARGE = 0.036, 0.022  # height of letters, as a share of the picture's width
 _PRETRAINING = {
     "views.jpg": ("Augmented views", "In threes: the picture, then its two views; hope that people "
                   "could still tell what they show."),
@@ -209,7 +209,7 @@ def marks(
     from common.drawing import place_plate  # loads matplotlib's fonts, which --help needs not
 
     plates: dict[str, list[Any]] = {"small": [], "large": []}
-    heights = {"small": letters * size[0], "large": _LARGE * size[0]}
+    heights = {"small": letters * size[0], "large": _LARGE * max(size[0], 0.8 * size[1])}
     found = []
     for one in boxes:
         score, kind = one.get("score"), one.get("kind")

@@ -24,7 +24,7 @@ from detection.evaluation.evaluate import Evaluation, evaluate_detector
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from pipeline.datasets.importers import open_source
-from pipeline.report.report import embed
+from pipeline.report.pictures import Album
 from tests.detection.tiny_detection import CONFIGS
 from tests.layouts import LAYOUTS
 from tools.train_voc import main
@@ -418,7 +418,7 @@ def test_boxes_turn_with_their_picture(
         assert row["ground_truth"][0]["box"] == list(turned(box_of(number), orientation))
         size = SIZE[::-1] if orientation >= 5 else SIZE
         assert (row["width"], row["height"]) == size
-        uri = embed(data.root / row["file_name"], 480)
+        uri = Album().add(data.root / row["file_name"], 480)
         assert uri is not None
         drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), int)
         x0, y0, x1, y1 = map(int, row["ground_truth"][0]["box"])

@@ -87,6 +87,14 @@ def test_results_have_the_agreed_shape(
         assert [row["file_name"] for row in shown] == [
             f"VOC2007/JPEGImages/{index:06d}.jpg" for index in range(8, 12)
         ]
+        labels = read(folder / "labels.json")
+        counts = {row["use"]: (row["num_pictures"], row["num_objects"]) for row in labels["lists"]}
+        assert counts == {"training": (8, 8), "test": (4, 4)}
+        assert all(sum(row["sizes"]) == row["num_objects"] for row in labels["lists"])
+        assert sorted(labels["lists"][0]["objects"].values()) == [2, 3, 3]
+        assert [row["file_name"][-10:] for row in labels["samples"]] == [
+            f"{place:06d}.jpg" for place in (0, 1, 2, 4, 5, 6)
+        ]
         assert (folder / "config.yaml").is_file()
         assert sorted(path.name for path in folder.glob("*.pth")) == ["model_final.pth"]
     summary = read(tmp_path / "out" / "summary.json")
