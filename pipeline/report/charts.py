@@ -155,17 +155,18 @@ def matrix_chart(
         axes.xaxis.tick_top()
         axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=90)
         for y, (name, row) in enumerate(zip(rows, values, strict=True)):
+            total = sum(row)
             for x, value in enumerate(row):
-                share = value / sum(row) if value else 0.0
+                share = value / total if total else 0.0
                 square = Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, linewidth=0)
-                square.set(facecolor=LIGHT["accent"], alpha=0.05 + 0.5 * share)
+                square.set(facecolor=LIGHT["accent"], alpha=0.05 + 0.5 * min(1.0, max(0.0, share)))
                 axes.add_patch(square)
                 if value:
                     text = f"{value:.1f}" if value < 0.95 else f"{value:.0f}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=10)
             if any(row):
                 most = max(range(len(row)), key=row.__getitem__)
-                told.append(f"{name}: most {columns[most]}, {row[most]:.0f} of {sum(row):.0f}")
+                told.append(f"{name}: most {columns[most]}, {row[most]:.0f} of {total:.0f}")
         return _svg(axes.figure, title, "; ".join(told), is_fixed=True)
 
 

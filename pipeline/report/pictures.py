@@ -32,6 +32,7 @@ MOST_SMALL = 8  # labels on a drawing that is not enlarged
 _SIDE = 800  # pixels, of pictures that can be enlarged
 _PICTURE = {"file_name": str, "width": NUMBER, "height": NUMBER, "ground_truth": list}
 _TRUE_BOX = {"class": str, "box": list}
+_LABELS = {"lists": list, "samples": list, "repaired": list}
 _SMALL, _LARGE = 0.036, 0.022  # height of letters, as a share of the picture's width
 _PRETRAINING = {
     "views.jpg": ("Augmented views", "In threes: the picture, then its two views; hope that people "
@@ -121,7 +122,7 @@ def detection_pictures(arms: Arms, dataset: Path, album: Album) -> list[dict[str
 def labelled_set(arms: Arms, dataset: Path, album: Album) -> dict[str, Any] | None:
     """What `labels.json` of the first seed that has one tells, `samples` as drawn; else None."""
     for folder in (folder for folders in arms.values() for folder in folders):
-        content = read_record_or_none(folder / "labels.json", {"lists": list, "samples": list})
+        content = read_record_or_none(folder / "labels.json", _LABELS)
         form = {"use": str, "num_pictures": int, "sizes": list, "objects": dict, "pictures": dict}
         if content and all(has_form(row, form) for row in content["lists"]):
             break

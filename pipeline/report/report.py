@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from common.errors import UserError, run_command
 from common.files import (
+    NUMBER,
     check_out_folder,
     has_form,
     is_number,
@@ -187,7 +188,7 @@ def confusion(folders: Sequence[Path]) -> tuple[list[str], list[list[float]]] | 
     for file, table in zip(files, tables, strict=True):
         taken = dict.fromkeys(names, 0)
         for row in file["confusions"]:
-            if has_form(row, {"object": str, "taken_for": str, "count": int}):
+            if has_form(row, {"object": str, "taken_for": str, "count": NUMBER}):
                 true, said = row["object"], row["taken_for"]
                 if true in place and said in place:
                     matrix[place[true]][place[said]] += row["count"] / len(files)

@@ -796,7 +796,7 @@ class Runs(Kind):
         "pretrain/pictures/neighbours.jpg", "data/VOC2007/JPEGImages/000001.jpg",
         *("pretrain/metrics.jsonl",) * 4, *("detection/random/seed-0/result.json",) * 4,
         *(f"detection/random/seed-0/{name}" for name in
-          ("run.json", "curve.jsonl", "pr.json", "detections.json", "errors.json")),
+          ("run.json", "curve.jsonl", "pr.json", "detections.json", "errors.json", "labels.json")),
     )  # fmt: skip
 
     def make(self, folder: Path) -> None:

@@ -87,7 +87,7 @@ def test_labels_lie_in_the_picture_and_cover_no_other(name, size):
 def test_pictures_outside_the_data_set_are_never_read(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
     entry = {"file_name": "../secret.png", "width": 20, "height": 20, "ground_truth": []}
-    lists = {"format": "fa-labels-1", "lists": []}
+    lists = {"format": "fa-labels-1", "lists": [], "repaired": []}
     seeds = {"random": [tmp_path / "seed-0"]}
     (tmp_path / "data").mkdir()
     for name, expected in (("../secret.png", 0), ("secret.png", 1)):

@@ -299,13 +299,15 @@ def test_a_studys_page(tmp_path):
 
 
 OTHER_FORM = {"format": "fa-errors-1", "classes": 5, "splits": [], "rows": 3, "name": {}}
+OTHER_FORM |= {"lists": [{}], "samples": [3], "repaired": []}
 
 
 @pytest.mark.parametrize(
     "pattern",
     ["pretrain/*", "pretrain/pictures/*.json", "detection/*/*/curve.jsonl",
      "detection/*/*/pr.json", "detection/*/*/detections.json", "detection/random/*/result.json",
-     "detection/*/*/errors.json", "data/dataset.json", "convert/*.json", "*/linear.json"],
+     "detection/*/*/errors.json", "detection/*/*/labels.json", "data/dataset.json",
+     "convert/*.json", "*/linear.json"],
 )  # fmt: skip
 @pytest.mark.parametrize("content", [None, "[1, {}]", json.dumps(OTHER_FORM)])
 def test_any_file_that_is_missing_or_of_another_form_leaves_a_page(
