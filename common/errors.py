@@ -242,13 +242,45 @@ def json_file(text: str) -> Path:
     return Path(text)
 
 
+def duration(seconds: float) -> str:
+    """A time for people: 3.4 s, 35 s, 2 min 5 s, 1 h 2 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
 def print_check(facts: Mapping[str, Any], *, as_json: bool) -> bool:
     """Print what a check found out, as one line of JSON or a line for each fact; False: no work."""
     if as_json:
         print(json.dumps(facts))
     else:
-        print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+        print("\n".join(f"{key}: {_shown(key, value)}" for key, value in facts.items()))
     return False
+
+
+def _shown(key: str, value: Any) -> str:
+    """A fact, rounded."""
+    if isinstance(value, list):
+        return ", ".join(_shown("", item) for item in value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if key == "seconds":
+        return duration(value)
+    return (
+        f"{value / 1e6:,.1f} MB"
+        if key.endswith("bytes")
+        else f"{value:.5g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def run_or_check_each(main: Callable[[list[str] | None], int]) -> int:

@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling import build_model
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import provenance
 from common.backbone import BackboneCheckpoint
@@ -135,7 +136,7 @@ def export_detector(
         data, run = _traced(reference, examples[0], to, axes)
     num_boxes, worst = 0, 0.0
     with torch.no_grad():
-        for example in examples:
+        for example in tqdm(examples, "comparing", unit=" pictures", disable=None):
             found = reference(example)
             num_boxes += len(found[0])
             worst = max(worst, difference(found, run(example), detector.lowest_score))
@@ -172,7 +173,8 @@ def export_backbone(source: BackboneCheckpoint, out: Path, to: str) -> dict[str,
     data, run = _traced(network, examples[0], to, axes)
     worst = 0.0
     with torch.no_grad():
-        for example in (*examples, torch.cat([examples[0], examples[0].flip(3)])):
+        pairs = torch.cat([examples[0], examples[0].flip(3)])
+        for example in tqdm((*examples, pairs), "comparing", unit=" pictures", disable=None):
             for own, other in zip(network(example), run(example), strict=True):
                 worst = max(worst, float((own - other).abs().max() / own.abs().max()))
     check_difference(worst, out)

@@ -18,12 +18,12 @@ from typing import Any
 
 from common import provenance
 from common.config import to_plain
-from common.errors import EACH, RunFailed, UserError, add_slurm_option, require
+from common.errors import EACH, RunFailed, UserError, add_slurm_option, duration, require
 from common.files import read_record_or_none, write_json
 from pipeline import results
 from pipeline.config import PipelineConfig
 from pipeline.jobs import SlurmSettings
-from pipeline.plan import Stage, build_stages, clock, dataset_folder, digest
+from pipeline.plan import Stage, build_stages, dataset_folder, digest
 from pipeline.run import SAVE_SECONDS, Decision, Limits, Progress, Runner, TimeIsUp, is_named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,9 +272,9 @@ def run_experiment(
             decision = decisions[stage.name]
             seconds = runner.expected_seconds(stage) or facts.get(stage.name, {}).get("seconds")
             total += (seconds or 0.0) * (decision.action != "skip")
-            time = "-" if seconds is None else clock(seconds)
-            print(f"{decision.action:<6}  {stage.title:<26}  {time:>8}  {decision.reason}")
-        print(f"about {clock(total)} added up, but for stages whose time is not known (-)")
+            time = "-" if seconds is None else duration(seconds)
+            print(f"{decision.action:<6}  {stage.title:<26}  {time:>11}  {decision.reason}")
+        print(f"about {duration(total)} added up, but for stages whose time is not known (-)")
         return 0
 
     def before_first(decisions: Mapping[str, Decision]) -> None:

@@ -24,13 +24,13 @@ from common import provenance
 from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import LabelledSet, PictureRecord, SetChoice, read_set
-from common.errors import UserError, require
+from common.errors import UserError, duration, require
 from common.files import read_text, write_text
 from common.pictures import PICTURE_SUFFIXES, decode, read_file
 from pipeline.config import load_config
 from pipeline.datasets.importers import SPLIT_NAMES, open_source
 from pipeline.experiment import ROOT, ask
-from pipeline.plan import build_stages, clock
+from pipeline.plan import build_stages
 from pipeline.run import has_nvidia_gpu, side_by_side
 
 YAML_FILE = "pipeline.yaml"
@@ -472,8 +472,8 @@ def to_yaml(data: OwnData, machine: Machine, sizes: Sizes, name: str, budget: st
         extra = f"    TEST: {{EVAL_PERIOD: {sizes.iterations}}}  # once, at the end\n"
     return f"""\
 # Made by tools/run_pipeline.sh from two folders, for {machine.text()}{budget and f", budget {budget}"}.
-# Expected: about {clock(sizes.seconds)}; pretraining {clock(sizes.pretrain_seconds)}, \
-{_NUM_ARMS * sizes.seeds} detectors {clock(sizes.detection_seconds)}.
+# Expected: about {duration(sizes.seconds)}; pretraining {duration(sizes.pretrain_seconds)}, \
+{_NUM_ARMS * sizes.seeds} detectors {duration(sizes.detection_seconds)}.
 # Change what you like (docs/pipeline.md) and go on, which repeats only what the change touches:
 #   bash tools/run_pipeline.sh THIS_FILE --out ITS_FOLDER
 name: {q(name)}
@@ -556,10 +556,10 @@ def prepare(images: Path | None, labels: Path, out: Path, budget: str, *, is_dry
     sizes = choose(data, machine, budget, name, out)
     kind = "ResNet-50" if machine.gpu_memory else "thin ResNet-50"
     print(f"plan:     {kind}, {sizes.num_pool} pictures at {sizes.image_size} px, {sizes.epochs} "
-          f"epochs of batch {sizes.batch}: about {clock(sizes.pretrain_seconds)}\n"
+          f"epochs of batch {sizes.batch}: about {duration(sizes.pretrain_seconds)}\n"
           f"          {_NUM_ARMS * sizes.seeds} detectors, {sizes.min_size} px, {sizes.iterations} "
-          f"iterations of {sizes.ims_per_batch}: about {clock(sizes.detection_seconds)}\n"
-          f"          whole run: about {clock(sizes.seconds)} of {clock(BUDGETS[budget])} "
+          f"iterations of {sizes.ims_per_batch}: about {duration(sizes.detection_seconds)}\n"
+          f"          whole run: about {duration(sizes.seconds)} of {duration(BUDGETS[budget])} "
           f"(--budget {budget})")  # fmt: skip
     if sizes.seconds > BUDGETS[budget]:
         print(f"note:     that is more than --budget {budget}: less would not train at all")

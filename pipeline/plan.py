@@ -226,13 +226,6 @@ def read_run(out: Path) -> dict[str, Any]:
     return store.run | {"stages": store.stages, "damaged": sorted(store.damaged)}
 
 
-def clock(seconds: float) -> str:
-    """Return a duration as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def now() -> str:
     """Return the time of day with the zone, to the second."""
     return datetime.datetime.now(datetime.UTC).astimezone().isoformat(timespec="seconds")

@@ -22,10 +22,10 @@ from types import FrameType
 from typing import Any, Literal, TextIO
 
 from common import provenance
-from common.errors import RunFailed, StoppedBySignal, UserError
+from common.errors import RunFailed, StoppedBySignal, UserError, duration
 from common.files import inside, is_whole, remove
 from pipeline.jobs import ClusterJob, CommandJob, Finished, LocalJob, SlurmSettings, last_line
-from pipeline.plan import Stage, StageStore, clock, digest, explain, input_digest, lock, now
+from pipeline.plan import Stage, StageStore, digest, explain, input_digest, lock, now
 
 SAVE_SECONDS = 20.0  # before the end of a call that is limited, stages are asked to save
 GRACE_SECONDS = 30.0
@@ -255,7 +255,7 @@ class Runner:
                     decision = self._decide(stage)
                     if decision.action == "skip":
                         self.store.update(stage.name, current=True, skipped=True)
-                        took = clock(self.store.stages[stage.name]["seconds"])
+                        took = duration(self.store.stages[stage.name]["seconds"])
                         text = f"unchanged ({took} when it ran)"
                     else:
                         text = decision.reason
@@ -272,13 +272,13 @@ class Runner:
                             one.kill_at = float("inf")
                             one.job.stop(signal.SIGKILL)
                         line = last_line(self.log_path(one.stage))
-                        shown.append(f"{one.stage.title} {clock(seconds)} {line}")
+                        shown.append(f"{one.stage.title} {duration(seconds)} {line}")
                         continue
                     del running[name]
                     status, failure = self._record(one, ended)
                     if failure:
                         failures[name] = failure
-                    took = clock(self.store.stages[name]["seconds"])
+                    took = duration(self.store.stages[name]["seconds"])
                     text = f"{status} {'in' if status == 'finished' else 'after'} {took}"
                     progress.say(f"{one.stage.title}: {text}")
                     after_each()
@@ -392,7 +392,7 @@ class Runner:
         if status != "failed":
             return status, ""
         tail = "\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:])
-        message = f"stage {stage.title} {what} after {clock(ended.seconds)}\n{tail}\n"
+        message = f"stage {stage.title} {what} after {duration(ended.seconds)}\n{tail}\n"
         message += f"  whole log: {log}\n  to go on: {self.go_on_command}"
         if stage.resumable:
             message += f"\n  to start this stage anew, first remove {self.out / stage.owns[0]}"

@@ -15,6 +15,7 @@ from typing import Any
 from common.errors import (
     UserError,
     command_parser,
+    duration,
     json_file,
     print_check,
     run_command,
@@ -128,7 +129,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with held(arguments.out.with_name(arguments.out.name + LOCK)):
         card = convert(source, arguments.out, to=to, size=arguments.size)
-    differences = "  ".join(f"{stage} {value:.1e}" for stage, value in card["stages"].items())
+    differences = "  ".join(f"{stage} {value:.2g}" for stage, value in card["stages"].items())
     ends = [arguments.out.with_suffix(end).name for end in (".json", ".md")]
     lines = [
         f"{arguments.checkpoint.name} ({source.layout}, {source.branch}): {source.arch}",
@@ -137,7 +138,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         f"{', '.join(sorted(set(source.dropped.values()))) or 'none'}",
         *(f"note: {note}" for note in source.notes),
         f"relative difference on the picture: {differences}",
-        f"wrote {arguments.out}, {' and '.join(ends)} in {card['seconds']:.1f} s",
+        f"wrote {arguments.out}, {' and '.join(ends)} in {duration(card['seconds'])}",
     ]
     show(card, "\n".join(lines), arguments.json)
     return 0

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             card = export_detector(detector, out, to, images)
             print(
                 f"{weights}: {card['num_boxes']} boxes on {len(images)} pictures differ by at most "
-                f"{card['largest_difference']:.1e}\nwrote {out} and {out.with_suffix('.json').name}"
+                f"{card['largest_difference']:.2g}\nwrote {out} and {out.with_suffix('.json').name}"
             )
             return
         cfg = detector.cfg
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         worst = convert(backbone, out, to=to)["max_relative_difference"]
     else:
         worst = export_backbone(backbone, out, to)["largest_difference"]
-    print(f"{weights}: {backbone.arch}, relative difference at most {worst:.1e}")
+    print(f"{weights}: {backbone.arch}, relative difference at most {worst:.2g}")
     print(f"wrote {out} and {out.with_suffix('.json').name}")
 
 

@@ -14,6 +14,7 @@ from common.errors import (
     RunFailed,
     UserError,
     command_parser,
+    duration,
     printable,
     require,
     run_command,
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     listed = ", ".join(f"{name} {number}" for name, number in classes.most_common())
     text = f"{counts['pictures']} pictures, {classes.total()} boxes" + f" ({listed})" * bool(listed)
-    text += f" in {seconds:.1f} s, {counts['pictures'] / seconds:.1f} pictures per second"
+    text += f" in {duration(seconds)}, {counts['pictures'] / seconds:.1f} pictures per second"
     if counts["bad"] or counts["others"]:
         text += f"; left out: {counts['bad']} bad pictures, {counts['others']} files of other kinds"
     print(text)

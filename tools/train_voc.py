@@ -1,7 +1,6 @@
 """Fine-tune and evaluate a detector: the program behind tools/train_voc.sh."""
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         except OutOfMemoryError as error:
             reason = message_of(error).splitlines()[0]
             raise RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
-        print(json.dumps(summary["mean"]))
+        figures = "  ".join(f"{key} {value:.1f}" for key, value in summary["mean"].items())
+        print(f"{figures}  (n = {summary['n']})")
         return 0
 
     return run_command(

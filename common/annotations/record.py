@@ -195,7 +195,8 @@ def read_class_names(text: str) -> list[str]:
         UserError: If there is none, or one is there twice.
     """
     path = Path(text)
-    parts = read_text(path).split("\n") if path.is_file() else text.split(",")
+    is_file = path.exists() and not path.is_dir()  # a pipe is refused, and no class name
+    parts = read_text(path).split("\n") if is_file else text.split(",")
     names = [checked_class_name(part, "--classes") for part in parts if part.strip()]
     if not names or len(set(names)) != len(names):
         raise UserError(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from common import checkpoints
 from common.annotations.record import LabelledSet
-from common.errors import UserError
+from common.errors import UserError, duration
 from common.files import (
     has_form,
     read_json_lines,
@@ -136,9 +136,9 @@ class CurveHook(hooks.EvalHook):
         rows = [row for row in rows if row["iteration"] != iteration]
         write_json_lines(self._file, [*rows, point])
         logger.info(
-            "iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %.1f s)",
+            "iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %s)",
             *point.values(),
-            *(result.num_images, result.seconds),
+            *(result.num_images, duration(result.seconds)),
         )
         return {"bbox": result.means}
 

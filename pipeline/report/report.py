@@ -22,7 +22,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from common.errors import UserError, run_command
+from common.errors import UserError, duration, run_command
 from common.files import (
     NUMBER,
     check_out_folder,
@@ -36,7 +36,7 @@ from common.files import (
 from common.stats import mean_std
 from pipeline import results
 from pipeline.config import FROZEN
-from pipeline.plan import RUN_FILE, clock, read_run
+from pipeline.plan import RUN_FILE, read_run
 from pipeline.report import charts, pictures, runs
 from pipeline.report.pictures import Album, Arms
 from pipeline.report.runs import Item, RunInfo
@@ -452,7 +452,7 @@ def render(out: Path) -> str:
     environment.filters |= {
         "number": number,
         "signed": lambda value, digits=1: number(value, digits, "+"),
-        "clock": lambda value: clock(value) if is_number(value) else DASH,
+        "clock": lambda value: duration(value) if is_number(value) else DASH,
         "contents": re.compile(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>').findall,
         "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
     }

@@ -11,8 +11,10 @@ from common.errors import (
     add_check_options,
     add_slurm_option,
     command_parser,
+    duration,
     json_file,
     no_such_file,
+    print_check,
     run_command,
 )
 
@@ -132,3 +134,13 @@ def test_a_missing_file_is_answered_with_its_neighbour(tmp_path, capsys):
     assert no_such_file(tmp_path / "x", "give a folder").endswith("folder; give a folder")
     assert run_command(lambda: open(tmp_path / "photo").close() or 0) == 1
     assert near in capsys.readouterr().err
+
+
+def test_figures_are_rounded_for_people(capsys):
+    times = {0.04: "0.0 s", 9.96: "10 s", 59.4: "59 s", 59.6: "1 min 0 s", 3725: "1 h 2 min"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    facts = {"seconds": 77.11447, "disk_bytes": 54944592, "mean": [123.67512, 1.0], "n": 100000}
+    assert print_check(facts, as_json=False) is False
+    assert capsys.readouterr().out.splitlines() == [
+        "seconds: 1 min 17 s", "disk_bytes: 54.9 MB", "mean: 123.68, 1", "n: 100000",
+    ]  # fmt: skip
