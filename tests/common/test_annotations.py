@@ -1,6 +1,7 @@
 """Annotations as tools write them, sets of every format: records, or one error that says why."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -251,6 +252,9 @@ def test_class_names_of_an_option_or_a_file(tmp_path):
     for text in (" , ", "cat,cat"):
         with pytest.raises(UserError, match="give different names"):
             read_class_names(text)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: cannot be read"):
+        read_class_names(str(tmp_path / "pipe"))
 
 
 # -- COCO -----------------------------------------------------------------------------------------
@@ -279,6 +283,9 @@ def test_coco_keeps_floats_areas_and_crowds(tmp_path):
         ObjectRecord("cat", (0, 0, 9, 9), crowd=True),
     )
     assert (record.image_id, record.file.name) == ("7", "1.jpg")
+    images = [{"id": 7, "file_name": "train/1.jpg", "width": 40, "height": 30}]
+    _, (named_with_folder,) = read_instances(coco(tmp_path, images=images), tmp_path / "train")
+    assert named_with_folder.file == record.file
 
 
 @pytest.mark.parametrize(
