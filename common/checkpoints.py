@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, no_such_file
 from common.files import open_regular
 from common.pickles import (
     ExactFile,
@@ -264,7 +264,8 @@ def read(path: Path | str) -> Any:
     try:
         file = open_regular(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a checkpoint") from None
+        text = no_such_file(path, "give the path of a checkpoint", "file")
+        raise UserError(text) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     kind = "pickle of plain data" if path.suffix == ".pkl" else "PyTorch checkpoint"

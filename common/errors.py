@@ -94,19 +94,20 @@ def unknown(
     return f"unknown {what}; known are {listed}"
 
 
-def no_such_file(path: str | Path, remedy: str) -> str:
+def no_such_file(path: str | Path, remedy: str, kind: str = "file or folder") -> str:
     """What to say of a file or folder that is not there: the nearest name beside it, or a remedy.
 
     Args:
         path: As the user wrote it.
         remedy: What to do where no name is near.
+        kind: What it should be.
     """
     path, there = Path(path), []
     with contextlib.suppress(OSError, ValueError):
         there = os.listdir(path.parent)
     near = difflib.get_close_matches(path.name, there, n=1)
     remedy = f"did you mean {path.parent / near[0]}?" if near else remedy
-    return f"{path}: no such file or folder; {remedy}"
+    return f"{path}: no such {kind}; {remedy}"
 
 
 _IN_THE_WAY = {

@@ -27,7 +27,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from common import checkpoints, pictures
-from common.errors import UserError
+from common.errors import UserError, no_such_file
 from common.files import read_json, read_json_or_none
 from detection.training.config import load_config, read_description
 from detection.training.data import BoxMapper
@@ -170,7 +170,7 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; {_TRAIN}")
+        raise UserError(no_such_file(path, _TRAIN))
     if (path / MODEL_FILE).is_file():
         return path / MODEL_FILE
     finished = [_first_seed(arm) for arm in (path, path / "detection" / "pretrained")]

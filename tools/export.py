@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import UserError, command_parser, require, run_command
+from common.errors import UserError, command_parser, no_such_file, require, run_command
 from common.resnet import BRANCHES
 
 _EXAMPLE = """\
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the form, and say how far it is from the original."""
     source, out, to = arguments.input, arguments.out, arguments.to
     require(not out.is_dir(), f"{out}: is a folder; give a file name")
-    require(source.exists(), f"{source}: no such file or folder; give weights or a run's folder")
+    require(source.exists(), no_such_file(source, "give weights or a run's folder"))
     if (source / "checkpoint.pth").is_file():
         source /= "checkpoint.pth"
 

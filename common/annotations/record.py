@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 from common.config import Registry
-from common.errors import UserError
+from common.errors import UserError, no_such_file
 from common.files import read_text
 
 YEAR_FOLDER = "VOC2007"
@@ -243,8 +243,11 @@ def read_set(root: Path, choice: SetChoice | None = None) -> LabelledSet:
     """
     root, choice = Path(root), choice or SetChoice()
     if not root.is_dir():
-        fault = "is a file: unpack an archive" if root.is_file() else "no such folder"
-        raise UserError(f"{root}: {fault}; give the folder of a labelled set")
+        if root.is_file():
+            raise UserError(
+                f"{root}: is a file: unpack an archive; give the folder of a labelled set"
+            )
+        raise UserError(no_such_file(root, "give one with a labelled set", "folder"))
     names = FORMATS.names() if choice.format is None else [choice.format]
     matching = [name for name in names if FORMATS[name].recognises(root)]
     inner = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]

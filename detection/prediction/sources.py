@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.annotations.write import safe_name
-from common.errors import UserError, printable
+from common.errors import UserError, no_such_file, printable
 from common.files import open_regular, read_regular
 from common.pictures import BadPicture, decode, read_shape
 
@@ -81,7 +81,8 @@ def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
         if not paths[0].exists():
             paths = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
         if not paths:
-            raise UserError(f"{text}: no such picture, folder or video, and no glob that matches")
+            kind = "picture, folder or video, and no glob that matches"
+            raise UserError(no_such_file(text, "check the path", kind))
         for path in paths:
             if path.resolve().is_relative_to(out):
                 raise UserError(f"{path}: lies in --out {out}; choose another --out")

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from common.errors import UserError, require
+from common.errors import UserError, no_such_file, require
 from common.files import MAX_JSON_BYTES, locked, read_regular, require_regular, write_bytes
 from pretrain.data.cache import NUM_FETCHERS, CacheOptions, RemoteShard, ShardCache, make_folder
 from pretrain.data.index import (
@@ -140,7 +140,9 @@ def expand(spec: str | Path, patience: Patience | None = None) -> list[str]:
         else:
             require(
                 Path(text).is_dir(),
-                f"{text}: no such folder of shards; tools/make_shards.py PICTURES {text} makes it",
+                no_such_file(
+                    text, f"tools/make_shards.py PICTURES {text} makes it", "folder of shards"
+                ),
             )
             try:
                 data = read_regular(url, MAX_JSON_BYTES) if Path(url).exists() else None

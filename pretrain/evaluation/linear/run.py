@@ -16,7 +16,7 @@ import torch
 
 from common import provenance
 from common.config import to_plain
-from common.errors import UserError, require
+from common.errors import UserError, no_such_file, require
 from common.files import (
     LOCK,
     NUMBER,
@@ -188,7 +188,7 @@ def listed(index: ShardIndex, path: Path) -> np.ndarray:
     Raises:
         UserError: File missing or empty, or a line that names no sample, or several.
     """
-    require(path.is_file(), f"subset list {path} does not exist")
+    require(path.is_file(), no_such_file(path, "give --subset-list a list", "file"))
     lines = {line.strip() for line in read_text(path).split("\n")}
     by_name: dict[str, list[int]] = {}
     for sample in range(index.num_samples):

@@ -112,7 +112,7 @@ def test_official_lists_name_files_without_their_folder(tree, tmp_path):
         ("n01_9.JPEG\n", r"'n01_9.JPEG' names 0 samples of .* \(whose first key is 'n0"),
         ("x.JPEG\n", r"'x.JPEG' names 2 samples of"),
         ("# nothing\n", "is empty"),
-        (None, r"list\.txt does not exist"),
+        (None, r"list\.txt: no such file"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(tree, tmp_path, text, message):
