@@ -214,7 +214,8 @@ def damaged_files(
             path, faults = folder / "curve.jsonl", []
             rows = read_json_lines(path, {"iteration": int}, report=faults.append)
             last = (read_figures(out, stage) or {}).get("iterations")
-            if not faults and max((row["iteration"] for row in rows), default=0) < (last or 0):
+            reached = max((row["iteration"] for row in rows), default=0)
+            if not faults and is_number(last) and reached < last:
                 faults.append("lacks its last points")
             for fault in faults:
                 add(stage, path, fault.removeprefix(f"{path} "))

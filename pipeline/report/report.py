@@ -118,9 +118,11 @@ def precision_curves(arms: Arms) -> dict[str, charts.Line]:
     found = {}
     for arm, folders in arms.items():
         files = [_formatted(folder / "pr.json", "fa-pr-1") for folder in folders]
-        curves = [curve["0.50"]["precision"] for file in files
-                  for curve in file.get("classes", {}).values() if "0.50" in curve]  # fmt: skip
-        known = [curve for curve in curves if all(map(is_number, curve))]
+        tables = [file["classes"] for file in files if has_form(file, {"classes": dict})]
+        curves = [curve["0.50"].get("precision") for table in tables for curve in table.values()
+                  if has_form(curve, {"0.50": dict})]  # fmt: skip
+        known = [curve for curve in curves if isinstance(curve, list) and len(curve) == 101
+                 and all(map(is_number, curve))]  # fmt: skip
         means = map(fmean, zip(*known, strict=True))
         found[results.arm_title(arm)] = [(level / 100, value) for level, value in enumerate(means)]
     return found

@@ -68,6 +68,20 @@ def test_precision_is_the_mean_over_classes_and_seeds(arms):
     assert line[80:] == [(level / 100, 0) for level in range(80, 101)]
 
 
+def test_curves_and_figures_of_another_form_are_left_out(tmp_path):
+    out = make_run(tmp_path, seeds=1)
+    seed = out / "detection/random/seed-0"
+    whole = json.loads((seed / "pr.json").read_text())["classes"]["bird"]
+    others = [{"0.50": {"precision": [1.0] * 28}}, {"0.50": {}}, {"0.50": 3}, [], None]
+    classes = dict(enumerate([*others, whole]))
+    change(seed / "pr.json", classes=classes)
+    line = report.precision_curves({"random": [seed]})["Random"]
+    assert [value for _, value in line] == whole["0.50"]["precision"]
+    change(seed / "result.json", iterations=[400])
+    change(out / "convert/backbone.json", dropped=3.5)
+    assert "Precision over recall" in report.render(out)
+
+
 def test_figures_per_class_are_means_over_the_seeds():
     detection = {
         "random": [{"per_class": {"cat": 10.0, "ant": 1.0}}, {"per_class": {"cat": 20.0}},
