@@ -22,7 +22,7 @@ PACKAGES = ("common", "pretrain", "detection", "pipeline", "tools")
 
 setup(
     name="feature-augmented-pretraining",
-    version="0.1.0",
+    version="0.2.0",
     description="Feature-augmented contrastive pretraining of ResNets for Detectron2 Faster R-CNN",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -37,6 +37,14 @@ setup(
             "fa-pretrain = pretrain.__main__:main",
             "fa-convert = tools.convert_to_d2:main",
             "fa-train-voc = tools.train_voc:main",
+            "fa-predict = tools.predict:main",
+            "fa-export = tools.export:main",
+            "fa-embed = tools.embed:main",
+            "fa-linear = tools.linear_eval:main",
+            "fa-ablate = tools.ablate:main",
+            "fa-trials = tools.run_trials:main",
+            "fa-runs = tools.runs:main",
+            "fa-submit = tools.submit_pretrain:main",
         ]
     },
     package_data={
@@ -70,6 +78,7 @@ setup(
         "gs": ["gcsfs>=2025.3"],  # shards behind gs://
         "wandb": ["wandb>=0.19"],  # tracking.wandb
         "maps": ["scikit-learn>=1.6"],  # t-SNE of the features at a run's end
+        "export": ["onnx>=1.16", "onnxruntime>=1.18"],  # tools/export.py --to onnx
         "dev": [
             "pytest>=8.3",
             "s3fs>=2025.3",
