@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -26,7 +27,7 @@ from common.annotations.formats import voc
 from common.annotations.record import LabelledSet, PictureRecord, SetChoice, read_set
 from common.errors import UserError, duration, require
 from common.files import read_text, write_text
-from common.pictures import PICTURE_SUFFIXES, decode, read_file
+from common.pictures import PICTURE_SUFFIXES, BadPicture, decode, read_file
 from pipeline.config import load_config
 from pipeline.datasets.importers import SPLIT_NAMES, open_source
 from pipeline.experiment import ROOT, ask
@@ -279,7 +280,8 @@ def _decode_seconds(pictures: list[PictureRecord]) -> float:
     took = []
     for picture in pictures[:: max(1, len(pictures) // 5)][:5]:
         began = time.process_time()
-        decode(read_file(picture.file), where=str(picture.file))
+        with contextlib.suppress(BadPicture):  # the checks name all of these
+            decode(read_file(picture.file), where=str(picture.file))
         took.append(time.process_time() - began)
     return median(took)
 
