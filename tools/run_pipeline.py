@@ -12,9 +12,9 @@ from common import provenance
 from common.config import find_config
 from common.errors import command_parser, run_command
 from common.files import write_text
+from pipeline.auto import BUDGETS, YAML_FILE, prepare
 from pipeline.config import load_config
 from pipeline.experiment import ROOT, add_run_options, limits_of, run_experiment
-from pipeline.own_data import BUDGETS, YAML_FILE, prepare
 from pipeline.run import side_by_side
 
 EPILOG = """\

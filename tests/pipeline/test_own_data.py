@@ -13,9 +13,10 @@ from common.annotations.record import SetChoice, read_set
 from common.config import read_settings
 from common.errors import UserError
 from detection.training.config import load_config as load_detector
-from pipeline import own_data
+from pipeline import auto, own_data
+from pipeline.auto import BUDGETS, Costs, Machine, first_sizes, fit, to_yaml
 from pipeline.config import PipelineConfig, load_config
-from pipeline.own_data import BUDGETS, Costs, Machine, OwnData, first_sizes, fit, survey, to_yaml
+from pipeline.own_data import OwnData, survey
 from pipeline.plan import build_stages
 from pretrain.config import PretrainConfig
 from pretrain.model.backbones.resnet import ResNetBackbone
@@ -43,8 +44,8 @@ def test_every_plan_fits_the_time_and_the_pool(machine, budget, num_pool, tmp_pa
     sizes = fitted(data, machine, budget, COSTS if machine == SMALL else Costs(0.002, 0.02))
     assert sizes.seconds <= BUDGETS[budget]
     assert 2 * sizes.batch <= sizes.num_pool <= num_pool
-    assert sizes.epochs * (sizes.num_pool // sizes.batch) >= own_data._LEAST_STEPS
-    assert sizes.iterations >= own_data._LEAST_ITERATIONS
+    assert sizes.epochs * (sizes.num_pool // sizes.batch) >= auto._LEAST_STEPS
+    assert sizes.iterations >= auto._LEAST_ITERATIONS
     assert (sizes.num_pool < num_pool) == (sizes.part < 1)
     # Every program takes what was written.
     (tmp_path / "own.yaml").write_text(to_yaml(data, machine, sizes, "own", budget))
@@ -82,22 +83,22 @@ def test_sizes_follow_pictures_objects_memory_and_time():
     assert hour.epochs > quick.epochs
     assert fitted(DATA, Machine(8, 64), "quick").iterations > quick.iterations
     slow = fitted(DATA, SMALL, "quick", Costs(0.003, 3.0))
-    assert slow.iterations == own_data._LEAST_ITERATIONS
+    assert slow.iterations == auto._LEAST_ITERATIONS
     assert slow.seconds > BUDGETS["quick"]
     many = fitted(replace(DATA, num_test=10**5), SMALL, "quick")
-    assert own_data._LEAST_EVALUATED <= many.num_eval < 10**5
+    assert auto._LEAST_EVALUATED <= many.num_eval < 10**5
 
 
 def test_smaller_pictures_where_the_objects_would_take_too_long(monkeypatch, tmp_path):
     def measure(data, machine, sizes, name, out):
         return Costs(0.003, 0.2 * (sizes.min_size / 128) ** 2)
 
-    monkeypatch.setattr(own_data, "_measure", measure)
+    monkeypatch.setattr(auto, "_measure", measure)
     tiny = replace(DATA, objects=tuple(value / 10 for value in DATA.objects))
-    sizes = own_data.choose(tiny, SMALL, "quick", "own", tmp_path)
+    sizes = auto.choose(tiny, SMALL, "quick", "own", tmp_path)
     assert sizes.min_size == 128
     assert sizes.anchors == (8, 8, 8)
-    sizes = own_data.choose(DATA, LARGE, "quick", "own", tmp_path)
+    sizes = auto.choose(DATA, LARGE, "quick", "own", tmp_path)
     assert (sizes.min_size, sizes.ims_per_batch) == (800, 2)
 
 
@@ -183,20 +184,21 @@ def test_wrong_words(folders, capsys):
 
 
 def test_the_yaml_is_left_in_the_run_and_goes_on(folders, monkeypatch, capsys):
-    monkeypatch.setattr(own_data, "_measure", lambda *_: COSTS)
-    images, labels, out = (folders / name for name in ("images", "labels", "run"))
-    text = own_data.prepare(images, labels, out, "quick", is_dry=True)
+    monkeypatch.setattr(auto, "_measure", lambda *_: COSTS)
+    images, labels, out = (folders / name for name in ("my: 'é' \udcff #1", "labels", "run"))
+    (folders / "images").rename(images)
+    text = auto.prepare(images, labels, out, "quick", is_dry=True)
     assert not out.exists()
-    assert own_data.prepare(images, labels, out, "quick", is_dry=False) == text
-    config = load_config(out / own_data.YAML_FILE)
+    assert auto.prepare(images, labels, out, "quick", is_dry=False) == text
+    config = load_config(out / auto.YAML_FILE)
     assert config.name == "run"
     assert "pretrained/seed-0" in {stage.name for stage in build_stages(config, ROOT, out)}
     # A person's changes stay.
     changed = text.replace("seeds: 1", "seeds: 2")
-    (out / own_data.YAML_FILE).write_text(changed)
-    assert own_data.prepare(images, labels, out, "quick", is_dry=False) == changed
+    (out / auto.YAML_FILE).write_text(changed)
+    assert auto.prepare(images, labels, out, "quick", is_dry=False) == changed
     with pytest.raises(UserError, match="other folders or another budget"):
-        own_data.prepare(images, labels, out, "hour", is_dry=False)
+        auto.prepare(images, labels, out, "hour", is_dry=False)
 
 
 @pytest.mark.slow
