@@ -139,7 +139,7 @@ def first_sizes(data: OwnData, machine: Machine, budget: str) -> Sizes:
         anchors = tuple(max(8, round(side * min_size / 800)) for side in (32, 64, 128, 256, 512))
         return Sizes(224, batch, max(128, min_size), ims, anchors, _SEEDS[budget], 1)
     most = {"quick": 256, "hour": 384, "night": 512}[budget]
-    wanted = min(_OBJECT_PIXELS / data.objects[4], max(128.0, data.short_side), most)
+    wanted = min(_OBJECT_PIXELS / max(data.objects[4], 1e-3), max(128.0, data.short_side), most)
     parallel = side_by_side("auto", _NUM_ARMS) if machine.cores > 1 else 1
     parallel = min(parallel, max(1, int(machine.memory / 3)), machine.cores)
     return _with_anchors(

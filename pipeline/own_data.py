@@ -103,7 +103,7 @@ def survey(images: Path | None, labels: Path) -> OwnData:
             "pretrained arm may be a little above that on pictures never seen"
         )
     if len(test) < 50:
-        notes.append(f"AP of {len(test)} pictures is uncertain by several points; label more")
+        notes.append(f"pictures to evaluate: {len(test)}; AP is uncertain by several points")
 
     sides = [sorted((picture.width, picture.height)) for picture in train]
     objects = [
@@ -124,7 +124,7 @@ def survey(images: Path | None, labels: Path) -> OwnData:
         max_left_out=max_left_out,
         short_side=median(short for short, _ in sides),
         aspect=median(long / short for short, long in sides),
-        objects=tuple(quantiles(objects * 2, n=10)),  # of two values at least
+        objects=tuple(quantiles(objects * 2, n=10, method="inclusive")),  # two values at least
         decode_seconds=_decode_seconds(train),
         notes=tuple(notes),
     )
