@@ -130,7 +130,7 @@ def precision_curves(arms: Arms) -> dict[str, charts.Line]:
 
 def class_rows(detection: Detection) -> list[tuple[str, list[float | None]]]:
     """(class, its AP in every arm that ran, mean over the seeds), in alphabetical order."""
-    tables = [[row.get("per_class") or {} for row in rows] for rows in detection.values() if rows]
+    tables = [[_table(row.get("per_class")) for row in rows] for rows in detection.values() if rows]
     names = sorted({name for table in tables for row in table for name in row})
     return [(name, [_mean(row.get(name) for row in table) for table in tables]) for name in names]
 
