@@ -418,6 +418,11 @@ def sha256_of(path: Path) -> str:
 # -- removing inside one folder ------------------------------------------------------------------
 
 
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder's, or in it, links followed; links in a circle raise nothing."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def inside(folder: Path, relative: str) -> Path:
     """Return `folder/relative` after checking that it lies within `folder`, links followed.
 
@@ -425,7 +430,7 @@ def inside(folder: Path, relative: str) -> Path:
         UserError: For `folder` itself, an absolute path, a `..`, or a link that leads out.
     """
     parts, path = PurePosixPath(relative).parts, folder / relative
-    if not parts or ".." in parts or not path.parent.resolve().is_relative_to(folder.resolve()):
+    if not parts or ".." in parts or not is_below(path.parent, folder):
         raise UserError(f"{relative!r} is not a path below {folder}; move links away")
     return path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import UserError
+from common.files import is_below
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
         if not paths:
             raise UserError(f"{text}: no such file or folder, and no glob that matches")
         for path in paths:
-            if path.resolve().is_relative_to(out):
+            if is_below(path, out):
                 raise UserError(f"{path}: lies in --out {out}; choose another --out")
             is_named = not is_glob and not path.is_dir()
             files = _below(path, out, set()) if path.is_dir() else [path]

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.annotations.write import safe_name
 from common.errors import UserError, no_such_file, printable
-from common.files import open_regular, read_regular
+from common.files import is_below, open_regular, read_regular
 from common.pictures import BadPicture, decode, read_shape
 
 _SUFFIXES = {
@@ -84,7 +84,7 @@ def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
             kind = "picture, folder or video, and no glob that matches"
             raise UserError(no_such_file(text, "check the path", kind))
         for path in paths:
-            if path.resolve().is_relative_to(out):
+            if is_below(path, out):
                 raise UserError(f"{path}: lies in --out {out}; choose another --out")
             files = _below(path, out, set()) if path.is_dir() else [path]
             for file in files:

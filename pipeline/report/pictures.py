@@ -17,6 +17,7 @@ from PIL import Image
 from common.files import (
     NUMBER,
     has_form,
+    is_below,
     is_number,
     read_json_or_none,
     read_record_or_none,
@@ -143,7 +144,7 @@ def labelled_set(arms: Arms, dataset: Path, album: Album) -> dict[str, Any] | No
 def _opened(item: Mapping[str, Any], dataset: Path, album: Album) -> dict[str, Any] | None:
     """A picture below the data set's folder, and its objects; None if it does not open."""
     path = dataset / item["file_name"]
-    if not path.resolve().is_relative_to(dataset.resolve()):
+    if not is_below(path, dataset):
         return None
     uri = album.add(path, _SIDE)
     if uri is None:
