@@ -178,7 +178,7 @@ def test_exit_statuses_of_what_went_wrong(place: Path) -> None:
         path.parent.mkdir(parents=True)
         path.write_text(path.name)
     runs = {
-        "make_shards": ["in", "wrong/shards", "--num-workers", "1"],
+        "make_shards": ["in", "wrong/shards", "--num-workers", "1", "--labels", "folders"],
         "make_shards --verify": ["wrong/shards", "--verify"],
         "make_dataset": ["procedural", "wrong/set", *small],
         "pretrain": ["tiny.yaml", pool, "out=good"],

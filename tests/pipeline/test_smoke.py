@@ -67,7 +67,7 @@ def test_everything_is_there(finished):
     assert all(not stage["skipped"] for stage in results["stages"].values())
     assert results["versions"]["detectron2"]
     page = (finished / "report.html").read_text()
-    assert page.count("<img") >= 15
+    assert page.count("<img") + page.count("<image") >= 15
     assert "Preliminary" not in page
     sections = ("detections", "figures", "errors", "pretraining", "conversion", "skipped", "ran")
     assert all(f'<section id="{name}"' in page for name in sections)
