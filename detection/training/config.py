@@ -267,6 +267,8 @@ def _check_values(cfg: CfgNode, path: Path) -> None:
         items = _items(value)
         is_numeric = isinstance(value, list | tuple) and bool(numbers := _items(stock.get(key)))
         is_numeric = is_numeric and all(isinstance(item, int | float) for item in numbers)
+        if is_numeric and _holds_lists(value) and not _holds_lists(stock[key]):
+            raise UserError(f"{path}: {key} is {value}; give numbers, not lists of them")
         if (choices := _CHOICES.get(key)) and value not in choices:
             raise UserError(f"{path}: {unknown(f'{key} {value}', str(value), choices)}")
         if (lowest := _LOWEST.get(key)) is not None and not items:
@@ -278,6 +280,10 @@ def _check_values(cfg: CfgNode, path: Path) -> None:
                 raise UserError(f"{path}: {key} is {value}; give finite numbers")
             if is_numeric and not isinstance(item, int | float):
                 raise UserError(f"{path}: {key} is {value}; give numbers, not {item!r}")
+
+
+def _holds_lists(value: Any) -> bool:
+    return any(isinstance(item, list | tuple) for item in value)
 
 
 def _items(value: Any) -> list[Any]:

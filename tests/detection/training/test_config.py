@@ -148,6 +148,7 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
         "VERSION: 1\nMODEL: {WEIGHT: a}": "VERSION 1: only 2 is read",
         "SEED: 2026-01-01": "SEED",
         "SOLVER: {STEPS: [a]}": r"SOLVER.STEPS is .*; give numbers, not 'a'",
+        "SOLVER: {STEPS: [[665]]}": r"SOLVER.STEPS is .*; give numbers, not lists",
         "SOLVER: {BASE_LR: .nan}": "SOLVER.BASE_LR is nan; give finite",
         f"OUTPUT_DIR: '{'-' * 90000}1'": "x.yaml: ",
         f"A: !!python/object/apply:os.mkdir [{tmp_path}/ran]": "tag !!python/object/apply",
