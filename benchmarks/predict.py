@@ -27,9 +27,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from benchmarks import harness
+from common.picture_files import SourceFile
 from common.provenance import usable_cores
 from detection.predict import Detector, load_detector
-from detection.prediction.sources import OpenedPicture, SourceFile, open_all
+from detection.prediction.sources import OpenedPicture, open_all
 from detection.training.config import load_config
 
 COUNTS = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from common.errors import UserError
+from common.errors import UserError, no_such_file
 from common.files import is_below
 
 Item = TypeVar("Item")
@@ -24,11 +24,17 @@ class SourceFile:
     is_named: bool
 
 
-def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
+def find_files(
+    given: Sequence[str], out: Path, is_passed_over: Callable[[Path], bool] | None = None
+) -> list[SourceFile]:
     """Files, those below folders (by name), and those that globs match; each once.
 
     Hidden files and what lies in `out` are passed over.
 
+    Args:
+        given: Files, folders and globs.
+        out: Folder or file that the program writes.
+        is_passed_over: Whether a folder below a given one is passed over, too.
     Raises:
         UserError: If one is missing, lies in `out`, or nothing is found.
     """
@@ -40,12 +46,13 @@ def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
             is_glob = True
             paths = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
         if not paths:
-            raise UserError(f"{text}: no such file or folder, and no glob that matches")
+            kind = "file or folder, and no glob that matches"
+            raise UserError(no_such_file(text, "check the path", kind))
         for path in paths:
             if is_below(path, out):
                 raise UserError(f"{path}: lies in --out {out}; choose another --out")
             is_named = not is_glob and not path.is_dir()
-            files = _below(path, out, set()) if path.is_dir() else [path]
+            files = _below(path, out, is_passed_over, set()) if path.is_dir() else [path]
             for file in files:
                 found.setdefault(os.path.abspath(file), SourceFile(file, is_named))
     if not found:
@@ -53,16 +60,22 @@ def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
     return list(found.values())
 
 
-def _below(folder: Path, out: Path, visited: set[Path]) -> Iterator[Path]:
+def _below(
+    folder: Path,
+    out: Path,
+    is_passed_over: Callable[[Path], bool] | None,
+    visited: set[Path],
+) -> Iterator[Path]:
     """Files below a folder by name, links followed, no folder twice on the way."""
     place = folder.resolve()
-    if place in visited or place == out:
+    is_over = bool(visited) and is_passed_over is not None and is_passed_over(folder)
+    if place in visited or place == out or is_over:
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__MACOSX":
             continue
         if path.is_dir():
-            yield from _below(path, out, visited | {place})
+            yield from _below(path, out, is_passed_over, visited | {place})
         else:
             yield path
 

@@ -90,9 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _pictures(arguments: argparse.Namespace) -> list:
     """What the detector is compared on."""
+    from common.picture_files import find_files
     from common.pictures import BadPicture
     from detection.export import NUM_PICTURES, comparison_pictures
-    from detection.prediction.sources import OpenedPicture, find_files, open_all
+    from detection.prediction.sources import OpenedPicture, open_all
 
     if not arguments.pictures:
         return comparison_pictures()

@@ -69,17 +69,23 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from common.drawing import drawable_name
+    from common.picture_files import find_files
     from common.pictures import BadPicture
     from common.provenance import usable_cores
     from detection.predict import Prediction, find_weights, load_detector
-    from detection.prediction.sources import OpenedPicture, OtherFile, find_files, open_all
+    from detection.prediction.sources import (
+        OpenedPicture,
+        OtherFile,
+        holds_predictions,
+        open_all,
+    )
     from detection.prediction.write import FORMATS, PredictionWriter, prepare
 
     unknown = [name for name in formats if name not in FORMATS]
     require(not unknown, f"--format {', '.join(unknown)}: give some of {', '.join(FORMATS)}")
     num_threads = arguments.threads or usable_cores()
     torch.set_num_threads(num_threads)
-    files = find_files(arguments.pictures, arguments.out)
+    files = find_files(arguments.pictures, arguments.out, holds_predictions)
     weights = find_weights(arguments.detector)
     detector = load_detector(weights, device=arguments.device)
     print(printable(f"{weights}: {len(detector.classes)} classes on {detector.cfg.MODEL.DEVICE}"))

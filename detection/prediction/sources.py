@@ -1,18 +1,16 @@
 """Pictures to predict on: files, folders, globs and the frames of videos, opened by content."""
 
-import glob
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.annotations.write import safe_name
-from common.errors import UserError, no_such_file, printable
-from common.files import is_below, open_regular, read_regular
+from common.errors import UserError, printable
+from common.files import open_regular, read_regular
+from common.picture_files import SourceFile, in_threads
 from common.pictures import BadPicture, decode, read_shape
 
 _SUFFIXES = {
@@ -22,14 +20,6 @@ _SUFFIXES = {
 _MAX_BYTES = 2**29  # far above any picture that is decoded
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # in a ftyp box
 _VIDEO_STARTS = (b"\x1aE\xdf\xa3", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"OggS", b"FLV", b"0&\xb2u")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file to open; `is_named` if the user gave it, and not a folder that holds it."""
-
-    path: Path
-    is_named: bool
 
 
 @dataclass(frozen=True)
@@ -66,72 +56,27 @@ class Video:
 Opened = OpenedPicture | OtherFile | BadPicture
 
 
-def find_files(given: Sequence[str], out: Path) -> list[SourceFile]:
-    """Files, those below folders (by name), and those that globs match; each once.
-
-    Hidden files are passed over, what lies in `out`, and folders of other predictions.
-
-    Raises:
-        UserError: If one is missing, lies in `out`, or nothing is found.
-    """
-    out = out.resolve()
-    found: dict[str, SourceFile] = {}
-    for text in given:
-        paths = [Path(text)]
-        if not paths[0].exists():
-            paths = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
-        if not paths:
-            kind = "picture, folder or video, and no glob that matches"
-            raise UserError(no_such_file(text, "check the path", kind))
-        for path in paths:
-            if is_below(path, out):
-                raise UserError(f"{path}: lies in --out {out}; choose another --out")
-            files = _below(path, out, set()) if path.is_dir() else [path]
-            for file in files:
-                found.setdefault(os.path.abspath(file), SourceFile(file, not path.is_dir()))
-    if not found:
-        raise UserError(f"{', '.join(given)}: holds no file; give pictures, folders or a video")
-    return list(found.values())
-
-
-def _below(folder: Path, out: Path, visited: set[Path]) -> Iterator[Path]:
-    """Files below a folder by name, links followed, no folder twice on the way."""
-    place = folder.resolve()
-    is_result = bool(visited) and (folder / "predictions.json").is_file()
-    if place in visited or place == out or is_result:
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__MACOSX":
-            continue
-        if path.is_dir():
-            yield from _below(path, out, visited | {place})
-        else:
-            yield path
+def holds_predictions(folder: Path) -> bool:
+    """Whether a folder is what tools/predict.py wrote; its pictures have boxes drawn on them."""
+    return (folder / "predictions.json").is_file()
 
 
 def open_all(files: Sequence[SourceFile], every: int, num_threads: int) -> Iterator[Opened]:
     """Open files in their order, a few ahead in threads.
 
     Args:
-        files: From `find_files`.
+        files: From `common.picture_files.find_files`.
         every: Take every so many frames of a video.
         num_threads: That decode.
 
     Yields:
         One for each file, at least one for each video.
     """
-    rest, waiting = iter(files), deque[Future]()
-    with ThreadPoolExecutor(num_threads) as pool:
-        while True:
-            while len(waiting) < 2 * num_threads and (file := next(rest, None)) is not None:
-                waiting.append(pool.submit(_open, file))
-            if not waiting:
-                return
-            opened = waiting.popleft().result()
-            if isinstance(opened, Video):
-                yield from _frames(opened.path, every)
-            else:
-                yield opened
+    for opened in in_threads(_open, files, num_threads):
+        if isinstance(opened, Video):
+            yield from _frames(opened.path, every)
+        else:
+            yield opened
 
 
 def _open(file: SourceFile) -> Opened | Video:

@@ -305,7 +305,7 @@ def test_bad_pictures_are_named_counted_and_bounded(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere/*.jpg"], "no such picture, folder or video"),
+        (["nowhere/*.jpg"], "no such file or folder, and no glob"),
         (["{in}", "--score", "1.5"], "--score 1.5"),
         (["{in}", "--format", "voc,pascal"], "--format pascal"),
         (["{in}", "--batch", "0"], "--batch 0"),
