@@ -190,7 +190,7 @@ def finite(value: Any) -> Any:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number (NaN is written as text or null)."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def require_regular(path: str | Path) -> None:

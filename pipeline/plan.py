@@ -25,6 +25,7 @@ from common.files import (
     LOCK,
     Form,
     check_out_folder,
+    has_form,
     holder,
     lock_file,
     note_holder,
@@ -39,6 +40,13 @@ FORMAT = "fa-stage-2"
 RUN_FILE = "experiment.json"
 """What is known of a run as a whole; a folder that holds one is a run's."""
 _RUN_FORM: Form = {"format": str}
+_RUN_FACTS: Form = {  # older versions may lack some
+    "name": str,
+    "dataset": str,
+    "config": dict,
+    "plan": list,
+    "command": list,
+}
 _STAGE_FORM: Form = {"format": str, "status": str}
 _LOCK_WAIT_SECONDS = 10.0  # a loader's workers look for their killed parent every 5 s
 
@@ -184,7 +192,17 @@ class StageStore:
         run_paths = {RUN_FILE: self.out / RUN_FILE} if (self.out / RUN_FILE).exists() else {}
         self.damaged: set[str] = set()
         self.run = self._read(run_paths, _RUN_FORM).get(RUN_FILE, {})
+        if not self._is_sound():
+            self.damaged.add(RUN_FILE)
+            self.run = {}
         self.stages = self._read(paths, _STAGE_FORM)
+
+    def _is_sound(self) -> bool:
+        """Whether what is there of the facts of the run is of the right kinds."""
+        there = {key: kind for key, kind in _RUN_FACTS.items() if key in self.run}
+        return has_form(self.run, there) and all(
+            isinstance(word, str) for key in ("plan", "command") for word in self.run.get(key, ())
+        )
 
     def _read(self, paths: Mapping[str, Path], form: Form) -> dict[str, dict[str, Any]]:
         records = {}

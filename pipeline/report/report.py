@@ -331,7 +331,8 @@ def skipped_items(
         if stage.startswith(("shards", "probe_")):
             index = read_record_or_none(out / stage / "index.json", {"skipped": list}) or {}
             items += [Item("left out", stage, entry["file"], entry["reason"])
-                      for entry in index.get("skipped", ())]  # fmt: skip
+                      for entry in index.get("skipped", ())
+                      if has_form(entry, {"file": str, "reason": str})]  # fmt: skip
     items += [Item("damaged", item["stage"], item["file"], item["fault"])
               for item in results.damaged_files(out, stages, has_details=True)]  # fmt: skip
     for one in found:

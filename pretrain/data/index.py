@@ -655,4 +655,7 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     is_inside = not len(table) or int(table["shard"].max()) < len(sizes)
     if not is_inside or (np.bincount(table["shard"], minlength=len(sizes)) != sizes).any():
         raise UserError(f"{path}: its shards are not those of index.json; {_REMEDY}")
+    most = max((shard["bytes"] for shard in index["shards"]), default=0)
+    if len(table) and max(int(table[name].max()) for name in ("offset", "size")) > most:
+        raise UserError(f"{path}: has samples beyond the end of their shards; {_REMEDY}")
     return table

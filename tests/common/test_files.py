@@ -109,6 +109,11 @@ def test_a_file_larger_than_the_bound_is_not_read(tmp_path):
             read(path)
 
 
+def test_numbers_are_finite_and_no_larger_than_a_float():
+    values = (1, -1.5, 10**300, math.nan, math.inf, True, "1", None, 10**400)
+    assert [files.is_number(value) for value in values] == [True] * 3 + [False] * 6
+
+
 def test_json_lines_leave_out_a_line_that_was_cut(tmp_path):
     path = tmp_path / "a.jsonl"
     assert files.read_json_lines(path) == []

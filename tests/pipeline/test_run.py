@@ -1,5 +1,6 @@
 import datetime
 import io
+import json
 import os
 import sys
 from dataclasses import replace
@@ -251,6 +252,16 @@ def test_a_stage_with_a_damaged_record_runs_again(world, content):
     assert world.counted() == (2, 1)
     runner.store.open_run("name")
     assert world.records()["first"]["status"] == "finished"
+
+
+@pytest.mark.parametrize(("key", "value"), [("config", 7), ("command", [["demo"]]), ("plan", {})])
+def test_an_experiment_whose_facts_are_of_other_kinds_is_damaged(world, key, value):
+    world.run().store.open_run("name", config={}, command=["demo"], plan=["first"])
+    assert world.records()
+    path = world.out / "experiment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=r"experiment\.json: is damaged; the command of this run"):
+        world.records()
 
 
 def test_a_record_of_another_version_is_refused(world):

@@ -1,5 +1,6 @@
 """Tars file by file, however they are damaged, and the names that an index may hold."""
 
+import hashlib
 import io
 import os
 import tarfile
@@ -118,6 +119,22 @@ def test_names_that_leave_the_folder_are_refused(name: object) -> None:
 def test_names_below_the_folder_are_taken() -> None:
     for name in ("a.tar", "x/y..z.tar", "ü {0..1}.tar", "%2e%2e%2fa.tar"):
         assert check_name(name, "") == name
+
+
+@pytest.mark.parametrize("field", ["offset", "size"])
+def test_places_beyond_a_shard_are_refused(tmp_path: Path, field: str) -> None:
+    path, table = tmp_path / "samples.npy", np.zeros(1, SAMPLE_DTYPE)
+    index = {"samples": "samples.npy", "num_samples": 1, "classes": None,
+             "shards": [{"num_samples": 1, "bytes": 1024}]}  # fmt: skip
+    for value in (1024, np.iinfo(SAMPLE_DTYPE[field]).max):
+        table[field] = value
+        np.save(path, table)
+        index["samples_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if value == 1024:
+            assert len(load_table(tmp_path, index)) == 1
+            continue
+        with pytest.raises(UserError, match="beyond the end of their shards"):
+            load_table(tmp_path, index)
 
 
 def test_damaged_tables_are_refused(tmp_path: Path) -> None:
