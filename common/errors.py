@@ -14,9 +14,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+from common.lazy import torch
 
 MAX_MESSAGE = 8000  # characters
 MAX_LISTED = 20  # names in a message
@@ -131,6 +133,19 @@ def describe_os_error(error: OSError) -> str:
     if error.errno == errno.ENOENT and error.filename:
         return no_such_file(os.fsdecode(error.filename), "check the path")
     return f"{error.strerror or error}{where}"
+
+
+@contextlib.contextmanager
+def memory_remedy(remedy: str) -> Iterator[None]:
+    """Tell a device that runs out of memory in one line.
+
+    Raises:
+        RunFailed: With what torch said, and the remedy.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(f"{str(error).splitlines()[0]}; {remedy}") from error
 
 
 def run_command(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import (
-    RunFailed,
     add_check_options,
     command_parser,
+    memory_remedy,
     print_check,
     printable,
     require,
@@ -178,13 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
     def work() -> int:
-        from torch import OutOfMemoryError
-
-        try:
+        with memory_remedy("lower --batch, or use --device cpu"):
             run(arguments)
-        except OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise RunFailed(f"{reason}; lower --batch, or use --device cpu") from error
         return 0
 
     return run_command(work, when_interrupted="stopped; the same command starts anew")

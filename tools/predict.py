@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 from common.errors import (
-    RunFailed,
     UserError,
     command_parser,
     duration,
+    memory_remedy,
     printable,
     require,
     run_command,
@@ -157,13 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
     def work() -> int:
-        from torch import OutOfMemoryError
-
-        try:
+        with memory_remedy("lower --batch, or use --device cpu"):
             run(arguments)
-        except OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise RunFailed(f"{reason}; lower --batch, or use --device cpu") from error
         return 0
 
     return run_command(work, when_interrupted="stopped; the same command starts anew")

@@ -398,6 +398,19 @@ def evaluate_detector(
     )
 
 
+def labelled_picture(picture: PictureRecord, data: LabelledSet) -> dict[str, Any]:
+    """One picture with its objects, for JSON; its file is relative to the set's folder."""
+    return {
+        "file_name": picture.file.relative_to(data.root).as_posix(),
+        "width": picture.width,
+        "height": picture.height,
+        "ground_truth": [
+            {"class": item.class_name, "box": list(item.box), "difficult": item.is_ignored}
+            for item in picture.objects
+        ],
+    }
+
+
 def detection_rows(
     split: LabelledSplit,
     data: LabelledSet,
@@ -426,13 +439,7 @@ def detection_rows(
         own = own[np.argsort(-boxes.score[own], kind="stable")]
         rows.append(
             {
-                "file_name": picture.file.relative_to(data.root).as_posix(),
-                "width": picture.width,
-                "height": picture.height,
-                "ground_truth": [
-                    {"class": item.class_name, "box": list(item.box), "difficult": item.is_ignored}
-                    for item in picture.objects
-                ],
+                **labelled_picture(picture, data),
                 "detections": [
                     {
                         "class": data.classes[boxes.label[number]],

@@ -11,13 +11,12 @@ from common.annotations.write import safe_name
 from common.errors import UserError, printable
 from common.files import open_regular, read_regular
 from common.picture_files import SourceFile, in_threads
-from common.pictures import BadPicture, decode, read_shape
+from common.pictures import MAX_FILE_BYTES, BadPicture, decode, read_shape
 
 _SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
     *(".avif", ".heic", ".heif"),
 }
-_MAX_BYTES = 2**29  # far above any picture that is decoded
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # in a ftyp box
 _VIDEO_STARTS = (b"\x1aE\xdf\xa3", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"OggS", b"FLV", b"0&\xb2u")
 
@@ -92,7 +91,7 @@ def _open(file: SourceFile) -> Opened | Video:
             if file.is_named or path.suffix.lower() in _SUFFIXES:
                 raise
             return OtherFile(path)
-        data = read_regular(path, _MAX_BYTES)
+        data = read_regular(path, MAX_FILE_BYTES)
         return OpenedPicture(path, decode(data, where=str(path)), data)
     except OSError as error:
         return BadPicture(f"{path}: cannot be read ({error.strerror or error})")

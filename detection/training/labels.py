@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.annotations.record import LabelledSet, PictureRecord
+from detection.evaluation.evaluate import labelled_picture
 
 NUM_SAMPLES = 6
 NUM_SIZES = 10  # steps of a box's side, as a share of the picture's
@@ -32,7 +33,7 @@ def describe(data: LabelledSet) -> dict[str, Any]:
             {"use": "test", "name": data.test.name} | _counts(data.test.pictures, data.classes),
         ],
         "samples": [
-            _sample(shown[place * len(shown) // len(places)], data) for place in places
+            labelled_picture(shown[place * len(shown) // len(places)], data) for place in places
         ],
     }  # fmt: skip
 
@@ -58,17 +59,4 @@ def _counts(pictures: Sequence[PictureRecord], classes: Sequence[str]) -> dict[s
         "sizes": [sizes[step] for step in range(NUM_SIZES)],
         "objects": {name: of_class[name] for name in classes},
         "pictures": {name: with_class[name] for name in classes},
-    }
-
-
-def _sample(picture: PictureRecord, data: LabelledSet) -> dict[str, Any]:
-    """One picture with its objects, as in detections.json."""
-    return {
-        "file_name": picture.file.relative_to(data.root).as_posix(),
-        "width": picture.width,
-        "height": picture.height,
-        "ground_truth": [
-            {"class": item.class_name, "box": list(item.box), "difficult": item.is_ignored}
-            for item in picture.objects
-        ],
     }
