@@ -43,7 +43,7 @@ class DataStageConfig:
         probe_val: With `existing`: the same for the probe's queries.
     """
 
-    kind: Literal["procedural", "photos", "fashion", "existing"] = "procedural"
+    kind: Literal["procedural", "photos", "letters", "fashion", "existing"] = "procedural"
     options: dict[str, Any] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
     dataset: str | None = None

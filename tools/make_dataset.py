@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from string import ascii_uppercase
 
 from common.annotations.record import FORMATS, SetChoice, read_class_names, read_set
 from common.errors import (
@@ -21,6 +22,7 @@ from pipeline.datasets.sets import SetOptions, flag
 _EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
   .venv/bin/python tools/make_dataset.py photos data/photos --classes coarse --num-pool 4000
+  .venv/bin/python tools/make_dataset.py letters data/letters
   .venv/bin/python tools/make_dataset.py import data/birds labelled/birds --show birds.jpg
   .venv/bin/python tools/make_dataset.py voc data/voc0712 VOCtrainval_06-Nov-2007.tar \\
       VOCtest_06-Nov-2007.tar VOCtrainval_11-May-2012.tar
@@ -32,10 +34,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     # fmt: off
     main_parser = command_parser(__doc__, _EXAMPLE)
-    names = "{procedural,photos,fashion,voc,import}"
+    names = "{procedural,photos,letters,fashion,voc,import}"
     kinds = main_parser.add_subparsers(required=True, metavar=names)
 
-    def add_kind(name: str, make: Callable, text: str, *, is_generated: bool) -> Callable:
+    def add_kind(
+        name: str, make: Callable, text: str, *, is_generated: bool, without: str = "_side"
+    ) -> Callable:
         one = kinds.add_parser(name, help=text, description=text)
         one.set_defaults(make=make)
         add = one.add_argument
@@ -46,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
         add_check_options(one)
         if not is_generated:
             return add
-        # The options of both generators, with the defaults of `SetOptions`.
+        # The options of all generators, with the defaults of `SetOptions`.
         default = SetOptions()
         for option in fields(SetOptions):
-            if not option.name.endswith("_side"):
+            if not option.name.endswith("_side") and not option.name.startswith(without):
                 text, value = option.metadata["help"], getattr(default, option.name)
                 add(flag(option), dest=option.name, type=type(value), default=value,
                     metavar="F" if isinstance(value, float) else "N",
@@ -77,6 +81,23 @@ def parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, metavar="DIR",
         help="folder for packages and pictures (default: $FA_CACHE/photos, else .cache/photos)")
     kinds.choices["photos"].set_defaults(clutter=0.3)
+
+    text = "letters of many fonts out of Debian packages; scenes of them with boxes"
+    add = add_kind("letters", make_letters, text, is_generated=True, without="pool_")
+    add("--letters", default=ascii_uppercase, metavar="ABC",
+        help="the classes, in this order (default: all capitals)")
+    add("--letter-size", type=int, default=40, metavar="PX",
+        help="side of the pictures of pool and probe (default: 40)")
+    add("--fonts-dir", type=Path, metavar="DIR",
+        help="take all fonts below this folder, as those of this machine, instead of the packages")
+    add("--packages-dir", type=Path, metavar="DIR",
+        help="folder with the .deb files, if they shall not be fetched")
+    add("--cache", type=Path, metavar="DIR",
+        help="folder for packages and fonts (default: $FA_CACHE/letters, else .cache/letters)")
+    kinds.choices["letters"].set_defaults(
+        num_pool=14_144, num_probe_train=3068, num_probe_val=2184,
+        image_size=[128, 160], max_objects=5, max_object=0.6,
+    )
 
     text = "Fashion-MNIST out of a Debian package: pool and probe, no boxes"
     add = add_kind("fashion", make_fashion, text, is_generated=False)
@@ -118,7 +139,8 @@ def set_options(arguments: argparse.Namespace) -> SetOptions:
     short, *rest = arguments.image_size
     num = 1 + len(rest)
     require(num <= 2, f"--image-size has {num} values: give the short and long side")
-    values = {option.name: getattr(arguments, option.name, 0) for option in fields(SetOptions)}
+    default = SetOptions()
+    values = {x.name: getattr(arguments, x.name, getattr(default, x.name)) for x in fields(default)}
     values |= {"short_side": short, "long_side": rest[0] if rest else round(short * 1.25)}
     return SetOptions(**values)
 
@@ -191,6 +213,48 @@ def make_photos(arguments: argparse.Namespace) -> bool:
         f"({grounds[1]} only in test and probe/val); no claim about natural pictures.",
     )
     source = photos.PhotoSource(options, names, library.root, seen, unseen)
+    return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
+
+
+def make_letters(arguments: argparse.Namespace) -> bool:
+    """Make a set of letters; see `build` for what is returned and raised."""
+    from pipeline.datasets import letters
+    from pipeline.datasets.scene import build
+    from pipeline.datasets.sets import Card
+
+    options, names = set_options(arguments), tuple(arguments.letters)
+    is_good = (
+        len(names) >= 2 and len(set(names)) == len(names) and set(names) <= set(ascii_uppercase)
+    )
+    require(is_good, f"--letters {arguments.letters}: give two or more of A to Z, each once")
+    side = arguments.letter_size
+    require(16 <= side <= 1024, f"--letter-size is {side}: give 16 to 1024")
+    require(
+        arguments.fonts_dir is None or arguments.packages_dir is None,
+        "--fonts-dir, --packages-dir: give one of them",
+    )
+    if arguments.check:
+        return _print_plan(options, as_json=arguments.json)
+    fonts = letters.open_fonts(
+        arguments.fonts_dir, arguments.packages_dir, arguments.cache or cache_of("letters")
+    )
+    files = letters.split(fonts, options.seed)
+    left_out = ", ".join(f"{num} {why}" for why, num in fonts.left_out.items())
+    print(f"{len(fonts.files)} fonts; left out: {left_out or 'none'}")
+    counts = {part: len(names) for part, names in files.items()}
+    more = {"letters": arguments.letters, "letter_size": side, "fonts": fonts.digest,
+            "generator_version": letters.VERSION}  # fmt: skip
+    used = {name: x for name, x in asdict(options).items() if not name.startswith("pool_")}
+    card = Card(
+        arguments.out.name,
+        "letters",
+        used | more,
+        letters.LICENCE,
+        f"Letters of {len(fonts.files)} fonts, {counts['pool']} in the pool, {counts['train']} in "
+        f"train and probe/train, {counts['test']} in test and probe/val; families are not shared "
+        f"between these. Font files left out: {left_out or 'none'}.",
+    )
+    source = letters.LetterSource(options, names, root=fonts.root, files=files, picture_side=side)
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
 
 

@@ -1,13 +1,10 @@
 """Composites of real photographs: cut-outs on photographed scenes, out of Debian packages."""
 
-import hashlib
 import json
-import os
-import shutil
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +13,11 @@ import numpy as np
 import zstandard
 
 from common.errors import UserError, require
-from common.files import read_json, write_json
+from common.files import read_json
 from common.pictures import BadPicture, decode, read_file
 from pipeline.datasets import scene, shapes
 from pipeline.datasets.scene import Placed, Range, Scene, SceneSource, Sprite, generator
-from pipeline.datasets.sets import fetched, newest_package, unpacked
+from pipeline.datasets.sets import packages_in, unpack_library
 
 VERSION = 3  # raise it whenever the pictures of given options change
 _MAMMALS = ("hoofed", "carnivore", "smallmammal")
@@ -87,45 +84,15 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
     Raises:
         UserError: If packages cannot be had or do not hold the listed pictures.
     """
-    if packages_dir is None:
-        sources = fetched(PACKAGES, cache, "up to 213 MB")
-    elif (packages_dir / "usr/share").is_dir():
-        sources = [packages_dir]
-    else:
-        sources = [path for x in PACKAGES if (path := newest_package(packages_dir, x))]
-        require(
-            len(sources) == len(PACKAGES),
-            f"--packages-dir {packages_dir}: not all of {', '.join(PACKAGES)} are there; fetch "
-            f"them with `apt-get download {' '.join(PACKAGES)}`",
-        )
-
-    # The library belongs to these packages and lists. It appears when it is complete.
+    sources = packages_in(PACKAGES, packages_dir, cache, "up to 213 MB")
     cutouts, scenes = listed_cutouts(), listed_backgrounds()
     files = [("cutouts", f) for groups in cutouts.values() for group in groups for f in group]
     files += [("backgrounds", f) for group in scenes.values() for f in group]
-    parts = [json.dumps([cutouts, scenes]), *(f"{p.name} {p.stat().st_size}" for p in sources)]
-    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
-    root = cache / f"library-{name}"
-    if not (root / "library.json").exists():
-        print("unpacking the pictures (once, about 20 s)", flush=True)
-        partial, versions = root.with_name(f"{root.name}.partial-{os.getpid()}"), {}
-        try:
-            for source in sources:
-                with unpacked(source, cache) as package:
-                    _copy_listed(package, files, partial)
-                # A .deb is called NAME_VERSION_ARCHITECTURE.deb.
-                label, version, _ = (source.name if source.is_file() else "all_unpacked_").split(
-                    "_"
-                )
-                versions[label] = version.replace("%3a", ":")
-            write_json(partial / "library.json", {"packages": versions})
-            if not root.exists():
-                partial.rename(root)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    root, versions = unpack_library(
+        sources, cache, json.dumps([cutouts, scenes]), partial(_copy_listed, files=files)
+    )
 
     # What these versions of the packages hold of the lists.
-    versions = read_json(root / "library.json")["packages"]
     present = {file for folder, file in files if (root / folder / file).is_file()}
     num_missing = len(files) - len(present)
     require(
@@ -141,7 +108,7 @@ def open_library(packages_dir: Path | None, cache: Path) -> Library:
     return Library(root, groups, grounds, versions, num_missing)
 
 
-def _copy_listed(package: Path, files: list[tuple[str, str]], out: Path) -> None:
+def _copy_listed(package: Path, out: Path, files: list[tuple[str, str]]) -> None:
     """Copy what an unpacked package holds of the listed (folder, file), and its terms."""
     share = package / "usr/share"
     pieces = {f"licences/{name}.txt": share / f"doc/{name}/copyright" for name in PACKAGES}

@@ -354,11 +354,7 @@ class ProceduralSource(SceneSource):
 
         def draw(label: int, sizes: Range) -> Sprite:
             size = min(shape) * scene.log_uniform(rng, *sizes)
-            dice = shapes.ShapeDice(rng, scene.is_held_out(part))
-            parts = shapes.CLASSES[self.class_names[label]](dice)
-            turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
-            habit = habit_of(label, self.material_habit)
-            return draw_sprite(rng, pose(rng, parts, size, turn), light, habit)
+            return self._object(rng, part, label, size, light)
 
         def clutter(mean: float, largest: float) -> list[Placed]:
             items = []
@@ -378,6 +374,16 @@ class ProceduralSource(SceneSource):
         darkness = rng.uniform(0.15, 0.6) if rng.random() < 0.75 else 0.0
         image = scene.paint(background, items, (-0.1 * light.x, -0.1 * light.y, darkness))
         return Scene(scene.finish(rng, image), objects, masks)
+
+    def _object(
+        self, rng: np.random.Generator, part: str, label: int, size: float, light: Light
+    ) -> Sprite:
+        """Draw an object of a class, its longer side `size` pixels."""
+        dice = shapes.ShapeDice(rng, scene.is_held_out(part))
+        parts = shapes.CLASSES[self.class_names[label]](dice)
+        turn = 180.0 if rng.random() < 1 / 12 else _MAX_TURN
+        habit = habit_of(label, self.material_habit)
+        return draw_sprite(rng, pose(rng, parts, size, turn), light, habit)
 
 
 def _background(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ Some pictures come from Debian packages: fetched and unpacked, never installed. 
 checks their hashes, `dpkg-deb` unpacks them.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, require
-from common.files import held, read_record_or_none, write_json
+from common.files import held, read_json, read_record_or_none, write_json
 
 
 def fetched(names: Sequence[str], cache: Path, size: str) -> list[Path]:
@@ -78,6 +79,72 @@ def unpacked(package: Path, cache: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def packages_in(
+    names: Sequence[str], packages_dir: Path | None, cache: Path, size: str
+) -> list[Path]:
+    """Packages in a folder of the user's, else in the cache, where missing ones are fetched first.
+
+    Args:
+        names: Of the packages.
+        packages_dir: Folder with the .deb files, or with their unpacked `usr` folder; None: cache.
+        cache: Folder for what is fetched.
+        size: How much all of them are, for people.
+    Returns:
+        .deb files in the order of `names`, or the folder that they are unpacked in.
+    Raises:
+        UserError: If packages cannot be had.
+    """
+    if packages_dir is None:
+        return fetched(names, cache, size)
+    if (packages_dir / "usr/share").is_dir():
+        return [packages_dir]
+    missing = [name for name in names if newest_package(packages_dir, name) is None]
+    require(
+        not missing,
+        f"--packages-dir {packages_dir}: {len(missing)} of {len(names)} packages are missing "
+        f"({', '.join([*missing[:4], *['..'][: len(missing) > 4]])}); fetch them with "
+        f"`apt-get download {' '.join(missing)}`",
+    )
+    return [path for name in names if (path := newest_package(packages_dir, name))]
+
+
+def unpack_library(
+    sources: Sequence[Path], cache: Path, key: str, copy: Callable[[Path, Path], None]
+) -> tuple[Path, dict[str, str]]:
+    """The files taken out of some packages, in a folder of the cache that appears when complete.
+
+    Args:
+        sources: See `packages_in`.
+        cache: Holds the folder.
+        key: What else decides its content.
+        copy: Copies what is needed from an unpacked package to the folder.
+    Returns:
+        The folder; package -> version.
+    Raises:
+        UserError: If a package is damaged.
+    """
+    parts = [key, *(f"{path.name} {path.stat().st_size}" for path in sources)]
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
+    root = cache / f"library-{name}"
+    if not (root / "library.json").exists():
+        print(f"unpacking {len(sources)} packages, once", flush=True)
+        partial, versions = root.with_name(f"{root.name}.partial-{os.getpid()}"), {}
+        try:
+            for source in sources:
+                with unpacked(source, cache) as package:
+                    copy(package, partial)
+                # A .deb is called NAME_VERSION_ARCHITECTURE.deb.
+                label = source.name if source.is_file() else "all_unpacked_"
+                package_name, version, _ = label.split("_")
+                versions[package_name] = version.replace("%3a", ":")
+            write_json(partial / "library.json", {"packages": versions})
+            if not root.exists():
+                partial.rename(root)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return root, read_json(root / "library.json")["packages"]
+
+
 FORMAT = "fa-dataset-1"
 LOCK_WAIT_SECONDS = 5.0  # the workers of a killed run hold its lock until they notice
 
@@ -88,7 +155,7 @@ class Card:
 
     Attributes:
         name: Name of the set.
-        kind: "procedural", "photos" or "voc".
+        kind: The generator, "voc" or "import".
         options: Everything that determines the pictures.
         licence: Terms of the pictures.
         notes: Honest limits.

@@ -149,7 +149,7 @@ def test_without_packages_the_remedy_is_named(tmp_path, monkeypatch, capsys):
     assert "E: no such package" in capsys.readouterr().err
     assert not list(tmp_path.glob("cache/*"))
     assert run(*words, "--packages-dir", tmp_path) == 2
-    assert "not all of tuxpaint-stamps-default" in capsys.readouterr().err
+    assert "3 of 3 packages are missing (tuxpaint-stamps-default" in capsys.readouterr().err
 
 
 def test_a_few_missing_pictures_are_counted_many_are_refused(debs, tmp_path: Path):
