@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of json (always written), voc, coco, yolo, with commas (default: json)")  # fmt: skip
     add("--every", type=int, default=1, metavar="N", help="of a video: every N-th frame (all)")
     add("--batch", type=int, metavar="N",
-        help="pictures per forward pass (default: TEST.IMS_PER_BATCH, as in the evaluation; 1: no "
-        "picture depends on another)")  # fmt: skip
+        help="pictures per forward pass (default: 1 on a CPU, where more are slower; "
+        "TEST.IMS_PER_BATCH on a GPU; 1: no picture depends on another)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
     add("--max-bad", type=int, default=0, metavar="N",
@@ -92,6 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
     prepare(arguments.out, overwrite=arguments.overwrite)
     writer = PredictionWriter(arguments.out, formats, detector.classes)
 
+    on_cpu = detector.cfg.MODEL.DEVICE == "cpu"
+    batch_size = arguments.batch or (1 if on_cpu else detector.batch_size)
     counts: Counter[str] = Counter()
     classes: Counter[str] = Counter()
     highest, batch, began = 0.0, list[OpenedPicture](), time.perf_counter()
@@ -122,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
                     )
             else:
                 batch.append(opened)
-                if len(batch) == (arguments.batch or detector.batch_size):
+                if len(batch) == batch_size:
                     predict_batch()
         if batch:
             predict_batch()

@@ -97,7 +97,8 @@ def test_boxes_have_the_ap_of_the_result_and_the_file_alone_suffices(
     file = shutil.copy(find_weights(trained), tmp_path / "alone.pth")
     split = read_set(trained / "data").test
     pictures = [str(picture.file) for picture in split.pictures]
-    assert main([str(file), *pictures, "--out", str(tmp_path / "out"), "--score", "0"]) == 0
+    words = ["--out", str(tmp_path / "out"), "--score", "0", "--batch", "5"]
+    assert main([str(file), *pictures, *words]) == 0
     rows = read(tmp_path / "out/predictions.json")
     assert [row["file"] for row in rows] == pictures
     truth, found = [], []
@@ -363,7 +364,7 @@ def test_formats_are_read_back_with_the_same_boxes(predict: Callable, tmp_path: 
                 box["class"] for box in row["boxes"]
             ]
             for item, box in zip(picture.objects, row["boxes"], strict=True):
-                off = 1.0 if name == "voc" else 1e-4
+                off = 1.0 if name == "voc" else 1e-3  # texts are rounded
                 assert item.box == pytest.approx(box["box"], abs=off)
     data = yaml.safe_load((out / "yolo/data.yaml").read_text())
     assert data == {"train": "images/default", "names": list(CLASSES)}
