@@ -110,10 +110,14 @@ class SeedsConfig:
     """What a seed covers.
 
     `pretraining`: null: one pretraining run, and `detection.seeds` seeds of the detector. A number
-    N: seeds 0 .. N-1, each with a pretraining run and a detector's seed of its own.
+    N: N seeds, each with a pretraining run and a detector's seed of its own. `first`: the lowest
+    seed; settings are chosen on other seeds than those that are reported. `data`: whether each has
+    a generated data set of its own, too.
     """
 
     pretraining: int | None = None
+    first: int = 0
+    data: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,8 @@ class PipelineConfig:
     @property
     def all_seeds(self) -> range:
         """The seeds of the detector, and of pretraining where it has some."""
-        return range(self.seeds.pretraining or self.detection.seeds)
+        first = self.seeds.first
+        return range(first, first + (self.seeds.pretraining or self.detection.seeds))
 
     @property
     def all_tables(self) -> tuple[TableConfig, ...]:
@@ -246,7 +251,7 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
         f"name {config.name!r} must consist of letters, digits, '-', '_' and '.'",
     )
     at_least(detection, "detection", seeds=1)
-    at_least(config.seeds, "seeds", pretraining=1)
+    at_least(config.seeds, "seeds", pretraining=1, first=0)
     parallel = detection.parallel
     if parallel != "auto" and parallel < 1:
         raise UserError(f"detection.parallel is {parallel}; give auto or a number from 1 on")
@@ -263,6 +268,11 @@ def check_config(config: PipelineConfig) -> PipelineConfig:
             require(name in known, f"comparison {item.name!r}: {name!r} is none of {known}")
 
     # The data.
+    require(
+        not config.seeds.data
+        or (data.kind not in ("existing", "fashion") and config.seeds.pretraining is not None),
+        "seeds.data needs a generated set with a split (data.kind) and seeds.pretraining",
+    )
     own = ("dataset", "pool", "pool_split", "shards", "probe_train", "probe_val")
     given = [name for name in own if getattr(data, name) is not None]
     shares = list(data.shares)

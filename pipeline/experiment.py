@@ -137,7 +137,7 @@ def check(
         print(note)
     # The pool is generated, or packed from the user's pictures.
     pools = [told.get("num_pool", told.get("num_pictures")) for name, told in facts.items()
-             if name in ("data", "shards")]  # fmt: skip
+             if name.partition("/")[0] in ("data", "shards")]  # fmt: skip
     pool = next(filter(None, pools), 0)
     for stage in stages:
         told = facts.get(stage.name, {})
@@ -287,7 +287,7 @@ def run_experiment(
             config=to_plain(config),
             command=command,
             parallel=limits.parallel,
-            dataset=os.path.relpath(dataset_folder(config, out), out),
+            dataset=os.path.relpath(dataset_folder(config, out, config.seeds.first), out),
             **provenance.describe(ROOT),
         )
 

@@ -330,61 +330,81 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
             )
         )  # fmt: skip
 
-    # The data set, if it is not the user's own.
-    if is_made:
-        words = [data.kind, out / "data", *flags(data.options)]
-        add(
-            "data", "data", words, [*words],
-            outputs=("data/dataset.json",), owns=("data", "data.partial"), products=("data",),
-            config={"data": {"kind": data.kind, "options": data.options}},
-        )  # fmt: skip
+    def add_data(seed: int | None) -> dict[str, Path]:
+        """The data set and its shards, of a seed or for all; returns the shards by name.
 
-    # Shards of the pool (maybe in parts) and of the probe, unless they are packed already.
-    pack = flags(config.shards.options)
-    probe = flags({"labels": "folders"} | config.probes.options)
-    if is_made:
-        pool, train, val = (out / "data" / name for name in ("pool", "probe/train", "probe/val"))
-    else:
-        own = (data.shards or data.pool, data.probe_train, data.probe_val)
-        pool, train, val = (Path(path).resolve() if path else None for path in own)
-        pack += flags({"split": data.pool_split})
-    sources: dict[str, tuple[Path | None, list[str]]] = {"shards": (pool, pack)}
-    if data.shares:
-        ends = [0.0, *data.shares, 1.0]
-        del sources["shards"]
-        for low, high in itertools.pairwise(ends):
-            sources[f"shards/{high:g}"] = (pool, [*pack, "--part", f"{low:g}:{high:g}"])
-    sources |= {"probe_train": (train, probe), "probe_val": (val, probe)}
-    if not any(variant.weights is None for variant in variants.values()):
-        sources = {}
-    packed: dict[str, Path] = {}
-    for name, (source, options) in sources.items():
-        if source is None:
-            continue
-        packed[name] = source
-        if is_made or not (source / "index.json").is_file():
-            packed[name] = out / name
-            words = [source, out / name, *options]
+        A name is that of the stage without the seed.
+        """
+        # The data set, if it is not the user's own.
+        tail = "" if seed is None else f"/seed-{seed}"
+        made = f"data{tail}"
+        if is_made:
+            options = data.options | ({} if seed is None else {"seed": seed})
+            if data.kind == "photos" and seed is not None:
+                options["split_seed"] = seed
+            words = [data.kind, out / made, *flags(options)]
             add(
-                "shards", name, words, [*words],
-                outputs=(f"{name}/index.json",), owns=(name,), upstream=("data",) * is_made,
-                files=() if is_made else (source,), config={"options": options}, resumable=True,
+                "data", made, words, [*words],
+                outputs=(f"{made}/dataset.json",), owns=(made, f"{made}.partial"),
+                products=(made,), config={"data": {"kind": data.kind, "options": options}},
             )  # fmt: skip
-    packing = tuple(name for name in packed if packed[name] == out / name)
-    probes = {f"eval.{name}": str(packed[name]) for name in ("probe_train", "probe_val")
-              if name in packed}  # fmt: skip
 
+        # Shards of the pool (maybe in parts) and of the probe, unless they are packed already.
+        pack = flags(config.shards.options)
+        probe = flags({"labels": "folders"} | config.probes.options)
+        if is_made:
+            pool, train, val = (out / made / x for x in ("pool", "probe/train", "probe/val"))
+        else:
+            own = (data.shards or data.pool, data.probe_train, data.probe_val)
+            pool, train, val = (Path(path).resolve() if path else None for path in own)
+            pack += flags({"split": data.pool_split})
+        sources: dict[str, tuple[Path | None, list[str]]] = {"shards": (pool, pack)}
+        if data.shares:
+            ends = [0.0, *data.shares, 1.0]
+            del sources["shards"]
+            for low, high in itertools.pairwise(ends):
+                sources[f"shards/{high:g}"] = (pool, [*pack, "--part", f"{low:g}:{high:g}"])
+        sources |= {"probe_train": (train, probe), "probe_val": (val, probe)}
+        if not any(variant.weights is None for variant in variants.values()):
+            sources = {}
+        packed: dict[str, Path] = {}
+        for name, (source, options) in sources.items():
+            if source is None:
+                continue
+            packed[name] = source
+            if is_made or not (source / "index.json").is_file():
+                place = name + tail
+                packed[name] = out / place
+                words = [source, out / place, *options]
+                add(
+                    "shards", place, words, [*words],
+                    outputs=(f"{place}/index.json",), owns=(place,), upstream=(made,) * is_made,
+                    files=() if is_made else (source,), config={"options": options},
+                    resumable=True,
+                )  # fmt: skip
+        return packed
+
+    has_own_data = config.seeds.data
+    packed = {} if has_own_data else add_data(None)
     detector = find_config(detection.config, "detection").resolve() if config.arms else None
     detector_options = detection_words(config)
     backbones: dict[tuple[str, int], tuple[Path | str, tuple[str, ...]]] = {}
     for seed in config.all_seeds:
+        if has_own_data:
+            packed = add_data(seed)
+        stage_of = {name: path.relative_to(out).as_posix() for name, path in packed.items()
+                    if path.is_relative_to(out)}  # fmt: skip
+        probes = {f"eval.{name}": str(packed[name]) for name in ("probe_train", "probe_val")
+                  if name in packed}  # fmt: skip
+
         # Backbones: pretrained here, or given; those that have no card are converted.
         for variant in variants.values():
             own_seed = seed if config.seeds.pretraining and variant.weights is None else None
             if "{seed}" in (variant.weights or ""):
                 own_seed = seed
-            if variant.weights == RANDOM or (own_seed is None and seed > 0):
-                backbones[variant.name, seed] = backbones.get((variant.name, 0), (RANDOM, ()))
+            if variant.weights == RANDOM or (own_seed is None and seed > config.seeds.first):
+                one = (variant.name, config.seeds.first)
+                backbones[variant.name, seed] = backbones.get(one, (RANDOM, ()))
                 continue
             is_plain = variant.name == "pretrained" and variant.weights is None and own_seed is None
             tail = "" if is_plain else f"/{variant.name}"
@@ -413,9 +433,9 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                     for key, value in (settings | overrides).items()
                 ]
                 first = [word for word in words if not word.startswith(("out=", "seed="))]
-                unmade = tuple(name for name in (*shares, "probe_train", "probe_val")
-                               if name in packing)  # fmt: skip
-                indexes = [packed[name] / "index.json" for name in shares if name not in packing]
+                unmade = tuple(stage_of[name] for name in (*shares, "probe_train", "probe_val")
+                               if name in stage_of)  # fmt: skip
+                indexes = [packed[name] / "index.json" for name in shares if name not in stage_of]
                 group = "evaluation" if config.pretrain.side_by_side else ""
                 add(
                     "pretrain", f"pretrain{tail}", [own_yaml, *words, "--resume"],
@@ -468,6 +488,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
             freeze = ["--freeze"] * arm.endswith(FROZEN)
             files = [detector, *read_yaml_with_bases(detector)[1]]
             files += [] if is_made else [dataset]
+            made_by = [dataset.relative_to(out).as_posix()] if is_made else []
             files += [weights] if isinstance(weights, Path) and not upstream else []
             place = f"detection/{arm}"
             add(
@@ -476,7 +497,7 @@ def build_stages(config: PipelineConfig, root: Path, out: Path) -> list[Stage]:
                  *detector_options],
                 [RANDOM if upstream else weights, *shared, out / "detection", *detector_options],
                 outputs=(f"{place}/seed-{seed}/result.json",), owns=(f"{place}/seed-{seed}",),
-                upstream=("data",) * is_made + upstream, files=tuple(files),
+                upstream=(*made_by, *upstream), files=tuple(files),
                 config={"arm": arm, "seed": seed, "overrides": detection.overrides}
                 | {"options": detection.options},
                 resumable=True, group="evaluation",
@@ -502,10 +523,12 @@ def detection_words(config: PipelineConfig) -> list[str]:
     return [*words, *config.detection.words]
 
 
-def dataset_folder(config: PipelineConfig, out: Path, seed: int = 0) -> Path:
+def dataset_folder(config: PipelineConfig, out: Path, seed: int) -> Path:
     """Return the labelled set that detection is trained and tested on."""
     own = config.data.dataset
-    return out / "data" if own is None else Path(own.replace("{seed}", str(seed))).resolve()
+    if own is None:
+        return out / "data" / f"seed-{seed}" if config.seeds.data else out / "data"
+    return Path(own.replace("{seed}", str(seed))).resolve()
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,8 @@ class Preset:
 
     Attributes:
         base: Pretraining config that every cell changes; relative to the preset.
-        seeds: How many: 0 .. seeds-1.
+        seeds: How many.
+        first_seed: The lowest of them.
         metrics: Of METRICS.
         sets: Name -> `data` of an experiment, and `overrides`; the first is the default.
         paradigms: Name -> overrides.
@@ -49,6 +50,7 @@ class Preset:
     paradigms: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     parallel: int = 1
+    first_seed: int = 0
     gpus: int = 0
     max_minutes: float | None = None
 
@@ -105,7 +107,7 @@ def make_config(
         data=source,
         pretrain=schema.PretrainStageConfig(str(base.resolve()), side_by_side=True),
         variants=variants,
-        seeds=schema.SeedsConfig(preset.seeds),
+        seeds=schema.SeedsConfig(preset.seeds, preset.first_seed),
         evaluations=preset.metrics,
         tables=tuple(tables),
     )

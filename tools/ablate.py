@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     add("--data", metavar="NAME", help="which of the preset's sets (default: its first)")
     add("--metrics", metavar="A,B", help=f"of {', '.join(METRICS)} (default: the preset's)")
-    add("--seeds", type=int, metavar="N", help="seeds 0..N-1 (default: the preset's)")
+    add("--seeds", type=int, metavar="N", help="how many seeds (default: the preset's)")
+    add("--first-seed", type=int, metavar="N", help="the lowest seed (default: the preset's, 0)")
     add("--only", action="append", default=[], metavar="TEXT",
         help="run only cells with this in their grid or levels; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="check the cells, show what would run, and stop")
@@ -56,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
     limits = limits_of(
         options, parallel=preset.parallel, threads=1, gpus=preset.gpus, minutes=preset.max_minutes
     )
-    preset = replace(preset, metrics=metrics, seeds=options.seeds or preset.seeds)
+    first = preset.first_seed if options.first_seed is None else options.first_seed
+    seeds = options.seeds or preset.seeds
+    preset = replace(preset, metrics=metrics, seeds=seeds, first_seed=first)
     config = study.make_config(grids, preset, path, data)
     chosen = study.chosen_variants(config, options.only)
     out = options.out.resolve()

@@ -1,10 +1,12 @@
 import contextlib
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from pipeline.config import ARMS, Comparison, load_config
+from pipeline.config import ARMS, Comparison, DataStageConfig, SeedsConfig, load_config
 from pipeline.plan import KINDS, build_stages, flags
 from tools import run_pipeline
 
@@ -73,6 +75,31 @@ def test_seeds_of_pretraining_share_random_and_come_one_after_another(tmp_path):
     checks = {stage.check for name, stage in stages.items() if "pretrain/base" in name}
     assert len(checks) == 1, "seeds need no check of their own"
     assert len({stage.check for stage in stages.values() if stage.kind == "detection"}) == 1
+
+
+def test_each_seed_may_have_data_of_its_own(tmp_path):
+    words = ("seeds.pretraining=2", "seeds.first=7", "seeds.data=true", "data.shares=[0.5]")
+    stages = stages_of(COMPARE, tmp_path, *words)
+    made = [name for name in stages if name.startswith(("data", "shards", "probe"))]
+    kinds = ("data", "shards", "shards", "probe_train", "probe_val")
+    assert [name.partition("/")[0] for name in made] == [*kinds, *kinds]
+    for seed in (7, 8):
+        data = tmp_path / f"data/seed-{seed}"
+        words = stages[f"data/seed-{seed}"].command
+        assert words[words.index("--seed") + 1] == str(seed)
+        assert str(data) in words
+        pretrain = stages[f"pretrain/base/seed-{seed}"]
+        assert f"eval.probe_val={tmp_path}/probe_val/seed-{seed}" in pretrain.command
+        folders = [f"{tmp_path}/shards/{share}/seed-{seed}" for share in ("0.5", "1")]
+        assert f"data.shards={json.dumps(folders)}" in pretrain.command
+        assert f"shards/0.5/seed-{seed}" in pretrain.upstream
+        detector = stages[f"random/seed-{seed}"]
+        assert detector.command[detector.command.index("--data") + 1] == str(data)
+        assert detector.upstream == (f"data/seed-{seed}",)
+    config = replace(load_config(COMPARE), data=DataStageConfig("photos"))
+    config = replace(config, seeds=SeedsConfig(1, 3, data=True))
+    words = build_stages(config, ROOT, tmp_path)[0].command
+    assert words[words.index("--split-seed") + 1] == words[words.index("--seed") + 1] == "3"
 
 
 def test_more_seeds_add_stages_and_change_none(tmp_path):
@@ -190,6 +217,7 @@ def test_impossible_own_data_is_refused(tmp_path, own, data, message):
         ("variants={a: {pool: 0.5}}", "variant a: no pool 0.5"),
         ("comparisons=[{name: c, terms: {a: 1}}]", "'a' is none of"),
         ("data.kind=fashion", "fashion has no boxes"),
+        ("seeds.data=true", "seeds.data needs a generated set with a split"),
         ("detection.seeds=null", "detection.seeds is null"),
         ("variants={1: {}}", "variants.1: name it"),
         ("variants={a: {weights: 3}}", "variants.a.weights is 3; it takes text"),
