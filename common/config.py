@@ -11,6 +11,7 @@ that a registry lists its names from the folder and imports nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -26,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from common.errors import UserError, unknown
+from common.errors import UserError, printable, unknown
 from common.files import decode_text, read_regular
 
 Schema = TypeVar("Schema")
@@ -228,6 +229,12 @@ def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def in_one_line(value: Any) -> str:
+    """A plain value as YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n...\n").strip()
+
+
 def to_plain(settings: Any) -> dict[str, Any]:
     """A dataclass as nested dicts and lists of plain values, as it stands in YAML and JSON."""
     return _plain(dataclasses.asdict(settings))
@@ -256,20 +263,7 @@ def one_line(error: BaseException) -> str:
 def _applied(schema: type, raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Settings with overrides applied in their order."""
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise UserError(f"override {override!r} is not of the form key=value")
-        # The way to the field; what follows a free mapping is one key of it.
-        names, parts, kind = key.split("."), [], schema
-        while names:
-            parts.append(names.pop(0))
-            kind = typing.get_type_hints(kind).get(parts[-1]) if _is_schema(kind) else None
-            if kind == _FREE and names:
-                parts, names, kind = [*parts, ".".join(names)], [], None
-        is_name = any("\udc80" <= character <= "\udcff" for character in text)  # not UTF-8
-        value = text.strip() if is_name else parse_yaml(text, f"override {override!r}")
-        if (isinstance(value, bool | int | float) or not text.strip()) and _is_text(kind):
-            value = text.strip()  # out=2026 names a folder
+        parts, value = _parsed(schema, override)
         node = raw
         for part in parts[:-1]:
             if node.get(part) is None:
@@ -280,6 +274,80 @@ def _applied(schema: type, raw: dict[str, Any], overrides: Sequence[str]) -> dic
         node[parts[-1]] = value
         raw = _normal(schema, raw)
     return raw
+
+
+def _parsed(schema: type, override: str) -> tuple[list[str], Any]:
+    """The way to a field, what follows a free mapping as one key of it, and the value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"override {override!r} is not of the form key=value")
+    names, parts, kind = key.split("."), [], schema
+    while names:
+        parts.append(names.pop(0))
+        kind = typing.get_type_hints(kind).get(parts[-1]) if _is_schema(kind) else None
+        if kind == _FREE and names:
+            parts, names, kind = [*parts, ".".join(names)], [], None
+    is_name = any("\udc80" <= character <= "\udcff" for character in text)  # not UTF-8
+    value = text.strip() if is_name else parse_yaml(text, f"override {override!r}")
+    if (isinstance(value, bool | int | float) or not text.strip()) and _is_text(kind):
+        value = text.strip()  # out=2026 names a folder
+    return parts, value
+
+
+def with_overrides(schema: type, text: str, overrides: Sequence[str]) -> str:
+    """Write `key=value` overrides into YAML; its other lines and its comments stay.
+
+    Args:
+        schema: As for `read_settings`.
+        text: Settings as YAML.
+        overrides: Each is named in a comment behind the line that it changes.
+    Raises:
+        UserError: If an override is none, or the YAML is laid out so that it cannot be written in.
+    """
+    for override in overrides:
+        before = _normal(schema, parse_yaml(text, "YAML"))
+        expected = _applied(schema, copy.deepcopy(before), [override])
+        if before == expected:
+            continue
+        key = override.partition("=")[0]
+        changed = _written(
+            text, key, _parsed(schema, override)[1], f"  # given: {printable(override)}"
+        )
+        try:
+            is_right = _normal(schema, parse_yaml(changed, "YAML")) == expected
+        except UserError:
+            is_right = False
+        if not is_right:
+            raise UserError(f"override {override!r}: write it into the YAML by hand, and leave it "
+                            "out of the command")  # fmt: skip
+        text = changed
+    return text
+
+
+def _written(text: str, key: str, value: Any, comment: str) -> str:
+    """YAML with a value at a dotted key: in place of the one there, or behind its neighbours."""
+    node, rest = yaml.compose(text, Loader=yaml.SafeLoader), key
+    while isinstance(node, yaml.MappingNode):
+        inner = [(name.value, one) for name, one in node.value
+                 if f"{rest}.".startswith(f"{name.value}.")]  # fmt: skip
+        if not rest or not inner:
+            break
+        rest, node = rest[len(inner[-1][0]) + 1 :], inner[-1][1]  # the last one counts
+    for name in reversed(rest.split(".") if rest else []):
+        value = {name: value}
+    new, last = in_one_line(value), node  # a block ends with its last value
+    while isinstance(last, yaml.CollectionNode) and last.value and not last.flow_style:
+        last = last.value[-1][1] if isinstance(last, yaml.MappingNode) else last.value[-1]
+    start, end = node.start_mark.index, last.end_mark.index
+    if rest and isinstance(node, yaml.MappingNode):
+        new = new[1:-1]
+        if node.flow_style:
+            start, new = end - 1, f"{', ' * bool(node.value)}{new}}}"
+        else:
+            start = end = (text + "\n").index("\n", end)
+            new = f"\n{' ' * node.start_mark.column}{new}"
+    line_end = (text + "\n").index("\n", end)
+    return text[:start] + new + text[end:line_end] + comment + text[line_end:]
 
 
 def _is_schema(kind: Any) -> bool:

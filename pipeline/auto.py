@@ -11,17 +11,17 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import provenance
+from common.config import in_one_line, read_settings, with_overrides
 from common.errors import duration, printable, require
 from common.files import read_text, write_text
-from pipeline.config import load_config
+from pipeline.config import PipelineConfig, load_config
 from pipeline.experiment import ROOT, ask
 from pipeline.own_data import OwnData, num_bad, survey
 from pipeline.plan import build_stages
@@ -270,11 +270,8 @@ def to_yaml(data: OwnData, machine: Machine, sizes: Sizes, name: str, budget: st
     workers = 1 if machine.cores <= 2 else min(8, machine.cores // 2)
     bad = num_bad(data.num_pool)
     passes = sizes.iterations * sizes.ims_per_batch / data.num_train
+    q = in_one_line
     made_for = machine.text() + (f", budget {budget}" if budget else "")
-
-    def q(value: Any) -> str:
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
-        return text.removesuffix("\n...\n").strip()
 
     # Lines that not every run has.
     part = f'    part: "0:{sizes.part:g}"  # {num_pool} pictures at random: all take too long\n'
@@ -349,7 +346,15 @@ detection:
 """
 
 
-def prepare(images: Path | None, labels: Path, out: Path, budget: str, *, is_dry: bool) -> str:
+def prepare(
+    images: Path | None,
+    labels: Path,
+    out: Path,
+    budget: str,
+    overrides: Sequence[str] = (),
+    *,
+    is_dry: bool,
+) -> str:
     """The YAML of a run of two folders; the one that it holds already, or else what is chosen.
 
     Args:
@@ -357,22 +362,23 @@ def prepare(images: Path | None, labels: Path, out: Path, budget: str, *, is_dry
         labels: See `survey`.
         out: Folder of the run.
         budget: A key of `BUDGETS`.
+        overrides: `key=value`, written into the YAML.
         is_dry: Whether nothing is written.
     Raises:
-        UserError: See `survey`; if `out` is of other folders or another budget.
+        UserError: See `survey`; if `out` is of other folders or another budget, or an override
+            is wrong.
     """
 
     def say(text: str) -> None:
         print(printable(text), flush=True)
 
+    read_settings(PipelineConfig, None, overrides)  # before anything is measured
     images, labels = images and images.absolute(), labels.absolute()
     for option, folder in (("--images", images), ("--labels", labels)):
         is_inside = folder is not None and out.resolve().is_relative_to(folder.resolve())
         require(not is_inside, f"--out {out}: lies in {option} {folder}; give a folder elsewhere")
-    header = "# " + yaml.safe_dump(
-        {"images": images and str(images), "labels": str(labels), "budget": budget},
-        default_flow_style=True, width=10**6, allow_unicode=True,
-    )  # fmt: skip
+    made_from = {"images": images and str(images), "labels": str(labels), "budget": budget}
+    header = f"# {in_one_line(made_from)}\n"
     file = out / YAML_FILE
     if file.is_file():
         text = read_text(file)
@@ -382,7 +388,10 @@ def prepare(images: Path | None, labels: Path, out: Path, budget: str, *, is_dry
             f"tools/run_pipeline.sh {file} --out {out}`, or choose another --out",
         )
         say(f"settings: {file}, as it stands")
-        return text
+        changed = with_overrides(PipelineConfig, text, overrides)
+        if changed != text and not is_dry:
+            write_text(file, changed)
+        return changed
 
     data, machine = survey(images, labels), this_machine()
     more = f" ({', '.join(data.classes[:5])}{', ..' * (len(data.classes) > 5)})"
@@ -404,6 +413,7 @@ def prepare(images: Path | None, labels: Path, out: Path, budget: str, *, is_dry
     if sizes.seconds > BUDGETS[budget]:
         say(f"note:     that is more than --budget {budget}: less would not train at all")
     text = header + to_yaml(data, machine, sizes, name, budget)
+    text = with_overrides(PipelineConfig, text, overrides)
     if not is_dry:
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, text)

@@ -76,14 +76,15 @@ def run(options: argparse.Namespace) -> int:
     if options.labels is not None:
         out = Path(options.out or Path("runs") / options.labels.absolute().name).absolute()
         text = prepare(
-            options.images, options.labels, out, options.budget or "quick", is_dry=options.dry_run
-        )
+            options.images, options.labels, out, options.budget or "quick", options.overrides,
+            is_dry=options.dry_run,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             path = out / YAML_FILE
-            if not path.is_file():  # --dry-run leaves none
+            if options.dry_run:  # which writes nothing there
                 path = Path(folder, YAML_FILE)
                 write_text(path, text)
-            config = load_config(path, options.overrides)
+            config = load_config(path)
     else:
         config = load_config(find_config(options.config, "pipeline"), options.overrides)
         out = Path(options.out or Path("runs") / config.name).absolute()

@@ -199,12 +199,27 @@ def test_the_yaml_is_left_in_the_run_and_goes_on(folders, monkeypatch, capsys):
     assert auto.prepare(images, labels, out, "quick", is_dry=False) == changed
     with pytest.raises(UserError, match="other folders or another budget"):
         auto.prepare(images, labels, out, "hour", is_dry=False)
+    # What the command line changes is written in, into a new file as into that one.
+    given = ["detection.arms=[random]", "convert.branch=ema", "shards.options.quality=80",
+             "pretrain.overrides.optim.epochs=2", "detection.seeds=3"]  # fmt: skip
+    expected = load_config(out / auto.YAML_FILE, given)
+    kept = auto.prepare(images, labels, out, "quick", given, is_dry=True)
+    assert load_config(out / auto.YAML_FILE) != expected
+    assert auto.prepare(images, labels, out, "quick", given, is_dry=False) == kept
+    new = auto.prepare(images, labels, folders / "new", "quick", given, is_dry=False)
+    for file in (out, folders / "new"):
+        assert replace(load_config(file / auto.YAML_FILE), name="run") == expected
+    for text in (kept, new):
+        assert "# faulty pictures and objects at most; they are counted" in text
+        assert "# given: detection.seeds=3\n" in text
+    with pytest.raises(UserError, match=r"did you mean detection\.seeds"):
+        auto.prepare(images, labels, folders / "none", "quick", ["detection.seed=3"], is_dry=False)
 
 
 @pytest.mark.slow
 def test_two_folders_become_a_run_that_its_yaml_continues(folders):
     def run(*words: str) -> str:
-        command = ["bash", str(ROOT / "tools/run_pipeline.sh"), *words, "--out", "run", *SMALLEST]
+        command = ["bash", str(ROOT / "tools/run_pipeline.sh"), *words, "--out", "run"]
         done = subprocess.run(
             command, cwd=folders, capture_output=True, text=True,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
@@ -212,7 +227,7 @@ def test_two_folders_become_a_run_that_its_yaml_continues(folders):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    output = run("--images", "images", "--labels", "labels")
+    output = run("--images", "images", "--labels", "labels", *SMALLEST)
     assert "tools/predict.py run PICTURES --out DIR" in output
     assert (folders / "run/report.html").is_file()
     lines = run("run/pipeline.yaml", "--dry-run").splitlines()
