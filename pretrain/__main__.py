@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import (
+    EACH,
     add_check_options,
     command_parser,
     print_check,
@@ -15,6 +16,7 @@ from common.errors import (
     run_command,
     run_or_check_each,
 )
+from common.memory import keep_freed_memory
 
 EXAMPLE = """\
 example:
@@ -58,6 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 it went wrong; 2 wrong arguments or input; 128 + signal."""
+    if arguments is None or EACH in sys.argv:  # a process of its own
+        keep_freed_memory()
     options = parse(arguments)
     # After --help, which should not wait.
     import yaml

@@ -39,12 +39,6 @@ Exit status: 0 submitted (with --wait: finished); 1 it went wrong; 2 wrong argum
 """
 ROOT = Path(__file__).resolve().parents[1]
 PREEMPTION = signal.SIGUSR1  # a training process saves when it gets it; submitit's own is USR2
-# As in tools/pretrain.sh: glibc keeps large temporaries instead of giving them back.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 _LOCAL_MINUTES = 60 * 24 * 365  # submitit ends local tasks after a time; here nobody asked for it
 _MAX_TIMEOUTS = 100  # how often a job whose time is up is queued again
 _NUMBERS = {  # option -> default, least value, help
@@ -160,7 +154,7 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see pretrain.collectives.start
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(node.save_seconds),
     }
-    return MALLOC | os.environ | torchrun | {"PYTHONPATH": path}
+    return os.environ | torchrun | {"PYTHONPATH": path}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.annotations.record import FORMATS, SetChoice, read_class_names
 from common.errors import (
+    EACH,
     RunFailed,
     UserError,
     add_check_options,
@@ -18,6 +19,7 @@ from common.errors import (
     run_or_check_each,
 )
 from common.files import check_out_folder
+from common.memory import keep_freed_memory
 
 _EXAMPLE = """\
 examples:
@@ -78,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
+    if argv is None or EACH in sys.argv:  # a process of its own
+        keep_freed_memory()
     arguments = parse_arguments(argv)
     from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
