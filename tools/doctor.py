@@ -5,7 +5,7 @@ Example:
     .venv/bin/python tools/doctor.py
     .venv/bin/python tools/doctor.py --json
 
-Exit status: 0 everything needed is there, 1 something is missing.
+Exit status: 0 everything needed is there, 1 something is missing, 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ def remedy_for(name: str, error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; one that raises becomes a finding with a remedy. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    make_parser: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser
+    with contextlib.suppress(Exception):  # not installed, or an old Python: the checks say so
+        from common.errors import command_parser as make_parser
+    parser = make_parser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     findings = {}

@@ -6,7 +6,6 @@ empty. Only stages that are finished with the present settings count.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -22,7 +21,14 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from common.errors import UserError, duration, run_command
+from common.errors import (
+    UserError,
+    command_parser,
+    duration,
+    no_such_file,
+    require,
+    run_command,
+)
 from common.files import (
     NUMBER,
     check_out_folder,
@@ -446,8 +452,8 @@ def render(out: Path) -> str:
     Raises:
         UserError: If the folder holds no run.
     """
-    if not (out / RUN_FILE).is_file():
-        raise UserError(f"{out} holds no run: {out / RUN_FILE} is missing")
+    require(out.is_dir(), no_such_file(out, "give the folder of a run", "folder"))
+    require((out / RUN_FILE).is_file(), f"{out} holds no run: {out / RUN_FILE} is missing")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -496,13 +502,9 @@ def write(out: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run's folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: .venv/bin/python pipeline/report/report.py runs/demo",
-    )
-    parser.add_argument(
-        "out", type=Path, metavar="DIR", help="folder of a pipeline's or study's run"
-    )
+    text = "Write report.html of a run again, finished or not."
+    parser = command_parser(text, "example: .venv/bin/python pipeline/report/report.py runs/demo")
+    parser.add_argument("out", type=Path, metavar="DIR", help="a pipeline's or study's run")
     options = parser.parse_args(arguments)
 
     def work() -> int:

@@ -209,6 +209,15 @@ def test_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[str])
     report = json.loads(capsys.readouterr().out)
     assert report["ready"]
     assert [item["name"] for item in report["findings"]] == list(doctor.CHECKS)
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--jsn"])
+    assert "did you mean --json?" in capsys.readouterr().err
+
+
+def test_doctor_works_where_nothing_is_installed() -> None:
+    command = [sys.executable, "-IS", str(ROOT / "tools/doctor.py"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, json.loads(done.stdout)["ready"]) == (1, False), done.stderr
 
 
 def test_doctor_names_the_remedy(monkeypatch, capsys) -> None:

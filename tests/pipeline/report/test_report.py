@@ -347,6 +347,8 @@ def test_one_seed_nothing_at_all_and_no_run(tmp_path, capsys):
     assert "data the stage not run" in Page(report.render(tmp_path / "b")).text
     assert report.main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "aa")]) == 2
+    assert f"no such folder; did you mean {tmp_path}/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lowest", [0.5, 40.0])
