@@ -13,7 +13,7 @@ from statistics import median, quantiles
 from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import LabelledSet, PictureRecord, SetChoice, read_set
-from common.errors import UserError, require
+from common.errors import UserError, no_such_file, require
 from common.pictures import PICTURE_SUFFIXES, BadPicture, decode, read_file
 from pipeline.datasets.importers import SPLIT_NAMES, open_source
 
@@ -72,8 +72,10 @@ def survey(images: Path | None, labels: Path) -> OwnData:
         UserError: If they are missing, swapped, empty or too small, or the labels are wrong.
     """
     for option, folder in (("--images", images), ("--labels", labels)):
-        fault = "is a file: unpack an archive" if folder and folder.is_file() else "no such folder"
-        require(folder is None or folder.is_dir(), f"{option} {folder}: {fault}; give a folder")
+        if folder is not None and not folder.is_dir():
+            fault = no_such_file(folder, "give a folder", "folder")
+            fault = f"{folder}: is a file: unpack an archive" if folder.is_file() else fault
+            raise UserError(f"{option} {fault}")
     num_pictures = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in walk(labels))
     max_left_out = num_bad(num_pictures)
     data = _labelled(images, labels, max_left_out)

@@ -13,6 +13,7 @@ from common.errors import (
     add_slurm_option,
     command_parser,
     json_file,
+    no_such_file,
     print_check,
     printable,
     require,
@@ -130,10 +131,10 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
         print_check({}, as_json=options.json is not None)
         return
     check_out_folder(options.out)
-    is_swapped = not Path(options.source).exists() and options.out.is_dir()
-    require(not is_swapped or not any(options.out.iterdir()),
-            f"{options.source}: no such folder; give the pictures first, then the folder for the "
-            f"shards: make_shards.py {options.out} {options.source}")  # fmt: skip
+    if not Path(options.source).exists() and options.out.is_dir() and any(options.out.iterdir()):
+        swapped = f"make_shards.py {options.out} {options.source}"
+        remedy = f"give the pictures first, then the folder for the shards: {swapped}"
+        raise UserError(no_such_file(options.source, remedy, "folder"))
     source = open_source(options.source, split=options.split, labels=options.labels)
     chosen = [SourcePicture(*one) for one in source.pictures if is_in_part(one[1], options.part)]
     require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
@@ -209,6 +210,7 @@ def verify(shards: str, num_workers: int) -> int:
         "://" not in shards,
         f"{shards}: --verify reads every byte of a local folder; copy the set first",
     )
+    require(Path(shards).is_dir(), no_such_file(shards, "give a folder of shards", "folder"))
     require(
         (Path(shards) / "index.json").is_file(),
         f"{shards}: has no index.json to verify against; tools/make_shards.py PICTURES SHARDS "

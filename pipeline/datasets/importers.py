@@ -18,7 +18,7 @@ from tqdm.contrib.concurrent import process_map
 from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
-from common.errors import UserError, require
+from common.errors import UserError, no_such_file, require
 from common.files import open_regular, read_text
 from common.pictures import (
     PICTURE_SUFFIXES,
@@ -71,8 +71,9 @@ def open_source(
             or the labels do not fit the pictures.
     """
     root = Path(path)
-    no_folder = "is a file: unpack an archive" if root.is_file() else "no such folder"
-    require(root.is_dir(), f"{root}: {no_folder}; give a folder of pictures or a VOC devkit")
+    remedy = "give a folder of pictures or a VOC devkit"
+    require(not root.is_file(), f"{root}: is a file: unpack an archive; {remedy}")
+    require(root.is_dir(), no_such_file(root, remedy, "folder"))
     # A VOC devkit. Where no folder has the list, reading it from the first says what is missing.
     if years := voc.year_folders(root):
         if split is None:
@@ -92,7 +93,8 @@ def open_source(
 
     # Any other folder: its pictures.
     root = root / (split or "")
-    require(root.is_dir(), f"{root}: no such folder, and no VOC devkit above it; check --split")
+    no_list = "folder, and no VOC devkit above it"
+    require(root.is_dir(), no_such_file(root, "check --split", no_list))
     files = [file.relative_to(root) for file in walk(root)]
     names = sorted(x.as_posix() for x in files if is_picture_file(root / x))
     require(
@@ -169,7 +171,8 @@ def read_labels(file: Path) -> dict[str, str]:
             large.
     """
     listed: dict[str, str] = {}
-    require(file.is_file(), f"--labels {file}: no such file; give folders, none or a list")
+    remedy = "give folders, none or a list"
+    require(file.is_file(), f"--labels {no_such_file(file, remedy, 'file')}")
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -215,7 +218,7 @@ def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: 
         UserError: For the first source or list that is wrong.
     """
     for source in sources:
-        require(source.exists(), f"{source}: no such file or folder; {_GIVE_OFFICIAL}")
+        require(source.exists(), no_such_file(source, _GIVE_OFFICIAL))
     card = Card(
         out.name,
         "voc",

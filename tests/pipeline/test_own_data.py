@@ -158,7 +158,8 @@ def test_labels_of_every_tool_and_their_pictures_as_pool(layout, tmp_path, monke
     [
         ("labels", "images", "swapped? Give --images {0}/images --labels {0}/labels"),
         ("none", "labels", "--images {0}/none: no such folder"),
-        ("images", "none", "--labels {0}/none: no such folder"),
+        ("images", "none", "--labels {0}/none: no such folder; give a folder"),
+        ("images", "label", "--labels {0}/label: no such folder; did you mean {0}/labels?"),
         ("images", "labels/photo 1.jpg", "is a file"),
         ("empty", "labels", "{0}/empty: holds no pictures"),
         ("images", "empty", "--labels {0}/empty: holds no labelled set"),

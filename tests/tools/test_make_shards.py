@@ -52,6 +52,14 @@ def test_pack_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert sorted(index.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
     assert make_shards.main([*arguments, "--num-workers", "1"]) == 0
     assert "(3 shards were finished before)" in capsys.readouterr().out
+    for words, message in (
+        (["inn", "out"], "inn: no such folder; did you mean {}/in?"),
+        (["shards", "in"], "give the pictures first, then the folder for the shards: make_shards"),
+        (["oout", "--verify"], "oout: no such folder; did you mean {}/out?"),
+    ):
+        words = [x if x.startswith("-") else str(tmp_path / x) for x in words]
+        assert make_shards.main(words) == 2
+        assert message.format(tmp_path) in capsys.readouterr().err
     shard = tmp_path / "out" / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
     assert make_shards.main([str(tmp_path / "out"), "--verify"]) == 1
@@ -164,6 +172,8 @@ def test_labels_from_a_list(tmp_path: Path, text: str, expected: list | str, enc
         ("tree", {}, r"train, val look like splits; choose one with --split"),
         ("loose", {"labels": "folders"}, r"1 pictures lie in no folder, as \['2.jpg'\]"),
         ("loose", {"labels": "auto"}, r"--labels auto: no such file; give folders, none or a list"),
+        ("devkti", {}, r"devkti: no such folder; did you mean \S*/devkit\?"),
+        ("tree", {"split": "trian"}, r"no VOC devkit above it; did you mean \S*/tree/train\?"),
     ],
 )
 def test_sources_that_cannot_be_used(devkit: Path, source, options, message) -> None:
