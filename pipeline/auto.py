@@ -176,7 +176,9 @@ def fit(data: OwnData, machine: Machine, budget: str, sizes: Sizes, costs: Costs
 
     decoding = data.decode_seconds / (min(4, cores) if machine.gpu_memory else 1)
     fixed = sum(_FIXED_SECONDS.values())
-    fixed += (data.num_train + data.num_test) * data.decode_seconds / cores  # the checks open all
+    # The checks and each detector open all labelled pictures, since damaged ones are left out.
+    num_opened = (1 + num_detectors) * (data.num_train + data.num_test)
+    fixed += num_opened * data.decode_seconds / cores
     fixed += _FIXED_SECONDS_OF_A_DETECTOR * num_detectors / sizes.parallel
     time_left = max(0.0, BUDGETS[budget] * _PLANNED_SHARE - fixed)
 

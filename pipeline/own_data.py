@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
@@ -14,7 +13,7 @@ from common.annotations.files import walk
 from common.annotations.formats import voc
 from common.annotations.record import LabelledSet, PictureRecord, SetChoice, read_set
 from common.errors import UserError, no_such_file, require
-from common.pictures import PICTURE_SUFFIXES, BadPicture, decode, read_file
+from common.pictures import PICTURE_SUFFIXES, decode, read_file
 from pipeline.datasets.importers import SPLIT_NAMES, open_source
 
 LEAST_POOL = 32  # two batches of the smallest size; below, negatives and BN say nothing
@@ -179,7 +178,6 @@ def _decode_seconds(pictures: list[PictureRecord]) -> float:
     took = []
     for picture in pictures[:: max(1, len(pictures) // 5)][:5]:
         began = time.process_time()
-        with contextlib.suppress(BadPicture):  # the checks name all of these
-            decode(read_file(picture.file), where=str(picture.file))
+        decode(read_file(picture.file), where=str(picture.file))
         took.append(time.process_time() - began)
     return median(took)

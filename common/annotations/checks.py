@@ -70,16 +70,19 @@ class Findings:
         self.faults.append(str(error))
         self.left_out[error.kind if isinstance(error, Unusable) else kind] += 1
 
+    def lines(self) -> list[str]:
+        """The first ten faults, and how many more there are."""
+        more = len(self.faults) - MAX_FAULTS
+        return [*self.faults[:MAX_FAULTS], *[f"and {more} more"] * (more > 0)]
+
     def raise_faults(self) -> None:
         """Refuse a set in which too much must be left out.
 
         Raises:
             UserError: With a line for each of up to ten faults.
         """
-        count = len(self.faults)
+        count, lines = len(self.faults), self.lines()
         if count > self.max_left_out:
-            more = count - MAX_FAULTS
-            lines = [*self.faults[:MAX_FAULTS], *[f"and {more} more"] * (more > 0)]
             lines[-1] += f" (--max-left-out {count} leaves out all {count})" if count > 1 else ""
             if count == 1:
                 lines[-1] += " (--max-left-out 1 leaves it out)"

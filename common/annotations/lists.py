@@ -5,10 +5,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from common.annotations.checks import NOT_CHOSEN, Findings, composed
+from common.annotations.checks import NOT_CHOSEN, PICTURE, Findings, Unusable, composed
 from common.annotations.record import (
     LabelledSet,
     LabelledSplit,
@@ -18,6 +19,8 @@ from common.annotations.record import (
 )
 from common.config import unknown
 from common.errors import UserError
+from common.pictures import fault_of
+from common.provenance import usable_cores
 
 TRAIN, VAL, TEST, ALL = "train", "val", "test", "all"
 _ROLES = {
@@ -80,11 +83,16 @@ def assemble(
     Raises:
         UserError: If there is no such list or class, or nothing to train on.
     """
+
+    def loaded(one: str) -> LabelledSplit:
+        split = load(one)
+        return _decoding(split, findings) if choice.decodes or choice.max_left_out else split
+
     read: dict[str, LabelledSplit] = {}
     roles = usual or _roles(root, lists, choice)
     is_split = roles is None
     if roles is None:
-        whole = [load(one) for one in lists]
+        whole = [loaded(one) for one in lists]
         findings.raise_faults()
         read = _split(root, whole, choice)
         lists, roles = (TRAIN, VAL), (TRAIN, ALL if choice.test_only else VAL)
@@ -100,7 +108,7 @@ def assemble(
                 f"{root}: {unknown(f'list {one!r}', one, [*read])}; it has no lists of its own"
             )
         if one not in read:
-            read[one] = load(one)
+            read[one] = loaded(one)
             findings.raise_faults()
     splits = {one: read[one] for one in [*needed, *others]}
     if usual is None and not (choice.test_only or choice.all_lists or choice.train_split):
@@ -138,8 +146,18 @@ def assemble(
         others=tuple(splits[one] for one in others),
         repaired=dict(findings.repairs),
         left_out=findings.all_left_out(),
-        num_faulty=len(findings.faults),
+        faults=tuple(line.replace(f"{root}{os.sep}", "") for line in findings.lines()),
     )
+
+
+def _decoding(split: LabelledSplit, findings: Findings) -> LabelledSplit:
+    """A list without the pictures that do not decode; these are counted."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        faults = list(pool.map(fault_of, [picture.file for picture in split.pictures]))
+    for fault in filter(None, faults):
+        findings.leave_out(Unusable(PICTURE, f"{fault}; replace the picture"), PICTURE)
+    kept = (x for x, fault in zip(split.pictures, faults, strict=True) if fault is None)
+    return replace(split, pictures=tuple(kept))
 
 
 def _roles(root: Path, lists: Collection[str], choice: SetChoice) -> tuple[str, str] | None:

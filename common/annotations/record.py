@@ -101,7 +101,8 @@ class LabelledSet:
         others: Further lists, if they were asked for.
         repaired: Number of each kind of repair that the reader made.
         left_out: Number of each kind of pictures and objects that the reader left out.
-        num_faulty: How many of these count for `SetChoice.max_left_out`.
+        faults: A line for each of these that counts for `SetChoice.max_left_out`, of many the first
+            ones.
     """
 
     root: Path
@@ -113,13 +114,13 @@ class LabelledSet:
     others: tuple[LabelledSplit, ...] = ()
     repaired: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
-    num_faulty: int = 0
+    faults: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line with a number for each kind of repair and of what was left out."""
+        """A line with a number for each kind of repair and of what was left out; the faults."""
         told = [*self.repaired.items(), *self.left_out.items()]
-        return tuple(f"{number} {kind}" for kind, number in told)
+        return (*(f"{number} {kind}" for kind, number in told), *self.faults)
 
     @property
     def num_train(self) -> int:
@@ -154,6 +155,8 @@ class SetChoice:
             stored, that has the annotation's size; of the upright one if both have. "stored":
             boxes are of the picture as stored.
         max_left_out: How many faulty pictures and objects are left out; more are an error.
+        decodes: Whether all pixels are read, so that damaged pictures are found; they are, where
+            something may be left out.
         val_share: Of the pictures of a set without lists, those that are evaluated.
         split_seed: Chooses them.
         all_lists: Read the set's further lists too, into `LabelledSet.others`.
@@ -169,6 +172,7 @@ class SetChoice:
     test_only: bool = False
     exif: Literal["auto", "stored"] = "auto"
     max_left_out: int = 0
+    decodes: bool = False
     val_share: float = 0.2
     split_seed: int = 0
     all_lists: bool = False

@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-from common import pictures, provenance
+from common import provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.backbone import read_own_card
 from common.config import dotted, one_line
@@ -398,9 +397,9 @@ def check(settings: ArmSettings, *, has_data: bool) -> dict[str, Any]:
     """
     num_train, num_test, notes = None, None, []
     if has_data:
-        arm = prepare(settings)
+        choice = replace(settings.choice, decodes=True)
+        arm = prepare(replace(settings, choice=choice))
         cfg = arm.cfg
-        _open_pictures(arm.data)
         num_train, num_test = arm.data.num_train, len(arm.data.test.pictures)
         notes = [f"{arm.data.root}: {note}" for note in arm.data.notes]
     else:
@@ -460,25 +459,3 @@ def _refusals_explained(config: Path) -> Iterator[None]:
             f"{config}: Detectron2 cannot train with these settings ({one_line(error)}); take back "
             "the last override or change of the file"
         ) from error
-
-
-def _open_pictures(data: LabelledSet) -> None:
-    """Decode every picture of the lists.
-
-    Raises:
-        UserError: Naming those that do not open.
-    """
-    paths = {p.file for split in (*data.train, data.test) for p in split.pictures}
-
-    def fault(path: Path) -> str | None:
-        try:
-            pictures.decode(pictures.read_file(path), where=str(path))
-        except pictures.BadPicture as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(provenance.usable_cores()) as pool:
-        faults = sorted(filter(None, pool.map(fault, paths)))
-    if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{'; '.join(faults[:3])}{more}; replace these pictures")

@@ -20,14 +20,7 @@ from common.annotations.formats import voc
 from common.annotations.record import SetChoice, list_file, read_set
 from common.errors import UserError, no_such_file, require
 from common.files import open_regular, read_text
-from common.pictures import (
-    PICTURE_SUFFIXES,
-    BadPicture,
-    decode_fast,
-    is_picture_file,
-    read_file,
-    read_header,
-)
+from common.pictures import PICTURE_SUFFIXES, fault_of, is_picture_file
 from pipeline.datasets.sets import Card, fetched, make_set, unpacked
 
 # -- the pictures of a folder, for shards ---------------------------------------------------------
@@ -256,7 +249,7 @@ def import_voc(sources: Sequence[Path], out: Path, num_workers: int, overwrite: 
                 f"altered copy; {_GIVE_OFFICIAL}. {_NO_IMPORT}",
             )
             faults = process_map(
-                _fault, files, max_workers=num_workers, chunksize=64, desc=place, disable=None
+                fault_of, files, max_workers=num_workers, chunksize=64, desc=place, disable=None
             )
             broken = [fault for fault in faults if fault]
             more = f"{len(broken)} of {count} pictures do not decode; download the set again"
@@ -307,16 +300,6 @@ def _link_devkit(folder: Path, devkit: Path) -> None:
                             os.link(os.path.realpath(file), place / file.name)  # not of a link
                         except OSError:
                             shutil.copyfile(file, place / file.name)
-
-
-def _fault(file: str) -> str | None:
-    """What is wrong with a picture; all of its data is read, a JPEG at an eighth of its size."""
-    try:
-        data = read_file(file)
-        decode_fast(data, read_header(data, where=file), 8, where=file)
-    except BadPicture as error:
-        return str(error)
-    return None
 
 
 # -- Fashion-MNIST out of Debian's package: grey pictures of clothes, 28 x 28 pixels --------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from PIL import Image
 from tqdm.contrib.concurrent import process_map
 
-from common.annotations.checks import PICTURE, Findings, Unusable
 from common.annotations.record import (
     YEAR_FOLDER,
     LabelledSet,
@@ -22,7 +21,7 @@ from common.annotations.record import (
     write_list,
 )
 from common.annotations.write import safe_name, upright_copy, write_voc_picture
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
 from common.files import write_bytes
 from common.pictures import BadPicture, decode, read_file
 from pipeline.datasets.sets import Card, make_set
@@ -34,8 +33,8 @@ SHEET_PICTURES, _COLUMNS, _CELL = 24, 4, 480  # of --show; pixels
 
 
 def read_source(source: Path, choice: SetChoice) -> LabelledSet:
-    """Read every list of a set; see `read_set` for what is raised."""
-    return read_set(source, replace(choice, all_lists=True))
+    """Read every list and picture of a set; see `read_set` for what is raised."""
+    return read_set(source, replace(choice, all_lists=True, decodes=True))
 
 
 def import_labelled(
@@ -52,8 +51,6 @@ def import_labelled(
         overwrite: Whether a set made with other options or labels is replaced.
     Returns:
         False if the set was there already and was kept.
-    Raises:
-        UserError: If more pictures do not decode than may be left out.
     """
     options: dict[str, object] = {
         "source": source.resolve().name,
@@ -83,38 +80,30 @@ def import_labelled(
         done = process_map(
             _copy, jobs, max_workers=num_workers, chunksize=16, desc="pictures", disable=None
         )
-        findings = Findings(choice.max_left_out - data.num_faulty)
-        repaired, bad = Counter(data.repaired), set()
-        for file, (fault, is_encoded) in zip(names, done, strict=True):
-            if fault:
-                findings.leave_out(Unusable(PICTURE, f"{fault}; replace the picture"), PICTURE)
-                bad.add(file)
-            else:
-                sizes = records[file].width, records[file].height
-                boxes = [item.box for item in records[file].objects]
-                repaired[ROUNDED] += sum(
-                    max(abs(a - b) for a, b in zip(whole_box(box, *sizes), box, strict=True))
-                    > _NOISE
-                    for box in boxes
-                )
-                repaired[ENCODED] += is_encoded
-        findings.raise_faults()
+        repaired = Counter(data.repaired)
+        for file, is_encoded in zip(names, done, strict=True):
+            sizes = records[file].width, records[file].height
+            boxes = [item.box for item in records[file].objects]
+            repaired[ROUNDED] += sum(
+                max(abs(a - b) for a, b in zip(whole_box(box, *sizes), box, strict=True)) > _NOISE
+                for box in boxes
+            )
+            repaired[ENCODED] += is_encoded
         for name, split in lists.items():
-            write_list(folder, name, [names[x.file] for x in split.pictures if x.file not in bad])
+            write_list(folder, name, [names[x.file] for x in split.pictures])
         card.write(
             root,
             classes=data.classes,
             metric_year=data.metric_year or 2012,
-            splits={name: sum(x.file not in bad for x in split.pictures)
-                    for name, split in lists.items()},
+            splits={name: len(split.pictures) for name, split in lists.items()},
             train_split="+".join([*lists][: len(data.train)]),
             test_split=[*lists][len(data.train)],
             pool=0,
             probe={"train": 0, "val": 0},
             repaired=dict(+repaired),
-            left_out=dict(Counter(data.left_out) + findings.left_out),
-        )  # fmt: skip
-        _check(root, sum(len(records[file].objects) for file in records if file not in bad))
+            left_out=dict(data.left_out),
+        )
+        _check(root, sum(len(record.objects) for record in records.values()))
 
     return make_set(card, out, overwrite, fill)
 
@@ -128,18 +117,17 @@ def _named_lists(data: LabelledSet) -> dict[str, LabelledSplit]:
     return found
 
 
-def _copy(job: tuple[PictureRecord, Path, str]) -> tuple[str | None, bool]:
-    """Write a picture and its annotation; what is wrong with it, and whether it was encoded."""
+def _copy(job: tuple[PictureRecord, Path, str]) -> bool:
+    """Write a picture and its annotation; whether it was encoded."""
     picture, folder, name = job
-    where = str(picture.file)
     try:
         data = read_file(picture.file)
-        pixels = decode(data, where=where)
-    except BadPicture as error:
-        return str(error), False
+        pixels = decode(data, where=str(picture.file))
+    except BadPicture as error:  # it has changed since the set was read
+        raise UserError(f"{error}; run the command again") from error
     suffix, upright = upright_copy(data, pixels, picture.file.suffix)
     write_voc_picture(folder, f"{name}{suffix}", upright, picture)
-    return None, upright is not data
+    return upright is not data
 
 
 def _check(root: Path, num_objects: int) -> None:

@@ -149,11 +149,17 @@ def make_labelimg(root: Path) -> None:
     LAYOUTS["LabelImg"][1](root)
 
 
+def cut(picture: Path) -> None:
+    """The header stays."""
+    picture.write_bytes(picture.read_bytes()[:-400])
+
+
 @pytest.mark.parametrize(
     ("harm", "message", "is_bounded"),
     [
         (lambda x: (x / "photo 0.jpg").unlink(), "its picture photo 0 is not there", True),
         (lambda x: (x / "photo 0.jpg").write_bytes(b"x"), "does not decode", True),
+        (lambda x: cut(x / "photo 0.jpg"), r"photo 0.jpg: does not decode.*left-out 1", True),
         (lambda x: (x / "photo 0.xml").write_text("<a"), "not readable as XML", True),
         (lambda x: layouts.paint(x / "photo 0.png", NAMES[0]), None, False),
         (lambda x: (x / "photo 0.xml").unlink(), None, False),
@@ -166,11 +172,12 @@ def test_pictures_that_are_left_out(
     harm(tmp_path)
     if message:
         with pytest.raises(UserError, match=message):
-            read_set(tmp_path)
+            read_set(tmp_path, SetChoice(decodes=True))
     data = read_set(tmp_path, SetChoice(max_left_out=int(is_bounded)))
     expected = NAMES if (tmp_path / "photo 0.png").exists() else NAMES[1:]
     assert objects_of(data).keys() == set(expected)
     assert sum(data.left_out.values()) >= 1
+    assert data.notes[-1].startswith("photo 0.") == is_bounded, "a line says what is wrong"
 
 
 def test_nearest_picture_and_doubt(tmp_path: Path) -> None:

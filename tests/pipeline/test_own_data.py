@@ -130,6 +130,13 @@ def test_what_two_folders_hold(folders):
     assert data.classes == ("cat", "dog")
     assert data.short_side == 96
     assert data.objects[4] == pytest.approx(41 / 96, abs=0.02)
+    cut = folders / "labels/photo 1.jpg"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-400])
+    damaged = survey(folders / "images", folders / "labels")
+    assert damaged.num_train + damaged.num_test == 5
+    assert any("photo 1.jpg: does not decode" in note for note in damaged.notes)
+    cut.write_bytes(whole)
     # Labels within the pictures, or the same folder, or the labelled ones alone.
     shutil.move(folders / "labels", folders / "images/labels")
     inside = survey(folders / "images", folders / "images/labels")
@@ -228,7 +235,11 @@ def test_two_folders_become_a_run_that_its_yaml_continues(folders):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    layouts.paint(folders / "labels/cut.jpg", "photo 1")
+    (folders / "labels/cut.jpg").write_bytes((folders / "labels/cut.jpg").read_bytes()[:-400])
+    layouts.write(folders / "labels/cut.xml", layouts.xml("photo 1", "cut.jpg"))
     output = run("--images", "images", "--labels", "labels", *SMALLEST)
+    assert "cut.jpg: does not decode" in (folders / "run/report.html").read_text()
     assert "tools/predict.py run PICTURES --out DIR" in output
     assert (folders / "run/report.html").is_file()
     lines = run("run/pipeline.yaml", "--dry-run").splitlines()

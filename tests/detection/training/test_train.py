@@ -448,6 +448,20 @@ def test_picture_that_does_not_decode_is_named(
         file.write_bytes(file.read_bytes()[:700])
     assert train("random") == 2
     assert ".jpg: does not decode" in capsys.readouterr().err
+    assert train("random", "--check") == 2
+    assert "--max-left-out 8 leaves out all 8" in capsys.readouterr().err
+
+
+def test_pictures_that_do_not_decode_are_left_out(
+    train: Callable[..., int], voc_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_all = read_set(voc_root).num_train
+    file = read_set(voc_root).train[0].pictures[0].file
+    file.write_bytes(file.read_bytes()[:700])
+    assert train("random", "--max-left-out", "1", "--check", "--json") == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["num_train"] == num_all - 1
+    assert f"{file.name}: does not decode" in told["notes"][-1]
 
 
 def test_diverging_training_is_no_users_mistake(

@@ -97,11 +97,15 @@ def test_faults_stop_the_import_or_are_left_out(source: Path, capsys) -> None:
     cut.write_bytes(cut.read_bytes()[:-400])
     (source / "photo 3.jpg").unlink()
     assert run("import", out, source) == 2
-    assert "its picture photo 3 is not there; add it (--max-left-out 1" in capsys.readouterr().err
-    assert run("import", out, source, "--max-left-out", 1) == 2, "one more does not decode"
-    assert "photo 1.jpg" in capsys.readouterr().err
+    faults = capsys.readouterr().err
+    assert "its picture photo 3 is not there; add it\n" in faults
+    assert "photo 1.jpg: does not decode" in faults
+    assert faults.endswith("(--max-left-out 2 leaves out all 2)\n")
+    assert run("import", out, source, "--max-left-out", 1, "--check") == 2, "one more"
+    assert "photo 1.jpg: does not decode" in capsys.readouterr().err
     assert not out.exists()
     assert run("import", out, source, "--max-left-out", 2) == 0
+    assert "\nphoto 1.jpg: does not decode" in capsys.readouterr().out
     assert card_of(out)["left_out"] == {"pictures that are missing or unreadable": 2}
     assert sum(card_of(out)["splits"].values()) == 4
 
