@@ -30,6 +30,8 @@ _ROLES = {
 }
 _MAX_RELATED = 100  # pictures with which one that is moved changes places
 _END = re.compile(r"[\d_.-]*$")  # of train2017
+_COPY = re.compile(r"\.rf\.[^/]*$")  # of Roboflow's augmented copies: photo_jpg.rf.1f0a29.jpg
+COPIES = "augmented copies of a picture (NAME.rf.HASH): all on one side of the split"
 
 
 def role_of(*names: str) -> str | None:
@@ -94,7 +96,7 @@ def assemble(
     if roles is None:
         whole = [loaded(one) for one in lists]
         findings.raise_faults()
-        read = _split(root, whole, choice)
+        read = _split(root, whole, choice, findings)
         lists, roles = (TRAIN, VAL), (TRAIN, ALL if choice.test_only else VAL)
     train_names = [] if choice.test_only else (choice.train_split or roles[0]).split("+")
     test_name = choice.test_split or roles[1]
@@ -144,7 +146,7 @@ def assemble(
         train=tuple(splits[one] for one in train_names),
         test=splits[test_name],
         others=tuple(splits[one] for one in others),
-        repaired=dict(findings.repairs),
+        repaired=dict(+findings.repairs),
         left_out=findings.all_left_out(),
         faults=tuple(line.replace(f"{root}{os.sep}", "") for line in findings.lines()),
     )
@@ -193,7 +195,7 @@ def _chosen(split: LabelledSplit, classes: Sequence[str], findings: Findings) ->
 
 
 def _split(
-    root: Path, whole: Sequence[LabelledSplit], choice: SetChoice
+    root: Path, whole: Sequence[LabelledSplit], choice: SetChoice, findings: Findings
 ) -> dict[str, LabelledSplit]:
     """All pictures, and the two parts of them; a picture's name is its path below the root."""
     pictures = {
@@ -214,8 +216,17 @@ def _split(
     if choice.test_only and choice.test_split in (None, ALL):
         return everything
     kept = choice.classes if not choice.test_only else None
-    classes_of = {key: _classes_of(picture, kept) for key, picture in pictures.items()}
-    val = seeded_split(classes_of, choice.val_share, choice.split_seed)
+    copies: dict[str, list[str]] = {}
+    for key in sorted(pictures):
+        copies.setdefault(_COPY.sub("", key), []).append(key)
+    findings.repairs[COPIES] += sum(len(keys) for keys in copies.values() if len(keys) > 1)
+    groups = {keys[0]: keys for keys in copies.values()}
+    classes_of = {
+        first: frozenset().union(*(_classes_of(pictures[key], kept) for key in keys))
+        for first, keys in groups.items()
+    }
+    chosen = seeded_split(classes_of, choice.val_share, choice.split_seed)
+    val = {key for first in chosen for key in groups[first]}
     return everything | {TRAIN: part(TRAIN, pictures.keys() - val), VAL: part(VAL, val)}
 
 
@@ -243,7 +254,8 @@ def seeded_split(classes_of: Mapping[str, Collection[str]], share: float, seed: 
         raise UserError(f"--val-share {share:g}: give a number between 0 and 1")
     if len(classes_of) < 2:
         raise UserError(
-            "one labelled picture cannot be split for training and evaluation; add more"
+            "one labelled picture, or copies of one, cannot be split for training and evaluation; "
+            "add more"
         )
 
     def hashed(name: str) -> bytes:

@@ -259,6 +259,24 @@ def test_every_class_is_on_both_sides_where_possible(
     assert on_both_sides(classes_of, val) == possible
 
 
+def test_copies_of_a_picture_are_on_one_side(tmp_path: Path) -> None:
+    """Roboflow's; other names that begin alike are pictures of their own."""
+    for name, number in product(NAMES[:5], range(3)):
+        for folder in ("copies", "plain"):
+            file = f"{name}_jpg.rf.{number}{'ab' * 8}" if folder == "copies" else f"{name} {number}"
+            layouts.paint(tmp_path / folder / f"{file}.jpg", name)
+            write(tmp_path / folder / f"{file}.xml", layouts.of_xml(name))
+    data, plain = (read_set(tmp_path / folder) for folder in ("copies", "plain"))
+    parts = [{x.file.name.partition(".rf.")[0] for x in part.pictures}
+             for part in (data.train[0], data.test)]  # fmt: skip
+    assert parts[0].isdisjoint(parts[1])
+    assert [len(parts[0]), len(parts[1]), data.num_train] == [3, 2, 9]
+    assert data.notes == (
+        "15 augmented copies of a picture (NAME.rf.HASH): all on one side of the split",
+    )
+    assert plain.notes == ()
+
+
 def test_the_share_holds_in_every_class() -> None:
     rows = {f"{i}.jpg": ["abc"[(i % 10) // 4]] + ["d"] * (i % 50 == 0) for i in range(1000)}
     val = seeded_split(rows, 0.2, 0)
