@@ -100,8 +100,13 @@ def main(argv: list[str] | None = None) -> int:
         except OutOfMemoryError as error:
             reason = message_of(error).splitlines()[0]
             raise RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
-        figures = "  ".join(f"{key} {value:.1f}" for key, value in summary["mean"].items())
-        print(f"{figures}  (n = {summary['n']})")
+        figures = [f"{key} {value:.1f}" for key, value in summary["mean"].items()]
+        ranges = summary.get("picture_interval", {}).values()
+        about = ", brackets: 95 % over the set's pictures" * any(ranges)
+        if about:
+            figures = [f"{figure} [{low:.1f}, {high:.1f}]"
+                       for figure, (low, high) in zip(figures, ranges, strict=True)]  # fmt: skip
+        print(f"{'  '.join(figures)}  (n = {summary['n']}{about})")
         return 0
 
     return run_command(

@@ -19,7 +19,8 @@ KINDS = ("correct", "localisation", "confusion", "both", "duplicate", "backgroun
 ALL_KINDS = (*KINDS, "ignored")
 _CORRECT, _LOCALISATION, _CONFUSION, _BOTH, _DUPLICATE, _BACKGROUND, _IGNORED = range(7)
 GAINS = (*KINDS[1:], "missed", "all_false", "all_missed")
-_LEVELS = {2007: np.arange(0.0, 1.1, 0.1), None: np.linspace(0.0, 1.0, 101)}
+LEVELS = {2007: np.arange(0.0, 1.1, 0.1), None: np.linspace(0.0, 1.0, 101)}
+"""Metric year -> the levels of recall at which precision is averaged; 2012: area instead."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def judge(objects: Objects, detections: Detections) -> Verdicts:
         rank[rows[np.argsort(-detections.score[rows])]] = np.arange(len(rows))
 
     # Kinds by overlap; whether a detection on its own class is the first on its object comes next.
-    own_iou, own, other_iou, other = _nearest(objects, detections)
+    own_iou, own, other_iou, other = nearest(objects, detections)
     conditions = [own_iou > MATCH_IOU, own_iou >= NEAR_IOU, other_iou > MATCH_IOU]
     conditions.append(other_iou >= NEAR_IOU)
     kinds = [_DUPLICATE, _LOCALISATION, _CONFUSION, _BOTH]
@@ -118,7 +119,7 @@ def _groups(numbers: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
 
 
-def _nearest(
+def nearest(
     objects: Objects, detections: Detections
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Largest overlap, and its object, with objects of the own class and of other classes.
@@ -225,7 +226,7 @@ def _average_precision(hits: np.ndarray, num_objects: int, metric_year: int | No
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     if metric_year == 2012:
         return float((np.diff(recall, prepend=0.0) * envelope).sum())
-    places = np.searchsorted(recall, _LEVELS[metric_year], side="left")
+    places = np.searchsorted(recall, LEVELS[metric_year], side="left")
     return float(np.append(envelope, 0.0)[places].mean())
 
 

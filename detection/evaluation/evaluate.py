@@ -38,6 +38,7 @@ from common.annotations.record import (
     coco_content,
 )
 from common.errors import UserError
+from common.picture_draws import METRICS
 from detection.evaluation.error_analysis import (
     ALL_KINDS,
     Detections,
@@ -45,10 +46,9 @@ from detection.evaluation.error_analysis import (
     judge,
     objects_of,
 )
+from detection.evaluation.resampled_ap import THRESHOLDS, Matches, coco_matches, voc_matches
 
-METRICS = ("AP", "AP50", "AP75")
 RECALL_LEVELS = tuple(level / 100 for level in range(101))
-_THRESHOLDS = tuple(range(50, 100, 5))  # percent of overlap
 _CURVE_THRESHOLDS = (50, 75)
 _STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCOeval.stats
 
@@ -107,6 +107,7 @@ class Evaluation:
         coco: Figures by COCO's metric, see `coco_metric`.
         errors: See `error_analysis.error_table`.
         detections: Rows of detections.json.
+        matches: Of every class by the set's metric, for `resampled_ap`.
         absent: Classes without an object that counts.
         num_images: Pictures evaluated.
         seconds: Duration.
@@ -118,6 +119,7 @@ class Evaluation:
     coco: dict[str, Any]
     errors: dict[str, Any]
     detections: list[dict[str, Any]]
+    matches: list[Matches]
     absent: list[str]
     num_images: int
     seconds: float
@@ -176,7 +178,7 @@ def voc_metric(
                 )
             )
             precisions, curves = [], {}
-            for threshold in _THRESHOLDS:
+            for threshold in THRESHOLDS:
                 recall, precision, average = pascal_voc_evaluation.voc_eval(
                     str(lines),
                     "{}",
@@ -188,7 +190,7 @@ def voc_metric(
                 precisions.append(100 * float(average))
                 if threshold in _CURVE_THRESHOLDS:
                     curves[f"{threshold / 100:.2f}"] = curve_points(recall, precision)
-            at_50, at_75 = (precisions[_THRESHOLDS.index(place)] for place in (50, 75))
+            at_50, at_75 = (precisions[THRESHOLDS.index(place)] for place in (50, 75))
             rows[class_name] = ClassFigures(float(np.mean(precisions)), at_50, at_75, curves)
     return rows
 
@@ -234,7 +236,7 @@ def curve_points(recall: np.ndarray, precision: np.ndarray) -> Curve:
 
 def coco_metric(
     split: LabelledSplit, classes: Sequence[str], boxes: DetectedBoxes
-) -> tuple[dict[str, Any], dict[str, ClassFigures]]:
+) -> tuple[dict[str, Any], dict[str, ClassFigures], COCOeval]:
     """AP, and the curves by COCO's matching.
 
     "Difficult" objects are what COCO calls crowds: pycocotools reads no other mark of an object
@@ -242,7 +244,8 @@ def coco_metric(
 
     Returns:
         {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {class: AP}} in percent, None where
-        no object counts, such as no small one; and the figures of each class that occurs.
+        no object counts, such as no small one; the figures of each class that occurs; and
+        pycocotools' evaluation.
     """
     corners = boxes.box.astype(float)
     corners[:, 2:] -= corners[:, :2]
@@ -283,7 +286,7 @@ def coco_metric(
                 float(100 * precision.mean()), by_overlap[0], by_overlap[5], curves
             )
     figures = {key: None if value < 0 else 100 * value for key, value in stats.items()}
-    return {**figures, "per_class": {name: row.ap for name, row in rows.items()}}, rows
+    return {**figures, "per_class": {name: row.ap for name, row in rows.items()}}, rows, evaluation
 
 
 def _indexed(content: dict[str, Any]) -> COCO:
@@ -366,17 +369,20 @@ def evaluate_detector(
     boxes: DetectedBoxes = result["boxes"]
 
     # AP by COCO's metric, and by VOC's if that is the set's. Means are over the classes that occur.
-    coco, rows = coco_metric(split, data.classes, boxes)
-    means = {key: coco[key] for key in METRICS}
-    if data.metric_year is not None:
-        rows = voc_metric(split, data.classes, boxes, data.metric_year)
+    year, num_images, num_classes = data.metric_year, len(split.pictures), len(data.classes)
+    objects, in_voc = objects_of(split, data.classes), boxes.in_voc()
+    coco, rows, coco_evaluation = coco_metric(split, data.classes, boxes)
+    if year is None:
+        means = {key: coco[key] for key in METRICS}
+        matches = coco_matches(coco_evaluation, num_classes, num_images)
+    else:
+        rows = voc_metric(split, data.classes, boxes, year)
         columns = zip(*((row.ap, row.ap50, row.ap75) for row in rows.values()), strict=True)
         means = {key: float(np.mean(x)) for key, x in zip(METRICS, columns, strict=True)}
+        matches = voc_matches(objects, in_voc, num_classes, num_images)
 
     # Kinds of errors, also of the detections that are kept for people to look at.
-    objects, in_voc = objects_of(split, data.classes), boxes.in_voc()
     verdicts = judge(objects, in_voc)
-    year, num_images = data.metric_year, len(split.pictures)
     detections = detection_rows(
         split,
         data,
@@ -392,6 +398,7 @@ def evaluate_detector(
         coco=coco,
         errors=error_table(objects, in_voc, verdicts, data.classes, num_images, year),
         detections=detections,
+        matches=matches,
         absent=split.classes_without_objects(data.classes),
         num_images=num_images,
         seconds=time.perf_counter() - began,

@@ -25,7 +25,9 @@ from common.annotations.record import SetChoice, read_set
 from common.config import dotted
 from common.errors import UserError
 from common.files import LOCK, held, read_record, sha256_of, write_json
-from detection.evaluation.evaluate import METRICS, evaluate_detector
+from common.picture_draws import METRICS, draw_pictures, intervals, read_draws, write_draws
+from detection.evaluation.evaluate import evaluate_detector
+from detection.evaluation.resampled_ap import resampled_ap
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from detection.training.run import (
@@ -62,7 +64,8 @@ def evaluate_on(
         overwrite: Whether a result that was made with another model or set is replaced.
 
     Returns:
-        What OUT/eval-on-NAME.json holds: mean, standard deviation and number of seeds.
+        What OUT/eval-on-NAME.json holds: mean, standard deviation and number of seeds; and the
+        interval of the mean over the pictures of the set.
 
     Raises:
         UserError: If a seed is not finished or being worked on, or the set does not fit the
@@ -107,9 +110,9 @@ def _evaluate_seeds(
     if choice.metric_year is None and None not in (data.metric_year, trained_year):
         data = replace(data, metric_year=trained_year)
     name = result_name(root, choice.test_split)
-    rows = []
+    rows, all_draws = [], []
     for folder, result in zip(folders, results, strict=True):
-        file = folder / f"eval-on-{name}.json"
+        file, draws_file = (folder / f"eval-on-{name}{end}.json" for end in ("", "-draws"))
         made_with = {
             "data_sha256": data.digest(),
             "model_sha256": sha256_of(folder / _MODEL),
@@ -125,7 +128,11 @@ def _evaluate_seeds(
                     f"{file}: was made with another {', '.join(changed)} (a set of the same folder "
                     "name?); rename the folder, or replace the result with --overwrite"
                 )
-        else:
+        draws = None if row is None or overwrite else read_draws(draws_file, row)
+        if row is not None and draws is None and not overwrite:  # of an older version, or damaged
+            state = "is damaged" if draws_file.is_file() else "is missing"
+            print(f"warning: {draws_file} {state}; the seed is evaluated again", file=sys.stderr)
+        if row is None or draws is None:
             log_to(folder)
             for note in data.notes:
                 logger.info("%s: %s", root, note)
@@ -145,6 +152,8 @@ def _evaluate_seeds(
             evaluation = evaluate_detector(cfg, model.eval(), loader, data)
             assert evaluation is not None  # one process
             write_details(evaluation, folder, f"{file.stem}-")
+            counts = draw_pictures(evaluation.num_images)
+            draws = resampled_ap(evaluation.matches, counts, data.metric_year)
             row = {
                 "name": name,
                 "arm": result["arm"],
@@ -153,17 +162,21 @@ def _evaluate_seeds(
                 "classes": list(data.classes),
                 "classes_without_test_objects": evaluation.absent,
                 "metric_year": data.metric_year,
+                "picture_interval": intervals([draws]),
                 **made_with,
                 "versions": provenance.versions(),
             }
+            write_draws(draws_file, draws, row)
             write_json(file, row)  # last: its presence says "finished"
             figures = (row[key] for key in METRICS)
             logger.info("%s on %s: AP %.1f  AP50 %.1f  AP75 %.1f", folder.name, name, *figures)
         rows.append(row)
+        all_draws.append(draws)
     summary = {
         "name": name,
         "set": str(data.root.resolve()),
         **summarise(rows, [row["seed"] for row in rows]),
+        "picture_interval": intervals(all_draws),
     }
     write_json(out / f"eval-on-{name}.json", summary)
     return summary

@@ -38,7 +38,8 @@ from common.files import (
     sha256_of,
     write_json,
 )
-from detection.evaluation.evaluate import METRICS, Evaluation
+from common.picture_draws import METRICS
+from detection.evaluation.evaluate import Evaluation
 from detection.training.config import (
     arch_of_config,
     check_device,

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.detection.tiny_detection import CLASSES, CONFIGS, make_coco, make_voc
+from common.picture_draws import read_draws
+from tests.detection.tiny_detection import CLASSES, CONFIGS, annotation, make_coco, make_voc
 from tools.train_voc import main
 
 
@@ -64,6 +66,37 @@ def test_same_set_gives_the_same_figures_and_touches_nothing(place: Path, evalua
     boxes = (seed / "detections.json").read_text()
     assert (seed / "eval-on-data-detections.json").read_text() == boxes
     assert '"score"' in boxes
+
+
+def test_intervals_over_the_pictures_of_the_set(
+    place: Path, evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each seed, and of the mean by the same draws. What seed 0 found is what is labelled."""
+    for number, row in enumerate(read(place / "run/seed-0/detections.json")):
+        found = row["detections"][number % 3]
+        x0, y0, x1, y1 = (round(value) for value in found["box"])
+        text = annotation(96, [(found["class"], x0 + 1, y0 + 1, x1, y1)])
+        name = Path(row["file_name"]).stem
+        (place / f"data/VOC2007/Annotations/{name}.xml").write_text(text)
+    assert evaluate("data") == 0
+    folders = [place / f"run/seed-{number}" for number in range(2)]
+    rows = [read(folder / "eval-on-data.json") for folder in folders]
+    files = [folder / "eval-on-data-draws.json" for folder in folders]
+    summary = read(place / "run/eval-on-data.json")
+    draws = [read_draws(file, row) or {} for file, row in zip(files, rows, strict=True)]
+    for metric in ("AP", "AP50", "AP75"):
+        own = [figures[metric] for figures in draws]
+        ends = [np.quantile(figures, [0.025, 0.975]).tolist() for figures in own]
+        assert [row["picture_interval"][metric] for row in rows] == ends
+        of_mean = np.quantile((own[0] + own[1]) / 2, [0.025, 0.975]).tolist()
+        assert summary["picture_interval"][metric] == of_mean
+    low, high = summary["picture_interval"]["AP50"]
+    assert 0 <= low < summary["mean"]["AP50"] < high <= 100
+    assert f"AP50 {summary['mean']['AP50']:.1f} [{low:.1f}, {high:.1f}]" in capsys.readouterr().out
+    files[1].unlink()  # as an older version left it
+    assert evaluate("data") == 0
+    assert "eval-on-data-draws.json is missing; the seed is evaluated" in capsys.readouterr().err
+    assert read(place / "run/eval-on-data.json") == summary
 
 
 def test_other_set_other_figures_kept_until_the_set_changes(
@@ -129,8 +162,8 @@ def test_a_coco_folder(place: Path, evaluate, capsys: pytest.CaptureFixture[str]
     assert (row["metric_year"], row["num_test_images"]) == (None, 5)
     log = (place / "run/seed-0/log.txt").read_text()
     assert f"{root}: 1 boxes up to 1 pixel outside their picture: clipped\n" in log
-    for annotation in content["annotations"][:3]:
-        annotation["bbox"][2] = -1
+    for row in content["annotations"][:3]:
+        row["bbox"][2] = -1
     file.write_text(json.dumps(content))
     capsys.readouterr()
     assert evaluate("coco", "--seeds", "0", "--eval-split", "holiday") == 2
