@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common import stats
 from common.files import (
@@ -14,19 +17,22 @@ from common.files import (
     read_json_lines,
     read_json_or_none,
     read_record_or_none,
+    sha256_of,
     write_json,
 )
+from common.picture_draws import METRICS, Draws, interval, read_draws
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS, FROZEN
 from pipeline.plan import read_run
 
-METRICS = ("AP", "AP50", "AP75")
 COCO_METRICS = ("coco_AP", "coco_AP50", "coco_AP75")  # by COCO's metric, on the same boxes
 ALL_METRICS = (*METRICS, *COCO_METRICS)
 Measured = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Metric -> variant or arm -> seed -> value."""
 Detection = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows of each arm, one a seed."""
+AllDraws = Mapping[str, Mapping[int, Draws]]
+"""Arm -> seed -> its figures in every draw of the pictures; all of the same pictures."""
 _FORMS: dict[str, tuple[str, Form]] = {
     "data": ("dataset.json", {}),
     "shards": ("index.json", {}),
@@ -86,6 +92,9 @@ def assemble(out: Path) -> dict[str, Any]:
               for name in good if name.startswith("pretrain/")}  # fmt: skip
     if others:  # variant/seed-N, or the variant alone
         results["pretrainings"] = others
+    sets = other_sets(out, run.get("tables"), detection)
+    if sets:
+        results["other_sets"] = sets
     if run.get("tables"):
         found = measured(out, good) | by_metric(detection)
         results |= {
@@ -104,45 +113,122 @@ def assemble(out: Path) -> dict[str, Any]:
     return results
 
 
-def make_table(table: Mapping[str, Any], found: Measured, metric: str) -> dict[str, Any]:
+def make_table(
+    table: Mapping[str, Any], found: Measured, metric: str, draws: AllDraws | None = None
+) -> dict[str, Any]:
     """Return a table by one metric.
 
     Args:
         table: A `TableConfig` as plain values.
         found: See `Measured`.
         metric: Of `found`.
+        draws: Of a set whose pictures were resampled: then rows and comparisons also have
+            `picture_interval`, None if a seed has no draws or the metric none.
     Returns:
         `name`, `title`, `claim`, `metric`, `left_out`; `rows`: `label`, `variant`, `n`, `mean`,
         `std`, `values` by seed; `comparisons`: see `stats.compare`; comparisons of variants whose
         frozen arms were trained come once more, of these; `verdict` on the claim.
     """
     values = found[metric]
+
+    def over_pictures(terms: Mapping[str, float], seeds: Iterable[int]) -> dict[str, Any]:
+        """The interval of a weighted sum of variants, mean over seeds."""
+        if draws is None:
+            return {}
+        try:
+            figures = [np.sum([weight * draws[variant][seed][metric]
+                               for variant, weight in terms.items()], axis=0)
+                       for seed in seeds]  # fmt: skip
+        except KeyError:
+            return {"picture_interval": None}
+        return {"picture_interval": interval(figures)}
+
     rows = []
     for label, variant in table["rows"].items():
         by_seed = dict(sorted(values.get(variant, {}).items()))
         row = {"label": label, "variant": variant, "values": by_seed}
-        rows.append(row | mean_std(list(by_seed.values())))
-    contrasts = []
+        row |= mean_std(list(by_seed.values()))
+        rows.append(row | over_pictures({variant: 1}, by_seed))
+    contrasts, sides = [], []
     for ending in ("", FROZEN):
         for item in table["comparisons"]:
             if not ending or all(variant + ending in values for variant in item["terms"]):
                 terms = ((w, values.get(v + ending, {})) for v, w in item["terms"].items())
                 name = item["name"] + ending.replace("_", ", ")
                 contrasts.append(stats.Contrast(name, tuple(terms), item["decides"]))
+                sides.append({v + ending: w for v, w in item["terms"].items()})
     compared = stats.compare(contrasts)
+    for row, side in zip(compared, sides, strict=True):
+        row |= over_pictures(side, row["seeds"])
     kept = {key: table[key] for key in ("name", "title", "claim", "left_out")}
     judged = {"comparisons": compared, "verdict": stats.claim_verdict(compared)}
     return kept | {"metric": metric, "rows": rows} | judged
 
 
-def arm_tables(title: str, detection: Detection) -> list[dict[str, Any]]:
+def arm_tables(
+    title: str, detection: Detection, draws: AllDraws | None = None
+) -> list[dict[str, Any]]:
     """The arms that ran, and pretrained - random, as tables by every metric of detection."""
     rows = {arm_title(arm): arm for arm, seeds in detection.items() if seeds}
     name, terms = "pretrained - random", {"pretrained": 1, "random": -1}
     comparisons = [{"name": name, "terms": terms, "decides": True}] * ("pretrained" in detection)
     table = {"name": title, "title": title, "claim": "", "left_out": {}, "rows": rows}
+    table |= {"comparisons": comparisons}
     found = by_metric(detection)
-    return [make_table({**table, "comparisons": comparisons}, found, metric) for metric in found]
+    return [make_table(table, found, metric, draws) for metric in found]
+
+
+def other_sets(
+    out: Path, tables: Sequence[Mapping[str, Any]] | None, detection: Detection
+) -> list[dict[str, Any]]:
+    """The sets that `tools/train_voc.sh --eval-on` evaluated.
+
+    Args:
+        out: The run's folder.
+        tables: Those of the run; None: its arms are compared.
+        detection: The seeds that count.
+    Returns:
+        `name`; `tables`, see `make_table`; `outdated`: seeds that were trained again since, as
+        "arm/seed-N", which count nowhere; `without_draws`: those that count, but have no draws of
+        the pictures that most have.
+    """
+    stems = {path.stem for path in out.glob("detection/*/seed-*/eval-on-*.json")}
+    beside = {stem + end for stem in stems for end in ("-pr", "-errors", "-detections", "-draws")}
+    sets = []
+    for stem in sorted(stems - beside):
+        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in detection}
+        drawn: dict[tuple[str, int], tuple[Draws | None, tuple[Any, Any]]] = {}
+        outdated = []
+        for arm, seed in [(key, row["seed"]) for key in detection for row in detection[key]]:
+            name = f"{arm}/seed-{seed}"
+            path = out / f"detection/{name}/{stem}.json"
+            model = path.with_name("model_final.pth")
+            result = read_record_or_none(path)
+            if result is None:  # not evaluated there, or damaged, see `damaged_files`
+                continue
+            # Without a model the folder is a copy of the figures alone.
+            is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
+            if is_newer and sha256_of(model) != result.get("model_sha256"):
+                outdated.append(name)
+                continue
+            rows[arm].append(seed_row(seed, result, ()))
+            found = read_draws(path.with_name(f"{stem}-draws.json"), result)
+            pictures = result.get("data_sha256"), result.get("num_test_images")
+            drawn[arm, seed] = (found, pictures)
+        draws: dict[str, dict[int, Draws]] = {arm: {} for arm in detection}
+        usual = Counter(pictures for found, pictures in drawn.values() if found).most_common(1)
+        for (arm, seed), (found, pictures) in drawn.items():
+            if found and pictures == usual[0][0]:
+                draws[arm][seed] = found
+        without_draws = [f"{arm}/seed-{seed}" for arm, seed in drawn if seed not in draws[arm]]
+        title, figures = stem.removeprefix("eval-on-"), by_metric(rows)
+        named = {"name": title, "title": title, "claim": ""}
+        made = [make_table({**table, **named}, figures, metric, draws)
+                for table in tables or () for metric in figures]  # fmt: skip
+        made = made or arm_tables(title, rows, draws)
+        sets.append({"name": title, "tables": made, "outdated": outdated,
+                     "without_draws": without_draws})  # fmt: skip
+    return sets
 
 
 def arm_title(arm: str) -> str:

@@ -36,7 +36,6 @@ from common.files import (
     is_number,
     read_json_lines,
     read_record_or_none,
-    sha256_of,
     write_text,
 )
 from common.stats import mean_std
@@ -224,34 +223,6 @@ def confusion_charts(arms: Arms) -> list[tuple[str, Markup]]:
     ]  # fmt: skip
 
 
-def other_sets(out: Path, arms: Arms) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
-    """Each set that `tools/train_voc.sh --eval-on` evaluated: its name, the tables of the arms.
-
-    And the seeds that were trained again since, as "arm/seed-N", which count nowhere.
-    """
-    stems = {path.stem for path in out.glob("detection/*/seed-*/eval-on-*.json")}
-    beside = {stem + end for stem in stems for end in ("-pr", "-errors", "-detections")}
-    sets = []
-    for stem in sorted(stems - beside):
-        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-        outdated = []
-        for arm, folder in ((arm, folder) for arm, folders in arms.items() for folder in folders):
-            path, model = folder / f"{stem}.json", folder / "model_final.pth"
-            result = read_record_or_none(path)
-            if result is None:  # not evaluated there, or damaged, see `skipped_items`
-                continue
-            # Without a model the folder is a copy of the figures alone.
-            is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
-            if is_newer and sha256_of(model) != result.get("model_sha256"):
-                outdated.append(f"{arm}/{folder.name}")
-            else:
-                seed = int(folder.name.removeprefix("seed-"))
-                rows[arm].append(results.seed_row(seed, result, ()))
-        name = stem.removeprefix("eval-on-")
-        sets.append((name, results.arm_tables(name, rows), outdated))
-    return sets
-
-
 # -- pictures -------------------------------------------------------------------------------------
 
 
@@ -403,7 +374,7 @@ def context(out: Path) -> dict[str, Any]:
         "kinds": ERROR_KINDS,
         "errors": error_rows(arms),
         "confusions": confusion_charts(arms),
-        "other_sets": other_sets(out, arms),
+        "other_sets": found.get("other_sets"),
         "pretrainings": by_variant,
         "curves": [
             (title, about, charts.line_chart(title, pretraining_curves(few, key), "epoch",
@@ -501,7 +472,7 @@ def write(out: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the report of a run's folder."""
+    """Write the report of a run's folder, and its results.json: other sets may have come since."""
     text = "Write report.html of a run again, finished or not."
     parser = command_parser(text, "example: .venv/bin/python pipeline/report/report.py runs/demo")
     parser.add_argument("out", type=Path, metavar="DIR", help="a pipeline's or study's run")
@@ -509,7 +480,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         check_out_folder(options.out)
-        return write(options.out)
+        status = write(options.out)
+        old = read_record_or_none(options.out / "results.json") or {}
+        results.write(options.out, **{key: old[key] for key in ("published",) if key in old})
+        return status
 
     return run_command(work)
 

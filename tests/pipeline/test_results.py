@@ -2,9 +2,18 @@ import json
 
 import pytest
 
+from common.picture_draws import NUM_DRAWS
 from pipeline import results
 from pipeline.experiment import closing_lines
-from tests.pipeline.report.run_fixture import ARM_LEVELS, GAINS, change, make_run, make_study
+from tests.pipeline.report.run_fixture import (
+    ARM_LEVELS,
+    GAINS,
+    ap50,
+    change,
+    evaluate_elsewhere,
+    make_run,
+    make_study,
+)
 
 
 def test_results_keep_the_contract(tmp_path):
@@ -153,6 +162,47 @@ def test_variants_are_compared_seed_by_seed(tmp_path):
     assert found["failures"][0]["reason"] == "no <memory>"
     text = results.findings(found)[0]["text"]
     assert text.startswith("fa helps (shown). knn, fa - base: +2.9")
+
+
+def test_other_sets_have_intervals_over_pictures(tmp_path):
+    """Of the mean over the seeds, and of paired differences, by the same draws of pictures."""
+    out = make_run(tmp_path, seeds=2)
+    evaluate_elsewhere(out, "real")
+    results.write(out)
+    (one,) = json.loads((out / "results.json").read_text())["other_sets"]
+    tables = {table["metric"]: table for table in one["tables"]}
+    low, high = (0.025 * (NUM_DRAWS - 1), 0.975 * (NUM_DRAWS - 1))
+    for row in tables["AP50"]["rows"]:
+        step = 0.01 if row["variant"].startswith("random") else 0.011
+        own = mean([ap50(row["variant"], seed) - 10 for seed in range(2)])
+        assert (row["n"], row["mean"]) == (2, pytest.approx(own))
+        assert row["picture_interval"] == pytest.approx([own + step * low, own + step * high])
+    for row in tables["AP50"]["comparisons"]:
+        paired = [row["mean"] + 0.001 * low, row["mean"] + 0.001 * high]
+        assert row["picture_interval"] == pytest.approx(paired), "narrow: the pictures are shared"
+    assert tables["coco_AP50"]["rows"][0]["picture_interval"] is None
+    assert (one["outdated"], one["without_draws"]) == ([], [])
+
+    # A seed on other pictures, and one of an older version: no interval that needs them.
+    for end in ("", "-draws"):
+        change(out / f"detection/random/seed-0/eval-on-real{end}.json", data_sha256="other")
+    (out / "detection/pretrained/seed-1/eval-on-real-draws.json").unlink()
+    (one,) = results.assemble(out)["other_sets"]
+    assert one["without_draws"] == ["random/seed-0", "pretrained/seed-1"]
+    (table,) = [table for table in one["tables"] if table["metric"] == "AP"]
+    has_interval = {row["variant"]: bool(row["picture_interval"]) for row in table["rows"]}
+    assert has_interval == {arm: arm.endswith("_frozen") for arm in ARM_LEVELS}
+    assert [bool(row["picture_interval"]) for row in table["comparisons"]] == [False, True]
+
+
+def test_other_sets_of_variants_are_compared_as_the_run_compares_them(tmp_path):
+    out = make_study(tmp_path)
+    evaluate_elsewhere(out, "real")
+    (one,) = results.assemble(out)["other_sets"]
+    (table,) = [table for table in one["tables"] if table["metric"] == "AP50"]
+    assert [row["name"] for row in table["comparisons"]] == ["fa - base"]
+    assert table["comparisons"][0]["picture_interval"] == pytest.approx([mean(GAINS)] * 2)
+    assert (table["name"], table["claim"]) == ("real", "")
 
 
 def test_frozen_arms_are_compared_once_more():

@@ -107,13 +107,25 @@ def test_kinds_of_errors_are_means_over_the_seeds(arms):
     assert (rows[1]["n"], rows[1]["num_objects"]) == (2, 100)
 
 
-def test_other_sets_and_detectors_that_were_trained_again(run_folder, arms):
-    first, second = report.other_sets(run_folder, arms)
-    assert (first[0], first[2], second[0]) == ("real_scenes", [], "typing-errors")
-    tables = {table["metric"]: table for table in first[1]}
+def test_other_sets_and_detectors_that_were_trained_again(run_folder, page):
+    first, second = results.assemble(run_folder)["other_sets"]
+    assert (first["name"], first["outdated"]) == ("real_scenes", [])
+    assert second["name"] == "typing-errors"
+    tables = {table["metric"]: table for table in first["tables"]}
     values = {row["variant"]: row["values"] for row in tables["AP50"]["rows"]}
     for arm in ARM_LEVELS:
         assert values[arm] == pytest.approx({seed: ap50(arm, seed) - 10 for seed in range(2)})
+    row = tables["AP50"]["rows"][0]
+    low, high = row["picture_interval"]
+    cell = f"{row['mean']:.1f} ± {row['std']:.1f} [{low:.1f}, {high:.1f}]"
+    assert page.cells("real_scenes: mean")[0][2] == cell
+    row = tables["AP50"]["comparisons"][0]
+    low, high = row["picture_interval"]
+    cells = {cells[0]: cells for cells in page.cells("real_scenes: differences")}
+    assert cells["pretrained - random, AP50"][4] == f"{low:+.2f} to {high:+.2f}"
+    stored = json.loads((run_folder / "results.json").read_text())
+    assert [one["name"] for one in stored["other_sets"]] == ["real_scenes", "typing-errors"]
+
     seed = run_folder / "detection/random/seed-1"
     model, path = seed / "model_final.pth", seed / "eval-on-real_scenes.json"
     before = path.read_text()
@@ -124,7 +136,7 @@ def test_other_sets_and_detectors_that_were_trained_again(run_folder, arms):
             change(path, model_sha256=digest)
             later = path.stat().st_mtime + 10
             os.utime(model, (later, later))
-            assert report.other_sets(run_folder, arms)[0][2] == outdated
+            assert results.assemble(run_folder)["other_sets"][0]["outdated"] == outdated
     finally:
         model.unlink()
         path.write_text(before)
