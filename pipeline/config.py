@@ -177,6 +177,7 @@ class PipelineConfig:
 
     `variants` is {name: {config, overrides, pool, weights, label}}; null: `random` and
     `pretrained`. `comparisons` make one table of all variants; studies have several `tables`.
+    `question` is what the deciding comparisons answer: the heading of the page.
     """
 
     name: str = ""  # default: that of the file
@@ -189,6 +190,7 @@ class PipelineConfig:
     evaluations: tuple[Evaluation, ...] = ("knn", "detection")
     convert: ConvertConfig = ConvertConfig()
     detection: DetectionConfig = DetectionConfig()
+    question: str = ""
     comparisons: tuple[Comparison, ...] = ()
     tables: tuple[TableConfig, ...] = ()
 

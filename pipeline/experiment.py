@@ -316,7 +316,8 @@ def run_experiment(
 def closing_lines(out: Path) -> str:
     """Return what a person wants to know at the end."""
     found = results.assemble(out)
-    lines = ["", *(finding["text"] for finding in results.findings(found))]
+    lines = ["", *([found["question"]] if found.get("question") else [])]
+    lines += [f"{told['answer']} {told['text']}" for told in results.findings(found)]
     lines += [f"warning: {item['file']} {item['fault']}" for item in found["damaged"]]
     names = ("results.json", "report.html")
     return "\n".join([*lines, *(str(out / name) for name in names if (out / name).exists())])

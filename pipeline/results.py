@@ -42,6 +42,9 @@ _FORMS: dict[str, tuple[str, Form]] = {
     "detection": ("result.json", dict.fromkeys(METRICS, NUMBER)),
 }
 """Kind of a stage -> the file that tells its figures, and what that must have."""
+TITLES = {"AP50": "AP50", "linear": "linear top-1", "knn": "kNN top-1"}
+"""The metrics that decide, the most important one first."""
+_FROZEN_TOO = FROZEN.replace("_", ", ")  # after the name of a comparison of frozen arms
 NEAR_ZERO = 3.0  # points of AP50, below which a detector has hardly learnt anything
 PAIRS = {"fine_tuned": ("pretrained", "random"), "frozen": ("pretrained_frozen", "random_frozen")}
 
@@ -96,9 +99,14 @@ def assemble(out: Path) -> dict[str, Any]:
     if sets:
         results["other_sets"] = sets
     if run.get("tables"):
+        config = run.get("config") or {}
+        seeds = config.get("seeds")
+        is_pretrained_anew = isinstance(seeds, dict) and bool(seeds.get("pretraining"))
         found = measured(out, good) | by_metric(detection)
         results |= {
             "rule": stats.RULE,
+            "question": str(config.get("question") or ""),
+            "seeds_of": "pretraining" if is_pretrained_anew else "detector",
             "tables": [
                 make_table(table, found, metric) for table in run["tables"] for metric in found
             ],
@@ -154,7 +162,7 @@ def make_table(
         for item in table["comparisons"]:
             if not ending or all(variant + ending in values for variant in item["terms"]):
                 terms = ((w, values.get(v + ending, {})) for v, w in item["terms"].items())
-                name = item["name"] + ending.replace("_", ", ")
+                name = item["name"] + _FROZEN_TOO * bool(ending)
                 contrasts.append(stats.Contrast(name, tuple(terms), item["decides"]))
                 sides.append({v + ending: w for v, w in item["terms"].items()})
     compared = stats.compare(contrasts)
@@ -397,14 +405,17 @@ def near_zero(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the deciding comparisons say, by kNN, linear evaluation and AP50.
+    """What the deciding comparisons say, by AP50, linear evaluation and kNN.
+
+    With a question each comparison is an answer of its own, the first one being that of the
+    fine-tuned detectors; else a table is.
 
     Returns:
-        `text`, `kind`: better, worse, open, or single (one seed: no interval); `answer`: in short.
-        Where AP50 is near 0 everywhere, this alone is said of AP50.
+        `answer`: in short; `text`; `kind`: better, worse, open, or single (one seed: no interval).
+        Where AP50 is near 0 everywhere (`kind` missing), this alone is said of AP50.
     """
     found = []
-    for table in results.get("tables") or arm_tables("", results["detection"]):
+    for table in deciding_tables(results):
         if table["metric"] == "AP50" and (too_low := near_zero(table["rows"])):
             trained = [row["label"] for row in table["rows"]
                        if row["n"] and not row["variant"].endswith(FROZEN)]  # fmt: skip
@@ -418,25 +429,64 @@ def findings(results: Mapping[str, Any]) -> list[dict[str, str]]:
                 found.append({"kind": "missing", "answer": "AP near 0.", "text": text})
                 continue
         rows = [row for row in table["comparisons"] if row["decides"] and row["n"]]
-        if table["metric"] not in ("knn", "linear", "AP50") or not rows:
-            continue
-        kind = {"shown": "better", "contradicted": "worse"}.get(table["verdict"], "open")
-        kind = "single" if all(row["n"] == 1 for row in rows) else kind
-        answer = {"better": "Yes.", "worse": "No, the contrary.", "open": "Not shown.",
-                  "single": "One seed cannot tell."}[kind]  # fmt: skip
-        told = []
-        for row in rows:
-            about = "n = 1, no interval: it may be chance"
-            if row["n"] > 1:
-                low, high = row["student_t"]
-                about = f"95 % interval {low:+.2f} to {high:+.2f}, n = {row['n']}: {row['verdict']}"
-            told.append(f"{row['name']}: {row['mean']:+.2f} points, {about}")
-        claim = f"{table['claim']} ({table['verdict']}). " if table["claim"] else ""
-        found.append(
-            {
-                "kind": kind,
-                "answer": answer,
-                "text": f"{claim}{table['metric']}, {'; '.join(told)}.",
-            }
-        )
+        groups = [[row] for row in rows] if results.get("question") else [rows]
+        for group in filter(None, groups):
+            verdict = stats.claim_verdict(group)
+            kind = {"shown": "better", "contradicted": "worse"}.get(verdict, "open")
+            kind = "single" if all(row["n"] == 1 for row in group) else kind
+            answer = {"better": "Yes:", "worse": "No, the contrary:", "open": "Not shown:",
+                      "single": "One seed cannot tell:"}[kind]  # fmt: skip
+            claim = f"{table['claim']} ({verdict}). " if table["claim"] else ""
+            unit = results.get("seeds_of", "detector")
+            told = [_told(row, table["metric"], unit, has_verdict=len(group) > 1) for row in group]
+            found.append({"kind": kind, "answer": answer, "text": f"{claim}{'; '.join(told)}."})
     return found
+
+
+def deciding_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tables by metrics that decide; where there is a question the most important one first."""
+    tables = results.get("tables") or arm_tables("", results["detection"])
+    deciding = [table for table in tables if table["metric"] in TITLES]
+    if results.get("question"):
+        deciding.sort(key=lambda table: [*TITLES].index(table["metric"]))
+    return deciding
+
+
+def _told(row: Mapping[str, Any], metric: str, unit: str, *, has_verdict: bool) -> str:
+    """A comparison in words: by how much, and how sure."""
+    name = row["name"].removesuffix(_FROZEN_TOO)
+    text = f"{name} {row['mean']:+.1f} points of {TITLES[metric]}"
+    text += " with the backbone frozen, " if row["name"] != name else ", "
+    if row["n"] == 1:
+        return text + "n = 1, no interval: it may be chance"
+    low, high = row["student_t"]
+    text += f"95 % interval {low:+.1f} to {high:+.1f}, n = {row['n']} {unit} seeds"
+    if row["verdict"] == "inconclusive" and not low <= 0 <= high:
+        why = f"p = {row['p_holm']:.2f} after correction for several comparisons"
+        few = f"fewer than {stats.MIN_SEEDS} seeds decide nothing"
+        return text + f" ({few if row['n'] < stats.MIN_SEEDS else why})"
+    return text + f": {row['verdict']}" * has_verdict
+
+
+def answer_table(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The deciding comparisons of a run with a question by all metrics, beside each other.
+
+    Returns:
+        `variants`: names; `rows`: `title` of the metric, `means` of the variants (rows of
+        `make_table`, None where there is none), `name` of the comparison, `difference`.
+    """
+    rows: list[dict[str, Any]] = []
+    variants: dict[str, None] = {}
+    for table in deciding_tables(results) if results.get("question") else ():
+        by_variant = {row["variant"]: row for row in table["rows"]}
+        variants |= {name: None for name in by_variant if not name.endswith(FROZEN)}
+        has_frozen = any(row["name"].endswith(_FROZEN_TOO) for row in table["comparisons"])
+        for row in table["comparisons"]:
+            if row["decides"] and row["n"]:
+                name = row["name"].removesuffix(_FROZEN_TOO)
+                ending = FROZEN if row["name"] != name else ""
+                how = (", backbone frozen" if ending else ", fine-tuned") * has_frozen
+                means = [by_variant.get(variant + ending) for variant in variants]
+                rows.append({"title": TITLES[table["metric"]] + how, "means": means, "name": name,
+                             "difference": row})  # fmt: skip
+    return {"variants": [*variants], "rows": rows}

@@ -337,12 +337,18 @@ def context(out: Path) -> dict[str, Any]:
     stages = stage_rows(run)
     album, dataset = Album(), out / (run.get("dataset") or "data")
     shown = pictures.detection_pictures(arms, dataset, album)
+    findings, question = results.findings(found), found.get("question")
+    if question:  # the first comparison answers it, a table shows the others
+        answers = (place for place, told in enumerate(findings) if told["kind"] != "missing")
+        findings = findings[: next(answers, len(findings)) + 1]
     labels = pictures.labelled_set(arms, dataset, album)
     return {
         "name": run.get("name") or out.name,
         "record": run,
         "is_study": "tables" in found,
-        "findings": results.findings(found),
+        "question": question,
+        "findings": findings,
+        "answers": results.answer_table(found),
         "is_preliminary": any(row["status"] != "finished" for row in stages),
         "results": found,
         "command": " ".join(run.get("command") or []),

@@ -62,7 +62,7 @@ def test_seeds_of_pretraining_share_random_and_come_one_after_another(tmp_path):
     names = [name for name in stages if "/seed-" in name]
     per_seed = [
         *("pretrain/base", "linear/base", "convert/base", "pretrain/fa", "linear/fa"),
-        *("convert/fa", "random", "base", "fa"),
+        *("convert/fa", "random", "base", "fa", "random_frozen", "base_frozen", "fa_frozen"),
     ]
     assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in per_seed]
     assert stages["random/seed-1"].upstream == ("data",)
@@ -253,6 +253,7 @@ def test_flags():
         (["smoke", "--until", "lunch"], "--until lunch: the stages are data, shards"),
         (["smoke", "--until", ""], "--until : the stages are data, shards"),
         (["smoke", "--rerun", "lunch"], "--rerun lunch: the stages are data, shards"),
+        (["compare", "--max-minutes", "0.1"], "--max-minutes 0.1: the last 20 s are for saving"),
         (["smoke", "--sedes", "3"], "unrecognized arguments: --sedes"),
     ],
 )

@@ -11,6 +11,7 @@ from tests.pipeline.report.run_fixture import (
     ap50,
     change,
     evaluate_elsewhere,
+    make_compare,
     make_run,
     make_study,
 )
@@ -127,10 +128,11 @@ def test_an_empty_folder_gives_empty_results(tmp_path):
 @pytest.mark.parametrize(
     ("shift", "kind", "words"),
     [
-        ([5.0, 5.2, 4.9], "better", "95 % interval +4.65 to +5.41, n = 3: better"),
-        ([-5.0, -5.2, -4.9], "worse", "n = 3: worse"),
-        ([5.0, -4.0, 0.5], "open", "inconclusive"),
-        ([9.0], "single", "+9.00 points, n = 1, no interval"),
+        ([5.0, 5.2, 4.9], "better", "95 % interval +4.7 to +5.4, n = 3 detector seeds."),
+        ([-5.0, -5.2, -4.9], "worse", "- random -5.0 points of AP50, 95 % interval -5.4 to -4.7"),
+        ([5.0, -4.0, 0.5], "open", "95 % interval -10.7 to +11.7, n = 3 detector seeds."),
+        ([5.0, 5.2], "open", "n = 2 detector seeds (fewer than 3 seeds decide nothing)."),
+        ([9.0], "single", "+9.0 points of AP50, n = 1, no interval"),
     ],
 )
 def test_findings_are_honest(shift, kind, words):
@@ -161,7 +163,49 @@ def test_variants_are_compared_seed_by_seed(tmp_path):
     assert found["commits"] == ["abc", "abd"]
     assert found["failures"][0]["reason"] == "no <memory>"
     text = results.findings(found)[0]["text"]
-    assert text.startswith("fa helps (shown). knn, fa - base: +2.9")
+    assert text.startswith("fa helps (shown). fa - base +3.0 points of kNN top-1, 95 % interval")
+
+
+@pytest.mark.parametrize("seeds", [4, 1])
+def test_a_question_is_answered_first_by_the_fine_tuned_detectors(tmp_path, seeds):
+    found = results.assemble(make_compare(tmp_path, seeds))
+    gain, told = mean(GAINS[:seeds]), results.findings(found)
+    assert [finding["text"].partition(",")[0] for finding in told] == [
+        f"fa - base {gain:+.1f} points of AP50",
+        f"fa - base {gain / 2:+.1f} points of AP50 with the backbone frozen",
+        f"fa - base {GAINS[0]:+.1f} points of linear top-1",
+        f"fa - base {gain:+.1f} points of kNN top-1",
+    ]
+    first, sure = told[0]["text"], "95 % interval +2.5 to +3.4, n = 4 pretraining seeds."
+    assert first.endswith("n = 1, no interval: it may be chance." if seeds == 1 else sure)
+    assert told[0]["kind"] == ("single" if seeds == 1 else "better")
+    assert told[0]["answer"] == ("One seed cannot tell:" if seeds == 1 else "Yes:")
+    lines = closing_lines(tmp_path).splitlines()
+    assert lines[1:3] == ["Does FA help?", f"{told[0]['answer']} {first}"]
+
+    table = results.answer_table(found)
+    assert table["variants"] == ["random", "base", "fa"]
+    assert [row["title"] for row in table["rows"]] == [
+        "AP50, fine-tuned", "AP50, backbone frozen", "linear top-1", "kNN top-1",
+    ]  # fmt: skip
+    for row, level, factor in zip(table["rows"], (24, 8, 50, 50), (1, 0.5, 1, 1), strict=True):
+        base, fa = row["means"][1:]
+        assert base["values"][0] == level
+        assert fa["values"][0] == pytest.approx(level + factor * GAINS[0])
+        assert (row["name"], row["difference"]["differences"][0]) == (
+            "fa - base", pytest.approx(factor * GAINS[0])
+        )  # fmt: skip
+    assert table["rows"][3]["means"][0]["n"] == 0, "random has no pretraining"
+
+
+def test_an_interval_without_0_that_decides_nothing_says_why(tmp_path):
+    out = make_compare(tmp_path)
+    for seed, gain in enumerate((1.6, 0.2, 1.0, 1.1)):
+        for arm, level in (("fa", 24.0), ("fa_frozen", 8.0)):
+            change(out / f"detection/{arm}/seed-{seed}/result.json", AP50=level + gain)
+    first = results.findings(results.assemble(out))[0]
+    assert first["answer"] == "Not shown:"
+    assert "95 % interval +0.1 to +1.9, n = 4 pretraining seeds (p = 0.09 after" in first["text"]
 
 
 def test_other_sets_have_intervals_over_pictures(tmp_path):
@@ -196,11 +240,11 @@ def test_other_sets_have_intervals_over_pictures(tmp_path):
 
 
 def test_other_sets_of_variants_are_compared_as_the_run_compares_them(tmp_path):
-    out = make_study(tmp_path)
+    out = make_compare(tmp_path)
     evaluate_elsewhere(out, "real")
     (one,) = results.assemble(out)["other_sets"]
     (table,) = [table for table in one["tables"] if table["metric"] == "AP50"]
-    assert [row["name"] for row in table["comparisons"]] == ["fa - base"]
+    assert [row["name"] for row in table["comparisons"]] == ["fa - base", "fa - base, frozen"]
     assert table["comparisons"][0]["picture_interval"] == pytest.approx([mean(GAINS)] * 2)
     assert (table["name"], table["claim"]) == ("real", "")
 

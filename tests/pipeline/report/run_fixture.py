@@ -184,3 +184,21 @@ def make_study(out: Path) -> Path:
     run |= {"arms": ["random", "base", "fa"], "tables": [table | {"comparisons": [comparison]}]}
     dump(out / "experiment.json", run)
     return out
+
+
+def make_compare(out: Path, seeds: int = 4) -> Path:
+    """As the preset `compare` leaves it: a question, and frozen backbones, which gain half."""
+    run = json.loads((make_study(out) / "experiment.json").read_text())
+    for seed, gain in enumerate(GAINS):
+        for arm, level in (("random", 4.0), ("base", 8.0), ("fa", 8.0 + gain / 2)):
+            stage = f"{arm}_frozen/seed-{seed}"
+            result = {"AP": level / 2, "AP50": level, "AP75": level / 4}
+            dump(out / f"detection/{stage}/result.json", result)
+            dump(out / f"stages/{stage}.json", RECORD)
+            run["plan"].append(stage)
+    plan = [name for name in run["plan"] if int(name.rpartition("-")[2]) < seeds]
+    arms = [*run["arms"], *(f"{arm}_frozen" for arm in run["arms"])]
+    table = run["tables"][0] | {"claim": "", "rows": {arm: arm for arm in arms}}
+    config = {"question": "Does FA help?", "seeds": {"pretraining": seeds}}
+    change(out / "experiment.json", plan=plan, arms=arms, tables=[table], config=config)
+    return out

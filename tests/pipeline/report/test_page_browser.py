@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.report import charts, report
-from tests.pipeline.report.run_fixture import evaluate_elsewhere, make_run, make_study
+from tests.pipeline.report.run_fixture import (
+    evaluate_elsewhere,
+    make_compare,
+    make_run,
+    make_study,
+)
 
 pytestmark = pytest.mark.browser
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
@@ -333,11 +338,11 @@ def test_the_skip_link_leads_to_the_content(browser, page):
     ]
 
 
-def test_the_page_of_a_study_and_of_an_empty_run(browser, tmp_path):
-    out = make_study(tmp_path / "study")
+def test_the_page_of_a_study_a_comparison_and_an_empty_run(browser, tmp_path):
+    made = (make_study(tmp_path / "study"), make_compare(tmp_path / "compare"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/experiment.json").write_text('{"format": "fa-stage-2", "plan": ["data"]}')
-    for folder in (out, tmp_path / "empty"):
+    for folder in (*made, tmp_path / "empty"):
         assert report.main([str(folder)]) == 0
         for width, dark in ((PHONE, False), (DESK, True)):
             browser.open((folder / "report.html").as_uri(), dark=dark, width=width)

@@ -26,6 +26,7 @@ from tests.pipeline.report.run_fixture import (
     dump,
     dump_lines,
     evaluate_elsewhere,
+    make_compare,
     make_run,
     make_study,
 )
@@ -256,7 +257,7 @@ def page(run_folder) -> Page:
 
 def test_a_pipelines_page(page):
     gain = statistics.fmean(ap50("pretrained", seed) - ap50("random", seed) for seed in range(2))
-    assert f"AP50, pretrained - random: {gain:+.2f} points" in page.text[: page.text.index(".jpg")]
+    assert f"pretrained - random {gain:+.1f} points of AP50" in page.text[: page.text.index(".jpg")]
     assert page.text.index("000000.jpg") < page.text.index("Test set")
     rows = page.cells("Test set: mean")
     random = [ap50("random", seed) for seed in range(2)]
@@ -305,7 +306,7 @@ def test_a_studys_page(tmp_path):
     published = {"protocol": "p", "rows": [{"init": "MoCo", "AP50": 81.5, "source": "s"}]}
     results.write(out, published=published)
     page = Page(report.render(out))
-    assert re.search(r"Experiment compare .*fa helps \(shown\)\. knn, fa - base: \+2\.9", page.text)
+    assert re.search(r"Experiment compare Yes: fa helps \(shown\)\. fa - base \+3\.0", page.text)
     assert "Preliminary" in page.text
     assert "Mixed: stages ran at several commits: abc, abd." in page.text
     rows = {row[0]: row[1:] for row in page.cells("compare: mean")}
@@ -315,13 +316,46 @@ def test_a_studys_page(tmp_path):
     assert rows["fa - base, AP50"][0] == f"+{statistics.fmean(GAINS):.2f}"
     assert rows["fa - base, AP50"][3:] == ["4", "0.000", "better"]
     assert rows["fa - base, linear"][3] == "n = 1, no interval"
-    assert "Not shown. AP50" not in page.text
-    assert page.text.index("Yes. fa helps") < page.text.index("Contents")
+    assert "Not shown: fa helps" not in page.text
+    assert page.text.index("Yes: fa helps") < page.text.index("Contents")
     assert ["MoCo", "–", "81.50", "–", "s"] in page.cells("as published")
     assert "no <memory>" in page.text
     for section in ("detections", "errors", "other-sets", "conversion"):
         assert f'<section id="{section}"' not in page.source
     assert page.source.count('class="chart"') == 3, "none of a single difference"
+
+
+@pytest.mark.parametrize("seeds", [4, 1])
+def test_the_page_of_a_comparison_begins_with_question_and_answer(tmp_path, seeds):
+    out = make_compare(tmp_path, seeds)
+    page = Page(report.render(out))
+    gain = statistics.fmean(GAINS[:seeds])
+    sure = "95 % interval +2.5 to +3.4, n = 4 pretraining seeds."
+    answer = "Yes:" if seeds > 1 else "One seed cannot tell:"
+    sure = sure if seeds > 1 else "n = 1, no interval: it may be chance."
+    line = f"Does FA help? {answer} fa - base {gain:+.1f} points of AP50, {sure}"
+    assert line in page.text[: page.text.index("Contents")]
+    assert "kNN top-1, 95 %" not in page.text, "one answer; the table shows the others"
+    rows = page.cells("by every metric")
+    assert [row[0] for row in rows] == [
+        "AP50, fine-tuned", "AP50, backbone frozen", "linear top-1", "kNN top-1",
+    ]  # fmt: skip
+    if seeds == 1:
+        assert rows[1][1:] == ["4.0", "8.0", "9.6", "fa - base", "+1.55", "–", *rows[1][7:]]
+        assert [row[7:] for row in rows] == [["n = 1, no interval", "–"]] * 4
+        head = page.source[: page.source.index('<nav class="contents"')]
+        assert head.count('class="single"') == 4
+        assert 'class="verdict single"' in head
+    else:
+        assert rows[0][1:5] == ["20.0 ± 0.0", "24.0 ± 0.0", f"{24 + gain:.1f} ± 0.3", "fa - base"]
+        assert rows[0][5:] == [f"{gain:+.2f}", rows[0][6], "4", "better"]
+        assert rows[3][1] == "–"
+    for path in out.glob("detection/*/*/result.json"):
+        change(path, AP50=0.5)
+    text = Page(report.render(out)).text
+    assert re.search(
+        r"help\? AP near 0\. .* labels\. One seed .* points of linear top-1, n = 1", text
+    )
 
 
 OTHER_FORM = {"format": "fa-errors-1", "classes": 5, "splits": [], "rows": 3, "name": {}}
@@ -350,7 +384,9 @@ def test_any_file_that_is_missing_or_of_another_form_leaves_a_page(
 
 def test_one_seed_nothing_at_all_and_no_run(tmp_path, capsys):
     page = Page(report.render(make_run(tmp_path / "a", seeds=1)))
-    assert "One seed cannot tell. AP50" in page.text
+    assert re.search(
+        r"One seed cannot tell: pretrained - random \S+ points of AP50, n = 1", page.text
+    )
     table = page.source.split("Test set: mean")[2].split("</table>")[0]
     assert table.count('<tr class="single">') == table.count("n = 1, no interval") == 4
     assert "<summary>Differences of one seed (n = 1, no interval" in page.source
@@ -374,7 +410,7 @@ def test_ap_near_zero_is_said_instead_of_a_difference(tmp_path, lowest):
     assert (
         "AP near 0. AP50 is below 3 for Random, Pretrained: trained too short" in text
     ) is is_all
-    assert ("AP50, pretrained - random: " in text) is not is_all
+    assert ("points of AP50, " in text) is not is_all
     named = "Random, Pretrained" if is_all else "Random"
     assert f"AP50 near 0: {named}: trained too short." in text
 
