@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunFailed
-from pipeline import run
+from pipeline import experiment, run
 from pipeline.jobs import session_members
 from pipeline.plan import Stage, read_run
 from pipeline.run import Limits, Progress, Runner, TimeIsUp
+from tools import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 # A stage: says that it has begun, waits for files of others or of the test, leaves its output.
@@ -132,6 +133,25 @@ def test_stages_save_before_the_time_is_up(bench):
     with pytest.raises(TimeIsUp, match="time is up"):
         bench.run([bench.stage(name, "never") for name in "abc"], 2, minutes=minutes)
     assert bench.states() == {"a": "stopped", "b": "stopped"}
+    (bench.folder / "never").write_text("")
+    bench.run([bench.stage(name, "never") for name in "abc"], 2, minutes=10)
+    assert set(bench.states().values()) == {"finished"}
+    assert "b: continues where it stopped" in bench.shown.getvalue()
+
+
+def test_a_pipeline_stops_in_time_and_goes_on(bench, monkeypatch, capsys):
+    """Through the command line; the stages are stand-ins."""
+    monkeypatch.setattr(experiment, "build_stages", lambda *_: [bench.stage("a", "late")])
+    minutes = (run.SAVE_SECONDS + 1) / 60
+    words = ["compare", "--out", str(bench.out), "--max-minutes"]
+    assert run_pipeline.main([*words, str(minutes)]) == 3
+    assert "time is up" in capsys.readouterr().out
+    page = (bench.out / "report.html").read_text()
+    assert "Does feature augmentation help?" in page
+    assert "Preliminary" in page
+    (bench.folder / "late").write_text("")
+    assert run_pipeline.main([*words, "10"]) == 0
+    assert bench.states() == {"a": "finished"}
 
 
 DRIVER = """
