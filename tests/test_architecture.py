@@ -197,9 +197,7 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
-def test_program_explains_itself_with_an_example(
-    program: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_program_explains_itself_with_an_example(program, capsys):
     module = importlib.import_module(".".join(program.with_suffix("").parts))
     with pytest.raises(SystemExit, match=r"^0$"):
         module.main(["--help"])

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -242,9 +241,7 @@ def with_nan(state: dict[str, Any]) -> None:
         (lambda s: s.update({"bn9.num_batches_tracked": torch.tensor(1)}), "a batch counter of no"),
     ],
 )
-def test_what_is_no_complete_plain_resnet_is_refused(
-    alter: Callable[[dict[str, Any]], object], reason: str, tmp_path: Path
-) -> None:
+def test_what_is_no_complete_plain_resnet_is_refused(alter, reason, tmp_path):
     state: dict[str, Any] = torchvision_state()
     alter(state)
     with pytest.raises(UserError, match=rf"a.pth: .*{reason}"):

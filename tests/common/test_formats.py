@@ -1,7 +1,7 @@
 """Sets as annotation tools write them: recognised, and read to the same boxes; seeded splits."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,7 @@ def cut(picture: Path) -> None:
         (lambda x: (x / "photo 0.xml").unlink(), None, False),
     ],
 )
-def test_pictures_that_are_left_out(
-    tmp_path: Path, harm: Callable[[Path], Any], message: str | None, is_bounded: bool
-) -> None:
+def test_pictures_that_are_left_out(tmp_path, harm, message, is_bounded):
     make_labelimg(tmp_path)
     harm(tmp_path)
     if message:
@@ -246,9 +244,7 @@ def on_both_sides(classes_of: dict[str, Collection[str]], val: Collection[str]) 
 
 @given(st.lists(st.frozensets(st.sampled_from("abcd"), max_size=3), min_size=2, max_size=7),
        st.floats(0.1, 0.5), st.integers(0, 3))  # fmt: skip
-def test_every_class_is_on_both_sides_where_possible(
-    rows: list[frozenset[str]], share: float, seed: int
-) -> None:
+def test_every_class_is_on_both_sides_where_possible(rows, share, seed):
     classes_of = {f"p{i}": row for i, row in enumerate(rows)}
     val = seeded_split(classes_of, share, seed)
     assert 0 < len(val) < len(rows)

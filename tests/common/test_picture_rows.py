@@ -89,9 +89,7 @@ def is_bad(data: bytes, num_rows: int | None) -> bool:
     value=st.integers(0, 255),
     num_rows=st.integers(1, HEIGHT),
 )
-def test_damage_is_found_as_in_the_whole_picture(
-    name: str, place: float, kind: str, value: int, num_rows: int
-) -> None:
+def test_damage_is_found_as_in_the_whole_picture(name, place, kind, value, num_rows):
     data = bytearray((SEQUENTIAL | WHOLE_ONLY)[name])
     at = 2 + int(place * (len(data) - 4))
     if kind == "cut":

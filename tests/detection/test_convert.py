@@ -154,9 +154,7 @@ def test_backbone_comes_out_of_a_whole_detector(config: str, arch: Arch, tmp_pat
 # -- what is not written ---------------------------------------------------------------------------
 
 
-def test_nothing_is_written_when_features_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_when_features_differ(tmp_path, monkeypatch):
     source = read_backbone(save(torchvision_state(), tmp_path / "a.pth"))
     swapped = conversion.to_detectron2(source.tensors)
     swapped["res4.0.conv1.weight"] = swapped["res4.0.conv1.weight"].flip(0)

@@ -30,10 +30,7 @@ IMAGES = [image[:120, : 90 + 40 * i] for i, image in enumerate(export.comparison
 
 
 @pytest.fixture(scope="module", params=["thin_R50_C4", "R18_FPN", "R18_C4"])
-def folder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
-    tiny_overrides: list[str],
-) -> Path:  # fmt: skip
+def folder(request, tmp_path_factory, tiny_overrides):
     """An untrained detector with a lively extra norm and different scores, as a seed's folder."""
     place = tmp_path_factory.mktemp("export") / request.param
     cfg = load_config(CONFIGS / f"{request.param}.yaml", parse_overrides(tiny_overrides))
@@ -102,9 +99,7 @@ def test_plain_detectron2_finds_the_same(detector: Detector, folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("to", ["torchscript", "onnx"])
-def test_traced_forms_find_the_same_at_every_size(
-    detector: Detector, to: str, tmp_path: Path
-) -> None:
+def test_traced_forms_find_the_same_at_every_size(detector, to, tmp_path):
     out = tmp_path / {"torchscript": "a.pt", "onnx": "a.onnx"}[to]
     if to == "onnx" and not HAS_ONNX:
         with pytest.raises(UserError, match="pip install onnx onnxruntime"):
@@ -124,9 +119,7 @@ def test_traced_forms_find_the_same_at_every_size(
         assert scale * boxes[0, 0].item() == pytest.approx(own[0].box[0], abs=0.01)
 
 
-def test_a_form_that_computes_something_else_is_not_written(
-    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_form_that_computes_something_else_is_not_written(detector, tmp_path, monkeypatch):
     real = torch.jit.load
 
     def changed(file: object) -> object:
@@ -174,9 +167,7 @@ def test_difference_of_two_sets_of_boxes(change, expected: float) -> None:
     [("torchvision", "a.pth"), ("timm", "a.pth"), ("safetensors", "a.safetensors"),
      ("torchscript", "a.pt"), ("onnx", "a.onnx")],
 )  # fmt: skip
-def test_backbone_in_every_form(
-    to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_backbone_in_every_form(to, name, tmp_path, capsys):
     state = torchvision_state()
     source = save(our_checkpoint(state), tmp_path / "checkpoint.pth")
     out = tmp_path / "out" / name
@@ -206,9 +197,7 @@ def test_backbone_in_every_form(
         assert read_backbone(out).preprocessing == read_backbone(source).preprocessing
 
 
-def test_backbone_of_a_detector_and_wrong_requests(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_backbone_of_a_detector_and_wrong_requests(folder, tmp_path, capsys):
     if folder.name == "R18_FPN":
         pytest.skip("res5 in the head is the harder case")
     out = tmp_path / "a.safetensors"

@@ -80,9 +80,7 @@ def test_every_layout_of_one_network_is_the_same(ours: Path, pkl: Path, tmp_path
     [("res4.0.conv1.weight", "res4"), ("stem.conv1.norm.running_var", "res2"),
      ("res5.2.conv3.norm.bias", "res5")],
 )  # fmt: skip
-def test_one_changed_tensor_is_named_and_so_is_its_stage(
-    name: str, changed_from: str, ours: Path, pkl: Path
-) -> None:
+def test_one_changed_tensor_is_named_and_so_is_its_stage(name, changed_from, ours, pkl):
     def flip(model: dict[str, Any]) -> None:
         model[name] = np.ascontiguousarray(model[name][::-1])
 
@@ -137,9 +135,7 @@ def test_another_architecture_is_refused(ours: Path, tmp_path: Path) -> None:
     assert "stages" not in report
 
 
-def test_command_line(
-    ours: Path, pkl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line(ours, pkl, tmp_path, capsys):
     def call(*words: object) -> tuple[int, str, str]:
         status = main([str(word) for word in words])
         captured = capsys.readouterr()

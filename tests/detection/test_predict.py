@@ -90,9 +90,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-def test_boxes_have_the_ap_of_the_result_and_the_file_alone_suffices(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_boxes_have_the_ap_of_the_result_and_the_file_alone_suffices(trained, tmp_path, capsys):
     """By a metric written from the definition, on a test list of different sizes."""
     file = shutil.copy(find_weights(trained), tmp_path / "alone.pth")
     split = read_set(trained / "data").test
@@ -197,9 +195,7 @@ def test_a_saved_config_and_its_weights_load_in_plain_detectron2(trained: Path) 
         ({"config": "MODEL: {RESNETS: {WIDTH_PER_GROUP: 32}}"}, "do not fit its config"),
     ],
 )
-def test_wrong_files_give_one_error(
-    change: dict[str, Any], message: str, weights: Path, tmp_path: Path
-) -> None:
+def test_wrong_files_give_one_error(change, message, weights, tmp_path):
     content = torch.load(weights, weights_only=True)
     for key, value in change.items():
         if key == "config" and isinstance(value, str) and value.startswith("MODEL: {R"):
@@ -233,9 +229,7 @@ def test_pixels_files_and_lists_give_the_same_boxes(weights: Path, tmp_path: Pat
             detector(wrong)
 
 
-def test_pictures_by_content_upright_and_each_under_its_own_name(
-    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_by_content_upright_and_each_under_its_own_name(predict, tmp_path, capsys):
     root = tmp_path / "in"
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -265,9 +259,7 @@ def test_pictures_by_content_upright_and_each_under_its_own_name(
     assert pictures[2].read_bytes() == (root / "a/1.jpg").read_bytes(), "upright: as it is"
 
 
-def test_results_in_the_folder_are_not_predicted_on(
-    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_in_the_folder_are_not_predicted_on(predict, tmp_path, capsys):
     """Nor replaced unasked; those of a killed run are."""
     file = save_picture(tmp_path / "a.jpg")
     assert len(predict(tmp_path, "--format", "coco")) == 1
@@ -286,9 +278,7 @@ def test_results_in_the_folder_are_not_predicted_on(
     assert len(predict(file)) == 1
 
 
-def test_bad_pictures_are_named_counted_and_bounded(
-    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_pictures_are_named_counted_and_bounded(predict, tmp_path, capsys):
     root = tmp_path / "in"
     whole = save_picture(root / "a.jpg").read_bytes()
     (root / "b.jpg").write_bytes(whole[: len(whole) // 2])
@@ -316,10 +306,7 @@ def test_bad_pictures_are_named_counted_and_bounded(
         (["{in}/texts/a.txt"], "does not decode"),
     ],
 )
-def test_wrong_arguments_give_one_error(
-    words: list[str], message: str, predict: Callable, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_wrong_arguments_give_one_error(words, message, predict, tmp_path, capsys):
     save_picture(tmp_path / "in/a.jpg")
     (tmp_path / "in/notes").mkdir()
     (tmp_path / "in/texts").mkdir()
@@ -330,9 +317,7 @@ def test_wrong_arguments_give_one_error(
     assert "Traceback" not in error
 
 
-def test_frames_of_a_video_are_pictures(
-    predict: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_frames_of_a_video_are_pictures(predict, tmp_path, capsys):
     file = tmp_path / "walk.avi"
     video = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"MJPG"), 5, (64, 48))
     for shade in range(0, 250, 25):

@@ -66,17 +66,13 @@ def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
     return result["boxes"]
 
 
-def annotation(
-    size: int, objects: Sequence[tuple[str, int, int, int, int]], width: int | None = None
-) -> str:
+def annotation(size, objects, width=None):
     """A VOC annotation with boxes (name, xmin, ymin, xmax, ymax), 1-based."""
     rows = [ObjectRecord(name, (x0 - 1, y0 - 1, x1, y1)) for name, x0, y0, x1, y1 in objects]
     return annotation_xml("picture.jpg", width or size, size, rows).decode()
 
 
-def make_voc(
-    root: Path, num_train: int = 8, num_test: int = 4, size: int = 96, growth: int = 0
-) -> Path:
+def make_voc(root, num_train=8, num_test=4, size=96, growth=0):
     """Write a set of coloured rectangles on noise: VOC2007/ and dataset.json.
 
     Each picture is `growth` pixels wider than the one before.

@@ -43,9 +43,7 @@ def checked(folder: Path, *overrides: str) -> dict[str, dict]:
     return experiment.check(*stages_of(folder, out, *overrides), ROOT, out)
 
 
-def test_what_is_right_passes_and_says_what_it_takes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_what_is_right_passes_and_says_what_it_takes(folder, monkeypatch, capsys):
     facts = checked(folder)
     arch = {"depth": 50, "width_per_group": 16, "stem_channels": 16, "res2_channels": 64}
     assert facts["pretrain"]["arch"] == facts["random/seed-0"]["arch"] == arch

@@ -133,9 +133,7 @@ def test_signalled_job_saves_is_queued_again_and_ends_like_a_whole_run(
     assert identical(whole, job.out)
 
 
-def test_requeued_job_of_two_nodes_ends_like_a_whole_run(
-    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_requeued_job_of_two_nodes_ends_like_a_whole_run(cluster, config, whole, tmp_path):
     """`scontrol requeue` does what SLURM does to a job that makes room: SIGTERM, then SIGKILL."""
     with Submitted(cluster, config, tmp_path / "run", *TWO_NODES) as job:
         job.reach(10)
@@ -146,9 +144,7 @@ def test_requeued_job_of_two_nodes_ends_like_a_whole_run(
     assert identical(whole, job.out)
 
 
-def test_cancelled_job_saves_and_the_same_command_goes_on(
-    cluster: dict[str, str], config: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_cancelled_job_saves_and_the_same_command_goes_on(cluster, config, whole, tmp_path):
     with Submitted(cluster, config, tmp_path / "run", *TWO_PROCESSES) as job:
         job.reach(10)
         job.slurm("scancel", job.job)
@@ -159,9 +155,7 @@ def test_cancelled_job_saves_and_the_same_command_goes_on(
     assert identical(whole, job.out)
 
 
-def test_shards_made_in_tasks_equal_those_made_here(
-    cluster: dict[str, str], tmp_path: Path
-) -> None:
+def test_shards_made_in_tasks_equal_those_made_here(cluster, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     make_shards(pictures)

@@ -80,9 +80,7 @@ def test_pinned_hash_follows_from_the_installed_files(tmp_path: Path) -> None:
     install.require_sha256(tmp_path / "out.whl", install.WHEEL_SHA256, "wheel")
 
 
-def test_only_a_whole_installation_is_used(
-    source_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_whole_installation_is_used(source_wheel, tmp_path, monkeypatch):
     """The files lie where pip puts them, and where Python looks for packages first."""
     wheel, folder = tmp_path / "out.whl", tmp_path / "site"
     install.write_wheel(install.read_members(source_wheel), wheel)
@@ -110,9 +108,7 @@ def test_download_gives_the_pinned_wheel(tmp_path: Path) -> None:
     assert sha256_of(wheel) == install.WHEEL_SHA256
 
 
-def test_an_installed_detectron2_stays_and_a_wrong_wheel_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_installed_detectron2_stays_and_a_wrong_wheel_is_refused(tmp_path, capsys):
     assert install.main([]) == 0
     assert "left as it is" in capsys.readouterr().out
     wheel = tmp_path / "detectron2.whl"

@@ -60,9 +60,7 @@ def test_every_byte_is_the_same_for_any_number_of_workers(made: Path, tmp_path: 
     assert tree(tmp_path / "scenes") == tree(made)
 
 
-def test_the_same_options_keep_the_set_and_others_are_refused_unless_told(
-    made: Path, tmp_path: Path, capsys
-):
+def test_the_same_options_keep_the_set_and_others_are_refused_unless_told(made, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}

@@ -82,9 +82,7 @@ def test_options_reach_the_shards(tmp_path: Path) -> None:
     assert index.classes is None
 
 
-def test_full_disk_is_status_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_status_1(tmp_path, capsys, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 

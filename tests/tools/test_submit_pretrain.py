@@ -51,9 +51,7 @@ def test_mistakes_are_refused_before_anything_is_submitted(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_overwritten_and_no_slurm_is_reported(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_is_not_overwritten_and_no_slurm_is_reported(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert submit_pretrain.main([config, "--cluster", "slurm"]) == 2
     assert "submitit cannot submit the job" in capsys.readouterr().err
@@ -79,9 +77,7 @@ def test_the_command_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "77"
 
 
-def test_checkpoint_stops_torchrun_once_and_hands_back_the_same_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_checkpoint_stops_torchrun_once_and_hands_back_the_same_work(monkeypatch):
     node = TorchrunNode(("a.yaml",), 1, 1, 1, 0, 77)
     fresh = asdict(node)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

@@ -251,9 +251,7 @@ def test_voc_as_tools_write_it(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_folders_of_annotation_tools(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_of_annotation_tools(tmp_path, name, capsys):
     LAYOUTS[name][1](tmp_path / "set")
     words = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--data"]
     words += [str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--check", "all", "--json"]
@@ -397,9 +395,7 @@ def make_turned_coco(root: Path, orientation: int, is_upright: bool, size=SIZE) 
 @pytest.mark.parametrize("make", [make_turned_voc, make_turned_coco])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("is_upright", [True, False])
-def test_boxes_turn_with_their_picture(
-    tmp_path: Path, make: Callable, orientation: int, is_upright: bool
-) -> None:
+def test_boxes_turn_with_their_picture(tmp_path, make, orientation, is_upright):
     root, keeps_size = make(tmp_path / "set", orientation, is_upright), 2 <= orientation <= 4
     choice = SetChoice(classes=CLASSES, test_only=True)
     data = read_set(root, choice)

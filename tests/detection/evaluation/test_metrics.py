@@ -1,7 +1,6 @@
 """AP by VOC's and by COCO's metric, against computations written from their definitions."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,9 +213,7 @@ def test_rows_hold_what_the_report_draws(tiny: LabelledSet) -> None:
 
 
 @pytest.mark.parametrize(("num_saved", "places"), [(5, [0, 2, 4, 7, 9]), (20, range(12)), (0, [])])
-def test_pictures_are_spread_evenly(
-    tiny: LabelledSet, num_saved: int, places: Sequence[int]
-) -> None:
+def test_pictures_are_spread_evenly(tiny, num_saved, places):
     rows = rows_of(tiny, [], num_saved=num_saved, score_thresh=0.0)
     expected = [tiny.test.pictures[place].image_id for place in places]
     assert [Path(row["file_name"]).stem for row in rows] == expected

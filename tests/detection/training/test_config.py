@@ -241,9 +241,7 @@ PUBLISHED = (16, 0.02, 24_000, (18_000, 22_000), 100)
         (1, "SOLVER.REFERENCE_WORLD_SIZE 4", (4, 0.005, 96_000, (72_000, 88_000), 400)),
     ],
 )
-def test_schedule_follows_gpus_and_batch(
-    num_gpus: int | None, overrides: str, expected: Schedule
-) -> None:
+def test_schedule_follows_gpus_and_batch(num_gpus, overrides, expected):
     found = schedule(*overrides.split(), num_gpus=num_gpus)
     assert found == (expected[0], pytest.approx(expected[1]), *expected[2:])
 

@@ -58,9 +58,7 @@ def assert_same_training(one: Path, two: Path, *, but: str = "nothing") -> None:
     assert losses[0][-1] == losses[1][-1]
 
 
-def test_results_have_the_agreed_shape(
-    train: Callable[..., int], thin_weights: Path, tmp_path: Path
-) -> None:
+def test_results_have_the_agreed_shape(train, thin_weights, tmp_path):
     assert train(str(thin_weights), "--seeds", "0,3", "--eval-every", "2") == 0
     for seed in (0, 3):
         folder = tmp_path / "out" / f"seed-{seed}"
@@ -113,9 +111,7 @@ def close_files(trainer: Trainer) -> None:
             writer.close()
 
 
-def test_interrupted_run_ends_as_the_uninterrupted_one(
-    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_ends_as_the_uninterrupted_one(train, tmp_path, monkeypatch):
     schedule = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "2")
     assert train("random", *schedule, out="whole") == 0
     run_step = Trainer.run_step
@@ -188,9 +184,7 @@ def test_a_finished_seed_trains_on_as_if_it_had_been_longer_from_the_start(
     assert_same_training(tmp_path / "whole" / "seed-0", folder, but="num_batches_tracked")
 
 
-def test_a_cosine_cannot_be_made_longer(
-    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cosine_cannot_be_made_longer(train, capsys):
     cosine = ("SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR", "SOLVER.WARMUP_ITERS=1")
     assert train("random", *cosine) == 0
     assert train("random", *cosine, "SOLVER.MAX_ITER=6") == 2
@@ -198,9 +192,7 @@ def test_a_cosine_cannot_be_made_longer(
     assert re.search(r"cannot go on to SOLVER.MAX_ITER 6: .*WarmupCosineLR.*; choose", message)
 
 
-def test_finished_seed_is_kept_and_changed_settings_are_refused(
-    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_seed_is_kept_and_changed_settings_are_refused(train, tmp_path, capsys):
     folder = tmp_path / "out" / "seed-0"
     assert train("random") == 0
     result = folder / "result.json"
@@ -223,9 +215,7 @@ def test_finished_seed_is_kept_and_changed_settings_are_refused(
     assert result.stat().st_mtime_ns != before
 
 
-def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(
-    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(train, tmp_path, capsys):
     folder = tmp_path / "out" / "seed-0"
     assert train("random", "SOLVER.MAX_ITER", "2") == 0
     figures, state = read(folder / "result.json"), final_model(folder)
@@ -266,9 +256,7 @@ def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(
     assert not (folder / ".lock").exists()
 
 
-def test_frozen_arms_are_calibrated_and_do_not_train(
-    train: Callable[..., int], thin_weights: Path, tmp_path: Path, voc_root: Path
-) -> None:
+def test_frozen_arms_are_calibrated_and_do_not_train(train, thin_weights, tmp_path, voc_root):
     path = voc_root / "VOC2007/Annotations/000000.xml"
     path.write_text(re.sub(r"<xmin>\d+<", "<xmin>0<", path.read_text()))
     assert train(str(thin_weights), "--freeze") == 0
@@ -328,9 +316,7 @@ def test_training_positions_do_not_depend_on_where_one_starts(voc_root: Path) ->
 @pytest.mark.parametrize("colours", ["RGB", "BGR"])
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("orientation", [1, 4, 6])
-def test_examples_are_those_of_detectron2s_mapper(
-    colours: str, is_train: bool, orientation: int, tmp_path: Path
-) -> None:
+def test_examples_are_those_of_detectron2s_mapper(colours, is_train, orientation, tmp_path):
     """And pictures that it reads wrongly come out right: 16 bits."""
     cfg = load_config(CONFIGS / "thin_R50_C4.yaml", {"MODEL.DEVICE": "cpu"})
     cfg.INPUT.FORMAT = colours
@@ -358,9 +344,7 @@ def test_examples_are_those_of_detectron2s_mapper(
     assert 100 < mappers[0](picture)["image"].float().mean() < 155
 
 
-def test_coco_trains_and_its_own_metric_is_the_result(
-    tmp_path: Path, tiny_overrides: list[str]
-) -> None:
+def test_coco_trains_and_its_own_metric_is_the_result(tmp_path, tiny_overrides):
     options = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--out",
                str(tmp_path / "out"), "--data", str(make_coco(tmp_path / "coco"))]  # fmt: skip
     assert command.main([*options, *tiny_overrides]) == 0
@@ -371,9 +355,7 @@ def test_coco_trains_and_its_own_metric_is_the_result(
     assert command.main([*options, "--metric-year", "2007", *tiny_overrides]) == 2
 
 
-def test_retinanet_trains_with_as_many_classes_as_the_set_has(
-    train: Callable[..., int], tmp_path: Path
-) -> None:
+def test_retinanet_trains_with_as_many_classes_as_the_set_has(train, tmp_path):
     retinanet = {
         "MODEL.META_ARCHITECTURE": "RetinaNet",
         "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
@@ -429,9 +411,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_wrong_arguments_end_with_one_line(
-    case: str, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_end_with_one_line(case, train, capsys):
     arguments, message = REFUSALS[case]
     assert train(*arguments) == 2
     error = capsys.readouterr().err
@@ -440,9 +420,7 @@ def test_wrong_arguments_end_with_one_line(
     assert len(error.splitlines()) == 1
 
 
-def test_picture_that_does_not_decode_is_named(
-    train: Callable[..., int], voc_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_picture_that_does_not_decode_is_named(train, voc_root, capsys):
     for index in range(8):
         file = voc_root / "VOC2007" / "JPEGImages" / f"{index:06d}.jpg"
         file.write_bytes(file.read_bytes()[:700])
@@ -464,9 +442,7 @@ def test_pictures_that_do_not_decode_are_left_out(
     assert f"{file.name}: does not decode" in told["notes"][-1]
 
 
-def test_diverging_training_is_no_users_mistake(
-    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_diverging_training_is_no_users_mistake(train, capsys):
     assert train("random", "SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0") == 1
     assert "error: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
 
@@ -503,8 +479,6 @@ SMALL = ["R18_C4.yaml", "R18_FPN.yaml", "R50_C4.yaml", "voc0712_R18_FPN_24k.yaml
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SMALL)
-def test_every_small_detector_trains(
-    config: str, train: Callable[..., int], tmp_path: Path
-) -> None:
+def test_every_small_detector_trains(config, train, tmp_path):
     assert train("random", "DATALOADER.NUM_WORKERS", "0", config=config) == 0
     assert (tmp_path / "out" / "summary.json").is_file()

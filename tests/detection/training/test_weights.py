@@ -62,9 +62,7 @@ def assert_landed(model: nn.Module, path: Path, prefix: str) -> None:
         ("voc0712_R50_C4_24k.yaml", 50, 265, 4),
     ],
 )
-def test_every_tensor_lands(
-    config: str, depth: int, num_tensors: int, frozen: int, weights: dict[int, Path]
-) -> None:
+def test_every_tensor_lands(config, depth, num_tensors, frozen, weights):
     model = detector(config, "MODEL.RESNETS.DEPTH", str(depth), "MODEL.BACKBONE.FREEZE_AT",
                      str(frozen))  # fmt: skip
     assert load_backbone(model, weights[depth]) == num_tensors
@@ -85,9 +83,7 @@ def write_pkl(path: Path, source: Path, change: dict[str, object]) -> Path:
     return path
 
 
-def test_pkl_without_the_request_for_matching_is_refused(
-    thin_weights: Path, tmp_path: Path
-) -> None:
+def test_pkl_without_the_request_for_matching_is_refused(thin_weights, tmp_path):
     path = write_pkl(tmp_path / "b.pkl", thin_weights, {"matching_heuristics": None})
     stock = detector("thin_R50_C4.yaml")
     before = {name: value.clone() for name, value in stock.state_dict().items()}

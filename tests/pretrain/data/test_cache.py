@@ -118,9 +118,7 @@ def test_bounds_that_are_too_small(server: Faulty, tmp_path: Path) -> None:
         (b"x" * (SIZE + 1), "100,001 bytes instead of 100,000: .* or the index is stale; make it"),
     ],
 )
-def test_changed_shard_is_never_kept(
-    server: Faulty, tmp_path: Path, changed: bytes, message: str
-) -> None:
+def test_changed_shard_is_never_kept(server, tmp_path, changed, message):
     cache = make(tmp_path)
     (server.root / "0.tar").write_bytes(changed)
     with pytest.raises(UserError, match=message):
@@ -132,9 +130,7 @@ def test_changed_shard_is_never_kept(
 
 
 @pytest.mark.parametrize("name", ["fsync"])
-def test_full_disk(
-    server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_full_disk(server, tmp_path, monkeypatch, name):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -166,9 +162,7 @@ def test_output_of_a_command_is_named_by_its_content(server: Faulty, tmp_path: P
     assert empty(cache)
 
 
-def test_commands_in_each_others_way_all_finish(
-    server: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_in_each_others_way_all_finish(server, tmp_path, monkeypatch):
     cache = make(tmp_path, 1.5)  # two that grow at once block each other
     monkeypatch.setattr(cache_module, "_WAIT_SECONDS", 0.005)
     together = threading.Barrier(3)

@@ -20,9 +20,7 @@ SEED: dict[str, Any] = {"seed": 3, "view_index": 0, "scale": (0.08, 1.0)}
 RATIO = Crop().ratio
 
 
-def draw_one(
-    *pictures: Any, scale: tuple[float, float], flip_probability: float = 0.5, **options: int
-) -> crops.Crops:
+def draw_one(*pictures, scale, flip_probability=0.5, **options):
     return draw_crops(ViewPolicy(Crop(scale), Flip(flip_probability)), *pictures, **options)
 
 
@@ -36,9 +34,7 @@ def sizes(num: int, height: int, width: int) -> np.ndarray:
 @pytest.mark.parity
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 100), (40, 300)])
-def test_boxes_are_distributed_as_torchvisions(
-    height: int, width: int, scale: tuple[float, float]
-) -> None:
+def test_boxes_are_distributed_as_torchvisions(height, width, scale):
     num = 4000
     options = SEED | {"scale": scale}
     ours = draw_one(sizes(num, height, width), np.arange(num), 0, **options).boxes
@@ -106,9 +102,7 @@ def test_crops_depend_on_seed_repeat_hash_view_and_size_alone() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [8, 100])  # decoded smaller, decoded whole
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])  # upper rows alone, or all
-def test_views_of_turned_pictures_are_upright(
-    orientation: int, size: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_views_of_turned_pictures_are_upright(orientation, size, options, monkeypatch):
     """Crops of the upright picture; reduced, their edges are rounded in the stored one."""
     exif = Image.Exif()
     exif[0x112] = orientation

@@ -20,9 +20,7 @@ shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 @seeded
 @given(shard_sizes, st.integers(0, 5), st.integers(0, 5), st.integers(1, 200))
-def test_each_sample_once_and_repeatable(
-    sizes: list[int], seed: int, epoch: int, window: int
-) -> None:
+def test_each_sample_once_and_repeatable(sizes, seed, epoch, window):
     order = epoch_order(sizes, seed=seed, epoch=epoch, window=window)
     assert order.dtype == np.int64
     np.testing.assert_array_equal(np.sort(order), np.arange(sum(sizes)))
@@ -83,9 +81,7 @@ def brute_force_counts(sizes: list[int], weight: float, num_epochs: int) -> np.n
     st.integers(1, 5),
     st.integers(1, 60),
 )
-def test_weights_say_how_often_each_sample_comes(
-    one: list[int], other: list[int], weight: float, num_epochs: int, window: int
-) -> None:
+def test_weights_say_how_often_each_sample_comes(one, other, weight, num_epochs, window):
     sources = [SourceSizes(one), SourceSizes(other, weight)]
     epochs = [
         epoch_samples(sources, seed=4, epoch=epoch, window=window) for epoch in range(num_epochs)

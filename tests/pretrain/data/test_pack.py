@@ -35,9 +35,7 @@ TEN = ShardOptions(max_samples_per_shard=10)
 
 @pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("TIFF", "png")])
 @pytest.mark.parametrize("resize_short", [None, 30])
-def test_turned_pictures_are_upright_once(
-    kind: str, suffix: str, resize_short: int | None, tmp_path: Path
-) -> None:
+def test_turned_pictures_are_upright_once(kind, suffix, resize_short, tmp_path):
     """Whether a shard holds the file's bytes, a smaller picture or another format."""
     exif = Image.Exif()
     exif[0x112] = 6
@@ -67,9 +65,7 @@ def test_finished_set_is_left_alone(picture_folder: Path, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_stopped_run_goes_on(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_run_goes_on(picture_folder, tmp_path, monkeypatch):
     pictures = sources(picture_folder)
     write_shards(pictures, tmp_path / "whole", options=TEN)
     made, real = [], writer.write_shard
@@ -130,9 +126,7 @@ def test_other_shards_are_not_mixed_in(picture_folder: Path, tmp_path: Path) -> 
         write_shards(pictures, tmp_path, options=TEN)
 
 
-def test_unfinished_run_with_other_options(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_run_with_other_options(picture_folder, tmp_path, monkeypatch):
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -154,9 +148,7 @@ def test_changed_shard_of_a_finished_set(picture_folder: Path, tmp_path: Path) -
 # -- disk -----------------------------------------------------------------------------------------
 
 
-def test_full_disk_while_writing(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_while_writing(picture_folder, tmp_path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -259,9 +251,7 @@ def is_alive(group: int) -> bool:
     return True
 
 
-def test_killed_run_goes_on_with_what_is_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_killed_run_goes_on_with_what_is_whole(tmp_path, capsys):
     write_pictures(tmp_path / "in", 300)
     out = tmp_path / "out"
     words = [str(tmp_path / "in"), str(out), "--max-samples-per-shard", "5", "--labels", "folders"]

@@ -98,9 +98,7 @@ def test_killed_command_and_killed_task(tmp_path: Path, capsys: pytest.CaptureFi
     assert contents(out) == contents(whole)
 
 
-def test_tasks_make_the_same_and_tell_of_a_bad_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_tasks_make_the_same_and_tell_of_a_bad_picture(tmp_path, capsys):
     files = write_pictures(tmp_path / "in", 20)
     files[4].write_bytes(b"no picture")
     out = tmp_path / "out"
@@ -119,9 +117,7 @@ def test_tasks_make_the_same_and_tell_of_a_bad_picture(
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_cancels_the_tasks(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_cancels_the_tasks(picture_folder, tmp_path, monkeypatch):
     def interrupt(seconds: float) -> None:
         until(lambda: list((tmp_path / PARTS / "tasks").glob("*_log.out")))
         raise KeyboardInterrupt
@@ -241,10 +237,7 @@ def test_cluster_loses_a_task_and_makes_it_at_the_next_command(
         ([*SLURM, "--slurm-time-minutes", "0"], "cluster.time_minutes must be >= 1, got 0"),
     ],
 )
-def test_wrong_options(
-    picture_folder: Path, tmp_path: Path, words: list[str], message: str,
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+def test_wrong_options(picture_folder, tmp_path, words, message, capsys):
     assert make_shards.main([str(picture_folder), str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
 

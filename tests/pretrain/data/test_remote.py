@@ -57,9 +57,7 @@ def test_whole_file_in_parts(server: Faulty) -> None:
     ],
     ids=["503", "500", "429", "connection cut", "stall in the middle", "no answer"],
 )
-def test_only_the_failed_part_is_fetched_again(
-    server: Faulty, act: Callable[[Handler], bool]
-) -> None:
+def test_only_the_failed_part_is_fetched_again(server, act):
     server.faults = on_get(1, act)
     assert fetch(server) == DATA
     assert server.gets["/a.tar"] == 4
@@ -108,9 +106,7 @@ def short_answer(handler: Handler) -> bool:
         (lambda handler: handler.cut(10), "ClientPayloadError"),
     ],
 )
-def test_after_the_last_try_one_clear_error(
-    server: Faulty, act: Callable[[Handler], bool], reason: str
-) -> None:
+def test_after_the_last_try_one_clear_error(server, act, reason):
     server.faults = lambda handler, count: act(handler)
     patience = Patience(retries=2, timeout_seconds=0.1)
     with pytest.raises(UserError) as caught:

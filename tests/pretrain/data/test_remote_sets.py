@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,9 +63,7 @@ def same_pictures(index: ShardIndex, local: ShardIndex) -> bool:
 
 
 @pytest.fixture(params=["http", "s3"])
-def store(
-    request: pytest.FixtureRequest, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[str, Faulty]]:
+def store(request, shard_folder, monkeypatch):
     """The address of the set on a server, and the server; that of S3 cannot list."""
     with faulty(shard_folder.parent) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -73,10 +71,7 @@ def store(
 
 
 @pytest.mark.parametrize("name", ["/", f"/{ALL}"], ids=["index", "tars"])
-def test_sets_on_servers_are_those_on_the_disk(
-    store: tuple[str, Faulty], index: ShardIndex, tmp_path: Path, name: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_sets_on_servers_are_those_on_the_disk(store, index, tmp_path, name, monkeypatch):
     monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
     found = ShardIndex.open(store[0] + name, cache(tmp_path))
     assert found.is_remote
@@ -94,10 +89,7 @@ def test_sets_on_servers_are_those_on_the_disk(
     ],
     ids=["503", "connection cut", "stall"],
 )
-def test_failed_parts_are_fetched_again(
-    store: tuple[str, Faulty], index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    act: Callable[[Handler], bool],
-) -> None:  # fmt: skip
+def test_failed_parts_are_fetched_again(store, index, tmp_path, monkeypatch, act):
     address, server = store
     monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
     found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.3)))
@@ -118,10 +110,7 @@ def test_failed_parts_are_fetched_again(
     ],
     ids=["503", "stall", "401", "403", "404"],
 )
-def test_one_clear_error(
-    store: tuple[str, Faulty], tmp_path: Path, act: Callable[[Handler], bool], message: str,
-    num: int,
-) -> None:  # fmt: skip
+def test_one_clear_error(store, tmp_path, act, message, num):
     address, server = store
     found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.1)))
     server.faults = lambda handler, count: act(handler)
@@ -130,9 +119,7 @@ def test_one_clear_error(
     assert server.gets["/shards/shard-000000.tar"] == num
 
 
-def test_missing_and_cut_shards_are_told_at_the_first_opening(
-    store: tuple[str, Faulty], shard_folder: Path, tmp_path: Path
-) -> None:
+def test_missing_and_cut_shards_are_told_at_the_first_opening(store, shard_folder, tmp_path):
     path = shard_folder / "shard-000002.tar"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"shard-000002.tar: 5000 bytes instead of .*upload both"):
@@ -152,10 +139,7 @@ def s3_address() -> Iterator[str]:
         yield url
 
 
-def test_object_store(
-    s3_address: str, index: ShardIndex, shard_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_object_store(s3_address, index, shard_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_address)
     client = boto3.client("s3")
     client.create_bucket(Bucket="set")
@@ -192,10 +176,7 @@ def test_object_store(
 # -- how often what is fetched --------------------------------------------------------------------
 
 
-def test_index_of_tars_is_made_once(
-    broken: Faulty, index: ShardIndex, shard_folder: Path, tmp_path: Path,
-    capfd: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+def test_index_of_tars_is_made_once(broken, index, shard_folder, tmp_path, capfd):
     for is_indexed in (True, False):
         found = ShardIndex.open(f"{broken.url}/{ALL}", cache(tmp_path))
         assert same_pictures(found, index)
@@ -228,9 +209,7 @@ def test_slow_server(broken: Faulty, index: ShardIndex, tmp_path: Path) -> None:
     assert found.read_bytes(3) == index.read_bytes(3)
 
 
-def test_index_that_changed_is_fetched_again(
-    broken: Faulty, shard_folder: Path, index: ShardIndex, tmp_path: Path
-) -> None:
+def test_index_that_changed_is_fetched_again(broken, shard_folder, index, tmp_path):
     first = ShardIndex.open(broken.url, cache(tmp_path))
     content = json.loads((shard_folder / "index.json").read_text())
     removed = content["shards"].pop()
@@ -264,9 +243,7 @@ def test_index_that_changed_is_fetched_again(
         ({"format": "x"}, "not an index of format 'fa-shards-1'"),
     ],
 )
-def test_index_that_is_not_trusted(
-    broken: Faulty, shard_folder: Path, tmp_path: Path, entries: dict[str, object], message: str
-) -> None:
+def test_index_that_is_not_trusted(broken, shard_folder, tmp_path, entries, message):
     """Neither on a server nor on the disk."""
     content = json.loads((shard_folder / "index.json").read_text())
     of_shard = set(entries) & {"name", "sha256", "bytes"}
@@ -278,9 +255,7 @@ def test_index_that_is_not_trusted(
     assert not any("shard-" in path for path in broken.gets)
 
 
-def test_shard_that_changes_later_is_told_when_it_is_fetched(
-    broken: Faulty, shard_folder: Path, tmp_path: Path
-) -> None:
+def test_shard_that_changes_later_is_told_when_it_is_fetched(broken, shard_folder, tmp_path):
     index = ShardIndex.open(broken.url, cache(tmp_path))
     path = shard_folder / "shard-000001.tar"
     data = path.read_bytes()
@@ -307,9 +282,7 @@ def test_damaged_copy_names_its_place(broken: Faulty, tmp_path: Path) -> None:
         index.read_bytes(0)
 
 
-def test_killed_indexing_goes_on_where_it_was(
-    broken: Faulty, index: ShardIndex, tmp_path: Path
-) -> None:
+def test_killed_indexing_goes_on_where_it_was(broken, index, tmp_path):
     broken.faults = lambda handler, count: "3.tar" in handler.path and handler.refuse(503)
     with pytest.raises(UserError, match=r"shard-000003.tar: could not be fetched in 3 tries"):
         ShardIndex.open(f"{broken.url}/{ALL}", cache(tmp_path))
@@ -331,10 +304,7 @@ def test_one_of_several_makes_the_index(broken: Faulty, index: ShardIndex, tmp_p
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
-def test_read_many_in_the_order_asked(
-    broken: Faulty, index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    is_remote: bool,
-) -> None:  # fmt: skip
+def test_read_many_in_the_order_asked(broken, index, tmp_path, monkeypatch, is_remote):
     found = ShardIndex.open(broken.url, cache(tmp_path)) if is_remote else index
     ids = np.random.default_rng(0).integers(0, NUM_PICTURES, 60)
     expected = [index.read_bytes(int(i)) for i in ids]
@@ -351,9 +321,7 @@ def test_read_many_in_the_order_asked(
     assert found.read_many([]) == []
 
 
-def test_shards_thrown_out_are_closed(
-    broken: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_thrown_out_are_closed(broken, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_TOUCH_SECONDS", 0.0)
     size = max(path.stat().st_size for path in broken.root.glob("*.tar"))
     for i in range(6):  # other bytes, so that the cache sees other shards
@@ -384,9 +352,7 @@ class Bytes(Dataset):
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_read_what_the_parent_opened(
-    store: tuple[str, Faulty], index: ShardIndex, tmp_path: Path, method: str
-) -> None:
+def test_workers_read_what_the_parent_opened(store, index, tmp_path, method):
     found = ShardIndex.open(store[0], cache(tmp_path))
     assert found.read_bytes(0) == index.read_bytes(0)  # the parent has an event loop and a client
     loader = DataLoader(

@@ -53,9 +53,7 @@ def test_workers_make_the_changes_that_the_device_would_draw(index: ShardIndex) 
     assert num_changed > NUM_PICTURES
 
 
-def test_a_sample_does_not_know_its_batch(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_does_not_know_its_batch(index, monkeypatch):
     whole = batch_of(dataset(index, in_workers=True), IDS, REPEATS)
     for row in (0, 7, 39):
         alone = batch_of(

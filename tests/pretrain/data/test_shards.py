@@ -56,9 +56,7 @@ def write_external(folder: Path, num: int = 12) -> None:
             writer.write(sample)
 
 
-def test_shards_of_webdataset_are_indexed_on_first_use(
-    tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_shards_of_webdataset_are_indexed_on_first_use(tmp_path, capfd):
     write_external(tmp_path / "set")
     index = ShardIndex.open(tmp_path / "set")
     assert "indexing " in capfd.readouterr().err
@@ -106,9 +104,7 @@ def test_what_is_no_sample_is_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["shard-{000000..000003}.tar", "*.tar", "shard-?????[0-3].tar"])
-def test_local_patterns_are_indexed_in_the_cache(
-    index: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture, pattern: str
-) -> None:
+def test_local_patterns_are_indexed_in_the_cache(index, tmp_path, capfd, pattern):
     spec = f"{index.folder}/{pattern}"
     options = CacheOptions(tmp_path / "cache")
     found = ShardIndex.open(spec, options)

@@ -255,9 +255,7 @@ def test_what_is_damaged_is_refused_by_name(name: str, tmp_path: Path) -> None:
         (b"9" * 5000, -1, "is not an integer"), (b"1.0", -1, "is not an integer"),
     ],
 )  # fmt: skip
-def test_labels_that_are_none_are_counted(
-    text: bytes, label: int, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_labels_that_are_none_are_counted(text, label, reason, tmp_path, capfd):
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of(("a.jpg", J[0]), ("a.cls", text), ("b.jpg", J[1]), ("b.cls", text)))
     index = indexed(path)
@@ -278,9 +276,7 @@ def test_labels_that_are_none_are_counted(
             open_labelled({"--val": str(path)}, CacheOptions(tmp_path / "cache"))
 
 
-def test_what_a_labelled_set_leaves_out_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_a_labelled_set_leaves_out_is_said(tmp_path, capsys):
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of(("a.jpg", J[0]), ("a.cls", b"1"), ("README", b"")))
     (index,) = open_labelled({"--val": str(path)}, CacheOptions(tmp_path / "cache"))

@@ -23,7 +23,7 @@ from pretrain.data.loader import ViewBatch, ViewDataset
 from pretrain.data.order import OrderedSamples
 from pretrain.data.policy import AugmentationPolicy
 from pretrain.data.remote import Patience
-from pretrain.data.shards import ShardIndex, open_samples
+from pretrain.data.shards import open_samples
 from pretrain.data.streaming import (
     Reader,
     RemoteStream,
@@ -105,9 +105,7 @@ def wait_until_none_streams() -> None:
 
 @settings(seeded, max_examples=25)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), num_readers=st.integers(1, 7))
-def test_each_pass_deals_each_sample_to_one_reader(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], num_readers: int
-) -> None:
+def test_each_pass_deals_each_sample_to_one_reader(tmp_path_factory, sizes, num_readers):
     folder = tmp_path_factory.mktemp("tars")
     for number, size in enumerate(sizes):
         write_tar(folder / f"{number}.tar", {f"{number}-{i}.jpg": b"x" for i in range(size)})
@@ -152,9 +150,7 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
     assert drawn == again
 
 
-def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(
-    shard_folder: Path, tmp_path: Path
-) -> None:
+def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(shard_folder, tmp_path):
     files = {f"{i}.{suffix}": data for i in range(3)
              for suffix, data in (("jpg", picture(i)), ("cls", b"1"))}  # fmt: skip
     more = tmp_path / "more"
@@ -170,9 +166,7 @@ def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(
 
 
 @pytest.mark.parametrize("with_colours", [False, True])
-def test_batches_hold_what_the_exact_loader_would_make(
-    index: ShardIndex, with_colours: bool
-) -> None:
+def test_batches_hold_what_the_exact_loader_would_make(index, with_colours):
     streaming = loader(str(index.folder), shuffle_buffer=1, with_colours=with_colours)
     batches = list(streaming.epoch(0))
     assert len(batches) == streaming.num_steps == NUM_PICTURES // 8
@@ -315,9 +309,7 @@ def test_shard_without_files_and_file_that_comes_twice(tmp_path: Path) -> None:
     assert str(twice) in message
 
 
-def test_reading_ahead_is_bounded_and_ends_when_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_ahead_is_bounded_and_ends_when_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_STREAM_BYTES", 10_000)
     log = tmp_path / "log"
     command = f"head -c 3000000 /dev/zero | tee {shlex.quote(str(log))}"

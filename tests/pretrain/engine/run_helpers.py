@@ -96,9 +96,7 @@ def start_pair(what: str, rank: int, steps: str, *arguments) -> list[tuple[int, 
                 worker.communicate()
 
 
-def start_worker(
-    script: str, arguments, rank: int, world_size: int, port: int
-) -> subprocess.Popen[str]:
+def start_worker(script, arguments, rank, world_size, port):
     """A script of this folder in a process of a group."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",

@@ -1,7 +1,5 @@
 """Each operation three ways: torchvision's on Pillow, ours on uint8, ours in float."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from PIL import Image
@@ -46,12 +44,7 @@ def in_float(operation: Operation, image: np.ndarray, **parameters: float) -> np
     return batch[0].permute(1, 2, 0).numpy() * 255
 
 
-def check_uint8(
-    operation: Operation,
-    in_pillow: Callable[[Image.Image], Image.Image],
-    parameters: dict[str, float],
-    bounds: tuple[float, float, float, float],
-) -> None:
+def check_uint8(operation, in_pillow, parameters, bounds):
     """Compare the uint8 way with the other two.
 
     Args:
