@@ -3,7 +3,6 @@
 import dataclasses
 
 import cv2
-import numpy as np
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from pretrain.features.augmentations.base import FeatureAugmentation
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
+from tests.pretrain.data.picture_helpers import smooth_picture
 
 THIN = ResNetBackbone(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)
@@ -74,12 +74,6 @@ def make_views():
         return base + 0.3 * torch.randn(2, n, 3, size, size, generator=generator)
 
     return make
-
-
-def smooth_picture(seed, height=48, width=64):
-    """uint8 [height, width, 3] RGB with soft structure."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 @pytest.fixture(scope="session")

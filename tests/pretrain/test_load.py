@@ -15,7 +15,7 @@ from common.resnet import NAMED, Arch
 from detection.convert import convert
 from pretrain.load import load_backbone
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
-from tests.pretrain.conftest import smooth_picture
+from tests.pretrain.data.picture_helpers import smooth_picture
 
 THIN = NAMED["thin_R50"]
 CONFIG = {"data": {"image_size": 48}}

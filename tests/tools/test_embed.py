@@ -20,7 +20,7 @@ from pretrain.data.decode import center_crop
 from pretrain.evaluation import duplicates
 from pretrain.evaluation.duplicates import Fingerprint, find_groups
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
-from tests.pretrain.conftest import smooth_picture
+from tests.pretrain.data.picture_helpers import smooth_picture
 from tools.embed import main
 
 FILES = ["a.jpg", "b/c.jpg", "b/größe 猫.png", "d.webp"]

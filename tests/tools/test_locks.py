@@ -1,8 +1,6 @@
 """Two programs in one folder: the second is told who is there, before it looks or writes."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,9 @@ from common import files
 from common.resnet import Arch
 from pretrain import __main__ as pretrain
 from tests.detection.tiny_weights import our_checkpoint, save, torchvision_state
+from tests.locks import holding
 from tests.pretrain.engine.run_helpers import SMALL
 from tools import convert_to_d2, linear_eval, make_dataset, make_shards
-
-HOLDER = """
-import sys
-from pathlib import Path
-from common.files import held
-with held(Path(sys.argv[1]), of_process=sys.argv[2] == "process"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 def words_of(program, folder: Path) -> list[str]:
@@ -58,12 +48,7 @@ def test_the_second_program_is_told_who_holds_the_folder(
     monkeypatch.setattr("pipeline.datasets.sets.LOCK_WAIT_SECONDS", 0.2)
     (tmp_path / "out").mkdir()
     words = words_of(program, tmp_path)
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / lock), kind], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    ) as other:  # fmt: skip
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+    with holding(tmp_path / lock, kind) as other:
         assert program.main(words) == 2
         message = capsys.readouterr().err
         assert f": process {other.pid} on " in message

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import yaml
 
 from common.errors import UserError
 from pipeline.report import runs
+from tests.locks import holding
 from tools import runs as command
 
 
@@ -70,24 +69,11 @@ def test_states(tmp_path):
     assert runs.read(recent, now=now + runs.RECENT_SECONDS + 1).state == "failed"
 
 
-HOLDER = """
-import fcntl, sys
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print(1, flush=True)
-sys.stdin.read()
-"""
-
-
 def test_a_held_lock_means_running_whatever_the_files_say(tmp_path):
     """The lock is taken as pretraining takes it; a look at it does not free it."""
     folder = make(tmp_path / "a")
-    command = [sys.executable, "-c", HOLDER, str(folder / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"1\n"
+    with holding(folder / ".lock"):
         assert [runs.read(folder).state for _ in range(2)] == ["running"] * 2
-        holder.communicate(timeout=60)
     assert runs.read(folder).state == "finished"
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from detection.training.run import ArmSettings, prepare
 from detection.training.trainer import Trainer
 from detection.training.weights import calibrate_frozen_norms
 from tests.detection.tiny_detection import CLASSES, CONFIGS, ROOT, make_coco, make_official
+from tests.locks import holding
 from tools import train_voc as command
 
 RESULT_KEYS = {
@@ -242,17 +242,9 @@ def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(train, tmp_path, 
     assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
     (folder / ".lock").touch()  # of a holder that was killed
     assert train("random", "SOLVER.MAX_ITER", "2") == 0
-    holding = "import sys; from common.files import held; from pathlib import Path\n" \
-        "with held(Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"  # fmt: skip
-    with subprocess.Popen(
-        [sys.executable, "-c", holding, str(folder / ".lock")], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    ) as other:  # fmt: skip
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"1\n"
+    with holding(folder / ".lock") as other:
         assert train("random", "SOLVER.MAX_ITER", "2") == 2
         assert f"seed-0: process {other.pid} on " in capsys.readouterr().err
-        other.communicate()
     assert not (folder / ".lock").exists()
 
 

@@ -1,5 +1,6 @@
 """Small shard sets for the tests of the data side."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,18 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def shard_folder(picture_folder: Path, tmp_path: Path) -> Path:
-    """A fresh set of 4 shards of 10 samples each, free to be damaged."""
-    out = tmp_path / "shards"
-    options = ShardOptions(max_samples_per_shard=10)
+@pytest.fixture(scope="session")
+def packed(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 shards of 10 samples each; not to be changed."""
+    out, options = tmp_path_factory.mktemp("packed"), ShardOptions(max_samples_per_shard=10)
     write_shards(sources(picture_folder), out, options=options, classes=["class-0", "class-1"])
     return out
+
+
+@pytest.fixture
+def shard_folder(packed: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the set, free to be damaged."""
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
 @pytest.fixture

@@ -2,14 +2,18 @@
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from hypothesis import settings
 from PIL import Image
 
+from pretrain.data.loader import ViewBatch
 from pretrain.data.pack import SourcePicture
+from pretrain.data.shards import ShardIndex
 
 NUM_PICTURES = 40
 seeded = settings(deadline=None, derandomize=True)  # on a busy machine any example may be slow
@@ -45,6 +49,26 @@ def sources(folder: Path) -> list[SourcePicture]:
         SourcePicture(str(p), p.relative_to(folder).as_posix(), classes.index(p.parent.name))
         for p in files
     ]
+
+
+def damage(folder: Path, *numbers: int) -> None:
+    """Overwrite pictures of a shard set with zeros."""
+    index = ShardIndex.open(folder)
+    for number in numbers:
+        row = index.samples[number]
+        with open(folder / index.shard_names[int(row["shard"])], "r+b") as stream:
+            stream.seek(int(row["offset"]))
+            stream.write(bytes(int(row["size"])))
+
+
+def same(one: Sequence[ViewBatch], other: Sequence[ViewBatch]) -> bool:
+    """Whether batches are equal, bit by bit."""
+    fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
+    return len(one) == len(other) and all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(one, other, strict=True)
+        for name in fields
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

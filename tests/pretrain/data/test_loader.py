@@ -32,6 +32,7 @@ from pretrain.data.shards import Mixture, Samples, ShardIndex, open_samples
 from tests.pretrain.data.picture_helpers import (
     NUM_PICTURES,
     encode,
+    same,
     seeded,
     smooth_picture,
     write_tar,
@@ -51,15 +52,6 @@ def load(index: Samples, **options: Any) -> list[ViewBatch]:
     arguments = {"batch_size": 8, "shuffle_window": 20} | options
     epoch, start_step = arguments.pop("epoch", 0), arguments.pop("start_step", 0)
     return list(Loader(dataset(index), **arguments).epoch(epoch, start_step))
-
-
-def same(one: list[ViewBatch], other: list[ViewBatch]) -> bool:
-    fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
-    return len(one) == len(other) and all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for a, b in zip(one, other, strict=True)
-        for name in fields
-    )
 
 
 def test_batch_holds_what_it_says(index: ShardIndex) -> None:

@@ -34,6 +34,7 @@ from pretrain.data.streaming import (
 from tests.pretrain.data.picture_helpers import (
     NUM_PICTURES,
     encode,
+    same,
     seeded,
     smooth_picture,
     write_tar,
@@ -60,15 +61,6 @@ def loader(spec: Any, **options: Any) -> StreamingLoader:
         "samples_per_epoch": NUM_PICTURES, "shuffle_buffer": 10, "patience": PATIENCE,
     }  # fmt: skip
     return StreamingLoader(spec, **(defaults | options))
-
-
-def same(one: Sequence[ViewBatch], other: Sequence[ViewBatch]) -> bool:
-    fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
-    return len(one) == len(other) and all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for a, b in zip(one, other, strict=True)
-        for name in fields
-    )
 
 
 def keys_of(batches: Sequence[ViewBatch]) -> list[int]:

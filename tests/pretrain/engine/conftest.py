@@ -23,13 +23,13 @@ def start(config_file, shards, tmp_path, capsys):
     Returns exit status, the run's folder and what was printed to stderr.
     """
 
-    def run(name, *arguments):
+    def run(name, *arguments, config=config_file):
         folder = tmp_path / name
         options = [f"out={folder}", *arguments]
         if not any(a.startswith("data.shards=") for a in arguments):
             options.append(f"data.shards={shards}")
         capsys.readouterr()
-        status = main([str(config_file), *options])
+        status = main([str(config), *options])
         return status, folder, capsys.readouterr().err
 
     return run

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from common.files import read_json_lines
+from pretrain.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 
@@ -97,20 +98,37 @@ def start_pair(what: str, rank: int, steps: str, *arguments) -> list[tuple[int, 
 
 
 def start_worker(script, arguments, rank, world_size, port):
-    """A script of this folder in a process of a group."""
+    """A script of this folder, or code, in a process of a group."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
     }  # fmt: skip
+    words = ["-c", script] if "\n" in script else [str(Path(__file__).with_name(script))]
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)],
+        [sys.executable, *words, *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
+def rows_of(folder, kind):
+    return [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == kind]
+
+
 def train_rows(folder):
-    return [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
+    return rows_of(folder, "train")
+
+
+def die_before(patch, step):
+    """Let runs end as if killed, before a step, until the patch is undone."""
+    step_of = Trainer.step
+
+    def dying(self, batch):
+        if self.position.step == step:
+            raise KeyboardInterrupt
+        return step_of(self, batch)
+
+    patch.setattr(Trainer, "step", dying)
 
 
 def error_of(result, status):

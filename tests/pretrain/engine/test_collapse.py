@@ -1,29 +1,22 @@
 """An alarm that collapsing runs raise and others do not."""
 
 import re
-from pathlib import Path
 
 import pytest
-import yaml
 
 from common.errors import UserError
-from common.files import read_json_lines
 from pretrain import collectives as dist
-from pretrain.__main__ import main
 from pretrain.config import EngineConfig, load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.guards import CollapseAlarm
+from tests.pretrain.engine.run_helpers import ROOT, TINY, rows_of
 
-ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
-TINY = {
-    "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+BASE = TINY | {
     "data": {"image_size": 32, "batch_size": 20, "num_workers": 0},
     "heads": {"projector_hidden_dim": 48, "predictor_hidden_dim": 48, "output_dim": 24},
     "fa": {"method": "none"},
     "optim": {"name": "sgd", "epochs": 12, "base_lr": 8, "warmup_epochs": 0},
-    "engine": {"device": "cpu", "precision": "fp32", "log_every_steps": 1, "num_threads": 1},
-    "eval": {"num_pictures": 0},
 }
 
 
@@ -96,24 +89,6 @@ def test_impossible_thresholds_are_refused_by_name(override, message):
 
 
 # --- runs
-
-
-@pytest.fixture
-def start(shards, tmp_path, capsys):
-    """Run the command line: start("name", "key=value", ..) -> status, folder, stderr."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-
-    def run(name, *arguments, config=path):
-        folder = tmp_path / name
-        status = main([str(config), f"out={folder}", f"data.shards={shards}", *arguments])
-        return status, folder, capsys.readouterr().err
-
-    return run
-
-
-def rows_of(folder, kind):
-    return [row for row in read_json_lines(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def test_a_run_that_collapses_raises_the_alarm(start):

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.trainer import Trainer
+from tests.pretrain.data.picture_helpers import damage
 from tests.pretrain.engine.run_helpers import SMALL, error_of, start_pair, train_rows
 
 SECONDS = 2.0  # no step of this network takes so long, also beside other work
@@ -126,12 +126,7 @@ def test_other_errors_are_no_lack_of_memory():
 @pytest.fixture
 def shards_with_bad_pictures(make_shards):
     folder = make_shards("bad-pictures")
-    index = ShardIndex.open(folder)
-    for number in (3, 11, 20, 27, 33, 38):
-        row = index.samples[number]
-        with open(folder / index.shard_names[int(row["shard"])], "r+b") as file:
-            file.seek(int(row["offset"]))
-            file.write(bytes(int(row["size"])))
+    damage(folder, 3, 11, 20, 27, 33, 38)
     return folder
 
 

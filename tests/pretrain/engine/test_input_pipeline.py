@@ -1,11 +1,8 @@
 """The input pipeline: keys of `data`, bad samples through a resume, batches ahead on a GPU."""
 
-import functools
-import http.server
 import json
 import shutil
 import tarfile
-import threading
 
 import pytest
 import torch
@@ -14,7 +11,8 @@ from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline, in_workers
 from pretrain.data.policy import AugmentationPolicy
-from pretrain.data.shards import ShardIndex
+from tests.pretrain.data.picture_helpers import damage
+from tests.pretrain.data.servers import faulty
 
 CPU = torch.device("cpu")
 
@@ -58,15 +56,6 @@ def test_shards_of_the_config_may_be_a_mixture(make_pipeline, shards, make_shard
 def test_no_shards_named(make_pipeline):
     with pytest.raises(UserError, match=r"data\.shards is not set"):
         make_pipeline(shards=None)
-
-
-def damage(folder, number):
-    """Overwrite one picture of a shard set with zeros."""
-    index = ShardIndex.open(folder)
-    row = index.samples[number]
-    with open(folder / index.shard_names[int(row["shard"])], "r+b") as stream:
-        stream.seek(int(row["offset"]))
-        stream.write(bytes(int(row["size"])))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -162,31 +151,13 @@ def test_streaming_reads_the_same_pictures_without_an_index(make_pipeline, shard
     assert make_pipeline(shards=spec, streaming=True, samples_per_epoch=16).num_steps == 2
 
 
-@pytest.fixture
-def server(shards):
-    """The shards behind http, from an address on this machine."""
-    handler = functools.partial(QuietHandler, directory=str(shards))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}/"
-        running.shutdown()
-        thread.join()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files and prints nothing."""
-
-    def log_message(self, *args):
-        pass
-
-
-def test_remote_shards_are_cached_where_the_config_says(make_pipeline, server, tmp_path):
-    options = {"shards": server, "cache_dir": str(tmp_path / "cache")}
-    assert ids_of(make_pipeline(**options)) == ids_of(make_pipeline())
-    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 4
-    with pytest.raises(UserError, match=r"data\.cache_gb: 1e-06 is too small"):
-        make_pipeline(**options | {"cache_gb": 1e-6, "cache_dir": str(tmp_path / "small")})
+def test_remote_shards_are_cached_where_the_config_says(make_pipeline, shards, tmp_path):
+    with faulty(shards) as server:
+        options = {"shards": f"{server.url}/", "cache_dir": str(tmp_path / "cache")}
+        assert ids_of(make_pipeline(**options)) == ids_of(make_pipeline())
+        assert len(list((tmp_path / "cache").rglob("*.tar"))) == 4
+        with pytest.raises(UserError, match=r"data\.cache_gb: 1e-06 is too small"):
+            make_pipeline(**options | {"cache_gb": 1e-6, "cache_dir": str(tmp_path / "small")})
 
 
 @pytest.mark.gpu

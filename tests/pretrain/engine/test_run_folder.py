@@ -6,8 +6,6 @@ Of Weights & Biases a stand-in; no network, not installed.
 import importlib.machinery
 import json
 import math
-import os
-import subprocess
 import sys
 import types
 from contextlib import ExitStack
@@ -26,6 +24,7 @@ from pretrain.config import PretrainConfig, TrackingConfig
 from pretrain.engine import run_folder
 from pretrain.engine.run_folder import MetricLog, ProgressLog, RunFolder, check_wandb, open_log
 from pretrain.engine.trainer import Position
+from tests.locks import holding
 
 
 def rows(folder):
@@ -200,28 +199,12 @@ def test_a_folder_is_made_and_one_with_a_run_is_refused_without_resume(tmp_path)
         run_folder.prepare(PretrainConfig(), resume=False)
 
 
-HOLDING = """
-import sys
-from dataclasses import replace
-from pretrain.config import PretrainConfig
-from pretrain.engine import run_folder
-held = run_folder.prepare(replace(PretrainConfig(), out=sys.argv[1]), resume=False)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_a_folder_belongs_to_one_run_until_its_process_is_gone(tmp_path, monkeypatch):
     """Others are refused before they look at what is there, and told who holds it."""
     monkeypatch.setattr(files, "HOLD_SECONDS", 0.3)
     config = replace(PretrainConfig(), out=str(tmp_path))
     (tmp_path / "x.pth.1.partial").touch()  # of a writer that was killed
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-    ) as other:  # fmt: skip
-        assert other.stdout.readline() == "held\n"
+    with holding(tmp_path / ".lock") as other:
         (tmp_path / "checkpoint.pth").touch()
         message = rf"{tmp_path}: process {other.pid} on .* is at work here since 2\d{{3}}-.* \(-c "
         with pytest.raises(UserError, match=message):

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from common.files import read_json_lines
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import Trainer
-from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, one_step
+from tests.pretrain.engine.run_helpers import (
+    SMALL,
+    assert_same_state,
+    die_before,
+    one_step,
+    train_rows,
+)
 
 BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd", "base_lr": 0.5}}
-
-
-def rows_of(run):
-    rows = read_json_lines(run.task.folder / "metrics.jsonl")
-    return [row for row in rows if row["kind"] == "train"]
 
 
 RESUMED = {
@@ -39,14 +38,7 @@ def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, name):
     whole = make_run(*overrides, name="whole")
     whole.train()
     cut = make_run(*overrides, name="cut")
-    step = Trainer.step
-
-    def dying_step(self, batch):
-        if self.position.step == 8:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "step", dying_step)
+    die_before(monkeypatch, 8)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     monkeypatch.undo()
@@ -56,7 +48,7 @@ def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, name):
     resumed.train()
     unlike = ("images_per_second", "data_wait_share")
     first, second = (
-        [{k: v for k, v in row.items() if k not in unlike} for row in rows_of(run)]
+        [{k: v for k, v in row.items() if k not in unlike} for row in train_rows(run.task.folder)]
         for run in (whole, resumed)
     )
     assert first == second
@@ -103,7 +95,7 @@ def test_strength_rises_within_a_run(make_run):
     run = make_run("objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
                 "fa.strength_start=0", "optim.base_lr=1e-6")  # fmt: skip
     run.train()
-    cosines = [row["fa_cosine"] for row in rows_of(run)]
+    cosines = [row["fa_cosine"] for row in train_rows(run.task.folder)]
     assert cosines[0] == pytest.approx(1.0, abs=1e-5)
     assert all(a > b for a, b in zip(cosines[::3], cosines[3::3], strict=False))
     assert cosines[-1] < 0.85
@@ -124,7 +116,7 @@ def test_micro_batches_of_a_run_pass_through_the_network_alone(make_run, accumul
 def test_figures_of_the_queue_stand_in_the_rows(make_run):
     run = make_run("objective.name=infonce", "optim.base_lr=1e-6")
     run.train()
-    rows = rows_of(run)
+    rows = train_rows(run.task.folder)
     figures = ("neighbour_age", "self_hit_rate", "neighbour_label_agreement")
     for row in rows[:2]:  # 16 entries are there after two steps
         assert not set(figures) & set(row)

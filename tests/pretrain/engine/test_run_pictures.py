@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from pretrain.engine import checkpoint
-from pretrain.engine.trainer import Trainer
 from pretrain.evaluation import pictures
 from pretrain.evaluation.pictures import RunPictures
 from pretrain.evaluation.probe import Probe
-from tests.pretrain.engine.run_helpers import SMALL, TINY, assert_same_state
+from tests.pretrain.engine.run_helpers import SMALL, TINY, assert_same_state, die_before
 
 EPOCH = TINY["optim"] | {"epochs": 1, "base_lr": 0.5}  # five steps
 PICTURES = {"num_pictures": 3, "num_map_points": 12, "knn_k": 5}
@@ -32,18 +31,6 @@ def rows_of(folder, name):
 
 
 MAP = "pictures/feature_map.png"
-
-
-def interrupt(monkeypatch, step):
-    """Let the next run die like one that is killed, before a step."""
-    step_of = Trainer.step
-
-    def dying(self, batch):
-        if self.position.step == step:
-            raise KeyboardInterrupt
-        return step_of(self, batch)
-
-    monkeypatch.setattr(Trainer, "step", dying)
 
 
 def test_a_run_with_pictures_ends_with_the_bits_of_one_without(start, probe):
@@ -77,7 +64,7 @@ def test_before_is_of_the_initial_and_after_of_the_last_weights(start, make_run,
 def test_a_resumed_run_keeps_what_was_made_of_the_initial_weights(start, probe, monkeypatch):
     _, whole, _ = start("whole", *OPTIONS, *probe)
     with monkeypatch.context() as patched:
-        interrupt(patched, 3)
+        die_before(patched, 3)
         assert start("cut", *OPTIONS, *probe)[0] == 130
     cut = whole.parent / "cut"
     assert not (cut / "pictures" / "neighbours.json").exists()

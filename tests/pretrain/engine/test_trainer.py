@@ -28,6 +28,7 @@ from tests.pretrain.engine.run_helpers import (
     assert_same_state,
     error_of,
     one_step,
+    rows_of,
     train_rows,
 )
 from tests.pretrain.model import references
@@ -285,11 +286,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert status == 0, err
     assert_same_training(whole, killed)
     for kind in ("knn", "event"):
-        pair = [
-            [r for r in read_json_lines(f / "metrics.jsonl") if r["kind"] == kind]
-            for f in (whole, killed)
-        ]
-        assert pair[0] == pair[1], kind
+        assert rows_of(whole, kind) == rows_of(killed, kind), kind
     summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, killed)]
     for key in ("steps", "knn_top1", "knn_top1_initial", "num_skipped_samples"):
         assert summaries[0][key] == summaries[1][key], key
@@ -312,8 +309,7 @@ def test_resume_starts_refuses_and_goes_on(start):
     assert status == 0, err
     told = "going on with a changed config: fa.nn.top_k: 1 -> 2"
     assert f"warning: {told}" in err
-    rows = read_json_lines(folder / "metrics.jsonl")
-    assert told in [row["message"] for row in rows if row["kind"] == "event"]
+    assert told in [row["message"] for row in rows_of(folder, "event")]
     assert losses(folder) == curve
     assert_same_state(weights(folder)["model"], first)
 
@@ -357,7 +353,7 @@ def test_interrupted_at_an_epoch_s_end_probes_once(start, shards, monkeypatch):
     monkeypatch.undo()
     status, folder, err = start("cut", *options, "--resume")
     assert status == 0, err
-    knn = [r["step"] for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    knn = [r["step"] for r in rows_of(folder, "knn")]
     assert knn == [0, 5, 10]
     assert [r["step"] for r in train_rows(folder)] == list(range(1, 11))
 
@@ -390,7 +386,7 @@ def test_intervals_of_rows_checkpoints_and_probes(start, shards):
     assert [r["step"] for r in train_rows(folder)] == [4, 8, 12, 15]
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert kept == ["step-00000012.pth", "step-00000015.pth"]
-    knn = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "knn"]
+    knn = rows_of(folder, "knn")
     assert [(r["step"], r["epoch"]) for r in knn] == [(0, 0), (10, 2), (15, 3)]
     assert all(0 <= r["knn_top1"] <= 1 for r in knn)
 

@@ -26,6 +26,7 @@ from pretrain.evaluation.linear import features as stored
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.evaluation.linear.features import BLOCK_ROWS, FrozenBackbone, extract
 from pretrain.evaluation.probe import extract_features
+from tests.pretrain.data.picture_helpers import damage
 
 CPU = torch.device("cpu")
 TINY = Arch(18, 8, 8, 8)
@@ -236,9 +237,6 @@ def test_a_full_disk_is_reported_before_anything_is_computed(many, weights, tmp_
 
 def test_a_bad_picture_is_named(shards, weights, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "bad")
-    row = ShardIndex.open(folder).samples[3]
-    with open(folder / "shard-000000.tar", "r+b") as tar:
-        tar.seek(int(row["offset"]))
-        tar.write(bytes(int(row["size"])))
+    damage(folder, 3)
     with pytest.raises(UserError, match=r"sample 3 .*repair or remove it and make the"):
         features_of(ShardIndex.open(folder), weights, tmp_path, passes=1)

@@ -1,10 +1,5 @@
 """The online probe: a textbook classifier beside the run, of which the run never hears."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +7,6 @@ import yaml
 from torch import nn
 
 from common.errors import UserError
-from common.files import read_json_lines
 from pretrain.config import EvalConfig, load_config
 from pretrain.data.shards import ShardIndex, open_samples
 from pretrain.engine import checkpoint
@@ -22,10 +16,11 @@ from tests.pretrain.engine.run_helpers import (
     SMALL,
     assert_same_state,
     free_port,
+    start_worker,
+    train_rows,
     wait_for_workers,
 )
 
-ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 BASE = SMALL | {
     "optim": SMALL["optim"] | {"base_lr": 1.0},
@@ -53,10 +48,6 @@ def run(tmp_path, shards):
 
 def state_of(run):
     return checkpoint.load(run.task.folder / "checkpoint.pth")
-
-
-def rows_of(run, kind):
-    return [r for r in read_json_lines(run.task.folder / "metrics.jsonl") if r["kind"] == kind]
 
 
 class Backbone(nn.Module):
@@ -179,7 +170,7 @@ def test_samples_without_labels_are_refused(unlabelled_shards, shards):
 
 def test_weights_of_the_run_are_bit_equal_with_and_without_it(run):
     done = run("with")
-    assert all({"online_top1", "online_loss"} <= set(row) for row in rows_of(done, "train"))
+    assert all({"online_top1", "online_loss"} <= set(row) for row in train_rows(done.task.folder))
     with_probe = state_of(done)
     without = state_of(run("without", "eval.online_probe=false"))
     assert "online_probe" in with_probe
@@ -200,7 +191,7 @@ def test_weights_of_the_run_are_bit_equal_with_and_without_it(run):
 def test_it_sees_every_row_however_gradients_are_made(run, overrides):
     done = run("run", "optim.epochs=1", "engine.log_every_steps=5", *overrides)
     assert int(state_of(done)["online_probe"]["optimizer"]["state"][0]["step"]) == 5
-    (row,) = rows_of(done, "train")
+    (row,) = train_rows(done.task.folder)
     assert 0 <= row["online_top1"] <= 1
     num_eighths = row["online_top1"] * 80  # 5 steps of 8 pictures in two views
     assert num_eighths == pytest.approx(round(num_eighths))
@@ -230,9 +221,8 @@ def test_resume_is_bit_exact(run, monkeypatch):
     for part in ("model", "online_probe"):
         assert_same_state(a[part], b[part], part)
     for key in ("step", "loss", "online_top1", "online_loss"):
-        assert [r[key] for r in rows_of(whole, "train")] == [
-            r[key] for r in rows_of(resumed, "train")
-        ]
+        one, two = ([r[key] for r in train_rows(run.task.folder)] for run in (whole, resumed))
+        assert one == two
 
 
 def test_the_state_of_a_checkpoint_fits_or_is_left():
@@ -271,20 +261,9 @@ dist.stop()
 @pytest.mark.ddp
 def test_two_processes_equal_one(tmp_path):
     """The ranks have 1 and 4 labelled rows of a view: a mean of means would differ."""
-    port, out = str(free_port()), tmp_path / "state"
-    workers = []
-    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-        }  # fmt: skip
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(out)],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-        )  # fmt: skip
+    port, out = free_port(), tmp_path / "state"
+    ranks = [(0, 1), (0, 2), (1, 2)]
+    workers = [start_worker(WORKER, [out], *rank, port) for rank in ranks]
     wait_for_workers(workers, timeout=300)
     one, first, second = (
         torch.load(f"{out}-{name}.pth", weights_only=True) for name in ("1-0", "2-0", "2-1")
