@@ -5,8 +5,6 @@ from functools import partial
 import pytest
 import torch
 
-from common.errors import UserError
-from pretrain.config import load_config
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import copied
 from pretrain.engine.trainer import Trainer
@@ -121,11 +119,6 @@ def test_a_loss_that_is_not_finite_is_not_the_scale_s_fault(start, disturb):
     result = start("run", "engine.log_every_steps=10")
     assert "the loss is nan at step 4; its batch is in" in error_of(result, 1)
     assert (result[1] / "nonfinite" / "step-00000004.json").exists()
-
-
-def test_fp16_and_adversarial_pictures_do_not_go_together(config_file):
-    with pytest.raises(UserError, match=r"engine\.precision=fp16: the gradient at a picture"):
-        load_config(config_file, ["adversarial.epsilon=2"])
 
 
 @pytest.mark.ddp
