@@ -152,6 +152,7 @@ class BYOLTransform:
 """
 
 
+@pytest.mark.slow
 def test_a_peer_answers_in_a_process_of_its_own(tmp_path, monkeypatch):
     package = tmp_path / "lightly"
     (package / "transforms").mkdir(parents=True)
@@ -171,6 +172,7 @@ def test_a_peer_answers_in_a_process_of_its_own(tmp_path, monkeypatch):
             turn()
 
 
+@pytest.mark.slow
 def test_loader(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(loader, "EPOCHS_OF", 1)

@@ -1,5 +1,6 @@
 """Detectors and backbones in other programs' forms: the same results, or no file."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -29,29 +30,39 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"
 IMAGES = [image[:120, : 90 + 40 * i] for i, image in enumerate(export.comparison_pictures()[:3])]
 
 
-@pytest.fixture(scope="module", params=["thin_R50_C4", "R18_FPN", "R18_C4"])
-def folder(request, tmp_path_factory, tiny_overrides):
-    """An untrained detector with a lively extra norm and different scores, as a seed's folder."""
-    place = tmp_path_factory.mktemp("export") / request.param
-    cfg = load_config(CONFIGS / f"{request.param}.yaml", parse_overrides(tiny_overrides))
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    for norm in model.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.momentum = 1.0
-    features = model.backbone.train()(torch.randn(2, 3, 64, 64))  # norms measure: features near 1
-    if "C4" in request.param:
-        model.roi_heads.res5.train()(features["res4"])
-        liven_norms(model.roi_heads.res5.norm)
-    predictor = model.roi_heads.box_predictor
-    torch.nn.init.normal_(predictor.cls_score.weight, std=0.1)
-    torch.nn.init.normal_(predictor.bbox_pred.weight, std=1e-2)
-    place.mkdir()
-    write_config(cfg, place / "config.yaml")
-    save({"model": model.state_dict(), "detector": describe(cfg, CLASSES)},
-         place / "model_final.pth")  # fmt: skip
-    return place
+@pytest.fixture(scope="module")
+def make_folder(tmp_path_factory, tiny_overrides):
+    """Untrained detectors with a lively extra norm and different scores, as a seed's folder."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        place = tmp_path_factory.mktemp("export") / name
+        cfg = load_config(CONFIGS / f"{name}.yaml", parse_overrides(tiny_overrides))
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = 1.0
+        features = model.backbone.train()(torch.randn(2, 3, 64, 64))  # norms measure: near 1
+        if "C4" in name:
+            model.roi_heads.res5.train()(features["res4"])
+            liven_norms(model.roi_heads.res5.norm)
+        predictor = model.roi_heads.box_predictor
+        torch.nn.init.normal_(predictor.cls_score.weight, std=0.1)
+        torch.nn.init.normal_(predictor.bbox_pred.weight, std=1e-2)
+        place.mkdir()
+        write_config(cfg, place / "config.yaml")
+        save({"model": model.state_dict(), "detector": describe(cfg, CLASSES)},
+             place / "model_final.pth")  # fmt: skip
+        return place
+
+    return make
+
+
+@pytest.fixture
+def folder(make_folder):
+    return make_folder("thin_R50_C4")
 
 
 @pytest.fixture
@@ -64,42 +75,48 @@ import json, sys
 import cv2
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
-cfg = get_cfg()
-cfg.merge_from_file(sys.argv[1])
-cfg.MODEL.WEIGHTS = sys.argv[2]
-found = DefaultPredictor(cfg)(cv2.imread(sys.argv[3]))["instances"]
-assert "detection" not in sys.modules
-columns = (found.pred_boxes.tensor, found.scores, found.pred_classes)
-print(json.dumps([column.tolist() for column in columns]))
+for config, weights in zip(sys.argv[2::2], sys.argv[3::2]):
+    cfg = get_cfg()
+    cfg.merge_from_file(config)
+    cfg.MODEL.WEIGHTS = weights
+    found = DefaultPredictor(cfg)(cv2.imread(sys.argv[1]))["instances"]
+    assert "detection" not in sys.modules
+    columns = (found.pred_boxes.tensor, found.scores, found.pred_classes)
+    print("found", json.dumps([column.tolist() for column in columns]))
 """
 
 
-def test_plain_detectron2_finds_the_same(detector: Detector, folder: Path, tmp_path: Path) -> None:
+def test_plain_detectron2_finds_the_same(make_folder, tmp_path):
     """A pyramid from the seed's own files; a C4 detector exported, its extra norm folded."""
-    files = [folder / "config.yaml", folder / "model_final.pth"]
-    if folder.name == "R18_C4":
-        with pytest.raises(UserError, match="basic blocks"):
-            export.export_detector(detector, tmp_path / "a.pth", "detectron2", IMAGES)
-        assert not list(tmp_path.iterdir())
-        return
-    if folder.name == "thin_R50_C4":
-        files = [tmp_path / "plain.yaml", tmp_path / "plain.pth"]
-        export.export_detector(detector, files[1], "detectron2", IMAGES)
+    detectors = [load_detector(make_folder(x), device="cpu") for x in ("R18_FPN", "thin_R50_C4")]
+    own = [make_folder("R18_FPN") / name for name in ("config.yaml", "model_final.pth")]
+    export.export_detector(detectors[1], tmp_path / "plain.pth", "detectron2", IMAGES)
     cv2.imwrite(str(tmp_path / "a.png"), IMAGES[2][..., ::-1])
-    command = [sys.executable, "-c", PLAIN, *map(str, files), str(tmp_path / "a.png")]
+    files = [tmp_path / "a.png", *own, tmp_path / "plain.yaml", tmp_path / "plain.pth"]
+    command = [sys.executable, "-c", PLAIN, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    own = detector(IMAGES[2], score=0)
-    rows = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
-    assert own
-    for one, (box, score, label) in zip(own, rows, strict=True):
-        assert one.class_name == CLASSES[label]
-        assert one.score == pytest.approx(score, abs=1e-4)
-        assert one.box == pytest.approx(box, abs=1e-2)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    for detector, line in zip(detectors, lines, strict=True):
+        rows = zip(*json.loads(line.removeprefix("found ")), strict=True)
+        assert (ours := detector(IMAGES[2], score=0))
+        for one, (box, score, label) in zip(ours, rows, strict=True):
+            assert one.class_name == CLASSES[label]
+            assert one.score == pytest.approx(score, abs=1e-4)
+            assert one.box == pytest.approx(box, abs=1e-2)
+
+
+def test_basic_blocks_have_no_plain_form(make_folder, tmp_path):
+    detector = load_detector(make_folder("R18_C4"), device="cpu")
+    with pytest.raises(UserError, match="basic blocks"):
+        export.export_detector(detector, tmp_path / "a.pth", "detectron2", IMAGES)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", ["torchscript", "onnx"])
-def test_traced_forms_find_the_same_at_every_size(detector, to, tmp_path):
+@pytest.mark.parametrize("name", ["thin_R50_C4", "R18_FPN", "R18_C4"])
+def test_traced_forms_find_the_same_at_every_size(make_folder, name, to, tmp_path):
+    detector = load_detector(make_folder(name), device="cpu")
     out = tmp_path / {"torchscript": "a.pt", "onnx": "a.onnx"}[to]
     if to == "onnx" and not HAS_ONNX:
         with pytest.raises(UserError, match="pip install onnx onnxruntime"):
@@ -198,8 +215,6 @@ def test_backbone_in_every_form(to, name, tmp_path, capsys):
 
 
 def test_backbone_of_a_detector_and_wrong_requests(folder, tmp_path, capsys):
-    if folder.name == "R18_FPN":
-        pytest.skip("res5 in the head is the harder case")
     out = tmp_path / "a.safetensors"
     assert main([str(folder), str(out), "--to", "safetensors"]) == 0
     model = torch.load(folder / "model_final.pth", weights_only=True)["model"]

@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str])
     """A run's folder with data/ (pictures of different sizes) and detection/random/seed-0."""
     run = tmp_path_factory.mktemp("run")
     make_voc(run / "data", num_test=12, size=64, growth=6)
-    more = "SOLVER.MAX_ITER=40 SOLVER.WARMUP_ITERS=5 SOLVER.STEPS=() TEST.IMS_PER_BATCH=5 "
+    more = "SOLVER.MAX_ITER=24 SOLVER.WARMUP_ITERS=5 SOLVER.STEPS=() TEST.IMS_PER_BATCH=5 "
     more += "MODEL.RPN.POST_NMS_TOPK_TEST=30 MODEL.RPN.POST_NMS_TOPK_TRAIN=60 "
     more += "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=16 SOLVER.CHECKPOINT_PERIOD=100"
     assert train_voc.main([
@@ -162,19 +162,6 @@ def test_files_of_before_are_read_with_what_lies_beside_them(trained: Path, tmp_
     (tmp_path / "result.json").write_text('{"classes": ["disc"]}')
     with pytest.raises(UserError, match="its classes are not those of"):
         load_detector(old)
-
-
-def test_a_saved_config_and_its_weights_load_in_plain_detectron2(trained: Path) -> None:
-    """Its own keys alone; the C4 head is ours, so a script without our code builds a pyramid."""
-    seed = trained / "detection/random/seed-0"
-    script = (
-        "import sys; from detectron2.config import get_cfg; cfg = get_cfg(); "
-        "cfg.merge_from_file(sys.argv[1]); assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3; "
-        "assert not any(name.split('.')[0] == 'detection' for name in sys.modules)"
-    )
-    command = [sys.executable, "-c", script, str(seed / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

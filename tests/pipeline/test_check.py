@@ -99,6 +99,7 @@ def test_every_fault_is_found_before_the_first_stage(folder: Path) -> None:
     assert "pretrain/arch has only online" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_faults_of_detection_and_of_shards(folder: Path, tmp_path: Path) -> None:
     stages, messages = {}, list(DETECTION.values())
     for override in DETECTION:

@@ -82,16 +82,6 @@ def test_options_reach_the_shards(tmp_path: Path) -> None:
     assert index.classes is None
 
 
-def test_full_disk_is_status_1(tmp_path, capsys, monkeypatch):
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-    jpeg(tmp_path / "in" / "0.jpg")
-    assert make_shards.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
-    assert "disk full while writing" in capsys.readouterr().err
-
-
 # -- what a source is -----------------------------------------------------------------------------
 
 

@@ -219,8 +219,3 @@ def test_pictures_are_spread_evenly(tiny, num_saved, places):
     assert [Path(row["file_name"]).stem for row in rows] == expected
 
 
-# -- COCO's metric --------------------------------------------------------------------------------
-
-
-def coco(voc: LabelledSet, split: LabelledSplit, rows: list[Detection]) -> dict:
-    return coco_metric(split, voc.classes, collect(split, rows))[0]

@@ -319,19 +319,6 @@ def test_shard_lost_while_running(shard_folder: Path, index: ShardIndex, num_wor
         load(index, num_workers=num_workers, max_bad_samples=100)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 41}, "40 samples do not fill one batch of 41"),
-        ({"world_size": 3}, "multiple of 3"),
-        ({"shuffle_window": 0}, "shuffle window 0"),
-    ],
-)
-def test_mistakes_are_named(index: ShardIndex, options: dict[str, int], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load(index, **options)
-
-
 # -- evaluation -----------------------------------------------------------------------------------
 
 

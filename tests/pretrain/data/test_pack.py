@@ -237,9 +237,6 @@ def test_odd_names_become_samples(tmp_path: Path) -> None:
     assert len({index.key_name(i).lower() for i in range(9)}) == 9
 
 
-# -- what is stored -------------------------------------------------------------------------------
-
-
 # -- kills ----------------------------------------------------------------------------------------
 
 

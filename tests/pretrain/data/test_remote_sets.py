@@ -89,6 +89,7 @@ def test_sets_on_servers_are_those_on_the_disk(store, index, tmp_path, name, mon
     ],
     ids=["503", "connection cut", "stall"],
 )
+@pytest.mark.parametrize("store", ["s3"], indirect=True)  # http: see test_remote.py
 def test_failed_parts_are_fetched_again(store, index, tmp_path, monkeypatch, act):
     address, server = store
     monkeypatch.setattr(remote, "CHUNK_BYTES", 10_000)
@@ -110,6 +111,7 @@ def test_failed_parts_are_fetched_again(store, index, tmp_path, monkeypatch, act
     ],
     ids=["503", "stall", "401", "403", "404"],
 )
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_one_clear_error(store, tmp_path, act, message, num):
     address, server = store
     found = ShardIndex.open(address, cache(tmp_path, patience=Patience(2, 0.1)))

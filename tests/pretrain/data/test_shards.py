@@ -199,17 +199,6 @@ def test_truncated_shard(shard_folder: Path) -> None:
         ShardIndex.open(shard_folder)
 
 
-def test_truncated_shard_without_index(shard_folder: Path, index: ShardIndex) -> None:
-    end = int(index.samples["offset"][19] + index.samples["size"][19])
-    (shard_folder / "index.json").unlink()
-    path = shard_folder / "shard-000001.tar"
-    data = path.read_bytes()
-    for size in range(0, end, 15360):
-        path.write_bytes(data[: max(size, 100)])
-        with pytest.raises(UserError, match=r"shard-000001.tar: (the tar is cut|not an uncompr)"):
-            ShardIndex.open(shard_folder)
-
-
 def test_stale_index(shard_folder: Path) -> None:
     shutil.copy(shard_folder / "shard-000001.tar", shard_folder / "shard-000009.tar")
     with pytest.raises(UserError, match=r"000009.tar: a shard that the index does not know.*stale"):
@@ -230,20 +219,8 @@ def test_shard_cut_short_or_gone_while_running(shard_folder: Path, index: ShardI
         index.read_bytes(25)
 
 
-def test_damaged_table(shard_folder: Path) -> None:
-    path = shard_folder / "samples.npy"
-    table = np.load(path)
-    table["offset"][3] += 512
-    np.save(path, table)
-    with pytest.raises(UserError, match=r"samples.npy: its SHA-256 is not the one in index.json"):
-        ShardIndex.open(shard_folder)
-    np.save(path, table[:5])
-    with pytest.raises(UserError, match=r"samples.npy: does not fit index.json \(40 samples\)"):
-        ShardIndex.open(shard_folder)
-    path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"samples.npy: cannot be read"):
-        ShardIndex.open(shard_folder)
-    path.unlink()
+def test_missing_table(shard_folder: Path) -> None:
+    (shard_folder / "samples.npy").unlink()
     with pytest.raises(UserError, match=r"samples.npy: missing; delete index.json"):
         ShardIndex.open(shard_folder)
 

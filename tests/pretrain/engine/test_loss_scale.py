@@ -121,6 +121,7 @@ def test_a_loss_that_is_not_finite_is_not_the_scale_s_fault(start, disturb):
     assert (result[1] / "nonfinite" / "step-00000004.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_leave_out_the_same_step(config_file, shards, tmp_path):
     """Only process 1 overflows, at step 3."""

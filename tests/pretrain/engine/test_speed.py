@@ -222,7 +222,7 @@ def quick_compiler(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("case", ["whole", "cached"])
+@pytest.mark.parametrize("case", [pytest.param("whole", marks=pytest.mark.slow), "cached"])
 def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, case):
     """Same numbers and names; as many graphs as views pass, with and without gradient."""
     options = [*ACCUMULATION[case], "eval.online_probe=true"]

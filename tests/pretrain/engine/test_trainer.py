@@ -264,7 +264,7 @@ def kill_at(where, number, arguments):
 
 KILLS = [
     pytest.param([], 0, "step", 7, id="infonce-in_process"),
-    pytest.param(BYOL, 1, "save", 8, id="byol-worker-while_saving"),
+    pytest.param(BYOL, 1, "save", 8, id="byol-worker-while_saving", marks=pytest.mark.slow),
 ]
 
 
@@ -472,6 +472,7 @@ def test_print_config_shows_values_after_overrides(config_file, capsys):
     assert shown["arch"] == {"name": "resnet"} | BASE["arch"]
 
 
+@pytest.mark.slow
 def test_the_shell_command_trains_from_any_folder(config_file, shards, tmp_path, start):
     _, expected, _ = start("here", "optim.epochs=1")
     folder = tmp_path / "there"

@@ -209,27 +209,6 @@ def test_nnclr_equals_its_definition(make_model, make_views, bank, training):
 
 
 @pytest.mark.parity
-def test_nnbyol_equals_its_definition(make_model, make_views, bank):
-    """The target is the neighbour of the EMA projection in a queue of EMA projections."""
-    model, views = make_model("byol", method="nn"), make_views()
-    references.move_ema(model)
-    model.queue.put(bank)
-    twin = copy.deepcopy(model)
-    _, p = references.online(twin, views)
-    t = [references.nn(x, bank) for x in references.ema_projections(twin, views)]
-    expected = references.byol(p[0], t[1]) + references.byol(p[1], t[0])
-    assert_same(model, twin, step(model, views).loss, expected)
-
-
-@pytest.mark.parity
-def test_simclr_equals_its_definition(make, make_views):
-    model, views = make("simclr", method="none"), make_views()
-    twin = copy.deepcopy(model)
-    first, second = projections(twin, views)
-    assert_same(model, twin, step(model, views).loss, references.nt_xent(first, second, 0.2))
-
-
-@pytest.mark.parity
 def test_moco_equals_its_definition_over_steps(make_model, make_views):
     """Keys of an EMA network, two queues of 20 plain keys that start empty, symmetric loss."""
     model = make_model("moco", arch=TINY, method="none", objective_options={"num_negatives": 20})
