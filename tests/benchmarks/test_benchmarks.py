@@ -55,9 +55,6 @@ def test_wrong_arguments(name, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-# --- the harness
-
-
 def spin(seconds):
     end = time.process_time() + seconds
     while time.process_time() < end:
@@ -100,9 +97,6 @@ def test_pictures_are_like_real_ones(tmp_path):
         loader.photos_of_folder(tmp_path / "nothing", 1)
 
 
-# --- cost of FA, large indexes and workers
-
-
 def test_fa_overhead(tmp_path):
     cells = "byol/parallel/nn@4,infonce/parallel/mask,infonce/post/mask"
     arguments = [*STEP, "--repeats", "2", "--fa-repeats", "2", "--cells", cells]
@@ -132,8 +126,6 @@ def test_index_scale(tmp_path):
         assert (found["num_workers"], len(found["at_rest_mebibytes"])) == (1, 3)
         assert 1 < found["largest_mebibytes"] <= workers["largest_mebibytes"] < 400
 
-
-# --- the loader and its peers
 
 FAKE_LIGHTLY = """
 import time

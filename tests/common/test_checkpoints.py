@@ -146,9 +146,6 @@ def test_state_is_for_objects_only(name: bytes) -> None:
         checkpoints.load(io.BytesIO(data))
 
 
-# -- damage ---------------------------------------------------------------------------------------
-
-
 def flip_a_byte_of(path: Path, part: bytes) -> None:
     data = bytearray(path.read_bytes())
     place = data.index(part)
@@ -181,9 +178,6 @@ def test_a_flipped_bit_in_our_checkpoint_is_seen_by_its_checksum(tmp_path: Path)
     flip_a_byte_of(path, state["model"]["w"].numpy().tobytes())
     with pytest.raises(UserError, match=r"checkpoint\.pth is damaged .checksum"):
         checkpoints.read(path)
-
-
-# -- hostile files --------------------------------------------------------------------------------
 
 
 def zipped(pickled: bytes, *records: tuple[str, bytes], compress: int = 0, **more: Any) -> bytes:

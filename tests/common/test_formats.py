@@ -53,9 +53,6 @@ def test_layouts_of_tools(tmp_path: Path, name: str) -> None:
         read_set(tmp_path, SetChoice(classes=("dog", "cow"), test_only=True))
 
 
-# -- YOLO -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def yolo(tmp_path: Path) -> Path:
     LAYOUTS["Ultralytics"][1](tmp_path)
@@ -142,9 +139,6 @@ def test_faults_of_data_yaml(yolo: Path, content: str, message: str) -> None:
         read_set(yolo)
 
 
-# -- XML in a folder ------------------------------------------------------------------------------
-
-
 def make_labelimg(root: Path) -> None:
     LAYOUTS["LabelImg"][1](root)
 
@@ -191,9 +185,6 @@ def test_nearest_picture_and_doubt(tmp_path: Path) -> None:
         read_set(tmp_path)
 
 
-# -- COCO -----------------------------------------------------------------------------------------
-
-
 def test_a_category_above_others_is_none(tmp_path: Path) -> None:
     LAYOUTS["Roboflow COCO"][1](tmp_path)
     assert [*read_set(tmp_path).left_out.values()] == [2], "one in each list"
@@ -231,9 +222,6 @@ def test_a_folder_of_two_formats_is_refused(tmp_path: Path) -> None:
         read_set(tmp_path)
     for kind in ("xml_folder", "yolo"):
         assert len(objects_of(read_set(tmp_path, SetChoice(format=kind)))) == 6
-
-
-# -- the split ------------------------------------------------------------------------------------
 
 
 def on_both_sides(classes_of: dict[str, Collection[str]], val: Collection[str]) -> bool:

@@ -89,8 +89,6 @@ def test_formats_decode_exactly_as_with_pillow(name: str) -> None:
     np.testing.assert_array_equal(image, pillow(FORMATS[name]))
 
 
-# -- orientation ----------------------------------------------------------------------------------
-
 TURNED = {
     "jpeg": ("JPEG", "RGB", {}),
     "progressive jpeg": ("JPEG", "RGB", {"progressive": True}),
@@ -290,9 +288,6 @@ def test_bomb_beyond_pillows_own_limit() -> None:
     header[18:26] = (60_000).to_bytes(4, "little") * 2
     with pytest.raises(BadPicture, match=r"x: .*pixels"):
         decode(bytes(header), where="x")
-
-
-# -- fast decoding --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FORMATS)

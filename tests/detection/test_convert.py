@@ -26,8 +26,6 @@ from tests.detection.tiny_detection import CONFIGS, liven_norms
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
 from tools.convert_to_d2 import main
 
-# -- bits and functions ----------------------------------------------------------------------------
-
 
 def there_and_back(path: Path, ending: str, size: int = 64) -> dict[str, Tensor]:
     """The state_dict after both conversions."""
@@ -151,9 +149,6 @@ def test_backbone_comes_out_of_a_whole_detector(config: str, arch: Arch, tmp_pat
     assert any("extra norm" in reason for reason in reasons) == ("C4" in config)
 
 
-# -- what is not written ---------------------------------------------------------------------------
-
-
 def test_nothing_is_written_when_features_differ(tmp_path, monkeypatch):
     source = read_backbone(save(torchvision_state(), tmp_path / "a.pth"))
     swapped = conversion.to_detectron2(source.tensors)
@@ -211,8 +206,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert error.startswith("error: ")
         assert "Traceback" not in error
 
-
-# -- cards -----------------------------------------------------------------------------------------
 
 CONFIG = {
     "out": "/data/someone/runs/first",

@@ -118,9 +118,6 @@ def test_an_installed_detectron2_stays_and_a_wrong_wheel_is_refused(tmp_path, ca
     assert "expected " + install.WHEEL_SHA256 in capsys.readouterr().err
 
 
-# The lock file ------------------------------------------------------------------------------------
-
-
 def test_lock_pins_every_requirement_with_a_hash() -> None:
     text = (ROOT / "requirements.lock").read_text()
     stanzas = re.split(r"\n(?=[a-z0-9])", re.sub(r"(?m)^\s*#.*\n?", "", text).strip())
@@ -133,9 +130,6 @@ def test_lock_pins_every_requirement_with_a_hash() -> None:
     wanted = set(re.findall(r'"([A-Za-z0-9-]+)(?:\[\w+\])?>=', (ROOT / "setup.py").read_text()))
     optional = {"gcsfs", "onnx", "onnxruntime", "wandb"}  # extras that the set-up does not install
     assert wanted - optional <= names
-
-
-# tools/setup.sh -----------------------------------------------------------------------------------
 
 
 def test_setup_returns_at_once_or_starts_anew(tmp_path: Path) -> None:
@@ -169,9 +163,6 @@ def test_setup_returns_at_once_or_starts_anew(tmp_path: Path) -> None:
     assert not environment.exists()
 
 
-# tools/offline_wheels.sh --------------------------------------------------------------------------
-
-
 def test_offline_wheels_are_those_of_the_lock_and_detectron2(tmp_path: Path) -> None:
     """A stand-in for Python keeps what pip is called with; all else is done by the real one."""
     python = tmp_path / "python"
@@ -195,9 +186,6 @@ cat "${{@: -1}}" >>{tmp_path}/requirements
     pinned = f"{requirement} --hash=sha256:{digest}\n"
     lock = (ROOT / "requirements.lock").read_text()
     assert (tmp_path / "requirements").read_text() == lock + pinned
-
-
-# tools/doctor.py ----------------------------------------------------------------------------------
 
 
 def test_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import cv2
@@ -31,9 +30,6 @@ def devkit(tmp_path: Path) -> Path:
         (year / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
         (year / f"ImageSets/Main/{name}.txt").write_text(text)
     return tmp_path / "devkit"
-
-
-# -- the command line -----------------------------------------------------------------------------
 
 
 def test_pack_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -80,9 +76,6 @@ def test_options_reach_the_shards(tmp_path: Path) -> None:
     index = ShardIndex.open(tmp_path / "out")
     assert [index.key_name(i) for i in range(3)] == ["0", "1", "2"]
     assert index.classes is None
-
-
-# -- what a source is -----------------------------------------------------------------------------
 
 
 def test_kinds_of_sources(devkit: Path, tmp_path: Path) -> None:

@@ -46,9 +46,6 @@ def called(capsys, *arguments):
     return status, capsys.readouterr()
 
 
-# --- states
-
-
 def test_states(tmp_path):
     """A summary means finished, unless the run went on after it; a stop is a stop if it is last."""
     assert runs.read(make(tmp_path / "a")).state == "finished"
@@ -75,9 +72,6 @@ def test_a_held_lock_means_running_whatever_the_files_say(tmp_path):
     with holding(folder / ".lock"):
         assert [runs.read(folder).state for _ in range(2)] == ["running"] * 2
     assert runs.read(folder).state == "finished"
-
-
-# --- damaged and unfinished folders
 
 
 def test_a_lock_alone_is_no_run(tmp_path):
@@ -135,9 +129,6 @@ def test_a_config_of_a_stranger_is_damaged(tmp_path, text):
     assert runs.read(folder).problems == ["config.yaml is damaged"]
 
 
-# --- figures
-
-
 def test_figures_are_those_of_the_files(tmp_path):
     no_figures = {"kind": "train", "step": 11, "epoch": 2.2, "loss": "nan", "lr": True}
     figures = runs.read(make(tmp_path / "a", rows=[no_figures])).figures
@@ -160,9 +151,6 @@ def test_runs_are_found_at_any_depth_and_not_inside_each_other(tmp_path):
     (tmp_path / "c").mkdir()
     found = [str(p.relative_to(tmp_path)) for p in runs.find(tmp_path)]
     assert found == ["a", "b/pretrain"]
-
-
-# --- the command
 
 
 def test_list_as_a_table(tmp_path, capsys):

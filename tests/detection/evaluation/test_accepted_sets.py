@@ -276,9 +276,6 @@ def test_names_of_pictures(tmp_path: Path, name: str, form: Any) -> None:
     assert [Path(x[0]) for x in open_source(tmp_path, split="test").pictures] == [listed.file]
 
 
-# -- COCO ------------------------------------------------------------------------------------------
-
-
 def make_coco(root: Path, change: Callable[[dict[str, Any]], Any] = lambda content: None) -> Path:
     """A list val2017 of four pictures; `change` edits what its JSON holds."""
     content: dict[str, Any] = {
@@ -360,9 +357,6 @@ def test_boxes_of_coco_at_the_edge_are_clipped(tmp_path: Path) -> None:
     assert after.notes == ("1 boxes up to 1 pixel outside their picture: clipped",)
     assert after.test.pictures[0].objects[0].box == (0, 0, 128, 96)
     assert before.digest() != after.digest()
-
-
-# -- EXIF orientations -----------------------------------------------------------------------------
 
 
 def make_turned_voc(root: Path, orientation: int, is_upright: bool, size=SIZE) -> Path:

@@ -217,5 +217,3 @@ def test_pictures_are_spread_evenly(tiny, num_saved, places):
     rows = rows_of(tiny, [], num_saved=num_saved, score_thresh=0.0)
     expected = [tiny.test.pictures[place].image_id for place in places]
     assert [Path(row["file_name"]).stem for row in rows] == expected
-
-

@@ -189,8 +189,6 @@ def test_frozen_config_freezes_the_trunk_and_trains_res5() -> None:
     assert isinstance(model.roi_heads, Res5ROIHeadsExtraNorm)
 
 
-# -- schedules scaled to the GPUs ------------------------------------------------------------------
-
 PROTOCOL = CONFIGS / "voc0712_R50_C4_24k.yaml"
 Schedule = tuple[object, ...]
 

@@ -95,9 +95,6 @@ def test_ensure_fetches_side_by_side_what_the_bound_holds(server: Faulty, tmp_pa
     assert server.gets.total() == 5
 
 
-# -- faults ---------------------------------------------------------------------------------------
-
-
 def test_bounds_that_are_too_small(server: Faulty, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"data.cache_gb: 0.0003 is too small for shards of up to 0"
@@ -141,9 +138,6 @@ def test_full_disk(server, tmp_path, monkeypatch, name):
     assert num_bytes(cache.folder) == 0
     assert empty(cache)
     assert server.gets.total() == (name == "fsync")
-
-
-# -- sizes that nobody knows ----------------------------------------------------------------------
 
 
 def test_output_of_a_command_is_named_by_its_content(server: Faulty, tmp_path: Path) -> None:
@@ -195,8 +189,6 @@ def test_file_that_changes_while_it_is_fetched(server: Faulty, tmp_path: Path) -
     with pytest.raises(UserError, match=r"0.tar: changed while it was fetched; run again"):
         cache.fetch_unknown(before)
 
-
-# -- several processes ----------------------------------------------------------------------------
 
 READER = """
 import hashlib, json, os, random, sys

@@ -28,9 +28,6 @@ def sizes(num: int, height: int, width: int) -> np.ndarray:
     return np.tile(np.array([height, width], np.int64), (num, 1))
 
 
-# -- drawing --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 100), (40, 300)])
@@ -141,9 +138,6 @@ def test_views_of_turned_pictures_are_upright(orientation, size, options, monkey
     assert any(is_upper) == (not options)
 
 
-# -- cutting --------------------------------------------------------------------------------------
-
-
 def test_crop_writes_into_a_batch() -> None:
     batch = np.zeros((2, 16, 16, 3), np.uint8)
     for is_flipped in (False, True):
@@ -177,9 +171,6 @@ def test_boxes_of_reduced_pictures_are_off_by_half_a_pixel_at_most(
         edges = [image[0, 0, 0], image[0, 0, 1], image[-1, 0, 0] + 1, image[0, -1, 1] + 1]
         wanted = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         assert np.abs(np.array(edges) * reduction - wanted).max() <= reduction / 2
-
-
-# -- resizing -------------------------------------------------------------------------------------
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

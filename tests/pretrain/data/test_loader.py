@@ -193,9 +193,6 @@ def test_last_batch_padded_shows_every_sample(index: ShardIndex) -> None:
     assert same(dropped, batches[:3])
 
 
-# -- mixtures -------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def other_folder(tmp_path: Path) -> Path:
     """12 samples without labels, some of them named as those of `index`."""
@@ -272,9 +269,6 @@ def test_mixtures_refuse_what_cannot_be(shard_folder: Path, other_folder: Path) 
             open_samples({one: 1, two: weight})
 
 
-# -- faults ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def shards_with_bad(tmp_path: Path) -> ShardIndex:
     """24 samples of which 5 and 11 do not decode."""
@@ -317,9 +311,6 @@ def test_shard_lost_while_running(shard_folder: Path, index: ShardIndex, num_wor
     (shard_folder / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match=r"shard-000000.tar .*cannot be read \(No such file"):
         load(index, num_workers=num_workers, max_bad_samples=100)
-
-
-# -- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

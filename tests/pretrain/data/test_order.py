@@ -64,9 +64,6 @@ def test_ranks_and_resume_see_the_same_batches(
     assert len(set(zip(ids.tolist(), repeats.tolist(), strict=True))) == len(ids)  # no view twice
 
 
-# -- mixtures -------------------------------------------------------------------------------------
-
-
 def brute_force_counts(sizes: list[int], weight: float, num_epochs: int) -> np.ndarray:
     """How often each sample of a source was due, from the definition: an endless row of cycles."""
     row = np.concatenate([np.arange(sum(sizes)) for _ in range(int(weight * num_epochs) + 2)])

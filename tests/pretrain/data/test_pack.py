@@ -145,9 +145,6 @@ def test_changed_shard_of_a_finished_set(picture_folder: Path, tmp_path: Path) -
         write_shards(sources(picture_folder), tmp_path, options=TEN)
 
 
-# -- disk -----------------------------------------------------------------------------------------
-
-
 def test_full_disk_while_writing(picture_folder, tmp_path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -159,9 +156,6 @@ def test_full_disk_while_writing(picture_folder, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
     monkeypatch.undo()
     assert write_shards(sources(picture_folder), tmp_path, options=TEN).num_samples == 40
-
-
-# -- files that are no pictures, or odd ones ------------------------------------------------------
 
 
 def bomb() -> bytes:
@@ -235,9 +229,6 @@ def test_odd_names_become_samples(tmp_path: Path) -> None:
     index = ShardIndex.open(tmp_path / "out")
     assert [index.read_bytes(i) for i in range(9)] == [data[name] for name in sorted(names)]
     assert len({index.key_name(i).lower() for i in range(9)}) == 9
-
-
-# -- kills ----------------------------------------------------------------------------------------
 
 
 def is_alive(group: int) -> bool:

@@ -14,8 +14,6 @@ from pretrain.data.index import key_and_suffix
 from pretrain.data.pack import ShardOptions, make_keys, make_plan, split_evenly
 from tests.pretrain.data.picture_helpers import seeded, sources
 
-# -- shards of nearly equal size ------------------------------------------------------------------
-
 
 def shard_sizes(stored: np.ndarray, options: ShardOptions) -> tuple[list[int], list[int]]:
     """Samples and bytes of each shard."""
@@ -65,8 +63,6 @@ def test_plan_is_the_same_however_the_pictures_are_listed(picture_folder: Path) 
     options = ShardOptions(shard_size_mb=0.03)
     assert make_plan(pictures, options) == make_plan(shuffled, options)
 
-
-# -- keys -----------------------------------------------------------------------------------------
 
 path_parts = st.text(
     st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40

@@ -133,9 +133,6 @@ def test_ctrl_c_cancels_the_tasks(picture_folder, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.tar"))) < 4, "the tasks went on"
 
 
-# -- locks ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def begun(picture_folder: Path, tmp_path: Path) -> Iterator[ShareOfShards]:
     """One task's share of a run that has begun and that tasks may join."""
@@ -173,9 +170,6 @@ def test_failed_task_shows_its_last_words(begun: ShareOfShards) -> None:
     parts = run_tasks(Cluster("local", 2), begun)
     with pytest.raises(RunFailed, match=r"(?s)task 2 of 2.*\[Errno 21\] Is a directory.*log: /"):
         list(parts)
-
-
-# -- what the cluster is asked --------------------------------------------------------------------
 
 
 class FakeExecutor:

@@ -149,9 +149,6 @@ def test_delays_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({round(delay / 30, 6) for delay in delays[6:]}) > 1  # jitter
 
 
-# -- commands -------------------------------------------------------------------------------------
-
-
 def run(command: str, size: int | None = None, patience: Patience = PATIENCE) -> bytes:
     return b"".join(download(RemoteFile(f"pipe:{command}", size, ""), patience))
 

@@ -59,9 +59,6 @@ def same_pictures(index: ShardIndex, local: ShardIndex) -> bool:
     return found == expected and index.num_samples == local.num_samples
 
 
-# -- web servers and object stores ----------------------------------------------------------------
-
-
 @pytest.fixture(params=["http", "s3"])
 def store(request, shard_folder, monkeypatch):
     """The address of the set on a server, and the server; that of S3 cannot list."""
@@ -131,9 +128,6 @@ def test_missing_and_cut_shards_are_told_at_the_first_opening(store, shard_folde
         ShardIndex.open(store[0], cache(tmp_path))
 
 
-# -- an object store that lists -------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def s3_address() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -173,9 +167,6 @@ def test_object_store(s3_address, index, shard_folder, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             ShardIndex.open(name, cache(tmp_path))
     client.close()
-
-
-# -- how often what is fetched --------------------------------------------------------------------
 
 
 def test_index_of_tars_is_made_once(broken, index, shard_folder, tmp_path, capfd):
@@ -224,9 +215,6 @@ def test_index_that_changed_is_fetched_again(broken, shard_folder, index, tmp_pa
     assert (first.num_samples, second.num_samples) == (NUM_PICTURES, NUM_PICTURES - 10)
     assert first.fingerprint != second.fingerprint
     assert second.read_bytes(5) == index.read_bytes(5)
-
-
-# -- what can be wrong with a set -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,9 +288,6 @@ def test_one_of_several_makes_the_index(broken: Faulty, index: ShardIndex, tmp_p
         found = list(pool.map(lambda _: ShardIndex.open(url, cache(tmp_path)), range(3)))
     assert {one.fingerprint for one in found} == {index.fingerprint}
     assert [broken.gets[f"/shard-00000{i}.tar"] for i in range(4)] == [1, 1, 1, 1]
-
-
-# -- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_remote", [False, True])

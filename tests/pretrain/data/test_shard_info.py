@@ -98,9 +98,6 @@ def test_a_damaged_shard_is_an_error(shard_folder: Path, index: ShardIndex) -> N
         gather_info(index)
 
 
-# -- verify ---------------------------------------------------------------------------------------
-
-
 def test_verify_finds_each_fault(shard_folder: Path) -> None:
     assert verify_shards(shard_folder) == []
     shards = [shard_folder / f"shard-00000{i}.tar" for i in range(4)]

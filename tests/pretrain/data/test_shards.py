@@ -30,9 +30,6 @@ def test_index_gives_every_picture(index: ShardIndex, picture_folder: Path) -> N
         assert int(index.samples["key"][i]) == sample_hash(name)
 
 
-# -- other people's tools read our shards ---------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files to the collector
 def test_webdataset_reads_our_shards(shard_folder: Path, index: ShardIndex) -> None:
     urls = sorted(str(path) for path in shard_folder.glob("*.tar"))
@@ -41,9 +38,6 @@ def test_webdataset_reads_our_shards(shard_folder: Path, index: ShardIndex) -> N
     assert [int(sample["cls"]) for sample in samples] == index.labels.tolist()
     assert samples[3]["jpg"] == index.read_bytes(3)
     gc.collect()
-
-
-# -- we read other people's shards ----------------------------------------------------------------
 
 
 def write_external(folder: Path, num: int = 12) -> None:
@@ -98,9 +92,6 @@ def test_what_is_no_sample_is_listed(tmp_path: Path) -> None:
     assert reasons["a.tar/README"] == "a name without a suffix"
     assert reasons["a.tar/only"] == "no picture"
     assert "b'cat' is not an integer" in reasons["a.tar/good.cls"]
-
-
-# -- patterns of tars, commands -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", ["shard-{000000..000003}.tar", "*.tar", "shard-?????[0-3].tar"])
@@ -181,9 +172,6 @@ def test_fingerprint_hears_of_bytes_but_not_of_places(index: ShardIndex, tmp_pat
     names["shards"][2]["sha256"] = "0" * 64
     (tmp_path / "moved" / "index.json").write_text(json.dumps(names))
     assert ShardIndex.open(tmp_path / "moved").fingerprint != index.fingerprint
-
-
-# -- faults ---------------------------------------------------------------------------------------
 
 
 def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:

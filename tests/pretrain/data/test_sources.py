@@ -17,9 +17,6 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"tar")
 
 
-# -- what is named --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "scheme", "is_folder"),
     [
@@ -62,9 +59,6 @@ def test_forms(text: str, scheme: str, is_folder: bool) -> None:
 def test_impossible_forms_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(text)
-
-
-# -- which tars -----------------------------------------------------------------------------------
 
 
 def test_braces_as_in_a_shell() -> None:
@@ -119,9 +113,6 @@ def test_web_folder_needs_an_index(tmp_path: Path) -> None:
         (tmp_path / "index.json").write_text("{")
         with pytest.raises(UserError, match=r"index.json: cannot be read as an index"):
             expand(server.url)
-
-
-# -- names out of an index, names in messages -----------------------------------------------------
 
 
 def test_messages_hide_passwords_and_tokens() -> None:

@@ -92,9 +92,6 @@ def wait_until_none_streams() -> None:
         time.sleep(0.01)
 
 
-# -- which samples --------------------------------------------------------------------------------
-
-
 @settings(seeded, max_examples=25)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), num_readers=st.integers(1, 7))
 def test_each_pass_deals_each_sample_to_one_reader(tmp_path_factory, sizes, num_readers):
@@ -152,9 +149,6 @@ def test_sets_in_a_list_are_read_as_one_with_the_exact_loaders_keys(shard_folder
     found = in_pass(reader(open_sources(names, PATIENCE)).samples(), 0)
     expected = open_samples(names).samples[np.arange(NUM_PICTURES + 3)]["key"]
     assert sorted(sample.sample_hash for sample in found) == sorted(expected.tolist())
-
-
-# -- batches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_colours", [False, True])
@@ -232,9 +226,6 @@ def test_left_streams_are_closed(shard_folder: Path) -> None:
     next(iter(streaming.epoch(0)))
     del streaming
     wait_until_none_streams()
-
-
-# -- faults ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -137,9 +137,6 @@ def test_strength_follows_the_progress_in_every_kind_of_pass(make, make_views):
         assert moved[0] < 1e-3 < 1e-2 < moved[1] < moved[2]
 
 
-# --- the second pass of cached gradients
-
-
 def test_dropout_equals_the_same_draws_written_out(make, make_views):
     """Micro-batches in eval mode of BN, dropout on: gradients of the loss over their own masks."""
     model, views = make("infonce", dropout=0.5, **NN).eval(), make_views(BATCH)

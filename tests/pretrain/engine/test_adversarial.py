@@ -82,8 +82,6 @@ def test_step_size_bounds_a_step(pictures, attack):
     torch.testing.assert_close(change, torch.full_like(change, 1 / 255), atol=1e-6, rtol=0)
 
 
-# --- as an option of pretraining
-
 DATA = DataConfig(pixel_mean=MEAN, pixel_std=STD)
 
 

@@ -35,9 +35,6 @@ def step_of(path):
     return checkpoint.load(path)["step"]
 
 
-# --- the file
-
-
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])
 def test_failure_in_the_middle_leaves_the_old_file(path, monkeypatch, where):
     def fail(*arguments):
@@ -154,9 +151,6 @@ def test_checksums_tell_values_apart_and_survive_the_file(tmp_path):
         torch.save(value, tmp_path / "value.pth")
         again = torch.load(tmp_path / "value.pth", weights_only=True)
         assert checksum(again | {"checksum": "ignored"}) == checksum(value)
-
-
-# --- written beside the training
 
 
 def writer_in(folder, num_kept=2, kept_every_steps=0):

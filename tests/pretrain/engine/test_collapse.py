@@ -19,8 +19,6 @@ BASE = TINY | {
 }
 
 
-# --- the alarm, row by row
-
 SPREAD = {"feature_std": 0.9, "effective_rank": 50.0}
 CONSTANT = {"feature_std": 0.004, "effective_rank": 40.0}
 LINE = {"feature_std": 0.9, "effective_rank": 1.3}
@@ -73,9 +71,6 @@ def test_rank_is_judged_where_there_is_room_for_one(shape, alarms):
     assert said, "a constant output needs no room"
 
 
-# --- runs
-
-
 def test_a_run_that_collapses_raises_the_alarm(start):
     options = ["objective.name=simsiam", "objective.stop_gradient=false"]
     status, folder, err = start("run", *options)
@@ -111,8 +106,6 @@ def test_the_demo_s_network_raises_none_from_its_first_step(start):
     assert rows_of(folder, "event") == []
     assert min(row["feature_std"] for row in rows_of(folder, "train")) > 0.3
 
-
-# --- stop
 
 ALWAYS = ["objective.name=infonce", "engine.collapse_std=10", "engine.collapse_patience=2"]
 

@@ -89,9 +89,6 @@ def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
     assert not (result[1] / "checkpoint.pth").exists()
 
 
-# --- memory
-
-
 def no_memory_on_a_cpu():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 58)
@@ -118,9 +115,6 @@ def test_out_of_memory_says_what_to_change(kind):
 def test_other_errors_are_no_lack_of_memory():
     with pytest.raises(RuntimeError, match=r"^shape"), guards.out_of_memory_explained("Lower it"):
         raise RuntimeError("shape mismatch")
-
-
-# --- several processes
 
 
 @pytest.fixture
@@ -159,9 +153,6 @@ def test_two_processes_decide_alike_and_count_together(
     assert state["position"]["num_bad_samples"] == 6
     last = train_rows(folder)[-1]
     assert (last["step"], last["num_bad_samples"] >= 6) == (6, True)
-
-
-# --- steps that hang
 
 
 def test_a_hang_is_reported_and_the_run_goes_on(start, monkeypatch, tmp_path):

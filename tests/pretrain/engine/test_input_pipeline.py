@@ -100,9 +100,6 @@ def test_bad_samples_are_listed_and_counted_through_a_resume(make_pipeline, shar
         ids_of(make_pipeline(**options), epoch=2)
 
 
-# --- where photometric changes are made
-
-
 def test_photometric_decides_who_makes_the_changes(make_pipeline):
     """The workers change uint8 pixels, the device floats; both by the same parameters."""
     seen = {}
@@ -128,9 +125,6 @@ def test_auto_takes_the_device_where_there_is_a_gpu():
     assert not in_workers("auto", torch.device("cuda"))
     assert in_workers("workers", torch.device("cuda"))
     assert not in_workers("device", CPU)
-
-
-# --- streams and servers
 
 
 def test_streaming_reads_the_same_pictures_without_an_index(make_pipeline, shards, tmp_path):

@@ -31,9 +31,6 @@ def rows(folder):
     return read_json_lines(folder / "metrics.jsonl")
 
 
-# --- rows
-
-
 def test_rows_and_scalars(tmp_path):
     log = MetricLog(tmp_path, -1, -1)
     log.write("train", 1, loss=0.5, epoch=0.25)
@@ -95,9 +92,6 @@ def test_a_row_without_a_step_is_left_out_and_told(tmp_path):
         assert log.notes == ["metrics.jsonl: the rows of steps 2 to 5 are lost"]
 
 
-# --- Weights & Biases
-
-
 class FakeWandb(types.ModuleType):
     """Keeps the options of `init` and `finish`, and whether TensorBoard's writer existed before."""
 
@@ -148,9 +142,6 @@ def test_wandb_is_started_continued_and_told_the_end(tmp_path, wandb, capsys):
     assert wandb.finished == [{"exit_code": 1}, {"exit_code": 0}]
     open_log(PretrainConfig(), tmp_path, Position(), 5).close()
     assert len(wandb.started) == 2
-
-
-# --- environment, summary, lock
 
 
 def callback(folder):

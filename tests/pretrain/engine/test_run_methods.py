@@ -58,9 +58,6 @@ def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, name):
     assert (one["negatives"] is None) == (name != "moco")
 
 
-# --- schedules within a run
-
-
 def moved_by_step(run):
     """The next step, and which of the weights it moved."""
     before = {k: v.clone() for k, v in run.task.model.online.named_parameters()}

@@ -20,9 +20,6 @@ from tests.pretrain.engine.run_helpers import (
 BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd"}}
 
 
-# --- fused optimisers
-
-
 def flags_of(optimizer):
     return {(group.get("fused"), group.get("foreach")) for group in optimizer.param_groups}
 
@@ -57,9 +54,6 @@ def test_fused_goes_on_where_unfused_stopped_and_the_other_way_round(name, was_f
     steps(whole, straight, range(6))
     for ours, expected in zip(second.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-
-
-# --- activation checkpointing
 
 
 def take_steps(run, num_steps):
@@ -123,9 +117,6 @@ def test_checkpointed_stages_keep_a_small_part_of_the_memory(make_model, make_vi
     assert kept_bytes(backbone, views) < 0.4 * whole
 
 
-# --- batch norm
-
-
 def norms_of(module):
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     return [type(m) for m in module.modules() if isinstance(m, kinds)]
@@ -151,9 +142,6 @@ def test_synchronised_batch_norm_of_several_processes_on_a_cpu_is_refused(make_r
     monkeypatch.setattr(dist, "wait", lambda: None)
     with pytest.raises(UserError, match=r"synchronised: torch has it for GPUs only; .*per_process"):
         make_run("engine.batch_norm=synchronised")
-
-
-# --- TF32
 
 
 @pytest.fixture
@@ -198,9 +186,6 @@ def test_neighbours_are_searched_in_exact_products(monkeypatch, search):
     assert seen
     assert set(seen) == {"highest"}
     assert torch.get_float32_matmul_precision() == "high"
-
-
-# --- torch.compile
 
 
 @pytest.fixture
@@ -271,9 +256,6 @@ def test_two_steps_compiled_for_real_equal_those_that_are_not(make_run):
     assert list(ours) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
-
-
-# --- on a GPU
 
 
 ON_GPU = {

@@ -63,9 +63,6 @@ def assert_same_training(a, b):
         assert_same_state(one[part], two[part], part)
 
 
-# --- what a run leaves
-
-
 def test_files_of_a_run(start, shards):
     status, folder, err = start(
         "files", f"eval.probe_train={shards}", f"eval.probe_val={shards}", "eval.num_pictures=3",
@@ -125,9 +122,6 @@ def test_seed_decides_the_curve(start):
     _, other, _ = start("other", "optim.epochs=1", "seed=1")
     assert_same_training(one, same)
     assert not set(losses(one)) & set(losses(other))
-
-
-# --- the curve against a loop written again
 
 
 class Again:
@@ -216,8 +210,6 @@ def test_curve_equals_a_loop_written_again(start, make_run):
     np.testing.assert_allclose(losses(folder), curve, rtol=1e-4)
     assert len(set(curve)) == 10
 
-
-# --- kill -9 and resume
 
 KILLED = """
 import os, signal, sys
@@ -373,9 +365,6 @@ def test_a_stream_trains_to_the_end_and_goes_on_after_a_stop(start, shards):
     assert [row["step"] for row in train_rows(folder)] == [1, 2, 3, 4, 5, 6]
 
 
-# --- options of a run
-
-
 def test_intervals_of_rows_checkpoints_and_probes(start, shards):
     status, folder, err = start(
         "intervals", "engine.log_every_steps=4", "engine.checkpoint_every_steps=3",
@@ -460,9 +449,6 @@ def test_channels_last_changes_memory_not_meaning(make_run):
         results[flag] = (views, references.step(run.task.model, views).loss)
     assert torch.equal(results[True][0], results[False][0])
     torch.testing.assert_close(results[True][1], results[False][1], rtol=1e-4, atol=1e-5)
-
-
-# --- the command itself
 
 
 def test_print_config_shows_values_after_overrides(config_file, capsys):

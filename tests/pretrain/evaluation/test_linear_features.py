@@ -65,9 +65,6 @@ def load(source, branch="online", **options):
     return FrozenBackbone(str(source), LinearConfig(**options), branch=branch, device=CPU)
 
 
-# --- frozen networks
-
-
 def test_our_checkpoint_gives_either_branch(our_checkpoint):
     path, model = our_checkpoint
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -128,9 +125,6 @@ def test_random_weights_are_those_of_their_seed():
     assert a["arch"] == asdict(NAMED[name])
     assert a["file_sha256"] is None
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# --- features on the disk
 
 
 class Counting(FrozenBackbone):

@@ -168,9 +168,6 @@ def test_a_step_counts_what_is_right_before_it(problem):
     assert not torch.equal(heads.logits(problem.features), before)
 
 
-# --- scores
-
-
 class Given:
     """Stands for heads whose logits are known: the features are sample numbers."""
 
@@ -224,9 +221,6 @@ def test_a_classifier_that_diverged_is_wrong(value):
     logits[1] = torch.eye(7)[:, :4]
     scores, _ = scores_of(logits, torch.arange(4))
     assert [one.top1 for one in scores] == [0.0, 1.0]
-
-
-# --- schedules and rates
 
 
 def test_step_schedule_equals_pytorchs():

@@ -80,9 +80,6 @@ def central_features(frozen, folder):
     return extract_features(frozen.model, ShardIndex.open(folder), DataConfig(image_size=32), CPU)
 
 
-# --- the published protocol
-
-
 def test_full_equals_pytorchs_own_training_on_the_same_crops(evaluate, frozen, tmp_path, shards):
     """An independent loop: nn.Linear, cross_entropy, SGD, on crops that the loader gives."""
     config = replace(FULL, lrs=[3.0], momentum=0.8, crop_scale=(0.2, 0.9), schedule="cosine_epochs")
@@ -220,9 +217,6 @@ def test_a_checkpoint_of_another_evaluation_is_refused(evaluate, tmp_path):
     evaluate(replace(FULL, checkpoint_every_steps=9), resume=True)  # that changes nothing
 
 
-# --- the cached sweep
-
-
 def test_cached_chooses_on_the_held_out_part_alone(evaluate, monkeypatch):
     """With other labels in the validation set the same rate is chosen: it never decides."""
     config = replace(CONFIG, num_lrs=6, init_std=1.0, epochs=20, holdout=0.3, refit=False)
@@ -269,9 +263,6 @@ def test_a_fraction_is_written_down_and_can_be_named_again(evaluate, tmp_path):
     assert not (tmp_path / "whole" / "subset.txt").exists()
 
 
-# --- kNN
-
-
 def test_knn_grid_equals_the_probes_knn_in_each_cell(evaluate, frozen, shards, val):
     config = replace(CONFIG, protocol="knn", knn_k=[1, 7, 20], knn_temperature=[0.05, 0.07, 1.0])
     result = evaluate(config)
@@ -282,9 +273,6 @@ def test_knn_grid_equals_the_probes_knn_in_each_cell(evaluate, frozen, shards, v
             assert [[value]] == knn_grid(*bank, *queries, ks=[k], temperatures=[temperature])
     assert result["top1"] == knn["top1"][2][1]  # k = 20, temperature 0.07
     assert result["rates"] == []
-
-
-# --- folders and results
 
 
 def test_a_finished_evaluation_is_given_back_and_not_run_again(evaluate, monkeypatch, tmp_path):
@@ -321,9 +309,6 @@ def test_the_result_says_what_it_was_made_of(evaluate, weights, tmp_path):
     for number, is_end in ((0, True), (1, False), (2, True)):
         changed = result | {"chosen_base_lr": result["rates"][number]["base_lr"]}
         assert ("that is an end of the sweep" in table(changed)) == is_end
-
-
-# --- configuration
 
 
 CHANGES = {
@@ -399,9 +384,6 @@ def test_every_config_loads_and_is_a_published_protocol(path):
     head = path.read_text().split("\nprotocol")[0]
     for word in ("Source:", "Command:", "Expected:", "GPU-hours:"):
         assert word in head
-
-
-# --- several processes
 
 
 @pytest.mark.slow

@@ -58,9 +58,6 @@ def test_the_held_out_part_is_stratified_and_independent_of_the_fraction(labelle
     assert len(np.intersect1d(held_out, fraction)) < 0.5 * len(held_out)
 
 
-# --- from shards
-
-
 def sets_of(train, val=None, **options):
     return open_sets(str(train), str(val or train), LinearConfig(**options))
 
@@ -141,9 +138,6 @@ def test_a_class_that_is_only_in_val_is_refused(make_shards):
         UserError, match=r"--val .* has samples of class-1 \(1 classes\), of which --train .* has"
     ):
         sets_of(few, both)
-
-
-# --- a subset as a set of its own
 
 
 def test_a_subset_reads_the_samples_it_is_made_of(shards):

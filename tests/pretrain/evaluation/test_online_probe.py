@@ -65,9 +65,6 @@ def seen_by(probe, backbone, views):
         backbone(view.requires_grad_())
 
 
-# --- what one step does
-
-
 def softmax_gradient(weight, bias, x, labels):
     """Of the mean cross-entropy of x @ weight.T + bias, by hand in float64."""
     logits = x @ weight.T + bias
@@ -143,9 +140,6 @@ def test_rows_that_are_not_finite_are_left_out():
     assert_same_state(*results)
 
 
-# --- what it needs
-
-
 def opened(samples):
     return OnlineProbe.open(EvalConfig(online_probe=True), samples, Backbone(), CPU)
 
@@ -163,9 +157,6 @@ def test_samples_without_labels_are_refused(unlabelled_shards, shards):
             opened(samples)
     with pytest.raises(UserError, match=r"a stream does not tell its classes; use data\.streaming"):
         opened(None)
-
-
-# --- in a run
 
 
 def test_weights_of_the_run_are_bit_equal_with_and_without_it(run):

@@ -88,9 +88,6 @@ def sample_tile(index, number):
     return center_crop(decode(index.read_bytes(number), where="test"), TILE)
 
 
-# --- views and neighbours
-
-
 def test_views_show_picture_and_both_views(tmp_path, index, batch, make_pictures):
     mean = torch.tensor(DATA.pixel_mean).view(3, 1, 1)
     std = torch.tensor(DATA.pixel_std).view(3, 1, 1)
@@ -188,9 +185,6 @@ def test_few_unlabelled_pictures_have_few_neighbours_and_no_label(
     rows = described(tmp_path, "neighbours")["rows"]
     assert [row["query_label"] for row in rows] == [None] * 3
     assert [row["neighbour_labels"] for row in rows] == [[None, None]] * 3
-
-
-# --- the map
 
 
 def test_the_map_shows_a_point_for_each_of_the_chosen_pictures(tmp_path, shards, val):

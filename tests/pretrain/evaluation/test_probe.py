@@ -53,9 +53,6 @@ def by_hand(bank, bank_labels, queries, labels, k, temperature):
     return correct / len(labels)
 
 
-# --- kNN
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("chunk", [7, 1024])
 def test_a_grid_equals_a_loop_in_each_cell_and_compares_once(chunk, monkeypatch):
@@ -161,9 +158,6 @@ def test_k_and_temperature_matter():
     assert grid == [[1.0, 1.0], [1.0, 0.0]]
 
 
-# --- the probe
-
-
 class MeanColour(nn.Module):
     """A backbone whose features can be computed by hand."""
 
@@ -207,9 +201,6 @@ def test_what_cannot_work_is_refused(config, unlabelled_shards):
     ):
         with pytest.raises(UserError, match=message):
             Probe.open(replace(config, **changes), DATA, CPU)
-
-
-# --- features
 
 
 def test_features_come_in_index_order_whatever_the_batch(shards):

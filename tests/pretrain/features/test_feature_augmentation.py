@@ -53,9 +53,6 @@ def equal(a, b, atol=1e-6):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-# --- none, identity, and where gradient stops
-
-
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("method", ["none", " none ", "identity"])
 def test_none_and_identity_return_the_features_bit_for_bit(method, stop_gradient):
@@ -76,9 +73,6 @@ def test_gradient_stops_at_what_a_takes_or_passes(method, partner):
     assert bool((z.grad != 0).any(dim=1).all())
     reads_view = partner == "view" and any(link in method for link in PARTNERED)
     assert (other.grad is not None) == reads_view
-
-
-# --- methods and their options
 
 
 def partner_of_the_batch(random):
@@ -122,9 +116,6 @@ def test_queue_size_is_what_the_queue_holds():
     assert without.is_ready()
 
 
-# --- partners
-
-
 @pytest.mark.parametrize("partner", ["view", "batch", "queue"])
 @pytest.mark.parametrize("method", PARTNERED)
 def test_partner_decides_whom_a_row_is_mixed_with(method, partner):
@@ -156,9 +147,6 @@ def test_parts_get_the_rows_of_the_whole(method, options, rows):
 def test_a_part_of_the_batch_has_no_partners_of_the_batch():
     with pytest.raises(AssertionError, match="partners come from the whole batch"):
         run("mixup", rows=slice(0, 15))
-
-
-# --- several links, alternatives, features
 
 
 @pytest.mark.parametrize("links", [("nn", "noise"), ("mask", "nn"), ("noise", "mixup", "mask")])
@@ -194,9 +182,6 @@ def test_n_features_of_a_drawing_method_are_n_draws(method):
     assert len({float(feature.sum()) for feature in out}) == 3
 
 
-# --- min_fill and strength
-
-
 @pytest.mark.parametrize(
     ("method", "options", "until_then"),
     [
@@ -228,9 +213,6 @@ def test_strength_reaches_every_link(method):
     equal(run(method, strength=0.0)[0], Z, atol=1e-12)
     moved = [float((run(method, strength=s) - Z).norm()) for s in (0.1, 1.0)]
     assert 1e-3 < moved[0] < moved[1]
-
-
-# --- neighbours
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"choice": "consensus", "top_k": 4}])

@@ -52,9 +52,6 @@ def best(similarity, k):
     return np.take_along_axis(similarity, indices, axis=1), indices
 
 
-# --- top_k
-
-
 @pytest.mark.parametrize("truncation", [0.3, 2.0])
 def test_truncated_is_the_naive_one_where_the_shortlist_holds_all(truncation, monkeypatch):
     monkeypatch.setattr(neighbour_search, "TRUNCATION", truncation)
@@ -126,9 +123,6 @@ def test_no_queries_find_nothing():
     assert similarity.shape == indices.shape == (0, 2)
 
 
-# --- memory
-
-
 def bytes_of(search):
     """The largest tensor that is made, and the most that is alive at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -156,9 +150,6 @@ def test_differences_of_a_shortlist_stay_within_the_budget(dtype, monkeypatch):
     assert 2**19 < largest <= 2**20
     # Beside one block: a block in the stored precision, and the shortlists of all rows.
     assert peak <= 2**20 * (1.35 if dtype == torch.float32 else 1.75)
-
-
-# --- consensus
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])

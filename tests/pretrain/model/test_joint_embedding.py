@@ -17,8 +17,6 @@ from tests.pretrain.model.references import (
 from tests.pretrain.model.references import infonce as reference_infonce
 from tests.pretrain.model.references import nn as reference_nn
 
-# --- queue
-
 
 def test_queue_takes_view_1_after_the_optimiser_step_only(make_model, make_views):
     model, views = make_model(method="nn", min_fill=8), make_views()
@@ -72,9 +70,6 @@ def test_identity_until_min_fill_entries_are_there(make_model, make_views):
     assert active == [False, False, True, True]
 
 
-# --- EMA
-
-
 @pytest.mark.parametrize("tau", [0.0, 0.9, 1.0])
 def test_ema_starts_as_a_copy_without_predictor_and_follows(make_model, tau):
     model = make_model("byol", method="none")
@@ -104,9 +99,6 @@ def test_ema_batch_norm_keeps_statistics_of_its_own(make_model, make_views):
     assert not torch.equal(model.ema.backbone.bn1.running_mean, before["backbone.bn1.running_mean"])
 
 
-# --- determinism
-
-
 def test_step_is_a_pure_function_of_seed_and_number(make_model, make_views, bank):
     views = make_views()
 
@@ -119,9 +111,6 @@ def test_step_is_a_pure_function_of_seed_and_number(make_model, make_views, bank
     assert torch.equal(run(1, 5), run(1, 5))
     assert not torch.equal(run(1, 5), run(1, 6))
     assert not torch.equal(run(1, 5), run(2, 5))
-
-
-# --- what a step shows
 
 
 def test_output_shows_view_2_detached(make_model, make_views):
@@ -138,9 +127,6 @@ def test_output_shows_view_2_detached(make_model, make_views):
         torch.testing.assert_close(value, expected, msg=name)
         assert not value.requires_grad
     assert not output.augmented.requires_grad
-
-
-# --- precision
 
 
 def test_neighbours_and_losses_are_computed_in_single_precision_under_autocast(

@@ -14,8 +14,6 @@ from pretrain.objectives.simclr import nt_xent_loss
 from pretrain.objectives.simsiam import negative_cosine_loss
 from tests.pretrain.model.references import cosine, draw
 
-# --- written again as loops over lists of numbers
-
 
 def cross_entropy(positive, negatives):
     """-log of the positive's share."""

@@ -32,9 +32,6 @@ OWN = dict.fromkeys(("infonce", "byol", "simsiam"), "parallel") | dict.fromkeys(
 STOPPED_TARGET = ("moco", "byol", "simsiam", "swav")  # an EMA network's, or detached
 
 
-# --- base methods by themselves
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_auto_is_the_architecture_of_the_base_method(objective):
     chosen = make_objective(objective)
@@ -43,9 +40,6 @@ def test_auto_is_the_architecture_of_the_base_method(objective):
     assert (cell.architecture, cell.side) == (OWN[objective], "target")
     assert chosen.has_ema == (objective in ("moco", "byol"))
     assert cell.stops_target == (objective in STOPPED_TARGET)
-
-
-# --- no FA, and FA that changes nothing
 
 
 def assert_same_bits(model, twin, loss, expected):
@@ -97,9 +91,6 @@ def test_identity_is_none_but_for_the_gradient_that_fa_stops(make, make_views, o
     assert_same_gradients(ours, gradients(twin, expected))
     flow = [torch.cat([g.flatten() for g in grads]) for grads in (ours, gradients(none, base))]
     assert not torch.allclose(flow[0], flow[1], rtol=0.05)
-
-
-# --- the four architectures
 
 
 def has_no_gradient_at_all(objective, formula):
@@ -165,9 +156,6 @@ def test_the_targets_gradient_can_be_stopped_or_let_through(
     assert model.spec.stops_target == stops
     expected = loss_of_cell(twin, views, architecture, stops=stops)
     assert_same(model, twin, step(model, views).loss, expected)
-
-
-# --- queues
 
 
 @pytest.mark.parametrize("formula", FORMULAS)

@@ -111,9 +111,6 @@ def test_swav_loss_gradcheck_and_no_detach():
     assert all(float(g.abs().sum()) > 0 for g in gradients)
 
 
-# -- prototypes
-
-
 def test_scores_are_cosines_and_learn():
     x, weight = draw(4, 5, seed=1).requires_grad_(), draw(3, 5, seed=2).requires_grad_()
     for row, scores in zip(x.tolist(), prototype_scores(x, weight).tolist(), strict=True):
