@@ -99,7 +99,8 @@ def test_plain_detectron2_finds_the_same(make_folder, tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
     for detector, line in zip(detectors, lines, strict=True):
         rows = zip(*json.loads(line.removeprefix("found ")), strict=True)
-        assert (ours := detector(IMAGES[2], score=0))
+        ours = detector(IMAGES[2], score=0)
+        assert ours
         for one, (box, score, label) in zip(ours, rows, strict=True):
             assert one.class_name == CLASSES[label]
             assert one.score == pytest.approx(score, abs=1e-4)
