@@ -310,11 +310,11 @@ HOSTILE: dict[str, bytes] = {
     "text many times": repeated(
         b"\x80\x02X" + length(1_000_000, 4) + b"a" * 1_000_000 + b"q\0(", b"h\0", 100_000, b"l"
     ),
-    "key of a deep tuple": repeated(b"\x80\x02)", b"\x85", 900_000, b"q\0}h\0K\1s"),
+    "key of a deep tuple": repeated(b"\x80\x02)", b"\x85", 200_000, b"q\0}h\0K\1s"),
     "key of a bomb": tuple_bomb(b"}h\1K\1s"),
     "frozen set of a bomb": tuple_bomb(b"(h\1\x91"),
     "keys of one hash": b"\x80\x02}(" + b"".join(ONE_HASH) + b"u.",
-    "deep lists": b"\x80\x02]" + b"]" * 400_000 + b"a" * 400_000 + b".",
+    "deep lists": b"\x80\x02]" + b"]" * 100_000 + b"a" * 100_000 + b".",
     "list in itself": b"\x80\x02]q\0h\0a.",
     "many sets": repeated(b"\x80\x04(", b"\x8f", 2_000_000, b"l"),
     "many marks": repeated(b"", b"(", 2_000_000),
