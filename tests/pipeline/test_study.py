@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "configs/studies"
 GRIDS = sorted(STUDIES.glob("*.yaml"))
 REPRODUCE_CPU = STUDIES / "presets/reproduce-cpu.yaml"
+LETTERS = STUDIES / "presets/letters.yaml"
 OTHERS = sorted(set((STUDIES / "presets").glob("*.yaml")) - {REPRODUCE_CPU})
 
 
@@ -36,7 +37,8 @@ def make(grids: list[Path], path: Path = REPRODUCE_CPU):
     "path", [REPRODUCE_CPU, *(pytest.param(path, marks=pytest.mark.slow) for path in OTHERS)]
 )
 def test_every_cell_of_the_committed_grids_loads_and_can_train(path: Path) -> None:
-    experiment = make(GRIDS, path)
+    own = sorted((STUDIES / "letters").glob("*.yaml")) if path == LETTERS else []
+    experiment = make([*GRIDS, *own], path)
     for variant in experiment.all_variants.values():
         words = [f"{key}={json.dumps(value)}" for key, value in variant.overrides.items()]
         config = load_config(experiment.pretrain.config, words)
@@ -179,7 +181,7 @@ def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--preset", "huge"], "known are longer-cpu, reproduce-cpu, reproduce-gpu"),
+        (["--preset", "huge"], "known are letters, longer-cpu, reproduce-cpu, reproduce-gpu"),
         (["--data", "cifar"], "--data: unknown set cifar; known are fashion-mnist, photos"),
         (["--metrics", "top5"], "--metrics: unknown metric top5; known are knn, linear"),
         (["--parallel", "0"], "--parallel 0: give 1 or more"),
