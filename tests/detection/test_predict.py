@@ -26,6 +26,7 @@ from benchmarks.voc_eval_parity import (
 from common.annotations.record import SetChoice, read_set
 from common.drawing import draw_boxes, drawable_name, place_plate
 from common.errors import UserError
+from common.files import read_json as read
 from detection.predict import Prediction, find_weights, load_detector
 from detection.training.config import describe, load_config, parse_overrides
 from tests.detection.tiny_detection import CLASSES, CONFIGS, make_voc
@@ -70,10 +71,6 @@ def predict(weights: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]
         return read(tmp_path / "out/predictions.json") if status == 0 else []
 
     return run
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def save_picture(path: Path, width: int = 60, height: int = 40, **more: Any) -> Path:

@@ -17,6 +17,7 @@ from pipeline import study
 from pipeline.plan import build_stages
 from pipeline.study import NAME_LENGTH, Preset
 from pretrain.config import load_config
+from tests.pretrain.data.picture_helpers import pack_pictures
 from tests.slurm.tiny_run import wait_until
 from tools import ablate, run_trials
 
@@ -227,9 +228,7 @@ BASE = {
 @pytest.mark.slow
 def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
     """Real runs: one cell, then stopped within the other, resumed, equal to a calm study."""
-    from tests.slurm.tiny_run import make_shards
-
-    words = write_study(tmp_path, make_shards(tmp_path), BASE)
+    words = write_study(tmp_path, pack_pictures(tmp_path, 96), BASE)
     command = [sys.executable, str(ROOT / "tools/ablate.py"), *words]
     done = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True)
     assert len(re.findall("first run", done.stdout)) == 3

@@ -2,17 +2,15 @@
 
 import dataclasses
 
-import cv2
 import pytest
 import torch
 
 from pretrain.config import FAConfig, HeadConfig
-from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.features.augmentations.base import FeatureAugmentation
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
-from tests.pretrain.data.picture_helpers import smooth_picture
+from tests.pretrain.data.picture_helpers import pack_pictures
 
 THIN = ResNetBackbone(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)
@@ -80,23 +78,8 @@ def make_views():
 def make_shards(tmp_path_factory):
     """A factory of shard sets: make_shards("name", num=40, classes=["class-0", "class-1"])."""
 
-    def make(name, *, num=40, classes=("class-0", "class-1"), per_shard=10, broken=()):
-        folder = tmp_path_factory.mktemp(name)
-        pictures = []
-        for i in range(num):
-            path = folder / f"picture-{i:03d}.jpg"
-            cv2.imwrite(str(path), smooth_picture(i, 40 + i % 20, 60 - i % 20))
-            if i in broken:
-                path.write_bytes(path.read_bytes()[:200])
-            label = i % len(classes) if classes else -1
-            pictures.append(SourcePicture(str(path), path.name, label))
-        out = folder / "shards"
-        options = ShardOptions(max_samples_per_shard=per_shard)
-        write_shards(
-            pictures, out, options=options, classes=list(classes) if classes else None,
-            max_bad=len(broken),
-        )  # fmt: skip
-        return out
+    def make(name, **options):
+        return pack_pictures(tmp_path_factory.mktemp(name), **options)
 
     return make
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.pretrain.data.picture_helpers import pack_pictures
 from tests.slurm.tiny_run import (
     ROOT,
     identical,
     last_step,
-    make_shards,
     run_undisturbed,
     training_processes,
     wait_until,
@@ -158,7 +158,7 @@ def test_cancelled_job_saves_and_the_same_command_goes_on(cluster, config, whole
 def test_shards_made_in_tasks_equal_those_made_here(cluster, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    make_shards(pictures)
+    pack_pictures(pictures, 96)
     script = [sys.executable, str(ROOT / "tools/make_shards.py"), str(pictures)]
     options = ["--labels", "none", "--max-samples-per-shard", "7"]
     slurm = ["--submitit", "slurm", "--num-tasks", "3", "--slurm-partition", "test",

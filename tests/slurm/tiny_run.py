@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import yaml
 
 from common.checkpoints import checksum
 from common.files import read_json_lines
-from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.engine import checkpoint
+from tests.pretrain.data.picture_helpers import pack_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PICTURES, BATCH, EPOCHS = 96, 16, 4
@@ -39,19 +37,6 @@ def config() -> dict[str, Any]:
         },
         "eval": {"knn_every_epochs": 1, "knn_k": 5, "num_pictures": 2},
     }  # fmt: skip
-
-
-def make_shards(folder: Path) -> Path:
-    """Labelled pictures of two kinds of soft structure."""
-    pictures = []
-    for i in range(NUM_PICTURES):
-        coarse = np.random.default_rng(i).integers(0, 256, (4 + 4 * (i % 2), 6, 3), dtype=np.uint8)
-        path = folder / f"{i:03d}.png"
-        cv2.imwrite(str(path), cv2.resize(coarse, (48, 40), interpolation=cv2.INTER_CUBIC))
-        pictures.append(SourcePicture(str(path), path.name, i % 2))
-    options = ShardOptions(max_samples_per_shard=20)
-    write_shards(pictures, folder / "shards", options=options, classes=["even", "odd"])
-    return folder / "shards"
 
 
 def descendants(pid: int) -> list[int]:
@@ -81,7 +66,7 @@ def identical(one: Path, other: Path) -> bool:
 
 def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     """Shards and a config that names them: 6 steps an epoch, a checkpoint every second step."""
-    shards, settings = str(make_shards(folder)), config()
+    shards, settings = str(pack_pictures(folder, NUM_PICTURES, per_shard=20)), config()
     changes = {"data": {"shards": shards}, "eval": {"probe_train": shards, "probe_val": shards}}
     for section, values in [*changes.items(), *sections.items()]:
         settings[section] |= values

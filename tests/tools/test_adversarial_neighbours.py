@@ -2,17 +2,14 @@
 
 import json
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.data.pack import SourcePicture, write_shards
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
 from pretrain.run import make_trainer
-from tools import adversarial_neighbours as robustness
+from tests.pretrain.data.picture_helpers import pack_pictures
 from tools import adversarial_neighbours as tool
 from tools.adversarial_neighbours import NeighbourStudy
 
@@ -33,16 +30,10 @@ def work(tmp_path_factory):
     """A folder with ``shards`` and ``run/checkpoint.pth``."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("robustness")
-    pictures = []
-    for i in range(NUM):
-        coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        path = folder / f"{i:03d}.png"
-        cv2.imwrite(str(path), cv2.resize(coarse, (48, 40), interpolation=cv2.INTER_CUBIC))
-        pictures.append(SourcePicture(str(path), path.name, i % 2))
-    write_shards(pictures, folder / "shards", classes=["even", "odd"])
+    shards = pack_pictures(folder, NUM, per_shard=NUM)
     config = folder / "config.yaml"
     config.write_text(CONFIG)
-    overrides = [f"out={folder / 'run'}", f"data.shards={folder / 'shards'}"]
+    overrides = [f"out={folder / 'run'}", f"data.shards={shards}"]
     make_trainer(load_config(config, overrides), resume=False).train()
     return folder
 
@@ -73,7 +64,7 @@ def test_json_and_table(work, tmp_path, capsys):
 
 
 def test_the_figure_equals_its_definition(study, monkeypatch):
-    monkeypatch.setattr(robustness, "BATCH_SIZE", 5)
+    monkeypatch.setattr(tool, "BATCH_SIZE", 5)
     with torch.no_grad():
         clean = study.network.project(study.images)
         attacked = study.network.project(study.changed(study.images, 8.0, 3))

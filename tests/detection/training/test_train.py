@@ -24,6 +24,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from common.annotations.record import read_set
+from common.files import read_json as read
 from detection.training.config import load_config, parse_overrides
 from detection.training.data import BoxMapper, build_train_loader, register, to_detectron2
 from detection.training.run import ArmSettings, prepare
@@ -37,10 +38,6 @@ RESULT_KEYS = {
     *("arm", "seed", "AP", "AP50", "AP75", "per_class", "per_class_AP50", "iterations", "seconds"),
     *("weights", "frozen", "metric_year", "peak_memory_bytes"),
 }
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def final_model(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import settings
 from PIL import Image
 
 from pretrain.data.loader import ViewBatch
-from pretrain.data.pack import SourcePicture
+from pretrain.data.pack import ShardOptions, SourcePicture, write_shards
 from pretrain.data.shards import ShardIndex
 
 NUM_PICTURES = 40
@@ -49,6 +49,22 @@ def sources(folder: Path) -> list[SourcePicture]:
         SourcePicture(str(p), p.relative_to(folder).as_posix(), classes.index(p.parent.name))
         for p in files
     ]
+
+
+def pack_pictures(
+    folder: Path, num: int = NUM_PICTURES, classes=("class-0", "class-1"), per_shard=10, broken=()
+) -> Path:
+    """Shards of soft pictures, the classes in turn; those of the numbers `broken` do not decode."""
+    pictures = []
+    for i in range(num):
+        path = folder / f"picture-{i:03d}.jpg"
+        data = encode(smooth_picture(i, 40 + i % 20, 60 - i % 20), quality=95)
+        path.write_bytes(data[:200] if i in broken else data)
+        pictures.append(SourcePicture(str(path), path.name, i % len(classes) if classes else -1))
+    options = ShardOptions(max_samples_per_shard=per_shard)
+    names = list(classes) if classes else None
+    write_shards(pictures, folder / "shards", options=options, classes=names, max_bad=len(broken))
+    return folder / "shards"
 
 
 def damage(folder: Path, *numbers: int) -> None:

@@ -32,6 +32,7 @@ from tests.pretrain.engine.run_helpers import (
     train_rows,
 )
 from tests.pretrain.model import references
+from tests.pretrain.model.references import unit
 
 ROOT = Path(__file__).parents[3]
 BASE = TINY | {"arch": SMALL["arch"]}
@@ -173,10 +174,6 @@ class Again:
                 slow.copy_(tau * slow + (1 - tau) * self.net.get_parameter(key))
         self.bank = torch.cat([self.bank, unit(t[0])])[-20:]
         return loss.item()
-
-
-def unit(x):
-    return x / x.norm(dim=1, keepdim=True)
 
 
 @pytest.mark.parity

@@ -11,14 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from pretrain.features import memory_bank as neighbour_search
 from pretrain.features.memory_bank import SEARCH_BYTES, consensus, top_k
+from tests.pretrain.features.test_augmentations import centre_of
+from tests.pretrain.model.references import unit
 
 
 def random_rows(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(x):
-    return x / x.norm(dim=-1, keepdim=True)
 
 
 def naive_cosine(z, bank):
@@ -32,18 +30,6 @@ def naive_truncated(z, bank):
     limit = neighbour_search.TRUNCATION**2 / z.shape[1]
     terms = [np.minimum((a[:, None] - b) ** 2, limit) for a, b in zip(z.T, bank.T, strict=True)]
     return 1 - sum(terms) / 2
-
-
-def naive_consensus(neighbours):
-    out = []
-    for rows in neighbours.double().numpy():
-        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        others = [np.delete(rows, i, axis=0) for i in range(len(rows))]
-        medians = [np.median(other @ row) for other, row in zip(others, rows, strict=True)]
-        weights = np.exp(np.array(medians) / 0.1)
-        centre = weights @ rows
-        out.append(centre / np.linalg.norm(centre))
-    return np.array(out)
 
 
 def best(similarity, k):
@@ -156,7 +142,8 @@ def test_differences_of_a_shortlist_stay_within_the_budget(dtype, monkeypatch):
 def test_consensus_is_the_naive_one(k):
     neighbours = 2 * random_rows(7, k, 6, seed=k)
     centre = consensus(neighbours, random_rows(7, 6))
-    np.testing.assert_allclose(centre.numpy(), naive_consensus(neighbours), atol=1e-5)
+    expected = unit(torch.tensor(np.array([centre_of(x) for x in neighbours.double().numpy()])))
+    np.testing.assert_allclose(centre.numpy(), expected, atol=1e-5)
 
 
 def test_consensus_of_one_neighbour_is_that_neighbour():

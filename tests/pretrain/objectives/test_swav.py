@@ -9,6 +9,7 @@ import torch
 
 from pretrain.objectives.base import Pair
 from pretrain.objectives.swav import SwAV, prototype_scores, sinkhorn, swav_loss
+from tests.pretrain.model import references
 from tests.pretrain.model.references import draw
 
 
@@ -17,19 +18,8 @@ def cosines(n, num_prototypes, seed=0):
     return torch.tanh(draw(n, num_prototypes, seed=seed))
 
 
-def sinkhorn_in_numpy(scores, epsilon, num_iterations):
-    """The transport polytope's steps: prototypes of mass 1/K, samples of mass 1/n, times n."""
-    n, k = scores.shape
-    plan = np.exp(scores / epsilon)
-    plan /= plan.sum()
-    for _ in range(num_iterations):
-        plan *= (1 / k) / plan.sum(axis=0, keepdims=True)
-        plan *= (1 / n) / plan.sum(axis=1, keepdims=True)
-    return plan * n
-
-
 def sinkhorn_in_decimals(scores, epsilon, num_iterations):
-    """The same with exponents of any size."""
+    """The definition with exponents of any size."""
     plan = [[(Decimal(x) / Decimal(epsilon)).exp() for x in row] for row in scores]
     for _ in range(num_iterations):
         columns = [sum(column) for column in zip(*plan, strict=True)]
@@ -41,9 +31,9 @@ def sinkhorn_in_decimals(scores, epsilon, num_iterations):
 @pytest.mark.parity
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 5), (5, 1), (32, 60)])
 @pytest.mark.parametrize(("epsilon", "num_iterations"), [(0.03, 3), (0.05, 10), (1.0, 1)])
-def test_sinkhorn_equals_numpy(n, k, epsilon, num_iterations):
+def test_sinkhorn_equals_its_definition(n, k, epsilon, num_iterations):
     scores = cosines(n, k, seed=n + k)
-    expected = sinkhorn_in_numpy(scores.numpy(), epsilon, num_iterations)
+    expected = references.sinkhorn(scores, epsilon, num_iterations)
     codes = sinkhorn(scores, epsilon=epsilon, num_iterations=num_iterations)
     np.testing.assert_allclose(codes.numpy(), expected, atol=1e-12, rtol=1e-10)
     single = sinkhorn(scores.float(), epsilon=epsilon, num_iterations=num_iterations)
