@@ -12,8 +12,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.pictures import decode
@@ -21,19 +19,17 @@ from pretrain.data.decode import center_crop
 from pretrain.data.index import sample_hash
 from pretrain.data.loader import (
     Loader,
-    RequestSampler,
     ViewBatch,
     ViewDataset,
     central_crops,
 )
-from pretrain.data.order import SourceSizes, epoch_order
+from pretrain.data.order import epoch_order
 from pretrain.data.policy import Crop, ViewPolicy
 from pretrain.data.shards import Mixture, Samples, ShardIndex, open_samples
 from tests.pretrain.data.picture_helpers import (
     NUM_PICTURES,
     encode,
     same,
-    seeded,
     smooth_picture,
     write_tar,
 )
@@ -138,46 +134,6 @@ def test_process_that_fails_in_an_epoch_ends_at_once_with_its_workers(shard_fold
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "KeyError" in done.stderr
-
-
-@settings(seeded, max_examples=60)
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=9),
-    st.integers(1, 6),
-    st.sampled_from([(1, 1), (2, 1), (1, 3), (4, 2), (3, 6)]),
-    st.integers(0, 3),
-    st.data(),
-)
-def test_requests_are_the_same_for_any_ranks_and_resume_points(
-    sizes: list[int], per_rank: int, worlds: tuple[int, int], epoch: int, data: st.DataObject
-) -> None:
-    batch_size = 12 * per_rank
-    if sum(sizes) < batch_size:
-        sizes = [*sizes, batch_size]
-    sources = [SourceSizes(sizes)]
-
-    def ids(world_size: int, start_step: int) -> np.ndarray:
-        ranks = []
-        for rank in range(world_size):
-            sampler = RequestSampler(
-                sources=sources,
-                seed=5,
-                batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
-                window=25,
-            )
-            sampler.epoch, sampler.start_step = epoch, start_step
-            ranks.append([request.sample_ids for request in sampler])
-        steps = [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
-        return np.concatenate([*steps, np.empty(0, np.int64)])
-
-    whole = ids(1, 0)
-    assert len(whole) == sum(sizes) // batch_size * batch_size
-    assert len(set(whole.tolist())) == len(whole)
-    stop = data.draw(st.integers(0, sum(sizes) // batch_size))
-    before = ids(worlds[0], 0)[: stop * batch_size]
-    np.testing.assert_array_equal(np.concatenate([before, ids(worlds[1], stop)]), whole)
 
 
 def test_last_batch_padded_shows_every_sample(index: ShardIndex) -> None:

@@ -3,12 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.data.random_numbers import counter_rng, draw_uniforms, stable_hash, uniforms
-
-
-def test_generator_keeps_its_values_from_version_to_version() -> None:
-    assert stable_hash("order", 1, 2).hex() == "88a4a6cb4cb599d07316e91da6da797e"
-    assert counter_rng("order", 1, 2).integers(0, 10**6, 3).tolist() == [895967, 223312, 452357]
+from pretrain.data.random_numbers import draw_uniforms, stable_hash, uniforms
 
 
 @pytest.mark.parametrize(
@@ -49,19 +44,6 @@ def test_a_draw_can_be_made_alone() -> None:
     whole = uniforms(HASHES, 7, 10)
     for first, num in ((0, 6), (6, 1), (7, 2), (9, 1)):
         np.testing.assert_array_equal(uniforms(HASHES, 7, num, first), whole[first : first + num])
-
-
-def test_draws_keep_their_values_from_version_to_version() -> None:
-    values = uniforms(np.array([0, -1, 2**62]), 12345, 2)
-    np.testing.assert_allclose(
-        values,
-        [
-            [0.4988858903732927, 0.8667438760137676, 0.2750324310396237],
-            [0.4581311898914051, 0.241001349737475, 0.5160745385112253],
-        ],
-        rtol=0,
-        atol=1e-15,
-    )
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:

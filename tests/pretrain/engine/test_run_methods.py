@@ -67,26 +67,6 @@ def moved_by_step(run):
     }
 
 
-def test_the_predictor_s_rate_is_constant_within_a_run(make_run):
-    rates = {}
-    for constant in ("true", "false"):
-        run = make_run("objective.name=simsiam", f"optim.predictor_constant_lr={constant}")
-        named = {id(p): name for name, p in run.task.model.online.named_parameters()}
-        seen = []
-        for _ in range(3):
-            done, _ = moved_by_step(run)
-            groups = run.task.optimizer.param_groups
-            (rate,) = {g["lr"] for g in groups for p in g["params"]
-                       if named[id(p)].startswith("predictor.")}  # fmt: skip
-            (other,) = {g["lr"] for g in groups for p in g["params"]
-                        if not named[id(p)].startswith("predictor.")}  # fmt: skip
-            assert other == done.figures["lr"]
-            seen.append((rate, other))
-        rates[constant] = seen
-    assert [rate for rate, _ in rates["true"]] == [0.5 * 8 / 256] * 3
-    assert [rate for rate, _ in rates["false"]] == [other for _, other in rates["true"]]
-
-
 def test_strength_rises_within_a_run(make_run):
     """More noise with every step: the cosine between feature and augmented feature falls."""
     run = make_run("objective.name=byol", "fa.method=noise", "fa.noise.sigma=1",
