@@ -5,7 +5,6 @@ Two torchrun on this machine stand for two hosts; one is killed together with it
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from common.files import read_json_lines
+from tests.pretrain.engine.run_helpers import free_port
 from tests.slurm.tiny_run import (
     BATCH,
     ROOT,
@@ -57,11 +57,6 @@ def start(number: int, port: int, config: Path, out: Path) -> subprocess.Popen:
     ]  # fmt: skip
     with open(f"{out}-{number}.log", "w") as log:
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def rows_of(out: Path) -> list[dict]:

@@ -43,25 +43,6 @@ def test_keys_shapes_and_features_equal_torchvision(depth):
     assert ours.output_dim == ours(images).shape[1]
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [THIN, Arch(50, 32, 16, 64), Arch(50, 24, 8, 96)],
-    ids=str,
-)
-def test_bottleneck_widths_double_per_stage(arch):
-    state = ResNet(arch).state_dict()
-    assert state["conv1.weight"].shape == (arch.stem_channels, 3, 7, 7)
-    into = arch.stem_channels
-    for stage in range(4):
-        width, out = arch.width_per_group * 2**stage, arch.res2_channels * 2**stage
-        prefix = f"layer{stage + 1}.0."
-        assert state[prefix + "conv1.weight"].shape == (width, into, 1, 1)
-        assert state[prefix + "conv2.weight"].shape == (width, width, 3, 3)
-        assert state[prefix + "conv3.weight"].shape == (out, width, 1, 1)
-        assert state[prefix + "downsample.0.weight"].shape == (out, into, 1, 1)
-        into = out
-
-
 def test_initialisation_is_kaiming_fan_out_and_unit_batch_norm():
     torch.manual_seed(0)
     backbone = ResNet(FULL_WIDTH[18])
