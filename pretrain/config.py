@@ -197,6 +197,8 @@ class OptimConfig:
     warmup_epochs: float = 10.0
     predictor_constant_lr: bool = False  # SimSiam: the predictor's rate does not follow the cosine
     lars_eta: float = 1e-3  # trust coefficient
+    # joint: eta |w| / |g + wd w| (BYOL's code); separate: eta |w| / (|g| + wd |w|) (solo-learn)
+    lars_norm: Literal["joint", "separate"] = "joint"
     lars_clip: bool = False  # the trust ratio raises no layer's rate above the scheduled one
     micro_batch_size: int = 0  # global; 0: the whole batch in one pass
     accumulation: Literal["plain", "cached"] = "plain"  # how micro-batches make one batch

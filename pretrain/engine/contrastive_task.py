@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from common.checkpoints import FORMAT
-from common.config import to_plain
+from common.config import dotted, to_plain
 from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
@@ -26,13 +26,17 @@ from pretrain.features.augmentations.base import fa_generator
 from pretrain.model.joint_embedding import FAContrastive
 
 ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
-# May change when a run goes on: they decide no gradient, or its rounding only.
-NOT_COMPARED = ("out", "engine", "eval", "tracking")
-ENGINE_COMPARED = {"batch_norm": "per_process"}  # but for these; values of older checkpoints
-# Where the shards lie, and how they are read; that they are the same is seen by their fingerprint.
-DATA_NOT_COMPARED = (
-    "shards", "num_workers", "cache_dir", "cache_gb", "read_retries", "read_timeout_seconds",
+# Beginnings of keys that may change when a run goes on: they decide no gradient, or its rounding
+# only; or where the shards lie and how they are read, which their fingerprint sees.
+NOT_COMPARED = (
+    "out", "engine.", "eval.", "tracking.", "data.shards", "data.num_workers", "data.cache_dir",
+    "data.cache_gb", "data.read_retries", "data.read_timeout_seconds",
 )  # fmt: skip
+# Keys that older checkpoints lack, and what was done then. These are compared.
+ADDED_LATER = {
+    "engine.batch_norm": "per_process",
+    "optim.lars_norm": "joint",
+}
 
 
 class ContrastiveTask:
@@ -181,10 +185,12 @@ class ContrastiveTask:
         """What differs from the run that the checkpoint was made by, a line each."""
 
         def compared(plain: dict[str, Any]) -> dict[str, Any]:
-            data = {k: v for k, v in plain["data"].items() if k not in DATA_NOT_COMPARED}
-            engine = {k: plain["engine"].get(k, old) for k, old in ENGINE_COMPARED.items()}
-            others = {k: v for k, v in plain.items() if k not in NOT_COMPARED}
-            return others | {"data": data, "engine": engine}
+            flat = ADDED_LATER | dotted(plain)
+            return {
+                key: value
+                for key, value in flat.items()
+                if key in ADDED_LATER or not key.startswith(NOT_COMPARED)
+            }
 
         changes = different_keys(compared(state["config"]), compared(to_plain(self.config)))
         num_steps = state["schedule"]["num_steps"]

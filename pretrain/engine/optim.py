@@ -5,7 +5,7 @@ from __future__ import annotations
 # pyright: reportPrivateImportUsage=false
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ class LARS(torch.optim.Optimizer):
     g <- g + wd w;  g <- eta |w| / |g| g  (groups with ``adapt``);  m <- mu m + g;  w <- w - lr m.
     A layer whose weight or gradient norm is 0 is not scaled. With ``clip`` the scale is at most lr
     over the rate, min(eta |w| / |g| / lr, 1): LARC's clipping, as solo-learn's recipes use it.
+    With ``norm`` "separate" the scale is eta |w| / (|g| + wd |w| + 1e-8), of the gradient before
+    the decay, as in the paper (eq. 6), Apex, VISSL and solo-learn; a layer without gradient then
+    has no decay either.
 
     Args:
         params: Groups; ``adapt`` (bool) in each says whether trust ratios apply.
@@ -29,6 +32,7 @@ class LARS(torch.optim.Optimizer):
         eta: Trust coefficient.
         weight_decay: wd, of groups without their own.
         clip: Whether the trust ratio is clipped.
+        norm: What the weight's norm is divided by: |g + wd w| ("joint"), or both norms' sum.
     """
 
     def __init__(
@@ -40,9 +44,10 @@ class LARS(torch.optim.Optimizer):
         eta: float,
         weight_decay: float = 0.0,
         clip: bool = False,
+        norm: Literal["joint", "separate"] = "joint",
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        defaults |= {"adapt": True, "clip": clip}
+        defaults |= {"adapt": True, "clip": clip, "norm": norm}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -60,15 +65,19 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, weights: list[Tensor], group: dict) -> None:
         g: _Tensors = [w.grad for w in weights if w.grad is not None]
-        if group["weight_decay"]:
-            g = torch._foreach_add(g, weights, alpha=group["weight_decay"])
+        plain, decay, is_joint = g, group["weight_decay"], group["norm"] == "joint"
+        if decay:
+            g = torch._foreach_add(g, weights, alpha=decay)
         if group["adapt"]:
             # The trust ratios: one number for each layer, on the device.
-            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, g))
-            scaled = group["eta"] * w_norm / g_norm
+            measured = g if is_joint else plain
+            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, measured))
+            divisor = g_norm if is_joint else g_norm + decay * w_norm + 1e-8
+            scaled = group["eta"] * w_norm / divisor
             if group["clip"]:
                 scaled = torch.clamp(scaled / group["lr"], max=1)
-            ratios = torch.where((w_norm > 0) & (g_norm > 0), scaled, 1.0).unbind()
+            others = 1.0 if is_joint else (w_norm == 0).to(w_norm)  # 0: no gradient, no decay
+            ratios = torch.where((w_norm > 0) & (g_norm > 0), scaled, others).unbind()
             g = torch._foreach_mul(g, ratios)
         for w in weights:
             if "momentum_buffer" not in self.state[w]:
@@ -116,8 +125,10 @@ def make_optimizer(
     """
     groups = parameter_groups(model, config)
     if config.name == "lars":
-        options = {"momentum": config.momentum, "eta": config.lars_eta, "clip": config.lars_clip}
-        return LARS(groups, lr=lr, **options)
+        return LARS(
+            groups, lr=lr, momentum=config.momentum, eta=config.lars_eta, clip=config.lars_clip,
+            norm=config.lars_norm,
+        )  # fmt: skip
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=is_fused or None)
     return torch.optim.AdamW(groups, lr=lr, fused=is_fused or None)
@@ -126,7 +137,7 @@ def make_optimizer(
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Go on from ``state_dict()``; how the update is computed stays as this optimiser has it."""
     groups = [
-        saved | {key: own[key] for key in ("fused", "foreach") if key in own}
+        saved | {key: own[key] for key in ("fused", "foreach", "norm") if key in own}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict(state | {"param_groups": groups})

@@ -77,6 +77,14 @@ def test_residual_gamma_sets_the_last_bn_of_each_block_only(arch, last, gamma):
     assert num_blocks == (8 if arch.depth == 18 else 16)
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+def test_residual_gamma_0_is_torchvisions_zero_init_residual(depth):
+    reference = getattr(torchvision.models, f"resnet{depth}")(weights=None, zero_init_residual=True)
+    ours = ResNet(FULL_WIDTH[depth], residual_gamma=0).state_dict()
+    for key, value in reference.state_dict().items():
+        assert value.ndim > 1 or key.startswith("fc.") or torch.equal(ours[key], value), key
+
+
 def test_features_are_the_mean_over_the_last_map():
     backbone = ResNet(THIN).eval()
     images = torch.randn(2, 3, 96, 64)
