@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from common.errors import require
 from common.pictures import BadPicture, decode, decode_fast, read_header, upright
-from pretrain.data.policy import ViewPolicy, draw_parameters
+from pretrain.data.policy import Interpolation, ViewPolicy, draw_parameters
 from pretrain.data.random_numbers import draw_uniforms
 
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
@@ -148,6 +148,7 @@ class ViewWriter:
                 crop(
                     image, boxes[view][k], self.image_size, is_flipped=flips[view][k],
                     reduction=reduction, orientation=headers[k].orientation, out=target,
+                    interpolation=self.views[view].crop.interpolation,
                 )  # fmt: skip
                 for step in steps[view][k]:
                     step(target)
@@ -278,6 +279,7 @@ def crop(
     reduction: int = 1,
     orientation: int = 1,
     out: np.ndarray | None = None,
+    interpolation: Interpolation = "bilinear",
 ) -> np.ndarray:
     """Cut a box out of a picture, turn it upright, and resize it to a view.
 
@@ -290,6 +292,7 @@ def crop(
         reduction: 1, 2, 4 or 8.
         orientation: EXIF's: how the stored pixels are to be turned.
         out: Where to write the view, contiguous; a new array if none.
+        interpolation: See `resize`.
     Returns:
         uint8 [size, size, 3].
     """
@@ -298,34 +301,43 @@ def crop(
         half = reduction // 2
         top, left = (top + half) // reduction, (left + half) // reduction
         bottom, right = (bottom + half) // reduction, (right + half) // reduction
-    view = resize(upright(image[top:bottom, left:right], orientation), size, size, out)
+    part = upright(image[top:bottom, left:right], orientation)
+    view = resize(part, size, size, out, interpolation)
     return cv2.flip(view, 1, dst=view) if is_flipped else view
 
 
-def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+def resize(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    out: np.ndarray | None = None,
+    interpolation: Interpolation = "bilinear",
+) -> np.ndarray:
     """Resize with little aliasing at little more than the cost of bilinear interpolation.
 
     Up to a factor of 1.55 bilinear; up to 2.6 a binomial blur first (1 2 1, along the axes that
     shrink by more than 1.2), then bicubic or bilinear, whichever is closer to a tent as wide as the
-    factor; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear.
+    factor; above 2.6 that tent itself, exact, as Pillow's and torch's antialiased bilinear. Bicubic
+    is exact for every factor, as theirs.
 
     Args:
         image: uint8 [h, w, 3]; a slice is fine.
         height: New height in pixels.
         width: New width in pixels.
         out: Where to write the result, contiguous; a new array if none.
+        interpolation: bilinear or bicubic.
     Returns:
         uint8 [height, width, 3].
     """
     out = np.empty((height, width, 3), np.uint8) if out is None else out
     fy, fx = image.shape[0] / height, image.shape[1] / width
-    if fy <= _NO_BLUR and fx <= _NO_BLUR:
-        return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
-    if fy > _MAX_BINOMIAL or fx > _MAX_BINOMIAL:
+    if interpolation == "bicubic" or fy > _MAX_BINOMIAL or fx > _MAX_BINOMIAL:
         whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        small = functional.interpolate(whole, (height, width), mode="bilinear", antialias=True)
+        small = functional.interpolate(whole, (height, width), mode=interpolation, antialias=True)
         out[:] = small[0].permute(1, 2, 0).numpy()
         return out
+    if fy <= _NO_BLUR and fx <= _NO_BLUR:
+        return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
     taps = (3 if fx > _BLUR_TOO else 1, 3 if fy > _BLUR_TOO else 1)
     kind = cv2.INTER_CUBIC if fy * fx < _CUBIC**2 else cv2.INTER_LINEAR
     blurred = cv2.GaussianBlur(image, taps, 0)

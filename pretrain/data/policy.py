@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from common.config import with_sections
 from common.errors import UserError, require, unknown, within_0_and_1
 from pretrain.data.augmentations.operation import Operation, Parameters
 from pretrain.data.random_numbers import draw_uniforms
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,13 @@ class Crop:
     Attributes:
         scale: Range of its area, as a share of the picture's.
         ratio: Range of width / height, drawn uniformly in its logarithm.
+        interpolation: How it is resized, antialiased: bilinear, approximated for speed, or bicubic,
+            exact as Pillow's. Bicubic is sharper, and slower.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         low, high = self.scale

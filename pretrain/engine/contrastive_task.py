@@ -36,6 +36,8 @@ NOT_COMPARED = (
 ADDED_LATER = {
     "engine.batch_norm": "per_process",
     "optim.lars_norm": "joint",
+    "data.augmentation.view1.crop.interpolation": "bilinear",
+    "data.augmentation.view2.crop.interpolation": "bilinear",
 }
 
 

@@ -147,6 +147,27 @@ def test_crop_writes_into_a_batch() -> None:
     assert not batch[0].any()
 
 
+@pytest.mark.parametrize("size", [24, 90])
+def test_bicubic_views_are_those_of_pillow(size: int) -> None:
+    """Shrunk and enlarged; the other view stays as it is without the option."""
+    policies = ViewPolicy(), ViewPolicy(Crop(interpolation="bicubic"))
+    image = falling_spectrum(60, 80)
+    _, data = cv2.imencode(".png", image[..., ::-1])
+    views = np.zeros((2, 20, size, size, 3), np.uint8)
+    samples = [crops.Sample(k, k, 0, -1, data.tobytes()) for k in range(20)]
+    assert crops.ViewWriter(image_size=size, views=policies, seed=3).write(samples, views) == {}
+    for number, view in enumerate(views):
+        drawn = draw_one(sizes(20, 60, 80), np.arange(20), 0, **SEED | {"view_index": number})
+        for ours, (top, left, height, width), flip in zip(
+            view, drawn.boxes.tolist(), drawn.flips, strict=True
+        ):
+            box = image[top : top + height, left : left + width]
+            resized = Image.fromarray(box).resize((size, size), Image.Resampling.BICUBIC)
+            expected = resize(box, size, size) if number == 0 else np.asarray(resized)
+            expected = expected[:, ::-1] if flip else expected
+            assert np.abs(ours.astype(int) - expected).max() <= 2 * number
+
+
 def test_reduced_pictures_keep_crops_larger_than_the_view() -> None:
     sides = np.array([30, 64, 65, 129, 130, 259, 260, 519, 520, 4000])
     assert reductions_for(sides, 64).tolist() == [1, 1, 1, 1, 2, 2, 4, 4, 8, 8]

@@ -68,6 +68,7 @@ def test_single_settings_change_a_preset(tmp_path: Path) -> None:
         ("augmentation.view1.crop.scale=[0.5,0.1]", r"crop\.scale .* 0 < low <= high <= 1"),
         ("augmentation.view1.crop.scale=[0,1]", r"crop\.scale .* 0 < low <= high <= 1"),
         ("augmentation.view1.crop.ratio=[2,1]", r"crop\.ratio .* 0 < low <= high"),
+        ("augmentation.view1.crop.interpolation=nearest", "interpolation"),
         ("augmentation.view2.flip.probability=2", r"flip\.probability must be in \[0, 1\]"),
     ],
 )
