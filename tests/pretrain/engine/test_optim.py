@@ -78,11 +78,14 @@ class NumpyLARS:
 @pytest.mark.parametrize("norm", ["joint", "separate"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(("weight_decay", "momentum", "eta"), [(0.0, 0.9, 1e-3), (0.1, 0.8, 0.02)])
-def test_lars_equals_numpy_over_several_steps(weight_decay, momentum, eta, clip, norm):
+def test_lars_equals_numpy_over_several_steps(monkeypatch, weight_decay, momentum, eta, clip, norm):
     """The rate falls from above to below the layers' own rates, so that clipping does and not.
 
-    One step has no gradient in the projector, whose decay then counts in one of the forms only.
+    One step has no gradient in the projector, whose decay then counts in one of the forms only. One
+    of the forms takes all layers together, as on a GPU.
     """
+    if norm == "separate":
+        monkeypatch.setattr(LARS, "step", step_as_on_a_gpu)
     net = network()
     options = {"momentum": momentum, "weight_decay": weight_decay}
     reference = NumpyLARS(net, 0.5, eta=eta, clip=clip, norm=norm, **options)
@@ -150,7 +153,8 @@ def test_lars_in_fp32_equals_single_tensors_bit_for_bit(monkeypatch, weight_deca
 def test_a_step_reads_no_value_to_the_host(monkeypatch, name):
     monkeypatch.setattr(LARS, "step", step_as_on_a_gpu)
     net = network()
-    optimizer = make_optimizer(net, config(name=name, lars_clip=True), lr=0.5)
+    settings = config(name=name, lars_clip=True, lars_norm="separate")
+    optimizer = make_optimizer(net, settings, lr=0.5)
     set_gradients(net, 0)
     with counted_syncs() as counter:
         optimizer.step()
