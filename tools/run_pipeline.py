@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="bash tools/run_pipeline.sh",
     )
     add = parser.add_argument
-    add("config", nargs="?", help="smoke, demo, compare, photos, or a YAML of one's own; none with "
+    add("config", nargs="?", help="smoke, demo, photos, compare, or a YAML of one's own; none with "
         "--labels")  # fmt: skip
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     add("--out", metavar="DIR", help="folder of the run (default: runs/<name>)")
