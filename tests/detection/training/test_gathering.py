@@ -63,6 +63,7 @@ def second_process(_: int, root: Path, folder: Path) -> None:
         assert not evaluate(root, 1, NUM_PROCESSES)  # only the first process has the result
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_gather_what_one_has(tmp_path: Path, monkeypatch) -> None:
     """This process is the first of the two: only the second has to import everything."""

@@ -1,5 +1,6 @@
 """The training command: results, exact repetition, resume, refusals."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,21 +109,28 @@ def close_files(trainer: Trainer) -> None:
             writer.close()
 
 
-def test_interrupted_run_ends_as_the_uninterrupted_one(train, tmp_path, monkeypatch):
-    schedule = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "2")
-    assert train("random", *schedule, out="whole") == 0
+@contextlib.contextmanager
+def killed_at(iteration: int) -> Iterator[None]:
+    """Training within ends before an iteration, and does nothing else."""
     run_step = Trainer.run_step
 
-    def die_at_3(self: Trainer) -> None:
-        if self.iter == 3:
+    def die(self: Trainer) -> None:
+        if self.iter == iteration:
             raise Killed
         run_step(self)
 
-    monkeypatch.setattr(Trainer, "run_step", die_at_3)
-    monkeypatch.setattr(Trainer, "after_train", close_files)  # a killed process does nothing else
-    with pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run_step", die)
+        patch.setattr(Trainer, "after_train", close_files)
+        with pytest.raises(Killed):
+            yield
+
+
+def test_interrupted_run_ends_as_the_uninterrupted_one(train, tmp_path):
+    schedule = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "2")
+    assert train("random", *schedule, out="whole") == 0
+    with killed_at(3):
         train("random", *schedule, out="killed")
-    monkeypatch.undo()
     folder = tmp_path / "killed" / "seed-0"
     assert not (folder / "result.json").exists()
     (folder / "model_0000009.pth.77.partial").write_text("half a checkpoint")
@@ -158,19 +166,9 @@ def test_a_finished_seed_trains_on_as_if_it_had_been_longer_from_the_start(
         assert re.search(message, capsys.readouterr().err)
     assert read(folder / "result.json") == result
 
-    run_step = Trainer.run_step
-
-    def die_at_5(self: Trainer) -> None:
-        if self.iter == 5:
-            raise Killed
-        run_step(self)
-
     # Killed on its way, it goes on from the later checkpoint, not from the end of the shorter one.
-    monkeypatch.setattr(Trainer, "run_step", die_at_5)
-    monkeypatch.setattr(Trainer, "after_train", close_files)
-    with pytest.raises(Killed):
+    with killed_at(5):
         train("random", *longer)
-    monkeypatch.undo()
     assert not (folder / "result.json").exists()
     assert all(torch.equal(value, state[name]) for name, value in final_model(folder).items())
     assert train("random", *longer) == 0

@@ -1,10 +1,12 @@
 """The config file of a test module, its command line run in this process, and its runs."""
 
 import pytest
+import torch
 import yaml
 
 from pretrain.__main__ import main
 from pretrain.config import load_config
+from pretrain.engine.trainer import Trainer
 from pretrain.run import make_trainer
 
 
@@ -44,3 +46,32 @@ def make_run(config_file, shards, tmp_path):
         return make_trainer(load_config(config_file, options), resume=resume)
 
     return make
+
+
+@pytest.fixture
+def disturb(monkeypatch):
+    """disturb({3: "gradient", 5: "picture"}): what is not finite in which step, from 1 on.
+
+    Returns the batches that were seen, by step.
+    """
+    original = Trainer.step
+
+    def install(kinds):
+        seen = {}
+
+        def disturbed(self, batch):
+            number = self.position.step + 1
+            seen[number], kind = batch, kinds.get(number)
+            if kind == "picture":
+                batch.views[0, 1, 2, 3, 4] = torch.nan
+            factor = torch.inf if kind == "gradient" else 1.0
+            weight = self.task.model.online.projector[0].weight
+            handle = weight.register_hook(lambda gradient: gradient * factor)
+            result = original(self, batch)
+            handle.remove()
+            return result
+
+        monkeypatch.setattr(Trainer, "step", disturbed)
+        return seen
+
+    return install

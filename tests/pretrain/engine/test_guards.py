@@ -19,37 +19,13 @@ SECONDS = 2.0  # no step of this network takes so long, also beside other work
 BASE = SMALL | {"optim": SMALL["optim"] | {"epochs": 1}}
 
 
-@pytest.fixture
-def disturb(monkeypatch):
-    """disturb(3, "picture"): what goes wrong in which step, from 1 on; gives batches by step."""
-    original = Trainer.step
-
-    def install(bad_step, kind):
-        seen = {}
-
-        def disturbed(self, batch):
-            number = self.position.step + 1
-            seen[number] = batch
-            if number == bad_step and kind == "picture":
-                batch.views[0, 1, 2, 3, 4] = torch.nan
-            if number == bad_step and kind == "gradient":
-                weight = self.task.model.online.projector[0].weight
-                weight.register_hook(lambda g: torch.full_like(g, torch.inf))
-            return original(self, batch)
-
-        monkeypatch.setattr(Trainer, "step", disturbed)
-        return seen
-
-    return install
-
-
 def written(folder, step):
     return json.loads((folder / "nonfinite" / f"step-{step:08d}.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["picture", "gradient"])
 def test_a_step_that_is_not_finite_ends_the_run_and_keeps_its_batch(start, disturb, kind):
-    seen = disturb(4, kind)
+    seen = disturb({4: kind})
     result = start("run", "engine.log_every_steps=1000", "engine.checkpoint_every_steps=3")
     what = "the loss is nan" if kind == "picture" else "the gradient norm is (inf|nan)"
     message = error_of(result, 1)
@@ -79,7 +55,7 @@ def test_where_the_device_is_not_waited_for_the_first_bad_step_is_known(
         self._is_always_due = False
 
     monkeypatch.setattr(guards.NonFiniteGuard, "__init__", lazy)
-    seen = disturb(3, "picture")
+    seen = disturb({3: "picture"})
     intervals = {"log": "engine.log_every_steps", "checkpoint": "engine.checkpoint_every_steps"}
     options = [f"{key}={5 if name == where else 1000}" for name, key in intervals.items()]
     result = start("run", *options)

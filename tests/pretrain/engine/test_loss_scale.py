@@ -7,7 +7,6 @@ import torch
 
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import copied
-from pretrain.engine.trainer import Trainer
 from tests.pretrain.engine.run_helpers import (
     SMALL,
     assert_same_state,
@@ -27,28 +26,6 @@ def _start_low(monkeypatch):
     """A lower first scale, which doubles sooner."""
     scaler = partial(torch.amp.GradScaler, init_scale=START, growth_interval=4)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-
-
-@pytest.fixture
-def disturb(monkeypatch):
-    """disturb({3: "gradient", 5: "picture"}): what is not finite in which step, from 1 on."""
-    original = Trainer.step
-
-    def install(kinds):
-        def disturbed(self, batch):
-            kind = kinds.get(self.position.step + 1)
-            if kind == "picture":
-                batch.views[0, 1, 2, 3, 4] = torch.nan
-            weight = self.task.model.online.projector[0].weight
-            factor = torch.inf if kind == "gradient" else 1.0
-            handle = weight.register_hook(lambda gradient: gradient * factor)
-            result = original(self, batch)
-            handle.remove()
-            return result
-
-        monkeypatch.setattr(Trainer, "step", disturbed)
-
-    return install
 
 
 @pytest.mark.parametrize("way", WAYS)
