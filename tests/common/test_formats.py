@@ -243,6 +243,24 @@ def test_every_class_is_on_both_sides_where_possible(rows, share, seed):
     assert on_both_sides(classes_of, val) == possible
 
 
+def test_a_yolo_export_without_its_parts(tmp_path: Path) -> None:
+    """Roboflow names three folders in every data.yaml; an export may have the first only."""
+    lines = (
+        "names: [cat, dog]\ntrain: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+    )
+    for number in range(5):
+        layouts.paint(tmp_path / f"train/images/{number}.jpg", NAMES[0])
+        write(tmp_path / f"train/labels/{number}.txt", "0 0.5 0.5 0.2 0.2\n")
+    write(tmp_path / "data.yaml", lines)
+    data = read_set(tmp_path)
+    assert (data.num_train, len(data.test.pictures)) == (4, 1)
+    assert data.repaired["lists of data.yaml that are not there: left out"] == 2
+    # Other pictures in a folder of the same last name are not taken for those of the list.
+    (tmp_path / "train/images").rename(tmp_path / "images")
+    with pytest.raises(UserError, match=r"train: \.\./train/images: no such folder"):
+        read_set(tmp_path)
+
+
 def test_copies_of_a_picture_are_on_one_side(tmp_path: Path) -> None:
     """Roboflow's; other names that begin alike are pictures of their own."""
     for name, number in product(NAMES[:5], range(3)):

@@ -44,6 +44,7 @@ _LISTS = ("train", "val", "valid", "test")
 SCORES = "boxes with a score: the score is not used"
 KEYPOINTS = "objects with key points: these are not used"
 NO_FILE = "pictures without a text file: taken as without objects"
+NO_LIST = "lists of data.yaml that are not there: left out"
 MOVED = "paths of another place: found below the folder"
 
 
@@ -167,8 +168,9 @@ def _lists(
                 raise UserError(f"{path}: {name} holds {one!r:.60}; give a folder or a text file")
             place = _place(root, one, bases, findings)
             if place is None:
-                if role_of(name) == "test":
-                    continue  # Roboflow writes the line also where there is no such picture
+                if role_of(name) != "train":
+                    findings.repairs[NO_LIST] += 1  # Roboflow writes the lines of all three
+                    continue
                 raise UserError(f"{path or root}: {name}: {one}: no such folder or file below "
                                 f"{root}; correct the path")  # fmt: skip
             if (root / place).is_dir():
@@ -191,7 +193,8 @@ def _place(
     """Where a path of data.yaml or of a list is below the folder; None if nowhere.
 
     It is looked for as it is, below `path`, and without its first folders, since Roboflow writes
-    ../train/images, and others paths of another machine.
+    ../train/images, and others paths of another machine. A folder called train or the like is not
+    dropped: the pictures of ../train/images are not those of images.
     """
     given = PurePosixPath(name.strip().replace("\\", "/"))
     for place in (*(base / given for base in bases), given):
@@ -200,6 +203,8 @@ def _place(
     parts = [part for part in given.parts if part not in ("..", "/")]
     for start in range(len(parts)):
         place = PurePosixPath(*parts[start:])
+        if role_of(*parts[:start]) is not None:
+            break
         if (root / place).exists():
             if start or given.is_absolute():
                 findings.repairs[MOVED] += 1
