@@ -30,7 +30,9 @@ def test_name_chooses_the_class_of_a_section(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("objective: {name: moco, num_negatives: 512, temperature: 0.5}\n")
     assert objective(path=file) == MoCo(num_negatives=512, temperature=0.5)
-    assert objective("objective.num_negatives=256", path=file).num_negatives == 256
+    assert objective("objective.num_negatives=256", path=file) == MoCo(
+        num_negatives=256, temperature=0.5
+    )
     assert objective("objective=moco") == MoCo()
     # Settings of the file's choice that the other one lacks stay behind, common ones stay.
     assert objective("objective.name=infonce", path=file) == InfoNce(temperature=0.5)
