@@ -304,6 +304,12 @@ def _check_detector(cfg: CfgNode, path: Path) -> None:
     for key, needed in _NEEDS_MORE.items():
         if cfg.MODEL[key.removeprefix("MODEL.")]:
             raise UserError(f"{path}: {key}: sets here hold no {needed}, only boxes; set False")
+    resnets = cfg.MODEL.RESNETS
+    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
+        raise UserError(
+            f"{path}: MODEL.RESNETS.RES2_OUT_CHANNELS {resnets.RES2_OUT_CHANNELS}: Detectron2 "
+            f"builds ResNet-{resnets.DEPTH} with 64; give 64, or a thin ResNet-50"
+        )
 
 
 def set_num_classes(cfg: CfgNode, num_classes: int) -> None:

@@ -121,6 +121,7 @@ def test_schedule_is_scaled_with_max_iter() -> None:
         ("MODEL.MASK_ON=True", "sets here hold no masks"),
         ("MODEL.LOAD_PROPOSALS=True", "hold no files of proposals"),
         ("MODEL.PROPOSAL_GENERATOR.NAME=PrecomputedProposals", "give RPN"),
+        ("MODEL.RESNETS.DEPTH=18 MODEL.RESNETS.RES2_OUT_CHANNELS=16", "ResNet-18 with 64; give 64"),
         ("MODEL.RETINANET.NUM_CLASSES=3", "follows from the data set's class list"),
         # On a CPU:
         ("MODEL.RESNETS.NORM SyncBN", r"MODEL.RESNETS.NORM SyncBN: runs on GPUs only.*naiveSyncBN"),
