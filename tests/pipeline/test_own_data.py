@@ -193,6 +193,7 @@ def test_wrong_words(folders, capsys):
 
 def test_the_yaml_is_left_in_the_run_and_goes_on(folders, monkeypatch, capsys):
     monkeypatch.setattr(auto, "_measure", lambda *_: COSTS)
+    monkeypatch.setattr(own_data, "_decode_seconds", lambda _: 0.001)
     images, labels, out = (folders / name for name in ("my: 'é' \udcff #1", "labels", "run"))
     (folders / "images").rename(images)
     text = auto.prepare(images, labels, out, "quick", is_dry=True)
