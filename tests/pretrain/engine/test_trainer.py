@@ -253,10 +253,11 @@ def kill_at(where, number, arguments):
 
 KILLS = [
     pytest.param([], 0, "step", 7, id="infonce-in_process"),
-    pytest.param(BYOL, 1, "save", 8, id="byol-worker-while_saving", marks=pytest.mark.slow),
+    pytest.param(BYOL, 1, "save", 8, id="byol-worker-while_saving"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "num_workers", "where", "number"), KILLS)
 def test_killed_and_resumed_equals_uninterrupted(
     start, config_file, shards, tmp_path, overrides, num_workers, where, number
