@@ -117,20 +117,25 @@ def test_tasks_make_the_same_and_tell_of_a_bad_picture(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_cancels_the_tasks(picture_folder, tmp_path, monkeypatch):
+def test_ctrl_c_cancels_the_tasks(tmp_path, monkeypatch):
+    """A shard for each of many pictures: the tasks are not done before they are cancelled."""
+    num, out = 400, tmp_path / "out"
+    write_pictures(tmp_path / "in", num)
+
     def interrupt(seconds: float) -> None:
-        until(lambda: list((tmp_path / PARTS / "tasks").glob("*_log.out")))
+        until(lambda: list((out / PARTS / "tasks").glob("*_log.out")))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(pack, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
         with pytest.raises(KeyboardInterrupt):
             write_shards(
-                sources(picture_folder), tmp_path, options=TEN, cluster=Cluster("local", 2)
-            )
-    until(lambda: not is_held(tmp_path / PARTS / "tasks.lock"))
+                sources(tmp_path / "in"), out, options=ShardOptions(max_samples_per_shard=1),
+                cluster=Cluster("local", 2),
+            )  # fmt: skip
+    until(lambda: not is_held(out / PARTS / "tasks.lock"))
     time.sleep(0.5)
-    assert len(list(tmp_path.glob("*.tar"))) < 4, "the tasks went on"
+    assert len(list(out.glob("*.tar"))) < num, "the tasks went on"
 
 
 @pytest.fixture
