@@ -64,6 +64,12 @@ def parser() -> argparse.ArgumentParser:
             f"(default: {default.short_side} {default.long_side})")
         return add
 
+    def add_packages(add: Callable, name: str, content: str) -> None:
+        add("--packages-dir", type=Path, metavar="DIR",
+            help="folder with the .deb files, if they shall not be fetched")
+        add("--cache", type=Path, metavar="DIR", help=f"folder for packages and {content} "
+            f"(default: $FA_CACHE/{name}, else .cache/{name})")
+
     text = "generated scenes of six classes, no downloads"
     add = add_kind("procedural", make_procedural, text, is_generated=True)
     add("--num-classes", type=int, default=6, metavar="N", help="use the first N (default: 6)")
@@ -76,10 +82,7 @@ def parser() -> argparse.ArgumentParser:
         help="coarse: animal, plant, artefact; medium: 5; fine: 11 classes (default: coarse)")
     add("--split-seed", type=int, default=0, metavar="N",
         help="chooses which cut-outs and scenes are kept for the test (default: 0)")
-    add("--packages-dir", type=Path, metavar="DIR",
-        help="folder with the .deb files, if they shall not be fetched")
-    add("--cache", type=Path, metavar="DIR",
-        help="folder for packages and pictures (default: $FA_CACHE/photos, else .cache/photos)")
+    add_packages(add, "photos", "pictures")
     kinds.choices["photos"].set_defaults(clutter=0.3)
 
     text = "letters of many fonts out of Debian packages; scenes of them with boxes"
@@ -90,10 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="side of the pictures of pool and probe (default: 40)")
     add("--fonts-dir", type=Path, metavar="DIR",
         help="take all fonts below this folder, as those of this machine, instead of the packages")
-    add("--packages-dir", type=Path, metavar="DIR",
-        help="folder with the .deb files, if they shall not be fetched")
-    add("--cache", type=Path, metavar="DIR",
-        help="folder for packages and fonts (default: $FA_CACHE/letters, else .cache/letters)")
+    add_packages(add, "letters", "fonts")
     kinds.choices["letters"].set_defaults(
         num_pool=14_144, num_probe_train=3068, num_probe_val=2184,
         image_size=[128, 160], max_objects=5, max_object=0.6,

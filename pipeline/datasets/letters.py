@@ -11,7 +11,7 @@ import shutil
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -232,12 +232,12 @@ class LetterSource(ProceduralSource):
     kind: ClassVar[str] = "letters"
     class_names: tuple[str, ...] = CLASSES
     root: Path = Path()
-    files: dict[str, tuple[str, ...]] | None = None
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     picture_side: int = 40
 
     def _fonts(self, part: str) -> tuple[str, ...]:
         name = {"probe/train": "train", "probe/val": "test"}.get(part, part)
-        return (self.files or {})[name]
+        return self.files[name]
 
     def _attempt(self, rng: np.random.Generator, part: str, index: int) -> Scene:
         if part in ("train", "test"):
