@@ -230,7 +230,7 @@ class EngineConfig:
     compile: bool = False  # the backbone, by torch.compile; takes minutes before the first step
     batch_norm: Literal["per_process", "synchronised"] = "per_process"  # whose rows BN sees
     activation_checkpointing: bool = False  # stages are computed twice, and not kept: less memory
-    num_threads: int = 0  # of the CPU; 0 leaves torch's own choice
+    num_threads: int = 0  # of the CPU; 0: as many as there are free cores
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 2  # the newest ones stay in checkpoints/; 2: one to fall back on

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError, require
 from common.files import is_whole
+from common.threads import choose_threads
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline
@@ -47,9 +48,11 @@ def make_trainer(
     check_wandb(config.tracking)
     device = dist.choose_device(engine.device)
     dist.start(device.type)
-    if engine.num_threads:
-        torch.set_num_threads(engine.num_threads)
     folder, lock = run_folder.prepare(config, resume=resume)
+    # A run that is continued goes on with as many threads, so that it rounds alike.
+    num_threads = choose_threads(engine.num_threads, run_folder.earlier_threads(folder))
+    if num_threads:
+        torch.set_num_threads(num_threads)
     input_pipeline = InputPipeline(
         config.data,
         seed=config.seed,

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the checkpoint says none, as for tools/convert_to_d2.py")  # fmt: skip
     add("--stride-in", choices=("3x3", "1x1"), help="the same of a Detectron2 file")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
     add_check_options(parser)
     return parser
 
@@ -99,14 +99,14 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from common.backbone import parse_preprocessing
-    from common.provenance import usable_cores
+    from common.threads import choose_threads
     from pretrain import collectives as dist
     from pretrain.evaluation import embedding
     from pretrain.evaluation.linear.config import LinearConfig
     from pretrain.evaluation.linear.features import RANDOM, FrozenBackbone
     from pretrain.load import checkpoint_of
 
-    num_threads = arguments.threads or usable_cores()
+    num_threads = choose_threads(arguments.threads or 0) or torch.get_num_threads()
     torch.set_num_threads(num_threads)
     source, pixels = arguments.checkpoint, arguments.preprocessing
     if not source.startswith(RANDOM):

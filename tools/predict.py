@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, metavar="N",
         help="pictures per forward pass (default: 1 on a CPU, where more are slower; "
         "TEST.IMS_PER_BATCH on a GPU; 1: no picture depends on another)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
     add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
     add("--max-bad", type=int, default=0, metavar="N",
         help="leave out up to N pictures that do not decode (default: 0)")  # fmt: skip
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     from common.drawing import drawable_name
     from common.picture_files import find_files
     from common.pictures import BadPicture
-    from common.provenance import usable_cores
+    from common.threads import choose_threads
     from detection.predict import Prediction, find_weights, load_detector
     from detection.prediction.sources import (
         OpenedPicture,
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     unknown = [name for name in formats if name not in FORMATS]
     require(not unknown, f"--format {', '.join(unknown)}: give some of {', '.join(FORMATS)}")
-    num_threads = arguments.threads or usable_cores()
+    num_threads = choose_threads(arguments.threads or 0) or torch.get_num_threads()
     torch.set_num_threads(num_threads)
     files = find_files(arguments.pictures, arguments.out, holds_predictions)
     weights = find_weights(arguments.detector)

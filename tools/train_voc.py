@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--metric-year", type=int, choices=(2007, 2012), help="11-point or area AP")
     add("--num-gpus", type=num_gpus, default=1, metavar="N",
         help="processes, one GPU each; auto: all GPUs that are there (default: 1)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, all cores)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
     add_check_options(parser)

@@ -26,6 +26,7 @@ from common.config import dotted
 from common.errors import UserError
 from common.files import LOCK, held, read_record, sha256_of, write_json
 from common.picture_draws import METRICS, draw_pictures, intervals, read_draws, write_draws
+from common.threads import choose_threads
 from detection.evaluation.evaluate import evaluate_detector
 from detection.evaluation.resampled_ap import resampled_ap
 from detection.training.config import load_config
@@ -60,7 +61,7 @@ def evaluate_on(
         seeds: Which ones; None: all that are finished.
         choice: Its format, test list and metric (default: the one of the training).
         overrides: Dotted key of the detector's config -> value; keys of TEST only.
-        num_threads: On the CPU; None: PyTorch's choice.
+        num_threads: On the CPU; None: as many as there are free cores.
         overwrite: Whether a result that was made with another model or set is replaced.
 
     Returns:
@@ -82,8 +83,8 @@ def evaluate_on(
     with ExitStack() as locks:
         for folder in folders:
             locks.enter_context(held(folder / LOCK))
-        if num_threads:
-            torch.set_num_threads(num_threads)
+        if chosen := choose_threads(num_threads or 0):
+            torch.set_num_threads(chosen)
         return _evaluate_seeds(root, out, folders, choice or SetChoice(), overrides, overwrite)
 
 

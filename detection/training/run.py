@@ -39,6 +39,7 @@ from common.files import (
     write_json,
 )
 from common.picture_draws import METRICS
+from common.threads import choose_threads
 from detection.evaluation.evaluate import Evaluation
 from detection.training.config import (
     arch_of_config,
@@ -127,7 +128,7 @@ def run_arm(
         settings: What is trained.
         out: Folder for the results.
         seeds: One run each.
-        num_threads: On the CPU; None: PyTorch's choice.
+        num_threads: On the CPU; None: as many as there are free cores.
         overwrite: Whether seeds made with other settings are trained again.
 
     Returns:
@@ -143,8 +144,12 @@ def run_arm(
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder / LOCK):
             if not is_finished(folder, arm.compared, overwrite=overwrite):
-                write_json(folder / "run.json", {"settings": arm.compared, "seed": seed})
-                arguments = (arm, seed, folder, num_threads)
+                # A seed that is continued goes on with as many threads, so that it rounds alike.
+                record = read_record_or_none(folder / "run.json", {"num_threads": int}) or {}
+                chosen = choose_threads(num_threads or 0, record.get("num_threads"))
+                record = {"settings": arm.compared, "seed": seed, "num_threads": chosen}
+                write_json(folder / "run.json", record)
+                arguments = (arm, seed, folder, chosen)
                 launch(_train_seed, arm.num_gpus, dist_url="auto", args=arguments)
             results.append(read_result(folder / "result.json"))
     summary = summarise(results, seeds)

@@ -31,6 +31,7 @@ from pretrain.data.input_pipeline import DeviceBatch
 from pretrain.engine import checkpoint
 from pretrain.engine.trainer import Callback, Position, StepResult
 
+ENVIRONMENT = "environment.json"
 _ROW: files.Form = {"kind": str, "step": int}
 
 
@@ -63,6 +64,13 @@ def prepare(config: PretrainConfig, *, resume: bool) -> tuple[Path, ExitStack]:
     return folder, lock
 
 
+def earlier_threads(folder: Path) -> int | None:
+    """How many threads the run that stands there computes with; None if none has begun."""
+    environment = files.read_record_or_none(folder / ENVIRONMENT) or {}
+    number = environment.get("num_threads")
+    return number if isinstance(number, int) and checkpoint.is_in(folder) else None
+
+
 class RunFolder(Callback):
     """Writes what stands beside a run, in the first process, and frees the folder at the end.
 
@@ -91,7 +99,7 @@ class RunFolder(Callback):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "num_threads": torch.get_num_threads(),
         }
-        files.write_json(self._folder / "environment.json", environment)
+        files.write_json(self._folder / ENVIRONMENT, environment)
         return self
 
     def on_end(self) -> None:

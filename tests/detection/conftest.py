@@ -19,7 +19,9 @@ _ROOT_KEYS = ("SOLVER", "MODEL", "TEST", "INPUT", "DATALOADER")
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # programs leave it at that, too
+        yield
     torch.set_num_threads(before)
 
 

@@ -24,6 +24,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from common import threads
 from common.annotations.record import read_set
 from common.files import read_json as read
 from detection.training.config import load_config, parse_overrides
@@ -359,6 +360,22 @@ def test_a_config_says_which_lists_of_a_devkit_count(tmp_path: Path) -> None:
     arm = prepare(ArmSettings(None, CONFIGS / "voc0712_R50_C4_24k.yaml", root))
     assert [split.folder.name for split in arm.data.train] == ["VOC2007", "VOC2012"]
     assert prepare(ArmSettings(None, CONFIGS / "thin_R50_C4.yaml", root)).data.num_train == 1
+
+
+def test_a_seed_that_goes_on_has_as_many_threads_as_before(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setattr(threads, "free_cores", lambda: 1.0)
+    assert train("random") == 0
+    assert read(tmp_path / "out/seed-0/run.json")["num_threads"] == 1
+    monkeypatch.setattr(threads, "free_cores", lambda: 3.0)  # idle now
+    assert train("random", "SOLVER.MAX_ITER=4", "SOLVER.STEPS=[2]") == 0
+    assert read(tmp_path / "out/seed-0/run.json")["num_threads"] == 1
+    assert read(tmp_path / "out/seed-0/result.json")["num_threads"] == 1
+    assert train("random", "--seeds", "1") == 0
+    assert read(tmp_path / "out/seed-1/result.json")["num_threads"] == 3
+    torch.set_num_threads(1)
 
 
 def test_a_protocol_is_scaled_to_one_gpu(train: Callable[..., int], tmp_path: Path) -> None:

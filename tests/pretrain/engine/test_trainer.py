@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from common import threads
 from common.files import read_json_lines
 from pretrain.__main__ import main
 from pretrain.config import load_config
@@ -419,6 +420,22 @@ def test_arch_heads_and_threads_of_the_config_are_built(make_run):
     assert not norm.affine
     for head, number in ((online.projector, 2), (online.predictor, 1)):
         assert [m.p for m in head if isinstance(m, torch.nn.Dropout)] == [0.25] * number
+
+
+def test_a_resumed_run_has_as_many_threads_as_before(start, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setattr(threads, "free_cores", lambda: 1.0)
+    free = ("engine.num_threads=0", "optim.epochs=1")
+    status, folder, err = start("run", *free)
+    assert status == 0
+    assert "CPU threads: 1 (1.0 of" in err
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["num_threads"] == 1
+    monkeypatch.setattr(threads, "free_cores", lambda: 3.0)  # idle now
+    assert start("run", *free, "optim.epochs=2", "--resume", "--allow-changes")[0] == 0
+    assert json.loads((folder / "environment.json").read_text())["num_threads"] == 1
+    assert start("other", *free)[0] == 0
+    assert torch.get_num_threads() == 3
 
 
 def test_precision_decides_autocast(make_run):
