@@ -93,7 +93,7 @@ def limits_of(options: argparse.Namespace, **defaults: Any) -> Limits:
 
 
 def check(
-    config: PipelineConfig, stages: Sequence[Stage], root: Path, out: Path, *, is_dry: bool = False
+    config: PipelineConfig, stages: Sequence[Stage], root: Path, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Run the checks of some stages, each command once; return what they say, by stage.
 
@@ -105,7 +105,6 @@ def check(
         stages: Those that will run, or have run.
         root: The repository.
         out: The run's folder; if it is there, checks that passed are kept in it.
-        is_dry: Whether nothing is written.
     Raises:
         UserError: Naming all that was found.
     """
@@ -147,7 +146,7 @@ def check(
     faults += _contradictions(config, stages, facts, out)
     if faults:
         raise UserError("nothing was started:\n  " + "\n  ".join(dict.fromkeys(faults)))
-    if out.is_dir() and not is_dry:
+    if out.is_dir():
         write_json(out / CHECKS_FILE, kept)
     return facts
 
@@ -266,7 +265,7 @@ def run_experiment(
     chosen = [stage for stage in stages[: last + 1] if only(stage.name)]
     if is_dry:
         decisions = runner.plan(stages)
-        facts = check(config, chosen, ROOT, out, is_dry=True)
+        facts = check(config, chosen, ROOT, out)
         total = 0.0
         for stage in chosen:
             decision = decisions[stage.name]

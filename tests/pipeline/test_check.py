@@ -53,7 +53,7 @@ def test_what_is_right_passes_and_says_what_it_takes(folder, monkeypatch, capsys
     assert facts["random/seed-0"]["num_train"] > 0
     assert facts["shards"]["num_pictures"] == 12
 
-    # What passed is kept with the run, and a dry run shows times and writes nothing.
+    # What passed is kept with the run, and a dry run shows times and writes no more.
     monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
     assert checked(folder) == facts
     capsys.readouterr()

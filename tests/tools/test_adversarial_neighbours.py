@@ -8,10 +8,11 @@ import torch
 from pretrain.config import load_config
 from pretrain.data.shards import ShardIndex
 from pretrain.engine import checkpoint
+from pretrain.evaluation import neighbour_attack
+from pretrain.evaluation.neighbour_attack import NeighbourStudy
 from pretrain.run import make_trainer
 from tests.pretrain.data.picture_helpers import pack_pictures
 from tools import adversarial_neighbours as tool
-from tools.adversarial_neighbours import NeighbourStudy
 
 CONFIG = """\
 data: {image_size: 32, batch_size: 16, num_workers: 0}
@@ -64,7 +65,7 @@ def test_json_and_table(work, tmp_path, capsys):
 
 
 def test_the_figure_equals_its_definition(study, monkeypatch):
-    monkeypatch.setattr(tool, "BATCH_SIZE", 5)
+    monkeypatch.setattr(neighbour_attack, "BATCH_SIZE", 5)
     with torch.no_grad():
         clean = study.network.project(study.images)
         attacked = study.network.project(study.changed(study.images, 8.0, 3))
