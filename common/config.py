@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from common.errors import UserError, printable, unknown
+from common.errors import UserError, unknown
 from common.files import decode_text, read_regular
 
 Schema = TypeVar("Schema")
@@ -45,6 +45,7 @@ _YAML_TAG = "tag:yaml.org,2002:"
 # What PyYAML raises; those after ValueError for `!!timestamp x`, `!!bool x`, `!!int ""`.
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, AttributeError, KeyError, IndexError)
 _PYTHON_TAG = f"{_YAML_TAG}python"
+_FLOAT = f"{_YAML_TAG}float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 
 
 def find_config(name: str | Path, kind: str, presets: str = "**/*.yaml") -> Path:
@@ -81,9 +82,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: text such as 1e3 in quotes."""
+
+
+_Loader.add_implicit_resolver(*_FLOAT)
+_Dumper.add_implicit_resolver(*_FLOAT)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -231,7 +235,8 @@ def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def in_one_line(value: Any) -> str:
     """A plain value as YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    options: dict[str, Any] = {"default_flow_style": True, "allow_unicode": True, "width": 10**6}
+    text = yaml.dump(value, Dumper=_Dumper, **options)
     return text.removesuffix("\n...\n").strip()
 
 
@@ -295,59 +300,16 @@ def _parsed(schema: type, override: str) -> tuple[list[str], Any]:
 
 
 def with_overrides(schema: type, text: str, overrides: Sequence[str]) -> str:
-    """Write `key=value` overrides into YAML; its other lines and its comments stay.
+    """Settings as YAML with `key=value` overrides; the same text where they change nothing.
 
-    Args:
-        schema: As for `read_settings`.
-        text: Settings as YAML.
-        overrides: Each is named in a comment behind the line that it changes.
     Raises:
-        UserError: If an override is none, or the YAML is laid out so that it cannot be written in.
+        UserError: If an override or the YAML is none.
     """
-    for override in overrides:
-        before = _normal(schema, parse_yaml(text, "YAML"))
-        expected = _applied(schema, copy.deepcopy(before), [override])
-        if before == expected:
-            continue
-        key = override.partition("=")[0]
-        changed = _written(
-            text, key, _parsed(schema, override)[1], f"  # given: {printable(override)}"
-        )
-        try:
-            is_right = _normal(schema, parse_yaml(changed, "YAML")) == expected
-        except UserError:
-            is_right = False
-        if not is_right:
-            raise UserError(f"override {override!r}: write it into the YAML by hand, and leave it "
-                            "out of the command")  # fmt: skip
-        text = changed
-    return text
-
-
-def _written(text: str, key: str, value: Any, comment: str) -> str:
-    """YAML with a value at a dotted key: in place of the one there, or behind its neighbours."""
-    node, rest = yaml.compose(text, Loader=yaml.SafeLoader), key
-    while isinstance(node, yaml.MappingNode):
-        inner = [(name.value, one) for name, one in node.value
-                 if f"{rest}.".startswith(f"{name.value}.")]  # fmt: skip
-        if not rest or not inner:
-            break
-        rest, node = rest[len(inner[-1][0]) + 1 :], inner[-1][1]  # the last one counts
-    for name in reversed(rest.split(".") if rest else []):
-        value = {name: value}
-    new, last = in_one_line(value), node  # a block ends with its last value
-    while isinstance(last, yaml.CollectionNode) and last.value and not last.flow_style:
-        last = last.value[-1][1] if isinstance(last, yaml.MappingNode) else last.value[-1]
-    start, end = node.start_mark.index, last.end_mark.index
-    if rest and isinstance(node, yaml.MappingNode):
-        new = new[1:-1]
-        if node.flow_style:
-            start, new = end - 1, f"{', ' * bool(node.value)}{new}}}"
-        else:
-            start = end = (text + "\n").index("\n", end)
-            new = f"\n{' ' * node.start_mark.column}{new}"
-    line_end = (text + "\n").index("\n", end)
-    return text[:start] + new + text[end:line_end] + comment + text[line_end:]
+    before = _normal(schema, parse_yaml(text, "YAML"))
+    after = _applied(schema, copy.deepcopy(before), overrides)
+    if after == before:
+        return text
+    return yaml.dump(after, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _is_schema(kind: Any) -> bool:

@@ -30,6 +30,8 @@ from pipeline.run import has_nvidia_gpu, side_by_side
 YAML_FILE = "pipeline.yaml"
 BUDGETS = {"quick": 600, "hour": 3600, "night": 10 * 3600}
 """Seconds of a whole run."""
+_GIVEN = "# given: "
+_BEFORE = "# Before what was given, with the reason of each size:\n"
 _PLANNED_SHARE = 0.75  # of the budget: one measured step tells the time roughly
 _PRETRAIN_SHARE = 0.45  # of the time for training
 _SEEDS = {"quick": 1, "hour": 3, "night": 5}
@@ -382,6 +384,19 @@ def prepare(
     made_from = {"images": images and str(images), "labels": str(labels), "budget": budget}
     header = f"# {in_one_line(made_from)}\n"
     file = out / YAML_FILE
+
+    def changed(text: str) -> str:
+        """With the overrides; what was there before follows as comments."""
+        body, mark, before = text.partition(_BEFORE)
+        made = with_overrides(PipelineConfig, body, overrides)
+        if made == body:
+            return text
+        lines = body.removeprefix(header).splitlines()
+        given = [line for line in lines if line.startswith(_GIVEN)]
+        given += [f"{_GIVEN}{printable(word)}" for word in overrides]
+        before = before if mark else "\n".join(f"# {line}".rstrip() for line in lines) + "\n"
+        return "\n".join([header + given[0], *given[1:], made + _BEFORE + before])
+
     if file.is_file():
         text = read_text(file)
         require(
@@ -390,10 +405,9 @@ def prepare(
             f"tools/run_pipeline.sh {file} --out {out}`, or choose another --out",
         )
         say(f"settings: {file}, as it stands")
-        changed = with_overrides(PipelineConfig, text, overrides)
-        if changed != text and not is_dry:
-            write_text(file, changed)
-        return changed
+        if changed(text) != text and not is_dry:
+            write_text(file, changed(text))
+        return changed(text)
 
     data, machine = survey(images, labels), this_machine()
     more = f" ({', '.join(data.classes[:5])}{', ..' * (len(data.classes) > 5)})"
@@ -414,8 +428,7 @@ def prepare(
           f"(--budget {budget})")  # fmt: skip
     if sizes.seconds > BUDGETS[budget]:
         say(f"note:     that is more than --budget {budget}: less would not train at all")
-    text = header + to_yaml(data, machine, sizes, name, budget)
-    text = with_overrides(PipelineConfig, text, overrides)
+    text = changed(header + to_yaml(data, machine, sizes, name, budget))
     if not is_dry:
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, text)

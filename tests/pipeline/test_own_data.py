@@ -221,6 +221,9 @@ def test_the_yaml_is_left_in_the_run_and_goes_on(folders, monkeypatch, capsys):
     for text in (kept, new):
         assert "# faulty pictures and objects at most; they are counted" in text
         assert "# given: detection.seeds=3\n" in text
+    again = auto.prepare(images, labels, out, "quick", ["detection.seeds=4"], is_dry=False)
+    assert again.count("# given: detection.seeds=") == 2
+    assert again.partition(auto._BEFORE)[2] == kept.partition(auto._BEFORE)[2]
     with pytest.raises(UserError, match=r"did you mean detection\.seeds"):
         auto.prepare(images, labels, folders / "none", "quick", ["detection.seed=3"], is_dry=False)
 
