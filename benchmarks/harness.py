@@ -35,11 +35,9 @@ from pretrain.data.shards import ShardIndex
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 _SPECTRUM = ((4, 45), (8, 35), (16, 25), (32, 18), (64, 12), (128, 9), (250, 6))
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 VIEWS = AugmentationPolicy.of("asymmetric").views  # BYOL's
 SEED = 0
 ROOT = Path(__file__).resolve().parents[1]
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 K = TypeVar("K")
 T = TypeVar("T")
 

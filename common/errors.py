@@ -149,7 +149,7 @@ def memory_remedy(remedy: str) -> Iterator[None]:
 
 
 def run_command(
-    work: Callable[[], int],
+    work: Callable[[], int | None],
     *,
     failures: tuple[type[Exception], ...] = (),
     when_interrupted: str = "stopped; the same command goes on",
@@ -157,7 +157,7 @@ def run_command(
     """Do a command's work and report the errors that need no traceback on stderr.
 
     Args:
-        work: Returns the exit status of a command that came to its end.
+        work: Returns the exit status of a command that came to its end; None: 0.
         failures: Further exceptions that say "it went wrong", such as a library's own.
         when_interrupted: What to say after Ctrl-C.
     Returns:
@@ -168,7 +168,7 @@ def run_command(
         if isinstance(stream, io.TextIOWrapper):  # file names need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        return work() or 0
     except UserError as error:
         status, message = 2, f"error: {error}"
     except StoppedBySignal as error:
@@ -264,13 +264,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min " * bool(minutes) + f"{rest} s"
 
 
 def print_check(facts: Mapping[str, Any], *, as_json: bool) -> bool:
@@ -290,13 +286,9 @@ def _shown(key: str, value: Any) -> str:
         return str(value)
     if key == "seconds":
         return duration(value)
-    return (
-        f"{value / 1e6:,.1f} MB"
-        if key.endswith("bytes")
-        else f"{value:.5g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if key.endswith("bytes"):
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def run_or_check_each(main: Callable[[list[str] | None], int]) -> int:

@@ -67,31 +67,6 @@ class BadPicture(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
 
 
-@dataclass(frozen=True)
-class PictureShape:
-    """Size of a picture, upright, and how the file stores it.
-
-    Attributes:
-        width: In pixels, upright.
-        height: In pixels, upright.
-        orientation: EXIF's, from 1 to 8: how the stored pixels are to be turned.
-    """
-
-    width: int
-    height: int
-    orientation: int = 1
-
-    @property
-    def is_turned(self) -> bool:
-        """Whether rows and columns change places."""
-        return self.orientation >= 5
-
-    @property
-    def stored_size(self) -> tuple[int, int]:
-        """Width and height of the stored pixels."""
-        return (self.height, self.width) if self.is_turned else (self.width, self.height)
-
-
 def read_file(path: str | Path) -> bytes:
     """The bytes of a picture file.
 
@@ -241,7 +216,7 @@ def read_header(data: Encoded, *, where: str) -> Header:
         raise
     except ValueError:  # damaged
         shape, _ = _open_header(io.BytesIO(data), where)
-        width, height = shape.stored_size
+        height, width = shape.stored_size
     if orientation >= 5:
         height, width = width, height
     return Header(int(height), int(width), is_fast, orientation)
@@ -294,8 +269,8 @@ def fault_of(path: str | Path) -> str | None:
     return None
 
 
-def read_shape(path: Path) -> PictureShape:
-    """Size and orientation of a picture file, from its header alone.
+def read_shape(path: Path) -> Header:
+    """Size of a picture file, from its header alone, and EXIF's orientation.
 
     Raises:
         BadPicture: If it is no picture, or states more than MAX_PIXELS pixels.
@@ -311,8 +286,7 @@ def read_shape(path: Path) -> PictureShape:
                 head += file.read(_MAX_HEADER)
     except OSError as error:
         raise BadPicture(f"{path}: cannot be read ({error.strerror or error})") from error
-    header = read_header(head, where=where)
-    return PictureShape(header.width, header.height, header.orientation)
+    return read_header(head, where=where)
 
 
 def upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -333,7 +307,7 @@ def upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image[::rows, ::columns])
 
 
-def _open_header(file: IO[bytes], where: str) -> tuple[PictureShape, int]:
+def _open_header(file: IO[bytes], where: str) -> tuple[Header, int]:
     """Shape by Pillow, and the orientation that its pixels still need: it turns TIFFs itself."""
     _check_tiff(file, where)
     exif = _check_png(file, where)
@@ -358,7 +332,8 @@ def _open_header(file: IO[bytes], where: str) -> tuple[PictureShape, int]:
         raise BadPicture(f"{where}: {fault}; convert it to 8 bits")
     if orientation >= 5 and not is_upright:
         width, height = height, width
-    return PictureShape(width, height, orientation), 1 if is_tiff else orientation
+    found = Header(height, width, is_fast=False, orientation=orientation)
+    return found, 1 if is_tiff else orientation
 
 
 def _fault_of(picture: Image.Image) -> str | None:

@@ -26,14 +26,11 @@ SeedValues = Mapping[int, float]
 
 def mean_std(values: Sequence[float]) -> dict[str, Any]:
     """Return n, mean and sample standard deviation (None below two values)."""
-    n = len(values)
-    if n == 0:
-        return {"n": 0, "mean": None, "std": None}
-    mean = math.fsum(values) / n
-    if n == 1:
-        return {"n": 1, "mean": mean, "std": None}
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return {"n": n, "mean": mean, "std": math.sqrt(variance)}
+    n, std = len(values), None
+    mean = math.fsum(values) / n if n else None
+    if mean is not None and n > 1:
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return {"n": n, "mean": mean, "std": std}
 
 
 def paired_difference(treated: SeedValues, control: SeedValues) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def numbers(text: str) -> list[float]:
     return values
 
 
-def work(arguments: argparse.Namespace) -> int:
+def work(arguments: argparse.Namespace) -> None:
     """Attack the queries at every epsilon, print the table and write the figures."""
     require(arguments.steps >= 1, f"--steps {arguments.steps}: give at least 1")
     out = arguments.json
@@ -57,7 +57,6 @@ def work(arguments: argparse.Namespace) -> int:
     figures |= {"num_queries": len(study.images), "num_entries": study.queue.num_entries}
     if out is not None:
         write_json(out, figures)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -116,12 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
     arguments = build_parser().parse_args(argv)
-
-    def work() -> int:
-        run(arguments)
-        return 0
-
-    return run_command(work)
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

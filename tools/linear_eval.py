@@ -92,13 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain import collectives as dist  # after --help, which should not wait
     from pretrain.engine.guards import out_of_memory_explained
 
-    def work() -> int:
+    def work() -> None:
         try:
             with out_of_memory_explained("Lower batch_size, num_workers or image_size"):
                 evaluate(arguments)
         finally:
             dist.stop()
-        return 0
 
     return run_command(
         work,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
 
 from common.annotations.record import FORMATS, SetChoice, read_class_names, read_set
 from common.errors import (
@@ -17,7 +18,10 @@ from common.errors import (
     run_command,
     run_or_check_each,
 )
-from pipeline.datasets.sets import SetOptions, flag
+from pipeline.datasets.sets import Card, SetOptions, flag
+
+if TYPE_CHECKING:
+    from pipeline.datasets.scene import SceneSource
 
 _EXAMPLE = """examples:
   .venv/bin/python tools/make_dataset.py procedural data/scenes --num-pool 4000 --num-train 300
@@ -156,8 +160,6 @@ def _print_plan(options: SetOptions, *, as_json: bool) -> bool:
 def make_procedural(arguments: argparse.Namespace) -> bool:
     """Make a generated set; see `build` for what is returned and raised."""
     from pipeline.datasets import procedural, shapes
-    from pipeline.datasets.scene import build
-    from pipeline.datasets.sets import Card
 
     options, classes = set_options(arguments), tuple(shapes.CLASSES)
     num, habit = arguments.num_classes, arguments.material_habit
@@ -165,28 +167,19 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
     require(0 <= habit <= 1, f"--material-habit is {habit}: give 0 to 1")
     if arguments.check:
         return _print_plan(options, as_json=arguments.json)
-    more = {
-        "num_classes": num,
-        "material_habit": habit,
-        "generator_version": procedural.VERSION,
-    }
-    card = Card(
-        arguments.out.name,
-        "procedural",
-        asdict(options) | more,
-        "CC0-1.0 (generated pictures)",
-        "Generated shapes; test and probe/val use shape parameters that train, pool and "
-        "probe/train never use.",
-    )
+    more = {"num_classes": num, "material_habit": habit}
     source = procedural.ProceduralSource(options, classes[:num], habit)
-    return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
+    notes = (
+        "Generated shapes; test and probe/val use shape parameters that train, pool and "
+        "probe/train never use."
+    )
+    licence = "CC0-1.0 (generated pictures)"
+    return _build(source, arguments, procedural.VERSION, asdict(options) | more, licence, notes)
 
 
 def make_photos(arguments: argparse.Namespace) -> bool:
     """Make a set of photo composites; see `build` for what is returned and raised."""
     from pipeline.datasets import photos
-    from pipeline.datasets.scene import build
-    from pipeline.datasets.sets import Card
 
     options = set_options(arguments)
     if arguments.check:
@@ -201,26 +194,20 @@ def make_photos(arguments: argparse.Namespace) -> bool:
         "split_seed": arguments.split_seed,
         "packages": library.packages,
         "num_missing_pictures": library.num_missing,
-        "generator_version": photos.VERSION,
     }
-    card = Card(
-        arguments.out.name,
-        "photos",
-        asdict(options) | more,
-        photos.LICENCE,
+    notes = (
         f"Composites of {seen.num_cutouts() + unseen.num_cutouts()} cut-outs "
         f"({unseen.num_cutouts()} only in test and probe/val) on {sum(grounds)} photographs "
-        f"({grounds[1]} only in test and probe/val); no claim about natural pictures.",
+        f"({grounds[1]} only in test and probe/val); no claim about natural pictures."
     )
     source = photos.PhotoSource(options, names, library.root, seen, unseen)
-    return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
+    used = asdict(options) | more
+    return _build(source, arguments, photos.VERSION, used, photos.LICENCE, notes)
 
 
 def make_letters(arguments: argparse.Namespace) -> bool:
     """Make a set of letters; see `build` for what is returned and raised."""
     from pipeline.datasets import letters
-    from pipeline.datasets.scene import build
-    from pipeline.datasets.sets import Card
 
     options, names = set_options(arguments), tuple(arguments.letters)
     is_good = (
@@ -242,19 +229,26 @@ def make_letters(arguments: argparse.Namespace) -> bool:
     left_out = ", ".join(f"{num} {why}" for why, num in fonts.left_out.items())
     print(f"{len(fonts.files)} fonts; left out: {left_out or 'none'}")
     counts = {part: len(names) for part, names in files.items()}
-    more = {"letters": arguments.letters, "letter_size": side, "fonts": fonts.digest,
-            "generator_version": letters.VERSION}  # fmt: skip
+    more = {"letters": arguments.letters, "letter_size": side, "fonts": fonts.digest}
     used = {name: x for name, x in asdict(options).items() if not name.startswith("pool_")}
-    card = Card(
-        arguments.out.name,
-        "letters",
-        used | more,
-        letters.LICENCE,
+    notes = (
         f"Letters of {len(fonts.files)} fonts, {counts['pool']} in the pool, {counts['train']} in "
         f"train and probe/train, {counts['test']} in test and probe/val; families are not shared "
-        f"between these. Font files left out: {left_out or 'none'}.",
+        f"between these. Font files left out: {left_out or 'none'}."
     )
     source = letters.LetterSource(options, names, root=fonts.root, files=files, picture_side=side)
+    return _build(source, arguments, letters.VERSION, used | more, letters.LICENCE, notes)
+
+
+def _build(
+    source: "SceneSource", arguments: argparse.Namespace, version: int, options: dict[str, Any],
+    licence: str, notes: str,
+) -> bool:  # fmt: skip
+    """Write a generated set with its card."""
+    from pipeline.datasets.scene import build
+
+    options["generator_version"] = version
+    card = Card(arguments.out.name, source.kind, options, licence, notes)
     return build(source, card, arguments.out, arguments.num_workers, arguments.overwrite)
 
 
@@ -329,13 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.out = options.out.resolve()
 
-    def work() -> int:
+    def work() -> None:
         workers = options.num_workers
         require(workers >= 1, f"--num-workers is {workers}: give 1 or more")
         made = options.make(options)
         if not options.check:
             print(f"{options.out}: {'made' if made else 'is there with these options, kept'}")
-        return 0
 
     # A RuntimeError is a worker that was killed.
     return run_command(

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from common.errors import (
@@ -157,12 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
     arguments = build_parser().parse_args(argv)
-
-    def work() -> int:
-        with memory_remedy("lower --batch, or use --device cpu"):
-            run(arguments)
-        return 0
-
+    work = memory_remedy("lower --batch, or use --device cpu")(partial(run, arguments))
     return run_command(work, when_interrupted="stopped; the same command starts anew")
 
 

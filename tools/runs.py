@@ -34,11 +34,13 @@ def parser() -> argparse.ArgumentParser:
     main_parser = command_parser(__doc__, EXAMPLE)
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser("list", help="a line for each run: state, position, figures")
+    add.set_defaults(work=_list)
     add.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the runs")
     add.add_argument("--sort", choices=SORT_KEYS, default="run", metavar="KEY",
         help=f"one of {', '.join(SORT_KEYS)}; numbers highest first (default: run)")  # fmt: skip
     add.add_argument("--json", action="store_true", help="print JSON")
     add = commands.add_parser("compare", help="config keys that differ, figures")
+    add.set_defaults(work=_compare)
     add.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add.add_argument("--json", action="store_true", help="print JSON")
     return main_parser
@@ -47,18 +49,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 for wrong arguments or input."""
     options = parser().parse_args(arguments)
-
-    def work() -> int:
-        if options.command == "list":
-            _list(options.folder, options.sort, as_json=options.json)
-        else:
-            _compare(options.folders, as_json=options.json)
-        return 0
-
-    return run_command(work)
+    return run_command(lambda: options.work(options))
 
 
-def _list(folder: Path, key: str, *, as_json: bool) -> None:
+def _list(options: argparse.Namespace) -> None:
+    folder, key = options.folder, options.sort
     # Text in the order of the alphabet; numbers highest first, then runs without one.
     values = [(run.as_json()[key], run) for run in map(runs.read, runs.find(folder))]
     if key in ("run", "state"):
@@ -66,7 +61,7 @@ def _list(folder: Path, key: str, *, as_json: bool) -> None:
     else:
         values.sort(key=lambda pair: (pair[0] is None, -(pair[0] or 0)))
     listed = {str(run.folder.relative_to(folder)): run for _, run in values}
-    if as_json:
+    if options.json:
         print(json.dumps(finite([run.as_json() for run in listed.values()]), indent=1))
         return
     if not listed:
@@ -79,12 +74,13 @@ def _list(folder: Path, key: str, *, as_json: bool) -> None:
     _print_problems(listed)
 
 
-def _compare(folders: Sequence[Path], *, as_json: bool) -> None:
+def _compare(options: argparse.Namespace) -> None:
+    folders = options.folders
     if len(folders) < 2:
         raise UserError("compare needs at least two runs, e.g. compare runs/first runs/second")
     compared = {str(folder): runs.read(folder) for folder in folders}
     differing = runs.differences(list(compared.values()))
-    if as_json:
+    if options.json:
         plain = [run.as_json() for run in compared.values()]
         print(json.dumps(finite({"runs": plain, "config": differing}), indent=1, default=str))
         return

@@ -86,13 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     from torch import OutOfMemoryError
     from torch.multiprocessing.spawn import ProcessException  # seconds that --help need not wait
 
-    def work() -> int:
+    def work() -> None:
         try:
             seeds = parse_seeds(arguments.seeds) if arguments.seeds else None
             summary = run(arguments, seeds)
             if arguments.check:
                 print_check(summary, as_json=arguments.json)
-                return 0
+                return
         except UserError as error:
             raise UserError(message_of(error)) from error
         except (FloatingPointError, ProcessException) as error:
@@ -107,7 +107,6 @@ def main(argv: list[str] | None = None) -> int:
             figures = [f"{figure} [{low:.1f}, {high:.1f}]"
                        for figure, (low, high) in zip(figures, ranges, strict=True)]  # fmt: skip
         print(f"{'  '.join(figures)}  (n = {summary['n']}{about})")
-        return 0
 
     return run_command(
         work, when_interrupted="stopped; the same command goes on from the last checkpoint"

@@ -7,6 +7,7 @@ import contextlib
 import math
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,6 +70,14 @@ class Findings:
         """Count a picture or object that cannot be used; `kind` if the error does not say it."""
         self.faults.append(str(error))
         self.left_out[error.kind if isinstance(error, Unusable) else kind] += 1
+
+    @contextlib.contextmanager
+    def leaving_out(self, kind: str) -> Iterator[None]:
+        """Leave out what is refused within, see `leave_out`."""
+        try:
+            yield
+        except UserError as error:
+            self.leave_out(error, kind)
 
     def lines(self) -> list[str]:
         """The first ten faults, and how many more there are."""
@@ -133,7 +142,7 @@ def read_frame(
         shape = read_shape(file)
     except BadPicture as error:
         raise Unusable(PICTURE, f"{error}; replace the picture") from error
-    upright, stored = (shape.width, shape.height), shape.stored_size
+    upright, stored = (shape.width, shape.height), shape.stored_size[::-1]
     orientation = shape.orientation
     if size is None:
         if orientation > 1:

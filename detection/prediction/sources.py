@@ -11,12 +11,9 @@ from common.annotations.write import safe_name
 from common.errors import UserError, printable
 from common.files import open_regular, read_regular
 from common.picture_files import SourceFile, in_threads
-from common.pictures import MAX_FILE_BYTES, BadPicture, decode, read_shape
+from common.pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, BadPicture, decode, read_shape
 
-_SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
-    *(".avif", ".heic", ".heif"),
-}
+_SUFFIXES = PICTURE_SUFFIXES | {".heic", ".heif"}
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # in a ftyp box
 _VIDEO_STARTS = (b"\x1aE\xdf\xa3", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"OggS", b"FLV", b"0&\xb2u")
 

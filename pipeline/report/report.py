@@ -470,11 +470,10 @@ def number(value: Any, digits: int = 1, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
-def write(out: Path) -> int:
-    """Write the page of a run's folder, and say where; returns exit status 0."""
+def write(out: Path) -> None:
+    """Write the page of a run's folder, and say where."""
     write_text(out / "report.html", render(out))
     print(out / "report.html")
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -484,12 +483,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="DIR", help="a pipeline's or study's run")
     options = parser.parse_args(arguments)
 
-    def work() -> int:
+    def work() -> None:
         check_out_folder(options.out)
-        status = write(options.out)
+        write(options.out)
         old = read_record_or_none(options.out / "results.json") or {}
         results.write(options.out, **{key: old[key] for key in ("published",) if key in old})
-        return status
 
     return run_command(work)
 

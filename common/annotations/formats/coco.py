@@ -201,7 +201,7 @@ def read_instances(
     ids_of: dict[Path, int | str] = {}
     for row in images:
         where = f"{path}: picture {row['id']!r:.60}"
-        try:
+        with findings.leaving_out(PICTURE):
             file = _file(folders, row.get("file_name"), where, findings)
             if file in ids_of:
                 raise UserError(f"{where}: names {file.name}, as {ids_of[file]!r} does; keep one")
@@ -209,15 +209,13 @@ def read_instances(
             width, height = (number(row.get(side) or 0) for side in ("width", "height"))
             frame = read_frame(file, (width, height), exif, where, findings)
             pictures[row["id"]] = (file, frame)
-        except UserError as error:
-            findings.leave_out(error, PICTURE)
 
     # Objects. An empty box is left out if there are few, else the file is wrong.
     objects: dict[int | str, list[ObjectRecord]] = {row["id"]: [] for row in images}
     empty = []
     for row in annotations:
         where, image = f"{path}: annotation {row.get('id')!r:.60}", row.get("image_id")
-        try:
+        with findings.leaving_out(OBJECT):
             if type(image) not in (int, str) or image not in objects:
                 raise UserError(
                     f"{where} is of a picture that it does not list, image_id {image!r:.60}; add "
@@ -230,8 +228,6 @@ def read_instances(
             elif image in pictures:
                 box = placed(item.box, pictures[image][1], where, findings)
                 objects[image].append(replace(item, box=box))
-        except UserError as error:
-            findings.leave_out(error, OBJECT)
     if len(empty) > _MAX_EMPTY * len(annotations):
         for message in empty:
             findings.leave_out(UserError(message), OBJECT)

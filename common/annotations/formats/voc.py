@@ -170,20 +170,11 @@ def _read_split(
     """Read a list and every annotation that it names."""
     pictures, finder = [], PictureFinder(folder)
     for image_id in read_list(folder, name):
-        try:
+        with findings.leaving_out(ANNOTATION):
             pictures.append(
-                read_picture(
-                    folder,
-                    image_id,
-                    classes,
-                    finder=finder,
-                    exif=exif,
-                    is_official=is_official,
-                    findings=findings,
-                )
-            )
-        except UserError as error:
-            findings.leave_out(error, ANNOTATION)
+                read_picture(folder, image_id, classes, finder=finder, exif=exif,
+                             is_official=is_official, findings=findings)
+            )  # fmt: skip
     return LabelledSplit(folder, name, tuple(pictures))
 
 
@@ -410,13 +401,11 @@ def read_objects(
     own_boxes, objects = [], []
     for number, element in enumerate(tree.findall("object"), start=1):
         where = f"{path}: object {number}"
-        try:
+        with findings.leaving_out(OBJECT):
             item, where = _read_object(where, element, classes)
             own_boxes.append(item.box)
             box = placed(item.box, frame, where, findings, clips=not is_official)
             objects.append(replace(item, box=box))
-        except UserError as error:
-            findings.leave_out(error, OBJECT)
     if num_twice := len(objects) - len({(item.class_name, item.box) for item in objects}):
         findings.repairs[TWICE] += num_twice
     if is_strict:

@@ -42,7 +42,7 @@ class XmlFolder(LabelledFormat):
         files, findings = FolderFiles(root, ".xml"), Findings(choice.max_left_out)
         pairs: dict[str, tuple[PurePosixPath, Parsed]] = {}
         for path in files.annotations:
-            try:
+            with findings.leaving_out(ANNOTATION):
                 parsed = parse_annotation(root / path)
                 found = files.picture_of(path, parsed[1].findtext("filename") or "")
                 picture = _one(root / path, found)
@@ -50,8 +50,6 @@ class XmlFolder(LabelledFormat):
                     raise UserError(f"{root / path}: is of {picture}, as {pairs[picture][0]} is; "
                                     "keep one of them")  # fmt: skip
                 pairs[picture] = path, parsed
-            except UserError as error:
-                findings.leave_out(error, ANNOTATION)
         if num_without := len(files.pictures) - len(pairs):
             findings.ignored[UNLABELLED] += num_without
         names = {x: (*PurePosixPath(x).parts[:-1], *path.parts[:-1])
@@ -64,13 +62,11 @@ class XmlFolder(LabelledFormat):
             pictures: list[PictureRecord] = []
             for picture in lists[name]:
                 path, parsed = pairs[picture]
-                try:
+                with findings.leaving_out(ANNOTATION):
                     pictures.append(
                         read_objects(root / path, parsed, root / picture, picture, None,
                                      exif=choice.exif, findings=findings)
                     )  # fmt: skip
-                except UserError as error:
-                    findings.leave_out(error, ANNOTATION)
             return LabelledSplit(root, name, tuple(pictures))
 
         return assemble(root, list(lists), load, choice, findings)

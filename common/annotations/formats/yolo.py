@@ -86,14 +86,12 @@ class Yolo(LabelledFormat):
                 raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
             pictures = []
             for picture in lists[name]:
-                try:
+                with findings.leaving_out(ANNOTATION):
                     text = _text_file(root, picture)
                     pictures.append(
                         _read_picture(root, picture, text, names, choice.exif, findings,
                                       has_keypoints=has_keypoints)
                     )  # fmt: skip
-                except UserError as error:
-                    findings.leave_out(error, ANNOTATION)
             return LabelledSplit(root, name, tuple(pictures))
 
         return assemble(root, list(lists), load, choice, findings, stated=lambda: names)
@@ -268,15 +266,13 @@ def _read_picture(
         if not line.strip():
             continue
         where = f"{text_file}, line {number}"
-        try:
+        with findings.leaving_out(OBJECT):
             label, shares = _numbers(line, names, where, findings, has_keypoints=has_keypoints)
             width, height = frame.annotated_size
             box = (shares[0] * width, shares[1] * height, shares[2] * width, shares[3] * height)
             where += f" ({label}): {line.strip()!r:.80}"
             box = placed(_on_the_edge(box, width, height), frame, where, findings)
             objects.append(ObjectRecord(label, box))
-        except UserError as error:
-            findings.leave_out(error, OBJECT)
     digest = hashlib.sha256(repr((str(picture), file.stat().st_size, objects)).encode())
     return PictureRecord(
         str(picture), file, frame.width, frame.height, tuple(objects), digest.hexdigest()
