@@ -34,15 +34,7 @@ from pycocotools.coco import COCO as CocoSet
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks import harness
-from common.annotations.record import (
-    ObjectRecord,
-    PictureRecord,
-    annotation_file,
-    annotation_xml,
-    coco_content,
-    make_folders,
-    write_list,
-)
+from common.annotations import record
 
 TOLERANCE = 1e-6
 VOC_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -275,19 +267,19 @@ def _detection(
 # -- the two libraries --
 
 
-def picture_records(data: DetectionSet) -> list[PictureRecord]:
+def picture_records(data: DetectionSet) -> list[record.PictureRecord]:
     """The pictures of a random set as readers give them; classes are class0, class1, .."""
     pictures = []
     for image in range(data.num_images):
         objects = tuple(
-            ObjectRecord(
+            record.ObjectRecord(
                 f"class{item.label}", tuple(item.box - _TO_CONTINUOUS), difficult=item.difficult
             )
             for item in data.truth
             if item.image == image
         )
         file = Path(f"{image}.jpg")
-        pictures.append(PictureRecord(str(image), file, _SIDE, _SIDE, objects, ""))
+        pictures.append(record.PictureRecord(str(image), file, _SIDE, _SIDE, objects, ""))
     return pictures
 
 
@@ -297,12 +289,12 @@ def detectron2_lines(data: DetectionSet, folder: Path) -> dict[int, list[str]]:
     The annotations are written into the folder, which is empty.
     """
     parse_rec.cache_clear()  # it keeps every annotation that it has read
-    make_folders(folder)
+    record.make_folders(folder)
     pictures = picture_records(data)
     for item in pictures:
-        xml = annotation_xml(item.file.name, item.width, item.height, item.objects)
-        annotation_file(folder, item.image_id).write_bytes(xml)
-    write_list(folder, "test", [item.image_id for item in pictures])
+        xml = record.annotation_xml(item.file.name, item.width, item.height, item.objects)
+        record.annotation_file(folder, item.image_id).write_bytes(xml)
+    record.write_list(folder, "test", [item.image_id for item in pictures])
     dataset = f"stock-{uuid.uuid4()}"
     names = [f"class{label}" for label in range(data.num_classes)]
     metadata = {"thing_classes": names, "dirname": str(folder)}
@@ -325,7 +317,7 @@ def pycocotools_evaluation(data: DetectionSet) -> COCOeval:
     truth: Any = CocoSet()
     found: Any = CocoSet()
     classes = [f"class{label}" for label in range(data.num_classes)]
-    truth.dataset = coco_content(picture_records(data), classes)
+    truth.dataset = record.coco_content(picture_records(data), classes)
     rows = []
     for item in data.found:
         x0, y0, x1, y1 = item.box

@@ -28,7 +28,7 @@ from detectron2.modeling.backbone.resnet import ResNet as Detectron2ResNet
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from torch import Tensor, nn
 
-from common import checkpoints, provenance
+from common import checkpoints, files, provenance
 from common.backbone import (
     D2_CARD,
     TORCHVISION_CARD,
@@ -37,16 +37,6 @@ from common.backbone import (
     read_backbone,
 )
 from common.errors import UserError
-from common.files import (
-    finite,
-    is_number,
-    read_json_or_none,
-    sha256_of,
-    write_atomically,
-    write_bytes,
-    write_json,
-    write_text,
-)
 from common.network import ResNet
 from common.resnet import COUNTER, Arch, detectron2_name
 from detection.training import weights
@@ -185,7 +175,7 @@ def verify(
         sources.append(source)
         report[name] = {
             "file": str(source.path),
-            "sha256": sha256_of(source.path),
+            "sha256": files.sha256_of(source.path),
             "layout": source.layout,
             "branch": source.branch,
             "arch": asdict(source.arch),
@@ -229,7 +219,9 @@ def verify(
     if agreement == "different":
         reasons.append("the files state different pixel statistics")
     report |= {"tensors": tensors, "stages": stages}
-    return finite(report | {"preprocessing": agreement, "reasons": reasons, "same": not reasons})
+    return files.finite(
+        report | {"preprocessing": agreement, "reasons": reasons, "same": not reasons}
+    )
 
 
 def text(report: dict[str, Any]) -> str:
@@ -331,9 +323,9 @@ def convert(
             loaded = detector.backbone.state_dict()
             assert all(torch.equal(loaded[name], value) for name, value in state.items())
         elif to == "safetensors":
-            write_bytes(out, checkpoints.dump_safetensors(to_torchvision(source)))
+            files.write_bytes(out, checkpoints.dump_safetensors(to_torchvision(source)))
         else:
-            write_atomically(out, lambda file: torch.save(to_torchvision(source), file))
+            files.write_atomically(out, lambda file: torch.save(to_torchvision(source), file))
         # Read as a file of another project is read; every bit must be there.
         layout = "torchvision" if to == "safetensors" else to
         written = read_backbone(out, layout=layout, assume=True)
@@ -347,8 +339,8 @@ def convert(
         out.unlink(missing_ok=True)
         raise
     card = build_card(source, out, to, stages, time.perf_counter() - began)
-    write_text(out.with_suffix(".md"), render(card))
-    write_json(out.with_suffix(".json"), card)
+    files.write_text(out.with_suffix(".md"), render(card))
+    files.write_json(out.with_suffix(".json"), card)
     return card
 
 
@@ -399,12 +391,12 @@ def build_card(
         "branch": plain(source.card["branch"]) if source.card else source.branch,
         "source": {
             "file": source.path.name,
-            "sha256": sha256_of(source.path),
+            "sha256": files.sha256_of(source.path),
             "layout": source.layout,
         },
         "made_from": plain(source.card["source"]) if source.card else None,
         "weights_file": out.name,
-        "weights_sha256": sha256_of(out),
+        "weights_sha256": files.sha256_of(out),
         "num_tensors": len(source.tensors),
         "num_norms": sum(name.endswith("running_var") for name in source.tensors),
         "num_counters": len(source.counters),
@@ -440,13 +432,15 @@ def pretraining(source: BackboneCheckpoint) -> dict[str, Any]:
     elif source.layout == "ours":
         folder = source.path.parent
         folder = folder.parent if folder.name == "checkpoints" else folder
-        environment = _mapping(read_json_or_none(folder / "environment.json"))
-        summary = _mapping(read_json_or_none(folder / "summary.json"))
+        environment = _mapping(files.read_json_or_none(folder / "environment.json"))
+        summary = _mapping(files.read_json_or_none(folder / "summary.json"))
         schedule = _mapping(source.contents.get("schedule"))
         step = source.contents.get("step")
         if type(step) is int and summary.get("steps") == step:  # else they are another step's
             figures = {key: summary.get(key) for key in _FIGURES}
-            known["figures"] = {key: value for key, value in figures.items() if is_number(value)}
+            known["figures"] = {
+                key: value for key, value in figures.items() if files.is_number(value)
+            }
         known |= {
             "step": step,
             "num_steps": schedule.get("num_steps"),

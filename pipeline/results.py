@@ -9,17 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common import stats
-from common.files import (
-    NUMBER,
-    Form,
-    is_number,
-    read_json_lines,
-    read_json_or_none,
-    read_record_or_none,
-    sha256_of,
-    write_json,
-)
+from common import files, stats
 from common.picture_draws import METRICS, Draws, interval, read_draws
 from common.stats import mean_std, paired_difference
 from pipeline.config import ARMS, FROZEN
@@ -33,13 +23,13 @@ Detection = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows of each arm, one a seed."""
 AllDraws = Mapping[str, Mapping[int, Draws]]
 """Arm -> seed -> its figures in every draw of the pictures; all of the same pictures."""
-_FORMS: dict[str, tuple[str, Form]] = {
+_FORMS: dict[str, tuple[str, files.Form]] = {
     "data": ("dataset.json", {}),
     "shards": ("index.json", {}),
     "pretrain": ("summary.json", {}),
     "linear": ("linear.json", {}),
     "convert": ("backbone.json", {}),
-    "detection": ("result.json", dict.fromkeys(METRICS, NUMBER)),
+    "detection": ("result.json", dict.fromkeys(METRICS, files.NUMBER)),
 }
 """Kind of a stage -> the file that tells its figures, and what that must have."""
 TITLES = {"AP50": "AP50", "linear": "linear top-1", "knn": "kNN top-1"}
@@ -211,12 +201,12 @@ def other_sets(
             name = f"{arm}/seed-{seed}"
             path = out / f"detection/{name}/{stem}.json"
             model = path.with_name("model_final.pth")
-            result = read_record_or_none(path)
+            result = files.read_record_or_none(path)
             if result is None:  # not evaluated there, or damaged, see `damaged_files`
                 continue
             # Without a model the folder is a copy of the figures alone.
             is_newer = model.is_file() and model.stat().st_mtime > path.stat().st_mtime
-            if is_newer and sha256_of(model) != result.get("model_sha256"):
+            if is_newer and files.sha256_of(model) != result.get("model_sha256"):
                 outdated.append(name)
                 continue
             rows[arm].append(seed_row(seed, result, ()))
@@ -270,7 +260,7 @@ def _kind_of(stage: str) -> str:
 def read_figures(out: Path, stage: str) -> dict[str, Any] | None:
     """The file that tells a stage's figures; None where it is missing or damaged."""
     file, form = _FORMS[_kind_of(stage)]
-    return read_record_or_none(out / folder_of(stage) / file, form)
+    return files.read_record_or_none(out / folder_of(stage) / file, form)
 
 
 def damaged_files(
@@ -302,14 +292,14 @@ def damaged_files(
             pattern = "*.json" if kind == "detection" else "pictures/*.json"
             for path in sorted(folder.glob(pattern)):
                 is_own = path.name in (_FORMS[kind][0], "metrics.json")  # the latter has lines
-                if not is_own and not isinstance(read_json_or_none(path), dict | list):
+                if not is_own and not isinstance(files.read_json_or_none(path), dict | list):
                     add(stage, path, "is damaged")
         if has_details and kind == "detection":
             path, faults = folder / "curve.jsonl", []
-            rows = read_json_lines(path, {"iteration": int}, report=faults.append)
+            rows = files.read_json_lines(path, {"iteration": int}, report=faults.append)
             last = (read_figures(out, stage) or {}).get("iterations")
             reached = max((row["iteration"] for row in rows), default=0)
-            if not faults and is_number(last) and reached < last:
+            if not faults and files.is_number(last) and reached < last:
                 faults.append("lacks its last points")
             for fault in faults:
                 add(stage, path, fault.removeprefix(f"{path} "))
@@ -329,7 +319,7 @@ def measured(out: Path, stages: Collection[str]) -> dict[str, dict[str, dict[int
         if kind in sources:
             metric, key = sources[kind]
             value = (read_figures(out, stage) or {}).get(key)
-            if is_number(value):
+            if files.is_number(value):
                 found.setdefault(metric, {}).setdefault(variant, {})[int(seed or 0)] = 100 * value
     return found
 
@@ -349,7 +339,7 @@ def write(out: Path, **about: Any) -> None:
         about: Further keys of the results, as `published`, see `study.read_published`.
     """
     results = assemble(out) | about
-    write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results)
     for arm, rows in results["detection"].items():
         lost = [item["file"] for item in results["damaged"] if item["stage"].startswith(f"{arm}/")]
         if rows or lost:
@@ -360,7 +350,7 @@ def write(out: Path, **about: Any) -> None:
                 summary["damaged"] = lost
             if all(table[m]["n"] == len(rows) for m in COCO_METRICS):
                 summary["coco"] = {m.removeprefix("coco_"): table[m]["mean"] for m in COCO_METRICS}
-            write_json(out / f"detection/{arm}/summary.json", summary)
+            files.write_json(out / f"detection/{arm}/summary.json", summary)
 
 
 def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
@@ -379,7 +369,7 @@ def seed_row(seed: int, result: Mapping[str, Any], kept: Collection[str]) -> dic
 
 def values(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
     """Return one metric by seed; seeds where it is missing or not a number are left out."""
-    return {row["seed"]: float(row[metric]) for row in rows if is_number(row.get(metric))}
+    return {row["seed"]: float(row[metric]) for row in rows if files.is_number(row.get(metric))}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,15 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.errors import (
-    UserError,
-    command_parser,
-    duration,
-    json_file,
-    print_check,
-    run_command,
-    run_or_check_each,
-)
+from common import errors
 from common.files import LOCK, held, write_json
 from common.resnet import BRANCHES, LAYOUTS
 
@@ -39,7 +31,7 @@ STRIDE_IN_1X1 = {None: None, "3x3": False, "1x1": True}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
+    parser = errors.command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
     layouts = ("auto", *LAYOUTS)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file to convert")
@@ -60,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the same (default: 1e-5)")  # fmt: skip
     add("--check", nargs="?", const="all", choices=("all",),
         help="read the checkpoint, say what is in it, and stop")  # fmt: skip
-    add("--json", type=json_file, nargs="?", const=Path("-"), metavar="FILE",
+    add("--json", type=errors.json_file, nargs="?", const=Path("-"), metavar="FILE",
         help="the result as JSON: to FILE, or instead of the text")  # fmt: skip
     return parser
 
@@ -72,19 +64,21 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         UserError: Naming the argument.
     """
     if arguments.size < 64:
-        raise UserError(f"--size {arguments.size}: give at least 64, so that res5 has 2 x 2")
+        raise errors.UserError(f"--size {arguments.size}: give at least 64, so that res5 has 2 x 2")
     if arguments.verify is not None:
         for name in ("checkpoint", "out", "to"):
             if getattr(arguments, name) is not None:
-                raise UserError(f"--verify compares two files and writes none: leave {name} out")
+                raise errors.UserError(
+                    f"--verify compares two files and writes none: leave {name} out"
+                )
         if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
-            raise UserError(f"--tolerance {arguments.tolerance}: give a number from 0 to 1")
+            raise errors.UserError(f"--tolerance {arguments.tolerance}: give a number from 0 to 1")
         return
     if arguments.checkpoint is None or arguments.out is None:
-        raise UserError("give the checkpoint and the file to write, or --verify A B")
+        raise errors.UserError("give the checkpoint and the file to write, or --verify A B")
     for name in ("branch_b", "layout_b", "tolerance"):
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --verify")
+            raise errors.UserError(f"--{name.replace('_', '-')} goes with --verify")
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
@@ -123,7 +117,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
             "input_format": "RGB",
             "stride_in_1x1": False,  # others are not read
         }
-        print_check(facts, as_json=arguments.json is not None)
+        errors.print_check(facts, as_json=arguments.json is not None)
         return 0
     to = arguments.to or "detectron2"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +132,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         f"{', '.join(sorted(set(source.dropped.values()))) or 'none'}",
         *(f"note: {note}" for note in source.notes),
         f"relative difference on the picture: {differences}",
-        f"wrote {arguments.out}, {' and '.join(ends)} in {duration(card['seconds'])}",
+        f"wrote {arguments.out}, {' and '.join(ends)} in {errors.duration(card['seconds'])}",
     ]
     show(card, "\n".join(lines), arguments.json)
     return 0
@@ -167,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         check_arguments(arguments)
         return run_convert(arguments) if arguments.verify is None else run_verify(arguments)
 
-    return run_command(work)
+    return errors.run_command(work)
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_check_each(main))
+    sys.exit(errors.run_or_check_each(main))

@@ -8,16 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import (
-    add_check_options,
-    command_parser,
-    memory_remedy,
-    print_check,
-    printable,
-    require,
-    run_command,
-    run_or_check_each,
-)
+from common import errors
 from common.resnet import BRANCHES, LAYOUTS
 
 _EXAMPLE = """\
@@ -37,7 +28,7 @@ _NUM_QUERIES, _NUM_NEIGHBOURS = 10, 8
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
+    parser = errors.command_parser(__doc__, _EXAMPLE, allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights, see below")
     add("pictures", nargs="+", metavar="PICTURES", help="files, folders, globs, shards")
@@ -61,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stride-in", choices=("3x3", "1x1"), help="the same of a Detectron2 file")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
-    add_check_options(parser)
+    errors.add_check_options(parser)
     return parser
 
 
@@ -74,23 +65,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name, least in {"batch": 1, "threads": 1, "max_bad": 0, "seed": 0}.items():
         value = getattr(arguments, name)
         option = f"--{name.replace('_', '-')}"
-        require(value is None or value >= least, f"{option} {value}: give {least} or more")
+        errors.require(value is None or value >= least, f"{option} {value}: give {least} or more")
     threshold = arguments.threshold
-    require(
+    errors.require(
         threshold is None or arguments.duplicates is not None, "--threshold: needs --duplicates"
     )
-    require(threshold is None or 0.5 <= threshold <= 1,
+    errors.require(threshold is None or 0.5 <= threshold <= 1,
             f"--threshold {threshold}: give a number from 0.5 to 1")  # fmt: skip
     written: dict[Path, str] = {}
     for name, endings in _ENDINGS.items():
         path = getattr(arguments, name)
         if path is None:
             continue
-        require(path.suffix in endings, f"--{name} {path}: end the name in {' or '.join(endings)}")
+        errors.require(
+            path.suffix in endings, f"--{name} {path}: end the name in {' or '.join(endings)}"
+        )
         for file in (path, *([path.with_suffix(".json")] if name == "neighbours" else [])):
-            require(not file.is_dir(), f"--{name} {file}: is a folder; give a file name")
+            errors.require(not file.is_dir(), f"--{name} {file}: is a folder; give a file name")
             other = written.setdefault(file.resolve(), name)
-            require(other == name, f"--{name} {path}: writes {file}, as --{other} does")
+            errors.require(other == name, f"--{name} {path}: writes {file}, as --{other} does")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -129,16 +122,18 @@ def run(arguments: argparse.Namespace) -> None:
         **backbone.view,
     }
     if arguments.check == "settings":
-        print_check(about, as_json=arguments.json)
+        errors.print_check(about, as_json=arguments.json)
         return
     pictures = embedding.list_pictures(arguments.pictures, arguments.out)
     sheet = arguments.neighbours
     named = {picture.name for picture in pictures.pictures}
-    require(sheet is None or printable(str(sheet)) not in named,
+    errors.require(sheet is None or errors.printable(str(sheet)) not in named,
             f"--neighbours {sheet}: is one of the pictures; choose another name")  # fmt: skip
     if arguments.check:
         counts = {"num_pictures": len(named), "num_bad": len(pictures.bad)}
-        print_check(about | counts | {"num_others": pictures.num_others}, as_json=arguments.json)
+        errors.print_check(
+            about | counts | {"num_others": pictures.num_others}, as_json=arguments.json
+        )
         return
 
     began = time.perf_counter()
@@ -157,17 +152,17 @@ def run(arguments: argparse.Namespace) -> None:
     if found.bad or pictures.num_others:
         text += f"; left out: {len(found.bad)} bad, {pictures.num_others} files of other kinds"
     print(text)
-    print(printable(f"wrote {arguments.out}"))
+    print(errors.printable(f"wrote {arguments.out}"))
     if sheet is not None:
         embedding.save_neighbours(
             sheet, found, num_queries=_NUM_QUERIES, num_neighbours=_NUM_NEIGHBOURS,
             seed=arguments.seed,
         )  # fmt: skip
-        print(printable(f"wrote {sheet} and {sheet.with_suffix('.json').name}"))
+        print(errors.printable(f"wrote {sheet} and {sheet.with_suffix('.json').name}"))
     if arguments.duplicates is not None:
         report = embedding.save_duplicates(arguments.duplicates, found, arguments.threshold)
         print(f"{report['num_groups']} groups of duplicates with {report['num_pictures']} pictures")
-        print(printable(f"wrote {arguments.duplicates}"))
+        print(errors.printable(f"wrote {arguments.duplicates}"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
     arguments = build_parser().parse_args(argv)
-    work = memory_remedy("lower --batch, or use --device cpu")(partial(run, arguments))
-    return run_command(work, when_interrupted="stopped; the same command starts anew")
+    work = errors.memory_remedy("lower --batch, or use --device cpu")(partial(run, arguments))
+    return errors.run_command(work, when_interrupted="stopped; the same command starts anew")
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_check_each(main))
+    sys.exit(errors.run_or_check_each(main))

@@ -8,18 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.errors import (
-    UserError,
-    add_slurm_option,
-    command_parser,
-    json_file,
-    no_such_file,
-    print_check,
-    printable,
-    require,
-    run_command,
-    run_or_check_each,
-)
+from common import errors
 from common.files import check_out_folder, write_json
 from pipeline.datasets.importers import open_source
 from pretrain.data.pack import Cluster, ShardOptions, SourcePicture, WriteReport, write_shards
@@ -45,7 +34,7 @@ Exit status: 0 done; 1 it went wrong, or --verify reports a fault; 2 wrong argum
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     default = ShardOptions()
-    main_parser = command_parser(__doc__, EXAMPLE)
+    main_parser = errors.command_parser(__doc__, EXAMPLE)
     add = main_parser.add_argument
     add("source", metavar="SOURCE", help="pictures; with --verify, --info: the shards")
     add("out", type=Path, nargs="?", metavar="OUT", help="folder for the shards")
@@ -77,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--check", nargs="?", const="all", choices=("all", "settings"),
         help="look at SOURCE, say what would be packed; settings: not at SOURCE")  # fmt: skip
     add("--info", action="store_true", help="say what a set holds: counts, sizes, classes")
-    add("--json", type=json_file, nargs="?", const=Path("-"), metavar="FILE",
+    add("--json", type=errors.json_file, nargs="?", const=Path("-"), metavar="FILE",
         help="with --info: write it as JSON too; with --check: say it as JSON")  # fmt: skip
     group = main_parser.add_argument_group("several tasks, through submitit")
     add = group.add_argument
@@ -87,37 +76,39 @@ def parser() -> argparse.ArgumentParser:
     add("--slurm-time-minutes", type=int, metavar="MIN",
         help="time limit of a task; at its end it is queued again (default: 240)")  # fmt: skip
     add("--slurm-mem-gb", type=float, metavar="GB", help="memory of a task")
-    add_slurm_option(group)
+    errors.add_slurm_option(group)
     return main_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    return run_command(lambda: run(options))
+    return errors.run_command(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
     """Pack, verify, describe; returns the exit status."""
-    require(options.info or options.check or not options.json, "--json needs --info")
-    require(options.check or options.json != Path("-"), "--info --json needs a FILE")
-    require(options.max_bad >= 0, "--max-bad must not be negative")
+    errors.require(options.info or options.check or not options.json, "--json needs --info")
+    errors.require(options.check or options.json != Path("-"), "--info --json needs a FILE")
+    errors.require(options.max_bad >= 0, "--max-bad must not be negative")
     num_workers = options.num_workers
     if num_workers is None:
         num_workers = 1 if options.submitit else os.cpu_count() or 1
-    require(num_workers >= 0, "--num-workers must not be negative")
+    errors.require(num_workers >= 0, "--num-workers must not be negative")
     if options.out is not None:
         pack(options, num_workers)
         if options.check:
             return 0
     elif not (options.verify or options.info):
-        raise UserError("OUT is missing; give SOURCE OUT, or SHARDS --verify or --info (--help)")
+        raise errors.UserError(
+            "OUT is missing; give SOURCE OUT, or SHARDS --verify or --info (--help)"
+        )
     shards = str(options.out or options.source)
     status = verify(shards, num_workers) if options.verify else 0
     if options.info:
         index = ShardIndex.open(shards)
         info = gather_info(index)
-        print(printable(format_info(info)))
+        print(errors.printable(format_info(info)))
         if options.json is not None:
             write_json(options.json, asdict(info))
     return status
@@ -128,23 +119,23 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
     cluster = cluster_of(options)
     shard_options = ShardOptions(**{x.name: getattr(options, x.name) for x in fields(ShardOptions)})
     if options.check == "settings":
-        print_check({}, as_json=options.json is not None)
+        errors.print_check({}, as_json=options.json is not None)
         return
     check_out_folder(options.out)
     if not Path(options.source).exists() and options.out.is_dir() and any(options.out.iterdir()):
         swapped = f"make_shards.py {options.out} {options.source}"
         remedy = f"give the pictures first, then the folder for the shards: {swapped}"
-        raise UserError(no_such_file(options.source, remedy, "folder"))
+        raise errors.UserError(errors.no_such_file(options.source, remedy, "folder"))
     source = open_source(options.source, split=options.split, labels=options.labels)
     chosen = [SourcePicture(*one) for one in source.pictures if is_in_part(one[1], options.part)]
-    require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
+    errors.require(len(chosen) > 0, f"--part {options.part}: holds no picture of {options.source}")
     if options.check:
         num_bytes = sum(os.path.getsize(picture.path) for picture in chosen)
         facts = {"num_pictures": len(chosen), "disk_bytes": num_bytes}
-        print_check(facts, as_json=options.json is not None)
+        errors.print_check(facts, as_json=options.json is not None)
         return
     text = f"{options.source}: {source.kind}, {len(chosen)} pictures, {source.num_ignored} other"
-    print(printable(f"{text} files; {source.about_labels}"), flush=True)
+    print(errors.printable(f"{text} files; {source.about_labels}"), flush=True)
 
     report = write_shards(
         chosen,
@@ -162,7 +153,7 @@ def pack(options: argparse.Namespace, num_workers: int) -> None:
     if report.skipped:
         reasons = "\n".join(f"  {item['reason']}" for item in report.skipped)
         text += f"\nleft out {len(report.skipped)} pictures (also listed in index.json):\n{reasons}"
-    print(printable(text))
+    print(errors.printable(text))
 
 
 def is_in_part(name: str, part: tuple[float, float]) -> bool:
@@ -189,11 +180,13 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
     """Where tasks run; None to work in this process."""
     given = [name for name in vars(options) if name.startswith("slurm_") and getattr(options, name)]
     if given and options.submitit != "slurm":
-        raise UserError(f"--{given[0].replace('_', '-')} needs --submitit slurm")
+        raise errors.UserError(f"--{given[0].replace('_', '-')} needs --submitit slurm")
     if options.submitit is None:
-        require(options.num_tasks is None, "--num-tasks needs --submitit local or slurm")
+        errors.require(options.num_tasks is None, "--num-tasks needs --submitit local or slurm")
         return None
-    require(options.num_tasks is not None, f"--submitit {options.submitit} needs --num-tasks N")
+    errors.require(
+        options.num_tasks is not None, f"--submitit {options.submitit} needs --num-tasks N"
+    )
     return Cluster(
         kind=options.submitit,
         num_tasks=options.num_tasks,
@@ -206,12 +199,14 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
 
 def verify(shards: str, num_workers: int) -> int:
     """Check shards and say what is wrong; returns the exit status."""
-    require(
+    errors.require(
         "://" not in shards,
         f"{shards}: --verify reads every byte of a local folder; copy the set first",
     )
-    require(Path(shards).is_dir(), no_such_file(shards, "give a folder of shards", "folder"))
-    require(
+    errors.require(
+        Path(shards).is_dir(), errors.no_such_file(shards, "give a folder of shards", "folder")
+    )
+    errors.require(
         (Path(shards) / "index.json").is_file(),
         f"{shards}: has no index.json to verify against; tools/make_shards.py PICTURES SHARDS "
         "makes shards with one",
@@ -224,4 +219,4 @@ def verify(shards: str, num_workers: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_check_each(main))
+    sys.exit(errors.run_or_check_each(main))

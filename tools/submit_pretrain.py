@@ -17,14 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.errors import (
-    RunFailed,
-    UserError,
-    add_slurm_option,
-    command_parser,
-    require,
-    run_command,
-)
+from common import errors
 
 EXAMPLE = """\
 examples:
@@ -159,7 +152,7 @@ def node_environment(node: TorchrunNode) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = command_parser(__doc__, EXAMPLE)
+    parser = errors.command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("config", help="YAML file, or a preset of configs/pretrain/, as demo")
     add("overrides", nargs="*", metavar="key=value", help="as for tools/pretrain.sh; out=DIR")
@@ -167,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (default, _, text) in _NUMBERS.items():
         add("--" + name.replace("_", "-"), type=int, default=default, metavar="N", help=text)
     add("--partition", metavar="P", help="SLURM partition")
-    add_slurm_option(parser)
+    errors.add_slurm_option(parser)
     add("--resume", action="store_true", help="go on with the run in out, if there is one")
     add("--allow-changes", action="append_const", const="--allow-changes", default=[],
         help="with --resume: even with another config")  # fmt: skip
@@ -179,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"job {job.job_id} submitted; log: {job.paths.stderr}", flush=True)
         return wait(job) if options.wait else 0
 
-    return run_command(work)
+    return errors.run_command(work)
 
 
 def submit(options: argparse.Namespace) -> Any:
@@ -195,26 +188,28 @@ def submit(options: argparse.Namespace) -> Any:
     # The config, the folder of the run, and the numbers.
     config, is_local = load_config(options.config, options.overrides), options.cluster == "local"
     out = Path(config.out or "")
-    require(bool(config.out), "out is not set: name the folder of this run, e.g. out=runs/first")
-    require(not out.is_file(), f"out={out}: a file is in the way; choose another out=DIR")
+    errors.require(
+        bool(config.out), "out is not set: name the folder of this run, e.g. out=runs/first"
+    )
+    errors.require(not out.is_file(), f"out={out}: a file is in the way; choose another out=DIR")
     check_out_folder(out)
-    require(
+    errors.require(
         options.resume or not (out / "checkpoint.pth").exists(),
         f"{out} holds a run already: continue it with --resume, or choose another out=DIR",
     )
     for name, (_, least, _) in _NUMBERS.items():
         value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        require(value is None or value >= least, f"{flag} {value}: must be >= {least}")
+        errors.require(value is None or value >= least, f"{flag} {value}: must be >= {least}")
     for text in (str(out), options.partition or ""):
-        require(text.isprintable(), f"{text!r}: no line breaks in names for the cluster")
-    require(not is_local or options.nodes == 1, "--cluster local has one node: this machine")
+        errors.require(text.isprintable(), f"{text!r}: no line breaks in names for the cluster")
+    errors.require(not is_local or options.nodes == 1, "--cluster local has one node: this machine")
 
     # The processes; any number of nodes that may be left divides the batch.
     num_processes = options.tasks_per_node or options.gpus_per_node or 1
     nodes, min_nodes = options.nodes, options.min_nodes or options.nodes
-    require(min_nodes <= nodes, f"--min-nodes {min_nodes} is above --nodes {nodes}")
+    errors.require(min_nodes <= nodes, f"--min-nodes {min_nodes} is above --nodes {nodes}")
     for count in range(min_nodes, nodes + 1):
-        require(
+        errors.require(
             config.data.batch_size % (count * num_processes) == 0,
             f"data.batch_size={config.data.batch_size} cannot be divided among {count} nodes of "
             f"{num_processes} processes; choose another batch size or other numbers",
@@ -245,7 +240,7 @@ def submit(options: argparse.Namespace) -> Any:
         )  # fmt: skip
         return executor.submit(node)
     except (RuntimeError, OSError) as error:  # no srun, or sbatch refuses
-        raise UserError(f"submitit cannot submit the job: {error}") from error
+        raise errors.UserError(f"submitit cannot submit the job: {error}") from error
 
 
 def wait(job: Any) -> int:
@@ -265,7 +260,7 @@ def wait(job: Any) -> int:
     if all(t.paths.result_pickle.exists() and t.exception() is None for t in tasks):
         print(f"job {job.job_id} has finished the run")
         return 0
-    raise RunFailed(f"job {job.job_id} did not finish the run; log: {job.paths.stderr}")
+    raise errors.RunFailed(f"job {job.job_id} did not finish the run; log: {job.paths.stderr}")
 
 
 if __name__ == "__main__":

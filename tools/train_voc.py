@@ -6,18 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common import errors
 from common.annotations.record import FORMATS, SetChoice, read_class_names
-from common.errors import (
-    EACH,
-    RunFailed,
-    UserError,
-    add_check_options,
-    command_parser,
-    print_check,
-    require,
-    run_command,
-    run_or_check_each,
-)
 from common.files import check_out_folder
 from common.memory import keep_freed_memory
 
@@ -33,7 +23,7 @@ checkpoint. Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(__doc__, _EXAMPLE, prog="tools/train_voc.sh")
+    parser = errors.command_parser(__doc__, _EXAMPLE, prog="tools/train_voc.sh")
     add = parser.add_argument
     add("weights", nargs="?", help="backbone.pkl or .pth from tools/convert_to_d2.py, or `random`")
     add("--config", type=Path, help="YAML file or preset of configs/detection/, as thin_R50_C4")
@@ -64,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (default: free cores)")
     add("--overwrite", action="store_true", help="run seeds again whose settings have changed")
     add("--no-card", action="store_true", help="accept weights without a preprocessing card")
-    add_check_options(parser)
+    errors.add_check_options(parser)
     add("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config; also KEY VALUE")
     return parser
 
@@ -80,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments or input.
     """
-    if argv is None or EACH in sys.argv:  # a process of its own
+    if argv is None or errors.EACH in sys.argv:  # a process of its own
         keep_freed_memory()
     arguments = parse_arguments(argv)
     from torch import OutOfMemoryError
@@ -91,15 +81,15 @@ def main(argv: list[str] | None = None) -> int:
             seeds = parse_seeds(arguments.seeds) if arguments.seeds else None
             summary = run(arguments, seeds)
             if arguments.check:
-                print_check(summary, as_json=arguments.json)
+                errors.print_check(summary, as_json=arguments.json)
                 return
-        except UserError as error:
-            raise UserError(message_of(error)) from error
+        except errors.UserError as error:
+            raise errors.UserError(message_of(error)) from error
         except (FloatingPointError, ProcessException) as error:
-            raise RunFailed(message_of(error)) from error
+            raise errors.RunFailed(message_of(error)) from error
         except OutOfMemoryError as error:
             reason = message_of(error).splitlines()[0]
-            raise RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
+            raise errors.RunFailed(f"{reason}; lower SOLVER.IMS_PER_BATCH") from error
         figures = [f"{key} {value:.1f}" for key, value in summary["mean"].items()]
         ranges = summary.get("picture_interval", {}).values()
         about = ", brackets: 95 % over the set's pictures" * any(ranges)
@@ -108,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                        for figure, (low, high) in zip(figures, ranges, strict=True)]  # fmt: skip
         print(f"{'  '.join(figures)}  (n = {summary['n']}{about})")
 
-    return run_command(
+    return errors.run_command(
         work, when_interrupted="stopped; the same command goes on from the last checkpoint"
     )
 
@@ -120,7 +110,7 @@ def run(arguments: argparse.Namespace, seeds: list[int] | None) -> dict[str, Any
     from detection.training.run import ArmSettings, check, run_arm
 
     check_out_folder(arguments.out)
-    require(arguments.threads is None or arguments.threads > 0, "--threads: give 1 or more")
+    errors.require(arguments.threads is None or arguments.threads > 0, "--threads: give 1 or more")
     overrides = parse_overrides(arguments.opts)
     for option, key in ((arguments.eval_every, "TEST.EVAL_PERIOD"),
                         (arguments.num_eval_images, "TEST.NUM_IMAGES")):  # fmt: skip
@@ -205,11 +195,11 @@ def parse_seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--seeds {text!r}: give integers such as 0,1,2") from None
+        raise errors.UserError(f"--seeds {text!r}: give integers such as 0,1,2") from None
     if min(seeds) < 0 or max(seeds) >= 1 << 32 or len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r}: give different integers from 0 on, below 2^32")
+        raise errors.UserError(f"--seeds {text!r}: give different integers from 0 on, below 2^32")
     return seeds
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_check_each(main))
+    sys.exit(errors.run_or_check_each(main))

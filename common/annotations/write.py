@@ -18,17 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.annotations import record
 from common.annotations.checks import composed
-from common.annotations.record import (
-    YEAR_FOLDER,
-    Box,
-    PictureRecord,
-    annotation_file,
-    annotation_xml,
-    coco_content,
-    make_folders,
-    write_list,
-)
 from common.files import write_json, write_text
 from common.pictures import read_header
 
@@ -88,9 +79,9 @@ class SetWriter(ABC):
     def __init__(self, root: Path, classes: Sequence[str]) -> None:
         """Of a folder and the class names in order."""
         self.root, self.classes = root, classes
-        self.lists: dict[str, list[PictureRecord]] = {}
+        self.lists: dict[str, list[record.PictureRecord]] = {}
 
-    def add(self, split: str, file: str, data: bytes, picture: PictureRecord) -> None:
+    def add(self, split: str, file: str, data: bytes, picture: record.PictureRecord) -> None:
         """Write a picture of a list.
 
         Args:
@@ -103,7 +94,7 @@ class SetWriter(ABC):
         self._write(split, file, data, picture)
 
     @abstractmethod
-    def _write(self, split: str, file: str, data: bytes, picture: PictureRecord) -> None: ...
+    def _write(self, split: str, file: str, data: bytes, picture: record.PictureRecord) -> None: ...
 
     @abstractmethod
     def finish(self) -> None:
@@ -113,28 +104,30 @@ class SetWriter(ABC):
 class VocWriter(SetWriter):
     """A devkit, boxes rounded to whole pixels."""
 
-    def _write(self, split: str, file: str, data: bytes, picture: PictureRecord) -> None:
-        write_voc_picture(self.root / YEAR_FOLDER, file, data, picture)
+    def _write(self, split: str, file: str, data: bytes, picture: record.PictureRecord) -> None:
+        write_voc_picture(self.root / record.YEAR_FOLDER, file, data, picture)
 
     def finish(self) -> None:
         """Write the lists."""
-        make_folders(self.root / YEAR_FOLDER)
+        record.make_folders(self.root / record.YEAR_FOLDER)
         for name, pictures in self.lists.items():
-            write_list(self.root / YEAR_FOLDER, name, [picture.file.stem for picture in pictures])
+            record.write_list(
+                self.root / record.YEAR_FOLDER, name, [picture.file.stem for picture in pictures]
+            )
 
 
-def write_voc_picture(folder: Path, file: str, data: bytes, picture: PictureRecord) -> None:
+def write_voc_picture(folder: Path, file: str, data: bytes, picture: record.PictureRecord) -> None:
     """Write a picture and its annotation into a VOC folder."""
-    make_folders(folder)
+    record.make_folders(folder)
     (folder / "JPEGImages" / file).write_bytes(data)
-    text = annotation_xml(file, picture.width, picture.height, picture.objects)
-    annotation_file(folder, Path(file).stem).write_bytes(text)
+    text = record.annotation_xml(file, picture.width, picture.height, picture.objects)
+    record.annotation_file(folder, Path(file).stem).write_bytes(text)
 
 
 class CocoWriter(SetWriter):
     """COCO's layout, boxes not rounded."""
 
-    def _write(self, split: str, file: str, data: bytes, picture: PictureRecord) -> None:
+    def _write(self, split: str, file: str, data: bytes, picture: record.PictureRecord) -> None:
         (self.root / split).mkdir(parents=True, exist_ok=True)
         (self.root / split / file).write_bytes(data)
 
@@ -142,14 +135,14 @@ class CocoWriter(SetWriter):
         """Write the tables."""
         (self.root / "annotations").mkdir(parents=True, exist_ok=True)
         for name, pictures in self.lists.items():
-            content = coco_content(pictures, self.classes)
+            content = record.coco_content(pictures, self.classes)
             write_json(self.root / "annotations" / f"instances_{name}.json", content)
 
 
 class YoloWriter(SetWriter):
     """Ultralytics' layout; of a list that is not train, val or test it makes `train`."""
 
-    def _write(self, split: str, file: str, data: bytes, picture: PictureRecord) -> None:
+    def _write(self, split: str, file: str, data: bytes, picture: record.PictureRecord) -> None:
         for kind in ("images", "labels"):
             (self.root / kind / split).mkdir(parents=True, exist_ok=True)
         (self.root / "images" / split / file).write_bytes(data)
@@ -176,7 +169,7 @@ class YoloWriter(SetWriter):
         write_text(self.root / "data.yaml", "\n".join(lines) + "\n")  # JSON is YAML
 
 
-def yolo_box(box: Box, width: int, height: int) -> str:
+def yolo_box(box: record.Box, width: int, height: int) -> str:
     """Centre and size as shares of the picture."""
     x0, y0, x1, y1 = box
     values = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)

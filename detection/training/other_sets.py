@@ -29,14 +29,9 @@ from common.picture_draws import METRICS, draw_pictures, intervals, read_draws, 
 from common.threads import choose_threads
 from detection.evaluation.evaluate import evaluate_detector
 from detection.evaluation.resampled_ap import resampled_ap
+from detection.training import run
 from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
-from detection.training.run import (
-    log_to,
-    read_result,
-    summarise,
-    write_details,
-)
 
 logger = logging.getLogger(__name__)
 _MODEL = "model_final.pth"
@@ -99,7 +94,7 @@ def _evaluate_seeds(
     """As `evaluate_on`, of the seeds in some folders."""
     results = []
     for folder in folders:
-        result = read_result(folder / "result.json")
+        result = run.read_result(folder / "result.json")
         if result is None:
             raise UserError(f"{folder / 'result.json'}: is damaged; {_REPEAT}")
         results.append(result)
@@ -119,7 +114,7 @@ def _evaluate_seeds(
             "model_sha256": sha256_of(folder / _MODEL),
             "overrides": [word for pair in overrides.items() for word in pair],
         }
-        row = read_result(file)
+        row = run.read_result(file)
         if file.is_file() and row is None:
             print(f"warning: {file} is damaged, and is made again", file=sys.stderr)
         if row is not None and not overwrite:
@@ -134,7 +129,7 @@ def _evaluate_seeds(
             state = "is damaged" if draws_file.is_file() else "is missing"
             print(f"warning: {draws_file} {state}; the seed is evaluated again", file=sys.stderr)
         if row is None or draws is None:
-            log_to(folder)
+            run.log_to(folder)
             for note in data.notes:
                 logger.info("%s: %s", root, note)
             cfg = _trained_config(folder, overrides)
@@ -152,7 +147,7 @@ def _evaluate_seeds(
             loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
             evaluation = evaluate_detector(cfg, model.eval(), loader, data)
             assert evaluation is not None  # one process
-            write_details(evaluation, folder, f"{file.stem}-")
+            run.write_details(evaluation, folder, f"{file.stem}-")
             counts = draw_pictures(evaluation.num_images)
             draws = resampled_ap(evaluation.matches, counts, data.metric_year)
             row = {
@@ -176,7 +171,7 @@ def _evaluate_seeds(
     summary = {
         "name": name,
         "set": str(data.root.resolve()),
-        **summarise(rows, [row["seed"] for row in rows]),
+        **run.summarise(rows, [row["seed"] for row in rows]),
         "picture_interval": intervals(all_draws),
     }
     write_json(out / f"eval-on-{name}.json", summary)

@@ -24,20 +24,11 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-from common import provenance
+from common import files, provenance
 from common.annotations.record import LabelledSet, SetChoice, read_set
 from common.backbone import read_own_card
 from common.config import dotted, one_line
 from common.errors import UserError
-from common.files import (
-    LOCK,
-    NUMBER,
-    held,
-    open_to_append,
-    read_record_or_none,
-    sha256_of,
-    write_json,
-)
 from common.picture_draws import METRICS
 from common.threads import choose_threads
 from detection.evaluation.evaluate import Evaluation
@@ -69,7 +60,7 @@ _RESULT_FILES = (
 )
 
 
-_RESULT = {"arm": str, "seed": int, "classes": list, **dict.fromkeys(METRICS, NUMBER)}
+_RESULT = {"arm": str, "seed": int, "classes": list, **dict.fromkeys(METRICS, files.NUMBER)}
 
 
 @dataclass(frozen=True)
@@ -142,18 +133,18 @@ def run_arm(
     for seed in seeds:
         folder = out / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        with held(folder / LOCK):
+        with files.held(folder / files.LOCK):
             if not is_finished(folder, arm.compared, overwrite=overwrite):
                 # A seed that is continued goes on with as many threads, so that it rounds alike.
-                record = read_record_or_none(folder / "run.json", {"num_threads": int}) or {}
+                record = files.read_record_or_none(folder / "run.json", {"num_threads": int}) or {}
                 chosen = choose_threads(num_threads or 0, record.get("num_threads"))
                 record = {"settings": arm.compared, "seed": seed, "num_threads": chosen}
-                write_json(folder / "run.json", record)
+                files.write_json(folder / "run.json", record)
                 arguments = (arm, seed, folder, chosen)
                 launch(_train_seed, arm.num_gpus, dist_url="auto", args=arguments)
             results.append(read_result(folder / "result.json"))
     summary = summarise(results, seeds)
-    write_json(out / "summary.json", summary)
+    files.write_json(out / "summary.json", summary)
     return summary
 
 
@@ -196,7 +187,7 @@ def prepare(settings: ArmSettings) -> Arm:
                         "copy both again, or remove the card")  # fmt: skip
     start = "random" if weights is None else "pretrained"
     compared = {key: value for key, value in dotted(cfg).items() if key not in _NOT_COMPARED} | {
-        "weights_sha256": sha256_of(weights) if weights else "random",
+        "weights_sha256": files.sha256_of(weights) if weights else "random",
         "data_sha256": data.digest(),
         "num_gpus": num_gpus,
     }
@@ -220,7 +211,7 @@ def is_finished(folder: Path, compared: dict[str, Any], *, overwrite: bool) -> b
             longer known, and `overwrite` is false.
     """
     there = [file for pattern in _RESULT_FILES for file in folder.glob(pattern)]
-    record = read_record_or_none(folder / "run.json", {"settings": dict})
+    record = files.read_record_or_none(folder / "run.json", {"settings": dict})
     reason = ""
     if record is not None:
         old = record["settings"]
@@ -280,7 +271,7 @@ def _continues(
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """A seed's result.json or eval-on-NAME.json; None where it is missing or damaged."""
-    return read_record_or_none(path, _RESULT)
+    return files.read_record_or_none(path, _RESULT)
 
 
 def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> None:
@@ -297,7 +288,7 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
         logger.info("%s: %s", data.root, note)
     if comm.is_main_process():
         write_config(cfg, folder / "config.yaml")
-        write_json(folder / "labels.json", describe(data))
+        files.write_json(folder / "labels.json", describe(data))
     logger.info(
         "%s, seed %d: %d training and %d test pictures, %d classes, %d iterations on %s",
         *(arm.name, seed, data.num_train, len(data.test.pictures), len(data.classes)),
@@ -332,16 +323,16 @@ def _train_seed(arm: Arm, seed: int, folder: Path, num_threads: int | None) -> N
         "num_threads": torch.get_num_threads(),
         "versions": provenance.versions(),
     }
-    write_json(folder / "result.json", result)  # last: its presence says "finished"
+    files.write_json(folder / "result.json", result)  # last: its presence says "finished"
     for checkpoint in folder.glob("model_0*.pth"):  # model_final.pth stays
         checkpoint.unlink()
 
 
 def write_details(evaluation: Evaluation, folder: Path, prefix: str = "") -> None:
     """Write detections.json, pr.json (curves) and errors.json."""
-    write_json(folder / f"{prefix}detections.json", evaluation.detections)
-    write_json(folder / f"{prefix}pr.json", evaluation.curves_to_json())
-    write_json(folder / f"{prefix}errors.json", evaluation.errors)
+    files.write_json(folder / f"{prefix}detections.json", evaluation.detections)
+    files.write_json(folder / f"{prefix}pr.json", evaluation.curves_to_json())
+    files.write_json(folder / f"{prefix}errors.json", evaluation.errors)
 
 
 def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -368,7 +359,7 @@ def log_to(folder: Path) -> None:
     """Everything to log.txt; our own lines and Detectron2's progress to the console."""
     rank = comm.get_rank()
     path = folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
-    open_to_append(path).close()  # refuses a link that leads out of the folder
+    files.open_to_append(path).close()  # refuses a link that leads out of the folder
     file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     console = logging.StreamHandler(sys.stdout)

@@ -19,16 +19,9 @@ from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
-from common import checkpoints
+from common import checkpoints, files
 from common.annotations.record import LabelledSet
 from common.errors import UserError, duration
-from common.files import (
-    has_form,
-    read_json_lines,
-    remove_partial_files,
-    write_json_lines,
-    write_text,
-)
 from detection.evaluation.evaluate import Evaluation, evaluate_detector, evaluated_split
 from detection.training.config import describe
 from detection.training.data import build_test_loader, build_train_loader, derive_seed
@@ -109,9 +102,9 @@ class CurveHook(hooks.EvalHook):
         """Drop points later than the checkpoint; evaluate now if a kill lost the point of now."""
         start, is_due = self.trainer.start_iter, False
         if comm.is_main_process():
-            rows = read_json_lines(self._file, _ROW, report=logger.warning)
+            rows = files.read_json_lines(self._file, _ROW, report=logger.warning)
             rows = [row for row in rows if row["iteration"] <= start]
-            write_json_lines(self._file, rows)
+            files.write_json_lines(self._file, rows)
             is_due = (
                 self._period > 0
                 and 0 < start < self.trainer.max_iter
@@ -132,9 +125,9 @@ class CurveHook(hooks.EvalHook):
             return {}
         self.last = result
         point = {"iteration": iteration, **result.means}
-        rows = read_json_lines(self._file, _ROW)
+        rows = files.read_json_lines(self._file, _ROW)
         rows = [row for row in rows if row["iteration"] != iteration]
-        write_json_lines(self._file, [*rows, point])
+        files.write_json_lines(self._file, [*rows, point])
         logger.info(
             "iteration %d: AP %.1f  AP50 %.1f  AP75 %.1f  (%d test pictures in %s)",
             *point.values(),
@@ -157,8 +150,8 @@ def point_at_newest(folder: Path) -> None:
         except UserError as error:
             logger.warning("%s; going on from an earlier state", error)
             continue
-        if has_form(content, {"model": dict, "trainer": dict}):
-            write_text(pointer, path.name)
+        if files.has_form(content, {"model": dict, "trainer": dict}):
+            files.write_text(pointer, path.name)
             return
         logger.warning("%s: is no checkpoint of a training; going on from an earlier state", path)
     pointer.unlink(missing_ok=True)
@@ -220,7 +213,7 @@ class Trainer(DefaultTrainer):
             UserError: If the weights do not match.
         """
         if comm.is_main_process():
-            remove_partial_files(self.folder)
+            files.remove_partial_files(self.folder)
             point_at_newest(self.folder)
         comm.synchronize()
         if self.checkpointer.has_checkpoint():
@@ -253,8 +246,10 @@ class Trainer(DefaultTrainer):
                 )
         if comm.is_main_process():
             metrics = self.folder / "metrics.json"
-            rows = read_json_lines(metrics, _ROW, report=logger.warning)
-            write_json_lines(metrics, [row for row in rows if row["iteration"] < self.start_iter])
+            rows = files.read_json_lines(metrics, _ROW, report=logger.warning)
+            files.write_json_lines(
+                metrics, [row for row in rows if row["iteration"] < self.start_iter]
+            )
             # The newest value of everything that is measured, not smoothed.
             writers = [JSONWriter(str(metrics), window_size=1), CommonMetricPrinter(self.max_iter)]
             period = min(_PRINT_PERIOD, self.max_iter)

@@ -14,14 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.files import (
-    NUMBER,
-    has_form,
-    is_below,
-    is_number,
-    read_json_or_none,
-    read_record_or_none,
-)
+from common import files
 from common.pictures import BadPicture, decode, read_file
 from pipeline.config import FROZEN
 from pipeline.results import arm_title
@@ -31,7 +24,7 @@ NUM_PICTURES, NUM_ARMS = 6, 3
 MOST_BOXES = 30  # of an arm on a picture, the best-scored
 MOST_SMALL = 8  # labels on a drawing that is not enlarged
 _SIDE = 800  # pixels, of pictures that can be enlarged
-_PICTURE = {"file_name": str, "width": NUMBER, "height": NUMBER, "ground_truth": list}
+_PICTURE = {"file_name": str, "width": files.NUMBER, "height": files.NUMBER, "ground_truth": list}
 _TRUE_BOX = {"class": str, "box": list}
 _LABELS = {"lists": list, "samples": list, "repaired": list}
 _SMALL, _LARGE = 0.036, 0.022  # height of letters, as a share of the picture's width
@@ -93,7 +86,7 @@ def detection_pictures(arms: Arms, dataset: Path, album: Album) -> list[dict[str
     by_seed: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for arm in chosen:
         for folder in arms[arm]:
-            entries = read_json_or_none(folder / "detections.json")
+            entries = files.read_json_or_none(folder / "detections.json")
             if isinstance(entries, list):
                 by_seed[folder.name][arm] = {
                     entry["file_name"]: entry for entry in entries if _is_drawable(entry, True)
@@ -123,9 +116,9 @@ def detection_pictures(arms: Arms, dataset: Path, album: Album) -> list[dict[str
 def labelled_set(arms: Arms, dataset: Path, album: Album) -> dict[str, Any] | None:
     """What `labels.json` of the first seed that has one tells, `samples` as drawn; else None."""
     for folder in (folder for folders in arms.values() for folder in folders):
-        content = read_record_or_none(folder / "labels.json", _LABELS)
+        content = files.read_record_or_none(folder / "labels.json", _LABELS)
         form = {"use": str, "num_pictures": int, "sizes": list, "objects": dict, "pictures": dict}
-        if content and all(has_form(row, form) for row in content["lists"]):
+        if content and all(files.has_form(row, form) for row in content["lists"]):
             break
     else:
         return None
@@ -144,7 +137,7 @@ def labelled_set(arms: Arms, dataset: Path, album: Album) -> dict[str, Any] | No
 def _opened(item: Mapping[str, Any], dataset: Path, album: Album) -> dict[str, Any] | None:
     """A picture below the data set's folder, and its objects; None if it does not open."""
     path = dataset / item["file_name"]
-    if not is_below(path, dataset):
+    if not files.is_below(path, dataset):
         return None
     uri = album.add(path, _SIDE)
     if uri is None:
@@ -166,15 +159,15 @@ def _names(objects: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _is_drawable(entry: Any, is_detected: bool = False) -> bool:
     """Whether an entry of detections.json (labels.json) has what the page draws."""
-    if not has_form(entry, {**_PICTURE, **({"detections": list} if is_detected else {})}):
+    if not files.has_form(entry, {**_PICTURE, **({"detections": list} if is_detected else {})}):
         return False
     truth, found = entry["ground_truth"], entry["detections"] if is_detected else []
     has_size = entry["width"] > 0 and entry["height"] > 0
-    has_forms = all(has_form(one, _TRUE_BOX) for one in truth) and all(
-        has_form(one, {**_TRUE_BOX, "score": NUMBER}) for one in found
+    has_forms = all(files.has_form(one, _TRUE_BOX) for one in truth) and all(
+        files.has_form(one, {**_TRUE_BOX, "score": files.NUMBER}) for one in found
     )
     return has_size and has_forms and all(
-        len(one["box"]) == 4 and all(map(is_number, one["box"])) for one in (*truth, *found)
+        len(one["box"]) == 4 and all(map(files.is_number, one["box"])) for one in (*truth, *found)
     )  # fmt: skip
 
 
@@ -268,8 +261,10 @@ def pretraining_pictures(folder: Path, album: Album) -> list[tuple[str, str, str
         picture = album.add(path, 1200)
         if picture is None:
             continue
-        described = read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {"rows": []}
-        rows = [row for row in described["rows"] if has_form(row, {"neighbour_labels": list})]
+        described = files.read_record_or_none(path.with_suffix(".json"), {"rows": list}) or {
+            "rows": []
+        }
+        rows = [row for row in described["rows"] if files.has_form(row, {"neighbour_labels": list})]
         known = [(row["query_label"], row["neighbour_labels"])
                  for row in rows if row.get("query_label") is not None]  # fmt: skip
         if known:

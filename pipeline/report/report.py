@@ -21,14 +21,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from common.errors import (
-    UserError,
-    command_parser,
-    duration,
-    no_such_file,
-    require,
-    run_command,
-)
+from common import errors
 from common.files import (
     NUMBER,
     check_out_folder,
@@ -252,7 +245,7 @@ def pretrainings(
         if kind == "pretrain":
             name = tail.partition("/seed-")[0] or "pretrained"
             label = str(_table(variants.get(name)).get("label") or name)
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(errors.UserError):
                 one = runs.read(out / stage)
                 found[label].append(one)
     return found
@@ -429,8 +422,8 @@ def render(out: Path) -> str:
     Raises:
         UserError: If the folder holds no run.
     """
-    require(out.is_dir(), no_such_file(out, "give the folder of a run", "folder"))
-    require((out / RUN_FILE).is_file(), f"{out} holds no run: {out / RUN_FILE} is missing")
+    errors.require(out.is_dir(), errors.no_such_file(out, "give the folder of a run", "folder"))
+    errors.require((out / RUN_FILE).is_file(), f"{out} holds no run: {out / RUN_FILE} is missing")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -438,7 +431,7 @@ def render(out: Path) -> str:
     environment.filters |= {
         "number": number,
         "signed": lambda value, digits=1: number(value, digits, "+"),
-        "clock": lambda value: duration(value) if is_number(value) else DASH,
+        "clock": lambda value: errors.duration(value) if is_number(value) else DASH,
         "contents": re.compile(r'<section id="([^"]+)".*\n *<h2[^>]*>(.*)</h2>').findall,
         "gib": lambda value: f"{value / 2**30:.2f} GiB" if is_number(value) else DASH,
     }
@@ -479,7 +472,9 @@ def write(out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run's folder, and its results.json: other sets may have come since."""
     text = "Write report.html and results.json of a run again, finished or not."
-    parser = command_parser(text, "example: .venv/bin/python pipeline/report/report.py runs/demo")
+    parser = errors.command_parser(
+        text, "example: .venv/bin/python pipeline/report/report.py runs/demo"
+    )
     parser.add_argument("out", type=Path, metavar="DIR", help="a pipeline's or study's run")
     options = parser.parse_args(arguments)
 
@@ -489,7 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
         old = read_record_or_none(options.out / "results.json") or {}
         results.write(options.out, **{key: old[key] for key in ("published",) if key in old})
 
-    return run_command(work)
+    return errors.run_command(work)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import (
-    RunFailed,
-    StoppedBySignal,
-    UserError,
-    add_check_options,
-    add_slurm_option,
-    command_parser,
-    duration,
-    json_file,
-    no_such_file,
-    print_check,
-    run_command,
-)
+from common import errors
 
 
 def broken(error):
@@ -29,9 +17,9 @@ def broken(error):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (UserError("--size 0: give 1 or more"), 2, "error: --size 0: give 1 or more"),
-        (RunFailed("stage a failed"), 1, "error: stage a failed"),
-        (StoppedBySignal(15, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
+        (errors.UserError("--size 0: give 1 or more"), 2, "error: --size 0: give 1 or more"),
+        (errors.RunFailed("stage a failed"), 1, "error: stage a failed"),
+        (errors.StoppedBySignal(15, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
         (OSError("our own sentence"), 1, "error: our own sentence"),
         (PermissionError(errno.EACCES, "Permission denied", "a.txt"), 1,
@@ -44,13 +32,13 @@ def broken(error):
          "error: a\\xff/b: a file is where a folder is expected; choose another name"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a.json"), 2,
          "error: a.json: a folder is where a file is expected; choose another name"),
-        (UserError("\udcff.jpg: no picture"), 2, "error: \\xff.jpg: no picture"),
-        (UserError("\ud800: no name"), 2, "error: \\ud800: no name"),
-        (UserError("x" * 9000), 2, f"error: {'x' * 7993} .. (9,007 characters)"),
+        (errors.UserError("\udcff.jpg: no picture"), 2, "error: \\xff.jpg: no picture"),
+        (errors.UserError("\ud800: no name"), 2, "error: \\ud800: no name"),
+        (errors.UserError("x" * 9000), 2, f"error: {'x' * 7993} .. (9,007 characters)"),
     ],
 )  # fmt: skip
 def test_an_error_becomes_a_message_and_an_exit_status(error, status, message, capsys):
-    assert run_command(broken(error)) == status
+    assert errors.run_command(broken(error)) == status
     assert capsys.readouterr() == ("", message + "\n")
 
 
@@ -59,20 +47,20 @@ def test_file_names_that_are_no_utf8_are_printed(capsys):
         print("runs/\udcff")
         return 0
 
-    assert run_command(work) == 0
+    assert errors.run_command(work) == 0
     assert capsys.readouterr().out == "runs/\\udcff\n"
 
 
 def test_a_bug_keeps_its_traceback_unless_it_is_a_named_failure(capsys):
     with pytest.raises(RuntimeError, match="bug"):
-        run_command(broken(RuntimeError("bug")))
-    assert run_command(broken(RuntimeError("no memory")), failures=(RuntimeError,)) == 1
+        errors.run_command(broken(RuntimeError("bug")))
+    assert errors.run_command(broken(RuntimeError("no memory")), failures=(RuntimeError,)) == 1
     assert capsys.readouterr().err == "error: no memory\n"
 
 
 def test_slurm_options_are_pairs(capsys):
     parser = argparse.ArgumentParser()
-    add_slurm_option(parser)
+    errors.add_slurm_option(parser)
     words = ["--slurm-option", "account=vision", "--slurm-option", "x=a=b"]
     assert dict(parser.parse_args(words).slurm_option) == {"account": "vision", "x": "a=b"}
     for word in ("account", "account=", "=x", "a=b\n#SBATCH --uid=0"):
@@ -95,10 +83,10 @@ def test_slurm_options_are_pairs(capsys):
 )
 @pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args"])
 def test_an_optional_value_is_no_word_of_another_kind(parse, words, parsed):
-    parser = command_parser("")
-    add_check_options(parser)
+    parser = errors.command_parser("")
+    errors.add_check_options(parser)
     parser.add_argument("--profile", nargs="?", const=20, type=int, default=0)
-    parser.add_argument("--report", type=json_file, nargs="?", const=Path("-"))
+    parser.add_argument("--report", type=errors.json_file, nargs="?", const=Path("-"))
     parser.add_argument("words", nargs="*")
     options = getattr(parser, parse)(words)
     assert (options.check, options.profile, options.words) == parsed
@@ -117,8 +105,8 @@ def test_an_optional_value_is_no_word_of_another_kind(parse, words, parsed):
     ],
 )
 def test_options_and_their_values_are_answered_with_the_nearest(words, message, capsys):
-    parser = command_parser("")
-    add_check_options(parser)
+    parser = errors.command_parser("")
+    errors.add_check_options(parser)
     parser.add_argument("--format", choices=("voc", "coco"))
     parser.add_argument("--out")
     parser.add_subparsers().add_parser("run").add_argument("--list")
@@ -130,17 +118,17 @@ def test_options_and_their_values_are_answered_with_the_nearest(words, message, 
 def test_a_missing_file_is_answered_with_its_neighbour(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     near = f"{tmp_path}/photo: no such file or folder; did you mean {tmp_path}/photos?"
-    assert no_such_file(tmp_path / "photo", "give a folder") == near
-    assert no_such_file(tmp_path / "x", "give a folder").endswith("folder; give a folder")
-    assert run_command(lambda: open(tmp_path / "photo").close() or 0) == 1
+    assert errors.no_such_file(tmp_path / "photo", "give a folder") == near
+    assert errors.no_such_file(tmp_path / "x", "give a folder").endswith("folder; give a folder")
+    assert errors.run_command(lambda: open(tmp_path / "photo").close() or 0) == 1
     assert near in capsys.readouterr().err
 
 
 def test_figures_are_rounded_for_people(capsys):
     times = {0.04: "0.0 s", 9.96: "10 s", 59.4: "59 s", 59.6: "1 min 0 s", 3725: "1 h 2 min"}
-    assert {seconds: duration(seconds) for seconds in times} == times
+    assert {seconds: errors.duration(seconds) for seconds in times} == times
     facts = {"seconds": 77.11447, "disk_bytes": 54944592, "mean": [123.67512, 1.0], "n": 100000}
-    assert print_check(facts, as_json=False) is False
+    assert errors.print_check(facts, as_json=False) is False
     assert capsys.readouterr().out.splitlines() == [
         "seconds: 1 min 17 s", "disk_bytes: 54.9 MB", "mean: 123.68, 1", "n: 100000",
     ]  # fmt: skip

@@ -6,17 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from common.stats import (
-    NUM_RESAMPLES,
-    Contrast,
-    claim_verdict,
-    compare,
-    holm,
-    paired_difference,
-    permutation_test,
-    t_test,
-    verdict,
-)
+from common import stats
 
 # Two-sided 95 % quantiles as printed in tables of Student's t distribution.
 TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042, 120: 1.980}
@@ -29,7 +19,7 @@ def seeds(*values: float) -> dict[int, float]:
 @pytest.mark.parametrize(("degrees", "expected"), TABLE.items())
 def test_intervals_have_the_width_of_the_printed_table(degrees, expected):
     values = np.random.default_rng(degrees).normal(size=degrees + 1).tolist()
-    found = paired_difference(seeds(*values), seeds(*[0.0] * len(values)))
+    found = stats.paired_difference(seeds(*values), seeds(*[0.0] * len(values)))
     low, high = found["student_t"]
     half = (high - low) / 2 / (found["std"] / math.sqrt(len(values)))
     assert half == pytest.approx(expected, abs=6e-4)
@@ -38,7 +28,7 @@ def test_intervals_have_the_width_of_the_printed_table(degrees, expected):
 def test_paired_difference_of_a_worked_example():
     treated = {0: 31.0, 1: 29.0, 2: 35.0, 3: 33.0, 4: 30.0, 9: 99.0}
     control = {0: 28.0, 1: 28.0, 2: 30.0, 3: 31.0, 4: 26.0, 8: 0.0}
-    found = paired_difference(treated, control)
+    found = stats.paired_difference(treated, control)
     assert found["seeds"] == [0, 1, 2, 3, 4]
     assert found["differences"] == [3.0, 1.0, 5.0, 2.0, 4.0]
     assert (found["n"], found["mean"]) == (5, 3.0)
@@ -51,22 +41,22 @@ def test_paired_difference_of_a_worked_example():
 
 
 def test_one_seed_has_no_interval_and_says_so():
-    found = paired_difference({0: 3.0}, {0: 1.0})
+    found = stats.paired_difference({0: 3.0}, {0: 1.0})
     assert found["mean"] == 2.0
     assert all(found[key] is None for key in ("std", "student_t", "bootstrap"))
     assert found["note"] == "one seed: no interval"
-    assert paired_difference({}, {0: 1.0})["note"] == "no seed: no interval"
+    assert stats.paired_difference({}, {0: 1.0})["note"] == "no seed: no interval"
 
 
 def test_the_bootstrap_takes_the_percentiles_of_seeded_means():
     """The same draws by numpy alone."""
     values = [0.3, -0.1, 0.8, 0.5, 1.1]
-    picks = np.random.default_rng(0).integers(0, 5, size=(NUM_RESAMPLES, 5))
+    picks = np.random.default_rng(0).integers(0, 5, size=(stats.NUM_RESAMPLES, 5))
     means = np.sort(np.array(values)[picks].mean(axis=1))
-    position = 0.025 * (NUM_RESAMPLES - 1)
-    low = np.interp(position, np.arange(NUM_RESAMPLES), means)
-    high = np.interp(NUM_RESAMPLES - 1 - position, np.arange(NUM_RESAMPLES), means)
-    found = paired_difference(seeds(*values), seeds(*[0.0] * 5))["bootstrap"]
+    position = 0.025 * (stats.NUM_RESAMPLES - 1)
+    low = np.interp(position, np.arange(stats.NUM_RESAMPLES), means)
+    high = np.interp(stats.NUM_RESAMPLES - 1 - position, np.arange(stats.NUM_RESAMPLES), means)
+    found = stats.paired_difference(seeds(*values), seeds(*[0.0] * 5))["bootstrap"]
     assert found == pytest.approx([low, high], abs=1e-12)
 
 
@@ -75,12 +65,12 @@ def test_p_of_the_t_test_is_that_of_the_closed_forms():
     for values in ([2.3, 3.7], [-0.2, 0.1]):
         t = statistic_of(values)
         expected = 1 - 2 / math.pi * math.atan(t)
-        assert t_test(values) == pytest.approx(expected, rel=1e-9)
-        assert t_test([-value for value in values]) == pytest.approx(expected, rel=1e-9)
+        assert stats.t_test(values) == pytest.approx(expected, rel=1e-9)
+        assert stats.t_test([-value for value in values]) == pytest.approx(expected, rel=1e-9)
     for values in ([0.3, -0.1, 0.8, 0.5, 1.1], [-2.0, 1.0, 0.5, 0.2, 0.1]):
         s = statistic_of(values) ** 2 / 4
         inside = 0.75 * math.sqrt(4 * s) / math.sqrt(1 + s) * (1 - s / (3 * (1 + s)))
-        assert t_test(values) == pytest.approx(1 - inside, rel=1e-9)
+        assert stats.t_test(values) == pytest.approx(1 - inside, rel=1e-9)
 
 
 def statistic_of(values: list[float]) -> float:
@@ -95,34 +85,34 @@ def test_permutation_test_counts_sign_changes() -> None:
         for signs in itertools.product((1, -1), repeat=4)
     ]
     expected = sum(x >= abs(sum(values)) - 1e-12 for x in sums) / 16
-    assert permutation_test(values) == expected
-    assert permutation_test([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 32
+    assert stats.permutation_test(values) == expected
+    assert stats.permutation_test([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 32
     # Differences of percentages are rounded: 0.1 - 0.2 + 0.3 and its like still tie with 0.2.
     rounded = [50.1 - 50.0, 50.2 - 50.0, 49.7 - 50.0]
-    assert permutation_test(rounded) == 1.0
-    assert permutation_test([*rounded[:2], -rounded[2]]) == 2 / 8
-    assert permutation_test([50.1 - 50.0, 49.8 - 50.0, 50.3 - 50.0]) == 6 / 8
+    assert stats.permutation_test(rounded) == 1.0
+    assert stats.permutation_test([*rounded[:2], -rounded[2]]) == 2 / 8
+    assert stats.permutation_test([50.1 - 50.0, 49.8 - 50.0, 50.3 - 50.0]) == 6 / 8
 
 
 def test_equal_differences_fall_back_on_the_signs() -> None:
-    assert t_test([0.5] * 5) == 2 / 32
-    assert t_test([0.0] * 5) == 1.0
-    assert t_test([0.1 + 0.2, 0.3, 0.3]) == 2 / 8  # equal but for rounding
-    assert t_test([1.0, 1.0 + 1e-11]) == pytest.approx(3.18e-12, rel=0.01)  # hardly unequal
-    assert t_test([1.0]) is None
-    assert permutation_test([]) is None
+    assert stats.t_test([0.5] * 5) == 2 / 32
+    assert stats.t_test([0.0] * 5) == 1.0
+    assert stats.t_test([0.1 + 0.2, 0.3, 0.3]) == 2 / 8  # equal but for rounding
+    assert stats.t_test([1.0, 1.0 + 1e-11]) == pytest.approx(3.18e-12, rel=0.01)  # hardly unequal
+    assert stats.t_test([1.0]) is None
+    assert stats.permutation_test([]) is None
 
 
 def test_holm_of_a_worked_example() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, None, 0.9]) == [1.0, None, 1.0]
-    assert holm([]) == []
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.5, None, 0.9]) == [1.0, None, 1.0]
+    assert stats.holm([]) == []
 
 
 def test_a_difference_of_differences_is_taken_seed_by_seed() -> None:
     a, b = seeds(5.0, 7.0, 9.0), seeds(4.0, 4.0, 4.0)
     c, d = seeds(3.0, 3.0, 3.0), {0: 2.0, 1: 1.0, 5: 100.0}
-    row = compare([Contrast("x", ((1, a), (-1, b), (-1, c), (1, d)))])[0]
+    row = stats.compare([stats.Contrast("x", ((1, a), (-1, b), (-1, c), (1, d)))])[0]
     assert row["seeds"] == [0, 1]
     assert row["differences"] == [(5 - 4) - (3 - 2), (7 - 4) - (3 - 1)]
 
@@ -138,8 +128,10 @@ def test_a_difference_of_differences_is_taken_seed_by_seed() -> None:
 )
 def test_verdicts(shift: float, higher: bool, expected: str) -> None:
     noise = (0.1, -0.2, 0.15, -0.1, 0.05)
-    contrast = Contrast("x", ((1, seeds(*(50 + shift + e for e in noise))), (-1, seeds(*[50] * 5))))
-    assert compare([contrast], higher_is_better=higher)[0]["verdict"] == expected
+    contrast = stats.Contrast(
+        "x", ((1, seeds(*(50 + shift + e for e in noise))), (-1, seeds(*[50] * 5)))
+    )
+    assert stats.compare([contrast], higher_is_better=higher)[0]["verdict"] == expected
 
 
 @pytest.mark.parametrize(
@@ -158,15 +150,15 @@ def test_verdicts(shift: float, higher: bool, expected: str) -> None:
 )
 def test_each_condition_of_the_rule_decides(change: dict, expected: str) -> None:
     row = {"n": 5, "mean": 1.0, "bootstrap": [0.5, 2.0], "p_holm": 0.01}
-    assert verdict(row | change) == expected
+    assert stats.verdict(row | change) == expected
 
 
 def test_claims() -> None:
     def rows(*verdicts: str) -> list[dict]:
         return [{"verdict": v, "decides": True} for v in verdicts]
 
-    assert claim_verdict(rows("better", "better")) == "shown"
-    assert claim_verdict(rows("better", "inconclusive")) == "inconclusive"
-    assert claim_verdict(rows("better", "worse")) == "contradicted"
-    assert claim_verdict([{"verdict": "worse", "decides": False}]) == "inconclusive"
-    assert claim_verdict([]) == "inconclusive"
+    assert stats.claim_verdict(rows("better", "better")) == "shown"
+    assert stats.claim_verdict(rows("better", "inconclusive")) == "inconclusive"
+    assert stats.claim_verdict(rows("better", "worse")) == "contradicted"
+    assert stats.claim_verdict([{"verdict": "worse", "decides": False}]) == "inconclusive"
+    assert stats.claim_verdict([]) == "inconclusive"

@@ -11,14 +11,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from common.annotations.record import (
-    LabelledSet,
-    LabelledSplit,
-    ObjectRecord,
-    annotation_xml,
-    make_folders,
-    read_set,
-)
+from common.annotations import record
 from detection.evaluation.evaluate import Collector, DetectedBoxes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +31,7 @@ def instances_of(rows: Sequence[Detection], image_id: str) -> Instances:
     return instances
 
 
-def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
+def make_detections(voc: record.LabelledSet, seed: int = 0) -> list[Detection]:
     """Ground truth moved about, doubles, wrong classes and boxes at random."""
     generator = np.random.default_rng(seed)
     found: list[Detection] = []
@@ -54,7 +47,7 @@ def make_detections(voc: LabelledSet, seed: int = 0) -> list[Detection]:
     return found
 
 
-def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
+def collect(split: record.LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
     """The detections as an evaluation collects them."""
     collector = Collector(split)
     collector.reset()
@@ -68,8 +61,8 @@ def collect(split: LabelledSplit, rows: Sequence[Detection]) -> DetectedBoxes:
 
 def annotation(size, objects, width=None):
     """A VOC annotation with boxes (name, xmin, ymin, xmax, ymax), 1-based."""
-    rows = [ObjectRecord(name, (x0 - 1, y0 - 1, x1, y1)) for name, x0, y0, x1, y1 in objects]
-    return annotation_xml("picture.jpg", width or size, size, rows).decode()
+    rows = [record.ObjectRecord(name, (x0 - 1, y0 - 1, x1, y1)) for name, x0, y0, x1, y1 in objects]
+    return record.annotation_xml("picture.jpg", width or size, size, rows).decode()
 
 
 def make_voc(root, num_train=8, num_test=4, size=96, growth=0):
@@ -79,7 +72,7 @@ def make_voc(root, num_train=8, num_test=4, size=96, growth=0):
     """
     generator = np.random.default_rng(0)
     voc = root / "VOC2007"
-    make_folders(voc)
+    record.make_folders(voc)
     names = [f"{index:06d}" for index in range(num_train + num_test)]
     for index, name in enumerate(names):
         columns = size + growth * index
@@ -105,7 +98,7 @@ def make_official(root: Path) -> Path:
     """A devkit of one picture with a dog for each list."""
     for year in ("2007", "2012"):
         voc = root / f"VOC{year}"
-        make_folders(voc)
+        record.make_folders(voc)
         for split in ("trainval", "test"):
             name = f"{year}_{split}"
             Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(voc / f"JPEGImages/{name}.jpg")
@@ -116,7 +109,7 @@ def make_official(root: Path) -> Path:
 
 def make_coco(root: Path) -> Path:
     """The tiny VOC set (as_voc beside it) as COCO: one crowd a list, masks of half a box."""
-    voc = read_set(make_voc(root.parent / "as_voc", num_train=6, num_test=5))
+    voc = record.read_set(make_voc(root.parent / "as_voc", num_train=6, num_test=5))
     (root / "annotations").mkdir(parents=True)
     for split, name in ((voc.train[0], "train2017"), (voc.test, "val2017")):
         (root / name).mkdir()

@@ -9,31 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.annotations.checks import (
-    EMPTY,
-    OBJECT,
-    PICTURE,
-    POLYGONS,
-    UNKNOWN,
-    Findings,
-    Frame,
-    Unusable,
-    find_file,
-    leads_out,
-    number,
-    placed,
-    read_frame,
-)
+from common.annotations import checks, record
 from common.annotations.lists import assemble
-from common.annotations.record import (
-    LabelledFormat,
-    LabelledSet,
-    LabelledSplit,
-    ObjectRecord,
-    PictureRecord,
-    SetChoice,
-    checked_class_name,
-)
 from common.errors import UserError
 from common.files import open_regular, read_json
 
@@ -50,7 +27,7 @@ GROUPS = "categories without objects that group others: left out"
 ELSEWHERE = "pictures whose path is of another place: found by the file's name"
 
 
-class Coco(LabelledFormat):
+class Coco(record.LabelledFormat):
     """ROOT/annotations/instances_train2017.json, ROOT/train2017/*.jpg; the same with val2017.
 
     A list NAME of another set is annotations/instances_NAME.json or annotations/NAME.json (CVAT),
@@ -68,7 +45,7 @@ class Coco(LabelledFormat):
         )
 
     @classmethod
-    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
         """Read and check the chosen lists; see `LabelledFormat.read`.
 
         Masks are not used. Crowds are left out of the training list, as Detectron2 does; they stay
@@ -77,10 +54,10 @@ class Coco(LabelledFormat):
         """
         if choice.metric_year is not None:
             raise UserError(f"{root}: a COCO folder has COCO's metric; leave --metric-year out")
-        files, found = _json_files(root), Findings(choice.max_left_out)
+        files, found = _json_files(root), checks.Findings(choice.max_left_out)
         categories: dict[str, tuple[str, ...]] = {}
 
-        def load(name: str) -> LabelledSplit:
+        def load(name: str) -> record.LabelledSplit:
             split, categories[name] = _read_split(root, files, name, choice.exif, found)
             for other, classes in categories.items():
                 if classes != categories[name]:
@@ -97,7 +74,7 @@ class Coco(LabelledFormat):
         return replace(data, train=tuple(map(_without_crowds, data.train)))
 
 
-def _without_crowds(split: LabelledSplit) -> LabelledSplit:
+def _without_crowds(split: record.LabelledSplit) -> record.LabelledSplit:
     pictures = tuple(
         replace(picture, objects=tuple(item for item in picture.objects if not item.crowd))
         for picture in split.pictures
@@ -143,8 +120,8 @@ def _holds_annotations(path: Path) -> bool:
 
 
 def _read_split(
-    root: Path, files: dict[str, Path], name: str, exif: str, findings: Findings
-) -> tuple[LabelledSplit, tuple[str, ...]]:
+    root: Path, files: dict[str, Path], name: str, exif: str, findings: checks.Findings
+) -> tuple[record.LabelledSplit, tuple[str, ...]]:
     """One list and its class names."""
     path = files.get(name)
     if path is None:
@@ -157,12 +134,12 @@ def _read_split(
               path.parent, root]  # fmt: skip
     places = list(dict.fromkeys(place for place in places if place.is_dir()))
     classes, pictures = read_instances(path, *places, exif=exif, findings=findings)
-    return LabelledSplit(places[0], name, pictures), classes
+    return record.LabelledSplit(places[0], name, pictures), classes
 
 
 def read_instances(
-    path: Path, *folders: Path, exif: str = "auto", findings: Findings | None = None
-) -> tuple[tuple[str, ...], tuple[PictureRecord, ...]]:
+    path: Path, *folders: Path, exif: str = "auto", findings: checks.Findings | None = None
+) -> tuple[tuple[str, ...], tuple[record.PictureRecord, ...]]:
     """Read and check the boxes of a list; masks are not used, boxes are not rounded.
 
     Args:
@@ -178,10 +155,10 @@ def read_instances(
         UserError: If the file does not hold what it must, with up to ten faults together.
     """
     is_strict = findings is None
-    findings = findings or Findings()
+    findings = findings or checks.Findings()
     content = read_json(path, remedy="export it again")
     labels = {
-        row["id"]: checked_class_name(row.get("name"), f"{path}: category {row['id']!r}")
+        row["id"]: record.checked_class_name(row.get("name"), f"{path}: category {row['id']!r}")
         for row in sorted(_rows(path, content, "categories"), key=lambda row: row["id"])
     }
     if len(set(labels.values())) < len(labels):
@@ -197,25 +174,25 @@ def read_instances(
         del labels[key]
 
     # Pictures first: boxes are checked against them.
-    pictures: dict[int | str, tuple[Path, Frame]] = {}
+    pictures: dict[int | str, tuple[Path, checks.Frame]] = {}
     ids_of: dict[Path, int | str] = {}
     for row in images:
         where = f"{path}: picture {row['id']!r:.60}"
-        with findings.leaving_out(PICTURE):
+        with findings.leaving_out(checks.PICTURE):
             file = _file(folders, row.get("file_name"), where, findings)
             if file in ids_of:
                 raise UserError(f"{where}: names {file.name}, as {ids_of[file]!r} does; keep one")
             ids_of[file] = row["id"]
-            width, height = (number(row.get(side) or 0) for side in ("width", "height"))
-            frame = read_frame(file, (width, height), exif, where, findings)
+            width, height = (checks.number(row.get(side) or 0) for side in ("width", "height"))
+            frame = checks.read_frame(file, (width, height), exif, where, findings)
             pictures[row["id"]] = (file, frame)
 
     # Objects. An empty box is left out if there are few, else the file is wrong.
-    objects: dict[int | str, list[ObjectRecord]] = {row["id"]: [] for row in images}
+    objects: dict[int | str, list[record.ObjectRecord]] = {row["id"]: [] for row in images}
     empty = []
     for row in annotations:
         where, image = f"{path}: annotation {row.get('id')!r:.60}", row.get("image_id")
-        with findings.leaving_out(OBJECT):
+        with findings.leaving_out(checks.OBJECT):
             if type(image) not in (int, str) or image not in objects:
                 raise UserError(
                     f"{where} is of a picture that it does not list, image_id {image!r:.60}; add "
@@ -226,13 +203,13 @@ def read_instances(
             if x1 <= x0 or y1 <= y0:
                 empty.append(f"{where} is empty; remove the annotation")
             elif image in pictures:
-                box = placed(item.box, pictures[image][1], where, findings)
+                box = checks.placed(item.box, pictures[image][1], where, findings)
                 objects[image].append(replace(item, box=box))
     if len(empty) > _MAX_EMPTY * len(annotations):
         for message in empty:
-            findings.leave_out(UserError(message), OBJECT)
+            findings.leave_out(UserError(message), checks.OBJECT)
     elif empty:
-        findings.ignored[EMPTY] += len(empty)
+        findings.ignored[checks.EMPTY] += len(empty)
     if is_strict:
         findings.raise_faults()
     return tuple(labels.values()), tuple(
@@ -266,53 +243,57 @@ def _rows(path: Path, content: Any, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _file(folders: Sequence[Path], name: Any, where: str, findings: Findings) -> Path:
+def _file(folders: Sequence[Path], name: Any, where: str, findings: checks.Findings) -> Path:
     """A picture's file; one elsewhere, as on the server of Label Studio, is found by its name."""
     if not isinstance(name, str):
         raise UserError(f"{where}: file_name {name!r:.120}: give the name of a file")
     clean = name.replace("\\", "/")
-    for folder in folders if not leads_out(clean) else ():
-        if (file := find_file(folder / clean)) is not None:
+    for folder in folders if not checks.leads_out(clean) else ():
+        if (file := checks.find_file(folder / clean)) is not None:
             return file
     last = clean.partition("?")[0].rpartition("/")[2]
-    for folder in folders if last != clean and not leads_out(last) else ():
-        if (file := find_file(folder / last)) is not None:
+    for folder in folders if last != clean and not checks.leads_out(last) else ():
+        if (file := checks.find_file(folder / last)) is not None:
             findings.repairs[ELSEWHERE] += 1
             return file
-    if leads_out(clean):
-        raise Unusable(
-            PICTURE, f"{where}: file_name {name!r:.120} leads out of {folders[0]}; give one within"
+    if checks.leads_out(clean):
+        raise checks.Unusable(
+            checks.PICTURE,
+            f"{where}: file_name {name!r:.120} leads out of {folders[0]}; give one within",
         )
-    raise Unusable(PICTURE, f"{where}: no such picture, {name!r:.120} in {folders[0]}; add it")
+    raise checks.Unusable(
+        checks.PICTURE, f"{where}: no such picture, {name!r:.120} in {folders[0]}; add it"
+    )
 
 
 def _object(
-    row: dict[str, Any], labels: dict[int | str, str], where: str, findings: Findings
-) -> tuple[ObjectRecord, str]:
+    row: dict[str, Any], labels: dict[int | str, str], where: str, findings: checks.Findings
+) -> tuple[record.ObjectRecord, str]:
     """One object, its box as it stands there, and where it is, for messages."""
     category, bbox, area = row.get("category_id"), row.get("bbox"), row.get("area")
     if not bbox and (polygons := _polygons(row.get("segmentation"))):
         x, y = polygons[::2], polygons[1::2]
         bbox = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-        findings.repairs[POLYGONS] += 1
+        findings.repairs[checks.POLYGONS] += 1
     if type(category) not in (int, str) or category not in labels:
-        raise Unusable(
-            UNKNOWN, f"{where}: category_id {category!r:.60} is none of the categories; add it"
+        raise checks.Unusable(
+            checks.UNKNOWN,
+            f"{where}: category_id {category!r:.60} is none of the categories; add it",
         )
-    values = [number(value) for value in bbox] if isinstance(bbox, list) else []
+    values = [checks.number(value) for value in bbox] if isinstance(bbox, list) else []
     where += f": bbox {bbox!r:.120}"
     if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) < 0:
         raise UserError(f"{where}: give x, y, width >= 0, height >= 0")
-    if area is not None and not 0 <= number(area) <= _MAX_AREA:
+    if area is not None and not 0 <= checks.number(area) <= _MAX_AREA:
         raise UserError(f"{where}: area {area!r:.60}: give square pixels, or leave it out")
     if row.get("iscrowd") not in (None, 0, 1):
         raise UserError(f"{where}: iscrowd {row['iscrowd']!r:.60}: give 0 or 1")
     x, y, width, height = values
-    item = ObjectRecord(
+    item = record.ObjectRecord(
         labels[category],
         (x, y, x + width, y + height),
         crowd=bool(row.get("iscrowd")),
-        area=number(area) if area else None,
+        area=checks.number(area) if area else None,
     )
     return item, where
 
@@ -320,13 +301,15 @@ def _object(
 def _polygons(segmentation: Any) -> list[float]:
     """All corners, x and y in turn; empty if there are none, or they are no numbers."""
     parts = segmentation if isinstance(segmentation, list) else []
-    values = [number(x) for part in parts if isinstance(part, list) for x in part]
+    values = [checks.number(x) for part in parts if isinstance(part, list) for x in part]
     return values if len(values) % 2 == 0 and all(map(math.isfinite, values)) else []
 
 
 def _picture(
-    row: dict[str, Any], file: Path, frame: Frame, objects: list[ObjectRecord]
-) -> PictureRecord:
+    row: dict[str, Any], file: Path, frame: checks.Frame, objects: list[record.ObjectRecord]
+) -> record.PictureRecord:
     text = repr((row["id"], row["file_name"], file.stat().st_size, objects))
     digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
-    return PictureRecord(str(row["id"]), file, frame.width, frame.height, tuple(objects), digest)
+    return record.PictureRecord(
+        str(row["id"]), file, frame.width, frame.height, tuple(objects), digest
+    )

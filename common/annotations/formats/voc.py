@@ -14,31 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.annotations.checks import (
-    ANNOTATION,
-    OBJECT,
-    PICTURE,
-    TWICE,
-    UNKNOWN,
-    Findings,
-    Unusable,
-    find_file,
-    leads_out,
-    placed,
-    read_frame,
-)
+from common.annotations import checks, record
 from common.annotations.lists import assemble
-from common.annotations.record import (
-    LabelledFormat,
-    LabelledSet,
-    LabelledSplit,
-    ObjectRecord,
-    PictureRecord,
-    SetChoice,
-    annotation_file,
-    checked_class_name,
-    list_file,
-)
 from common.errors import UserError, unknown
 from common.files import decode_text, read_json, read_regular, read_text
 from common.pictures import PICTURE_SUFFIXES
@@ -67,7 +44,7 @@ _FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes
 # -- sets -----------------------------------------------------------------------------------------
 
 
-class Voc(LabelledFormat):
+class Voc(record.LabelledFormat):
     """ROOT/VOC2007/{ImageSets/Main/LIST.txt, Annotations/ID.xml, JPEGImages/ID.jpg}.
 
     The folder is a VOC devkit (VOC2007/ and/or VOC2012/), or a set made by tools/make_dataset.py,
@@ -82,7 +59,7 @@ class Voc(LabelledFormat):
         return (root / "dataset.json").is_file() or bool(_devkit_folders(root))
 
     @classmethod
-    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
         """Read and check the chosen lists; see `LabelledFormat.read`.
 
         Classes: the choice, else dataset.json, else the 20 VOC names, else those that occur. The
@@ -106,12 +83,12 @@ class Voc(LabelledFormat):
 
 def _has_official_lists(root: Path) -> bool:
     folders = [folder for folder in _devkit_folders(root) if folder.name.startswith("VOC20")]
-    return any(list_file(folder, "trainval").is_file() for folder in folders)
+    return any(record.list_file(folder, "trainval").is_file() for folder in folders)
 
 
 def _read(
-    root: Path, choice: SetChoice, description: dict[str, Any], *, is_official: bool
-) -> LabelledSet:
+    root: Path, choice: record.SetChoice, description: dict[str, Any], *, is_official: bool
+) -> record.LabelledSet:
     """As `Voc.read`; PASCAL's own set has its own classes, lists, metric and tolerance."""
     usual = ("train", "test") if description else None
     if is_official:
@@ -129,7 +106,7 @@ def _read(
     if year not in (2007, 2012):
         raise UserError(f"metric year {year}: give 2007 (11-point AP) or 2012 (area)")
     stated = description.get("classes") or (VOC_CLASSES if is_official else None)
-    findings = Findings(choice.max_left_out)
+    findings = checks.Findings(choice.max_left_out)
     return assemble(
         root,
         _list_names(root),
@@ -153,7 +130,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     for key in ("train_split", "test_split"):
         if not isinstance(content.get(key), str | None):
             raise UserError(f"{path}: {key} {content[key]!r:.60}: give lists joined by +")
-    classes = [checked_class_name(x, str(path)) for x in content["classes"]]
+    classes = [record.checked_class_name(x, str(path)) for x in content["classes"]]
     if len(set(classes)) != len(classes) or not classes:
         raise UserError(f"{path}: classes {', '.join(classes)!r} must be different and not none")
     return content | {"classes": classes}
@@ -165,23 +142,23 @@ def _read_split(
     classes: Collection[str] | None,
     exif: str,
     is_official: bool,
-    findings: Findings,
-) -> LabelledSplit:
+    findings: checks.Findings,
+) -> record.LabelledSplit:
     """Read a list and every annotation that it names."""
     pictures, finder = [], PictureFinder(folder)
     for image_id in read_list(folder, name):
-        with findings.leaving_out(ANNOTATION):
+        with findings.leaving_out(checks.ANNOTATION):
             pictures.append(
                 read_picture(folder, image_id, classes, finder=finder, exif=exif,
                              is_official=is_official, findings=findings)
             )  # fmt: skip
-    return LabelledSplit(folder, name, tuple(pictures))
+    return record.LabelledSplit(folder, name, tuple(pictures))
 
 
 def _devkit_folders(root: Path) -> list[Path]:
     """VOC folders with lists: the folder itself, those in it, and those in ROOT/VOCdevkit."""
     folders = [*year_folders(root), *year_folders(root / "VOCdevkit")]
-    return [folder for folder in folders if list_file(folder, "x").parent.is_dir()]
+    return [folder for folder in folders if record.list_file(folder, "x").parent.is_dir()]
 
 
 def _list_names(root: Path) -> list[str]:
@@ -201,11 +178,11 @@ def _find_list(root: Path, split: str) -> tuple[Path, str]:
     folders = _devkit_folders(root)
     if match:
         folders = [folder for folder in folders if folder.name == f"VOC{match[1]}"]
-    holders = [folder for folder in folders if list_file(folder, name).is_file()]
+    holders = [folder for folder in folders if record.list_file(folder, name).is_file()]
     if not holders:
         there = sorted(f"{folder.name}/{x}" for folder in folders for x in list_names(folder))
         year = match[1] if match else 2007
-        needed = list_file(folders[0] if folders else root / f"VOC{year}", name)
+        needed = record.list_file(folders[0] if folders else root / f"VOC{year}", name)
         raise UserError(
             f"{needed}: no such list; lists there: {', '.join(there[:20]) or 'none'}; "
             "the config and --train-split, --test-split say which are read"
@@ -232,7 +209,7 @@ def year_folders(root: Path) -> list[Path]:
 
 def list_names(folder: Path) -> list[str]:
     """Names of the lists of a VOC folder."""
-    return sorted(path.stem for path in list_file(folder, "x").parent.glob("*.txt"))
+    return sorted(path.stem for path in record.list_file(folder, "x").parent.glob("*.txt"))
 
 
 class PictureFinder:
@@ -280,12 +257,15 @@ class PictureFinder:
         files = self.find(image_id)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise Unusable(
-                PICTURE, f"{self.root}: {image_id!r} may be each of {names}; keep one of them"
+            raise checks.Unusable(
+                checks.PICTURE,
+                f"{self.root}: {image_id!r} may be each of {names}; keep one of them",
             )
         if not files or not files[0].is_file():
             path = self.root / f"{image_id}.jpg"
-            raise Unusable(PICTURE, f"{path}: no such picture, but a list names it; add it")
+            raise checks.Unusable(
+                checks.PICTURE, f"{path}: no such picture, but a list names it; add it"
+            )
         return files[0]
 
 
@@ -302,7 +282,7 @@ def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]
         UserError: If the list is missing or empty, names a picture twice, or leads out of the
             folder.
     """
-    path, finder = list_file(folder, name), PictureFinder(folder)
+    path, finder = record.list_file(folder, name), PictureFinder(folder)
     if not path.is_file():
         raise UserError(f"{path}: no such list; lists there: {', '.join(list_names(folder)[:20])}")
     names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
@@ -325,7 +305,7 @@ def read_list(folder: Path, name: str, *, class_wise: bool = False) -> list[str]
     if not names:
         raise UserError(f"{path}: the list is empty; put one picture name a line, without .jpg")
     for line in names:
-        if leads_out(line) or "\0" in line:
+        if checks.leads_out(line) or "\0" in line:
             raise UserError(f"{path}: {line!r:.120} leads out of {finder.root}; give a name in it")
     twice, count = Counter(names).most_common(1)[0]
     if count > 1:
@@ -344,8 +324,8 @@ def read_picture(
     finder: PictureFinder | None = None,
     exif: str = "auto",
     is_official: bool = False,
-    findings: Findings | None = None,
-) -> PictureRecord:
+    findings: checks.Findings | None = None,
+) -> record.PictureRecord:
     """Read Annotations/ID.xml and the header of the picture.
 
     Args:
@@ -361,8 +341,8 @@ def read_picture(
     Raises:
         UserError: If a file is missing or unreadable, or its content would mislead training.
     """
-    path = annotation_file(folder, image_id)
-    path = find_file(path) or find_file(path.with_name(f"{path.stem}.XML")) or path
+    path = record.annotation_file(folder, image_id)
+    path = checks.find_file(path) or checks.find_file(path.with_name(f"{path.stem}.XML")) or path
     tree = parse_annotation(path)
     file = (finder or PictureFinder(folder)).require(image_id)
     return read_objects(
@@ -382,17 +362,17 @@ def read_objects(
     *,
     exif: str = "auto",
     is_official: bool = False,
-    findings: Findings | None = None,
-) -> PictureRecord:
+    findings: checks.Findings | None = None,
+) -> record.PictureRecord:
     """The objects of an annotation from `parse_annotation`, for its picture; see `read_picture`."""
     is_strict = findings is None
-    findings = findings or Findings()
+    findings = findings or checks.Findings()
     content, tree = parsed
     size = tuple(
         _number(path, tree, place) if (tree.findtext(place) or "").strip() else 0.0
         for place in ("size/width", "size/height")
     )
-    frame = read_frame(file, (size[0], size[1]), exif, path, findings)
+    frame = checks.read_frame(file, (size[0], size[1]), exif, path, findings)
     num_own, num_boxes = 0, sum(1 for _ in tree.iter("bndbox"))
     for element in tree.findall("object"):
         num_own += len(element.findall("bndbox"))
@@ -401,33 +381,33 @@ def read_objects(
     own_boxes, objects = [], []
     for number, element in enumerate(tree.findall("object"), start=1):
         where = f"{path}: object {number}"
-        with findings.leaving_out(OBJECT):
+        with findings.leaving_out(checks.OBJECT):
             item, where = _read_object(where, element, classes)
             own_boxes.append(item.box)
-            box = placed(item.box, frame, where, findings, clips=not is_official)
+            box = checks.placed(item.box, frame, where, findings, clips=not is_official)
             objects.append(replace(item, box=box))
     if num_twice := len(objects) - len({(item.class_name, item.box) for item in objects}):
-        findings.repairs[TWICE] += num_twice
+        findings.repairs[checks.TWICE] += num_twice
     if is_strict:
         findings.raise_faults()
     digest = hashlib.sha256(content + f"{image_id}{file.stat().st_size}".encode())
     boxes = [item.box for item in objects]
     if boxes != own_boxes or len(boxes) < num_own:
         digest.update(repr(boxes).encode())
-    return PictureRecord(
+    return record.PictureRecord(
         image_id, file, frame.width, frame.height, tuple(objects), digest.hexdigest()
     )
 
 
 def _read_object(
     where: str, element: ElementTree.Element, classes: Collection[str] | None
-) -> tuple[ObjectRecord, str]:
+) -> tuple[record.ObjectRecord, str]:
     """One object, its box as it stands there, and where it is, for messages."""
-    name = checked_class_name(element.findtext("name"), where)
+    name = record.checked_class_name(element.findtext("name"), where)
     where += f" ({name})"
     if classes is not None and name not in classes:
-        raise Unusable(
-            UNKNOWN, f"{where}: {unknown(f'class {name!r}', name, classes)}; see --classes"
+        raise checks.Unusable(
+            checks.UNKNOWN, f"{where}: {unknown(f'class {name!r}', name, classes)}; see --classes"
         )
     if (num_boxes := len(element.findall("bndbox"))) != 1:
         raise UserError(f"{where}: has {num_boxes} <bndbox>; give it one, an object for each")
@@ -435,7 +415,7 @@ def _read_object(
     where += f": box ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
     if xmax < xmin or ymax < ymin:
         raise UserError(f"{where} is empty or turned round; exchange its corners")
-    item = ObjectRecord(
+    item = record.ObjectRecord(
         name,
         (xmin - 1.0, ymin - 1.0, xmax, ymax),
         difficult=_flag(where, element, "difficult"),

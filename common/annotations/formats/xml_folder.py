@@ -2,21 +2,15 @@
 
 from pathlib import Path, PurePosixPath
 
+from common.annotations import record
 from common.annotations.checks import ANNOTATION, PICTURE, UNLABELLED, Findings, Unusable
 from common.annotations.files import FolderFiles, walk
 from common.annotations.formats.voc import Parsed, Voc, parse_annotation, read_objects
 from common.annotations.lists import assemble, by_role
-from common.annotations.record import (
-    LabelledFormat,
-    LabelledSet,
-    LabelledSplit,
-    PictureRecord,
-    SetChoice,
-)
 from common.errors import UserError
 
 
-class XmlFolder(LabelledFormat):
+class XmlFolder(record.LabelledFormat):
     """ROOT/a.jpg and ROOT/a.xml, at any depth, or in folders of their own.
 
     An annotation belongs to the picture of its name in the same folder, else in the nearest one.
@@ -33,7 +27,7 @@ class XmlFolder(LabelledFormat):
         return any(path.suffix.lower() == ".xml" for path in walk(root))
 
     @classmethod
-    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
         """Read and check the chosen lists; see `LabelledFormat.read`.
 
         Classes are those that occur, sorted, unless the choice says them. Pictures without an
@@ -56,10 +50,10 @@ class XmlFolder(LabelledFormat):
                  for x, (path, _) in sorted(pairs.items())}  # fmt: skip
         lists = by_role(names)
 
-        def load(name: str) -> LabelledSplit:
+        def load(name: str) -> record.LabelledSplit:
             if name not in lists:
                 raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
-            pictures: list[PictureRecord] = []
+            pictures: list[record.PictureRecord] = []
             for picture in lists[name]:
                 path, parsed = pairs[picture]
                 with findings.leaving_out(ANNOTATION):
@@ -67,7 +61,7 @@ class XmlFolder(LabelledFormat):
                         read_objects(root / path, parsed, root / picture, picture, None,
                                      exif=choice.exif, findings=findings)
                     )  # fmt: skip
-            return LabelledSplit(root, name, tuple(pictures))
+            return record.LabelledSplit(root, name, tuple(pictures))
 
         return assemble(root, list(lists), load, choice, findings)
 

@@ -11,30 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.annotations.checks import (
-    ANNOTATION,
-    OBJECT,
-    PICTURE,
-    POLYGONS,
-    UNKNOWN,
-    Findings,
-    Unusable,
-    find_file,
-    placed,
-    read_frame,
-)
+from common.annotations import checks, record
 from common.annotations.files import FolderFiles, walk
 from common.annotations.lists import assemble, by_role, role_of
-from common.annotations.record import (
-    Box,
-    LabelledFormat,
-    LabelledSet,
-    LabelledSplit,
-    ObjectRecord,
-    PictureRecord,
-    SetChoice,
-    checked_class_name,
-)
 from common.config import read_yaml
 from common.errors import UserError
 from common.files import read_text
@@ -48,7 +27,7 @@ NO_LIST = "lists of data.yaml that are not there: left out"
 MOVED = "paths of another place: found below the folder"
 
 
-class Yolo(LabelledFormat):
+class Yolo(record.LabelledFormat):
     """ROOT/data.yaml or ROOT/classes.txt; ROOT/images/a.jpg and ROOT/labels/a.txt, or side by side.
 
     Lists are the entries train, val and test of data.yaml: a folder, a text file of paths, or
@@ -68,12 +47,12 @@ class Yolo(LabelledFormat):
         return any(files.picture_of(path) for path in files.annotations)
 
     @classmethod
-    def read(cls, root: Path, choice: SetChoice) -> LabelledSet:
+    def read(cls, root: Path, choice: record.SetChoice) -> record.LabelledSet:
         """Read and check the chosen lists; see `LabelledFormat.read`.
 
         A picture without a text file, or with an empty one, has no objects.
         """
-        files, findings = FolderFiles(root, ".txt"), Findings(choice.max_left_out)
+        files, findings = FolderFiles(root, ".txt"), checks.Findings(choice.max_left_out)
         path, content = _yaml_file(root), {}
         if path is not None:
             content = read_yaml(path)
@@ -81,18 +60,18 @@ class Yolo(LabelledFormat):
         lists = _lists(files, path, content, findings)
         has_keypoints = "kpt_shape" in content
 
-        def load(name: str) -> LabelledSplit:
+        def load(name: str) -> record.LabelledSplit:
             if name not in lists:
                 raise UserError(f"{root}: has no list {name!r}; it has {', '.join(lists)}")
             pictures = []
             for picture in lists[name]:
-                with findings.leaving_out(ANNOTATION):
+                with findings.leaving_out(checks.ANNOTATION):
                     text = _text_file(root, picture)
                     pictures.append(
                         _read_picture(root, picture, text, names, choice.exif, findings,
                                       has_keypoints=has_keypoints)
                     )  # fmt: skip
-            return LabelledSplit(root, name, tuple(pictures))
+            return record.LabelledSplit(root, name, tuple(pictures))
 
         return assemble(root, list(lists), load, choice, findings, stated=lambda: names)
 
@@ -137,7 +116,7 @@ def _class_names(root: Path, path: Path | None, content: dict[str, Any]) -> tupl
         raw = [value for _, value in sorted(zip(numbers, raw.values(), strict=True))]
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{path}: names must be a list of class names; write names: [cat, dog]")
-    names = tuple(checked_class_name(str(one), f"{path}: names") for one in raw)
+    names = tuple(record.checked_class_name(str(one), f"{path}: names") for one in raw)
     if len(set(names)) < len(names):
         raise UserError(f"{path}: names holds one twice; give each class its own")
     return names
@@ -149,7 +128,7 @@ def _whole(value: object) -> int:
 
 
 def _lists(
-    files: FolderFiles, path: Path | None, content: dict[str, Any], findings: Findings
+    files: FolderFiles, path: Path | None, content: dict[str, Any], findings: checks.Findings
 ) -> dict[str, list[PurePosixPath]]:
     """The pictures of every list."""
     root, known = files.root, set(files.pictures)
@@ -186,7 +165,7 @@ def _lists(
 
 
 def _place(
-    root: Path, name: str, bases: Sequence[PurePosixPath], findings: Findings
+    root: Path, name: str, bases: Sequence[PurePosixPath], findings: checks.Findings
 ) -> PurePosixPath | None:
     """Where a path of data.yaml or of a list is below the folder; None if nowhere.
 
@@ -215,7 +194,7 @@ def _listed(
     file: PurePosixPath,
     bases: Sequence[PurePosixPath],
     known: set[PurePosixPath],
-    findings: Findings,
+    findings: checks.Findings,
 ) -> list[PurePosixPath]:
     """The pictures that a text file names, one a line; paths may begin at its own folder."""
     found = []
@@ -227,7 +206,7 @@ def _listed(
             else:
                 name = line.strip()
                 message = f"{root / file}: no such picture, {name!r:.120}; add it"
-                findings.leave_out(Unusable(PICTURE, message), PICTURE)
+                findings.leave_out(checks.Unusable(checks.PICTURE, message), checks.PICTURE)
     return found
 
 
@@ -239,7 +218,7 @@ def _text_file(root: Path, picture: PurePosixPath) -> Path | None:
         places.insert(0, PurePosixPath(*folders[:at], "labels", *folders[at + 1 :], name))
     if len(folders) and "images" not in folders:  # train/a.jpg, labels beside train or below it
         places += [PurePosixPath(*folders, "labels", name)]
-    return next((file for place in places if (file := find_file(root / place))), None)
+    return next((file for place in places if (file := checks.find_file(root / place))), None)
 
 
 # -- a picture -------------------------------------------------------------------------------------
@@ -251,13 +230,13 @@ def _read_picture(
     text_file: Path | None,
     names: Sequence[str],
     exif: str,
-    findings: Findings,
+    findings: checks.Findings,
     *,
     has_keypoints: bool,
-) -> PictureRecord:
+) -> record.PictureRecord:
     """The boxes of a picture; see `Yolo`."""
     file = root / picture
-    frame = read_frame(file, None, exif, text_file or file, findings)
+    frame = checks.read_frame(file, None, exif, text_file or file, findings)
     if text_file is None:
         findings.repairs[NO_FILE] += 1
     text = read_text(text_file) if text_file else ""
@@ -266,20 +245,20 @@ def _read_picture(
         if not line.strip():
             continue
         where = f"{text_file}, line {number}"
-        with findings.leaving_out(OBJECT):
+        with findings.leaving_out(checks.OBJECT):
             label, shares = _numbers(line, names, where, findings, has_keypoints=has_keypoints)
             width, height = frame.annotated_size
             box = (shares[0] * width, shares[1] * height, shares[2] * width, shares[3] * height)
             where += f" ({label}): {line.strip()!r:.80}"
-            box = placed(_on_the_edge(box, width, height), frame, where, findings)
-            objects.append(ObjectRecord(label, box))
+            box = checks.placed(_on_the_edge(box, width, height), frame, where, findings)
+            objects.append(record.ObjectRecord(label, box))
     digest = hashlib.sha256(repr((str(picture), file.stat().st_size, objects)).encode())
-    return PictureRecord(
+    return record.PictureRecord(
         str(picture), file, frame.width, frame.height, tuple(objects), digest.hexdigest()
     )
 
 
-def _on_the_edge(box: Box, width: int, height: int) -> Box:
+def _on_the_edge(box: record.Box, width: int, height: int) -> record.Box:
     """A box whose sides are off the picture's edge by less than the digits of a share give."""
     edges = (0.0, 0.0, float(width), float(height))
     x0, y0, x1, y1 = (
@@ -290,8 +269,8 @@ def _on_the_edge(box: Box, width: int, height: int) -> Box:
 
 
 def _numbers(
-    line: str, names: Sequence[str], where: str, findings: Findings, *, has_keypoints: bool
-) -> tuple[str, Box]:
+    line: str, names: Sequence[str], where: str, findings: checks.Findings, *, has_keypoints: bool
+) -> tuple[str, record.Box]:
     """Class name, and x0, y0, x1, y1 as shares of the picture."""
     try:
         label, *values = [math.nan if "_" in word else float(word) for word in line.split()]
@@ -300,13 +279,14 @@ def _numbers(
     if not all(map(math.isfinite, (label, *values))) or label != int(label):
         raise UserError(f"{where}: {line.strip()!r:.80}: give a class number and shares")
     if not 0 <= label < len(names):
-        raise Unusable(
-            UNKNOWN, f"{where}: class {label:g}: there are {len(names)} names, from 0 on; add it"
+        raise checks.Unusable(
+            checks.UNKNOWN,
+            f"{where}: class {label:g}: there are {len(names)} names, from 0 on; add it",
         )
     if len(values) > 5 and not has_keypoints:
         if len(values) % 2:
             raise UserError(f"{where}: {len(values)} numbers; give a box, or pairs of a polygon")
-        findings.repairs[POLYGONS] += 1
+        findings.repairs[checks.POLYGONS] += 1
         x, y = values[::2], values[1::2]
         box = (min(x), min(y), max(x), max(y))
     elif len(values) < 4:
