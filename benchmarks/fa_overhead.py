@@ -128,10 +128,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    counts = (
-        ("repeats", 5, 1, "rounds"),
-        ("fa-repeats", 20, 1, "of FA alone, per round"),
-    )
+    counts = (("repeats", 5, 1, "rounds"), ("fa-repeats", 20, 1, "of FA alone, per round"))
     parser = harness.make_parser(__doc__, counts, sizes=Sizes())
     parser.add_argument(
         "--cells", default=DEFAULT_CELLS, metavar="PATTERNS",

@@ -191,11 +191,7 @@ def _check_bounds(text: str) -> None:
             )
 
 
-def read_settings(
-    schema: type[Schema],
-    path: Path | None,
-    overrides: Sequence[str] = (),
-) -> Schema:
+def read_settings(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
     """An instance of a frozen dataclass from a YAML file, or none, and overrides.
 
     Args:

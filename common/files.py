@@ -363,10 +363,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read_json_lines(
-    path: Path,
-    form: Form | None = None,
-    *,
-    report: Callable[[str], object] = lambda message: None,
+    path: Path, form: Form | None = None, *, report: Callable[[str], object] = lambda message: None
 ) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a last line that a kill cut off is left out.
 

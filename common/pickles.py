@@ -297,9 +297,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     pop_mark: Callable[[], list[Any]]
 
     def __init__(
-        self,
-        file: ExactFile,
-        find_storage: Callable[[torch.dtype, str, int], Tensor] | None = None,
+        self, file: ExactFile, find_storage: Callable[[torch.dtype, str, int], Tensor] | None = None
     ) -> None:
         super().__init__(file, encoding="latin1")  # pyright: ignore[reportArgumentType]
         self.dispatch = _Counted(type(self).dispatch)  # pyright: ignore[reportAttributeAccessIssue]

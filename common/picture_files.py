@@ -61,10 +61,7 @@ def find_files(
 
 
 def _below(
-    folder: Path,
-    out: Path,
-    is_passed_over: Callable[[Path], bool] | None,
-    visited: set[Path],
+    folder: Path, out: Path, is_passed_over: Callable[[Path], bool] | None, visited: set[Path]
 ) -> Iterator[Path]:
     """Files below a folder by name, links followed, no folder twice on the way."""
     place = folder.resolve()

@@ -273,11 +273,7 @@ def to_torchvision(source: BackboneCheckpoint) -> dict[str, Tensor]:
 
 
 def convert(
-    source: BackboneCheckpoint,
-    out: Path,
-    *,
-    to: str = "detectron2",
-    size: int = 224,
+    source: BackboneCheckpoint, out: Path, *, to: str = "detectron2", size: int = 224
 ) -> dict[str, Any]:
     """Convert, compare, write, read back, write the cards.
 

@@ -100,8 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.stop()
 
     return run_command(
-        work,
-        when_interrupted="stopped; features are kept: the same command with --resume goes on",
+        work, when_interrupted="stopped; features are kept: the same command with --resume goes on"
     )
 
 

@@ -74,12 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from common.pictures import BadPicture
     from common.threads import choose_threads
     from detection.predict import Prediction, find_weights, load_detector
-    from detection.prediction.sources import (
-        OpenedPicture,
-        OtherFile,
-        holds_predictions,
-        open_all,
-    )
+    from detection.prediction.sources import OpenedPicture, OtherFile, holds_predictions, open_all
     from detection.prediction.write import FORMATS, PredictionWriter, prepare
 
     unknown = [name for name in formats if name not in FORMATS]

@@ -208,10 +208,7 @@ def ffcv(files: Sequence[str], size: int) -> Callable[[], None]:
     """Read, decode and crop every file twice."""
     from ffcv.fields import RGBImageField, rgb_image  # pyright: ignore[reportMissingImports]
     from ffcv.loader import Loader, OrderOption  # pyright: ignore[reportMissingImports]
-    from ffcv.transforms import (  # pyright: ignore[reportMissingImports]
-        RandomHorizontalFlip,
-        ToTensor,
-    )
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor  # pyright: ignore[reportMissingImports]
     from ffcv.writer import DatasetWriter  # pyright: ignore[reportMissingImports]
 
     folder = tempfile.TemporaryDirectory()

@@ -20,23 +20,14 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    inference_on_dataset,
-    pascal_voc_evaluation,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, pascal_voc_evaluation
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.annotations.record import (
-    LabelledSet,
-    LabelledSplit,
-    PictureRecord,
-    coco_content,
-)
+from common.annotations.record import LabelledSet, LabelledSplit, PictureRecord, coco_content
 from common.errors import UserError
 from common.picture_draws import METRICS
 from detection.evaluation.error_analysis import (

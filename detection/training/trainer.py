@@ -25,11 +25,7 @@ from common.errors import UserError, duration
 from detection.evaluation.evaluate import Evaluation, evaluate_detector, evaluated_split
 from detection.training.config import describe
 from detection.training.data import build_test_loader, build_train_loader, derive_seed
-from detection.training.weights import (
-    RunCheckpointer,
-    calibrate_frozen_norms,
-    load_backbone,
-)
+from detection.training.weights import RunCheckpointer, calibrate_frozen_norms, load_backbone
 
 # Detectron2 makes these at run time.
 # pyright: reportAttributeAccessIssue=false

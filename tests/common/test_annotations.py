@@ -25,13 +25,7 @@ from common.annotations.record import (
     read_set,
 )
 from common.errors import UserError
-from tests.detection.tiny_detection import (
-    CLASSES,
-    annotation,
-    make_coco,
-    make_official,
-    make_voc,
-)
+from tests.detection.tiny_detection import CLASSES, annotation, make_coco, make_official, make_voc
 
 FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>1</difficult>"
 
@@ -478,10 +472,7 @@ def no_objects(root: Path) -> None:
         (overwrite("dataset.json", '{"classes": "disc"}'), "dataset.json: has no list 'classes'"),
         (overwrite("dataset.json", '{"classes": ["disc", 7]}'), "dataset.json: class name 7"),
         (overwrite("dataset.json", '{"classes": ["a"], "test_split": 7}'), "test_split 7: give"),
-        (
-            overwrite("VOC2007/ImageSets/Main/train.txt", "x\n000001\ny"),
-            r"(?s)x.xml: .*y.xml: no",
-        ),
+        (overwrite("VOC2007/ImageSets/Main/train.txt", "x\n000001\ny"), r"(?s)x.xml: .*y.xml: no"),
         (many_wrong, r"(?s)000000.xml: object 1 .*000007.xml"),
         (no_objects, "none of its 4 pictures holds an object"),
     ],

@@ -137,10 +137,7 @@ def test_a_damaged_line_is_left_out_and_told(tmp_path, line):
     path, told = tmp_path / "a.jsonl", []
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     rows = files.read_json_lines(path, {"step": int}, report=told.append)
-    assert (rows, told) == (
-        [{"step": 1}, {"step": 2}],
-        [f"{path} has 1 damaged line, left out: 2"],
-    )
+    assert (rows, told) == ([{"step": 1}, {"step": 2}], [f"{path} has 1 damaged line, left out: 2"])
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\0" * 9, b"[1]", b"7", b"null", b"\xff",

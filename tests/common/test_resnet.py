@@ -9,10 +9,7 @@ from common.network import ResNet
 from common.resnet import Arch, infer_arch, read_arch
 from detection.convert import build_bare_resnet
 
-ARCHS = {
-    18: Arch(18, 64, 64, 64),
-    50: Arch(50, 64, 64, 256),
-}
+ARCHS = {18: Arch(18, 64, 64, 64), 50: Arch(50, 64, 64, 256)}
 THIN = Arch(50, 16, 16, 64)
 
 

@@ -44,9 +44,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 @pytest.mark.parametrize(
-    ("arch", "ending"),
-    [(TINY, ".pkl"), (Arch(101, 5, 3, 4), ".pth")],
-    ids=str,
+    ("arch", "ending"), [(TINY, ".pkl"), (Arch(101, 5, 3, 4), ".pth")], ids=str
 )
 def test_every_bit_comes_back_for_any_width(arch: Arch, ending: str, tmp_path: Path) -> None:
     state = torchvision_state(arch, 7)

@@ -167,8 +167,7 @@ def test_list_as_a_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "expected"),
-    [("run", "abc"), ("loss", "cab"), ("updated", "cba"), ("seconds", "bac")],
+    ("key", "expected"), [("run", "abc"), ("loss", "cab"), ("updated", "cba"), ("seconds", "bac")]
 )
 def test_sorting(tmp_path, capsys, key, expected):
     """Numbers highest first; a run without one comes last."""

@@ -205,10 +205,7 @@ VOC_SETS: dict[str, tuple[Callable[[Path], None], str | None]] = {
         None,
     ),
     "no size": (rewritten(lambda text: text.replace("size>", "measure>")), NO_SIZE),
-    "size 0": (
-        replaced(("<width>128", "<width>0"), ("<height>96", "<height>0")),
-        NO_SIZE,
-    ),
+    "size 0": (replaced(("<width>128", "<width>0"), ("<height>96", "<height>0")), NO_SIZE),
     "fractional": (
         replaced(("</xmin>", ".5</xmin>"), ("</ymin>", ".25</ymin>"), ("</xmax>", ".0</xmax>")),
         None,

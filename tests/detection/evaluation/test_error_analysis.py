@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from detection.evaluation.error_analysis import (
-    KINDS,
-    Detections,
-    Objects,
-    error_table,
-    judge,
-)
+from detection.evaluation.error_analysis import KINDS, Detections, Objects, error_table, judge
 
 
 def by_hand(*found: tuple[int, float, tuple[float, ...]], difficult: bool = False) -> dict:

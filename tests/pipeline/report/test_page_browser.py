@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report import charts, report
-from tests.pipeline.report.run_fixture import (
-    evaluate_elsewhere,
-    make_compare,
-    make_run,
-    make_study,
-)
+from tests.pipeline.report.run_fixture import evaluate_elsewhere, make_compare, make_run, make_study
 
 pytestmark = pytest.mark.browser
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
