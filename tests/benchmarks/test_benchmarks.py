@@ -4,9 +4,7 @@ import importlib
 import io
 import json
 import statistics
-import sys
 import time
-from contextlib import closing
 
 import numpy as np
 import pytest
@@ -125,43 +123,6 @@ def test_index_scale(tmp_path):
     for found in workers["modes"].values():
         assert (found["num_workers"], len(found["at_rest_mebibytes"])) == (1, 3)
         assert 1 < found["largest_mebibytes"] <= workers["largest_mebibytes"] < 400
-
-
-FAKE_LIGHTLY = """
-import time
-import torch
-class BYOLView1Transform:
-    def __init__(self, input_size): self.size = input_size
-BYOLView2Transform = BYOLView1Transform
-class BYOLTransform:
-    def __init__(self, one, two): self.size = one.size
-    def __call__(self, image):
-        assert image.mode == "RGB" and image.size == (500, 375)
-        print("chatter that must not reach the protocol")
-        end = time.process_time() + 0.02
-        while time.process_time() < end: pass
-        return [torch.zeros(3, self.size, self.size)] * 2
-"""
-
-
-@pytest.mark.slow
-def test_a_peer_answers_in_a_process_of_its_own(tmp_path, monkeypatch):
-    package = tmp_path / "lightly"
-    (package / "transforms").mkdir(parents=True)
-    (package / "__init__.py").write_text("__version__ = '0.0.fake'\n")
-    (package / "transforms" / "__init__.py").write_text("")
-    (package / "transforms" / "byol_transform.py").write_text(FAKE_LIGHTLY)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "0.jpg").write_bytes(harness.encoded_photos(1)[0])
-    peer = loader.Peer(sys.executable, "lightly", tmp_path)
-    with closing(peer):
-        assert (peer.missing, peer.version) == (None, "0.0.fake")
-        turn = peer.candidate("lightly", 32)
-        turn()
-        assert turn() == pytest.approx(1 / 0.02, rel=0.4)  # 20 ms and a decoding
-        (tmp_path / "0.jpg").write_bytes(b"no picture")
-        with pytest.raises(UserError, match="lightly ended with status 1"):
-            turn()
 
 
 @pytest.mark.slow

@@ -83,25 +83,6 @@ def test_a_rival_trains_and_moves_its_target(arms, name):
     assert float(rival.loss().detach()) < first
 
 
-def test_loop_lars_by_hand():
-    """Two steps of one weight and one bias."""
-    network = torch.nn.Linear(1, 1)
-    with torch.no_grad():
-        network.weight.fill_(2.0)
-        network.bias.fill_(1.0)
-    optimizer = train_step.LoopLARS(network)
-    w, b, v_w, v_b = 2.0, 1.0, 0.0, 0.0
-    for g in (4.0, -1.0):
-        network.weight.grad, network.bias.grad = torch.full((1, 1), g), torch.full((1,), g)
-        optimizer.step()
-        ratio = train_step.ETA * abs(w) / (abs(g) + train_step.WEIGHT_DECAY * abs(w) + 1e-8)
-        v_w = train_step.MOMENTUM * v_w + ratio * (g + train_step.WEIGHT_DECAY * w)
-        v_b = train_step.MOMENTUM * v_b + g
-        w, b = w - train_step.LR * v_w, b - train_step.LR * v_b
-    assert network.weight.item() == pytest.approx(w, rel=1e-6)
-    assert network.bias.item() == pytest.approx(b, rel=1e-6)
-
-
 def test_contract(tmp_path):
     before, out = train_step.switches_now(), tmp_path / "step.json"
     assert train_step.main([*TINY, "--peak-tflops", "0.5", "--json", str(out)]) == 0

@@ -72,24 +72,6 @@ def test_a_picture_and_its_object(voc):
 
 
 @pytest.mark.parametrize(
-    ("declared", "encoding"),
-    [
-        ("", "utf-8-sig"),
-        ("UTF-8", "utf-8"),
-        ("UTF-16", "utf-16"),
-        ("gb2312", "gb2312"),
-        ("GB2312", "gbk"),  # what Windows calls by that name
-        ("ISO-8859-1", "iso-8859-1"),
-    ],
-)
-def test_xml_is_read_in_the_encoding_that_it_names(voc, declared, encoding):
-    name = "Vögel" if encoding == "iso-8859-1" else "犬"
-    head = f'<?xml version="1.0" encoding="{declared}"?>\n' if declared else ""
-    write(voc, head + xml(name), encoding)
-    assert read_picture(voc, "a", [name]).objects[0].class_name == name
-
-
-@pytest.mark.parametrize(
     ("head", "encoding", "message"),
     [
         *((f'<?xml version="1.0" encoding="{name}"?>', "utf-8", f"encoding '{name}', unknown; save")
@@ -513,16 +495,6 @@ def test_other_names_of_coco_files(coco_root: Path, places: tuple[str, str]) -> 
     assert read_set(coco_root, SetChoice(test_only=True)).test == data.test
     with pytest.raises(UserError, match=r"no such file; lists there: .*; see --train-split, --t"):
         read_set(coco_root, SetChoice(test_split="test"))
-
-
-def test_orphans_of_coco_are_refused(coco_root: Path) -> None:
-    path = coco_root / "annotations/instances_train2017.json"
-    content = json.loads(path.read_text())
-    for row in content["annotations"][1:]:
-        row["image_id"] += 1000
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"(?s)annotation 2 is of a picture.*annotation 6 is of a"):
-        read_set(coco_root)
 
 
 def test_other_categories_and_another_metric_are_refused(coco_root: Path) -> None:

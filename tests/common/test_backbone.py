@@ -142,6 +142,11 @@ WRAPPED: dict[str, tuple[str, bool, Any]] = {
     "DDP in MoCo": ("moco", True, {
         "state_dict": prefixed("module.encoder_q.module.") | prefixed("encoder_k._orig_mod.", 5)
         | heads("module.queue", "module.encoder_q.fc.0.weight")}),
+    "MoCo v3": ("moco", True, {"state_dict": prefixed("module.base_encoder.")
+        | prefixed("module.momentum_encoder.", 5) | heads("module.predictor.0.weight")}),
+    "an average": ("torchvision", False, prefixed("module.") | {"n_averaged": torch.tensor(3)}),
+    "lightly's teacher": ("lightly", True, prefixed("student_backbone.")
+        | prefixed("teacher_backbone.", 5) | heads("projection_head.layers.0.weight", "other.w")),
     "SupContrast": ("solo-learn", False, {"model": prefixed("encoder.module.") | heads("head.w")}),
     "Lightning": ("torchvision", False, {
         "state_dict": prefixed("model.") | heads("model.fc.weight"), "loops": {"epoch": {0: 1}}}),

@@ -55,46 +55,6 @@ def in_detectron2(prefix: str, extra: dict[str, int] | None = None) -> dict[str,
 
 
 # Beside what the golden values of conversion hold.
-CASES = {
-    "ddp": ("torchvision", "online", prefixed("module.", {"module.fc.weight": -1})),
-    "compiled": ("torchvision", "online", prefixed("_orig_mod.")),
-    "averaged": ("torchvision", "online", prefixed("module.", {"n_averaged": -1})),
-    "moco v3": (
-        "moco",
-        "online",
-        prefixed("module.base_encoder.", {"module.momentum_encoder.conv1.weight": -1,
-                                          "module.predictor.0.weight": -1}),
-    ),
-    "solo-learn old": ("solo-learn", "online", prefixed("encoder.", {"queue": -1})),
-    "lightly named": (
-        "lightly",
-        "online",
-        prefixed("backbone.", {"projection_head.layers.0.weight": -1, "whatever.weight": -1}),
-    ),
-    "lightly teacher": (
-        "lightly",
-        "ema",
-        prefixed("teacher_backbone.", {"student_backbone.conv1.weight": -1}),
-    ),
-    "detectron2": ("detectron2", "online", in_detectron2("", {"stem.fc.weight": -1})),
-    "detectron2 fpn": (
-        "detectron2",
-        "online",
-        in_detectron2("backbone.bottom_up.", {"backbone.fpn_lateral2.weight": -1, "pixel_mean": -1,
-                                              "proposal_generator.rpn_head.conv.weight": -1}),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_key_is_mapped_or_dropped_with_a_reason(case: str) -> None:
-    layout, branch, state = CASES[case]
-    mapped = layouts.to_torchvision(state, layout, branch)
-    assert mapped.backbone == {n: i for i, n in enumerate(tensor_shapes(ARCHS[18]))}
-    assert len(mapped.backbone) + len(mapped.dropped) + len(mapped.counters) == len(state)
-    assert all(mapped.dropped.values())
-
-
 @pytest.mark.parametrize("arch", [*ARCHS.values(), THIN], ids=str)
 def test_detectron2s_names_cover_its_own_network_both_ways(arch: Arch) -> None:
     with torch.device("meta"):
@@ -118,12 +78,6 @@ def test_two_backbones_in_one_file_are_refused() -> None:
     twice = sequential("backbone.") | {"backbone.conv1.weight": 0}
     with pytest.raises(UserError, match=r"'backbone.conv1.weight' is a second conv1.weight"):
         layouts.to_torchvision(twice, "lightly", "online")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_layout_is_detected(case: str) -> None:
-    layout, _, state = CASES[case]
-    assert layouts.detect_layout(state) == layout
 
 
 def test_unknown_part_of_a_detectron2_file_is_named() -> None:

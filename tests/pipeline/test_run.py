@@ -157,13 +157,6 @@ def test_missing_output_runs_again(world):
     assert world.counted() == (1, 2)
 
 
-def test_until_stops_and_the_rest_runs_later(world):
-    world.run({"first"})
-    assert world.counted() == (1, 0)
-    world.run()
-    assert world.counted() == (1, 1)
-
-
 def test_records_of_other_settings_are_not_current(world):
     world.run()
     world.setting = 2

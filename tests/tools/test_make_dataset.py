@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from common.annotations.record import read_set
-from common.files import lock_file
 from pipeline.datasets import scene, sets
 from pipeline.datasets.shapes import CLASSES
 from tests.pipeline.datasets.package_fixture import COUNTS, SIZES, run, tree
@@ -110,14 +109,6 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys, monkeypatch):
     assert run("procedural", tmp_path / "out", *SIZES) == 1
     assert "disk full" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_two_runs_never_write_the_same_set(tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr(sets, "LOCK_WAIT_SECONDS", 0.2)
-    with open(tmp_path / "out.lock", "w") as lock:
-        lock_file(lock, tmp_path)
-        assert run("procedural", tmp_path / "out", *SIZES) == 2
-    assert f"{tmp_path / 'out'}: another process is at work here" in capsys.readouterr().err
 
 
 def test_a_killed_run_starts_again_cleanly(made: Path, tmp_path: Path, monkeypatch):

@@ -52,6 +52,7 @@ def test_pack_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["inn", "out"], "inn: no such folder; did you mean {}/in?"),
         (["shards", "in"], "give the pictures first, then the folder for the shards: make_shards"),
         (["oout", "--verify"], "oout: no such folder; did you mean {}/out?"),
+        (["in", "--verify"], "has no index.json to verify"),
     ):
         words = [x if x.startswith("-") else str(tmp_path / x) for x in words]
         assert make_shards.main(words) == 2

@@ -76,13 +76,3 @@ def test_no_config_runs_code_or_explodes(program, text, words, call, tmp_path):
     status, message = call(program, **{CONFIG_OF[program]: tmp_path / "evil.yaml"})
     assert (status, words in message) == (2, True), message
     assert not (tmp_path / "ran").exists()
-
-
-def test_pictures_and_shards_in_the_wrong_order_are_told(call, tmp_path):
-    (tmp_path / "pictures/a.jpg").touch()
-    new, pictures = tmp_path / "new", tmp_path / "pictures"
-    status, message = call("tools.make_shards", pictures=new, out=pictures)
-    assert status == 2
-    assert f"make_shards.py {pictures} {new}" in message
-    status, message = call("tools.make_shards", out=f"--verify {pictures}", pictures="")
-    assert (status, "has no index.json to verify" in message) == (2, True), message

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import PascalVOCDetectionEvaluator
 
 from benchmarks.voc_eval_parity import COCO as COCO_RULES
 from benchmarks.voc_eval_parity import (
@@ -33,7 +31,6 @@ from tests.detection.tiny_detection import (
     CLASSES,
     Detection,
     collect,
-    instances_of,
     make_detections,
     make_voc,
 )
@@ -101,25 +98,6 @@ def test_ap_equals_an_independent_computation(year: int | None, tmp_path: Path) 
         assert result[name].ap == pytest.approx(aps.mean())
     at_50, at_75 = (np.mean([getattr(r, key) for r in result.values()]) for key in ("ap50", "ap75"))
     assert 0 < at_75 < at_50 < 100
-
-
-@pytest.mark.parity
-def test_means_equal_detectron2s_own_evaluator(tiny: LabelledSet) -> None:
-    detections = make_detections(tiny, seed=1)
-    MetadataCatalog.get("tiny-stock").set(
-        thing_classes=list(CLASSES), dirname=str(tiny.root / "VOC2007"), year=2012, split="test"
-    )
-    stock = PascalVOCDetectionEvaluator("tiny-stock")
-    MetadataCatalog.remove("tiny-stock")
-    stock.reset()
-    for picture in tiny.test.pictures:
-        instances = instances_of(detections, picture.image_id)
-        stock.process([{"image_id": picture.image_id}], [{"instances": instances}])
-    theirs = stock.evaluate()
-    assert theirs is not None
-    rows = metric(tiny, detections).values()
-    ours = [np.mean(values) for values in zip(*((r.ap, r.ap50, r.ap75) for r in rows), strict=True)]
-    assert ours == pytest.approx([theirs["bbox"][key] for key in ("AP", "AP50", "AP75")])
 
 
 @pytest.mark.parity
