@@ -17,16 +17,8 @@ from typing import Any
 
 # Distributions whose versions decide figures; what is not installed is left out.
 LIBRARIES = (
-    "torch",
-    "torchvision",
-    "detectron2",
-    "numpy",
-    "opencv-python",
-    "opencv-python-headless",
-    "simplejpeg",
-    "pillow",
-    "webdataset",
-    "pycocotools",
+    *("torch", "torchvision", "detectron2", "numpy", "opencv-python", "opencv-python-headless"),
+    *("simplejpeg", "pillow", "webdataset", "pycocotools"),
 )
 _ROOT = Path(__file__).parents[1]
 

@@ -6,6 +6,7 @@ that errors are measured against is the one of result.json. docs/detection.md de
 where they differ from TIDE's.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -286,9 +287,8 @@ def error_table(
 
     # How often an object of one class was taken for another, among the best-scored detections.
     taken = np.flatnonzero(chosen & (verdicts.kind == _CONFUSION))
-    pairs = np.stack([objects.label[verdicts.target[taken]], detections.label[taken]], axis=1)
-    kinds, numbers = np.unique(pairs, axis=0, return_counts=True)
-    order = np.argsort(-numbers, kind="stable")
+    true, said = objects.label[verdicts.target[taken]], detections.label[taken]
+    pairs = Counter(zip(true.tolist(), said.tolist(), strict=True))
     return {
         "format": "fa-errors-1",
         "metric_year": metric_year,
@@ -300,9 +300,7 @@ def error_table(
         "classes": rows,
         "confusions": [
             {"object": classes[true], "taken_for": classes[said], "count": count}
-            for (true, said), count in zip(
-                kinds[order].tolist(), numbers[order].tolist(), strict=True
-            )
+            for (true, said), count in sorted(pairs.items(), key=lambda one: (-one[1], one[0]))
         ],
     }
 

@@ -170,13 +170,9 @@ def voc_metric(
             )
             precisions, curves = [], {}
             for threshold in THRESHOLDS:
+                places = str(lines), "{}", str(listed)
                 recall, precision, average = pascal_voc_evaluation.voc_eval(
-                    str(lines),
-                    "{}",
-                    str(listed),
-                    class_name,
-                    ovthresh=threshold / 100.0,
-                    use_07_metric=metric_year == 2007,
+                    *places, class_name, threshold / 100.0, metric_year == 2007
                 )
                 precisions.append(100 * float(average))
                 if threshold in _CURVE_THRESHOLDS:

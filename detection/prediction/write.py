@@ -4,7 +4,6 @@ OUT/predictions.json, OUT/pictures/NAME.jpg
 OUT/{voc,coco,yolo}/..: common/annotations/write.py, with the list `default`
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,8 @@ class PredictionWriter:
         name = name_of(picture, self._taken)
         height, width = picture.pixels.shape[:2]
         drawn = f"pictures/{name}.jpg"
-        encoded = io.BytesIO()
-        draw_boxes(picture.pixels, found, self.classes).save(
-            encoded, "JPEG", quality=_DRAWN_QUALITY
-        )
-        (self.out / drawn).write_bytes(encoded.getvalue())
+        image = draw_boxes(picture.pixels, found, self.classes)
+        image.save(self.out / drawn, quality=_DRAWN_QUALITY)
         row: dict[str, Any] = {"file": str(picture.path), "width": width, "height": height}
         if picture.frame is not None:
             row["frame"] = picture.frame

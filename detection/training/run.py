@@ -341,18 +341,12 @@ def summarise(results: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, 
     "coco" holds the means by COCO's metric; null if a result of an older version has none.
     """
     columns = {key: [result[key] for result in results] for key in METRICS}
-    return {
-        "n": len(results),
-        "mean": {key: statistics.fmean(values) for key, values in columns.items()},
-        "std": {
-            key: statistics.stdev(values) if len(values) > 1 else None
-            for key, values in columns.items()
-        },
-        "seeds": list(seeds),
-        "coco": None
-        if not all(row.get("coco") for row in results)
-        else {key: statistics.fmean(row["coco"][key] for row in results) for key in METRICS},
-    }
+    mean = {key: statistics.fmean(values) for key, values in columns.items()}
+    is_one, coco = len(results) == 1, None
+    std = {key: None if is_one else statistics.stdev(x) for key, x in columns.items()}
+    if all(row.get("coco") for row in results):
+        coco = {key: statistics.fmean(row["coco"][key] for row in results) for key in METRICS}
+    return {"n": len(results), "mean": mean, "std": std, "seeds": list(seeds), "coco": coco}
 
 
 def log_to(folder: Path) -> None:
