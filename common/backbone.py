@@ -19,21 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import checkpoints
+from common import checkpoints, resnet
 from common.errors import UserError
 from common.files import read_json, read_json_or_none, sha256_of
 from common.network import ResNet
-from common.resnet import (
-    COUNTER,
-    Arch,
-    backbone_prefixes,
-    detect_layout,
-    infer_arch,
-    is_average,
-    read_arch,
-    to_torchvision,
-    without_wrappers,
-)
 
 D2_CARD, TORCHVISION_CARD = "fa-d2-1", "fa-torchvision-1"  # formats of cards
 _HUB_CONFIG = "pretrained_cfg of config.json"  # the key under which its pixel statistics are kept
@@ -143,7 +132,7 @@ class BackboneCheckpoint:
     path: Path
     layout: str
     branch: str
-    arch: Arch
+    arch: resnet.Arch
     tensors: dict[str, Tensor]
     dropped: dict[str, str]
     counters: dict[str, Tensor]
@@ -188,7 +177,7 @@ def read_backbone(
     contents = _with_hub_config(path, checkpoints.read(path))
     try:
         state, layout, arch, place = _network(contents, layout, branch)
-        mapped = to_torchvision(state, layout, branch, place)
+        mapped = resnet.to_torchvision(state, layout, branch, place)
         # Tensors that claim more bytes than the file has are refused before they are touched.
         claimed = sum(
             value.numel() * value.dtype.itemsize if isinstance(value, Tensor) else value.nbytes
@@ -198,7 +187,7 @@ def read_backbone(
         if claimed > path.stat().st_size:
             raise UserError(f"its tensors claim {claimed} bytes, more than the file has")
         shapes = {name: _shape(value) for name, value in mapped.backbone.items()}
-        arch = arch or infer_arch(shapes)
+        arch = arch or resnet.infer_arch(shapes)
         tensors, cast = _tensors(mapped.backbone, shapes, arch)
         counters = _counters(mapped.counters, tensors)
         card, fault = read_own_card(path)
@@ -262,7 +251,7 @@ def _with_hub_config(path: Path, checkpoint: Any) -> Any:
 
 def _network(
     checkpoint: Any, layout: str, branch: str
-) -> tuple[Mapping[str, Any], str, Arch | None, str]:
+) -> tuple[Mapping[str, Any], str, resnet.Arch | None, str]:
     """The state_dict inside a checkpoint, its layout, its architecture if it says so, its place."""
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         kind = "nothing" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
@@ -278,7 +267,12 @@ def _network(
         state = checkpoint.get(part)
         if not state or not isinstance(state, Mapping):
             raise UserError(f"holds no {branch} network; use --branch online")
-        return checkpoints.named(state), "ours", read_arch(checkpoint.get("arch")), f"{part}."
+        return (
+            checkpoints.named(state),
+            "ours",
+            resnet.read_arch(checkpoint.get("arch")),
+            f"{part}.",
+        )
 
     # Other projects' files keep networks bare or under keys, and do not say their layout.
     tables = _tables(checkpoint)
@@ -295,11 +289,11 @@ def _network(
         place = (there or list(tables))[0]
         state = tables[place]
     if layout == "auto":
-        layout = detect_layout(state)
+        layout = resnet.detect_layout(state)
         is_timm = any(key in checkpoint for key in ("state_dict_ema", "saver", _HUB_CONFIG))
         layout = "timm" if layout == "torchvision" and is_timm else layout
     if layout == "detectron2":  # the counters lie beside the model, see weights.write_weights
-        beside = checkpoint.get(COUNTER)
+        beside = checkpoint.get(resnet.COUNTER)
         counters = checkpoints.named(beside) if isinstance(beside, Mapping) else {}
         return {**state, **counters}, layout, None, place
     if layout in ("torchvision", "timm"):
@@ -322,10 +316,12 @@ def _tables(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
                 continue
             seen.add(id(table))
             with contextlib.suppress(UserError):
-                detect_layout(checkpoints.named(table))
+                resnet.detect_layout(checkpoints.named(table))
                 found[place] = table
             for key, value in table.items():
-                is_name = isinstance(key, str) and not key.startswith(("optim", "loss", COUNTER))
+                is_name = isinstance(key, str) and not key.startswith(
+                    ("optim", "loss", resnet.COUNTER)
+                )
                 if is_name and isinstance(value, Mapping):
                     below[f"{place}{key}."] = value
         level = below
@@ -335,11 +331,11 @@ def _tables(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
 def _has(state: Mapping[Any, Any], place: str, branch: str) -> bool:
     """Whether a state_dict of another project holds this branch's ResNet."""
     try:
-        prefixes = backbone_prefixes(without_wrappers(checkpoints.named(state)))
-        prefixes = prefixes or ([""] if detect_layout(state) == "detectron2" else [])
+        prefixes = resnet.backbone_prefixes(resnet.without_wrappers(checkpoints.named(state)))
+        prefixes = prefixes or ([""] if resnet.detect_layout(state) == "detectron2" else [])
     except UserError:
         return False
-    return any(is_average(place + prefix) == (branch == "ema") for prefix in prefixes)
+    return any(resnet.is_average(place + prefix) == (branch == "ema") for prefix in prefixes)
 
 
 def _refuse_objects(checkpoint: Mapping[Any, Any]) -> None:
@@ -352,18 +348,18 @@ def _refuse_objects(checkpoint: Mapping[Any, Any]) -> None:
             )
 
 
-def tensor_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(arch: resnet.Arch) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a ResNet without classifier and without batch counters.
 
     Names and order are those of torchvision's state_dict.
     """
     with torch.device("meta"):
         state = ResNet(arch).state_dict()
-    return {name: tuple(x.shape) for name, x in state.items() if not name.endswith(COUNTER)}
+    return {name: tuple(x.shape) for name, x in state.items() if not name.endswith(resnet.COUNTER)}
 
 
 def _tensors(
-    state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: Arch
+    state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: resnet.Arch
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Float32 tensors, all that the architecture needs, and which types they came from.
 
@@ -406,7 +402,7 @@ def _counters(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         UserError: For a counter without a norm, or one that is no whole number.
     """
     norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
-    order = [f"{norm}{COUNTER}" for norm in norms]
+    order = [f"{norm}{resnet.COUNTER}" for norm in norms]
     stray = next((name for name in state if name not in order), None)
     if stray is not None:
         raise UserError(f"{stray}: a batch counter of no norm; {_COPY_AGAIN}")

@@ -28,14 +28,7 @@ from detectron2.modeling.backbone.resnet import ResNet as Detectron2ResNet
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from torch import Tensor, nn
 
-from common import checkpoints, files, provenance
-from common.backbone import (
-    D2_CARD,
-    TORCHVISION_CARD,
-    BackboneCheckpoint,
-    read_any_card,
-    read_backbone,
-)
+from common import backbone, checkpoints, files, provenance
 from common.errors import UserError
 from common.network import ResNet
 from common.resnet import COUNTER, Arch, detectron2_name
@@ -164,12 +157,12 @@ def verify(
         UserError: If a file is missing.
     """
     report: dict[str, Any] = {"same": False, "refused": None, "tolerance": tolerance}
-    sources: list[BackboneCheckpoint] = []
+    sources: list[backbone.BackboneCheckpoint] = []
     for name, path, layout, branch in zip("ab", (first, second), layouts, branches, strict=True):
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint")
         try:
-            source = read_backbone(path, layout=layout, branch=branch, assume=True)
+            source = backbone.read_backbone(path, layout=layout, branch=branch, assume=True)
         except UserError as error:
             return report | {"refused": str(error), "reasons": [str(error)]}
         sources.append(source)
@@ -261,7 +254,7 @@ _SHOWN = ("arch", "weights_sha256", "source", "branch", "preprocessing", "origin
           "max_relative_difference", "dropped_because", "notes")  # fmt: skip
 
 
-def to_torchvision(source: BackboneCheckpoint) -> dict[str, Tensor]:
+def to_torchvision(source: backbone.BackboneCheckpoint) -> dict[str, Tensor]:
     """A state_dict with torchvision's names in torchvision's order, batch counters in place."""
     state = {}
     for name, value in source.tensors.items():
@@ -273,7 +266,7 @@ def to_torchvision(source: BackboneCheckpoint) -> dict[str, Tensor]:
 
 
 def convert(
-    source: BackboneCheckpoint, out: Path, *, to: str = "detectron2", size: int = 224
+    source: backbone.BackboneCheckpoint, out: Path, *, to: str = "detectron2", size: int = 224
 ) -> dict[str, Any]:
     """Convert, compare, write, read back, write the cards.
 
@@ -324,7 +317,7 @@ def convert(
             files.write_atomically(out, lambda file: torch.save(to_torchvision(source), file))
         # Read as a file of another project is read; every bit must be there.
         layout = "torchvision" if to == "safetensors" else to
-        written = read_backbone(out, layout=layout, assume=True)
+        written = backbone.read_backbone(out, layout=layout, assume=True)
         changed = [name for name, value in source.tensors.items()
                    if not same_bits(value, written.tensors[name])]  # fmt: skip
         changed += [name for name, value in source.counters.items()
@@ -340,7 +333,7 @@ def convert(
     return card
 
 
-def _check_out(source: BackboneCheckpoint, out: Path, to: str) -> None:
+def _check_out(source: backbone.BackboneCheckpoint, out: Path, to: str) -> None:
     """Refuse a name that says something else, and one that would destroy something."""
     endings = _ENDINGS[to]
     if out.suffix not in endings:
@@ -349,7 +342,7 @@ def _check_out(source: BackboneCheckpoint, out: Path, to: str) -> None:
         raise UserError(f"{out}: is the checkpoint itself; choose another name")
     card, text = out.with_suffix(".json"), out.with_suffix(".md")
     is_text = text.is_file() and text.read_bytes()[: len(MARK)] == MARK.encode()
-    is_card = (read_any_card(card) or {}).get("weights_file") == out.name
+    is_card = (backbone.read_any_card(card) or {}).get("weights_file") == out.name
     for place, is_own in ((card, is_card), (text, is_text)):
         if place.exists() and not is_own:
             raise UserError(f"{out}: {place.name} exists and is no card of it; choose another name")
@@ -359,7 +352,11 @@ def _check_out(source: BackboneCheckpoint, out: Path, to: str) -> None:
 
 
 def build_card(
-    source: BackboneCheckpoint, out: Path, to: str, stages: dict[str, float], seconds: float
+    source: backbone.BackboneCheckpoint,
+    out: Path,
+    to: str,
+    stages: dict[str, float],
+    seconds: float,
 ) -> dict[str, Any]:
     """The card as plain JSON: what the network expects of its pixels, where it comes from.
 
@@ -381,7 +378,7 @@ def build_card(
     else:
         pixels = {"mean": list(mean), "std": list(std), "order": "RGB", "pixel_range": [0, 1]}
     return {
-        "format": D2_CARD if to == "detectron2" else TORCHVISION_CARD,
+        "format": backbone.D2_CARD if to == "detectron2" else backbone.TORCHVISION_CARD,
         "arch": asdict(source.arch),
         "preprocessing": pixels,
         "branch": plain(source.card["branch"]) if source.card else source.branch,
@@ -409,7 +406,7 @@ def build_card(
     }
 
 
-def pretraining(source: BackboneCheckpoint) -> dict[str, Any]:
+def pretraining(source: backbone.BackboneCheckpoint) -> dict[str, Any]:
     """What is known about the training, as plain JSON.
 
     Args:

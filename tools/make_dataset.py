@@ -9,15 +9,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
+from common import errors
 from common.annotations.record import FORMATS, SetChoice, read_class_names, read_set
-from common.errors import (
-    add_check_options,
-    command_parser,
-    print_check,
-    require,
-    run_command,
-    run_or_check_each,
-)
 from pipeline.datasets.sets import Card, SetOptions, flag
 
 if TYPE_CHECKING:
@@ -37,7 +30,7 @@ _PROJECT = Path(__file__).resolve().parents[1]
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     # fmt: off
-    main_parser = command_parser(__doc__, _EXAMPLE)
+    main_parser = errors.command_parser(__doc__, _EXAMPLE)
     names = "{procedural,photos,letters,fashion,voc,import}"
     kinds = main_parser.add_subparsers(required=True, metavar=names)
 
@@ -51,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         add("--num-workers", type=int, default=2, metavar="N",
             help="processes (default: 2); the pictures do not depend on it")
         add("--overwrite", action="store_true", help="replace a set made with other options")
-        add_check_options(one)
+        errors.add_check_options(one)
         if not is_generated:
             return add
         # The options of all generators, with the defaults of `SetOptions`.
@@ -142,7 +135,7 @@ def set_options(arguments: argparse.Namespace) -> SetOptions:
     """
     short, *rest = arguments.image_size
     num = 1 + len(rest)
-    require(num <= 2, f"--image-size has {num} values: give the short and long side")
+    errors.require(num <= 2, f"--image-size has {num} values: give the short and long side")
     default = SetOptions()
     values = {x.name: getattr(arguments, x.name, getattr(default, x.name)) for x in fields(default)}
     values |= {"short_side": short, "long_side": rest[0] if rest else round(short * 1.25)}
@@ -154,7 +147,7 @@ def _print_plan(options: SetOptions, *, as_json: bool) -> bool:
     total = sum(options.counts().values())
     num_bytes = round(0.4 * options.short_side * options.long_side * total)
     facts = {"num_pool": options.num_pool, "num_pictures": total, "disk_bytes": num_bytes}
-    return print_check(facts, as_json=as_json)
+    return errors.print_check(facts, as_json=as_json)
 
 
 def make_procedural(arguments: argparse.Namespace) -> bool:
@@ -163,8 +156,8 @@ def make_procedural(arguments: argparse.Namespace) -> bool:
 
     options, classes = set_options(arguments), tuple(shapes.CLASSES)
     num, habit = arguments.num_classes, arguments.material_habit
-    require(2 <= num <= len(classes), f"--num-classes is {num}: give 2 to {len(classes)}")
-    require(0 <= habit <= 1, f"--material-habit is {habit}: give 0 to 1")
+    errors.require(2 <= num <= len(classes), f"--num-classes is {num}: give 2 to {len(classes)}")
+    errors.require(0 <= habit <= 1, f"--material-habit is {habit}: give 0 to 1")
     if arguments.check:
         return _print_plan(options, as_json=arguments.json)
     more = {"num_classes": num, "material_habit": habit}
@@ -213,10 +206,10 @@ def make_letters(arguments: argparse.Namespace) -> bool:
     is_good = (
         len(names) >= 2 and len(set(names)) == len(names) and set(names) <= set(ascii_uppercase)
     )
-    require(is_good, f"--letters {arguments.letters}: give two or more of A to Z, each once")
+    errors.require(is_good, f"--letters {arguments.letters}: give two or more of A to Z, each once")
     side = arguments.letter_size
-    require(16 <= side <= 1024, f"--letter-size is {side}: give 16 to 1024")
-    require(
+    errors.require(16 <= side <= 1024, f"--letter-size is {side}: give 16 to 1024")
+    errors.require(
         arguments.fonts_dir is None or arguments.packages_dir is None,
         "--fonts-dir, --packages-dir: give one of them",
     )
@@ -259,9 +252,11 @@ def make_fashion(arguments: argparse.Namespace) -> bool:
     counts = {name: getattr(arguments, name) for name in FASHION_COUNTS}
     for name, most in FASHION_COUNTS.items():
         option = "--" + name.replace("_", "-")
-        require(10 <= counts[name] <= most, f"{option} is {counts[name]}: give 10 to {most:,}")
+        errors.require(
+            10 <= counts[name] <= most, f"{option} is {counts[name]}: give 10 to {most:,}"
+        )
     if arguments.check:
-        return print_check(counts, as_json=arguments.json)
+        return errors.print_check(counts, as_json=arguments.json)
     return import_fashion(
         arguments.out, cache_of("fashion_mnist"), counts, arguments.seed, arguments.overwrite
     )
@@ -276,7 +271,9 @@ def make_voc(arguments: argparse.Namespace) -> bool:
     """Import a set; see `import_voc` for what is returned and raised."""
     from pipeline.datasets.importers import import_voc
 
-    require(not arguments.check, "--check: is for generated sets; an import checks as it goes")
+    errors.require(
+        not arguments.check, "--check: is for generated sets; an import checks as it goes"
+    )
     return import_voc(arguments.sources, arguments.out, arguments.num_workers, arguments.overwrite)
 
 
@@ -285,7 +282,7 @@ def make_import(arguments: argparse.Namespace) -> bool:
     from pipeline.datasets.labelled import describe, import_labelled, read_source, write_sheet
 
     source = arguments.source
-    require(not arguments.out.is_relative_to(source.resolve()), f"{arguments.out}: lies in "
+    errors.require(not arguments.out.is_relative_to(source.resolve()), f"{arguments.out}: lies in "
             f"{source}; give another folder")  # fmt: skip
     choice = SetChoice(
         arguments.format,
@@ -305,7 +302,7 @@ def make_import(arguments: argparse.Namespace) -> bool:
             "repaired": dict(data.repaired),
             "left_out": dict(data.left_out),
         }
-        return print_check(facts, as_json=arguments.json)
+        return errors.print_check(facts, as_json=arguments.json)
     print("\n".join(describe(data)))
     made = import_labelled(
         source, data, choice, arguments.out, arguments.num_workers, arguments.overwrite
@@ -325,16 +322,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         workers = options.num_workers
-        require(workers >= 1, f"--num-workers is {workers}: give 1 or more")
+        errors.require(workers >= 1, f"--num-workers is {workers}: give 1 or more")
         made = options.make(options)
         if not options.check:
             print(f"{options.out}: {'made' if made else 'is there with these options, kept'}")
 
     # A RuntimeError is a worker that was killed.
-    return run_command(
+    return errors.run_command(
         work, failures=(RuntimeError,), when_interrupted="interrupted; run again to start anew"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_check_each(main))
+    sys.exit(errors.run_or_check_each(main))

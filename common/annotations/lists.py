@@ -9,14 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from common.annotations import record
 from common.annotations.checks import NOT_CHOSEN, PICTURE, Findings, Unusable, composed
-from common.annotations.record import (
-    LabelledSet,
-    LabelledSplit,
-    PictureRecord,
-    SetChoice,
-    check_same_classes,
-)
 from common.config import unknown
 from common.errors import UserError
 from common.pictures import fault_of
@@ -57,15 +51,15 @@ def by_role(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def assemble(
     root: Path,
     lists: Collection[str],
-    load: Callable[[str], LabelledSplit],
-    choice: SetChoice,
+    load: Callable[[str], record.LabelledSplit],
+    choice: record.SetChoice,
     findings: Findings,
     *,
     stated: Callable[[], Sequence[str] | None] = lambda: None,
     usual: tuple[str, str] | None = None,
     metric_year: int | None = 2012,
     name: str | None = None,
-) -> LabelledSet:
+) -> record.LabelledSet:
     """Choose lists and classes of a set, and read what is needed.
 
     Without lists of its own for training and for evaluation, all pictures are split into "train"
@@ -86,11 +80,11 @@ def assemble(
         UserError: If there is no such list or class, or nothing to train on.
     """
 
-    def loaded(one: str) -> LabelledSplit:
+    def loaded(one: str) -> record.LabelledSplit:
         split = load(one)
         return _decoding(split, findings) if choice.decodes or choice.max_left_out else split
 
-    read: dict[str, LabelledSplit] = {}
+    read: dict[str, record.LabelledSplit] = {}
     roles = usual or _roles(root, lists, choice)
     is_split = roles is None
     if roles is None:
@@ -126,7 +120,7 @@ def assemble(
     if choice.classes is not None:
         if choice.test_only:
             own = classes if told is not None else {*present, *choice.classes}
-            check_same_classes(root, sorted(own), choice.classes)
+            record.check_same_classes(root, sorted(own), choice.classes)
         for one in choice.classes:
             if one not in classes and told is not None:
                 raise UserError(f"--classes: {unknown(f'class {one!r}', one, classes)}")
@@ -138,7 +132,7 @@ def assemble(
         if not any(picture.objects for picture in splits[one].pictures):
             none = f"none of its {len(splits[one].pictures)} pictures holds an object"
             raise UserError(f"{root}: list {one!r}: {none}; choose another")
-    return LabelledSet(
+    return record.LabelledSet(
         root=root,
         name=name or root.resolve().name,
         classes=classes,
@@ -152,7 +146,7 @@ def assemble(
     )
 
 
-def _decoding(split: LabelledSplit, findings: Findings) -> LabelledSplit:
+def _decoding(split: record.LabelledSplit, findings: Findings) -> record.LabelledSplit:
     """A list without the pictures that do not decode; these are counted."""
     with ThreadPoolExecutor(usable_cores()) as pool:
         faults = list(pool.map(fault_of, [picture.file for picture in split.pictures]))
@@ -162,7 +156,7 @@ def _decoding(split: LabelledSplit, findings: Findings) -> LabelledSplit:
     return replace(split, pictures=tuple(kept))
 
 
-def _roles(root: Path, lists: Collection[str], choice: SetChoice) -> tuple[str, str] | None:
+def _roles(root: Path, lists: Collection[str], choice: record.SetChoice) -> tuple[str, str] | None:
     """The list to train on and the one to evaluate on; None if there are none for both."""
     of_role: dict[str, str] = {}
     for one in lists:
@@ -180,7 +174,9 @@ def _roles(root: Path, lists: Collection[str], choice: SetChoice) -> tuple[str, 
     return None
 
 
-def _chosen(split: LabelledSplit, classes: Sequence[str], findings: Findings) -> LabelledSplit:
+def _chosen(
+    split: record.LabelledSplit, classes: Sequence[str], findings: Findings
+) -> record.LabelledSplit:
     """A list with the objects of some classes alone; the others are counted."""
     pictures = []
     for picture in split.pictures:
@@ -195,8 +191,8 @@ def _chosen(split: LabelledSplit, classes: Sequence[str], findings: Findings) ->
 
 
 def _split(
-    root: Path, whole: Sequence[LabelledSplit], choice: SetChoice, findings: Findings
-) -> dict[str, LabelledSplit]:
+    root: Path, whole: Sequence[record.LabelledSplit], choice: record.SetChoice, findings: Findings
+) -> dict[str, record.LabelledSplit]:
     """All pictures, and the two parts of them; a picture's name is its path below the root."""
     pictures = {
         composed(Path(os.path.relpath(picture.file, root)).as_posix()): picture
@@ -208,9 +204,9 @@ def _split(
     if len(whole) > 1:  # whose numbers may be the same
         pictures = {key: replace(item, image_id=key) for key, item in pictures.items()}
 
-    def part(name: str, chosen: Collection[str]) -> LabelledSplit:
+    def part(name: str, chosen: Collection[str]) -> record.LabelledSplit:
         rows = tuple(pictures[key] for key in sorted(pictures) if key in chosen)
-        return LabelledSplit(root, name, rows)
+        return record.LabelledSplit(root, name, rows)
 
     everything = {ALL: part(ALL, pictures)}
     if choice.test_only and choice.test_split in (None, ALL):
@@ -230,7 +226,7 @@ def _split(
     return everything | {TRAIN: part(TRAIN, pictures.keys() - val), VAL: part(VAL, val)}
 
 
-def _classes_of(picture: PictureRecord, kept: Collection[str] | None) -> frozenset[str]:
+def _classes_of(picture: record.PictureRecord, kept: Collection[str] | None) -> frozenset[str]:
     names = {item.class_name for item in picture.objects}
     return frozenset(names if kept is None else names & set(kept))
 

@@ -5,24 +5,15 @@ import pytest
 from common.picture_draws import NUM_DRAWS
 from pipeline import results
 from pipeline.experiment import closing_lines
-from tests.pipeline.report.run_fixture import (
-    ARM_LEVELS,
-    GAINS,
-    ap50,
-    change,
-    evaluate_elsewhere,
-    make_compare,
-    make_run,
-    make_study,
-)
+from tests.pipeline.report import run_fixture
 
 
 def test_results_keep_the_contract(tmp_path):
-    out = make_run(tmp_path, seeds=2)
-    change(out / "stages/data.json", skipped=True)
+    out = run_fixture.make_run(tmp_path, seeds=2)
+    run_fixture.change(out / "stages/data.json", skipped=True)
     results.write(out)
     found = json.loads((out / "results.json").read_text())
-    assert set(found["detection"]) == set(ARM_LEVELS)
+    assert set(found["detection"]) == set(run_fixture.ARM_LEVELS)
     for arm, rows in found["detection"].items():
         assert [row["seed"] for row in rows] == [0, 1]
         for row in rows:
@@ -60,8 +51,8 @@ def test_results_keep_the_contract(tmp_path):
 
 
 def test_results_of_an_older_version_have_no_coco_metric(tmp_path):
-    out = make_run(tmp_path, seeds=2)
-    change(out / "detection/random/seed-1/result.json", coco=None)
+    out = run_fixture.make_run(tmp_path, seeds=2)
+    run_fixture.change(out / "detection/random/seed-1/result.json", coco=None)
     results.write(out)
     found = json.loads((out / "results.json").read_text())
     assert found["detection"]["random"][1]["coco_AP50"] is None
@@ -78,7 +69,7 @@ def test_results_of_an_older_version_have_no_coco_metric(tmp_path):
     "file", ["detection/random/seed-1/result.json", "stages/random/seed-1.json"]
 )
 def test_a_seed_does_not_disappear_silently(tmp_path, file, content):
-    out = make_run(tmp_path, seeds=2)
+    out = run_fixture.make_run(tmp_path, seeds=2)
     if content is not None:
         (out / file).write_bytes(content)
     elif file.startswith("stages"):
@@ -101,13 +92,13 @@ def mean(values):
 
 
 def test_only_finished_stages_of_the_present_settings_count(tmp_path):
-    out = make_run(tmp_path, seeds=3)
-    change(out / "stages/random/seed-1.json", status="running")
-    change(out / "stages/pretrained/seed-2.json", current=False)
-    change(out / "stages/convert.json", status="failed")
+    out = run_fixture.make_run(tmp_path, seeds=3)
+    run_fixture.change(out / "stages/random/seed-1.json", status="running")
+    run_fixture.change(out / "stages/pretrained/seed-2.json", current=False)
+    run_fixture.change(out / "stages/convert.json", status="failed")
     plan = json.loads((out / "experiment.json").read_text())["plan"]
     plan.remove("random_frozen/seed-2")
-    change(out / "experiment.json", plan=plan)
+    run_fixture.change(out / "experiment.json", plan=plan)
     found = results.assemble(out)
     seeds = {arm: [row["seed"] for row in rows] for arm, rows in found["detection"].items()}
     assert seeds["random"] == [0, 2]
@@ -136,7 +127,7 @@ def test_an_empty_folder_gives_empty_results(tmp_path):
     ],
 )
 def test_findings_are_honest(shift, kind, words):
-    detection = {arm: [] for arm in ARM_LEVELS}
+    detection = {arm: [] for arm in run_fixture.ARM_LEVELS}
     for seed, gain in enumerate(shift):
         for arm, level in (("random", 30.0), ("pretrained", 30.0 + gain)):
             detection[arm].append({"seed": seed, "AP": level / 2, "AP50": level, "AP75": 1.0})
@@ -146,13 +137,13 @@ def test_findings_are_honest(shift, kind, words):
 
 
 def test_variants_are_compared_seed_by_seed(tmp_path):
-    results.write(make_study(tmp_path))
+    results.write(run_fixture.make_study(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text())
     tables = {table["metric"]: table for table in found["tables"]}
     assert set(tables) == {"knn", "linear", "AP", "AP50", "AP75"}
     for metric, factor in (("knn", 1.0), ("AP50", 1.0), ("AP", 0.5)):
         (row,) = tables[metric]["comparisons"]
-        assert row["differences"] == pytest.approx([factor * gain for gain in GAINS])
+        assert row["differences"] == pytest.approx([factor * gain for gain in run_fixture.GAINS])
         low, high = row["student_t"]
         assert low < row["mean"] < high
         assert (row["verdict"], tables[metric]["verdict"]) == ("better", "shown")
@@ -168,12 +159,12 @@ def test_variants_are_compared_seed_by_seed(tmp_path):
 
 @pytest.mark.parametrize("seeds", [4, 1])
 def test_a_question_is_answered_first_by_the_fine_tuned_detectors(tmp_path, seeds):
-    found = results.assemble(make_compare(tmp_path, seeds))
-    gain, told = mean(GAINS[:seeds]), results.findings(found)
+    found = results.assemble(run_fixture.make_compare(tmp_path, seeds))
+    gain, told = mean(run_fixture.GAINS[:seeds]), results.findings(found)
     assert [finding["text"].partition(",")[0] for finding in told] == [
         f"fa - base {gain:+.1f} points of AP50",
         f"fa - base {gain / 2:+.1f} points of AP50 with the backbone frozen",
-        f"fa - base {GAINS[0]:+.1f} points of linear top-1",
+        f"fa - base {run_fixture.GAINS[0]:+.1f} points of linear top-1",
         f"fa - base {gain:+.1f} points of kNN top-1",
     ]
     first, sure = told[0]["text"], "95 % interval +2.5 to +3.4, n = 4 pretraining seeds."
@@ -191,18 +182,18 @@ def test_a_question_is_answered_first_by_the_fine_tuned_detectors(tmp_path, seed
     for row, level, factor in zip(table["rows"], (24, 8, 50, 50), (1, 0.5, 1, 1), strict=True):
         base, fa = row["means"][1:]
         assert base["values"][0] == level
-        assert fa["values"][0] == pytest.approx(level + factor * GAINS[0])
+        assert fa["values"][0] == pytest.approx(level + factor * run_fixture.GAINS[0])
         assert (row["name"], row["difference"]["differences"][0]) == (
-            "fa - base", pytest.approx(factor * GAINS[0])
+            "fa - base", pytest.approx(factor * run_fixture.GAINS[0])
         )  # fmt: skip
     assert table["rows"][3]["means"][0]["n"] == 0, "random has no pretraining"
 
 
 def test_an_interval_without_0_that_decides_nothing_says_why(tmp_path):
-    out = make_compare(tmp_path)
+    out = run_fixture.make_compare(tmp_path)
     for seed, gain in enumerate((1.6, 0.2, 1.0, 1.1)):
         for arm, level in (("fa", 24.0), ("fa_frozen", 8.0)):
-            change(out / f"detection/{arm}/seed-{seed}/result.json", AP50=level + gain)
+            run_fixture.change(out / f"detection/{arm}/seed-{seed}/result.json", AP50=level + gain)
     first = results.findings(results.assemble(out))[0]
     assert first["answer"] == "Not shown:"
     assert "95 % interval +0.1 to +1.9, n = 4 pretraining seeds (p = 0.09 after" in first["text"]
@@ -210,15 +201,15 @@ def test_an_interval_without_0_that_decides_nothing_says_why(tmp_path):
 
 def test_other_sets_have_intervals_over_pictures(tmp_path):
     """Of the mean over the seeds, and of paired differences, by the same draws of pictures."""
-    out = make_run(tmp_path, seeds=2)
-    evaluate_elsewhere(out, "real")
+    out = run_fixture.make_run(tmp_path, seeds=2)
+    run_fixture.evaluate_elsewhere(out, "real")
     results.write(out)
     (one,) = json.loads((out / "results.json").read_text())["other_sets"]
     tables = {table["metric"]: table for table in one["tables"]}
     low, high = (0.025 * (NUM_DRAWS - 1), 0.975 * (NUM_DRAWS - 1))
     for row in tables["AP50"]["rows"]:
         step = 0.01 if row["variant"].startswith("random") else 0.011
-        own = mean([ap50(row["variant"], seed) - 10 for seed in range(2)])
+        own = mean([run_fixture.ap50(row["variant"], seed) - 10 for seed in range(2)])
         assert (row["n"], row["mean"]) == (2, pytest.approx(own))
         assert row["picture_interval"] == pytest.approx([own + step * low, own + step * high])
     for row in tables["AP50"]["comparisons"]:
@@ -229,23 +220,27 @@ def test_other_sets_have_intervals_over_pictures(tmp_path):
 
     # A seed on other pictures, and one of an older version: no interval that needs them.
     for end in ("", "-draws"):
-        change(out / f"detection/random/seed-0/eval-on-real{end}.json", data_sha256="other")
+        run_fixture.change(
+            out / f"detection/random/seed-0/eval-on-real{end}.json", data_sha256="other"
+        )
     (out / "detection/pretrained/seed-1/eval-on-real-draws.json").unlink()
     (one,) = results.assemble(out)["other_sets"]
     assert one["without_draws"] == ["random/seed-0", "pretrained/seed-1"]
     (table,) = [table for table in one["tables"] if table["metric"] == "AP"]
     has_interval = {row["variant"]: bool(row["picture_interval"]) for row in table["rows"]}
-    assert has_interval == {arm: arm.endswith("_frozen") for arm in ARM_LEVELS}
+    assert has_interval == {arm: arm.endswith("_frozen") for arm in run_fixture.ARM_LEVELS}
     assert [bool(row["picture_interval"]) for row in table["comparisons"]] == [False, True]
 
 
 def test_other_sets_of_variants_are_compared_as_the_run_compares_them(tmp_path):
-    out = make_compare(tmp_path)
-    evaluate_elsewhere(out, "real")
+    out = run_fixture.make_compare(tmp_path)
+    run_fixture.evaluate_elsewhere(out, "real")
     (one,) = results.assemble(out)["other_sets"]
     (table,) = [table for table in one["tables"] if table["metric"] == "AP50"]
     assert [row["name"] for row in table["comparisons"]] == ["fa - base", "fa - base, frozen"]
-    assert table["comparisons"][0]["picture_interval"] == pytest.approx([mean(GAINS)] * 2)
+    assert table["comparisons"][0]["picture_interval"] == pytest.approx(
+        [mean(run_fixture.GAINS)] * 2
+    )
     assert (table["name"], table["claim"]) == ("real", "")
 
 

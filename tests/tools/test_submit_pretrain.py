@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.tiny_run import (
-    descendants,
-    identical,
-    last_step,
-    run_undisturbed,
-    wait_until,
-    write_config,
-)
+from tests.slurm import tiny_run
 from tools import submit_pretrain
 from tools.submit_pretrain import TorchrunNode, node_environment, torchrun_command
 
@@ -94,8 +87,8 @@ def test_checkpoint_stops_torchrun_once_and_hands_back_the_same_work(monkeypatch
 
 @pytest.mark.slow
 def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> None:
-    config = write_config(tmp_path, optim={"epochs": 8})
-    whole = run_undisturbed(config, tmp_path / "whole")
+    config = tiny_run.write_config(tmp_path, optim={"epochs": 8})
+    whole = tiny_run.run_undisturbed(config, tmp_path / "whole")
     out = tmp_path / "run"
     command = [sys.executable, SCRIPT, str(config), f"out={out}", "--cluster", "local",
                "--tasks-per-node", "2", "--wait"]  # fmt: skip
@@ -104,8 +97,10 @@ def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> Non
             command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     try:
-        wait_until(lambda: last_step(out) >= 10 or process.poll() is not None, 900, "step 10")
-        tasks = [pid for pid in descendants(process.pid) if is_task(pid)]
+        tiny_run.wait_until(
+            lambda: tiny_run.last_step(out) >= 10 or process.poll() is not None, 900, "step 10"
+        )
+        tasks = [pid for pid in tiny_run.descendants(process.pid) if is_task(pid)]
         os.kill(tasks[0], signal.SIGUSR1)
         assert process.wait(900) == 0, (tmp_path / "log").read_text()
     finally:
@@ -114,7 +109,7 @@ def test_local_job_is_preempted_and_ends_like_a_whole_run(tmp_path: Path) -> Non
     said = "".join(file.read_text() for file in (out / "submitit").glob("*_log.*"))
     assert "Calling checkpoint method" in said
     assert "stopped by" in said
-    assert identical(whole, out)
+    assert tiny_run.identical(whole, out)
 
 
 def is_task(pid: int) -> bool:

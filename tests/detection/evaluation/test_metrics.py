@@ -18,15 +18,8 @@ from benchmarks.voc_eval_parity import (
     average_precisions,
 )
 from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
+from detection.evaluation import evaluate
 from detection.evaluation.error_analysis import ALL_KINDS, error_table, judge, objects_of
-from detection.evaluation.evaluate import (
-    ClassFigures,
-    Curve,
-    coco_metric,
-    curve_points,
-    detection_rows,
-    voc_metric,
-)
 from tests.detection.tiny_detection import (
     CLASSES,
     Detection,
@@ -36,9 +29,11 @@ from tests.detection.tiny_detection import (
 )
 
 
-def metric(voc: LabelledSet, detections: list[Detection]) -> dict[str, ClassFigures]:
+def metric(voc: LabelledSet, detections: list[Detection]) -> dict[str, evaluate.ClassFigures]:
     assert voc.metric_year is not None
-    return voc_metric(voc.test, voc.classes, collect(voc.test, detections), voc.metric_year)
+    return evaluate.voc_metric(
+        voc.test, voc.classes, collect(voc.test, detections), voc.metric_year
+    )
 
 
 def rows_of(voc: LabelledSet, detections: list[Detection], **options: Any) -> list[dict[str, Any]]:
@@ -46,7 +41,7 @@ def rows_of(voc: LabelledSet, detections: list[Detection], **options: Any) -> li
     found = collect(voc.test, detections)
     verdicts = judge(objects_of(voc.test, voc.classes), found.in_voc())
     kinds = [ALL_KINDS[kind] for kind in verdicts.kind]
-    return detection_rows(voc.test, voc, found, kinds, **options)
+    return evaluate.detection_rows(voc.test, voc, found, kinds, **options)
 
 
 @pytest.fixture
@@ -86,9 +81,9 @@ def test_ap_equals_an_independent_computation(year: int | None, tmp_path: Path) 
     split, detections = made_difficult(voc.test, 4), make_detections(voc)
     boxes = collect(split, detections)
     if year is None:
-        result = coco_metric(split, voc.classes, boxes)[1]
+        result = evaluate.coco_metric(split, voc.classes, boxes)[1]
     else:
-        result = voc_metric(split, voc.classes, boxes, year)
+        result = evaluate.voc_metric(split, voc.classes, boxes, year)
     thresholds = [value / 100 for value in range(50, 100, 5)]
     data = as_set(voc, split, detections)
     for label, name in enumerate(voc.classes):
@@ -137,9 +132,9 @@ def test_each_detection_keeps_its_kind(tiny: LabelledSet) -> None:
 
 def test_curve_points_by_hand() -> None:
     """Hit, miss, hit, of four objects: recall 1/4, 1/4, 1/2; precision 1, 1/2, 2/3."""
-    curve = curve_points(np.array([0.25, 0.25, 0.5]), np.array([1, 0.5, 2 / 3]))
-    assert curve == Curve([1.0] * 26 + [0.6667] * 25 + [0.0] * 50, 0.5)
-    assert curve_points(np.empty(0), np.empty(0)) == Curve([0.0] * 101, 0.0)
+    curve = evaluate.curve_points(np.array([0.25, 0.25, 0.5]), np.array([1, 0.5, 2 / 3]))
+    assert curve == evaluate.Curve([1.0] * 26 + [0.6667] * 25 + [0.0] * 50, 0.5)
+    assert evaluate.curve_points(np.empty(0), np.empty(0)) == evaluate.Curve([0.0] * 101, 0.0)
 
 
 def test_class_without_a_test_object_is_left_out_and_not_counted_as_zero(tmp_path: Path) -> None:
