@@ -4,8 +4,9 @@ Of `MADE` each holds a red cat or a blue dog, boxes whole pixels of the upright 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,12 +18,12 @@ LABELS = {name: ("cat", "dog")[i % 2] for i, name in enumerate(NAMES)}
 PARTS = {"train": NAMES[:4], "valid": NAMES[4:]}
 
 
-def paint(path: Path, name: str, orientation: int = 1) -> None:
-    """A picture with its box filled, stored as an EXIF orientation of 1 or 6 says."""
-    pixels = np.full((SIZE[1], SIZE[0], 3), 90, np.uint8)
+def paint(path: Path, name: str, orientation: int = 1, size=SIZE, is_turned=True) -> None:
+    """A picture with its box filled, stored as an EXIF orientation of 1 or 6 says, or as it is."""
+    pixels = np.full((size[1], size[0], 3), 90, np.uint8)
     x0, y0, x1, y1 = BOXES[name]
     pixels[y0:y1, x0:x1] = {"cat": (250, 20, 10), "dog": (10, 20, 250)}[LABELS[name]]
-    if orientation == 6:
+    if orientation == 6 and is_turned:
         pixels = np.rot90(pixels)
     exif = Image.Exif()
     exif[0x112] = orientation
@@ -35,15 +36,20 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def xml(name: str, filename: str, offset: float = 1) -> str:
-    """VOC's XML; `offset` is added to the left and upper side."""
-    x0, y0, x1, y1 = BOXES[name]
+def voc_xml(label: str, corners: Iterable[object], size=SIZE, more="", filename="") -> str:
+    """VOC's XML of one object; `more` stands behind its name."""
+    sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    inner = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
     return (
-        f"<annotation><filename>{filename}</filename><size><width>{SIZE[0]}</width><height>"
-        f"{SIZE[1]}</height><depth>3</depth></size><object><name>{LABELS[name]}</name><bndbox>"
-        f"<xmin>{x0 + offset}</xmin><ymin>{y0 + offset}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
-        "</bndbox></object></annotation>"
+        f"<annotation><folder>VOC2007</folder><filename>{filename}</filename><size><width>{size[0]}"
+        f"</width><height>{size[1]}</height><depth>3</depth></size><object><name>{label}</name>"
+        f"{more}<bndbox>{inner}</bndbox></object></annotation>"
     )
+
+
+def xml(name: str, filename: str) -> str:
+    x0, y0, x1, y1 = BOXES[name]
+    return voc_xml(LABELS[name], (x0 + 1, y0 + 1, x1, y1), filename=filename)
 
 
 def line(name: str) -> str:
@@ -54,8 +60,8 @@ def line(name: str) -> str:
     return f"{['cat', 'dog'].index(LABELS[name])} {' '.join(f'{x:.6f}' for x in shares)}\n"
 
 
-def coco(path: Path, names: list[str], folder: str = "", first: int = 0) -> None:
-    """COCO's JSON; with `first` 1 Roboflow's category 0 stands above the others."""
+def coco(names: list[str], folder: str = "", first: int = 0) -> dict[str, Any]:
+    """What COCO's JSON holds; with `first` 1 Roboflow's category 0 stands above the others."""
     rows = []
     for i, name in enumerate(names):
         x0, y0, x1, y1 = BOXES[name]
@@ -66,8 +72,7 @@ def coco(path: Path, names: list[str], folder: str = "", first: int = 0) -> None
     above = [{"id": 0, "name": "pets", "supercategory": "none"}][:first]
     images = [{"id": i, "file_name": f"{folder}{name}.jpg", "width": SIZE[0], "height": SIZE[1]}
               for i, name in enumerate(names)]  # fmt: skip
-    content = {"images": images, "categories": above + categories, "annotations": rows}
-    write(path, json.dumps(content))
+    return {"images": images, "categories": above + categories, "annotations": rows}
 
 
 def parted(picture: str, label: str, text: Callable[[str], str]) -> Callable[[Path], None]:
@@ -109,7 +114,7 @@ def coco_of(picture: str, table: str, parts: dict[str, list[str]], **more) -> Ca
         for part, names in parts.items():
             for name in names:
                 paint(root / picture.format(part=part, name=name), name)
-            coco(root / table.format(part=part), names, **more)
+            write(root / table.format(part=part), json.dumps(coco(names, **more)))
 
     return make
 

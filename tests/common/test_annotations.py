@@ -26,17 +26,13 @@ from common.annotations.record import (
 )
 from common.errors import UserError
 from tests.detection.tiny_detection import CLASSES, annotation, make_coco, make_official, make_voc
+from tests.layouts import voc_xml
 
 FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>1</difficult>"
 
 
 def xml(name="dog", box=(1, 1, 40, 30), flags=FLAGS, size=(40, 30)):
-    corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-    inner = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
-    return (
-        f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth>"
-        f"</size><object><name>{name}</name>{flags}<bndbox>{inner}</bndbox></object></annotation>"
-    )
+    return voc_xml(name, box, size, flags)
 
 
 def picture(path):

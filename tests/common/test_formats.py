@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.annotations.lists import seeded_split
@@ -230,6 +230,7 @@ def on_both_sides(classes_of: dict[str, Collection[str]], val: Collection[str]) 
     return all(len(set(own)) == 2 for own in sides.values() if len(own) > 1)
 
 
+@settings(deadline=None)  # on a busy machine any example may be slow
 @given(st.lists(st.frozensets(st.sampled_from("abcd"), max_size=3), min_size=2, max_size=7),
        st.floats(0.1, 0.5), st.integers(0, 3))  # fmt: skip
 def test_every_class_is_on_both_sides_where_possible(rows, share, seed):

@@ -265,7 +265,7 @@ def test_bad_pictures_are_named_counted_and_bounded(predict, tmp_path, capsys):
     whole = save_picture(root / "a.jpg").read_bytes()
     (root / "b.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "c.png").write_bytes(b"")
-    os.mkfifo(root / "d.jpg")
+    os.mkfifo(root / "d.jfif")
     predict(root, "--max-bad", "2", status=2)
     error = capsys.readouterr().err
     assert [line.split(":")[0] for line in error.splitlines()] == 3 * ["bad picture"] + ["error"]

@@ -25,12 +25,12 @@ from detection.training.config import load_config
 from detection.training.data import build_test_loader, register
 from pipeline.datasets.importers import open_source
 from pipeline.report.pictures import Album
+from tests import layouts
 from tests.detection.tiny_detection import CONFIGS
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, SIZE
 from tools.train_voc import main
 
 CLASSES = ("cat", "dog")  # red, blue
-SIZE = (128, 96)
 FLAGS = "<pose>Left</pose><truncated>0</truncated><difficult>0</difficult>"
 
 
@@ -63,21 +63,11 @@ def evaluated(data: LabelledSet) -> Evaluation:
     return result
 
 
-def box_of(number: int) -> tuple[int, int, int, int]:
-    """Continuous, on the stored picture."""
-    return 10 + 5 * number, 20, 51 + 5 * number, 61
+STORED = [*layouts.BOXES.values()]  # continuous, on the stored picture
 
 
 def write_picture(path: Path, number: int, orientation: int = 1, size=SIZE) -> None:
-    pixels = np.full((size[1], size[0], 3), 90, np.uint8)
-    x0, y0, x1, y1 = box_of(number)
-    pixels[y0:y1, x0:x1] = [(250, 20, 10), (10, 20, 250)][number % 2]
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    path.parent.mkdir(parents=True, exist_ok=True)
-    jpeg = {"quality": 95, "subsampling": 0} if path.suffix in (".jpg", ".JPG", ".jfif") else {}
-    name = {".jfif": "JPEG", ".JPG": "JPEG"}.get(path.suffix)
-    Image.fromarray(pixels).save(path, name, exif=exif.tobytes(), **jpeg)
+    layouts.paint(path, layouts.NAMES[number], orientation, size, is_turned=False)
 
 
 def turned(box: tuple[float, ...], orientation: int, size=SIZE) -> tuple[float, ...]:
@@ -96,16 +86,9 @@ def turned(box: tuple[float, ...], orientation: int, size=SIZE) -> tuple[float, 
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
-def xml(number: int, box: tuple[float, ...], size=SIZE, flags=FLAGS) -> str:
+def xml(number: int, box: tuple[float, ...], size=SIZE) -> str:
     x0, y0, x1, y1 = box
-    corners = {"xmin": x0 + 1, "ymin": y0 + 1, "xmax": x1, "ymax": y1}
-    inner = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
-    width, height = size
-    return (
-        f"<annotation><folder>VOC2007</folder><size><width>{width}</width><height>{height}</height>"
-        f"<depth>3</depth></size><object><name>{CLASSES[number % 2]}</name>{flags}"
-        f"<bndbox>{inner}</bndbox></object></annotation>"
-    )
+    return layouts.voc_xml(CLASSES[number % 2], (x0 + 1, y0 + 1, x1, y1), size, FLAGS)
 
 
 def make_devkit(root: Path, suffix: str = ".jpg", names=("000", "001", "002", "003")) -> Path:
@@ -115,7 +98,7 @@ def make_devkit(root: Path, suffix: str = ".jpg", names=("000", "001", "002", "0
     for number, name in enumerate(names):
         write_picture(voc / f"JPEGImages/{name}{suffix}", number)
         (voc / f"Annotations/{name}.xml").parent.mkdir(exist_ok=True)
-        (voc / f"Annotations/{name}.xml").write_text(xml(number, box_of(number)))
+        (voc / f"Annotations/{name}.xml").write_text(xml(number, STORED[number]))
     for part in ("train", "test"):
         (voc / f"ImageSets/Main/{part}.txt").write_text("".join(f"{name}\n" for name in names))
     return voc
@@ -175,71 +158,57 @@ def at_the_edge(voc: Path) -> None:
 
 CLIPPED = "4 boxes up to 1 pixel outside their picture: clipped"
 NO_SIZE = "4 annotations without a size: the picture's taken"
-VOC_SETS: dict[str, tuple[Callable[[Path], None], str | None]] = {
-    "plain": (lambda voc: None, None),
-    "gb2312": (declared("gb2312", "gb2312", "图片"), None),
-    "gbk": (declared("GB2312", "gbk", "圖片"), None),
-    "gb18030": (declared("GB18030", "gb18030", "图片🐈"), None),
-    "Shift_JIS": (declared("Shift_JIS", "cp932", "①写真"), None),
-    "big5": (declared("Big5", "big5", "圖片"), None),
-    "EUC-KR": (declared("euc-kr", "cp949", "똠"), None),
-    "windows-1251": (declared("windows-1251", "cp1251", "Снимки"), None),
-    "ISO-8859-15": (declared("ISO-8859-15", "iso-8859-15", "Bücher€"), None),
-    "utf-16": (declared("UTF-16", "utf-16", "图片"), None),
-    "utf-16 without mark": (declared("utf-16", "utf-16-le", "图片"), None),
-    "utf-16, big end first": (declared("", "utf-16-be", "图片"), None),
-    "utf-32": (declared("", "utf-32", "图片"), None),
-    "utf-16 that is utf-8": (declared("utf-16", "utf-8", "图片"), None),
-    "mark before a declaration": (declared("utf-8", "utf-8", "图片", b"\xef\xbb\xbf"), None),
-    "mark against the declaration": (declared("gb2312", "utf-8", "图片", b"\xef\xbb\xbf"), None),
-    "white space": (
-        replaced(("<name>", "<name>\n\t\t"), ("</name>", "\n\t</name>"), ("<xmin>", "<xmin> ")),
-        None,
-    ),
-    "fewest fields": (
-        replaced((FLAGS, ""), ("<folder>VOC2007</folder>", ""), ("<depth>3</depth>", "")),
-        None,
-    ),
-    "said to be unspecified": (
-        replaced((FLAGS, "<truncated>Unspecified</truncated><difficult>False</difficult>")),
-        None,
-    ),
-    "no size": (rewritten(lambda text: text.replace("size>", "measure>")), NO_SIZE),
-    "size 0": (replaced(("<width>128", "<width>0"), ("<height>96", "<height>0")), NO_SIZE),
-    "fractional": (
-        replaced(("</xmin>", ".5</xmin>"), ("</ymin>", ".25</ymin>"), ("</xmax>", ".0</xmax>")),
-        None,
-    ),
-    "corners from 0": (at_the_edge, CLIPPED),
-    "parts with boxes": (
-        replaced(
-            ("</object>", "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part></object>")
-        ),
-        None,
-    ),
-    "namespace, comment": (
-        replaced(("<annotation>", '<annotation xmlns="http://x.org/voc"><!-- <object> -->')),
-        None,
-    ),
-    "windows": (lists(lambda x: ("\ufeff" + "\r\n".join(x)).encode()), None),
-    "utf-16 lists": (lists(lambda x: "\r\n".join([*x, ""]).encode("utf-16")), None),
-    "old mac, blanks": (lists(lambda x: "  \r".join([*x, " ", ""]).encode()), None),
-    "suffix in lists": (lists(lambda x: "\n".join(f"{name}.jpg" for name in x).encode()), None),
-    ".png": (renamed_pictures(".png"), None),
-    ".JPG": (renamed_pictures(".JPG"), None),
-    ".jfif": (renamed_pictures(".jfif"), None),
-    ".webp": (renamed_pictures(".webp"), None),
-    ".bmp": (renamed_pictures(".bmp"), None),
-}
+NOTES = {"no size": NO_SIZE, "size 0": NO_SIZE, "corners from 0": CLIPPED}
+VOC_SETS: dict[str, Callable[[Path], None]] = {
+    "plain": lambda voc: None,
+    "gb2312": declared("gb2312", "gb2312", "图片"),
+    "gbk": declared("GB2312", "gbk", "圖片"),
+    "gb18030": declared("GB18030", "gb18030", "图片🐈"),
+    "Shift_JIS": declared("Shift_JIS", "cp932", "①写真"),
+    "big5": declared("Big5", "big5", "圖片"),
+    "EUC-KR": declared("euc-kr", "cp949", "똠"),
+    "windows-1251": declared("windows-1251", "cp1251", "Снимки"),
+    "ISO-8859-15": declared("ISO-8859-15", "iso-8859-15", "Bücher€"),
+    "utf-16": declared("UTF-16", "utf-16", "图片"),
+    "utf-16 without mark": declared("utf-16", "utf-16-le", "图片"),
+    "utf-16, big end first": declared("", "utf-16-be", "图片"),
+    "utf-32": declared("", "utf-32", "图片"),
+    "utf-16 that is utf-8": declared("utf-16", "utf-8", "图片"),
+    "mark before a declaration": declared("utf-8", "utf-8", "图片", b"\xef\xbb\xbf"),
+    "mark against the declaration": declared("gb2312", "utf-8", "图片", b"\xef\xbb\xbf"),
+    "white space": replaced(("<name>", "<name>\n\t\t"), ("</name>", "\n\t</name>"),
+                            ("<xmin>", "<xmin> ")),
+    "fewest fields": replaced((FLAGS, ""), ("<folder>VOC2007</folder>", ""),
+                              ("<depth>3</depth>", "")),
+    "unspecified": replaced((FLAGS, "<truncated>Unspecified</truncated>"
+                             "<difficult>False</difficult>")),
+    "no size": rewritten(lambda text: text.replace("size>", "measure>")),
+    "size 0": replaced(("<width>128", "<width>0"), ("<height>96", "<height>0")),
+    "fractional": replaced(("</xmin>", ".5</xmin>"), ("</ymin>", ".25</ymin>"),
+                           ("</xmax>", ".0</xmax>")),
+    "corners from 0": at_the_edge,
+    "parts with boxes": replaced(("</object>", "<part><name>head</name><bndbox><xmin>9</xmin>"
+                                  "</bndbox></part></object>")),
+    "namespace, comment": replaced((
+        "<annotation>", '<annotation xmlns="http://x.org/voc"><!-- <object> -->')),
+    "windows": lists(lambda x: ("\ufeff" + "\r\n".join(x)).encode()),
+    "utf-16 lists": lists(lambda x: "\r\n".join([*x, ""]).encode("utf-16")),
+    "old mac, blanks": lists(lambda x: "  \r".join([*x, " ", ""]).encode()),
+    "suffix in lists": lists(lambda x: "\n".join(f"{name}.jpg" for name in x).encode()),
+    ".png": renamed_pictures(".png"),
+    ".JPG": renamed_pictures(".JPG"),
+    ".jfif": renamed_pictures(".jfif"),
+    ".webp": renamed_pictures(".webp"),
+    ".bmp": renamed_pictures(".bmp"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VOC_SETS)
 def test_voc_as_tools_write_it(tmp_path: Path, name: str) -> None:
     voc = make_devkit(tmp_path)
-    harm, note = VOC_SETS[name]
-    harm(voc)
+    VOC_SETS[name](voc)
     data = read_set(tmp_path, SetChoice(classes=CLASSES, train_split="test"))
-    assert data.notes == ((note,) if note else ())
+    assert ", ".join(data.notes) == NOTES.get(name, "")
     result = evaluated(data)
     assert result.means == pytest.approx(dict.fromkeys(result.means, 100))
     assert result.coco["AP"] == pytest.approx(100)
@@ -275,20 +244,12 @@ def test_names_of_pictures(tmp_path: Path, name: str, form: Any) -> None:
 
 def make_coco(root: Path, change: Callable[[dict[str, Any]], Any] = lambda content: None) -> Path:
     """A list val2017 of four pictures; `change` edits what its JSON holds."""
-    content: dict[str, Any] = {
-        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 128, "height": 96}
-                   for i in range(4)],
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 1 + i % 2, "area": 1681, "iscrowd": 0,
-             "bbox": [10 + 5 * i, 20, 41, 41]} for i in range(4)
-        ],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
-    }  # fmt: skip
+    content = layouts.coco(layouts.NAMES[:4])
+    edit("annotations", area=1681, iscrowd=0)(content)
     for number in range(4):
-        write_picture(root / f"val2017/{number}.jpg", number)
-    (root / "annotations").mkdir()
+        write_picture(root / f"val2017/photo {number}.jpg", number)
     change(content)
-    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    layouts.write(root / "annotations/instances_val2017.json", json.dumps(content))
     return root
 
 
@@ -312,23 +273,22 @@ def ids_as_text(content: dict[str, Any]) -> None:
     edit("categories", id=str)(content)
 
 
-COCO_SETS: dict[str, tuple[Callable[[dict[str, Any]], Any], str | None]] = {
-    "plain": (lambda content: None, None),
-    "text as ids": (ids_as_text, None),
-    "fewest fields": (edit("annotations", id=None, area=None, iscrowd=None), None),
-    "no values": (edit("annotations", area=lambda _: None, iscrowd=lambda _: None), None),
-    "area 0": (edit("annotations", area=0), None),
-    "no size": (edit("images", width=None, height=None), NO_SIZE),
-    "size 0": (edit("images", width=0, height=0), NO_SIZE),
-    "fractional": (edit("annotations", bbox=lambda b: [b[0] + 0.25, b[1], b[2] - 0.5, b[3]]), None),
+COCO_SETS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "plain": lambda content: None,
+    "text as ids": ids_as_text,
+    "fewest fields": edit("annotations", id=None, area=None, iscrowd=None),
+    "no values": edit("annotations", area=lambda _: None, iscrowd=lambda _: None),
+    "area 0": edit("annotations", area=0),
+    "no size": edit("images", width=None, height=None),
+    "size 0": edit("images", width=0, height=0),
+    "fractional": edit("annotations", bbox=lambda b: [b[0] + 0.25, b[1], b[2] - 0.5, b[3]]),
 }
 
 
 @pytest.mark.parametrize("name", COCO_SETS)
 def test_coco_as_tools_write_it(tmp_path: Path, name: str) -> None:
-    change, note = COCO_SETS[name]
-    data = read_set(make_coco(tmp_path, change), SetChoice(test_only=True))
-    assert data.notes == ((note,) if note else ())
+    data = read_set(make_coco(tmp_path, COCO_SETS[name]), SetChoice(test_only=True))
+    assert ", ".join(data.notes) == NOTES.get(name, "")
     result = evaluated(data)
     assert result.means == pytest.approx(dict.fromkeys(result.means, 100))
     assert result.errors["AP50"] == pytest.approx(100)
@@ -361,7 +321,7 @@ def make_turned_voc(root: Path, orientation: int, is_upright: bool, size=SIZE) -
     upright = size[::-1] if orientation >= 5 else size
     for number, path in enumerate(sorted((voc / "JPEGImages").iterdir())):
         write_picture(path, number, orientation, size)
-        box = turned(box_of(number), orientation, size) if is_upright else box_of(number)
+        box = turned(STORED[number], orientation, size) if is_upright else STORED[number]
         text = xml(number, box, upright if is_upright else size)
         (voc / f"Annotations/{path.stem}.xml").write_text(text)
     return root
@@ -373,13 +333,13 @@ def make_turned_coco(root: Path, orientation: int, is_upright: bool, size=SIZE) 
     def change(content: dict[str, Any]) -> None:
         edit("images", width=upright[0], height=upright[1])(content)
         for row in content["annotations"]:
-            box = box_of(row["image_id"])
+            box = STORED[row["image_id"]]
             x0, y0, x1, y1 = map(int, turned(box, orientation, size) if is_upright else box)
             row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
 
     make_coco(root, change)
     for number in range(4):
-        write_picture(root / f"val2017/{number}.jpg", number, orientation, size)
+        write_picture(root / f"val2017/photo {number}.jpg", number, orientation, size)
     return root
 
 
@@ -402,7 +362,7 @@ def test_boxes_turn_with_their_picture(tmp_path, make, orientation, is_upright):
     assert result.coco["AP"] == pytest.approx(100)
     # What is drawn: the file's pixels upright, and the boxes of detections.json.
     for number, row in enumerate(result.detections):
-        assert row["ground_truth"][0]["box"] == list(turned(box_of(number), orientation))
+        assert row["ground_truth"][0]["box"] == list(turned(STORED[number], orientation))
         size = SIZE[::-1] if orientation >= 5 else SIZE
         assert (row["width"], row["height"]) == size
         uri = Album().add(data.root / row["file_name"], 480)

@@ -18,6 +18,7 @@ from common.annotations.record import read_set
 from common.errors import UserError
 from pipeline.datasets import importers
 from pretrain.data.pack import SourcePicture, write_shards
+from tests.layouts import voc_xml
 from tests.pipeline.datasets.package_fixture import run as run_command
 from tests.pipeline.datasets.package_fixture import write_tree
 
@@ -30,13 +31,8 @@ def jpeg(seed: int) -> bytes:
 
 
 def annotation(name: str, difficult: int = 0, box: tuple[object, ...] = (1, 1, 60, 40)) -> bytes:
-    corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-    text = "".join(f"<{corner}>{value}</{corner}>" for corner, value in corners)
-    return (
-        "<annotation><size><width>60</width><height>40</height><depth>3</depth></size><object>"
-        f"<name>{name}</name><truncated>0</truncated><difficult>{difficult}</difficult>"
-        f"<bndbox>{text}</bndbox></object></annotation>"
-    ).encode()
+    flags = f"<truncated>0</truncated><difficult>{difficult}</difficult>"
+    return voc_xml(name, box, (60, 40), flags).encode()
 
 
 def official_files(year: str, split: str, ids: range) -> dict[str, bytes]:
