@@ -132,8 +132,8 @@ def read_yaml_with_bases(path: Path) -> tuple[dict[str, Any], list[Path]]:
             bases.append(base)
             if len(bases) > MAX_BASES:
                 raise UserError(f"{path}: builds on more than {MAX_BASES} files; join some")
-            values = _overlaid(values, read(base, (*above, path.resolve())))
-        return _overlaid(values, raw)
+            values = overlaid(values, read(base, (*above, path.resolve())))
+        return overlaid(values, raw)
 
     return read(path, ()), bases
 
@@ -478,7 +478,7 @@ def _build(schema: type[Schema], raw: dict[str, Any], where: str, prefix: str = 
     # A section may have defaults that depend on one of its keys, as a preset.
     if defaults_for := getattr(schema, "defaults_for", None):
         try:
-            raw = _overlaid(defaults_for(raw), raw)
+            raw = overlaid(defaults_for(raw), raw)
         except UserError as error:
             raise UserError(f"{where}{prefix.removesuffix('.')}: {error}") from None
     sections = {item.name: (item, kind) for item, kind in _sections(schema)}
@@ -513,12 +513,12 @@ def _build(schema: type[Schema], raw: dict[str, Any], where: str, prefix: str = 
         raise UserError(f"{where}{text}") from None
 
 
-def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings as one; of two values the one above counts."""
     both = dict(below)
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(both.get(key), Mapping):
-            value = _overlaid(both[key], value)
+            value = overlaid(both[key], value)
         both[key] = value
     return both
 

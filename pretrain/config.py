@@ -58,7 +58,7 @@ class FAConfig:
     method: str = "nn"  # "nn", "nn+noise" (one after another), "mask|mixup" (a random one per row)
     architecture: Literal["auto", "basic", "pre", "post", "parallel"] = "auto"
     side: Literal["auto", "target", "online"] = "auto"  # auto: as the architecture draws it
-    views: Literal["both", "first", "second"] = "both"  # whose features A takes
+    views: Literal["both", "first", "second"] = "both"  # whose features A takes; both: small, too
     stop_gradient: bool = True  # on the features that A takes; 'none' applies neither
     num_features: int = 1  # N augmented features per sample
     feature_loss: Literal["mean", "free"] = "mean"  # free: the sum over the N terms
@@ -135,10 +135,10 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from and how two views are made of each."""
+    """Where samples come from and how views are made of each."""
 
     shards: dict[str, float] | list[str] | str | None = None  # one set; several; {set: weight}
-    image_size: int = 224  # side of a view, pixels
+    image_size: int = 224  # side of a large view, pixels
     batch_size: int = 256  # global: over all processes
     augmentation: AugmentationPolicy = field(default_factory=AugmentationPolicy)
     cache_dir: str | None = None  # of remote shards; null: $XDG_CACHE_HOME/fa-shards
@@ -331,6 +331,12 @@ class PretrainConfig:
             self.engine.precision != "fp16" or self.adversarial.epsilon == 0,
             "engine.precision=fp16: the gradient at a picture that adversarial.epsilon needs is "
             "lost in fp16; use bf16 or fp32",
+        )
+        num_small, reason = self.data.augmentation.small_crops.num, self.objective.two_views_only
+        require(
+            num_small == 0 or not reason,
+            f"data.augmentation.small_crops.num={num_small}: objective.name={self.objective.name} "
+            f"takes no small crops ({reason}); use num=0, or another objective",
         )
         refuse_without_gradient(self.objective, self.fa)
         micro, batch = self.optim.micro_batch_size, self.data.batch_size

@@ -208,6 +208,10 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     if has_data:
         OnlineProbe.open(config.eval, samples, model.online.backbone, device)
 
+    # Two large views, and small ones by their area.
+    small = data.augmentation.small_crops
+    num_passes = 2 + small.num * (small.image_size / data.image_size) ** 2
+
     # A checkpoint holds the model, its EMA, the momentum, and the queues.
     num_bytes = checkpoint.num_bytes([model.state_dict(), list(model.online.parameters())])
     return {
@@ -220,6 +224,6 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
         "batch_size": data.batch_size,
         "epochs": config.optim.epochs,
         "num_samples": num_samples,
-        "seconds_per_sample": 2 * seconds / _NUM_TIMED,  # two views
+        "seconds_per_sample": num_passes * seconds / _NUM_TIMED,
         "disk_bytes": num_bytes * (2 + engine.keep_checkpoints),
     }

@@ -29,7 +29,7 @@ _TRUE_BOX = {"class": str, "box": list}
 _LABELS = {"lists": list, "samples": list, "repaired": list}
 _SMALL, _LARGE = 0.036, 0.022  # height of letters, as a share of the picture's width
 _PRETRAINING = {
-    "views.jpg": ("Augmented views", "In threes: the picture, then its two views; hope that people "
+    "views.jpg": ("Augmented views", "In each row a picture, then its views; hope that people "
                   "could still tell what they show."),
     "neighbours_before.jpg": ("Neighbours before pretraining", "A query, then its nearest: by "
                               "colour, as a rule."),

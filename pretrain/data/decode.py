@@ -7,7 +7,8 @@ torchvision's RandomResizedCrop.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from common.errors import require
 from common.pictures import BadPicture, decode, decode_fast, read_header, upright
-from pretrain.data.policy import Interpolation, ViewPolicy, draw_parameters
+from pretrain.data.policy import Interpolation, SmallCrops, ViewPolicy, draw_parameters
 from pretrain.data.random_numbers import draw_uniforms
 
 REDUCTIONS = (8, 4, 2)  # by which libjpeg decodes smaller, in the domain of the cosine transform
@@ -61,6 +62,7 @@ class ViewWriter:
         seed: Seed of the run.
         with_colours: Whether the photometric changes are made here, on uint8; otherwise they are
             left to the device.
+        small_crops: Further views; they come behind the others.
     Raises:
         UserError: If the size is impossible.
     """
@@ -69,22 +71,25 @@ class ViewWriter:
     views: tuple[ViewPolicy, ...] | Literal["central"]
     seed: int = 0
     with_colours: bool = False
+    small_crops: SmallCrops = field(default_factory=SmallCrops)
 
     def __post_init__(self) -> None:
         size = self.image_size
         require(size >= 1, f"image size {size}: must be at least 1 pixel")
 
     @property
-    def num_views(self) -> int:
-        """Views of each picture."""
-        return 1 if self.views == "central" else len(self.views)
+    def blocks(self) -> list[tuple[int, int]]:
+        """How many views of one size there are, and their side in pixels: the large ones first."""
+        small = self.small_crops
+        num = 1 if self.views == "central" else len(self.views)
+        return [(num, self.image_size)] + [(small.num, small.image_size)] * (small.num > 0)
 
-    def write(self, samples: Sequence[Sample], out: np.ndarray) -> dict[int, str]:
+    def write(self, samples: Sequence[Sample], out: Sequence[np.ndarray]) -> dict[int, str]:
         """Decode samples once each and write their views.
 
         Args:
             samples: n of them.
-            out: uint8 [views, n, s, s, 3], written in place.
+            out: uint8 [n, s, s, 3] of each view, written in place.
         Returns:
             {row: reason} of the pictures that do not decode.
         """
@@ -98,7 +103,7 @@ class ViewWriter:
                     raise BadPicture("holds no picture")
                 if self.views == "central":
                     image = decode(sample.data, where="picture")
-                    out[0, row] = center_crop(image, self.image_size)
+                    out[0][row] = center_crop(image, self.image_size)
                 else:
                     headers.append(read_header(sample.data, where="picture"))
                     rows.append(row)
@@ -111,14 +116,16 @@ class ViewWriter:
         sizes = np.array([(header.height, header.width) for header in headers], np.int64)
         hashes = np.array([samples[row].sample_hash for row in rows], np.uint64).view(np.int64)
         repeats = np.array([samples[row].repeat for row in rows], np.int64)
+        policies = [*self.views, *[self.small_crops] * self.small_crops.num]
+        view_sizes = [size for num, size in self.blocks for _ in range(num)]
         crops, steps = [], []
-        for number, view in enumerate(self.views):
+        for number, view in enumerate(policies):
             of_view: dict[str, Any] = {"seed": self.seed, "view_index": number}
             crops.append(draw_crops(view, sizes, hashes, repeats, **of_view))
             drawn = []
             if self.with_colours:
                 drawn = draw_parameters(view, hashes, repeats, **of_view)
-            made = [operation.picture_steps(own, self.image_size) for operation, own in drawn]
+            made = [operation.picture_steps(own, view_sizes[number]) for operation, own in drawn]
             steps.append([[*chain(*(own[k] for own in made))] for k in range(len(rows))])
 
         # Crops are cut out of the pixels as stored, and turned alone.
@@ -128,9 +135,12 @@ class ViewWriter:
                     view.boxes[k] = header.stored_box(view.boxes[k].tolist())
 
         # Each picture is decoded once, down to its lowest crop, and no larger than its smallest one
-        # needs.
-        sides = np.min([view.boxes[:, 2:] for view in crops], axis=(0, 2))
-        reductions = reductions_for(sides, self.image_size).tolist()
+        # (of each size of views) needs.
+        needed, of_size = [], iter(crops)
+        for num, size in self.blocks:
+            sides = np.min([next(of_size).boxes[:, 2:] for _ in range(num)], axis=(0, 2))
+            needed.append(reductions_for(sides, size))
+        reductions = reduce(np.minimum, needed).tolist()
         bottoms = np.max([view.boxes[:, 0] + view.boxes[:, 2] for view in crops], axis=0).tolist()
         boxes = [view.boxes.tolist() for view in crops]
         flips = [view.flips.tolist() for view in crops]
@@ -144,11 +154,12 @@ class ViewWriter:
             except BadPicture as error:
                 failed[row] = str(error)
                 continue
-            for view, target in enumerate(out[:, row]):
+            for view, of_view in enumerate(out):
+                target = of_view[row]
                 crop(
-                    image, boxes[view][k], self.image_size, is_flipped=flips[view][k],
+                    image, boxes[view][k], view_sizes[view], is_flipped=flips[view][k],
                     reduction=reduction, orientation=headers[k].orientation, out=target,
-                    interpolation=self.views[view].crop.interpolation,
+                    interpolation=policies[view].crop.interpolation,
                 )  # fmt: skip
                 for step in steps[view][k]:
                     step(target)
@@ -185,7 +196,7 @@ def draw_crops(
         sample_hashes: int64 [n], the samples' hashed names.
         repeats: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
-        view_index: 0 or 1.
+        view_index: Number of the view, from 0.
     """
     scale, ratio = view.crop.scale, view.crop.ratio
 

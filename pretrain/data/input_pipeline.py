@@ -19,7 +19,7 @@ from common.files import append_json_lines, read_json_lines
 from pretrain import collectives as dist
 from pretrain.config import DataConfig
 from pretrain.data.loader import Loader, ReusedMemory, ViewBatch, ViewDataset
-from pretrain.data.policy import Drawn, draw_parameters
+from pretrain.data.policy import Drawn, ViewPolicy, draw_parameters
 from pretrain.data.shards import open_samples
 from pretrain.data.streaming import StreamingLoader
 
@@ -33,12 +33,13 @@ class DeviceBatch:
 
     Attributes:
         samples: As the loader made it; its small tensors on the device.
-        views: float32 [2, n, 3, s, s], normalised, on the device.
+        views: float32 [2, n, 3, s, s], normalised, on the device; with small crops a list of all
+            views, [n, 3, s, s] each, the two large ones first.
         waited: Seconds that the loop stood still for this batch's pictures.
     """
 
     samples: ViewBatch
-    views: Tensor
+    views: Tensor | list[Tensor]
     waited: float
 
     @property
@@ -118,6 +119,7 @@ class InputPipeline:
             "views": data.augmentation.views,
             "seed": self._seed,
             "with_colours": in_workers(data.photometric, self._device),
+            "small_crops": data.augmentation.small_crops,
         }
         batches: dict[str, Any] = {
             "batch_size": data.batch_size,
@@ -197,24 +199,35 @@ class InputPipeline:
             return DeviceBatch(moved, self.views(moved, batch), waited)
 
     @torch.no_grad()
-    def views(self, moved: ViewBatch, batch: ViewBatch) -> Tensor:
-        """Photometric changes on the device: uint8 crops -> normalised [2, n, 3, s, s].
+    def views(self, moved: ViewBatch, batch: ViewBatch) -> Tensor | list[Tensor]:
+        """Photometric changes on the device: uint8 crops -> `DeviceBatch.views`.
 
         Args:
             moved: The batch on the device.
             batch: The same batch on the CPU, where parameters are drawn.
         """
+        augmentation = self._data.augmentation
+        large = self._of_one_size(moved.views, batch, augmentation.views, 0)
+        if moved.small_views is None:
+            return large
+        policies = [augmentation.small_crops] * len(moved.small_views)
+        return [*large, *self._of_one_size(moved.small_views, batch, policies, len(large))]
+
+    def _of_one_size(
+        self, crops: Tensor, batch: ViewBatch, policies: Sequence[ViewPolicy], first: int
+    ) -> Tensor:
+        """Views of one size, of which the first has the number `first`: [views, n, 3, s, s]."""
         data = self._data
         if batch.is_augmented:
-            images = normalize(moved.views, data.pixel_mean, data.pixel_std)
+            images = normalize(crops, data.pixel_mean, data.pixel_std)
             return images if self._channels_last else images.contiguous()
         views = []
-        for number, view in enumerate(data.augmentation.views):
+        for number, view in enumerate(policies):
             drawn = draw_parameters(
                 view, batch.sample_hashes.numpy(), batch.repeats.numpy(), seed=self._seed,
-                view_index=number,
+                view_index=first + number,
             )  # fmt: skip
-            views.append(augment(moved.views[number], drawn, data.pixel_mean, data.pixel_std))
+            views.append(augment(crops[number], drawn, data.pixel_mean, data.pixel_std))
         if not self._channels_last:
             return torch.stack(views)
         # Stacked so that each view lies channels-last in memory.
@@ -223,10 +236,11 @@ class InputPipeline:
 
 def _handed_over(ready: DeviceBatch, done: torch.cuda.Event) -> DeviceBatch:
     """Let the current stream wait until a batch is there, and keep its memory while it is used."""
-    current = torch.cuda.current_stream(ready.views.device)
+    views = [ready.views] if isinstance(ready.views, Tensor) else ready.views
+    current = torch.cuda.current_stream(views[0].device)
     with record_function("wait for views"):
         current.wait_event(done)
-    for tensor in (ready.views, ready.samples.sample_ids, ready.samples.labels):
+    for tensor in (*views, ready.samples.sample_ids, ready.samples.labels):
         tensor.record_stream(current)
     return ready
 

@@ -94,6 +94,7 @@ class ViewBatch:
 
     Attributes:
         views: uint8 [views, n, 3, s, s], RGB; each view lies channels-last in memory.
+        small_views: uint8 [small, n, 3, t, t], the same of small crops; None without.
         sample_hashes: int64 [n], 64-bit hashes of the samples' names (bits of unsigned numbers).
         sample_ids: int64 [n], numbers in the shard index.
         repeats: int64 [n], how often each sample was due before (docs/architecture.md).
@@ -109,6 +110,7 @@ class ViewBatch:
     labels: torch.Tensor
     num_bad: int
     is_augmented: bool = False
+    small_views: torch.Tensor | None = None
 
     def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory."""
@@ -119,7 +121,8 @@ class ViewBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Any) -> "ViewBatch":
-        names = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
+        names = ["views", "sample_hashes", "sample_ids", "repeats", "labels"]
+        names += ["small_views"] * (self.small_views is not None)
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
@@ -186,6 +189,15 @@ class BadSamples:
             raise UserError(reply.error)
 
 
+def _new_block(shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory for views of one size, uint8."""
+    if torch.utils.data.get_worker_info() is None:
+        return _MEMORY.tensor(shape, np.uint8)
+    # Shared memory from the start, so that handing the batch over copies nothing.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
 class BatchDataset(Dataset):
     """The work of a worker: decode samples into a batch of views, and replace those that are bad.
 
@@ -204,21 +216,17 @@ class BatchDataset(Dataset):
             num: Samples of the batch.
             reply: Where bad samples are noted, too.
         """
-        size, num_bad = self.views.image_size, 0
-        shape = (self.views.num_views, num, size, size, 3)
-        if torch.utils.data.get_worker_info() is None:
-            out = _MEMORY.tensor(shape, np.uint8)
-        else:  # shared memory from the start, so that handing the batch over copies nothing
-            storage = torch.UntypedStorage._new_shared(math.prod(shape))
-            out = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+        blocks = [_new_block((views, num, size, size, 3)) for views, size in self.views.blocks]
+        out, num_bad = [view for block in blocks for view in block.numpy()], 0
         numbers: list[tuple[int, int, int, int]] = []
         try:
             for start in range(0, num, _CHUNK):
                 rows = slice(start, min(start + _CHUNK, num))
-                chunk, into = take(rows), out.numpy()[:, rows]
+                chunk, into = take(rows), [view[rows] for view in out]
                 failed = self.views.write(chunk, into)
                 for row, why in failed.items():
-                    chunk[row] = self._replace(chunk[row], why, into[:, row : row + 1], reply.bad)
+                    own = [view[row : row + 1] for view in into]
+                    chunk[row] = self._replace(chunk[row], why, own, reply.bad)
                 num_bad += len(failed)
                 numbers += [sample[:4] for sample in chunk]
         except UserError as error:
@@ -227,17 +235,21 @@ class BatchDataset(Dataset):
         sample_ids, sample_hashes, repeats, labels = (
             zip(*numbers, strict=True) if numbers else [()] * 4
         )
+        views, *small = (block.permute(0, 1, 4, 2, 3) for block in blocks)
         reply.batch = ViewBatch(
-            views=out.permute(0, 1, 4, 2, 3),
+            views=views,
             sample_hashes=torch.from_numpy(np.array(sample_hashes, np.uint64).view(np.int64)),
             sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
             repeats=torch.tensor(repeats, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             num_bad=num_bad,
             is_augmented=self.views.with_colours,
+            small_views=small[0] if small else None,
         )
 
-    def _replace(self, sample: Sample, why: str, out: np.ndarray, bad: dict[int, str]) -> Sample:
+    def _replace(
+        self, sample: Sample, why: str, out: list[np.ndarray], bad: dict[int, str]
+    ) -> Sample:
         """Note a bad sample, write the views of a stand-in, and return that."""
         reason = bad[sample.sample_id] = f"{self.describe(sample)}: {why}"
         for attempt in range(_MAX_REPLACEMENTS):

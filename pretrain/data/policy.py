@@ -1,20 +1,21 @@
 """Augmentation policies: how the views of a picture are made, as settings.
 
-A policy says for each of two views the crop, the flip and every photometric operation with its
-probability and ranges. Presets are named policies. Nothing here imports torch.
+A policy says for each of two views, and for further small ones (multi-crop), the crop, the flip and
+every photometric operation with its probability and ranges. Presets are named policies. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from common.config import with_sections
-from common.errors import UserError, require, unknown, within_0_and_1
+from common.config import overlaid, with_sections
+from common.errors import UserError, at_least, require, unknown, within_0_and_1
 from pretrain.data.augmentations.operation import Operation, Parameters
 from pretrain.data.random_numbers import draw_uniforms
 
@@ -68,7 +69,22 @@ class ViewPolicy:
         return sorted((one for one in every if one.probability), key=lambda one: one.position)
 
 
+@dataclass(frozen=True)
+class SmallCrops(ViewPolicy):
+    """Views of a small part of the picture beside the two large ones: multi-crop (SwAV).
+
+    All are made in the same way, by default as view 1 but for the crop's scale.
+    """
+
+    num: int = 0  # per picture; SwAV: 6
+    image_size: int = 96  # side, pixels
+
+    def __post_init__(self) -> None:
+        at_least(self, "data.augmentation.small_crops", num=0, image_size=16)
+
+
 DEFAULT_PRESET = "asymmetric"
+_SMALL_SCALE = (0.05, 0.14)  # SwAV, arXiv 2006.09882
 _WEAK = {
     "crop": {"scale": (0.2, 1.0)},
     "jitter": {"probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
@@ -100,16 +116,32 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+_View = TypeVar("_View", bound=ViewPolicy)
+
+
+def _built(cls: type[_View], settings: dict[str, Any]) -> _View:
+    sections = {item.name: item.default_factory for item in fields(cls)}
+    return cls(**{name: sections[name](**values) for name, values in settings.items()})  # type: ignore[misc]
+
+
 def preset_view(number: int, preset: str = DEFAULT_PRESET) -> ViewPolicy:
     """View 0 or 1 of a preset."""
-    sections = {item.name: item.default_factory for item in fields(ViewPolicy)}
-    settings = PRESETS[preset][number].items()
-    return ViewPolicy(**{name: sections[name](**values) for name, values in settings})  # type: ignore[misc]
+    return _built(ViewPolicy, PRESETS[preset][number])
+
+
+def _small_as(view1: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of small crops that follow from those of view 1."""
+    return overlaid(view1, {"crop": {"scale": _SMALL_SCALE}})
+
+
+def preset_small_crops(preset: str = DEFAULT_PRESET, num: int = 0, **options: Any) -> SmallCrops:
+    """Small crops that go with a preset."""
+    return replace(_built(SmallCrops, _small_as(PRESETS[preset][0])), num=num, **options)
 
 
 @dataclass(frozen=True)
 class AugmentationPolicy:
-    """Two views: a preset, or a preset with some settings changed.
+    """Two views, perhaps small crops beside: a preset, or one with some settings changed.
 
     In YAML the preset's name alone will do: ``augmentation: moco_v2``.
     """
@@ -119,6 +151,7 @@ class AugmentationPolicy:
     preset: str = DEFAULT_PRESET
     view1: ViewPolicy = field(default_factory=partial(preset_view, 0))
     view2: ViewPolicy = field(default_factory=partial(preset_view, 1))
+    small_crops: SmallCrops = field(default_factory=preset_small_crops)
 
     @staticmethod
     def defaults_for(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,16 +159,19 @@ class AugmentationPolicy:
         name = raw.get("preset", DEFAULT_PRESET)
         if name not in PRESETS:
             raise UserError(unknown(f"preset {name!r}", str(name), PRESETS))
-        return dict(zip(("view1", "view2"), PRESETS[name], strict=True))
+        view1, view2 = PRESETS[name]
+        small = _small_as(overlaid(view1, raw.get("view1", {})))
+        return {"view1": view1, "view2": view2, "small_crops": small}
 
     @classmethod
     def of(cls, preset: str) -> AugmentationPolicy:
         """A preset as it is."""
-        return cls(preset, preset_view(0, preset), preset_view(1, preset))
+        views = preset_view(0, preset), preset_view(1, preset)
+        return cls(preset, *views, preset_small_crops(preset))
 
     @property
     def views(self) -> tuple[ViewPolicy, ViewPolicy]:
-        """Both views."""
+        """Both large views."""
         return self.view1, self.view2
 
 
@@ -157,7 +193,7 @@ def draw_parameters(
         sample_hashes: int64 [n], the samples' hashed names.
         repeats: int64 [n], how often each sample was due before; or one number for all.
         seed: Seed of the run.
-        view_index: 0 or 1.
+        view_index: Number of the view, from 0.
     """
     drawn = []
     for operation in view.operations:

@@ -59,7 +59,7 @@ def draw_uniforms(
         repeats: int64 [n], how often each sample was due before; or one number for all.
         num_draws: Draws per sample.
         seed: Seed of the run.
-        view_index: 0 or 1.
+        view_index: Number of the view, from 0.
         first: Draws of the stream that are left out before.
     Returns:
         float64 [num_draws, n] in [0, 1), multiples of 2**-53.

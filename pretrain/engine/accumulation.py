@@ -66,12 +66,13 @@ class Gradients:
         if len(parts) > 1 and self.optim.accumulation == "cached":
             return [self._cached(views, parts, generator, progress)]
         # The loss is a mean over samples: each micro-batch adds its share.
-        outputs, total = [], torch.zeros((), device=views.device)
+        outputs, total = [], torch.zeros((), device=views[0].device)
         for part in parts:
+            own = rows_of(views, part)
             with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
-                t = self.model.ema_projections(views[:, part])
+                t = self.model.ema_projections(own)
                 compare = self._compare(t, views, part, generator, progress)
-                output = self.forward(views[:, part], compare)
+                output = self.forward(own, compare)
                 share = output.loss / len(parts)
             with record_function("backward"), self._sync(part is parts[-1]):
                 self.scale(share).backward()
@@ -92,34 +93,34 @@ class Gradients:
         BN statistics of the online network are those of the second pass alone.
         """
         # First pass, without graph: all projections.
-        z, states = [], []
+        z, states, device = [], [], views[0].device
         kept = _kept_buffers(self.model.online)
         with record_function("forward"), torch.no_grad(), self.autocast(), kept:
             for part in parts:
-                states.append(_random_state(views.device))
-                z.append(self.model.online(views[:, part], _as_it_is))
-            ema = [self.model.ema_projections(views[:, part]) for part in parts]
+                states.append(_random_state(device))
+                z.append(self.model.online(rows_of(views, part), _as_it_is))
+            ema = [self.model.ema_projections(rows_of(views, part)) for part in parts]
         # FA, predictor and loss on the whole batch leave gradients at the projections.
         t = None if ema[0] is None else torch.cat([x for x in ema if x is not None], dim=1)
         cached = torch.cat(z, dim=1).requires_grad_()
         with record_function("forward"), self.autocast():
-            whole = slice(0, views.shape[1])
+            whole = slice(0, len(views[0]))
             output = self._compare(t, views, whole, generator, progress)(cached)
         with record_function("backward"):
             self.scale(output.loss).backward()
         assert cached.grad is not None
         # Second pass, with graph: each micro-batch's projections again, from the same random
         # state, and the cached gradient through them. DDP waits for the heads' gradients too.
-        after = _random_state(views.device)
+        after = _random_state(device)
         for part, state in zip(parts, states, strict=True):
-            _set_random_state(state, views.device)
+            _set_random_state(state, device)
             with self._sync(part is parts[-1]):
                 with record_function("forward"), self.autocast():
-                    again = self.forward(views[:, part], _as_it_is)
+                    again = self.forward(rows_of(views, part), _as_it_is)
                 surrogate = (again.float() * cached.grad[:, part].float()).sum()
                 with record_function("backward"):
                     (surrogate + self.model.online.zero_through_heads()).backward()
-        _set_random_state(after, views.device)
+        _set_random_state(after, device)
         return output
 
     def attacked(
@@ -133,43 +134,46 @@ class Gradients:
         """The views with view 1 changed to raise the loss (``adversarial.epsilon``; 0: as it is).
 
         The loss as gradients see it: a target without gradient counts as fixed, so it is view 1's
-        prediction of view 2 that gets worse. Each micro-batch is attacked by its own loss. The
-        search leaves BN statistics, global random state and parameters' gradients as they were;
-        queues are only read.
+        prediction of view 2 that gets worse. Small crops stay as they are. Each micro-batch is
+        attacked by its own loss. The search leaves BN statistics, global random state and
+        parameters' gradients as they were; queues are only read.
         """
         if adversarial.epsilon == 0:
             return views
-        views, state = views.clone(), _random_state(views.device)
-        ema = self.model.ema or nn.Module()
+        views = views.clone() if isinstance(views, Tensor) else [views[0].clone(), *views[1:]]
+        device = views[0].device
+        state, ema = _random_state(device), self.model.ema or nn.Module()
         for part in self._parts(views):
-            _set_random_state(state, views.device)
+            _set_random_state(state, device)
             with _kept_buffers(self.model.online), _kept_buffers(ema):
+                own = rows_of(views, part)
                 with self.autocast():
-                    t = self.model.ema_projections(views[:, part])
-                before, second = _random_state(views.device), views[1, part]
+                    t = self.model.ema_projections(own)
+                before = _random_state(device)
 
-                def loss_of(first: Tensor, part=part, t=t, before=before, second=second) -> Tensor:
+                def loss_of(first: Tensor, part=part, t=t, before=before, own=own) -> Tensor:
                     """With the same random numbers at every call."""
                     _set_random_state(before, first.device)
                     compare = self._compare(t, views, part, generator, progress)
                     with self.autocast():
-                        return self.model.online(torch.stack([first, second]), compare).loss
+                        large = torch.stack([first, own[1]])
+                        return self.model.online([*large, *own[2:]], compare).loss
 
-                views[0, part] = perturb(
+                views[0][part] = perturb(
                     loss_of,
-                    views[0, part],
+                    own[0],
                     epsilon=adversarial.epsilon,
                     num_steps=adversarial.num_steps,
                     step_size=adversarial.step_size,
                     pixel_mean=data.pixel_mean,
                     pixel_std=data.pixel_std,
                 )
-        _set_random_state(state, views.device)
+        _set_random_state(state, device)
         return views
 
     def _parts(self, views: Views) -> list[slice]:
         """The local rows of each micro-batch."""
-        n = views.shape[1]
+        n = len(views[0])
         size = self.optim.micro_batch_size // dist.world_size() or n
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -182,7 +186,7 @@ class Gradients:
         progress: float,
     ) -> Callable[[Features], StepOutput]:
         """What turns the projections of some local rows into their loss."""
-        num_local = views.shape[1]
+        num_local = len(views[0])
         first = dist.local_rows(num_local).start
         rows = slice(first + part.start, first + part.stop)
         random = RowRandom(generator(), rows, num_local * dist.world_size())
@@ -193,6 +197,11 @@ class Gradients:
         if isinstance(self.forward, DistributedDataParallel) and not is_last:
             return self.forward.no_sync()
         return contextlib.nullcontext()
+
+
+def rows_of(views: Views, part: slice) -> list[Images]:
+    """Some rows of each view."""
+    return [view[part] for view in views]
 
 
 def perturb(

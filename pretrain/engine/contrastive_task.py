@@ -38,7 +38,9 @@ ADDED_LATER = {
     "optim.lars_norm": "joint",
     "data.augmentation.view1.crop.interpolation": "bilinear",
     "data.augmentation.view2.crop.interpolation": "bilinear",
+    "data.augmentation.small_crops.num": 0,
 }
+SMALL_CROPS = "data.augmentation.small_crops."  # without any, their settings are not compared
 
 
 class ContrastiveTask:
@@ -185,16 +187,15 @@ class ContrastiveTask:
 
     def _changes(self, state: dict[str, Any]) -> list[str]:
         """What differs from the run that the checkpoint was made by, a line each."""
-
-        def compared(plain: dict[str, Any]) -> dict[str, Any]:
-            flat = ADDED_LATER | dotted(plain)
-            return {
-                key: value
-                for key, value in flat.items()
-                if key in ADDED_LATER or not key.startswith(NOT_COMPARED)
-            }
-
-        changes = different_keys(compared(state["config"]), compared(to_plain(self.config)))
+        plain = state["config"], to_plain(self.config)
+        configs = [ADDED_LATER | dotted(config) for config in plain]
+        have_small = all(config[f"{SMALL_CROPS}num"] for config in configs)
+        unused = NOT_COMPARED if have_small else (*NOT_COMPARED, SMALL_CROPS)
+        before, now = (
+            {k: v for k, v in config.items() if k in ADDED_LATER or not k.startswith(unused)}
+            for config in configs
+        )
+        changes = different_keys(before, now)
         num_steps = state["schedule"]["num_steps"]
         if num_steps != self.num_steps and not changes:
             changes.append(

@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +28,7 @@ from pretrain.data.shards import Samples, ShardIndex, Subset
 from pretrain.engine.trainer import Callback
 from pretrain.evaluation.probe import Probe, extract_features
 from pretrain.features.memory_bank import top_k
+from pretrain.model.joint_embedding import NUM_LARGE, Views
 
 TILE = 96  # pixels
 GAP = 4
@@ -89,21 +90,26 @@ class RunPictures(Callback):
                 num_points = config.eval.num_map_points
                 save_map(self._folder, self._backbone, self._probe, num_points, config.seed)
 
-    def save_views(self, ids: Int[Tensor, " n"], views: Float[Tensor, "2 n 3 s s"]) -> None:
-        """``views.jpg``: a row per sample with the picture and its two augmented views.
+    def save_views(self, ids: Int[Tensor, " n"], views: Views) -> None:
+        """``views.jpg``: a row per sample with the picture, its two augmented views, small crops.
 
         A stream has the views only.
         """
         data, index = self._config.data, self._input_pipeline.samples
-        std = views.new_tensor(data.pixel_std).view(1, 3, 1, 1)
-        mean = views.new_tensor(data.pixel_mean).view(1, 3, 1, 1)
+        std, mean = (
+            views[0].new_tensor(x).view(3, 1, 1) for x in (data.pixel_std, data.pixel_mean)
+        )
         rows, described = [], []
         for i, sample in enumerate(ids[: self._config.eval.num_pictures].tolist()):
-            both = ((views[:, i] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
             pictures = [] if index is None else [_tile(index, sample)]
-            rows.append([*pictures, *(view.cpu().numpy() for view in both)])
+            for view in views:
+                pixels = ((view[i] * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0)
+                pictures.append(pixels.cpu().numpy())
+            rows.append(pictures)
             described.append({"sample": str(sample) if index is None else index.key_name(sample)})
-        columns = ["picture", "view 1", "view 2"][index is None :]
+        num_small = len(views) - NUM_LARGE
+        small = [f"small crop {number + 1}" for number in range(num_small)]
+        columns = ["picture", "view 1", "view 2", *small][index is None :]
         save_grid(
             self._folder / "pictures/views.jpg", rows, {"columns": columns, "rows": described}
         )

@@ -280,21 +280,21 @@ class OnlineProbe(Callback):
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
         """Learn from the step, if it was made."""
         if not result.has_overflowed:
-            self.step(batch.samples.labels)
+            self.step(batch.samples.labels, len(batch.views))
         self._outputs = []
 
-    def step(self, labels: Int[Tensor, " n"]) -> None:
-        """One step on the features of both views that were seen; rows labelled -1 are left out.
+    def step(self, labels: Int[Tensor, " n"], num_views: int = 2) -> None:
+        """One step on the features of both large views; rows labelled -1 are left out.
 
         So are rows that are not finite.
         A batch without any label has no gradient; Adam's momentum still moves the weights.
         """
         # The step's own forward passes are the last ones; those of an attack come before them.
         outputs: list[Tensor] = []
-        while sum(map(len, outputs)) < 2 * len(labels):
+        while sum(map(len, outputs)) < num_views * len(labels):
             outputs.insert(0, self._outputs.pop())
         # Rows in the order of the batch; the views take turns in the outputs.
-        views = [torch.cat(outputs[view::2]).float() for view in (0, 1)]
+        views = [torch.cat(outputs[view::num_views]).float() for view in (0, 1)]
         assert all(len(view) == len(labels) for view in views), [len(view) for view in views]
         features = torch.cat(views)
         is_finite = features.isfinite().all(dim=1)  # the guards look at some steps only

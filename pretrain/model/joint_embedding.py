@@ -1,7 +1,7 @@
 """The assembly: backbone -> projector -> FA -> predictor -> loss, as the paper draws it.
 
 Notation: z = projections, q = predictor, t = the target branch, A = feature augmentation.
-View a predicts view b:
+View a predicts view b, which is one of the two large ones; a may be any other (multi-crop):
 
     basic     L( z_a , A(t_b) )        pre       L( q(A(z_a)) , t_b )
     parallel  L( q(z_a) , A(t_b) )     post      L( A(q(z_a)) , t_b )
@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import cast
 
 import torch
@@ -28,8 +30,10 @@ from pretrain.features.memory_bank import SupportQueue
 from pretrain.model.backbones.base import Backbone
 from pretrain.objectives.base import Objective, Pair
 
-Views = Float[Tensor, "2 n 3 s s"]
-Features = Float[Tensor, "2 n d"]
+NUM_LARGE = 2  # views that are predicted; further ones, the small crops, only predict
+# The large views; or a list of all, of which those behind them have another size.
+Views = Float[Tensor, "2 n 3 s s"] | list[Float[Tensor, "n 3 _ _"]]
+Features = Float[Tensor, "views n d"]
 NUM_BINS = 20  # of a step's histograms, from cosine -1 to 1
 
 
@@ -142,16 +146,19 @@ class FAContrastive(nn.Module):
         if self.ema is None:
             return None
         with torch.no_grad(), record_function("EMA forward"):
-            return torch.stack([self.ema.project(view) for view in views])
+            return torch.stack([self.ema.project(view) for view in views[:NUM_LARGE]])
 
     def compare(
         self, z: Features, t: Features | None, random: RowRandom, progress: float
     ) -> StepOutput:
         """FA, predictor and loss: view 2 predicts view 1, and view 1 predicts view 2.
 
+        Small crops predict both. A target's A is taken once for all that predict it, A and
+        predictor of a predicting view once for all that it predicts.
+
         Args:
             z: Projections of the online branch.
-            t: Targets of the EMA branch; None: z.
+            t: Targets of the EMA branch, of the large views; None: z.
             random: Draws FA's random numbers for these rows.
             progress: Share of the training that is done, for FA's strength.
         """
@@ -164,44 +171,56 @@ class FAContrastive(nn.Module):
             z, p, t = z.float(), p.float(), t.float()
         taken = t if side == "target" else p  # by A: t, z or q(z)
 
-        directions = []
-        for a, b in ((1, 0), (0, 1)):  # view a predicts view b
+        directions, num_views = [], len(z)
+        augmented: dict[int, Tensor] = {}  # by view
+        predicted: dict[int, Tensor] = {}
+        prepared: dict[tuple[int, int], list[Tensor]] = {}  # targets, by view and their number
+        for a, b in self.objective.pairs(num_views):  # view a predicts view b
             view = b if side == "target" else a
-            with torch.autocast(z.device.type, enabled=False), record_function("FA"):
-                if self.fa.views in ("both", ("first", "second")[view]):
-                    augmented = self.augmenter(taken[view], taken[1 - view], random, strength)
-                else:
-                    augmented = taken[view].unsqueeze(0)
-            # The figure of the paper. `augmented` is A(taken); p is q(z) in post and parallel.
+            if view not in augmented:
+                with torch.autocast(z.device.type, enabled=False), record_function("FA"):
+                    if self.fa.views == "both" or view == ("first", "second").index(self.fa.views):
+                        other = taken[int(view == 0)]  # the other large view
+                        augmented[view] = self.augmenter(taken[view], other, random, strength)
+                    else:
+                        augmented[view] = taken[view].unsqueeze(0)
+            # The figure of the paper. `made` is A(taken); p is q(z) in post and parallel.
+            made = augmented[view]
             if architecture == "basic":  # L( z_a , A(t_b) ), or L( A(z_a) , t_b )
-                online, target = (z[a], augmented) if side == "target" else (augmented, t[b])
+                online, target = (z[a], made) if side == "target" else (made, t[b])
             elif architecture == "pre":  # L( q(A(z_a)) , t_b )
-                online, target = self.online.predict(augmented), t[b]
+                if a not in predicted:
+                    predicted[a] = self.online.predict(made)
+                online, target = predicted[a], t[b]
             elif architecture == "post":  # L( A(q(z_a)) , t_b )
-                online, target = augmented, t[b]
+                online, target = made, t[b]
             else:  # parallel: L( q(z_a) , A(t_b) )
-                online, target = p[a], augmented
+                online, target = p[a], made
             with torch.autocast(z.device.type, enabled=False), record_function("loss"):
                 # N augmented features make N terms: their mean, or their sum (the free loss).
                 online, target = torch.broadcast_tensors(online.float(), target)
+                state, key = self.objective_state, (b, len(target))
+                if key not in prepared:
+                    prepared[key] = [self.objective.prepare(x, state) for x in target]
                 losses = [
-                    self.objective.loss(Pair(o, x, t[b], b), self.objective_state)
-                    for o, x in zip(online, target, strict=True)
+                    self.objective.loss(Pair(o, x, t[b], b), state)
+                    for o, x in zip(online, prepared[key], strict=True)
                 ]
                 terms = torch.stack(losses)
                 directions.append(terms.sum() if self.fa.feature_loss == "free" else terms.mean())
 
-        # Of the features, the last direction's are kept: view 1 predicts view 2.
+        # The mean over the pairs, times 2 scale. Of the features, the last pair's are kept: view 1
+        # predicts view 2.
         return StepOutput(
-            loss=self.objective.scale * (directions[1] + directions[0]),
+            loss=2 * self.objective.scale / len(directions) * reduce(add, reversed(directions)),
             online=online[0].detach(),
             target=target[0].detach(),
             projection=t[1].detach(),
             original=taken[view].detach(),
-            augmented=augmented[0].detach(),
+            augmented=made[0].detach(),
             is_augmented=self.augmenter.is_ready(),
             entering=taken[1 if self.fa.views == "second" else 0].detach(),
-            keys=t.detach(),
+            keys=t.detach()[:NUM_LARGE],
         )
 
     @torch.no_grad()
@@ -256,7 +275,7 @@ class StepOutput:
     """The loss with its graph; the rest is detached and of the direction 1 -> 2, [n, d].
 
     Attributes:
-        loss: Of this process's rows, both directions.
+        loss: Of this process's rows, all pairs of views.
         online: What predicts, as the loss sees it.
         target: What is predicted, as the loss sees it.
         projection: t_2, before anything is done to it.
@@ -264,7 +283,7 @@ class StepOutput:
         augmented: What A made of it (its first feature).
         is_augmented: Whether A was more than the identity.
         entering: What the support queue takes after the optimiser step.
-        keys: Both views' t, for what the objective keeps: [2, n, d].
+        keys: Both large views' t, for what the objective keeps: [2, n, d].
     """
 
     loss: Float[Tensor, ""]

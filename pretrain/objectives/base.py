@@ -19,17 +19,17 @@ from common.lazy import Tensor, nn
 
 @dataclass(frozen=True)
 class Pair:
-    """One view's features against the other view's; nothing of it is detached by a loss.
+    """One view's features against another view's; nothing of it is detached by a loss.
 
     Attributes:
         online: What predicts: z, q(z), q(A(z)) or A(q(z)).
-        target: What is predicted: t or A(t).
+        target: What is predicted: t or A(t), as `Objective.prepare` leaves it.
         plain_target: t without augmentation.
-        target_view: Which view t is of, 0 or 1.
+        target_view: Which large view t is of, 0 or 1.
     """
 
     online: Float[Tensor, "n d"]
-    target: Float[Tensor, "n d"]
+    target: Float[Tensor, "n _"]
     plain_target: Float[Tensor, "n d"]
     target_view: int
 
@@ -44,7 +44,9 @@ class Objective:
         stops_target: No gradient through the target branch, unless ``stop_gradient`` says so.
         target_has_gradient: Whether the target has a gradient that could pass.
         is_per_sample: The loss of a batch is the mean over its samples, each by itself.
-        scale: Factor on the sum of the losses of both directions; 0.5 is their mean.
+        scale: Factor on the sum of the losses of both directions; 0.5 is their mean. Of several
+            views: half the factor on the mean over all pairs.
+        two_views_only: Why small crops (multi-crop) are refused; empty: they may predict.
         state_name: Under which the online network holds what ``make_state`` gives it to train.
     """
 
@@ -55,6 +57,7 @@ class Objective:
     target_has_gradient: ClassVar[bool] = True
     is_per_sample: ClassVar[bool] = False
     scale: ClassVar[float] = 0.5
+    two_views_only: ClassVar[str] = "its loss is defined for two views"
     state_name: ClassVar[str] = "objective"
 
     name: str = ""
@@ -67,8 +70,24 @@ class Objective:
             "through (an EMA network's projection, or assigned codes); leave it out",
         )
 
+    def pairs(self, num_views: int) -> list[tuple[int, int]]:
+        """Which view predicts which large one, in the order of the computation.
+
+        Every view predicts each large view, 0 and 1, that it is not itself (SwAV, arXiv
+        2006.09882: the codes of the large views alone are predicted). The last pair is (0, 1),
+        whose features are logged.
+
+        Args:
+            num_views: At least 2; those from 2 on are small crops.
+        """
+        return [(a, b) for b in (0, 1) for a in (*range(2, num_views), 1 - b)]
+
+    def prepare(self, target: Float[Tensor, "n d"], state: nn.Module | None) -> Tensor:
+        """What is made of a target once for all views that predict it, as SwAV's codes."""
+        return target
+
     def loss(self, pair: Pair, state: nn.Module | None) -> Float[Tensor, ""]:
-        """The loss of this process's rows, for one direction of the two views.
+        """The loss of this process's rows, for one pair of views.
 
         Args:
             pair: The features.

@@ -18,6 +18,7 @@ class Byol(EmaObjective):
     architecture: ClassVar = "parallel"
     is_per_sample: ClassVar = True
     scale: ClassVar = 1.0
+    two_views_only: ClassVar = ""
 
     name: Literal["byol"] = "byol"
 

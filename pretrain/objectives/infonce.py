@@ -18,6 +18,7 @@ class InfoNce(Objective):
     """Each target is found among the predictions of the global batch."""
 
     architecture: ClassVar = "parallel"
+    two_views_only: ClassVar = ""
 
     name: Literal["infonce"] = "infonce"
     temperature: float = 0.2

@@ -22,6 +22,7 @@ class MoCo(EmaObjective):
 
     architecture: ClassVar = "basic"
     is_per_sample: ClassVar = True
+    two_views_only: ClassVar = ""
 
     name: Literal["moco"] = "moco"
     temperature: float = 0.2

@@ -18,6 +18,9 @@ class SimClr(Objective):
     """Each target is found among both views of the global batch."""
 
     architecture: ClassVar = "basic"
+    two_views_only: ClassVar = (
+        "NT-Xent takes either view of a pair as the anchor, and a small crop is never predicted"
+    )
 
     name: Literal["simclr"] = "simclr"
     temperature: float = 0.2

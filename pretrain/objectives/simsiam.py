@@ -18,6 +18,7 @@ class SimSiam(Objective):
     architecture: ClassVar = "parallel"
     stops_target: ClassVar = True
     is_per_sample: ClassVar = True
+    two_views_only: ClassVar = ""
 
     name: Literal["simsiam"] = "simsiam"
 

@@ -15,11 +15,12 @@ from pretrain.objectives.base import Objective, Pair
 
 @dataclass(frozen=True)
 class SwAV(Objective):
-    """Both views are assigned to prototypes; each view's assignment is predicted by the other."""
+    """The large views are assigned to prototypes; all other views predict each assignment."""
 
     architecture: ClassVar = "basic"
     stops_target: ClassVar = True
     target_has_gradient: ClassVar = False
+    two_views_only: ClassVar = ""
     state_name: ClassVar = "prototypes"
 
     name: Literal["swav"] = "swav"
@@ -40,15 +41,20 @@ class SwAV(Objective):
         weight = functional.normalize(torch.randn(self.num_prototypes, dim), dim=1)
         return nn.ParameterDict({"weight": weight})
 
-    def loss(self, pair: Pair, state: nn.ParameterDict) -> Float[Tensor, ""]:
-        """See ``prototype_scores``, ``sinkhorn`` and ``swav_loss``."""
-        codes = sinkhorn(
-            prototype_scores(pair.target, state["weight"]),
+    def prepare(
+        self, target: Float[Tensor, "n d"], state: nn.ParameterDict
+    ) -> Float[Tensor, "n K"]:
+        """The target's codes; see ``prototype_scores`` and ``sinkhorn``."""
+        return sinkhorn(
+            prototype_scores(target, state["weight"]),
             epsilon=self.sinkhorn_epsilon,
             num_iterations=self.sinkhorn_iterations,
         )
+
+    def loss(self, pair: Pair, state: nn.ParameterDict) -> Float[Tensor, ""]:
+        """See ``prototype_scores`` and ``swav_loss``."""
         logits = prototype_scores(pair.online, state["weight"])
-        return swav_loss(logits, codes, temperature=self.temperature)
+        return swav_loss(logits, pair.target, temperature=self.temperature)
 
     def before_update(self, state: nn.ParameterDict, step: int) -> None:
         """Prototypes without gradient stand still."""

@@ -118,6 +118,9 @@ WRONG_VALUES = {
     "eval.probe_train=x": r"eval\.probe_train and eval\.probe_val go together",
     "engine.precision=fp8": "precision",
     "engine.compile=true engine.activation_checkpointing=true": "do not go together",
+    "objective=simclr data.augmentation.small_crops.num=6": (
+        r"small_crops\.num=6: objective\.name=simclr takes no small crops \(NT-Xent takes .* num=0"
+    ),
     "optim.epoch=3": r"unknown key optim\.epoch; did you mean optim\.epochs\?",
 }
 

@@ -79,11 +79,16 @@ def damage(folder: Path, *numbers: int) -> None:
 
 def same(one: Sequence[ViewBatch], other: Sequence[ViewBatch]) -> bool:
     """Whether batches are equal, bit by bit."""
-    fields = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
+
+    def parts(batch: ViewBatch) -> list[torch.Tensor]:
+        small = [] if batch.small_views is None else [batch.small_views]
+        names = ("views", "sample_hashes", "sample_ids", "repeats", "labels")
+        return [getattr(batch, name) for name in names] + small
+
     return len(one) == len(other) and all(
-        torch.equal(getattr(a, name), getattr(b, name))
+        torch.equal(x, y)
         for a, b in zip(one, other, strict=True)
-        for name in fields
+        for x, y in zip(parts(a), parts(b), strict=True)
     )
 
 

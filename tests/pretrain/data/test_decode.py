@@ -10,8 +10,9 @@ from torchvision.transforms import RandomResizedCrop
 
 from common.pictures import decode_fast, read_header, upright
 from pretrain.data import decode as crops
+from pretrain.data.augmentations.grey import Grey
 from pretrain.data.decode import boxes_from_draws, crop, draw_crops, reductions_for, resize
-from pretrain.data.policy import Crop, Flip, ViewPolicy
+from pretrain.data.policy import Crop, Flip, SmallCrops, ViewPolicy
 from pretrain.data.random_numbers import draw_uniforms
 from tests.pretrain.data.picture_helpers import encode, smooth_picture
 
@@ -166,6 +167,40 @@ def test_bicubic_views_are_those_of_pillow(size: int) -> None:
             expected = resize(box, size, size) if number == 0 else np.asarray(resized)
             expected = expected[:, ::-1] if flip else expected
             assert np.abs(ours.astype(int) - expected).max() <= 2 * number
+
+
+@pytest.mark.parametrize("with_colours", [False, True])
+def test_small_crops_are_further_views_by_their_own_policy(with_colours: bool) -> None:
+    """Of the same decoding, which their size decides too; drawn by the number of the view."""
+    large = ViewPolicy(Crop((0.5, 1.0)))
+    small = SmallCrops(Crop((0.05, 0.14)), grey=Grey(1.0), num=3, image_size=16)  # type: ignore[call-arg]
+    data = encode(smooth_picture(5, 210, 280), quality=95)
+    samples = [crops.Sample(k, k, 0, -1, data) for k in range(4)]
+    views = [np.zeros((4, size, size, 3), np.uint8) for size in (32, 32, 16, 16, 16)]
+    writer = crops.ViewWriter(image_size=32, views=(large, large), seed=3, small_crops=small,
+                              with_colours=with_colours)  # fmt: skip
+    assert writer.write(samples, views) == {}
+    header = read_header(data, where="")
+    boxes = [
+        draw_crops(view, sizes(4, 210, 280), np.arange(4), 0, seed=3, view_index=number)
+        for number, view in enumerate((large, large, small, small, small))
+    ]
+    sides = np.array([view.boxes[:, 2:].min(axis=1) for view in boxes])
+    needed = reductions_for(sides[:2].min(axis=0), 32), reductions_for(sides[2:].min(axis=0), 16)
+    reductions = np.minimum(*needed)
+    assert needed[0].tolist() == [4] * 4
+    assert 2 in reductions
+    for number, view in enumerate(views):
+        for k, by in enumerate(reductions.tolist()):
+            whole, _ = decode_fast(data, header, by, where="")
+            expected = crop(
+                whole, boxes[number].boxes[k].tolist(), len(view[k]), reduction=by,
+                is_flipped=boxes[number].flips[k],
+            )  # fmt: skip
+            is_grey = bool((view[k] == view[k][..., :1]).all())
+            assert is_grey == (with_colours and number >= 2)
+            if not is_grey:
+                np.testing.assert_array_equal(view[k], expected)
 
 
 def test_reduced_pictures_keep_crops_larger_than_the_view() -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pretrain.data.loader import (
     central_crops,
 )
 from pretrain.data.order import epoch_order
-from pretrain.data.policy import Crop, ViewPolicy
+from pretrain.data.policy import Crop, SmallCrops, ViewPolicy
 from pretrain.data.shards import Mixture, Samples, ShardIndex, open_samples
 from tests.pretrain.data.picture_helpers import (
     NUM_PICTURES,
@@ -75,6 +76,40 @@ def test_workers_change_nothing_over_epochs_and_resume(index: ShardIndex) -> Non
         assert same(expected, list(parallel.epoch(epoch, start_step)))
     next(iter(parallel.epoch(3)))  # an epoch that is left early
     assert same(list(plain.epoch(4, 2)), list(parallel.epoch(4, 2)))
+
+
+def test_small_crops_follow_from_the_sample_whatever_the_workers_order_or_start(
+    index: ShardIndex,
+) -> None:
+    def make(num_workers: int, num: int = 3, **options: Any) -> Loader:
+        """With views that need every picture decoded whole."""
+        small = SmallCrops(Crop((0.05, 0.14)), num=num, image_size=24)
+        data = ViewDataset(index, image_size=40, views=VIEWS, seed=3, small_crops=small)
+        arguments = {"batch_size": 8, "shuffle_window": 20} | options
+        return Loader(data, num_workers=num_workers, **arguments)
+
+    plain, parallel = make(0), make(2)
+    for epoch, start_step in [(0, 0), (1, 3)]:
+        expected = list(plain.epoch(epoch, start_step))
+        assert same(expected, list(parallel.epoch(epoch, start_step)))
+        assert [batch.small_views.shape for batch in expected] == [(3, 8, 3, 24, 24)] * (
+            5 - start_step
+        )
+    batches = list(plain.epoch(0))
+    two_views = list(make(0, num=0).epoch(0))
+    assert all(batch.small_views is None for batch in two_views)
+    assert same([replace(batch, small_views=None) for batch in batches], two_views)
+    # In other batches, of another order, each sample has the same small crops.
+    found = {
+        int(sample): batch.small_views[:, row]
+        for batch in make(0, batch_size=5, shuffle_window=40).epoch(0)
+        for row, sample in enumerate(batch.sample_ids)
+    }
+    for batch in batches:
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            assert torch.equal(batch.small_views[:, row], found[sample])
+    views = batches[0].small_views
+    assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_opencv_s_threads_end_before_workers_are_forked(index: ShardIndex) -> None:

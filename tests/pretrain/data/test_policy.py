@@ -60,6 +60,26 @@ def test_single_settings_change_a_preset(tmp_path: Path) -> None:
     assert policy("augmentation=crops", path=file) == AugmentationPolicy.of("crops")
 
 
+def test_small_crops_are_made_as_view_1_but_for_the_scale_unless_told_otherwise() -> None:
+    assert policy().small_crops.num == 0
+    small = policy("augmentation=moco_v2", "augmentation.small_crops.num=6").small_crops
+    assert (small.num, small.image_size, small.crop) == (6, 96, Crop(scale=(0.05, 0.14)))
+    assert small.operations == preset_view(0, "moco_v2").operations
+    changed = policy(
+        "augmentation.view1={crop: {scale: [0.14, 1], interpolation: bicubic}, grey: {probability: "
+        "0.3}, flip: {probability: 0}}",
+        "augmentation.small_crops={image_size: 64, crop: {ratio: [1, 1]}}",
+        "augmentation.small_crops.blur.probability=0.2",
+    )
+    small = changed.small_crops
+    assert (small.image_size, small.flip.probability) == (64, 0)
+    assert small.crop == Crop((0.05, 0.14), ratio=(1, 1), interpolation="bicubic")
+    own, first = ({op.name: op.probability for op in view.operations}
+                  for view in (small, changed.view1))  # fmt: skip
+    assert own == first | {"blur": 0.2}
+    assert own["grey"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -70,6 +90,10 @@ def test_single_settings_change_a_preset(tmp_path: Path) -> None:
         ("augmentation.view1.crop.ratio=[2,1]", r"crop\.ratio .* 0 < low <= high"),
         ("augmentation.view1.crop.interpolation=nearest", "interpolation"),
         ("augmentation.view2.flip.probability=2", r"flip\.probability must be in \[0, 1\]"),
+        ("augmentation.small_crops.num=-1", r"small_crops\.num must be >= 0, got -1"),
+        ("augmentation.small_crops.image_size=8", r"small_crops\.image_size must be >= 16, got 8"),
+        ("augmentation.small_crops.number=6", r"did you mean augmentation\.small_crops\.num"),
+        ("augmentation.small_crops.crop.scale=[0,1]", r"crop\.scale .* 0 < low <= high <= 1"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -36,7 +36,7 @@ def make_model(objective, fa):
     return model
 
 
-def run_cell(objective, fa, optim):
+def run_cell(objective, fa, optim, num_small=0):
     """Three steps of the same weights, BN in eval mode: losses, the last gradients, the queues.
 
     Weights stand still, so that rounding does not add up; only EMA and queues move. Micro-batches
@@ -52,7 +52,9 @@ def run_cell(objective, fa, optim):
     generator = torch.Generator().manual_seed(1)
     for step in range(NUM_STEPS):
         views = torch.randn(2, BATCH, 3, 32, 32, generator=generator)
-        part = views[:, dist.local_rows(BATCH // dist.world_size())]
+        small = torch.randn(num_small, BATCH, 3, 16, 16, generator=generator)
+        rows = dist.local_rows(BATCH // dist.world_size())
+        part = [view[rows] for view in (*views, *small)] if num_small else views[:, rows]
         model.online.zero_grad(set_to_none=True)
         outputs = gradients.compute(
             part, lambda step=step: fa_generator(5, step, torch.device("cpu")), 1.0

@@ -69,7 +69,7 @@ def compute(model, views, micro_batch_size, accumulation="plain", *, forward=Non
     optim = OptimConfig(micro_batch_size=micro_batch_size, accumulation=accumulation)
     gradients = Gradients(model, forward or model.online, optim, contextlib.nullcontext)
     model.online.zero_grad(set_to_none=True)
-    outputs = gradients.compute(views, lambda: fa_generator(3, 7, views.device), 1.0)
+    outputs = gradients.compute(views, lambda: fa_generator(3, 7, views[0].device), 1.0)
     return outputs, {k: p.grad for k, p in model.online.named_parameters()}
 
 
@@ -112,6 +112,18 @@ def test_plain_accumulation_equals_the_large_batch(make, make_views, objective, 
 def test_cached_accumulation_equals_the_large_batch(make, make_views, objective, fa):
     model = make(objective, **fa).eval()
     assert len(assert_same_step(model, make_views(BATCH), 4, "cached")) == 1
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("objective", "accumulation"), [("byol", "plain"), ("byol", "cached"), ("swav", "cached")]
+)
+def test_small_crops_in_micro_batches_equal_the_large_batch(
+    make, make_views, objective, accumulation
+):
+    views = [*make_views(BATCH), *make_views(BATCH, size=16, seed=1)]
+    model = make(objective, method="mask", architecture="pre", stop_gradient=False).eval()
+    assert_same_step(model, views, 4, accumulation)
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(BATCH, "plain"), (BATCH, "cached")])

@@ -126,6 +126,14 @@ def test_view_1_predicts_view_2_worse_and_view_2_stays(make_model, views, object
     assert 0.0009 / 255 < change.max() < 0.0011 / 255
 
 
+def test_small_crops_stay_as_they_are(make_model, views):
+    model, small = make_model("byol", method="none"), torch.randn(2, 8, 3, 16, 16)
+    given = [*views, *small]
+    moved = attacked(model, given, epsilon=4.0)
+    assert not torch.equal(moved[0], views[0])
+    assert all(torch.equal(a, b) for a, b in zip(moved[1:], given[1:], strict=True))
+
+
 def test_more_steps_raise_it_further(make_model, views):
     model = make_model("byol", method="mask")
     one, ten = (attacked(model, views, epsilon=4.0, num_steps=n) for n in (1, 10))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from common.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data.input_pipeline import BAD_SAMPLES, InputPipeline, in_workers
-from pretrain.data.policy import AugmentationPolicy
+from pretrain.data.policy import AugmentationPolicy, preset_small_crops
 from tests.pretrain.data.picture_helpers import damage
 from tests.pretrain.data.servers import faulty
 
@@ -118,6 +119,30 @@ def test_photometric_decides_who_makes_the_changes(make_pipeline):
     )
     changed = (crops.views - seen["workers"].views).abs() * 0.225 * 255
     assert changed.mean() > 10  # so that agreeing within 2 levels means something
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_small_crops_come_behind_the_large_views_from_both_places(make_pipeline, streaming):
+    stream = {"streaming": True, "samples_per_epoch": 16} if streaming else {}
+    seen = {}
+    for place in ("workers", "device"):
+        for num in (0, 3):
+            small = preset_small_crops(num=num, image_size=16)
+            policy = replace(AugmentationPolicy.of("crops"), small_crops=small)
+            made = make_pipeline(photometric=place, augmentation=policy, **stream)
+            seen[place, num] = next(iter(made.epoch(0))).views
+    for place in ("workers", "device"):
+        two, five = seen[place, 0], seen[place, 3]
+        assert isinstance(two, torch.Tensor)
+        assert [view.shape[-1] for view in five] == [32, 32, 16, 16, 16]
+        assert all(torch.equal(a, b) for a, b in zip(two, five[:2], strict=True))
+    for a, b in zip(seen["workers", 3], seen["device", 3], strict=True):
+        difference = (a - b).abs() * 0.225 * 255  # in levels
+        assert difference.mean() < 2
+    small = torch.stack(seen["device", 3][2:])
+    greys = (small * 0.225).std(dim=2).flatten(2).amax(dim=2)  # about 0 where a view is grey
+    assert 0 < (greys < 0.05).float().mean() < 1
+    assert not torch.equal(small[0], small[1])
 
 
 def test_auto_takes_the_device_where_there_is_a_gpu():

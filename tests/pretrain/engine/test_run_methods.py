@@ -25,6 +25,11 @@ RESUMED = {
         "objective.name=swav", "objective.num_prototypes=6", "objective.frozen_prototype_steps=7",
         "fa.strength_start=0",
     ],
+    "swav-multi-crop": [
+        "objective.name=swav", "objective.num_prototypes=6", "heads.dropout=0.3", "fa.method=mask",
+        "data.augmentation.small_crops={num: 3, image_size: 16}", "optim.micro_batch_size=4",
+        "optim.accumulation=cached", "data.num_workers=1",
+    ],
     "simclr-cached": [
         "objective.name=simclr", "optim.micro_batch_size=4", "optim.accumulation=cached",
         "heads.dropout=0.3", "fa.queue_dtype=fp16",
@@ -88,6 +93,19 @@ def test_micro_batches_of_a_run_pass_through_the_network_alone(make_run, accumul
     passes = 1 if accumulation == "plain" else 2
     assert sizes == [4] * (4 * passes)
     assert bool(torch.isfinite(done.output.loss.detach()))
+
+
+def test_small_crops_of_a_run_are_seen_by_the_online_network_alone(make_run):
+    run = make_run("objective.name=byol", "fa.method=mask", "eval.online_probe=true",
+                   "data.augmentation.small_crops={num: 3, image_size: 16}")  # fmt: skip
+    sides = {"online": [], "ema": []}
+    for name, seen in sides.items():
+        getattr(run.task.model, name).backbone.register_forward_hook(
+            lambda _, arguments, __, seen=seen: seen.append(arguments[0].shape[-1])
+        )
+    batch = next(iter(run.batches.epoch(0)))
+    run.step(batch)
+    assert sides == {"online": [32, 32, 16, 16, 16], "ema": [32, 32]}
 
 
 def test_figures_of_the_queue_stand_in_the_rows(make_run):

@@ -172,6 +172,25 @@ def test_whose_rows_bn_sees_may_not_change(saved):
         run_of(other, model, optim).load_state_dict(state)
 
 
+def test_small_crops_are_compared_where_there_are_some(saved):
+    path, config, model, optim = saved
+
+    def with_small(**options):
+        policy = config.data.augmentation
+        policy = replace(policy, small_crops=replace(policy.small_crops, **options))
+        return replace(config, data=replace(config.data, augmentation=policy))
+
+    state = checkpoint.load(path)
+    other = run_of(with_small(image_size=64), model, optim)
+    assert other.load_state_dict(state) == []  # of none
+    for options, line in (({"num": 6}, "num: 0 -> 6"), ({"num": 6, "image_size": 64}, "num: 0")):
+        with pytest.raises(UserError, match=rf"config: data\.\S*small_crops\.{line}[^;]*\. Re"):
+            run_of(with_small(**options), model, optim).load_state_dict(state)
+    state["config"] = to_plain(with_small(num=6))
+    with pytest.raises(UserError, match=r"small_crops\.image_size: 96 -> 64"):
+        run_of(with_small(num=6, image_size=64), model, optim).load_state_dict(state)
+
+
 def test_every_other_key_is_compared(saved):
     """A new key is compared unless someone says otherwise."""
     path, config, model, optim = saved

@@ -107,9 +107,10 @@ def test_steps_equal_the_textbook(lr):
 
 
 def test_only_the_last_passes_with_gradient_count():
-    """Not those of an attack before them, nor the first pass of cached micro-batches."""
+    """Not those of an attack before them, of cached micro-batches' first pass, of small crops."""
     views, labels, states = torch.randn(2, 4, 5), torch.tensor([0, 1, 2, 0]), []
     for is_disturbed in (False, True):
+        small = torch.randn(3, 4, 5) if is_disturbed else []
         backbone = Backbone()
         probe = OnlineProbe(backbone, 3, 0.1, CPU)
         if is_disturbed:
@@ -118,9 +119,9 @@ def test_only_the_last_passes_with_gradient_count():
             backbone(torch.ones(7, 5))
         parts = (slice(0, 3), slice(3, 4)) if is_disturbed else (slice(0, 4),)
         for part in parts:  # micro-batches, the views in turn
-            for view in views:
+            for view in [*views, *small]:
                 backbone(view[part])
-        probe.step(labels)
+        probe.step(labels, 2 + len(small))
         states.append(probe.state_dict())
     assert_same_state(*states)
 
@@ -197,11 +198,11 @@ def test_resume_is_bit_exact(run, monkeypatch):
     step = OnlineProbe.step
     taken = []
 
-    def until(self, labels):
+    def until(self, labels, num_views):
         taken.append(1)
         if len(taken) == 6:
             raise Killed
-        step(self, labels)
+        step(self, labels, num_views)
 
     with monkeypatch.context() as patch:
         patch.setattr(OnlineProbe, "step", until)

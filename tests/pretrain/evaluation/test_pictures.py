@@ -92,6 +92,12 @@ def test_views_show_picture_and_both_views(tmp_path, index, batch, make_pictures
     mean = torch.tensor(DATA.pixel_mean).view(3, 1, 1)
     std = torch.tensor(DATA.pixel_std).view(3, 1, 1)
     views = (batch.views.float() / 255 - mean) / std
+    small = [torch.full((8, 3, 16, 16), level) for level in (-1.0, 1.0)]
+    make_pictures(index, None, 3).save_views(batch.sample_ids, [*views, *small])
+    columns = ["picture", "view 1", "view 2", "small crop 1", "small crop 2"]
+    assert described(tmp_path, "views")["columns"] == columns
+    dark, bright = (tile(tmp_path / "pictures" / "views.jpg", 2, n).mean() for n in (3, 4))
+    assert dark < 80 < 160 < bright
     make_pictures(index, None, 3).save_views(batch.sample_ids, views)
     path, found = tmp_path / "pictures" / "views.jpg", described(tmp_path, "views")
     assert cv2.imread(str(path)).shape == (3 * (TILE + GAP) - GAP, 3 * (TILE + GAP) - GAP, 3)

@@ -134,13 +134,13 @@ def assert_same(model, twin, loss, expected):
 
 def compare(model, views, generator):
     """What turns projections into the loss of a whole batch."""
-    random = RowRandom.whole(generator, views.shape[1])
+    random = RowRandom.whole(generator, len(views[0]))
     return partial(model.compare, t=model.ema_projections(views), random=random, progress=1.0)
 
 
 def step(model, views, seed=0, number=0):
     """The output of one step on a whole batch."""
-    return model.online(views, compare(model, views, fa_generator(seed, number, views.device)))
+    return model.online(views, compare(model, views, fa_generator(seed, number, views[0].device)))
 
 
 def enter(model, keys):
@@ -170,7 +170,7 @@ def options_of(formula):
 def targets(model, views, z, stops=None):
     """The target branch: the EMA network's, or z with or without its gradient."""
     if model.ema is not None:
-        return ema_projections(model, views)
+        return ema_projections(model, views[:2])
     stops = model.objective.name in ("simsiam", "swav") if stops is None else stops
     return [x.detach() for x in z] if stops else z
 
@@ -191,21 +191,28 @@ def term(model, features, target, plain_target, view):
 
 
 def loss_of_cell(model, views, formula, seed=0, number=0, stops=None):
-    """Both directions: view 2 predicts view 1 and draws first, then view 1 predicts view 2."""
-    fa = model.fa
-    acts_on = {"both": (0, 1), "first": (0,), "second": (1,)}[fa.views]
+    """View 2 predicts view 1 and draws first, then view 1 predicts view 2: their mean; BYOL: sum.
+
+    Small crops, behind the two, predict both (before them): the mean of all pairs, as SwAV has it.
+    """
+    fa, made = model.fa, {}
+    acts_on = {"both": range(len(views)), "first": (0,), "second": (1,)}[fa.views]
     z = projections(model, views)
     t = targets(model, views, z, stops)
-    generator = fa_generator(seed, number, views.device)
-    random = RowRandom.whole(generator, views.shape[1])
+    generator = fa_generator(seed, number, views[0].device)
+    random = RowRandom.whole(generator, len(views[0]))
+    small = range(2, len(views))
+    pairs = [*((a, 0) for a in small), (1, 0), *((a, 1) for a in small), (0, 1)]
     total = 0
-    for a, b in ((1, 0), (0, 1)):
+    for a, b in pairs:
         view = b if formula in A_TAKES_THE_TARGET else a
 
-        def augment(x, view=view):
-            return list(model.augmenter(x, x, random, 1.0)) if view in acts_on else [x]
+        def augment(x, view=view):  # once for each view that A takes
+            if view not in made:
+                made[view] = list(model.augmenter(x, x, random, 1.0)) if view in acts_on else [x]
+            return made[view]
 
-        made = FORMULAS[formula](z[a], t[b], model.online.predictor, augment)
-        terms = [term(model, o, goal, t[b], b) for o in made[0] for goal in made[1]]
+        online, goals = FORMULAS[formula](z[a], t[b], model.online.predictor, augment)
+        terms = [term(model, o, goal, t[b], b) for o in online for goal in goals]
         total += sum(terms) / (1 if fa.feature_loss == "free" else len(terms))
-    return total if model.objective.name == "byol" else total / 2
+    return total * (2 if model.objective.name == "byol" else 1) / len(pairs)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from pretrain.config import FAConfig, resolve
 from pretrain.objectives.byol import Byol
 from pretrain.objectives.moco import MoCo
+from pretrain.objectives.swav import SwAV
 from tests.pretrain.conftest import make_objective
 from tests.pretrain.model import references
 from tests.pretrain.model.references import (
@@ -111,6 +113,39 @@ def test_every_cell_equals_its_formula(make, make_views, objective, formula, met
     twin, views = copy.deepcopy(model), make_views()
     loss = step(model, views, seed=3, number=11).loss
     assert_same(model, twin, loss, loss_of_cell(twin, views, formula, seed=3, number=11))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "simclr"])
+def test_small_crops_predict_both_large_views(make, make_views, objective, formula):
+    model = make(
+        objective, method="mask", num_features=2, stop_gradient=False, **options_of(formula)
+    )
+    twin, views = copy.deepcopy(model), [*make_views(), *make_views(size=16, seed=1)]
+    output = step(model, views)
+    assert_same(model, twin, output.loss, loss_of_cell(twin, views, formula))
+    assert output.keys.shape == (2, 8, 12)  # the small ones enter no queue
+
+
+def test_small_crops_beside_fa_of_one_view_or_with_the_other_view_as_partner(make, make_views):
+    """fa.views=first leaves them; their partner is view 1; what is prepared of a target is kept."""
+    views, taken = [*make_views(), *make_views(size=16, seed=1)], []
+    options = {"stop_gradient": False, **options_of("basic-online")}
+    model = make("swav", method="mask", num_features=2, views="first", **options)
+    twin = copy.deepcopy(model)
+    expected = loss_of_cell(twin, views, "basic-online")
+    assert_same(model, twin, step(model, views).loss, expected)
+
+    model = make("swav", method="mixup", partner="view", **options)
+    with torch.no_grad():
+        z = projections(copy.deepcopy(model), views)
+    model.augmenter.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[:2]))
+    with patch.object(SwAV, "prepare", autospec=True, side_effect=SwAV.prepare) as prepare:
+        step(model, views)
+    assert prepare.call_count == 2
+    for (own, other), (view, partner) in zip(taken, ((2, 0), (3, 0), (1, 0), (0, 1)), strict=True):
+        torch.testing.assert_close((own, other), (z[view], z[partner]))
 
 
 @pytest.mark.parity
