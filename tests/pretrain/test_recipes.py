@@ -15,6 +15,7 @@ from pretrain.config import PretrainConfig, load_config, resolve
 from pretrain.evaluation.linear.config import LinearConfig
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.objectives.moco import MoCo
+from pretrain.objectives.swav import SwAV
 from pretrain.run import make_trainer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
@@ -26,7 +27,13 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
     """The recipe at toy size: the same keys, one epoch of two steps."""
     optim, heads, width = config.optim, config.heads, 4
     assert isinstance(config.arch, ResNetBackbone)
-    is_bottleneck = config.arch.is_bottleneck
+    is_bottleneck, objective = config.arch.is_bottleneck, config.objective
+    if isinstance(objective, MoCo):
+        objective = replace(objective, num_negatives=24)
+    if isinstance(objective, SwAV):
+        objective = replace(objective, num_prototypes=6, frozen_prototype_steps=1)
+    augmentation = config.data.augmentation
+    small_crops = replace(augmentation.small_crops, image_size=16)
     num_parts = config.data.batch_size // (optim.micro_batch_size or config.data.batch_size)
     return replace(
         config,
@@ -36,14 +43,11 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
             res2_channels=4 * width if is_bottleneck else width,
         ),
         data=replace(
-            config.data, shards=str(shards), image_size=32, batch_size=BATCH, num_workers=0
+            config.data, shards=str(shards), image_size=32, batch_size=BATCH, num_workers=0,
+            augmentation=replace(augmentation, small_crops=small_crops),
         ),
         heads=replace(heads, projector_hidden_dim=16, predictor_hidden_dim=8, output_dim=12),
-        objective=(
-            replace(config.objective, num_negatives=24)
-            if isinstance(config.objective, MoCo)
-            else config.objective
-        ),
+        objective=objective,
         fa=replace(config.fa, queue_size=24, min_fill=16),
         optim=replace(
             optim, epochs=1, warmup_epochs=0.0,
@@ -143,6 +147,9 @@ def keys_that_matter(path: Path) -> set[str]:
         unused |= {"heads.predictor_hidden_dim", "optim.predictor_constant_lr"}
     if not config.heads.projector_last_bn:
         unused |= {"heads.projector_last_bn_affine"}
+    small = "data.augmentation.small_crops."
+    if flat[f"{small}num"] == 0:
+        unused |= {key for key in keys if key.startswith(small)} - {f"{small}num"}
     for key in keys:
         section, _, name = key.rpartition(".")
         if name != "probability" and flat.get(f"{section}.probability") == 0:
