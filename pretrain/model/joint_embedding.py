@@ -153,8 +153,8 @@ class FAContrastive(nn.Module):
     ) -> StepOutput:
         """FA, predictor and loss: view 2 predicts view 1, and view 1 predicts view 2.
 
-        Small crops predict both. A target's A is taken once for all that predict it, A and
-        predictor of a predicting view once for all that it predicts.
+        Small crops predict both (`Objective.pairs`). A target's A is taken once for all that
+        predict it, A and predictor of a predicting view once for all that it predicts.
 
         Args:
             z: Projections of the online branch.

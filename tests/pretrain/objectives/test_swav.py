@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.features.augmentations.base import RowRandom
 from pretrain.objectives.swav import SwAV, prototype_scores, sinkhorn, swav_loss
+from tests.golden.training import float64_is_kept
 from tests.pretrain.model import references
 from tests.pretrain.model.references import draw
 
@@ -120,6 +122,30 @@ def test_sinkhorn_options_reach_the_codes(option):
     target, state = draw(8, 5, seed=1).float(), SwAV(num_prototypes=6).make_state(5)
     codes = [SwAV(**options).prepare(target, state) for options in ({}, option)]
     assert not torch.allclose(*codes)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_small", [0, 1, 6])
+def test_multi_crop_is_the_mean_of_each_views_cross_entropy_to_each_other_large_ones_codes(
+    make_model, num_small
+):
+    """arXiv 2006.09882, multi-crop, summed one by one; its code divides by the number of pairs."""
+    with float64_is_kept():
+        z, num_views = draw(2 + num_small, 6, 12, seed=4), 2 + num_small
+        options = {"num_prototypes": 5, "temperature": 0.1}
+        model = make_model("swav", method="none", objective_options=options).double()
+        random = RowRandom.whole(torch.Generator(), 6)
+        loss = float(model.compare(z, None, random, 1.0).loss.detach())
+        weight = references.unit(model.online.prototypes["weight"].detach())
+        scores = [(references.unit(x) @ weight.T).tolist() for x in z]
+    total = 0.0
+    for large in (0, 1):
+        codes = sinkhorn_in_decimals(scores[large], 0.05, 3)
+        for view in set(range(num_views)) - {large}:
+            for code, row in zip(codes, scores[view], strict=True):
+                log_sum = math.log(sum(math.exp(x / 0.1) for x in row))
+                total -= sum(q * (x / 0.1 - log_sum) for q, x in zip(code, row, strict=True)) / 6
+    assert abs(loss - total / 2 / (num_views - 1)) < 1e-12
 
 
 def test_prototypes_stand_still_for_so_many_steps():
