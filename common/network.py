@@ -105,9 +105,12 @@ class ResNet(nn.Module):
             maps[f"res{stage + 2}"] = x
         return maps
 
-    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Globally average-pooled features of the last stage."""
-        return self.fc(torch.flatten(self.avgpool(self.stages(images)["res5"]), 1))
+    def forward(
+        self, images: Float[Tensor, "n 3 h w"], as_map: bool = False
+    ) -> Float[Tensor, "n d"] | Float[Tensor, "n d y x"]:
+        """Globally average-pooled features of the last stage, or its map."""
+        res5 = self.stages(images)["res5"]
+        return res5 if as_map else self.fc(torch.flatten(self.avgpool(res5), 1))
 
 
 def _first_and_second_pass(

@@ -6,6 +6,7 @@ the dataclass that holds them, so that a config that loads is a config that can 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,6 +340,7 @@ class PretrainConfig:
             f"takes no small crops ({reason}); use num=0, or another objective",
         )
         refuse_without_gradient(self.objective, self.fa)
+        self._refuse_small_maps()
         micro, batch = self.optim.micro_batch_size, self.data.batch_size
         if micro == 0:
             return
@@ -359,6 +361,16 @@ class PretrainConfig:
             or not any(isinstance(m, PartnerAugmentation) for m in self.fa.methods()),
             "optim.accumulation=plain: fa.partner=batch takes partners from the whole batch; "
             "use optim.accumulation=cached, or fa.partner=view or queue",
+        )
+
+    def _refuse_small_maps(self) -> None:
+        least, size, stride = self.objective.min_positions, self.data.image_size, self.arch.stride
+        side = math.ceil(size / stride)
+        require(
+            side**2 >= least,
+            f"data.image_size={size}: the last map of the backbone has {side} x {side} positions, "
+            f"and objective.name={self.objective.name} needs {least}; use data.image_size="
+            f"{stride * math.isqrt(max(least - 1, 0)) + 1} or more",
         )
 
 
@@ -383,6 +395,7 @@ def resolve(objective: Objective, fa: FAConfig) -> MethodSpec:
     Raises:
         UserError: For a combination that contradicts itself.
     """
+    objective.check_fa(fa.method.strip(), fa.architecture, fa.views, fa.stop_gradient)
     architecture = objective.architecture if fa.architecture == "auto" else fa.architecture
     own_side = "online" if architecture in ("pre", "post") else "target"
     side = own_side if fa.side == "auto" else fa.side

@@ -147,11 +147,11 @@ def _compile(backbone: nn.Module) -> None:
     plain = backbone.forward
     compiled = torch.compile(plain, dynamic=False)
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(images: Tensor, as_map: bool = False) -> Tensor:
         if not backbone.training:
-            return plain(images)
+            return plain(images, as_map)
         try:
-            return compiled(images)
+            return compiled(images, as_map)
         except TorchDynamoException as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(

@@ -23,6 +23,7 @@ from pretrain.engine.guards import NonFiniteGuard
 from pretrain.engine.optim import load_state, lr_factor, peak_lr, set_lr
 from pretrain.engine.trainer import Position, StepResult
 from pretrain.features.augmentations.base import fa_generator
+from pretrain.features.mixing import Mixing
 from pretrain.model.joint_embedding import FAContrastive
 
 ROWS_PER_HISTOGRAM = 10  # a histogram goes with every tenth logged row, and with the last
@@ -39,6 +40,7 @@ ADDED_LATER = {
     "data.augmentation.view1.crop.interpolation": "bilinear",
     "data.augmentation.view2.crop.interpolation": "bilinear",
     "data.augmentation.small_crops.num": 0,
+    **{f"objective.mixing.{key}": value for key, value in vars(Mixing()).items()},
 }
 SMALL_CROPS = "data.augmentation.small_crops."  # without any, their settings are not compared
 

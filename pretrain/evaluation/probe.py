@@ -275,7 +275,8 @@ class OnlineProbe(Callback):
 
     def _note(self, backbone: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():  # cached micro-batches pass twice
-            self._outputs.append(output.detach())
+            output = output.detach()
+            self._outputs.append(output.mean(dim=(2, 3)) if output.ndim == 4 else output)
 
     def on_step_end(self, batch: DeviceBatch, result: StepResult) -> None:
         """Learn from the step, if it was made."""

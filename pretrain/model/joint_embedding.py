@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import cast
 
@@ -33,7 +33,7 @@ from pretrain.objectives.base import Objective, Pair
 NUM_LARGE = 2  # views that are predicted; further ones, the small crops, only predict
 # The large views; or a list of all, of which those behind them have another size.
 Views = Float[Tensor, "2 n 3 s s"] | list[Float[Tensor, "n 3 _ _"]]
-Features = Float[Tensor, "views n d"]
+Features = Float[Tensor, "views n d *yx"]  # maps of an objective that predicts positions
 NUM_BINS = 20  # of a step's histograms, from cosine -1 to 1
 
 
@@ -44,9 +44,16 @@ class OnlineNetwork(nn.Module):
     """
 
     def __init__(
-        self, arch: Backbone, heads: HeadConfig, residual_gamma: float, *, has_predictor: bool
+        self,
+        arch: Backbone,
+        heads: HeadConfig,
+        residual_gamma: float,
+        *,
+        has_predictor: bool,
+        of_maps: bool = False,
     ) -> None:
         super().__init__()
+        self.of_maps = of_maps
         self.backbone = arch.build(residual_gamma)
         self.projector = mlp(
             cast(int, self.backbone.output_dim),
@@ -66,13 +73,17 @@ class OnlineNetwork(nn.Module):
                 heads.output_dim,
                 num_layers=2,
                 dropout=heads.dropout,
+                of_maps=of_maps,
             )
 
-    def project(self, view: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
-        """Projections z = g(f(view))."""
-        return self.projector(self.backbone(view))
+    def project(self, view: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d *yx"]:
+        """Projections z = g(f(view)), at each position of the map where there is one."""
+        if not self.of_maps:
+            return self.projector(self.backbone(view))
+        maps = self.backbone(view, as_map=True).movedim(1, 3)
+        return self.projector(maps.flatten(0, 2)).unflatten(0, maps.shape[:3]).movedim(3, 1)
 
-    def predict(self, z: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
+    def predict(self, z: Float[Tensor, "N n d *yx"]) -> Float[Tensor, "N n d *yx"]:
         """Predictions q(z), each [n, d] on its own, so that BN is per view."""
         assert self.predictor is not None
         return torch.stack([self.predictor(part) for part in z])
@@ -117,7 +128,11 @@ class FAContrastive(nn.Module):
         super().__init__()
         self.objective, self.fa, self.spec = objective, fa, resolve(objective, fa)
         self.online = OnlineNetwork(
-            arch, heads, residual_gamma, has_predictor=self.spec.architecture != "basic"
+            arch,
+            heads,
+            residual_gamma,
+            has_predictor=self.spec.architecture != "basic",
+            of_maps=objective.min_positions > 0,
         )
         self.ema: OnlineNetwork | None = None
         if objective.has_ema:
@@ -203,8 +218,10 @@ class FAContrastive(nn.Module):
                 if key not in prepared:
                     prepared[key] = [self.objective.prepare(x, state) for x in target]
                 losses = [
-                    self.objective.loss(Pair(o, x, t[b], b), state)
-                    for o, x in zip(online, prepared[key], strict=True)
+                    self.objective.loss(
+                        Pair(o, x, t[b], b, t[a] if a < len(t) else None, one, random), state
+                    )
+                    for o, x, one in zip(online, prepared[key], made, strict=True)
                 ]
                 terms = torch.stack(losses)
                 directions.append(terms.sum() if self.fa.feature_loss == "free" else terms.mean())
@@ -213,14 +230,14 @@ class FAContrastive(nn.Module):
         # predicts view 2.
         return StepOutput(
             loss=2 * self.objective.scale / len(directions) * reduce(add, reversed(directions)),
-            online=online[0].detach(),
-            target=target[0].detach(),
-            projection=t[1].detach(),
-            original=taken[view].detach(),
-            augmented=made[0].detach(),
+            online=_pooled(online[0]),
+            target=_pooled(target[0]),
+            projection=_pooled(t[1]),
+            original=_pooled(taken[view]),
+            augmented=_pooled(made[0]),
             is_augmented=self.augmenter.is_ready(),
-            entering=taken[1 if self.fa.views == "second" else 0].detach(),
-            keys=t.detach()[:NUM_LARGE],
+            entering=_pooled(taken[1 if self.fa.views == "second" else 0]),
+            keys=torch.stack([_pooled(view) for view in t[:NUM_LARGE]]),
         )
 
     @torch.no_grad()
@@ -273,6 +290,8 @@ class FAContrastive(nn.Module):
 @dataclass(frozen=True)
 class StepOutput:
     """The loss with its graph; the rest is detached and of the direction 1 -> 2, [n, d].
+
+    Of maps it is the mean over their positions.
 
     Attributes:
         loss: Of this process's rows, all pairs of views.
@@ -336,6 +355,12 @@ class StepOutput:
         return {"positive": cosines.diagonal(), "negative": cosines[others]}
 
 
+def _pooled(features: Float[Tensor, "n d *yx"]) -> Float[Tensor, "n d"]:
+    """Detached, and the mean over the positions of a map."""
+    features = features.detach()
+    return features if features.ndim == 2 else features.mean(dim=(2, 3))
+
+
 def feature_std(z: Float[Tensor, "n d"]) -> float:
     """Mean std per dimension of the normalised features, times sqrt(d) (SimSiam, section 4.1).
 
@@ -368,6 +393,7 @@ def mlp(
     last_bn_affine: bool = True,
     hidden_bn: bool = True,
     dropout: float = 0.0,
+    of_maps: bool = False,
 ) -> nn.Sequential:
     """Linear layers with BN and ReLU between them (BYOL, NNCLR: 2 and 3 layers).
 
@@ -380,17 +406,23 @@ def mlp(
         last_bn_affine: Whether that BN has a scale and shift (SimSiam's projector: no).
         hidden_bn: BN in the hidden layers; without it they have a bias (MoCo v2's projector).
         dropout: Share of hidden units set to 0 in training, after each ReLU; no layer if 0.
+        of_maps: Convolutions of maps instead: 3x3 in the hidden layers, so that a position sees
+            its neighbours, and 1x1 in the last.
     """
+    hidden, last, norm = nn.Linear, nn.Linear, nn.BatchNorm1d
+    if of_maps:
+        hidden = partial(nn.Conv2d, kernel_size=3, padding=1)
+        last, norm = partial(nn.Conv2d, kernel_size=1), nn.BatchNorm2d
     layers: list[nn.Module] = []
     for _ in range(num_layers - 1):
-        layers.append(nn.Linear(input_dim, hidden_dim, bias=not hidden_bn))
+        layers.append(hidden(input_dim, hidden_dim, bias=not hidden_bn))
         if hidden_bn:
-            layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(norm(hidden_dim))
         layers.append(nn.ReLU(inplace=True))
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         input_dim = hidden_dim
-    layers.append(nn.Linear(input_dim, output_dim, bias=not last_bn))
+    layers.append(last(input_dim, output_dim, bias=not last_bn))
     if last_bn:
-        layers.append(nn.BatchNorm1d(output_dim, affine=last_bn_affine))
+        layers.append(norm(output_dim, affine=last_bn_affine))
     return nn.Sequential(*layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float
 
@@ -16,22 +16,33 @@ from common.config import Registry
 from common.errors import require, within_0_and_1
 from common.lazy import Tensor, nn
 
+if TYPE_CHECKING:
+    from pretrain.features.augmentations.base import RowRandom
+
 
 @dataclass(frozen=True)
 class Pair:
     """One view's features against another view's; nothing of it is detached by a loss.
+
+    Of an objective with ``min_positions`` they are maps: [n, d, y, x].
 
     Attributes:
         online: What predicts: z, q(z), q(A(z)) or A(q(z)).
         target: What is predicted: t or A(t), as `Objective.prepare` leaves it.
         plain_target: t without augmentation.
         target_view: Which large view t is of, 0 or 1.
+        own_target: t of the predicting view, without augmentation; None: of a small crop.
+        augmented: What A made for this term.
+        random: Draws for these rows.
     """
 
-    online: Float[Tensor, "n d"]
-    target: Float[Tensor, "n _"]
-    plain_target: Float[Tensor, "n d"]
+    online: Float[Tensor, "n d *yx"]
+    target: Float[Tensor, "n _ *yx"]
+    plain_target: Float[Tensor, "n d *yx"]
     target_view: int
+    own_target: Float[Tensor, "n d *yx"] | None = None
+    augmented: Float[Tensor, "n d *yx"] | None = None
+    random: RowRandom | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class Objective:
     """A loss between the two branches.
 
     Attributes:
-        architecture: Where it is published: with a predictor (parallel) or without (basic).
+        architecture: Where it is published: with a predictor (parallel) or without (basic), or
+            with one behind A (pre).
         has_ema: The target branch is an EMA copy of backbone and projector.
         stops_target: No gradient through the target branch, unless ``stop_gradient`` says so.
         target_has_gradient: Whether the target has a gradient that could pass.
@@ -47,17 +59,20 @@ class Objective:
         scale: Factor on the sum of the losses of both directions; 0.5 is their mean. Of several
             views: half the factor on the mean over all pairs.
         two_views_only: Why small crops (multi-crop) are refused; empty: they may predict.
+        min_positions: Of the backbone's last map, whose positions are predicted; 0: features are
+            pooled.
         state_name: Under which the online network holds what ``make_state`` gives it to train.
     """
 
     registry: ClassVar[Registry[Objective]]
-    architecture: ClassVar[Literal["basic", "parallel"]]
+    architecture: ClassVar[Literal["basic", "parallel", "pre"]]
     has_ema: ClassVar[bool] = False
     stops_target: ClassVar[bool] = False
     target_has_gradient: ClassVar[bool] = True
     is_per_sample: ClassVar[bool] = False
     scale: ClassVar[float] = 0.5
     two_views_only: ClassVar[str] = "its loss is defined for two views"
+    min_positions: ClassVar[int] = 0
     state_name: ClassVar[str] = "objective"
 
     name: str = ""
@@ -70,6 +85,12 @@ class Objective:
             "through (an EMA network's projection, or assigned codes); leave it out",
         )
 
+    def check_fa(self, method: str, architecture: str, views: str, stop_gradient: bool) -> None:
+        """Refuse values of the config's section ``fa`` that do not go with this objective.
+
+        Raises:
+            UserError: Naming the key, its value and the remedy.
+        """
     def pairs(self, num_views: int) -> list[tuple[int, int]]:
         """Which view predicts which large one, in the order of the computation.
 

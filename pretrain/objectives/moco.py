@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float
 
 from common.errors import at_least, positive
 from common.lazy import Tensor, functional, nn, torch
+from pretrain.features.mixing import Mixing
 from pretrain.objectives.base import EmaObjective, Pair
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class MoCo(EmaObjective):
     name: Literal["moco"] = "moco"
     temperature: float = 0.2
     num_negatives: int = 65536  # entries of each of the two queues of keys
+    mixing: Mixing = field(default_factory=Mixing)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,10 +44,15 @@ class MoCo(EmaObjective):
         return nn.ModuleList(SupportQueue(self.num_negatives, dim) for _ in range(2))
 
     def loss(self, pair: Pair, state: Sequence[SupportQueue]) -> Float[Tensor, ""]:
-        """See ``moco_loss``."""
+        """See ``moco_loss``, and ``Mixing`` where something is mixed."""
         queue = state[pair.target_view]
         negatives = queue.features[: queue.num_entries]
-        return moco_loss(pair.online, pair.target, negatives, temperature=self.temperature)
+        tau, random = self.temperature, pair.random
+        if self.mixing.is_on:
+            return self.mixing.loss(
+                pair.online, pair.target, negatives, temperature=tau, random=random, of_batch=False
+            )
+        return moco_loss(pair.online, pair.target, negatives, temperature=tau)
 
     def after_update(self, state: Sequence[SupportQueue], keys: Float[Tensor, "2 m d"]) -> None:
         """The keys enter the queues."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from common.errors import positive
 from common.lazy import Tensor, functional, nn, torch
 from pretrain import collectives as dist
+from pretrain.features.mixing import Mixing
 from pretrain.objectives.base import Objective, Pair
 
 
@@ -24,18 +25,24 @@ class SimClr(Objective):
 
     name: Literal["simclr"] = "simclr"
     temperature: float = 0.2
+    mixing: Mixing = field(default_factory=Mixing)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "objective", "temperature")
 
     def loss(self, pair: Pair, state: nn.Module | None) -> Float[Tensor, ""]:
-        """See ``nt_xent_loss``."""
+        """See ``nt_xent_loss``, and ``Mixing`` where something is mixed."""
+        columns, others = dist.gather(pair.online), dist.gather(pair.plain_target)
+        tau = self.temperature
+        if self.mixing.is_on:
+            pairs = (pair.target, pair.online, torch.cat([columns, others]))
+            return self.mixing.loss(*pairs, temperature=tau, random=pair.random, of_batch=True)
         return nt_xent_loss(
             pair.target,
-            dist.gather(pair.online),
-            dist.gather(pair.plain_target),
-            temperature=self.temperature,
+            columns,
+            others,
+            temperature=tau,
             first_positive=dist.local_rows(len(pair.target)).start,
         )
 

@@ -14,6 +14,7 @@ from pretrain import collectives as dist
 from pretrain.config import HeadConfig, OptimConfig
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.augmentations.base import fa_generator
+from pretrain.features.mixing import Mixing
 from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.conftest import make_fa, make_objective
@@ -23,10 +24,11 @@ NUM_STEPS, BATCH = 3, 8
 
 def make_model(objective, fa):
     torch.manual_seed(0)
+    mixing = Mixing(**fa.pop("mixing", {}))
     model = FAContrastive(
         ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
-        make_objective(objective, num_negatives=20, num_prototypes=6),
+        make_objective(objective, num_negatives=20, num_prototypes=6, mixing=mixing),
         make_fa(**({"queue_size": 20, "min_fill": 8} | fa)),
     ).eval()
     if model.ema is not None:  # something for the EMA to do
@@ -48,10 +50,10 @@ def run_cell(objective, fa, optim, num_small=0):
         forward = DistributedDataParallel(model.online, broadcast_buffers=False)
     config = OptimConfig(**optim) if dist.is_on() else OptimConfig()
     gradients = Gradients(model, forward, config, contextlib.nullcontext)
-    losses, active = [], []
+    losses, active, size = [], [], 64 if objective == "masked_prediction" else 32
     generator = torch.Generator().manual_seed(1)
     for step in range(NUM_STEPS):
-        views = torch.randn(2, BATCH, 3, 32, 32, generator=generator)
+        views = torch.randn(2, BATCH, 3, size, size, generator=generator)
         small = torch.randn(num_small, BATCH, 3, 16, 16, generator=generator)
         rows = dist.local_rows(BATCH // dist.world_size())
         part = [view[rows] for view in (*views, *small)] if num_small else views[:, rows]

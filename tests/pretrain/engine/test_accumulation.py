@@ -11,6 +11,7 @@ from common.errors import UserError
 from pretrain.config import OptimConfig
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.augmentations.base import RowRandom, fa_generator
+from pretrain.features.mixing import Mixing
 from tests.pretrain.conftest import TINY_HEADS
 from tests.pretrain.model.references import enter
 
@@ -29,6 +30,8 @@ CELLS = [
     ("simsiam", {"method": "extrapolate", "partner": "view"}),
     ("moco", {"method": "none"}),
     ("moco", {"method": "nn+noise"}),
+    ("moco", {"method": "none", "mixing": Mixing(8, 3, 2, 2.0, 1.6)}),
+    ("masked_prediction", {"method": "mask", "stop_gradient": False, "num_features": 2}),
 ]
 CACHED_ONLY = [
     ("simclr", NN),
@@ -37,7 +40,13 @@ CACHED_ONLY = [
     ("infonce", {"method": "mask|noise", "num_features": 2}),
     ("moco", {**MIXUP, "method": "cutmix"}),
     ("swav", NN),
+    ("infonce", {"method": "none", "mixing": Mixing(4, 3, 2, 2.0, 1.6)}),
+    ("masked_prediction", {"method": "mask", "stop_gradient": False}),
 ]
+
+
+def size_of(objective):
+    return 64 if objective == "masked_prediction" else 32  # 4 positions
 
 
 def ids_of(cells):
@@ -48,9 +57,10 @@ def ids_of(cells):
 def make(make_model):
     """make("byol", method="nn"): with filled queues and an EMA network that has moved."""
 
-    def build(objective, *, dropout=0.0, **fa):
+    def build(objective, *, dropout=0.0, mixing=Mixing(), **fa):  # noqa: B008
         heads = replace(TINY_HEADS, dropout=dropout)
-        model = make_model(objective, objective_options=SMALL, heads=heads, **fa)
+        options = SMALL | {"mixing": mixing}
+        model = make_model(objective, objective_options=options, heads=heads, **fa)
         dim = heads.output_dim
         if model.queue is not None:
             model.queue.put(torch.randn(ENTRIES, dim))
@@ -102,7 +112,7 @@ def assert_same_step(model, views, micro_batch_size, accumulation):
 @pytest.mark.parametrize(("objective", "fa"), CELLS, ids=ids_of(CELLS))
 def test_plain_accumulation_equals_the_large_batch(make, make_views, objective, fa):
     model = make(objective, **fa).eval()
-    assert len(assert_same_step(model, make_views(BATCH), 2, "plain")) == 4
+    assert len(assert_same_step(model, make_views(BATCH, size_of(objective)), 2, "plain")) == 4
 
 
 @pytest.mark.parity
@@ -111,7 +121,7 @@ def test_plain_accumulation_equals_the_large_batch(make, make_views, objective, 
 )
 def test_cached_accumulation_equals_the_large_batch(make, make_views, objective, fa):
     model = make(objective, **fa).eval()
-    assert len(assert_same_step(model, make_views(BATCH), 4, "cached")) == 1
+    assert len(assert_same_step(model, make_views(BATCH, size_of(objective)), 4, "cached")) == 1
 
 
 @pytest.mark.parity

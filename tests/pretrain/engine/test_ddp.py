@@ -31,6 +31,12 @@ METHODS = {
 OTHERS = ("simclr", "moco", "simsiam", "swav")  # fewer methods of each
 PLAIN = {"micro_batch_size": 4, "accumulation": "plain"}  # 2 of 2 rows on each rank
 CACHED = PLAIN | {"accumulation": "cached"}
+MASKED = {"method": "mask", "stop_gradient": False}
+MIXING = {
+    "method": "none",
+    "mixing": {"num_hardest": 3, "num_pairs": 4, "num_with_anchor": 2, "extrapolate": 2.0,
+               "interpolate": 1.6},
+}  # fmt: skip
 MICRO_BATCHES = {
     "byol-plain": ("byol", METHODS["nn-any_of_3"], PLAIN),
     "simsiam-plain": ("simsiam", METHODS["mask"], PLAIN),
@@ -41,6 +47,10 @@ MICRO_BATCHES = {
     "byol-small-plain": ("byol", METHODS["mask"], PLAIN, 2),
     "infonce-small": ("infonce", METHODS["nn"], {}, 2),
     "swav-small-cached": ("swav", METHODS["nn"], CACHED, 2),
+    "masked_prediction-plain": ("masked_prediction", MASKED, PLAIN),
+    "masked_prediction-cached": ("masked_prediction", MASKED, CACHED),
+    "moco-mixing-plain": ("moco", MIXING, PLAIN),
+    "infonce-mixing-cached": ("infonce", MIXING, CACHED),
 }
 CELLS = (
     {
@@ -60,6 +70,8 @@ CELLS = (
         )
         for architecture in ("pre", "post")
     }
+    | {f"{name}-mixing": (name, MIXING, {}) for name in ("infonce", "simclr", "moco")}
+    | {"masked_prediction": ("masked_prediction", MASKED | {"num_features": 2}, {})}
     | MICRO_BATCHES
 )  # fmt: skip
 
@@ -95,7 +107,7 @@ def test_two_processes_equal_one(results, cell):
             assert torch.equal(rank_0[part][name], rank_1[part][name]), (part, name)
             torch.testing.assert_close(rank_0[part][name], value, rtol=1e-4, atol=1e-5)
     objective, fa = CELLS[cell][:2]
-    assert bool(single["ema"]) == (objective in ("byol", "moco"))
+    assert bool(single["ema"]) == (objective in ("byol", "moco", "masked_prediction"))
     assert bool(single["negatives"]) == (objective == "moco")
     if fa["method"] == "nn":
         assert (int(single["queue"]["count"]), int(single["queue"]["position"])) == (20, 4)

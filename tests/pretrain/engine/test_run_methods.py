@@ -18,7 +18,7 @@ BASE = SMALL | {"optim": SMALL["optim"] | {"name": "sgd", "base_lr": 0.5}}
 RESUMED = {
     "moco": [
         "objective.name=moco", "objective.num_negatives=20", "objective.ema_tau_end=0.9",
-        "fa.method=nn+noise",
+        "objective.mixing.num_pairs=3", "objective.mixing.interpolate=1.6", "fa.method=nn+noise",
     ],
     "simsiam": ["objective.name=simsiam", "optim.predictor_constant_lr=true", "heads.dropout=0.3"],
     "swav": [
@@ -32,7 +32,13 @@ RESUMED = {
     ],
     "simclr-cached": [
         "objective.name=simclr", "optim.micro_batch_size=4", "optim.accumulation=cached",
-        "heads.dropout=0.3", "fa.queue_dtype=fp16",
+        "heads.dropout=0.3", "fa.queue_dtype=fp16", "objective.mixing.num_with_anchor=3",
+        "objective.mixing.extrapolate=2",
+    ],
+    "masked_prediction": [
+        "objective.name=masked_prediction", "fa.method=mask", "fa.stop_gradient=false",
+        "data.image_size=33", "optim.micro_batch_size=4", "engine.precision=bf16",
+        "eval.online_probe=true", "heads.dropout=0.3",
     ],
 }  # fmt: skip
 

@@ -71,7 +71,11 @@ ACCUMULATION = {
     "cached": ["optim.micro_batch_size=4", "optim.accumulation=cached"],
     "bf16": ["engine.precision=bf16"],
     "resnet50": ["arch.depth=50", "arch.res2_channels=32"],
-}
+    "maps": [
+        "objective.name=masked_prediction", "fa.method=mask", "fa.stop_gradient=false",
+        "data.image_size=33",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["cached", "bf16", "resnet50"])
@@ -207,7 +211,7 @@ def quick_compiler(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("case", [pytest.param("whole", marks=pytest.mark.slow), "cached"])
+@pytest.mark.parametrize("case", [pytest.param("whole", marks=pytest.mark.slow), "cached", "maps"])
 def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, case):
     """Same numbers and names; as many graphs as views pass, with and without gradient."""
     options = [*ACCUMULATION[case], "eval.online_probe=true"]
@@ -216,7 +220,7 @@ def test_compiled_backbone_is_called_in_training_only(make_run, quick_compiler, 
     expected = take_steps(plain, 2)
     assert quick_compiler == []
     assert take_steps(compiled, 2) == expected
-    passes = {"whole": [False] * 2 + [True] * 2, "cached": [False] * 8 + [True] * 4}[case]
+    passes = [False] * 8 + [True] * 4 if case == "cached" else [False] * 2 + [True] * 2
     assert sorted(quick_compiler) == sorted(2 * passes)
     num_calls = len(quick_compiler)
     images = torch.randn(3, 3, 40, 40)
