@@ -27,11 +27,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def by_hand(mixing, anchors, positives, negatives, random, of_batch):
+def by_hand(mixing, inputs, random, of_batch):
     """One anchor, one negative at a time; the random numbers are drawn in the documented order."""
     own_rows = range(random.rows.start, random.rows.stop)
+    anchors, positives, negatives = (unit(x) for x in inputs)
     m, float64 = len(negatives), torch.float64
-    anchors, positives, negatives = unit(anchors), unit(positives), unit(negatives)
     sources = [{j % random.num_rows} if of_batch else set() for j in range(m)]
     if mixing.extrapolate:
         lam = 1 + random.beta(mixing.extrapolate, D, dtype=float64)  # in [1, 2]
@@ -80,10 +80,9 @@ def test_equals_the_definition_in_value_and_gradient(name, of_batch):
     anchors, positives = draw(2, 3, D, seed=1)
     negatives = draw(4 * N, D, seed=2)
     inputs = [x.clone().requires_grad_() for x in (anchors, positives, negatives)]
-    loss = mixing.loss(
-        *inputs, temperature=TAU, random=RowRandom(generator(), rows, N), of_batch=of_batch
-    )
-    expected = by_hand(mixing, *inputs, RowRandom(generator(), rows, N), of_batch)
+    random = RowRandom(generator(), rows, N)
+    loss = mixing.loss(*inputs, temperature=TAU, random=random, of_batch=of_batch)
+    expected = by_hand(mixing, inputs, RowRandom(generator(), rows, N), of_batch)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
