@@ -91,6 +91,7 @@ class Objective:
         Raises:
             UserError: Naming the key, its value and the remedy.
         """
+
     def pairs(self, num_views: int) -> list[tuple[int, int]]:
         """Which view predicts which large one, in the order of the computation.
 
