@@ -42,6 +42,8 @@ METHODS = {
     "mask@4": ["fa.method=mask", "fa.num_features=4"],
 }
 GOALS = {"cpu": {"1": 0.05, "4": 0.05}, "cuda": {"1": 0.01, "4": 0.03}}  # by number of features
+CLUSTERED = "deepclusterv2"  # its samples must be at least as many as its prototypes
+NUM_PROTOTYPES = 3000
 DEFAULT_CELLS = "byol/parallel/*,infonce/parallel/nn,infonce/parallel/nn@4"
 
 
@@ -56,6 +58,8 @@ def measure(cell: str, folder: Path, sizes: Sizes, clock: Clock, options: Any) -
         f"objective.name={base}", f"fa.architecture={architecture}",
         f"fa.queue_size={sizes.queue_size}", f"fa.min_fill={min(1024, sizes.queue_size)}",
     ]  # fmt: skip
+    if base == CLUSTERED:
+        settings.append(f"objective.num_prototypes={min(NUM_PROTOTYPES, sizes.queue_size)}")
     arms = {}
     for name, own in (("baseline", []), ("method", METHODS[method])):
         run = build_run(folder, sizes, options.device, 0, [*settings, *own])
@@ -103,14 +107,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cells, refused = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        harness.open_as_shards(harness.encoded_photos(1), folder, sizes.batch_size).close()
-        for parts in product(Objective.registry.names(), ARCHITECTURES, METHODS):
-            cell = "/".join(parts)
-            if any(fnmatch.fnmatch(cell, pattern) for pattern in patterns):
-                try:
-                    cells[cell] = measure(cell, folder, sizes, clock, options)
-                except UserError as error:
-                    refused[cell] = str(error)
+        every = map("/".join, product(Objective.registry.names(), ARCHITECTURES, METHODS))
+        chosen = [x for x in every if any(fnmatch.fnmatch(x, pattern) for pattern in patterns)]
+        is_clustered = any(cell.startswith(CLUSTERED) for cell in chosen)
+        num_prototypes = min(NUM_PROTOTYPES, sizes.queue_size) if is_clustered else 0
+        num_samples = max(sizes.batch_size, num_prototypes)
+        harness.open_as_shards(harness.encoded_photos(1), folder, num_samples).close()
+        for cell in chosen:
+            try:
+                cells[cell] = measure(cell, folder, sizes, clock, options)
+            except UserError as error:
+                refused[cell] = str(error)
     require(
         bool(cells),
         f"--cells {options.cells}: names nothing that can train; a cell is OBJECTIVE/ARCHITECTURE/"

@@ -341,6 +341,17 @@ class PretrainConfig:
         )
         refuse_without_gradient(self.objective, self.fa)
         self._refuse_small_maps()
+        if self.objective.needs_sample_ids:
+            require(
+                not self.data.streaming,
+                f"objective.name={self.objective.name}: it keeps a feature of each sample, and "
+                "data.streaming=true does not know which sample it reads; use an index",
+            )
+            require(
+                self.optim.epochs >= 2,
+                f"objective.name={self.objective.name}: the first epoch only collects features; "
+                f"optim.epochs must be >= 2, got {self.optim.epochs}",
+            )
         micro, batch = self.optim.micro_batch_size, self.data.batch_size
         if micro == 0:
             return
@@ -353,8 +364,8 @@ class PretrainConfig:
         # Plain accumulation adds up losses of micro-batches that know nothing of each other.
         require(
             self.objective.is_per_sample,
-            f"optim.accumulation=plain: the loss of {self.objective.name} compares all samples of "
-            "the batch, so it is not the sum over micro-batches; use optim.accumulation=cached",
+            f"optim.accumulation=plain: the loss of {self.objective.name} is one of the whole "
+            "batch, not the mean over its micro-batches; use optim.accumulation=cached",
         )
         require(
             self.fa.partner != "batch"

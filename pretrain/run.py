@@ -61,7 +61,7 @@ def make_trainer(
         folder=folder,
     )
     torch.manual_seed(config.seed)
-    model, optimizer = make_model(config, device)
+    model, optimizer = make_model(config, device, input_pipeline.num_samples)
     task = ContrastiveTask(config, model, optimizer, input_pipeline, folder, device)
     # What goes on beside the steps. The first process alone looks at the probe's sets.
     backbone, is_main = model.online.backbone, dist.rank() == 0
@@ -97,16 +97,16 @@ def make_trainer(
 
 
 def make_model(
-    config: PretrainConfig, device: torch.device
+    config: PretrainConfig, device: torch.device, num_samples: int | None = None
 ) -> tuple[FAContrastive, torch.optim.Optimizer]:
     """The model on its device, with random weights, and the optimiser of its online network.
 
     Raises:
-        UserError: If the device cannot do what is asked for.
+        UserError: If the device cannot do what is asked for, or there are too few samples.
     """
-    engine = config.engine
+    engine, gamma = config.engine, config.init.residual_gamma
     model = FAContrastive(
-        config.arch, config.heads, config.objective, config.fa, config.init.residual_gamma
+        config.arch, config.heads, config.objective, config.fa, gamma, num_samples
     )
     if device.type == "cuda":
         # A setting of the process: fp32 products and convolutions may be rounded to TF32's 10 bits.
@@ -194,7 +194,7 @@ def check(config: PretrainConfig, *, has_data: bool) -> dict[str, Any]:
     num_threads = engine.num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
     uncompiled = dataclasses.replace(engine, compile=False)
-    model, _ = make_model(dataclasses.replace(config, engine=uncompiled), device)
+    model, _ = make_model(dataclasses.replace(config, engine=uncompiled), device, num_samples)
     dtype = dist.autocast_type(engine.precision, device)
     images = torch.randn(_NUM_TIMED, 3, data.image_size, data.image_size, device=device)
     started = 0.0

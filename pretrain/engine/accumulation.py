@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -20,6 +20,7 @@ from pretrain.features.augmentations.base import RowRandom
 from pretrain.model.joint_embedding import FAContrastive, Features, StepOutput, Views
 
 Images = Float[Tensor, "n 3 s s"]
+Ids = Int[Tensor, " n"] | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class Gradients:
         )
 
     def compute(
-        self, views: Views, generator: Callable[[], torch.Generator], progress: float
+        self,
+        views: Views,
+        generator: Callable[[], torch.Generator],
+        progress: float,
+        sample_ids: Ids = None,
     ) -> list[StepOutput]:
         """One output for each micro-batch; the first one's loss is that of the whole local batch.
 
@@ -61,17 +66,18 @@ class Gradients:
             views: This process's part of the batch.
             generator: Makes FA's generator of this step afresh.
             progress: Share of the training that is done.
+            sample_ids: Which sample each row of this process is.
         """
         parts = self._parts(views)
         if len(parts) > 1 and self.optim.accumulation == "cached":
-            return [self._cached(views, parts, generator, progress)]
+            return [self._cached(views, parts, generator, progress, sample_ids)]
         # The loss is a mean over samples: each micro-batch adds its share.
         outputs, total = [], torch.zeros((), device=views[0].device)
         for part in parts:
             own = rows_of(views, part)
             with record_function("forward"), self._sync(part is parts[-1]), self.autocast():
                 t = self.model.ema_projections(own)
-                compare = self._compare(t, views, part, generator, progress)
+                compare = self._compare(t, views, part, generator, progress, sample_ids)
                 output = self.forward(own, compare)
                 share = output.loss / len(parts)
             with record_function("backward"), self._sync(part is parts[-1]):
@@ -87,6 +93,7 @@ class Gradients:
         parts: list[slice],
         generator: Callable[[], torch.Generator],
         progress: float,
+        sample_ids: Ids,
     ) -> StepOutput:
         """Cached gradients (GradCache, arXiv 2101.06983): the loss sees the whole batch.
 
@@ -105,7 +112,7 @@ class Gradients:
         cached = torch.cat(z, dim=1).requires_grad_()
         with record_function("forward"), self.autocast():
             whole = slice(0, len(views[0]))
-            output = self._compare(t, views, whole, generator, progress)(cached)
+            output = self._compare(t, views, whole, generator, progress, sample_ids)(cached)
         with record_function("backward"):
             self.scale(output.loss).backward()
         assert cached.grad is not None
@@ -130,6 +137,7 @@ class Gradients:
         progress: float,
         adversarial: AdversarialConfig,
         data: DataConfig,
+        sample_ids: Ids = None,
     ) -> Views:
         """The views with view 1 changed to raise the loss (``adversarial.epsilon``; 0: as it is).
 
@@ -154,7 +162,7 @@ class Gradients:
                 def loss_of(first: Tensor, part=part, t=t, before=before, own=own) -> Tensor:
                     """With the same random numbers at every call."""
                     _set_random_state(before, first.device)
-                    compare = self._compare(t, views, part, generator, progress)
+                    compare = self._compare(t, views, part, generator, progress, sample_ids)
                     with self.autocast():
                         large = torch.stack([first, own[1]])
                         return self.model.online([*large, *own[2:]], compare).loss
@@ -184,13 +192,15 @@ class Gradients:
         part: slice,
         generator: Callable[[], torch.Generator],
         progress: float,
+        sample_ids: Ids,
     ) -> Callable[[Features], StepOutput]:
         """What turns the projections of some local rows into their loss."""
         num_local = len(views[0])
         first = dist.local_rows(num_local).start
         rows = slice(first + part.start, first + part.stop)
         random = RowRandom(generator(), rows, num_local * dist.world_size())
-        return partial(self.model.compare, t=t, random=random, progress=progress)
+        ids = None if sample_ids is None else sample_ids[part]
+        return partial(self.model.compare, t=t, random=random, progress=progress, sample_ids=ids)
 
     def _sync(self, is_last: bool) -> contextlib.AbstractContextManager:
         """DDP averages gradients in the last backward pass only."""

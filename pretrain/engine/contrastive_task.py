@@ -17,6 +17,7 @@ from common.errors import UserError, require
 from pretrain import collectives as dist
 from pretrain.config import PretrainConfig
 from pretrain.data.input_pipeline import DeviceBatch, InputPipeline
+from pretrain.data.random_numbers import stable_hash
 from pretrain.engine.accumulation import Gradients
 from pretrain.engine.checkpoint import different_keys
 from pretrain.engine.guards import NonFiniteGuard
@@ -100,10 +101,15 @@ class ContrastiveTask:
         lr = set_lr(self.optimizer, peak_lr(config.optim, config.data.batch_size), factor)
         self.optimizer.zero_grad(set_to_none=True)
         generator = partial(fa_generator, config.seed, step, self.device)
+        ids, labels = batch.samples.sample_ids, batch.samples.labels
+        if position.epoch > 0 and position.step_in_epoch == 0:
+            digest = stable_hash("epoch", config.seed, position.epoch, num_bytes=7)
+            seed = int.from_bytes(digest, "little")
+            self.model.start_epoch(torch.Generator().manual_seed(seed))
         views = self.gradients.attacked(
-            batch.views, generator, progress, config.adversarial, config.data
+            batch.views, generator, progress, config.adversarial, config.data, ids
         )
-        outputs = self.gradients.compute(views, generator, progress)
+        outputs = self.gradients.compute(views, generator, progress, ids)
         first, loss = outputs[0], outputs[0].loss.detach()
         self.model.before_update(step)
         with record_function("guards"):
@@ -115,7 +121,6 @@ class ContrastiveTask:
             with record_function("optimiser"):
                 self.optimizer.step()
             # The queue's figures are those before the batch itself enters.
-            ids, labels = batch.samples.sample_ids, batch.samples.labels
             if is_logged:
                 num = len(first.projection)
                 queue = self.model.queue_report(first, ids[:num], labels[:num])

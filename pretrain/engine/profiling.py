@@ -163,6 +163,8 @@ def fill_queues(model: FAContrastive) -> None:
         buffer = model.queue.features
         model.queue.put(torch.randn(buffer.shape, generator=generator).to(buffer.device))
     if model.memory is not None:
-        features = next(buffer for buffer in model.memory.buffers() if buffer.ndim == 2)
-        keys = torch.randn(2, *features.shape, generator=generator)
-        model.objective.after_update(model.memory, keys.to(features.device))
+        kept = next(x for x in model.memory.buffers() if x.ndim > 1 and x.is_floating_point())
+        keys = torch.randn(2, *kept.shape[-2:], generator=generator).to(kept.device)
+        ids = torch.arange(keys.shape[1], device=kept.device)
+        model.objective.after_update(model.memory, keys, ids)
+        model.start_epoch(generator)

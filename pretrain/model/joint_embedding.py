@@ -107,6 +107,7 @@ class FAContrastive(nn.Module):
     Args:
         arch, heads, objective, fa: Their slices of the config.
         residual_gamma: See ``Backbone.build``.
+        num_samples: Of the training set; None: not known.
 
     Attributes:
         online: What is trained.
@@ -124,6 +125,7 @@ class FAContrastive(nn.Module):
         objective: Objective,
         fa: FAConfig,
         residual_gamma: float = 1.0,
+        num_samples: int | None = None,
     ) -> None:
         super().__init__()
         self.objective, self.fa, self.spec = objective, fa, resolve(objective, fa)
@@ -138,7 +140,7 @@ class FAContrastive(nn.Module):
         if objective.has_ema:
             self.ema = copy.deepcopy(self.online).requires_grad_(False)
             del self.ema.predictor
-        self.memory: nn.Module | None = objective.make_state(heads.output_dim)
+        self.memory: nn.Module | None = objective.make_state(heads.output_dim, num_samples)
         if self.memory is not None and any(True for _ in self.memory.parameters()):
             self.online.add_module(objective.state_name, self.memory)
             self.memory = None
@@ -164,7 +166,12 @@ class FAContrastive(nn.Module):
             return torch.stack([self.ema.project(view) for view in views[:NUM_LARGE]])
 
     def compare(
-        self, z: Features, t: Features | None, random: RowRandom, progress: float
+        self,
+        z: Features,
+        t: Features | None,
+        random: RowRandom,
+        progress: float,
+        sample_ids: Int[Tensor, " n"] | None = None,
     ) -> StepOutput:
         """FA, predictor and loss: view 2 predicts view 1, and view 1 predicts view 2.
 
@@ -176,6 +183,7 @@ class FAContrastive(nn.Module):
             t: Targets of the EMA branch, of the large views; None: z.
             random: Draws FA's random numbers for these rows.
             progress: Share of the training that is done, for FA's strength.
+            sample_ids: Which sample each row is, if that is known.
         """
         architecture, side = self.spec.architecture, self.spec.side
         strength = self.augmenter.strength(progress)
@@ -186,7 +194,7 @@ class FAContrastive(nn.Module):
             z, p, t = z.float(), p.float(), t.float()
         taken = t if side == "target" else p  # by A: t, z or q(z)
 
-        directions, num_views = [], len(z)
+        directions, num_views, targets = [], len(z), []
         augmented: dict[int, Tensor] = {}  # by view
         predicted: dict[int, Tensor] = {}
         prepared: dict[tuple[int, int], list[Tensor]] = {}  # targets, by view and their number
@@ -219,12 +227,15 @@ class FAContrastive(nn.Module):
                     prepared[key] = [self.objective.prepare(x, state) for x in target]
                 losses = [
                     self.objective.loss(
-                        Pair(o, x, t[b], b, t[a] if a < len(t) else None, one, random), state
+                        Pair(o, x, t[b], b, t[a] if a < len(t) else None, one, random, sample_ids),
+                        state,
                     )
                     for o, x, one in zip(online, prepared[key], made, strict=True)
                 ]
                 terms = torch.stack(losses)
                 directions.append(terms.sum() if self.fa.feature_loss == "free" else terms.mean())
+                if self.objective.keeps_targets and a < NUM_LARGE:  # of N, the mean direction
+                    targets.append(functional.normalize(target, dim=2).mean(dim=0))
 
         # The mean over the pairs, times 2 scale. Of the features, the last pair's are kept: view 1
         # predicts view 2.
@@ -237,7 +248,7 @@ class FAContrastive(nn.Module):
             augmented=_pooled(made[0]),
             is_augmented=self.augmenter.is_ready(),
             entering=_pooled(taken[1 if self.fa.views == "second" else 0]),
-            keys=torch.stack([_pooled(view) for view in t[:NUM_LARGE]]),
+            keys=torch.stack([_pooled(view) for view in targets or t[:NUM_LARGE]]),
         )
 
     @torch.no_grad()
@@ -253,6 +264,10 @@ class FAContrastive(nn.Module):
     def before_update(self, step: int) -> None:
         """Let the objective change gradients before the optimiser's update number ``step``."""
         self.objective.before_update(self.objective_state, step)
+
+    def start_epoch(self, generator: torch.Generator) -> None:
+        """Let the objective prepare an epoch, with a generator on the CPU; not for the first."""
+        self.objective.start_epoch(self.objective_state, generator)
 
     @torch.no_grad()
     def after_optimizer_step(
@@ -277,14 +292,16 @@ class FAContrastive(nn.Module):
             online = [*self.online.backbone.parameters(), *self.online.projector.parameters()]
             with record_function("EMA update"):
                 torch._foreach_lerp_(ema, online, 1 - tau)  # type: ignore
+        if self.queue is None and self.memory is None:
+            return
         with record_function("queue"):
+            ids, classes = (None if x is None else dist.gather(x) for x in (sample_ids, labels))
             if self.queue is not None:
-                ids, classes = (None if x is None else dist.gather(x) for x in (sample_ids, labels))
                 self.queue.put(dist.gather(torch.cat([o.entering for o in outputs])), ids, classes)
             if self.memory is not None:
                 keys = torch.cat([o.keys for o in outputs], dim=1)
                 keys = torch.stack([dist.gather(view) for view in keys])
-                self.objective.after_update(self.memory, keys)
+                self.objective.after_update(self.memory, keys, ids)
 
 
 @dataclass(frozen=True)
@@ -302,7 +319,7 @@ class StepOutput:
         augmented: What A made of it (its first feature).
         is_augmented: Whether A was more than the identity.
         entering: What the support queue takes after the optimiser step.
-        keys: Both large views' t, for what the objective keeps: [2, n, d].
+        keys: Both large views' t, or targets with FA, for what the objective keeps: [2, n, d].
     """
 
     loss: Float[Tensor, ""]

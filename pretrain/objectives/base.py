@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from common.config import Registry
 from common.errors import require, within_0_and_1
-from common.lazy import Tensor, nn
+from common.lazy import Tensor, nn, torch
 
 if TYPE_CHECKING:
     from pretrain.features.augmentations.base import RowRandom
@@ -34,6 +34,7 @@ class Pair:
         own_target: t of the predicting view, without augmentation; None: of a small crop.
         augmented: What A made for this term.
         random: Draws for these rows.
+        sample_ids: Which sample each row is, if that is known.
     """
 
     online: Float[Tensor, "n d *yx"]
@@ -43,6 +44,7 @@ class Pair:
     own_target: Float[Tensor, "n d *yx"] | None = None
     augmented: Float[Tensor, "n d *yx"] | None = None
     random: RowRandom | None = None
+    sample_ids: Int[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Objective:
         stops_target: No gradient through the target branch, unless ``stop_gradient`` says so.
         target_has_gradient: Whether the target has a gradient that could pass.
         is_per_sample: The loss of a batch is the mean over its samples, each by itself.
+        needs_sample_ids: What is kept belongs to samples, so that a stream will not do.
+        keeps_targets: ``after_update`` gets the targets as FA made them; otherwise plain t.
         scale: Factor on the sum of the losses of both directions; 0.5 is their mean. Of several
             views: half the factor on the mean over all pairs.
         two_views_only: Why small crops (multi-crop) are refused; empty: they may predict.
@@ -70,6 +74,8 @@ class Objective:
     stops_target: ClassVar[bool] = False
     target_has_gradient: ClassVar[bool] = True
     is_per_sample: ClassVar[bool] = False
+    needs_sample_ids: ClassVar[bool] = False
+    keeps_targets: ClassVar[bool] = False
     scale: ClassVar[float] = 0.5
     two_views_only: ClassVar[str] = "its loss is defined for two views"
     min_positions: ClassVar[int] = 0
@@ -117,8 +123,8 @@ class Objective:
         """
         raise NotImplementedError
 
-    def make_state(self, dim: int) -> nn.Module | None:
-        """What is kept from step to step, for features of width ``dim``.
+    def make_state(self, dim: int, num_samples: int | None = None) -> nn.Module | None:
+        """What is kept from step to step, for features of width ``dim`` of so many samples.
 
         A module with parameters becomes a part of the online network, and is trained. One with
         buffers alone is kept and saved beside it.
@@ -128,8 +134,16 @@ class Objective:
     def before_update(self, state: nn.Module | None, step: int) -> None:
         """Before the optimiser's update number ``step``, from 0: gradients may be changed."""
 
-    def after_update(self, state: nn.Module | None, keys: Float[Tensor, "2 m d"]) -> None:
+    def after_update(
+        self,
+        state: nn.Module | None,
+        keys: Float[Tensor, "2 m d"],
+        sample_ids: Int[Tensor, " m"] | None = None,
+    ) -> None:
         """After it: ``keys`` are both views' t of the global batch; only if state is kept."""
+
+    def start_epoch(self, state: nn.Module | None, generator: torch.Generator) -> None:
+        """Before each epoch but the first. ``generator`` is the CPU's, alike in all processes."""
 
     def tau(self, step: int, num_steps: int) -> float:
         """Share of the EMA weights that stays after update number ``step`` of ``num_steps``."""

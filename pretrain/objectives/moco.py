@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from common.errors import at_least, positive
 from common.lazy import Tensor, functional, nn, torch
@@ -35,7 +35,7 @@ class MoCo(EmaObjective):
         positive(self, "objective", "temperature")
         at_least(self, "objective", num_negatives=1)
 
-    def make_state(self, dim: int) -> nn.ModuleList:
+    def make_state(self, dim: int, num_samples: int | None = None) -> nn.ModuleList:
         """Queues of the plain keys of view 1 and of view 2."""
         from torch import nn
 
@@ -54,7 +54,12 @@ class MoCo(EmaObjective):
             )
         return moco_loss(pair.online, pair.target, negatives, temperature=tau)
 
-    def after_update(self, state: Sequence[SupportQueue], keys: Float[Tensor, "2 m d"]) -> None:
+    def after_update(
+        self,
+        state: Sequence[SupportQueue],
+        keys: Float[Tensor, "2 m d"],
+        sample_ids: Int[Tensor, " m"] | None = None,
+    ) -> None:
         """The keys enter the queues."""
         for queue, rows in zip(state, keys, strict=True):
             queue.put(rows)

@@ -36,7 +36,7 @@ class SwAV(Objective):
         at_least(self, "objective", num_prototypes=1, sinkhorn_iterations=1)
         at_least(self, "objective", frozen_prototype_steps=0)
 
-    def make_state(self, dim: int) -> nn.ParameterDict:
+    def make_state(self, dim: int, num_samples: int | None = None) -> nn.ParameterDict:
         """The prototypes, ``weight`` [K, d]: rows that start uniform on the unit sphere."""
         weight = functional.normalize(torch.randn(self.num_prototypes, dim), dim=1)
         return nn.ParameterDict({"weight": weight})

@@ -96,11 +96,12 @@ def test_pictures_are_like_real_ones(tmp_path):
 
 
 def test_fa_overhead(tmp_path):
-    cells = "byol/parallel/nn@4,infonce/parallel/mask,infonce/post/mask"
+    cells = "byol/parallel/nn@4,infonce/parallel/mask,infonce/post/mask,deepclusterv2/basic/mask"
     arguments = [*STEP, "--repeats", "2", "--fa-repeats", "2", "--cells", cells]
     figures = figures_of(fa_overhead, arguments, tmp_path)
     assert "no gradient reaches" in figures["refused"]["infonce/post/mask"]
-    assert list(figures["cells"]) == ["byol/parallel/nn@4", "infonce/parallel/mask"]
+    trained = ["byol/parallel/nn@4", "deepclusterv2/basic/mask", "infonce/parallel/mask"]
+    assert list(figures["cells"]) == trained
     for name, cell in figures["cells"].items():
         assert min(cell["ms"], cell["fa_ms"], figures["baseline_ms"]) > 0
         assert cell["fa_share"] == pytest.approx(cell["fa_ms"] / cell["baseline_ms"])

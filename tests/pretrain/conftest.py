@@ -57,7 +57,8 @@ def make_model():
         fa.setdefault("min_fill", nn.get("top_k", 1) if isinstance(nn, dict) else nn.top_k)
         torch.manual_seed(seed)
         options = {"temperature": 0.2} | (objective_options or {})
-        return FAContrastive(arch, heads, make_objective(objective, **options), make_fa(**fa))
+        objective = make_objective(objective, **options)
+        return FAContrastive(arch, heads, objective, make_fa(**fa), num_samples=64)
 
     return make
 

@@ -78,6 +78,13 @@ WRONG_VALUES = {
     "objective.ema_tau_end=-0.1": r"objective\.ema_tau_end must be in \[0, 1\], got -0\.1",
     "objective.stop_gradient=false": r"stop_gradient=false: the target of byol has no gradient",
     "objective=swav objective.sinkhorn_epsilon=0": r"sinkhorn_epsilon must be > 0, got 0",
+    "objective=barlow objective.off_diagonal_weight=-1": "off_diagonal_weight must be >= 0, got -1",
+    "objective=barlow objective.loss_weight=0": r"objective\.loss_weight must be > 0, got 0",
+    "objective=vicreg objective.covariance_weight=-1": "covariance_weight must be >= 0, got -1",
+    "objective=deepclusterv2 objective.num_heads=0": r"objective\.num_heads must be >= 1, got 0",
+    "objective=deepclusterv2 objective.kmeans_iterations=0": "kmeans_iterations must be >= 1",
+    "objective=deepclusterv2 optim.epochs=1 optim.warmup_epochs=0": "epochs must be >= 2, got 1",
+    "objective=deepclusterv2 data.streaming=true data.samples_per_epoch=64": "use an index",
     "optim.head_weight_decay=-1": r"optim\.head_weight_decay must be >= 0, got -1",
     "optim.micro_batch_size=1": r"optim\.micro_batch_size must be 0 \(off\) or >= 2, got 1",
     "optim.micro_batch_size=100": r"micro_batch_size \(100\) must divide data\.batch_size \(256\)",
@@ -137,9 +144,9 @@ def load_with(config_file, *overrides):
     return load_config(config_file, ["optim.micro_batch_size=64", *overrides])
 
 
-@pytest.mark.parametrize("objective", ["infonce", "simclr", "swav"])
+@pytest.mark.parametrize("objective", ["infonce", "simclr", "swav", "barlow"])
 def test_plain_accumulation_needs_a_loss_of_single_samples(config_file, objective):
-    with pytest.raises(UserError, match=rf"the loss of {objective} compares all .*=cached"):
+    with pytest.raises(UserError, match=rf"the loss of {objective} is one of the whole .*=cached"):
         load_with(config_file, f"objective.name={objective}")
     cached = load_with(config_file, f"objective.name={objective}", "optim.accumulation=cached")
     assert cached.optim.micro_batch_size == 64
@@ -156,7 +163,7 @@ def test_plain_accumulation_has_no_partners_in_the_batch(config_file, method):
         assert load_with(config_file, *options, fine).fa.method == method
 
 
-@pytest.mark.parametrize("objective", ["byol", "moco", "swav"])
+@pytest.mark.parametrize("objective", ["byol", "moco", "swav", "deepclusterv2"])
 def test_stop_gradient_may_not_be_lifted_elsewhere(config_file, objective):
     with pytest.raises(UserError, match=f"the target of {objective} has no gradient"):
         load_config(config_file, [f"objective.name={objective}", "objective.stop_gradient=false"])

@@ -13,7 +13,7 @@ from pretrain.objectives.byol import Byol
 from tests.pretrain.conftest import make_fa, make_objective
 from tests.pretrain.model.references import enter, step
 
-OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
+OBJECTIVES = tuple(Objective.registry.names())
 PLACES = [
     ("basic", "target"), ("basic", "online"), ("pre", "auto"), ("post", "auto"),
     ("parallel", "auto"),

@@ -30,6 +30,7 @@ def make_model(objective, fa):
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         make_objective(objective, num_negatives=20, num_prototypes=6, mixing=mixing),
         make_fa(**({"queue_size": 20, "min_fill": 8} | fa)),
+        num_samples=16,
     ).eval()
     if model.ema is not None:  # something for the EMA to do
         with torch.no_grad():
@@ -58,10 +59,14 @@ def run_cell(objective, fa, optim, num_small=0):
         rows = dist.local_rows(BATCH // dist.world_size())
         part = [view[rows] for view in (*views, *small)] if num_small else views[:, rows]
         model.online.zero_grad(set_to_none=True)
+        # Each step is an epoch; two of its samples were not in the last one, both on rank 1.
+        ids = (torch.arange(BATCH) + 2 * step)[dist.local_rows(BATCH // dist.world_size())]
+        if step:
+            model.start_epoch(torch.Generator().manual_seed(step))
         outputs = gradients.compute(
-            part, lambda step=step: fa_generator(5, step, torch.device("cpu")), 1.0
+            part, lambda step=step: fa_generator(5, step, torch.device("cpu")), 1.0, ids
         )
-        model.after_optimizer_step(0.9, outputs)
+        model.after_optimizer_step(0.9, outputs, ids)
         losses.append(float(dist.mean(outputs[0].loss)))
         active.append(outputs[0].is_augmented)
     return {

@@ -42,6 +42,9 @@ CACHED_ONLY = [
     ("swav", NN),
     ("infonce", {"method": "none", "mixing": Mixing(4, 3, 2, 2.0, 1.6)}),
     ("masked_prediction", {"method": "mask", "stop_gradient": False}),
+    ("barlow", NN),
+    ("vicreg", MIXUP),
+    ("deepclusterv2", NN),
 ]
 
 
@@ -79,7 +82,8 @@ def compute(model, views, micro_batch_size, accumulation="plain", *, forward=Non
     optim = OptimConfig(micro_batch_size=micro_batch_size, accumulation=accumulation)
     gradients = Gradients(model, forward or model.online, optim, contextlib.nullcontext)
     model.online.zero_grad(set_to_none=True)
-    outputs = gradients.compute(views, lambda: fa_generator(3, 7, views[0].device), 1.0)
+    ids = torch.arange(len(views[0]))
+    outputs = gradients.compute(views, lambda: fa_generator(3, 7, views[0].device), 1.0, ids)
     return outputs, {k: p.grad for k, p in model.online.named_parameters()}
 
 

@@ -28,7 +28,7 @@ METHODS = {
     "mixup": {"method": "mixup", "mixup": {"alpha": 0.5}},
     "mixup-pass": {"method": "mixup", "stop_gradient": False},
 }
-OTHERS = ("simclr", "moco", "simsiam", "swav")  # fewer methods of each
+OTHERS = ("simclr", "moco", "simsiam", "swav", "barlow", "vicreg", "deepclusterv2")  # fewer of each
 PLAIN = {"micro_batch_size": 4, "accumulation": "plain"}  # 2 of 2 rows on each rank
 CACHED = PLAIN | {"accumulation": "cached"}
 MASKED = {"method": "mask", "stop_gradient": False}
@@ -43,6 +43,7 @@ MICRO_BATCHES = {
     "infonce-cached": ("infonce", METHODS["nn"], CACHED),
     "simclr-cached": ("simclr", METHODS["mixup-pass"], CACHED),
     "swav-cached": ("swav", METHODS["none"], CACHED),
+    "barlow-cached": ("barlow", METHODS["mixup-pass"], CACHED),
     "byol-cached": ("byol", METHODS["mixup"], CACHED),
     "byol-small-plain": ("byol", METHODS["mask"], PLAIN, 2),
     "infonce-small": ("infonce", METHODS["nn"], {}, 2),
@@ -108,7 +109,7 @@ def test_two_processes_equal_one(results, cell):
             torch.testing.assert_close(rank_0[part][name], value, rtol=1e-4, atol=1e-5)
     objective, fa = CELLS[cell][:2]
     assert bool(single["ema"]) == (objective in ("byol", "moco", "masked_prediction"))
-    assert bool(single["negatives"]) == (objective == "moco")
+    assert bool(single["negatives"]) == (objective in ("moco", "deepclusterv2"))
     if fa["method"] == "nn":
         assert (int(single["queue"]["count"]), int(single["queue"]["position"])) == (20, 4)
 

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 
+from pretrain.objectives.base import Objective
 from tests.pretrain.model.references import enter, step
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
+OBJECTIVES = tuple(Objective.registry.names())
 SMALL = {"num_prototypes": 20, "num_negatives": 40}
 
 

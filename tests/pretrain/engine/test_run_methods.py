@@ -30,6 +30,7 @@ RESUMED = {
         "data.augmentation.small_crops={num: 3, image_size: 16}", "optim.micro_batch_size=4",
         "optim.accumulation=cached", "data.num_workers=1",
     ],
+    "deepclusterv2": ["objective.name=deepclusterv2", "objective.num_prototypes=6"],
     "simclr-cached": [
         "objective.name=simclr", "optim.micro_batch_size=4", "optim.accumulation=cached",
         "heads.dropout=0.3", "fa.queue_dtype=fp16", "objective.mixing.num_with_anchor=3",
@@ -66,7 +67,7 @@ def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, name):
     one, two = (checkpoint.load(run.task.folder / "checkpoint.pth") for run in (whole, resumed))
     for part in ("model", "ema", "optimizer", "queue", "negatives", "random", "schedule"):
         assert_same_state(one[part], two[part], part)
-    assert (one["negatives"] is None) == (name != "moco")
+    assert (one["negatives"] is None) == (name not in ("moco", "deepclusterv2"))
 
 
 def moved_by_step(run):
@@ -127,3 +128,29 @@ def test_figures_of_the_queue_stand_in_the_rows(make_run):
         assert 0 <= row["neighbour_label_agreement"] <= 1
     assert all(row["self_hit_rate"] == 0 for row in rows[2:5])  # each picture once in an epoch
     assert any(row["self_hit_rate"] > 0 for row in rows[5:])
+
+
+def test_deepcluster_s_first_epoch_collects_and_every_option_has_an_effect(make_run):
+    losses = {}
+    options = {
+        "as it is": [], "kmeans": ["objective.kmeans_iterations=1"],
+        "heads": ["objective.num_heads=1"], "temperature": ["objective.temperature=1"],
+    }  # fmt: skip
+    for name, overrides in options.items():
+        run = make_run(
+            "objective.name=deepclusterv2", "objective.num_prototypes=6", "fa.method=none",
+            "optim.weight_decay=0", *overrides, name=name,
+        )  # fmt: skip
+        before = {k: v.clone() for k, v in run.task.model.online.named_parameters()}
+        values, stood = [], []
+        for epoch in range(2):
+            run.position.epoch, run.position.step_in_epoch = epoch, 0
+            for batch in run.batches.epoch(epoch):
+                values.append(float(run.step(batch).loss))
+            after = dict(run.task.model.online.named_parameters())
+            stood.append(all(torch.equal(after[k], v) for k, v in before.items()))
+        assert values[:5] == [0] * 5
+        assert stood == [True, False]
+        assert bool(run.task.model.memory.is_new.all())
+        losses[name] = values[5]
+    assert len({round(x, 6) for x in losses.values()}) == len(options)

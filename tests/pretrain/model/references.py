@@ -83,6 +83,34 @@ def swav(features, targets, prototypes, tau, epsilon=0.05, num_iterations=3):
     return -(codes * (scores @ directions / tau).log_softmax(dim=1)).sum(dim=1).mean()
 
 
+def barlow(o, t, off_diagonal_weight, weight):
+    """Both views' dimensions standardised, then all of their products."""
+    o, t = ((x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt() for x in (o, t))
+    distance = ((o.T @ t / len(o) - torch.eye(o.shape[1])) ** 2).flatten()
+    diagonal = distance[:: o.shape[1] + 1].sum()
+    return weight * (diagonal + off_diagonal_weight * (distance.sum() - diagonal))
+
+
+def vicreg(o, t):
+    """25 x invariance + 25 x variance + covariance, the last two of both branches."""
+    loss = 25 * ((o - t) ** 2).mean()
+    for x in (o, t):
+        covariance = x.T.cov()
+        variances, others = covariance.diagonal(), 1 - torch.eye(x.shape[1])
+        loss = loss + 25 * (1 - (variances + 1e-4).sqrt()).clamp(min=0).mean()
+        loss = loss + (others * covariance**2).sum() / x.shape[1]
+    return loss
+
+
+def deepcluster(features, centroids, clusters, tau):
+    """-log of the share of each row's centroid, for each head."""
+    terms = []
+    for own, wanted in zip(centroids, clusters, strict=True):
+        shares = (unit(features) @ own.T / tau).log_softmax(dim=1)
+        terms.append(-shares[torch.arange(len(wanted)), wanted].mean())
+    return sum(terms) / len(terms)
+
+
 def nn(t, bank):
     """Each row's nearest entry of the bank, as long as the row: NNCLR's NN(z, Q)."""
     nearest = bank[(unit(t) @ unit(bank).T).argmax(dim=1)]
@@ -135,7 +163,8 @@ def assert_same(model, twin, loss, expected):
 def compare(model, views, generator):
     """What turns projections into the loss of a whole batch."""
     random = RowRandom.whole(generator, len(views[0]))
-    return partial(model.compare, t=model.ema_projections(views), random=random, progress=1.0)
+    t, ids = model.ema_projections(views), torch.arange(len(views[0]), device=views[0].device)
+    return partial(model.compare, t=t, random=random, progress=1.0, sample_ids=ids)
 
 
 def step(model, views, seed=0, number=0):
@@ -144,9 +173,11 @@ def step(model, views, seed=0, number=0):
 
 
 def enter(model, keys):
-    """Let keys enter the queues of an objective that has some."""
+    """Let keys enter what an objective keeps; they are of samples 0, 1, ..."""
     if model.memory is not None:
-        model.objective.after_update(model.memory, keys)
+        ids = torch.arange(keys.shape[1], device=keys.device)
+        model.objective.after_update(model.memory, keys, ids)
+        model.start_epoch(torch.Generator().manual_seed(0))
 
 
 # --- any cell: the table of docs/method.md. Features come as lists: one, or N augmented ones
@@ -171,7 +202,7 @@ def targets(model, views, z, stops=None):
     """The target branch: the EMA network's, or z with or without its gradient."""
     if model.ema is not None:
         return ema_projections(model, views[:2])
-    stops = model.objective.name in ("simsiam", "swav") if stops is None else stops
+    stops = model.objective.name in ("simsiam", "swav", "deepclusterv2") if stops is None else stops
     return [x.detach() for x in z] if stops else z
 
 
@@ -187,6 +218,14 @@ def term(model, features, target, plain_target, view):
         return moco(features, target, queue.features[: int(queue.count)], tau)
     if name == "swav":
         return swav(features, target, model.online.prototypes.weight, tau)
+    if name == "barlow":
+        return barlow(features, target, 0.005, 0.025)
+    if name == "vicreg":
+        return vicreg(features, target)
+    if name == "deepclusterv2":
+        kept = dict(model.memory.named_buffers())
+        clusters = kept["assignments"][:, : len(features)]
+        return deepcluster(features, kept["centroids"], clusters, tau)
     return byol(features, target) if name == "byol" else negative_cosine(features, target)
 
 

@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.objectives.barlow import Barlow, barlow_loss
+from pretrain.objectives.base import Pair
 from pretrain.objectives.byol import byol_loss
 from pretrain.objectives.infonce import infonce_loss
 from pretrain.objectives.moco import moco_loss
 from pretrain.objectives.simclr import nt_xent_loss
 from pretrain.objectives.simsiam import negative_cosine_loss
+from pretrain.objectives.vicreg import VicReg, covariance, invariance, variance
 from tests.pretrain.model.references import cosine, draw
 
 
@@ -64,6 +67,57 @@ def moco_by_hand(queries, keys, negatives, temperature):
         similarities = [cosine(query, negative) / temperature for negative in negatives]
         total += cross_entropy(cosine(query, key) / temperature, similarities)
     return total / len(queries)
+
+
+def columns_of(rows):
+    """Each dimension: its values less their mean."""
+    return [[x - sum(column) / len(rows) for x in column] for column in zip(*rows, strict=True)]
+
+
+def barlow_by_hand(o, t, off_diagonal_weight):
+    """arXiv 2103.03230, algorithm 1: z-scores, D x D products over N, squared distance to 1."""
+    scores = []
+    for view in (o, t):
+        columns = columns_of(view)
+        stds = [math.sqrt(sum(x * x for x in c) / len(c) + 1e-5) for c in columns]
+        scores.append([[x / s for x in c] for c, s in zip(columns, stds, strict=True)])
+    total = 0.0
+    for i, first in enumerate(scores[0]):
+        for j, second in enumerate(scores[1]):
+            entry = sum(x * y for x, y in zip(first, second, strict=True)) / len(o)
+            total += (1 - entry) ** 2 if i == j else off_diagonal_weight * entry**2
+    return total
+
+
+def vicreg_by_hand(o, t, weights):
+    """arXiv 2105.04906, algorithm 1."""
+    n, d = len(o), len(o[0])
+    pairs = [(x, y) for a, b in zip(o, t, strict=True) for x, y in zip(a, b, strict=True)]
+    terms = [sum((x - y) ** 2 for x, y in pairs) / len(pairs), 0.0, 0.0]
+    for columns in (columns_of(o), columns_of(t)):
+        for i, first in enumerate(columns):
+            for j, second in enumerate(columns):
+                entry = sum(x * y for x, y in zip(first, second, strict=True)) / (n - 1)
+                if i == j:
+                    terms[1] += max(0.0, 1 - math.sqrt(entry + 1e-4)) / d
+                else:
+                    terms[2] += entry**2 / d
+    return sum(w * term for w, term in zip(weights, terms, strict=True))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (2, 5), (9, 3)])
+def test_barlow_and_vicreg_equal_a_loop(n, d):
+    o, t = draw(2, n, d, seed=n + d) * torch.tensor([0.3, 1.2]).view(2, 1, 1)
+    pair, rows = Pair(o, t, t, 1), (o.tolist(), t.tolist())
+    for weights in ((25.0, 25.0, 1.0), (1.0, 0.5, 3.0)):
+        names = ("invariance_weight", "variance_weight", "covariance_weight")
+        loss = VicReg(**dict(zip(names, weights, strict=True))).loss(pair, None)
+        assert float(loss) == pytest.approx(vicreg_by_hand(*rows, weights), rel=1e-12)
+    for off_diagonal_weight, loss_weight in ((0.005, 0.025), (0.5, 1.0)):
+        objective = Barlow(off_diagonal_weight=off_diagonal_weight, loss_weight=loss_weight)
+        expected = loss_weight * barlow_by_hand(*rows, off_diagonal_weight)
+        assert float(objective.loss(pair, None)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parity
@@ -119,10 +173,14 @@ LOSSES = {
     "nt_xent": lambda p, t, e: nt_xent_loss(t, p, e, temperature=0.2),
     "moco": lambda p, t, e: moco_loss(p, t, e, temperature=0.2),
 }
+OF_BATCH = {
+    "barlow": lambda p, t, e: barlow_loss(p, t, off_diagonal_weight=0.3),
+    "vicreg": lambda p, t, e: invariance(p, t) + variance(p / 3) + covariance(p) + covariance(t),
+}
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
-@every_loss
+@pytest.mark.parametrize("loss", (LOSSES | OF_BATCH).values(), ids=LOSSES | OF_BATCH)
 def test_gradient_reaches_all_inputs(loss):
     """The caller decides what is detached. Gradients equal finite differences."""
     inputs = [draw(4, 3, seed=seed).requires_grad_() for seed in (3, 4, 5)]
@@ -157,6 +215,14 @@ def test_known_values():
     assert float(moco_loss(same, same, same, temperature=0.1)) == pytest.approx(math.log(7))
     assert float(moco_loss(p, -p, p[:0], temperature=0.1)) == 0
     assert float(negative_cosine_loss(p, -p)) == pytest.approx(1)
+    # Two uncorrelated dimensions; the other view's are swapped.
+    square = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
+    options = {"off_diagonal_weight": 0.5}
+    assert float(barlow_loss(square, square, **options)) == pytest.approx(0, abs=1e-9)
+    assert float(barlow_loss(square, square.flip(1), **options)) == pytest.approx(3, abs=1e-3)
+    assert float(covariance(square)) == pytest.approx(0, abs=1e-12)
+    assert float(variance(0 * square)) == pytest.approx(0.99)
+    assert float(variance(2 * square)) == 0
 
 
 @pytest.mark.parametrize("loss", [byol_loss, negative_cosine_loss])

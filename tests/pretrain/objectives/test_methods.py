@@ -27,11 +27,19 @@ from tests.pretrain.model.references import (
     unit,
 )
 
-OBJECTIVES = ("simclr", "infonce", "moco", "byol", "simsiam", "swav")
+OBJECTIVES = (
+    "simclr", "infonce", "moco", "byol", "simsiam", "swav", "barlow", "vicreg", "deepclusterv2"
+)  # fmt: skip
 OWN = dict.fromkeys(("infonce", "byol", "simsiam"), "parallel") | dict.fromkeys(
-    ("simclr", "moco", "swav"), "basic"
+    ("simclr", "moco", "swav", "barlow", "vicreg", "deepclusterv2"), "basic"
 )
-STOPPED_TARGET = ("moco", "byol", "simsiam", "swav")  # an EMA network's, or detached
+STOPPED_TARGET = (
+    "moco",
+    "byol",
+    "simsiam",
+    "swav",
+    "deepclusterv2",
+)  # an EMA network's, or detached
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -97,7 +105,9 @@ def test_identity_is_none_but_for_the_gradient_that_fa_stops(make, make_views, o
 
 def has_no_gradient_at_all(objective, formula):
     """With FA's gradient stopped: neither branch has any (SwAV's prototypes always have)."""
-    return formula in ("post", "basic-online") and objective in ("moco", "byol", "simsiam")
+    return formula in ("post", "basic-online") and objective in (
+        "moco", "byol", "simsiam", "deepclusterv2"
+    )  # fmt: skip
 
 
 @pytest.mark.parity
@@ -179,7 +189,7 @@ def test_free_loss_is_the_sum_of_n_terms(make, make_views, formula):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("objective", ["simclr", "infonce", "simsiam"])
+@pytest.mark.parametrize("objective", ["simclr", "infonce", "simsiam", "barlow", "vicreg"])
 @pytest.mark.parametrize("architecture", ["basic", "parallel"])
 @pytest.mark.parametrize("stops", [True, False])
 def test_the_targets_gradient_can_be_stopped_or_let_through(

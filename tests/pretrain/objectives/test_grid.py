@@ -1,0 +1,95 @@
+"""The whole grid: every objective with every augmentation in every architecture makes two steps.
+
+Those that cannot train are refused when the config is read, with the reason.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.errors import UserError
+from pretrain.config import DataConfig, OptimConfig, PretrainConfig
+from pretrain.engine.contrastive_task import ContrastiveTask
+from pretrain.engine.trainer import Position
+from pretrain.features.augmentations.base import FeatureAugmentation
+from pretrain.model.backbones.resnet import ResNetBackbone
+from pretrain.objectives.base import Objective
+from pretrain.run import make_model
+from tests.pretrain.conftest import TINY_HEADS, make_fa, make_objective
+
+N, CPU = 4, torch.device("cpu")
+SMALLEST = ResNetBackbone(depth=18, width_per_group=2, stem_channels=2, res2_channels=2)
+METHODS = ("none", *FeatureAugmentation.registry.names(), "nn+mask", "nn|mixup")
+PLACES = [
+    ("basic", "target"), ("basic", "online"), ("pre", "auto"), ("post", "auto"),
+    ("parallel", "auto"),
+]  # fmt: skip
+BASE = PretrainConfig()
+BASE = replace(
+    BASE, arch=SMALLEST, heads=TINY_HEADS, data=DataConfig(batch_size=N, image_size=16),
+    optim=OptimConfig(name="sgd", epochs=3, warmup_epochs=0, base_lr=1.0),
+    engine=replace(BASE.engine, device="cpu", precision="fp32"),
+)  # fmt: skip
+
+
+def two_steps(config):
+    """In epochs of one step, from the second on where the first only collects."""
+    torch.manual_seed(0)
+    model, optimizer = make_model(config, CPU, num_samples=N)
+    pipeline = SimpleNamespace(num_steps=1, fingerprint=None)
+    task = ContrastiveTask(config, model, optimizer, pipeline, Path("none"), CPU)  # type: ignore
+    ids = torch.arange(N)
+    samples = SimpleNamespace(sample_ids=ids, labels=ids, repeats=ids, sample_hashes=ids)
+    first = 1 if config.objective.needs_sample_ids else 0
+    moved = set()
+    for number in range(first + 2):
+        batch = SimpleNamespace(views=torch.randn(2, N, 3, 16, 16), samples=samples)
+        before = {k: v.clone() for k, v in model.online.named_parameters()}
+        result = task.step(batch, Position(number, number), is_logged=False, is_saved=False)  # type: ignore
+        assert bool(torch.isfinite(result.loss))
+        now = dict(model.online.named_parameters())
+        moved |= {k.partition(".")[0] for k, v in before.items() if not torch.equal(now[k], v)}
+        assert number >= first or not moved
+    return moved, result.output
+
+
+def refusal(objective, fa):
+    """Why the config is refused; empty if it is not."""
+    try:
+        replace(BASE, objective=objective, fa=fa)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("objective", Objective.registry.names())
+def test_every_cell_trains_or_is_refused(objective):
+    options = {"num_prototypes": 3, "num_negatives": 8, "frozen_prototype_steps": 0}
+    trained, refused = 0, 0
+    for architecture, side in PLACES:
+        for method in METHODS:
+            fa = make_fa(
+                method=method, architecture=architecture, side=side, queue_size=8, min_fill=2,
+                strength=0.5,
+            )  # fmt: skip
+            base = make_objective(objective, **options)
+            reason = refusal(base, fa)
+            if reason:
+                assert "cannot train: no gradient reaches the" in reason
+                refused += 1
+                fa = replace(fa, stop_gradient=False)  # the remedy that it names
+            moved, output = two_steps(replace(BASE, objective=base, fa=fa))
+            parts = {"backbone", "projector"} | ({"prototypes"} if objective == "swav" else set())
+            parts |= set() if architecture == "basic" else {"predictor"}
+            assert moved == parts, (architecture, side, method)
+            assert output.is_augmented
+            same = torch.equal(output.augmented, output.original)
+            assert same == (method in ("none", "identity")), (architecture, side, method)
+            trained += 1
+    assert trained == len(PLACES) * len(METHODS)
+    # Without a target to learn through, FA's stop on the online side leaves none; `post` neither.
+    stops = objective in ("byol", "moco", "simsiam", "swav", "deepclusterv2")
+    assert refused == (3 if stops else 1) * (len(METHODS) - 1)
