@@ -68,7 +68,7 @@ WRONG_VALUES = {
     "data.pixel_std=[0,1,1]": r"data\.pixel_std must be positive",
     "heads.projector_layers=0": r"heads\.projector_layers must be >= 1, got 0",
     "heads.output_dim=0": r"heads\.output_dim must be >= 1, got 0",
-    "objective.name=dino": "objective: unknown name 'dino'; known are byol, ",
+    "objective.name=dino": "objective: unknown name 'dino'; known are barlow, byol, ",
     "objective.temperature=1": r"unknown key objective\.temperature",
     "objective=moco objective.temperature=0": r"objective\.temperature must be > 0, got 0",
     "objective=moco objective.temperature=.nan": r"objective\.temperature must be > 0, got nan",

@@ -100,6 +100,8 @@ def test_two_processes_equal_one(results, cell):
     for name, gradient in single["gradients"].items():
         ours = rank_0["gradients"][name]
         assert torch.equal(ours, rank_1["gradients"][name]), name
+        if cell.startswith("barlow") and name == "projector.3.bias":
+            continue  # the loss takes the means away: the gradient is rounding
         assert float(gradient.norm()) > 0, name
         difference = float((ours - gradient).norm() / gradient.norm())
         assert difference < 1e-3, f"{name}: relative difference {difference}"
