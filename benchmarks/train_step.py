@@ -120,7 +120,7 @@ class Ours:
     def loss(self) -> Tensor:
         """In fp32, with the graph; BN moves on."""
         model, views = self.run.task.model, self._batch.views
-        random = RowRandom.whole(fa_generator(0, 0, views.device), views.shape[1])
+        random = RowRandom.whole(fa_generator(0, 0, views[0].device), len(views[0]))
         t = model.ema_projections(views)
         return model.online(views, partial(model.compare, t=t, random=random, progress=1.0)).loss
 

@@ -154,8 +154,8 @@ class ViewWriter:
             except BadPicture as error:
                 failed[row] = str(error)
                 continue
-            for view, of_view in enumerate(out):
-                target = of_view[row]
+            for view, targets in enumerate(out):
+                target = targets[row]
                 crop(
                     image, boxes[view][k], view_sizes[view], is_flipped=flips[view][k],
                     reduction=reduction, orientation=headers[k].orientation, out=target,

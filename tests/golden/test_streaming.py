@@ -65,6 +65,7 @@ def test_batches(tars: Path, tmp_path: Path, shards: str, num_workers: int) -> N
             names = [NAMES[key % 2**64] for key in one.samples.sample_hashes.tolist()]
             assert one.samples.labels.tolist() == [int(name[0]) for name in names]
             batches.append({"names": names, "visits": one.samples.repeats.tolist()})
+            assert isinstance(one.views, torch.Tensor)
             bits.append(digest(one.views.contiguous().numpy().tobytes()))
         measured[f"epoch {epoch} from step {start_step}"] = batches
     source = "one_tar" if shards == "part-0.tar" else "three_tars"

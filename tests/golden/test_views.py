@@ -62,6 +62,7 @@ def views_of(shards: str, folder: Path, preset: str, place: str) -> tuple[list[i
         data, seed=SEED, device=torch.device("cpu"), channels_last=True, folder=folder
     )
     (one,) = pipeline.epoch(1)
+    assert isinstance(one.views, torch.Tensor)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.pixel_mean, data.pixel_std))
     return one.samples.sample_ids.tolist(), (one.views * std + mean) * 255
 

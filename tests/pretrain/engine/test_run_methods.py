@@ -1,9 +1,13 @@
 """Whole runs of every base method: exact resume, schedules, figures of the queue."""
 
+import itertools
+
 import pytest
 import torch
 
+from pretrain.config import load_config
 from pretrain.engine import checkpoint
+from pretrain.run import check
 from tests.pretrain.engine.run_helpers import (
     SMALL,
     assert_same_state,
@@ -113,6 +117,15 @@ def test_small_crops_of_a_run_are_seen_by_the_online_network_alone(make_run):
     batch = next(iter(run.batches.epoch(0)))
     run.step(batch)
     assert sides == {"online": [32, 32, 16, 16, 16], "ema": [32, 32]}
+
+
+def test_check_counts_the_area_of_small_crops(config_file, monkeypatch):
+    seconds, small = [], "data.augmentation.small_crops"
+    for options in ([], [f"{small}.num=6"], [f"{small}={{num: 6, image_size: 16}}"]):
+        monkeypatch.setattr("pretrain.run.time.process_time", itertools.count().__next__)
+        config = load_config(config_file, options)
+        seconds.append(check(config, has_data=False)["seconds_per_sample"])
+    assert [s / seconds[0] for s in seconds] == pytest.approx([1, 1 + 3 * 9, 1 + 3 / 4])
 
 
 def test_figures_of_the_queue_stand_in_the_rows(make_run):
