@@ -199,13 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--wheel", type=Path, metavar="FILE", help="install this repacked wheel, no network")
     options = parser.parse_args(arguments)
 
-    def work() -> None:
+    def work() -> int:
         if options.wheel_only:
             print(build_wheel(options.wheel_only))
-            return
+            return 0
         if not options.force and is_usable():
             print("detectron2 is there already and is left as it is (--force replaces it)")
-            return
+            return 0
         if options.wheel and not options.wheel.is_file():
             raise UserError(f"--wheel {options.wheel}: no such file")
         with tempfile.TemporaryDirectory() as scratch:
@@ -218,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if done.returncode != 0:
                 raise RunFailed(f"pip could not install {wheel.name}:\n{done.stderr.strip()}")
         print(f"installed detectron2 {VERSION} (pure Python)")
+        return 0
 
     return run_command(work, when_interrupted="stopped; the same command starts anew")
 
