@@ -242,6 +242,10 @@ def loss_of_cell(model, views, formula, seed=0, number=0, stops=None):
     random = RowRandom.whole(generator, len(views[0]))
     small = range(2, len(views))
     pairs = [*((a, 0) for a in small), (1, 0), *((a, 1) for a in small), (0, 1)]
+    if (
+        model.objective.name == "deepclusterv2"
+    ):  # its targets are those of the sample, not of a view
+        pairs = [*((a, 0) for a in small), (1, 0), (0, 1)]
     total = 0
     for a, b in pairs:
         view = b if formula in A_TAKES_THE_TARGET else a
