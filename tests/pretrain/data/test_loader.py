@@ -109,6 +109,7 @@ def test_small_crops_follow_from_the_sample_whatever_the_workers_order_or_start(
         for row, sample in enumerate(batch.sample_ids.tolist()):
             assert torch.equal(batch.small_views[:, row], found[sample])
     views = batches[0].small_views
+    assert batches[0].to("meta").small_views.device.type == "meta"
     assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
