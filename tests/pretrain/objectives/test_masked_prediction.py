@@ -15,7 +15,6 @@ from pretrain.objectives.masked_prediction import MaskedPrediction, masked_predi
 from tests.pretrain.model.references import assert_same, byol, cosine, draw, step
 
 FA = {"method": "mask", "stop_gradient": False, "mask": {"ratio": 0.4}}
-NEEDED = ["objective.name=masked_prediction", "fa.method=mask", "fa.stop_gradient=false"]
 
 
 @pytest.mark.parity
@@ -159,9 +158,7 @@ def test_the_global_weight_scales_the_loss_between_the_views():
         ("objective.stop_gradient=false", r"the target of masked_prediction has no gradient"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_remedy(tmp_path, override, message):
-    path = tmp_path / "empty.yaml"
-    path.write_text("{}")
-    load_config(path, [*NEEDED, "data.image_size=33", "fa.architecture=pre"])
+def test_what_cannot_work_is_refused_with_the_remedy(override, message):
+    load_config("masked_prediction", ["data.image_size=33", "fa.architecture=pre"])
     with pytest.raises(UserError, match=message):
-        load_config(path, [*NEEDED, override])
+        load_config("masked_prediction", [override])
