@@ -51,7 +51,7 @@ def by_hand(mixing, inputs, random, of_batch):
     if mixing.num_with_anchor:
         u.append(random.uniform(mixing.num_with_anchor, 1, dtype=float64))
         which.append(random.integers(num_hardest, mixing.num_with_anchor))
-    total = 0
+    total = torch.zeros((), dtype=float64)
     for row, own in enumerate(own_rows):
         anchor = anchors[row]
         allowed = [n for n, source in zip(negatives, sources, strict=True) if own not in source]
