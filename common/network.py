@@ -110,7 +110,8 @@ class ResNet(nn.Module):
     ) -> Float[Tensor, "n d"] | Float[Tensor, "n d y x"]:
         """Globally average-pooled features of the last stage, or its map."""
         res5 = self.stages(images)["res5"]
-        return res5 if as_map else self.fc(torch.flatten(self.avgpool(res5), 1))
+        # `is`, since a symbolic trace of the network (torch.fx) cannot ask whether a value is true.
+        return res5 if as_map is True else self.fc(torch.flatten(self.avgpool(res5), 1))
 
 
 def _first_and_second_pass(

@@ -49,6 +49,8 @@ def fa_of(**options) -> FAConfig:
 def test_a_method_is_refused_if_and_only_if_a_part_gets_no_gradient(
     make_model, make_views, objective, architecture, side
 ):
+    if objective == "masked_prediction":
+        pytest.skip("takes masks without stop in one architecture: test_masked_prediction.py")
     config = make_objective(objective, num_negatives=ENTRIES, num_prototypes=8)
     for method in ("none", "nn", "mask"):
         for stop in (True, False):
