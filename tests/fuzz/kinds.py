@@ -1,6 +1,7 @@
 """The kinds of input: a sound one, how it is damaged, who reads it, what must have been read."""
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -457,6 +458,8 @@ class Voc(LabelledKind):
             declared = re.match(rb"[^>]*encoding=['\"]([\w-]+)", data.removeprefix(b"\xef\xbb\xbf"))
             coding = declared[1].decode() if declared else "utf-8"
             coding = "utf-16" if data[0] in (0xFE, 0xFF) else coding.replace("utf-8", "utf-8-sig")
+            if data[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+                coding = "utf-32"
             text = re.sub(r"^\s*<\?xml[^>]*\?>", "", data.decode(coding))
             root = minidom.parseString(text.encode()).documentElement
             rows = []
