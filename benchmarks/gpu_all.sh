@@ -25,10 +25,9 @@ zstandard"
 pack() {
     mkdir -p "$1"
     git -C "$root" archive HEAD | tar -x -C "$1"
-    local versions=() name line
+    local versions=() name
     for name in $wheels; do
-        line=$(grep -iE "^$name==" "$root/requirements.lock" | head -1 | cut -d' ' -f1)
-        [ -n "$line" ] && versions+=("$line")
+        versions+=("$(grep -iE "^$name==" "$root/requirements.lock" | cut -d' ' -f1)")
     done
     "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
         --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \

@@ -405,9 +405,10 @@ def prepare(
             f"tools/run_pipeline.sh {file} --out {out}`, or choose another --out",
         )
         say(f"settings: {file}, as it stands")
-        if changed(text) != text and not is_dry:
-            write_text(file, changed(text))
-        return changed(text)
+        new = changed(text)
+        if new != text and not is_dry:
+            write_text(file, new)
+        return new
 
     data, machine = survey(images, labels), this_machine()
     more = f" ({', '.join(data.classes[:5])}{', ..' * (len(data.classes) > 5)})"

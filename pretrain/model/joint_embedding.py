@@ -248,7 +248,7 @@ class FAContrastive(nn.Module):
             augmented=_pooled(made[0]),
             is_augmented=self.augmenter.is_ready(),
             entering=_pooled(taken[1 if self.fa.views == "second" else 0]),
-            keys=torch.stack([_pooled(view) for view in targets or t[:NUM_LARGE]]),
+            keys=_pooled(torch.stack(targets) if targets else t[:NUM_LARGE], num_leading=3),
         )
 
     @torch.no_grad()
@@ -372,10 +372,10 @@ class StepOutput:
         return {"positive": cosines.diagonal(), "negative": cosines[others]}
 
 
-def _pooled(features: Float[Tensor, "n d *yx"]) -> Float[Tensor, "n d"]:
-    """Detached, and the mean over the positions of a map."""
+def _pooled(features: Tensor, num_leading: int = 2) -> Tensor:
+    """Detached, and the mean over the positions of a map, which come behind so many axes."""
     features = features.detach()
-    return features if features.ndim == 2 else features.mean(dim=(2, 3))
+    return features if features.ndim == num_leading else features.mean(dim=(-2, -1))
 
 
 def feature_std(z: Float[Tensor, "n d"]) -> float:

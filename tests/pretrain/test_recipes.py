@@ -149,15 +149,9 @@ def keys_that_matter(path: Path) -> set[str]:
     small = "data.augmentation.small_crops."
     if flat[f"{small}num"] == 0:
         unused |= {key for key in keys if key.startswith(small)} - {f"{small}num"}
-    unused |= {
-        key
-        for key in keys
-        if key.startswith("objective.mixing.")
-        and not any(
-            flat[f"objective.mixing.{name}"]
-            for name in ("num_pairs", "num_with_anchor", "extrapolate", "interpolate")
-        )
-    }
+    mixing = getattr(config.objective, "mixing", None)
+    if mixing is not None and not mixing.is_on:
+        unused |= {key for key in keys if key.startswith("objective.mixing.")}
     for key in keys:
         section, _, name = key.rpartition(".")
         if name != "probability" and flat.get(f"{section}.probability") == 0:
