@@ -95,20 +95,36 @@ def measure(cell: str, folder: Path, sizes: Sizes, clock: Clock, options: Any) -
     }
 
 
+def chosen_cells(patterns: str) -> list[str]:
+    """The cells that comma-separated patterns name, each once.
+
+    Raises:
+        UserError: If a pattern names none.
+    """
+    cells = ["/".join(x) for x in product(Objective.registry.names(), ARCHITECTURES, METHODS)]
+    named = {x: fnmatch.filter(cells, x) for x in map(str.strip, patterns.split(","))}
+    empty = [repr(pattern) for pattern, found in named.items() if not found]
+    require(
+        not empty,
+        f"--cells: {', '.join(empty)} names none; a cell is OBJECTIVE/ARCHITECTURE/FA, as "
+        "byol/parallel/nn (--help lists them)",
+    )
+    chosen = set().union(*named.values())
+    return [cell for cell in cells if cell in chosen]
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the chosen methods; the figures for JSON.
 
     Raises:
-        UserError: If nothing that can train is named.
+        UserError: If a pattern names nothing, or all of them nothing that can train.
     """
     device, sizes = harness.chosen_sizes(options, Sizes())
     clock = Clock(device, 10 if device.type == "cuda" else 1)
-    patterns = [pattern.strip() for pattern in options.cells.split(",")]
+    chosen = chosen_cells(options.cells)
     cells, refused = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        every = map("/".join, product(Objective.registry.names(), ARCHITECTURES, METHODS))
-        chosen = [x for x in every if any(fnmatch.fnmatch(x, pattern) for pattern in patterns)]
         is_clustered = any(cell.startswith(CLUSTERED) for cell in chosen)
         num_prototypes = min(NUM_PROTOTYPES, sizes.queue_size) if is_clustered else 0
         num_samples = max(sizes.batch_size, num_prototypes)
@@ -120,8 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 refused[cell] = str(error)
     require(
         bool(cells),
-        f"--cells {options.cells}: names nothing that can train; a cell is OBJECTIVE/ARCHITECTURE/"
-        f"FA, as byol/parallel/nn (--help lists them). {'; '.join(refused.values())}",
+        f"--cells {options.cells}: names nothing that can train. {'; '.join(refused.values())}",
     )
     return {
         **harness.context(device, sizes),

@@ -15,10 +15,10 @@ from PIL import Image
 from benchmarks import fa_overhead, harness, index_scale, loader, predict
 from common.errors import UserError
 
-STEP = [
-    "--device", "cpu", "--width", "4", "--image-size", "32", "--batch-size", "4",
-    "--queue-size", "64", "--dim", "8", "--hidden-dim", "8",
-]  # fmt: skip
+TINY = (
+    "--device cpu --width 4 --image-size 32 --batch-size 4 --queue-size 64 --dim 8 --hidden-dim 8"
+)
+STEP = TINY.split()
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,8 @@ def figures_of(module, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("fa_overhead", "--cells byol/sideways/nn", "names nothing that can train"),
+        ("fa_overhead", f"{TINY} --cells infonce/post/mask", "names nothing that can train"),
+        ("fa_overhead", f"{TINY} --cells byol/*/nn,byol/nn,*/up", "'byol/nn', '*/up' names none"),
         ("fa_overhead", "--repeats 0", "--repeats: 0: must be at least 1"),
         ("index_scale", "--pictures 7 --batch-size 8", "must fill a batch of 8"),
         ("loader", "--num-photos 24 --batch-size 16", "multiple of 16, --num-photos of --batch"),
