@@ -52,6 +52,7 @@ _READ_BYTES = 1 << 20  # read at once
 _MAX_HEADER_BYTES = 1 << 18  # of a long name, or pax attributes
 _LONG_NUMBER = re.compile(rb"[0-9]{300}")
 _MAX_LINKS = 16  # from one to the next
+_ROWS_AT_ONCE = 1 << 22  # of the table that are counted, 32 MiB of numbers
 # What numpy raises for a damaged .npy.
 _NPY_ERRORS = (OSError, EOFError, ValueError, SyntaxError, OverflowError, tokenize.TokenError)
 _REMEDY = "delete index.json and run again to index the tars, or make the shards again"
@@ -653,9 +654,18 @@ def load_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     if len(labels) and not NO_LABEL <= int(labels.min()) <= int(labels.max()) < num_labels:
         raise UserError(f"{path}: has labels that index.json has no class for; {_REMEDY}")
     is_inside = not len(table) or int(table["shard"].max()) < len(sizes)
-    if not is_inside or (np.bincount(table["shard"], minlength=len(sizes)) != sizes).any():
+    if not is_inside or (_samples_per_shard(table, len(sizes)) != sizes).any():
         raise UserError(f"{path}: its shards are not those of index.json; {_REMEDY}")
     most = max((shard["bytes"] for shard in index["shards"]), default=0)
     if len(table) and max(int(table[name].max()) for name in ("offset", "size")) > most:
         raise UserError(f"{path}: has samples beyond the end of their shards; {_REMEDY}")
     return table
+
+
+def _samples_per_shard(table: np.ndarray, num_shards: int) -> np.ndarray:
+    """How many samples the table has of each shard, int64; NumPy copies a block at a time."""
+    counts = np.zeros(num_shards, np.int64)
+    for start in range(0, len(table), _ROWS_AT_ONCE):
+        rows = table["shard"][start : start + _ROWS_AT_ONCE]
+        counts += np.bincount(rows, minlength=num_shards)
+    return counts

@@ -5,6 +5,7 @@ workers only take their parts of it. Exactly-once epochs and exact resume, also 
 of ranks or workers, follow from that.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +29,8 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
         epoch: Epoch, counted from 0.
         window: Window in samples, at least 1.
     Returns:
-        int64 array [num_samples] of sample numbers, each exactly once.
+        Array [num_samples] of sample numbers, each exactly once; int32 up to 2^31 samples, else
+        int64: this is what grows with the set in each process.
     Raises:
         UserError: If `window` is below 1.
     """
@@ -36,15 +38,23 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     rng = counter_rng("order", seed, epoch)
     shards = rng.permutation(len(sizes))
-    # The shards' ranges of sample numbers, joined in the shuffled order.
-    starts, ends = (np.cumsum(sizes) - sizes)[shards], np.cumsum(sizes[shards])
-    order = np.arange(sizes.sum()) + np.repeat(starts - (ends - sizes[shards]), sizes[shards])
-    if window >= len(order):
-        return rng.permutation(order)
-    num_full = len(order) // window * window
-    order[:num_full] = rng.permuted(order[:num_full].reshape(-1, window), axis=1).ravel()
-    order[num_full:] = rng.permutation(order[num_full:])
+    # The shards' ranges of sample numbers, joined in the shuffled order; all in one array.
+    order = np.empty(sizes.sum(), _smallest_type(sizes.sum()))
+    firsts, ends = (np.cumsum(sizes) - sizes)[shards], np.cumsum(sizes[shards])
+    ranges = np.stack([firsts, ends, sizes[shards]], axis=1).tolist()
+    for first, end, size in ranges:
+        order[end - size : end] = np.arange(first, first + size)
+    num_full = 0 if window >= len(order) else len(order) // window * window
+    if num_full:
+        windows = order[:num_full].reshape(-1, window)
+        rng.permuted(windows, axis=1, out=windows)
+    rng.shuffle(order[num_full:])
     return order
+
+
+def _smallest_type(num_samples: int) -> type[np.signedinteger]:
+    """The type that holds the number of each sample."""
+    return np.int32 if num_samples <= 2**31 else np.int64
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ class OrderedSamples:
     """Samples of an epoch or of a batch, in their order.
 
     Attributes:
-        sample_ids: int64 [n], numbers in the sources joined end to end.
+        sample_ids: int64 [n], numbers in the sources joined end to end; of an epoch int32 where
+            that is enough.
         repeats: int64 [n], how often each was due before; it decides the augmentation, so that a
             sample that comes again is cropped in another way.
     """
@@ -110,26 +121,32 @@ def epoch_samples(
     if len(sources) == 1 and sources[0].weight == 1:
         order = epoch_order(sources[0].shard_sizes, seed=seed, epoch=epoch, window=window)
         return OrderedSamples(order, np.broadcast_to(np.int64(epoch), len(order)))
-    total = max(1, sum(source.num_due for source in sources))
-    ids, repeats, places, first = [], [], [], 0
+    # Sample k of a source's m has its place at (k + 1/2) / m of the epoch. The places are gone
+    # before the numbers are made: both are large.
+    stops = list(itertools.accumulate(source.num_due for source in sources))
+    total = stops[-1] if stops else 0
+    places = np.empty(total)
+    for source, stop in zip(sources, stops, strict=True):
+        due = source.num_due
+        places[stop - due : stop] = (np.arange(due) + 0.5) / max(1, due)
+    merged = np.argsort(places, kind="stable")
+    del places
+    ids = np.empty(total, _smallest_type(sum(source.num_samples for source in sources)))
+    repeats, done, first = np.empty(total, np.int32), 0, 0
     for number, source in enumerate(sources):
         # Of the source's endless row of cycles, this epoch takes the samples start .. stop - 1.
         size, due = source.num_samples, source.num_due
-        own_window = window if window < 1 else max(1, round(window * due / total))
+        own_window = window if window < 1 else max(1, round(window * due / max(1, total)))
         own_seed = int.from_bytes(stable_hash("source", seed, number, num_bytes=7), "little")
         start, stop = epoch * due, (epoch + 1) * due
         for cycle in range(start // size, (stop - 1) // size + 1) if due else ():
             order = epoch_order(source.shard_sizes, seed=own_seed, epoch=cycle, window=own_window)
             piece = order[max(0, start - cycle * size) : stop - cycle * size]
-            ids.append(piece + first)
-            repeats.append(np.full(len(piece), cycle, np.int64))
-        places.append((np.arange(due) + 0.5) / max(1, due))
+            rows = slice(done, done + len(piece))
+            ids[rows], repeats[rows], done = piece, cycle, rows.stop
+            ids[rows] += first
         first += size
-    merged = np.argsort(np.concatenate(places), kind="stable")
-    nothing = np.empty(0, np.int64)
-    return OrderedSamples(
-        np.concatenate([nothing, *ids])[merged], np.concatenate([nothing, *repeats])[merged]
-    )
+    return OrderedSamples(ids[merged], repeats[merged])
 
 
 LastBatch = Literal["drop", "pad"]
@@ -168,6 +185,7 @@ def global_batch(
     if not 0 <= k < num_steps:
         raise IndexError(f"batch {k} of an epoch with {num_steps} batches")
     batch = epoch[k * batch_size : (k + 1) * batch_size]
+    batch = OrderedSamples(batch.sample_ids.astype(np.int64), batch.repeats.astype(np.int64))
     if missing := batch_size - len(batch):
         return OrderedSamples(
             np.concatenate([batch.sample_ids, epoch.sample_ids[:missing]]),

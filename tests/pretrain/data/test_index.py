@@ -137,6 +137,20 @@ def test_places_beyond_a_shard_are_refused(tmp_path: Path, field: str) -> None:
             load_table(tmp_path, index)
 
 
+def test_samples_of_each_shard_are_counted(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pretrain.data.index._ROWS_AT_ONCE", 2)
+    path, table = tmp_path / "samples.npy", np.zeros(5, SAMPLE_DTYPE)
+    table["shard"] = [0, 0, 0, 1, 1]
+    np.save(path, table)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    index = {"samples": "samples.npy", "num_samples": 5, "classes": None, "samples_sha256": digest}
+    index["shards"] = [{"num_samples": 3, "bytes": 1024}, {"num_samples": 2, "bytes": 1024}]
+    assert len(load_table(tmp_path, index)) == 5
+    index["shards"].reverse()
+    with pytest.raises(UserError, match="its shards are not those of"):
+        load_table(tmp_path, index)
+
+
 def test_damaged_tables_are_refused(tmp_path: Path) -> None:
     path, index = tmp_path / "samples.npy", {"samples": "samples.npy", "num_samples": 3}
     np.save(path, np.zeros(3, SAMPLE_DTYPE))
