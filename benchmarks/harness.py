@@ -89,6 +89,7 @@ def run_and_report(
     measure: Callable[[], dict[str, Any]],
     out: Path | None,
     is_success: Callable[[dict[str, Any]], bool] = lambda _: True,
+    text_of: Callable[[dict[str, Any]], str] = lambda figures: json.dumps(figures, indent=1),
 ) -> int:
     """Measure, write the figures, print them.
 
@@ -96,6 +97,7 @@ def run_and_report(
         measure: Returns the figures, by name.
         out: The file of ``--json``.
         is_success: Whether these figures are as they must be.
+        text_of: What is printed of them.
     Returns:
         Exit status: 0 done, 1 it went wrong, 2 wrong arguments.
     """
@@ -106,7 +108,7 @@ def run_and_report(
         figures = measure()
         if out is not None:
             write_json(out, figures)
-        print(json.dumps(figures, indent=1))
+        print(text_of(figures))
         return 0 if is_success(figures) else 1
 
     # A RuntimeError is a GPU without memory, for instance.

@@ -12,7 +12,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from benchmarks import fa_overhead, harness, index_scale, loader, predict
+from benchmarks import cost_growth, fa_overhead, harness, loader, predict
 from common.errors import UserError
 
 TINY = (
@@ -39,7 +39,7 @@ def figures_of(module, arguments, tmp_path):
         ("fa_overhead", f"{TINY} --cells infonce/post/mask", "names nothing that can train"),
         ("fa_overhead", f"{TINY} --cells byol/*/nn,byol/nn,*/up", "'byol/nn', '*/up' names none"),
         ("fa_overhead", "--repeats 0", "--repeats: 0: must be at least 1"),
-        ("index_scale", "--pictures 7 --batch-size 8", "must fill a batch of 8"),
+        ("cost_growth", "--axes sideways", "unknown value 'sideways'"),
         ("loader", "--num-photos 24 --batch-size 16", "multiple of 16, --num-photos of --batch"),
         ("train_step", "--peak-tflops -1", "--peak-tflops -1.0: must be more than 0"),
         ("train_step", "--json no/such/folder/step.json", "its folder does not exist"),
@@ -111,20 +111,52 @@ def test_fa_overhead(tmp_path):
     assert (figures["device"], figures["sizes"]["queue_size"]) == ("cpu", 64)
 
 
-def test_index_scale(tmp_path):
-    arguments = [
-        "--shards", "7", "--samples", "1000", "--rounds", "1", "--epochs", "3", "--pictures", "16",
-        "--batch-size", "8", "--image-size", "32", "--workers", "1",
-    ]  # fmt: skip
-    figures = figures_of(index_scale, arguments, tmp_path)
-    assert figures["open_seconds"] > 0 < figures["order_seconds"]
-    assert 10 < figures["libraries_mebibytes"] <= figures["peak_mebibytes"] < 1024
-    assert figures["within_limits"]
-    workers = figures["workers"]
-    assert set(workers["modes"]) == {"device", "workers"}
-    for found in workers["modes"].values():
-        assert (found["num_workers"], len(found["at_rest_mebibytes"])) == (1, 3)
-        assert 1 < found["largest_mebibytes"] <= workers["largest_mebibytes"] < 400
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its gather with gradient
+def test_cost_growth(tmp_path, capsys):
+    figures = figures_of(cost_growth, ["--tiny"], tmp_path)
+    costs = {
+        axis: {cost["what"]: cost for cost in found["costs"]}
+        for axis, found in figures["axes"].items()
+    }
+    assert list(costs) == ["pictures", "processes", "queue", "features", "epochs"]
+    for axis, found in figures["axes"].items():
+        for cost in found["costs"]:
+            assert len(cost["values"]) == len(found["sizes"]) >= 3
+            assert min(cost["values"]) > 0, axis
+    # By hand: 4 rows of 8 floats of each process enter the queue, with sample ids and labels.
+    gathered = costs["processes"]["BYOL with nn: gathered"]
+    of_one = 4 * (8 * 4 + 8 + 8)
+    assert [value * 2**20 for value in gathered["values"]] == [of_one, 2 * of_one, 4 * of_one]
+    assert gathered["law"]["exponent"] == pytest.approx(1)
+    # A queue's entry is 8 floats and three numbers of 8 bytes; beside them stand three numbers.
+    memory = costs["queue"]["memory, float32"]["values"]
+    assert [value * 2**20 for value in memory] == [56 * n + 24 for n in (100, 200, 400)]
+    table = capsys.readouterr().out
+    assert "| BYOL with nn: gathered, MiB | " in table
+    assert all(f"| **{axis}** | " in table for axis in costs)
+
+
+def test_law_and_wall():
+    cost = cost_growth.Cost(
+        "search", "ms", 800, [50.0, 3.0, 12.0, 48.0]
+    )  # the first does not count
+    law = cost_growth.law([1, 10, 20, 40], cost)
+    assert law["exponent"] == pytest.approx(2)
+    assert law["off"] == pytest.approx(0, abs=1e-9)
+    assert law["wall"] == pytest.approx(40 * (800 / 48) ** 0.5)
+    assert cost_growth.law([1, 2, 4], cost_growth.Cost("flat", "s", 9, [1.0] * 3))["wall"] is None
+    assert [cost_growth.short(x) for x in (0.0123, 99.6, 8192, 1e8)] == [
+        "0.012",
+        "100",
+        "8192",
+        "1e8",
+    ]
+
+
+def test_time_of_help():
+    spent = cost_growth.help_seconds(1, "runs.py")
+    assert spent.keys() == {"runs", "pretrain"}
+    assert 0.01 < min(spent.values()) < max(spent.values()) < 10
 
 
 @pytest.mark.slow
