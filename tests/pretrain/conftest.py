@@ -7,12 +7,11 @@ import torch
 
 from pretrain.config import FAConfig, HeadConfig
 from pretrain.features.augmentations.base import FeatureAugmentation
-from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from pretrain.objectives.base import Objective
 from tests.pretrain.data.picture_helpers import pack_pictures
+from tests.pretrain.model.two_layers import TwoLayers
 
-THIN = ResNetBackbone(depth=50, width_per_group=8, stem_channels=8, res2_channels=32)
 TINY_HEADS = HeadConfig(projector_hidden_dim=24, predictor_hidden_dim=24, output_dim=12)
 
 
@@ -50,8 +49,9 @@ def make_model():
     """A factory of small assemblies: make_model("byol", method="nn", ..)."""
 
     def make(
-        objective="infonce", *, seed=0, objective_options=None, heads=TINY_HEADS, arch=THIN, **fa
-    ):
+        objective="infonce", *, seed=0, objective_options=None, heads=TINY_HEADS,
+        arch=TwoLayers(), **fa,  # noqa: B008
+    ):  # fmt: skip
         fa.setdefault("queue_size", 64)
         nn = fa.get("nn", {})
         fa.setdefault("min_fill", nn.get("top_k", 1) if isinstance(nn, dict) else nn.top_k)

@@ -7,7 +7,6 @@ import torch
 
 from common.errors import UserError
 from pretrain.config import FAConfig, refuse_without_gradient, resolve
-from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import Byol
 from tests.pretrain.conftest import make_fa, make_objective
@@ -19,14 +18,13 @@ PLACES = [
     ("parallel", "auto"),
 ]  # fmt: skip
 ENTRIES = 64
-R18 = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
 
 
 def starved_parts(make_model, make_views, objective: Objective, fa: FAConfig):
     """The parts of a small network that a backward pass with filled queues does not reach."""
     options = dict(vars(objective))
     name = options.pop("name")
-    model = make_model(name, objective_options=options, arch=R18, **vars(fa))
+    model = make_model(name, objective_options=options, **vars(fa))
     if model.queue is not None:
         model.queue.put(torch.randn(ENTRIES, model.queue.features.shape[1]))
     enter(model, torch.randn(2, ENTRIES, model.online.projector[-1].out_features))

@@ -15,9 +15,9 @@ from pretrain.config import HeadConfig, OptimConfig
 from pretrain.engine.accumulation import Gradients
 from pretrain.features.augmentations.base import fa_generator
 from pretrain.features.mixing import Mixing
-from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.model.joint_embedding import FAContrastive
 from tests.pretrain.conftest import make_fa, make_objective
+from tests.pretrain.model.two_layers import TwoLayers
 
 NUM_STEPS, BATCH = 3, 8
 
@@ -26,7 +26,7 @@ def make_model(objective, fa):
     torch.manual_seed(0)
     mixing = Mixing(**fa.pop("mixing", {}))
     model = FAContrastive(
-        ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8),
+        TwoLayers(),
         HeadConfig(projector_hidden_dim=16, predictor_hidden_dim=16, output_dim=8),
         make_objective(objective, num_negatives=20, num_prototypes=6, mixing=mixing),
         make_fa(**({"queue_size": 20, "min_fill": 8} | fa)),

@@ -111,7 +111,7 @@ def test_holds_plain_types_and_tensors_only(make_model, make_views, tmp_path):
     assert loaded["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert loaded["preprocessing"]["std"] == [0.229, 0.224, 0.225]
     assert loaded["config"] == to_plain(config)
-    assert {"backbone.conv1.weight", "backbone.layer1.0.conv1.weight"} <= set(loaded["model"])
+    assert {"backbone.conv1.weight", "projector.0.weight"} <= set(loaded["model"])
     assert {"backbone.conv1.weight", "projector.0.weight"} <= set(loaded["ema"])
     assert int(loaded["queue"]["count"]) == 8
 

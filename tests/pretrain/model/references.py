@@ -10,9 +10,6 @@ from functools import partial
 import torch
 
 from pretrain.features.augmentations.base import RowRandom, fa_generator
-from pretrain.model.backbones.resnet import ResNetBackbone
-
-TINY = ResNetBackbone(depth=18, width_per_group=8, stem_channels=8, res2_channels=8)
 
 
 def draw(*shape, seed=0):

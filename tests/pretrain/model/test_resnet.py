@@ -91,8 +91,9 @@ def test_features_are_the_mean_over_the_last_map():
     maps = []
     backbone.get_submodule("layer4").register_forward_hook(lambda *args: maps.append(args[2]))
     with torch.no_grad():
-        features = backbone(images)
+        features, last = backbone(images), backbone(images, as_map=True)
     assert maps[0].shape == (2, 512, 3, 2)
+    assert torch.equal(last, maps[0])
     torch.testing.assert_close(features, maps[0].mean(dim=(2, 3)))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.pretrain.model.references import TINY, enter, move_ema
+from tests.pretrain.model.references import enter, move_ema
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def make(make_model):
 
     def make(objective, *, options=None, num_entries=40, **fa):
         options = {"num_prototypes": 6, "num_negatives": 20} | (options or {})
-        model = make_model(objective, arch=TINY, objective_options=options, **fa)
+        model = make_model(objective, objective_options=options, **fa)
         if model.ema is not None:
             move_ema(model)
         if model.queue is not None:

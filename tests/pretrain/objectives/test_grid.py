@@ -15,13 +15,12 @@ from pretrain.config import DataConfig, OptimConfig, PretrainConfig
 from pretrain.engine.contrastive_task import ContrastiveTask
 from pretrain.engine.trainer import Position
 from pretrain.features.augmentations.base import FeatureAugmentation
-from pretrain.model.backbones.resnet import ResNetBackbone
 from pretrain.objectives.base import Objective
 from pretrain.run import make_model
 from tests.pretrain.conftest import TINY_HEADS, make_fa, make_objective
+from tests.pretrain.model.two_layers import TwoLayers
 
 N, CPU = 4, torch.device("cpu")
-SMALLEST = ResNetBackbone(depth=18, width_per_group=2, stem_channels=2, res2_channels=2)
 METHODS = ("none", *FeatureAugmentation.registry.names(), "nn+mask", "nn|mixup")
 PLACES = [
     ("basic", "target"), ("basic", "online"), ("pre", "auto"), ("post", "auto"),
@@ -29,7 +28,7 @@ PLACES = [
 ]  # fmt: skip
 BASE = PretrainConfig()
 BASE = replace(
-    BASE, arch=SMALLEST, heads=TINY_HEADS, data=DataConfig(batch_size=N, image_size=16),
+    BASE, arch=TwoLayers(), heads=TINY_HEADS, data=DataConfig(batch_size=N, image_size=16),
     optim=OptimConfig(name="sgd", epochs=3, warmup_epochs=0, base_lr=1.0),
     engine=replace(BASE.engine, device="cpu", precision="fp32"),
 )  # fmt: skip

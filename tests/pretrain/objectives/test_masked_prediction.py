@@ -38,7 +38,7 @@ def test_loss_equals_a_loop_over_positions():
 
 def map_of(network, view):
     """g(f(view)), the projector at one position after another where BN does not mix them."""
-    res5 = network.backbone.stages(view)["res5"]
+    res5 = network.backbone(view, as_map=True)
     n, _, height, width = res5.shape
     rows = torch.stack([res5[i, :, y, x] for i in range(n) for y in range(height)
                         for x in range(width)])  # fmt: skip

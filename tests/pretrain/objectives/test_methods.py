@@ -15,7 +15,6 @@ from tests.pretrain.conftest import make_objective
 from tests.pretrain.model import references
 from tests.pretrain.model.references import (
     FORMULAS,
-    TINY,
     assert_same,
     assert_same_gradients,
     gradients,
@@ -244,7 +243,7 @@ def test_nnclr_equals_its_definition(make_model, make_views, bank, training):
 @pytest.mark.parity
 def test_moco_equals_its_definition_over_steps(make_model, make_views):
     """Keys of an EMA network, two queues of 20 plain keys that start empty, symmetric loss."""
-    model = make_model("moco", arch=TINY, method="none", objective_options={"num_negatives": 20})
+    model = make_model("moco", method="none", objective_options={"num_negatives": 20})
     twin = copy.deepcopy(model)
     entered = [torch.zeros(0, 12), torch.zeros(0, 12)]
     for number in range(4):

@@ -1,0 +1,32 @@
+"""A backbone that costs little: enough for tests of what lies behind it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pretrain.model.backbones.base import Backbone
+
+
+class Network(nn.Module):
+    """Two convolutions with BN, and a ResNet's stride."""
+
+    output_dim = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 5, stride=4, padding=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, self.output_dim, 9, stride=8, padding=4, bias=False)
+        self.bn2 = nn.BatchNorm2d(self.output_dim)
+
+    def forward(self, x: Tensor, as_map: bool = False) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = functional.relu(self.bn2(self.conv2(x)))
+        return x if as_map else x.mean(dim=(2, 3))
+
+
+@dataclass(frozen=True)
+class TwoLayers(Backbone):
+    def build(self, residual_gamma: float = 1.0) -> Network:
+        return Network()
