@@ -23,9 +23,8 @@ BATCH, SHARDS_HOLD = 16, 40
 
 def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
     """The recipe at toy size: the same keys, one epoch of two steps, or two where it takes two."""
-    optim, heads, width = config.optim, config.heads, 4
+    optim, heads = config.optim, config.heads
     assert isinstance(config.arch, ResNetBackbone)
-    is_bottleneck = config.arch.is_bottleneck
     small = {"num_negatives": 24, "num_prototypes": 6, "frozen_prototype_steps": 1}
     small = {key: value for key, value in small.items() if hasattr(config.objective, key)}
     augmentation = config.data.augmentation
@@ -35,8 +34,7 @@ def tiny(config: PretrainConfig, out: Path, shards: Path) -> PretrainConfig:
         config,
         out=str(out),
         arch=replace(
-            config.arch, width_per_group=width, stem_channels=width,
-            res2_channels=4 * width if is_bottleneck else width,
+            config.arch, depth=18, width_per_group=4, stem_channels=4, res2_channels=4
         ),
         data=replace(
             config.data, shards=str(shards), image_size=32, batch_size=BATCH, num_workers=0,

@@ -14,7 +14,7 @@ from pretrain.engine.trainer import Trainer
 ROOT = Path(__file__).parents[3]
 
 TINY = {
-    "arch": {"depth": 50, "width_per_group": 8, "stem_channels": 8, "res2_channels": 32},
+    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
     "data": {"image_size": 32, "batch_size": 8, "num_workers": 0},
     "heads": {"projector_hidden_dim": 24, "predictor_hidden_dim": 24, "output_dim": 12},
     "objective": {"name": "infonce"},
@@ -30,12 +30,11 @@ TINY = {
     "eval": {"num_pictures": 0, "knn_k": 5},
 }  # fmt: skip; a run of a few seconds
 SMALL = TINY | {
-    "arch": {"depth": 18, "width_per_group": 8, "stem_channels": 8, "res2_channels": 8},
     "objective": {"name": "byol"},
     "optim": TINY["optim"] | {"name": "lars"},
     "engine": TINY["engine"] | {"watchdog_seconds": 0},
 }
-"""With ResNet-18; its single steps may be taken, since no timer is started."""
+"""BYOL, whose single steps may be taken, since no timer is started."""
 
 
 def assert_same_state(a, b, where=""):

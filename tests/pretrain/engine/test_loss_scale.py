@@ -35,7 +35,7 @@ def test_the_scale_itself_changes_no_bit(make_run, monkeypatch, way):
     for precision in ("fp32", "fp16"):
         run = make_run(f"engine.precision={precision}", *WAYS[way], name=precision)
         monkeypatch.setattr(run.task, "autocast_type", None)
-        for batch in run.batches.epoch(0):
+        for batch in list(run.batches.epoch(0))[:3]:  # the third uses the queue
             run.step(batch)
         states.append(copied(run.state_dict()))
     assert states[0].pop("scaler") == {}

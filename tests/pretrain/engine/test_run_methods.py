@@ -26,7 +26,7 @@ RESUMED = {
     ],
     "simsiam": ["objective.name=simsiam", "optim.predictor_constant_lr=true", "heads.dropout=0.3"],
     "swav": [
-        "objective.name=swav", "objective.num_prototypes=6", "objective.frozen_prototype_steps=7",
+        "objective.name=swav", "objective.num_prototypes=6", "objective.frozen_prototype_steps=5",
         "fa.strength_start=0",
     ],
     "swav-multi-crop": [
@@ -49,18 +49,20 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, name):
-    overrides = [*RESUMED[name], "engine.checkpoint_every_steps=6"]
+def test_stopped_and_resumed_equals_uninterrupted(make_run, make_shards, monkeypatch, name):
+    """Two epochs of three steps; the queue of 16 serves from the third step on."""
+    shards = make_shards("fewer", num=24)
+    overrides = [*RESUMED[name], f"data.shards={shards}", "engine.checkpoint_every_steps=4"]
     whole = make_run(*overrides, name="whole")
     whole.train()
     cut = make_run(*overrides, name="cut")
-    die_before(monkeypatch, 8)
+    die_before(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     monkeypatch.undo()
     torch.manual_seed(999)  # a new process would not know the old one's random state
     resumed = make_run(*overrides, name="cut", resume=True)
-    assert resumed.position.step == 6
+    assert resumed.position.step == 4
     resumed.train()
     unlike = ("images_per_second", "data_wait_share")
     first, second = (
