@@ -1,5 +1,6 @@
 """Made for the conversion tests: small ResNets in torchvision's layout, in many wrappings."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ TINY = Arch(50, 2, 3, 8)
 
 def torchvision_state(arch: Arch = TINY, seed: int = 0) -> dict[str, Tensor]:
     """A state_dict as torchvision's: its order, lively norms, batch counters that all differ."""
+    return {name: value.clone() for name, value in _made(arch, seed).items()}
+
+
+@functools.cache
+def _made(arch: Arch, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     state = liven_norms(ResNet(arch), seed).state_dict()
     counters = [name for name in state if name.endswith("num_batches_tracked")]

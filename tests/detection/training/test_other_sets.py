@@ -133,7 +133,7 @@ def test_damaged_results_are_made_again_or_named(
     figures, whole = read(file), result.read_bytes()
     (place / "run/seed-x").mkdir()
     (place / "run/seed-x/result.json").touch()  # no seed
-    for content in (b"", b'{"AP": 1', b"\0" * 9, b"[]", b"7", b"null", b"\xff", b"{}"):
+    for content in (b'{"AP": 1', b"{}"):  # more kinds of damage: common/test_files.py
         file.write_bytes(content)
         assert evaluate("data") == 0
         assert "eval-on-data.json is damaged, and is made again" in capsys.readouterr().err

@@ -2,13 +2,9 @@
 
 import contextlib
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,7 @@ from detection.training.data import BoxMapper, build_train_loader, register, to_
 from detection.training.run import ArmSettings, prepare
 from detection.training.trainer import Trainer
 from detection.training.weights import calibrate_frozen_norms
-from tests.detection.tiny_detection import CLASSES, CONFIGS, ROOT, make_coco, make_official
+from tests.detection.tiny_detection import CLASSES, CONFIGS, make_coco, make_official
 from tests.locks import holding
 from tools import train_voc as command
 
@@ -182,7 +178,7 @@ def test_a_finished_seed_trains_on_as_if_it_had_been_longer_from_the_start(
 
 def test_a_cosine_cannot_be_made_longer(train, capsys):
     cosine = ("SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR", "SOLVER.WARMUP_ITERS=1")
-    assert train("random", *cosine) == 0
+    assert train("random", *cosine, "SOLVER.MAX_ITER=2") == 0
     assert train("random", *cosine, "SOLVER.MAX_ITER=6") == 2
     message = capsys.readouterr().err
     assert re.search(r"cannot go on to SOLVER.MAX_ITER 6: .*WarmupCosineLR.*; choose", message)
@@ -216,7 +212,7 @@ def test_what_a_power_loss_leaves_of_a_seed_is_mended_or_named(train, tmp_path, 
     assert train("random", "SOLVER.MAX_ITER", "2") == 0
     figures, state = read(folder / "result.json"), final_model(folder)
     shutil.copy(folder / "model_final.pth", folder / "model_0000000.pth")
-    for content in (b"", b'{"AP": 1', b"[]"):
+    for content in (b"", b"[]"):  # more kinds of damage: common/test_files.py
         (folder / "result.json").write_bytes(content)
         (folder / "last_checkpoint").write_bytes(content)
         (folder / "curve.jsonl").write_bytes(content + b'\n{"AP": 1}\n')
@@ -449,33 +445,6 @@ def test_pictures_that_do_not_decode_are_left_out(
 def test_diverging_training_is_no_users_mistake(train, capsys):
     assert train("random", "SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0") == 1
     assert "error: Predicted boxes or scores contain Inf/NaN" in capsys.readouterr().err
-
-
-def shell(*arguments: object) -> list[str]:
-    return ["bash", str(ROOT / "tools" / "train_voc.sh"), *map(str, arguments)]
-
-
-@pytest.mark.slow
-def test_killed_process_goes_on(voc_root: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
-    """The real thing: SIGKILL at a random moment, the same command again."""
-
-    def start(out: str) -> subprocess.Popen[str]:
-        options = ("--config", CONFIGS / "thin_R50_C4.yaml", "--data", voc_root, "--threads", 1)
-        arguments = ("random", *options, "--out", tmp_path / out, *tiny_overrides)
-        arguments = (*arguments, "SOLVER.MAX_ITER", 30)
-        return subprocess.Popen(shell(*arguments), stdout=subprocess.DEVNULL, text=True,
-                                env={**os.environ, "PYTHONWARNINGS": "ignore"})  # fmt: skip
-
-    assert start("whole").wait() == 0
-    process, folder = start("killed"), tmp_path / "killed" / "seed-0"
-    while not list(folder.glob("model_000000[5-9].pth")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "result.json").exists()
-    assert start("killed").wait() == 0
-    assert_same_training(tmp_path / "whole" / "seed-0", folder)
 
 
 SMALL = ["R18_C4.yaml", "R18_FPN.yaml", "R50_C4.yaml", "voc0712_R18_FPN_24k.yaml"]
