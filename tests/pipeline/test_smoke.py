@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.smoke_run import make_smoke_run
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +51,7 @@ def results_of(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("smoke") / "run"
-    run(out)
-    return out
+    return make_smoke_run(tmp_path_factory.mktemp("smoke") / "run")
 
 
 def test_everything_is_there(finished):
@@ -115,6 +116,9 @@ def test_killed_detection_goes_on_and_ends_the_same(finished, tmp_path):
     assert "random/seed-0: continues where it stopped" in output
     before, after = (results_of(o)["detection"]["random"][0] for o in (finished, out))
     assert [after[m] for m in ("AP", "AP50", "AP75")] == [before[m] for m in ("AP", "AP50", "AP75")]
+    path = "detection/random/seed-0/model_final.pth"
+    ours, whole = (torch.load(o / path, weights_only=True)["model"] for o in (out, finished))
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
 
 
 def test_more_seeds_run_only_the_new_ones(finished, tmp_path):
