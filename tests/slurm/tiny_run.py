@@ -76,10 +76,12 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def run_undisturbed(config: Path, out: Path, *overrides: str, num_processes: int = 2) -> Path:
-    """The run that a disturbed one must equal."""
+    """The run that a disturbed one must equal; not started in the repository."""
     command = ["bash", str(ROOT / "tools/pretrain.sh"), str(config), f"out={out}", *overrides]
     environment = os.environ | {"NPROC": str(num_processes), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

@@ -101,15 +101,22 @@ def start(work, out, *more):
     )  # fmt: skip
 
 
+MORE = ["--protocol", "full", "epochs=120", "checkpoint_every_steps=7"]
+
+
+@pytest.fixture(scope="module")
+def whole(work, tmp_path_factory):
+    """The folder of an undisturbed evaluation."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert tool.main(options_of(work, out, *MORE)) == 0
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_evaluation_ends_with_the_same_weights(work, tmp_path, number):
-    more = ["--protocol", "full", "epochs=120", "checkpoint_every_steps=7"]
-    whole = start(work, tmp_path / "whole", *more)
-    printed, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, printed
+def test_a_killed_evaluation_ends_with_the_same_weights(work, whole, tmp_path, number):
     out = tmp_path / "parts"
-    process = start(work, out, *more)
+    process = start(work, out, *MORE)
     while not (out / "checkpoint.pth").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -119,8 +126,6 @@ def test_a_killed_evaluation_ends_with_the_same_weights(work, tmp_path, number):
     assert not (out / "linear.json").exists()
     step = checkpoint.read(out / "checkpoint.pth")["position"]["step"]
     assert 7 <= step < 360
-    again = start(work, out, *more, "--resume")
-    printed, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, printed
-    a, b = (checkpoint.read(tmp_path / x / "checkpoint.pth")["heads"] for x in ("whole", "parts"))
+    assert tool.main(options_of(work, out, *MORE, "--resume")) == 0
+    a, b = (checkpoint.read(folder / "checkpoint.pth")["heads"] for folder in (whole, out))
     assert all(map(torch.equal, a, b))

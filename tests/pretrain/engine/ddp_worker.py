@@ -1,4 +1,4 @@
-"""One process of the two-process tests; called by test_ddp.py, also with a world of one.
+"""One process of the two-process tests; test_ddp.py calls `run_cell` in a world of one, too.
 
 usage: ddp_worker.py OUT CELLS_JSON   (torchrun's variables in the environment)
 """
@@ -84,7 +84,7 @@ def main(out, cells):
     torch.set_num_threads(1)
     dist.start("cpu")
     results = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
-    torch.save(results, f"{out}-{dist.world_size()}-{dist.rank()}.pth")
+    torch.save(results, f"{out}-{dist.rank()}.pth")
     dist.stop()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain import collectives as dist
+from tests.pretrain.engine.ddp_worker import run_cell
 from tests.pretrain.engine.run_helpers import free_port, start_worker, wait_for_workers
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
@@ -80,12 +81,11 @@ CELLS = (
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Results of the single process, of rank 0 and of rank 1, by cell."""
-    out, port = tmp_path_factory.mktemp("ddp") / "run", free_port()
-    ranks = [(0, 1), (0, 2), (1, 2)]
-    workers = [start_worker("ddp_worker.py", [out, json.dumps(CELLS)], *r, port) for r in ranks]
+    out, port, cells = tmp_path_factory.mktemp("ddp") / "run", free_port(), json.dumps(CELLS)
+    workers = [start_worker("ddp_worker.py", [out, cells], rank, 2, port) for rank in (0, 1)]
+    single = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
     wait_for_workers(workers, timeout=600)
-    names = ("1-0", "2-0", "2-1")
-    return [torch.load(f"{out}-{name}.pth", weights_only=True) for name in names]
+    return [single, *(torch.load(f"{out}-{rank}.pth", weights_only=True) for rank in (0, 1))]
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -28,6 +28,7 @@ from pretrain.evaluation.linear.features import FrozenBackbone
 from pretrain.evaluation.linear.heads import LinearHeads
 from pretrain.evaluation.linear.run import Evaluation, table
 from pretrain.evaluation.probe import extract_features, knn_grid
+from tools import linear_eval
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -333,13 +334,13 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def unchanged(weights, shards, val, tmp_path_factory):
-    """Weights of the classifiers without a change, by protocol."""
-    found = {}
+    """Weights of the classifiers without a change, by protocol; and the folder of features."""
+    found, features = {}, tmp_path_factory.mktemp("features")
     for config in (CONFIG, FULL_BATCHES):
         out = tmp_path_factory.mktemp(config.protocol)
-        Evaluation(config, str(weights), str(shards), str(val), out).run()
+        Evaluation(config, str(weights), str(shards), str(val), out, features=features).run()
         found[config.protocol] = heads_of(out)[0]
-    return found
+    return found, features
 
 
 def test_every_key_is_covered():
@@ -349,8 +350,8 @@ def test_every_key_is_covered():
 @pytest.mark.parametrize("key", [*CHANGES, *FULL_CHANGES])
 def test_every_key_changes_the_classifiers(evaluate, unchanged, tmp_path, key):
     config = CONFIG if key in CHANGES else FULL_BATCHES
-    a = unchanged[config.protocol]
-    evaluate(replace(config, **{key: (CHANGES | FULL_CHANGES)[key]}), "b")
+    a, features = unchanged[0][config.protocol], unchanged[1]
+    evaluate(replace(config, **{key: (CHANGES | FULL_CHANGES)[key]}), "b", features=features)
     is_refitted = (tmp_path / "b" / "refit").exists()
     b = heads_of(tmp_path / "b")[0]
     assert a.shape != b.shape or not torch.equal(a, b) or (key == "refit" and not is_refitted)
@@ -396,15 +397,13 @@ def test_two_processes_get_what_one_gets(weights, shards, val, tmp_path, protoco
         "epochs=2", "batch_size=8", "lrs=[3.0,0.1]", "device=cpu", "--protocol", protocol,
         *(["schedule=cosine", "milestones=null"] if protocol == "full" else []),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    tool = str(ROOT / "tools" / "linear_eval.py")
-    pair = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, launcher in (("one", []), ("two", pair)):
-        done = subprocess.run(
-            [sys.executable, *launcher, tool, *options, "--out", str(tmp_path / name)],
-            env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    assert linear_eval.main([*options, "--out", str(tmp_path / "one")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tools/linear_eval.py"), *options, "--out", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     one, two = (
         json.loads((tmp_path / name / "linear.json").read_text()) for name in ("one", "two")
     )
