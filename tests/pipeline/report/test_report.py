@@ -45,6 +45,13 @@ def arms(run_folder) -> dict[str, list[Path]]:
     return report.seed_folders(run_folder, results.assemble(run_folder)["detection"])
 
 
+@pytest.fixture
+def _no_charts(monkeypatch) -> None:
+    """They take most of a page's time."""
+    monkeypatch.setattr(charts, "line_chart", lambda *_, **__: None)
+    monkeypatch.setattr(charts, "interval_chart", lambda *_: None)
+
+
 # Data
 
 
@@ -165,6 +172,7 @@ def test_pretraining_of_every_variant(run_folder, tmp_path):
     assert report.pretraining_curves(found, "loss")["base"][1][:2] == (20, pytest.approx(51.5 / 20))
 
 
+@pytest.mark.usefixtures("_no_charts")
 def test_what_a_run_left_out_or_alarmed_about(tmp_path):
     out = make_run(tmp_path, seeds=1)
     folder = out / "pretrain"
@@ -325,6 +333,7 @@ def test_a_studys_page(tmp_path):
     assert page.source.count('class="chart"') == 3, "none of a single difference"
 
 
+@pytest.mark.usefixtures("_no_charts")
 @pytest.mark.parametrize("seeds", [4, 1])
 def test_the_page_of_a_comparison_begins_with_question_and_answer(tmp_path, seeds):
     out = make_compare(tmp_path, seeds)
@@ -363,23 +372,22 @@ OTHER_FORM |= {"lists": [{}], "samples": [3], "repaired": []}
 
 
 # Patterns of one row are of sections that do not read each other's files.
+@pytest.mark.usefixtures("_no_charts")
 @pytest.mark.parametrize(
     "patterns",
     [
-        ["pretrain/*", "detection/*/*/curve.jsonl", "data/dataset.json"],
-        ["pretrain/pictures/*.json", "detection/*/*/pr.json", "convert/*.json"],
-        ["detection/*/*/detections.json", "detection/*/*/errors.json", "*/linear.json"],
-        ["detection/random/*/result.json"],
-        ["detection/*/*/labels.json"],
+        ("pretrain/*", "detection/*/*/curve.jsonl", "data/dataset.json"),
+        ("pretrain/pictures/*.json", "detection/*/*/pr.json", "convert/*.json",
+         "detection/random/*/result.json"),
+        ("detection/*/*/detections.json", "detection/*/*/errors.json", "*/linear.json",
+         "detection/*/*/labels.json"),
     ],
     ids=lambda patterns: patterns[0],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("content", [None, "[1, {}]", json.dumps(OTHER_FORM)])
 def test_any_file_that_is_missing_or_of_another_form_leaves_a_page(
-    run_folder, tmp_path, monkeypatch, patterns, content
+    run_folder, tmp_path, patterns, content
 ):
-    monkeypatch.setattr(charts, "line_chart", lambda *_, **__: None)  # what takes time
-    monkeypatch.setattr(charts, "interval_chart", lambda *_: None)
     subprocess.run(["cp", "-r", str(run_folder), str(tmp_path / "run")], check=True)
     run = tmp_path / "run"
     for path in [path for pattern in patterns for path in run.glob(pattern) if path.is_file()]:
@@ -404,6 +412,7 @@ def test_one_seed_nothing_at_all_and_no_run(tmp_path, capsys):
     assert f"no such folder; did you mean {tmp_path}/" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_no_charts")
 @pytest.mark.parametrize("lowest", [0.5, 40.0])
 def test_ap_near_zero_is_said_instead_of_a_difference(tmp_path, lowest):
     out = make_run(tmp_path)
