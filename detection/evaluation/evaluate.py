@@ -11,16 +11,15 @@ import detection.compat  # noqa: F401  (before detectron2)
 # isort: split
 import contextlib
 import io
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, pascal_voc_evaluation
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.evaluation.pascal_voc_evaluation import voc_ap
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -142,66 +141,34 @@ class Evaluation:
 
 def voc_metric(
     split: LabelledSplit, classes: Sequence[str], boxes: DetectedBoxes, metric_year: int
-) -> dict[str, ClassFigures]:
+) -> tuple[dict[str, ClassFigures], list[Matches]]:
     """AP of every class that has a test object.
 
-    Detectron2's evaluator returns means over all classes only. Here its `voc_eval` is called as it
-    does, on the same lines, and the caller averages over the classes that occur: over all classes
-    the figures equal the stock ones.
+    Detectron2's `voc_eval` reads and matches everything anew for each overlap, and its evaluator
+    returns means over all classes only. Here one pass matches for all overlaps, with the same bits;
+    the caller averages over the classes that occur.
+
+    Returns:
+        The figures of each class that occurs, and the matches of all classes.
     """
-    absent = split.classes_without_objects(classes)
-    in_voc, rows = boxes.in_voc(), {}
-    with (
-        tempfile.TemporaryDirectory(prefix="voc-evaluation-") as name,
-        _records_for_voc_eval(split.pictures),
-    ):
-        listed, lines = Path(name, "pictures.txt"), Path(name, "detections.txt")
-        listed.write_text("\n".join(map(str, range(len(split.pictures)))))
-        for label, class_name in enumerate(classes):
-            if class_name in absent:
-                continue
-            own = np.flatnonzero(in_voc.label == label)
-            columns = (in_voc.image[own], in_voc.score[own], in_voc.corners[own])
-            lines.write_text(
-                "\n".join(
-                    f"{image} {score:.3f} " + " ".join(f"{value:.1f}" for value in corners)
-                    for image, score, corners in zip(*columns, strict=True)
-                )
-            )
-            precisions, curves = [], {}
-            for threshold in THRESHOLDS:
-                places = str(lines), "{}", str(listed)
-                recall, precision, average = pascal_voc_evaluation.voc_eval(
-                    *places, class_name, threshold / 100.0, metric_year == 2007
-                )
-                precisions.append(100 * float(average))
-                if threshold in _CURVE_THRESHOLDS:
-                    curves[f"{threshold / 100:.2f}"] = curve_points(recall, precision)
-            at_50, at_75 = (precisions[THRESHOLDS.index(place)] for place in (50, 75))
-            rows[class_name] = ClassFigures(float(np.mean(precisions)), at_50, at_75, curves)
-    return rows
-
-
-@contextlib.contextmanager
-def _records_for_voc_eval(pictures: Sequence[PictureRecord]) -> Iterator[None]:
-    """Give `voc_eval` records by their places, and not the user's files.
-
-    Detectron2's reader takes UTF-8 and whole numbers only, and does not strip class names; and no
-    name of a picture may hold a space.
-    """
-    records = {
-        str(place): [
-            {"name": item.class_name, "difficult": item.is_ignored, "bbox": item.voc_box}
-            for item in picture.objects
-        ]
-        for place, picture in enumerate(pictures)
-    }
-    stock = pascal_voc_evaluation.parse_rec
-    pascal_voc_evaluation.parse_rec = records.__getitem__
-    try:
-        yield
-    finally:
-        pascal_voc_evaluation.parse_rec = stock
+    found = voc_matches(
+        objects_of(split, classes), boxes.in_voc(), len(classes), len(split.pictures)
+    )
+    rows = {}
+    for class_name, matches in zip(classes, found, strict=True):
+        num_objects = int(matches.num_objects.sum())
+        if num_objects == 0:
+            continue
+        precisions, curves = [], {}
+        for threshold, hit, counted in zip(THRESHOLDS, matches.hit, matches.counted, strict=True):
+            right, num_counted = np.cumsum(hit), np.cumsum(counted)
+            recall, precision = right / num_objects, right / np.maximum(num_counted, 1)
+            precisions.append(100 * float(voc_ap(recall, precision, metric_year == 2007)))
+            if threshold in _CURVE_THRESHOLDS:
+                curves[f"{threshold / 100:.2f}"] = curve_points(recall, precision)
+        at_50, at_75 = (precisions[THRESHOLDS.index(place)] for place in (50, 75))
+        rows[class_name] = ClassFigures(float(np.mean(precisions)), at_50, at_75, curves)
+    return rows, found
 
 
 def curve_points(recall: np.ndarray, precision: np.ndarray) -> Curve:
@@ -356,17 +323,16 @@ def evaluate_detector(
     boxes: DetectedBoxes = result["boxes"]
 
     # AP by COCO's metric, and by VOC's if that is the set's. Means are over the classes that occur.
-    year, num_images, num_classes = data.metric_year, len(split.pictures), len(data.classes)
+    year, num_images = data.metric_year, len(split.pictures)
     objects, in_voc = objects_of(split, data.classes), boxes.in_voc()
     coco, rows, coco_evaluation = coco_metric(split, data.classes, boxes)
     if year is None:
         means = {key: coco[key] for key in METRICS}
-        matches = coco_matches(coco_evaluation, num_classes, num_images)
+        matches = coco_matches(coco_evaluation, len(data.classes), num_images)
     else:
-        rows = voc_metric(split, data.classes, boxes, year)
+        rows, matches = voc_metric(split, data.classes, boxes, year)
         columns = zip(*((row.ap, row.ap50, row.ap75) for row in rows.values()), strict=True)
         means = {key: float(np.mean(x)) for key, x in zip(METRICS, columns, strict=True)}
-        matches = voc_matches(objects, in_voc, num_classes, num_images)
 
     # Kinds of errors, also of the detections that are kept for people to look at.
     verdicts = judge(objects, in_voc)

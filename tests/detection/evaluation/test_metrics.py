@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.evaluation.pascal_voc_evaluation import voc_eval
 
 from benchmarks.voc_eval_parity import COCO as COCO_RULES
 from benchmarks.voc_eval_parity import (
     VOC_2007,
     VOC_2012,
+    VOC_THRESHOLDS,
     DetectionSet,
     FoundBox,
     TrueObject,
     average_precisions,
+    detectron2_lines,
+    picture_records,
+    random_set,
 )
 from common.annotations.record import LabelledSet, LabelledSplit, SetChoice, read_set
 from detection.evaluation import evaluate
@@ -33,7 +38,7 @@ def metric(voc: LabelledSet, detections: list[Detection]) -> dict[str, evaluate.
     assert voc.metric_year is not None
     return evaluate.voc_metric(
         voc.test, voc.classes, collect(voc.test, detections), voc.metric_year
-    )
+    )[0]
 
 
 def rows_of(voc: LabelledSet, detections: list[Detection], **options: Any) -> list[dict[str, Any]]:
@@ -83,7 +88,7 @@ def test_ap_equals_an_independent_computation(year: int | None, tmp_path: Path) 
     if year is None:
         result = evaluate.coco_metric(split, voc.classes, boxes)[1]
     else:
-        result = evaluate.voc_metric(split, voc.classes, boxes, year)
+        result = evaluate.voc_metric(split, voc.classes, boxes, year)[0]
     thresholds = [value / 100 for value in range(50, 100, 5)]
     data = as_set(voc, split, detections)
     for label, name in enumerate(voc.classes):
@@ -93,6 +98,36 @@ def test_ap_equals_an_independent_computation(year: int | None, tmp_path: Path) 
         assert result[name].ap == pytest.approx(aps.mean())
     at_50, at_75 = (np.mean([getattr(r, key) for r in result.values()]) for key in ("ap50", "ap75"))
     assert 0 < at_75 < at_50 < 100
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_one_pass_gives_the_bits_of_detectron2(year: int, tmp_path: Path) -> None:
+    """Ten calls of its `voc_eval`: equal scores, doubled and difficult objects, no detections."""
+    num_compared = 0
+    for seed in range(10):
+        data, folder = random_set(seed), tmp_path / str(seed)
+        names = [f"class{label}" for label in range(data.num_classes)]
+        split = LabelledSplit(folder, "test", tuple(picture_records(data)))
+        boxes = evaluate.DetectedBoxes(
+            np.array([item.image for item in data.found], np.int64),
+            np.array([item.label for item in data.found], np.int64),
+            np.array([item.score for item in data.found], np.float32),
+            np.array([item.box for item in data.found], np.float32).reshape(-1, 4),
+        )
+        rows = evaluate.voc_metric(split, names, boxes, year)[0]
+        lines = detectron2_lines(data, folder)
+        for name, row in rows.items():
+            detections = folder / f"{name}.txt"
+            detections.write_text("\n".join(lines.get(names.index(name), [])))
+            aps = [
+                100 * float(voc_eval(str(detections), f"{folder}/Annotations/{{}}.xml",
+                    f"{folder}/ImageSets/Main/test.txt", name, threshold, year == 2007)[2])
+                for threshold in VOC_THRESHOLDS
+            ]  # fmt: skip
+            assert (row.ap50, row.ap75, row.ap) == (aps[0], aps[5], np.mean(aps))
+            num_compared += 0 < row.ap < 100
+    assert num_compared > 10
 
 
 @pytest.mark.parity

@@ -10,9 +10,8 @@ import pytest
 
 from common.annotations.record import LabelledSplit, ObjectRecord, PictureRecord
 from common.picture_draws import draw_pictures, interval
-from detection.evaluation.error_analysis import objects_of
 from detection.evaluation.evaluate import DetectedBoxes, coco_metric, voc_metric
-from detection.evaluation.resampled_ap import coco_matches, resampled_ap, voc_matches
+from detection.evaluation.resampled_ap import coco_matches, resampled_ap
 
 CLASSES = ("cat", "dog", "rare", "never")
 NUM_PICTURES = 15
@@ -68,7 +67,7 @@ def evaluated(split: LabelledSplit, boxes: DetectedBoxes, year: int | None) -> l
     if year is None:
         figures = coco_metric(split, CLASSES, boxes)[0]
         return [figures[metric] for metric in ("AP", "AP50", "AP75")]
-    rows = voc_metric(split, CLASSES, boxes, year).values()
+    rows = voc_metric(split, CLASSES, boxes, year)[0].values()
     return np.mean([(row.ap, row.ap50, row.ap75) for row in rows], axis=0).tolist()
 
 
@@ -80,7 +79,7 @@ def resampled(
     if year is None:
         matches = coco_matches(coco_metric(split, CLASSES, boxes)[2], *sizes)
     else:
-        matches = voc_matches(objects_of(split, CLASSES), boxes.in_voc(), *sizes)
+        matches = voc_metric(split, CLASSES, boxes, year)[1]
     return np.stack([*resampled_ap(matches, counts, year).values()], axis=1)
 
 

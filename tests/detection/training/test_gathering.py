@@ -34,7 +34,7 @@ def evaluate(root: Path, rank: int, num_processes: int) -> dict[str, Any] | None
     found = result["boxes"]
     return {
         "coco": coco_metric(voc.test, voc.classes, found)[0],
-        "voc": voc_metric(voc.test, voc.classes, found, 2012),
+        "voc": voc_metric(voc.test, voc.classes, found, 2012)[0],
         "rows": detection_rows(
             voc.test, voc, found, ["x"] * len(found.score), num_saved=12, score_thresh=0.0
         ),
