@@ -323,7 +323,7 @@ def check_device(cfg: CfgNode) -> None:
     """Refuse what Detectron2 cannot do on a CPU.
 
     Raises:
-        UserError: For SyncBN or mixed precision without a GPU.
+        UserError: For SyncBN without a GPU.
     """
     if cfg.MODEL.DEVICE != "cpu":
         return
@@ -331,8 +331,6 @@ def check_device(cfg: CfgNode) -> None:
         norm = cfg.MODEL[part].NORM
         if norm in ("SyncBN", "nnSyncBN"):
             raise UserError(f"MODEL.{part}.NORM {norm}: runs on GPUs only; use naiveSyncBN or BN")
-    if cfg.SOLVER.AMP.ENABLED:
-        raise UserError("SOLVER.AMP.ENABLED: Detectron2's mixed precision needs a GPU; set False")
 
 
 def _explain(cfg: CfgNode, error: Exception) -> str:

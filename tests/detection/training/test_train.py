@@ -328,6 +328,16 @@ def test_examples_are_those_of_detectron2s_mapper(colours, is_train, orientation
     assert 100 < mappers[0](picture)["image"].float().mean() < 155
 
 
+def test_mixed_precision_on_a_cpu_learns_nearly_the_same(train, tmp_path):
+    losses = []
+    for number, words in enumerate(([], ["SOLVER.AMP.ENABLED=True"])):
+        assert train("random", *words, out=str(number)) == 0
+        metrics = tmp_path / str(number) / "seed-0/metrics.json"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        losses.append(next(row["total_loss"] for row in rows if "total_loss" in row))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.3)
+
+
 def test_coco_trains_and_its_own_metric_is_the_result(tmp_path, tiny_overrides):
     options = ["random", "--config", str(CONFIGS / "thin_R50_C4.yaml"), "--out",
                str(tmp_path / "out"), "--data", str(make_coco(tmp_path / "coco"))]  # fmt: skip
