@@ -36,6 +36,7 @@ def figures_of(module, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
+        ("detection_step", "--cells R18_FPN", "give CONFIG@PIXELS"),
         ("fa_overhead", f"{TINY} --cells infonce/post/mask", "names nothing that can train"),
         ("fa_overhead", f"{TINY} --cells byol/*/nn,byol/nn,*/up", "'byol/nn', '*/up' names none"),
         ("fa_overhead", "--repeats 0", "--repeats: 0: must be at least 1"),
