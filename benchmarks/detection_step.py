@@ -167,7 +167,9 @@ def measure_evaluation(trainer: Trainer, num_rounds: int) -> dict[str, Any]:
         ]
 
     def theirs() -> None:
-        figures[STOCK] = [float(value) for value in stock.evaluate()["bbox"].values()]
+        means = stock.evaluate()
+        assert means is not None
+        figures[STOCK] = [float(value) for value in means["bbox"].values()]
 
     clock = harness.Clock(torch.device("cpu"), 1)
     turns = {OURS: partial(clock, ours), STOCK: partial(clock, theirs)}
