@@ -182,7 +182,7 @@ def test_mistakes_in_a_preset_are_named(files: Path, change: dict, message: str)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--preset", "huge"], "known are letters, longer-cpu, reproduce-cpu, reproduce-gpu"),
+        (["--preset", "huge"], "known are demo, letters, longer-cpu, reproduce-cpu, reproduce-gpu"),
         (["--data", "cifar"], "--data: unknown set cifar; known are fashion-mnist, photos"),
         (["--metrics", "top5"], "--metrics: unknown metric top5; known are knn, linear"),
         (["--parallel", "0"], "--parallel 0: give 1 or more"),
