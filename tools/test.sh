@@ -25,7 +25,7 @@ esac
 bash tools/setup.sh --quiet
 case " $* " in
     "  " | " -m slow ")
-        set -- "$@" --numprocesses auto --maxprocesses 4 --dist loadfile
+        set -- "$@" --numprocesses auto --maxprocesses 4 --dist worksteal
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the processes share the cores
         ;;
 esac
