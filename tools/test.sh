@@ -25,7 +25,8 @@ esac
 bash tools/setup.sh --quiet
 case " $* " in
     "  " | " -m slow ")
-        set -- "$@" --numprocesses auto --maxprocesses 4 --dist worksteal
+        [[ $# -eq 0 ]] && dist=worksteal || dist=loadfile  # slow tests of a file share what they made
+        set -- "$@" --numprocesses auto --maxprocesses 4 --dist "$dist"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the processes share the cores
         ;;
 esac
