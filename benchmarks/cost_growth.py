@@ -425,7 +425,7 @@ def epochs(scale: Scale) -> Costs:
     with tempfile.TemporaryDirectory() as name:
         jpegs = harness.encoded_photos(64)
         shards = harness.open_as_shards(jpegs, Path(name), num_pictures, per_shard=256)
-        for where, in_workers in (("device", False), ("workers", True)):
+        for where, in_workers in (("on the device", False), ("in workers", True)):
             dataset = harness.two_view_dataset(shards, image_size, in_workers=in_workers)
             before = set(multiprocessing.active_children())
             loader = Loader(dataset, batch_size=batch_size, num_workers=num_workers)
@@ -436,8 +436,8 @@ def epochs(scale: Scale) -> Costs:
                 workers = set(multiprocessing.active_children()) - before
                 held = [memory_of(worker.pid, "Private_") for worker in workers]
                 at_rest.append(max(held) / MEBIBYTE)
-            title = f"a worker's own memory, photometric changes on the {where}"
-            costs.append(Cost(title.replace("on the workers", "in workers"), "MiB", 400, at_rest))
+            title = f"a worker's own memory, photometric changes {where}"
+            costs.append(Cost(title, "MiB", 400, at_rest))
             del loader
         shards.close()
     return costs

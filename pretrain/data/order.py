@@ -64,8 +64,8 @@ class OrderedSamples:
     Attributes:
         sample_ids: int64 [n], numbers in the sources joined end to end; of an epoch int32 where
             that is enough.
-        repeats: int64 [n], how often each was due before; it decides the augmentation, so that a
-            sample that comes again is cropped in another way.
+        repeats: int64 [n], int32 in an epoch of a mixture, how often each was due before; it
+            decides the augmentation, so that a sample that comes again is cropped in another way.
     """
 
     sample_ids: np.ndarray
