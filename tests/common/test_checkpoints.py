@@ -6,8 +6,7 @@ import os
 import pickle
 import re
 import resource
-import subprocess
-import sys
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from common import checkpoints
 from common.errors import UserError
+from tests.ranks import Rank, ends_of
 
 
 class Attack:
@@ -351,23 +351,19 @@ HEADERS = {
     "a hole": b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
 }
 
-# Reads every file of a folder with 1 GiB of memory beyond what Python and torch take.
-READER = """
-import resource, sys, time
-from pathlib import Path
-from common import checkpoints
-from common.errors import UserError
-size = next(x for x in open("/proc/self/status") if x.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + (1 << 30),) * 2)
-for path in sorted(Path(sys.argv[1]).iterdir()):
-    begin = time.process_time()
-    try:
-        checkpoints.read(path)
-        answer = "read"
-    except UserError as error:
-        answer = str(error)
-    print(f"{path.stem}|{time.process_time() - begin}|{answer}", flush=True)
-"""
+
+def read_all(folder: Path) -> None:
+    """Every file, with 1 GiB of memory beyond what Python and torch take."""
+    size = next(x for x in open("/proc/self/status") if x.startswith("VmSize"))  # noqa: SIM115
+    resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + (1 << 30),) * 2)
+    for path in sorted(folder.iterdir()):
+        begin = time.process_time()
+        try:
+            checkpoints.read(path)
+            answer = "read"
+        except UserError as error:
+            answer = str(error)
+        print(f"{path.stem}|{time.process_time() - begin}|{answer}", flush=True)
 
 
 def test_hostile_files_are_refused_in_5_seconds_and_1_gib(tmp_path: Path) -> None:
@@ -379,10 +375,9 @@ def test_hostile_files_are_refused_in_5_seconds_and_1_gib(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "fifo.pth")
     (tmp_path / "device.pth").symlink_to("/dev/zero")
     (tmp_path / "folder.pth").mkdir()
-    command = [sys.executable, "-c", READER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+    ((status, printed),) = ends_of([Rank(read_all, (tmp_path,))])
+    assert status == 0, printed
+    rows = [line.split("|") for line in printed.splitlines()]
     assert len(rows) == len(HOSTILE) + len(HEADERS) + 3
     reasons = {name: answer for name, _, answer in rows}
     assert "is compressed" in reasons["deflated record"]  # before it is read

@@ -3,8 +3,6 @@
 import functools
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,10 @@ from common.network import ResNet
 from detection import export
 from detection.predict import Detector, load_detector
 from detection.training.config import describe, load_config, parse_overrides, write_config
+from tests.detection.plain_detectron2 import print_found
 from tests.detection.tiny_detection import CLASSES, CONFIGS, liven_norms
 from tests.detection.tiny_weights import TINY, our_checkpoint, save, torchvision_state
+from tests.ranks import Rank, ends_of
 from tools.export import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated")
@@ -70,33 +70,17 @@ def detector(folder: Path) -> Detector:
     return load_detector(folder, device="cpu")
 
 
-PLAIN = """
-import json, sys
-import cv2
-from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
-for config, weights in zip(sys.argv[2::2], sys.argv[3::2]):
-    cfg = get_cfg()
-    cfg.merge_from_file(config)
-    cfg.MODEL.WEIGHTS = weights
-    found = DefaultPredictor(cfg)(cv2.imread(sys.argv[1]))["instances"]
-    assert "detection" not in sys.modules
-    columns = (found.pred_boxes.tensor, found.scores, found.pred_classes)
-    print("found", json.dumps([column.tolist() for column in columns]))
-"""
-
-
 def test_plain_detectron2_finds_the_same(make_folder, tmp_path):
     """A pyramid from the seed's own files; a C4 detector exported, its extra norm folded."""
     detectors = [load_detector(make_folder(x), device="cpu") for x in ("R18_FPN", "thin_R50_C4")]
-    own = [make_folder("R18_FPN") / name for name in ("config.yaml", "model_final.pth")]
+    own = make_folder("R18_FPN")
     export.export_detector(detectors[1], tmp_path / "plain.pth", "detectron2", IMAGES)
     cv2.imwrite(str(tmp_path / "a.png"), IMAGES[2][..., ::-1])
-    files = [tmp_path / "a.png", *own, tmp_path / "plain.yaml", tmp_path / "plain.pth"]
-    command = [sys.executable, "-c", PLAIN, *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    exported = (tmp_path / "plain.yaml", tmp_path / "plain.pth")
+    files = [(own / "config.yaml", own / "model_final.pth"), exported]
+    ((status, printed),) = ends_of([Rank(print_found, (tmp_path / "a.png", files))])
+    assert status == 0, printed
+    lines = [line for line in printed.splitlines() if line.startswith("found ")]
     for detector, line in zip(detectors, lines, strict=True):
         rows = zip(*json.loads(line.removeprefix("found ")), strict=True)
         ours = detector(IMAGES[2], score=0)

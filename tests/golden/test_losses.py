@@ -1,9 +1,6 @@
 """Losses of optimiser steps in float64, cell by cell and in two ranks; of whole runs in fp32."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,8 @@ import yaml
 from pretrain.__main__ import main as pretrain
 from tests.golden.gate import check, digest
 from tests.golden.pictures import labelled_shards
-from tests.golden.training import CELLS, TWO_RANKS, float64_is_kept, run
+from tests.golden.training import CELLS, TWO_RANKS, float64_is_kept, run, run_ranks
+from tests.ranks import assert_well, run_group
 
 ROOT = Path(__file__).parents[2]
 RTOL, ATOL = 1e-9, 1e-10  # changing weights by 1e-13 of their value moves losses by 1e-10 at most
@@ -31,11 +29,7 @@ def test_twenty_steps_in_float64(name: str) -> None:
 @pytest.mark.ddp
 def test_ten_steps_in_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "tests.golden.training", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert_well(run_group(run_ranks, (out,)))
     results = json.loads(out.read_text())
     assert list(results) == list(TWO_RANKS)
     figures = {name: figures for name, (figures, _) in results.items()}
@@ -119,9 +113,6 @@ def test_losses_of_a_run(tmp_path: Path, shards: Path, val: Path, name: str) -> 
 
 @pytest.mark.slow
 def test_losses_of_a_run_in_two_processes(tmp_path: Path, shards: Path, val: Path) -> None:
-    command = [str(ROOT / "tools" / "pretrain.sh")]
-    command += arguments(tmp_path, shards, val, RUNS["infonce-nn-lars"])
-    environment = os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    words = arguments(tmp_path, shards, val, RUNS["infonce-nn-lars"])
+    assert_well(run_group(pretrain, (words,)))
     compare_log("two-processes", tmp_path)

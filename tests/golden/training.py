@@ -7,7 +7,6 @@ float64 that cast is left out here, so that rounding stays near 1e-16.
 
 import contextlib
 import json
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -217,11 +216,11 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return float(sum(x.detach().double().square().sum() for x in tensors) ** 0.5)
 
 
-if __name__ == "__main__":  # one of two Gloo ranks of test_losses.py; the argument is a file
-    torch.set_num_threads(1)
+def run_ranks(out: Path) -> None:
+    """What each of the two Gloo ranks of test_losses.py does."""
     dist.start("cpu")
     with float64_is_kept():
         results = {name: run(CELLS[name], NUM_STEPS_OF_RANKS) for name in TWO_RANKS}
     if dist.rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
+        out.write_text(json.dumps(results))
     dist.stop()

@@ -1,13 +1,18 @@
-"""What is refused before the first stage: real programs look at a small set of one's own."""
+"""What is refused before the first stage: the programs look at a small set of one's own."""
 
+import contextlib
+import importlib
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from common.errors import UserError
+from common.errors import EACH, UserError, run_or_check_each
 from pipeline import experiment
 from pipeline.config import load_config
 from pipeline.plan import build_stages
@@ -43,6 +48,27 @@ def checked(folder: Path, *overrides: str) -> dict[str, dict]:
     return experiment.check(*stages_of(folder, out, *overrides), ROOT, out)
 
 
+@pytest.fixture
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs' own functions answer: starting the programs takes longer than their checks."""
+
+    def run(command: list[str], input: str, **_: object) -> SimpleNamespace:
+        name = Path(command[1]).stem
+        module = importlib.import_module(
+            "pretrain.__main__" if name == "pretrain" else f"tools.{name}"
+        )
+        monkeypatch.setattr(module, "keep_freed_memory", lambda: None, raising=False)
+        monkeypatch.setattr(sys, "argv", [name, EACH])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert run_or_check_each(module.main) == 0
+        return SimpleNamespace(stdout=said.getvalue())
+
+    monkeypatch.setattr(experiment.subprocess, "run", run)
+    monkeypatch.setattr(experiment.provenance, "usable_cores", lambda: 1)  # one after another
+
+
+@pytest.mark.usefixtures("_in_this_process")
 def test_what_is_right_passes_and_says_what_it_takes(folder, monkeypatch, capsys):
     facts = checked(folder)
     arch = {"depth": 50, "width_per_group": 16, "stem_channels": 16, "res2_channels": 64}
@@ -88,6 +114,7 @@ DETECTION = {  # override -> what is said of it
 }
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_every_fault_is_found_before_the_first_stage(folder: Path) -> None:
     variants = {name: {"overrides": overrides} for name, (overrides, _) in PRETRAINING.items()}
     words = ["convert.branch=ema", f"variants={json.dumps(variants)}"]
@@ -119,16 +146,14 @@ def test_faults_of_detection_and_of_shards(folder: Path, tmp_path: Path) -> None
 
 
 def test_every_program_answers_many_checks_at_once(folder: Path, capfd, monkeypatch) -> None:
-    from common.errors import run_or_check_each
-
     def program(words: list[str] | None) -> int:
         if words == ["odd"]:
             raise SystemExit(2)
         print("noise\n" + json.dumps({"words": words}))
         return 0
 
-    monkeypatch.setattr("sys.argv", ["x", "--check-each"])
-    monkeypatch.setattr("sys.stdin", __import__("io").StringIO('[["a"], ["odd"], ["b", "c"]]'))
+    monkeypatch.setattr("sys.argv", ["x", EACH])
+    monkeypatch.setattr("sys.stdin", io.StringIO('[["a"], ["odd"], ["b", "c"]]'))
     assert run_or_check_each(program) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines == ['{"words": ["a"]}', '{"error": "no message"}', '{"words": ["b", "c"]}']

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed
 from detectron2.utils import comm
-from torch.multiprocessing.spawn import spawn
 
 from common.annotations.record import read_set
 from detection.evaluation.evaluate import Collector, coco_metric, detection_rows, voc_metric
 from tests.detection.tiny_detection import instances_of, make_detections, make_voc
+from tests.ranks import Rank, assert_well, ends_of
 
 NUM_PROCESSES = 2
 
@@ -57,8 +57,7 @@ def process_group(rank: int, folder: Path) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def second_process(_: int, root: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
+def second_process(root: Path, folder: Path) -> None:
     with process_group(1, folder):
         assert not evaluate(root, 1, NUM_PROCESSES)  # only the first process has the result
 
@@ -72,10 +71,8 @@ def test_two_processes_gather_what_one_has(tmp_path: Path, monkeypatch) -> None:
     assert alone is not None
     assert 0 < alone["coco"]["AP75"] < alone["coco"]["AP50"] < 100
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    other = spawn(second_process, (root, tmp_path), 1, join=False)
-    assert other is not None
+    other = Rank(second_process, (root, tmp_path))
     with process_group(0, tmp_path):
         both = evaluate(root, 0, NUM_PROCESSES)
-    while not other.join():
-        pass
+    assert_well(ends_of([other]))
     assert both == alone

@@ -1,11 +1,6 @@
-"""One process of the two-process tests; test_ddp.py calls `run_cell` in a world of one, too.
-
-usage: ddp_worker.py OUT CELLS_JSON   (torchrun's variables in the environment)
-"""
+"""One process of the two-process tests; test_ddp.py calls `run_cell` in a world of one, too."""
 
 import contextlib
-import json
-import sys
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -80,13 +75,8 @@ def run_cell(objective, fa, optim, num_small=0):
     }
 
 
-def main(out, cells):
-    torch.set_num_threads(1)
+def run_cells(out, cells):
     dist.start("cpu")
-    results = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
+    results = {name: run_cell(*cell) for name, cell in cells.items()}
     torch.save(results, f"{out}-{dist.rank()}.pth")
     dist.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,21 +1,14 @@
-"""The command line in a process of its own to which something happens.
+"""The command line in processes of their own to which something happens."""
 
-usage: guard_worker.py WHAT RANK STEPS ARGUMENTS...   (torchrun's variables in the environment)
-
-WHAT happens in process RANK before the steps of STEPS ("3,7", numbered from 1 on):
-`poison`: one pixel is NaN; `overflow`: a gradient is infinite, and all loss scales start at 256;
-`sleep-in-forward`: it sleeps in the network. Its weights lie in OUT/rank-R.pth afterwards.
-"""
-
-import os
-import sys
 import time
 from functools import partial
 
 import torch
 
+from pretrain import collectives as dist
 from pretrain.__main__ import main
 from pretrain.engine.trainer import Trainer
+from tests.ranks import run_group
 
 
 def stand_still():
@@ -32,28 +25,33 @@ def happen(what, run, batch):
         run.task.model.online.projector.register_forward_pre_hook(lambda *_: stand_still())
 
 
-def meddle(what, rank, steps):
-    step, train = Trainer.step, Trainer.train
+def disturbed_run(what: str, rank: int, step: int, words: list[str]) -> int:
+    """The command line; weights of process R lie in OUT/rank-R.pth afterwards."""
+    take_step, train = Trainer.step, Trainer.train
 
     def disturbed(self, batch):
-        if int(os.environ.get("RANK", "0")) == rank and self.position.step + 1 in steps:
+        if dist.rank() == rank and self.position.step + 1 == step:
             happen(what, self, batch)
-        return step(self, batch)
+        return take_step(self, batch)
 
     def kept(self):
+        number = dist.rank()
         try:
             train(self)
         finally:
-            own = os.environ.get("RANK", "0")
-            torch.save(self.task.model.state_dict(), self.task.folder / f"rank-{own}.pth")
+            torch.save(self.task.model.state_dict(), self.task.folder / f"rank-{number}.pth")
 
     if what == "overflow":
         scaler = partial(torch.amp.GradScaler, init_scale=256.0)
         torch.amp.GradScaler = scaler  # type: ignore[misc]
     Trainer.step, Trainer.train = disturbed, kept  # type: ignore[method-assign]
+    return main(words)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    meddle(sys.argv[1], int(sys.argv[2]), [int(s) for s in sys.argv[3].split(",")])
-    sys.exit(main(sys.argv[4:]))
+def run_disturbed_pair(what: str, rank: int, step: int, *words: object) -> list[tuple[int, str]]:
+    """Exit status and what was printed, of two processes, by rank.
+
+    Before a step (from 1 on) something happens in process `rank`. `poison`: one pixel is NaN;
+    `overflow`: a gradient is infinite, and all loss scales start at 256; `sleep`: in the network.
+    """
+    return run_group(disturbed_run, (what, rank, step, [str(word) for word in words]))

@@ -1,9 +1,5 @@
-"""What tests of whole runs and of several processes share."""
+"""What tests of whole runs share."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -58,56 +54,6 @@ def one_step(run, *, is_logged=False):
     result = run.task.step(batch, run.position, is_logged=is_logged, is_saved=False)
     run.position.step += 1
     return result
-
-
-def wait_for_workers(workers: list[subprocess.Popen], timeout: float) -> None:
-    """All must end well; none outlives the first that does not."""
-    try:
-        for worker in workers:
-            printed, _ = worker.communicate(timeout=timeout)
-            assert worker.returncode == 0, printed
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_pair(what: str, rank: int, steps: str, *arguments) -> list[tuple[int, str]]:
-    """guard_worker.py in two Gloo processes: exit status and what was printed, by rank.
-
-    `rank` is the one to which something happens.
-    """
-    port, words = free_port(), [what, rank, steps, *arguments]
-    workers = [start_worker("guard_worker.py", words, own, 2, port) for own in (0, 1)]
-    try:
-        printed = [worker.communicate(timeout=240)[0] for worker in workers]
-        return [(w.returncode, text) for w, text in zip(workers, printed, strict=True)]
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.communicate()
-
-
-def start_worker(script, arguments, rank, world_size, port):
-    """A script of this folder, or code, in a process of a group."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }  # fmt: skip
-    words = ["-c", script] if "\n" in script else [str(Path(__file__).with_name(script))]
-    return subprocess.Popen(
-        [sys.executable, *words, *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
 
 
 def rows_of(folder, kind):

@@ -3,15 +3,15 @@
 BN is in eval mode: its batch statistics are per process and micro-batch.
 """
 
-import json
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain import collectives as dist
-from tests.pretrain.engine.ddp_worker import run_cell
-from tests.pretrain.engine.run_helpers import free_port, start_worker, wait_for_workers
+from tests.pretrain.engine.ddp_worker import run_cell, run_cells
+from tests.ranks import Rank, assert_well, ends_of, free_port
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
@@ -81,10 +81,10 @@ CELLS = (
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Results of the single process, of rank 0 and of rank 1, by cell."""
-    out, port, cells = tmp_path_factory.mktemp("ddp") / "run", free_port(), json.dumps(CELLS)
-    workers = [start_worker("ddp_worker.py", [out, cells], rank, 2, port) for rank in (0, 1)]
-    single = {name: run_cell(*cell) for name, cell in json.loads(cells).items()}
-    wait_for_workers(workers, timeout=600)
+    out, port = tmp_path_factory.mktemp("ddp") / "run", free_port()
+    ranks = [Rank(run_cells, (str(out), CELLS), rank, 2, port) for rank in (0, 1)]
+    single = {name: run_cell(*cell) for name, cell in copy.deepcopy(CELLS).items()}
+    assert_well(ends_of(ranks, 600))
     return [single, *(torch.load(f"{out}-{rank}.pth", weights_only=True) for rank in (0, 1))]
 
 

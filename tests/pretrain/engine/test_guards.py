@@ -13,7 +13,8 @@ import torch
 from pretrain.engine import checkpoint, guards
 from pretrain.engine.trainer import Trainer
 from tests.pretrain.data.picture_helpers import damage
-from tests.pretrain.engine.run_helpers import SMALL, error_of, start_pair, train_rows
+from tests.pretrain.engine.guard_worker import run_disturbed_pair
+from tests.pretrain.engine.run_helpers import SMALL, error_of, train_rows
 
 SECONDS = 2.0  # no step of this network takes so long, also beside other work
 BASE = SMALL | {"optim": SMALL["optim"] | {"epochs": 1}}
@@ -106,8 +107,8 @@ def test_two_processes_decide_alike_and_count_together(
 ):
     """Only process 1 sees NaN, in its loss of step 8, which is logged."""
     folder = tmp_path / "run"
-    results = start_pair(
-        "poison", 1, "8", config_file, f"out={folder}", f"data.shards={shards_with_bad_pictures}",
+    results = run_disturbed_pair(
+        "poison", 1, 8, config_file, f"out={folder}", f"data.shards={shards_with_bad_pictures}",
         "engine.log_every_steps=2", "data.max_bad_samples=9", "engine.checkpoint_every_steps=5",
         "optim.epochs=2",
     )  # fmt: skip
@@ -157,8 +158,8 @@ def test_on_hang_stop_ends_both_processes_and_the_stacks_name_the_one_that_hangs
     config_file, shards, tmp_path
 ):
     folder = tmp_path / "run"
-    results = start_pair(
-        "sleep-in-forward", 1, "4", config_file, f"out={folder}", f"data.shards={shards}",
+    results = run_disturbed_pair(
+        "sleep", 1, 4, config_file, f"out={folder}", f"data.shards={shards}",
         f"engine.watchdog_seconds={SECONDS}", "engine.on_hang=stop", "engine.log_every_steps=1",
     )  # fmt: skip
     (waiting_status, waiting), (hanging_status, hanging) = results

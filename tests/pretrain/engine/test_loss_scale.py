@@ -7,13 +7,8 @@ import torch
 
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import copied
-from tests.pretrain.engine.run_helpers import (
-    SMALL,
-    assert_same_state,
-    error_of,
-    start_pair,
-    train_rows,
-)
+from tests.pretrain.engine.guard_worker import run_disturbed_pair
+from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, error_of, train_rows
 
 BASE = SMALL | {"engine": SMALL["engine"] | {"precision": "fp16"}}
 START = 256.0  # fits from the first step on; at torch's 65,536 the first steps of BASE overflow
@@ -104,7 +99,7 @@ def test_two_processes_leave_out_the_same_step(config_file, shards, tmp_path):
     """Only process 1 overflows, at step 3."""
     folder = tmp_path / "run"
     options = [f"out={folder}", f"data.shards={shards}", "optim.epochs=1"]
-    for status, printed in start_pair("overflow", 1, "3", config_file, *options):
+    for status, printed in run_disturbed_pair("overflow", 1, 3, config_file, *options):
         assert status == 0, printed
     states = [torch.load(folder / f"rank-{rank}.pth", weights_only=True) for rank in (0, 1)]
     for key, value in states[0].items():

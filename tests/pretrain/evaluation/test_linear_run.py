@@ -1,9 +1,6 @@
 """Whole evaluations: the published protocol, the cached sweep, kNN; exact resume; what selects."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from pretrain.evaluation.linear.features import FrozenBackbone
 from pretrain.evaluation.linear.heads import LinearHeads
 from pretrain.evaluation.linear.run import Evaluation, table
 from pretrain.evaluation.probe import extract_features, knn_grid
+from tests.ranks import assert_well, run_group
 from tools import linear_eval
 
 ROOT = Path(__file__).parents[3]
@@ -398,12 +396,8 @@ def test_two_processes_get_what_one_gets(weights, shards, val, tmp_path, protoco
         *(["schedule=cosine", "milestones=null"] if protocol == "full" else []),
     ]  # fmt: skip
     assert linear_eval.main([*options, "--out", str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tools/linear_eval.py"), *options, "--out", str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    options += ["--out", str(tmp_path / "two")]
+    assert_well(run_group(linear_eval.main, (options,)))
     one, two = (
         json.loads((tmp_path / name / "linear.json").read_text()) for name in ("one", "two")
     )

@@ -7,19 +7,14 @@ import yaml
 from torch import nn
 
 from common.errors import UserError
+from pretrain import collectives as dist
 from pretrain.config import EvalConfig, load_config
 from pretrain.data.shards import ShardIndex, open_samples
 from pretrain.engine import checkpoint
 from pretrain.evaluation.probe import OnlineProbe
 from pretrain.run import make_trainer
-from tests.pretrain.engine.run_helpers import (
-    SMALL,
-    assert_same_state,
-    free_port,
-    start_worker,
-    train_rows,
-    wait_for_workers,
-)
+from tests.pretrain.engine.run_helpers import SMALL, assert_same_state, train_rows
+from tests.ranks import assert_well, run_group
 
 CPU = torch.device("cpu")
 BASE = SMALL | {
@@ -229,34 +224,29 @@ def test_the_state_of_a_checkpoint_fits_or_is_left():
     )
 
 
-WORKER = """
-import sys, torch
-from pretrain import collectives as dist
-from tests.pretrain.evaluation.test_online_probe import CPU, Backbone, OnlineProbe, seen_by
-torch.set_num_threads(1)
-dist.start("cpu")
-probe = OnlineProbe(backbone := Backbone(), 3, 0.1, CPU)
-generator = torch.Generator().manual_seed(0)
-for step in range(4):
-    views = torch.randn(2, 8, 5, generator=generator)
-    labels = torch.tensor([-1, -1, -1, 0, 1, 2, 0, step % 3])
-    own = dist.local_rows(8 // dist.world_size())
-    seen_by(probe, backbone, views[:, own].clone())
-    probe.step(labels[own])
-state = probe.state_dict()["online_probe"]
-torch.save(state, f"{sys.argv[1]}-{dist.world_size()}-{dist.rank()}.pth")
-dist.stop()
-"""
+def four_steps(out):
+    """One of the processes: each has its rows of the same batches."""
+    dist.start("cpu")
+    probe = OnlineProbe(backbone := Backbone(), 3, 0.1, CPU)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        views = torch.randn(2, 8, 5, generator=generator)
+        labels = torch.tensor([-1, -1, -1, 0, 1, 2, 0, step % 3])
+        own = dist.local_rows(8 // dist.world_size())
+        seen_by(probe, backbone, views[:, own].clone())
+        probe.step(labels[own])
+    state = probe.state_dict()["online_probe"]
+    torch.save(state, f"{out}-{dist.world_size()}-{dist.rank()}.pth")
+    dist.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_equal_one(tmp_path):
     """The ranks have 1 and 4 labelled rows of a view: a mean of means would differ."""
-    port, out = free_port(), tmp_path / "state"
-    ranks = [(0, 1), (0, 2), (1, 2)]
-    workers = [start_worker(WORKER, [out], *rank, port) for rank in ranks]
-    wait_for_workers(workers, timeout=300)
+    out = str(tmp_path / "state")
+    assert_well(run_group(four_steps, (out,)))
+    four_steps(out)
     one, first, second = (
         torch.load(f"{out}-{name}.pth", weights_only=True) for name in ("1-0", "2-0", "2-1")
     )
